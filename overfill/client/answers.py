@@ -184,7 +184,8 @@ class Answer:
         finish_reason: "stop" (a stop token or string), "length" (``max_tokens``, or the context is
             full) or "tool_calls".
         seed: Seed that the router used; with it and the tokens a request can resume or repeat the answer.
-        migrations: Number of times that the sequence moved to another decode worker, as the last router knows.
+        migrations: Number of times that the sequence moved to another decode worker. Moves before the router
+            that sent the last part took over are not counted.
         routers: Number of routers that sent parts of the answer; more than 1 if a router was lost or shut down.
         stop: Stop string that ended the answer; None means that no stop string did.
         trace: Trace of the handoff; None means that the request did not ask for it.

@@ -54,7 +54,7 @@ def decoder_config(
 
 
 def loadable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``config``; a Llama that transformers refuses becomes the equal Mistral.
+    """Returns ``config``; a Llama whose hidden size transformers refuses becomes a Mistral that computes the same.
 
     Raises:
         InvalidPair: ``config`` is damaged.

@@ -160,13 +160,15 @@ def fold_norms(weights: Weights) -> Weights:
 
 @dataclass(frozen=True, slots=True)
 class FullLayer:
-    """Activations of one full-model layer for one part.
+    """Activations of one full-model layer for one ``PackedPart``, a run of transcripts that fits memory.
 
     Attributes:
         keys, values: [rows, kv_heads, D]; keys are rotated.
-        middle, out: [rows, hidden]; the residual stream after attention and after the MLP.
-        normed, middle_normed: [rows, hidden]; inputs of the projections before attention and of the MLP.
+        normed: [rows, hidden]; input of the projections before attention.
+        middle: [rows, hidden]; the residual stream after attention.
+        middle_normed: [rows, hidden]; input of the MLP.
         neurons: [rows, intermediate].
+        out: [rows, hidden]; the residual stream after the MLP.
     """
 
     keys: Tensor

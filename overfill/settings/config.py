@@ -48,7 +48,10 @@ def _flags(settings: Mapping[str, object]) -> list[str]:
 
 
 class ServiceConfig(CommonSettings):
-    """Reads a service's settings. A subclass adds its program name, section and prefix of variables."""
+    """Reads a service's settings from flags, environment variables and a settings file.
+
+    A subclass adds the program's name, its section of the file and the prefix of its environment variables.
+    """
 
     @classmethod
     def settings_customise_sources(

@@ -26,6 +26,8 @@ STATUS_TIMEOUT = 1.0
 DRAIN_TIMEOUT = 5.0
 """Seconds for a worker or another router to answer Drain."""
 
+_LEAVING = 2.0
+
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Serves Admin on the router.
@@ -91,9 +93,21 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await checked_response(drained, f"worker {worker.id}")
         except (RequestCancelled, Unavailable):
             # A worker without requests may leave before its answer is written.
-            if self._roster.find(worker.id) is worker and not worker.draining:
+            if not await self._leaves(worker):
                 raise
         return admin_pb2.DrainResponse()
+
+    async def _leaves(self, worker: Worker) -> bool:
+        """Returns True once the worker has left or drains; False if it does neither within ``_LEAVING``.
+
+        The end of its Join stream may arrive after the end of its Drain, because they use two connections.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVING):
+                while self._roster.find(worker.id) is worker and not worker.draining:  # noqa: ASYNC110  # it has no event
+                    await asyncio.sleep(0.05)
+                return True
+        return False
 
     async def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
         ready = Counter(w.stage for w in workers if w.process.ready and not w.process.draining)

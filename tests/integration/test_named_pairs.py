@@ -48,8 +48,8 @@ def answer(address):
 def test_router_and_workers_serve_a_named_pair(downloads, monkeypatch):
     folder = store.resolve_pair("default")
 
-    def plan_by_name(*args):
-        plan = make_plan(*args)
+    def plan_by_name(*args, **options):
+        plan = make_plan(*args, **options)
 
         def named(configs):
             return tuple(config.model_copy(update={"pair": "default"}) for config in configs)

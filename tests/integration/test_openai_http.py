@@ -18,6 +18,7 @@ from mocks import mock_stack
 from overfill.api import keys
 from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
+from overfill.rpc.constants import WIRE_VERSION
 
 HI = [{"role": "user", "content": "Hi"}]
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
@@ -177,7 +178,7 @@ def test_the_other_routes(stack, model):
     assert (status, json.loads(body)["count"]) == (200, 13)
     assert json.loads(get(f"{stack.url}/health")[2]) == {"status": "ok"}
     assert json.loads(get(f"{stack.url}/status")[2])["serving"] is True
-    assert json.loads(get(f"{stack.url}/version")[2])["wire_version"] == 1
+    assert json.loads(get(f"{stack.url}/version")[2])["wire_version"] == WIRE_VERSION
     metrics = get(f"{stack.url}/metrics")[2].decode()
     assert 'overfill_router_http_requests_total{route="/v1/chat/completions",status="200"}' in metrics
     assert json.loads(get(f"{stack.url}/v1/models/{model}")[2])["id"] == model

@@ -205,7 +205,7 @@ class EventFrame:
         self._head, _, self._tail = event(chunk).rpartition(encode_text(self.MARK))
 
     def event(self, text: str) -> bytes:
-        """The event for a chunk with ``text``."""
+        """Returns the bytes of the server-sent event for a chunk with ``text``."""
         return self._head + encode_text(text) + self._tail
 
 

@@ -84,7 +84,10 @@ def _code(kind: str) -> str:
 
 
 def _path(loc: Sequence[int | str], value: Any) -> list[int | str]:
-    """The steps of ``loc`` that exist in ``value``; leaves out the type names that pydantic adds."""
+    """Returns the keys and indexes of ``loc``, pydantic's location of an error, that exist in ``value``.
+
+    Pydantic puts names of types between them.
+    """
     path: list[int | str] = []
     for step in loc:
         in_dict = isinstance(value, dict) and step in value

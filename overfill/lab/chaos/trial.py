@@ -318,9 +318,9 @@ class _TrialRun:
         return False
 
     def _victim(self, fault: PlannedFault, held: HeldRequest | None) -> str | None:
-        """Returns the process that has the held request on the fault's side, or a random one if that is unknown.
+        """Returns the process of the fault's target stage that works for the held request.
 
-        None means that no such process may be hit.
+        If none is known, returns a random process of the stage. None means that no such process may be hit.
         """
         known = None if held is None else self._control.processes_of(held.request).get(fault.target)
         if known is not None:

@@ -193,7 +193,7 @@ def _write_all(
     device: str,
     report: Report,
 ) -> dict[Variant, list[Completion]]:
-    """Lets each variant write its answers, with one engine in memory at a time."""
+    """Lets the full model, the pair and the decoder alone write answers, with one engine in memory at a time."""
     answers: dict[Variant, list[Completion]] = {}
 
     def write(name: Variant, folder: Path) -> None:

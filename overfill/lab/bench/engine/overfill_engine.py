@@ -74,7 +74,7 @@ def load_engines(
         NotEnoughMemory: The workload does not fit.
     """
     if quantize is not None:
-        pair = replace(pair, recipe={**pair.recipe, "quantize": quantize})
+        pair = replace(pair, quantize=quantize)
 
     def load(half: str) -> EngineParts:
         loaded = load_half(

@@ -43,7 +43,7 @@ class Recording:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class SendingPace:
     """Time between tokens, as mock decode workers keep it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Pace:
 
 
 @contextlib.contextmanager
-def bare_server(protocol: Protocol, recording: Recording, pace: Pace) -> Iterator[tuple[str, int]]:
+def bare_server(protocol: Protocol, recording: Recording, pace: SendingPace) -> Iterator[tuple[str, int]]:
     """Starts a peer; yields its address and process id."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -73,7 +73,7 @@ def bare_server(protocol: Protocol, recording: Recording, pace: Pace) -> Iterato
         process.join()
 
 
-def _serve(protocol: Protocol, recording: Recording, pace: Pace, pipe: Connection) -> None:
+def _serve(protocol: Protocol, recording: Recording, pace: SendingPace, pipe: Connection) -> None:
     serve = _serve_http if protocol == "http" else _serve_grpc
     asyncio.run(serve(_Answers(recording, pace), pipe.send))
 
@@ -81,7 +81,7 @@ def _serve(protocol: Protocol, recording: Recording, pace: Pace, pipe: Connectio
 class _Answers:
     """The running answers. Each yields the recorded events, one token per step."""
 
-    def __init__(self, recording: Recording, pace: Pace) -> None:
+    def __init__(self, recording: Recording, pace: SendingPace) -> None:
         self._recording = recording
         self._pace = pace
         self._running = 0

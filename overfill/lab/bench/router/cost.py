@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from overfill.lab.bench.measurement import Measurement
-from overfill.lab.bench.router.bare_server import Pace, bare_server
+from overfill.lab.bench.router.bare_server import SendingPace, bare_server
 from overfill.lab.bench.router.load import LoadProcesses, Protocol
 from overfill.lab.bench.router.recording import record
 from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Server, Windows, paced_stack
@@ -69,7 +69,7 @@ def measure_cost(
 
         def beside_peers(
             protocols: Collection[Protocol],
-            pace: Pace,
+            pace: SendingPace,
             sequences: int,
             measure: Callable[[Server, _Figures, _Figures], None],
         ) -> None:
@@ -83,14 +83,14 @@ def measure_cost(
                     peer = Server(of.protocol, address, pid, of.model)
                     measure(peer, bare[of.protocol], router[of.protocol])
 
-        beside_peers(PEERS, Pace(), streams[-1], partial(_measure_saturation, windows, streams))
+        beside_peers(PEERS, SendingPace(), streams[-1], partial(_measure_saturation, windows, streams))
         # tokens_per_core may hold merged tokens. Half of it would keep a router that merges too busy not to.
         rate = min(figures["tokens_per_core"].value for figures in router.values()) / 4
-        pace = Pace(per_sequence=WORKERS / rate, workers=WORKERS)
+        pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
         beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
         for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
             idle = partial(_measure_memory, windows, idle_streams)
-            beside_peers([protocol], Pace(step=_HOUR), idle_streams, idle)
+            beside_peers([protocol], SendingPace(step=_HOUR), idle_streams, idle)
     found = [one for protocol in PEERS for one in _measurements(protocol, router[protocol], bare[protocol], streams)]
     return [*found, Measurement("failed_requests", windows.failed, "requests", 0)]
 

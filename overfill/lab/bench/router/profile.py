@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from overfill.lab.bench.router.bare_server import Pace
+from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import LoadProcesses
 from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Server, Windows, paced_stack
 
@@ -46,12 +46,12 @@ def profile_router(pair: Path, seconds: float, streams: int, answer: int) -> str
             table.unlink()
 
         saturation = []
-        with paced_stack(pair, Pace(), streams, launcher) as servers:
+        with paced_stack(pair, SendingPace(), streams, launcher) as servers:
             for server in servers:
                 profile(server, 1, "request of one token")
                 window = windows.measure(server, answer, streams)
                 saturation.append(window.counts.tokens / window.cpu)
-        pace = Pace(per_sequence=4 * WORKERS / min(saturation), workers=WORKERS)
+        pace = SendingPace(per_sequence=4 * WORKERS / min(saturation), workers=WORKERS)
         with paced_stack(pair, pace, streams, launcher) as servers:
             for server in servers:
                 profile(server, answer, "token")

@@ -13,7 +13,7 @@ import psutil
 
 from overfill.client import Client
 from overfill.errors import Unavailable
-from overfill.lab.bench.router.bare_server import Pace
+from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
 from overfill.lab.bench.router.mock_stack import mock_stack
 from overfill.lab.bench.router.recording import make_request
@@ -138,7 +138,7 @@ class Windows:
 
 @contextmanager
 def paced_stack(
-    pair: Path, pace: Pace, sequences: int, launcher: Sequence[str] = ()
+    pair: Path, pace: SendingPace, sequences: int, launcher: Sequence[str] = ()
 ) -> Iterator[tuple[Server, Server]]:
     """Starts a router whose mock workers keep ``pace`` and take ``sequences`` requests each.
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from overfill.lab.bench.router.bare_server import Pace, Recording, bare_server
+from overfill.lab.bench.router.bare_server import Recording, SendingPace, bare_server
 from overfill.lab.bench.router.load import Load, LoadProcesses
 from overfill.lab.bench.router.recording import make_request, record
 from overfill.lab.bench.router.windows import cpu_seconds
@@ -50,7 +50,7 @@ def clients():
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 class TestLoad:
     def test_every_token_of_every_answer_is_counted(self, clients, protocol):
-        with bare_server(protocol, recording(protocol), Pace(step=0.001)) as (address, _):
+        with bare_server(protocol, recording(protocol), SendingPace(step=0.001)) as (address, _):
             load = Load(protocol, address, make_request(protocol, "m", 7), 7, streams=5)
             with clients.running(load) as counts:
                 found = wait_for(counts, lambda found: found.ended >= 200)
@@ -61,7 +61,7 @@ class TestLoad:
         assert len(found.cpu) == 2
 
     def test_an_event_with_two_tokens_counts_as_one(self, clients, protocol):
-        with bare_server(protocol, recording(protocol, 2), Pace(step=0.01)) as (address, _):
+        with bare_server(protocol, recording(protocol, 2), SendingPace(step=0.01)) as (address, _):
             load = Load(protocol, address, make_request(protocol, "m", 3), 6, streams=3)
             with clients.running(load) as counts:
                 found = wait_for(counts, lambda found: found.ended >= 10)
@@ -69,25 +69,25 @@ class TestLoad:
         assert found.tokens == 2 * found.events
 
     def test_an_answer_without_all_its_tokens_has_failed(self, clients, protocol):
-        with bare_server(protocol, recording(protocol), Pace()) as (address, _):
+        with bare_server(protocol, recording(protocol), SendingPace()) as (address, _):
             load = Load(protocol, address, make_request(protocol, "m", 3), 4, streams=2)
             with clients.running(load) as counts:
                 assert wait_for(counts, lambda found: found.failed >= 10).ended == 0
 
     def test_requests_at_a_rate_do_not_wait_for_answers(self, clients, protocol):
-        with bare_server(protocol, recording(protocol), Pace(step=3600)) as (address, _):
+        with bare_server(protocol, recording(protocol), SendingPace(step=3600)) as (address, _):
             load = Load(protocol, address, make_request(protocol, "m", 2), 2, rate=200)
             with clients.running(load) as counts:
                 found = wait_for(counts, lambda found: found.begun >= 50)
         assert found.ended == 0
 
     def test_a_bare_server_sends_what_was_recorded(self, protocol):
-        with bare_server(protocol, recording(protocol), Pace()) as (address, _):
+        with bare_server(protocol, recording(protocol), SendingPace()) as (address, _):
             assert record(protocol, address, "m") == recording(protocol)
 
 
 def test_a_server_that_refuses_is_counted(clients):
-    with bare_server("http", recording("http"), Pace()) as (address, _):
+    with bare_server("http", recording("http"), SendingPace()) as (address, _):
         load = Load("http", address, b"GET no HTTP\r\n\r\n", 1, streams=2)
         with clients.running(load) as counts:
             assert wait_for(counts, lambda found: found.failed >= 10).begun == 0
