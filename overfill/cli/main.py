@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import click
 
-import overfill
 from overfill.errors import OverfillError, Overloaded, Unavailable, Unreachable
 from overfill.process.extras import needs
 from overfill.settings.environment import GRPC_ENVIRONMENT
+from overfill.version import __version__
 
 # Heading in `overfill --help` -> name -> module and attribute of the click command, and its line.
 #
@@ -120,7 +120,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(overfill.__version__, prog_name="overfill")
+@click.version_option(__version__, prog_name="overfill")
 def cli() -> None:
     """Two-stage LLM serving: a full model reads the prompt, a pruned decoder answers on its KV cache.
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from overfill import __version__
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown
 from overfill.model.manifest import Pair
@@ -43,6 +42,7 @@ from overfill.v1 import (
     registry_pb2,
     registry_pb2_grpc,
 )
+from overfill.version import __version__
 from services.router.admin import AdminServicer
 from services.router.generation import Generator
 from services.router.inference import InferenceServicer

@@ -9,7 +9,6 @@ from typing import Any
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from overfill import __version__
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import STAGE_NAMES
@@ -20,6 +19,7 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.telemetry.metrics import STAGES, WORKER_STATES
 from overfill.v1 import registry_pb2, registry_pb2_grpc
+from overfill.version import __version__
 
 logger = logging.getLogger(__name__)
 

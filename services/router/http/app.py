@@ -18,7 +18,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overfill import __version__
 from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
 from overfill.api.openai.answers import Envelope, Kind, encode
@@ -34,6 +33,7 @@ from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import CONTENT_TYPE
 from overfill.v1 import admin_pb2
+from overfill.version import __version__
 from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
