@@ -8,7 +8,6 @@ reads slowly delays no engine step, and costs at most the memory of its sequence
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from overfill.rpc.interceptors import Context
 from overfill.rpc.status import to_bytes
 from overfill.telemetry import logs, tracing
 from overfill.v1 import decode_pb2
-
-logger = logging.getLogger(__name__)
 
 _MAX_TOKENS_PER_UPDATE = 1_024
 _MAX_TOKENS_PER_MESSAGE = 16_384
@@ -111,11 +108,13 @@ async def serve_sequences(
 
     handler = asyncio.current_task()
     assert handler is not None
+    defects: list[BaseException] = []
 
     def end_with_writer(writing: asyncio.Task[None]) -> None:
-        if not writing.cancelled() and (error := writing.exception()) is not None:
-            # The router has gone, in most cases. A stream that is read and never written would hang its sequences.
-            logger.info("a router's stream ended: %s", error)
+        error = None if writing.cancelled() else writing.exception()
+        # gRPC itself ends the handler of a router that has gone, after the write has failed.
+        if error is not None and not type(error).__module__.startswith("grpc"):
+            defects.append(error)
             handler.cancel()
 
     writing = asyncio.create_task(outgoing.write_to(context))
@@ -137,6 +136,12 @@ async def serve_sequences(
             else:
                 problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
                 found[0].commands.put_nowait(InvalidRequest(kind or "message", problem))
+    except asyncio.CancelledError:
+        if not defects:
+            raise
+        handler.uncancel()
+        # A stream that is read and never written would hang its sequences.
+        raise InternalError("the decode worker cannot write its updates") from defects[0]
     finally:
         running = [task for _, task in sequences.values()]
         for task in running:

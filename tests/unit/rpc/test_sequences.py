@@ -371,6 +371,15 @@ async def test_ten_thousand_starts_and_cancels_in_random_order_leave_nothing(end
     assert ends.worker.streams == 1
 
 
+async def test_a_stream_that_cannot_be_written_ends(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = ends.open()
+    sequence.start(1)
+    await sequence.reserved()
+    monkeypatch.setattr(OutgoingUpdates, "take", lambda self: 1 / 0)
+    sequence.assign()
+    assert isinstance(await sequence.end(), Unavailable)
+
+
 async def test_unread_tokens_merge_into_one_update() -> None:
     outgoing = OutgoingUpdates()
     for index in range(1000):
