@@ -58,6 +58,7 @@ def test_the_router_is_measured_beside_bare_servers_over_http_and_grpc(tiny_pair
         assert ratio.value == found[f"{protocol}_token_cpu_4"].peer_ratio
 
 
+@pytest.mark.slow
 def test_the_profile_names_functions_of_the_router_for_each_load(tiny_pair):
     profile = profile_router(tiny_pair, 1.0, streams=4, answer=200)
     for protocol in ("http", "grpc"):
