@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,6 @@ from overfill.pair.checkpoint import TORCH_DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """Size and times of a file, by which a change is noticed."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, file: Path) -> FileState:
-        status = file.stat()
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class PublishedCheckpoint:
@@ -73,7 +58,7 @@ class PublishedCheckpoint:
         self._mapped: dict[str, Tensor] = {}
         self.in_safetensors = _has_safetensors(folder)
         self.files = checkpoint_files(folder) if self.in_safetensors else _torch_files(folder)
-        self._states = {file: FileState.of(file) for file in self._all_files()}
+        self._states = {file: _state(file) for file in self._all_files()}
         if self.in_safetensors:
             found = list_tensors(folder)
         else:
@@ -112,7 +97,7 @@ class PublishedCheckpoint:
     def check_unchanged(self) -> None:
         """Raises InvalidPair if a file has changed, appeared or gone since the headers were read."""
         try:
-            changed = [file for file in self._all_files() if FileState.of(file) != self._states.get(file)]
+            changed = [file for file in self._all_files() if _state(file) != self._states.get(file)]
         except FileNotFoundError as error:
             changed = [Path(error.filename)]
         if changed:
@@ -162,6 +147,12 @@ def load_torch_file(file: Path) -> Mapping[str, Tensor]:
         if value.layout != torch.strided:
             raise InvalidPair(f"{file}: tensor {name} is stored as {value.layout}; only dense tensors can be read")
     return content
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """Size, modification time and inode of a file, by which a change is noticed."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _has_safetensors(folder: Path) -> bool:

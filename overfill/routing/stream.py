@@ -21,6 +21,7 @@ from overfill.routing.worker import WorkerInfo
 from overfill.rpc.calls import checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_MESSAGE_BYTES
+from overfill.rpc.sequences import LAST_UPDATES
 from overfill.rpc.status import from_bytes
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2, decode_pb2_grpc
@@ -29,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 Receive = Callable[["decode_pb2.SequenceUpdate | OverfillError"], None]
 """Receives a sequence's updates in order, or the error that ended the sequence or its stream. It must not raise."""
-
-_LAST = ("done", "refused")
-"""Updates that end a sequence, besides ``failed``."""
 
 _MESSAGE_MARGIN = 1024
 """Bytes that a command must stay below the limit of messages, beyond which gRPC would end the whole stream."""
@@ -241,14 +239,13 @@ class _ServeStream:
         if receive is None:
             return  # cancelled meanwhile
         kind = update.WhichOneof("message")
-        if kind == "failed":
+        if kind in LAST_UPDATES:
             del self._receivers[update.sequence]
+        if kind == "failed":
             error = from_bytes(update.failed.status, self._peer)
             error.trace_id = update.failed.trace_id
             _hand_over(receive, error)
         else:
-            if kind in _LAST:
-                del self._receivers[update.sequence]
             _hand_over(receive, update)
         self._end_retired()
 

@@ -19,6 +19,9 @@ from overfill.rpc.status import to_bytes
 from overfill.telemetry import logs, tracing
 from overfill.v1 import decode_pb2
 
+LAST_UPDATES = ("done", "refused", "failed")
+"""Kinds of updates that end a sequence."""
+
 _MAX_TOKENS_PER_UPDATE = 1_024
 _MAX_TOKENS_PER_MESSAGE = 16_384
 """Bound a message's size after a router has read slowly; a token with log-probabilities counts for each of them."""
@@ -45,7 +48,7 @@ class ServedSequence:
 
     def put(self, update: decode_pb2.SequenceUpdate) -> None:
         """Queues an update for the router."""
-        self.answered = self.answered or update.WhichOneof("message") in ("done", "refused", "failed")
+        self.answered = self.answered or update.WhichOneof("message") in LAST_UPDATES
         self.outgoing.put(self.number, update)
 
     def fail(self, error: Exception, trace_id: str) -> None:

@@ -329,6 +329,7 @@ class Generation:
 
     Attributes:
         accepted: first message to the client.
+        rest: text held back until the end, because it might have been part of a stop string; ``finished`` has it too.
     """
 
     def __init__(
@@ -351,7 +352,7 @@ class Generation:
         self._arrived_at = 0.0  # time when the router received its first token
         self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
         self._ttft_ns: int | None = None
-        self._rest: TextDelta | None = None
+        self.rest: TextDelta | None = None
         self._finished: inference_pb2.Finished | None = None
 
     @property
@@ -359,11 +360,6 @@ class Generation:
         """The end of the answer; available after the last delta."""
         assert self._finished is not None
         return self._finished
-
-    @property
-    def rest(self) -> TextDelta | None:
-        """Text held back until the end, because it might have been part of a stop string; ``finished`` has it too."""
-        return self._rest
 
     async def next(self) -> TextDelta | None:
         """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
@@ -429,9 +425,9 @@ class Generation:
     async def _finish(self, finish: Finish | None) -> None:
         generator, relay, text = self._generator, self._relay, self._text
         if finish is not None:
-            self._rest = text.finish()
+            self.rest = text.finish()
         await relay.close()
-        self._finished = _finished(relay, text, self._rest, finish, self._ttft_ns)
+        self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
         self._failure = None
         generator.metrics.answered(self._finished)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
