@@ -12,7 +12,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
 from overfill.request.params import Grammar, SamplingParams, check_token_ids
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -24,32 +24,19 @@ class GenerationRequest:
     """A checked request that the router can run.
 
     Attributes:
-        request_id: The client's id, or a random one.
-        model: Requested model; empty means the only one served.
-        prompt_token_ids: The prompt, at least one token.
-        sampling: Sampling parameters with ``seed`` and ``max_tokens`` set; prompt and ``max_tokens`` together fit the
-            context.
+        start: The request as decode workers get it. It has a prompt of at least one token, the request's id or a
+            random one, the model's end-of-sequence ids, and ``sampling`` with ``seed`` and ``max_tokens``. Prompt and
+            ``max_tokens`` together fit the context. ``emitted_token_ids`` are the tokens of the answer that the client
+            has, at most ``max_tokens``. If it has that many, the answer is complete and only its end message was lost.
         stop: Non-empty stop strings.
-        resume_token_ids: Tokens of the answer that the client has, at most ``sampling.max_tokens``. If the client has
-            that many, the answer is complete and only its end message was lost.
-        trace: Whether the client requests the handoff's trace.
-        sample_index: Number of this answer among several answers to the same prompt.
-        kv_codec: Codec in which the prompt's KV travels; 0 means that the decode worker chooses.
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
         calls_tools: Whether the answer may contain tool calls.
         priority: Class in the queue; smaller numbers go first.
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
     """
 
-    request_id: str
-    model: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
+    start: decode_pb2.StartDecode
     stop: tuple[str, ...]
-    resume_token_ids: tuple[int, ...]
-    trace: bool
-    sample_index: int
-    kv_codec: common_pb2.KvCodec
     continues_text: bool
     calls_tools: bool
     priority: int = 0
@@ -92,19 +79,25 @@ def validate_generate(
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
-    resume = tuple(request.resume_token_ids)
-    _check_resume(resume, sampling, max_tokens, vocab_size)
-    seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    return GenerationRequest(
+    _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
+    start = decode_pb2.StartDecode(
         request_id=request.request_id or secrets.token_hex(16),
-        model=request.model,
-        prompt_token_ids=tuple(prompt),
-        sampling=replace(sampling, max_tokens=max_tokens, seed=seed),
-        stop=stop,
-        resume_token_ids=resume,
+        prompt_token_ids=prompt,
+        emitted_token_ids=request.resume_token_ids,
+        sampling=request.sampling,
+        eos_token_ids=tokenizer.eos_token_ids,
         trace=request.trace,
+        codec=request.kv_codec,
         sample_index=request.sample_index,
-        kv_codec=request.kv_codec,
+    )
+    start.sampling.max_tokens = max_tokens
+    if sampling.seed is None:
+        start.sampling.seed = secrets.randbits(64)
+    if tools is not None and sampling.grammar is not None:
+        start.sampling.grammar.CopyFrom(sampling.grammar.to_proto())
+    return GenerationRequest(
+        start=start,
+        stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         calls_tools=tools is not None,
         priority=request.priority,

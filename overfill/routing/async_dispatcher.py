@@ -1,9 +1,11 @@
-"""The dispatcher for coroutines: each placement is a future. All calls are made on the event loop."""
+"""The dispatcher on the event loop: each placement is a call of the job's callback. All calls are made on the loop."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
+from overfill.errors import OverfillError
 from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
@@ -11,16 +13,22 @@ from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 TICK = 0.5
 """Seconds between polls while a job waits."""
 
-PlacementFuture = asyncio.Future[Worker]
-"""Resolves to the worker on which the job is placed, or fails with the error that ended its wait."""
+OnPlaced = Callable[[Worker | OverfillError], None]
+"""Receives the worker on which the job is placed, or the error that ended its wait. It must not raise.
+
+The dispatcher calls it once, possibly before the method that queued the job returns.
+"""
 
 
 class AsyncDispatcher:
-    """Wraps ``Dispatcher``: the same methods, each followed by a ``poll``, on the event loop's clock (seconds)."""
+    """Wraps ``Dispatcher``: the same methods, each followed by a ``poll``, on the event loop's clock (seconds).
+
+    A method that queues a job takes the callback of its placement. ``finish`` forgets the callback.
+    """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._futures: dict[Job, PlacementFuture] = {}
+        self._callbacks: dict[Job, OnPlaced] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._version = 0
         self._changed = asyncio.Event()
@@ -43,20 +51,20 @@ class AsyncDispatcher:
             priority, key, now, None if time_left is None else now + time_left, client_resumes=client_resumes
         )
 
-    def submit(self, job: Job) -> PlacementFuture:
+    def submit(self, job: Job, on_placed: OnPlaced) -> None:
         """Queues a new job for a decode worker. Raises PromptTooLong or Overloaded at once."""
         self._dispatcher.submit(job, self._now())
-        return self._await_placement(job)
+        self._wait(job, on_placed)
 
-    def refused(self, job: Job, load: decode_pb2.WorkerLoad | None) -> PlacementFuture:
+    def refused(self, job: Job, on_placed: OnPlaced, load: decode_pb2.WorkerLoad | None) -> None:
         """Queues the job for another decode worker after one refused it; see ``Dispatcher.refused``."""
         self._dispatcher.refused(job, load)
-        return self._await_placement(job)
+        self._wait(job, on_placed)
 
-    def lost(self, job: Job, *, gone: bool) -> PlacementFuture:
+    def lost(self, job: Job, on_placed: OnPlaced, *, gone: bool) -> None:
         """Queues the job for another decode worker after one failed it; see ``Dispatcher.lost``."""
         self._dispatcher.lost(job, self._now(), gone=gone)
-        return self._await_placement(job)
+        self._wait(job, on_placed)
 
     def queued(self, stage: common_pb2.Stage) -> int:
         """Number of jobs that wait for a worker of ``stage``; see ``Dispatcher.queued``."""
@@ -69,31 +77,29 @@ class AsyncDispatcher:
             self._note_change()
         return worker
 
-    def reserved(self, job: Job) -> PlacementFuture | None:
-        """Queues the job for a prefill slot: its decode worker has reserved blocks. None if the job holds one."""
+    def reserved(self, job: Job, on_placed: OnPlaced) -> bool:
+        """Queues the job for a prefill slot: its decode worker has reserved blocks. False if the job holds a slot."""
         if self._dispatcher.reserved(job):
-            return None
-        return self._await_placement(job)
+            return False
+        self._wait(job, on_placed)
+        return True
 
-    def need_prefill(self, job: Job, tried: Worker | None, *, failed: bool, pause: bool) -> PlacementFuture:
+    def need_prefill(self, job: Job, on_placed: OnPlaced, tried: Worker | None, *, failed: bool, pause: bool) -> None:
         """Queues the job for another prefill slot; see ``Dispatcher.need_prefill``."""
         self._dispatcher.need_prefill(job, tried, failed=failed, pause=pause)
-        return self._await_placement(job)
+        self._wait(job, on_placed)
 
     def prefill_done(self, job: Job) -> None:
         """Releases the job's prefill slot, if it holds one: its first token has arrived."""
         if job.prefill is not None:
             self._dispatcher.prefill_done(job, self._now())
-            self._note_change()
-            self.poll()
+            self._freed()
 
     def finish(self, job: Job) -> None:
         """Releases the job's slots and ends its wait."""
         self._dispatcher.finish(job)
-        if (future := self._futures.pop(job, None)) is not None:
-            future.cancel()
-        self._note_change()
-        self.poll()
+        self._callbacks.pop(job, None)
+        self._freed()
 
     def report(self, worker: Worker, report: registry_pb2.Report) -> None:
         """Applies a worker's report."""
@@ -106,14 +112,9 @@ class AsyncDispatcher:
         """Makes the placements that are possible now. Call it after a worker has been removed."""
         for outcome in self._dispatcher.poll(self._now()):
             self._note_change()
-            future = self._futures.pop(outcome.job, None)
-            # finish() follows a cancelled wait and releases a slot that was assigned too late.
-            if future is None or future.done():
-                continue
-            if isinstance(outcome, Placement):
-                future.set_result(outcome.worker)
-            else:
-                future.set_exception(outcome.error)
+            on_placed = self._callbacks.pop(outcome.job, None)
+            if on_placed is not None:  # None: an earlier callback of this loop has finished the job
+                on_placed(outcome.worker if isinstance(outcome, Placement) else outcome.error)
         if self._timer is None and self._dispatcher.num_waiting:
             self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
@@ -121,12 +122,15 @@ class AsyncDispatcher:
         self._timer = None
         self.poll()
 
-    def _await_placement(self, job: Job) -> PlacementFuture:
-        future: PlacementFuture = asyncio.get_running_loop().create_future()
-        self._futures[job] = future
+    def _wait(self, job: Job, on_placed: OnPlaced) -> None:
+        self._callbacks[job] = on_placed
         self._note_change()
         self.poll()
-        return future
+
+    def _freed(self) -> None:
+        self._note_change()
+        if self._dispatcher.num_waiting:
+            self.poll()
 
     def _note_change(self) -> None:
         self._version += 1

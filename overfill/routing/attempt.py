@@ -8,16 +8,19 @@ Reserved, it may send NeedPrefill at any time.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import AnswerState
-from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Job
 from overfill.routing.stream import DecodeConnector, DecodeStream
 from overfill.routing.worker import Worker, WorkerInfo
 from overfill.telemetry import tracing
 from overfill.v1 import decode_pb2
+
+logger = logging.getLogger(__name__)
 
 _Need = decode_pb2.NeedPrefill
 
@@ -30,11 +33,17 @@ class GaveUp(Exception):
         self.error = error
 
 
+OnEnd = Callable[["decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp"], None]
+"""Receives the worker's last message, or the error that ended the attempt. The attempt calls it once."""
+
+
 class Attempt:
     """Runs the exchange with the decode worker on which ``job`` is placed, and adds its tokens to ``answer``.
 
-    The worker's updates are handled in the task that reads its stream. Only the end of the attempt wakes the task that
-    awaits ``run``.
+    It has no task of its own: it handles the worker's updates in the task that reads the worker's stream.
+
+    Args:
+        on_end: called when the attempt has ended by itself. The sequence on the worker has ended too.
     """
 
     def __init__(
@@ -42,11 +51,13 @@ class Attempt:
         dispatcher: AsyncDispatcher,
         job: Job,
         answer: AnswerState,
+        on_end: OnEnd,
         *,
         max_prefill_failures: int,
         on_need_prefill: Callable[[decode_pb2.NeedPrefill.Reason], None] = lambda _: None,
         span: tracing.Span = tracing.OFF,
     ) -> None:
+        self._on_end = on_end
         self._on_need = on_need_prefill
         self._dispatcher = dispatcher
         self._job = job
@@ -54,52 +65,54 @@ class Attempt:
         self._max_prefill_failures = max_prefill_failures
         self._span = span
         self._stream: DecodeStream | None = None
+        self._closed = False
         self._reserved = False
-        self._placement: PlacementFuture | None = None
+        self._waits_for_slot = False
         self._prefill: Worker | None = None
-        self._end: asyncio.Future[decode_pb2.DecodeDone | decode_pb2.Refused] = (
-            asyncio.get_running_loop().create_future()
-        )
         self._wanted_since = 0.0
         self._queued = 0.0  # seconds queued in the router, for both stages
         self._reservation_ns = 0
 
-    async def run(
-        self, connector: DecodeConnector, worker: WorkerInfo, start: decode_pb2.StartDecode
-    ) -> decode_pb2.DecodeDone | decode_pb2.Refused:
-        """Runs the attempt to its end and returns the worker's last message. Ends the sequence on the worker too.
-
-        Raises:
-            GaveUp: no prefill worker is available.
-            OverfillError: the attempt failed.
-        """
-        self._stream = connector.open(worker, self._receive)
+    def start(self, connector: DecodeConnector, worker: WorkerInfo, command: decode_pb2.RouterMessage) -> None:
+        """Opens the sequence on ``worker`` and sends ``command``, which holds StartDecode."""
         try:
+            self._stream = connector.open(worker, self._receive)
             # The worker compiles a grammar before it reserves blocks; no slot is held for that time.
-            compiles = start.sampling.HasField("grammar")
+            compiles = command.start.sampling.HasField("grammar")
             if not compiles and (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
-                start.assign_prefill.CopyFrom(self._assignment(prefill))
-            self._stream.send(decode_pb2.RouterMessage(start=start))
+                self._assign(prefill, command.start.assign_prefill)
+            self._stream.send(command)
             self._queued = _now() - self._answer.received
-            return await self._end
-        finally:
-            self._end.cancel()
-            self._stream.close()
+        except OverfillError as error:
+            self._end(error)
+
+    def close(self) -> None:
+        """Ends the attempt and its sequence on the worker, without a call of ``on_end``."""
+        if not self._closed:
+            self._closed = True
+            if self._stream is not None:
+                self._stream.close()
+
+    def _end(self, result: decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp) -> None:
+        if not self._closed:
+            self.close()
+            self._on_end(result)
 
     def _receive(self, update: decode_pb2.SequenceUpdate | OverfillError) -> None:
         """Handles one update of the worker, or the error that ended the sequence."""
-        if self._end.done():
+        if self._closed:
             return
         if isinstance(update, OverfillError):
-            if isinstance(update, Overloaded) and not self._reserved:
-                self._end.set_result(decode_pb2.Refused(reason=str(update)))
-            else:
-                self._end.set_exception(update)
+            refused = isinstance(update, Overloaded) and not self._reserved
+            self._end(decode_pb2.Refused(reason=str(update)) if refused else update)
             return
         try:
             self._handle(update)
+        except (OverfillError, GaveUp) as error:
+            self._end(error)
         except Exception as error:  # one sequence must not end the stream of all
-            self._end.set_exception(error)
+            logger.exception("request %s failed in the router", self._job.id)
+            self._end(GaveUp(InternalError(f"the router failed: {error}")))
 
     def _handle(self, update: decode_pb2.SequenceUpdate) -> None:
         kind = update.WhichOneof("message")
@@ -108,57 +121,48 @@ class Attempt:
         elif kind == "reserved" and not self._reserved:
             self._on_reserved(update.reserved)
         elif kind == "refused" and not self._reserved:
-            self._end.set_result(update.refused)
+            self._end(update.refused)
         elif kind == "need_prefill" and self._reserved:
             self._on_need_prefill(update.need_prefill)
         elif kind == "done" and self._reserved:
-            self._end.set_result(update.done)
+            self._end(update.done)
         else:
             raise InternalError(f"the decode worker sent {kind or 'nothing'} out of turn")
 
-    def _wait_for_slot(self, placement: PlacementFuture) -> None:
-        """Sends AssignPrefill once ``placement`` has a prefill slot."""
-        self._placement = placement
-        placement.add_done_callback(self._on_placement)
-
-    def _on_placement(self, placement: PlacementFuture) -> None:
-        if placement.cancelled():
+    def _on_slot(self, worker: Worker | OverfillError) -> None:
+        """Sends AssignPrefill: the job has a prefill slot."""
+        if self._closed:
+            return  # the job's next call of the dispatcher releases the slot
+        self._waits_for_slot = False
+        if isinstance(worker, OverfillError):
+            self._end(GaveUp(worker))
             return
-        error = placement.exception()
-        if self._end.done() or placement is not self._placement:
-            return
-        self._placement = None
-        if isinstance(error, OverfillError):
-            self._end.set_exception(GaveUp(error))
-        else:
-            self._assign(placement.result())
-
-    def _assign(self, worker: Worker) -> None:
         assert self._stream is not None
-        self._stream.send(decode_pb2.RouterMessage(assign_prefill=self._assignment(worker)))
+        command = decode_pb2.RouterMessage()
+        self._assign(worker, command.assign_prefill)
+        self._stream.send(command)
         now = _now()
         self._queued += now - self._wanted_since
         self._wanted_since = now
 
-    def _assignment(self, worker: Worker) -> decode_pb2.AssignPrefill:
-        """Notes ``worker`` as the prefill worker and returns its assignment."""
+    def _assign(self, worker: Worker, assignment: decode_pb2.AssignPrefill) -> None:
+        """Notes ``worker`` as the prefill worker and fills in its assignment."""
         self._prefill = worker
         self._answer.prefill_worker = worker.id
         self._span.event("prefill worker assigned", worker=worker.id)
-        return decode_pb2.AssignPrefill(
-            worker_id=worker.id,
-            incarnation=worker.info.incarnation,
-            address=worker.info.address,
-            data_address=worker.info.data_address,
-        )
+        assignment.worker_id = worker.id
+        assignment.incarnation = worker.info.incarnation
+        assignment.address = worker.info.address
+        assignment.data_address = worker.info.data_address
 
     def _on_reserved(self, reserved: decode_pb2.Reserved) -> None:
         self._reserved = True
         self._reservation_ns = reserved.reservation_ns
         self._answer.reservations += 1
         self._wanted_since = _now()
-        if (placement := self._dispatcher.reserved(self._job)) is not None:
-            self._wait_for_slot(placement)
+        self._waits_for_slot = True
+        if not self._dispatcher.reserved(self._job, self._on_slot):
+            self._waits_for_slot = False
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()
@@ -181,8 +185,8 @@ class Attempt:
 
     def _on_need_prefill(self, need: decode_pb2.NeedPrefill) -> None:
         self._on_need(need.reason)
-        if self._placement is not None:
-            return  # the attempt already waits for a prefill slot
+        if self._waits_for_slot:
+            return
         failed = need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_INCOMPATIBLE)
         if failed:
             self._answer.prefill_failures += 1
@@ -192,13 +196,13 @@ class Attempt:
         if self._answer.emitted:
             self._wanted_since = _now()
         # Before the first token, the time of a failed prefill counts as queueing.
-        self._wait_for_slot(
-            self._dispatcher.need_prefill(
-                self._job,
-                tried,
-                failed=failed,
-                pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
-            )
+        self._waits_for_slot = True
+        self._dispatcher.need_prefill(
+            self._job,
+            self._on_slot,
+            tried,
+            failed=failed,
+            pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
         )
 
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from contextvars import copy_context
 from typing import Protocol
 
 from overfill.errors import (
@@ -22,7 +22,7 @@ from overfill.errors import (
 )
 from overfill.kv.keys import PromptKeys
 from overfill.routing.answer import AnswerState, Finish
-from overfill.routing.async_dispatcher import AsyncDispatcher, PlacementFuture
+from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.attempt import Attempt, GaveUp
 from overfill.routing.dispatcher import Job
 from overfill.routing.stream import DecodeConnector
@@ -42,39 +42,6 @@ It stops a request that itself crashes the workers.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class RelayRequest:
-    """The parts of a request that routing and decode workers need.
-
-    Args:
-        sampling: sampling parameters with ``seed`` and ``max_tokens`` set.
-        emitted_token_ids: answer tokens that the client already has; at most ``max_tokens``.
-        received: time when the router received the request, seconds on the event loop's clock.
-        deadline: seconds on the same clock, or None.
-        trace: True to request ``Finish.trace``.
-        sample_index: index of this answer among several answers to the same prompt.
-        codec: encoding of the prompt's KV on the wire; 0 lets the decode worker choose.
-        cache_namespace: cache namespace; requests of different namespaces share no cached KV.
-        priority, key: rank and API key; see ``Job``.
-        block_keys: keys of the prompt's blocks in prefix caches. None means unknown.
-    """
-
-    id: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: common_pb2.SamplingParams
-    eos_token_ids: tuple[int, ...]
-    received: float
-    deadline: float | None = None
-    emitted_token_ids: tuple[int, ...] = ()
-    trace: bool = False
-    sample_index: int = 0
-    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
-    cache_namespace: str = ""
-    priority: int = 0
-    key: str = ""
-    block_keys: PromptKeys | None = None
-
-
 class Observer(Protocol):
     """Receives the failures of a request's attempts, for metrics."""
 
@@ -91,7 +58,7 @@ class _NoObserver:
 
 
 class Relay:
-    """Runs one request in its own task, independent of how fast the caller reads.
+    """Runs one request, independent of how fast the caller reads.
 
     ::
 
@@ -99,9 +66,17 @@ class Relay:
         try:
             while not isinstance(event := await relay.answer.next(), Finish): ...
         finally:
-            await relay.close()
+            relay.close()
+
+    It has no task: it acts when the dispatcher has placed the request, when an attempt has ended, and at the deadline.
 
     Args:
+        start: the request as decode workers get it, with ``sampling.seed`` and ``sampling.max_tokens`` set. Its
+            ``emitted_token_ids`` are the answer tokens that the client already has, at most ``max_tokens``. Each
+            attempt sends a copy, in which it sets the fields of the attempt.
+        received: time when the router received the request, seconds on the event loop's clock.
+        deadline: seconds on the same clock, or None.
+        priority, key, block_keys: see ``Job``.
         max_attempts: number of decode workers lost in a row, or of prefill failures in a row, after which the request
             is given up. A new token restarts both counts.
         observer: receives the failures of attempts.
@@ -110,46 +85,57 @@ class Relay:
         answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost, or a
             worker's error that another worker would repeat.
         decode_worker: id of the latest decode worker; empty before the first.
+        client_resumed: True if the client brought the first tokens of the answer with its request.
     """
 
     def __init__(
         self,
-        request: RelayRequest,
+        start: decode_pb2.StartDecode,
         dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         *,
+        received: float,
+        deadline: float | None = None,
+        priority: int = 0,
+        key: str = "",
+        block_keys: PromptKeys | None = None,
         max_attempts: int = 4,
         observer: Observer | None = None,
     ) -> None:
-        self._request = request
+        self._start = start
         self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._observer = observer or _NoObserver()
-        self._task: asyncio.Task[None] | None = None
-        self._opened = 0
         self._job = Job(
-            id=request.id,
-            prompt_tokens=len(request.prompt_token_ids),
-            max_tokens=request.sampling.max_tokens,
-            emitted=len(request.emitted_token_ids),
-            priority=request.priority,
-            key=request.key,
-            deadline=request.deadline,
-            block_keys=request.block_keys,
+            id=start.request_id,
+            prompt_tokens=len(start.prompt_token_ids),
+            max_tokens=start.sampling.max_tokens,
+            emitted=len(start.emitted_token_ids),
+            priority=priority,
+            key=key,
+            deadline=deadline,
+            block_keys=block_keys,
         )
-        self.answer = AnswerState(request.emitted_token_ids, request.sampling.max_tokens, request.received)
+        self.answer = AnswerState(start.emitted_token_ids, start.sampling.max_tokens, received)
         self.decode_worker = ""
+        self.client_resumed = bool(start.emitted_token_ids)
+        self._loop = asyncio.get_running_loop()
+        self._context = copy_context()  # of the request's task, so that logs and spans of later attempts belong to it
+        self._parent = tracing.current()
+        self._queue_span = self._attempt_span = tracing.OFF
+        self._attempt: Attempt | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._opened = 0
+        self._losses = 0  # lost workers in total
+        self._losses_in_a_row = 0  # since the last new token
+        self._known = len(start.emitted_token_ids)  # tokens of the answer when a worker was lost last
 
     @property
     def usage(self) -> common_pb2.Usage:
         """Token counts so far. Only ``Finish.usage`` has ``cached_tokens``."""
         return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
-
-    @property
-    def client_resumed(self) -> bool:
-        """True if the client brought the first tokens of the answer with its request."""
-        return bool(self._request.emitted_token_ids)
 
     def start(self) -> None:
         """Queues the request.
@@ -159,107 +145,127 @@ class Relay:
             Overloaded: the queue is full.
         """
         if self.answer.full:
-            self.answer.end(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
+            self._conclude(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
             return
-        placement = self._dispatcher.submit(self._job)
-        self._task = asyncio.create_task(self._run(placement), name=f"relay {self._request.id}")
+        if self._job.deadline is not None:
+            self._timer = self._loop.call_at(self._job.deadline, self._expire)
+        self._queue_span = tracing.child("router.queue", parent=self._parent)
+        try:
+            self._dispatcher.submit(self._job, self._on_placed)
+        except BaseException:
+            self.close()
+            raise
 
     def abort(self, error: OverfillError) -> None:
         """Ends the request with ``error``."""
-        self.answer.end(error)
-        if self._task is not None:
-            self._task.cancel()
+        self._conclude(error)
 
-    async def close(self) -> None:
-        """Cancels the request here and on the decode worker, and releases its slots."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            # A task that is cancelled before its first step never reaches its own finally.
-            self._dispatcher.finish(self._job)
+    def close(self) -> None:
+        """Ends the request here and on the decode worker, and releases its slots."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._attempt is not None:
+            self._attempt.close()
+            self._attempt = None
+        self._queue_span.end()
+        self._attempt_span.end()
+        self._job.emitted = len(self.answer.emitted)
+        self._dispatcher.finish(self._job)
 
-    async def _run(self, placement: PlacementFuture) -> None:
+    def _conclude(self, end: Finish | OverfillError) -> None:
+        self.answer.end(end)
+        self.close()
+
+    def _expire(self) -> None:
+        self._conclude(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
+
+    def _on_placed(self, outcome: Worker | OverfillError) -> None:
+        """Opens an attempt on the worker. The caller is any request or report that made the placement possible."""
+        if self._closed:
+            return
+        self._queue_span.end()
+        if isinstance(outcome, OverfillError):
+            self._conclude(outcome)
+            return
         try:
-            async with asyncio.timeout_at(self._request.deadline):
-                self.answer.end(await self._answer(placement))
-        except TimeoutError:
-            self.answer.end(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
-        except GaveUp as gave_up:
-            self.answer.end(gave_up.error)
-        except OverfillError as error:
-            self.answer.end(error)
-        except Exception as error:
-            logger.exception("request %s failed in the router", self._request.id)
-            self.answer.end(InternalError(f"the router failed: {error}"))
-        finally:
-            self._job.emitted = len(self.answer.emitted)
-            self._dispatcher.finish(self._job)
+            self._open_attempt(outcome)
+        except Exception as error:  # it must not end the other placements
+            logger.exception("request %s failed in the router", self._start.request_id)
+            self._conclude(InternalError(f"the router failed: {error}"))
 
-    async def _answer(self, placement: PlacementFuture) -> Finish:
-        losses, consecutive = 0, 0  # lost workers: in total, and since the last new token
-        known = len(self.answer.emitted)
-        while True:
-            with tracing.child("router.queue"):
-                worker = await placement
-            try:
-                done = await self._attempt(worker)
-            except RETRIED as error:
-                logger.warning("request %s: decode worker %s failed: %s", self._request.id, worker.id, error)
-                self._observer.attempt_failed(error)
-                losses += 1
-                consecutive = 1 if len(self.answer.emitted) > known else consecutive + 1
-                known = len(self.answer.emitted)
-                if self.answer.full:
-                    return self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
-                if consecutive >= self._max_attempts or losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
-                    raise GaveUp(
-                        Unavailable(
-                            f"gave up after {losses} attempts; {self.answer.progress}; the last failure: {error}"
-                        )
-                    ) from error
-                self._job.emitted = len(self.answer.emitted)
-                placement = self._dispatcher.lost(self._job, gone=isinstance(error, Unavailable))
-            else:
-                if isinstance(done, decode_pb2.DecodeDone):
-                    return self._finish(done)
-                placement = self._dispatcher.refused(self._job, done.load if done.HasField("load") else None)
-
-    async def _attempt(self, worker: Worker) -> decode_pb2.DecodeDone | decode_pb2.Refused:
-        """Runs the request on one worker until the stream ends."""
+    def _open_attempt(self, worker: Worker) -> None:
         self._opened += 1
         self.decode_worker = worker.id
-        with tracing.child("router.attempt", "client", worker=worker.id, attempt=self._opened) as span:
-            attempt = Attempt(
-                self._dispatcher,
-                self._job,
-                self.answer,
-                max_prefill_failures=self._max_attempts,
-                on_need_prefill=self._observer.prefill_again,
-                span=span,
-            )
-            done = await attempt.run(self._connector, worker.info, self._start(worker))
-            span.set(refused=isinstance(done, decode_pb2.Refused))
-            return done
-
-    def _start(self, worker: Worker) -> decode_pb2.StartDecode:
-        start = decode_pb2.StartDecode(
-            request_id=self._request.id,
-            attempt=self._opened - 1,
-            expected_incarnation=worker.info.incarnation,
-            prompt_token_ids=self._request.prompt_token_ids,
-            emitted_token_ids=self.answer.emitted,
-            sampling=self._request.sampling,
-            eos_token_ids=self._request.eos_token_ids,
-            trace=self._request.trace,
-            codec=self._request.codec,
-            sample_index=self._request.sample_index,
-            cache_namespace=self._request.cache_namespace,
-            traceparent=tracing.current().traceparent,
+        span = self._attempt_span = tracing.child(
+            "router.attempt", "client", self._parent, worker=worker.id, attempt=self._opened
         )
-        if self._request.deadline is not None:
-            left = self._request.deadline - asyncio.get_running_loop().time()
-            start.time_left_ns = max(0, round(left * 1e9))
-        return start
+        self._attempt = Attempt(
+            self._dispatcher,
+            self._job,
+            self.answer,
+            self._on_end,
+            max_prefill_failures=self._max_attempts,
+            on_need_prefill=self._observer.prefill_again,
+            span=span,
+        )
+        self._attempt.start(self._connector, worker.info, self._command(worker, span))
+
+    def _command(self, worker: Worker, span: tracing.Span) -> decode_pb2.RouterMessage:
+        command = decode_pb2.RouterMessage(start=self._start)
+        start = command.start
+        start.attempt = self._opened - 1
+        start.expected_incarnation = worker.info.incarnation
+        if len(self.answer.emitted) > len(start.emitted_token_ids):
+            start.emitted_token_ids[:] = self.answer.emitted
+        start.traceparent = span.traceparent or self._parent.traceparent
+        if self._job.deadline is not None:
+            start.time_left_ns = max(0, round((self._job.deadline - self._loop.time()) * 1e9))
+        return command
+
+    def _on_end(self, result: decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp) -> None:
+        """Ends the request or queues it again. The caller is the task that reads the worker's stream."""
+        if isinstance(result, decode_pb2.DecodeDone):
+            self._attempt_span.set(refused=False)
+            self._conclude(self._finish(result))
+        elif isinstance(result, decode_pb2.Refused):
+            self._attempt_span.set(refused=True)
+            self._attempt_span.end()
+            self._job.emitted = len(self.answer.emitted)
+            self._queue_span = tracing.child("router.queue", parent=self._parent)
+            self._dispatcher.refused(self._job, self._on_placed, result.load if result.HasField("load") else None)
+        else:
+            self._loop.call_soon(self._on_failure, result, context=self._context)
+
+    def _on_failure(self, error: OverfillError | GaveUp) -> None:
+        """Queues the request for another decode worker, unless another one would fail it too."""
+        if self._closed:
+            return
+        self._attempt_span.end(error)
+        if isinstance(error, GaveUp):
+            self._conclude(error.error)
+            return
+        if not isinstance(error, RETRIED):
+            self._conclude(error)
+            return
+        logger.warning("request %s: decode worker %s failed: %s", self._start.request_id, self.decode_worker, error)
+        self._observer.attempt_failed(error)
+        emitted = len(self.answer.emitted)
+        self._losses += 1
+        self._losses_in_a_row = 1 if emitted > self._known else self._losses_in_a_row + 1
+        self._known = emitted
+        if self.answer.full:
+            self._conclude(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
+        elif self._losses_in_a_row >= self._max_attempts or self._losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
+            progress = self.answer.progress
+            gave_up = f"gave up after {self._losses} attempts; {progress}; the last failure: {error}"
+            self._conclude(Unavailable(gave_up))
+        else:
+            self._job.emitted = emitted
+            self._queue_span = tracing.child("router.queue", parent=self._parent)
+            self._dispatcher.lost(self._job, self._on_placed, gone=isinstance(error, Unavailable))
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
         timing = self.answer.timing

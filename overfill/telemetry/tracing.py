@@ -195,11 +195,11 @@ def serve(name: str, headers: Iterable[tuple[str, str | bytes]], **attributes: V
     return span
 
 
-def child(name: str, kind: Kind = "internal", **attributes: Value) -> Span:
-    """Begins a child of the current span. Use it as a context manager, which makes it current."""
+def child(name: str, kind: Kind = "internal", parent: Span | None = None, **attributes: Value) -> Span:
+    """Begins a child of ``parent``, by default of the current span. As a context manager it is current in its body."""
     if _collector is None:
         return OFF
-    return _collector.start(name, kind, _current.get(), attributes)
+    return _collector.start(name, kind, parent or _current.get(), attributes)
 
 
 def current() -> Span:

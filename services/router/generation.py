@@ -28,13 +28,13 @@ from overfill.routing.admission import KeyLimiter, KeyQuota
 from overfill.routing.answer import Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
-from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.relay import Relay
 from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics, outcome_of
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.pace import Pace
 
 T = TypeVar("T")
@@ -204,47 +204,46 @@ class Generator:
     def _start(
         self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
     ) -> Generation:
-        logs.request_id.set(checked.request_id)
-        tracing.current().set(request_id=checked.request_id, prompt_tokens=len(checked.prompt_token_ids))
+        start, key = checked.start, _name(caller)
+        prompt_tokens = len(start.prompt_token_ids)
+        logs.request_id.set(start.request_id)
+        tracing.current().set(request_id=start.request_id, prompt_tokens=prompt_tokens)
         now = asyncio.get_running_loop().time()
-        key, cache_namespace = _name(caller), "" if caller is None else caller.cache_namespace
+        if caller is not None:
+            start.cache_namespace = caller.cache_namespace
         relay = Relay(
-            RelayRequest(
-                id=checked.request_id,
-                prompt_token_ids=checked.prompt_token_ids,
-                sampling=checked.sampling.to_proto(),
-                eos_token_ids=self.tokenizer.eos_token_ids,
-                received=received,
-                deadline=self._deadline(now, time_left),
-                emitted_token_ids=checked.resume_token_ids,
-                trace=checked.trace,
-                sample_index=checked.sample_index,
-                codec=checked.kv_codec,
-                cache_namespace=cache_namespace,
-                priority=_priority(checked.priority, caller),
-                key=key,
-                block_keys=self._block_keys(checked.prompt_token_ids, cache_namespace),
-            ),
+            start,
             self._dispatcher,
             self._connector,
+            received=received,
+            deadline=self._deadline(now, time_left),
+            priority=_priority(checked.priority, caller),
+            key=key,
+            block_keys=self._block_keys(start),
             max_attempts=self._max_attempts,
             observer=self.metrics,
         )
         text = AnswerText(
-            StreamDetokenizer(self.tokenizer, checked.prompt_token_ids if checked.continues_text else ()),
+            StreamDetokenizer(self.tokenizer, start.prompt_token_ids if checked.continues_text else ()),
             checked.stop,
-            replayed=checked.resume_token_ids,
-            tool_call_id_seed=f"{checked.request_id}/{checked.sample_index}" if checked.calls_tools else None,
-            min_tokens=checked.sampling.min_tokens,
+            replayed=start.emitted_token_ids,
+            tool_call_id_seed=f"{start.request_id}/{start.sample_index}" if checked.calls_tools else None,
+            min_tokens=start.sampling.min_tokens,
         )
         with self.metrics.refusing():
             relay.start()
-        self.signals.arrived(len(checked.prompt_token_ids), now)
+        self.signals.arrived(prompt_tokens, now)
         self._running[relay] = caller
         self._idle.clear()
-        self.metrics.accepted(len(checked.prompt_token_ids), key)
-        interval = max(self._stream_interval, checked.stream_interval)
-        return Generation(self, relay, text, self._accepted(checked), key, interval)
+        self.metrics.accepted(prompt_tokens, key)
+        accepted = inference_pb2.Accepted(
+            request_id=start.request_id,
+            prompt_tokens=prompt_tokens,
+            seed=start.sampling.seed,
+            max_tokens=start.sampling.max_tokens,
+            model=self.model,
+        )
+        return Generation(self, relay, text, accepted, key, max(self._stream_interval, checked.stream_interval))
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
@@ -279,9 +278,9 @@ class Generator:
         for relay in self._running:
             relay.abort(error)
 
-    async def close(self, relay: Relay) -> None:
+    def close(self, relay: Relay) -> None:
         """Ends ``relay`` and forgets it."""
-        await relay.close()
+        relay.close()
         if relay in self._running:
             self._release(self._running.pop(relay))
         if not self._running:
@@ -295,13 +294,14 @@ class Generator:
         if caller is not None:
             self._key_limiter.release(caller.id)
 
-    def _block_keys(self, tokens: Sequence[int], cache_namespace: str) -> PromptKeys | None:
+    def _block_keys(self, start: decode_pb2.StartDecode) -> PromptKeys | None:
         """Returns the keys of the prompt's blocks in prefix caches; None while no prefill worker has joined."""
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
         identity = worker.info.identity
-        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, cache_namespace), tokens)
+        root = root_key(identity.full_digest, identity.kv.dtype, start.cache_namespace)
+        return PromptKeys(root, start.prompt_token_ids)
 
     def _check_open(self, model: str) -> None:
         if self._draining:
@@ -314,18 +314,9 @@ class Generator:
         if size > self._max_request_bytes:
             raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
 
-    def _accepted(self, checked: GenerationRequest) -> inference_pb2.Accepted:
-        return inference_pb2.Accepted(
-            request_id=checked.request_id,
-            prompt_tokens=len(checked.prompt_token_ids),
-            seed=checked.sampling.seed,
-            max_tokens=checked.sampling.max_tokens,
-            model=self.model,
-        )
-
 
 class Generation:
-    """One running answer. Call ``next`` until it returns None, within ``async with``; then read ``finished``.
+    """One running answer. Call ``next`` until it returns None, within ``with``; then read ``finished``.
 
     Attributes:
         accepted: first message to the client.
@@ -373,7 +364,7 @@ class Generation:
             self._count(self._handed)
             self._handed = None
         if self._text.stop is not None:
-            await self._finish(None)
+            self._finish(None)
             return None
         answer, pace = self._relay.answer, self._generator.pace
         first = self._handed_at is None
@@ -389,7 +380,7 @@ class Generation:
             if isinstance(event, Finish):
                 if delta is not None:
                     break  # the next call returns None
-                await self._finish(event)
+                self._finish(event)
                 return None
             part = self._text.push(event)
             if delta is None:
@@ -398,7 +389,7 @@ class Generation:
                 delta.extend(part)
             if self._text.stop is not None:
                 # Stop the worker now, before the client has read this delta.
-                await self._relay.close()
+                self._relay.close()
                 break
             if first:
                 break
@@ -422,11 +413,11 @@ class Generation:
             if relay.answer.timing.HasField("return_path_ns"):
                 relay.answer.timing.return_path_ns += _nanoseconds_since(self._arrived_at)
 
-    async def _finish(self, finish: Finish | None) -> None:
+    def _finish(self, finish: Finish | None) -> None:
         generator, relay, text = self._generator, self._relay, self._text
         if finish is not None:
             self.rest = text.finish()
-        await relay.close()
+        relay.close()
         self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
         self._failure = None
         generator.metrics.answered(self._finished)
@@ -435,17 +426,15 @@ class Generation:
         generator.signals.finished(self._finished, now)
         generator.rolling_stats.answered(self._finished, now)
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Shielded, because a relay that keeps running would hold slots even if this task is cancelled again.
         self._generator.metrics.ended(self._failure)
         self._log()
-        closing = asyncio.ensure_future(self._generator.close(self._relay))
-        await asyncio.shield(closing)
+        self._generator.close(self._relay)
 
     def _log(self) -> None:
         relay = self._relay
@@ -484,8 +473,13 @@ def _priority(asked: int, caller: ApiKey | None) -> int:
 
 def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
     """Returns ``count`` requests for different answers to one prompt, with the same seed."""
-    more = (replace(checked, request_id=f"{checked.request_id}-{i}", sample_index=i) for i in range(1, count))
-    return [checked, *more]
+    requests = [checked]
+    for index in range(1, count):
+        start = decode_pb2.StartDecode()
+        start.CopyFrom(checked.start)
+        start.request_id, start.sample_index = f"{start.request_id}-{index}", index
+        requests.append(replace(checked, start=start))
+    return requests
 
 
 def _finished(

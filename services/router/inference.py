@@ -25,7 +25,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         checked = await self._generator.check(request, key, context.time_remaining())
         with self._generator.starting(key) as start:
             generation = start(checked, received, context.time_remaining())
-        async with generation:
+        with generation:
             await context.write(_Response(accepted=generation.accepted))
             while (delta := await generation.next()) is not None:
                 await context.write(_Response(delta=delta.to_proto()))

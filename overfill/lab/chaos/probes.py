@@ -127,17 +127,35 @@ class Probe:
 def watch_router(probe: Probe) -> None:
     from overfill.routing.relay import Relay
 
-    run = Relay._run
+    start, on_placed = Relay.start, Relay._on_placed
+    starting: set[Relay] = set()
+    tasks: set[asyncio.Task[None]] = set()
 
-    async def watched(self: Relay, placement: Any) -> None:
+    async def hold(relay: Relay, outcome: Any) -> None:
+        await probe.hold("queued", relay._job.id)
+        on_placed(relay, outcome)
+
+    def start_watched(self: Relay) -> None:
         # A request that waits for a worker stays in the queue; one that has a worker is held before it is sent there.
-        if placement.done():
-            await probe.hold("queued", self._request.id)
-        else:
-            probe.reached("queued", self._request.id)
-        await run(self, placement)
+        starting.add(self)
+        try:
+            start(self)
+            if self in starting and not self._closed:
+                probe.reached("queued", self._job.id)
+        finally:
+            starting.discard(self)
 
-    Relay._run = watched  # type: ignore[method-assign]
+    def on_placed_watched(self: Relay, outcome: Any) -> None:
+        if self not in starting:
+            on_placed(self, outcome)
+            return
+        starting.discard(self)
+        task = asyncio.ensure_future(hold(self, outcome))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    Relay.start = start_watched  # type: ignore[method-assign]
+    Relay._on_placed = on_placed_watched  # type: ignore[method-assign]
 
 
 def watch_prefill(probe: Probe) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -44,7 +44,7 @@ class RunningChoices:
         self._asked = asked
         self._envelope = envelope
         self._key = key
-        self._stack = AsyncExitStack()
+        self._stack = ExitStack()
         self.choices: list[Choice] = []
         self._running: list[Generation] = []
         self._failure: BaseException | None = None
@@ -59,7 +59,7 @@ class RunningChoices:
                 for prompt, request in enumerate(checked):
                     for each in choices(request, asked.n):
                         generation = start(each, received, None)
-                        self._running.append(await self._stack.enter_async_context(generation))
+                        self._running.append(self._stack.enter_context(generation))
                         self.choices.append(self._choice(prompt, generation))
         except BaseException as error:
             self._failure = error
@@ -156,7 +156,7 @@ class RunningChoices:
     async def close(self) -> None:
         """Ends the choices that still run."""
         try:
-            await self._stack.aclose()
+            self._stack.close()
         finally:
             self._span.end(self._failure)
 

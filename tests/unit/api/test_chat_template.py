@@ -115,7 +115,7 @@ def test_only_the_end_of_a_prompt_is_kept(byte_level_tokenizer):
         request = inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=range(5, 45)), sampling=sampling, truncate_prompt_tokens=count
         )
-        return list(validate_generate(request, byte_level_tokenizer, 32, 300).prompt_token_ids)
+        return list(validate_generate(request, byte_level_tokenizer, 32, 300).start.prompt_token_ids)
 
     assert kept(3) == [42, 43, 44]
     assert kept(-1, max_tokens=10) == list(range(23, 45))

@@ -30,46 +30,46 @@ def validate(byte_level_tokenizer: Tokenizer) -> Any:
 
 def test_defaults(validate: Any) -> None:
     request = validate()
-    assert request.prompt_token_ids == (5, 6, 7)
-    assert request.sampling.max_tokens == MAX_MODEL_LEN - 3
-    assert request.sampling.temperature == 1
-    assert request.stop == request.resume_token_ids == ()
-    assert request.request_id
-    assert not request.trace
+    assert request.start.prompt_token_ids == [5, 6, 7]
+    assert request.start.sampling.max_tokens == MAX_MODEL_LEN - 3
+    assert not request.start.sampling.HasField("temperature"), "absent fields have the defaults of SamplingParams"
+    assert request.stop == ()
+    assert not request.start.emitted_token_ids
+    assert request.start.request_id
+    assert not request.start.trace
 
 
 def test_open_ids_and_seeds_are_drawn_anew_each_time(validate: Any) -> None:
     requests = [validate() for _ in range(8)]
-    assert len({r.request_id for r in requests}) == 8
-    assert len({r.sampling.seed for r in requests}) == 8
+    assert len({r.start.request_id for r in requests}) == 8
+    assert len({r.start.sampling.seed for r in requests}) == 8
 
 
 def test_values_that_the_client_gives_are_kept(validate: Any) -> None:
     request = validate(
-        model="m",
         request_id="r",
         stop=["\n"],
         trace=True,
         resume_token_ids=[9],
         sampling=SamplingParams(seed=0, max_tokens=4, temperature=0.5),
     )
-    assert (request.model, request.request_id, request.stop, request.trace) == ("m", "r", ("\n",), True)
-    assert request.resume_token_ids == (9,)
-    assert (request.sampling.seed, request.sampling.max_tokens) == (0, 4)
+    assert (request.start.request_id, request.stop, request.start.trace) == ("r", ("\n",), True)
+    assert request.start.emitted_token_ids == [9]
+    assert (request.start.sampling.seed, request.start.sampling.max_tokens) == (0, 4)
 
 
 def test_an_error_about_min_tokens_names_no_limit_that_was_not_given(validate: Any) -> None:
-    assert validate(sampling=SamplingParams(min_tokens=29)).sampling.max_tokens == 29
+    assert validate(sampling=SamplingParams(min_tokens=29)).start.sampling.max_tokens == 29
     with pytest.raises(PromptTooLong, match="30 tokens after a prompt of 3 do not fit the context of 32") as caught:
         validate(sampling=SamplingParams(min_tokens=30))
     assert caught.value.field == "sampling.min_tokens"
 
 
 def test_text_and_chat_are_tokenized(validate: Any, byte_level_tokenizer: Tokenizer) -> None:
-    assert list(validate(text="Hello").prompt_token_ids) == byte_level_tokenizer.encode("Hello")
+    assert list(validate(text="Hello").start.prompt_token_ids) == byte_level_tokenizer.encode("Hello")
     message = {"role": "user", "content": "H"}
     chat = Chat(messages=[ChatMessage(**message)])
-    assert list(validate(chat=chat).prompt_token_ids) == byte_level_tokenizer.encode_chat([message])
+    assert list(validate(chat=chat).start.prompt_token_ids) == byte_level_tokenizer.encode_chat([message])
 
 
 BAD = [
@@ -115,12 +115,12 @@ def test_each_mistake_names_its_field(validate: Any, field: str, fields: dict[st
 
 
 def test_resuming_a_greedy_answer_needs_no_seed(validate: Any) -> None:
-    assert validate(resume_token_ids=[1], sampling=SamplingParams(temperature=0)).resume_token_ids == (1,)
+    assert validate(resume_token_ids=[1], sampling=SamplingParams(temperature=0)).start.emitted_token_ids == [1]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(validate: Any) -> None:
     fits = validate(token_ids=TokenIds(ids=[1] * (MAX_MODEL_LEN - 1)))
-    assert fits.sampling.max_tokens == 1
+    assert fits.start.sampling.max_tokens == 1
     with pytest.raises(PromptTooLong, match=r"32 tokens.* 32 tokens") as caught:
         validate(token_ids=TokenIds(ids=[1] * MAX_MODEL_LEN))
     assert caught.value.field == "prompt"
@@ -128,7 +128,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(validate: Any
 
 def test_an_answer_that_does_not_fit_is_refused_with_both_numbers(validate: Any) -> None:
     fits = validate(sampling=SamplingParams(max_tokens=MAX_MODEL_LEN - 3))
-    assert fits.sampling.max_tokens == MAX_MODEL_LEN - 3
+    assert fits.start.sampling.max_tokens == MAX_MODEL_LEN - 3
     with pytest.raises(PromptTooLong, match=r"30 tokens after a prompt of 3 .* 32 tokens") as caught:
         validate(sampling=SamplingParams(max_tokens=30))
     assert caught.value.field == "sampling.max_tokens"

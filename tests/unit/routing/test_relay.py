@@ -22,7 +22,7 @@ from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.relay import Relay
 from overfill.routing.stream import Receive
 from overfill.routing.worker import PREFILL
 from overfill.v1 import common_pb2, decode_pb2
@@ -103,21 +103,20 @@ class Stack:
     @asynccontextmanager
     async def request(self, *, emitted=(), max_tokens=4, timeout=None, max_attempts=3):
         now = asyncio.get_running_loop().time()
-        request = RelayRequest(
-            id="r",
+        start = decode_pb2.StartDecode(
+            request_id="r",
             prompt_token_ids=(1, 2, 3),
             sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens),
             eos_token_ids=(0,),
-            received=now,
-            deadline=None if timeout is None else now + timeout,
             emitted_token_ids=emitted,
         )
-        relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
+        deadline = None if timeout is None else now + timeout
+        relay = Relay(start, self.async_dispatcher, self, received=now, deadline=deadline, max_attempts=max_attempts)
         relay.start()
         try:
             yield relay
         finally:
-            await relay.close()
+            relay.close()
             self.assert_nothing_in_flight()
 
 

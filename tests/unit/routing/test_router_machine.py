@@ -30,7 +30,7 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.relay import Relay, RelayRequest
+from overfill.routing.relay import Relay
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
@@ -246,16 +246,15 @@ class Routing(RuleBasedStateMachine):
         self.take(Request(next(self.numbers), length, max_tokens, known, deadline), prompt)
 
     def take(self, request, prompt):
-        relay_request = RelayRequest(
-            id=request.id,
+        start = decode_pb2.StartDecode(
+            request_id=request.id,
             prompt_token_ids=(1,) * prompt,
             sampling=common_pb2.SamplingParams(seed=1, max_tokens=request.max_tokens),
             eos_token_ids=(0,),
-            received=self.loop.now,
-            deadline=request.deadline,
-            emitted_token_ids=tuple(request.read),
+            emitted_token_ids=request.read,
         )
-        relay = self.act(Relay, relay_request, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS)
+        times = {"received": self.loop.now, "deadline": request.deadline}
+        relay = self.act(lambda: Relay(start, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS, **times))
         try:
             self.act(relay.start)
         except (Overloaded, PromptTooLong):
@@ -285,7 +284,8 @@ class Routing(RuleBasedStateMachine):
         request, relay = self.requests[id], self.relays.pop(id)
         if request.reading is not None:
             request.reading.cancel()
-        self.loop.run_until_complete(relay.close())
+            request.reading = None
+        self.act(relay.close)
         del self.requests[id]
         self.loop.settle()
         open_ = [s for s in self.streams if s.start is not None and s.start.request_id == id and not s.closed]

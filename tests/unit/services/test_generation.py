@@ -27,7 +27,7 @@ class Relay:
         self.answer = AnswerState((), 100, 0.0)
         self.decode_worker, self.client_resumed, self.usage, self.closed = "decode-0", False, common_pb2.Usage(), False
 
-    async def close(self):
+    def close(self):
         self.closed = True
 
 
