@@ -18,6 +18,8 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 
+_CODECS = frozenset(common_pb2.KvCodec.values())
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -28,6 +30,7 @@ class GenerationRequest:
             random one, the model's end-of-sequence ids, and ``sampling`` with ``seed`` and ``max_tokens``. Prompt and
             ``max_tokens`` together fit the context. ``emitted_token_ids`` are the tokens of the answer that the client
             has, at most ``max_tokens``. If it has that many, the answer is complete and only its end message was lost.
+        prompt_token_ids: The prompt of ``start``, in a form that Python reads four times as fast.
         stop: Non-empty stop strings.
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
         calls_tools: Whether the answer may contain tool calls.
@@ -36,6 +39,7 @@ class GenerationRequest:
     """
 
     start: decode_pb2.StartDecode
+    prompt_token_ids: Sequence[int]
     stop: tuple[str, ...]
     continues_text: bool
     calls_tools: bool
@@ -61,7 +65,7 @@ def validate_generate(
             "request_id", f"has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed"
         )
     check_priority(request.priority)
-    if request.kv_codec not in common_pb2.KvCodec.values():
+    if request.kv_codec not in _CODECS:
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
@@ -80,8 +84,9 @@ def validate_generate(
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
+    drawn = secrets.token_bytes(24)  # one system call for the id and the seed
     start = decode_pb2.StartDecode(
-        request_id=request.request_id or secrets.token_hex(16),
+        request_id=request.request_id or drawn[:16].hex(),
         prompt_token_ids=prompt,
         emitted_token_ids=request.resume_token_ids,
         sampling=request.sampling,
@@ -92,11 +97,12 @@ def validate_generate(
     )
     start.sampling.max_tokens = max_tokens
     if sampling.seed is None:
-        start.sampling.seed = secrets.randbits(64)
+        start.sampling.seed = int.from_bytes(drawn[16:], "little")
     if tools is not None and sampling.grammar is not None:
         start.sampling.grammar.CopyFrom(sampling.grammar.to_proto())
     return GenerationRequest(
         start=start,
+        prompt_token_ids=prompt,
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         calls_tools=tools is not None,

@@ -64,7 +64,7 @@ class PromptKeys:
 
     def __init__(self, root: int, tokens: Sequence[int]) -> None:
         self._root = root
-        self._tokens = tokens
+        self._data = struct.pack(f"<{len(tokens)}I", *tokens)
         self._block_size = 0
         self._keys: list[int] = []
 
@@ -72,11 +72,12 @@ class PromptKeys:
         """Yields the keys for blocks of ``block_size`` tokens, in order."""
         if block_size != self._block_size:
             self._block_size, self._keys = block_size, []
-        for index in range(len(self._tokens) // block_size):
-            if index == len(self._keys):
-                parent = self._keys[-1] if index else self._root
-                self._keys.append(block_key(parent, self._tokens[index * block_size : (index + 1) * block_size]))
-            yield self._keys[index]
+        data, width, keys = self._data, 4 * block_size, self._keys
+        for index in range(len(data) // width):
+            if index == len(keys):
+                parent = keys[-1] if index else self._root
+                keys.append(_hash64(parent.to_bytes(8, "little") + data[index * width : (index + 1) * width]))
+            yield keys[index]
 
 
 def _hash64(data: bytes) -> int:

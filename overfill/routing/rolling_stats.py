@@ -8,7 +8,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from overfill.v1 import admin_pb2, common_pb2, inference_pb2
+from overfill.v1 import admin_pb2, inference_pb2
 
 WINDOW = 60.0
 """Seconds for which a finished answer counts."""
@@ -45,7 +45,7 @@ class RollingStats:
 
     def answered(self, finished: inference_pb2.Finished, now: float) -> None:
         """Counts a complete answer."""
-        self._answers.append((now, dict(_times(finished))))
+        self._answers.append((now, _times(finished)))
 
     def activity(self, running: int, waiting: int, now: float) -> admin_pb2.Activity:
         """Returns the statistics as the Status RPC reports them. ``running`` and ``waiting`` are requests now."""
@@ -107,20 +107,15 @@ def _add_timing(activity: admin_pb2.Activity, name: str, nanoseconds: Sequence[f
     activity.timing.add(name=name, p50_seconds=p50, p90_seconds=p90, p99_seconds=p99)
 
 
-def _times(finished: inference_pb2.Finished) -> Iterator[tuple[str, int]]:
-    """Yields the name and nanoseconds of each time that ``finished`` holds."""
-    timing = finished.timing
-    for name in (*_WHOLE, *_PARTS):
-        if timing.HasField(f"{name}_ns"):
-            yield name, getattr(timing, f"{name}_ns")
-    if timing.HasField("ttft_ns"):
-        yield "unattributed", timing.ttft_ns - _covered(timing)
-        if timing.HasField("total_ns") and finished.usage.completion_tokens > 1:
-            yield "itl", (timing.total_ns - timing.ttft_ns) // (finished.usage.completion_tokens - 1)
-
-
-def _covered(timing: common_pb2.Timing) -> int:
-    return sum(getattr(timing, f"{part}_ns") for part in _PARTS)
+def _times(finished: inference_pb2.Finished) -> dict[str, int]:
+    """Returns the nanoseconds of each time that ``finished`` holds, by name."""
+    timing, completion_tokens = finished.timing, finished.usage.completion_tokens
+    times = {field.name.removesuffix("_ns"): value for field, value in timing.ListFields()}
+    if "ttft" in times:
+        times["unattributed"] = times["ttft"] - sum(times.get(part, 0) for part in _PARTS)
+        if "total" in times and completion_tokens > 1:
+            times["itl"] = (times["total"] - times["ttft"]) // (completion_tokens - 1)
+    return times
 
 
 def _rank(ordered: Sequence[int], percentile: int) -> int:

@@ -216,16 +216,19 @@ class _Occupancy:
         since = max(since, samples[0][0]) if samples else until
         if until <= since:
             return float(max(1, running))
-        # Since the last sample, assume the number reported there.
-        at, total = samples[-1]
-        known = [*samples, (until, total + running * (until - at))] if until > at else samples
-        return max(1.0, (_at(known, until) - _at(known, since)) / (until - since))
+        return max(1.0, (_at(samples, until, running) - _at(samples, since, running)) / (until - since))
 
 
-def _at(samples: Sequence[tuple[float, float]], time: float) -> float:
-    """Returns the running total at ``time``, interpolated linearly between samples."""
+def _at(samples: Sequence[tuple[float, float]], time: float, running: int) -> float:
+    """Returns the running total at ``time``, interpolated linearly between samples.
+
+    Since the last sample, it assumes ``running``, the number reported there.
+    """
     index = bisect_left(samples, (time, -math.inf))
-    if index == 0 or index == len(samples):
-        return samples[min(index, len(samples) - 1)][1]
+    if index == 0:
+        return samples[0][1]
+    if index == len(samples):
+        at, total = samples[-1]
+        return total + running * (time - at)
     (before, low), (after, high) = samples[index - 1], samples[index]
     return low + (high - low) * (time - before) / (after - before)

@@ -47,32 +47,38 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     def __init__(self, access: AccessPolicy | None = None, certificates: bool = False) -> None:
         self._access = access or AccessPolicy()
         self._certificates = certificates
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        handler: Handler | None = await continuation(handler_call_details)
-        if handler is None:
-            return handler  # type: ignore[return-value]  # gRPC answers UNIMPLEMENTED
+        method = handler_call_details.method
+        guarded = self._handlers.get(method)
+        if guarded is None:
+            handler: Handler | None = await continuation(handler_call_details)
+            if handler is None:
+                return handler  # type: ignore[return-value]  # gRPC answers UNIMPLEMENTED
+            guarded = self._handlers[method] = self._guarded(method, handler)
+        return guarded
+
+    def _guarded(self, method: str, handler: Handler) -> Handler:
         kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
         behaviour: Behaviour = getattr(handler, kind)
         if not (inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)):
             behaviour = _unimplemented  # a method that the servicer does not override
-        method = handler_call_details.method
-        shown = _shown(handler_call_details)
         span = TRACED.get(method)
         traced = behaviour if span is None else _traced(behaviour, span)
         make_handler = getattr(grpc, f"stream_{_arity(handler.response_streaming)}_rpc_method_handler")
         guarded: Handler = make_handler(
-            _guard(traced, handler.request_streaming, lambda context: self._admit(method, shown, context)),
+            _guard(traced, handler.request_streaming, lambda context: self._admit(method, context)),
             request_deserializer=_lenient(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return guarded
 
-    def _admit(self, method: str, shown: str | None, context: Context) -> None:
+    def _admit(self, method: str, context: Context) -> None:
         rule = self._access.rpc(method)
         if rule is None:
             raise PermissionDenied(f"{method} has no access rule on this server, so every call is refused")
@@ -80,7 +86,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         if self._certificates:
             names = context.auth_context().get("x509_subject_alternative_name", ())
             roles = roles_of(bytes(name).decode(errors="replace") for name in names)
-        caller.set(self._access.check(rule, shown, roles))  # gRPC runs the handler of an RPC in a task of its own
+        # gRPC runs the handler of an RPC in a task of its own.
+        caller.set(self._access.check(rule, _shown(context), roles))
 
 
 def _traced(behaviour: Behaviour, name: str) -> Behaviour:
@@ -114,7 +121,7 @@ def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Conte
     async def guarded(requests: Any, context: Context) -> Any:
         try:
             admit(context)
-            decoded = _checked_stream(requests) if request_streaming else await _only(requests)
+            decoded = _checked_stream(requests, context) if request_streaming else await _only(context)
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(decoded, context)) as responses:
                     async for response in responses:
@@ -167,29 +174,28 @@ def _checked(request: Any) -> Any:
     return request
 
 
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    messages = aiter(requests)
-    first = await _first(messages)
-    if first is None:
+async def _checked_stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    first = await _first(context)
+    if first is grpc.aio.EOF:  # type: ignore[attr-defined]
         return
     yield _checked(first)
-    async for request in messages:
+    async for request in requests:
         yield _checked(request)
 
 
-async def _only(requests: AsyncIterator[Any]) -> Any:
+async def _only(context: Context) -> Any:
     """Returns the single message of a unary request."""
-    first = await _first(aiter(requests))
-    if first is None:
+    first = await _first(context)
+    if first is grpc.aio.EOF:  # type: ignore[attr-defined]
         raise InvalidRequest("", "the request has no message")
     return _checked(first)
 
 
-async def _first(messages: AsyncIterator[Any]) -> Any:
-    """Returns the first message; None when the stream ends without one."""
+async def _first(context: Context) -> Any:
+    """Returns the first message; EOF when the stream ends without one."""
     try:
         async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT):
-            return await anext(messages, None)
+            return await context.read()
     except TimeoutError:
         raise DeadlineExceeded(f"no message has arrived within {FIRST_MESSAGE_TIMEOUT:g} s") from None
 
@@ -198,9 +204,9 @@ async def _unimplemented(request: Any, context: Context) -> NoReturn:
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not implement the RPC")
 
 
-def _shown(call: grpc.HandlerCallDetails) -> str | None:
+def _shown(context: Context) -> str | None:
     """Returns the API key or secret in an RPC's metadata."""
-    header = next((value for key, value in call.invocation_metadata or () if key == "authorization"), "")
+    header = next((value for key, value in context.invocation_metadata() or () if key == "authorization"), "")
     return bearer(header) if isinstance(header, str) else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Protocol
 
 from overfill.errors import (
@@ -47,6 +48,7 @@ BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 
 TOKEN_BUCKETS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed")
+_TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS if part != "unattributed")
 STAGES = ("prefill", "decode")
 WORKER_STATES = ("ready", "draining", "silent")
 REFUSALS = (
@@ -161,21 +163,20 @@ class RouterMetrics(MetricSet):
 
     def __init__(self) -> None:
         super().__init__("router")
-        counter, histogram = self._counter, self._histogram
-        self._http = counter("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
-        self._requests = counter(
+        counter, counts = self._counter, self._counts
+        self._http = counts("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
+        self._requests = counts(
             "requests_total", "Generation requests that have ended, by outcome.", {"outcome": OUTCOMES}
         )
         self._ttft = self._tally(
             "ttft_seconds", "Time from receiving a request to handing its first token to the client.", LATENCY_BUCKETS
         )
-        parts = histogram(
+        self._parts = self._tallies(
             "ttft_part_seconds",
             "Parts of the time to first token, each measured on its own; unattributed is the rest.",
             LATENCY_BUCKETS,
             {"part": TTFT_PARTS},
         )
-        self._parts = {part: parts.labels(part) for part in TTFT_PARTS}
         self._itl = self._tally(
             "itl_seconds", "Time between two messages with tokens to a client (inter-token latency).", LATENCY_BUCKETS
         )
@@ -187,21 +188,17 @@ class RouterMetrics(MetricSet):
         self._total = self._tally(
             "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS
         )
-        self._prompt = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
-        self._cached = counter(
+        self._prompt = counts("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self._cached = counts(
             "cached_prompt_tokens_total",
             "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
         )
-        self._key_tokens: dict[tuple[str, str], int] = {}  # by key and kind
-        self._completion = 0
-        self._read("completion_tokens_total", "counter", "Tokens handed to clients.", lambda: [((), self._completion)])
-        self._migrations = counter("migrations_total", "Migrations of an answer to another decode worker.")
-        self._key_requests = counter("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
-        self._read(
+        self._completion = counts("completion_tokens_total", "Tokens handed to clients.")
+        self._migrations = counts("migrations_total", "Migrations of an answer to another decode worker.")
+        self._key_requests = counts("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
+        self._key_tokens = counts(
             "key_tokens_total",
-            "counter",
             "Tokens of accepted requests, by name of API key.",
-            lambda: list(self._key_tokens.items()),
             {"key": (), "kind": ("prompt", "completion")},
         )
         self._refusals = counter(
@@ -245,6 +242,7 @@ class RouterMetrics(MetricSet):
             {"stage": STAGES, "input": ()},
         )
         self._lost = counter("workers_lost_total", "Workers that disconnected without a drain.", {"stage": STAGES})
+        self._refusing = Refusing(self)
         self._keys: set[str] = set()
         self._waiting: Callable[[], int] = lambda: 0
         self._running: Callable[[], int] = lambda: 0
@@ -265,31 +263,30 @@ class RouterMetrics(MetricSet):
 
     def http(self, route: str, status: int) -> None:
         """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
-        self._http.labels(route, str(status)).inc()
+        self._http[route, str(status)] += 1
 
     def accepted(self, prompt_tokens: int, key: str) -> None:
         """Counts an accepted request. ``key`` is the name of its API key; empty without keys."""
-        self._prompt.inc(prompt_tokens)
+        self._prompt[()] += prompt_tokens
         key = self._key(key)
-        self._key_requests.labels(key).inc()
-        self._count_key(key, "prompt", prompt_tokens)
+        self._key_requests[key,] += 1
+        self._key_tokens[key, "prompt"] += prompt_tokens
 
     def tokens(self, count: int, since_last: float | None, key: str) -> None:
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
-        self._completion += count
-        self._count_key(self._key(key), "completion", count)
+        self._completion[()] += count
+        self._key_tokens[self._key(key), "completion"] += count
         if since_last is not None:
             self._itl.observe(since_last)
 
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Counts a request as refused when the body raises; the exception sets the outcome and the reason."""
-        try:
-            yield
-        except BaseException as error:
-            self.ended(error)
-            self._refusals.labels(refusal_reason(error)).inc()
-            raise
+    def refusing(self) -> Refusing:
+        """Counts a request as refused when the ``with`` block raises; the exception sets the outcome and the reason."""
+        return self._refusing
+
+    def refused(self, error: BaseException) -> None:
+        """Counts a request that ``error`` has refused."""
+        self.ended(error)
+        self._refusals.labels(refusal_reason(error)).inc()
 
     def attempt_failed(self, error: BaseException) -> None:
         """Counts an attempt that failed on a decode worker, whether or not the request is retried."""
@@ -321,33 +318,31 @@ class RouterMetrics(MetricSet):
 
     def ended(self, error: BaseException | None) -> None:
         """Counts a request that has ended; ``error`` is None after success."""
-        self._requests.labels(outcome_of(error)).inc()
+        self._requests[outcome_of(error),] += 1
 
     def answered(self, finished: inference_pb2.Finished) -> None:
         """Records timing and token counts of a complete answer."""
         timing, usage = finished.timing, finished.usage
         total = timing.total_ns / 1e9
         self._total.observe(total)
-        self._cached.inc(usage.cached_tokens)
-        self._migrations.inc(finished.migrations)
+        self._cached[()] += usage.cached_tokens
+        self._migrations[()] += finished.migrations
         if not timing.HasField("ttft_ns"):
             return
         ttft = left = timing.ttft_ns / 1e9
         self._ttft.observe(ttft)
-        for part in TTFT_PARTS[:-1]:
-            seconds = getattr(timing, f"{part}_ns") / 1e9
+        parts = self._parts
+        for part, name in _TIMED_PARTS:
+            seconds = getattr(timing, name) / 1e9
             left -= seconds
-            self._parts[part].observe(seconds)
-        self._parts["unattributed"].observe(max(0.0, left))
+            parts[part].observe(seconds)
+        parts["unattributed",].observe(max(0.0, left))
         if usage.completion_tokens > 1:
             self._tpot.observe((total - ttft) / (usage.completion_tokens - 1))
 
     def worker_lost(self, stage: str) -> None:
         """Counts a worker that disconnected without a drain."""
         self._lost.labels(stage).inc()
-
-    def _count_key(self, key: str, kind: str, count: int) -> None:
-        self._key_tokens[key, kind] = self._key_tokens.get((key, kind), 0) + count
 
     def _key(self, key: str) -> str:
         if not key:
@@ -356,6 +351,22 @@ class RouterMetrics(MetricSet):
             return "other"
         self._keys.add(key)
         return key
+
+
+class Refusing:
+    """The context manager of ``RouterMetrics.refusing``."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc is not None:
+            self._metrics.refused(exc)
 
 
 class EngineMetrics(MetricSet):

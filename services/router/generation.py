@@ -162,8 +162,9 @@ class Generator:
     async def _check(
         self, request: inference_pb2.GenerateRequest, caller: ApiKey | None, time_left: float | None, answers: int
     ) -> GenerationRequest:
+        size = request.ByteSize()
         self._check_open(request.model)
-        self._check_size(request.ByteSize())
+        self._check_size(size)
         check_priority(request.priority)
         if caller is not None:
             self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
@@ -171,7 +172,7 @@ class Generator:
         self._dispatcher.admit(priority, _name(caller), time_left, client_resumes=client_resumes)
         arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
-        slow = request.sampling.HasField("grammar") or request.chat.tools or request.ByteSize() >= LONG_REQUEST
+        slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
         return await _run(validate_generate, *arguments, in_thread=bool(slow))
 
     @contextmanager
@@ -204,8 +205,8 @@ class Generator:
     def _start(
         self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
     ) -> Generation:
-        start, key = checked.start, _name(caller)
-        prompt_tokens = len(start.prompt_token_ids)
+        start, prompt, key = checked.start, checked.prompt_token_ids, _name(caller)
+        prompt_tokens = len(prompt)
         logs.request_id.set(start.request_id)
         tracing.current().set(request_id=start.request_id, prompt_tokens=prompt_tokens)
         now = asyncio.get_running_loop().time()
@@ -219,12 +220,12 @@ class Generator:
             deadline=self._deadline(now, time_left),
             priority=_priority(checked.priority, caller),
             key=key,
-            block_keys=self._block_keys(start),
+            block_keys=self._block_keys(prompt, start.cache_namespace),
             max_attempts=self._max_attempts,
             observer=self.metrics,
         )
         text = AnswerText(
-            StreamDetokenizer(self.tokenizer, start.prompt_token_ids if checked.continues_text else ()),
+            StreamDetokenizer(self.tokenizer, prompt if checked.continues_text else ()),
             checked.stop,
             replayed=start.emitted_token_ids,
             tool_call_id_seed=f"{start.request_id}/{start.sample_index}" if checked.calls_tools else None,
@@ -294,14 +295,13 @@ class Generator:
         if caller is not None:
             self._key_limiter.release(caller.id)
 
-    def _block_keys(self, start: decode_pb2.StartDecode) -> PromptKeys | None:
+    def _block_keys(self, prompt: Sequence[int], cache_namespace: str) -> PromptKeys | None:
         """Returns the keys of the prompt's blocks in prefix caches; None while no prefill worker has joined."""
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
         identity = worker.info.identity
-        root = root_key(identity.full_digest, identity.kv.dtype, start.cache_namespace)
-        return PromptKeys(root, start.prompt_token_ids)
+        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, cache_namespace), prompt)
 
     def _check_open(self, model: str) -> None:
         if self._draining:
@@ -487,21 +487,13 @@ def _finished(
 ) -> inference_pb2.Finished:
     if finish is None:  # a stop string ended the answer before the worker did
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
-    timing = common_pb2.Timing()
-    timing.CopyFrom(relay.answer.timing)
-    if ttft_ns is not None:
-        timing.ttft_ns = ttft_ns
-    timing.total_ns = _nanoseconds_since(relay.answer.received)
-    usage = common_pb2.Usage()
-    usage.CopyFrom(finish.usage)
-    usage.completion_tokens = text.num_tokens
     reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
     if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
         reason = common_pb2.FINISH_REASON_TOOL_CALLS
-    return inference_pb2.Finished(
+    finished = inference_pb2.Finished(
         reason=reason,
-        usage=usage,
-        timing=timing,
+        usage=finish.usage,
+        timing=relay.answer.timing,
         prefill_worker=relay.answer.prefill_worker,
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
@@ -510,6 +502,11 @@ def _finished(
         trace=finish.trace,
         codec=finish.codec,
     )
+    finished.usage.completion_tokens = text.num_tokens
+    if ttft_ns is not None:
+        finished.timing.ttft_ns = ttft_ns
+    finished.timing.total_ns = _nanoseconds_since(relay.answer.received)
+    return finished
 
 
 def _nanoseconds_since(then: float) -> int:
