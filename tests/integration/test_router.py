@@ -298,7 +298,7 @@ async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it
     checked = await generator.check(request)
     with generator.starting() as start:
         generation = start(checked, asyncio.get_running_loop().time(), None)
-    async with generation:
+    with generation:
         reading = asyncio.ensure_future(generation.next())
         call = await stack.first.calls.get()
         await call.reserve()
