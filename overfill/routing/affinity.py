@@ -44,7 +44,7 @@ class PrefixAffinity(Policy):
 
     def put(self, worker: Worker) -> None:
         # One block size for the whole pool: keys of different block sizes are unrelated.
-        self._block_size = worker.report.load.block_size if worker.report else self._block_size
+        self._block_size = worker.block_size or self._block_size
         self._admissible.add(worker)
         self._load.put(worker)
 

@@ -61,7 +61,8 @@ class Pool:
             self.remove(old)
         worker = self._detached.pop((info.id, info.incarnation), None) or Worker(info)
         # Reports from its previous stream are outdated, so the router waits for a new one.
-        worker.info, worker.report = info, None
+        worker.info = info
+        worker.set_report(None)
         self._workers[info.id] = worker
         self._startups.pop(worker.key, None)  # count a worker that joins again only once
         self._startups[worker.key] = info.startup_seconds
@@ -72,10 +73,9 @@ class Pool:
 
     def report(self, worker: Worker, report: registry_pb2.Report, now: float) -> None:
         """Applies a worker's report and ends its pause."""
-        worker.report = report
+        worker.set_report(report)
         worker.reported_at = now
         worker.paused_until_report = False
-        worker.forget_placed()
         joined = self._joined(worker)
         if report.HasField("prefix"):
             removed = list(worker.prefix_keys) if report.prefix.replaces else report.prefix.removed
@@ -92,7 +92,7 @@ class Pool:
         worker.paused_until_report = True
         if load is not None and worker.report is not None:
             worker.report.load.CopyFrom(load)
-            worker.forget_placed()
+            worker.set_report(worker.report)
         self._refresh(worker)
 
     def pause(self, worker: Worker) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
@@ -69,12 +70,28 @@ class WorkerInfo:
         )
 
 
+class _Reported(NamedTuple):
+    """The latest report in plain numbers. A placement reads them often, and a message's fields are slow to read."""
+
+    credits: int = 0
+    ready: bool = False
+    draining: bool = False
+    total_blocks: int = 0
+    used_blocks: int = 0
+    block_size: int = 0
+    requests: int = 0
+    queued_tokens: int = 0
+
+
+_NOTHING_REPORTED = _Reported()
+
+
 @dataclass(eq=False, slots=True)
 class Worker:
     """One incarnation of a worker.
 
     Attributes:
-        report: latest report, or None before the first.
+        report: latest report, or None before the first; ``set_report`` replaces it.
         reported_at: arrival time of the latest report, seconds.
         in_flight: number of requests that this router has on the worker now.
         paused_until_report: True after the worker refused or failed a request. The router places nothing on it until
@@ -95,6 +112,26 @@ class Worker:
     placed_blocks: int = 0
     last_placed: int = 0
     prefix_keys: set[int] = field(default_factory=set)
+    _reported: _Reported = _NOTHING_REPORTED
+
+    def set_report(self, report: registry_pb2.Report | None) -> None:
+        """Replaces the latest report. The router counts the placements since then anew."""
+        self.report = report
+        self.placed = self.placed_tokens = self.placed_blocks = 0
+        if report is None:
+            self._reported = _NOTHING_REPORTED
+            return
+        load = report.load
+        self._reported = _Reported(
+            report.credits,
+            report.ready,
+            report.draining,
+            load.kv_blocks_total,
+            load.kv_blocks_used,
+            load.block_size,
+            load.running + load.waiting,
+            load.queued_tokens,
+        )
 
     @property
     def id(self) -> str:
@@ -103,7 +140,7 @@ class Worker:
     @property
     def credits_left(self) -> int:
         """Number of requests that this router may still place on the worker; 0 before the first report."""
-        return max(0, self.report.credits - self.in_flight) if self.report else 0
+        return max(0, self._reported.credits - self.in_flight)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -113,33 +150,33 @@ class Worker:
     @property
     def draining(self) -> bool:
         """True once the worker has reported that it drains. It never takes work again."""
-        return self.report is not None and self.report.draining
+        return self._reported.draining
 
     @property
     def starting(self) -> bool:
         """True while the worker is not ready yet: its latest report says so, or none has arrived since it joined."""
-        return not self.draining and (self.report is None or not self.report.ready)
+        return not self._reported.draining and not self._reported.ready
 
     def alive(self, now: float) -> bool:
         """True if the worker is ready, not draining, and has reported lately. It may be full."""
-        return (
-            self.report is not None
-            and self.report.ready
-            and not self.report.draining
-            and now - self.reported_at <= STALE_AFTER
-        )
+        return self._reported.ready and not self._reported.draining and now - self.reported_at <= STALE_AFTER
 
     def admissible(self, now: float) -> bool:
         """True if the router may place another request of some size on the worker."""
         return self.alive(now) and not self.paused_until_report and self.credits_left > 0
 
     @property
+    def block_size(self) -> int:
+        """Tokens per block; 0 before the first report."""
+        return self._reported.block_size
+
+    @property
     def capacity_tokens(self) -> int | None:
         """Longest sequence that the empty worker can hold, in tokens; None before its first report."""
-        load = self.report.load if self.report else None
-        if load is None or not load.kv_blocks_total:
+        reported = self._reported
+        if not reported.total_blocks:
             return None
-        tokens = load.kv_blocks_total * load.block_size
+        tokens = reported.total_blocks * reported.block_size
         return min(tokens, self.info.max_model_len) if self.info.max_model_len else tokens
 
     def could_hold(self, tokens: int) -> bool:
@@ -154,29 +191,22 @@ class Worker:
     @property
     def room_tokens(self) -> float:
         """Number of tokens that fit now; infinite while that is unknown."""
-        load = self.report.load if self.report else None
-        if load is None or not load.kv_blocks_total or not load.block_size:
+        reported = self._reported
+        if not reported.total_blocks or not reported.block_size:
             return math.inf
-        return (load.kv_blocks_total - load.kv_blocks_used - self.placed_blocks) * load.block_size
+        return (reported.total_blocks - reported.used_blocks - self.placed_blocks) * reported.block_size
 
     @property
     def requests(self) -> int:
         """Number of requests on the worker as far as this router knows, those of other routers included."""
-        load = self.report.load if self.report else None
-        reported = load.running + load.waiting if load else 0
-        return max(reported + self.placed, self.in_flight)
+        return max(self._reported.requests + self.placed, self.in_flight)
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens ahead of a new request (prefill)."""
-        reported = self.report.load.queued_tokens if self.report else 0
-        return reported + (self.placed_tokens if self.info.stage == PREFILL else 0)
-
-    def forget_placed(self) -> None:
-        """Resets the counts of placements: the worker's reported load includes them now."""
-        self.placed = self.placed_tokens = self.placed_blocks = 0
+        return self._reported.queued_tokens + (self.placed_tokens if self.info.stage == PREFILL else 0)
 
     def blocks(self, tokens: int) -> int:
         """Returns the number of blocks that hold ``tokens``; 0 while the block size is unknown."""
-        block_size = self.report.load.block_size if self.report else 0
+        block_size = self._reported.block_size
         return -(-tokens // block_size) if block_size else 0
