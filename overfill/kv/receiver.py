@@ -59,25 +59,6 @@ def write_chunks(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, c
 
 
 @dataclass(frozen=True, slots=True)
-class PromptRequest:
-    """A prompt that a prefill worker is asked to compute.
-
-    Attributes:
-        codec: preferred codec; KV travels raw if the prefill worker does not offer it.
-    """
-
-    request_id: str
-    attempt: int
-    prompt_token_ids: Sequence[int]
-    sampling: common_pb2.SamplingParams
-    sample_index: int
-    sample_first_token: bool
-    cache_namespace: str = ""
-    trace: bool = False
-    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW
-
-
-@dataclass(frozen=True, slots=True)
 class FirstTokenArrived:
     """The full model's token.
 
@@ -128,6 +109,8 @@ class PromptPull:
     ``run`` ends, also by an error or a cancellation, only after every task and thread that may touch the blocks.
 
     Args:
+        start: the request. The pull sets the fields that describe the transfer. ``codec`` is a wish: KV travels raw if
+            the prefill worker does not offer it.
         kv: geometry of the full model's KV.
         layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
         held_tokens: leading prompt tokens whose KV is in ``blocks`` already.
@@ -141,7 +124,7 @@ class PromptPull:
     def __init__(
         self,
         peer: PrefillPeer,
-        request: PromptRequest,
+        start: prefill_pb2.StartPrefill,
         kv: KvSpec,
         layer_map: Sequence[int],
         cache: KvCache,
@@ -153,7 +136,7 @@ class PromptPull:
         layers = tuple(sorted(set(layer_map)))
         self._peer = peer
         self._worker = f"prefill worker {peer.target.worker_id}"
-        self._request = request
+        self._sample_first_token = start.sample_first_token
         self._cache = cache
         self._blocks = blocks
         self._executor = executor
@@ -163,12 +146,19 @@ class PromptPull:
         )
         self._spec = TransferSpec(
             secrets.token_bytes(TRANSFER_ID_BYTES),
-            request.attempt,
+            start.attempt,
             kv,
             layers,
-            (held_tokens, len(request.prompt_token_ids)),
-            request.codec if request.codec in peer.codecs else common_pb2.KV_CODEC_RAW,
+            (held_tokens, len(start.prompt_token_ids)),
+            start.codec if start.codec in peer.codecs else common_pb2.KV_CODEC_RAW,
         )
+        self._start = prefill_pb2.PrefillRequest(start=start)
+        start = self._start.start
+        start.transfer_id = self._spec.transfer_id
+        start.layers[:] = layers
+        start.already_held_tokens = held_tokens
+        start.codec = self._spec.codec
+        start.expected_incarnation = peer.target.incarnation
         self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
         self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
@@ -191,7 +181,7 @@ class PromptPull:
             timeout: seconds left of the request's deadline.
             on_first_token: called on the event loop, before the KV is complete.
         """
-        self._outgoing.put_nowait(self._start_message())
+        self._outgoing.put_nowait(self._start)
         control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
             async with asyncio.timeout(None) as self._farewell, asyncio.TaskGroup() as group:
@@ -239,7 +229,7 @@ class PromptPull:
     @property
     def _has_all(self) -> bool:
         """Whether all KV and the first token, if requested, have arrived."""
-        return not self._unwritten and (self.stats.first_token_ns > 0 or not self._request.sample_first_token)
+        return not self._unwritten and (self.stats.first_token_ns > 0 or not self._sample_first_token)
 
     def _limit_farewell(self) -> None:
         if self._has_all:
@@ -248,26 +238,6 @@ class PromptPull:
     def _note_ready(self, token_start: int, token_end: int) -> None:
         tokens = max(0, token_end - max(token_start, self._spec.tokens[0]))
         self._ready_bytes += tokens * len(self._spec.layers) * self._spec.kv.token_layer_bytes
-
-    def _start_message(self) -> prefill_pb2.PrefillRequest:
-        request = self._request
-        return prefill_pb2.PrefillRequest(
-            start=prefill_pb2.StartPrefill(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                transfer_id=self._spec.transfer_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling=request.sampling,
-                sample_first_token=request.sample_first_token,
-                layers=self._spec.layers,
-                already_held_tokens=self._spec.tokens[0],
-                codec=self._spec.codec,
-                expected_incarnation=self._peer.target.incarnation,
-                cache_namespace=request.cache_namespace,
-                trace=request.trace,
-                sample_index=request.sample_index,
-            )
-        )
 
     async def _send(self, control: Any) -> None:
         # Not as an iterator of requests: gRPC would wait for the next request in a task that outlives the call.

@@ -13,7 +13,7 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Shutti
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES
@@ -23,7 +23,7 @@ from overfill.rpc.sequences import ServedSequence, serve_sequences
 from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
-from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
 from services.decode.sequence_session import SequenceSession
 from services.hosting import PromptHasher, worker_load
 
@@ -182,7 +182,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     def _new_pull(self, peer: PrefillPeer, session: SequenceSession) -> PromptPull:
         start = session.start
-        request = PromptRequest(
+        request = prefill_pb2.StartPrefill(
             request_id=start.request_id,
             attempt=start.attempt,
             prompt_token_ids=session.sequence.prompt,

@@ -39,13 +39,13 @@ from overfill.cli.stack import child_environment
 from overfill.errors import InternalError, TransferFailed
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull, PromptRequest, PullStats
+from overfill.kv.receiver import PromptPull, PullStats
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
-from overfill.v1 import decode_pb2, registry_pb2
+from overfill.v1 import decode_pb2, prefill_pb2, registry_pb2
 
 BLOCK = 16
 LANES = 8
@@ -97,7 +97,12 @@ class Handoffs:
         prompt = [rng.randrange(2, 500) for _ in range(rng.randrange(20, 120))]
         blocks = list(range(-(-len(prompt) // BLOCK)))
         cache = KvCache(self._spec, len(blocks), BLOCK, torch.device("cpu"))
-        request = PromptRequest(f"r{seed}", 0, prompt, SamplingParams(temperature=0).to_proto(), 0, True)
+        request = prefill_pb2.StartPrefill(
+            request_id=f"r{seed}",
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(temperature=0).to_proto(),
+            sample_first_token=True,
+        )
         layer_map = self._pair.layer_map
         pull = PromptPull(peer, request, self._spec, layer_map, cache, blocks, self._executor, limits=limits)
         await pull.run(20.0, lambda token: None)

@@ -20,7 +20,7 @@ from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PeerPool
 from overfill.kv.ranges import KvRange
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import join_chunks
 from overfill.request.params import SamplingParams
@@ -129,7 +129,14 @@ async def pull(worker):
             cache = KvCache(KV, 4, 4, torch.device("cpu"), held)
             tokens = []
             sampling = SamplingParams(temperature=0).to_proto()
-            request = PromptRequest("r", 3, PROMPT, sampling, 0, True, codec=codec)
+            request = prefill_pb2.StartPrefill(
+                request_id="r",
+                attempt=3,
+                prompt_token_ids=PROMPT,
+                sampling=sampling,
+                sample_first_token=True,
+                codec=codec,
+            )
             target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
             async with pool.use(target) as peer:
                 handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)

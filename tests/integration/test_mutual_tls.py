@@ -23,7 +23,7 @@ from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
 from overfill.model.manifest import Pair
 from overfill.rpc import certificates
@@ -31,7 +31,7 @@ from overfill.rpc.access import Role
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.tls import Credentials
-from overfill.v1 import decode_pb2, registry_pb2, registry_pb2_grpc
+from overfill.v1 import decode_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -112,7 +112,9 @@ async def pull(tiny_pair, worker, prompt, credentials):
     try:
         cache = KvCache(spec, 8, 16, torch.device("cpu"))
         await peer.handshake(KvIdentity(WIRE_VERSION, pair.full_digest, pair.tokenizer_digest, spec))
-        request = PromptRequest("r", 0, prompt, GREEDY.to_proto(), 0, True)
+        request = prefill_pb2.StartPrefill(
+            request_id="r", prompt_token_ids=prompt, sampling=GREEDY.to_proto(), sample_first_token=True
+        )
         with ThreadPoolExecutor(1) as executor:
             handoff = PromptPull(peer, request, spec, pair.layer_map, cache, list(range(8)), executor)
             await handoff.run(20.0, lambda _: None)

@@ -22,12 +22,12 @@ from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
-from overfill.v1 import decode_pb2
+from overfill.v1 import decode_pb2, prefill_pb2
 
 BLOCK = 16
 TURNS = 8
@@ -149,8 +149,12 @@ async def worker(tiny_pair):
 
         async def pull(prompt, namespace="", held=0):
             cache = KvCache(spec, 8, BLOCK, torch.device("cpu"))
-            request = PromptRequest(
-                "r", 0, prompt, SamplingParams(temperature=0).to_proto(), 0, True, cache_namespace=namespace
+            request = prefill_pb2.StartPrefill(
+                request_id="r",
+                prompt_token_ids=prompt,
+                sampling=SamplingParams(temperature=0).to_proto(),
+                sample_first_token=True,
+                cache_namespace=namespace,
             )
             handoff = PromptPull(peer, request, spec, layer_map, cache, list(range(8)), executor, held)
             await handoff.run(20.0, lambda token: None)

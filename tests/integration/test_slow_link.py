@@ -11,14 +11,14 @@ import torch
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import decode_pb2
+from overfill.v1 import decode_pb2, prefill_pb2
 
 RATE = 100e6 / 8
 BLOCK = 16
@@ -55,7 +55,12 @@ class Pull:
         await self._peer.handshake(self._identity)
         blocks = list(range(-(-len(self._prompt) // BLOCK)))
         cache = KvCache(self._spec, len(blocks), BLOCK, torch.device("cpu"))
-        request = PromptRequest("r", 0, self._prompt, SamplingParams(temperature=0).to_proto(), 0, True)
+        request = prefill_pb2.StartPrefill(
+            request_id="r",
+            prompt_token_ids=self._prompt,
+            sampling=SamplingParams(temperature=0).to_proto(),
+            sample_first_token=True,
+        )
         layers = range(self._spec.num_layers)
         pull = PromptPull(self._peer, request, self._spec, layers, cache, blocks, self._executor)
         try:

@@ -220,7 +220,7 @@ def watch_decode(probe: Probe) -> None:
         return bool(await handle(self, item))
 
     def write_held(self: PromptPull, *arguments: Any) -> None:
-        probe.hold_thread("handoff", self._request.request_id)
+        probe.hold_thread("handoff", self._start.start.request_id)
         write_message(self, *arguments)
 
     def damage_and_check(spec: Any, chunk: Any) -> Any:

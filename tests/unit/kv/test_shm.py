@@ -16,7 +16,7 @@ from overfill.kv.chunks import TransferSpec
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.ranges import KvRange
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import SLOTS, ShmClient, ShmLink, ShmServer
 from overfill.kv.spec import KvSpec, RopeSpec
@@ -108,7 +108,9 @@ async def connect(worker):
 
 async def pull(peer):
     cache = KvCache(KV, 4, 16, torch.device("cpu"))
-    request = PromptRequest("r", 0, [0] * TOKENS, SamplingParams(temperature=0).to_proto(), 0, False)
+    request = prefill_pb2.StartPrefill(
+        request_id="r", prompt_token_ids=[0] * TOKENS, sampling=SamplingParams(temperature=0).to_proto()
+    )
     with ThreadPoolExecutor(2) as executor:
         handoff = PromptPull(peer, request, KV, range(3), cache, [1, 3, 0], executor)
         await handoff.run(10.0, lambda token: None)

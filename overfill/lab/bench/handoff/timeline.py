@@ -14,13 +14,13 @@ import torch
 
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import FirstTokenArrived, PromptPull, PromptRequest
+from overfill.kv.receiver import FirstTokenArrived, PromptPull
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.lab.bench.workers import Log, prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
-from overfill.v1 import decode_pb2, kv_pb2, registry_pb2
+from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2, registry_pb2
 
 _BLOCK_SIZE = 16
 
@@ -121,7 +121,7 @@ async def _pull(
     cache = KvCache(spec, len(blocks), _BLOCK_SIZE, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, hello.vocab_size, (tokens,), generator=generator).tolist()
-    request = PromptRequest(
+    request = prefill_pb2.StartPrefill(
         request_id="timeline",
         attempt=0,
         prompt_token_ids=prompt,

@@ -21,7 +21,7 @@ from overfill.errors import InternalError
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull, PromptRequest
+from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.bench.kv.raw_stream import pull_raw
 from overfill.lab.bench.kv.sender import BLOCK_SIZE
@@ -29,7 +29,7 @@ from overfill.lab.bench.measurement import Measurement
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, WIRE_VERSION
-from overfill.v1 import decode_pb2
+from overfill.v1 import decode_pb2, prefill_pb2
 
 BOUNDS = {"kv_grpc": 0.85, "kv_shm": 2.0}
 """Lower limits for the rates of KV, as multiples of the raw stream's rate in the same round."""
@@ -105,7 +105,9 @@ class _Receiver:
 
     async def pull(self, shared: bool) -> int:
         """Receives one handoff. Returns the number of KV bytes received."""
-        request = PromptRequest("bench", 0, self._prompt, SamplingParams(temperature=0).to_proto(), 0, False)
+        request = prefill_pb2.StartPrefill(
+            request_id="bench", prompt_token_ids=self._prompt, sampling=SamplingParams(temperature=0).to_proto()
+        )
         layers = range(self._spec.num_layers)
         pull = PromptPull(
             self._connections[shared], request, self._spec, layers, self._cache, self._blocks, self._executor
