@@ -69,17 +69,90 @@ async def serve_sequences(
     messages: AsyncIterator[decode_pb2.RouterMessage], context: Context, run: RunSequence
 ) -> None:
     """Serves one stream until the router ends it, and then cancels its sequences."""
-    outgoing = OutgoingUpdates()
-    sequences: dict[int, tuple[ServedSequence, asyncio.Task[None]]] = {}
+    stream = _RouterStream(run)
+    writing = asyncio.create_task(stream.outgoing.write_to(context))
+    reading = asyncio.current_task()
+    assert reading is not None
+    defects: list[BaseException] = []
 
-    async def run_one(sequence: ServedSequence) -> None:
+    def end_with_writer(writing: asyncio.Task[None]) -> None:
+        error = None if writing.cancelled() else writing.exception()
+        # gRPC itself ends the handler of a router that has gone, after the write has failed.
+        if error is not None and not type(error).__module__.startswith("grpc"):
+            defects.append(error)
+            reading.cancel()
+
+    writing.add_done_callback(end_with_writer)
+    try:
+        async for message in messages:
+            stream.handle(message)
+    except asyncio.CancelledError:
+        if not defects:
+            raise
+        reading.uncancel()
+        # A stream that is read and never written would hang its sequences.
+        raise InternalError("the decode worker cannot write its updates") from defects[0]
+    finally:
+        running = stream.cancel_all()
+        stream.outgoing.close()
+        # gRPC sends no status while a write is in flight, and the engine must know that the sequences have ended.
+        await asyncio.wait([writing, *running])
+
+
+class _RouterStream:
+    """The sequences of one stream, by number, each in a task of its own.
+
+    Attributes:
+        outgoing: the updates for the router.
+    """
+
+    def __init__(self, run: RunSequence) -> None:
+        self.outgoing = OutgoingUpdates()
+        self._run = run
+        self._sequences: dict[int, tuple[ServedSequence, asyncio.Task[None]]] = {}
+
+    def handle(self, message: decode_pb2.RouterMessage) -> None:
+        """Handles one command. A command that is not allowed fails its own sequence only."""
+        kind = message.WhichOneof("message")
+        sequence, task = self._sequences.get(message.sequence, (None, None))
+        if sequence is None or task is None:
+            if kind == "start":
+                self._begin(message.sequence, message.start)
+            # Other commands are about a sequence that has ended meanwhile.
+        elif kind == "assign_prefill":
+            sequence.commands.put_nowait(message.assign_prefill)
+        elif kind == "evict":
+            sequence.commands.put_nowait(message.evict)
+        elif kind == "cancel":
+            task.cancel()
+        else:
+            problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
+            sequence.commands.put_nowait(InvalidRequest(kind or "message", problem))
+
+    def cancel_all(self) -> list[asyncio.Task[None]]:
+        """Cancels every sequence and returns their tasks."""
+        running = [task for _, task in self._sequences.values()]
+        for task in running:
+            task.cancel()
+        return running
+
+    def _begin(self, number: int, start: decode_pb2.StartDecode) -> None:
+        now = asyncio.get_running_loop().time()
+        deadline = now + start.time_left_ns / 1e9 if start.HasField("time_left_ns") else None
+        sequence = ServedSequence(start, deadline, self.outgoing, number)
+        task = asyncio.create_task(self._run_one(sequence), name=f"sequence {start.request_id}")
+        # A callback, because a task that is cancelled before its first step never runs.
+        task.add_done_callback(lambda _: self._sequences.pop(number, None))
+        self._sequences[number] = sequence, task
+
+    async def _run_one(self, sequence: ServedSequence) -> None:
         start = sequence.start
         logs.request_id.set(start.request_id)
         span = tracing.serve("decode.attempt", [(tracing.TRACEPARENT, start.traceparent)])
         try:
             try:
                 async with asyncio.timeout_at(sequence.deadline) as deadline:
-                    await run(sequence)
+                    await self._run(sequence)
                 if not sequence.answered:
                     raise InternalError("the decode worker ended the sequence without an answer")
             except TimeoutError as error:
@@ -95,63 +168,10 @@ async def serve_sequences(
             if task is not None and not task.cancelling():  # something that the sequence awaited was cancelled
                 sequence.fail(InternalError("the decode worker cancelled the sequence"), span.trace_id)
                 return
-            outgoing.drop(sequence.number)
+            self.outgoing.drop(sequence.number)
             raise
         else:
             span.end()
-
-    def begin(number: int, start: decode_pb2.StartDecode) -> None:
-        now = asyncio.get_running_loop().time()
-        deadline = now + start.time_left_ns / 1e9 if start.HasField("time_left_ns") else None
-        sequence = ServedSequence(start, deadline, outgoing, number)
-        task = asyncio.create_task(run_one(sequence), name=f"sequence {start.request_id}")
-        # A callback, because a task that is cancelled before its first step never runs.
-        task.add_done_callback(lambda _: sequences.pop(number, None))
-        sequences[number] = sequence, task
-
-    handler = asyncio.current_task()
-    assert handler is not None
-    defects: list[BaseException] = []
-
-    def end_with_writer(writing: asyncio.Task[None]) -> None:
-        error = None if writing.cancelled() else writing.exception()
-        # gRPC itself ends the handler of a router that has gone, after the write has failed.
-        if error is not None and not type(error).__module__.startswith("grpc"):
-            defects.append(error)
-            handler.cancel()
-
-    writing = asyncio.create_task(outgoing.write_to(context))
-    writing.add_done_callback(end_with_writer)
-    try:
-        async for message in messages:
-            kind = message.WhichOneof("message")
-            found = sequences.get(message.sequence)
-            if kind == "start" and found is None:
-                begin(message.sequence, message.start)
-            elif found is None:
-                continue  # the sequence has ended meanwhile
-            elif kind == "assign_prefill":
-                found[0].commands.put_nowait(message.assign_prefill)
-            elif kind == "evict":
-                found[0].commands.put_nowait(message.evict)
-            elif kind == "cancel":
-                found[1].cancel()
-            else:
-                problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
-                found[0].commands.put_nowait(InvalidRequest(kind or "message", problem))
-    except asyncio.CancelledError:
-        if not defects:
-            raise
-        handler.uncancel()
-        # A stream that is read and never written would hang its sequences.
-        raise InternalError("the decode worker cannot write its updates") from defects[0]
-    finally:
-        running = [task for _, task in sequences.values()]
-        for task in running:
-            task.cancel()
-        outgoing.close()
-        # gRPC sends no status while a write is in flight, and the engine must know that the sequences have ended.
-        await asyncio.wait([writing, *running])
 
 
 class OutgoingUpdates:
