@@ -37,7 +37,8 @@ from overfill.version import __version__
 from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
-from services.router.http.generate import ClientGone, EventStream, RunningChoices, while_connected
+from services.router.http.connection import ClientGone, Connection
+from services.router.http.generate import EventStream, RunningChoices
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _PORT = re.compile(r":\d+$")
@@ -145,8 +146,10 @@ class HttpApi:
         await answers.start(received)
         if asked.stream:
             return EventStream(answers, id)
+        connection: Connection = request.scope["overfill.connection"]
         try:
-            whole = await while_connected(request.receive, answers.whole())
+            with connection:
+                whole = await answers.whole()
         finally:
             await answers.close()
         return _json(whole, headers={"x-request-id": id})

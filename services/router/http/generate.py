@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,8 +21,7 @@ from overfill.telemetry import tracing
 from overfill.telemetry.tracing import Span
 from overfill.v1 import inference_pb2
 from services.router.generation import Generation, Generator, choices
-
-T = TypeVar("T")
+from services.router.http.connection import ClientGone, Connection
 
 Write = Callable[[bytes, bool], Awaitable[None]]
 """Writes events to the client; the second argument tells whether more follow."""
@@ -196,10 +195,10 @@ class EventStream:
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write_at_once = scope["overfill.write"]
+        connection: Connection = scope["overfill.connection"]
 
         async def write(events: bytes, more: bool) -> None:
-            if more and write_at_once(events):
+            if more and connection.write_at_once(events):
                 return
             if not self._started:
                 self._started = True
@@ -207,7 +206,8 @@ class EventStream:
             await send({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
-            await while_connected(receive, self._stream(write))
+            with connection:
+                await self._stream(write)
         except ClientGone:
             if not self._started:
                 raise
@@ -221,27 +221,3 @@ class EventStream:
             if not self._started:
                 raise
             await write(answers.event(from_error(as_overfill_error(error)).body), False)
-
-
-class ClientGone(Exception):
-    """The client has closed the connection."""
-
-
-async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """Returns the result of ``work``. If the client disconnects first, cancels ``work`` and raises ClientGone."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        watching.cancel()
-        working.cancel()
-        await asyncio.wait((working, watching))
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
