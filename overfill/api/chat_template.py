@@ -68,6 +68,9 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
+            self._template.globals = dict(
+                self._template.globals
+            )  # Jinja's own mapping is slow, and every render copies it
             self._known = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise InvalidPair(f"the chat template does not compile: {error}") from error
