@@ -247,15 +247,14 @@ class AccessMiddleware:
             self._metrics.http(route.path if isinstance(route, Route) else "unknown", status or _CLIENT_GONE)
 
     def _admit(self, scope: Scope) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "").lower()
-        if b"origin" in headers and not self._allows(headers[b"origin"].lower(), host):
-            raise foreign(
-                "origin", headers[b"origin"], "pages of other sites may not send requests; allow with --allowed-origins"
-            )
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if b"origin" in headers and not self._allows(origin.lower(), host):
+            raise foreign("origin", origin, "pages of other sites may not send requests; allow with --allowed-origins")
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
-        shown = bearer(headers.get(b"authorization", ""), page=scope["path"] == "/ui")
+        shown = bearer(headers.get(b"authorization", b"").decode("latin-1"), page=scope["path"] == "/ui")
         roles = scope.get("overfill.roles")
         rule = route_rule(ROUTES, scope["path"])
         if rule is None:

@@ -1,4 +1,4 @@
-"""What an answer needs of its client's connection beyond ASGI: the end of the connection, and cheap writes."""
+"""What an answer needs of its client's connection beyond ASGI: its end, and cheap reads and writes."""
 
 from __future__ import annotations
 
@@ -56,6 +56,14 @@ class Connection:
         self._lost = True
         self._cycle.disconnected = True  # uvicorn tells only the last of several pipelined requests
         self._task.cancel()
+
+    def take_body(self) -> bytes | None:
+        """Returns the request's body if all of it has arrived; else None, and only ASGI's ``receive`` returns it."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = cycle.body, bytearray()
+        return bytes(body)
 
     def write_at_once(self, part: bytes) -> bool:
         """Writes a part of a body that has begun, past the layers of ASGI, which cost as much as the rest of the write.
