@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace, TracebackType
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -64,6 +66,18 @@ class Connection:
             return None
         body, cycle.body = cycle.body, bytearray()
         return bytes(body)
+
+    @contextmanager
+    def one_write(self) -> Iterator[None]:
+        """Joins what ASGI's ``send`` writes within the block, such as a head and an event, into one write."""
+        cycle, transport = self._cycle, self._cycle.transport
+        parts: list[bytes] = []
+        cycle.transport = SimpleNamespace(write=parts.append)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            cycle.transport = transport
+            transport.write(b"".join(parts))
 
     def write_at_once(self, part: bytes) -> bool:
         """Writes a part of a body that has begun, past the layers of ASGI, which cost as much as the rest of the write.

@@ -202,7 +202,12 @@ class EventStream:
                 return
             if not self._started:
                 self._started = True
-                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                with connection.one_write():
+                    await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                if more:
+                    return
+                events = b""
             await send({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
