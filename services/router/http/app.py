@@ -245,6 +245,7 @@ class AccessMiddleware:
         finally:
             route = scope.get("route")
             self._metrics.http(route.path if isinstance(route, Route) else "unknown", status or _CLIENT_GONE)
+            del scope["overfill.connection"]  # refers to the scope, which would wait for the garbage collector
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
