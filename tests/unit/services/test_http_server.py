@@ -130,7 +130,7 @@ async def test_a_disconnect_ends_the_wait_for_an_answer(body: bytes, app: App, a
     writer.write(PUT % len(body) + body)
     await app.begun.wait()
     writer.close()
-    assert isinstance(await app.ended, ClientGone)
+    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
 
 
 async def test_a_disconnect_ends_the_wait_although_another_request_follows(app: App, address: tuple[str, int]) -> None:
@@ -139,7 +139,7 @@ async def test_a_disconnect_ends_the_wait_although_another_request_follows(app: 
     await app.begun.wait()
     writer.transport.abort()
     app.begun.clear()
-    assert isinstance(await app.ended, ClientGone)
+    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
     assert not app.begun.is_set(), "the server started the next answer"
 
 
@@ -150,5 +150,5 @@ async def test_a_shutdown_cancels_the_wait_for_an_answer(app: App) -> None:
     writer.write(PUT % 0)
     await app.begun.wait()
     await server.stop()
-    assert isinstance(await app.ended, asyncio.CancelledError)
+    assert isinstance(await asyncio.wait_for(app.ended, 10), asyncio.CancelledError)
     writer.close()
