@@ -68,6 +68,8 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
+            # Every render copies the globals, which is slow for Jinja's own mapping of mappings.
+            self._template.globals = dict(self._template.globals)
             self._known = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise InvalidPair(f"the chat template does not compile: {error}") from error

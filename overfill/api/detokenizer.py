@@ -30,7 +30,7 @@ class StreamDetokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._context = [i for i in prompt_ids[-_MAX_CONTEXT:] if tokenizer.has_text(i)]
-        self._context_text = tokenizer.decode(self._context)
+        self._context_text = tokenizer.decode(self._context) if self._context else ""
         self._held: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:

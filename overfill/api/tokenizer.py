@@ -201,7 +201,9 @@ class Tokenizer:
             return piece
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike ``encode``, the call for batches can leave out the tokens' places in the text, a fifth of the time.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
 
 def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:

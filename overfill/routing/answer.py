@@ -74,6 +74,11 @@ class AnswerState:
         return self._unread is not None
 
     @property
+    def complete(self) -> bool:
+        """True if the answer has ended well and all its tokens have been returned."""
+        return self._unread is None and isinstance(self._end, Finish)
+
+    @property
     def progress(self) -> str:
         """The number of tokens produced, as a phrase for messages."""
         count = len(self.emitted)

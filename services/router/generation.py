@@ -352,6 +352,11 @@ class Generation:
         assert self._finished is not None
         return self._finished
 
+    @property
+    def complete(self) -> bool:
+        """True if the answer has ended well and all its tokens have been returned: ``next`` returns None at once."""
+        return self._text.stop is not None or self._relay.answer.complete
+
     async def next(self) -> TextDelta | None:
         """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
 

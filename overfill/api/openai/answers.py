@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Any, Literal
+
+from pydantic_core import to_json
 
 from overfill.api.answer_text import TextDelta
 from overfill.api.tokenizer import Tokenizer
@@ -18,17 +19,21 @@ from overfill.v1 import inference_pb2
 _RULED_OUT = -9999.0
 """Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
 
-_PARTS = (
-    "ttft",
-    "router_queue",
-    "decode_reservation",
-    "prefill_queue",
-    "prefill_compute",
-    "return_path",
-    "handoff_exposed",
-    "decode",
-    "total",
+_PARTS = tuple(
+    (f"{name}_ms", f"{name}_ns")
+    for name in (
+        "ttft",
+        "router_queue",
+        "decode_reservation",
+        "prefill_queue",
+        "prefill_compute",
+        "return_path",
+        "handoff_exposed",
+        "decode",
+        "total",
+    )
 )
+"""Durations of an answer: the name in the response, and the field of ``Timing``."""
 
 Kind = Literal["chat", "completion"]
 
@@ -223,12 +228,9 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     }
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
 def encode(message: dict[str, Any]) -> bytes:
     """``message`` as JSON without white space."""
-    return _ENCODER.encode(message).encode()
+    return to_json(message)
 
 
 def encode_text(text: str) -> bytes:
@@ -266,10 +268,7 @@ def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _end(index: int, seed: int, finished: inference_pb2.Finished) -> dict[str, Any]:
     timing = finished.timing
-    parts = {
-        f"{name}_ms": round(getattr(timing, f"{name}_ns") / 1e6, 3) if timing.HasField(f"{name}_ns") else None
-        for name in _PARTS
-    }
+    parts = {name: round(getattr(timing, field) / 1e6, 3) if timing.HasField(field) else None for name, field in _PARTS}
     return {
         "index": index,
         "prefill_worker": finished.prefill_worker,

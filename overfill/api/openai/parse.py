@@ -27,23 +27,22 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _explain(error, body) from None
     except RecursionError:
         raise ApiError(400, f"{_BAD_JSON}: it is nested too deeply", code="invalid_json") from None
-    for holder, place in _holders(request):
-        _check_refused(holder, place)
+    _check_refused(request, "")
+    messages: Sequence[Message] = getattr(request, "messages", None) or ()
+    for index, message in enumerate(messages):
+        _check_refused(message, f"messages[{index}].")
+    for name in ("response_format", "structured_outputs"):
+        shape: BaseModel | None = getattr(request, name, None)
+        if shape is not None:
+            _check_refused(shape, f"{name}.")
     return request
 
 
-def _holders(request: BaseModel) -> list[tuple[BaseModel, str]]:
-    messages: Sequence[Message] = getattr(request, "messages", None) or ()
-    shapes = ((name, getattr(request, name, None)) for name in ("response_format", "structured_outputs"))
-    return [
-        (request, ""),
-        *((message, f"messages[{i}].") for i, message in enumerate(messages)),
-        *((shape, f"{name}.") for name, shape in shapes if shape is not None),
-    ]
-
-
 def _check_refused(holder: BaseModel, place: str) -> None:
-    for name, refused in refusals(type(holder)).items():
+    marks = refusals(type(holder))
+    if marks.keys().isdisjoint(holder.model_fields_set):
+        return
+    for name, refused in marks.items():
         value = getattr(holder, name)
         as_n = name == "best_of" and isinstance(holder, CompletionRequest) and value == holder.n
         if value is not None and value not in refused.neutral and not as_n:

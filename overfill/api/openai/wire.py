@@ -173,8 +173,9 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
-        logit_bias={_token_id(token): bias for token, bias in (request.logit_bias or {}).items()},
     )
+    if request.logit_bias:
+        params.logit_bias.update({_token_id(token): bias for token, bias in request.logit_bias.items()})
     if max_tokens is not None:
         params.max_tokens = _uint32("max_tokens", max_tokens)
     _set_ids(params.stop_token_ids, request.stop_token_ids or (), "stop_token_ids")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overfill.api.keys import ApiKey
@@ -25,7 +23,7 @@ from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_ur
 from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
-from overfill.errors import ModelNotFound, OverfillError
+from overfill.errors import ModelNotFound
 from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
@@ -37,7 +35,8 @@ from overfill.version import __version__
 from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
-from services.router.http.generate import ClientGone, EventStream, RunningChoices, while_connected
+from services.router.http.connection import ClientGone, Connection
+from services.router.http.generate import EventStream, RunningChoices
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _PORT = re.compile(r":\d+$")
@@ -78,11 +77,14 @@ class HttpApi:
         pair = generator.pair
         self._pair = {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
         self._fingerprint = f"fp_{pair.decoder_digest[:12]}"
-        routes = [
-            Route("/v1/models", self._models, methods=["GET"]),
-            Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+        generating = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
+        ]
+        routes = [
+            *generating,
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self._model, methods=["GET"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/health", self._health, methods=["GET"]),
@@ -92,18 +94,9 @@ class HttpApi:
             Route("/ui", page.show, methods=["GET"]),
             Route("/", page.redirect_to_page, methods=["GET"]),
         ]
-        handlers: dict[Any, Any] = {
-            ApiError: _on_api_error,
-            HTTPException: _on_http_error,
-            OverfillError: _on_error,
-            ClientGone: _on_gone,
-            ClientDisconnect: _on_gone,
-            Exception: _on_error,
-        }
-        inner = Starlette(routes=routes, exception_handlers=handlers)
-        inner.router.redirect_slashes = False
         self.routes = tuple(route.path for route in routes)
-        self.asgi: ASGIApp = AccessMiddleware(inner, access, generator, local, frozenset(allowed_origins))
+        routed = GeneratingRoutes(generating, Router(routes, redirect_slashes=False))
+        self.asgi: ASGIApp = AccessMiddleware(routed, access, generator, local, frozenset(allowed_origins))
         if allowed_origins:
             # CORS wraps access control, so that a page can read refusals and a preflight needs no key. Without
             # allow_credentials, browsers send client certificates and the like for our own page only.
@@ -145,10 +138,12 @@ class HttpApi:
         await answers.start(received)
         if asked.stream:
             return EventStream(answers, id)
+        connection: Connection = request.scope["overfill.connection"]
         try:
-            whole = await while_connected(request.receive, answers.whole())
+            with connection:
+                whole = await answers.whole()
         finally:
-            await answers.close()
+            answers.close()
         return _json(whole, headers={"x-request-id": id})
 
     async def _tokenize(self, request: Request) -> Response:
@@ -193,8 +188,28 @@ class HttpApi:
         }
 
 
+class GeneratingRoutes:
+    """Calls the endpoints of ``routes`` directly; ``others`` serves all other requests.
+
+    Starlette's search for a route and its layers of error handling cost as much as parsing and checking a request.
+    """
+
+    def __init__(self, routes: Sequence[Route], others: ASGIApp) -> None:
+        self._routes = {(method, route.path): route for route in routes for method in route.methods or ()}
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get((scope["method"], scope["path"]))
+        if route is None:
+            await self._others(scope, receive, send)
+            return
+        scope["route"] = route
+        response = await route.endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
 class AccessMiddleware:
-    """Checks the caller of every request before its route, and counts the request. Refuses unknown paths.
+    """Checks the caller of every request before its route, answers errors, and counts the request.
 
     A browser sends any request that a page asks for. So the middleware refuses requests from pages of other sites,
     unless their origin is in ``origins``. On loopback without keys, it also refuses requests whose Host is not a
@@ -211,7 +226,7 @@ class AccessMiddleware:
         self._metrics = generator.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = _CLIENT_GONE
+        status: int | None = None
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -219,30 +234,28 @@ class AccessMiddleware:
                 status = message["status"]
             await send(message)
 
+        scope["app"] = self  # makes Starlette's router raise HTTPException where it would answer in plain text
         try:
-            await self._admit(scope)
-        except ApiError as error:
-            await _error(error, scope["path"])(scope, receive, noting)
-        except OverfillError as error:
-            await _error(from_error(error), scope["path"])(scope, receive, noting)
-        else:
-            # Starlette raises internal errors again after it has answered and logged them.
-            with contextlib.suppress(Exception):
-                await self._app(scope, receive, noting)
+            self._admit(scope)
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            response = _refusal(error, scope)
+            if status is None:
+                await response(scope, receive, noting)
         finally:
             route = scope.get("route")
-            self._metrics.http(route.path if isinstance(route, Route) else "unknown", status)
+            self._metrics.http(route.path if isinstance(route, Route) else "unknown", status or _CLIENT_GONE)
+            del scope["overfill.connection"]  # refers to the scope, which would wait for the garbage collector
 
-    async def _admit(self, scope: Scope) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "").lower()
-        if b"origin" in headers and not self._allows(headers[b"origin"].lower(), host):
-            raise foreign(
-                "origin", headers[b"origin"], "pages of other sites may not send requests; allow with --allowed-origins"
-            )
+    def _admit(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if b"origin" in headers and not self._allows(origin.lower(), host):
+            raise foreign("origin", origin, "pages of other sites may not send requests; allow with --allowed-origins")
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
-        shown = bearer(headers.get(b"authorization", ""), page=scope["path"] == "/ui")
+        shown = bearer(headers.get(b"authorization", b"").decode("latin-1"), page=scope["path"] == "/ui")
         roles = scope.get("overfill.roles")
         rule = route_rule(ROUTES, scope["path"])
         if rule is None:
@@ -269,7 +282,22 @@ def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | 
     return Response(encode(content), status, headers, media_type="application/json")
 
 
-def _error(error: ApiError, path: str = "") -> Response:
+def _refusal(error: Exception, scope: Scope) -> Response:
+    """Returns the response for an error of a request, and logs the error if it is unexpected."""
+    match error:
+        case ClientGone() | ClientDisconnect():
+            return Response(status_code=_CLIENT_GONE)
+        case ApiError():
+            return _error(error, scope["path"])
+        case HTTPException(status_code=405):
+            return _error(wrong_method(scope["method"], scope["path"]), scope["path"])
+        case HTTPException():
+            return _error(unknown_url(scope["method"], scope["path"]), scope["path"])
+        case _:
+            return _error(from_error(as_overfill_error(error)), scope["path"])
+
+
+def _error(error: ApiError, path: str) -> Response:
     headers = dict(error.headers)
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
@@ -281,21 +309,3 @@ def _error(error: ApiError, path: str = "") -> Response:
             'Basic realm="overfill: the password is an API key"' if path == "/ui" else "Bearer"
         )
     return _json(error.body, error.status, headers)
-
-
-async def _on_api_error(request: Request, error: ApiError) -> Response:
-    return _error(error)
-
-
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 405:
-        return _error(wrong_method(request.method, request.url.path))
-    return _error(unknown_url(request.method, request.url.path))
-
-
-async def _on_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=_CLIENT_GONE)
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    return _error(from_error(as_overfill_error(error)))

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from overfill.api.openai.errors import not_json, too_large, too_slow
 from overfill.api.openai.parse import parse
+from services.router.http.connection import Connection
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -34,12 +35,17 @@ async def read(request: Request, kind: type[R], limit: int) -> R:
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise not_json(content_type)
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            body = await _bytes(request, limit)
-            return parse(kind, body) if len(body) < _LONG else await asyncio.to_thread(parse, kind, body)
-    except TimeoutError:
-        raise too_slow() from None
+    connection: Connection = request.scope["overfill.connection"]
+    body = connection.take_body()
+    if body is None:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT):
+                body = await _bytes(request, limit)
+        except TimeoutError:
+            raise too_slow() from None
+    if len(body) > limit:
+        raise too_large(limit)
+    return parse(kind, body) if len(body) < _LONG else await asyncio.to_thread(parse, kind, body)
 
 
 async def _bytes(request: Request, limit: int) -> bytes:

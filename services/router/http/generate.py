@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,8 +21,7 @@ from overfill.telemetry import tracing
 from overfill.telemetry.tracing import Span
 from overfill.v1 import inference_pb2
 from services.router.generation import Generation, Generator, choices
-
-T = TypeVar("T")
+from services.router.http.connection import ClientGone, Connection
 
 Write = Callable[[bytes, bool], Awaitable[None]]
 """Writes events to the client; the second argument tells whether more follow."""
@@ -63,7 +62,7 @@ class RunningChoices:
                         self.choices.append(self._choice(prompt, generation))
         except BaseException as error:
             self._failure = error
-            await self.close()
+            self.close()
             self._raise_named(error)
             raise
 
@@ -129,9 +128,9 @@ class RunningChoices:
         events = self._event(choice.first())
         while delta is not None:
             events += self._delta(choice, delta, frame)
-            if events:
+            if events and not generation.complete:
                 await write(events, True)
-            events = b""
+                events = b""
             delta = await generation.next()
         if generation.rest is not None:
             events += self._delta(choice, generation.rest, frame)
@@ -153,7 +152,7 @@ class RunningChoices:
         total = answers.usage(self.choices, self._asked.n)
         return answers.event(self._envelope.wrap([], chunk=True, usage=total)) + answers.DONE
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the choices that still run."""
         try:
             self._stack.close()
@@ -196,23 +195,27 @@ class EventStream:
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write_at_once = scope["overfill.write"]
+        connection: Connection = scope["overfill.connection"]
 
         async def write(events: bytes, more: bool) -> None:
-            if more and write_at_once(events):
+            if more and connection.write_at_once(events):
                 return
             if not self._started:
                 self._started = True
-                await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-            await send({"type": "http.response.body", "body": events, "more_body": more})
+                with connection.one_write():
+                    await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                    await send({"type": "http.response.body", "body": events, "more_body": more})
+            else:
+                await send({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
-            await while_connected(receive, self._stream(write))
+            with connection:
+                await self._stream(write)
         except ClientGone:
             if not self._started:
                 raise
         finally:
-            await self._answers.close()
+            self._answers.close()
 
     async def _stream(self, write: Write) -> None:
         try:
@@ -221,27 +224,3 @@ class EventStream:
             if not self._started:
                 raise
             await write(answers.event(from_error(as_overfill_error(error)).body), False)
-
-
-class ClientGone(Exception):
-    """The client has closed the connection."""
-
-
-async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """Returns the result of ``work``. If the client disconnects first, cancels ``work`` and raises ClientGone."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        watching.cancel()
-        working.cancel()
-        await asyncio.wait((working, watching))
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

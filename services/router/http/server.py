@@ -8,12 +8,11 @@ import math
 import socket
 import ssl
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from overfill.api.openai.answers import encode
 from overfill.api.openai.errors import ApiError, too_many_connections
@@ -22,6 +21,7 @@ from overfill.rpc.access import Role, roles_of
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
+from services.router.http.connection import Connection
 
 HEAD_TIMEOUT = 10.0
 """Seconds for the head of a request to arrive, counted from the connection or from its first byte."""
@@ -146,6 +146,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._watched: set[Connection] = set()  # at most one, as requests are answered one after the other
         # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         secured = transport.get_extra_info("ssl_object")
@@ -160,6 +161,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._rest_done()
         self._reading_again()
         super().connection_lost(exc)
+        for connection in self._watched:
+            connection.lost()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -196,7 +199,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._in_body = True
         super().on_headers_complete()
         assert self.cycle is not None
-        self.scope["overfill.write"] = partial(_write_at_once, self.cycle)  # type: ignore[typeddict-unknown-key]
+        self.scope["overfill.connection"] = Connection(self.cycle, self._watched)  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -268,17 +271,6 @@ class _LimitedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
-
-
-def _write_at_once(cycle: RequestResponseCycle, part: bytes) -> bool:
-    """Writes a part of a body that has begun, past the layers of ASGI, which cost as much as the rest of the write.
-
-    Returns False if only ASGI's ``send`` may write it: before the head, or when the client reads slowly or is gone.
-    """
-    if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
-        return False
-    cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
-    return True
 
 
 def _head_too_large() -> ApiError:

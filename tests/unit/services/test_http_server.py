@@ -8,19 +8,38 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from services.router.http import server as http_server
+from services.router.http.connection import ClientGone
 from services.router.http.server import MAX_HEAD, HttpServer
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+PUT = b"PUT / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class App:
-    """Refuses every request without reading its body. ``GET`` starts an answer and waits for ``finish`` within it."""
+    """Refuses every request without reading its body. ``GET`` starts an answer and waits for ``finish`` within it.
+
+    ``PUT`` reads the body and waits for ``finish`` while the client is connected. ``ended`` has the error of the wait.
+    """
 
     def __init__(self) -> None:
         self.begun, self.finish = asyncio.Event(), asyncio.Event()
+        self.ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    async def _put(self, scope: dict, receive: Callable) -> None:
+        while (await receive())["more_body"]:
+            pass
+        try:
+            with scope["overfill.connection"]:
+                self.begun.set()
+                await self.finish.wait()
+        except BaseException as error:
+            self.ended.set_result(error)
+            raise
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["method"] == "PUT":
+            await self._put(scope, receive)
         status = 200 if scope["method"] == "GET" else 401
         body = b"done" if status == 200 else b"no"
         headers = [(b"content-length", b"%d" % len(body))]
@@ -102,4 +121,34 @@ async def test_a_head_that_comes_during_an_answer_has_the_same_time(
     await app.begun.wait()
     writer.write(b"GET / HTTP/1.1\r\n")
     assert not (await reader.read()).endswith(b"done"), "closed before the answer ended"
+    writer.close()
+
+
+@pytest.mark.parametrize("body", [b"", bytes(200_000)], ids=["small", "large enough to pause reading"])
+async def test_a_disconnect_ends_the_wait_for_an_answer(body: bytes, app: App, address: tuple[str, int]) -> None:
+    _, writer = await asyncio.open_connection(*address)
+    writer.write(PUT % len(body) + body)
+    await app.begun.wait()
+    writer.close()
+    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
+
+
+async def test_a_disconnect_ends_the_wait_although_another_request_follows(app: App, address: tuple[str, int]) -> None:
+    _, writer = await asyncio.open_connection(*address)
+    writer.write(PUT % 0 + GET)
+    await app.begun.wait()
+    writer.transport.abort()
+    app.begun.clear()
+    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
+    assert not app.begun.is_set(), "the server started the next answer"
+
+
+async def test_a_shutdown_cancels_the_wait_for_an_answer(app: App) -> None:
+    server = HttpServer(app, 10, None, client_certificates=False, stop_grace=0.1)
+    host, port = (await server.start("127.0.0.1", 0)).split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(PUT % 0)
+    await app.begun.wait()
+    await server.stop()
+    assert isinstance(await asyncio.wait_for(app.ended, 10), asyncio.CancelledError)
     writer.close()
