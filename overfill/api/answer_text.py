@@ -4,51 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.stop import StopStrings
 from overfill.api.tools import ToolCallPart, ToolCallReader
-from overfill.routing.answer import TokenBatch
-from overfill.v1 import common_pb2, inference_pb2
-
-
-@dataclass(slots=True)
-class TextDelta:
-    """The next part of an answer, as text; see the fields of the wire's Delta.
-
-    Attributes:
-        first_index: index of ``token_ids[0]`` in the answer.
-        logprobs: one entry per token id, or empty.
-        tool_calls: new parts of tool calls; their text is not in ``text``.
-    """
-
-    first_index: int
-    token_ids: Sequence[int]
-    text: str
-    logprobs: Sequence[common_pb2.TokenLogprobs] = ()
-    tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
-
-    def extend(self, later: TextDelta) -> None:
-        """Appends the delta that follows this one."""
-        self.token_ids = [*self.token_ids, *later.token_ids]
-        self.text += later.text
-        self.logprobs = [*self.logprobs, *later.logprobs]
-        self.tool_calls = [*self.tool_calls, *later.tool_calls]
-
-    def to_proto(self) -> inference_pb2.Delta:
-        """The delta as the wire's message."""
-        return inference_pb2.Delta(
-            first_index=self.first_index,
-            token_ids=self.token_ids,
-            text=self.text,
-            logprobs=self.logprobs or None,
-            tool_calls=self.tool_calls or None,
-        )
+from overfill.routing.answer import AnswerDelta
+from overfill.v1 import inference_pb2
 
 
 class AnswerText:
-    """Turns token batches into deltas. The whole text does not depend on how the tokens are batched.
+    """Adds the text to an answer's deltas. The whole text does not depend on how the tokens are divided.
 
     Args:
         replayed: tokens whose text the client already has.
@@ -83,16 +48,16 @@ class AnswerText:
         """True if the answer has a complete tool call."""
         return self._reader is not None and self._reader.calls > 0
 
-    def push(self, batch: TokenBatch) -> TextDelta:
-        """Returns the delta for ``batch``. If it sets ``stop``, the delta omits the tokens after the stop string."""
+    def push(self, delta: AnswerDelta) -> AnswerDelta:
+        """Adds its text to ``delta`` and returns it. If it sets ``stop``, it cuts the tokens after the stop string."""
         before = self.num_tokens
-        text, calls = self._read(self._take(batch.ids))
-        if self.stop is None:
-            return TextDelta(batch.first_index, batch.ids, text, batch.logprobs, calls)
-        taken = self.num_tokens - before
-        return TextDelta(batch.first_index, batch.ids[:taken], text, batch.logprobs[:taken], calls)
+        delta.text, delta.tool_calls = self._read(self._take(delta.token_ids))
+        if self.stop is not None:
+            taken = self.num_tokens - before
+            del delta.token_ids[taken:], delta.logprobs[taken:]
+        return delta
 
-    def finish(self) -> TextDelta | None:
+    def finish(self) -> AnswerDelta | None:
         """Returns a delta with the text held back so far, or None. The text may still end at a stop string."""
         text = self._detokenizer.finish()
         if self._stops is not None:
@@ -104,7 +69,7 @@ class AnswerText:
             text += self._reader.finish()
         if not text and not calls:
             return None
-        return TextDelta(self.num_tokens, (), text, tool_calls=calls)
+        return AnswerDelta(self.num_tokens, [], text=text, tool_calls=calls)
 
     @property
     def _may_end(self) -> bool:

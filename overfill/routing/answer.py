@@ -1,32 +1,51 @@
-"""The state of one answer: its tokens, checked on arrival, and the batch of unread ones.
+"""The state of one answer: its tokens, checked on arrival, and the delta of unread ones.
 
-Unread tokens merge into one batch, so a slow reader never delays the worker.
+Unread tokens merge into one delta, so a slow reader never delays the worker.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from overfill.errors import InternalError, OverfillError
-from overfill.v1 import common_pb2, decode_pb2, kv_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2, kv_pb2
 
 
 @dataclass(slots=True)
-class TokenBatch:
-    """Consecutive tokens of an answer.
+class AnswerDelta:
+    """The next part of an answer: its tokens, and their text once ``AnswerText.push`` has added it.
 
     Attributes:
-        first_index: index of ``ids[0]`` in the answer.
-        received_at: arrival time of the oldest token, seconds on the event loop's clock.
-        logprobs: one entry per id, or empty.
+        first_index: index of ``token_ids[0]`` in the answer.
+        logprobs: one entry per token id, or empty.
+        text: text that became final with these tokens.
+        tool_calls: new parts of tool calls; their text is not in ``text``.
     """
 
     first_index: int
-    received_at: float
-    ids: list[int] = field(default_factory=list)
+    token_ids: list[int]
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+    tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
+
+    def extend(self, later: AnswerDelta) -> None:
+        """Appends the delta that follows this one."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.text += later.text
+        self.tool_calls = [*self.tool_calls, *later.tool_calls]
+
+    def to_proto(self) -> inference_pb2.Delta:
+        """The delta as the wire's message."""
+        return inference_pb2.Delta(
+            first_index=self.first_index,
+            token_ids=self.token_ids,
+            text=self.text,
+            logprobs=self.logprobs or None,
+            tool_calls=self.tool_calls or None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,7 @@ class AnswerState:
     Attributes:
         emitted: all tokens so far, those that the client brought included; at most ``max_tokens``.
         received: time when the router received the request, seconds on the event loop's clock.
+        first_token_at: time when its first new tokens arrived, on the same clock; 0 before.
         timing: times known so far, without ``ttft_ns`` and ``total_ns``. ``return_path_ns`` covers the workers only.
         reservations: number of decode workers that have reserved blocks for the request, one after the other.
         prefill_worker: id of the latest prefill worker; empty before the first.
@@ -54,12 +74,13 @@ class AnswerState:
     def __init__(self, emitted: Iterable[int], max_tokens: int, received: float) -> None:
         self.emitted = list(emitted)
         self.received = received
+        self.first_token_at = 0.0
         self.timing = common_pb2.Timing()
         self.reservations = 0
         self.prefill_worker = ""
         self.prefill_failures = 0
         self._max_tokens = max_tokens
-        self._unread: TokenBatch | None = None
+        self._unread: AnswerDelta | None = None
         self._end: Finish | OverfillError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the reader, which waits for a change
 
@@ -96,24 +117,29 @@ class AnswerState:
             InternalError: a gap, a repeat that differs, more than ``max_tokens`` tokens, or log-probabilities that do
                 not match the ids. Nothing is added.
         """
-        known = len(self.emitted)
-        repeated = self.emitted[tokens.first_index : tokens.first_index + len(tokens.ids)]
-        if tokens.first_index > known:
-            raise InternalError(f"tokens {known}..{tokens.first_index - 1} of the answer are missing")
-        if repeated != list(tokens.ids[: len(repeated)]):
-            raise InternalError(f"tokens from index {tokens.first_index} on differ from those emitted before")
-        if tokens.first_index + len(tokens.ids) > self._max_tokens:
+        ids, logprobs = list(tokens.ids), list(tokens.logprobs)
+        known, first = len(self.emitted), tokens.first_index
+        if first > known:
+            raise InternalError(f"tokens {known}..{first - 1} of the answer are missing")
+        if first + len(ids) > self._max_tokens:
             raise InternalError(f"the worker sent more than max_tokens={self._max_tokens} tokens")
-        if tokens.logprobs and len(tokens.logprobs) != len(tokens.ids):
-            raise InternalError(f"{len(tokens.logprobs)} log-probabilities for {len(tokens.ids)} tokens")
-        fresh = tokens.ids[len(repeated) :]
-        if not fresh:
+        if logprobs and len(logprobs) != len(ids):
+            raise InternalError(f"{len(logprobs)} log-probabilities for {len(ids)} tokens")
+        if first < known:
+            repeated = self.emitted[first : first + len(ids)]
+            if repeated != ids[: len(repeated)]:
+                raise InternalError(f"tokens from index {first} on differ from those emitted before")
+            ids, logprobs = ids[len(repeated) :], logprobs[len(repeated) :]
+        if not ids:
             return False
-        self.emitted.extend(fresh)
+        if not self.first_token_at:
+            self.first_token_at = now
+        self.emitted += ids
         if self._unread is None:
-            self._unread = TokenBatch(known, now)
-        self._unread.ids.extend(fresh)
-        self._unread.logprobs.extend(tokens.logprobs[len(repeated) :])
+            self._unread = AnswerDelta(known, ids, logprobs)
+        else:
+            self._unread.token_ids += ids
+            self._unread.logprobs += logprobs
         self._wake()
         return True
 
@@ -123,7 +149,7 @@ class AnswerState:
             self._end = end
             self._wake()
 
-    async def next(self) -> TokenBatch | Finish:
+    async def next(self) -> AnswerDelta | Finish:
         """Waits for unread tokens and returns them; after the last, returns the Finish on every call.
 
         Raises:
@@ -133,8 +159,8 @@ class AnswerState:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._unread is not None:
-            batch, self._unread = self._unread, None
-            return batch
+            delta, self._unread = self._unread, None
+            return delta
         if isinstance(self._end, OverfillError):
             raise self._end
         assert self._end is not None

@@ -74,18 +74,25 @@ async def serve_sequences(
     reading = asyncio.current_task()
     assert reading is not None
     defects: list[BaseException] = []
+    gone = False
 
     def end_with_writer(writing: asyncio.Task[None]) -> None:
+        nonlocal gone
         error = None if writing.cancelled() else writing.exception()
-        # gRPC itself ends the handler of a router that has gone, after the write has failed.
-        if error is not None and not type(error).__module__.startswith("grpc"):
-            defects.append(error)
-            reading.cancel()
+        if error is None:
+            return
+        if type(error).__module__.startswith("grpc"):
+            gone = True  # gRPC itself ends the reading of a router that has gone
+            return
+        defects.append(error)
+        reading.cancel()
 
     writing.add_done_callback(end_with_writer)
     try:
         async for message in messages:
             stream.handle(message)
+        if gone:
+            raise asyncio.CancelledError  # gRPC would log that it cannot send the status
     except asyncio.CancelledError:
         if not defects:
             raise

@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from overfill.api.answer_text import AnswerText, TextDelta
+from overfill.api.answer_text import AnswerText
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
@@ -25,7 +25,7 @@ from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter, KeyQuota
-from overfill.routing.answer import Finish
+from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
@@ -339,11 +339,10 @@ class Generation:
         self._generator = generator
         self._relay = relay
         self._text = text
-        self._handed: TextDelta | None = None  # the delta that the caller is handing to the client
-        self._arrived_at = 0.0  # time when the router received its first token
+        self._handed: AnswerDelta | None = None  # the delta that the caller is handing to the client
         self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
         self._ttft_ns: int | None = None
-        self.rest: TextDelta | None = None
+        self.rest: AnswerDelta | None = None
         self._finished: inference_pb2.Finished | None = None
 
     @property
@@ -357,7 +356,7 @@ class Generation:
         """True if the answer has ended well and all its tokens have been returned: ``next`` returns None at once."""
         return self._text.stop is not None or self._relay.answer.complete
 
-    async def next(self) -> TextDelta | None:
+    async def next(self) -> AnswerDelta | None:
         """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
 
         The first token and the last tokens are returned at once. A call tells that the client has the previous delta.
@@ -373,7 +372,7 @@ class Generation:
             return None
         answer, pace = self._relay.answer, self._generator.pace
         first = self._handed_at is None
-        delta: TextDelta | None = None
+        delta: AnswerDelta | None = None
         while True:
             try:
                 event = await answer.next()
@@ -389,7 +388,7 @@ class Generation:
                 return None
             part = self._text.push(event)
             if delta is None:
-                delta, self._arrived_at = part, event.received_at
+                delta = part
             else:
                 delta.extend(part)
             if self._text.stop is not None:
@@ -406,7 +405,7 @@ class Generation:
         self._handed = delta
         return delta
 
-    def _count(self, handed: TextDelta) -> None:
+    def _count(self, handed: AnswerDelta) -> None:
         generator, last, relay = self._generator, self._handed_at, self._relay
         now = self._handed_at = asyncio.get_running_loop().time()
         generator.metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key)
@@ -416,7 +415,7 @@ class Generation:
             self._ttft_ns = _nanoseconds_since(relay.answer.received)
             tracing.current().event("first token")
             if relay.answer.timing.HasField("return_path_ns"):
-                relay.answer.timing.return_path_ns += _nanoseconds_since(self._arrived_at)
+                relay.answer.timing.return_path_ns += _nanoseconds_since(relay.answer.first_token_at)
 
     def _finish(self, finish: Finish | None) -> None:
         generator, relay, text = self._generator, self._relay, self._text
@@ -488,7 +487,7 @@ def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
 
 
 def _finished(
-    relay: Relay, text: AnswerText, rest: TextDelta | None, finish: Finish | None, ttft_ns: int | None
+    relay: Relay, text: AnswerText, rest: AnswerDelta | None, finish: Finish | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
     if finish is None:  # a stop string ended the answer before the worker did
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic_core import to_json
 
-from overfill.api.answer_text import TextDelta
 from overfill.api.tokenizer import Tokenizer
 from overfill.request.names import CODEC_NAMES, FINISH_REASONS
+from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
 
 _RULED_OUT = -9999.0
@@ -104,7 +104,7 @@ class Choice:
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, delta: TextDelta) -> None:
+    def add(self, delta: AnswerDelta) -> None:
         """Add ``delta`` to the whole answer."""
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)
@@ -134,7 +134,7 @@ class Choice:
             return self._chunk({"role": "assistant", "content": "", "refusal": None}, None)
         return self._chunk(self.echo, None) if self.echo else None
 
-    def only_text(self, delta: TextDelta) -> bool:
+    def only_text(self, delta: AnswerDelta) -> bool:
         """Count the tokens of ``delta`` and return True if its chunk is ``text(delta.text)``; else do nothing."""
         if self.logprobs or delta.tool_calls or not delta.text:
             return False
@@ -145,7 +145,7 @@ class Choice:
         """The choice for a chunk with ``text`` and nothing else."""
         return self._chunk(text if self.envelope.kind == "completion" else {"content": text}, None)
 
-    def chunk(self, delta: TextDelta) -> dict[str, Any] | None:
+    def chunk(self, delta: AnswerDelta) -> dict[str, Any] | None:
         """The choice for a chunk with ``delta``; None if it would be empty, as inside a character."""
         self.completion_tokens += len(delta.token_ids)
         scores = self._score(delta) if self.logprobs else None
@@ -175,7 +175,7 @@ class Choice:
         key = "text" if self.envelope.kind == "completion" else "delta"
         return {"index": self.index, key: content, "logprobs": scores, "finish_reason": None}
 
-    def _score(self, delta: TextDelta) -> list[dict[str, Any]]:
+    def _score(self, delta: AnswerDelta) -> list[dict[str, Any]]:
         scores = []
         for token, entry in zip(delta.token_ids, delta.logprobs, strict=False):
             scored = self._scored(token, entry.logprob)

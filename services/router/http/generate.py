@@ -9,13 +9,13 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from overfill.api.answer_text import TextDelta
 from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
 from overfill.api.openai.wire import ApiRequest
 from overfill.errors import OverfillError
+from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
 from overfill.telemetry.tracing import Span
@@ -139,7 +139,7 @@ class RunningChoices:
         more = any(choice.finished is None for choice in self.choices)
         await write(events if more else events + self._end(), more)
 
-    def _delta(self, choice: Choice, delta: TextDelta, frame: EventFrame | None) -> bytes:
+    def _delta(self, choice: Choice, delta: AnswerDelta, frame: EventFrame | None) -> bytes:
         """Returns the event for ``delta``; empty if the client would see nothing new, as inside a character."""
         if frame is not None and choice.only_text(delta):
             return frame.event(delta.text)

@@ -5,7 +5,7 @@ import pytest
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.routing.answer import TokenBatch
+from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2
 
 
@@ -22,7 +22,7 @@ def write(tokenizer, ids, cuts, stops=(), replayed=()):
         if text.stop is not None:
             break
         logprobs = [common_pb2.TokenLogprobs(logprob=-1.0) for _ in ids[start : start + cuts]]
-        delta = text.push(TokenBatch(first + start, 0.0, list(ids[start : start + cuts]), logprobs))
+        delta = text.push(AnswerDelta(first + start, list(ids[start : start + cuts]), logprobs))
         assert delta.first_index == first + start
         assert len(delta.logprobs) == len(delta.token_ids)
         pieces.append(delta.text)
@@ -65,7 +65,7 @@ def test_replayed_tokens_are_not_sent_again_but_count_for_stop_strings(tokenizer
     cut = next(i for i in range(len(ids)) if "E" in tokenizer.decode(ids[:i]))
     before, _, _ = write(tokenizer, ids[:cut], 1, stops=["END"])
     said = AnswerText(StreamDetokenizer(tokenizer), ["END"])
-    held_back = said.push(TokenBatch(0, 0.0, list(ids[:cut]))).text
+    held_back = said.push(AnswerDelta(0, list(ids[:cut]))).text
     assert held_back != before, "the E is held back"
     text, tokens, state = write(tokenizer, ids[cut:], 1, stops=["END"], replayed=ids[:cut])
     assert held_back + text == "one two "
@@ -85,7 +85,7 @@ def test_stop_strings_count_behind_min_tokens(tokenizer, cuts):
     shown = ""
     for start in range(0, len(ids), cuts):
         if text.stop is None:
-            shown += text.push(TokenBatch(start, 0.0, ids[start : start + cuts], [])).text
+            shown += text.push(AnswerDelta(start, ids[start : start + cuts], [])).text
     assert (shown, text.stop, text.num_tokens) == ("a.b.c", ".", 6)
     client_resumed = AnswerText(StreamDetokenizer(tokenizer), ["."], ids[:3], min_tokens=4)
-    assert client_resumed.push(TokenBatch(3, 0.0, ids[3:], [])).text == ".c"
+    assert client_resumed.push(AnswerDelta(3, ids[3:])).text == ".c"

@@ -15,15 +15,15 @@ def tokens(first, *ids, logprobs=()):
     return decode_pb2.Tokens(first_index=first, ids=ids, logprobs=logprobs)
 
 
-async def test_unread_tokens_merge_into_one_batch():
+async def test_unread_tokens_merge_into_one_delta():
     answer = AnswerState((), 10, 0.0)
     answer.accept(tokens(0, 7), 1.0)
     answer.accept(tokens(1, 8, 9), 2.0)
-    batch = await answer.next()
-    assert (batch.first_index, batch.ids, batch.received_at) == (0, [7, 8, 9], 1.0)
+    delta = await answer.next()
+    assert (delta.first_index, delta.token_ids, answer.first_token_at) == (0, [7, 8, 9], 1.0)
     answer.accept(tokens(3, 5), 3.0)
-    batch = await answer.next()
-    assert (batch.first_index, batch.ids, batch.received_at) == (3, [5], 3.0)
+    delta = await answer.next()
+    assert (delta.first_index, delta.token_ids, answer.first_token_at) == (3, [5], 1.0)
 
 
 async def test_a_reader_waits_for_tokens():
@@ -32,7 +32,7 @@ async def test_a_reader_waits_for_tokens():
     await asyncio.sleep(0)
     assert not reading.done()
     answer.accept(tokens(0, 7), 1.0)
-    assert (await reading).ids == [7]
+    assert (await reading).token_ids == [7]
 
 
 async def test_all_tokens_come_before_the_end():
@@ -40,7 +40,7 @@ async def test_all_tokens_come_before_the_end():
     answer.accept(tokens(0, 7), 1.0)
     answer.end(Unavailable("lost"))
     answer.end(DONE)
-    assert (await answer.next()).ids == [7]
+    assert (await answer.next()).token_ids == [7]
     with pytest.raises(Unavailable):
         await answer.next()
 
@@ -48,8 +48,8 @@ async def test_all_tokens_come_before_the_end():
 async def test_tokens_continue_after_those_that_the_client_has():
     answer = AnswerState((1, 2), 10, 0.0)
     answer.accept(tokens(2, 3), 1.0)
-    batch = await answer.next()
-    assert (batch.first_index, batch.ids) == (2, [3])
+    delta = await answer.next()
+    assert (delta.first_index, delta.token_ids) == (2, [3])
     assert answer.emitted == [1, 2, 3]
 
 
@@ -60,8 +60,8 @@ async def test_an_identical_repeat_is_dropped():
     await answer.next()
     answer.accept(tokens(0, 7), 1.0)
     answer.accept(tokens(1, 8, 9, logprobs=lp[1:]), 2.0)
-    batch = await answer.next()
-    assert (batch.first_index, batch.ids, batch.logprobs) == (2, [9], lp[2:])
+    delta = await answer.next()
+    assert (delta.first_index, delta.token_ids, delta.logprobs) == (2, [9], lp[2:])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.routing import attempt
-from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policy import LeastLoad
@@ -134,8 +134,8 @@ async def stack(add_worker, make_report):
 async def read_all(relay):
     """Reads the answer to its end; returns batches of tokens with their first index, and the Finish."""
     batches = []
-    while isinstance(event := await relay.answer.next(), TokenBatch):
-        batches.append((event.first_index, event.ids))
+    while isinstance(event := await relay.answer.next(), AnswerDelta):
+        batches.append((event.first_index, event.token_ids))
     return batches, event
 
 
@@ -161,7 +161,7 @@ async def test_an_answer_comes_from_one_worker(stack):
         assert (start.sampling.seed, start.sampling.max_tokens) == (1, 4)
         assert list(start.eos_token_ids) == [0]
         stream.tokens(0, 7, prefill_queue_ns=1, prefill_compute_ns=2, return_ns=3)
-        assert (await relay.answer.next()).ids == [7]
+        assert (await relay.answer.next()).token_ids == [7]
         stream.tokens(1, 8)
         stream.done(usage=common_pb2.Usage(cached_tokens=2), handoff_exposed_ns=4, decode_ns=6)
         batches, finish = await read_all(relay)
@@ -382,12 +382,12 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         stream = await stack.stream()
         await stream.accept()
         stream.tokens(0, 7)
-        assert (await relay.answer.next()).ids == [7]
+        assert (await relay.answer.next()).token_ids == [7]
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
         await stream.assigned()
         assert sum(w.in_flight for w in stack.roster.prefill) == 1
         stream.tokens(1, 8)
-        assert (await relay.answer.next()).ids == [8]
+        assert (await relay.answer.next()).token_ids == [8]
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
 
 
@@ -453,7 +453,7 @@ async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
         start, _ = await stream.accept()
         assert 0 < start.time_left_ns <= 0.5e9
         stream.tokens(0, 7)
-        assert (await relay.answer.next()).ids == [7]
+        assert (await relay.answer.next()).token_ids == [7]
         with pytest.raises(DeadlineExceeded, match="1 token had been produced"):
             await relay.answer.next()
         assert stream.closed

@@ -24,7 +24,7 @@ from overfill.errors import (
 )
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.answer import Finish, TokenBatch
+from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
@@ -156,9 +156,9 @@ class Routing(RuleBasedStateMachine):
                 except OverfillError as error:
                     request.end = error
                 else:
-                    if isinstance(event, TokenBatch):
+                    if isinstance(event, AnswerDelta):
                         assert event.first_index == len(request.read)
-                        request.read += event.ids
+                        request.read += event.token_ids
                     else:
                         request.end = event
 
