@@ -149,7 +149,7 @@ class Attempt:
             worker_id=worker.id,
             incarnation=worker.info.incarnation,
             address=worker.info.address,
-            data_address=worker.info.data_address,
+            data_addresses=worker.info.data_addresses,
         )
 
     def _on_reserved(self, reserved: decode_pb2.Reserved) -> None:

@@ -76,7 +76,10 @@ class Cases:
                     seed.start.expected_incarnation = facts[method.split("/")[1]]
                 elif seed.WhichOneof("message") == "assign_prefill":
                     seed.assign_prefill.incarnation = facts["overfill.v1.Prefill"]
-                    seed.assign_prefill.address = seed.assign_prefill.data_address = facts["address"]
+                    seed.assign_prefill.address = facts["address"]
+                    seed.assign_prefill.data_addresses.add(
+                        address=facts["address"], num_kv_heads=facts["kv"].num_kv_heads
+                    )
         for seed in self._seeds["/overfill.v1.Registry/Join"]:
             if seed.HasField("hello"):
                 seed.hello.model.CopyFrom(facts["model"])
