@@ -83,7 +83,7 @@ def new_hello(stage: common_pb2.Stage, worker_id: str, parts: EngineParts, half:
     return registry_pb2.Hello(
         worker_id=worker_id or f"{kind}-{socket.gethostname()}-{secrets.token_hex(2)}",
         incarnation=secrets.randbits(63),
-        stage=stage,
+        stages=[stage],
         wire_version=WIRE_VERSION,
         software_version=__version__,
         model=parts.model_identity(half),

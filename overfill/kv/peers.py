@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, Unavailable
-from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.handshake import KvIdentity, check_compatible, check_data_addresses, data_address
 from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.rpc.calls import checked_response
@@ -52,14 +52,14 @@ class PrefillPeer:
         self.codecs: frozenset[int] = frozenset()
         self._shm = shm
         self._control = open_channel(target.address, tls)
-        self.data = [open_channel(target.data_address or target.address, tls) for _ in range(streams)]
+        self.data = [open_channel(data_address(target), tls) for _ in range(streams)]
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
 
     async def handshake(self, mine: KvIdentity) -> None:
         """Compares identities, and connects the shared memory.
 
         Raises:
-            Incompatible: the identities differ; names every differing field.
+            Incompatible: the identities differ, or the KV heads are on several addresses; names every such field.
             Unavailable: the worker does not answer, or was restarted.
         """
         name = self.target.worker_id
@@ -77,6 +77,7 @@ class PrefillPeer:
             KvSpec.from_proto(described.kv),
         )
         check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
+        check_data_addresses(self.target, mine.kv)
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
         self.codecs = frozenset(described.codecs)

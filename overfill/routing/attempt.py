@@ -153,7 +153,7 @@ class Attempt:
         assignment.worker_id = worker.id
         assignment.incarnation = worker.info.incarnation
         assignment.address = worker.info.address
-        assignment.data_address = worker.info.data_address
+        assignment.data_addresses.extend(worker.info.data_addresses)
 
     def _on_reserved(self, reserved: decode_pb2.Reserved) -> None:
         self._reserved = True

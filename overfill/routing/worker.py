@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from overfill.errors import InvalidRequest
+from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTYPE_FROM_PROTO, KvSpec
-from overfill.v1 import common_pb2, registry_pb2
+from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
 DECODE = common_pb2.STAGE_DECODE
@@ -26,14 +26,14 @@ class WorkerInfo:
     """A worker's description of itself in its Hello; fixed for one incarnation.
 
     ``startup_seconds`` runs from the import of ``overfill`` until the worker was ready, without the preparation of a
-    pair. 0 means unknown.
+    pair. 0 means unknown. ``data_addresses`` is as in ``Hello``.
     """
 
     id: str
     incarnation: int
     stage: common_pb2.Stage
     address: str
-    data_address: str
+    data_addresses: tuple[kv_pb2.DataAddress, ...]
     identity: KvIdentity
     max_model_len: int
     vocab_size: int
@@ -41,13 +41,24 @@ class WorkerInfo:
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
-        """Converts a Hello. Raises InvalidRequest when a field is missing or invalid."""
+        """Converts a Hello.
+
+        Raises:
+            InvalidRequest: a field is missing or invalid.
+            Incompatible: the worker has both stages, or a tier.
+        """
         if not hello.worker_id:
             raise InvalidRequest("hello.worker_id", "is empty")
         if not hello.address:
             raise InvalidRequest("hello.address", "is empty")
-        if hello.stage not in (PREFILL, DECODE):
-            raise InvalidRequest("hello.stage", f"must be prefill or decode; got {hello.stage}")
+        stage = _stage(hello)
+        # Incompatible, because a worker that is refused otherwise would try again forever and log no reason.
+        if hello.tier:
+            raise Incompatible(
+                f"hello.tier: worker {hello.worker_id} belongs to the tier {hello.tier!r}; this router has one pool of "
+                "decode workers and no tiers",
+                ["hello.tier"],
+            )
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
         if not 0 <= hello.startup_seconds < math.inf:
@@ -55,9 +66,9 @@ class WorkerInfo:
         return cls(
             id=hello.worker_id,
             incarnation=hello.incarnation,
-            stage=hello.stage,
+            stage=stage,
             address=hello.address,
-            data_address=hello.data_address or hello.address,
+            data_addresses=_data_addresses(hello),
             identity=KvIdentity(
                 wire_version=hello.wire_version,
                 full_digest=hello.model.full_digest,
@@ -68,6 +79,33 @@ class WorkerInfo:
             vocab_size=hello.vocab_size,
             startup_seconds=hello.startup_seconds,
         )
+
+
+def _stage(hello: registry_pb2.Hello) -> common_pb2.Stage:
+    stages = list(hello.stages)
+    if not stages or len(set(stages)) < len(stages) or not set(stages) <= {PREFILL, DECODE}:
+        raise InvalidRequest("hello.stages", f"must name prefill or decode, once; got {stages}")
+    if len(stages) > 1:
+        raise Incompatible(
+            f"hello.stages: worker {hello.worker_id} serves both prefill and decode; this version has no workers with "
+            "both stages: start one worker for each",
+            ["hello.stages"],
+        )
+    return stages[0]
+
+
+def _data_addresses(hello: registry_pb2.Hello) -> tuple[kv_pb2.DataAddress, ...]:
+    if not all(one.address for one in hello.data_addresses):
+        raise InvalidRequest("hello.data_addresses", "an address is empty")
+    ranges = sorted((one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in hello.data_addresses)
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+    if ranges and ([*starts, hello.kv.num_kv_heads] != [0, *ends] or any(start == end for start, end in ranges)):
+        raise InvalidRequest(
+            "hello.data_addresses",
+            f"must serve each of the {hello.kv.num_kv_heads} KV heads exactly once; got the ranges "
+            + ", ".join(f"[{start}, {end})" for start, end in ranges),
+        )
+    return tuple(hello.data_addresses)
 
 
 class _Reported(NamedTuple):

@@ -64,7 +64,7 @@ class WorkerHost:
 
     Args:
         server: server with the worker's own service added, not started.
-        hello: description of the worker, without ``address``, ``data_address`` and ``startup_seconds``.
+        hello: description of the worker, without addresses and ``startup_seconds``.
         worker: the worker itself.
         routers: routers to join, as for ``Membership``.
         tls: credentials to send to routers; None sends none, without TLS.
@@ -130,7 +130,7 @@ class WorkerHost:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.drain)
         bound = await self._server.start(address)
-        self._hello.address = self._hello.data_address = announced(bound, self._advertise)
+        announce(self._hello, announced(bound, self._advertise))
         self._hello.startup_seconds = startup.seconds()
         self._membership = Membership(
             self._hello,
@@ -190,7 +190,7 @@ class WorkerHost:
         hello = self._hello
         return admin_pb2.ProcessStatus(
             id=hello.worker_id,
-            stage=hello.stage,
+            stage=hello.stages[0],
             pid=os.getpid(),
             address=hello.address,
             ready=not self.draining,
@@ -215,6 +215,13 @@ def fill_description(description: _Description, hello: registry_pb2.Hello) -> _D
     description.kv.CopyFrom(hello.kv)
     description.max_model_len = hello.max_model_len
     return description
+
+
+def announce(hello: registry_pb2.Hello, address: str) -> None:
+    """Enters ``address``, ``host:port``, into ``hello``. On a prefill worker it serves all KV heads too."""
+    hello.address = address
+    if common_pb2.STAGE_PREFILL in hello.stages:
+        hello.data_addresses.add(address=address, num_kv_heads=hello.kv.num_kv_heads)
 
 
 def announced(bound: str, advertise: str) -> str:

@@ -22,6 +22,16 @@ class KvRange(_message.Message):
     head_end: int
     def __init__(self, layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., head_start: _Optional[int] = ..., head_end: _Optional[int] = ...) -> None: ...
 
+class DataAddress(_message.Message):
+    __slots__ = ("address", "first_kv_head", "num_kv_heads")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_KV_HEAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    first_kv_head: int
+    num_kv_heads: int
+    def __init__(self, address: _Optional[str] = ..., first_kv_head: _Optional[int] = ..., num_kv_heads: _Optional[int] = ...) -> None: ...
+
 class KvChunk(_message.Message):
     __slots__ = ("transfer_id", "attempt", "range", "dtype", "codec", "scales", "payload", "shared", "also", "checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -1,5 +1,6 @@
 from overfill.v1 import common_pb2 as _common_pb2
 from overfill.v1 import decode_pb2 as _decode_pb2
+from overfill.v1 import kv_pb2 as _kv_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -16,12 +17,11 @@ class JoinRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "stage", "address", "data_address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds")
+    __slots__ = ("worker_id", "incarnation", "stages", "address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds", "data_addresses", "tier")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    STAGE_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -31,11 +31,12 @@ class Hello(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STARTUP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DATA_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
-    stage: _common_pb2.Stage
+    stages: _containers.RepeatedScalarFieldContainer[_common_pb2.Stage]
     address: str
-    data_address: str
     wire_version: int
     software_version: str
     model: _common_pb2.ModelIdentity
@@ -45,7 +46,9 @@ class Hello(_message.Message):
     pid: int
     metrics_address: str
     startup_seconds: float
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., data_address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ...) -> None: ...
+    data_addresses: _containers.RepeatedCompositeFieldContainer[_kv_pb2.DataAddress]
+    tier: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, str]]] = ..., address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers")

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from overfill.errors import InvalidRequest, OverfillError, ShuttingDown, Unavailable
+from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown, Unavailable
 from overfill.kv.chunks import TransferSpec, check
-from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.handshake import KvIdentity, check_compatible, check_data_addresses, data_address
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
 from overfill.kv.wire import parse_message, pull_kv
@@ -181,7 +181,9 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
                 sequence.fail(error)
                 return
             except OverfillError as error:
-                need = _Need(reason=_Need.REASON_PREFILL_FAILED, detail=str(error), worker_id=target.worker_id)
+                incompatible = isinstance(error, Incompatible)
+                reason = _Need.REASON_INCOMPATIBLE if incompatible else _Need.REASON_PREFILL_FAILED
+                need = _Need(reason=reason, detail=str(error), worker_id=target.worker_id)
                 sequence.put(_Update(need_prefill=need))
                 continue
             except Exception as error:  # a defect of the mock: report it, or the request would wait for ever
@@ -224,10 +226,11 @@ class _Peer:
 
     def __init__(self, worker: MockWorker, target: decode_pb2.AssignPrefill) -> None:
         self._worker = worker
+        self._target = target
         self._name = target.worker_id
         tls = worker.config.credentials()
         self._control = open_channel(target.address, tls)
-        self._data = open_channel(target.data_address or target.address, tls)
+        self._data = open_channel(data_address(target), tls)
         self._checked = False
 
     async def close(self) -> None:
@@ -317,6 +320,7 @@ class _Peer:
                 KvSpec.from_proto(answer.kv),
             )
             check_compatible(self._worker.identity, theirs, self._name)
+            check_data_addresses(self._target, self._worker.kv)
             self._checked = True
 
 

@@ -17,7 +17,7 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
-from overfill.rpc.worker import announced
+from overfill.rpc.worker import announce, announced
 from overfill.settings.config import WorkerConfig
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
@@ -55,7 +55,7 @@ class MockWorker:
         self.hello = registry_pb2.Hello(
             worker_id=config.worker_id or f"mock-{name}-{secrets.token_hex(2)}",
             incarnation=secrets.randbits(63),
-            stage=stage,
+            stages=[stage],
             wire_version=WIRE_VERSION,
             software_version=__version__,
             model=common_pb2.ModelIdentity(
@@ -91,7 +91,7 @@ class MockWorker:
         self._server.add(add_servicer, stage, service)
         self._server.add(admin_pb2_grpc.add_AdminServicer_to_server, _Admin(self), "overfill.v1.Admin")
         bound = await self._server.start(f"{self.config.host}:{self.config.port}")
-        self.hello.address = self.hello.data_address = announced(bound, self.config.advertise)
+        announce(self.hello, announced(bound, self.config.advertise))
         self.hello.startup_seconds = startup.seconds()
         self._membership = Membership(
             self.hello, self.config.routers, self._report, tls=self.config.credentials(), on_refused=self._on_refused
@@ -128,7 +128,7 @@ class MockWorker:
         assert self._stage is not None
         return admin_pb2.ProcessStatus(
             id=self.hello.worker_id,
-            stage=self.hello.stage,
+            stage=self.hello.stages[0],
             pid=os.getpid(),
             address=self.hello.address,
             ready=not self.draining,

@@ -45,7 +45,7 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
-from overfill.v1 import decode_pb2, prefill_pb2, registry_pb2
+from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2, registry_pb2
 
 BLOCK = 16
 LANES = 8
@@ -140,7 +140,7 @@ async def lanes(tiny_pair: Path, prefill_worker: registry_pb2.Hello) -> AsyncIte
                 worker_id=prefill_worker.worker_id,
                 incarnation=prefill_worker.incarnation,
                 address=prefill_worker.address,
-                data_address=data_address,
+                data_addresses=[kv_pb2.DataAddress(address=data_address, num_kv_heads=spec.num_kv_heads)],
             )
             opened = PrefillPeer(target, 2, None)
             exits.push_async_callback(opened.close)
@@ -148,10 +148,8 @@ async def lanes(tiny_pair: Path, prefill_worker: registry_pb2.Hello) -> AsyncIte
 
         made = []
         for seed in range(LANES):
-            proxy = await exits.enter_async_context(MessageProxy(prefill_worker.data_address, seed=seed))
-            made.append(
-                Handoffs(pair, spec, peer(prefill_worker.data_address), peer(proxy.address), proxy.rules, executor)
-            )
+            proxy = await exits.enter_async_context(MessageProxy(prefill_worker.address, seed=seed))
+            made.append(Handoffs(pair, spec, peer(prefill_worker.address), peer(proxy.address), proxy.rules, executor))
         yield made
 
 

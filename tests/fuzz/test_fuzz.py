@@ -33,6 +33,7 @@ from stacks import children, idle, running_stack, wait_until
 from overfill.client import Client, SamplingParams
 from overfill.rpc.access import METRICS_ROUTES, ROUTER_RPCS, ROUTES, WORKER_RPCS
 from overfill.rpc.channel import open_sync_channel
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, inference_pb2, prefill_pb2, registry_pb2
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -76,11 +77,15 @@ class Cases:
                     seed.start.expected_incarnation = facts[method.split("/")[1]]
                 elif seed.WhichOneof("message") == "assign_prefill":
                     seed.assign_prefill.incarnation = facts["overfill.v1.Prefill"]
-                    seed.assign_prefill.address = seed.assign_prefill.data_address = facts["address"]
+                    seed.assign_prefill.address = facts["address"]
+                    seed.assign_prefill.data_addresses.add(
+                        address=facts["address"], num_kv_heads=facts["kv"].num_kv_heads
+                    )
         for seed in self._seeds["/overfill.v1.Registry/Join"]:
             if seed.HasField("hello"):
                 seed.hello.model.CopyFrom(facts["model"])
                 seed.hello.kv.CopyFrom(facts["kv"])
+                seed.hello.wire_version = WIRE_VERSION
 
     def messages(self, method, number):
         """Returns the messages of a call, as bytes."""

@@ -103,7 +103,6 @@ async def pull(tiny_pair, worker, prompt, credentials):
         worker_id=worker.id,
         incarnation=worker.process.incarnation,
         address=worker.address,
-        data_address=worker.address,
     )
     pair = Pair.load(tiny_pair)
     spec = pair.full_config.kv_spec("float32")

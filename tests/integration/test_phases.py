@@ -106,9 +106,7 @@ class Workers:
         self.prefill_core = core
         self.prefill.engine = EngineThread(core, "p", 1)
         prefill_address = await self._serve(stack, add_prefill_to_server, self.prefill, "overfill.v1.Prefill")
-        self.target = decode_pb2.AssignPrefill(
-            worker_id="p", incarnation=hello.incarnation, address=prefill_address, data_address=prefill_address
-        )
+        self.target = decode_pb2.AssignPrefill(worker_id="p", incarnation=hello.incarnation, address=prefill_address)
 
         self.peers = PeerPool(self.decoder.kv_identity(), 2, None)
         stack.push_async_callback(self.peers.close)
@@ -170,11 +168,13 @@ class Workers:
         assert (await call.read()).HasField("reserved")
         return call
 
-    async def assign(self, call, data_address=None):
+    async def assign(self, call, *data_addresses):
+        """Assigns the prefill worker. Each of the data addresses serves an equal share of the KV heads."""
         target = decode_pb2.AssignPrefill()
         target.CopyFrom(self.target)
-        if data_address:
-            target.data_address = data_address
+        for number, address in enumerate(data_addresses):
+            share = self.full.kv.num_kv_heads // len(data_addresses)
+            target.data_addresses.add(address=address, first_kv_head=number * share, num_kv_heads=share)
         await call.send(assign_prefill=target)
 
     async def answer(self, call):
@@ -348,11 +348,23 @@ async def test_a_draining_worker_refuses_new_requests(workers, monkeypatch):
 
 async def test_a_prefill_worker_that_fails_is_reported_and_another_may_follow(workers, reference):
     call = await workers.reserve()
-    gone = decode_pb2.AssignPrefill(worker_id="gone", incarnation=1, address="127.0.0.1:1", data_address="127.0.0.1:1")
+    gone = decode_pb2.AssignPrefill(worker_id="gone", incarnation=1, address="127.0.0.1:1")
     await call.send(assign_prefill=gone)
     need = (await call.read()).need_prefill
     assert need.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
     assert need.worker_id == "gone"
+    await workers.assign(call)
+    ids, _ = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 20)
+
+
+async def test_kv_that_is_divided_among_addresses_is_refused_by_name(workers, reference):
+    call = await workers.reserve()
+    await workers.assign(call, workers.target.address, workers.target.address)
+    need = (await call.read()).need_prefill
+    assert need.reason == decode_pb2.NeedPrefill.REASON_INCOMPATIBLE
+    assert "data_addresses: this version pulls from one address" in need.detail
+    assert "prefill worker p serves the heads [0, 1), [1, 2) at 2 addresses" in need.detail
     await workers.assign(call)
     ids, _ = await workers.answer(call)
     assert ids == reference.generate(PROMPT, 20)

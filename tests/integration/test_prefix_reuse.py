@@ -140,7 +140,10 @@ async def worker(tiny_pair):
     child = Child("prefill", command, child_environment({}, 1), lambda name, line: None)
     hello = await registry.next_worker(60)
     target = decode_pb2.AssignPrefill(
-        worker_id=hello.worker_id, incarnation=hello.incarnation, address=hello.address, data_address=hello.data_address
+        worker_id=hello.worker_id,
+        incarnation=hello.incarnation,
+        address=hello.address,
+        data_addresses=hello.data_addresses,
     )
     peer = PrefillPeer(target, 2, None)
     spec = KvSpec.from_proto(hello.kv)

@@ -109,7 +109,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
         self.hello = registry_pb2.Hello(
             worker_id=name,
             incarnation=int.from_bytes(os.urandom(4), "big"),
-            stage=stage,
+            stages=[stage],
             wire_version=wire_version,
             software_version="9.9.9",
             model=common_pb2.ModelIdentity(full_digest=pair.full_digest, tokenizer_digest=pair.tokenizer_digest),

@@ -18,7 +18,7 @@ from overfill.lab.faults.proxy import TcpProxy
 from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import decode_pb2, prefill_pb2
+from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2
 
 RATE = 100e6 / 8
 BLOCK = 16
@@ -44,7 +44,7 @@ class Pull:
             worker_id=hello.worker_id,
             incarnation=hello.incarnation,
             address=hello.address,
-            data_address=data_address,
+            data_addresses=[kv_pb2.DataAddress(address=data_address, num_kv_heads=hello.kv.num_kv_heads)],
         )
         self._peer = PrefillPeer(target, 1, None, shm)
         self._prompt = prompt
@@ -77,17 +77,17 @@ async def test_a_slow_link_holds_up_neither_its_first_token_nor_others(heavy_pai
     with ThreadPoolExecutor(2) as executor:
         async with AsyncExitStack() as stack:
             hello = await stack.enter_async_context(prefill_worker(arguments, 1, lambda name, line: None))
-            proxy = await stack.enter_async_context(TcpProxy(hello.data_address, RATE))
+            proxy = await stack.enter_async_context(TcpProxy(hello.address, RATE))
             slow = Pull(hello, proxy.address, prompt, executor, shm=False)
             slow_run = asyncio.ensure_future(slow.run())
             await asyncio.wait_for(slow.first_token.wait(), 60)
             assert not slow_run.done(), "the KV cannot have arrived yet"
             for turn in range(3):
-                other = Pull(hello, hello.data_address, [*prompt[:500], 30 + turn], executor, shm)
+                other = Pull(hello, hello.address, [*prompt[:500], 30 + turn], executor, shm)
                 await asyncio.wait_for(other.run(), 60)
             assert not slow_run.done(), "others waited for the slow link"
             through_slow = await slow_run
-            straight = await Pull(hello, hello.data_address, prompt, executor, shm).run()
+            straight = await Pull(hello, hello.address, prompt, executor, shm).run()
     assert torch.equal(through_slow.k[:, :62], straight.k[:, :62])
     assert torch.allclose(through_slow.v, straight.v, atol=1e-4)
 
@@ -98,9 +98,9 @@ async def test_a_receiver_that_does_not_read_does_not_bloat_the_worker(heavy_pai
     arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
     with ThreadPoolExecutor(2) as executor:
         async with prefill_worker(arguments, 1, lambda name, line: None) as hello:
-            await Pull(hello, hello.data_address, prompt, executor, shm=False).run()  # allocates all memory
+            await Pull(hello, hello.address, prompt, executor, shm=False).run()  # allocates all memory
             worker = psutil.Process(hello.pid)
-            async with TcpProxy(hello.data_address, 2e6) as proxy:
+            async with TcpProxy(hello.address, 2e6) as proxy:
                 stuck = [Pull(hello, proxy.address, prompt, executor, shm=False) for _ in range(3)]
                 before = worker.memory_info().rss
                 runs = [asyncio.ensure_future(pull.run()) for pull in stuck]

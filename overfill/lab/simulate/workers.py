@@ -70,7 +70,7 @@ class SimWorker:
 
     @property
     def info(self) -> WorkerInfo:
-        return WorkerInfo(self.name, 1, self.stage, "", "", _IDENTITY, max_model_len=0, vocab_size=0)
+        return WorkerInfo(self.name, 1, self.stage, "", (), _IDENTITY, max_model_len=0, vocab_size=0)
 
     @property
     def active(self) -> int:

@@ -6,7 +6,7 @@ from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.pool import Roster
 from overfill.routing.worker import DECODE, Worker, WorkerInfo
-from overfill.v1 import decode_pb2, registry_pb2
+from overfill.v1 import decode_pb2, kv_pb2, registry_pb2
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
 
@@ -20,7 +20,7 @@ def make_info() -> Callable[..., WorkerInfo]:
             incarnation=incarnation,
             stage=stage,
             address=f"{worker_id}:1",
-            data_address=f"{worker_id}:2",
+            data_addresses=(kv_pb2.DataAddress(address=f"{worker_id}:2", num_kv_heads=2),),
             identity=KvIdentity(**fields),
             max_model_len=0,
             vocab_size=512,

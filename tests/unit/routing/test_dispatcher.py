@@ -637,7 +637,7 @@ class Dispatching(RuleBasedStateMachine):
     def join(self, name, stage, incarnation):
         spec = KvSpec(1, 1, 2, "float32", RopeSpec())
         identity = KvIdentity(1, "a", "b", spec)
-        return self.roster.join(WorkerInfo(name, incarnation, stage, name, name, identity, 0, 9))
+        return self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 9))
 
     def report(self, worker, total, credits, *, ready=True, draining=False, prefix=None):
         load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=self.BLOCK, running=worker.in_flight)

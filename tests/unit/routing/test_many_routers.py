@@ -70,7 +70,7 @@ class World:
         self.jobs, self.ended = {}, 0
 
     def join(self, router, model):
-        info = WorkerInfo(model.name, model.incarnation, model.stage, "h:1", "h:2", IDENTITY, 0, 9)
+        info = WorkerInfo(model.name, model.incarnation, model.stage, "h:1", (), IDENTITY, 0, 9)
         self.routers[router][0].join(info)
         self.tell(router, model)
 

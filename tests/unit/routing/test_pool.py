@@ -8,7 +8,7 @@ from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
-from overfill.v1 import common_pb2, registry_pb2
+from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
 
 def test_a_worker_takes_work_only_once_it_is_ready(make_info, make_report):
@@ -158,7 +158,7 @@ def test_decoders_of_the_same_full_model_may_differ():
     for name in ("one", "another"):
         model = common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb", decoder_digest=name)
         kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
-        hello = registry_pb2.Hello(worker_id=name, stage=DECODE, address="h:1", model=model, kv=kv)
+        hello = registry_pb2.Hello(worker_id=name, stages=[DECODE], address="h:1", model=model, kv=kv)
         roster.join(WorkerInfo.from_hello(hello))
     assert len(roster.decode) == 2
 
@@ -192,7 +192,7 @@ def test_a_hello_becomes_the_workers_description():
     hello = registry_pb2.Hello(
         worker_id="p0",
         incarnation=7,
-        stage=PREFILL,
+        stages=[PREFILL],
         address="h:1",
         wire_version=1,
         model=common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb"),
@@ -201,7 +201,8 @@ def test_a_hello_becomes_the_workers_description():
         startup_seconds=2.5,
     )
     info = WorkerInfo.from_hello(hello)
-    assert (info.id, info.incarnation, info.address, info.data_address) == ("p0", 7, "h:1", "h:1")
+    assert (info.id, info.incarnation, info.stage, info.address) == ("p0", 7, PREFILL, "h:1")
+    assert info.data_addresses == ()
     assert info.identity.kv == kv
     assert info.startup_seconds == 2.5
 
@@ -211,7 +212,11 @@ def test_a_hello_becomes_the_workers_description():
     [
         ({"worker_id": ""}, "hello.worker_id"),
         ({"address": ""}, "hello.address"),
-        ({"stage": common_pb2.STAGE_ROUTER}, "hello.stage"),
+        ({"stages": []}, "hello.stages"),
+        ({"stages": [common_pb2.STAGE_ROUTER]}, "hello.stages"),
+        ({"stages": [DECODE, DECODE]}, "hello.stages"),
+        ({"stages": [PREFILL, DECODE, DECODE]}, "hello.stages"),
+        ({"stages": [PREFILL, 9]}, "hello.stages"),
         ({"kv": common_pb2.KvSpec()}, "hello.kv.dtype"),
         ({"startup_seconds": -1.0}, "hello.startup_seconds"),
         ({"startup_seconds": float("nan")}, "hello.startup_seconds"),
@@ -219,10 +224,53 @@ def test_a_hello_becomes_the_workers_description():
 )
 def test_an_invalid_hello_is_refused_by_field(change, field):
     kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
-    good = {"worker_id": "p0", "stage": PREFILL, "address": "h:1", "kv": kv}
+    good = {"worker_id": "p0", "stages": [PREFILL], "address": "h:1", "kv": kv}
     with pytest.raises(InvalidRequest) as caught:
         WorkerInfo.from_hello(registry_pb2.Hello(**good | change))
     assert caught.value.field == field
+
+
+def hello_with_addresses(*ranges):
+    addresses = [
+        kv_pb2.DataAddress(address=f"h:{first}", first_kv_head=first, num_kv_heads=count) for first, count in ranges
+    ]
+    kv = KvSpec(4, 8, 16, "float32", RopeSpec()).to_proto()
+    return registry_pb2.Hello(worker_id="p0", stages=[PREFILL], address="h:9", kv=kv, data_addresses=addresses)
+
+
+@pytest.mark.parametrize("ranges", [[(0, 8)], [(0, 2), (2, 6)], [(6, 2), (0, 1), (1, 5)]])
+def test_data_addresses_that_serve_each_kv_head_once_are_kept(ranges):
+    hello = hello_with_addresses(*ranges)
+    assert WorkerInfo.from_hello(hello).data_addresses == tuple(hello.data_addresses)
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [(0, 7)],
+        [(1, 7)],
+        [(0, 9)],
+        [(0, 4), (5, 3)],
+        [(0, 5), (4, 4)],
+        [(0, 8), (0, 8)],
+        [(0, 8), (8, 0)],
+        [(0, 0), (0, 8)],
+        [(0, 0)],
+        [(0, 4), (4, 2**32 - 1)],
+    ],
+)
+def test_data_addresses_that_miss_or_repeat_a_kv_head_are_refused(ranges):
+    with pytest.raises(InvalidRequest, match="each of the 8 KV heads exactly once; got the ranges") as caught:
+        WorkerInfo.from_hello(hello_with_addresses(*ranges))
+    assert caught.value.field == "hello.data_addresses"
+
+
+def test_an_empty_data_address_is_refused():
+    hello = hello_with_addresses((0, 8))
+    hello.data_addresses[0].address = ""
+    with pytest.raises(InvalidRequest, match="an address is empty") as caught:
+        WorkerInfo.from_hello(hello)
+    assert caught.value.field == "hello.data_addresses"
 
 
 def test_the_keys_of_a_prefix_cache_are_mirrored(make_info, make_report):

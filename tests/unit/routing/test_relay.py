@@ -330,7 +330,7 @@ async def test_a_failed_prefill_is_tried_on_another_worker(stack, reason):
         target = await stream.assigned()
         assert target.worker_id != first
         assert target.address == f"{target.worker_id}:1"
-        assert target.data_address == f"{target.worker_id}:2"
+        assert [one.address for one in target.data_addresses] == [f"{target.worker_id}:2"]
         assert stack.roster.prefill.get(first).in_flight == 0
         stream.tokens(0, 7)
         stream.done()

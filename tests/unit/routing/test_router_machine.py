@@ -165,7 +165,7 @@ class Routing(RuleBasedStateMachine):
     def join(self, name, incarnation):
         stage = DECODE if name.startswith("d") else PREFILL
         identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
-        worker = self.roster.join(WorkerInfo(name, incarnation, stage, name, name, identity, 0, 99))
+        worker = self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 99))
         self.workers.append(worker)
         return worker
 

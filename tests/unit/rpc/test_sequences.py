@@ -156,7 +156,7 @@ async def both_ends() -> AsyncIterator[Ends]:
     server.add(decode_pb2_grpc.add_DecodeServicer_to_server, worker, "overfill.v1.Decode")
     address = await server.start("127.0.0.1:0")
     identity = KvIdentity(2, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
-    info = WorkerInfo("d", 1, DECODE, address, address, identity, 0, 99)
+    info = WorkerInfo("d", 1, DECODE, address, (), identity, 0, 99)
     connector = GrpcConnector()
     connector.add(info)
     try:

@@ -6,8 +6,8 @@ import pytest
 
 from overfill.process import startup
 from overfill.rpc.server import RpcServer
-from overfill.rpc.worker import WorkerHandle, WorkerHost, announced
-from overfill.v1 import decode_pb2, registry_pb2
+from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, announced
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, registry_pb2
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,17 @@ from overfill.v1 import decode_pb2, registry_pb2
 )
 def test_a_worker_is_announced_where_others_reach_it(bound, advertise, address):
     assert announced(bound, advertise) == address
+
+
+def test_a_prefill_worker_announces_one_data_address_with_all_its_kv_heads():
+    for stage, addresses in (
+        (common_pb2.STAGE_PREFILL, [kv_pb2.DataAddress(address="h:1", num_kv_heads=8)]),
+        (common_pb2.STAGE_DECODE, []),
+    ):
+        hello = registry_pb2.Hello(stages=[stage], kv=common_pb2.KvSpec(num_kv_heads=8))
+        announce(hello, "h:1")
+        assert hello.address == "h:1"
+        assert list(hello.data_addresses) == addresses
 
 
 async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):

@@ -1,24 +1,24 @@
-"""Tests when a router sends its demand to workers: only to shared ones, and only when it changes."""
+"""Tests which workers a router refuses to let join, and when it sends its demand to a worker."""
 
 import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
 
-from overfill.errors import Incompatible
+from overfill.errors import Incompatible, InvalidRequest, OverfillError
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.worker import DECODE
+from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import registry_pb2
+from overfill.v1 import kv_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.registry import RegistryServicer
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
-HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stage=DECODE, kv=KV.to_proto(), wire_version=WIRE_VERSION)
+HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stages=[DECODE], kv=KV.to_proto(), wire_version=WIRE_VERSION)
 
 
 def with_field(number):
@@ -34,6 +34,67 @@ def test_a_field_that_a_router_must_know_is_refused_and_any_other_ignored():
     for number in (32, 63):
         with pytest.raises(Incompatible, match=rf"fields \[{number}\] of Hello.*upgrade the router first"):
             registry_module.check_fields(with_field(number))
+
+
+async def refusal(hello):
+    """Joins with ``hello`` and returns the error with which the router refuses it."""
+    roster = Roster()
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster, LeastLoad())), Connector())
+    stream = Stream()
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
+    stream.said.put_nowait(None)
+    with pytest.raises(OverfillError) as caught:
+        await servicer.Join(stream.messages(), stream)
+    assert stream.heard.empty()
+    return caught.value
+
+
+def changed(**fields):
+    hello = registry_pb2.Hello()
+    hello.CopyFrom(HELLO)
+    for name in fields:
+        hello.ClearField(name)
+    hello.MergeFrom(registry_pb2.Hello(**fields))
+    return hello
+
+
+# A worker that is refused as incompatible ends and says why; after another error it would try again, without end.
+@pytest.mark.parametrize("stages", [[PREFILL, DECODE], [DECODE, PREFILL]])
+async def test_a_worker_of_both_stages_is_refused_as_incompatible(stages):
+    error = await refusal(changed(stages=stages))
+    assert isinstance(error, Incompatible)
+    assert error.fields == ("hello.stages",)
+    assert "hello.stages: worker d serves both prefill and decode; this version has no workers with both" in str(error)
+
+
+async def test_a_worker_of_a_tier_is_refused_as_incompatible():
+    error = await refusal(changed(tier="small"))
+    assert isinstance(error, Incompatible)
+    assert error.fields == ("hello.tier",)
+    assert "hello.tier: worker d belongs to the tier 'small'; this router has one pool" in str(error)
+
+
+async def test_a_worker_without_a_stage_or_with_one_twice_is_refused():
+    for stages in ([], [DECODE, DECODE]):
+        error = await refusal(changed(stages=stages))
+        assert isinstance(error, InvalidRequest)
+        assert error.field == "hello.stages"
+
+
+async def test_a_worker_whose_addresses_serve_only_a_part_of_its_kv_heads_is_refused():
+    part = kv_pb2.DataAddress(address="h:2", num_kv_heads=1)
+    error = await refusal(changed(stages=[PREFILL], data_addresses=[part]))
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "hello.data_addresses"
+
+
+async def test_a_worker_of_wire_version_1_is_refused_naming_both_versions():
+    address = b"127.0.0.1:50051"
+    old = changed(stages=[], wire_version=1).SerializeToString()
+    old += bytes([3 << 3, PREFILL, 5 << 3 | 2, len(address)]) + address  # stage, and data_address as a string
+    error = await refusal(registry_pb2.Hello.FromString(old))
+    assert isinstance(error, Incompatible)
+    assert f"wire version 1 (software unknown); this router speaks {WIRE_VERSION}" in str(error)
 
 
 class CountingDispatcher(AsyncDispatcher):

@@ -98,14 +98,14 @@ async def record_timeline(
         arguments.append(f"--dtype={dtype}")
     async with AsyncExitStack() as stack:
         hello = await stack.enter_async_context(prefill_worker(arguments, threads, log))
-        data_address = hello.data_address
         if rate is not None:
-            data_address = (await stack.enter_async_context(TcpProxy(data_address, rate))).address
+            (data,) = hello.data_addresses
+            data.address = (await stack.enter_async_context(TcpProxy(data.address, rate))).address
         target = decode_pb2.AssignPrefill(
             worker_id=hello.worker_id,
             incarnation=hello.incarnation,
             address=hello.address,
-            data_address=data_address,
+            data_addresses=hello.data_addresses,
         )
         peer = PrefillPeer(target, streams, None)
         stack.push_async_callback(peer.close)

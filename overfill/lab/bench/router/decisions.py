@@ -54,7 +54,7 @@ class _VirtualRouter:
         self.reports: list[int] = []
         identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
         self.workers = [
-            self.roster.join(WorkerInfo(f"{name}{i}", 1, stage, "h:1", "h:2", identity, 0, 9))
+            self.roster.join(WorkerInfo(f"{name}{i}", 1, stage, "h:1", (), identity, 0, 9))
             for i in range(workers)
             for name, stage in (("p", PREFILL), ("d", DECODE))
         ]
