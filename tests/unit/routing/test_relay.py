@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
 
@@ -225,6 +226,42 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         worker = stack.roster.decode.get(stream.worker)
         assert worker.report.load == load
         assert worker.paused_until_report, "the worker takes new requests after its next report"
+
+
+async def test_a_fault_in_the_router_ends_the_request_and_holds_nothing(stack, monkeypatch):
+    faults = {
+        "finish": lambda relay: monkeypatch.setattr(relay, "_finish", Mock(side_effect=RuntimeError("a bug"))),
+        "refused": lambda relay: monkeypatch.setattr(
+            stack.dispatcher, "refused", Mock(side_effect=RuntimeError("a bug"))
+        ),
+        "lost": lambda relay: monkeypatch.setattr(stack.dispatcher, "lost", Mock(side_effect=RuntimeError("a bug"))),
+    }
+    for name, break_it in faults.items():
+        async with stack.request() as relay:
+            break_it(relay)
+            stream = await stack.stream()
+            if name == "refused":
+                await stream.start()
+                stream.say(refused=decode_pb2.Refused(reason="full"))
+            else:
+                await stream.accept()
+                if name == "finish":
+                    stream.done()
+                else:
+                    stream.fail(Unavailable("gone"))
+            with pytest.raises(InternalError, match="the router failed: a bug"):
+                await relay.answer.next()
+            stack.assert_nothing_in_flight()
+        for worker in ("d0", "d1"):
+            stack.report(worker)
+
+
+async def test_a_worker_to_which_no_stream_opens_ends_the_request(stack, monkeypatch):
+    monkeypatch.setattr(stack, "open", Mock(side_effect=ValueError("no certificate")))
+    async with stack.request() as relay:
+        with pytest.raises(InternalError, match="no certificate"):
+            await relay.answer.next()
+        stack.assert_nothing_in_flight()
 
 
 async def test_refusals_do_not_count_as_lost_workers(stack):
