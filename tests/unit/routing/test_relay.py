@@ -26,6 +26,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.stream import Receive
 from overfill.routing.worker import PREFILL
+from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
 
 NEED = decode_pb2.NeedPrefill
@@ -594,3 +595,30 @@ async def test_an_aborted_request_ends_with_the_given_error(stack):
         relay.abort(Unavailable("shutting down"))
         with pytest.raises(Unavailable, match="shutting down"):
             await relay.answer.next()
+
+
+async def test_spans_of_unanswered_requests_end_with_the_reason(stack, monkeypatch):
+    ended = []
+
+    class Span(tracing.Span):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def end(self, error=None):
+            if self.name:
+                ended.append((self.name, type(error)))
+                self.name = ""
+
+    monkeypatch.setattr(tracing, "child", lambda name, kind="internal", parent=None, **attributes: Span(name))
+    async with stack.request(timeout=0.01) as relay:
+        await (await stack.stream()).accept()
+        with pytest.raises(DeadlineExceeded):
+            await relay.answer.next()
+    assert ended == [("router.queue", type(None)), ("router.attempt", DeadlineExceeded)]
+    ended.clear()
+    stack.report("d0", credits=0)
+    stack.report("d1", credits=0)
+    async with stack.request() as relay:
+        relay.close(RequestCancelled("the client left"))
+    assert ended == [("router.queue", RequestCancelled)]
