@@ -20,9 +20,14 @@ def root_key(full_digest: str, dtype: str, cache_namespace: str) -> int:
     return _hash64(f"{full_digest}\0{dtype}\0{cache_namespace}".encode())
 
 
-def block_key(parent: int, tokens: Sequence[int]) -> int:
-    """64-bit key of a full block of ``tokens`` that follows the block or root with key ``parent``."""
-    return _hash64(struct.pack(f"<Q{len(tokens)}I", parent, *tokens))
+def block_key(parent: int, block: bytes) -> int:
+    """64-bit key of a full block, given as ``token_bytes``, that follows the block or root with key ``parent``."""
+    return _hash64(parent.to_bytes(8, "little") + block)
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """``tokens`` as little-endian 32-bit numbers."""
+    return struct.pack(f"<{len(tokens)}I", *tokens)
 
 
 class PromptBlocks:
@@ -49,11 +54,11 @@ class PromptBlocks:
         end, step = len(tokens) - len(tokens) % block_size, block_size * _BLOCKS_AT_ONCE
         for start in range(0, end, step):
             group = tokens[start : min(start + step, end)]
-            data, width = struct.pack(f"<{len(group)}I", *group), 4 * block_size
+            data, width = token_bytes(group), 4 * block_size
             for index in range(0, len(data), width):
                 block = data[index : index + width]
                 hash(block)
-                root = _hash64(root.to_bytes(8, "little") + block)
+                root = block_key(root, block)
                 self.tokens.append(block)
                 self.keys.append(root)
             time.sleep(0)  # the engine's thread may be waiting for the interpreter lock
@@ -64,7 +69,8 @@ class PromptKeys:
 
     def __init__(self, root: int, tokens: Sequence[int]) -> None:
         self._root = root
-        self._data = struct.pack(f"<{len(tokens)}I", *tokens)
+        self._tokens = tokens
+        self._data = b""
         self._block_size = 0
         self._keys: list[int] = []
 
@@ -72,11 +78,12 @@ class PromptKeys:
         """Yields the keys for blocks of ``block_size`` tokens, in order."""
         if block_size != self._block_size:
             self._block_size, self._keys = block_size, []
+        self._data = self._data or token_bytes(self._tokens)
         data, width, keys = self._data, 4 * block_size, self._keys
         for index in range(len(data) // width):
             if index == len(keys):
                 parent = keys[-1] if index else self._root
-                keys.append(_hash64(parent.to_bytes(8, "little") + data[index * width : (index + 1) * width]))
+                keys.append(block_key(parent, data[index * width : (index + 1) * width]))
             yield keys[index]
 
 

@@ -139,7 +139,8 @@ class AnswerState:
             self._unread = AnswerDelta(known, ids, logprobs)
         else:
             self._unread.token_ids += ids
-            self._unread.logprobs += logprobs
+            # Copies, because a part of a message keeps the whole message in memory, all other sequences' tokens too.
+            self._unread.logprobs += [_copy(entry) for entry in logprobs]
         self._wake()
         return True
 
@@ -169,3 +170,9 @@ class AnswerState:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _copy(entry: common_pb2.TokenLogprobs) -> common_pb2.TokenLogprobs:
+    copy = common_pb2.TokenLogprobs()
+    copy.CopyFrom(entry)
+    return copy

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+from contextvars import Context
 
 from overfill.errors import OverfillError
-from overfill.routing.dispatcher import Dispatcher, Job, Placement
+from overfill.routing.dispatcher import Dispatcher, Job, Placement, Rejection
+from overfill.routing.job import JobState
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+
+logger = logging.getLogger(__name__)
 
 TICK = 0.5
 """Seconds between polls while a job waits."""
 
 OnPlaced = Callable[[Worker | OverfillError], None]
-"""Receives the worker on which the job is placed, or the error that ended its wait. It must not raise.
+"""Receives the worker on which the job is placed, or the error that ended its wait.
 
-The dispatcher calls it once, possibly before the method that queued the job returns.
+The dispatcher calls it once, possibly before the method that queued the job returns. If it raises, the dispatcher logs
+the error and finishes the job.
 """
 
 
@@ -30,6 +36,7 @@ class AsyncDispatcher:
         self._dispatcher = dispatcher
         self._callbacks: dict[Job, OnPlaced] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._polling = self._poll_again = False
         self._version = 0
         self._changed = asyncio.Event()
 
@@ -97,9 +104,10 @@ class AsyncDispatcher:
 
     def finish(self, job: Job) -> None:
         """Releases the job's slots and ends its wait."""
+        waited = job.state in (JobState.WAITING, JobState.WANTS_PREFILL)
         self._dispatcher.finish(job)
         self._callbacks.pop(job, None)
-        self._freed()
+        self._freed(left_queue=waited)
 
     def report(self, worker: Worker, report: registry_pb2.Report) -> None:
         """Applies a worker's report."""
@@ -109,14 +117,35 @@ class AsyncDispatcher:
         self.poll()
 
     def poll(self) -> None:
-        """Makes the placements that are possible now. Call it after a worker has been removed."""
-        for outcome in self._dispatcher.poll(self._now()):
-            self._note_change()
-            on_placed = self._callbacks.pop(outcome.job, None)
-            if on_placed is not None:  # None: an earlier callback of this loop has finished the job
-                on_placed(outcome.worker if isinstance(outcome, Placement) else outcome.error)
+        """Makes the placements that are possible now. Call it after a worker has been removed.
+
+        A call by a callback has its effect when the callback has returned, so that callbacks never nest.
+        """
+        self._poll_again = True
+        if self._polling:
+            return
+        self._polling = True
+        try:
+            while self._poll_again:
+                self._poll_again = False
+                for outcome in self._dispatcher.poll(self._now()):
+                    self._tell(outcome)
+        finally:
+            self._polling = False
         if self._timer is None and self._dispatcher.num_waiting:
-            self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
+            # An empty context: the timer belongs to all requests.
+            self._timer = asyncio.get_running_loop().call_later(TICK, self._tick, context=Context())
+
+    def _tell(self, outcome: Placement | Rejection) -> None:
+        self._note_change()
+        on_placed = self._callbacks.pop(outcome.job, None)
+        if on_placed is None:
+            return  # an earlier callback has finished the job
+        try:
+            on_placed(outcome.worker if isinstance(outcome, Placement) else outcome.error)
+        except Exception:  # it must not end the other placements
+            logger.exception("request %s failed when it was placed", outcome.job.id)
+            self.finish(outcome.job)
 
     def _tick(self) -> None:
         self._timer = None
@@ -127,9 +156,9 @@ class AsyncDispatcher:
         self._note_change()
         self.poll()
 
-    def _freed(self) -> None:
+    def _freed(self, left_queue: bool = False) -> None:
         self._note_change()
-        if self._dispatcher.num_waiting:
+        if left_queue or self._dispatcher.num_waiting:
             self.poll()
 
     def _note_change(self) -> None:

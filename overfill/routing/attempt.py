@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TypeAlias
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import AnswerState
@@ -33,8 +34,9 @@ class GaveUp(Exception):
         self.error = error
 
 
-OnEnd = Callable[["decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp"], None]
-"""Receives the worker's last message, or the error that ended the attempt. The attempt calls it once."""
+AttemptEnd: TypeAlias = "decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp"
+OnEnd = Callable[[AttemptEnd], None]
+"""Receives the worker's last message, or the error that ended the attempt. Called once; it must not raise."""
 
 
 class Attempt:
@@ -83,8 +85,8 @@ class Attempt:
                 self._assign(prefill, command.start.assign_prefill)
             self._stream.send(command)
             self._queued = _now() - self._answer.received
-        except OverfillError as error:
-            self._end(error)
+        except Exception as error:
+            self._fail(error)
 
     def close(self) -> None:
         """Ends the attempt and its sequence on the worker, without a call of ``on_end``."""
@@ -93,7 +95,7 @@ class Attempt:
             if self._stream is not None:
                 self._stream.close()
 
-    def _end(self, result: decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp) -> None:
+    def _end(self, result: AttemptEnd) -> None:
         if not self._closed:
             self.close()
             self._on_end(result)
@@ -108,11 +110,15 @@ class Attempt:
             return
         try:
             self._handle(update)
-        except (OverfillError, GaveUp) as error:
-            self._end(error)
         except Exception as error:  # one sequence must not end the stream of all
-            logger.exception("request %s failed in the router", self._job.id)
-            self._end(GaveUp(InternalError(f"the router failed: {error}")))
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, OverfillError | GaveUp):
+            self._end(error)
+            return
+        logger.error("request %s failed in the router", self._job.id, exc_info=error)
+        self._end(GaveUp(InternalError(f"the router failed: {error}")))
 
     def _handle(self, update: decode_pb2.SequenceUpdate) -> None:
         kind = update.WhichOneof("message")
@@ -129,11 +135,17 @@ class Attempt:
         else:
             raise InternalError(f"the decode worker sent {kind or 'nothing'} out of turn")
 
-    def _on_slot(self, worker: Worker | OverfillError) -> None:
+    def _on_slot(self, outcome: Worker | OverfillError) -> None:
         """Sends AssignPrefill: the job has a prefill slot."""
         if self._closed:
             return  # the job's next call of the dispatcher releases the slot
         self._waits_for_slot = False
+        try:
+            self._send_assignment(outcome)
+        except Exception as error:
+            self._fail(error)
+
+    def _send_assignment(self, worker: Worker | OverfillError) -> None:
         if isinstance(worker, OverfillError):
             self._end(GaveUp(worker))
             return

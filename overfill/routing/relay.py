@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextvars import copy_context
-from typing import Protocol
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from typing import Protocol, TypeVar
 
 from overfill.errors import (
     DeadlineExceeded,
@@ -23,12 +24,14 @@ from overfill.errors import (
 from overfill.kv.keys import PromptKeys
 from overfill.routing.answer import AnswerState, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.attempt import Attempt, GaveUp
+from overfill.routing.attempt import Attempt, AttemptEnd, GaveUp
 from overfill.routing.dispatcher import Job
 from overfill.routing.stream import DecodeConnector
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -152,49 +155,70 @@ class Relay:
         self._queue_span = tracing.child("router.queue", parent=self._parent)
         try:
             self._dispatcher.submit(self._job, self._on_placed)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(error)
             raise
 
     def abort(self, error: OverfillError) -> None:
         """Ends the request with ``error``."""
         self._conclude(error)
 
-    def close(self) -> None:
-        """Ends the request here and on the decode worker, and releases its slots."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the request here and on the decode worker, and releases its slots.
+
+        Args:
+            error: reason, for traces, if the request is not answered.
+        """
         if self._closed:
             return
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._attempt is not None:
-            self._attempt.close()
-            self._attempt = None
-        self._queue_span.end()
-        self._attempt_span.end()
-        self._job.emitted = len(self.answer.emitted)
-        self._dispatcher.finish(self._job)
+        try:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._attempt is not None:
+                self._attempt.close()
+                self._attempt = None
+            self._queue_span.end(error)
+            self._attempt_span.end(error)
+        finally:
+            self._job.emitted = len(self.answer.emitted)
+            self._dispatcher.finish(self._job)
 
     def _conclude(self, end: Finish | OverfillError) -> None:
         self.answer.end(end)
-        self.close()
+        self.close(None if isinstance(end, Finish) else end)
 
     def _expire(self) -> None:
         self._conclude(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
 
-    def _on_placed(self, outcome: Worker | OverfillError) -> None:
-        """Opens an attempt on the worker. The caller is any request or report that made the placement possible."""
+    def _guard(self, step: Callable[[T], None], argument: T) -> None:
+        """Calls a step of the request. If it raises, the request ends; the caller may serve other requests too."""
         if self._closed:
             return
-        self._queue_span.end()
+        try:
+            step(argument)
+        except Exception as error:
+            # An empty context: the current one may be another request's.
+            Context().run(logger.error, "request %s failed in the router", self._job.id, exc_info=error)
+            self._conclude(InternalError(f"the router failed: {error}"))
+
+    def _on_placed(self, outcome: Worker | OverfillError) -> None:
+        """Opens an attempt on the worker. The caller is any request or report that made the placement possible."""
+        self._guard(self._begin, outcome)
+
+    def _on_end(self, result: AttemptEnd) -> None:
+        """Ends the request or queues it again. The caller is the worker's stream, or whoever sent to the worker."""
+        if isinstance(result, decode_pb2.DecodeDone | decode_pb2.Refused):
+            self._guard(self._answered, result)
+        else:
+            self._loop.call_soon(self._guard, self._failed, result, context=self._context)
+
+    def _begin(self, outcome: Worker | OverfillError) -> None:
         if isinstance(outcome, OverfillError):
             self._conclude(outcome)
-            return
-        try:
+        else:
+            self._queue_span.end()
             self._open_attempt(outcome)
-        except Exception as error:  # it must not end the other placements
-            logger.exception("request %s failed in the router", self._start.request_id)
-            self._conclude(InternalError(f"the router failed: {error}"))
 
     def _open_attempt(self, worker: Worker) -> None:
         self._opened += 1
@@ -225,29 +249,22 @@ class Relay:
             start.time_left_ns = max(0, round((self._job.deadline - self._loop.time()) * 1e9))
         return command
 
-    def _on_end(self, result: decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp) -> None:
-        """Ends the request or queues it again. The caller is the task that reads the worker's stream."""
+    def _answered(self, result: decode_pb2.DecodeDone | decode_pb2.Refused) -> None:
+        refused = isinstance(result, decode_pb2.Refused)
+        self._attempt_span.set(refused=refused)
+        self._attempt_span.end()
         if isinstance(result, decode_pb2.DecodeDone):
-            self._attempt_span.set(refused=False)
             self._conclude(self._finish(result))
-        elif isinstance(result, decode_pb2.Refused):
-            self._attempt_span.set(refused=True)
-            self._attempt_span.end()
-            self._job.emitted = len(self.answer.emitted)
-            self._queue_span = tracing.child("router.queue", parent=self._parent)
-            self._dispatcher.refused(self._job, self._on_placed, result.load if result.HasField("load") else None)
-        else:
-            self._loop.call_soon(self._on_failure, result, context=self._context)
+            return
+        self._job.emitted = len(self.answer.emitted)
+        self._queue_span = tracing.child("router.queue", parent=self._parent)
+        self._dispatcher.refused(self._job, self._on_placed, result.load if result.HasField("load") else None)
 
-    def _on_failure(self, error: OverfillError | GaveUp) -> None:
+    def _failed(self, failure: OverfillError | GaveUp) -> None:
         """Queues the request for another decode worker, unless another one would fail it too."""
-        if self._closed:
-            return
+        error = failure.error if isinstance(failure, GaveUp) else failure
         self._attempt_span.end(error)
-        if isinstance(error, GaveUp):
-            self._conclude(error.error)
-            return
-        if not isinstance(error, RETRIED):
+        if isinstance(failure, GaveUp) or not isinstance(error, RETRIED):
             self._conclude(error)
             return
         logger.warning("request %s: decode worker %s failed: %s", self._start.request_id, self.decode_worker, error)

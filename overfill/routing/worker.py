@@ -95,6 +95,10 @@ def _stage(hello: registry_pb2.Hello) -> common_pb2.Stage:
 
 
 def _data_addresses(hello: registry_pb2.Hello) -> tuple[kv_pb2.DataAddress, ...]:
+    """Returns the addresses of a worker's KV. Decode workers decide whether they can pull from them.
+
+    Newer decode workers may use several addresses, so the router does not refuse a worker that has them.
+    """
     if not all(one.address for one in hello.data_addresses):
         raise InvalidRequest("hello.data_addresses", "an address is empty")
     ranges = sorted((one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in hello.data_addresses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -28,7 +28,6 @@ class RpcServer:
         tls: certificate and key; None serves without TLS, on loopback only.
         max_concurrent_rpcs: limit on concurrent RPCs; further ones end with RESOURCE_EXHAUSTED. None means no limit.
         access: access policy; None admits every caller to every listed RPC.
-        interceptors: further interceptors, called for every RPC; their exceptions are mapped to statuses too.
         condition: returns True while the process can do its work. Health checks report ready only while it does. None
             means always.
         share_port: let other processes listen on the same port; the kernel divides the connections among them.
@@ -39,7 +38,6 @@ class RpcServer:
         tls: ServerTls | None = None,
         max_concurrent_rpcs: int | None = None,
         access: AccessPolicy | None = None,
-        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
         condition: Callable[[], bool] | None = None,
         share_port: bool = False,
     ) -> None:
@@ -47,7 +45,6 @@ class RpcServer:
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._access = access
-        self._interceptors = tuple(interceptors)
         self._health = Health(condition)
         self._servicers: list[tuple[_AddServicer, Any, str]] = []
         self._server: grpc.aio.Server | None = None
@@ -84,7 +81,7 @@ class RpcServer:
                 "configure a TLS certificate and key, or listen on 127.0.0.1"
             )
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(self._access, self._wants_certificates), *self._interceptors],
+            interceptors=[ErrorInterceptor(self._access, self._wants_certificates)],
             options=server_options(self._share_port),
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )

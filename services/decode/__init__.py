@@ -1,1 +1,1 @@
-"""The decode worker process: one RPC is one attempt at one sequence."""
+"""The decode worker process: one RPC carries all sequences of one router."""

@@ -7,6 +7,7 @@ its handles. When a service has ended, drained or broken, its replica reports un
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import itertools
 import logging
@@ -156,6 +157,8 @@ class RouterReplica(Replica):
 
         async def run(ready: Ready) -> None:
             router = await _listening_router(spec)
+            gc.collect()
+            gc.freeze()  # as in services/router/main.py
             ready(router)
             await router.run()
 

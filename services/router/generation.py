@@ -233,9 +233,9 @@ class Generator:
         )
         with self.metrics.refusing():
             relay.start()
-        self.signals.arrived(prompt_tokens, now)
         self._running[relay] = caller
         self._idle.clear()
+        self.signals.arrived(prompt_tokens, now)
         self.metrics.accepted(prompt_tokens, key)
         accepted = inference_pb2.Accepted(
             request_id=start.request_id,
@@ -276,12 +276,13 @@ class Generator:
 
     def abort_all(self, error: OverfillError) -> None:
         """Ends every running request with ``error``."""
-        for relay in self._running:
+        # Waiting ones first: otherwise each end would place one of them.
+        for relay in sorted(self._running, key=lambda relay: relay.decode_worker != ""):
             relay.abort(error)
 
-    def close(self, relay: Relay) -> None:
-        """Ends ``relay`` and forgets it."""
-        relay.close()
+    def close(self, relay: Relay, error: BaseException | None) -> None:
+        """Ends ``relay`` and forgets it. ``error`` is the reason, for traces, if the request is not answered."""
+        relay.close(error)
         if relay in self._running:
             self._release(self._running.pop(relay))
         if not self._running:
@@ -436,9 +437,9 @@ class Generation:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._generator.close(self._relay, self._failure)
         self._generator.metrics.ended(self._failure)
         self._log()
-        self._generator.close(self._relay)
 
     def _log(self) -> None:
         relay = self._relay

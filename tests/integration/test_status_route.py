@@ -75,6 +75,7 @@ def test_a_worker_that_drains_is_still_expected(tiny_pair):
         async def look_while_draining():
             (worker,) = stack.router.roster.decode
             worker.report.draining = True
+            worker.set_report(worker.report)
             return await stack.router._admin.known()
 
         known = stack.call(look_while_draining())

@@ -193,6 +193,7 @@ class EventStream:
         self._answers = answers
         self._headers = [*_STREAM_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]
         self._started = False
+        self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection = scope["overfill.connection"]
@@ -200,13 +201,14 @@ class EventStream:
         async def write(events: bytes, more: bool) -> None:
             if more and connection.write_at_once(events):
                 return
-            if not self._started:
-                self._started = True
-                with connection.one_write():
-                    await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            async with self._sending:  # the end of the response must not overtake another choice's events
+                if not self._started:
+                    self._started = True
+                    with connection.one_write():
+                        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                        await send({"type": "http.response.body", "body": events, "more_body": more})
+                else:
                     await send({"type": "http.response.body", "body": events, "more_body": more})
-            else:
-                await send({"type": "http.response.body", "body": events, "more_body": more})
 
         try:
             with connection:

@@ -41,6 +41,9 @@ REST_TIMEOUT = 30.0
 MAX_REST = 64 << 20
 """Maximum number of bytes of such a rest that the server reads and discards."""
 
+MAX_PIPELINED = 8
+"""Requests that may wait behind an answer. With more, the server stops reading the connection until the answer ends."""
+
 _BACKLOG = 2048
 
 
@@ -82,6 +85,7 @@ class HttpServer:
             timeout_keep_alive=IDLE_TIMEOUT,
             timeout_graceful_shutdown=math.ceil(stop_grace),
             backlog=_BACKLOG,
+            reset_contextvars=True,  # otherwise a request may get the ids of an earlier one on its connection
         )
         config.load()
         if tls is not None:
@@ -198,6 +202,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_body = True
         super().on_headers_complete()
+        if len(self.pipeline) < MAX_PIPELINED:
+            self.flow.resume_reading()  # uvicorn pauses it for a waiting request, and then sees no disconnect
         assert self.cycle is not None
         self.scope["overfill.connection"] = Connection(self.cycle, self._watched)  # type: ignore[typeddict-unknown-key]
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from overfill.kv import keys
 from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
-from overfill.kv.keys import PromptKeys, block_key, root_key
+from overfill.kv.keys import PromptKeys, block_key, root_key, token_bytes
 from overfill.kv.prefix import PrefixCache
 
 BLOCK = 4
@@ -159,8 +159,8 @@ def test_keys_chain_and_differ_by_model_dtype_and_tenant():
         root_key("digest", "float32", "t"),
     }
     assert len(found) == 4
-    first = block_key(root, [1, 2, 3, 4])
-    assert block_key(first, [5, 6, 7, 8]) != block_key(root, [5, 6, 7, 8])
+    first = block_key(root, token_bytes([1, 2, 3, 4]))
+    assert block_key(first, token_bytes([5, 6, 7, 8])) != block_key(root, token_bytes([5, 6, 7, 8]))
 
 
 def test_a_prompts_keys_are_those_that_the_cache_reports():
@@ -198,7 +198,7 @@ def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
     early = journal.feed()
     told = early.take()
     assert told.replaces
-    key = block_key(root_key("digest", "float32", ""), [0, 1, 2, 3])
+    key = block_key(root_key("digest", "float32", ""), token_bytes([0, 1, 2, 3]))
     assert key in told.added
     assert len(told.added) == 2
     assert early.take() is None

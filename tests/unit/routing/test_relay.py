@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,6 +26,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.stream import Receive
 from overfill.routing.worker import PREFILL
+from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
 
 NEED = decode_pb2.NeedPrefill
@@ -225,6 +227,42 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         worker = stack.roster.decode.get(stream.worker)
         assert worker.report.load == load
         assert worker.paused_until_report, "the worker takes new requests after its next report"
+
+
+async def test_a_fault_in_the_router_ends_the_request_and_holds_nothing(stack, monkeypatch):
+    faults = {
+        "finish": lambda relay: monkeypatch.setattr(relay, "_finish", Mock(side_effect=RuntimeError("a bug"))),
+        "refused": lambda relay: monkeypatch.setattr(
+            stack.dispatcher, "refused", Mock(side_effect=RuntimeError("a bug"))
+        ),
+        "lost": lambda relay: monkeypatch.setattr(stack.dispatcher, "lost", Mock(side_effect=RuntimeError("a bug"))),
+    }
+    for name, break_it in faults.items():
+        async with stack.request() as relay:
+            break_it(relay)
+            stream = await stack.stream()
+            if name == "refused":
+                await stream.start()
+                stream.say(refused=decode_pb2.Refused(reason="full"))
+            else:
+                await stream.accept()
+                if name == "finish":
+                    stream.done()
+                else:
+                    stream.fail(Unavailable("gone"))
+            with pytest.raises(InternalError, match="the router failed: a bug"):
+                await relay.answer.next()
+            stack.assert_nothing_in_flight()
+        for worker in ("d0", "d1"):
+            stack.report(worker)
+
+
+async def test_a_worker_to_which_no_stream_opens_ends_the_request(stack, monkeypatch):
+    monkeypatch.setattr(stack, "open", Mock(side_effect=ValueError("no certificate")))
+    async with stack.request() as relay:
+        with pytest.raises(InternalError, match="no certificate"):
+            await relay.answer.next()
+        stack.assert_nothing_in_flight()
 
 
 async def test_refusals_do_not_count_as_lost_workers(stack):
@@ -557,3 +595,30 @@ async def test_an_aborted_request_ends_with_the_given_error(stack):
         relay.abort(Unavailable("shutting down"))
         with pytest.raises(Unavailable, match="shutting down"):
             await relay.answer.next()
+
+
+async def test_spans_of_unanswered_requests_end_with_the_reason(stack, monkeypatch):
+    ended = []
+
+    class Span(tracing.Span):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def end(self, error=None):
+            if self.name:
+                ended.append((self.name, type(error)))
+                self.name = ""
+
+    monkeypatch.setattr(tracing, "child", lambda name, kind="internal", parent=None, **attributes: Span(name))
+    async with stack.request(timeout=0.01) as relay:
+        await (await stack.stream()).accept()
+        with pytest.raises(DeadlineExceeded):
+            await relay.answer.next()
+    assert ended == [("router.queue", type(None)), ("router.attempt", DeadlineExceeded)]
+    ended.clear()
+    stack.report("d0", credits=0)
+    stack.report("d1", credits=0)
+    async with stack.request() as relay:
+        relay.close(RequestCancelled("the client left"))
+    assert ended == [("router.queue", RequestCancelled)]

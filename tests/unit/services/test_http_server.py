@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 
 import pytest
 
@@ -13,16 +14,22 @@ from services.router.http.server import MAX_HEAD, HttpServer
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+PATCH = b"PATCH %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+PATH: ContextVar[str] = ContextVar("PATH", default="")
 
 
 class App:
     """Refuses every request without reading its body. ``GET`` starts an answer and waits for ``finish`` within it.
 
     ``PUT`` reads the body and waits for ``finish`` while the client is connected. ``ended`` has the error of the wait.
+    ``PATCH`` takes the body from the connection, if it has arrived, and sets a context variable to the path. ``seen``
+    has the variable's values before.
     """
 
     def __init__(self) -> None:
+        self.seen: list[str] = []
         self.begun, self.finish = asyncio.Event(), asyncio.Event()
         self.ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
@@ -37,9 +44,19 @@ class App:
             self.ended.set_result(error)
             raise
 
+    async def _patch(self, scope: dict) -> None:
+        self.seen.append(PATH.get())
+        PATH.set(scope["path"])
+        while scope["overfill.connection"].take_body() is None:
+            await asyncio.sleep(0)
+        with scope["overfill.connection"]:
+            pass
+
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["method"] == "PUT":
             await self._put(scope, receive)
+        if scope["method"] == "PATCH":
+            await self._patch(scope)
         status = 200 if scope["method"] == "GET" else 401
         body = b"done" if status == 200 else b"no"
         headers = [(b"content-length", b"%d" % len(body))]
@@ -141,6 +158,30 @@ async def test_a_disconnect_ends_the_wait_although_another_request_follows(app: 
     app.begun.clear()
     assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
     assert not app.begun.is_set(), "the server started the next answer"
+
+
+async def test_a_disconnect_ends_the_wait_although_another_request_came_during_it(
+    app: App, address: tuple[str, int]
+) -> None:
+    _, writer = await asyncio.open_connection(*address)
+    writer.write(PUT % 0)
+    await app.begun.wait()
+    writer.write(PUT % 0)
+    await asyncio.sleep(0.05)  # the server takes it in; without a pause both may arrive with the end of the connection
+    writer.transport.abort()
+    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
+
+
+async def test_a_request_does_not_see_the_context_of_an_earlier_one(app: App, address: tuple[str, int]) -> None:
+    reader, writer = await asyncio.open_connection(*address)
+    for path, body in ((b"/a", bytes(100_000)), (b"/b", b""), (b"/c", b"")):
+        writer.write(PATCH % (path, len(body)) + body)
+        assert await answer(reader) == (401, b"no")
+    writer.write(PATCH % (b"/d", 0) + PATCH % (b"/e", 0))
+    for _ in range(2):
+        assert await answer(reader) == (401, b"no")
+    assert app.seen == [""] * 5
+    writer.close()
 
 
 async def test_a_shutdown_cancels_the_wait_for_an_answer(app: App) -> None:

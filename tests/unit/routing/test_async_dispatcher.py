@@ -1,0 +1,88 @@
+"""Tests the callbacks of placements: each is called once, none disturbs another, and none nests."""
+
+import asyncio
+
+import pytest
+
+from overfill.routing.async_dispatcher import AsyncDispatcher
+from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.policy import LeastLoad
+from overfill.routing.pool import Roster
+from overfill.routing.worker import PREFILL
+
+
+@pytest.fixture
+async def roster(add_worker):
+    roster = Roster()
+    now = asyncio.get_running_loop().time()
+    add_worker(roster, "d0", now=now)
+    add_worker(roster, "p0", PREFILL, now=now)
+    return roster
+
+
+@pytest.fixture
+def dispatcher(roster):
+    return AsyncDispatcher(Dispatcher(roster, LeastLoad()))
+
+
+def job(name):
+    return Job(name, prompt_tokens=16, max_tokens=4)
+
+
+@pytest.fixture
+def report(roster, dispatcher, make_report):
+    """Returns a function that reports a number of credits for both workers."""
+
+    def report(credits):
+        for worker in roster.workers():
+            dispatcher.report(worker, make_report(credits=credits, total=10_000))
+
+    return report
+
+
+async def test_a_callback_that_raises_ends_its_own_job_only(dispatcher, roster, report):
+    report(0)
+    placed = []
+
+    def fail(outcome):
+        placed.append("bad")
+        raise RuntimeError("a bug")
+
+    dispatcher.submit(job("bad"), fail)
+    good = [job("b"), job("c")]
+    for each in good:
+        dispatcher.submit(each, lambda _, each=each: placed.append(each.id))
+    report(3)
+    assert placed == ["bad", "b", "c"]
+    assert [w.in_flight for w in roster.decode] == [2]
+    for each in good:
+        dispatcher.finish(each)
+    assert [w.in_flight for w in roster.decode] == [0]
+
+
+async def test_callbacks_do_not_nest(dispatcher, roster, report):
+    report(0)
+    depth, placed = 0, []
+
+    def end(each):
+        nonlocal depth
+        depth += 1
+        assert depth == 1, "a callback was called within another"
+        placed.append(each.id)
+        dispatcher.finish(each)  # makes room for the next
+        depth -= 1
+
+    for number in range(900):
+        each = job(f"j{number}")
+        dispatcher.submit(each, lambda _, each=each: end(each))
+    report(1)
+    assert len(placed) == 900
+    assert [w.in_flight for w in roster.decode] == [0]
+
+
+async def test_time_without_a_queue_does_not_count_as_waiting(dispatcher, report):
+    report(0)
+    waiting = job("a")
+    dispatcher.submit(waiting, lambda _: None)
+    dispatcher.finish(waiting)
+    assert dispatcher._dispatcher._admission.departure_rate._since is None, "the queue is seen to be empty at once"
