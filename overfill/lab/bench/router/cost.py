@@ -54,8 +54,8 @@ def measure_cost(
     """Measures CPU, saturation, latency and memory in about 60 times ``seconds``.
 
     Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
-    send a quarter of what a core of the router can pass on, so that it merges no tokens. Those of the others, one for
-    each protocol, send nothing after the first token.
+    send as many tokens per second as a core of the router wrote events at saturation, so that it merges no tokens. Those
+    of the others, one for each protocol, send nothing after the first token.
 
     Args:
         seconds: Duration of each part; latencies take two.
@@ -84,8 +84,8 @@ def measure_cost(
                     measure(peer, bare[of.protocol], router[of.protocol])
 
         beside_peers(PEERS, SendingPace(), streams[-1], partial(_measure_saturation, windows, streams))
-        # tokens_per_core may hold merged tokens. Half of it would keep a router that merges too busy not to.
-        rate = min(figures["tokens_per_core"].value for figures in router.values()) / 4
+        # At saturation tokens merge, and an event with many tokens costs more than an event with one.
+        rate = min(f["tokens_per_core"].value / f["saturated_tokens_per_event"].value for f in router.values())
         pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
         beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
         for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second

@@ -14,7 +14,7 @@ from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Server, Windows,
 
 
 def profile_router(pair: Path, seconds: float, streams: int, answer: int) -> str:
-    """Samples the router's CPU time during requests of one token, and during long answers at a quarter of saturation.
+    """Samples the router's CPU time during requests of one token, and during long answers of one event per token.
 
     Args:
         seconds: Seconds of each sampled load.
@@ -50,8 +50,8 @@ def profile_router(pair: Path, seconds: float, streams: int, answer: int) -> str
             for server in servers:
                 profile(server, 1, "request of one token")
                 window = windows.measure(server, answer, streams)
-                saturation.append(window.counts.tokens / window.cpu)
-        pace = SendingPace(per_sequence=4 * WORKERS / min(saturation), workers=WORKERS)
+                saturation.append(window.counts.events / window.cpu)
+        pace = SendingPace(per_sequence=WORKERS / min(saturation), workers=WORKERS)
         with paced_stack(pair, pace, streams, launcher) as servers:
             for server in servers:
                 profile(server, answer, "token")
