@@ -64,6 +64,7 @@ class Received:
         events: Server-sent events or messages that carry tokens.
         tokens: Received tokens.
         ttft: Seconds to the first token of each request that got it since the counts were last read.
+        gaps: Seconds between two events with tokens of the same stream, since the counts were last read.
         cpu: Seconds of CPU time of each process.
     """
 
@@ -73,6 +74,7 @@ class Received:
     events: int = 0
     tokens: int = 0
     ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def add(self, other: Received) -> None:
@@ -83,6 +85,7 @@ class Received:
         self.events += other.events
         self.tokens += other.tokens
         self.ttft += other.ttft
+        self.gaps += other.gaps
         self.cpu += other.cpu
 
 
@@ -198,10 +201,18 @@ class _Client:
         self._sockets.append(found)
         return found
 
-    def first(self, sent: float) -> None:
-        """Notes the first token of a request that was sent at ``sent``."""
+    def first(self, sent: float) -> float:
+        """Notes the first token of a request that was sent at ``sent``, and returns its time."""
+        now = time.perf_counter()
         self.counts.begun += 1
-        self.counts.ttft.append(time.perf_counter() - sent)
+        self.counts.ttft.append(now - sent)
+        return now
+
+    def event(self, previous: float) -> float:
+        """Notes an event with tokens that follows the one at ``previous``, and returns its time."""
+        now = time.perf_counter()
+        self.counts.gaps.append(now - previous)
+        return now
 
     def ended(self, tokens: int, connection: _HttpConnection | None = None) -> None:
         """Notes the end of an answer, and starts the next request of a closed loop."""
@@ -226,6 +237,7 @@ class _Client:
             self.counts.cpu = [time.process_time()]
             self._pipe.send(self.counts)
             self.counts.ttft.clear()
+            self.counts.gaps.clear()
         else:
             self._stopped = True
 
@@ -236,7 +248,7 @@ class _HttpConnection:
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._socket = client.connect(self._read)
-        self._sent = 0.0
+        self._sent = self._last = 0.0
         self._tokens = 0
         self._tail = b""
 
@@ -248,8 +260,10 @@ class _HttpConnection:
         data = self._socket.recv(1 << 18)
         counts = self._client.counts
         if tokens := data.count(TOKEN_TEXT):
-            if not self._tokens:
-                self._client.first(self._sent)
+            if self._tokens:
+                self._last = self._client.event(self._last)
+            else:
+                self._last = self._client.first(self._sent)
             self._tokens += tokens
             counts.tokens += tokens
             counts.events += 1 if tokens == 1 else len(_TOKENS.findall(data))
@@ -283,7 +297,7 @@ class _GrpcConnection:
         self._unacknowledged = 0
         self._send_window = 65_535
         self._waiting: deque[bytes] = deque()
-        self._streams: dict[int, list[Any]] = {}  # id -> [time sent, tokens, rest of a message]
+        self._streams: dict[int, list[Any]] = {}  # id -> [time of the request or last event, tokens, rest of a message]
         self._next_id = 1
         message = client.load.request
         self._message = b"\0" + struct.pack(">I", len(message)) + message
@@ -356,8 +370,7 @@ class _GrpcConnection:
             tokens = len(inference_pb2.GenerateResponse.FromString(rest[5:end]).delta.token_ids)
             rest = rest[end:]
             if tokens:
-                if not state[1]:
-                    self._client.first(state[0])
+                state[0] = self._client.event(state[0]) if state[1] else self._client.first(state[0])
                 state[1] += tokens
                 self._client.counts.events += 1
                 self._client.counts.tokens += tokens

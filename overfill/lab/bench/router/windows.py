@@ -175,6 +175,7 @@ def _difference(after: Received, before: Received) -> Received:
         events=after.events - before.events,
         tokens=after.tokens - before.tokens,
         ttft=after.ttft,
+        gaps=after.gaps,
     )
 
 
