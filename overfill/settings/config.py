@@ -379,7 +379,7 @@ class RouterConfig(ServiceConfig):
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="maximum size of a request, in bytes")
     max_connections: int = Field(
-        4096, ge=1, description="maximum number of concurrent HTTP connections, and also of concurrent RPCs"
+        8192, ge=1, description="maximum number of concurrent HTTP connections, and also of concurrent RPCs"
     )
     max_attempts: int = Field(
         4,

@@ -26,7 +26,7 @@ STREAMS = (1, 32, 256)
 ANSWER = 1000
 """Tokens of a long answer."""
 
-IDLE_STREAMS = 1000
+IDLE_STREAMS = 5000
 """Open streams whose memory is measured."""
 
 _TOKEN_CPU_RATIO: dict[Protocol, float] = {"http": 2.0, "grpc": 1.5}
