@@ -51,11 +51,12 @@ _Figures = dict[str, _Figure]
 def measure_cost(
     pair: Path, seconds: float, streams: Sequence[int] = STREAMS, idle_streams: int = IDLE_STREAMS
 ) -> list[Measurement]:
-    """Measures CPU, saturation, latency and memory in about 60 times ``seconds``.
+    """Measures CPU, saturation, latency and memory in about 70 times ``seconds``.
 
     Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
-    send as many tokens per second as a core of the router wrote events at saturation, so that it merges no tokens. Those
-    of the others, one for each protocol, send nothing after the first token.
+    send as many tokens per second as a core of the router wrote events at saturation, so that it merges no tokens.
+    Those of the third send twice as many, so that merging sets in. Those of the others, one for each protocol, send
+    nothing after the first token.
 
     Args:
         seconds: Duration of each part; latencies take two.
@@ -88,6 +89,8 @@ def measure_cost(
         rate = min(f["tokens_per_core"].value / f["saturated_tokens_per_event"].value for f in router.values())
         pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
         beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
+        pace = SendingPace(per_sequence=WORKERS / rate / 2, workers=WORKERS)
+        beside_peers(PEERS, pace, streams[-1], partial(_measure_merging, windows, streams[-1]))
         for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
             idle = partial(_measure_memory, windows, idle_streams)
             beside_peers([protocol], SendingPace(step=_HOUR), idle_streams, idle)
@@ -129,6 +132,16 @@ def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, in
         into[f"tokens_per_event_{count}"] = _Figure(window.tokens_per_event, "tokens")
 
 
+def _measure_merging(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
+    """Measures long answers at a pace at which the router begins to merge tokens."""
+    window = windows.measure(server, ANSWER, streams)
+    into["merging_token_cpu"] = _Figure(window.cpu_us(window.counts.tokens), "us", 20)
+    into["merging_tokens_per_event"] = _Figure(window.tokens_per_event, "tokens")
+    gaps = window.counts.gaps or [float("nan")]
+    for percent in (50, 99):
+        into[f"merging_itl_p{percent}"] = _Figure(float(np.percentile(gaps, percent)) * 1e3, "ms")
+
+
 def _measure_memory(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
     into["memory_per_stream"] = _Figure(windows.memory(server, streams), "KiB", 60)
 
@@ -141,6 +154,6 @@ def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams:
     name = f"token_cpu_{streams[-1]}"
     ratio = router[name].value / bare[name].value
     found.append(figure(f"token_cpu_ratio_{streams[-1]}", _Figure(ratio, "x", _TOKEN_CPU_RATIO[protocol])))
-    for name, bound in (("ttft_p50", 1.0), ("ttft_p99", 4.0)):
+    for name, bound in (("ttft_p50", 1.0), ("ttft_p99", 4.0), ("merging_itl_p99", 10.0)):
         found.append(figure(f"added_{name}", _Figure(router[name].value - bare[name].value, "ms", bound)))
     return found
