@@ -21,6 +21,7 @@ from overfill.rpc.constants import (
     MAX_CONNECTIONS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
+    MAX_PENDING_RPCS,
 )
 from overfill.rpc.renewal import RenewedChannel, close_soon
 from overfill.rpc.tls import ClientTls, Credentials
@@ -87,6 +88,10 @@ def server_options(share_port: bool = False) -> Options:
         ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),
         ("grpc.max_connection_idle_ms", _milliseconds(IDLE_TIMEOUT)),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        # Above 1,000 RPCs that the process has not accepted yet, gRPC would cancel some without a reason. The limit on
+        # concurrent RPCs refuses them with one.
+        ("grpc.server.max_pending_requests", MAX_PENDING_RPCS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_RPCS),
         *_common_options(),
     ]
 

@@ -52,6 +52,9 @@ MAX_METADATA_BYTES: Final = 32 << 10
 MAX_CONNECTIONS: Final = 4096
 """Maximum number of open connections of a gRPC server."""
 
+MAX_PENDING_RPCS: Final = 16_384
+"""Maximum number of RPCs that have arrived at a gRPC server and that it has not accepted yet."""
+
 MAX_DATA_STREAMS: Final = 64
 """Maximum number of parallel connections for one prompt's KV."""
 

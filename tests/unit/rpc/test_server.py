@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,18 @@ async def test_every_channel_has_its_own_connection(server: RpcServer) -> None:
 async def test_a_message_over_the_limit_is_the_senders_fault(channel: grpc.aio.Channel) -> None:
     with pytest.raises(errors.InvalidRequest, match="larger than max"):
         await call(channel, "unary_unary", Message(name="x" * MAX_MESSAGE_BYTES))
+
+
+async def test_a_burst_that_arrives_while_the_process_is_busy_is_served(channel: grpc.aio.Channel) -> None:
+    """By default, gRPC cancels some of more than 1,000 RPCs that wait to be accepted."""
+    await call(channel, "unary_unary", Message(name="first"))
+    method = channel.unary_unary(f"/{SERVICE}/unary_unary", Message.SerializeToString, Message.FromString)
+    calls = [method(Message(name=str(number))) for number in range(4000)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    time.sleep(0.5)  # noqa: ASYNC251  # the loop accepts nothing, while gRPC's threads receive
+    answers = await asyncio.gather(*calls)
+    assert [answer.name for answer in answers] == [str(number) for number in range(4000)]
 
 
 async def test_a_unix_socket_serves(server: RpcServer, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def measure_cost(
 
     Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
     send as many tokens per second as a core of the router wrote events at saturation, so that it merges no tokens.
-    Those of the third send twice as many, so that merging sets in. Those of the others, one for each protocol, send
-    nothing after the first token.
+    Then come two stacks for each protocol. The workers of one send a quarter more than a core of the router can pass on
+    in events of one token, so that merging sets in. Those of the other send nothing after the first token.
 
     Args:
         seconds: Duration of each part; latencies take two.
@@ -89,8 +89,10 @@ def measure_cost(
         rate = min(f["tokens_per_core"].value / f["saturated_tokens_per_event"].value for f in router.values())
         pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
         beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
-        pace = SendingPace(per_sequence=WORKERS / rate / 2, workers=WORKERS)
-        beside_peers(PEERS, pace, streams[-1], partial(_measure_merging, windows, streams[-1]))
+        for protocol in PEERS:
+            rate = 1.25e6 / router[protocol][f"token_cpu_{streams[-1]}"].value
+            pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
+            beside_peers([protocol], pace, streams[-1], partial(_measure_merging, windows, streams[-1]))
         for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
             idle = partial(_measure_memory, windows, idle_streams)
             beside_peers([protocol], SendingPace(step=_HOUR), idle_streams, idle)
