@@ -48,7 +48,7 @@ BROKEN = (
         "the answer continues token for token",
         "a worker may begin behind a gap",
         "overfill/routing/answer.py",
-        "        if tokens.first_index > known:\n",
+        "        if first > known:\n",
         "        if False:\n",
         "tests/unit/routing/test_relay.py::test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer",
     ),
@@ -56,8 +56,8 @@ BROKEN = (
         "tokens that the client has are not computed again",
         "the next worker is not told the tokens so far",
         "overfill/routing/relay.py",
-        "emitted_token_ids=self.answer.emitted,",
-        "emitted_token_ids=(),",
+        "start.emitted_token_ids[:] = self.answer.emitted",
+        "pass",
         "tests/unit/routing/test_relay.py::test_a_lost_worker_is_followed_by_another_that_knows_the_tokens",
     ),
     Broken(
@@ -232,16 +232,16 @@ BROKEN = (
         "a deadline ends a request everywhere",
         "the router ignores it",
         "overfill/routing/relay.py",
-        "async with asyncio.timeout_at(self._request.deadline):",
-        "async with asyncio.timeout_at(None):",
+        "self._loop.call_at(self._job.deadline, self._expire)",
+        "self._loop.call_at(1e12, self._expire)",
         "tests/unit/routing/test_relay.py::test_the_deadline_ends_a_request_that_waits",
     ),
     Broken(
         "deadlines do not move with wall clocks",
         "a decode worker measures deadlines by the wall clock",
         "overfill/rpc/sequences.py",
-        "        sequences[number] = sequence, task\n",
-        "        sequences[number] = sequence, task\n"
+        "        self._sequences[number] = sequence, task\n",
+        "        self._sequences[number] = sequence, task\n"
         "        wall = __import__('time').time\n"
         "        end = wall() + 300\n\n"
         "        async def watch():\n"
