@@ -11,7 +11,7 @@ from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
-from overfill.request.params import Grammar, SamplingParams, check_token_ids
+from overfill.request.params import MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOPS = 16
@@ -67,6 +67,8 @@ def validate_generate(
     check_priority(request.priority)
     if request.kv_codec not in _CODECS:
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
+    if request.stream_interval > MAX_STREAM_INTERVAL:
+        raise InvalidRequest("stream_interval", f"must be at most {MAX_STREAM_INTERVAL}, got {request.stream_interval}")
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.check_vocab(vocab_size)

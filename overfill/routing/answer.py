@@ -117,7 +117,8 @@ class AnswerState:
             InternalError: a gap, a repeat that differs, more than ``max_tokens`` tokens, or log-probabilities that do
                 not match the ids. Nothing is added.
         """
-        ids, logprobs = list(tokens.ids), list(tokens.logprobs)
+        # Copies the entries: a reference to one keeps its whole WorkerMessage in memory, all sequences' tokens too.
+        ids, logprobs = list(tokens.ids), [_copy(entry) for entry in tokens.logprobs]
         known, first = len(self.emitted), tokens.first_index
         if first > known:
             raise InternalError(f"tokens {known}..{first - 1} of the answer are missing")
@@ -139,8 +140,7 @@ class AnswerState:
             self._unread = AnswerDelta(known, ids, logprobs)
         else:
             self._unread.token_ids += ids
-            # Copies, because a part of a message keeps the whole message in memory, all other sequences' tokens too.
-            self._unread.logprobs += [_copy(entry) for entry in logprobs]
+            self._unread.logprobs += logprobs
         self._wake()
         return True
 

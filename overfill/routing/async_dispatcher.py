@@ -85,11 +85,11 @@ class AsyncDispatcher:
         return worker
 
     def reserved(self, job: Job, on_placed: OnPlaced) -> bool:
-        """Queues the job for a prefill slot: its decode worker has reserved blocks. False if the job holds a slot."""
+        """Queues the job for a prefill slot, since its decode worker has reserved blocks. True if it holds one."""
         if self._dispatcher.reserved(job):
-            return False
+            return True
         self._wait(job, on_placed)
-        return True
+        return False
 
     def need_prefill(self, job: Job, on_placed: OnPlaced, tried: Worker | None, *, failed: bool, pause: bool) -> None:
         """Queues the job for another prefill slot; see ``Dispatcher.need_prefill``."""
@@ -119,7 +119,7 @@ class AsyncDispatcher:
     def poll(self) -> None:
         """Makes the placements that are possible now. Call it after a worker has been removed.
 
-        A call by a callback has its effect when the callback has returned, so that callbacks never nest.
+        When a callback calls ``poll``, the dispatcher polls again after the callback returns, so callbacks never nest.
         """
         self._poll_again = True
         if self._polling:
@@ -143,8 +143,9 @@ class AsyncDispatcher:
             return  # an earlier callback has finished the job
         try:
             on_placed(outcome.worker if isinstance(outcome, Placement) else outcome.error)
-        except Exception:  # it must not end the other placements
-            logger.exception("request %s failed when it was placed", outcome.job.id)
+        except Exception as error:  # it must not end the other placements
+            # An empty context: the current one may be another request's.
+            Context().run(logger.error, "request %s failed when it was placed", outcome.job.id, exc_info=error)
             self.finish(outcome.job)
 
     def _tick(self) -> None:

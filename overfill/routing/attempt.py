@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextvars import Context
 from typing import TypeAlias
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
@@ -56,8 +57,8 @@ class Attempt:
         on_end: OnEnd,
         *,
         max_prefill_failures: int,
-        on_need_prefill: Callable[[decode_pb2.NeedPrefill.Reason], None] = lambda _: None,
-        span: tracing.Span = tracing.OFF,
+        on_need_prefill: Callable[[decode_pb2.NeedPrefill.Reason], None],
+        span: tracing.Span,
     ) -> None:
         self._on_end = on_end
         self._on_need = on_need_prefill
@@ -117,7 +118,8 @@ class Attempt:
         if isinstance(error, OverfillError | GaveUp):
             self._end(error)
             return
-        logger.error("request %s failed in the router", self._job.id, exc_info=error)
+        # An empty context: the current one may be another request's.
+        Context().run(logger.error, "request %s failed in the router", self._job.id, exc_info=error)
         self._end(GaveUp(InternalError(f"the router failed: {error}")))
 
     def _handle(self, update: decode_pb2.SequenceUpdate) -> None:
@@ -173,7 +175,7 @@ class Attempt:
         self._answer.reservations += 1
         self._wanted_since = _now()
         self._waits_for_slot = True
-        if not self._dispatcher.reserved(self._job, self._on_slot):
+        if self._dispatcher.reserved(self._job, self._on_slot):
             self._waits_for_slot = False
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:

@@ -136,6 +136,11 @@ class Relay:
         self._known = len(start.emitted_token_ids)  # tokens of the answer when a worker was lost last
 
     @property
+    def placed(self) -> bool:
+        """True while the request is on a decode worker."""
+        return self._attempt is not None
+
+    @property
     def usage(self) -> common_pb2.Usage:
         """Token counts so far. Only ``Finish.usage`` has ``cached_tokens``."""
         return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
@@ -207,7 +212,11 @@ class Relay:
         self._guard(self._begin, outcome)
 
     def _on_end(self, result: AttemptEnd) -> None:
-        """Ends the request or queues it again. The caller is the worker's stream, or whoever sent to the worker."""
+        """Ends the request or queues it again.
+
+        The task that reads the worker's stream calls it, or ``Attempt`` itself when it cannot send.
+        """
+        self._attempt = None
         if isinstance(result, decode_pb2.DecodeDone | decode_pb2.Refused):
             self._guard(self._answered, result)
         else:

@@ -32,7 +32,7 @@ Receive = Callable[["decode_pb2.SequenceUpdate | OverfillError"], None]
 """Receives a sequence's updates in order, or the error that ended the sequence or its stream. It must not raise."""
 
 _MESSAGE_MARGIN = 1024
-"""Bytes that a command must stay below the limit of messages, beyond which gRPC would end the whole stream."""
+"""Commands stay this many bytes below gRPC's message limit. A message above the limit ends the whole stream."""
 
 
 _MAX_AGE = 60.0
@@ -43,7 +43,7 @@ class DecodeStream(Protocol):
     """One sequence on a decode worker."""
 
     def send(self, command: decode_pb2.RouterMessage) -> None:
-        """Queues a command. Does nothing if the sequence has ended.
+        """Queues a command. The worker ignores one about a sequence that has ended.
 
         Raises:
             InvalidRequest: the command is too large for one message.

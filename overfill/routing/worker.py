@@ -141,7 +141,7 @@ class Worker:
         placed: number of requests placed since the latest report, which does not count them yet.
         placed_tokens, placed_blocks: tokens of those requests that the worker probably computes, and blocks they need.
         last_placed: ordinal of the latest placement in the pool; 0 before the first.
-        prefix_keys: keys of the blocks in the worker's prefix cache (``kv.prefix.block_key``), as last reported.
+        prefix_keys: keys of the blocks in the worker's prefix cache (``kv.keys.block_key``), as last reported.
     """
 
     info: WorkerInfo

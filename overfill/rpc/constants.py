@@ -59,7 +59,7 @@ MAX_DATA_STREAMS: Final = 64
 """Maximum number of parallel connections for one prompt's KV."""
 
 SPARE_RPCS: Final = 256
-"""Concurrent RPCs that a worker allows in addition to its sequences': health checks, status, requests to be refused."""
+"""Concurrent RPCs that a worker allows in addition to those of its prompts: health checks, status, routers' streams."""
 
 HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds for the TLS and HTTP/2 handshakes of a new connection."""

@@ -37,8 +37,8 @@ TRACED = {
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
     """Refuses callers that ``access`` does not admit, and maps exceptions to statuses with ``to_status``.
 
-    A request that cannot be decoded ends with INVALID_ARGUMENT. It wraps each RPC's handler once and keeps it, so an
-    interceptor behind it would be called for the first call of an RPC only.
+    A request that cannot be decoded ends with INVALID_ARGUMENT. The interceptor wraps each RPC's handler once and
+    caches it. gRPC would call interceptors after this one only for the first call of each RPC, so there are none.
 
     Args:
         access: the policy; None admits every caller to every listed RPC.

@@ -24,7 +24,7 @@ LAST_UPDATES = ("done", "refused", "failed")
 
 _MAX_TOKENS_PER_UPDATE = 1_024
 _MAX_TOKENS_PER_MESSAGE = 16_384
-"""Bound a message's size after a router has read slowly; a token with log-probabilities counts for each of them."""
+"""Bounds a message's size after a router has read slowly. A token counts 1, each of its log-probabilities 1 more."""
 
 
 @dataclass(eq=False, slots=True)

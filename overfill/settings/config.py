@@ -24,10 +24,11 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.request.names import CodecName
+from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_TRANSFER_TIME, SPARE_RPCS
+from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
@@ -356,6 +357,7 @@ class RouterConfig(ServiceConfig):
     stream_interval: int = Field(
         1,
         ge=1,
+        le=MAX_STREAM_INTERVAL,
         description="minimum number of tokens in a streamed event, except in the first and the last one; a request may "
         "ask for a larger one; with 1, tokens are merged only when the router cannot keep up",
     )
@@ -379,7 +381,10 @@ class RouterConfig(ServiceConfig):
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="maximum size of a request, in bytes")
     max_connections: int = Field(
-        8192, ge=1, description="maximum number of concurrent HTTP connections, and also of concurrent RPCs"
+        8192,
+        ge=1,
+        le=MAX_PENDING_RPCS,
+        description="maximum number of concurrent HTTP connections, and also of concurrent RPCs",
     )
     max_attempts: int = Field(
         4,

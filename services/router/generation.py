@@ -217,7 +217,7 @@ class Generator:
             self._dispatcher,
             self._connector,
             received=received,
-            deadline=self._deadline(now, time_left),
+            deadline=self._deadline(received, now, time_left),
             priority=_priority(checked.priority, caller),
             key=key,
             block_keys=self._block_keys(prompt, start.cache_namespace),
@@ -276,8 +276,8 @@ class Generator:
 
     def abort_all(self, error: OverfillError) -> None:
         """Ends every running request with ``error``."""
-        # Waiting ones first: otherwise each end would place one of them.
-        for relay in sorted(self._running, key=lambda relay: relay.decode_worker != ""):
+        # Ends waiting requests first: each running one that ends frees a slot, which would go to a waiting one.
+        for relay in sorted(self._running, key=lambda relay: relay.placed):
             relay.abort(error)
 
     def close(self, relay: Relay, error: BaseException | None) -> None:
@@ -288,9 +288,9 @@ class Generator:
         if not self._running:
             self._idle.set()
 
-    def _deadline(self, now: float, time_left: float | None) -> float | None:
-        left = min(self._max_request_time, math.inf if time_left is None else time_left)
-        return None if left == math.inf else now + left
+    def _deadline(self, received: float, now: float, time_left: float | None) -> float | None:
+        deadline = min(received + self._max_request_time, math.inf if time_left is None else now + time_left)
+        return None if deadline == math.inf else deadline
 
     def _release(self, caller: ApiKey | None) -> None:
         if caller is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import resource
 import signal
 import sys
 import traceback
@@ -16,6 +18,11 @@ from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.telemetry import logs
 from services.router.app import Router
+
+logger = logging.getLogger(__name__)
+
+SPARE_FILES = 256
+"""Open files that a router needs in addition to its clients' connections."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -38,13 +45,27 @@ async def _serve(config: RouterConfig) -> NoReturn:
     exit_now(0)
 
 
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files to ``count``, or as far as it may. Logs a warning if that is less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < count:
+            logger.warning(
+                "this process may open %d files, but --max-connections may need %d: raise the limit of open files "
+                "(ulimit -n, LimitNOFILE) or lower --max-connections", allowed, count,
+            )  # fmt: skip
+
+
 async def _run(config: RouterConfig) -> None:
+    _allow_open_files(config.max_connections + SPARE_FILES)
     router = Router(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, router.drain)
     await router.start()
-    # Excludes the objects that exist now from garbage collection: a full one would stop all streams for tens of ms.
+    # A full collection over the objects of the start-up would stop all streams for tens of milliseconds.
     gc.collect()
     gc.freeze()
     await router.run()

@@ -14,7 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from overfill.api.priority import MAX_PRIORITY
-from overfill.request.params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
+from overfill.request.params import (
+    MAX_LOGPROBS,
+    MAX_REPETITION_PENALTY,
+    MAX_STREAM_INTERVAL,
+    MIN_REPETITION_PENALTY,
+)
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -144,7 +149,8 @@ class Sampling(Strict):
     stop_token_ids: Ids | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
-    stream_interval: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None  # the router's own counts if it is larger
+    # the router's own counts if it is larger
+    stream_interval: Annotated[int, Field(ge=1, le=MAX_STREAM_INTERVAL)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
 
     guided_decoding_backend: Ignored  # this server has only one

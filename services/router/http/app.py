@@ -119,14 +119,14 @@ class HttpApi:
         return _json(self._model_json(name))
 
     async def _chat(self, request: Request) -> ASGIApp:
-        received = asyncio.get_running_loop().time()
         body = await read(request, schema.ChatRequest, self._max_body)
+        received = asyncio.get_running_loop().time()  # the upload is not the router's time
         id = _request_id(request, body, "chatcmpl")
         return await self._generate(request, "chat", id, wire.chat(body, id), received)
 
     async def _completions(self, request: Request) -> ASGIApp:
-        received = asyncio.get_running_loop().time()
         body = await read(request, schema.CompletionRequest, self._max_body)
+        received = asyncio.get_running_loop().time()
         id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 

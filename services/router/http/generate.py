@@ -110,7 +110,7 @@ class RunningChoices:
             finally:
                 for task in tasks:
                     task.cancel()
-        except OverfillError as error:
+        except BaseException as error:
             self._failure = error
             self._raise_named(error)
             raise

@@ -86,6 +86,7 @@ BAD = [
     ("stop[0]", {"stop": ["a" * 1000]}),
     ("stop", {"stop": ["a"] * 100}),
     ("request_id", {"request_id": "x" * 1000}),
+    ("stream_interval", {"stream_interval": 1025}),
     ("sampling.temperature", {"sampling": SamplingParams(temperature=-1)}),
     ("sampling.temperature", {"sampling": SamplingParams(temperature=math.nan)}),
     ("sampling.temperature", {"sampling": SamplingParams(temperature=math.inf)}),

@@ -80,3 +80,11 @@ def test_gaps_contradictions_and_surplus_are_errors_that_add_nothing(bad, messag
     with pytest.raises(InternalError, match=message):
         answer.accept(bad, 2.0)
     assert answer.emitted == [7, 8]
+
+
+async def test_log_probabilities_do_not_keep_the_workers_message():
+    answer = AnswerState((), 9, 0.0)
+    tokens = decode_pb2.Tokens(first_index=0, ids=[7], logprobs=[common_pb2.TokenLogprobs(logprob=-1.0)])
+    answer.accept(tokens, 0.0)
+    tokens.logprobs[0].logprob = -2.0
+    assert (await answer.next()).logprobs[0].logprob == -1.0, "the delta refers to the message"

@@ -18,8 +18,8 @@ from overfill import errors
 from overfill.rpc import health as health_module
 from overfill.rpc.access import RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback, split_address
-from overfill.rpc.channel import open_channel
-from overfill.rpc.constants import MAX_MESSAGE_BYTES
+from overfill.rpc.channel import open_channel, server_options
+from overfill.rpc.constants import MAX_MESSAGE_BYTES, MAX_PENDING_RPCS
 from overfill.rpc.server import RpcServer
 from overfill.rpc.status import from_rpc_error
 from overfill.rpc.tls import TlsError
@@ -268,6 +268,7 @@ async def test_a_message_over_the_limit_is_the_senders_fault(channel: grpc.aio.C
 
 async def test_a_burst_that_arrives_while_the_process_is_busy_is_served(channel: grpc.aio.Channel) -> None:
     """By default, gRPC cancels some of more than 1,000 RPCs that wait to be accepted."""
+    assert ("grpc.server.max_pending_requests", MAX_PENDING_RPCS) in server_options()
     await call(channel, "unary_unary", Message(name="first"))
     method = channel.unary_unary(f"/{SERVICE}/unary_unary", Message.SerializeToString, Message.FromString)
     calls = [method(Message(name=str(number))) for number in range(4000)]

@@ -208,10 +208,10 @@ class _Client:
         self.counts.ttft.append(now - sent)
         return now
 
-    def event(self, previous: float) -> float:
-        """Notes an event with tokens that follows the one at ``previous``, and returns its time."""
+    def events(self, previous: float, count: int) -> float:
+        """Notes ``count`` events with tokens that arrive now, after one at ``previous``, and returns the time."""
         now = time.perf_counter()
-        self.counts.gaps.append(now - previous)
+        self.counts.gaps += (now - previous, *[0.0] * (count - 1))
         return now
 
     def ended(self, tokens: int, connection: _HttpConnection | None = None) -> None:
@@ -260,13 +260,14 @@ class _HttpConnection:
         data = self._socket.recv(1 << 18)
         counts = self._client.counts
         if tokens := data.count(TOKEN_TEXT):
+            events = 1 if tokens == 1 else len(_TOKENS.findall(data))
             if self._tokens:
-                self._last = self._client.event(self._last)
+                self._last = self._client.events(self._last, events)
             else:
                 self._last = self._client.first(self._sent)
             self._tokens += tokens
             counts.tokens += tokens
-            counts.events += 1 if tokens == 1 else len(_TOKENS.findall(data))
+            counts.events += events
         self._tail = (self._tail + data)[-5:]
         if self._tail == b"0\r\n\r\n":
             self._client.ended(self._tokens, self)
@@ -370,7 +371,7 @@ class _GrpcConnection:
             tokens = len(inference_pb2.GenerateResponse.FromString(rest[5:end]).delta.token_ids)
             rest = rest[end:]
             if tokens:
-                state[0] = self._client.event(state[0]) if state[1] else self._client.first(state[0])
+                state[0] = self._client.events(state[0], 1) if state[1] else self._client.first(state[0])
                 state[1] += tokens
                 self._client.counts.events += 1
                 self._client.counts.tokens += tokens

@@ -19,6 +19,9 @@ _PROMPT = range(10, 74)
 
 _TEXT = "Some words of a prompt. " * 10
 
+_END = b"\n\n"
+"""End of a server-sent event."""
+
 
 def make_request(protocol: Protocol, model: str, tokens: int) -> bytes:
     """A greedy request for ``tokens`` tokens: a whole HTTP request (chat, streamed), or a ``GenerateRequest``."""
@@ -48,7 +51,10 @@ def record(protocol: Protocol, address: str, model: str) -> Recording:
     if len(with_token) != 1:
         raise Unavailable(f"{address}: expected one event with a token, got {len(with_token)} in {events!r}")
     place = with_token[0]
-    return Recording(tuple(events[:place]), events[place], tuple(events[place + 1 :]))
+    head, tail = events[:place], events[place + 1 :]
+    if protocol == "http":  # the router writes what is ready at once
+        head, tail = [b"".join(head)], [b"".join(tail)]
+    return Recording(tuple(head), events[place], tuple(tail))
 
 
 def _grpc_events(address: str, request: bytes) -> Sequence[bytes]:
@@ -64,10 +70,11 @@ def _http_events(address: str, request: bytes) -> Sequence[bytes]:
         connection.sendall(request)
         while not received.endswith(b"0\r\n\r\n") and (data := connection.recv(1 << 16)):
             received += data
-    chunks, rest = [], received.partition(b"\r\n\r\n")[2]
+    body, rest = b"", received.partition(b"\r\n\r\n")[2]
     while rest:
         size, _, rest = rest.partition(b"\r\n")
         length = int(size, 16)
-        chunks.append(rest[:length])
+        body += rest[:length]
         rest = rest[length + 2 :]
-    return [chunk for chunk in chunks if chunk]
+    # A chunk may hold several events, so the chunks do not say where an event ends.
+    return [event + _END for event in body.split(_END) if event]

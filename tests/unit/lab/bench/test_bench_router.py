@@ -86,6 +86,14 @@ class TestLoad:
             assert record(protocol, address, "m") == recording(protocol)
 
 
+def test_events_of_one_chunk_are_recorded_one_by_one():
+    """The router joins the events that are ready into one write."""
+    parts = recording("http")
+    joined = Recording((), parts.head[0] + parts.token + parts.tail[0], ())
+    with bare_server("http", joined, SendingPace()) as (address, _):
+        assert record("http", address, "m") == parts
+
+
 def test_a_server_that_refuses_is_counted(clients):
     with bare_server("http", recording("http"), SendingPace()) as (address, _):
         load = Load("http", address, b"GET no HTTP\r\n\r\n", 1, streams=2)
