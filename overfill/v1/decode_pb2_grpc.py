@@ -57,7 +57,8 @@ class DecodeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Serve(self, request_iterator, context):
-        """Runs all sequences that one router has on the worker. A router opens one stream per worker.
+        """Runs the sequences that one router has on the worker. A router starts new sequences on one stream per worker. After a
+        minute it opens another one for them; the older stream ends with its last sequence.
 
         A sequence is one attempt at one answer. The router sends StartDecode; the worker answers Reserved, or Refused, which ends
         the sequence. It never waits for blocks. The prefill worker comes in StartDecode, or in AssignPrefill after Reserved. Then the
