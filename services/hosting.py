@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import math
 import os
@@ -232,9 +231,7 @@ async def serve_engine(
         hello.metrics_address = exporter.address
     engine.start()
     try:
-        # Exclude the objects that exist now from garbage collection: they live as long as the process.
-        gc.collect()
-        gc.freeze()
+        startup.freeze()
         code = await host.run(f"{config.host}:{config.port}", on_ready)
     finally:
         engine.stop()

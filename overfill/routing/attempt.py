@@ -8,9 +8,7 @@ Reserved, it may send NeedPrefill at any time.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
-from contextvars import Context
 from typing import TypeAlias
 
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
@@ -21,8 +19,6 @@ from overfill.routing.stream import DecodeConnector, DecodeStream
 from overfill.routing.worker import Worker, WorkerInfo
 from overfill.telemetry import tracing
 from overfill.v1 import decode_pb2
-
-logger = logging.getLogger(__name__)
 
 _Need = decode_pb2.NeedPrefill
 
@@ -35,9 +31,14 @@ class GaveUp(Exception):
         self.error = error
 
 
-AttemptEnd: TypeAlias = "decode_pb2.DecodeDone | decode_pb2.Refused | OverfillError | GaveUp"
+AttemptEnd: TypeAlias = "decode_pb2.DecodeDone | decode_pb2.Refused | Exception"
+"""The worker's last message, or the error that ended the attempt.
+
+An error that is neither an OverfillError nor GaveUp is a defect of the router.
+"""
+
 OnEnd = Callable[[AttemptEnd], None]
-"""Receives the worker's last message, or the error that ended the attempt. Called once; it must not raise."""
+"""Receives the end of the attempt. Called once; it must not raise."""
 
 
 class Attempt:
@@ -87,7 +88,7 @@ class Attempt:
             self._stream.send(command)
             self._queued = _now() - self._answer.received
         except Exception as error:
-            self._fail(error)
+            self._end(error)
 
     def close(self) -> None:
         """Ends the attempt and its sequence on the worker, without a call of ``on_end``."""
@@ -112,15 +113,7 @@ class Attempt:
         try:
             self._handle(update)
         except Exception as error:  # one sequence must not end the stream of all
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        if isinstance(error, OverfillError | GaveUp):
             self._end(error)
-            return
-        # An empty context: the current one may be another request's.
-        Context().run(logger.error, "request %s failed in the router", self._job.id, exc_info=error)
-        self._end(GaveUp(InternalError(f"the router failed: {error}")))
 
     def _handle(self, update: decode_pb2.SequenceUpdate) -> None:
         kind = update.WhichOneof("message")
@@ -145,7 +138,7 @@ class Attempt:
         try:
             self._send_assignment(outcome)
         except Exception as error:
-            self._fail(error)
+            self._end(error)
 
     def _send_assignment(self, worker: Worker | OverfillError) -> None:
         if isinstance(worker, OverfillError):

@@ -269,9 +269,14 @@ class Relay:
         self._queue_span = tracing.child("router.queue", parent=self._parent)
         self._dispatcher.refused(self._job, self._on_placed, result.load if result.HasField("load") else None)
 
-    def _failed(self, failure: OverfillError | GaveUp) -> None:
-        """Queues the request for another decode worker, unless another one would fail it too."""
+    def _failed(self, failure: Exception) -> None:
+        """Queues the request for another decode worker, unless another one would fail it too.
+
+        Raises ``failure`` if it is a defect of the router.
+        """
         error = failure.error if isinstance(failure, GaveUp) else failure
+        if not isinstance(error, OverfillError):
+            raise error
         self._attempt_span.end(error)
         if isinstance(failure, GaveUp) or not isinstance(error, RETRIED):
             self._conclude(error)

@@ -7,7 +7,6 @@ its handles. When a service has ended, drained or broken, its replica reports un
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib
 import itertools
 import logging
@@ -157,8 +156,7 @@ class RouterReplica(Replica):
 
         async def run(ready: Ready) -> None:
             router = await _listening_router(spec)
-            gc.collect()
-            gc.freeze()  # as in services/router/main.py
+            startup.freeze()
             ready(router)
             await router.run()
 

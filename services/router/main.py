@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import resource
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from overfill.errors import OverfillError
+from overfill.process import startup
 from overfill.process.leaving import exit_now
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
@@ -65,9 +65,7 @@ async def _run(config: RouterConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, router.drain)
     await router.start()
-    # A full collection over the objects of the start-up would stop all streams for tens of milliseconds.
-    gc.collect()
-    gc.freeze()
+    startup.freeze()
     await router.run()
 
 

@@ -17,7 +17,6 @@ from overfill.api.openai.wire import ApiRequest
 from overfill.errors import OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
-from overfill.telemetry import tracing
 from overfill.telemetry.tracing import Span
 from overfill.v1 import inference_pb2
 from services.router.generation import Generation, Generator, choices
@@ -36,7 +35,7 @@ class RunningChoices:
         asked: ApiRequest,
         envelope: Envelope,
         key: ApiKey | None,
-        span: Span = tracing.OFF,
+        span: Span,
     ) -> None:
         self._span = span
         self._generator = generator
