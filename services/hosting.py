@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -13,19 +14,20 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill.engine.build import EngineParts, build_engine_parts, resolve_device
+from overfill.engine.build import resolve_device
 from overfill.engine.device import cpu_settings, use_device
+from overfill.engine.load import EngineOptions, load_engine
+from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
 from overfill.engine.sequence import EngineLoad
-from overfill.engine.thread import EngineCore, EngineThread
+from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError
-from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.prefix import PrefixCache
 from overfill.model.manifest import Half, Pair
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
@@ -36,7 +38,7 @@ from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
-from overfill.settings.config import DecodeConfig, WorkerConfig
+from overfill.settings.config import DecodeConfig, PrefillConfig, WorkerConfig
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.telemetry.progress import log_steps
@@ -52,43 +54,47 @@ OnReady = Callable[[WorkerHost], object]
 """Called with the worker's host once the worker serves."""
 
 
-async def load_parts(config: WorkerConfig, half: Half, warm_tokens: int) -> EngineParts:
+async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
     """Loads and warms the ``half`` of ``config.pair`` that a worker runs, in a thread. Checks the digests."""
-    device = resolve_device(config.device)
+    options = EngineOptions(
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        block_size=config.block_size,
+        kv_memory=config.kv_memory,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        prefix_cache=config.prefix_cache == "on",
+        threads=config.threads,
+        engine_args=json.loads(config.engine_args or "{}"),
+    )
+    if isinstance(config, PrefillConfig):
+        options = replace(options, max_num_batched_tokens=config.max_num_batched_tokens)
+    if isinstance(config, DecodeConfig):
+        options = replace(options, kv_cache_dtype=config.kv_cache_dtype)
 
-    def load() -> EngineParts:
-        use_device(device)
+    def load() -> LoadedEngine:
+        use_device(options.device)
         with startup.once():
             folder = resolve_pair(config.pair, log_steps(logger))
-        return build_engine_parts(
-            Pair.load(folder, check_digests=True),
-            half,
-            dtype=config.dtype,
-            device=device,
-            block_size=config.block_size,
-            kv_memory=config.kv_memory,
-            max_model_len=config.max_model_len,
-            warm_tokens=warm_tokens,
-            max_num_seqs=config.max_num_seqs,
-            kv_cache_dtype=config.kv_cache_dtype if isinstance(config, DecodeConfig) else "auto",
-        )
+        return load_engine(config.engine, Pair.load(folder, check_digests=True), half, options)
 
     return await asyncio.to_thread(load)
 
 
-def new_hello(stage: common_pb2.Stage, worker_id: str, parts: EngineParts, half: Half) -> registry_pb2.Hello:
+def new_hello(worker_id: str, served: ServedHalf) -> registry_pb2.Hello:
     """Creates a worker's Hello with a new incarnation. The host fills in the addresses once it listens."""
-    kind = "prefill" if stage == common_pb2.STAGE_PREFILL else "decode"
+    prefills = served.half == "full"
+    kind = "prefill" if prefills else "decode"
     return registry_pb2.Hello(
         worker_id=worker_id or f"{kind}-{socket.gethostname()}-{secrets.token_hex(2)}",
         incarnation=secrets.randbits(63),
-        stages=[stage],
+        stages=[common_pb2.STAGE_PREFILL if prefills else common_pb2.STAGE_DECODE],
         wire_version=WIRE_VERSION,
         software_version=__version__,
-        model=parts.model_identity(half),
-        kv=parts.kv.to_proto(),
-        max_model_len=parts.max_model_len,
-        vocab_size=parts.config.vocab_size,
+        model=served.model_identity,
+        kv=served.kv.to_proto(),
+        max_model_len=served.max_model_len,
+        vocab_size=served.config.vocab_size,
         pid=os.getpid(),
     )
 
@@ -114,17 +120,17 @@ class PromptHasher:
     It does not use asyncio's default executor, where prompts would wait behind grammars that are being compiled.
 
     Args:
-        prefix: the engine's prefix cache, which defines the keys.
+        blocks_of: the engine's way to hash a prompt, as in ``ServedHalf``.
     """
 
-    def __init__(self, prefix: PrefixCache) -> None:
-        self._prefix = prefix
+    def __init__(self, blocks_of: Callable[[Sequence[int], str], PromptBlocks]) -> None:
+        self._blocks_of = blocks_of
         self._executor = ThreadPoolExecutor(1, "hash")
 
     async def blocks_of(self, prompt: Sequence[int], namespace: str) -> PromptBlocks:
         """Returns the blocks of ``prompt`` with their keys; prompts share KV within one ``namespace`` only."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._prefix.blocks_of, prompt, namespace)
+        return await loop.run_in_executor(self._executor, self._blocks_of, prompt, namespace)
 
 
 def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
@@ -171,12 +177,12 @@ class EngineServicer(Protocol):
 async def serve_engine(
     config: WorkerConfig,
     hello: registry_pb2.Hello,
+    served: ServedHalf,
     core: EngineCore,
     servicer: EngineServicer,
     add_servicer: Callable[[Any, Any], None],
     service: str,
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
-    prefix_keys: KeyJournal | None = None,
     metrics: EngineMetrics | None = None,
     on_ready: OnReady = lambda host: None,
 ) -> int:
@@ -185,14 +191,13 @@ async def serve_engine(
     Args:
         add_servicer, service: arguments of ``RpcServer.add``.
         codec: encoding in which a decode worker requests KV.
-        prefix_keys: changes to a prefill worker's prefix cache, which the worker reports to routers.
         metrics: metrics to serve on a separate port, unless ``config.metrics_port`` is ``off``.
         on_ready: called with the host once the worker serves.
     """
     if any(router.startswith("ray:///") for router in config.routers):
         import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
-    loop, device = asyncio.get_running_loop(), resolve_device(config.device)
+    loop, device = asyncio.get_running_loop(), served.device
     engine = EngineThread(
         core,
         f"{service}-engine",
@@ -206,13 +211,13 @@ async def serve_engine(
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     server.add(add_servicer, servicer, service)
     worker = WorkerHandle(
-        load=lambda: worker_load(engine.load, config.block_size),
+        load=lambda: worker_load(engine.load, served.store.block_size),
         active=lambda: servicer.active,
         end_all=servicer.end_all,
         capacity=config.max_num_seqs,
         healthy=lambda: engine.alive,
         codec=codec,
-        prefix_keys=prefix_keys,
+        prefix_keys=served.prefix_keys,
     )
     host = WorkerHost(
         server, hello, worker, config.routers, config.credentials(), config.grace_period, config.advertise

@@ -19,7 +19,6 @@ from overfill.engine.runner import ModelRunner, Work
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.handshake import KvIdentity
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
@@ -30,8 +29,6 @@ from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
 from overfill.request.grammar import Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
-from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import common_pb2
 
 log = logging.getLogger(__name__)
 
@@ -124,16 +121,6 @@ class EngineParts:
     grammars: Grammars
     kv_cache_dtype: KvCacheDtype = "auto"
 
-    def model_identity(self, half: Half) -> common_pb2.ModelIdentity:
-        return common_pb2.ModelIdentity(
-            name=self.pair.name,
-            full_digest=self.pair.full_digest,
-            decoder_digest=self.pair.decoder_digest if half == "decoder" else "",
-            tokenizer_digest=self.pair.tokenizer_digest,
-            decoder_quantize=self.pair.quantize if half == "decoder" and self.pair.quantize != "none" else "",
-            kv_cache_dtype=self.kv_cache_dtype if self.kv_cache_dtype != "auto" else "",
-        )
-
     def prefix_cache(self, enabled: bool) -> PrefixCache:
         """A prefix cache on ``pool`` that knows this model's cost of recomputing KV."""
         return PrefixCache(
@@ -142,9 +129,6 @@ class EngineParts:
             enabled=enabled,
             attention_tokens=self.pair.full_config.attention_tokens,
         )
-
-    def kv_identity(self) -> KvIdentity:
-        return KvIdentity(WIRE_VERSION, self.pair.full_digest, self.pair.tokenizer_digest, self.kv)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -97,6 +97,9 @@ class DecodeEngine:
         """Raises AssertionError when a block is lost or owned twice."""
         self._prefix.check_owners(s.id for s in self._sequences.values() if s.blocks)
 
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
     def handle(self, message: Reserve | Start | Yielded | Release) -> None:
         events: list[DecodeEvent] = []
         match message:

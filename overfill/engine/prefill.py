@@ -107,6 +107,9 @@ class PrefillEngine:
         holders = (*self._running.values(), *self._awaiting_release.values())
         self._prefix.check_owners(s.id for s in holders if s.blocks)
 
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
     def handle(self, message: Submit | Release) -> None:
         match message:
             case Submit(sequence):

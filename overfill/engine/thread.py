@@ -7,30 +7,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
+from torch import set_num_threads
 
 from overfill.engine.device import use_device
-from overfill.engine.sequence import EngineLoad
+from overfill.engine.protocol import EngineCore
 
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
-
-
-class EngineCore(Protocol):
-    """An engine that a thread can drive: ``PrefillEngine`` or ``DecodeEngine``."""
-
-    def handle(self, message: Any) -> None: ...
-
-    def step(self) -> bool: ...
-
-    def load(self) -> EngineLoad: ...
-
-    def check(self) -> None: ...
 
 
 class EngineThread:
@@ -103,7 +91,7 @@ class EngineThread:
                 return
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
+        set_num_threads(self._threads)  # the function of this module's import: vLLM replaces torch's attribute
         try:
             use_device(self._device)
             busy, checked = False, True
@@ -130,6 +118,8 @@ class EngineThread:
             # The core handles failed steps itself, so an error that arrives here is a broken invariant.
             log.critical("engine thread died", exc_info=True)
             self.failure = error
+        finally:
+            self._core.close()
 
     def _publish_load(self) -> None:
         load = self._core.load()

@@ -27,7 +27,6 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
-from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TRANSFER_ID_BYTES, Chunk, TransferSpec, check, check_head, wrong_checksum
 from overfill.kv.codecs import check_scales, decode
 from overfill.kv.peers import PrefillPeer
@@ -36,6 +35,7 @@ from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
+from overfill.kv.store import KvStore
 from overfill.kv.tensors import LayerTargets
 from overfill.kv.wire import ParsedChunk, parse_message, pull_kv
 from overfill.rpc.calls import checked_write, responses
@@ -53,9 +53,9 @@ _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 logger = logging.getLogger(__name__)
 
 
-def write_chunks(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+def write_chunks(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
     """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
-    return cache.write(blocks, targets, chunks)
+    return store.write(blocks, targets, chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class PromptPull:
         start: prefill_pb2.StartPrefill,
         kv: KvSpec,
         layer_map: Sequence[int],
-        cache: KvCache,
+        store: KvStore,
         blocks: Sequence[int],
         executor: Executor,
         held_tokens: int = 0,
@@ -137,7 +137,7 @@ class PromptPull:
         self._peer = peer
         self._worker = f"prefill worker {peer.target.worker_id}"
         self._sample_first_token = start.sample_first_token
-        self._cache = cache
+        self._store = store
         self._blocks = blocks
         self._executor = executor
         self._limits = limits
@@ -320,7 +320,7 @@ class PromptPull:
                 claimed.append(self._claim(received, link))
         finally:
             chunks = [chunk for chunk, _ in claimed]
-            num_written = write_chunks(self._cache, self._blocks, self._targets, chunks)
+            num_written = write_chunks(self._store, self._blocks, self._targets, chunks)
             in_place += [one for _, one in claimed[:num_written]]
             for chunk in chunks[num_written:]:
                 self._coverage.remove(chunk.range)
@@ -341,7 +341,7 @@ class PromptPull:
         spec, codec = self._spec.kv, self._spec.codec
         if codec == common_pb2.KV_CODEC_RAW:
             chunk = check_head(self._spec, received)
-        elif codec == self._cache.codec:
+        elif codec == self._store.codec:
             chunk = Chunk(check(self._spec, received), received.payload, scales=received.scales)
             check_scales(chunk.scales)
         else:

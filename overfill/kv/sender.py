@@ -14,11 +14,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
-from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk, TransferSpec, lay_out_raw, raw_chunk, seal, seal_in_place
 from overfill.kv.codecs import encode
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.kv.shielded import shielded
+from overfill.kv.store import KvStore
 from overfill.kv.tensors import DeviceEvent
 from overfill.kv.wire import ChunkParts, join_chunks
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
@@ -74,9 +74,9 @@ class KvSender:
         first_sent_ns, last_sent_ns: monotonic time of the first and the latest message; None means none yet.
     """
 
-    def __init__(self, spec: TransferSpec, cache: KvCache, executor: Executor) -> None:
+    def __init__(self, spec: TransferSpec, store: KvStore, executor: Executor) -> None:
         self.spec = spec
-        self._cache = cache
+        self._store = store
         self._block_table: Sequence[int] = ()
         self._executor = executor
         self._acknowledged = Coverage(spec.layers, spec.tokens, spec.kv.num_kv_heads)
@@ -214,8 +214,8 @@ class KvSender:
         for index, (kv_range, cursors) in enumerate(zip(ranges, sent, strict=True)):
             token_bytes = self._layer_bytes * kv_range.num_heads // self.spec.kv.num_kv_heads  # in one layer
             max_tokens = max(1, largest // token_bytes)
-            if max_tokens > self._cache.block_size:  # whole blocks are copied faster
-                max_tokens -= max_tokens % self._cache.block_size
+            if max_tokens > self._store.block_size:  # whole blocks are copied faster
+                max_tokens -= max_tokens % self._store.block_size
             for layer, start in cursors.items():
                 end = min(self._ready[layer], kv_range.token_end, start + max_tokens)
                 if end <= start:
@@ -238,14 +238,14 @@ class KvSender:
             return self._read_into_slots([(kv_range, slot) for kv_range, slot in chosen if slot is not None])
         message, unwritten = lay_out_raw(self.spec, [kv_range for kv_range, _ in chosen])
         chunks = [raw_chunk(self.spec, r, place.payload) for (r, _), place in zip(chosen, unwritten, strict=True)]
-        self._cache.read(self._block_table, chunks, self._event)
+        self._store.read(self._block_table, chunks, self._event)
         for place, chunk in zip(unwritten, chunks, strict=True):
             seal_in_place(place, chunk.checksum)
         return message
 
     def _read_into_slots(self, chosen: Sequence[tuple[KvRange, Slot]]) -> bytes:
         chunks = [raw_chunk(self.spec, r, slot.memory[: self.spec.raw_bytes(r)]) for r, slot in chosen]
-        self._cache.read(self._block_table, chunks, self._event)
+        self._store.read(self._block_table, chunks, self._event)
         return join_chunks(
             [
                 seal(self.spec, kv_range, chunk.payload, b"", slot.number, chunk.checksum)
@@ -256,7 +256,7 @@ class KvSender:
     def _encode(self, kv_range: KvRange, slot: Slot | None) -> ChunkParts:
         """A chunk in the transfer's codec."""
         raw = _scratch()[: self.spec.raw_bytes(kv_range)]
-        self._cache.read(self._block_table, [Chunk(kv_range, raw)], self._event)
+        self._store.read(self._block_table, [Chunk(kv_range, raw)], self._event)
         scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)
         if slot is None:
             return seal(self.spec, kv_range, payload, scales)

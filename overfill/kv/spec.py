@@ -18,6 +18,8 @@ DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
     "float16": common_pb2.DTYPE_FLOAT16,
 }
 DTYPE_FROM_PROTO: dict[int, DTypeName] = {v: k for k, v in DTYPE_TO_PROTO.items()}  # type: ignore[misc]
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens per block in OverFill's engine, unless the settings say otherwise."""
 SCALE_BYTES = 4
 """Bytes of the float32 scale of a key or value vector."""
 

@@ -32,7 +32,7 @@ from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
-from overfill.settings.values import Addresses, Bytes, Names, Origins, Port, is_wildcard
+from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, Port, is_wildcard
 
 UP_KEYS = (
     "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
@@ -221,7 +221,19 @@ class WorkerConfig(ServiceConfig):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda or cuda:N"
     )
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
-    block_size: int = Field(16, ge=1, description="tokens per KV block")
+    engine: EngineChoice = Field(
+        "auto",
+        description="engine that runs the model: overfill or vllm; auto is vllm on CUDA, if it is installed and can run "
+        "the model, and overfill otherwise; the workers of a stack may use different engines",
+    )
+    engine_args: EngineArgs = Field(
+        "",
+        description="arguments of vLLM itself, as a JSON object of its EngineArgs by name, such as "
+        "'{\"enforce_eager\": true}'; only for those that no other setting sets",
+    )
+    block_size: int | None = Field(
+        None, ge=1, description="tokens per KV block; by default 16, or what vLLM chooses for the device"
+    )
     kv_memory: Bytes | None = Field(
         None, description="size of the KV cache, such as 512MiB; by default as much as fits in memory"
     )

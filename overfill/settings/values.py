@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 from pydantic_settings import NoDecode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+EngineChoice = Literal["auto", "overfill", "vllm"]
 
 
 def _split(value: object) -> object:
@@ -50,6 +52,18 @@ def _check_positive(size: ByteSize) -> ByteSize:
     return size
 
 
+def _check_engine_args(text: str) -> str:
+    """Returns the JSON object in one form, so that equal settings are equal text; empty without arguments."""
+    try:
+        values = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object such as '{{\"enforce_eager\": true}}': {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError("expected a JSON object such as '{\"enforce_eager\": true}'")
+    return json.dumps(values, sort_keys=True) if values else ""
+
+
+EngineArgs = Annotated[str, AfterValidator(_check_engine_args)]
 Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import NoReturn
 
-from overfill.engine.decode import DecodeEngine
 from overfill.engine.device import device_executor
 from overfill.engine.sequence import DecodeEvent
 from overfill.kv.peers import PeerPool
@@ -14,36 +13,36 @@ from overfill.kv.stall import TransferLimits
 from overfill.request.names import CODECS
 from overfill.settings.config import DecodeConfig
 from overfill.telemetry.metrics import DecodeMetrics
-from overfill.v1 import common_pb2, decode_pb2_grpc
+from overfill.v1 import decode_pb2_grpc
 from services.decode.servicer import DecodeServicer
-from services.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
+from services.hosting import OnReady, load_half_of, new_hello, run_worker_process, serve_engine
 
 SERVICE = "overfill.v1.Decode"
 _WRITERS = 2  # threads that check received KV and write it to the cache
-_REPLAY_BUDGET = 512  # maximum number of tokens replayed per step
 
 
 async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> int:
     """Loads the decoder, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loop = asyncio.get_running_loop()
-    parts = await load_parts(config, "decoder", max(config.max_num_seqs, _REPLAY_BUDGET))
-    hello = new_hello(common_pb2.STAGE_DECODE, config.worker_id, parts, "decoder")
+    loaded = await load_half_of(config, "decoder")
+    served = loaded.served
+    hello = new_hello(config.worker_id, served)
     codec = CODECS[config.codec]
-    peers = PeerPool(parts.kv_identity(), config.data_streams, config.credentials(), config.shm == "on")
+    peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm == "on")
     metrics = DecodeMetrics()
-    prefix = parts.prefix_cache(config.prefix_cache == "on")
     limits = TransferLimits(whole=config.max_transfer_time)
-    writers = device_executor(_WRITERS, "kv-in", parts.runner.device)
-    servicer = DecodeServicer(parts, prefix, hello, peers, writers, codec, metrics, limits)
+    writers = device_executor(_WRITERS, "kv-in", served.device)
+    servicer = DecodeServicer(served, hello, peers, writers, codec, metrics, limits)
 
     def emit(events: list[DecodeEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    core = DecodeEngine(parts.runner, parts.pool, config.max_num_seqs, _REPLAY_BUDGET, emit, prefix, metrics)
+    core = loaded.new_core(emit, metrics)
     try:
         return await serve_engine(
             config,
             hello,
+            served,
             core,
             servicer,
             decode_pb2_grpc.add_DecodeServicer_to_server,

@@ -6,13 +6,12 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from overfill.engine.build import EngineParts
+from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
-from overfill.kv.prefix import PrefixCache
 from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.model.processors import LogitProcessor, prepare_processor
@@ -32,7 +31,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     """Serves Serve and Describe. The process sets ``engine`` and ``host`` before the server starts.
 
     Args:
-        prefix: the engine's prefix cache.
         executor: threads that check received KV and write it to the cache.
         codec: encoding in which KV is requested unless the request names another.
     """
@@ -42,8 +40,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     def __init__(
         self,
-        parts: EngineParts,
-        prefix: PrefixCache,
+        served: ServedHalf,
         hello: registry_pb2.Hello,
         peers: PeerPool,
         executor: Executor,
@@ -53,8 +50,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     ) -> None:
         self._metrics = metrics or DecodeMetrics()
         self._limits = limits
-        self._parts = parts
-        self._hasher = PromptHasher(prefix)
+        self._half = served
+        self._hasher = PromptHasher(served.blocks_of)
         self._codec = codec
         self._hello = hello
         self._peers = peers
@@ -79,7 +76,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context
     ) -> decode_pb2.DescribeDecodeResponse:
-        description = decode_pb2.DescribeDecodeResponse(layer_map=self._parts.pair.layer_map)
+        description = decode_pb2.DescribeDecodeResponse(layer_map=self._half.pair.layer_map)
         return fill_description(description, self._hello)
 
     async def Serve(self, request_iterator: AsyncIterator[decode_pb2.RouterMessage], context: Context) -> None:
@@ -108,7 +105,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""
         sampling = SamplingParams.from_proto(start.sampling)
         prompt = list(start.prompt_token_ids)
-        return await prepare_processor(sampling, prompt, self._parts.grammars, start.eos_token_ids)
+        return await prepare_processor(sampling, prompt, self._half.grammars, start.eos_token_ids)
 
     def _check_open(self, start: decode_pb2.StartDecode) -> None:
         """Raises unless the worker accepts new sequences and is the incarnation that the router means."""
@@ -131,7 +128,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._check_open(start)
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
-        room = self._parts.max_model_len - len(start.prompt_token_ids)
+        room = self._half.max_model_len - len(start.prompt_token_ids)
         sequence = DecodeSequence(
             id=secrets.token_hex(8),
             prompt=list(start.prompt_token_ids),
@@ -152,12 +149,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             self._peers.use,
             self._new_pull,
             served.time_left,
-            lambda: worker_load(self.engine.load, self._parts.pool.block_size),
+            lambda: worker_load(self.engine.load, self._half.store.block_size),
             self._metrics,
         )
 
     def _check(self, start: decode_pb2.StartDecode, sampling: SamplingParams) -> None:
-        vocab, longest = self._parts.config.vocab_size, self._parts.max_model_len
+        vocab, longest = self._half.config.vocab_size, self._half.max_model_len
         prompt, emitted = len(start.prompt_token_ids), len(start.emitted_token_ids)
         if prompt == 0:
             raise InvalidRequest("prompt_token_ids", "is empty")
@@ -193,14 +190,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             codec=start.codec or self._codec,
             trace=start.trace,
         )
-        cache = self._parts.runner.cache
-        layer_map = self._parts.pair.layer_map
         return PromptPull(
             peer,
             request,
-            self._parts.kv,
-            layer_map,
-            cache,
+            self._half.kv,
+            self._half.pair.layer_map,
+            self._half.store,
             session.blocks,
             self._executor,
             session.held_tokens,

@@ -108,7 +108,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
             kv_blocks_total=self._config.mock_kv_blocks,
             running=len(self._running),
             waiting=len(self._sequences) - len(self._running),
-            block_size=self._config.block_size,
+            block_size=self.worker.block_size,
         )
 
     async def close(self) -> None:
@@ -160,7 +160,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         else:
             speaker = self._script.speaker(sampling, start.sample_index)
         tokens = len(start.prompt_token_ids) + len(start.emitted_token_ids) + 1
-        blocks = -(-tokens // self._config.block_size)
+        blocks = -(-tokens // self.worker.block_size)
         free = self._config.mock_kv_blocks - sum(sequence.blocks for sequence in self._sequences)
         if blocks > free or len(self._sequences) >= self._config.max_num_seqs:
             return None

@@ -32,7 +32,7 @@ class _Lease:
         )
         held = start.already_held_tokens
         self.missing_vectors = 2 * len(start.layers) * (tokens - held) * worker.kv.num_kv_heads
-        self.blocks = -(-tokens // worker.config.block_size)
+        self.blocks = -(-tokens // worker.block_size)
         self.computed = asyncio.Event()
         self.acknowledged = asyncio.Event()
 
@@ -64,7 +64,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
             kv_blocks_used=min(self._config.mock_kv_blocks, sum(lease.blocks for lease in self._leases.values())),
             kv_blocks_total=self._config.mock_kv_blocks,
             running=len(self._leases),
-            block_size=self._config.block_size,
+            block_size=self.worker.block_size,
             queued_tokens=self._queued_tokens,
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from overfill.errors import Incompatible
 from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
@@ -48,6 +49,7 @@ class MockWorker:
     def __init__(self, config: WorkerConfig, stage: common_pb2.Stage) -> None:
         self.config = config
         self.pair = Pair.load(resolve_pair(config.pair))
+        self.block_size = config.block_size or DEFAULT_BLOCK_SIZE
         geometry = self.pair.full_config
         self.kv = geometry.kv_spec(config.dtype or "float32")
         self.max_model_len = min(config.max_model_len or geometry.max_positions, geometry.max_positions)

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from overfill.engine.device import device_executor
-from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
 from overfill.settings.config import PrefillConfig
 from overfill.telemetry.metrics import PrefillMetrics
-from overfill.v1 import common_pb2
-from services.hosting import OnReady, load_parts, new_hello, run_worker_process, serve_engine
+from services.hosting import OnReady, load_half_of, new_hello, run_worker_process, serve_engine
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"
@@ -25,16 +23,15 @@ _READERS = 2  # threads that copy KV out of the cache
 async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
     """Loads the full model, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loop = asyncio.get_running_loop()
-    parts = await load_parts(config, "full", config.max_num_batched_tokens)
-    hello = new_hello(common_pb2.STAGE_PREFILL, config.worker_id, parts, "full")
+    loaded = await load_half_of(config, "full")
+    served = loaded.served
+    hello = new_hello(config.worker_id, served)
     shm_server = ShmServer(config.shm == "on")
     metrics = PrefillMetrics()
-    prefix = parts.prefix_cache(config.prefix_cache == "on")
     servicer = PrefillServicer(
-        parts,
-        prefix,
+        served,
         hello,
-        device_executor(_READERS, "kv-out", parts.runner.device),
+        device_executor(_READERS, "kv-out", served.device),
         2 * config.max_num_seqs,
         shm_server,
         metrics,
@@ -44,19 +41,17 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     def emit(events: list[PrefillEvent]) -> None:
         loop.call_soon_threadsafe(servicer.on_events, events)
 
-    core = PrefillEngine(
-        parts.runner, parts.pool, config.max_num_batched_tokens, config.max_num_seqs, emit, prefix, metrics
-    )
+    core = loaded.new_core(emit, metrics)
     shm_server.start()
     try:
         return await serve_engine(
             config,
             hello,
+            served,
             core,
             servicer,
             add_prefill_to_server,
             SERVICE,
-            prefix_keys=prefix.journal,
             metrics=metrics,
             on_ready=on_ready,
         )

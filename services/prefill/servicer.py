@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import assert_never
 
-from overfill.engine.build import EngineParts
+from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import (
     ChunkComputed,
     KvWritten,
@@ -37,7 +37,6 @@ from overfill.errors import (
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
@@ -59,7 +58,7 @@ class Lease:
     def __init__(
         self,
         start: prefill_pb2.StartPrefill,
-        parts: EngineParts,
+        served: ServedHalf,
         executor: Executor,
         processor: LogitProcessor | None,
         prompt_blocks: PromptBlocks,
@@ -67,7 +66,7 @@ class Lease:
         self.spec = TransferSpec(
             start.transfer_id,
             start.attempt,
-            parts.kv,
+            served.kv,
             tuple(start.layers),
             (start.already_held_tokens, len(start.prompt_token_ids)),
             start.codec,
@@ -85,7 +84,7 @@ class Lease:
         self.received_ns = time.monotonic_ns()
         # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
-        self.sender = KvSender(self.spec, parts.runner.cache, executor)
+        self.sender = KvSender(self.spec, served.store, executor)
         self.readers: set[asyncio.Task[object]] = set()
         self.ended = False  # True once no new stream may read the blocks
         self.scheduled_ns = 0
@@ -150,7 +149,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill, PullKv and Describe. The process sets ``engine`` and ``host`` before the server starts.
 
     Args:
-        prefix: the engine's prefix cache.
         executor: threads that copy KV out of the cache.
         max_leases: maximum number of prompts at once, waiting ones included.
         shm_server: shares memory with decode workers on this host.
@@ -161,8 +159,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def __init__(
         self,
-        parts: EngineParts,
-        prefix: PrefixCache,
+        served: ServedHalf,
         hello: registry_pb2.Hello,
         executor: Executor,
         max_leases: int,
@@ -172,8 +169,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     ) -> None:
         self._metrics = metrics or PrefillMetrics()
         self._limits = limits
-        self._parts = parts
-        self._hasher = PromptHasher(prefix)
+        self._half = served
+        self._hasher = PromptHasher(served.blocks_of)
         self._shm_server = shm_server or ShmServer(enabled=False)
         self._max_leases = max_leases
         self._hello = hello
@@ -263,19 +260,18 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if not start.sample_first_token:
             return None
         sampling = SamplingParams.from_proto(start.sampling)
-        parts = self._parts
         prompt = list(start.prompt_token_ids)
-        return await prepare_processor(sampling, prompt, parts.grammars, parts.config.eos_token_ids)
+        return await prepare_processor(sampling, prompt, self._half.grammars, self._half.config.eos_token_ids)
 
     def _accept(
         self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
     ) -> Lease:
         """Registers a lease and submits its prompt. Raises if the request is invalid or cannot be accepted now."""
         self._check_open(start)
-        _check_start(start, self._parts)
+        _check_start(start, self._half)
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "is in use by a running transfer")
-        lease = Lease(start, self._parts, self._executor, processor, prompt_blocks)
+        lease = Lease(start, self._half, self._executor, processor, prompt_blocks)
         self._leases[start.transfer_id] = lease
         self._by_id[lease.sequence.id] = lease
         self.engine.send(Submit(lease.sequence))
@@ -363,26 +359,26 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         raise Unavailable("the decode worker stopped acknowledging")
 
 
-def _check_start(start: prefill_pb2.StartPrefill, parts: EngineParts) -> None:
+def _check_start(start: prefill_pb2.StartPrefill, served: ServedHalf) -> None:
     """Raises InvalidRequest or Incompatible, which name the field, unless the request can be served."""
     if len(start.transfer_id) != TRANSFER_ID_BYTES:
         raise InvalidRequest("transfer_id", f"must have {TRANSFER_ID_BYTES} bytes; got {len(start.transfer_id)}")
     length = len(start.prompt_token_ids)
     if length == 0:
         raise InvalidRequest("prompt_token_ids", "is empty")
-    if length > parts.max_model_len:
-        raise PromptTooLong("prompt_token_ids", f"has {length} tokens; the limit here is {parts.max_model_len}")
-    check_token_ids("prompt_token_ids", start.prompt_token_ids, parts.config.vocab_size)
+    if length > served.max_model_len:
+        raise PromptTooLong("prompt_token_ids", f"has {length} tokens; the limit here is {served.max_model_len}")
+    check_token_ids("prompt_token_ids", start.prompt_token_ids, served.config.vocab_size)
     if start.already_held_tokens >= length:
         raise InvalidRequest(
             "already_held_tokens", f"must be less than the prompt's {length} tokens; got {start.already_held_tokens}"
         )
     layers = list(start.layers)
-    if not layers or layers != sorted(set(layers)) or layers[-1] >= parts.config.num_layers:
-        raise InvalidRequest("layers", f"must be ascending, distinct and below {parts.config.num_layers}")
+    if not layers or layers != sorted(set(layers)) or layers[-1] >= served.config.num_layers:
+        raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")
     if start.codec not in CODEC_NAMES:
         raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
     sampling = SamplingParams.from_proto(start.sampling)
-    sampling.check_vocab(parts.config.vocab_size)
+    sampling.check_vocab(served.config.vocab_size)
     if start.sample_first_token and sampling.seed is None and not sampling.greedy:
         raise InvalidRequest("sampling.seed", "is required between workers")

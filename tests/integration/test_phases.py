@@ -18,6 +18,7 @@ from decode_calls import DecodeCall
 from overfill.engine import prefill
 from overfill.engine.build import build_engine_parts
 from overfill.engine.decode import DecodeEngine
+from overfill.engine.load import served_half
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
@@ -93,8 +94,9 @@ class Workers:
         self.prefill_gate, self.decode_gate = Gate(), Gate()
         self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
 
-        hello = new_hello(common_pb2.STAGE_PREFILL, "p", self.full, "full")
-        self.prefill = PrefillServicer(self.full, self.full.prefix_cache(False), hello, executor, max_leases=8)
+        full = served_half(self.full, "full", self.full.prefix_cache(False))
+        hello = new_hello("p", full)
+        self.prefill = PrefillServicer(full, hello, executor, max_leases=8)
         self.prefill.host = HOST
         core = PrefillEngine(
             GatedRunner(self.full.runner, self.prefill_gate),
@@ -108,10 +110,11 @@ class Workers:
         prefill_address = await self._serve(stack, add_prefill_to_server, self.prefill, "overfill.v1.Prefill")
         self.target = decode_pb2.AssignPrefill(worker_id="p", incarnation=hello.incarnation, address=prefill_address)
 
-        self.peers = PeerPool(self.decoder.kv_identity(), 2, None)
+        decoder = served_half(self.decoder, "decoder", self.decoder.prefix_cache(False))
+        self.peers = PeerPool(decoder.kv_identity, 2, None)
         stack.push_async_callback(self.peers.close)
-        self.hello = new_hello(common_pb2.STAGE_DECODE, "d", self.decoder, "decoder")
-        self.decode = DecodeServicer(self.decoder, self.decoder.prefix_cache(False), self.hello, self.peers, executor)
+        self.hello = new_hello("d", decoder)
+        self.decode = DecodeServicer(decoder, self.hello, self.peers, executor)
         self.decode.host = HOST
         core = DecodeEngine(
             GatedRunner(self.decoder.runner, self.decode_gate),

@@ -33,8 +33,8 @@ import torch
 import overfill.kv.receiver
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
-from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
+from overfill.kv.store import KvStore
 from overfill.kv.tensors import LayerTargets
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
@@ -65,11 +65,11 @@ def overwrite_kv_chunk() -> None:
     write = overfill.kv.receiver.write_chunks
 
     def write_then_overwrite(
-        cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
+        store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
     ) -> int:
-        written = write(cache, blocks, targets, chunks)
+        written = write(store, blocks, targets, chunks)
         zeros = [Chunk(c.range, bytes(len(c.payload))) for c in chunks[:written] if _starts(c)]
-        write(cache, blocks, targets, zeros)
+        write(store, blocks, targets, zeros)
         return written
 
     overfill.kv.receiver.write_chunks = write_then_overwrite
@@ -127,10 +127,10 @@ def lose_block() -> None:
 def delay_kv() -> None:
     write = overfill.kv.receiver.write_chunks
 
-    def write_late(cache: KvCache, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+    def write_late(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
         if any(map(_starts, chunks)):
             time.sleep(_KV_DELAY)
-        return write(cache, blocks, targets, chunks)
+        return write(store, blocks, targets, chunks)
 
     overfill.kv.receiver.write_chunks = write_late
 

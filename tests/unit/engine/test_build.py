@@ -7,6 +7,7 @@ import torch
 
 from overfill.engine import build
 from overfill.engine.build import MemoryRequirement, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
+from overfill.engine.load import served_half
 from overfill.model.manifest import Pair
 
 GIB = 2**30
@@ -76,7 +77,10 @@ def test_a_cache_of_int8_holds_more_tokens_in_the_same_memory(pair):
     coded = (spec.head_dim + 4) / (4 * spec.head_dim)
     assert parts["int8"].pool.num_blocks == int(parts["auto"].pool.num_blocks / coded)
     assert parts["int8"].kv == spec  # the size on the wire is the same
-    identities = {held: p.model_identity("decoder").kv_cache_dtype for held, p in parts.items()}
+    identities = {
+        held: served_half(p, "decoder", p.prefix_cache(False)).model_identity.kv_cache_dtype
+        for held, p in parts.items()
+    }
     assert identities == {"auto": "", "int8": "int8"}
 
 

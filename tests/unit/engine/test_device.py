@@ -73,6 +73,9 @@ def test_the_engine_s_thread_uses_its_device(cuda):
         def check(self):
             pass
 
+        def close(self):
+            pass
+
         def load(self):
             return EngineLoad(0, 8, 0, 0)
 

@@ -26,6 +26,9 @@ class Core:
     def load(self):
         return EngineLoad(0, 8, 0, 0)
 
+    def close(self):
+        pass
+
     def check(self):
         self.checked.release()
         if self.fault is not None:

@@ -43,7 +43,8 @@ class SlowCache(KvCache):
 async def bench():
     cache = SlowCache()
     parts = SimpleNamespace(
-        runner=SimpleNamespace(cache=cache),
+        store=cache,
+        blocks_of=PREFIX.blocks_of,
         kv=KV,
         max_model_len=64,
         config=SimpleNamespace(vocab_size=64, num_layers=2),
@@ -55,7 +56,7 @@ async def bench():
             released_while_busy.append(cache.busy)
 
     with ThreadPoolExecutor(2) as executor:
-        servicer = PrefillServicer(parts, PREFIX, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
+        servicer = PrefillServicer(parts, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
         servicer.engine = SimpleNamespace(send=send, load=SimpleNamespace(waiting=0))
         servicer.host = SimpleNamespace(draining=False)
         yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy)

@@ -121,9 +121,9 @@ async def stream(message):
 
 def parts(prefix):
     return SimpleNamespace(
-        runner=SimpleNamespace(cache=KvCache(KV, 4, 4, torch.device("cpu"))),
+        store=KvCache(KV, 4, 4, torch.device("cpu")),
+        blocks_of=prefix.blocks_of,
         kv=KV,
-        pool=prefix.pool,
         max_model_len=64,
         config=SimpleNamespace(vocab_size=64, num_layers=2),
         grammars=None,
@@ -137,7 +137,7 @@ def check(sequence, hashed):
 
 
 async def test_a_prefill_worker_hashes_prompts_before_it_submits_them(prefix, hashed):
-    servicer = PrefillServicer(parts(prefix), prefix, registry_pb2.Hello(worker_id="p"), None, max_leases=2)
+    servicer = PrefillServicer(parts(prefix), registry_pb2.Hello(worker_id="p"), None, max_leases=2)
     servicer.engine, sent, found = new_engine(Submit)
     servicer.host = SimpleNamespace(draining=False)
     start = prefill_pb2.StartPrefill(
@@ -154,7 +154,7 @@ async def test_a_prefill_worker_hashes_prompts_before_it_submits_them(prefix, ha
 
 
 async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, hashed):
-    servicer = DecodeServicer(parts(prefix), prefix, registry_pb2.Hello(worker_id="d"), SimpleNamespace(use=None), None)
+    servicer = DecodeServicer(parts(prefix), registry_pb2.Hello(worker_id="d"), SimpleNamespace(use=None), None)
     servicer.engine, sent, found = new_engine(Reserve)
     servicer.host = SimpleNamespace(draining=False)
     start = decode_pb2.StartDecode(

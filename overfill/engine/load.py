@@ -1,0 +1,130 @@
+"""Loads a half of a pair into the engine that a worker was told to use."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from overfill.engine.build import EngineParts, build_engine_parts
+from overfill.engine.decode import DecodeEngine
+from overfill.engine.prefill import PrefillEngine
+from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
+from overfill.kv.prefix import PrefixCache
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName, KvCacheDtype
+from overfill.model.manifest import EngineName, Half, Pair
+from overfill.settings.values import EngineChoice
+from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
+from overfill.version import __version__
+
+_REPLAY_BUDGET = 512
+"""Maximum number of tokens that OverFill's decode engine replays in one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a worker's settings say about its engine; None leaves a value to the engine.
+
+    Attributes:
+        block_size: tokens per KV block.
+        kv_memory: bytes of the KV cache.
+        max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
+        threads: CPU threads of a step.
+        engine_args: arguments of the engine itself, by name; vLLM only.
+    """
+
+    device: torch.device
+    dtype: DTypeName | None = None
+    block_size: int | None = None
+    kv_memory: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    prefix_cache: bool = True
+    kv_cache_dtype: KvCacheDtype = "auto"
+    threads: int = 1
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def choose_engine(choice: EngineChoice, device: torch.device, pair: Pair, half: Half) -> EngineName:
+    """The engine for ``half``. ``auto`` is vLLM on CUDA, where it is installed and can run the half, else OverFill's.
+
+    Raises:
+        UnsupportedModel: the chosen engine cannot run the half; the message names the engines that can.
+    """
+    if choice == "auto":
+        engines = pair.full_engines if half == "full" else pair.decoder_engines
+        on_gpu = device.type == "cuda" and importlib.util.find_spec("vllm") is not None
+        choice = "vllm" if on_gpu and "vllm" in engines else "overfill"
+    pair.check_engine(half, choice)
+    return choice
+
+
+def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+    """Loads ``half`` into the chosen engine. Blocks for as long as that takes.
+
+    Raises:
+        InvalidRequest: an option does not fit the engine or the model; ``field`` names it.
+        NotEnoughMemory: the device cannot hold weights, steps and KV cache.
+        InvalidPair, UnsupportedModel: the engine cannot run the half.
+    """
+    if choose_engine(choice, options.device, pair, half) == "vllm":
+        # The only import of this package: nothing else needs vLLM, which most installations lack.
+        from overfill.engine.vllm.load import load_vllm
+
+        return load_vllm(pair, half, options)
+    parts = build_engine_parts(
+        pair,
+        half,
+        dtype=options.dtype,
+        device=options.device,
+        block_size=options.block_size or DEFAULT_BLOCK_SIZE,
+        kv_memory=options.kv_memory,
+        max_model_len=options.max_model_len,
+        warm_tokens=options.max_num_batched_tokens if half == "full" else max(options.max_num_seqs, _REPLAY_BUDGET),
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_dtype=options.kv_cache_dtype,
+    )
+    prefix = parts.prefix_cache(options.prefix_cache)
+    new_core = partial(_new_core, half, parts, prefix, options)
+    return LoadedEngine(served_half(parts, half, prefix), new_core)
+
+
+def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHalf:
+    """What a servicer knows of a half that OverFill's engine runs."""
+    return ServedHalf(
+        engine="overfill",
+        engine_version=__version__,
+        half=half,
+        pair=parts.pair,
+        config=parts.config,
+        kv=parts.kv,
+        max_model_len=parts.max_model_len,
+        device=parts.runner.device,
+        store=parts.runner.cache,
+        grammars=parts.grammars,
+        blocks_of=prefix.blocks_of,
+        prefix_keys=prefix.journal if half == "full" else None,
+        kv_cache_dtype=parts.kv_cache_dtype,
+    )
+
+
+def _new_core(
+    half: Half,
+    parts: EngineParts,
+    prefix: PrefixCache,
+    options: EngineOptions,
+    emit: Callable[[list[Any]], None],
+    metrics: EngineMetrics,
+) -> EngineCore:
+    if half == "full":
+        assert isinstance(metrics, PrefillMetrics)
+        return PrefillEngine(
+            parts.runner, parts.pool, options.max_num_batched_tokens, options.max_num_seqs, emit, prefix, metrics
+        )
+    assert isinstance(metrics, DecodeMetrics)
+    return DecodeEngine(parts.runner, parts.pool, options.max_num_seqs, _REPLAY_BUDGET, emit, prefix, metrics)

@@ -1,0 +1,119 @@
+"""The protocol between a worker's servicer and its engine. Two engines speak it: ``overfill.engine`` and vLLM.
+
+- *Messages and events* are in ``engine.sequence``. The servicer sends messages; the engine answers with events, each of
+  which names its sequence. An engine never queues: it answers ``Reserve`` with ``Reserved`` or ``Refused`` at once.
+- ``EngineCore`` takes the messages, computes, and reports its load. ``EngineThread`` drives it.
+- ``ServedHalf`` is what a servicer knows of the model that the engine runs. Its ``store`` is the engine's KV cache: the
+  sender reads from it, and the receiver writes into it.
+
+Rules that both engines keep; ``tests/support/engine_conformance.py`` tests them on each:
+
+- A decode engine computes tokens of the answer only. A prompt's KV is always the full model's: after a preemption it
+  asks for it again, with another ``Reserved``.
+- Emitted tokens are facts. They pass through the decoder and are neither sampled nor reported again.
+- After ``Release`` the engine uses the sequence's blocks no more, and they are free when the message is handled.
+- A step that fails ends its own sequences (``SequenceFailed``), or else the engine's thread, and with it the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from overfill.engine.sequence import EngineLoad
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import PromptBlocks
+from overfill.kv.spec import KvCacheDtype, KvSpec
+from overfill.kv.store import KvStore
+from overfill.model.config import ModelConfig
+from overfill.model.manifest import EngineName, Half, Pair
+from overfill.request.grammar import Grammars
+from overfill.rpc.constants import WIRE_VERSION
+from overfill.telemetry.metrics import EngineMetrics
+from overfill.v1 import common_pb2
+
+
+class EngineCore(Protocol):
+    """An engine that one thread drives. It emits lists of events from ``handle`` and from ``step``."""
+
+    def handle(self, message: Any) -> None:
+        """Takes a message between two steps."""
+        ...
+
+    def step(self) -> bool:
+        """Computes one step. Returns False when there is nothing to compute until the next message."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """A snapshot of the load."""
+        ...
+
+    def check(self) -> None:
+        """Raises AssertionError when a block is lost or owned twice. Called when the engine is idle, and at its end."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds besides memory. Called once, by the engine's thread, at its end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedHalf:
+    """The half of a pair that an engine runs, as its servicer knows it.
+
+    Attributes:
+        engine: name of the engine, and its version as people should see it.
+        kv: geometry of the **full** model's KV in this stack's dtype, which is the KV that travels.
+        max_model_len: maximum number of tokens of prompt and answer together.
+        store: the engine's KV cache.
+        grammars: compiler of the grammars that requests ask for.
+        kv_cache_dtype: format in which the engine stores KV.
+        blocks_of: hashes a prompt within a cache namespace; called on another thread than the engine's.
+        prefix_keys: changes of the prefix cache; None without one.
+    """
+
+    engine: EngineName
+    engine_version: str
+    half: Half
+    pair: Pair
+    config: ModelConfig
+    kv: KvSpec
+    max_model_len: int
+    device: torch.device
+    store: KvStore
+    grammars: Grammars
+    blocks_of: Callable[[Sequence[int], str], PromptBlocks]
+    prefix_keys: KeyJournal | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+
+    @property
+    def model_identity(self) -> common_pb2.ModelIdentity:
+        decodes = self.half == "decoder"
+        return common_pb2.ModelIdentity(
+            name=self.pair.name,
+            full_digest=self.pair.full_digest,
+            decoder_digest=self.pair.decoder_digest if decodes else "",
+            tokenizer_digest=self.pair.tokenizer_digest,
+            decoder_quantize=self.pair.quantize if decodes and self.pair.quantize != "none" else "",
+            kv_cache_dtype=self.kv_cache_dtype if self.kv_cache_dtype != "auto" else "",
+        )
+
+    @property
+    def kv_identity(self) -> KvIdentity:
+        return KvIdentity(WIRE_VERSION, self.pair.full_digest, self.pair.tokenizer_digest, self.kv)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine whose model is loaded.
+
+    Attributes:
+        new_core: makes its core, once, from ``emit``, which takes lists of events, and the metrics to count in.
+    """
+
+    served: ServedHalf
+    new_core: Callable[[Callable[[list[Any]], None], EngineMetrics], EngineCore]
