@@ -223,7 +223,7 @@ class WorkerConfig(ServiceConfig):
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill or vllm; auto is vllm on CUDA, if it is installed and can run "
+        description="engine that runs the model: overfill or vllm; auto is vllm on CUDA, if it is installed and fits "
         "the model, and overfill otherwise; the workers of a stack may use different engines",
     )
     engine_args: EngineArgs = Field(
