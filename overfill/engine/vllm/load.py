@@ -1,0 +1,202 @@
+"""Loads a half of a pair into vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from overfill.engine.build import MIB, NotEnoughMemory, native_dtype
+from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
+from overfill.engine.vllm.decode import VllmDecodeEngine
+from overfill.engine.vllm.internals import EngineArgs, Vllm, current_platform
+from overfill.engine.vllm.layout import UnknownLayout, find_layouts
+from overfill.engine.vllm.prefill import VllmPrefillEngine
+from overfill.engine.vllm.sampler import OverfillSampler
+from overfill.engine.vllm.store import VllmKvStore
+from overfill.errors import InvalidRequest, UnsupportedModel
+from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import PromptBlocks, root_key
+from overfill.kv.spec import KvSpec
+from overfill.kv.tensors import TORCH_DTYPES
+from overfill.model.manifest import Half, Pair
+from overfill.request.grammar import Grammars
+from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
+
+if TYPE_CHECKING:
+    from overfill.engine.load import EngineOptions
+
+from vllm.config import KVEventsConfig, KVTransferConfig
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_CPU_KV_BYTES = 1024 * MIB
+_DECODE_BATCHED_TOKENS = 512
+"""Least token budget of a decode worker's step; only replays need more than one token per sequence."""
+
+_SET_ELSEWHERE = {
+    "model": "--pair",
+    "dtype": "--dtype",
+    "max_model_len": "--max-model-len",
+    "block_size": "--block-size",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "kv_cache_memory_bytes": "--kv-memory",
+    "enable_prefix_caching": "--prefix-cache",
+    "kv_cache_dtype": "--kv-cache-dtype",
+}
+"""Arguments of vLLM that a setting of the worker sets."""
+_SET_HERE = ("kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init")
+_UNSUPPORTED = {
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "prefill_context_parallel_size": 1,
+    "speculative_config": None,
+    "enable_lora": False,
+}
+"""Arguments that this version cannot serve, with the value that it can."""
+
+
+def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+    """Loads ``half`` into a vLLM engine in this process; there can be one at a time.
+
+    Raises:
+        InvalidRequest: an option does not fit vLLM or the model; ``field`` names it.
+        NotEnoughMemory: vLLM cannot hold the weights or the KV cache.
+        UnsupportedModel: vLLM refuses the checkpoint, or keeps KV in a way that cannot be handed over.
+    """
+    _check(options)
+    config = pair.full_config if half == "full" else pair.decoder_config
+    dtype = options.dtype or native_dtype(options.device)
+    folder = pair.full_path if half == "full" else pair.decoder_path
+    batched = options.max_num_batched_tokens if half == "full" else _DECODE_BATCHED_TOKENS
+    batched = max(batched, options.max_num_seqs)
+    kv_memory = options.kv_memory
+    if kv_memory is None and options.device.type == "cpu":  # other programs need the machine's memory too
+        kv_memory = _DEFAULT_CPU_KV_BYTES
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": dtype,
+        "max_model_len": options.max_model_len or -1,
+        "block_size": options.block_size,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": batched,
+        # Two prompts share a step, as in OverFill's engine, so that a short one does not wait for a long one.
+        "long_prefill_token_threshold": max(1, batched // 2) if half == "full" else 0,
+        "kv_cache_memory_bytes": kv_memory,
+        "enable_prefix_caching": options.prefix_cache,
+        "skip_tokenizer_init": True,
+        "async_scheduling": False,  # the sampler needs each token before the next step
+        "logits_processors": [OverfillSampler],
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=half == "full" and options.prefix_cache, publisher="null"
+        ),
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="OverfillConnector",
+            kv_connector_module_path="overfill.engine.vllm.connector",
+            kv_role="kv_producer" if half == "full" else "kv_consumer",
+            kv_load_failure_policy="fail",
+            kv_connector_extra_config={"by_layer": half == "full"},
+        ),
+        **options.engine_args,
+    }
+    try:
+        vllm = Vllm(EngineArgs(**arguments))
+    except Exception as error:
+        raise _explained(error, str(folder), half) from error
+    spec = config.kv_spec(dtype)
+    store = _store(vllm, spec, str(folder))
+    log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
+    journal = KeyJournal()
+    served = ServedHalf(
+        engine="vllm",
+        engine_version="vllm",
+        half=half,
+        pair=pair,
+        config=config,
+        kv=spec if half == "full" else pair.full_config.kv_spec(dtype),
+        max_model_len=vllm.max_model_len,
+        device=options.device,
+        store=store,
+        grammars=Grammars(pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids),
+        blocks_of=partial(_blocks_of, pair.full_digest, dtype, vllm.block_size, options.prefix_cache),
+        prefix_keys=journal if half == "full" else None,
+    )
+
+    def new_core(emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:
+        if half == "full":
+            assert isinstance(metrics, PrefillMetrics)
+            return VllmPrefillEngine(
+                vllm, options.device, options.max_num_seqs, spec.token_layer_bytes, journal, emit, metrics
+            )
+        assert isinstance(metrics, DecodeMetrics)
+        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
+
+    return LoadedEngine(served, new_core)
+
+
+def _check(options: EngineOptions) -> None:
+    if options.kv_cache_dtype != "auto":
+        raise InvalidRequest(
+            "kv_cache_dtype", f"{options.kv_cache_dtype} needs --engine overfill; vLLM stores KV as auto"
+        )
+    if options.device.type == "cuda" and options.device.index not in (None, 0):
+        raise InvalidRequest(
+            "device", f"{options.device}: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES"
+        )
+    if (options.device.type == "cpu") != current_platform.is_cpu():
+        raise InvalidRequest(
+            "device",
+            f"{options.device.type} does not fit the installed vLLM, which computes on {current_platform.device_type}",
+        )
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name, value in options.engine_args.items():
+        if name not in known:
+            raise InvalidRequest("engine_args", f"{name} is no argument of this vLLM's EngineArgs")
+        if name in _SET_ELSEWHERE:
+            raise InvalidRequest("engine_args", f"{name} is set by {_SET_ELSEWHERE[name]}")
+        if name in _SET_HERE:
+            raise InvalidRequest("engine_args", f"{name} is set by OverFill")
+        if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
+            raise InvalidRequest(
+                "engine_args", f"{name} {value} is not supported in this version; leave it at {_UNSUPPORTED[name]}"
+            )
+
+
+def _explained(error: Exception, folder: str, half: Half) -> Exception:
+    """vLLM's refusal with a sentence of ours before it."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "emory" in reason or "KV cache" in reason or "blocks" in reason:
+        return NotEnoughMemory(f"vLLM has too little memory for the {half} model: {reason}; give another --kv-memory")
+    return UnsupportedModel(f"vLLM cannot load the {half} model in {folder}: {reason}")
+
+
+def _store(vllm: Vllm, spec: KvSpec, folder: str) -> VllmKvStore:
+    """The engine's cache, after checks that it holds KV as OverFill hands it over."""
+    caches = vllm.caches()
+    expected = (spec.num_kv_heads, vllm.block_size, 2 * spec.head_dim)
+    wrong = [cache for cache in caches if tuple(cache.shape[1:]) != expected or cache.dtype != TORCH_DTYPES[spec.dtype]]
+    if len(caches) != spec.num_layers or wrong:
+        found = f"{tuple(wrong[0].shape[1:])} of {wrong[0].dtype}" if wrong else f"{len(caches)} layers"
+        raise UnsupportedModel(
+            f"vLLM keeps the KV of {folder} as {found} per block; OverFill hands over {spec.num_layers} layers of "
+            f"{expected} in {spec.dtype}"
+        )
+    try:
+        layouts = find_layouts(caches[0], vllm.write)
+    except UnknownLayout as error:
+        raise UnsupportedModel(
+            f"vLLM's attention backend for {folder} lays out KV in an unknown way: {error}"
+        ) from error
+    return VllmKvStore(caches, layouts, vllm.block_size)
+
+
+def _blocks_of(
+    full_digest: str, dtype: str, block_size: int, enabled: bool, prompt: Any, cache_namespace: str
+) -> PromptBlocks:
+    root = root_key(full_digest, dtype, cache_namespace) if enabled else None
+    return PromptBlocks(prompt, block_size, root, cache_namespace)

@@ -1,0 +1,254 @@
+"""The prefill engine on vLLM: vLLM's chunked prefill, with the KV reported layer by layer while a step runs.
+
+- **Blocks.** vLLM gives a prompt blocks chunk by chunk, and would preempt a prompt whose next block is missing, while a
+  stream reads the others. So this engine queues prompts itself: it hands vLLM a prompt when all of its blocks are free
+  beside those that running prompts still need.
+- **End.** A request ends with its first token. Its blocks stay until ``Release``, for the streams that read them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from overfill.engine.runner import SamplingSpec
+from overfill.engine.sequence import (
+    ChunkComputed,
+    EngineLoad,
+    KvWritten,
+    LayerStarted,
+    PrefillEvent,
+    PrefillScheduled,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+    SequenceFailed,
+    Submit,
+)
+from overfill.engine.vllm.engine import VllmEngine
+from overfill.engine.vllm.hashes import block_hasher
+from overfill.engine.vllm.internals import Vllm
+from overfill.errors import InternalError
+from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import PromptBlocks
+from overfill.kv.tensors import record_event
+from overfill.telemetry.metrics import PrefillMetrics
+
+log = logging.getLogger(__name__)
+
+_MIN_NOTIFY_BYTES = 1 << 20
+"""Minimum bytes of a prompt's KV that the engine reports before the step ends, as in OverFill's engine."""
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A prompt's part of the step: after it, positions ``start..end`` hold KV that they did not hold before.
+
+    ``unsent`` are layers that are written and not reported yet.
+    """
+
+    sequence: PrefillSequence
+    start: int
+    end: int
+    unsent: list[PrefillEvent] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+class VllmPrefillEngine(VllmEngine):
+    """Core of a prefill worker on vLLM: ``handle`` takes messages, ``step`` computes.
+
+    Args:
+        max_num_seqs: maximum number of prompts that hold blocks.
+        token_layer_bytes: bytes of one token's keys and values in one layer.
+        journal: receives the keys of the blocks in vLLM's prefix cache.
+        emit: takes lists of events; a step calls it several times.
+    """
+
+    def __init__(
+        self,
+        vllm: Vllm,
+        device: torch.device,
+        max_num_seqs: int,
+        token_layer_bytes: int,
+        journal: KeyJournal,
+        emit: Callable[[list[PrefillEvent]], None],
+        metrics: PrefillMetrics,
+    ) -> None:
+        self._device = device
+        self._max_num_seqs = max_num_seqs
+        self._token_layer_bytes = token_layer_bytes
+        self._journal = journal
+        self._emit = emit
+        self._metrics = metrics
+        self._waiting: deque[PrefillSequence] = deque()
+        self._running: dict[str, PrefillSequence] = {}  # in order of arrival
+        self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
+        self._chunks: list[_Chunk] = []
+        self._events: list[PrefillEvent] = []  # not yet emitted
+        self._broken: str | None = None
+        super().__init__(vllm)
+
+    def load(self) -> EngineLoad:
+        """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``."""
+        uncomputed = sum(len(s.prompt) - s.computed for s in (*self._waiting, *self._running.values()))
+        return EngineLoad(
+            self._num_used,
+            self._vllm.num_blocks,
+            len(self._running) + len(self._awaiting_release),
+            len(self._waiting),
+            uncomputed,
+            self._num_cached(),
+            self.tokens_looked_up,
+            self.tokens_found,
+            self._num_promised(),
+        )
+
+    def handle(self, message: Submit | Release) -> None:
+        match message:
+            case Submit(sequence):
+                self._waiting.append(sequence)
+            case Release(id):
+                self._release(id)
+
+    def step(self) -> bool:
+        """Computes one chunk of one or more prompts. Returns False when there is nothing to compute."""
+        self._admit()
+        if not self._running:
+            return False
+        started = time.monotonic()
+        self._chunks = []
+        outputs, executed = self._vllm.step()
+        if self._broken is not None:
+            raise AssertionError(self._broken)
+        now = time.monotonic_ns()
+        events, self._events = self._events, []
+        for chunk in self._chunks:
+            events += chunk.unsent
+            chunk.sequence.computed = chunk.end
+            events.append(ChunkComputed(chunk.sequence.id, chunk.start, chunk.end))
+        for output in outputs:
+            if (sequence := self._running.get(output.request_id)) and output.new_token_ids:
+                events.append(self._finish(sequence, now))
+        if executed:
+            tokens = sum(chunk.num_tokens for chunk in self._chunks)
+            self._metrics.step(time.monotonic() - started, len(self._chunks), tokens)
+        if events:
+            self._emit(events)
+        return executed
+
+    def _live(self) -> list[str]:
+        return [*self._running, *self._awaiting_release]
+
+    def _admit(self) -> None:
+        """Hands waiting prompts to vLLM in order of arrival, without overtaking, while all of their blocks are free."""
+        while self._waiting and len(self._running) + len(self._awaiting_release) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            if sequence.cancelled:  # its Release will arrive
+                break
+            size = self._vllm.block_size
+            prompt = sequence.prompt_blocks or PromptBlocks(sequence.prompt, size, None, sequence.cache_namespace)
+            hasher = block_hasher(prompt, len(prompt.tokens), size)
+            request = self._vllm.new_request(sequence.id, list(sequence.prompt), 1, hasher)
+            needed = self._blocks_for(sequence) - self._vllm.num_shared(request)
+            if needed > self._vllm.num_free - self._num_promised():
+                break
+            self._waiting.popleft()
+            self._running[sequence.id] = sequence
+            self._vllm.add(request)
+
+    def _blocks_for(self, sequence: PrefillSequence) -> int:
+        return -(-len(sequence.prompt) // self._vllm.block_size)
+
+    def _num_promised(self) -> int:
+        """Blocks that running prompts will need and do not have yet."""
+        return sum(self._blocks_for(s) - len(s.blocks) for s in self._running.values())
+
+    def _release(self, id: str) -> None:
+        sequence = self._running.pop(id, None) or self._awaiting_release.pop(id, None)
+        if sequence is None:
+            self._waiting = deque(s for s in self._waiting if s.id != id)
+            return
+        self._vllm.abort(id)
+        if self._vllm.known(id):
+            self._vllm.sent(id)
+        sequence.blocks = []
+
+    # What vLLM asks and tells while it plans and takes a step
+
+    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
+        events: list[PrefillEvent] = []
+        now = time.monotonic_ns()
+        starts = {id: self._vllm.num_computed(id) for id in num_tokens}
+        blocks = {id: self._vllm.blocks(id) for id in num_tokens}
+        size = self._vllm.block_size
+        # vLLM lets a prompt share blocks that another one computes in this very step.
+        unwritten = {b for id, count in num_tokens.items() for b in blocks[id][starts[id] // size :]}
+        for id, count in num_tokens.items():
+            sequence, start = self._running.get(id), starts[id]
+            if sequence is None or self._vllm.num_preemptions(id):
+                self._broken = "vLLM computes a prompt that it preempted or that has no lease"
+                continue
+            first_chunk, ready = not sequence.blocks, start
+            sequence.blocks += blocks[id][len(sequence.blocks) :]
+            if first_chunk:
+                ready = next((n for n in range(start // size) if sequence.blocks[n] in unwritten), start // size) * size
+                sequence.computed = sequence.cached_tokens = start
+                self.tokens_looked_up += len(sequence.prompt)
+                self.tokens_found += start
+                event = record_event(self._device) if ready else None
+                events.append(PrefillScheduled(id, sequence.blocks, ready, event, now))
+            self._chunks.append(_Chunk(sequence, ready if first_chunk else start, start + count))
+        if events:
+            self._emit(events)
+
+    def layer_started(self, layer: int) -> None:
+        now = time.monotonic_ns()
+        self._events += [LayerStarted(chunk.sequence.id, layer, now) for chunk in self._chunks]
+
+    def layer_written(self, layer: int) -> None:
+        event, notify = record_event(self._device), False
+        for chunk in self._chunks:
+            chunk.unsent.append(KvWritten(chunk.sequence.id, layer, chunk.end, event))
+            if len(chunk.unsent) * chunk.num_tokens * self._token_layer_bytes >= _MIN_NOTIFY_BYTES:
+                self._events += chunk.unsent
+                chunk.unsent = []
+                notify = True
+        if notify:
+            self._emit(self._events)
+            self._events = []
+
+    def keeps_blocks(self, request_id: str) -> bool:
+        return True
+
+    def blocks_stored(self, hashes: Iterable[int]) -> None:
+        for key in hashes:
+            self._journal.add(key)
+
+    def blocks_removed(self, hashes: Iterable[int]) -> None:
+        for key in hashes:
+            self._journal.remove(key)
+
+    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
+        finishing = [c.sequence for c in self._chunks if c.end == len(c.sequence.prompt)]
+        return {
+            s.id: (SamplingSpec(s.sampling, s.sample_index, s.processor), len(s.prompt))
+            for s in finishing
+            if s.sample_first_token
+        }
+
+    def _finish(self, sequence: PrefillSequence, now: int) -> PrefillEvent:
+        id = sequence.id
+        del self._running[id]
+        self._awaiting_release[id] = sequence
+        error, token = self._sampler.errors.pop(id, None), self._sampler.tokens.pop(id, None)
+        if error is None and token is None and sequence.sample_first_token:
+            error = InternalError("vLLM sampled no first token")
+        return PromptComputed(id, token, now) if error is None else SequenceFailed(id, error)

@@ -1,0 +1,95 @@
+"""vLLM's logits processor: lets OverFill's own sampling choose the token of every row.
+
+vLLM is asked for greedy sampling always. This processor sees the logits first, chooses by the request's parameters, and
+leaves the chosen token as the greatest element of its row. So both engines draw the same tokens from the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
+
+from overfill.engine.runner import SamplingSpec
+from overfill.engine.vllm.internals import REQUEST_ID, hub
+from overfill.model.processors import process
+from overfill.model.sampling import SampledToken, sample
+
+
+class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
+    """Keeps track of which request is in which row, and asks the engine to sample."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._ids: dict[int, str] = {}  # row -> request
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        if batch_update is None:
+            return
+        ids = self._ids
+        for row in batch_update.removed:
+            ids.pop(row, None)
+        for row, params, _prompt, _output in batch_update.added:
+            ids[row] = (params.extra_args or {}).get(REQUEST_ID, "")
+        for source, target, direction in batch_update.moved:
+            moved, replaced = ids.pop(source, None), ids.pop(target, None)
+            if moved is not None:
+                ids[target] = moved
+            if replaced is not None and direction == MoveDirectionality.SWAP:
+                ids[source] = replaced
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        if hub.hooks is not None:
+            hub.hooks.sample(logits, [self._ids.get(row) for row in range(len(logits))])
+        return logits
+
+
+class StepSampler:
+    """Samples the tokens of one step.
+
+    Attributes:
+        tokens: request -> its token.
+        errors: request -> why it has none.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, SampledToken] = {}
+        self.errors: dict[str, Exception] = {}
+
+    def sample(
+        self, logits: torch.Tensor, ids: Sequence[str | None], specs: Mapping[str, tuple[SamplingSpec, int]]
+    ) -> None:
+        """Samples for the rows whose requests are in ``specs``, and makes each token the greatest of its row.
+
+        Args:
+            logits: [N, vocab] float32.
+            ids: the request of each row.
+            specs: request -> how to sample, and the position of the token.
+        """
+        rows = [row for row, id in enumerate(ids) if id in specs]
+        if not rows:
+            return
+        whole = len(rows) == len(logits)
+        own = logits if whole else logits[rows]
+        asked = [specs[id] for row in rows if (id := ids[row]) is not None]
+        how, positions = [spec for spec, _ in asked], [position for _, position in asked]
+        refused = process(own, [spec.processor for spec in how], [spec.emitted for spec in how])
+        tokens, failed = sample(own, [s.sampling for s in how], positions, [s.sample_index for s in how])
+        failed |= refused  # a refusal explains the row better than the broken logits that it causes
+        for place, row in enumerate(rows):
+            id = ids[row]
+            assert id is not None
+            if place in failed:
+                self.errors[id] = failed[place]
+            else:
+                self.tokens[id] = tokens[place]
+        forced = [place for place, spec in enumerate(how) if place in failed or not spec.plain_greedy]
+        if forced:
+            index = torch.tensor([rows[place] for place in forced], device=logits.device)
+            chosen = [0 if place in failed else tokens[place].token_id for place in forced]
+            logits[index] = -torch.inf
+            logits[index, torch.tensor(chosen, device=logits.device)] = 0.0
