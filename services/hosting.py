@@ -22,8 +22,8 @@ import torch
 
 from overfill.engine.build import resolve_device
 from overfill.engine.device import cpu_settings, use_device
-from overfill.engine.load import EngineOptions, load_engine
-from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
+from overfill.engine.load import load_engine
+from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError

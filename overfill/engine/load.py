@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from overfill.engine.build import EngineParts, build_engine_parts
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
-from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
+from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName, KvCacheDtype
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import EngineName, Half, Pair
 from overfill.settings.values import EngineChoice
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
@@ -23,31 +22,6 @@ from overfill.version import __version__
 
 _REPLAY_BUDGET = 512
 """Maximum number of tokens that OverFill's decode engine replays in one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What a worker's settings say about its engine; None leaves a value to the engine.
-
-    Attributes:
-        block_size: tokens per KV block.
-        kv_memory: bytes of the KV cache.
-        max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
-        threads: CPU threads of a step.
-        engine_args: arguments of the engine itself, by name; vLLM only.
-    """
-
-    device: torch.device
-    dtype: DTypeName | None = None
-    block_size: int | None = None
-    kv_memory: int | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    prefix_cache: bool = True
-    kv_cache_dtype: KvCacheDtype = "auto"
-    threads: int = 1
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose_engine(choice: EngineChoice, device: torch.device, pair: Pair, half: Half) -> EngineName:

@@ -17,8 +17,8 @@ Rules that both engines keep; ``tests/support/engine_conformance.py`` tests them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,7 @@ from overfill.engine.sequence import EngineLoad
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.spec import KvCacheDtype, KvSpec
+from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import EngineName, Half, Pair
@@ -59,6 +59,31 @@ class EngineCore(Protocol):
     def close(self) -> None:
         """Gives back what the engine holds besides memory. Called once, by the engine's thread, at its end."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a worker's settings say about its engine; None leaves a value to the engine.
+
+    Attributes:
+        block_size: tokens per KV block.
+        kv_memory: bytes of the KV cache.
+        max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
+        threads: CPU threads of a step.
+        engine_args: arguments of the engine itself, by name; vLLM only.
+    """
+
+    device: torch.device
+    dtype: DTypeName | None = None
+    block_size: int | None = None
+    kv_memory: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    prefix_cache: bool = True
+    kv_cache_dtype: KvCacheDtype = "auto"
+    threads: int = 1
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

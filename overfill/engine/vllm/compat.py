@@ -26,14 +26,14 @@ class VllmRelease(NamedTuple):
         return f"{self.distribution} {self.version}"
 
 
-def installed() -> VllmRelease | None:
-    """The installed release. None when neither distribution is installed."""
+def installed() -> VllmRelease:
+    """The installed release; one of unknown version when vLLM was not installed as a distribution."""
     for name in DISTRIBUTIONS:
         try:
             return VllmRelease(name, version(name))
         except PackageNotFoundError:
             continue
-    return None
+    return VllmRelease("vllm", "of unknown version")
 
 
 def untested_warning(release: VllmRelease) -> str | None:

@@ -6,10 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from vllm.config import KVEventsConfig, KVTransferConfig
 
 from overfill.engine.build import MIB, NotEnoughMemory, native_dtype
-from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
+from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
+from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.internals import EngineArgs, Vllm, current_platform
 from overfill.engine.vllm.layout import UnknownLayout, find_layouts
@@ -24,11 +27,6 @@ from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Half, Pair
 from overfill.request.grammar import Grammars
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
-
-if TYPE_CHECKING:
-    from overfill.engine.load import EngineOptions
-
-from vllm.config import KVEventsConfig, KVTransferConfig
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +68,9 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         UnsupportedModel: vLLM refuses the checkpoint, or keeps KV in a way that cannot be handed over.
     """
     _check(options)
+    release = installed()
+    if warning := untested_warning(release):
+        log.warning(warning)
     config = pair.full_config if half == "full" else pair.decoder_config
     dtype = options.dtype or native_dtype(options.device)
     folder = pair.full_path if half == "full" else pair.decoder_path
@@ -114,7 +115,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     journal = KeyJournal()
     served = ServedHalf(
         engine="vllm",
-        engine_version="vllm",
+        engine_version=str(release),
         half=half,
         pair=pair,
         config=config,
