@@ -50,6 +50,12 @@ def capacity() -> Dashboard:
                 what="Sequences that lost their KV blocks to older ones and are recomputed later.",
             ),
             lines(
+                "Prompt tokens that decoders computed",
+                {"decode": f"sum(overfill_decode_prompt_tokens_computed_total{{{WORKER}}})"},
+                limit=1,
+                what="Must be 0: a prompt's KV is the full model's.",
+            ),
+            lines(
                 "Tokens run again",
                 {"{{worker}}": rate("overfill_decode_replayed_tokens_total", "worker", WORKER)},
                 PER_SECOND,

@@ -35,7 +35,7 @@ from overfill.engine.sequence import (
 )
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
-from overfill.engine.vllm.internals import Vllm
+from overfill.engine.vllm.internals import VllmCore
 from overfill.errors import InternalError
 from overfill.kv.keys import PromptBlocks
 from overfill.telemetry.metrics import DecodeMetrics
@@ -72,7 +72,7 @@ class VllmDecodeEngine(VllmEngine):
     """
 
     def __init__(
-        self, vllm: Vllm, max_num_seqs: int, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics
+        self, vllm: VllmCore, max_num_seqs: int, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics
     ) -> None:
         self._max_num_seqs = max_num_seqs
         self._emit = emit

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from overfill.engine.runner import SamplingSpec
-from overfill.engine.vllm.internals import Vllm, hub
+from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
 
 _RECOUNT = 1.0
@@ -21,7 +21,7 @@ class VllmEngine:
     An error that a hook raises ends vLLM's step halfway, and with it the engine's thread and the worker.
     """
 
-    def __init__(self, vllm: Vllm) -> None:
+    def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm
         self._sampler = StepSampler()
         self._cached = 0

@@ -41,7 +41,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
-__all__ = ["EngineArgs", "Hooks", "Hub", "Vllm", "current_platform"]
+__all__ = ["EngineArgs", "Hooks", "Hub", "VllmCore", "current_platform"]
 
 
 class Hooks(Protocol):
@@ -66,7 +66,7 @@ class Hooks(Protocol):
         ...
 
     def keeps_blocks(self, request_id: str) -> bool:
-        """Whether the blocks of a request that has ended stay until ``Vllm.sent``."""
+        """Whether the blocks of a request that has ended stay until ``VllmCore.sent``."""
         ...
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
@@ -111,7 +111,7 @@ class _EventPublisher:
         pass
 
 
-class Vllm:
+class VllmCore:
     """A vLLM engine in this process, stepped by its caller.
 
     Attributes:

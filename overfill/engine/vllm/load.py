@@ -14,7 +14,7 @@ from overfill.engine.build import MIB, NotEnoughMemory, native_dtype
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
-from overfill.engine.vllm.internals import EngineArgs, Vllm, current_platform
+from overfill.engine.vllm.internals import EngineArgs, VllmCore, current_platform
 from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
@@ -106,7 +106,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         **options.engine_args,
     }
     try:
-        vllm = Vllm(EngineArgs(**arguments))
+        vllm = VllmCore(EngineArgs(**arguments))
     except Exception as error:
         raise _explained(error, str(folder), half) from error
     spec = config.kv_spec(dtype)
@@ -176,7 +176,7 @@ def _explained(error: Exception, folder: str, half: Half) -> Exception:
     return UnsupportedModel(f"vLLM cannot load the {half} model in {folder}: {reason}")
 
 
-def _store(vllm: Vllm, spec: KvSpec, folder: str) -> VllmKvStore:
+def _store(vllm: VllmCore, spec: KvSpec, folder: str) -> VllmKvStore:
     """The engine's cache, after checks that it holds KV as OverFill hands it over."""
     caches = vllm.caches()
     expected = (spec.num_kv_heads, vllm.block_size, 2 * spec.head_dim)

@@ -32,7 +32,7 @@ from overfill.engine.sequence import (
 )
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
-from overfill.engine.vllm.internals import Vllm
+from overfill.engine.vllm.internals import VllmCore
 from overfill.errors import InternalError
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
@@ -74,7 +74,7 @@ class VllmPrefillEngine(VllmEngine):
 
     def __init__(
         self,
-        vllm: Vllm,
+        vllm: VllmCore,
         device: torch.device,
         max_num_seqs: int,
         token_layer_bytes: int,
