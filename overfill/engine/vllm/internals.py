@@ -30,6 +30,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from vllm import SamplingParams
+from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
@@ -41,7 +42,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
-__all__ = ["EngineArgs", "Hooks", "Hub", "VllmCore", "current_platform"]
+__all__ = ["EngineArgs", "Hooks", "Hub", "KVEventsConfig", "KVTransferConfig", "VllmCore", "current_platform"]
 
 
 class Hooks(Protocol):

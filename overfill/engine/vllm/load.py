@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vllm.config import KVEventsConfig, KVTransferConfig
+import torch
 
 from overfill.engine.build import MIB, NotEnoughMemory, native_dtype
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
-from overfill.engine.vllm.internals import EngineArgs, VllmCore, current_platform
+from overfill.engine.vllm.internals import (
+    EngineArgs,
+    KVEventsConfig,
+    KVTransferConfig,
+    VllmCore,
+    current_platform,
+)
 from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
@@ -68,6 +75,9 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         UnsupportedModel: vLLM refuses the checkpoint, or keeps KV in a way that cannot be handed over.
     """
     _check(options)
+    # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     release = installed()
     if warning := untested_warning(release):
         log.warning(warning)
@@ -91,6 +101,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         "kv_cache_memory_bytes": kv_memory,
         "enable_prefix_caching": options.prefix_cache,
         "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
         "async_scheduling": False,  # the sampler needs each token before the next step
         "logits_processors": [OverfillSampler],
         "kv_events_config": KVEventsConfig(
@@ -120,7 +131,8 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         pair=pair,
         config=config,
         kv=spec if half == "full" else pair.full_config.kv_spec(dtype),
-        max_model_len=vllm.max_model_len,
+        # vLLM wants room for the token that it samples after a prompt.
+        max_model_len=vllm.max_model_len - (half == "full"),
         device=options.device,
         store=store,
         grammars=Grammars(pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids),
