@@ -98,7 +98,7 @@ def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHa
     """What a servicer knows of a half that OverFill's engine runs."""
     return ServedHalf(
         engine="overfill",
-        engine_version=__version__,
+        engine_version=f"overfill {__version__}",
         half=half,
         pair=parts.pair,
         config=parts.config,
