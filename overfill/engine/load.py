@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 
 from overfill.engine.build import EngineParts, build_engine_parts
+from overfill.engine.choice import choose_engine
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import EngineCore, LoadedEngine, ServedHalf
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName, KvCacheDtype
-from overfill.model.manifest import EngineName, Half, Pair
+from overfill.model.manifest import Half, Pair
 from overfill.settings.values import EngineChoice
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 from overfill.version import __version__
@@ -50,20 +50,6 @@ class EngineOptions:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
-def choose_engine(choice: EngineChoice, device: torch.device, pair: Pair, half: Half) -> EngineName:
-    """The engine for ``half``. ``auto`` is vLLM on CUDA, where it is installed and can run the half, else OverFill's.
-
-    Raises:
-        UnsupportedModel: the chosen engine cannot run the half; the message names the engines that can.
-    """
-    if choice == "auto":
-        engines = pair.full_engines if half == "full" else pair.decoder_engines
-        on_gpu = device.type == "cuda" and importlib.util.find_spec("vllm") is not None
-        choice = "vllm" if on_gpu and "vllm" in engines else "overfill"
-    pair.check_engine(half, choice)
-    return choice
-
-
 def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     """Loads ``half`` into the chosen engine. Blocks for as long as that takes.
 
@@ -71,8 +57,10 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         InvalidRequest: an option does not fit the engine or the model; ``field`` names it.
         NotEnoughMemory: the device cannot hold weights, steps and KV cache.
         InvalidPair, UnsupportedModel: the engine cannot run the half.
+        MissingExtra: the engine is not installed.
     """
-    if choose_engine(choice, options.device, pair, half) == "vllm":
+    on_cuda = options.device.type == "cuda"
+    if choose_engine(choice, pair, half, lambda: on_cuda, has_args=bool(options.engine_args)) == "vllm":
         # The only import of this package: nothing else needs vLLM, which most installations lack.
         from overfill.engine.vllm.load import load_vllm
 
