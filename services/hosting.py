@@ -96,6 +96,7 @@ def new_hello(worker_id: str, served: ServedHalf) -> registry_pb2.Hello:
         max_model_len=served.max_model_len,
         vocab_size=served.config.vocab_size,
         pid=os.getpid(),
+        engine=served.engine_version,
     )
 
 

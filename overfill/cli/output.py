@@ -110,7 +110,7 @@ def _worker_table(status: StackStatus, tls: bool) -> Table:
     title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
     title += f"; metrics at {metrics}" if metrics and len(status.routers) < 2 else ""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-    for column in ("worker", "stage", "state", "address"):
+    for column in ("worker", "stage", "engine", "state", "address"):
         table.add_column(column)
     for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total", "prefix hits"):
         table.add_column(column, justify="right")
@@ -120,9 +120,8 @@ def _worker_table(status: StackStatus, tls: bool) -> Table:
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
         rate = row["prefix_hit_rate"]
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
-        table.add_row(
-            worker.id, worker.stage, worker.state, worker.address, *numbers, hits, row["metrics_address"] or "–"
-        )
+        names = (worker.id, worker.stage, row["engine"] or "?", worker.state, worker.address)
+        table.add_row(*names, *numbers, hits, row["metrics_address"] or "–")
     return table
 
 
@@ -172,7 +171,8 @@ def _summary(answer: Answer) -> Table:
     table.add_row("second token", f"waited {_milliseconds(timing.handoff_exposed)} for the handoff")
     table.add_row("seen here", f"first token after {_milliseconds(answer.client_ttft)}")
     moved = f", moved {answer.migrations} times" if answer.migrations else ""
-    table.add_row("workers", f"{answer.prefill_worker} → {answer.decode_worker}{moved}")
+    read, wrote = (f" ({engine})" if engine else "" for engine in (answer.prefill_engine, answer.decode_engine))
+    table.add_row("workers", f"{answer.prefill_worker}{read} → {answer.decode_worker}{wrote}{moved}")
     table.add_row("request", f"{answer.request_id}, seed {answer.seed}")
     return table
 

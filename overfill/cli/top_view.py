@@ -37,7 +37,9 @@ def _headline(status: StackStatus) -> Text:
 
 
 def _pool(stage: str, workers: list[WorkerStatus]) -> Table:
-    table = Table(title=stage, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    engines = {worker.process.engine for worker in workers if worker.process is not None and worker.process.engine}
+    title = f"{stage}: {', '.join(sorted(engines))}" if engines else stage
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     table.add_column("worker", min_width=12)
     table.add_column("state", min_width=8)
     for column in ("running", "waiting", "KV used", "cached", "free"):

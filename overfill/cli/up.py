@@ -15,9 +15,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, get_args
 
 import click
 from rich.console import Console
@@ -33,11 +34,16 @@ from overfill.cli.stack import Stack, StackPlan, check_ports
 from overfill.cli.up_config import OwnSettings, config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT, make_plan
 from overfill.cluster.connection import check_installed
+from overfill.engine.choice import choose_engine, require_vllm
+from overfill.model.manifest import Half, Pair
 from overfill.process.extras import require
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
+from overfill.settings.config import WorkerConfig
+from overfill.settings.values import EngineChoice
 
 _WATCH_SECONDS = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_ENGINE = click.Choice(get_args(EngineChoice))
 _BOX_WIDTH = 80  # characters, at most
 
 
@@ -104,6 +110,19 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 )
 @click.option(
     "--host", help="Address to listen on; any other than loopback requires --tls and --api-keys.  [default: 127.0.0.1]"
+)
+@click.option(
+    "--engine",
+    type=_ENGINE,
+    help="Engine of the workers; auto is vllm on CUDA, if it is installed and can run the model, and overfill "
+    "otherwise.  [default: auto]",
+)
+@click.option("--prefill-engine", type=_ENGINE, help="Engine of the prefill workers.  [default: --engine]")
+@click.option("--decode-engine", type=_ENGINE, help="Engine of the decode workers.  [default: --engine]")
+@click.option(
+    "--engine-args",
+    help="Arguments of vLLM itself, as a JSON object of its EngineArgs by name, such as '{\"enforce_eager\": true}'. "
+    "A stage for which --prefill-engine or --decode-engine names overfill does not get them.",
 )
 @click.option("--device", help="Device to compute on: auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option(
@@ -276,15 +295,17 @@ def up_command(
             log_dir=None if log_dir is None else str(log_dir.absolute()),
         )
         _check_options(options, prefill, decode, on_ray)
-        if address is None:  # on a joined cluster, routers may run on other machines
+        if address is None:  # on a joined cluster, processes may run on other machines
             check_ports(planned, metrics=not on_ray)
+            if not mock and "vllm" in {worker.engine for _, worker in planned.workers()}:
+                require_vllm()
         with show_progress() as report:
             folder = resolve_pair(pair, report)
-        if not mock:
-            check_engines(folder)
         plan = make_plan(
             folder, prefill, decode, routers, port, threads, settings, http, mock, tls, address is not None, share_port
         )
+        if not mock:
+            check_engines(plan, here=address is None)
         with _stop_signals() as stopping:
             if on_ray:
                 return run(RayStack(plan, options, _note), stopping, console())
@@ -292,13 +313,26 @@ def up_command(
                 return run(Stack(plan, sink), stopping, console())
 
 
-def check_engines(folder: Path) -> None:
-    """Raises UnsupportedModel if the workers cannot run both halves of a pair, such as one with FP8 weights."""
-    from overfill.model.manifest import Pair
+def check_engines(plan: StackPlan, *, here: bool) -> None:
+    """Raises the errors of ``choose_engine`` for both stages, such as UnsupportedModel for a pair with FP8 weights.
 
-    pair = Pair.load(folder)
-    pair.check_engine("full", "overfill")
-    pair.check_engine("decoder", "overfill")
+    Args:
+        here: the workers run on this machine. Others may have other devices and packages: there each worker chooses.
+    """
+    halves: tuple[tuple[Half, WorkerConfig], ...] = (("full", plan.prefill[0]), ("decoder", plan.decode[0]))
+    pair = Pair.load(Path(plan.routers[0].pair))
+    for half, worker in halves:
+        if here:
+            on_cuda = partial(_on_cuda, worker.device)
+            choose_engine(worker.engine, pair, half, on_cuda, has_args=bool(worker.engine_args))
+        elif worker.engine != "auto":
+            pair.check_engine(half, worker.engine)
+
+
+def _on_cuda(device: str) -> bool:
+    from overfill.engine.build import resolve_device  # imports torch, which takes seconds
+
+    return resolve_device(device).type == "cuda"
 
 
 @contextlib.contextmanager
@@ -411,8 +445,8 @@ def _welcome(out: Console, plan: StackPlan, addresses: Sequence[str], describe_w
         rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
     rows.append(("pair", plan.routers[0].pair))
     for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
-        dtype = f"{workers[0].dtype}, " if workers[0].dtype else ""
-        rows.append((stage, f"{describe_workers(stage)} ({dtype}CPU threads each: {workers[0].threads})"))
+        given = "".join(f"{text}, " for text in (workers[0].engine, workers[0].dtype) if text not in (None, "auto"))
+        rows.append((stage, f"{describe_workers(stage)} ({given}CPU threads each: {workers[0].threads})"))
     rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
     rows.append(("", f"{key}overfill chat{option}"))
     rows.append(("", f"{key}overfill status{option}"))

@@ -46,7 +46,7 @@ def make_plan(
         port: gRPC port of the first router; 0 picks free ones. Further routers use the next ports, or share it.
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
-            environment variable or default.
+            environment variable or default. ``prefill_engine`` and ``decode_engine`` are the ``engine`` of one stage.
         http: port of the first OpenAI endpoint; 0 picks free ones, "off" disables the endpoint.
         mock: plan workers that compute nothing.
         tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
@@ -99,20 +99,39 @@ def make_plan(
     # Divide all cores within each stage, because the stages are rarely busy at the same time, and waiting engine
     # threads sleep. If workers may run on several machines, divide them among all workers.
     shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
+    of_prefill, of_decode = _engines(settings.get("prefill_engine"), settings.get("decode_engine"))
     prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
     return StackPlan(
         tuple(router_configs),
         tuple(
-            _configure(prefill_kind, workers | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)}, shares[0])
+            _configure(
+                prefill_kind,
+                workers | of_prefill | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)},
+                shares[0],
+            )
             for i in range(prefill)
         ),
         tuple(
-            _configure(decode_kind, workers | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)}, shares[1])
+            _configure(
+                decode_kind,
+                workers | of_decode | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)},
+                shares[1],
+            )
             for i in range(decode)
         ),
         mock,
         None if tls is None else _client_tls(role_files(tls.absolute(), Role.OPERATOR)),
     )
+
+
+def _engines(*stages: str | None) -> list[dict[str, Any]]:
+    """Returns the settings of each stage that its own choice of an engine replaces.
+
+    A stage for which OverFill's engine was chosen so gets no arguments of vLLM, unless that leaves no stage for them:
+    then the arguments are refused later.
+    """
+    without = {"engine_args": None} if set(stages) != {"overfill"} else {}
+    return [{"engine": name} | (without if name == "overfill" else {}) if name else {} for name in stages]
 
 
 def _check_host(host: str, settings: dict[str, Any]) -> None:

@@ -192,6 +192,8 @@ class Answer:
         client_ttft: Seconds from the call to the first token, measured by this client; None without tokens.
         tool_calls: Tool calls that the answer makes; ``text`` does not include them.
         codec: Codec in which the prompt's KV travelled, such as "raw"; None means that no KV travelled.
+        prefill_engine: Engine of ``prefill_worker`` with its version, such as "overfill 0.2.0"; None means unknown.
+        decode_engine: Engine of ``decode_worker``, likewise.
     """
 
     text: str
@@ -212,6 +214,8 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     codec: str | None = None
     routers: int = 1
+    prefill_engine: str | None = None
+    decode_engine: str | None = None
 
 
 class AnswerBuilder:
@@ -350,4 +354,6 @@ class AnswerBuilder:
             tool_calls=tuple(self._calls),
             codec=CODEC_NAMES.get(message.codec),
             routers=self._routers,
+            prefill_engine=message.prefill_engine or None,
+            decode_engine=message.decode_engine or None,
         )

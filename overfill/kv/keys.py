@@ -65,21 +65,21 @@ class PromptBlocks:
 
 
 class PromptKeys:
-    """Keys of the full blocks of ``tokens``, chained from ``root``. Each is computed on first use and kept."""
+    """Keys of the full blocks of ``tokens``, chained from ``root``. Each is computed on first use and kept.
+
+    Keys for different block sizes are kept side by side, because the workers of a pool may differ in block size.
+    """
 
     def __init__(self, root: int, tokens: Sequence[int]) -> None:
         self._root = root
         self._tokens = tokens
         self._data = b""
-        self._block_size = 0
-        self._keys: list[int] = []
+        self._keys: dict[int, list[int]] = {}
 
     def __call__(self, block_size: int) -> Iterator[int]:
         """Yields the keys for blocks of ``block_size`` tokens, in order."""
-        if block_size != self._block_size:
-            self._block_size, self._keys = block_size, []
         self._data = self._data or token_bytes(self._tokens)
-        data, width, keys = self._data, 4 * block_size, self._keys
+        data, width, keys = self._data, 4 * block_size, self._keys.setdefault(block_size, [])
         for index in range(len(data) // width):
             if index == len(keys):
                 parent = keys[-1] if index else self._root

@@ -76,7 +76,8 @@ class PrefillPeer:
             described.model.tokenizer_digest,
             KvSpec.from_proto(described.kv),
         )
-        check_compatible(mine, theirs, f"prefill worker {name} (software {described.software_version})")
+        software = f"software {described.software_version}, engine {described.engine or 'unknown'}"
+        check_compatible(mine, theirs, f"prefill worker {name} ({software})")
         check_data_addresses(self.target, mine.kv)
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])

@@ -125,9 +125,13 @@ class Pair:
         same_weights = self.decoder_digest == self.full_digest and self.quantize == "none"
         return same_weights and self.layer_map == tuple(range(self.full_config.num_layers))
 
+    def engines(self, half: Half) -> tuple[str, ...]:
+        """Names of the engines that can run ``half``."""
+        return self.full_engines if half == "full" else self.decoder_engines
+
     def check_engine(self, half: Half, engine: EngineName) -> None:
         """Raises UnsupportedModel if ``engine`` cannot run ``half``; the message names the engines that can."""
-        engines = self.full_engines if half == "full" else self.decoder_engines
+        engines = self.engines(half)
         if engine in engines:
             return
         config, path = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
@@ -12,7 +12,7 @@ from overfill.routing.policy import LeastLoad, PlacementRequest, Policy
 from overfill.routing.worker import Worker
 
 MAX_HOLDERS = 8
-"""Maximum number of workers with a cached prefix that are compared per request."""
+"""Maximum number of workers with a cached prefix that are compared per request and block size."""
 
 PROMISED_BLOCKS = 64
 """Number of leading blocks of a placed prompt that count as cached on its worker before the worker reports them."""
@@ -26,30 +26,37 @@ NUM_LEAST_LOADED = 4
 _Level: TypeAlias = "tuple[dict[Worker, None], Worker | None]"
 """The workers that have reported a block, and the worker to which a prompt with it was sent last."""
 
+_Levels: TypeAlias = "dict[int, list[_Level]]"
+"""Block size -> the levels of a prompt's leading blocks of that size; without sizes of which no worker has a block."""
+
 
 class PrefixAffinity(Policy):
     """Orders workers by the tokens to compute first: those queued on the worker plus the uncached part of the prompt.
 
     So a worker does not get the prompt if its queue exceeds the least loaded worker's by more than its cache saves. The
     policy knows only blocks that workers have reported and blocks of prompts placed since.
+
+    Workers may differ in block size. Keys of different block sizes are unrelated, so each worker is looked up with the
+    keys of its own block size.
     """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._load = LeastLoad(seed)
-        self._admissible: set[Worker] = set()
+        self._admissible: dict[Worker, int] = {}  # worker -> its block size
+        self._block_sizes: Counter[int] = Counter()  # number of admissible workers of each block size
         self._holders: dict[int, dict[Worker, None]] = {}
         self._promised: OrderedDict[int, Worker] = OrderedDict()
-        self._block_size = 0
 
     def put(self, worker: Worker) -> None:
-        # One block size for the whole pool: keys of different block sizes are unrelated.
-        self._block_size = worker.block_size or self._block_size
-        self._admissible.add(worker)
+        if self._admissible.get(worker) != worker.block_size:
+            self._forget(worker)
+            self._admissible[worker] = worker.block_size
+            self._block_sizes[worker.block_size] += 1
         self._load.put(worker)
 
     def drop(self, worker: Worker) -> None:
-        self._admissible.discard(worker)
+        self._forget(worker)
         self._load.drop(worker)
 
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
@@ -65,17 +72,16 @@ class PrefixAffinity(Policy):
 
     def best(self, request: PlacementRequest) -> Iterator[Worker]:
         preferred: list[Worker] = []
-        if levels := self._levels(request):
-            size = self._block_size
-            ahead = {w: w.queued_tokens - size * _depth(levels, w) for w in self._choices(request, levels)}
+        if levels := self._levels(request, self._block_sizes):
+            ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(request, levels)}
             preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.key(w), w.id))
         yield from preferred
         yield from (worker for worker in self._load.best(request) if worker not in preferred)
 
     def placed(self, request: PlacementRequest, worker: Worker) -> int:
-        cached = self._block_size * _depth(self._levels(request), worker)
-        if request.block_keys is not None and self._block_size:
-            for key in islice(request.block_keys(self._block_size), PROMISED_BLOCKS):
+        cached = _cached_tokens(self._levels(request, [worker.block_size]), worker)
+        if request.block_keys is not None and worker.block_size:
+            for key in islice(request.block_keys(worker.block_size), PROMISED_BLOCKS):
                 if worker not in self._holders.get(key, ()):
                     self._promised[key] = worker
                     self._promised.move_to_end(key)
@@ -85,30 +91,50 @@ class PrefixAffinity(Policy):
 
     def check(self, workers: Sequence[Worker]) -> None:
         self._load.check(workers)
-        if self._admissible != set(workers):
+        if self._admissible != {worker: worker.block_size for worker in workers}:
             raise AssertionError("prefix affinity: its workers differ from the admissible ones")
+        if self._block_sizes != Counter(self._admissible.values()):
+            raise AssertionError("prefix affinity: its block sizes differ from the admissible workers'")
         for key, holders in self._holders.items():
             if not holders or any(key not in worker.prefix_keys for worker in holders):
                 raise AssertionError(f"block {key:x} is not on every worker listed for it")
+
+    def _forget(self, worker: Worker) -> None:
+        if (size := self._admissible.pop(worker, None)) is not None:
+            self._block_sizes[size] -= 1
+            if not self._block_sizes[size]:
+                del self._block_sizes[size]
 
     def _keep(self, key: int, worker: Worker) -> None:
         """Drops the promise of a block: the worker has reported whether it has the block."""
         if self._promised.get(key) is worker:
             del self._promised[key]
 
-    def _levels(self, request: PlacementRequest) -> list[_Level]:
+    def _levels(self, request: PlacementRequest, block_sizes: Iterable[int]) -> _Levels:
         """Returns, block by block, the workers that have the prompt's block, up to the first that no worker has."""
-        levels: list[_Level] = []
-        if request.block_keys is not None and self._block_size:
-            for key in request.block_keys(self._block_size):
+        found: _Levels = {}
+        if request.block_keys is None:
+            return found
+        for size in filter(None, block_sizes):
+            levels: list[_Level] = []
+            for key in request.block_keys(size):
                 holders, promised = self._holders.get(key, {}), self._promised.get(key)
                 if not holders and promised is None:
                     break
                 levels.append((holders, promised))
-        return levels
+            if levels:
+                found[size] = levels
+        return found
 
-    def _choices(self, request: PlacementRequest, levels: list[_Level]) -> dict[Worker, None]:
+    def _choices(self, request: PlacementRequest, levels: _Levels) -> dict[Worker, None]:
         """Returns workers to compare: those with the longest cached prefixes, and the least loaded."""
+        found: dict[Worker, None] = {}
+        for levels_of_size in levels.values():
+            found |= self._holders_of(levels_of_size)
+        return found | dict.fromkeys(islice(self._load.best(request), NUM_LEAST_LOADED))
+
+    def _holders_of(self, levels: list[_Level]) -> dict[Worker, None]:
+        """Returns about ``MAX_HOLDERS`` admissible workers of one block size, those with the longest prefixes."""
         found: dict[Worker, None] = {}
         seen = -1
         for holders, promised in reversed(levels):
@@ -119,7 +145,13 @@ class PrefixAffinity(Policy):
                 found |= {holder: None for holder in islice(holders, MAX_HOLDERS) if holder in self._admissible}
             if len(found) >= MAX_HOLDERS:
                 break
-        return found | dict.fromkeys(islice(self._load.best(request), NUM_LEAST_LOADED))
+        return found
+
+
+def _cached_tokens(levels: _Levels, worker: Worker) -> int:
+    """Returns the number of leading prompt tokens whose blocks are on ``worker``."""
+    size = worker.block_size
+    return size * _depth(levels[size], worker) if size in levels else 0
 
 
 def _depth(levels: list[_Level], worker: Worker) -> int:

@@ -68,6 +68,7 @@ class AnswerState:
         timing: times known so far, without ``ttft_ns`` and ``total_ns``. ``return_path_ns`` covers the workers only.
         reservations: number of decode workers that have reserved blocks for the request, one after the other.
         prefill_worker: id of the latest prefill worker; empty before the first.
+        prefill_engines: engine of each prefill worker that was assigned to the request, by the worker's id.
         prefill_failures: number of prefill failures since the last new token.
     """
 
@@ -78,6 +79,7 @@ class AnswerState:
         self.timing = common_pb2.Timing()
         self.reservations = 0
         self.prefill_worker = ""
+        self.prefill_engines: dict[str, str] = {}
         self.prefill_failures = 0
         self._max_tokens = max_tokens
         self._unread: AnswerDelta | None = None
@@ -104,6 +106,11 @@ class AnswerState:
         """The number of tokens produced, as a phrase for messages."""
         count = len(self.emitted)
         return f"{count} token{'' if count == 1 else 's'} had been produced"
+
+    @property
+    def prefill_engine(self) -> str:
+        """Engine of the latest prefill worker, for people; empty means unknown."""
+        return self.prefill_engines.get(self.prefill_worker, "")
 
     @property
     def migrations(self) -> int:

@@ -156,6 +156,7 @@ class Attempt:
         """Notes ``worker`` as the prefill worker and fills in its assignment."""
         self._prefill = worker
         self._answer.prefill_worker = worker.id
+        self._answer.prefill_engines[worker.id] = worker.info.engine
         self._span.event("prefill worker assigned", worker=worker.id)
         assignment.worker_id = worker.id
         assignment.incarnation = worker.info.incarnation

@@ -88,6 +88,7 @@ class Relay:
         answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost, or a
             worker's error that another worker would repeat.
         decode_worker: id of the latest decode worker; empty before the first.
+        decode_engine: its engine, for people; empty means unknown.
         client_resumed: True if the client brought the first tokens of the answer with its request.
     """
 
@@ -122,6 +123,7 @@ class Relay:
         )
         self.answer = AnswerState(start.emitted_token_ids, start.sampling.max_tokens, received)
         self.decode_worker = ""
+        self.decode_engine = ""
         self.client_resumed = bool(start.emitted_token_ids)
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()  # of the request's task, so that logs and spans of later attempts belong to it
@@ -231,7 +233,7 @@ class Relay:
 
     def _open_attempt(self, worker: Worker) -> None:
         self._opened += 1
-        self.decode_worker = worker.id
+        self.decode_worker, self.decode_engine = worker.id, worker.info.engine
         span = self._attempt_span = tracing.child(
             "router.attempt", "client", self._parent, worker=worker.id, attempt=self._opened
         )

@@ -26,7 +26,7 @@ class WorkerInfo:
     """A worker's description of itself in its Hello; fixed for one incarnation.
 
     ``startup_seconds`` runs from the import of ``overfill`` until the worker was ready, without the preparation of a
-    pair. 0 means unknown. ``data_addresses`` is as in ``Hello``.
+    pair. 0 means unknown. ``data_addresses`` is as in ``Hello``. ``engine`` is for people; empty means unknown.
     """
 
     id: str
@@ -38,6 +38,7 @@ class WorkerInfo:
     max_model_len: int
     vocab_size: int
     startup_seconds: float = 0.0
+    engine: str = ""
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
@@ -78,6 +79,7 @@ class WorkerInfo:
             max_model_len=hello.max_model_len,
             vocab_size=hello.vocab_size,
             startup_seconds=hello.startup_seconds,
+            engine=hello.engine,
         )
 
 

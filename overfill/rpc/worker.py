@@ -202,6 +202,7 @@ class WorkerHost:
             kv=hello.kv,
             codec=self._worker.codec,
             metrics_address=hello.metrics_address,
+            engine=hello.engine,
         )
 
 
@@ -209,6 +210,7 @@ def fill_description(description: _Description, hello: registry_pb2.Hello) -> _D
     """Fills the fields of ``description`` that both stages have from ``hello``, and returns it."""
     description.wire_version = hello.wire_version
     description.software_version = hello.software_version
+    description.engine = hello.engine
     description.worker_id = hello.worker_id
     description.incarnation = hello.incarnation
     description.model.CopyFrom(hello.model)

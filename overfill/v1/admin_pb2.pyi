@@ -92,7 +92,7 @@ class Percentiles(_message.Message):
     def __init__(self, name: _Optional[str] = ..., p50_seconds: _Optional[float] = ..., p90_seconds: _Optional[float] = ..., p99_seconds: _Optional[float] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec", "metrics_address")
+    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec", "metrics_address", "engine")
     ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class ProcessStatus(_message.Message):
     KV_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     id: str
     stage: _common_pb2.Stage
     pid: int
@@ -119,7 +120,8 @@ class ProcessStatus(_message.Message):
     kv: _common_pb2.KvSpec
     codec: _common_pb2.KvCodec
     metrics_address: str
-    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    engine: str
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., metrics_address: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("id", "stage", "address", "process")

@@ -13,7 +13,7 @@ class DescribeDecodeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeDecodeResponse(_message.Message):
-    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "layer_map", "max_model_len")
+    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "layer_map", "max_model_len", "engine")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class DescribeDecodeResponse(_message.Message):
     KV_FIELD_NUMBER: _ClassVar[int]
     LAYER_MAP_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     software_version: str
     worker_id: str
@@ -30,7 +31,8 @@ class DescribeDecodeResponse(_message.Message):
     kv: _common_pb2.KvSpec
     layer_map: _containers.RepeatedScalarFieldContainer[int]
     max_model_len: int
-    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., layer_map: _Optional[_Iterable[int]] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    engine: str
+    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., layer_map: _Optional[_Iterable[int]] = ..., max_model_len: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
     __slots__ = ("sequence", "start", "assign_prefill", "evict", "cancel")

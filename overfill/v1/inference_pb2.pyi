@@ -165,7 +165,7 @@ class ToolCallDelta(_message.Message):
     def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "usage", "timing", "prefill_worker", "decode_worker", "migrations", "stop", "trace", "rest", "codec")
+    __slots__ = ("reason", "usage", "timing", "prefill_worker", "decode_worker", "migrations", "stop", "trace", "rest", "codec", "prefill_engine", "decode_engine")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +176,8 @@ class Finished(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     REST_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ENGINE_FIELD_NUMBER: _ClassVar[int]
     reason: _common_pb2.FinishReason
     usage: _common_pb2.Usage
     timing: _common_pb2.Timing
@@ -186,7 +188,9 @@ class Finished(_message.Message):
     trace: _kv_pb2.HandoffTrace
     rest: Delta
     codec: _common_pb2.KvCodec
-    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_common_pb2.Timing, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., migrations: _Optional[int] = ..., stop: _Optional[str] = ..., trace: _Optional[_Union[_kv_pb2.HandoffTrace, _Mapping]] = ..., rest: _Optional[_Union[Delta, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
+    prefill_engine: str
+    decode_engine: str
+    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., timing: _Optional[_Union[_common_pb2.Timing, _Mapping]] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., migrations: _Optional[int] = ..., stop: _Optional[str] = ..., trace: _Optional[_Union[_kv_pb2.HandoffTrace, _Mapping]] = ..., rest: _Optional[_Union[Delta, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., prefill_engine: _Optional[str] = ..., decode_engine: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

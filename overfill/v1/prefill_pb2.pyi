@@ -12,7 +12,7 @@ class DescribePrefillRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribePrefillResponse(_message.Message):
-    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "shm")
+    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "shm", "engine")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class DescribePrefillResponse(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     software_version: str
     worker_id: str
@@ -31,7 +32,8 @@ class DescribePrefillResponse(_message.Message):
     max_model_len: int
     codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.KvCodec]
     shm: ShmOffer
-    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ...) -> None: ...
+    engine: str
+    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("name", "token")

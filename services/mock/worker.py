@@ -70,6 +70,7 @@ class MockWorker:
             max_model_len=self.max_model_len,
             vocab_size=geometry.vocab_size,
             pid=os.getpid(),
+            engine="mock",
         )
         self.draining = False
         self.drained = asyncio.Event()
@@ -140,6 +141,7 @@ class MockWorker:
             incarnation=self.hello.incarnation,
             model=self.hello.model,
             kv=self.hello.kv,
+            engine=self.hello.engine,
         )
 
     def _report(self) -> registry_pb2.Report:

@@ -178,12 +178,8 @@ def _reported(worker: Worker, now: float) -> admin_pb2.WorkerStatus:
     if report is not None and now - worker.reported_at > STALE_AFTER:
         return status
     process = status.process
-    process.id, process.stage, process.address, process.incarnation = (
-        info.id,
-        info.stage,
-        info.address,
-        info.incarnation,
-    )
+    process.id, process.stage, process.address = info.id, info.stage, info.address
+    process.incarnation, process.engine = info.incarnation, info.engine
     if report is not None:
         process.ready, process.draining = report.ready, report.draining
         process.load.CopyFrom(report.load)

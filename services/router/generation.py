@@ -506,6 +506,8 @@ def _finished(
         rest=None if rest is None else rest.to_proto(),
         trace=finish.trace,
         codec=finish.codec,
+        prefill_engine=relay.answer.prefill_engine,
+        decode_engine=relay.decode_engine,
     )
     finished.usage.completion_tokens = text.num_tokens
     if ttft_ns is not None:

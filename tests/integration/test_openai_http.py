@@ -126,6 +126,7 @@ def test_the_overfill_object_says_where_the_time_went(client, model):
     for index, choice in enumerate(whole.overfill["choices"]):
         assert choice["index"] == index
         assert (choice["prefill_worker"], choice["decode_worker"]) == ("prefill-0", "decode-0")
+        assert (choice["prefill_engine"], choice["decode_engine"]) == ("mock", "mock")
         assert (choice["migrations"], choice["codec"]) == (0, "raw")
         timing = choice["timing"]
         assert sum(timing[f"{part}_ms"] for part in TTFT_PARTS) <= timing["ttft_ms"] <= timing["total_ms"]

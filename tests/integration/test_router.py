@@ -112,6 +112,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
             stages=[stage],
             wire_version=wire_version,
             software_version="9.9.9",
+            engine=f"engine of {name}",
             model=common_pb2.ModelIdentity(full_digest=pair.full_digest, tokenizer_digest=pair.tokenizer_digest),
             kv=config.kv_spec("float32").to_proto(),
             max_model_len=config.max_positions,
@@ -259,6 +260,7 @@ async def test_an_answer_has_all_its_fields(stack, client, tokenizer):
     assert list(answer.token_ids) == ids
     assert answer.finish_reason == "stop"
     assert (answer.request_id, answer.prefill_worker, answer.decode_worker) == ("mine", "p0", "d0")
+    assert (answer.prefill_engine, answer.decode_engine) == ("engine of p0", "engine of d0")
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, len(ids))
     assert answer.migrations == 0
     timing = answer.timing

@@ -23,6 +23,7 @@ from overfill.client import (
     SamplingParams,
 )
 from overfill.pair.reference import TwoStageReference
+from overfill.version import __version__
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -60,6 +61,8 @@ def test_answers_are_the_reference_s_whatever_runs_beside_them(client, reference
         answers = list(pool.map(lambda p: client.generate(p, sampling=GREEDY), prompts))
     assert [list(a.token_ids) for a in answers] == [reference.generate(p, 24) for p in prompts]
     assert {a.decode_worker for a in answers} == {"decode-0", "decode-1"}
+    assert {e for a in answers for e in (a.prefill_engine, a.decode_engine)} == {f"overfill {__version__}"}
+    assert {w.process.engine for w in client.status().workers} == {f"overfill {__version__}"}
 
 
 def test_streaming_gives_the_same_tokens_and_text(client):

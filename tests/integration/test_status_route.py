@@ -27,6 +27,7 @@ def test_status_has_the_last_minute_and_both_pools(tiny_pair):
         assert [(w["id"], w["stage"], w["state"]) for w in told["workers"]] == [
             ("prefill-0", "prefill", "ready"), ("decode-0", "decode", "ready"), ("decode-1", "decode", "ready"),
         ]  # fmt: skip
+        assert {w["engine"] for w in told["workers"]} == {"mock"}
         assert (told["answers_last_minute"], told["running"], told["waiting"]) == (3, 0, 0)
         times = told["timing_ms"]
         assert 0 < times["ttft"]["p50"] <= times["ttft"]["p99"] <= times["total"]["p99"]
@@ -35,6 +36,7 @@ def test_status_has_the_last_minute_and_both_pools(tiny_pair):
         assert blocks["used"] + blocks["cached"] + blocks["free"] == blocks["total"]
         assert "127.0.0.1" not in json.dumps(told), "addresses of workers are not shown to clients"
         # Admin.Status over gRPC says the same.
+        assert {w.process.engine for w in client.status().workers} == {"mock"}
         activity = client.status().activity
         assert activity.answers == 3
         assert activity.timing["ttft"].p50 > 0

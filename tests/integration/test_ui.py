@@ -85,7 +85,7 @@ def test_an_answer_streams_and_its_parts_add_up(browser, stack):
     assert "Max tokens" in cut, "the page reports the limit of 40 tokens"
     facts = browser.execute_script("return document.querySelector('.facts').textContent")
     assert "tokens/s" in facts
-    assert "prefill-0 → decode-" in facts
+    assert "prefill-0 (mock) → decode-" in facts
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,3 +19,17 @@ def fresh(tiny_pair: Path, tmp_path: Path) -> Callable[[], Path]:
         return target
 
     return copy
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Returns a function that makes vLLM count as installed, or not."""
+    find = importlib.util.find_spec
+
+    def install(installed: bool) -> None:
+        spec = importlib.util.spec_from_loader("vllm", None) if installed else None
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: spec if name == "vllm" else find(name, *rest)
+        )
+
+    return install

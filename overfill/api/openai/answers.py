@@ -273,6 +273,8 @@ def _end(index: int, seed: int, finished: inference_pb2.Finished) -> dict[str, A
         "index": index,
         "prefill_worker": finished.prefill_worker,
         "decode_worker": finished.decode_worker,
+        "prefill_engine": finished.prefill_engine or None,
+        "decode_engine": finished.decode_engine or None,
         "migrations": finished.migrations,
         "codec": CODEC_NAMES.get(finished.codec),
         "seed": seed,

@@ -99,7 +99,7 @@ def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
-    monkeypatch.setattr(up, "check_engines", lambda folder: None)
+    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
     monkeypatch.chdir(file.parent)
     assert main(["up", "--no-ray", "--config", str(file), "--decode", "1"]) == 0
     (plan,) = plans

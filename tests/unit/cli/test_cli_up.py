@@ -25,7 +25,7 @@ from overfill.cli.main import main
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, StackPlan, StartFailed, child_environment, free_ports, threads_per_worker
 from overfill.cli.up_plan import make_plan
-from overfill.errors import Unavailable
+from overfill.errors import Unavailable, UnsupportedModel
 from overfill.settings.config import DecodeConfig, PrefillConfig
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
@@ -168,7 +168,7 @@ def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytes
     monkeypatch.delenv("OVERFILL_PREFILL_BLOCK_SIZE")
     assert PrefillConfig.parse(config.to_argv()) == config
     assert config.block_size == 32
-    assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size == 16
+    assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size is None
 
 
 def test_free_ports_are_different() -> None:
@@ -261,7 +261,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
     monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "check_engines", lambda folder: None)
+    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
     return plans
 
 
@@ -315,6 +315,93 @@ def test_a_pair_that_no_worker_runs_is_refused_before_anything_starts(
     assert not started
     assert main([*arguments, "--mock"]) == 0
     assert len(started) == 1
+
+
+def engines(made: StackPlan) -> list[tuple[str, str]]:
+    return [(worker.engine, worker.engine_args) for worker in (made.prefill[0], made.decode[0])]
+
+
+def test_each_stage_may_have_its_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engines(plan()) == [("auto", ""), ("auto", "")]
+    assert engines(plan(engine="vllm")) == [("vllm", ""), ("vllm", "")]
+    assert engines(plan(engine="vllm", decode_engine="overfill")) == [("vllm", ""), ("overfill", "")]
+    file = tmp_path / "stack.yaml"
+    file.write_text("prefill: {engine: vllm}")
+    monkeypatch.setenv("OVERFILL_DECODE_ENGINE", "vllm")
+    assert engines(plan(config=file)) == [("vllm", ""), ("vllm", "")]
+    assert engines(plan(config=file, engine="overfill")) == [("overfill", ""), ("overfill", "")], "flags win"
+    assert engines(plan(config=file, prefill_engine="overfill")) == [("overfill", ""), ("vllm", "")]
+
+
+def test_arguments_of_vllm_go_to_the_stages_that_may_run_it() -> None:
+    text = '{"enforce_eager": true}'
+    assert engines(plan(engine="vllm", engine_args=text)) == [("vllm", text), ("vllm", text)]
+    assert engines(plan(engine_args=text, decode_engine="overfill")) == [("auto", text), ("overfill", "")]
+    assert engines(plan(engine_args=text, prefill_engine="overfill", decode_engine="overfill")) == [
+        ("overfill", text),
+        ("overfill", text),
+    ], "they are left in, to be refused"
+
+
+@pytest.mark.parametrize("flag", ["--engine", "--prefill-engine", "--decode-engine"])
+def test_vllm_is_refused_where_it_is_not_installed_before_the_pair_is_looked_for(
+    flag: str, with_vllm: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_vllm(False)
+    assert main(["up", "--no-ray", "--pair", "/no/such/pair", "--grpc", "0", "--http", "off", flag, "vllm"]) == 1
+    err = capsys.readouterr().err
+    assert "the engine vllm needs the extra overfill[vllm], which is not installed here" in err
+
+
+@pytest.mark.parametrize(
+    ("half", "flags", "refusal"),
+    [
+        ("full", ["--engine", "vllm"], "the engine vllm cannot run the full model"),
+        ("decoder", ["--engine", "vllm"], "the engine vllm cannot run the decoder"),
+        ("decoder", ["--engine", "vllm", "--decode-engine", "overfill"], None),
+        ("full", ["--decode-engine", "vllm"], None),
+        ("full", ["--engine-args", '{"enforce_eager": true}'], "engine_args: are for vllm"),
+    ],
+)
+def test_a_half_that_its_stages_engine_cannot_run_is_refused(
+    half: str,
+    flags: list[str],
+    refusal: str | None,
+    fresh: Callable[[], Path],
+    with_vllm: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_vllm(True)
+    started: list[object] = []
+    monkeypatch.setattr(up, "run", lambda *arguments: started.append(arguments) or 0)
+    pair = fresh()
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest["full"]["engines"] = manifest["decoder"]["engines"] = ["overfill", "vllm"]
+    manifest[half]["engines"] = ["overfill"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    arguments = ["up", "--no-ray", "--device", "cpu", "--pair", str(pair), "--grpc", "0", "--http", "off", *flags]
+    assert main(arguments) == (1 if refusal else 0)
+    assert (refusal or "") in capsys.readouterr().err
+    assert bool(started) == (refusal is None)
+
+
+def test_on_a_joined_cluster_only_what_no_machine_could_run_is_refused(
+    fresh: Callable[[], Path], with_vllm: Callable[[bool], None]
+) -> None:
+    with_vllm(False)
+    pair = fresh()
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest["decoder"]["engines"] = ["vllm"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+
+    def made(**settings: Any) -> StackPlan:
+        return make_plan(pair, 1, 1, 1, 7600, 1, settings)
+
+    up.check_engines(made(), here=False)
+    up.check_engines(made(decode_engine="vllm"), here=False)
+    with pytest.raises(UnsupportedModel, match="the engine overfill cannot run the decoder"):
+        up.check_engines(made(engine="overfill"), here=False)
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])

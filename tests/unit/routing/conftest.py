@@ -24,6 +24,7 @@ def make_info() -> Callable[..., WorkerInfo]:
             identity=KvIdentity(**fields),
             max_model_len=0,
             vocab_size=512,
+            engine=f"engine of {worker_id}",
         )
 
     return make
@@ -40,11 +41,12 @@ def make_report() -> Callable[..., registry_pb2.Report]:
         total: int = 100,
         running: int = 0,
         queued_tokens: int = 0,
+        block_size: int = 16,
     ) -> registry_pb2.Report:
         load = decode_pb2.WorkerLoad(
             kv_blocks_used=used,
             kv_blocks_total=total,
-            block_size=16,
+            block_size=block_size,
             running=running,
             queued_tokens=queued_tokens,
         )

@@ -97,7 +97,7 @@ def keys(*blocks, block_size=16):
 
 def tell(roster, worker, make_report, prompt, **load):
     report = make_report(**load)
-    report.prefix.CopyFrom(registry_pb2.PrefixDelta(added=list(prompt(16))))
+    report.prefix.CopyFrom(registry_pb2.PrefixDelta(added=list(prompt(report.load.block_size))))
     roster.prefill.report(worker, report, 0.0)
 
 
@@ -145,6 +145,29 @@ def test_a_prompt_attracts_similar_ones_to_its_worker_before_the_next_report(aff
     second = Job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
     assert choose(pool, 64, second.block_keys) is worker
     assert pool.policy.placed(second, worker) == 48, "cached tokens do not count as queued work"
+
+
+def test_workers_of_other_block_sizes_are_compared_by_cached_tokens(affinity, make_report):
+    pool = affinity.prefill
+    fine, coarse = pool.get("p1"), pool.get("p2")
+    tell(affinity, coarse, make_report, keys(1, 2, 3, 4, 5), block_size=64)
+    tell(affinity, fine, make_report, keys(1, 2, 3))
+    prompt = keys(1, 2, 3, 4, 5, 6)
+    assert choose(pool, 96, prompt) is coarse, "one block of 64 tokens is more than three of 16"
+    assert pool.policy.placed(Job("a", 96, 10, block_keys=prompt), coarse) == 64
+    tell(affinity, fine, make_report, keys(1, 2, 3, 4, 5))
+    assert choose(pool, 96, prompt) is fine
+    pool.check(0.0)
+
+
+def test_a_promise_counts_in_the_block_size_of_its_worker(affinity, make_report):
+    pool = affinity.prefill
+    coarse, prompt = pool.get("p2"), keys(1, 2, 3, 4, 5)
+    pool.report(coarse, make_report(block_size=64), 0.0)
+    pool.report(pool.get("p1"), make_report(), 0.0)
+    pool.policy.placed(Job("a", 80, 10, block_keys=prompt), coarse)
+    assert choose(pool, 80, prompt) is coarse
+    assert pool.policy.placed(Job("b", 80, 10, block_keys=prompt), coarse) == 64
 
 
 def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affinity, make_report):

