@@ -3,5 +3,19 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 
 collect_ignore_glob = [] if find_spec("vllm") else ["*"]
+
+
+@pytest.fixture(scope="session")
+def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pair whose heads are as wide as vLLM's kernels for CPUs want them. Tests must not change it."""
+    import torch
+
+    from overfill.pair.tiny import make_tiny_pair
+
+    torch.set_num_threads(1)
+    return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny", head_dim=32)

@@ -78,6 +78,8 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if not log.isEnabledFor(logging.DEBUG):  # vLLM's news at its start fills a page
+        logging.getLogger("vllm").setLevel(logging.WARNING)
     release = installed()
     if warning := untested_warning(release):
         log.warning(warning)
@@ -86,6 +88,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     folder = pair.full_path if half == "full" else pair.decoder_path
     batched = options.max_num_batched_tokens if half == "full" else _DECODE_BATCHED_TOKENS
     batched = max(batched, options.max_num_seqs)
+    longest = options.max_model_len or config.max_positions
     kv_memory = options.kv_memory
     if kv_memory is None and options.device.type == "cpu":  # other programs need the machine's memory too
         kv_memory = _DEFAULT_CPU_KV_BYTES
@@ -97,7 +100,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": batched,
         # Two prompts share a step, as in OverFill's engine, so that a short one does not wait for a long one.
-        "long_prefill_token_threshold": max(1, batched // 2) if half == "full" else 0,
+        "long_prefill_token_threshold": min(-(-batched // 2), longest) if half == "full" else 0,
         "kv_cache_memory_bytes": kv_memory,
         "enable_prefix_caching": options.prefix_cache,
         "skip_tokenizer_init": True,

@@ -13,12 +13,14 @@ out-of-memory          every fifth step of the engine raises an out-of-memory er
 lose-block             the last block of a released sequence is not returned to the pool
 slow-kv                each prompt's first KV is written 0.8 s late (decode)
 slow-steps             every step of the engine takes 0.15 s longer
+share-answers          vLLM's prefix cache takes blocks of answers for a prompt's (decode on vLLM)
 =====================  ==============================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import runpy
 import sys
@@ -34,6 +36,7 @@ import overfill.kv.receiver
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.chunks import Chunk
+from overfill.kv.keys import PromptBlocks, token_bytes
 from overfill.kv.store import KvStore
 from overfill.kv.tensors import LayerTargets
 from overfill.model.batch import ForwardBatch
@@ -145,6 +148,21 @@ def slow_steps() -> None:
     ModelRunner._batch = make_late  # type: ignore[method-assign]
 
 
+def share_answers() -> None:
+    # Imported here because only a worker on vLLM has it.
+    from overfill.engine.vllm import decode
+
+    def block_hasher(prompt: PromptBlocks, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
+        def hash_by_tokens(request: Any) -> list[bytes]:
+            tokens = list(request.all_token_ids)
+            ends = range(len(request.block_hashes) + 1, request.num_tokens // block_size + 1)
+            return [hashlib.sha256(token_bytes(tokens[: end * block_size])).digest() for end in ends]
+
+        return hash_by_tokens
+
+    decode.block_hasher = block_hasher  # type: ignore[attr-defined]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "negate-weight-row": negate_weight_row,
     "overwrite-kv-chunk": overwrite_kv_chunk,
@@ -154,6 +172,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "lose-block": lose_block,
     "slow-kv": delay_kv,
     "slow-steps": slow_steps,
+    "share-answers": share_answers,
 }
 
 
