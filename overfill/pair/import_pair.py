@@ -302,8 +302,8 @@ def _warnings(plan: ImportPlan) -> list[str]:
     for name, half in (("full model", plan.full), ("decoder", plan.decoder)):
         if "overfill" not in half.engines:
             found.append(
-                f"no worker of this version runs the {name}, whose weights are stored in {half.config.weight_format}; "
-                f"an engine that can: {', '.join(half.engines)}"
+                f"OverFill's own engine does not run the {name}, whose weights are stored in "
+                f"{half.config.weight_format}; engines that do: {', '.join(half.engines)}"
             )
     if plan.decoder.weights_per_token > plan.full.weights_per_token:
         found.append(

@@ -57,7 +57,7 @@ def test_a_half_that_no_worker_runs_is_told_and_no_service_is_proposed(
     assert run(pair, "--out", str(tmp_path / "out")) == 0
     err = capsys.readouterr().err
     name = "full model" if half == "full" else "decoder"
-    assert f"warning: no worker of this version runs the {name}, whose weights are stored in fp8" in err
+    assert f"warning: OverFill's own engine does not run the {name}, whose weights are stored in fp8" in err
     assert "an engine that can: vllm" in err
     assert "overfill pair show" in err
     assert "overfill up" not in err
