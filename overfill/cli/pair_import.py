@@ -67,8 +67,8 @@ def import_command(
     """Make a pair from a full model and a decoder made elsewhere.
 
     The decoder must have the full model's KV heads, head_dim, RoPE, vocabulary and tokenizer. Both may be safetensors
-    or pytorch_model.bin, in one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported; only
-    workers with the engine vllm run them.
+    or pytorch_model.bin, in one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported;
+    only workers with the engine vllm run them.
 
     A decoder in the format of OverFill's authors needs no config: its sizes come from its tensors, everything else from
     the full model.
@@ -107,6 +107,13 @@ def _check_new(out: Path) -> None:
         raise click.UsageError(f"--out: {out} cannot be made, because {parent} is not a folder that you can write to")
 
 
+def _engine_options(plan: ImportPlan) -> str:
+    """Options of ``overfill up`` for halves that OverFill's own engine does not run."""
+    halves = {"prefill": plan.full, "decode": plan.decoder}
+    stages = [stage for stage, half in halves.items() if "overfill" not in half.engines]
+    return " --engine vllm" if len(stages) == len(halves) else "".join(f" --{stage}-engine vllm" for stage in stages)
+
+
 def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
     """Prints what was imported on stderr, and the next commands if the pair was written."""
     each_its_own = list(plan.layer_map) == list(range(plan.full.config.num_layers))
@@ -126,7 +133,8 @@ def _print_summary(plan: ImportPlan, folder: Path | None) -> None:
         return
     path = shlex.quote(str(folder))
     commands = {"check it": f"overfill pair show {path}"}
+    commands["serve it"] = f"overfill up --pair {path}{_engine_options(plan)}"
     if plan.runs_here:
-        commands |= {"serve it": f"overfill up --pair {path}", "judge it": f"overfill pair eval {path}"}
+        commands["judge it"] = f"overfill pair eval {path}"
     for name, words in commands.items():
         click.echo(f"{name:<9}  {words}", err=True)

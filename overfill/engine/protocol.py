@@ -8,8 +8,8 @@
 
 Rules that both engines keep; ``tests/support/engine_conformance.py`` tests them on each:
 
-- A decode engine computes tokens of the answer only. A prompt's KV is always the full model's: after a preemption it
-  asks for it again, with another ``Reserved``.
+- A decode engine computes tokens of the answer only. A prompt's KV is always the full model's: an engine that has lost
+  it to a preemption asks for it again, with another ``Reserved``.
 - Emitted tokens are facts. They pass through the decoder and are neither sampled nor reported again.
 - After ``Release`` the engine uses the sequence's blocks no more, and they are free when the message is handled.
 - A step that fails ends its own sequences (``SequenceFailed``), or else the engine's thread, and with it the worker.

@@ -48,7 +48,7 @@ def test_the_recipe_names_folders_by_their_absolute_paths(
 
 
 @pytest.mark.parametrize("half", ["full", "decoder"])
-def test_a_half_that_no_worker_runs_is_told_and_no_service_is_proposed(
+def test_a_half_that_only_vllm_runs_is_named_with_the_option_that_serves_it(
     half: str, fresh: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = fresh()
@@ -58,9 +58,10 @@ def test_a_half_that_no_worker_runs_is_told_and_no_service_is_proposed(
     err = capsys.readouterr().err
     name = "full model" if half == "full" else "decoder"
     assert f"warning: OverFill's own engine does not run the {name}, whose weights are stored in fp8" in err
-    assert "an engine that can: vllm" in err
+    assert "engines that do: vllm" in err
     assert "overfill pair show" in err
-    assert "overfill up" not in err
+    stage = "prefill" if half == "full" else "decode"
+    assert f"overfill up --pair {tmp_path / 'out'} --{stage}-engine vllm\n" in err
     assert "overfill pair eval" not in err
 
 
