@@ -1,15 +1,19 @@
-"""Fixtures of all suites: a check for lost blocks after each test, and a tiny pair."""
+"""Fixtures of all suites: a check for lost blocks after each test, a tiny pair, and the engines' conformance pairs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from overfill.kv.blocks import BlockPool
+
+# Support modules whose failed assertions show their values, as those of test modules do.
+pytest.register_assert_rewrite("decode_conformance", "prefill_conformance", "engine_drivers", "sampled_reference")
 
 _POOLS: weakref.WeakSet[BlockPool] = weakref.WeakSet()
 
@@ -45,3 +49,29 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(1)
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def conformance_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pair of the engines' conformance tests: of a geometry that every engine runs."""
+    from sampled_reference import make_conformance_pair
+
+    return make_conformance_pair(tmp_path_factory.mktemp("pairs") / "conformance")
+
+
+@pytest.fixture(scope="session")
+def conformance_pair_with_dropped_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``conformance_pair``; the decoder has no layer for the full model's layer 1."""
+    from sampled_reference import make_conformance_pair
+
+    return make_conformance_pair(tmp_path_factory.mktemp("pairs") / "dropped", drop_layers=True)
+
+
+@pytest.fixture(scope="session")
+def conformance_reference() -> Callable[[Path], object]:
+    """Returns a function that gives the ``SampledReference`` of a pair folder, loaded once."""
+    import torch
+    from sampled_reference import SampledReference
+
+    torch.set_num_threads(1)
+    return cache(SampledReference)
