@@ -1,0 +1,76 @@
+"""Runs the conformance tests of the engine protocol on vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import decode_conformance as decode
+import prefill_conformance as prefill
+import pytest
+from engine_conformance import BLOCK_SIZE
+
+from overfill.engine.load import load_engine
+from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
+from overfill.engine.vllm import prefill as prefill_engine
+from overfill.engine.vllm.engine import VllmEngine
+from overfill.model.manifest import Half, Pair
+
+# Importing and loading vLLM warns of deprecated uses of torch, which are not ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class OnVllm:
+    """The hooks of the engine on vLLM."""
+
+    # Its kernels add in another order than transformers: up to 4e-5 in the last layer.
+    kv_tolerance = 1e-4
+
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        config = pair.full_config if half == "full" else pair.decoder_config
+        null_block = BLOCK_SIZE * config.kv_spec("float32").token_bytes
+        options = replace(options, kv_memory=(options.kv_memory or 0) + null_block, engine_args={"enforce_eager": True})
+        return load_engine("vllm", pair, half, options)
+
+    @classmethod
+    def fail_next_step(cls, core: EngineCore) -> None:
+        assert isinstance(core, VllmEngine)
+        executor: Any = core._vllm._core.model_executor
+
+        def fail(*arguments: object, **options: object) -> None:
+            del executor.execute_model
+            raise RuntimeError("the model failed")
+
+        executor.execute_model = fail
+
+
+class TestDecode(OnVllm, decode.DecodeConformance):
+    pass
+
+
+class TestDecodeWithDroppedLayers(OnVllm, decode.DroppedLayersDecodeConformance):
+    pass
+
+
+class TestDecodeWithFewBlocks(OnVllm, decode.SmallDecodeConformance):
+    pass
+
+
+class TestFailedDecodeStep(OnVllm, decode.FailedStepDecodeConformance):
+    pass
+
+
+class TestPrefill(OnVllm, prefill.PrefillConformance):
+    @pytest.fixture(autouse=True)
+    def _announces_each_layer_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The engine would announce the few bytes of a tiny model's layers together, after the step."""
+        monkeypatch.setattr(prefill_engine, "_MIN_NOTIFY_BYTES", 1)
+
+
+class TestPrefillWithFewBlocks(OnVllm, prefill.SmallPrefillConformance):
+    pass
+
+
+class TestFailedPrefillStep(OnVllm, prefill.FailedStepPrefillConformance):
+    pass
