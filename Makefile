@@ -107,9 +107,10 @@ sdk: setup  ## Regenerate the blocking client from the asyncio one
 dashboards: setup  ## Regenerate the Grafana dashboards in deploy/helm/overfill/files
 	$(BIN)/python deploy/grafana/generate.py
 
-docs: setup  ## Regenerate docs/metrics.md and the table of docs/map.md
+docs: setup  ## Regenerate docs/metrics.md and the tables of docs/map.md and docs/engines.md
 	$(BIN)/overfill metrics > docs/.metrics.md && mv docs/.metrics.md docs/metrics.md
 	$(BIN)/python tests/unit/test_map.py
+	$(BIN)/python tests/unit/test_features.py
 
 chart: setup  ## Regenerate the Helm chart's README and values schema
 	$(BIN)/python deploy/helm/generate.py

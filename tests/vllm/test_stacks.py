@@ -7,17 +7,21 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from stacks import children, idle, loads, running_stack, wait_until
+from two_stage_format import write_two_stage
 
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams
 from overfill.errors import RequestCancelled
 from overfill.pair.reference import TwoStageReference, judge
+from overfill.request.params import Grammar
 
 EAGER = '{"enforce_eager": true}'  # compiling a model takes longer than a test
 GREEDY = {"temperature": 0, "ignore_eos": True}
+PROMPT = [(7 * i * 13) % 470 + 20 for i in range(100)]
 
 
 def engines(prefill, decode):
@@ -64,13 +68,69 @@ def wrong_answers(client, reference, asked, max_tokens=24):
     ]
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [("vllm", "overfill"), ("overfill", "vllm")])
-def test_mixed_engines_answer_as_the_reference(vllm_pair, reference, prefill, decode):
-    with running_stack(vllm_pair, **engines(prefill, decode)) as (_, address), Client(address) as client:
-        assert wrong_answers(client, reference, prompts(24)) == []
-        answer = client.generate([5, 6, 7], sampling=SamplingParams(**GREEDY, max_tokens=2))
-        assert [prefill in answer.prefill_engine, decode in answer.decode_engine] == [True, True]
-        wait_until(lambda: idle(address), 2, "all blocks free")
+@pytest.fixture(scope="module", params=[("vllm", "overfill"), ("overfill", "vllm")], ids="-".join)
+def mixed(request, vllm_pair):
+    """A stack with one stage on each engine, whose KV travels over sockets."""
+    with running_stack(vllm_pair, shm="off", **engines(*request.param)) as (_, address), Client(address) as client:
+        yield SimpleNamespace(engines=request.param, address=address, client=client)
+
+
+@pytest.fixture(scope="module")
+def ours(vllm_pair):
+    """A client of a stack with OverFill's engine in both stages."""
+    with running_stack(vllm_pair, **engines("overfill", "overfill")) as (_, address), Client(address) as client:
+        yield client
+
+
+def test_mixed_engines_answer_as_the_reference(mixed, reference):
+    assert wrong_answers(mixed.client, reference, prompts(24)) == []
+    answer = mixed.client.generate([5, 6, 7], sampling=SamplingParams(**GREEDY, max_tokens=2))
+    named = zip(mixed.engines, (answer.prefill_engine, answer.decode_engine), strict=True)
+    assert all(engine in version for engine, version in named)
+    wait_until(lambda: idle(mixed.address), 2, "all blocks free")
+
+
+SAMPLED = {"temperature": 1.0, "seed": 7, "max_tokens": 30, "ignore_eos": True}
+CROSSING = {
+    "filters": {**SAMPLED, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
+    "penalties": {**SAMPLED, "repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    "bias": {**SAMPLED, "logit_bias": {40: 20.0, 41: 20.0}, "logprobs": 3},
+    "min_tokens": {"temperature": 0, "min_tokens": 6, "max_tokens": 20, "logit_bias": {1: 100.0}},
+    "stop_ids": {"temperature": 0, "max_tokens": 200, "stop_token_ids": tuple(range(2, 100))},
+    "regex": {"temperature": 1.0, "seed": 3, "max_tokens": 40, "grammar": Grammar("regex", "[a-z]{3,9}-[0-9]{2}")},
+    "json": {"temperature": 1.0, "seed": 3, "max_tokens": 60, "grammar": Grammar.json_schema({"type": "boolean"})},
+}
+
+
+def test_every_sampling_parameter_crosses_from_one_engine_to_the_other(mixed, ours):
+    """The full model's engine samples the first token, the decoder's the others, both by the request's parameters."""
+    for name, options in CROSSING.items():
+        sampling = SamplingParams(**options)
+        expected, found = (client.generate(PROMPT, sampling=sampling) for client in (ours, mixed.client))
+        assert (name, found.token_ids, found.finish_reason) == (name, expected.token_ids, expected.finish_reason)
+        if sampling.logprobs is not None:
+            pairs = zip(found.logprobs, expected.logprobs, strict=True)
+            assert all(abs(one.logprob - other.logprob) < 1e-3 for one, other in pairs)
+
+
+def test_codecs_and_sockets(mixed):
+    sampling = SamplingParams(**GREEDY, max_tokens=16)
+    raw = mixed.client.generate(PROMPT, sampling=sampling, trace=True)
+    assert raw.codec == "raw"
+    for codec in ("int8", "fp8"):
+        coded = mixed.client.generate(PROMPT, sampling=sampling, trace=True, kv_codec=codec)
+        assert coded.codec == codec
+        assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
+
+
+def test_an_imported_pair_with_dropped_layers(vllm_pair, tmp_path):
+    """Three of four layers, which read KV out of order and of one layer twice."""
+    decoder = write_two_stage(vllm_pair, tmp_path / "published", "sharded-bin", teacher=True, kept=[0, 1, 3])
+    pair = tmp_path / "imported"
+    arguments = ["--full", str(vllm_pair / "full"), "--decoder", str(decoder), "--layer-map", "0,3,0"]
+    assert main(["pair", "import", *arguments, "--out", str(pair)]) == 0
+    with running_stack(pair, **engines("overfill", "vllm")) as (_, address), Client(address) as client:
+        assert wrong_answers(client, TwoStageReference(pair), prompts(12)) == []
 
 
 def test_both_stages_on_vllm_answer_as_the_reference(both, client, reference):
@@ -112,13 +172,13 @@ def test_without_the_cure_a_later_turn_finds_kv_of_the_decoder(vllm_pair, refere
         assert wrong_turns(client, reference)
 
 
-def test_the_same_seed_draws_the_same_answer_on_either_engine(vllm_pair, both, client):
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=30, ignore_eos=True, logprobs=2)
-    asked = prompts(6, seed=1)
-    on_vllm = [client.generate(prompt, sampling=sampling) for prompt in asked]
-    with running_stack(vllm_pair, **engines("overfill", "overfill")) as (_, address), Client(address) as own:
-        on_ours = [own.generate(prompt, sampling=sampling) for prompt in asked]
-    assert [a.token_ids for a in on_vllm] == [a.token_ids for a in on_ours]
+def test_the_same_seed_draws_the_same_answer_on_either_engine(client, ours):
+    sampling = SamplingParams(**SAMPLED, top_p=0.9)
+    on_vllm, on_ours = (
+        [asked.generate(prompt, sampling=sampling).token_ids for prompt in prompts(6, seed=1)]
+        for asked in (client, ours)
+    )
+    assert on_vllm == on_ours
 
 
 def test_cancelled_requests_leave_nothing_behind(both, client):

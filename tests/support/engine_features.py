@@ -1,0 +1,177 @@
+"""The table of features by engine: which tests show that a feature works, and with which words an engine refuses it.
+
+``tests/unit/test_features.py`` checks that the tests exist and writes the table in ``docs/engines.md``.
+``tests/vllm/test_refusals.py`` and ``tests/unit/engine/test_choice.py`` check the words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A row of the table.
+
+    Attributes:
+        both: tests of the protocol's suite, which runs on OverFill's engine and on vLLM.
+        overfill, vllm: tests of one engine.
+        mixed: tests of a stack in which one stage has OverFill's engine and the other one vLLM.
+    """
+
+    text: str
+    both: tuple[str, ...] = ()
+    overfill: tuple[str, ...] = ()
+    vllm: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that an engine refuses before it runs anything.
+
+    Attributes:
+        words: what the error says.
+        options: fields of ``EngineOptions`` that ask for it.
+        other_works: whether the other engine can do it.
+    """
+
+    text: str
+    words: str
+    options: dict[str, Any] = field(default_factory=dict)
+    other_works: bool = False
+
+
+FEATURES = (
+    Feature(
+        "greedy answers equal plain transformers' in float32",
+        both=(
+            "test_the_answer_continues_the_first_token_on_the_full_model_s_kv",
+            "test_kv_and_first_token_are_the_full_model_s",
+        ),
+        mixed=("test_mixed_engines_answer_as_the_reference",),
+    ),
+    Feature(
+        "KV leaves layer by layer while later layers run",
+        both=("test_kv_and_first_token_are_the_full_model_s", "test_kv_stays_as_it_is_until_the_release"),
+        mixed=("test_mixed_engines_answer_as_the_reference",),
+    ),
+    Feature(
+        "temperature, top-k, top-p, min-p; a seed repeats an answer",
+        both=(
+            "test_sampling_parameters_mean_the_same_on_every_engine",
+            "test_the_first_token_is_sampled_as_the_request_says",
+        ),
+        mixed=("test_the_same_seed_draws_the_same_answer_on_either_engine",),
+    ),
+    Feature(
+        "penalties, logit bias, min_tokens, stop ids, logprobs",
+        both=(
+            "test_sampling_parameters_mean_the_same_on_every_engine",
+            "test_a_stop_id_ends_the_answer_and_is_not_reported",
+        ),
+        mixed=("test_every_sampling_parameter_crosses_from_one_engine_to_the_other",),
+    ),
+    Feature(
+        "grammars: JSON, JSON schema, regex, Lark",
+        both=(
+            "test_sampling_parameters_mean_the_same_on_every_engine",
+            "test_a_grammar_continues_behind_emitted_tokens",
+        ),
+        mixed=("test_every_sampling_parameter_crosses_from_one_engine_to_the_other",),
+    ),
+    Feature(
+        "chunked prefill; several prompts in a step",
+        both=("test_a_long_prompt_is_computed_in_chunks_of_the_budget", "test_several_prompts_at_once"),
+        mixed=("test_mixed_engines_answer_as_the_reference",),
+    ),
+    Feature(
+        "prefix cache of prompts, apart for each tenant; routers know its keys",
+        both=(
+            "test_prefixes_are_shared_within_a_namespace_only",
+            "test_kv_is_found_within_its_namespace_only",
+            "test_the_journal_reports_the_keys_that_a_router_computes",
+        ),
+        mixed=("test_mixed_engines_answer_as_the_reference",),
+    ),
+    Feature(
+        "KV is the full model's in every turn of a chat",
+        both=("test_the_next_turns_of_a_chat_never_find_kv_that_the_decoder_wrote",),
+        vllm=("test_kv_is_the_full_model_s_in_every_turn_of_a_chat",),
+        mixed=("test_without_the_cure_a_later_turn_finds_kv_of_the_decoder",),
+    ),
+    Feature(
+        "migration: emitted tokens pass through the decoder again",
+        both=("test_emitted_tokens_are_replayed_and_neither_sampled_nor_reported_again",),
+        vllm=("test_a_killed_decode_worker_s_answers_continue_on_another",),
+    ),
+    Feature(
+        "preemption: the prompt's KV is asked for again",
+        both=("test_a_sequence_that_loses_its_blocks_asks_for_its_kv_again_and_goes_on_as_before",),
+    ),
+    Feature(
+        "cancelling in any phase frees all blocks",
+        both=(
+            "test_release_while_the_kv_is_on_its_way",
+            "test_release_of_a_running_sequence_leaves_the_others_alone",
+            "test_cancel_between_two_chunks",
+        ),
+        vllm=("test_cancelled_requests_leave_nothing_behind",),
+        mixed=("test_mixed_engines_answer_as_the_reference",),
+    ),
+    Feature(
+        "refusal instead of a queue in the engine",
+        both=(
+            "test_a_refusal_when_blocks_are_short_names_numbers_and_changes_nothing",
+            "test_a_full_house_refuses_and_names_the_number",
+        ),
+    ),
+    Feature(
+        "decoders with fewer layers",
+        both=("test_the_answer_continues_the_first_token_on_the_full_model_s_kv",),
+        mixed=("test_an_imported_pair_with_dropped_layers",),
+    ),
+    Feature("a decoder in a quantised format (here int8 in compressed-tensors)", vllm=("test_an_int8_decoder",)),
+    Feature(
+        "KV sent as int8 or fp8; sockets or shared memory",
+        overfill=("test_requests_choose_a_codec_and_share_kv_within_it_only",),
+        vllm=("test_codecs_and_sockets",),
+        mixed=("test_codecs_and_sockets",),
+    ),
+    Feature(
+        "a step fails: its sequences go on elsewhere (on vLLM the worker ends too)",
+        both=("test_a_failed_step_ends_its_own_prompts_or_the_worker",),
+    ),
+)
+
+VLLM_REFUSES = (
+    Refusal(
+        "KV cache in int8 (`--kv-cache-dtype int8`)", "int8 needs --engine overfill", {"kv_cache_dtype": "int8"}, True
+    ),
+    Refusal(
+        "tensor parallelism",
+        "tensor_parallel_size 2 is not supported in this version",
+        {"engine_args": {"tensor_parallel_size": 2}},
+    ),
+    Refusal(
+        "pipeline parallelism",
+        "pipeline_parallel_size 2 is not supported in this version",
+        {"engine_args": {"pipeline_parallel_size": 2}},
+    ),
+    Refusal(
+        "speculative decoding",
+        "speculative_config {'method': 'ngram'} is not supported in this version",
+        {"engine_args": {"speculative_config": {"method": "ngram"}}},
+    ),
+    Refusal("LoRA", "enable_lora True is not supported in this version", {"engine_args": {"enable_lora": True}}),
+    Refusal("FP8 KV cache", "kv_cache_dtype is set by --kv-cache-dtype", {"engine_args": {"kv_cache_dtype": "fp8"}}),
+)
+
+OVERFILL_REFUSES = (
+    Refusal(
+        "weights in FP8, AWQ, GPTQ or compressed-tensors, as far as the installed vLLM runs them",
+        "the engine overfill cannot run the decoder",
+        other_works=True,
+    ),
+)

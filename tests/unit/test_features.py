@@ -1,0 +1,65 @@
+"""The table of features by engine in ``docs/engines.md`` follows from the tests that ``engine_features`` names.
+
+``python tests/unit/test_features.py`` writes the table.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from engine_features import FEATURES, OVERFILL_REFUSES, VLLM_REFUSES, Feature  # noqa: E402
+
+PAGE = ROOT / "docs" / "engines.md"
+TABLE = re.compile(r"(?<=<!-- features -->\n).*?(?=<!-- /features -->)", re.DOTALL)
+SUITE = sorted((ROOT / "tests" / "support").glob("*_conformance.py"))
+
+
+def tests_in(*files: Path) -> set[str]:
+    return {name for file in files for name in re.findall(r"def (test_\w+)\(", file.read_text(encoding="utf-8"))}
+
+
+def cells(feature: Feature) -> list[str]:
+    """The row's cells for OverFill's engine, vLLM and mixed stacks."""
+    suite = bool(feature.both)
+    works = [suite or bool(feature.overfill), suite or bool(feature.vllm), bool(feature.mixed)]
+    return ["yes" if one else "" for one in works]
+
+
+def table() -> str:
+    rows = [f"| {each.text} | {' | '.join(cells(each))} |" for each in FEATURES]
+    rows += [
+        f"| {each.text} | yes | refused: \u201c{each.words}\u201d | |" for each in VLLM_REFUSES if each.other_works
+    ]
+    rows += [
+        f"| {each.text} | refused: \u201c{each.words}\u201d | yes | |" for each in OVERFILL_REFUSES if each.other_works
+    ]
+    rows += [
+        f"| {each.text} | no | refused: \u201c{each.words}\u201d | |" for each in VLLM_REFUSES if not each.other_works
+    ]
+    head = "| feature | `overfill` | `vllm` | mixed |\n|---|---|---|---|\n"
+    return f"{head}{chr(10).join(rows)}\n"
+
+
+def test_every_feature_has_tests_that_exist() -> None:
+    suite, on_vllm = tests_in(*SUITE), tests_in(*(ROOT / "tests" / "vllm").glob("*.py"))
+    own = tests_in(*(ROOT / "tests" / "integration").glob("*.py"), *(ROOT / "tests" / "unit").rglob("*.py"))
+    for feature in FEATURES:
+        assert set(feature.both) <= suite, feature.text
+        assert set(feature.overfill) <= own, feature.text
+        assert set(feature.vllm) | set(feature.mixed) <= on_vllm, feature.text
+        assert feature.both or feature.overfill or feature.vllm, feature.text
+
+
+def test_the_page_has_the_table() -> None:
+    found = TABLE.search(PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found.group(0) == table(), "run `make docs`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,50 @@
+"""What vLLM cannot do here is refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_features import VLLM_REFUSES
+
+from overfill.engine.load import load_engine
+from overfill.engine.protocol import EngineOptions
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.model.manifest import Pair
+
+OPTIONS = EngineOptions(device=torch.device("cpu"), dtype="float32", kv_memory=1 << 24)
+
+
+@pytest.mark.parametrize("refusal", VLLM_REFUSES, ids=lambda refusal: refusal.text)
+def test_the_words_of_the_table(vllm_pair: Path, refusal: Any) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, **refusal.options))
+    assert refusal.words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"engine_args": {"max_tokens": 3}}, "engine_args: max_tokens is no argument of this vLLM's EngineArgs"),
+        ({"engine_args": {"model": "other"}}, "engine_args: model is set by --pair"),
+        ({"engine_args": {"async_scheduling": True}}, "engine_args: async_scheduling is set by OverFill"),
+        ({"device": torch.device("cuda", 0)}, "device: cuda does not fit the installed vLLM, which computes on cpu"),
+        (
+            {"device": torch.device("cuda", 1)},
+            "device: cuda:1: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(vllm_pair: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, **options))
+    assert words in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
+def test_too_little_memory_is_explained(vllm_pair: Path) -> None:
+    with pytest.raises(OverfillError, match="--kv-memory"):
+        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, kv_memory=1 << 12, max_model_len=512))
