@@ -19,7 +19,7 @@ TABLE = re.compile(r"(?<=<!-- features -->\n).*?(?=<!-- /features -->)", re.DOTA
 SUITE = sorted((ROOT / "tests" / "support").glob("*_conformance.py"))
 
 
-def tests_in(*files: Path) -> set[str]:
+def names_of_tests(*files: Path) -> set[str]:
     return {name for file in files for name in re.findall(r"def (test_\w+)\(", file.read_text(encoding="utf-8"))}
 
 
@@ -46,8 +46,8 @@ def table() -> str:
 
 
 def test_every_feature_has_tests_that_exist() -> None:
-    suite, on_vllm = tests_in(*SUITE), tests_in(*(ROOT / "tests" / "vllm").glob("*.py"))
-    own = tests_in(*(ROOT / "tests" / "integration").glob("*.py"), *(ROOT / "tests" / "unit").rglob("*.py"))
+    suite, on_vllm = names_of_tests(*SUITE), names_of_tests(*(ROOT / "tests" / "vllm").glob("*.py"))
+    own = names_of_tests(*(ROOT / "tests" / "integration").glob("*.py"), *(ROOT / "tests" / "unit").rglob("*.py"))
     for feature in FEATURES:
         assert set(feature.both) <= suite, feature.text
         assert set(feature.overfill) <= own, feature.text
