@@ -102,6 +102,7 @@ class EngineThread:
                     if not busy:
                         self._core.check()
                         checked = True
+                        self._publish_load()
                         continue
                     self._step_began = time.monotonic()
                     busy = self._core.step()

@@ -221,6 +221,8 @@ class PromptPull:
             control.cancel()
         if self._unwritten:
             raise TransferFailed(f"prefill ended with {self._unwritten} key and value vectors missing")
+        if not self._has_all:
+            raise TransferFailed("prefill ended without the first token")
 
     async def _watch(self) -> None:
         ready, moved = (lambda: self._ready_bytes), (lambda: self._moved_bytes)

@@ -174,6 +174,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             raise InvalidRequest(
                 "emitted_token_ids", f"{emitted} tokens already reach max_tokens {sampling.max_tokens}"
             )
+        if emitted and prompt + emitted == longest:
+            raise InvalidRequest("emitted_token_ids", f"{emitted} tokens already fill the context length of {longest}")
         if sampling.seed is None and not sampling.greedy:
             raise InvalidRequest("sampling.seed", "is required between router and worker")
 

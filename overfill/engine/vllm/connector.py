@@ -34,11 +34,11 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if hub.hooks is not None:
-            hub.hooks.scheduled(scheduler_output.num_scheduled_tokens)
+            hub.hooks.scheduled(scheduler_output.num_scheduled_tokens, scheduler_output.preempted_req_ids or ())
         return KVConnectorMetadata()
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return hub.hooks is not None and hub.hooks.keeps_blocks(request.request_id), None
+        return hub.hooks is not None and hub.hooks.ending(request.request_id), None
 
     # The model runner's calls
 

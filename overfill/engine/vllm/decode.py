@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from overfill.engine.runner import SamplingSpec
@@ -37,7 +37,6 @@ from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
 from overfill.errors import InternalError
-from overfill.kv.keys import PromptBlocks
 from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
@@ -54,13 +53,13 @@ class _Plan:
         num_tokens: tokens of each request in the step.
         sampling: requests whose last known token is in the step, so that it samples the next one.
         preempted: whether vLLM has preempted a sequence for it.
-        failed: requests that the step serves wrongly.
+        full: whether it has as many tokens as a step can have.
     """
 
     num_tokens: dict[str, int] = field(default_factory=dict)
     sampling: list[str] = field(default_factory=list)
     preempted: bool = False
-    failed: dict[str, Exception] = field(default_factory=dict)
+    full: bool = False
 
 
 class VllmDecodeEngine(VllmEngine):
@@ -79,7 +78,8 @@ class VllmDecodeEngine(VllmEngine):
         self._metrics = metrics
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self._asked: dict[str, DecodeSequence] = {}  # those among them that vLLM has given no blocks yet
-        self._preemptions: dict[str, int] = {}  # preemptions of each, as far as they are counted
+        self._specs_of: dict[str, SamplingSpec] = {}
+        self._spoilt: dict[str, Exception] = {}  # sequences of whose prompt the decoder has computed a part
         self._early: list[DecodeEvent] = []  # events of the step that need not wait for its end
         self._plan = _Plan()
         self._changed = False  # a message has come since the last step
@@ -108,8 +108,8 @@ class VllmDecodeEngine(VllmEngine):
                 if refused := self._reserve(sequence):
                     self._emit([refused])
             case Start(id, first):
-                if started := self._sequences.get(id):
-                    self._start(started, first)
+                if (started := self._sequences.get(id)) and (failed := self._start(started, first)):
+                    self._emit([failed])
             case Release(id):
                 self._end(id)
             case Yielded():
@@ -125,8 +125,10 @@ class VllmDecodeEngine(VllmEngine):
         events: list[DecodeEvent] = []
         for output in outputs:
             if (sequence := self._sequences.get(output.request_id)) and output.new_token_ids:
-                self._take(sequence, started, events)
-        for id in list(self._asked):
+                self._take(sequence, output.new_token_ids, started, events)
+        if self._plan.full and self._asked:
+            self._changed = True  # vLLM has not looked at them, since running sequences came first
+        for id in () if self._plan.full else list(self._asked):
             self._end(id)
             events.append(self._refuse(id, "blocks", "vLLM's scheduler has no room for the sequence now"))
         if executed:
@@ -145,14 +147,11 @@ class VllmDecodeEngine(VllmEngine):
             return self._refuse(sequence.id, "sequences", reason)
         if any(self._vllm.preempted(id) for id in self._sequences):
             return self._refuse(sequence.id, "preempted", "preempted sequences resume first")
-        prompt = sequence.prompt_blocks or PromptBlocks(sequence.prompt, self._vllm.block_size, None, "")
-        # The prompt's last token is never held: its KV always comes with the first token.
-        shared = (len(sequence.prompt) - 1) // self._vllm.block_size
         request = self._vllm.new_request(
             sequence.id,
             sequence.prompt + (sequence.emitted or [_PLACEHOLDER]),
             max(1, sequence.stop.max_tokens - max(1, len(sequence.emitted))),
-            block_hasher(prompt, shared, self._vllm.block_size),
+            block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free
@@ -161,9 +160,15 @@ class VllmDecodeEngine(VllmEngine):
             return self._refuse(sequence.id, "blocks", reason)
         sequence.state = DecodeState.RECEIVING
         self._sequences[sequence.id] = self._asked[sequence.id] = sequence
-        self._preemptions[sequence.id] = 0
+        self._specs_of[sequence.id] = SamplingSpec(
+            sequence.sampling, sequence.sample_index, sequence.processor, sequence.emitted
+        )
         self._vllm.add(request)
         return None
+
+    def _num_shared(self, sequence: DecodeSequence) -> int:
+        """Leading blocks that others may share. The prompt's last token is in none, so that its KV always arrives."""
+        return (len(sequence.prompt) - 1) // self._vllm.block_size
 
     def _refuse(self, id: str, kind: str, reason: str) -> Refused:
         self._metrics.refused(kind)
@@ -179,22 +184,27 @@ class VllmDecodeEngine(VllmEngine):
             for s in self._sequences.values()
         )
 
-    def _start(self, sequence: DecodeSequence, first: int | None) -> None:
+    def _start(self, sequence: DecodeSequence, first: int | None) -> SequenceFailed | None:
         if sequence.state is not DecodeState.RECEIVING or sequence.id in self._asked:
-            return
+            return None
+        if first is None and not sequence.emitted:
+            self._end(sequence.id)
+            return SequenceFailed(sequence.id, InternalError("the prompt's KV came without a first token"))
         if first is not None and not sequence.emitted:
             sequence.emitted.append(first)
             self._vllm.replace_token(sequence.id, len(sequence.prompt), first)
         sequence.computed = len(sequence.prompt)
         sequence.state = DecodeState.RUNNING
         self._vllm.received(sequence.id)
+        return None
 
     def _end(self, id: str) -> None:
         """Ends a sequence in any state; its blocks are free on return."""
-        if self._sequences.pop(id, None) is not None:
-            self._asked.pop(id, None)
-            self._preemptions.pop(id, None)
+        if id in self._sequences:
             self._vllm.abort(id)
+            del self._sequences[id], self._specs_of[id]
+            self._asked.pop(id, None)
+            self._spoilt.pop(id, None)
 
     # What vLLM asks while it plans a step
 
@@ -212,44 +222,48 @@ class VllmDecodeEngine(VllmEngine):
         self.tokens_found += held
         self._early.append(Reserved(request_id, sequence.blocks, held))
 
-    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
-        self._plan = plan = _Plan(dict(num_tokens))
-        for id, counted in self._preemptions.items():
-            if (preemptions := self._vllm.num_preemptions(id)) > counted:
-                self._preemptions[id], plan.preempted = preemptions, True
-                self._metrics.preempted()
+    def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
+        self._plan = plan = _Plan(dict(num_tokens), preempted=bool(preempted))
+        plan.full = sum(num_tokens.values()) >= self._vllm.token_budget
+        for _ in preempted:
+            self._metrics.preempted()
         for id, count in num_tokens.items():
             sequence, start = self._sequences[id], self._vllm.num_computed(id)
             if start < len(sequence.prompt):
                 wrong = min(count, len(sequence.prompt) - start)
                 self._metrics.prompt_tokens_computed(wrong)
                 log.error("the decoder computes %d tokens of a prompt, which are the full model's", wrong)
-                plan.failed[id] = InternalError(f"the decoder computed {wrong} tokens of the prompt")
+                self._spoilt[id] = InternalError(f"the decoder computed {wrong} tokens of the prompt")
             if start + count == self._vllm.num_tokens(id):
                 plan.sampling.append(id)
         early, self._early = self._early, []
         if early:
             self._emit(early)
 
+    def ending(self, request_id: str) -> bool:
+        # Nobody can find the blocks of an answer any more, so they must not take the place of cached prompts.
+        sequence = self._sequences[request_id]
+        self._vllm.forget(self._vllm.blocks(request_id)[self._num_shared(sequence) :])
+        return False
+
     def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
-        sequences = [self._sequences[id] for id in self._plan.sampling if id in self._sequences]
-        return {
-            s.id: (SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted), s.num_tokens) for s in sequences
-        }
+        return {id: (self._specs_of[id], self._sequences[id].num_tokens) for id in self._plan.sampling}
 
     # What a step has brought
 
-    def _take(self, sequence: DecodeSequence, started: int, events: list[DecodeEvent]) -> None:
-        """Takes the token that a step has sampled for a sequence."""
+    def _take(self, sequence: DecodeSequence, taken: Sequence[int], started: int, events: list[DecodeEvent]) -> None:
+        """Takes the token that a step has sampled for a sequence; vLLM has put ``taken`` behind it."""
         id = sequence.id
-        error = self._plan.failed.get(id) or self._sampler.errors.pop(id, None)
+        error = self._spoilt.get(id) or self._sampler.errors.pop(id, None)
         token = self._sampler.tokens.pop(id, None)
-        if error is None and token is None:
-            error = InternalError("vLLM sampled a token that was not asked for")
+        if error is None and (token is None or [token.token_id] != list(taken)):
+            error = InternalError("vLLM took another token than was sampled")
         if error is not None or token is None:
             sequence.failed = True
+            if self._vllm.known(id):
+                self._vllm.forget(self._vllm.blocks(id))  # their KV may be the cause
             self._end(id)
-            events.append(SequenceFailed(id, error or InternalError("no token")))
+            events.append(SequenceFailed(id, error or InternalError("vLLM sampled no token")))
             return
         sequence.computed = sequence.num_tokens
         index = len(sequence.emitted)

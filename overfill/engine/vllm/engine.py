@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -11,8 +11,8 @@ from overfill.engine.runner import SamplingSpec
 from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
 
-_RECOUNT = 1.0
-"""Seconds between counts of the cached blocks, which look at every block."""
+_RECOUNT = 10.0
+"""Seconds between counts of the cached blocks while the engine is busy: a count looks at every block."""
 
 
 class VllmEngine:
@@ -35,7 +35,8 @@ class VllmEngine:
         self._vllm.close()
 
     def check(self) -> None:
-        """Raises AssertionError when vLLM holds a request or a block that no sequence has."""
+        """Raises AssertionError when vLLM holds a request or a block that no sequence has. Counts cached blocks."""
+        self._counted = float("-inf")
         ids = self._live()
         if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
@@ -67,7 +68,7 @@ class VllmEngine:
     def allocated(self, request_id: str, num_loaded: int) -> None:
         pass
 
-    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
+    def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         pass
 
     def layer_started(self, layer: int) -> None:
@@ -76,7 +77,7 @@ class VllmEngine:
     def layer_written(self, layer: int) -> None:
         pass
 
-    def keeps_blocks(self, request_id: str) -> bool:
+    def ending(self, request_id: str) -> bool:
         return False
 
     def blocks_stored(self, hashes: Iterable[int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from overfill.kv.keys import PromptBlocks
@@ -17,26 +17,31 @@ from overfill.kv.keys import PromptBlocks
 _KEY_BYTES = 8
 
 
-def prompt_hashes(prompt: PromptBlocks, num_blocks: int) -> list[bytes]:
-    """Hashes of the first ``num_blocks`` full blocks, 32 bytes each, chained from the prompt's cache namespace.
+class HashedPrompt(PromptBlocks):
+    """A prompt's full blocks with the hashes under which vLLM may share them.
 
-    A hash ends in the block's key (``kv.keys``), which is what vLLM reports of it in events and routers know it by.
+    Attributes:
+        hashes: 32 bytes each, chained from the prompt's cache namespace. A hash ends in the block's key (``kv.keys``),
+            which is what vLLM reports of it in events and what routers know it by.
     """
-    chain = hashlib.sha256(prompt.cache_namespace.encode()).digest()
-    hashes = []
-    for tokens, key in zip(prompt.tokens[:num_blocks], prompt.keys[:num_blocks], strict=True):
-        chain = hashlib.sha256(chain + tokens).digest()
-        hashes.append(chain[:-_KEY_BYTES] + key.to_bytes(_KEY_BYTES, "big"))
-    return hashes
+
+    def __init__(self, tokens: Sequence[int], block_size: int, root: int | None, cache_namespace: str) -> None:
+        super().__init__(tokens, block_size, root, cache_namespace)
+        chain = hashlib.sha256(cache_namespace.encode()).digest()
+        self.hashes: list[bytes] = []
+        for block, key in zip(self.tokens, self.keys, strict=True):
+            chain = hashlib.sha256(chain + block).digest()
+            self.hashes.append(chain[:-_KEY_BYTES] + key.to_bytes(_KEY_BYTES, "big"))
 
 
-def block_hasher(prompt: PromptBlocks, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
+def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
     """A request's block hasher, as vLLM wants it: returns hashes of the full blocks that have none yet.
 
     Args:
+        prompt: the prompt as the servicer hashed it; None shares nothing.
         num_shared: number of leading blocks that other requests may share.
     """
-    shared = prompt_hashes(prompt, min(num_shared, len(prompt.tokens)))
+    shared = prompt.hashes[:num_shared] if isinstance(prompt, HashedPrompt) else []
     secret = secrets.token_bytes(16)
 
     def hash_new_blocks(request: Any) -> list[bytes]:

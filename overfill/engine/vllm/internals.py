@@ -6,14 +6,15 @@ promises nothing about the rest. Used here:
 - ``EngineCore`` in this process: its constructor, ``step_fn``, ``post_step``, ``abort_requests``, ``shutdown``;
 - ``Request`` with a block hasher of our own, and its lists of tokens;
 - of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
-  KV cache manager's ``get_computed_blocks``, ``get_block_ids`` and ``block_pool``;
+  KV cache manager's ``get_computed_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,7 +43,17 @@ from vllm.v1.executor import Executor
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
-__all__ = ["EngineArgs", "Hooks", "Hub", "KVEventsConfig", "KVTransferConfig", "VllmCore", "current_platform"]
+__all__ = [
+    "CONNECTOR",
+    "EngineArgs",
+    "Hooks",
+    "Hub",
+    "KVEventsConfig",
+    "KVTransferConfig",
+    "Request",
+    "VllmCore",
+    "current_platform",
+]
 
 
 class Hooks(Protocol):
@@ -56,8 +67,11 @@ class Hooks(Protocol):
         """vLLM has given blocks to a request that waits for ``num_loaded`` tokens' KV."""
         ...
 
-    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
-        """The step is planned, with this many tokens of each request; it has not begun."""
+    def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
+        """The step is planned, with this many tokens of each request, and has not begun.
+
+        Requests in ``preempted`` have lost their blocks to others.
+        """
         ...
 
     def layer_started(self, layer: int) -> None: ...
@@ -66,8 +80,8 @@ class Hooks(Protocol):
         """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
         ...
 
-    def keeps_blocks(self, request_id: str) -> bool:
-        """Whether the blocks of a request that has ended stay until ``VllmCore.sent``."""
+    def ending(self, request_id: str) -> bool:
+        """A request ends. Returns whether its blocks stay until ``VllmCore.sent``; else they are free afterwards."""
         ...
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
@@ -117,6 +131,7 @@ class VllmCore:
 
     Attributes:
         block_size: tokens per block.
+        token_budget: maximum number of tokens in a step.
         num_blocks: blocks that requests can have.
         max_model_len: maximum number of tokens of a request.
     """
@@ -131,9 +146,17 @@ class VllmCore:
         self._manager: Any = scheduler.kv_cache_manager
         self._pool: Any = self._manager.block_pool
         self._layers: Mapping[str, Any] = config.compilation_config.static_forward_context
+        random.seed()  # vLLM gives every process the same seed, also for what has nothing to do with models
+        if len(scheduler.kv_cache_config.kv_cache_groups) != 1 or type(scheduler.connector).__name__ != CONNECTOR:
+            raise ValueError("the model needs several kinds of KV cache, of which OverFill hands over one")
         self.block_size: int = config.cache_config.block_size
+        self.token_budget: int = config.scheduler_config.max_num_batched_tokens
         self.num_blocks: int = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
         self.max_model_len: int = config.model_config.max_model_len
+
+    @property
+    def num_layers(self) -> int:
+        return len(hub.caches)
 
     def caches(self) -> list[torch.Tensor]:
         """Each layer's cache, [num_blocks, kv_heads, block_size, 2 * head_dim], by number of the layer."""
@@ -207,10 +230,6 @@ class VllmCore:
         request = self._scheduler.requests.get(id)
         return request is not None and request.status == RequestStatus.PREEMPTED and not request.num_computed_tokens
 
-    def num_preemptions(self, id: str) -> int:
-        """How often vLLM has preempted a request."""
-        return int(self._scheduler.requests[id].num_preemptions)
-
     def num_computed(self, id: str) -> int:
         """Tokens of a request whose KV its blocks hold, before the planned step."""
         return int(self._scheduler.requests[id].num_computed_tokens)
@@ -235,6 +254,10 @@ class VllmCore:
         computed, _, _ = self._manager.get_computed_blocks(request)
         return sum(block.ref_cnt > 0 for block in computed.blocks[0])
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Takes blocks out of the prefix cache; those in use stay in use."""
+        self._manager.evict_blocks(set(blocks))
+
     def num_cached(self, ids: Iterable[str]) -> int:
         """Blocks that hold a cached prefix and are in no live request; ``ids`` are all live ones."""
         in_use = {block for id in ids if self.known(id) for block in self.blocks(id)}
@@ -258,5 +281,7 @@ class VllmCore:
         hub.caches = {}
 
 
+CONNECTOR = "OverfillConnector"
+"""Class in ``connector.py``."""
 REQUEST_ID = "overfill_request"
 """Name under which a request's sampling parameters carry its id to the logits processor."""

@@ -15,7 +15,9 @@ from overfill.engine.build import MIB, NotEnoughMemory, native_dtype
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
+from overfill.engine.vllm.hashes import HashedPrompt
 from overfill.engine.vllm.internals import (
+    CONNECTOR,
     EngineArgs,
     KVEventsConfig,
     KVTransferConfig,
@@ -28,7 +30,7 @@ from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.kv.journal import KeyJournal
-from overfill.kv.keys import PromptBlocks, root_key
+from overfill.kv.keys import root_key
 from overfill.kv.spec import KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Half, Pair
@@ -38,8 +40,8 @@ from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetr
 log = logging.getLogger(__name__)
 
 _DEFAULT_CPU_KV_BYTES = 1024 * MIB
-_DECODE_BATCHED_TOKENS = 512
-"""Least token budget of a decode worker's step; only replays need more than one token per sequence."""
+_REPLAY_SHARE = 512
+"""Maximum number of tokens that one sequence replays in a step of a decode worker, as in OverFill's engine."""
 
 _SET_ELSEWHERE = {
     "model": "--pair",
@@ -62,6 +64,8 @@ _UNSUPPORTED = {
     "prefill_context_parallel_size": 1,
     "speculative_config": None,
     "enable_lora": False,
+    "enable_dbo": False,
+    "kv_offloading_size": None,
 }
 """Arguments that this version cannot serve, with the value that it can."""
 
@@ -86,9 +90,12 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     config = pair.full_config if half == "full" else pair.decoder_config
     dtype = options.dtype or native_dtype(options.device)
     folder = pair.full_path if half == "full" else pair.decoder_path
-    batched = options.max_num_batched_tokens if half == "full" else _DECODE_BATCHED_TOKENS
-    batched = max(batched, options.max_num_seqs)
     longest = options.max_model_len or config.max_positions
+    if half == "full":
+        batched = max(options.max_num_batched_tokens, options.max_num_seqs)
+        share = -(-batched // 2)  # so that a short prompt does not wait for a long one, as in OverFill's engine
+    else:  # every sequence gets its token beside two replays
+        batched, share = options.max_num_seqs + 2 * _REPLAY_SHARE, _REPLAY_SHARE
     kv_memory = options.kv_memory
     if kv_memory is None and options.device.type == "cpu":  # other programs need the machine's memory too
         kv_memory = _DEFAULT_CPU_KV_BYTES
@@ -99,8 +106,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         "block_size": options.block_size,
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": batched,
-        # Two prompts share a step, as in OverFill's engine, so that a short one does not wait for a long one.
-        "long_prefill_token_threshold": min(-(-batched // 2), longest) if half == "full" else 0,
+        "long_prefill_token_threshold": min(share, longest),
         "kv_cache_memory_bytes": kv_memory,
         "enable_prefix_caching": options.prefix_cache,
         "skip_tokenizer_init": True,
@@ -111,7 +117,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
             enable_kv_cache_events=half == "full" and options.prefix_cache, publisher="null"
         ),
         "kv_transfer_config": KVTransferConfig(
-            kv_connector="OverfillConnector",
+            kv_connector=CONNECTOR,
             kv_connector_module_path="overfill.engine.vllm.connector",
             kv_role="kv_producer" if half == "full" else "kv_consumer",
             kv_load_failure_policy="fail",
@@ -213,6 +219,6 @@ def _store(vllm: VllmCore, spec: KvSpec, folder: str) -> VllmKvStore:
 
 def _blocks_of(
     full_digest: str, dtype: str, block_size: int, enabled: bool, prompt: Any, cache_namespace: str
-) -> PromptBlocks:
+) -> HashedPrompt:
     root = root_key(full_digest, dtype, cache_namespace) if enabled else None
-    return PromptBlocks(prompt, block_size, root, cache_namespace)
+    return HashedPrompt(prompt, block_size, root, cache_namespace)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +32,9 @@ from overfill.engine.sequence import (
 )
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
-from overfill.engine.vllm.internals import VllmCore
+from overfill.engine.vllm.internals import Request, VllmCore
 from overfill.errors import InternalError
 from overfill.kv.journal import KeyJournal
-from overfill.kv.keys import PromptBlocks
 from overfill.kv.tensors import record_event
 from overfill.telemetry.metrics import PrefillMetrics
 
@@ -49,13 +48,14 @@ _MIN_NOTIFY_BYTES = 1 << 20
 class _Chunk:
     """A prompt's part of the step: after it, positions ``start..end`` hold KV that they did not hold before.
 
-    ``unsent`` are layers that are written and not reported yet.
+    ``num_layers`` layers are written so far, of which ``unsent`` are not reported yet.
     """
 
     sequence: PrefillSequence
     start: int
     end: int
     unsent: list[PrefillEvent] = field(default_factory=list)
+    num_layers: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +93,9 @@ class VllmPrefillEngine(VllmEngine):
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
         self._chunks: list[_Chunk] = []
         self._events: list[PrefillEvent] = []  # not yet emitted
-        self._broken: str | None = None
+        self._num_tokens = 0  # in the step
+        self._silent = False  # vLLM has left out calls for layers
+        self._next: Request | None = None  # of the first waiting prompt, once it has been made
         super().__init__(vllm)
 
     def load(self) -> EngineLoad:
@@ -126,20 +128,17 @@ class VllmPrefillEngine(VllmEngine):
         started = time.monotonic()
         self._chunks = []
         outputs, executed = self._vllm.step()
-        if self._broken is not None:
-            raise AssertionError(self._broken)
         now = time.monotonic_ns()
         events, self._events = self._events, []
         for chunk in self._chunks:
-            events += chunk.unsent
+            events += chunk.unsent + self._unreported(chunk)
             chunk.sequence.computed = chunk.end
             events.append(ChunkComputed(chunk.sequence.id, chunk.start, chunk.end))
         for output in outputs:
             if (sequence := self._running.get(output.request_id)) and output.new_token_ids:
-                events.append(self._finish(sequence, now))
+                events.append(self._finish(sequence, output.new_token_ids, now))
         if executed:
-            tokens = sum(chunk.num_tokens for chunk in self._chunks)
-            self._metrics.step(time.monotonic() - started, len(self._chunks), tokens)
+            self._metrics.step(time.monotonic() - started, len(self._chunks), self._num_tokens)
         if events:
             self._emit(events)
         return executed
@@ -153,13 +152,15 @@ class VllmPrefillEngine(VllmEngine):
             sequence = self._waiting[0]
             if sequence.cancelled:  # its Release will arrive
                 break
-            size = self._vllm.block_size
-            prompt = sequence.prompt_blocks or PromptBlocks(sequence.prompt, size, None, sequence.cache_namespace)
-            hasher = block_hasher(prompt, len(prompt.tokens), size)
-            request = self._vllm.new_request(sequence.id, list(sequence.prompt), 1, hasher)
+            request = self._next
+            if request is None or request.request_id != sequence.id:
+                size = self._vllm.block_size
+                hasher = block_hasher(sequence.prompt_blocks, len(sequence.prompt) // size, size)
+                request = self._next = self._vllm.new_request(sequence.id, list(sequence.prompt), 1, hasher)
             needed = self._blocks_for(sequence) - self._vllm.num_shared(request)
             if needed > self._vllm.num_free - self._num_promised():
                 break
+            self._next = None
             self._waiting.popleft()
             self._running[sequence.id] = sequence
             self._vllm.add(request)
@@ -183,8 +184,12 @@ class VllmPrefillEngine(VllmEngine):
 
     # What vLLM asks and tells while it plans and takes a step
 
-    def scheduled(self, num_tokens: Mapping[str, int]) -> None:
+    def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
+        if preempted or not num_tokens.keys() <= self._running.keys():
+            # Before anything is computed: a stream may be reading the blocks that a prompt has lost.
+            raise AssertionError("vLLM preempted a prompt, or computes one that has no lease")
         events: list[PrefillEvent] = []
+        self._num_tokens = sum(num_tokens.values())
         now = time.monotonic_ns()
         starts = {id: self._vllm.num_computed(id) for id in num_tokens}
         blocks = {id: self._vllm.blocks(id) for id in num_tokens}
@@ -192,10 +197,7 @@ class VllmPrefillEngine(VllmEngine):
         # vLLM lets a prompt share blocks that another one computes in this very step.
         unwritten = {b for id, count in num_tokens.items() for b in blocks[id][starts[id] // size :]}
         for id, count in num_tokens.items():
-            sequence, start = self._running.get(id), starts[id]
-            if sequence is None or self._vllm.num_preemptions(id):
-                self._broken = "vLLM computes a prompt that it preempted or that has no lease"
-                continue
+            sequence, start = self._running[id], starts[id]
             first_chunk, ready = not sequence.blocks, start
             sequence.blocks += blocks[id][len(sequence.blocks) :]
             if first_chunk:
@@ -217,6 +219,7 @@ class VllmPrefillEngine(VllmEngine):
         event, notify = record_event(self._device), False
         for chunk in self._chunks:
             chunk.unsent.append(KvWritten(chunk.sequence.id, layer, chunk.end, event))
+            chunk.num_layers += 1
             if len(chunk.unsent) * chunk.num_tokens * self._token_layer_bytes >= _MIN_NOTIFY_BYTES:
                 self._events += chunk.unsent
                 chunk.unsent = []
@@ -225,8 +228,8 @@ class VllmPrefillEngine(VllmEngine):
             self._emit(self._events)
             self._events = []
 
-    def keeps_blocks(self, request_id: str) -> bool:
-        return True
+    def ending(self, request_id: str) -> bool:
+        return True  # until its Release: streams read the blocks
 
     def blocks_stored(self, hashes: Iterable[int]) -> None:
         for key in hashes:
@@ -244,11 +247,24 @@ class VllmPrefillEngine(VllmEngine):
             if s.sample_first_token
         }
 
-    def _finish(self, sequence: PrefillSequence, now: int) -> PrefillEvent:
+    def _unreported(self, chunk: _Chunk) -> list[PrefillEvent]:
+        """Layers of a chunk for which vLLM did not call: their KV is there too, since the step is over."""
+        if chunk.num_layers == self._vllm.num_layers:
+            return []
+        if not self._silent:
+            log.warning("vLLM computes without calling for each layer, so KV leaves only after each step")
+            self._silent = True
+        event = record_event(self._device)
+        return [KvWritten(chunk.sequence.id, layer, chunk.end, event) for layer in range(self._vllm.num_layers)]
+
+    def _finish(self, sequence: PrefillSequence, taken: Sequence[int], now: int) -> PrefillEvent:
         id = sequence.id
         del self._running[id]
         self._awaiting_release[id] = sequence
         error, token = self._sampler.errors.pop(id, None), self._sampler.tokens.pop(id, None)
-        if error is None and token is None and sequence.sample_first_token:
-            error = InternalError("vLLM sampled no first token")
-        return PromptComputed(id, token, now) if error is None else SequenceFailed(id, error)
+        if error is None and sequence.sample_first_token and (token is None or [token.token_id] != list(taken)):
+            error = InternalError("vLLM took another first token than was sampled")
+        if error is not None:
+            self._vllm.forget(sequence.blocks)  # their KV may be the cause
+            return SequenceFailed(id, error)
+        return PromptComputed(id, token, now)

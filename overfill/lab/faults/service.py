@@ -152,7 +152,7 @@ def share_answers() -> None:
     # Imported here because only a worker on vLLM has it.
     from overfill.engine.vllm import decode
 
-    def block_hasher(prompt: PromptBlocks, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
+    def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
         def hash_by_tokens(request: Any) -> list[bytes]:
             tokens = list(request.all_token_ids)
             ends = range(len(request.block_hashes) + 1, request.num_tokens // block_size + 1)
