@@ -47,6 +47,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.hold_done = False
         self.leave_after_acks = False
         self.kv_dtype = None
+        self.sends_first_token = True
         self.ended = asyncio.Event()
         self.acknowledged = 0
         self.specs = {}
@@ -80,7 +81,8 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                 await asyncio.Event().wait()
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
-            yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
+            if self.sends_first_token:
+                yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
                 self.acknowledged += sum(KvRange.from_proto(r).num_vectors for r in request.ack.ranges)
@@ -273,6 +275,12 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
 
     monkeypatch.setattr(receiver, "write_chunks", fail_last)
     with pytest.raises(MemoryError):
+        await pull()
+
+
+async def test_a_transfer_without_the_first_token_fails(pull, worker):
+    worker.sends_first_token = False
+    with pytest.raises(TransferFailed, match="without the first token"):
         await pull()
 
 

@@ -251,6 +251,15 @@ class DecodeConformance(_AnswerTests):
         driver.release(decoding)
         assert driver.load.freed_capacity_since(running)
 
+    def test_a_reservation_is_answered_while_a_long_answer_is_replayed(self, driver):
+        replaying = driver.reserve(Request(prompt(20, 8), sampling("greedy", 960), emitted=prompt(950, 3)))
+        driver.proceed(replaying)
+        driver.step()
+        other = driver.reserve(Request(prompt(10), sampling("greedy", 9)))
+        driver.proceed(other)
+        driver.run()
+        assert_right(driver, replaying, other)
+
     def test_a_full_house_refuses_and_names_the_number(self, driver):
         requests = [Request(prompt(3, number), sampling("greedy", 5)) for number in range(MAX_NUM_SEQS + 1)]
         decodings = [driver.reserve(request) for request in requests[:-1]]
@@ -368,6 +377,17 @@ class SmallDecodeConformance(DecodeEngineConformance):
         driver.release(young)
         driver.run()
         assert_right(driver, old)
+
+    def test_answers_do_not_displace_cached_prompts(self, driver):
+        request = Request(prompt(3 * BLOCK_SIZE + 1), sampling("greedy", 5))
+        assert_right(driver, *driver.answer(request))
+        for number in range(4):
+            assert_right(
+                driver, *driver.answer(Request(prompt(5, number), sampling("temperature", 150, ignore_eos=True)))
+            )
+        (again,) = driver.answer(request)
+        assert again.held_tokens == 3 * BLOCK_SIZE
+        assert_right(driver, again)
 
     def test_blocks_of_cached_prompts_are_used_again(self, driver):
         requests = [Request(prompt(100, number), sampling("greedy", 9)) for number in range(6)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from engine_conformance import (
@@ -19,6 +21,7 @@ from sampled_reference import Request, assert_same_tokens
 from overfill.engine.sequence import Release
 from overfill.kv.journal import KeyFeed
 from overfill.kv.keys import PromptKeys, root_key
+from overfill.model.processors import LogitProcessor
 
 
 def assert_computed(driver: PrefillDriver, *prompts: Prefilling) -> None:
@@ -40,6 +43,16 @@ def keys_of(driver: PrefillDriver, tokens: tuple[int, ...]) -> list[int]:
 
 def greedy(length: int, seed: int = 0) -> Request:
     return Request(prompt(length, seed), sampling("greedy"))
+
+
+class Unwilling(LogitProcessor):
+    """A processor that fails."""
+
+    def catch_up(self, emitted: Sequence[int]) -> None:
+        raise RuntimeError("unwilling")
+
+    def needed(self, num_emitted: int) -> bool:
+        return True
 
 
 class PrefillConformance(EngineConformance):
@@ -196,6 +209,18 @@ class PrefillConformance(EngineConformance):
             driver.assert_empty()
             driver.core.handle(Release(id))
         driver.run()
+
+    def test_a_prompt_that_cannot_be_sampled_fails_and_leaves_no_kv_in_the_cache(self, driver):
+        """Its KV may be the cause."""
+        failing, beside = driver.submit(greedy(40, 6)), driver.submit(greedy(20, 7))
+        failing.sequence.processor = Unwilling(failing.request.sampling, [], None)
+        driver.run()
+        assert str(failing.error) == "unwilling"
+        assert_computed(driver, beside)
+        driver.cancel(failing)
+        (again,) = driver.compute(failing.request)
+        assert again.cached_tokens == 0
+        assert_computed(driver, again)
 
     def test_a_cancelled_prompt_leaves_only_right_kv_in_the_cache(self, driver):
         prefilling = driver.submit(greedy(4 * MAX_NUM_BATCHED_TOKENS))
