@@ -21,7 +21,7 @@ from overfill.lab.commands.bench_options import Counts, load_pair
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName
-    from overfill.lab.bench.vllm.engines import EngineSettings
+    from overfill.lab.bench.vllm.engines import VllmSettings
     from overfill.lab.bench.vllm.figures import Figure
     from overfill.lab.bench.vllm.measure import VllmPlan
     from overfill.model.manifest import Pair
@@ -157,14 +157,14 @@ def engine_settings(
     threads: int | None,
     kv_memory: str | None,
     engine_args: str,
-) -> EngineSettings:
+) -> VllmSettings:
     """Settings of all engines of a run; None means what the device prefers or the run needs.
 
     Raises:
         click.UsageError: a value is wrong.
     """
     from overfill.engine.build import native_dtype, resolve_device
-    from overfill.lab.bench.vllm.engines import EngineSettings
+    from overfill.lab.bench.vllm.engines import VllmSettings
     from overfill.settings.values import Bytes, EngineArgs
 
     resolved = resolve_device(device)
@@ -174,7 +174,7 @@ def engine_settings(
     arguments: dict[str, Any] = json.loads(_parse(EngineArgs, "--engine-args", engine_args) or "{}")
     if resolved.type == "cuda":
         arguments = {"gpu_memory_utilization": _GPU_SHARE} | arguments
-    return EngineSettings(
+    return VllmSettings(
         dtype=dtype,
         device=device,
         threads=threads or len(os.sched_getaffinity(0)),

@@ -27,7 +27,7 @@ from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
 from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.engine.peers.process import JsonProcess
-from overfill.lab.bench.vllm.window import Window, decode_window
+from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.model.manifest import Pair
 
 Log = Callable[[str, str], None]
@@ -42,7 +42,7 @@ _PROMPT_TOKENS_COMPUTED = "overfill_decode_prompt_tokens_computed_total"
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
+class VllmSettings:
     """Settings that all engines share.
 
     Attributes:
@@ -74,10 +74,10 @@ class StackEngine:
         self.address = address
         self._prefill, self._decode = prefill.pid, decode.pid
 
-    def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> Window:
+    def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> DecodeWindow:
         """Tokens while all ``prompts`` are decoded; CPU time is the decode worker's."""
 
-        async def run() -> Window:
+        async def run() -> DecodeWindow:
             async with AsyncClient(self.address) as client:
                 streams = [_counts(client, prompt, max_tokens) for prompt in prompts]
                 return await decode_window(streams, steps, lambda: cpu_seconds(self._decode))
@@ -108,7 +108,7 @@ class PlainEngine(JsonProcess):
         PeerFailed: vLLM did not start.
     """
 
-    def __init__(self, name: str, model: Path, settings: EngineSettings, log: Path) -> None:
+    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path) -> None:
         environment = child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
         super().__init__(name, [sys.executable, "-m", "overfill.lab.bench.vllm.plain"], environment, log)
         arguments = {
@@ -129,10 +129,10 @@ class PlainEngine(JsonProcess):
             self.close()
             raise
 
-    def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> Window:
+    def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> DecodeWindow:
         """Tokens while all ``prompts`` are decoded."""
         found = self.ask("decode", prompts=prompts, max_tokens=max_tokens, steps=steps)
-        return Window(**found | {"before": tuple(found["before"])})
+        return DecodeWindow(**found | {"before": tuple(found["before"])})
 
     def answer(self, prompt: list[int], max_tokens: int) -> tuple[list[float], float]:
         """One answer: when each token arrived, and CPU seconds."""
@@ -141,7 +141,7 @@ class PlainEngine(JsonProcess):
 
 
 @contextmanager
-def two_stage_stack(pair: Pair, settings: EngineSettings, log: Log) -> Iterator[str]:
+def two_stage_stack(pair: Pair, settings: VllmSettings, log: Log) -> Iterator[str]:
     """A stack of one prefill and one decode worker. Yields the router's address.
 
     Raises:
@@ -154,7 +154,7 @@ def two_stage_stack(pair: Pair, settings: EngineSettings, log: Log) -> Iterator[
 
 @contextmanager
 def both_stacks(
-    pair: Pair, identity: Path, settings: EngineSettings, log: Log
+    pair: Pair, identity: Path, settings: VllmSettings, log: Log
 ) -> Iterator[tuple[StackEngine, StackEngine]]:
     """Yields the decoder and the full model, each in a decode worker behind its router; one prefill worker feeds both.
 
@@ -209,7 +209,7 @@ def _running(plan: StackPlan, log: Log) -> Iterator[Stack]:
         stack.stop()
 
 
-def _plan(folder: Path, settings: EngineSettings, port: int) -> StackPlan:
+def _plan(folder: Path, settings: VllmSettings, port: int) -> StackPlan:
     return make_plan(
         folder,
         1,

@@ -9,7 +9,7 @@ from statistics import mean, median
 from rich.table import Table
 
 from overfill.lab.bench.measurement import Measurement
-from overfill.lab.bench.vllm.window import Window
+from overfill.lab.bench.vllm.window import DecodeWindow
 
 MAX_GAIN_DIFFERENCE = 0.05
 """Upper limit of the relative difference between the decoder's gain under our workers and in plain vLLM."""
@@ -42,10 +42,10 @@ class Figure(Measurement):
 class DecodeRound:
     """One turn of each engine at one batch."""
 
-    decoder: Window
-    full: Window
-    plain_decoder: Window
-    plain_full: Window
+    decoder: DecodeWindow
+    full: DecodeWindow
+    plain_decoder: DecodeWindow
+    plain_full: DecodeWindow
 
     @property
     def gain(self) -> float:
@@ -157,7 +157,7 @@ def prompt_figures(length: int, asked: int, rounds: Sequence[PromptRound], limit
     ]
 
 
-def mean_context(prompt: int, window: Window) -> float:
+def mean_context(prompt: int, window: DecodeWindow) -> float:
     """Mean tokens of a sequence in the middle of a window, after prompts of ``prompt`` tokens."""
     return prompt + mean(window.before) + window.tokens / len(window.before) / 2
 

@@ -22,10 +22,10 @@ from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, pre
 from overfill.lab.bench.engine.machine import Machine, MachineProbe, median_machine
 from overfill.lab.bench.vllm.check import Answers, ask_questions, judge_answers, unaffordable
 from overfill.lab.bench.vllm.engines import (
-    EngineSettings,
     Log,
     PlainEngine,
     StackEngine,
+    VllmSettings,
     both_stacks,
     prompt_tokens_computed,
     two_stage_stack,
@@ -89,7 +89,7 @@ class VllmPlan:
 
 
 def measure_vllm(
-    pair: Pair, plan: VllmPlan, settings: EngineSettings, note: Callable[[str], None], report: Report, log: Log
+    pair: Pair, plan: VllmPlan, settings: VllmSettings, note: Callable[[str], None], report: Report, log: Log
 ) -> Iterator[Figure]:
     """Checks answers, then measures. Yields each figure when it is known.
 
@@ -124,7 +124,7 @@ def measure_vllm(
 
 
 def _exact_answers(
-    pair: Pair, settings: EngineSettings, note: Callable[[str], None], report: Report, log: Log
+    pair: Pair, settings: VllmSettings, note: Callable[[str], None], report: Report, log: Log
 ) -> Answers | None:
     """Answers of a stack in float32; None if it does not start."""
     report("Checking answers in float32", 0, 1)
@@ -142,7 +142,7 @@ def _exact_answers(
 
 
 def _plain_engines(
-    stack: ExitStack, pair: Pair, settings: EngineSettings, report: Report
+    stack: ExitStack, pair: Pair, settings: VllmSettings, report: Report
 ) -> tuple[PlainEngine, PlainEngine]:
     logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
     engines: list[PlainEngine] = []
@@ -165,7 +165,7 @@ class _Engines:
 class _Run:
     """The measured part of a run, with all engines open."""
 
-    def __init__(self, pair: Pair, plan: VllmPlan, settings: EngineSettings, engines: _Engines, report: Report) -> None:
+    def __init__(self, pair: Pair, plan: VllmPlan, settings: VllmSettings, engines: _Engines, report: Report) -> None:
         self._pair, self._plan, self._settings, self._engines, self._report = pair, plan, settings, engines, report
         self._rng = random.Random(0)
         device = resolve_device(settings.device)

@@ -3,7 +3,7 @@
 It knows nothing of pairs, workers and handoffs. Each line on stdin is a request; each line on stdout is its answer::
 
     {"op": "load", "arguments": {...}}                         -> {}
-    {"op": "decode", "prompts": [[...], ...], "max_tokens", "steps"} -> the fields of ``Window``
+    {"op": "decode", "prompts": [[...], ...], "max_tokens", "steps"} -> the fields of ``DecodeWindow``
     {"op": "answer", "prompt": [...], "max_tokens"}            -> {"times": [...], "cpu"}
 
 or ``{"error": ...}``. vLLM's own output goes to stderr. CPU seconds are those of the process that computes.

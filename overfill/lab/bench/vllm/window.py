@@ -16,7 +16,7 @@ _STARTED = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class DecodeWindow:
     """What arrived while all sequences decoded.
 
     Attributes:
@@ -42,7 +42,9 @@ class Window:
         return 1e3 * self.cpu / self.tokens
 
 
-async def decode_window(streams: Sequence[AsyncGenerator[int, None]], steps: int, cpu: Callable[[], float]) -> Window:
+async def decode_window(
+    streams: Sequence[AsyncGenerator[int, None]], steps: int, cpu: Callable[[], float]
+) -> DecodeWindow:
     """Runs ``streams`` until each has brought ``steps`` tokens while all decode, then closes them.
 
     Args:
@@ -54,7 +56,7 @@ async def decode_window(streams: Sequence[AsyncGenerator[int, None]], steps: int
     """
     counts = [0] * len(streams)
     begun: tuple[list[int], float, float] | None = None
-    window: asyncio.Future[Window] = asyncio.get_running_loop().create_future()
+    window: asyncio.Future[DecodeWindow] = asyncio.get_running_loop().create_future()
 
     def arrived() -> None:
         nonlocal begun
@@ -66,7 +68,7 @@ async def decode_window(streams: Sequence[AsyncGenerator[int, None]], steps: int
         tokens = [now - then for now, then in zip(counts, before, strict=True)]
         if min(tokens) >= steps and not window.done():
             seconds = time.perf_counter() - started
-            window.set_result(Window(tuple(before), sum(tokens), seconds, cpu() - cpu_before))
+            window.set_result(DecodeWindow(tuple(before), sum(tokens), seconds, cpu() - cpu_before))
 
     async def read(index: int) -> None:
         async with aclosing(streams[index]) as stream:

@@ -20,7 +20,7 @@ from overfill.lab.bench.vllm.figures import (
     prompt_figures,
 )
 from overfill.lab.bench.vllm.measure import VllmPlan, model_cost
-from overfill.lab.bench.vllm.window import Window, decode_window
+from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.lab.commands import bench_vllm
 from overfill.model.manifest import Pair
 from overfill.pair.reference import JudgedAnswer, Verdict
@@ -73,7 +73,9 @@ async def test_a_sequence_that_ends_too_early_fails_the_window():
 
 def windows(decoder, full, plain_decoder, plain_full):
     """A round with these rates, at batch 2."""
-    return DecodeRound(*(Window((4, 2), int(rate), 1.0, 0.5) for rate in (decoder, full, plain_decoder, plain_full)))
+    return DecodeRound(
+        *(DecodeWindow((4, 2), int(rate), 1.0, 0.5) for rate in (decoder, full, plain_decoder, plain_full))
+    )
 
 
 def by_name(figures):
@@ -134,7 +136,7 @@ def test_the_exposed_handoff_is_a_share_of_the_prefill():
 
 
 def test_the_context_is_that_in_the_middle_of_the_window():
-    assert mean_context(128, Window((4, 2), 20, 1.0, 0.0)) == 128 + 3 + 5
+    assert mean_context(128, DecodeWindow((4, 2), 20, 1.0, 0.0)) == 128 + 3 + 5
 
 
 def test_agreement_counts_ties_and_is_zero_without_an_answer():
