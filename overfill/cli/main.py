@@ -93,6 +93,7 @@ EXTRAS: dict[str, str] = {
     "pair show": "server",
     "bench": "loadtest,server",
     "bench serve": "loadtest",
+    "bench vllm": "server",
     "loadtest": "loadtest",
     "simulate": "loadtest",
     "demo": "server",

@@ -7,6 +7,7 @@ A package per verb of ``overfill bench``:
 - ``handoff``: ``handoff``, what a handoff costs a request, and its timeline.
 - ``router``: ``router``, what the router costs, and how it behaves under overload.
 - ``serve``: ``serve``, latency and throughput of servers under load.
+- ``vllm``: ``vllm``, both stages on vLLM beside plain vLLM.
 
 A *bound* is a limit that a value is compared with. A *peer* is something else that does the same work in the same run:
 another engine, a bare gRPC server, a plain prefill.

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import click
 from rich.table import Table
@@ -35,9 +35,7 @@ class Measurement:
     high: float | None = None
 
     @classmethod
-    def median(
-        cls, name: str, values: Sequence[float], unit: str, bound: float | None = None, **more: Any
-    ) -> Measurement:
+    def median(cls, name: str, values: Sequence[float], unit: str, bound: float | None = None, **more: Any) -> Self:
         """Makes a measurement from one value per round."""
         return cls(name, statistics.median(values), unit, bound, **more, low=min(values), high=max(values))
 

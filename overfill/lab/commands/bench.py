@@ -9,6 +9,7 @@ from overfill.lab.commands.bench_handoff import handoff_command
 from overfill.lab.commands.bench_kv import kv_command
 from overfill.lab.commands.bench_router import router_command
 from overfill.lab.commands.bench_serve import serve_command
+from overfill.lab.commands.bench_vllm import vllm_command
 
 _REMOVED = {
     "burst": "use `overfill loadtest --shape spike`, and watch the pools with `overfill top`",
@@ -39,5 +40,13 @@ def bench_group() -> None:
     """Measure the engine, the handoff, the router, or whole servers on this machine."""
 
 
-for command in (decode_command, prefill_command, kv_command, handoff_command, router_command, serve_command):
+for command in (
+    decode_command,
+    prefill_command,
+    kv_command,
+    handoff_command,
+    router_command,
+    serve_command,
+    vllm_command,
+):
     bench_group.add_command(command)

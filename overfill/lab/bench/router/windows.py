@@ -13,6 +13,7 @@ import psutil
 
 from overfill.client import Client
 from overfill.errors import Unavailable
+from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
 from overfill.lab.bench.router.mock_stack import mock_stack
@@ -156,11 +157,6 @@ def paced_stack(
             Server("http", stack.http, stack.router, model, stack.workers),
             Server("grpc", stack.grpc, stack.router, model, stack.workers),
         )
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process, all threads together, from the kernel's clock of that process in nanoseconds."""
-    return time.clock_gettime((~pid << 3) | 2)  # the id that clock_getcpuclockid(3) returns
 
 
 def _cpu_of(pids: Sequence[int]) -> list[float]:

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.router.bare_server import Recording, SendingPace, bare_server
 from overfill.lab.bench.router.load import Load, LoadProcesses
 from overfill.lab.bench.router.recording import make_request, record
-from overfill.lab.bench.router.windows import cpu_seconds
 from overfill.v1 import inference_pb2
 
 

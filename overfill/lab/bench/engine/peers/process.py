@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -20,59 +20,21 @@ class PeerFailed(OverfillError):
     """A peer did not start, or failed. The notes hold the last lines that it printed."""
 
 
-class PeerProcess:
-    """A ``BenchEngine`` in another process. The constructor starts the process and loads the model.
+class JsonProcess:
+    """A process that answers each JSON line on its stdin with one on its stdout, and ends when stdin closes.
 
     Args:
-        kind: Name of an engine in ``subprocess_peer.py``.
-        log: File for the engine's output; its last lines are shown when the engine fails.
-        options: Arguments of the engine's class.
-
-    Raises:
-        PeerFailed: The engine did not start.
+        name: Name in messages.
+        log: File for the process's stderr; its last lines are shown when a request fails.
     """
 
-    def __init__(self, kind: str, python: Path, threads: int, log: Path, **options: Any) -> None:
-        self.name = kind
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.name = name
         self._log = log
-        # ``threads`` overrides the number that the environment sets for this process.
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        environment.pop("PYTHONPATH", None)
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                [str(python), str(_SCRIPT), kind],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-                env=environment,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, env=environment
             )
-        try:
-            self.version = str(self._ask("load", threads=threads, **options)["version"])
-        except BaseException:
-            self.close()
-            raise
-
-    def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
-        self._ask("begin", batch=batch, prompt_tokens=prompt_tokens, steps=steps)
-
-    def steps(self, count: int) -> list[float]:
-        return [float(seconds) for seconds in self._ask("steps", count=count)["seconds"]]
-
-    def end(self) -> None:
-        self._ask("end")
-
-    def prefill(self, lengths: Sequence[int]) -> float:
-        return float(self._ask("prefill", lengths=list(lengths))["seconds"])
-
-    def serve(self, requests: Sequence[tuple[float, Sequence[int], int]]) -> list[list[float]]:
-        """Plays requests, each (seconds after the start, prompt, max_tokens).
-
-        Returns:
-            For each request, when each of its tokens arrived, in seconds since the start.
-        """
-        times: list[list[float]] = self._ask("serve", requests=list(requests))["times"]
-        return times
 
     def close(self) -> None:
         """Closes the process's stdin, and kills the process if it has not exited after 10 s."""
@@ -86,7 +48,8 @@ class PeerProcess:
             self._process.wait()
         stdout.close()
 
-    def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Sends a request and waits for its answer. Raises PeerFailed if the process fails or has exited."""
         stdin, stdout = self._pipes()
         try:
             stdin.write(json.dumps({"op": op, **arguments}) + "\n")
@@ -107,3 +70,48 @@ class PeerProcess:
         if stdin is None or stdout is None:
             raise AssertionError("stdin and stdout are pipes")
         return stdin, stdout
+
+
+class PeerProcess(JsonProcess):
+    """A ``BenchEngine`` in another process. The constructor starts the process and loads the model.
+
+    Args:
+        kind: Name of an engine in ``subprocess_peer.py``.
+        log: File for the engine's output; its last lines are shown when the engine fails.
+        options: Arguments of the engine's class.
+
+    Raises:
+        PeerFailed: The engine did not start.
+    """
+
+    def __init__(self, kind: str, python: Path, threads: int, log: Path, **options: Any) -> None:
+        # ``threads`` overrides the number that the environment sets for this process.
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment.pop("PYTHONPATH", None)
+        super().__init__(kind, [str(python), str(_SCRIPT), kind], environment, log)
+        try:
+            self.version = str(self.ask("load", threads=threads, **options)["version"])
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
+        self.ask("begin", batch=batch, prompt_tokens=prompt_tokens, steps=steps)
+
+    def steps(self, count: int) -> list[float]:
+        return [float(seconds) for seconds in self.ask("steps", count=count)["seconds"]]
+
+    def end(self) -> None:
+        self.ask("end")
+
+    def prefill(self, lengths: Sequence[int]) -> float:
+        return float(self.ask("prefill", lengths=list(lengths))["seconds"])
+
+    def serve(self, requests: Sequence[tuple[float, Sequence[int], int]]) -> list[list[float]]:
+        """Plays requests, each (seconds after the start, prompt, max_tokens).
+
+        Returns:
+            For each request, when each of its tokens arrived, in seconds since the start.
+        """
+        times: list[list[float]] = self.ask("serve", requests=list(requests))["times"]
+        return times

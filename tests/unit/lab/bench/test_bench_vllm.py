@@ -1,0 +1,241 @@
+"""Tests ``overfill bench vllm`` without vLLM: the window, the figures with their aims, and the lines of its file."""
+
+import asyncio
+import json
+import math
+
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from overfill.errors import InternalError
+from overfill.lab.bench.vllm.check import agreement
+from overfill.lab.bench.vllm.figures import (
+    DecodeRound,
+    Figure,
+    PromptRound,
+    decode_figures,
+    figures_table,
+    mean_context,
+    prompt_figures,
+)
+from overfill.lab.bench.vllm.measure import VllmPlan, model_cost
+from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
+from overfill.lab.commands import bench_vllm
+from overfill.model.manifest import Pair
+from overfill.pair.reference import JudgedAnswer, Verdict
+
+
+class Streams:
+    """Streams whose messages come in a given order: ``order`` names the stream of each token."""
+
+    def __init__(self, order, count):
+        self.closed = []
+        self._order, self._count = order, count
+        self.position = 0
+
+    def open(self):
+        return [self._stream(index) for index in range(self._count)]
+
+    async def _stream(self, index):
+        received = 0
+        try:
+            while self.position < len(self._order):
+                if self._order[self.position] != index:
+                    await asyncio.sleep(0)
+                    continue
+                self.position += 1
+                received += 1
+                yield received
+        finally:
+            self.closed.append(index)
+
+
+async def test_the_window_has_only_tokens_from_while_all_sequences_decode():
+    # The first stream gets five tokens before the second one has two. The window opens then, and needs three of each.
+    streams = Streams([0, 0, 0, 0, 0, 1, 1, *[0, 1] * 50], 2)
+    cpu = iter([2.0, 5.0])
+    window = await decode_window(streams.open(), 3, lambda: next(cpu))
+    assert window.before == (5, 2)
+    assert window.tokens == 6
+    assert window.cpu == 3.0
+    assert window.seconds > 0
+    assert sorted(streams.closed) == [0, 1]
+    assert streams.position < 20
+
+
+async def test_a_sequence_that_ends_too_early_fails_the_window():
+    streams = Streams([0, 1, 0, 1, 0, 1], 2)
+    with pytest.raises(InternalError, match="ended after 3 tokens, before all had decoded 8 together"):
+        await decode_window(streams.open(), 8, lambda: 0.0)
+    assert sorted(streams.closed) == [0, 1]
+
+
+def windows(decoder, full, plain_decoder, plain_full):
+    """A round with these rates, at batch 2."""
+    return DecodeRound(
+        *(DecodeWindow((4, 2), int(rate), 1.0, 0.5) for rate in (decoder, full, plain_decoder, plain_full))
+    )
+
+
+def by_name(figures):
+    return {figure.name: figure for figure in figures}
+
+
+def test_decode_rates_stand_beside_plain_vllm_and_the_machines_limit():
+    found = by_name(decode_figures(32, [windows(190, 100, 200, 100), windows(210, 100, 200, 100)], {"decoder": 400.0}))
+    decoder = found["decode_decoder_32"]
+    assert (decoder.value, decoder.low, decoder.high, decoder.peer_value) == (200, 190, 210, 200)
+    assert (decoder.limit, found["decode_full_32"].limit) == (400.0, None)
+    assert decoder.peer_cpu_ms == 2.5  # half a second for 200 tokens
+    assert found["decode_gain_32"].value == found["decode_gain_32"].peer_value == 2.0
+    assert found["decode_gain_difference_32"].value == pytest.approx(0.05)
+    assert found["decode_ratio_32"].value == 1.0
+
+
+@pytest.mark.parametrize(("batch", "decoder", "reached"), [(32, 190, True), (32, 180, False), (8, 180, True)], ids=str)
+def test_the_decoder_has_an_aim_at_batch_32(batch, decoder, reached):
+    found = by_name(decode_figures(batch, [windows(decoder, 100, 200, 100)], {}))
+    assert found[f"decode_ratio_{batch}"].reached is reached
+
+
+@pytest.mark.parametrize(("full", "reached"), [(104, True), (96, True), (90, False), (110, False)])
+def test_a_gain_must_be_near_plain_vllms_on_either_side(full, reached):
+    found = by_name(decode_figures(1, [windows(200, full, 200, 100)], {}))
+    assert found["decode_gain_difference_1"].reached is reached
+
+
+def prompt_round(ttft, exposed=0.04):
+    return PromptRound(
+        ttft=ttft, cpu=0.8, prefill=1.0, exposed=exposed, second=0.06, plain_ttft=1.0, plain_cpu=0.7, plain_step=0.05
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "ttft", "reached"),
+    [(512, 1.14, True), (512, 1.16, False), (2048, 1.11, False), (8192, 1.06, False), (64, 3.0, True)],
+)
+def test_the_first_token_has_an_aim_per_length(asked, ttft, reached):
+    found = by_name(prompt_figures(asked, asked, [prompt_round(ttft)], 0.5))
+    assert found[f"ttft_ratio_{asked}"].reached is reached
+    assert found[f"ttft_{asked}"].value == pytest.approx(1e3 * ttft)
+    assert found[f"ttft_{asked}"].limit == 500
+    assert (found[f"ttft_{asked}"].cpu_ms, found[f"ttft_{asked}"].peer_cpu_ms) == (800, 700)
+
+
+def test_a_shortened_prompt_keeps_the_aim_of_the_length_asked_for():
+    found = by_name(prompt_figures(8184, 8192, [prompt_round(1.06)], None))
+    assert not found["ttft_ratio_8184"].reached
+
+
+def test_the_exposed_handoff_is_a_share_of_the_prefill():
+    found = by_name(prompt_figures(2048, 2048, [prompt_round(1.0, exposed=0.06)], None))
+    assert found["handoff_exposed_2048"].value == pytest.approx(0.06)
+    assert not found["handoff_exposed_2048"].reached
+    assert found["second_token_2048"].peer_ratio == pytest.approx(1.2)
+
+
+def test_the_context_is_that_in_the_middle_of_the_window():
+    assert mean_context(128, DecodeWindow((4, 2), 20, 1.0, 0.0)) == 128 + 3 + 5
+
+
+def test_agreement_counts_ties_and_is_zero_without_an_answer():
+    verdicts = (Verdict(0, 5, 5, 0.0), Verdict(1, 6, 7, 1e-4), Verdict(2, 8, 9, 1.0), Verdict(3, 9, 9, 0.0))
+    assert agreement([JudgedAnswer(verdicts)]).value == 0.75
+    assert agreement([JudgedAnswer(verdicts), JudgedAnswer((), "no answer")]).value == 0
+
+
+def test_a_plan_cuts_prompts_to_the_context_and_reserves_kv():
+    plan = VllmPlan((1, 32), (512, 8192), 5)
+    assert plan.lengths(8192) == {512: 512, 8192: 8184}
+    assert (plan.max_model_len(8192), plan.max_model_len(1 << 17)) == (8192, 8200)
+    assert plan.kv_tokens(1 << 17) == 32 * (128 + 1024)
+    assert VllmPlan((1,), (64,), 5).max_model_len(1 << 17) == 128 + 1024
+
+
+def test_settings_reserve_what_the_run_needs(tiny_pair):
+    pair, plan = Pair.load(tiny_pair), VllmPlan((1, 64), (64,), 1)
+    settings = bench_vllm.engine_settings(pair, plan, "float32", "cpu", 2, None, '{"enforce_eager": true}')
+    assert settings.kv_memory == 1 << 30
+    assert settings.engine_args == {"enforce_eager": True}
+    assert (settings.max_num_seqs, settings.max_model_len) == (64, 1152)
+    assert bench_vllm.engine_settings(pair, plan, None, "cpu", 2, "2MiB", "").kv_memory == 2 << 20
+
+
+def test_a_models_cost_is_the_bytes_of_its_matrices(tiny_pair):
+    pair = Pair.load(tiny_pair)
+    for config, folder in ((pair.full_config, pair.full_path), (pair.decoder_config, pair.decoder_path)):
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            matrices = [weights.get_slice(name).get_shape() for name in weights.keys() if "embed" not in name]  # noqa: SIM118
+        elements = sum(math.prod(shape) for shape in matrices if len(shape) == 2)
+        assert model_cost(config, "bfloat16").weight_bytes == 2 * elements
+
+
+@pytest.fixture
+def command(monkeypatch, tiny_pair):
+    """Runs the command with ``figures`` in place of a measurement; an error among them is raised."""
+
+    def run(figures, *arguments):
+        def measured(pair, plan, settings, note, report, log):
+            log("decode-0", "something went wrong")
+            note("answers were not checked: no time")
+            for figure in figures:
+                if isinstance(figure, Exception):
+                    raise figure
+                yield figure
+
+        monkeypatch.setattr("overfill.lab.bench.vllm.measure.measure_vllm", measured)
+        monkeypatch.setattr("overfill.process.extras.require", lambda *names: None)
+        arguments = [f"--pair={tiny_pair}", "--device=cpu", "--threads=1", *arguments]
+        return CliRunner().invoke(bench_vllm.vllm_command, arguments, standalone_mode=False)
+
+    return run
+
+
+GOOD = Figure("decode_ratio_32", 0.97, "of plain vLLM", 0.95, at_least=True, limit=3.0, cpu_ms=1.5)
+BAD = Figure("ttft_ratio_512", 1.3, "of plain vLLM", 1.15)
+
+
+def test_the_file_has_the_run_and_every_figure(command, tmp_path):
+    file = tmp_path / "run.jsonl"
+    result = command([GOOD, BAD], f"--json={file}", "--batch=1,4", "--engine-args", '{"enforce_eager": true}')
+    assert result.return_value == 1
+    assert "missed" in result.stdout  # the table
+    run, note, good, bad = map(json.loads, file.read_text().splitlines())
+    assert (run["name"], run["device"], run["batches"]) == ("run", "cpu", [1, 4])
+    assert run["engine_args"] == {"enforce_eager": True}
+    assert {"vllm", "vllm_tested", "torch", "device_name", "dtype", "threads", "kv_memory"} <= run.keys()
+    assert note == {"name": "note", "text": "answers were not checked: no time"}
+    assert (good["reached"], good["limit"], good["cpu_ms"]) == (True, 3.0, 1.5)
+    assert not bad["reached"]
+
+
+def test_without_a_file_the_lines_go_to_stdout(command):
+    result = command([GOOD], "--json")
+    assert result.return_value == 0
+    assert [json.loads(line)["name"] for line in result.stdout.splitlines()] == ["run", "note", "decode_ratio_32"]
+
+
+def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_path):
+    file = tmp_path / "run.jsonl"
+    result = command([GOOD, InternalError("the worker is gone")], f"--json={file}")
+    assert isinstance(result.exception, InternalError)
+    *_, good, error = map(json.loads, file.read_text().splitlines())
+    assert good["name"] == "decode_ratio_32"
+    assert error["text"] == "the worker is gone"
+    assert error["notes"] == ["decode-0 | something went wrong"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine-args=[]"], "--engine-args []: expected a JSON object"),
+        (["--kv-memory=lots"], "--kv-memory lots: "),
+    ],
+)
+def test_a_wrong_value_names_its_option(command, arguments, message):
+    assert message in str(command([], *arguments).exception)
+
+
+def test_the_table_has_a_line_per_figure():
+    assert figures_table([GOOD, BAD]).row_count == 2
