@@ -84,6 +84,8 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if not log.isEnabledFor(logging.DEBUG):  # vLLM's news at its start fills a page
         logging.getLogger("vllm").setLevel(logging.WARNING)
+        # It has a warning for each weight that is stored in another dtype than --dtype.
+        logging.getLogger("vllm.model_executor.models.utils").addFilter(_says_more_than_dtypes)
     release = installed()
     if warning := untested_warning(release):
         log.warning(warning)
@@ -123,6 +125,8 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
             kv_load_failure_policy="fail",
             kv_connector_extra_config={"by_layer": half == "full"},
         ),
+        # vLLM would not start beside another process that has most of the card, although it is told how much to take.
+        **({"gpu_memory_utilization": 0.01} if kv_memory is not None and options.device.type == "cuda" else {}),
         **options.engine_args,
     }
     try:
@@ -159,6 +163,10 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
 
     return LoadedEngine(served, new_core)
+
+
+def _says_more_than_dtypes(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Attempted to load weight")
 
 
 def _check(options: EngineOptions) -> None:
