@@ -26,7 +26,7 @@ from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
-from overfill.errors import InvalidRequest, UnsupportedModel
+from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks, root_key
 from overfill.kv.spec import KvSpec
@@ -85,6 +85,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         log.warning(warning)
     config = pair.full_config if half == "full" else pair.decoder_config
     dtype = options.dtype or native_dtype(options.device)
+    spec = config.kv_spec(dtype)
     folder = pair.full_path if half == "full" else pair.decoder_path
     batched = options.max_num_batched_tokens if half == "full" else _DECODE_BATCHED_TOKENS
     batched = max(batched, options.max_num_seqs)
@@ -121,10 +122,11 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     }
     try:
         vllm = VllmCore(EngineArgs(**arguments))
+        store = _store(vllm, spec, str(folder))
+    except OverfillError:
+        raise
     except Exception as error:
         raise _explained(error, str(folder), half) from error
-    spec = config.kv_spec(dtype)
-    store = _store(vllm, spec, str(folder))
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
     served = ServedHalf(
