@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import socket
 import sys
 import threading
@@ -26,6 +27,8 @@ from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_poo
 
 _POLL_SECONDS = 0.2
 _NEAR = 100  # number of ports after a used one that are tried as a replacement
+_MAX_CHOICE = 10_000  # number of ports among which free ones are chosen
+_RANDOM = random.SystemRandom()  # two stacks that start at once choose different ports
 _MARGIN_SECONDS = 2  # time after the grace period for a process to exit by itself
 
 
@@ -200,15 +203,34 @@ def threads_per_worker(workers: int) -> int:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """Returns ports that are free now."""
-    sockets = []
+    """Returns ports that are free now.
+
+    If possible, the kernel gives none of them to a connection. A worker listens only after it has loaded its model,
+    which takes minutes on a busy machine, and some connection would have got the port by then.
+    """
+    first = _first_ephemeral_port()
+    choice = range(max(1024, first - _MAX_CHOICE), first)
+    sockets: list[socket.socket] = []
     try:
-        for _ in range(count):
+        for port in _RANDOM.sample(choice, len(choice)):
+            if len(sockets) == count:
+                break
+            with contextlib.suppress(OSError):
+                sockets.append(_bind(host, port))
+        while len(sockets) < count:
             sockets.append(_bind(host, 0))
         return [s.getsockname()[1] for s in sockets]
     finally:
         for s in sockets:
             s.close()
+
+
+def _first_ephemeral_port() -> int:
+    """The lowest port that the kernel gives to connections by itself."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):  # not Linux
+        return 49152  # the standard's (RFC 6335)
 
 
 def check_ports(plan: StackPlan, metrics: bool = True) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from stacks import children, idle, loads, running_stack, wait_until
 from two_stage_format import write_two_stage
+from vllm_stacks import GREEDY, engines, prompts, wrong_answers
 
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams
@@ -20,20 +21,7 @@ from overfill.errors import RequestCancelled
 from overfill.pair.reference import TwoStageReference, judge
 from overfill.request.params import Grammar
 
-EAGER = '{"enforce_eager": true}'  # compiling a model takes longer than a test
-GREEDY = {"temperature": 0, "ignore_eos": True}
 PROMPT = [(7 * i * 13) % 470 + 20 for i in range(100)]
-
-
-def engines(prefill, decode):
-    """Settings of a stack with these engines. Blocks are small, so that answers fill some."""
-    settings = {"prefill_engine": prefill, "decode_engine": decode, "kv_memory": "16MiB", "block_size": "32"}
-    return settings | ({"engine_args": EAGER} if "vllm" in settings.values() else {})
-
-
-@pytest.fixture(scope="module")
-def reference(vllm_pair):
-    return TwoStageReference(vllm_pair)
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +39,6 @@ def both(vllm_pair):
 def client(both):
     with Client(both[1]) as client:
         yield client
-
-
-def prompts(count, seed=0):
-    """Random prompts of 1 to 300 tokens, among them such as fill whole blocks of 32."""
-    draw = random.Random(seed)
-    lengths = [1, 31, 32, 33, 64, 128, 256, *(draw.randrange(2, 300) for _ in range(count))][:count]
-    return [[draw.randrange(2, 500) for _ in range(length)] for length in lengths]
-
-
-def wrong_answers(client, reference, asked, max_tokens=24):
-    """Asks all prompts at once and returns those whose greedy answer is not the reference's."""
-    sampling = SamplingParams(**GREEDY, max_tokens=max_tokens)
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda prompt: client.generate(prompt, sampling=sampling), asked))
-    judged = [
-        judge(reference, p, a.token_ids, a.finish_reason, max_tokens) for p, a in zip(asked, answers, strict=True)
-    ]
-    return [
-        (len(prompt), verdict.first_error) for prompt, verdict in zip(asked, judged, strict=True) if not verdict.correct
-    ]
 
 
 @pytest.fixture(scope="module", params=[("vllm", "overfill"), ("overfill", "vllm")], ids="-".join)

@@ -28,7 +28,7 @@ from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
-from overfill.errors import InvalidRequest, UnsupportedModel
+from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
 from overfill.kv.spec import KvSpec
@@ -91,6 +91,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         log.warning(warning)
     config = pair.full_config if half == "full" else pair.decoder_config
     dtype = options.dtype or native_dtype(options.device)
+    spec = config.kv_spec(dtype)
     folder = pair.full_path if half == "full" else pair.decoder_path
     longest = options.max_model_len or config.max_positions
     if half == "full":
@@ -131,10 +132,11 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     }
     try:
         vllm = VllmCore(EngineArgs(**arguments))
+        store = _store(vllm, spec, str(folder))
+    except OverfillError:
+        raise
     except Exception as error:
         raise _explained(error, str(folder), half) from error
-    spec = config.kv_spec(dtype)
-    store = _store(vllm, spec, str(folder))
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
     served = ServedHalf(

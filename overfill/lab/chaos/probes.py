@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import json
 import random
@@ -160,13 +161,13 @@ def watch_router(probe: Probe) -> None:
 
 def watch_prefill(probe: Probe) -> None:
     import overfill.kv.sender
-    from overfill.engine.prefill import PrefillEngine
+    from overfill.engine.sequence import PrefillScheduled
 
-    servicer = importlib.import_module(
-        "services.prefill.servicer"
-    ).PrefillServicer  # by name: the library never imports services
+    # By name: the library never imports services.
+    hosting: Any = importlib.import_module("services.hosting")
+    servicer = importlib.import_module("services.prefill.servicer").PrefillServicer
     sender: Any = overfill.kv.sender
-    accept, compute, seal, seal_in_place = servicer._accept, PrefillEngine._compute, sender.seal, sender.seal_in_place
+    accept, load, seal, seal_in_place = servicer._accept, hosting.load_half_of, sender.seal, sender.seal_in_place
     requests: dict[str, str] = {}  # sequence -> request
 
     def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
@@ -176,9 +177,19 @@ def watch_prefill(probe: Probe) -> None:
             requests.pop(next(iter(requests)))
         return lease
 
-    def compute_held(self: PrefillEngine, scheduled: Any) -> None:
-        probe.hold_thread("prefill", requests.get(scheduled[0][0].id, ""))
-        compute(self, scheduled)
+    async def load_held(*arguments: Any) -> Any:
+        loaded = await load(*arguments)
+
+        def new_core(emit: Callable[[list[Any]], None], metrics: Any) -> Any:
+            def emit_and_hold(events: list[Any]) -> None:
+                emit(events)
+                # Every engine says this on its own thread, after it has planned a step and before it computes.
+                if scheduled := [event for event in events if isinstance(event, PrefillScheduled)]:
+                    probe.hold_thread("prefill", requests.get(scheduled[0].id, ""))
+
+            return loaded.new_core(emit_and_hold, metrics)
+
+        return dataclasses.replace(loaded, new_core=new_core)
 
     def seal_and_damage(spec: Any, box: Any, payload: Any, *rest: Any) -> Any:
         frame = seal(spec, box, payload, *rest)
@@ -195,7 +206,7 @@ def watch_prefill(probe: Probe) -> None:
             payload[flip[0]] ^= flip[1]
 
     servicer._accept = accept_and_tell
-    PrefillEngine._compute = compute_held  # type: ignore[method-assign]
+    hosting.load_half_of = load_held
     sender.seal, sender.seal_in_place = seal_and_damage, seal_in_place_and_damage
 
 

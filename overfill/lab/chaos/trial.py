@@ -28,14 +28,14 @@ from overfill.lab.chaos.injector import SILENCING, FaultInjector
 from overfill.lab.chaos.load import LoadGenerator, RequestResult
 from overfill.lab.chaos.memory import MemorySample, watch
 from overfill.lab.chaos.stack import BreakableStack, Links, add_proxies
+from overfill.lab.faults.engines import engines_by_stage
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge, summarise
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
 _STATUS_INTERVAL = 0.4  # seconds between polls of the workers that a router has ready
-_VICTIM_TIMEOUT = 60.0  # seconds to wait for a process that may be hit; then the fault is skipped
 _FREE_TIMEOUT = 20.0  # seconds after the last answer in which all blocks must be free
-_RETURN_TIMEOUT = 60.0  # seconds after the last answer in which restarted workers must be back
+_MIN_RESTART_TIMEOUT = 60.0  # least seconds to wait for processes to be back; or twice what the start took
 _POLL = 0.05
 _CAPACITY_SECONDS = 20.0  # seconds of load without faults in which the capacity is measured
 
@@ -110,6 +110,7 @@ class TrialResult:
         capacity: Requests per second before the first fault; None if it was not measured.
         rate: Requests per second sent during the faults; None if ``streams`` set the pace.
         unavailable: Faults that this machine cannot inject.
+        engines: Stage -> engines of its workers.
     """
 
     results: list[RequestResult] = field(default_factory=list)
@@ -123,6 +124,7 @@ class TrialResult:
     capacity: float | None = None
     rate: float | None = None
     unavailable: list[str] = field(default_factory=list)
+    engines: dict[str, str] = field(default_factory=dict)
 
     def ended(self, ending: str) -> list[RequestResult]:
         """Returns the requests that ended in this way."""
@@ -174,9 +176,12 @@ async def run_trial(plan: StackPlan, trial: Trial, report: Callable[[str, int, i
         plan, links = await add_proxies(plan, exits, trial.seed)
         stack = BreakableStack(plan, control.path, clocks)
         exits.callback(stack.stop)
+        began = time.monotonic()
         stack.start()
         await asyncio.to_thread(stack.wait_ready, threading.Event())
-        return await _TrialRun(stack, links, control, clocks, trial, report).run()
+        # A process that starts again shares the cores with the load. At this start it shared them with all others.
+        restart_timeout = max(_MIN_RESTART_TIMEOUT, 2 * (time.monotonic() - began))
+        return await _TrialRun(stack, links, control, clocks, trial, report, restart_timeout).run()
 
 
 class _TrialRun:
@@ -188,6 +193,7 @@ class _TrialRun:
         clocks: Clocks,
         trial: Trial,
         report: Callable[[str, int, int], None],
+        restart_timeout: float,
     ) -> None:
         self._stack = stack
         self._control = control
@@ -195,6 +201,7 @@ class _TrialRun:
         self._injector = FaultInjector(stack, links, control, clocks)
         self._trial = trial
         self._report = report
+        self._restart_timeout = restart_timeout
         self._rng = random.Random(trial.seed)
         self._load = LoadGenerator(links.routers, stack.plan.client_tls, trial.prompts, trial.max_tokens, trial.seed)
         self._result = TrialResult(results=self._load.results)
@@ -209,6 +216,7 @@ class _TrialRun:
         done = asyncio.Event()
         async with asyncio.TaskGroup() as observers:
             polls = [observers.create_task(self._poll_router(name)) for name in self._stack.routers]
+            self._result.engines = engines_by_stage(worker for seen in await self._workers() for worker in seen)
             observers.create_task(watch(self._stack.processes, self._result.memory_samples, done))
             if self._trial.load_fraction is not None:
                 await self._measure_capacity(self._trial.load_fraction)
@@ -295,7 +303,7 @@ class _TrialRun:
 
     async def _inject(self, fault: PlannedFault) -> bool:
         """Injects one fault. Returns False if no process could be hit in time."""
-        deadline = time.monotonic() + _VICTIM_TIMEOUT
+        deadline = time.monotonic() + self._restart_timeout
         while time.monotonic() < deadline:
             if fault.target != "client" and not any(
                 self._may_hit(fault, name) for name in self._stack.names(fault.target)
@@ -428,11 +436,11 @@ class _TrialRun:
         return None
 
     async def _find_leaks(self) -> list[str]:
-        """Returns the workers that are not empty or not back after at most 60 s.
+        """Returns the workers that are not empty, or not back, after the time that a restart may take.
 
         Restarted workers need this time to join, and partitioned ones to notice.
         """
-        deadline = time.monotonic() + _RETURN_TIMEOUT
+        deadline = time.monotonic() + self._restart_timeout
         expected = {worker.worker_id for _, worker in self._stack.plan.workers()}
         while True:
             empty = [{worker.id for worker in seen if _is_empty(worker)} for seen in await self._workers()]

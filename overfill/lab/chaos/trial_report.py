@@ -64,6 +64,7 @@ class TrialReport:
         return {
             "passed": self.passed,
             "settings": self.settings,
+            **{f"{stage}_engine": engine for stage, engine in result.engines.items()},
             "seconds": round(result.seconds, 1),
             "capacity_per_second": result.capacity,
             "requests_per_second": result.rate,

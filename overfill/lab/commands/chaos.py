@@ -6,10 +6,10 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
@@ -26,12 +26,39 @@ from overfill.lab.chaos.fault_plan import (
     matrix,
     read_report,
 )
+from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
     from overfill.cli.stack import StackPlan
     from overfill.telemetry.progress import Report
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_ENGINE = click.Choice(get_args(EngineChoice))
+
+
+def engine_options(command: _F) -> _F:
+    """``--prefill-engine``, ``--decode-engine`` and ``--engine-args``, as ``overfill up`` has them."""
+    for option in (
+        click.option(
+            "--engine-args",
+            help="Arguments of vLLM itself, as a JSON object of its EngineArgs by name.  "
+            "[default: '{\"enforce_eager\": true}' for tiny on vllm]",
+        ),
+        # Not auto: by default, every machine breaks the same engine.
+        click.option(
+            "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
+        ),
+        click.option(
+            "--prefill-engine",
+            type=_ENGINE,
+            default="overfill",
+            show_default=True,
+            help="Engine of the prefill workers.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -141,6 +168,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
 )
+@engine_options
 @click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
 @click.option("--plot", type=_FILE, help="Plot the memory of every process to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -168,6 +196,9 @@ def chaos_command(
     grace_period: float,
     max_num_seqs: int,
     kv_memory: str | None,
+    prefill_engine: EngineChoice,
+    decode_engine: EngineChoice,
+    engine_args: str | None,
     report_file: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -192,7 +223,14 @@ def chaos_command(
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     among = (faults or FAULTS, phases or PHASES, targets or None)
     chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause)
-    trial_settings = {"grace_period": grace_period, "kv_memory": kv_memory, "max_num_seqs": max_num_seqs}
+    trial_settings = {
+        "grace_period": grace_period,
+        "kv_memory": kv_memory,
+        "max_num_seqs": max_num_seqs,
+        "prefill_engine": prefill_engine,
+        "decode_engine": decode_engine,
+        "engine_args": engine_args,
+    }
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
         plan, prompts, folder = prepare(pair, prefill, decode, routers, exits, report, trial_settings)
@@ -253,10 +291,17 @@ def _choose_faults(
     return drawn if soak is not None else list(itertools.islice(drawn, count))
 
 
+_TINY_ON_VLLM = {
+    "block_size": "32",  # few tokens would fill no block of vLLM's default size, 128 on a CPU
+    "engine_args": '{"enforce_eager": true}',  # compiling takes longer than a restart may
+}
+
+
 def prepare(
     pair: str, prefill: int, decode: int, routers: int, exits: ExitStack, report: Report, settings: dict[str, Any]
 ) -> tuple[StackPlan, list[list[int]], Path]:
     """Returns the plan of a float32 stack, prompts, and the pair's folder. ``exits`` removes a tiny pair's folder."""
+    from overfill.cli.up import check_engines
     from overfill.cli.up_plan import make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
@@ -266,12 +311,16 @@ def prepare(
     settings = {"dtype": "float32", "log_level": "error"} | settings
     if pair == "tiny":
         parent = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-"))
-        folder = make_tiny_pair(Path(parent) / "tiny")
-        settings["kv_memory"] = settings.get("kv_memory") or "8MiB"
+        on_vllm = "vllm" in (settings.get("prefill_engine"), settings.get("decode_engine"))
+        # vLLM's kernels for CPUs have no smaller heads than 32.
+        folder = make_tiny_pair(Path(parent) / "tiny", head_dim=32 if on_vllm else 16)
+        defaults = {"kv_memory": "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
+        settings |= {name: value for name, value in defaults.items() if settings.get(name) is None}
     else:
         folder = resolve_pair(pair, report)
     tokenizer = load_tokenizer(folder / "full")
     plan = make_plan(folder, prefill, decode, routers, 0, 1, settings)
+    check_engines(plan, here=True)
     limit = plan.prefill[0].max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions], folder

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import click
 
 from overfill.cli.output import print_json
+from overfill.lab.commands.chaos import engine_options, prepare
 
 _MAX_DELAY = 1.0  # seconds from a kill until all KV blocks are free
 
@@ -24,24 +25,25 @@ _MAX_DELAY = 1.0  # seconds from a kill until all KV blocks are free
 @click.option("--decode", type=click.IntRange(1), default=3, show_default=True, help="Number of decode workers.")
 @click.option("--max-tokens", type=click.IntRange(2), default=200, show_default=True, help="Tokens of each answer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed for times and prompts.")
+@engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def chaos_clients_command(
-    pair: str, kills: int, prefill: int, decode: int, max_tokens: int, seed: int, as_json: bool
+    pair: str, kills: int, prefill: int, decode: int, max_tokens: int, seed: int, as_json: bool, **engines: str | None
 ) -> int:
     """Start a stack on this machine and kill its clients one by one with SIGKILL, while they receive answers.
 
     Exit code 0 when all KV blocks of all workers were free within one second of each kill. Exit code 1 otherwise.
     """
-    from overfill.lab.commands.chaos import prepare
     from overfill.lab.faults.client_kills import kill_clients
     from overfill.telemetry.progress import show_progress
 
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
-        plan, prompts, _ = prepare(pair, prefill, decode, 1, exits, report, {})
+        plan, prompts, _ = prepare(pair, prefill, decode, 1, exits, report, engines)
         result = asyncio.run(kill_clients(plan, prompts, kills, max_tokens, seed, report))
     delays = sorted(result.delays)
     figures = {
+        **{f"{stage}_engine": engine for stage, engine in result.engines.items()},
         "kills": len(delays),
         "had_blocks_after_the_kill": result.holding,
         "finished_before": result.finished,

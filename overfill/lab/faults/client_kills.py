@@ -21,6 +21,7 @@ from statistics import median
 from overfill.cli.stack import Stack, StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
+from overfill.lab.faults.engines import engines_by_stage
 
 _FREE_TIMEOUT = 10.0  # seconds after a kill in which all blocks must be free
 _POLL = 0.01
@@ -32,12 +33,14 @@ class ClientKillResult:
     """Results of killing clients.
 
     Attributes:
+        engines: Stage -> engines of its workers.
         delays: For each client killed before its answer was complete: seconds until no worker had a used block or a
             request. Infinite if one still had after 10 s.
         holding: Number of these clients whose blocks were in use at the first check after the kill.
         finished: Number of clients that had their whole answer before the kill; they are not counted in ``delays``.
     """
 
+    engines: dict[str, str] = field(default_factory=dict)
     delays: list[float] = field(default_factory=list)
     holding: int = 0
     finished: int = 0
@@ -63,6 +66,7 @@ async def kill_clients(
         await asyncio.to_thread(stack.wait_ready, threading.Event())
         address = plan.addresses[0]
         async with AsyncClient(address, tls=plan.client_tls) as watcher, _client_forker() as forker:
+            result.engines = engines_by_stage((await watcher.status()).workers)
             times = [await forker.run_to_end(address, rng.choice(prompts), max_tokens) for _ in range(_TIMED_ANSWERS)]
             usual_seconds = median(times)
             while len(result.delays) < kills:

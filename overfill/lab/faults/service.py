@@ -1,5 +1,7 @@
 """Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
 
+``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by ``--engine=vllm``.
+
 The first three faults act after all of the service's own checks, so that only a comparison of the answers
 (``overfill verify``) can detect them. Faults are patched in memory and named on stderr.
 
@@ -12,6 +14,7 @@ hang-step              the engine's twentieth step never ends
 out-of-memory          every fifth step of the engine raises an out-of-memory error
 lose-block             the last block of a released sequence is not returned to the pool
 slow-kv                each prompt's first KV is written 0.8 s late (decode)
+flip-kv-bit            in every fifth KV chunk, one bit is flipped before the chunk is checked (decode)
 slow-steps             every step of the engine takes 0.15 s longer
 share-answers          vLLM's prefix cache takes blocks of answers for a prompt's (decode on vLLM)
 =====================  ==============================================================================
@@ -35,10 +38,11 @@ import torch
 import overfill.kv.receiver
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
-from overfill.kv.chunks import Chunk
+from overfill.kv.chunks import Chunk, TransferSpec
 from overfill.kv.keys import PromptBlocks, token_bytes
 from overfill.kv.store import KvStore
 from overfill.kv.tensors import LayerTargets
+from overfill.kv.wire import ParsedChunk
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -93,29 +97,44 @@ def shift_positions() -> None:
     Transformer.forward = forward_shifted  # type: ignore[method-assign]
 
 
-def hang_step() -> None:
-    make_batch = ModelRunner._batch
+def _before_each_step(act: Callable[[int], None]) -> None:
+    """Calls ``act`` in every step of the engine, with the step's number from 1."""
     steps = itertools.count(1)
+    if "--engine=vllm" in sys.argv:
+        # Imported here because only a worker on vLLM has it.
+        from overfill.engine.vllm.internals import VllmCore
 
-    def make_or_hang(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
-        if next(steps) >= 20:
-            threading.Event().wait()
+        take_step = VllmCore.step
+
+        def act_and_step(self: VllmCore) -> tuple[list[Any], bool]:
+            act(next(steps))
+            return take_step(self)
+
+        VllmCore.step = act_and_step  # type: ignore[method-assign]
+        return
+    make_batch = ModelRunner._batch
+
+    def act_and_make(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
+        act(next(steps))
         return make_batch(self, works)
 
-    ModelRunner._batch = make_or_hang  # type: ignore[method-assign]
+    ModelRunner._batch = act_and_make  # type: ignore[method-assign]
+
+
+def hang_step() -> None:
+    def hang(step: int) -> None:
+        if step >= 20:
+            threading.Event().wait()
+
+    _before_each_step(hang)
 
 
 def run_out_of_memory() -> None:
-    make_batch = ModelRunner._batch
-    steps = itertools.count(1)
-
-    def make_or_fail(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
-        step = next(steps)
-        if step > 10 and step % 5 == 0:  # the first 10 steps are the worker's warm-up
+    def fail(step: int) -> None:
+        if step > 10 and step % 5 == 0:  # the first 10 steps are the warm-up of OverFill's engine
             raise torch.OutOfMemoryError("no room for this step")
-        return make_batch(self, works)
 
-    ModelRunner._batch = make_or_fail  # type: ignore[method-assign]
+    _before_each_step(fail)
 
 
 def lose_block() -> None:
@@ -138,14 +157,22 @@ def delay_kv() -> None:
     overfill.kv.receiver.write_chunks = write_late
 
 
+def flip_kv_bit() -> None:
+    receiver: Any = overfill.kv.receiver
+    check, chunks = receiver.check_head, itertools.count(1)
+
+    def flip_and_check(spec: TransferSpec, chunk: ParsedChunk) -> Any:
+        if next(chunks) % 5 == 0:
+            damaged = bytearray(chunk.payload)
+            damaged[0] ^= 1
+            chunk.payload = damaged
+        return check(spec, chunk)
+
+    receiver.check_head = flip_and_check
+
+
 def slow_steps() -> None:
-    make_batch = ModelRunner._batch
-
-    def make_late(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
-        time.sleep(_STEP_DELAY)
-        return make_batch(self, works)
-
-    ModelRunner._batch = make_late  # type: ignore[method-assign]
+    _before_each_step(lambda step: time.sleep(_STEP_DELAY))
 
 
 def share_answers() -> None:
@@ -171,6 +198,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "out-of-memory": run_out_of_memory,
     "lose-block": lose_block,
     "slow-kv": delay_kv,
+    "flip-kv-bit": flip_kv_bit,
     "slow-steps": slow_steps,
     "share-answers": share_answers,
 }

@@ -171,8 +171,12 @@ def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytes
     assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size is None
 
 
-def test_free_ports_are_different() -> None:
-    assert len(set(free_ports("127.0.0.1", 5))) == 5
+def test_free_ports_are_different_and_no_connection_gets_them() -> None:
+    ports = free_ports("127.0.0.1", 5)
+    assert len(set(ports)) == 5
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if limits.exists():
+        assert max(ports) < int(limits.read_text().split()[0])
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7600), (7600, 7601), (7601, 7600)])
