@@ -38,8 +38,8 @@ endef
 	$(BIN)/python $(INSTALL) '.[dev]'
 	@touch $@
 
-# vLLM's CPU build needs torch's CPU build, which PyPI does not have. It also installs torchaudio and torchcodec. They do not
-# fit that torch, and vLLM's engine cannot be imported as long as one of them is there.
+# vLLM's CPU build needs torch's CPU build, for which pip may need another index. It also installs torchaudio and torchcodec, which do not
+# fit that torch: vLLM's engine cannot be imported as long as one of them is there.
 .venv-vllm/.installed: pyproject.toml
 	$(create)
 	@echo "Installing the project and vLLM's CPU build in .venv-vllm: minutes and 3.6 GB, once"
