@@ -78,7 +78,10 @@ async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
             folder = resolve_pair(config.pair, log_steps(logger))
         return load_engine(config.engine, Pair.load(folder, check_digests=True), half, options)
 
-    return await asyncio.to_thread(load)
+    # The thread ends with the loading. If it lived on, OpenMP would count its idle team beside that of the engine's
+    # thread as more threads than there are cores, and let threads sleep at each barrier: 10 ms per step on two cores.
+    with ThreadPoolExecutor(1, "load") as loading:
+        return await asyncio.get_running_loop().run_in_executor(loading, load)
 
 
 def new_hello(worker_id: str, served: ServedHalf) -> registry_pb2.Hello:
