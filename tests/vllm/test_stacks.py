@@ -87,11 +87,11 @@ def test_every_sampling_parameter_crosses_from_one_engine_to_the_other(mixed, ou
 
 
 def test_codecs_and_sockets(mixed):
-    sampling = SamplingParams(**GREEDY, max_tokens=16)
-    raw = mixed.client.generate(PROMPT, sampling=sampling, trace=True)
+    sampling, prompt = SamplingParams(**GREEDY, max_tokens=16), PROMPT[::-1]  # which no cache holds yet
+    raw = mixed.client.generate(prompt, sampling=sampling, trace=True)
     assert raw.codec == "raw"
     for codec in ("int8", "fp8"):
-        coded = mixed.client.generate(PROMPT, sampling=sampling, trace=True, kv_codec=codec)
+        coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec=codec)
         assert coded.codec == codec
         assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
 

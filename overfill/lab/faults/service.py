@@ -187,7 +187,11 @@ def share_answers() -> None:
 
         return hash_by_tokens
 
+    def keep_blocks_cached(self: object, request_id: str) -> bool:
+        return False
+
     decode.block_hasher = block_hasher  # type: ignore[attr-defined]
+    decode.VllmDecodeEngine.ending = keep_blocks_cached  # type: ignore[assignment]
 
 
 FAULTS: dict[str, Callable[[], None]] = {
