@@ -191,7 +191,7 @@ def share_answers() -> None:
         return False
 
     decode.block_hasher = block_hasher  # type: ignore[attr-defined]
-    decode.VllmDecodeEngine.ending = keep_blocks_cached  # type: ignore[assignment]
+    decode.VllmDecodeEngine.ending = keep_blocks_cached  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[], None]] = {
