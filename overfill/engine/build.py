@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 MIB = 2**20
 MEMORY_FRACTION = 0.9  # share of the memory that is free after the weights are loaded; fragmentation takes the rest
-_DEFAULT_CPU_KV_BYTES = 1024 * MIB
+DEFAULT_CPU_KV_BYTES = 1024 * MIB
 _CPU_WARM_TOKENS = 128  # on a CPU the warm-up only touches weights and kernels; memory is not measured there
 _INDEX_BYTES = 48  # per gathered token: positions, blocks and slots in int64, and their intermediate results
 _MASK_BYTES = 5  # per pair of a new and a cached token: a bool, and the float32 that attention makes of it
@@ -295,7 +295,7 @@ def size_pools(
     if kv_memory is None:
         fitting = fit_blocks(requirements, int(free * memory_fraction))
         if device.type == "cpu":  # other programs need the machine's memory too
-            fitting = min(fitting, _DEFAULT_CPU_KV_BYTES // max(d.block_bytes for d in requirements))
+            fitting = min(fitting, DEFAULT_CPU_KV_BYTES // max(d.block_bytes for d in requirements))
         blocks = [fitting] * len(halves)
     else:
         blocks = [kv_memory // d.block_bytes for d in requirements]

@@ -10,16 +10,13 @@ from overfill.engine.build import EngineParts, build_engine_parts
 from overfill.engine.choice import choose_engine
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
-from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
+from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Half, Pair
 from overfill.settings.values import EngineChoice
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 from overfill.version import __version__
-
-_REPLAY_BUDGET = 512
-"""Maximum number of tokens that OverFill's decode engine replays in one step."""
 
 
 def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
@@ -45,7 +42,7 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         block_size=options.block_size or DEFAULT_BLOCK_SIZE,
         kv_memory=options.kv_memory,
         max_model_len=options.max_model_len,
-        warm_tokens=options.max_num_batched_tokens if half == "full" else max(options.max_num_seqs, _REPLAY_BUDGET),
+        warm_tokens=options.max_num_batched_tokens if half == "full" else max(options.max_num_seqs, REPLAY_BUDGET),
         max_num_seqs=options.max_num_seqs,
         kv_cache_dtype=options.kv_cache_dtype,
     )
@@ -87,4 +84,4 @@ def _new_core(
             parts.runner, parts.pool, options.max_num_batched_tokens, options.max_num_seqs, emit, prefix, metrics
         )
     assert isinstance(metrics, DecodeMetrics)
-    return DecodeEngine(parts.runner, parts.pool, options.max_num_seqs, _REPLAY_BUDGET, emit, prefix, metrics)
+    return DecodeEngine(parts.runner, parts.pool, options.max_num_seqs, REPLAY_BUDGET, emit, prefix, metrics)

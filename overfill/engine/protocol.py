@@ -6,7 +6,7 @@
 - ``ServedHalf`` is what a servicer knows of the model that the engine runs. Its ``store`` is the engine's KV cache: the
   sender reads from it, and the receiver writes into it.
 
-Rules that both engines keep; ``tests/support/engine_conformance.py`` tests them on each:
+Rules that both engines keep; ``tests/support/*_conformance.py`` test them on each:
 
 - A decode engine computes tokens of the answer only. A prompt's KV is always the full model's: an engine that has lost
   it to a preemption asks for it again, with another ``Reserved``.
@@ -35,6 +35,9 @@ from overfill.request.grammar import Grammars
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
+
+REPLAY_BUDGET = 512
+"""Maximum number of tokens that a sequence replays in one step."""
 
 
 class EngineCore(Protocol):

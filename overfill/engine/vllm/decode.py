@@ -241,7 +241,7 @@ class VllmDecodeEngine(VllmEngine):
             self._emit(early)
 
     def ending(self, request_id: str) -> bool:
-        # Nobody can find the blocks of an answer any more, so they must not take the place of cached prompts.
+        # No later sequence can find the blocks of an answer, so they must not take the place of cached prompts.
         sequence = self._sequences[request_id]
         self._vllm.forget(self._vllm.blocks(request_id)[self._num_shared(sequence) :])
         return False

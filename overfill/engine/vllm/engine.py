@@ -40,8 +40,8 @@ class VllmEngine:
         ids = self._live()
         if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
-        if self._num_leaked():
-            raise AssertionError(f"{self._num_leaked()} blocks are in use, and no sequence has them")
+        if leaked := self._num_leaked():
+            raise AssertionError(f"{leaked} blocks are in use, and no sequence has them")
 
     def _live(self) -> list[str]:
         """Ids of the sequences that vLLM may know."""

@@ -170,7 +170,7 @@ class VllmCore:
     # Requests ---------------------------------------------------------------------------------------------------
 
     def new_request(self, id: str, tokens: list[int], max_tokens: int, hasher: Callable[[Any], list[bytes]]) -> Request:
-        """A request that samples at most ``max_tokens`` after ``tokens``, whatever they are.
+        """A request that samples ``max_tokens`` tokens after ``tokens``; no token ends it earlier.
 
         Args:
             hasher: returns the hashes of the request's full blocks that have none yet.
@@ -204,11 +204,11 @@ class VllmCore:
         self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving={id}))
 
     def sent(self, id: str) -> None:
-        """Says that nobody reads the blocks of an ended request any more, which frees them."""
+        """Frees the blocks of an ended request. The caller has joined every stream that reads them."""
         self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_sending={id}))
 
     def abort(self, id: str) -> None:
-        """Ends a request in any state. Frees its blocks, unless ``Hooks.keeps_blocks`` says otherwise."""
+        """Ends a request in any state. Frees its blocks, unless ``Hooks.ending`` says otherwise."""
         request = self._scheduler.requests.get(id)
         if request is None or request.is_finished():
             return

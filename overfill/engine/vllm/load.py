@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from overfill.engine.build import MIB, NotEnoughMemory, native_dtype
-from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
+from overfill.engine.build import DEFAULT_CPU_KV_BYTES, NotEnoughMemory, native_dtype
+from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt
@@ -38,10 +38,6 @@ from overfill.request.grammar import Grammars
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 log = logging.getLogger(__name__)
-
-_DEFAULT_CPU_KV_BYTES = 1024 * MIB
-_REPLAY_SHARE = 512
-"""Maximum number of tokens that one sequence replays in a step of a decode worker, as in OverFill's engine."""
 
 _SET_ELSEWHERE = {
     "model": "--pair",
@@ -98,10 +94,10 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         batched = max(options.max_num_batched_tokens, options.max_num_seqs)
         share = -(-batched // 2)  # so that a short prompt does not wait for a long one, as in OverFill's engine
     else:  # every sequence gets its token beside two replays
-        batched, share = options.max_num_seqs + 2 * _REPLAY_SHARE, _REPLAY_SHARE
+        batched, share = options.max_num_seqs + 2 * REPLAY_BUDGET, REPLAY_BUDGET
     kv_memory = options.kv_memory
     if kv_memory is None and options.device.type == "cpu":  # other programs need the machine's memory too
-        kv_memory = _DEFAULT_CPU_KV_BYTES
+        kv_memory = DEFAULT_CPU_KV_BYTES
     arguments: dict[str, Any] = {
         "model": str(folder),
         "dtype": dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
@@ -35,7 +36,7 @@ class VllmKvStore:
         self, caches: Sequence[torch.Tensor], layouts: tuple[BlockLayout, BlockLayout], block_size: int
     ) -> None:
         self.block_size = block_size
-        self._tokens, self._dims = layouts[0].tokens.sizes, layouts[0].dims.sizes
+        self._head_dim = math.prod(layouts[0].dims.sizes)
         self._sizes = [(layout.tokens.sizes, layout.dims.sizes) for layout in layouts]
         self._views = [[layout.view(cache).view(_BITS[cache.element_size()]) for cache in caches] for layout in layouts]
         self._device = caches[0].device
@@ -85,10 +86,6 @@ class VllmKvStore:
     def _payload_shape(self, chunk: Chunk) -> tuple[int, ...]:
         kv_range = chunk.range
         return (2, kv_range.num_layers, kv_range.num_tokens, kv_range.num_heads, self._head_dim)
-
-    @property
-    def _head_dim(self) -> int:
-        return int(np.prod(self._dims))
 
     def _shape(self, half: int, span: _Span, num_heads: int) -> tuple[int, ...]:
         """Shape of a span's elements in the cache's order of axes."""
