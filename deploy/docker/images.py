@@ -2,9 +2,9 @@
 
     python deploy/docker/images.py [--variant cpu|cuda] [--base IMAGE] [--wheels FOLDER] [--target TARGET]…
 
-Without --base, the base is the Dockerfile's if docker has it or a registry gives it within a minute, and one that base.py
-makes otherwise. Without --wheels, $PIP_FIND_LINKS is used if it names a folder. $PIP_INDEX_URL and
-$PIP_EXTRA_INDEX_URL are used in the build. Images get their names only when all of them are built.
+Without --base, the base is the Dockerfile's if docker has it or a registry gives it within a minute; otherwise base.py
+makes one. Without --wheels, $PIP_FIND_LINKS is used if it names a folder. The build also uses $PIP_INDEX_URL and
+$PIP_EXTRA_INDEX_URL. Images get their names only when all of them are built.
 """
 
 from __future__ import annotations
