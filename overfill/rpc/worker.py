@@ -156,8 +156,8 @@ class WorkerHost:
         return 0 if self._worker.healthy() else 1
 
     async def _become_ready(self, membership: Membership) -> None:
-        # A rollout must not replace workers by ones that reach no router. Once joined, a worker stays ready while routers
-        # restart: if all workers became unready at the same time, disruption budgets would block every node drain.
+        # A rollout must not replace workers by ones that reach no router. Once joined, a worker stays ready while
+        # routers restart. Otherwise all workers would become unready at once, and budgets would block node drains.
         if self._routers:
             await membership.joined.wait()
         if not self.draining:
