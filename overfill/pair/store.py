@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidPair
-from overfill.model.manifest import MANIFEST
+from overfill.model.manifest import MANIFEST, unreadable
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.recipe import DecoderRecipe
@@ -65,7 +65,11 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     """
     if isinstance(name_or_path, Path) or name_or_path not in NAMED:
         folder = Path(os.path.abspath(name_or_path))
-        if not (folder / MANIFEST).exists():
+        try:
+            there = (folder / MANIFEST).exists()
+        except PermissionError as error:
+            raise unreadable(folder, error) from error
+        if not there:
             raise InvalidPair(
                 f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
                 f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"

@@ -7,6 +7,7 @@ What the status code cannot express travels in ``grpc-status-details-bin`` as a 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
@@ -167,6 +168,10 @@ def _plain(message: str) -> str:
         return message
     if "http1.x server" in message:
         return "this port speaks HTTP/1: give the router's gRPC port, which is 7600 by default (overfill up --grpc)"
+    if "Hostname Verification Check failed" in message:
+        return "its certificate does not carry the expected name: give the name that it carries as --tls-name"
+    if found := re.search("CERTIFICATE_VERIFY_FAILED: ([^:]+)", message):
+        return f"its certificate is not valid for the authorities in --tls-ca: {found[1]}"
     return "nothing listens there" if "Connection refused" in message else message
 
 

@@ -165,6 +165,17 @@ def test_statuses_that_grpc_made_up_name_the_peer(
     ("details", "says"),
     [
         ("last error: UNKNOWN: ipv4:10.0.0.1:7: connect: Connection refused (111)", "nothing listens there"),
+        (
+            "last error: UNKNOWN: ipv4:10.0.0.1:7: Custom verification check failed with error: UNAUTHENTICATED: "
+            "Hostname Verification Check failed.",
+            "its certificate does not carry the expected name: give the name that it carries as --tls-name",
+        ),
+        (
+            "last error: UNKNOWN: ipv4:10.0.0.1:7: Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: "
+            "error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: unable to get local issuer "
+            "certificate: OK",
+            "its certificate is not valid for the authorities in --tls-ca: unable to get local issuer certificate",
+        ),
         ("last error: INTERNAL: ipv4:10.0.0.1:7 (Trying to connect an http1.x server (HTTP status 400))", "gRPC port"),
     ],
 )
