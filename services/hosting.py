@@ -20,8 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill.engine.build import resolve_device
-from overfill.engine.device import cpu_settings, use_device
+from overfill.engine.device import cpu_settings, resolve_device, use_device
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.sequence import EngineLoad

@@ -330,7 +330,7 @@ def check_engines(plan: StackPlan, *, here: bool) -> None:
 
 
 def _on_cuda(device: str) -> bool:
-    from overfill.engine.build import resolve_device  # imports torch, which takes seconds
+    from overfill.engine.device import resolve_device  # imports torch, which takes seconds
 
     return resolve_device(device).type == "cuda"
 

@@ -36,6 +36,9 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
 
+DEFAULT_CPU_KV_BYTES = 1 << 30
+"""Size of the KV cache on a CPU by default. Other programs need the machine's memory too."""
+
 REPLAY_BUDGET = 512
 """Maximum number of tokens that a sequence replays in one step."""
 

@@ -11,8 +11,15 @@ from typing import Any
 
 import torch
 
-from overfill.engine.build import DEFAULT_CPU_KV_BYTES, NotEnoughMemory, native_dtype
-from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
+from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.protocol import (
+    DEFAULT_CPU_KV_BYTES,
+    REPLAY_BUDGET,
+    EngineCore,
+    EngineOptions,
+    LoadedEngine,
+    ServedHalf,
+)
 from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt

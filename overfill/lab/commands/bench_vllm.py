@@ -84,7 +84,7 @@ def vllm_command(
     """
     import torch
 
-    from overfill.engine.build import resolve_device
+    from overfill.engine.device import resolve_device
     from overfill.engine.vllm.compat import installed, untested_warning
     from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.figures import figures_table
@@ -163,7 +163,7 @@ def engine_settings(
     Raises:
         click.UsageError: a value is wrong.
     """
-    from overfill.engine.build import native_dtype, resolve_device
+    from overfill.engine.device import native_dtype, resolve_device
     from overfill.lab.bench.vllm.engines import VllmSettings
     from overfill.settings.values import Bytes, EngineArgs
 
