@@ -18,7 +18,6 @@ import torch
 from overfill.engine.device import NotEnoughMemory, native_dtype
 from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES
 from overfill.engine.runner import ModelRunner, Work
-from overfill.errors import InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
@@ -215,9 +214,7 @@ def load_half(
     dtype = dtype or native_dtype(device)
     folder = pair.full_path if half == "full" else pair.decoder_path
     config = ModelConfig.load(folder)
-    longest = config.max_positions if max_model_len is None else max_model_len
-    if longest > config.max_positions:
-        raise InvalidRequest("max_model_len", f"{longest} is more than the model's context of {config.max_positions}")
+    longest = config.longest(max_model_len)
     with _out_of_memory(f"the weights of the {half} model", device, "free some of it, or take another --device"):
         loaded = Transformer.load(
             folder,
