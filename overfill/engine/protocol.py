@@ -1,7 +1,8 @@
 """The protocol between a worker's servicer and its engine. Two engines speak it: ``overfill.engine`` and vLLM.
 
 - *Messages and events* are in ``engine.sequence``. The servicer sends messages; the engine answers with events, each of
-  which names its sequence. An engine never queues: it answers ``Reserve`` with ``Reserved`` or ``Refused`` at once.
+  which names its sequence. A decode engine never queues: it answers ``Reserve`` with ``Reserved`` or ``Refused`` at
+  once, or after its next step. A prefill engine queues prompts until their blocks are free.
 - ``EngineCore`` takes the messages, computes, and reports its load. ``EngineThread`` drives it.
 - ``ServedHalf`` is what a servicer knows of the model that the engine runs. Its ``store`` is the engine's KV cache: the
   sender reads from it, and the receiver writes into it.
@@ -38,6 +39,10 @@ from overfill.v1 import common_pb2
 
 DEFAULT_CPU_KV_BYTES = 1 << 30
 """Size of the KV cache on a CPU by default. Other programs need the machine's memory too."""
+
+MIN_NOTIFY_BYTES = 1 << 20
+"""Minimum bytes of a prompt's KV that a prefill engine reports before the step ends. A message costs the sender as much
+time for few bytes as for many; on a CPU the running step loses that time."""
 
 REPLAY_BUDGET = 512
 """Maximum number of tokens that a sequence replays in one step."""
