@@ -39,7 +39,8 @@ from overfill.kv.receiver import FirstTokenArrived, PromptPull
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import DecodeMetrics, outcome_of
+from overfill.telemetry.metrics import DecodeMetrics
+from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
 from services.hosting import logprobs_to_proto
 

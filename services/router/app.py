@@ -84,7 +84,7 @@ class Router:
         self._config = config
         pair = Pair.load(resolve_pair(config.pair, log_steps(logger)))
         tokenizer = Tokenizer.load(pair.full_path)
-        self._id = f"router-{secrets.token_hex(2)}"
+        self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
         self._address = self._join_address = self._http_address = ""
         self._group = None if config.share_port is None else PortGroup(config.share_port)

@@ -88,6 +88,8 @@ def loads(address, tls=None, api_key=None):
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
 
 
-def idle(address):
+def idle(address, api_key=None):
     """True if no worker owns a block or runs a request."""
-    return all(load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address).values())
+    return all(
+        load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address, api_key=api_key).values()
+    )

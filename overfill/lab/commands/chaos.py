@@ -6,14 +6,14 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import Number, RenamedFlags
+from overfill.cli.options import Number, RenamedFlags, engine_options
 from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
@@ -32,33 +32,10 @@ if TYPE_CHECKING:
     from overfill.cli.stack import StackPlan
     from overfill.telemetry.progress import Report
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_ENGINE = click.Choice(get_args(EngineChoice))
 
-
-def engine_options(command: _F) -> _F:
-    """``--prefill-engine``, ``--decode-engine`` and ``--engine-args``, as ``overfill up`` has them."""
-    for option in (
-        click.option(
-            "--engine-args",
-            help="Arguments of vLLM itself, as a JSON object of its EngineArgs by name.  "
-            "[default: '{\"enforce_eager\": true}' for tiny on vllm]",
-        ),
-        # Not auto: by default, every machine breaks the same engine.
-        click.option(
-            "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
-        ),
-        click.option(
-            "--prefill-engine",
-            type=_ENGINE,
-            default="overfill",
-            show_default=True,
-            help="Engine of the prefill workers.",
-        ),
-    ):
-        command = option(command)
-    return command
+# Not auto: by default, every machine breaks the same engine.
+chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
 
 
 @click.command(
@@ -168,7 +145,7 @@ def engine_options(command: _F) -> _F:
 @click.option(
     "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
 )
-@engine_options
+@chaos_engine_options
 @click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
 @click.option("--plot", type=_FILE, help="Plot the memory of every process to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
