@@ -1,8 +1,8 @@
 """Makes hosts: network namespaces on a bridge, each with an address and a link that can be slow, lossy or down.
 
-Needs Linux, root, and the programs ``ip``, ``tc`` and ``nsenter``. A host shares files, memory and process ids with this
-machine; only its network is apart. Workers offer each other shared memory over abstract Unix sockets, which end at a
-network namespace, so KV has to cross the link.
+Needs Linux, root, and the programs ``ip``, ``tc`` and ``nsenter``. A host shares files, memory and process ids with
+this machine; only its network is apart. Workers offer each other shared memory over abstract Unix sockets, which end at
+a network namespace, so KV has to cross the link.
 
 The bridge has a namespace of its own, so that this machine's packet filter (such as Docker's) does not see its frames.
 This machine is on the bridge too, so that clients here reach the hosts.
@@ -142,7 +142,8 @@ class Host:
                 command = [str(self._network.relay), *map(str, ends), str(self._number)]
                 self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=ends, process_group=0)
         run_commands(bridge_commands(self._device, self._network.switch))
-        run_commands(eth0_commands(inside, self.name, self.address, self._network.congestion_control))
+        mac = f"02:00:00:00:00:{self._number:02x}"  # the same after a reboot: peers remember it for seconds
+        run_commands(eth0_commands(inside, self.name, mac, self.address, self._network.congestion_control))
 
     def _set_relay(self) -> None:
         if self._relay is None:
@@ -252,11 +253,11 @@ def free_subnet(routes: Sequence[str]) -> str:
             return subnet
 
 
-def eth0_commands(device: str, space: str, address: str, congestion_control: str) -> list[list[str]]:
-    """Returns the commands that make ``device`` the device eth0 of a namespace, with an address."""
+def eth0_commands(device: str, space: str, mac: str, address: str, congestion_control: str) -> list[list[str]]:
+    """Returns the commands that make ``device`` the device eth0 of a namespace, with its two addresses."""
     subnet = f"{address.rpartition('.')[0]}.0/24"
     return [
-        ["ip", "link", "set", device, "netns", space, "name", "eth0"],
+        ["ip", "link", "set", device, "netns", space, "name", "eth0", "address", mac],
         ["ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0"],
         ["ip", "-n", space, "link", "set", "lo", "up"],
         ["ip", "-n", space, "link", "set", "eth0", "up"],
