@@ -1,7 +1,7 @@
 """Measures time to first token and how long the second token waits for KV, by the link between the two stages.
 
-Router, prefill and decode worker run on a host each (``overfill.lab.hosts``), with mutual TLS and without shared memory.
-The prefill worker's host has the link that is measured, so KV crosses it once. The other links are plain.
+Router, prefill and decode worker run on a host each (``overfill.lab.hosts``), with mutual TLS and without shared
+memory. The prefill worker's host has the link that is measured, so KV crosses it once. The other links are plain.
 """
 
 from __future__ import annotations
