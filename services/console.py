@@ -16,12 +16,12 @@ def router() -> NoReturn:
 
 def prefill() -> NoReturn:
     """Runs ``overfill-prefill``."""
-    _run("prefill", "server")
+    _run("prefill", "worker")
 
 
 def decode() -> NoReturn:
     """Runs ``overfill-decode``."""
-    _run("decode", "server")
+    _run("decode", "worker")
 
 
 def _run(service: str, extra: str) -> NoReturn:

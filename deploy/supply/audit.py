@@ -1,8 +1,8 @@
 """Writes the project's bill of materials, and looks for known vulnerabilities in its dependencies.
 
-    python deploy/supply/audit.py [--sbom FILE] [--offline]
+    python deploy/supply/audit.py [--sbom FILE] [--extra EXTRA] [--offline]
 
-The bill of materials (CycloneDX 1.5) lists the project and all packages that a stack needs, in the installed versions.
+The bill of materials (CycloneDX 1.5) lists the project and all packages that an extra needs, in the installed versions.
 pip-audit looks up the direct dependencies. The program exits 1 when a vulnerability is known. If the look-up fails, the
 program says so and exits 0, because a build must not depend on a service.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-PROJECT, EXTRA = "overfill", "server"
+PROJECT = "overfill"
 PATIENCE = 90  # seconds that the look-up may take
 
 
@@ -143,9 +143,10 @@ def _normal(name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Bill of materials and known vulnerabilities.")
     parser.add_argument("--sbom", type=Path, help="file to write the bill of materials to")
+    parser.add_argument("--extra", default="server", help="extra whose packages are listed (default: server)")
     parser.add_argument("--offline", action="store_true", help="skip the look-up")
     arguments = parser.parse_args()
-    parts = closure(PROJECT, EXTRA)
+    parts = closure(PROJECT, arguments.extra)
     if arguments.sbom is not None:
         arguments.sbom.write_text(json.dumps(bill(parts), indent=1) + "\n", encoding="utf-8")
         print(f"{arguments.sbom}: {len(parts)} components")

@@ -2,8 +2,10 @@
 
 ::
 
-    $OVERFILL_HOME/native/<key>/kernels.so      key: sources, flags and compiler version
+    $OVERFILL_HOME/native/<key>/kernels.so      key: sources and flags
     $OVERFILL_HOME/native/<key>/sha256          checksum of kernels.so, so that a damaged file is not loaded
+
+Images contain compiled libraries, in the same form below ``SHIPPED``, and no compiler.
 
 One process at a time compiles into a temporary folder and renames it; other processes wait. The umask decides who may
 read the folder, and only its owner may write. A process loads only libraries that its own user or root compiled and
@@ -19,6 +21,7 @@ import secrets
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ from overfill.process.home import home
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native")
+SHIPPED = Path(sys.prefix) / "share" / "overfill" / "native"
 _LIBRARY, _DIGEST = "kernels.so", "sha256"
 _TIMEOUT = 300  # seconds; compiling takes about 5
 
@@ -41,7 +45,7 @@ def find_compiler(names: Sequence[str] = COMPILERS) -> str | None:
 
 
 def compiled_library(source: Path, flags: Sequence[str]) -> Path:
-    """Returns the shared library of ``source`` and its headers, and compiles it if it is not in the cache.
+    """Returns the shared library of ``source`` and its headers. Compiles it if it is neither shipped nor in the cache.
 
     Args:
         source: C++ file; headers are in the same folder.
@@ -50,12 +54,15 @@ def compiled_library(source: Path, flags: Sequence[str]) -> Path:
     Raises:
         CannotBuild: no compiler is installed, the compiler failed, or the cache folder is not writable.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise CannotBuild(f"no C++ compiler is installed: install one of {', '.join(COMPILERS)}")
     flags = (*FLAGS, *flags)
-    folder = home() / "native" / _key(compiler, flags, [*sorted(source.parent.glob("*.h")), source])
+    key = _key(flags, [*sorted(source.parent.glob("*.h")), source])
+    if _intact(SHIPPED / key):
+        return SHIPPED / key / _LIBRARY
+    folder = home() / "native" / key
     if not _intact(folder):
+        compiler = find_compiler()
+        if compiler is None:
+            raise CannotBuild(f"no C++ compiler is installed: install one of {', '.join(COMPILERS)}")
         with _locked(folder.parent):
             if not _intact(folder):  # another process may have compiled it while this one waited
                 _compile([compiler, *flags, str(source)], folder)
@@ -75,9 +82,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _key(compiler: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
+def _key(flags: Sequence[str], sources: Sequence[Path]) -> str:
     digest = hashlib.sha256(" ".join(flags).encode())
-    digest.update(_run([compiler, "--version"]).stdout.encode())
     for source in sources:
         digest.update(source.name.encode())
         digest.update(source.read_bytes())

@@ -7,9 +7,12 @@ does some work per sequence, and reads every sequence's KV. Priors come from ``o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+# One step, tens of sequences, tens of thousands of tokens: scales the features of a step to the order of 1.
+_SCALE = (1.0, 1 / 16, 1 / 32768)
+_FEATURES = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +69,49 @@ class StepTime:
     def __init__(self, prior: StepCost, *, weight: float = 10.0, memory: float = 500.0) -> None:
         self._prior = prior
         self._fade = 1 - 1 / memory
-        # Features scaled to the order of 1: one step, tens of sequences, tens of thousands of tokens.
-        self._scale = np.array([1.0, 1 / 16, 1 / 32768])
-        self._prior_weights = np.array([prior.base, prior.per_sequence, prior.per_kv_token]) / self._scale
-        self._ridge = weight * np.eye(3)
-        self._gram = np.zeros((3, 3))
-        self._moment = np.zeros(3)
+        priors = (prior.base, prior.per_sequence, prior.per_kv_token)
+        self._ridge = weight
+        self._pull = [weight * value / scale for value, scale in zip(priors, _SCALE, strict=True)]
+        self._gram = [[0.0] * 3 for _ in _FEATURES]
+        self._moment = [0.0] * 3
 
     def add(self, batch: float, context: float, seconds: float) -> None:
         """Adds a step, or the mean of several: ``batch`` sequences of ``context`` tokens took ``seconds``."""
         if seconds <= 0 or batch <= 0:
             return
-        x = self._scale * (1.0, batch, batch * context)
-        self._gram = self._gram * self._fade + np.outer(x, x)
-        self._moment = self._moment * self._fade + x * seconds
+        x = [scale * value for scale, value in zip(_SCALE, (1.0, batch, batch * context), strict=True)]
+        for i in _FEATURES:
+            self._moment[i] = self._moment[i] * self._fade + x[i] * seconds
+            for j in _FEATURES:
+                self._gram[i][j] = self._gram[i][j] * self._fade + x[i] * x[j]
 
     def cost(self) -> StepCost:
         """Returns the current estimate; no coefficient is negative."""
-        left = self._gram + self._ridge
-        right = self._moment + self._ridge @ self._prior_weights
-        weights = np.zeros(3)
-        active = [0, 1, 2]
+        weights = [0.0] * 3
+        active = list(_FEATURES)
         while active:  # fix negative coefficients at 0 and fit the others again
-            part = np.linalg.solve(left[np.ix_(active, active)], right[active])
-            if (part >= 0).all():
-                weights[active] = part
+            left = [[self._gram[i][j] + self._ridge * (i == j) for j in active] for i in active]
+            part = _solve(left, [self._moment[i] + self._pull[i] for i in active])
+            if min(part) >= 0:
+                for index, value in zip(active, part, strict=True):
+                    weights[index] = value
                 break
             active = [index for index, value in zip(active, part, strict=True) if value >= 0]
-        base, per_sequence, per_kv_token = (float(value) for value in weights * self._scale)
-        return StepCost(base, per_sequence, per_kv_token)
+        return StepCost(*(value * scale for value, scale in zip(weights, _SCALE, strict=True)))
+
+
+def _solve(left: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    """Returns x with ``left @ x == right``; ``left`` is symmetric and positive definite.
+
+    Plain Python, because the router's image does without numpy, which would be a third of it.
+    """
+    rows = [[*row, value] for row, value in zip(left, right, strict=True)]
+    for index, pivot in enumerate(rows):
+        for other in rows[index + 1 :]:
+            factor = other[index] / pivot[index]
+            other[:] = [a - factor * b for a, b in zip(other, pivot, strict=True)]
+    solution = [0.0] * len(rows)
+    for index in reversed(range(len(rows))):
+        known = sum(rows[index][later] * solution[later] for later in range(index + 1, len(rows)))
+        solution[index] = (rows[index][-1] - known) / rows[index][index]
+    return solution

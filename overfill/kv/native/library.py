@@ -22,8 +22,8 @@ from overfill.process.compiled import CannotBuild, compiled_library
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "kv.cpp"
-_FLAGS = ("-mavx2",)
+SOURCE = Path(__file__).parent / "kv.cpp"
+FLAGS = ("-mavx2",)
 _SHORT = 240  # bytes of header and payload up to which XXH3 is another function, which kv.cpp lacks
 _CHUNK = struct.Struct("<6qQQq64s")  # OvfChunk
 _CHECKSUM = struct.Struct("<Q")
@@ -47,7 +47,7 @@ def load() -> ctypes.CDLL | None:
         log.warning("KV is copied without native code, which is slower: the CPU lacks avx2")
         return None
     try:
-        library = ctypes.CDLL(str(compiled_library(_SOURCE, _FLAGS)))
+        library = ctypes.CDLL(str(compiled_library(SOURCE, FLAGS)))
     except (CannotBuild, OSError) as error:
         log.warning("KV is copied without native code, which is slower: %s", error)
         return None

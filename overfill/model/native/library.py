@@ -17,8 +17,8 @@ from overfill.process.compiled import CannotBuild, compiled_library
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "overfill.cpp"
-_FLAGS = (
+SOURCE = Path(__file__).parent / "overfill.cpp"
+FLAGS = (
     *("-mfma", "-mf16c", "-mbmi2"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
 )
@@ -97,7 +97,7 @@ def has_amx() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compiled_library(_SOURCE, _FLAGS)))
+    library = ctypes.CDLL(str(compiled_library(SOURCE, FLAGS)))
     library.ovf_has_amx.restype = c_int
     library.ovf_has_amx.argtypes = []
     library.ovf_create.restype = c_void_p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from overfill.process import compiled
 
 
 def build() -> Path:
-    return compiled.compiled_library(library._SOURCE, library._FLAGS)
+    return compiled.compiled_library(library.SOURCE, library.FLAGS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +29,7 @@ def fake_compiler(folder: Path, body: str) -> Path:
     """Writes a ``c++`` that records each compilation in ``folder/calls`` and then runs ``body``."""
     path = folder / "bin" / "c++"
     path.parent.mkdir()
-    path.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1 && exit\necho call >> {folder}/calls\n'
-        f"for out; do :; done\n{body}\n"
-    )
+    path.write_text(f"#!/bin/sh\necho call >> {folder}/calls\nfor out; do :; done\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -99,10 +97,19 @@ def test_a_library_of_root_is_loaded_and_one_of_another_user_is_not(
     assert calls(tmp_path) == compilations
 
 
-def test_another_compiler_version_is_another_library(compiler: Path) -> None:
-    first = build()
-    compiler.write_text(compiler.read_text().replace("fake 1", "fake 2"))
-    assert build() != first
+def test_a_shipped_library_needs_no_compiler(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build()
+    shipped = tmp_path / "shipped"
+    shutil.copytree(built.parent.parent, shipped)
+    monkeypatch.setattr(compiled, "SHIPPED", shipped)
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build() == shipped / built.parent.name / built.name
+    library = shipped / built.parent.name / built.name
+    library.chmod(0o755)
+    library.write_text("damaged")
+    with pytest.raises(compiled.CannotBuild, match="no C\\+\\+ compiler"):
+        build()
 
 
 def test_a_compiler_that_fails_is_named_with_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +137,7 @@ def test_processes_that_start_at_once_agree(compiler: Path, tmp_path: Path) -> N
     compiler.write_text(compiler.read_text() + "sleep 0.2\n")  # so that they overlap
     code = (
         "from overfill.process.compiled import compiled_library as c; from overfill.model.native import library as l;"
-        "print(c(l._SOURCE, l._FLAGS).read_text())"
+        "print(c(l.SOURCE, l.FLAGS).read_text())"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
