@@ -59,13 +59,14 @@ class Host:
     Attributes:
         name: Name of its network namespace.
         address: IPv4 address of ``eth0``.
+        device: Name of the link's end on the bridge. With another letter it has at most the kernel's 15 characters.
     """
 
     def __init__(self, number: int, name: str, address: str, network: HostNetwork) -> None:
         self.name = name
         self.address = address
         self._number = number
-        self._device = f"of{os.getpid()}-{number}"  # on the bridge
+        self.device = f"of{os.getpid()}-{number}"
         self._network = network
         self._delay = self._loss = 0.0
         self._rate: float | None = None
@@ -105,16 +106,16 @@ class Host:
     def rate(self, rate: float | None) -> None:
         if rate != self._rate:
             self._rate = rate
-            for space, device in ((self.name, "eth0"), (self._network.switch, self._device)):
+            for space, device in ((self.name, "eth0"), (self._network.switch, self.device)):
                 run_command(rate_command(space, device, rate))
 
     def partition(self) -> None:
         """Takes the link down: nothing leaves or reaches the host, and its address is silent."""
-        run_command(["ip", "-n", self._network.switch, "link", "set", self._device, "down"])
+        run_command(["ip", "-n", self._network.switch, "link", "set", self.device, "down"])
 
     def heal(self) -> None:
         """Takes the link up again."""
-        run_command(["ip", "-n", self._network.switch, "link", "set", self._device, "up"])
+        run_command(["ip", "-n", self._network.switch, "link", "set", self.device, "up"])
 
     def reboot(self) -> None:
         """Replaces the host by a new one with the same name and address, which knows no old connection.
@@ -124,7 +125,7 @@ class Host:
         self.stop()
         run_command(["ip", "netns", "del", self.name])
         if self._network.relay is None:  # the other end goes with the namespace, but later
-            command = ["ip", "-n", self._network.switch, "link", "del", self._device]
+            command = ["ip", "-n", self._network.switch, "link", "del", self.device]
             subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
         self._delay = self._loss = 0.0
         self._rate = None
@@ -133,15 +134,15 @@ class Host:
     def create(self) -> None:
         """Makes the namespace and its link."""
         run_command(["ip", "netns", "add", self.name])
-        inside = f"{self._device}h"
+        inside = f"{self.device}h"
         if self._network.relay is None:
-            run_command(["ip", "link", "add", self._device, "type", "veth", "peer", "name", inside])
+            run_command(["ip", "link", "add", self.device, "type", "veth", "peer", "name", inside])
         else:
             with ExitStack() as files:
-                ends = [files.enter_context(_open_tap(device)) for device in (inside, self._device)]
+                ends = [files.enter_context(_open_tap(device)) for device in (inside, self.device)]
                 command = [str(self._network.relay), *map(str, ends), str(self._number)]
                 self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=ends, process_group=0)
-        run_commands(bridge_commands(self._device, self._network.switch))
+        run_commands(bridge_commands(self.device, self._network.switch))
         mac = f"02:00:00:00:00:{self._number:02x}"  # the same after a reboot: peers remember it for seconds
         run_commands(eth0_commands(inside, self.name, mac, self.address, self._network.congestion_control))
 
