@@ -51,8 +51,9 @@ def links_command(
     """Measure what a handoff costs a request when the stages run on hosts of their own.
 
     Starts a router, a prefill and a decode worker in a network namespace each, with mutual TLS. Changes the link of the
-    prefill worker's host, sends random prompts, and prints medians of the time to first token and of the time that the
-    second token waits for KV, each beside its physical bound. Needs Linux and root.
+    prefill worker's host and sends random prompts, each of them twice. Prints medians of the time to first token and of
+    the time that the second token waits for KV, beside their physical bounds. The second time, a prompt is in the
+    prefill worker's prefix cache, so that no prefill hides the transfer. Needs Linux and root.
     """
     from overfill.lab.bench.links.measure import measure_links
 
@@ -77,10 +78,12 @@ def links_command(
 
 def _table(results: Iterable[LinkResult]) -> Table:
     table = Table()
-    for column in ("link", "codec", "tokens", "KV, MB", "first token, ms", "bound", "exposed handoff, ms", "bound"):
-        table.add_column(column, justify="left" if column in ("link", "codec") else "right", no_wrap=True)
+    words = ("link", "codec", "prompt")
+    for column in (*words, "tokens", "KV, MB", "first token, ms", "bound", "exposed handoff, ms", "bound"):
+        table.add_column(column, justify="left" if column in words else "right", no_wrap=True)
     for one in results:
         times = (one.ttft, one.least_ttft, one.exposed, one.least_exposed)
         milliseconds = [f"{1e3 * seconds:,.0f}" for seconds in times]
-        table.add_row(one.link, one.codec, f"{one.tokens:,}", f"{one.kv_bytes / 1e6:.1f}", *milliseconds)
+        prompt = "cached" if one.cached else "new"
+        table.add_row(one.link, one.codec, prompt, f"{one.tokens:,}", f"{one.kv_bytes / 1e6:.1f}", *milliseconds)
     return table

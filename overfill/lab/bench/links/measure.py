@@ -2,6 +2,9 @@
 
 Router, prefill and decode worker run on a host each (``overfill.lab.hosts``), with mutual TLS and without shared
 memory. The prefill worker's host has the link that is measured, so KV crosses it once. The other links are plain.
+
+Each prompt is sent twice. The first time it is new, and its KV travels while the prefill runs. The second time the
+prefill worker has all of it in its prefix cache and the decode worker has nothing, so the whole transfer is waited for.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from overfill.cli.stack import Stack
@@ -68,9 +71,10 @@ LINKS = {
 
 @dataclass(frozen=True, slots=True)
 class LinkResult:
-    """Medians of the requests over one link, in one codec and with one length of prompts. Times are seconds.
+    """Medians of the requests over one link, in one codec and with one kind of prompts. Times are seconds.
 
     Attributes:
+        cached: Whether the prefill worker had the prompts in its prefix cache.
         ttft: Time to first token, as the router measures it.
         prefill: Prefill compute of the worker, part of ``ttft``.
         exposed: Time from the first token's arrival at the decode worker to the start of the first decode step.
@@ -81,6 +85,7 @@ class LinkResult:
     link: str
     codec: str
     tokens: int
+    cached: bool
     ttft: float
     prefill: float
     exposed: float
@@ -108,7 +113,7 @@ class LinkResult:
 
     def measurements(self) -> list[Measurement]:
         """Returns the figures in milliseconds, beside their physical bounds as peers."""
-        name = f"{self.link}_{self.codec}_{self.tokens}"
+        name = f"{self.link}_{self.codec}_{self.tokens}{'_cached' if self.cached else ''}"
         waits = "bytes / rate - prefill"
         return [
             Measurement(
@@ -153,8 +158,9 @@ def measure_links(
     for codec, (kind, alike) in itertools.product(
         codecs, [(kind, list(group)) for kind, group in itertools.groupby(links, network)]
     ):
-        settings = {"dtype": dtype, "log_level": "error", "kv_codec": codec, "grace_period": 2}
+        settings = {"dtype": dtype, "log_level": "warning", "kv_codec": codec, "grace_period": 2}
         plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
+        plan = replace(plan, decode=(plan.decode[0].model_copy(update={"prefix_cache": "off"}),))
         with place_on_hosts(plan, *kind) as (placed, hosts):
             stack = Stack(placed, log, {name: host.enter for name, host in hosts.items()})
             try:
@@ -163,10 +169,12 @@ def measure_links(
                 with Client(placed.addresses[0], tls=placed.client_tls) as client:
                     for link in alike:
                         LINKS[link].apply(hosts[placed.prefill[0].worker_id])
-                        _ask(client, rng, pair, _WARM_TOKENS)
+                        _ask(client, _random_prompt(rng, pair, _WARM_TOKENS))
                         for tokens in lengths:
-                            answers = [_ask(client, rng, pair, tokens) for _ in range(rounds)]
-                            yield _summarise(link, codec, tokens, answers)
+                            prompts = [_random_prompt(rng, pair, tokens) for _ in range(rounds)]
+                            answers = [[_ask(client, prompt), _ask(client, prompt)] for prompt in prompts]
+                            for cached, found in enumerate(zip(*answers, strict=True)):
+                                yield _summarise(link, codec, tokens, bool(cached), found)
             finally:
                 stack.stop()
 
@@ -180,8 +188,11 @@ class _Round:
     broken_streams: int
 
 
-def _ask(client: Client, rng: random.Random, pair: Pair, tokens: int) -> _Round:
-    prompt = [rng.randrange(pair.full_config.vocab_size) for _ in range(tokens)]
+def _random_prompt(rng: random.Random, pair: Pair, tokens: int) -> list[int]:
+    return [rng.randrange(pair.full_config.vocab_size) for _ in range(tokens)]
+
+
+def _ask(client: Client, prompt: Sequence[int]) -> _Round:
     greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     answer = client.generate(prompt, sampling=greedy, trace=True, timeout=_TIMEOUT)
     timing, trace = answer.timing, answer.trace
@@ -190,11 +201,12 @@ def _ask(client: Client, rng: random.Random, pair: Pair, tokens: int) -> _Round:
     return _Round(timing.ttft, timing.prefill_compute, timing.handoff_exposed, trace.kv_bytes, trace.broken_streams)
 
 
-def _summarise(link: str, codec: str, tokens: int, rounds: Sequence[_Round]) -> LinkResult:
+def _summarise(link: str, codec: str, tokens: int, cached: bool, rounds: Sequence[_Round]) -> LinkResult:
     return LinkResult(
         link,
         codec,
         tokens,
+        cached,
         median(one.ttft for one in rounds),
         median(one.prefill for one in rounds),
         median(one.exposed for one in rounds),

@@ -16,7 +16,9 @@ def test_the_command_offers_every_link():
 
 
 def test_bounds_are_bytes_by_rate_less_the_prefill_and_the_delays():
-    result = LinkResult("bad", "raw", 512, ttft=0.4, prefill=0.3, exposed=1.0, kv_bytes=12_500_000, broken_streams=0)
+    result = LinkResult(
+        "bad", "raw", 512, False, ttft=0.4, prefill=0.3, exposed=1.0, kv_bytes=12_500_000, broken_streams=0
+    )
     assert result.transfer == pytest.approx(1.02)
     assert result.least_exposed == pytest.approx(0.7)
     assert result.least_ttft == pytest.approx(0.34)
@@ -26,7 +28,9 @@ def test_bounds_are_bytes_by_rate_less_the_prefill_and_the_delays():
 
 
 def test_a_prefill_longer_than_the_transfer_hides_it():
-    result = LinkResult("plain", "int8", 512, ttft=0.4, prefill=0.3, exposed=0.01, kv_bytes=6_000_000, broken_streams=0)
+    result = LinkResult(
+        "plain", "int8", 512, False, ttft=0.4, prefill=0.3, exposed=0.0, kv_bytes=6_000_000, broken_streams=0
+    )
     assert result.least_exposed == 0.0
 
 
