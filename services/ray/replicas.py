@@ -193,7 +193,7 @@ async def _listening_router(spec: StackSpec) -> Router:
     patience = spec.grace_period + DRAIN_MARGIN
     deadline = loop.time() + patience
     for attempt in itertools.count():
-        router = Router(spec.router_config(attempt % len(spec.router.ports)))
+        router = Router(spec.router_config(attempt % len(spec.router.ports), get_node_ip_address()))
         try:
             await router.start()
             break
