@@ -42,8 +42,8 @@ def health_command(
     ADDRESS is HOST:PORT, or several separated by commas, of which the first that answers counts.  [default:
     $OVERFILL_ADDRESS, or 127.0.0.1:7600]
 
-    A worker is ready when its model is loaded. A router is ready while a prefill and a decode worker are ready. A
-    draining process is not ready, but it is alive; so is one that refuses the call.
+    A worker is ready when its model is loaded and a router has welcomed it. A router is ready while a prefill and a
+    decode worker are ready. A draining process is not ready, but it is alive; so is one that refuses the call.
 
     \b
     Exit code:

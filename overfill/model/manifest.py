@@ -145,12 +145,13 @@ class Pair:
         )
 
     @classmethod
-    def load(cls, folder: Path, check_digests: bool = False, report: Report = silent) -> Pair:
+    def load(cls, folder: Path, check_digests: bool = False, report: Report = silent, *, weights: bool = True) -> Pair:
         """Reads a pair and checks that its files are complete and that its halves fit each other.
 
         Args:
             check_digests: True also reads both checkpoints (about a second per gigabyte) and compares their digests.
             report: called with a description, the bytes read and the bytes in total.
+            weights: False does not check the files of weights, which may be missing: routers do not read them.
 
         Raises:
             InvalidPair: the message names the file or field, its value and the expected one.
@@ -164,7 +165,7 @@ class Pair:
         layer_map = kv.get("layer_map", list)
         if not all(type(layer) is int for layer in layer_map):
             raise kv.error("layer_map", f"must be a list of layer numbers, got {layer_map!r}")
-        full_path, decoder_path = full.checkpoint(folder), decoder.checkpoint(folder)
+        full_path, decoder_path = full.checkpoint(folder, weights), decoder.checkpoint(folder, weights)
         full_config, decoder_config = ModelConfig.load(full_path), ModelConfig.load(decoder_path)
         recipe = decoder.get("recipe", dict)
         quantize = _quantize(recipe, decoder)
@@ -280,8 +281,8 @@ class _Section:
     def section(self, name: str) -> _Section:
         return _Section(self._file, f"{self._prefix}{name}.", self.get(name, dict))
 
-    def checkpoint(self, folder: Path) -> Path:
-        """The checkpoint folder that ``path`` names, after checking that its files are complete."""
+    def checkpoint(self, folder: Path, weights: bool) -> Path:
+        """The checkpoint folder that ``path`` names, after checking that its files of ``weights`` are complete."""
         relative = PurePosixPath(self.get("path", str))
         if relative.is_absolute() or ".." in relative.parts:
             raise self.error("path", f"must be inside the pair's folder, got {str(relative)!r}")
@@ -289,7 +290,8 @@ class _Section:
         check_link(path)
         if not path.is_dir():
             raise self.error("path", f"names {path}, which does not exist")
-        list_tensors(path)
+        if weights:
+            list_tensors(path)
         return path
 
     def engines(self, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -46,6 +46,9 @@ SEARCH_INTERVAL = 0.5
 BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
 """Seconds before the first retry, and their maximum; doubled after each failure, with jitter."""
 
+WARN_AFTER = 10.0
+"""Seconds of failed attempts to join a router after which the worker warns. Processes of a stack start together."""
+
 
 PARKED = 60.0
 """Seconds after which a link tries again although another link has joined the same router: by then, the address may be
@@ -269,15 +272,19 @@ class _Link:
 
     async def keep_open(self) -> None:
         """Opens the stream and reopens it whenever it ends. Raises Incompatible when the router refuses the worker."""
-        delay = BACKOFF_FIRST
+        loop = asyncio.get_running_loop()
+        delay, apart_since, warned = BACKOFF_FIRST, loop.time(), ""
         while True:
             try:
                 await self._run_stream()
             except Incompatible:
                 raise
             except OverfillError as error:
-                level = logging.INFO if self.joined else logging.DEBUG
-                logger.log(level, "lost router %s: %s", self.address, error)
+                if self.joined:
+                    logger.info("lost router %s: %s", self.address, error)
+                    apart_since, warned = loop.time(), ""
+                elif loop.time() - apart_since >= WARN_AFTER and warned != (warned := str(error)):
+                    logger.warning("cannot join router %s: %s", self.address, error)
             except Exception:
                 # For instance a certificate that is being replaced. Keep the worker and try again.
                 logger.exception("router %s: joining failed", self.address)

@@ -56,7 +56,7 @@ class WorkerHandle:
 
 
 class WorkerHost:
-    """Runs a worker until it has drained.
+    """Runs a worker until it has drained. It reports ready from its first join of a router until the drain.
 
     ``Admin.Drain``, and in a process of its own SIGTERM and SIGINT, start a drain. The worker then reports not ready
     and refuses new requests. Running requests have ``grace`` seconds to finish; after that the worker ends them with an
@@ -141,18 +141,27 @@ class WorkerHost:
             prefix_keys=self._worker.prefix_keys,
         )
         await self._membership.start()
-        self._server.set_ready(True)
-        log.info("%s ready on %s, announced as %s", self._hello.worker_id, bound, self._hello.address)
+        log.info("%s serves on %s, announced as %s", self._hello.worker_id, bound, self._hello.address)
+        joining = asyncio.create_task(self._become_ready(self._membership))
         on_ready(self)
         try:
             await self._until_stopped()
             await self._until_idle()
         finally:
+            joining.cancel()
             await self._membership.stop()
             await self._server.stop(grace=0.5)
         if self._refusal is not None:
             raise self._refusal
         return 0 if self._worker.healthy() else 1
+
+    async def _become_ready(self, membership: Membership) -> None:
+        # A rollout must not replace workers by ones that reach no router. Once joined, a worker stays ready while
+        # routers restart. Otherwise all workers would become unready at once, and budgets would block node drains.
+        if self._routers:
+            await membership.joined.wait()
+        if not self.draining:
+            self._server.set_ready(True)
 
     async def _until_stopped(self) -> None:
         while not self._stop.is_set():

@@ -82,7 +82,7 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        pair = Pair.load(resolve_pair(config.pair, log_steps(logger)))
+        pair = Pair.load(resolve_pair(config.pair, log_steps(logger)), weights=False)
         tokenizer = Tokenizer.load(pair.full_path)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
+import hashlib
 import json
 import re
 import warnings
@@ -19,6 +21,8 @@ import pytest
 import yaml
 from charts import CHART, VALUES, helm, of_kind, pods, render, tool
 
+from overfill.engine.build import MemoryRequirement, memory_needed
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.settings.config import SERVICES
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
@@ -166,6 +170,63 @@ def test_pods_have_no_rights(values: str, settings: tuple[str, ...]) -> None:
             assert mounted <= {volume["name"] for volume in pod["volumes"]}
             assert container["resources"]["limits"]["memory"]
     assert not {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"} & {one["kind"] for one in objects}
+
+
+DEVICES = {"NVIDIA-H100-80GB-HBM3": 81_559, "NVIDIA-L4": 23_034}
+"""Value of the node label nvidia.com/gpu.product -> MiB of memory that the driver reports."""
+
+HALVES = {"prefill": (32, 15.0), "decode": (28, 6.0)}
+"""Layers and GiB of weights in bfloat16: Llama 3.1 8B, and the decoder of 3B. Both have 8 KV heads of 128."""
+
+
+@pytest.mark.parametrize("stage", HALVES)
+def test_production_s_kv_and_steps_fit_the_named_gpu(stage: str) -> None:
+    pod = pods(render("values-prod.yaml"))[stage]
+    (kind,) = (kind for kind in SERVICES if kind.section == stage)
+    config = kind.parse([argument.replace("$(POD_IP)", "10.1.2.3") for argument in pod["containers"][0]["args"]])
+    layers, weights = HALVES[stage]
+    token_layer_bytes = 2 * 8 * 128 * 2  # keys and values of 8 heads, 2 bytes each
+    block_size = config.block_size or DEFAULT_BLOCK_SIZE
+    requirement = MemoryRequirement(
+        block_bytes=block_size * layers * token_layer_bytes,
+        block_size=block_size,
+        token_layer_bytes=token_layer_bytes,
+        longest=config.max_model_len or 131_072,
+        max_num_seqs=config.max_num_seqs,
+        step_tokens=getattr(config, "max_num_batched_tokens", config.max_num_seqs),
+    )
+    needed = sum(memory_needed([requirement], [config.kv_memory // requirement.block_bytes]))
+    # 2 GiB remain for CUDA itself and for activations.
+    free = DEVICES[pod["nodeSelector"]["nvidia.com/gpu.product"]] * 2**20 - (weights + 2) * 2**30
+    assert needed <= free, f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
+
+
+def test_init_containers_get_their_pool_s_variables_and_a_revision_has_its_own_folder() -> None:
+    variable = {"name": "HTTPS_PROXY", "value": "http://proxy:3128"}
+    own = [f"{pool}.extraEnv[0].{key}={value}" for pool in ("router", "decode") for key, value in variable.items()]
+    rendered = pods(render("values.yaml", *FROM_HUB, "pair.hub.revision=abc", "pair.resources.limits.memory=9Gi", *own))
+    for component in ("router", "prefill", "decode"):
+        (container,) = rendered[component]["initContainers"]
+        assert (variable in container["env"]) == (component != "prefill")
+        assert container["resources"]["limits"]["memory"] == "9Gi"
+        _, _, script, _, repository, revision = container["command"]
+        assert (repository, revision) == ("a/b", "abc")
+        assert 'folder="$OVERFILL_HOME/hub/$1/$2"' in script
+        assert ("--include" in script) == (component == "router"), "routers read no weights"
+
+
+def test_names_may_be_asked_of_another_server() -> None:
+    settings = ("networkPolicy.dns.servers[0].ipBlock.cidr=169.254.20.10/32", "networkPolicy.dns.ports={53,5353}")
+    for policy in of_kind(render("values.yaml", *settings), "NetworkPolicy").values():
+        rule = policy["spec"]["egress"][0]
+        assert rule["to"] == [{"ipBlock": {"cidr": "169.254.20.10/32"}}]
+        assert {port["port"] for port in rule["ports"]} == {53, 5353}
+
+
+def test_a_process_that_hangs_is_killed_soon() -> None:
+    for component, pod in pods(render("values-prod.yaml")).items():
+        if component != "test":
+            assert pod["containers"][0]["livenessProbe"]["terminationGracePeriodSeconds"] <= 30
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -331,18 +392,18 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
     for selector in asked:
         component = selector.name.split("_")[1]
         matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
+        matchers.pop("stage", None)  # the routers' own label, of the pool that they compute
         own, other = (series_labels(objects, component) for objects in (ours, theirs))
         assert {name: own.get(name) for name in matchers} == matchers, "it finds the release's own series"
         assert {name: other.get(name) for name in matchers} != matchers, "and none of the other release"
 
 
-@pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])
-async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
-    """A stateful stand-in of an API server accepts all objects, twice; the second time nothing changes."""
-    objects = [one for one in render(values) if one["kind"] != "Pod"]
+def discover(kmock: kmock_package.KubernetesEmulator) -> None:
+    """Let the stand-in of an API server list the kinds of all objects of the chart."""
     with warnings.catch_warnings():  # kmock reads its data with a function that Python 3.11 deprecates
         warnings.simplefilter("ignore", DeprecationWarning)
         kmock.resources.load_bundled()
+    kmock["get /version"] << {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
     kmock["get /api/v1"] << {  # kmock 0.8 names this group "/v1", which kubectl does not know
         "kind": "APIResourceList",
         "groupVersion": "v1",
@@ -357,6 +418,13 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
             kmock.resources[f"{kind.lower()}s.{version}.{group}"] = kmock_package.ResourceInfo(
                 kind=kind, singular=kind.lower(), namespaced=True, verbs=set(VERBS)
             )
+
+
+@pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])
+async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
+    """A stateful stand-in of an API server accepts all objects, twice; the second time nothing changes."""
+    objects = [one for one in render(values) if one["kind"] != "Pod"]
+    discover(kmock)
     manifests = tmp_path / "objects.yaml"
     manifests.write_text(yaml.safe_dump_all(objects))
     first = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
@@ -374,10 +442,45 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
     }
 
 
+async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
+    """Return the secrets that the chart renders while the stand-in answers its look-ups."""
+    output = await run(
+        folder, "helm", "template", "overfill", str(CHART), "--namespace=serving", "--dry-run=server", "--is-upgrade",
+        "--disable-openapi-validation", f"--kube-apiserver={kmock.url}",
+    )  # fmt: skip
+    return of_kind([one for one in yaml.safe_load_all(output) if one], "Secret")
+
+
+@pytest.mark.parametrize("deleted", ["overfill-first-key", "overfill-keys"])
+async def test_an_upgrade_keeps_the_api_keys(
+    deleted: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path
+) -> None:
+    """The file of keys outlives the secret of the first key, and a file that is made again has this key's hash."""
+    discover(kmock)
+    first = await secrets_of_an_upgrade(kmock, tmp_path)
+    manifests = tmp_path / "objects.yaml"
+    manifests.write_text(yaml.safe_dump_all(first.values()))
+    await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    assert await secrets_of_an_upgrade(kmock, tmp_path) == first
+    await kubectl(kmock, tmp_path, "delete", "-n", "serving", "secret", deleted)
+    again = await secrets_of_an_upgrade(kmock, tmp_path)
+    assert again["overfill-tls"] == first["overfill-tls"]
+    kept = {"overfill-first-key": "overfill-keys", "overfill-keys": "overfill-first-key"}[deleted]
+    assert again[kept] == first[kept]
+    assert again[kept]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    (entry,) = json.loads(base64.b64decode(again["overfill-keys"]["data"]["keys.json"]))["keys"]
+    key = base64.b64decode(first["overfill-first-key"]["data"]["key"])
+    assert entry["sha256"] == hashlib.sha256(key).hexdigest()
+    assert ("overfill-first-key" in again) == (deleted != "overfill-first-key")
+
+
 async def kubectl(kmock: kmock_package.KubernetesEmulator, folder: Path, *arguments: str) -> str:
+    return await run(folder, "kubectl", f"--server={kmock.url}", f"--cache-dir={folder}/cache", *arguments)
+
+
+async def run(folder: Path, name: str, *arguments: str) -> str:
     process = await asyncio.create_subprocess_exec(
-        tool("kubectl"), f"--server={kmock.url}", f"--cache-dir={folder}/cache", *arguments,
-        env={"HOME": str(folder), "KUBECONFIG": str(folder / "none")},
+        tool(name), *arguments, env={"HOME": str(folder), "KUBECONFIG": str(folder / "none")},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     output, _ = await process.communicate()

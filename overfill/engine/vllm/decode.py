@@ -68,6 +68,8 @@ class VllmDecodeEngine(VllmEngine):
         emit: takes lists of events; a step calls it before vLLM computes, and after.
     """
 
+    _metrics: DecodeMetrics
+
     def __init__(
         self, vllm: VllmCore, max_num_seqs: int, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics
     ) -> None:

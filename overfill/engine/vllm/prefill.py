@@ -70,6 +70,8 @@ class VllmPrefillEngine(VllmEngine):
         emit: takes lists of events; a step calls it several times.
     """
 
+    _metrics: PrefillMetrics
+
     def __init__(
         self,
         vllm: VllmCore,

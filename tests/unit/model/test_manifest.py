@@ -127,6 +127,13 @@ def test_a_missing_file_is_named(name: str, fresh: Callable[[], Path]) -> None:
         Pair.load(folder)
 
 
+def test_a_router_s_pair_needs_no_weights(fresh: Callable[[], Path]) -> None:
+    whole = Pair.load(fresh())
+    for weights in whole.folder.rglob("*.safetensors"):
+        weights.unlink()
+    assert Pair.load(whole.folder, weights=False) == whole
+
+
 @pytest.mark.parametrize("half", ["full", "decoder"])
 def test_missing_weights_are_named(half: str, fresh: Callable[[], Path]) -> None:
     folder = fresh()

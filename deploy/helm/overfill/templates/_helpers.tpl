@@ -129,6 +129,8 @@ livenessProbe:
   periodSeconds: 30
   timeoutSeconds: 10
   failureThreshold: 4
+  # The process hangs, so it will not drain. Without this, Kubernetes would wait for the pod's grace period.
+  terminationGracePeriodSeconds: 10
 {{- end }}
 
 {{- define "overfill.podSecurity" -}}
@@ -180,36 +182,45 @@ capabilities: {drop: [ALL]}
 {{- if eq .Values.pair.source "claim" }}{{ printf "/pair/%s" .Values.pair.claim.path | trimSuffix "/" }}{{ else }}/pair/link{{ end -}}
 {{- end }}
 
-{{/* Init container: prepares or downloads the pair into the cache if it is missing, and links it to /pair/link. */}}
+{{/*
+Init container: prepares or downloads the pair into the cache if it is missing, and links it to /pair/link. Each revision
+of a repository has a folder of its own, because running pods read the previous one. Arguments: root, pool, component.
+*/}}
 {{- define "overfill.initContainers" -}}
-{{- if ne .Values.pair.source "claim" }}
+{{- $pair := .root.Values.pair }}
+{{- if ne $pair.source "claim" }}
 initContainers:
   - name: pair
     # The prefill workers' image, because the router's image has no torch to prepare pairs with.
-    image: {{ include "overfill.image" (dict "root" . "image" .Values.prefill.image) }}
-    imagePullPolicy: {{ .Values.image.pullPolicy }}
-    {{- if eq .Values.pair.source "named" }}
-    command: [sh, -ec, 'ln -sfn "$(overfill pair path "$1")" /pair/link', sh, {{ .Values.pair.named.name | quote }}]
+    image: {{ include "overfill.image" (dict "root" .root "image" .root.Values.prefill.image) }}
+    imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+    {{- if eq $pair.source "named" }}
+    command: [sh, -ec, 'folder="$(overfill pair path "$1")"; ln -sfn "$folder" /pair/link', sh, {{ $pair.named.name | quote }}]
     {{- else }}
     command:
       - sh
       - -ec
-      - 'hf download "$1" --revision "$2" --local-dir "$OVERFILL_HOME/hub/$1" && ln -sfn "$OVERFILL_HOME/hub/$1" /pair/link'
+      - |
+        folder="$OVERFILL_HOME/hub/$1/$2"
+        hf download "$1" --revision "$2" --local-dir "$folder"{{ if eq .component "router" }} --include "*.json" --include "*.jinja"{{ end }}
+        ln -sfn "$folder" /pair/link
       - sh
-      - {{ required "pair.hub.repository: which repository has the pair?" .Values.pair.hub.repository | quote }}
-      - {{ .Values.pair.hub.revision | quote }}
+      - {{ required "pair.hub.repository: which repository has the pair?" $pair.hub.repository | quote }}
+      - {{ $pair.hub.revision | quote }}
     {{- end }}
     env:
-      {{- include "overfill.env" (dict "root" . "threads" .Values.prefill.threads) | nindent 6 }}
-      {{- if and (eq .Values.pair.source "hub") .Values.pair.hub.tokenSecretName }}
+      {{- include "overfill.env" (dict "root" .root "threads" .root.Values.prefill.threads) | nindent 6 }}
+      {{- if and (eq $pair.source "hub") $pair.hub.tokenSecretName }}
       - name: HF_TOKEN
-        valueFrom: {secretKeyRef: {name: {{ .Values.pair.hub.tokenSecretName }}, key: token}}
+        valueFrom: {secretKeyRef: {name: {{ $pair.hub.tokenSecretName }}, key: token}}
+      {{- end }}
+      {{- with .pool.extraEnv }}
+      {{- toYaml . | nindent 6 }}
       {{- end }}
     resources:
-      requests: {cpu: "1", memory: 2Gi}
-      limits: {memory: 4Gi}
+      {{- toYaml $pair.resources | nindent 6 }}
     securityContext:
-      {{- include "overfill.containerSecurity" . | nindent 6 }}
+      {{- include "overfill.containerSecurity" .root | nindent 6 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       - {name: cache, mountPath: /var/cache/overfill}

@@ -1,0 +1,243 @@
+"""Tests that the chart's pods run as rendered: requests, upgrades, failures, and what a wrong installation says.
+
+The pods run in podman, on one machine; ``kube.py`` says what it does in place of Kubernetes, and what it leaves out.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from charts import ROOT, render
+from kube import NAMESPACE, Cluster, Pod, cluster
+from runtime import PREFIX, need
+from stacks import wait_until
+
+from overfill.api import keys as keyfile
+from overfill.cli.main import main
+from overfill.client import Client, ClientTls, SamplingParams
+from overfill.pair.store import resolve_pair
+
+pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
+
+RELEASE = f"{PREFIX}chart"
+TLS, KEYS, KEY, PAIRS = (f"{PREFIX}{name}" for name in ("tls", "keys", "key", "pairs"))
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+STARTUP = 240  # seconds
+CPU_VALUES = (
+    "pair.claim.path=identity",
+    f"pair.claim.name={PAIRS}",
+    f"tls.secretName={TLS}",
+    f"apiKeys.secretName={KEYS}",
+    f"test.apiKeySecretName={KEY}",
+    "prefill.threads=1",
+    "decode.threads=1",
+)
+"""Names that values-cpu.yaml leaves to its user, a pair that is prepared in seconds, threads for a small machine."""
+
+
+@dataclass
+class Installation:
+    """The release of values-cpu.yaml, and a client's credentials."""
+
+    cluster: Cluster
+    objects: list[dict]
+    tls: ClientTls
+    api_key: str
+    folder: Path
+
+    def client(self) -> Client:
+        """Return a client of the routers that are ready now. Each request of a Service goes to one of them."""
+        addresses = self.cluster.endpoints(RELEASE)
+        return Client(",".join(f"{one}:7600" for one in addresses), tls=self.tls, api_key=self.api_key)
+
+    def post(self, path: str, body: dict) -> dict:
+        """Send an HTTP request to a router that is ready."""
+        address = self.cluster.endpoints(RELEASE)[0]
+        context = ssl.create_default_context(cafile=str(self.tls.ca))
+        headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection(address)
+        plain = socket.create_connection((address, 8000), timeout=60)
+        # The certificate is for the name of the stack, not for a pod's address.
+        connection.sock = context.wrap_socket(plain, server_hostname="overfill")
+        with closing(connection):
+            connection.request("POST", path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        assert answer.status == 200, text
+        return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates by the script of docs/deploy.md, a file of API keys, and the key."""
+    made = tmp_path_factory.mktemp("chart")
+    for parent in made.parents[:2]:
+        parent.chmod(0o755)  # pytest's folders are closed to user 10001
+    made.chmod(0o755)
+    script = ROOT / "deploy" / "tls" / "make-certificates"
+    for name in ("overfill", "another"):
+        host = f"DNS:{RELEASE}.{NAMESPACE}.svc" if name == "overfill" else "DNS:another.svc"
+        subprocess.run([script, made / name, name, host], check=True, capture_output=True)
+    (made / "key").write_text(keyfile.create(made / "keys.json", "test"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(images: dict[str, str], folder: Path) -> Iterator[Cluster]:
+    """A cluster with the secrets and the claim that values-cpu.yaml names."""
+    need("podman")
+    pair = resolve_pair("identity")
+    with cluster(folder) as made:
+        made.secret(TLS, **certificates(folder / "overfill"))
+        made.secret(KEYS, **{"keys.json": (folder / "keys.json").read_bytes()})
+        made.secret(KEY, key=(folder / "key").read_bytes())
+        made.claim(PAIRS, lambda volume: copy(pair, volume / "identity"))
+        yield made
+
+
+def copy(pair: Path, target: Path) -> None:
+    # Follows links, because a named pair links to its model.
+    subprocess.run(["cp", "--recursive", "--dereference", "--reflink=auto", pair, target], check=True)
+
+
+def certificates(made: Path) -> dict[str, bytes]:
+    return {name: (made / name).read_bytes() for name in ("ca.crt", "tls.crt", "tls.key")}
+
+
+@pytest.fixture(scope="module")
+def installed(prepared: Cluster, folder: Path) -> Installation:
+    objects = render("values-cpu.yaml", *CPU_VALUES, release=RELEASE)
+    prepared.apply(objects)
+    prepared.wait_ready(STARTUP)
+    made = folder / "overfill"
+    tls = ClientTls(made / "ca.crt", made / "tls.crt", made / "tls.key", "overfill")
+    return Installation(prepared, objects, tls, (folder / "key").read_text(), folder)
+
+
+class Load:
+    """Requests over gRPC and HTTP on three threads, each to a router that is ready. None may fail."""
+
+    def __init__(self, installation: Installation) -> None:
+        self._installation = installation
+        self._stopping = threading.Event()
+        self.answers: list[str] = []
+        self.failures: list[str] = []
+        calls = (self._grpc, self._grpc, self._http)
+        self._threads = [threading.Thread(target=self._run, args=[call], daemon=True) for call in calls]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, call) -> None:
+        for number in itertools.count():
+            if self._stopping.is_set():
+                return
+            self._stopping.wait(0.5)  # leaves time to the pods that start
+            try:
+                self.answers.append(call(f"Name {number % 5 + 2} colours of the sky."))
+            except Exception as error:
+                self.failures.append(repr(error))
+
+    def _grpc(self, prompt: str) -> str:
+        with self._installation.client() as client:
+            return client.generate(prompt, sampling=SamplingParams(max_tokens=24, temperature=0.0), timeout=60).text
+
+    def _http(self, prompt: str) -> str:
+        body = {"model": "identity", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+        return self._installation.post("/v1/completions", body)["choices"][0]["text"]
+
+    def wait_for_answers(self, count: int) -> None:
+        wanted = len(self.answers) + count
+        wait_until(lambda: len(self.answers) >= wanted or self.failures, 120, f"{count} more answers")
+        assert not self.failures
+
+    def __enter__(self) -> Load:
+        self.wait_for_answers(6)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait_for_answers(6)
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(90)
+        print(f"{len(self.answers)} answers, {len(self.failures)} failed")
+        assert kind is not None or not self.failures
+
+
+def test_the_pods_run_as_rendered_and_answer(installed: Installation) -> None:
+    pods = installed.cluster.pods()
+    print("\n".join(f"{pod.name} {pod.address} ready, {pod.restarts} restarts" for pod in pods))
+    print({kind: len(names) for kind, names in installed.cluster.left_out.items()})
+    components = sorted(pod.labels["app.kubernetes.io/component"] for pod in pods)
+    assert components == ["decode", "decode", "prefill", "prefill", "router", "router"]
+    for pod in pods:
+        status = installed.cluster.execute(pod, "cat", "/proc/1/status")
+        assert "Uid:\t10001\t10001" in status
+        assert "CapBnd:\t0000000000000000" in status
+        assert "NoNewPrivs:\t1" in status
+        mounts = installed.cluster.execute(pod, "cat", "/proc/mounts").splitlines()
+        (root,) = (line.split()[3] for line in mounts if line.split()[1] == "/")
+        assert root.startswith("ro,")
+        assert pod.restarts == 0
+    with installed.client() as client:
+        assert len(client.generate("Once upon a time, there was", sampling=GREEDY).token_ids) == 8
+        assert len(client.status().workers) == 4
+    chat = {"model": "identity", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8, "temperature": 0}
+    assert installed.post("/v1/chat/completions", chat)["usage"]["completion_tokens"] == 8
+
+
+def test_helm_s_test_succeeds(installed: Installation) -> None:
+    code, log = installed.cluster.run_test(installed.objects)
+    assert code == 0, log
+
+
+def test_answers_are_the_reference_s(installed: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = installed.folder / "questions.jsonl"
+    asked = [f"Question {i}: what comes after {i * 7} blocks of sixteen tokens?" for i in range(4)]
+    questions.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in asked))
+    made = installed.folder / "overfill"
+    arguments = [f"--questions={questions}", "--max-tokens=16", "--pair=identity", f"--api-key={installed.api_key}"]
+    arguments += [
+        f"--tls-{name}={made / file}" for name, file in (("ca", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key"))
+    ]
+    arguments += ["--tls-name=overfill", f"--address={installed.cluster.endpoints(RELEASE)[0]}:7600"]
+    code = main(["verify", *arguments])
+    output = capsys.readouterr()
+    assert code == 0, output.out + output.err
+    assert output.out.splitlines()[-1].startswith("4/4 correct")
+
+
+def test_a_killed_worker_comes_back_and_no_request_fails(installed: Installation) -> None:
+    with Load(installed):
+        killed = installed.cluster.pods("decode")[0]
+        installed.cluster.kill(killed)
+        wait_until(lambda: joins(installed.cluster, killed) == 4, 120, "the restarted worker joins both routers again")
+
+
+def joins(cluster: Cluster, pod: Pod) -> int:
+    """Return how often the pod's worker has joined a router, since the pod exists."""
+    return cluster.log(pod).count("joined router")
+
+
+def test_a_rollout_fails_no_request(installed: Installation) -> None:
+    before = {pod.name for pod in installed.cluster.pods()}
+    installed.cluster.exits.clear()
+    again = [f"{component}.podAnnotations.revision=second" for component in ("router", "prefill", "decode")]
+    installed.objects = render("values-cpu.yaml", *CPU_VALUES, *again, release=RELEASE)
+    with Load(installed):
+        installed.cluster.rollout(installed.objects)
+    after = {pod.name for pod in installed.cluster.pods()}
+    assert len(after) == 6
+    assert not after & before
+    assert [code for _, code in installed.cluster.exits] == [0] * 6
