@@ -51,7 +51,7 @@ def health_command(
       1  not ready, or no answer
       2  wrong usage
     """
-    from overfill.client.requests import split_addresses
+    from overfill.rpc.addresses import split_addresses
 
     tls = client_tls(tls_ca, tls_cert, tls_key, tls_name)
     try:

@@ -1,7 +1,8 @@
 """Checks that optional dependencies are installed, and says how to install them. Imports only the standard library.
 
 ``pip install overfill`` installs the SDK and the client commands. Everything else needs an extra of ``pyproject.toml``,
-whose modules may be missing.
+whose modules may be missing. Every probe of a container imports this module, so it imports what only messages need when
+it makes one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from overfill.errors import OverfillError
 
@@ -42,6 +40,9 @@ def install_line(extra: str) -> str:
     The command names the source of this installation: a checkout, a repository, a file or folder, or the package index
     if the source is unknown. If the file or folder no longer exists, the text asks to install it again.
     """
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
     wanted = f"[{extra}]" if extra else ""
     if (_CHECKOUT / "pyproject.toml").exists():
         return _pip("-e ", f"{_path(_CHECKOUT)}{wanted}")
@@ -91,6 +92,8 @@ def _missing(extra: str, user: str, module: str) -> MissingExtra:
 
 def _modules() -> dict[str, set[str]]:
     """Returns extra -> modules that it installs; empty when the distribution has no metadata."""
+    from importlib.metadata import PackageNotFoundError, requires
+
     found: dict[str, set[str]] = {}
     try:
         lines = requires("overfill") or []
@@ -116,6 +119,8 @@ def _path(path: Path) -> str:
 
 def _source() -> dict[str, Any]:
     """Returns the source from which pip installed the package (PEP 610); empty for a package index."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         found: dict[str, Any] = json.loads(distribution("overfill").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:

@@ -14,6 +14,23 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def split_addresses(address: str) -> list[str]:
+    """Splits a comma-separated list. Raises ValueError if an entry is empty, is a URL or has no port."""
+    addresses = [part.strip() for part in address.split(",")]
+    if url := next((a for a in addresses if a.lower().startswith(("http://", "https://"))), None):
+        raise ValueError(
+            f"{url!r} is a URL; an address is HOST:PORT with the router's gRPC port, such as 127.0.0.1:7600. "
+            "Only OpenAI's clients use the URL of the OpenAI endpoint"
+        )
+    if bare := next((a for a in addresses if a and ":" not in a), None):
+        raise ValueError(f"{bare!r} has no port; an address is HOST:PORT, such as {bare}:7600")
+    if not all(addresses):
+        raise ValueError(
+            f"{address!r} has an empty entry; an address is host:port or unix:path, or several separated by commas"
+        )
+    return addresses
+
+
 @lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Returns True if only this machine can reach ``host``: ``localhost`` or a loopback IP address."""

@@ -152,7 +152,7 @@ class Cluster:
             self._kubelet.start()
         wanted = [(name, spec) for name, spec in self._deployments.items() for _ in range(spec["replicas"])]
         with ThreadPoolExecutor(len(wanted)) as starting:
-            list(starting.map(lambda one: self._start(one[0], one[1]["template"]), wanted))
+            list(starting.map(lambda one: self.start(one[0], one[1]["template"]), wanted))
 
     def run_test(self, objects: list[dict[str, Any]]) -> tuple[int, str]:
         """Run the pod of ``helm test``. Returns its exit code and log."""
@@ -247,7 +247,8 @@ class Cluster:
         path.write_text(yaml.safe_dump(document))
         podman("kube", "play", *arguments, str(path))
 
-    def _start(self, deployment: str, template: dict[str, Any]) -> Pod:
+    def start(self, deployment: str, template: dict[str, Any]) -> Pod:
+        """Start one more pod of a Deployment; returns when its init containers have ended."""
         ending = "".join(random.choices(string.ascii_lowercase, k=5))
         pod = self._create(f"{deployment}-{ending}", template)
         podman("pod", "start", pod.name, timeout=1200)  # runs the init containers to their end
@@ -318,7 +319,7 @@ class Cluster:
         with ThreadPoolExecutor(len(olds)) as deleting:
             gone = []
             for old in olds:
-                new = self._start(name, spec["template"])
+                new = self.start(name, spec["template"])
                 until = time.monotonic() + spec.get("progressDeadlineSeconds", 600)
                 while not new.ready:
                     assert time.monotonic() < until, f"{new.name} does not become ready:\n{self.log(new)}"
@@ -333,11 +334,15 @@ class Cluster:
         while not self._stopping.wait(0.2):
             now = time.monotonic()
             due = [(pod, probe) for pod in self.pods() for probe in _due(pod, now)]
-            for _ in self._prober.map(lambda one: self.probe(*one), due):
+            for _ in self._prober.map(lambda one: self._probe(*one), due):
                 pass
 
-    def probe(self, pod: Pod, probe: _Probe) -> None:
-        """Run one probe of a pod and act on the result."""
+    def probe_liveness(self, pod: Pod) -> None:
+        """Run the liveness probe now, instead of at its next time."""
+        (probe,) = (probe for probe in pod.probes if probe.kind == "livenessProbe")
+        self._probe(pod, probe)
+
+    def _probe(self, pod: Pod, probe: _Probe) -> None:
         probe.next = time.monotonic() + probe.period
         succeeded = False
         with suppress(subprocess.TimeoutExpired, AssertionError):

@@ -106,3 +106,15 @@ def test_torch_s_cuda_build_is_refused_in_an_image_for_cpus(daemon: None, tmp_pa
     assert done.returncode == 1
     assert "built for CUDA" in done.stderr
     assert "make images WHEELS=FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["router", "decode"])
+def test_no_process_has_to_compile_the_project(target: str, images: dict[str, str]) -> None:
+    said = in_image(
+        images[target],
+        "python -c '"
+        'import struct, pathlib, importlib.util as u; root = pathlib.Path(u.find_spec("overfill").origin).parent;'
+        'times = [(f, pathlib.Path(u.cache_from_source(f))) for f in root.rglob("*.py")];'
+        'print([str(f) for f, c in times if struct.unpack("<I", c.read_bytes()[8:12])[0] != int(f.stat().st_mtime)])\'',
+    )
+    assert said.strip() == "[]"

@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 
 from overfill.client import AsyncClient, Client
-from overfill.client.requests import Message, Options, build_request, check_timeout, split_addresses
+from overfill.client.requests import Message, Options, build_request, check_timeout
 from overfill.errors import InvalidRequest
 from overfill.request.params import SamplingParams
+from overfill.rpc.addresses import split_addresses
 from overfill.v1 import inference_pb2
 
 
