@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 PYTEST_VLLM := $(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/vllm
 
-.PHONY: help setup demo audit check test test-vllm test-all bench proto sdk dashboards chart docs
+.PHONY: help setup demo audit check test test-vllm test-images test-all images bench proto sdk dashboards chart docs
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,12 +67,15 @@ audit: setup  ## Write the bill of materials; look for known vulnerabilities
 	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
 
 test: setup check  ## check, then all tests except the slow ones
-	$(PYTEST) -m "not slow and not gpu" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow and not gpu and not images" -n 2 --dist loadfile
 
 test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment of their own
 	$(PYTEST_VLLM) -m "not slow and not gpu"
 
-test-all: setup check .venv/.browser .venv/.prometheus .venv-vllm/.installed  ## check, then all tests that this machine can run
+test-images: setup .venv/.containers  ## Run the tests with containers and network namespaces; needs root
+	$(PYTEST) -m images tests/images
+
+test-all: setup check .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
 	$(PYTEST)
 	$(PYTEST_VLLM)
 
@@ -92,6 +95,19 @@ test-all: setup check .venv/.browser .venv/.prometheus .venv-vllm/.installed  ##
 	  { command -v promtool >/dev/null || apt-get install -qq -y --no-install-recommends promtool >/dev/null; }; } 2>/dev/null || \
 	  echo "Prometheus or promtool is missing and cannot be installed: their tests will be skipped" >&2
 	@touch $@
+
+# Does the same for docker, podman and what they need. Debian starts no daemon in a container or a small machine; the tests start their own.
+CONTAINERS := docker.io docker-cli docker-buildx docker-compose debootstrap iptables \
+  podman conmon runc catatonit nftables netavark aardvark-dns iproute2
+.venv/.containers: | .venv/.installed
+	@{ command -v docker && command -v podman && command -v debootstrap && command -v tc; } >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -qq -y --no-install-recommends $(CONTAINERS) >/dev/null; } 2>/dev/null || \
+	  echo "Docker or podman is missing and cannot be installed: the tests with containers will be skipped" >&2
+	@touch $@
+
+images:  ## Build the images: VARIANT=cpu|cuda, BASE=IMAGE, WHEELS=FOLDER
+	@$(PYTHON) deploy/docker/images.py --variant=$(or $(VARIANT),cpu) --base=$(BASE) --wheels=$(WHEELS)
 
 bench: setup  ## Measure handoff and engine on this machine, in short runs
 	$(BIN)/overfill bench handoff --timeline

@@ -58,7 +58,9 @@ def make_base(name: str) -> None:
             leftover.unlink()
         archive = Path(folder) / "root.tar"
         _run("tar", "-C", str(root), "-cf", str(archive), ".")
-        _run("docker", "import", "--change", "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", str(archive), name)
+        _run(
+            "docker", "import", "--change", "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", str(archive), name
+        )
 
 
 def _owners_of_libraries(own: Path) -> list[str]:

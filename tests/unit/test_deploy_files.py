@@ -92,12 +92,20 @@ def test_bases_are_pinned_and_every_file_is_in_the_context() -> None:
                 assert source in allowed
 
 
-@pytest.mark.parametrize(("target", "extra"), [("router", "router"), ("prefill", "server"), ("ray", "server")])
-def test_images_are_made_of_an_extra(target: str, extra: str) -> None:
-    files = next(value for name, value in stages()[target] if name == "COPY" and "--from=" in value)
-    of = re.search(r"--from=(\S+)", files)
-    assert of is not None
-    assert f'"${{wheel}}[{extra}]"' in dict(stages()[of[1]])["RUN"]
+@pytest.mark.parametrize(
+    ("stage", "extra"),
+    [("router-packages", ".[router]"), ("worker-packages", ".[worker]"), ("ray", "overfill[server]")],
+)
+def test_images_are_made_of_an_extra(stage: str, extra: str) -> None:
+    assert f"'{extra}'" in dict(stages()[stage])["RUN"]
+
+
+def test_an_image_pins_the_wheels_of_a_folder_that_its_python_can_use(tmp_path: Path) -> None:
+    for name in ("torch-2.13.0-cp27-cp27m-any.whl", "numpy-2.0+cpu-py3-none-any.whl", "my_own-1-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    command = [sys.executable, DEPLOY / "docker" / "choose_torch.py", tmp_path, "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["my-own==1", "numpy==2.0+cpu"]
 
 
 # KubeRay
