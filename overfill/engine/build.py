@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from overfill.engine.runner import ModelRunner, Work
@@ -27,6 +26,7 @@ from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
+from overfill.process.limits import available_memory
 from overfill.request.grammar import Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
@@ -369,9 +369,9 @@ def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: i
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes of ``device``'s memory that no process uses."""
+    """Bytes of ``device``'s memory that this process may still allocate."""
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return available_memory()
     torch.cuda.empty_cache()  # memory that torch's allocator kept after profiling would count as used
     return torch.cuda.mem_get_info(device)[0]
 

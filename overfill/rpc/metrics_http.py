@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import socket
@@ -156,8 +157,26 @@ class _Server(ThreadingMixIn, WSGIServer):
         """Ignores errors of a connection: a scraper that disconnects needs no traceback."""
 
 
+class _Answer(io.BufferedIOBase):
+    """Writes to a connection. Every failure means that the scraper has left, for which wsgiref writes no traceback."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def write(self, data: Any) -> int:
+        try:
+            self._connection.sendall(data)
+        except OSError as error:  # includes ssl.SSLError
+            raise ConnectionAbortedError from error
+        return len(data)
+
+
 class _Handler(WSGIRequestHandler):
     timeout = _CONNECTION_TIMEOUT
+
+    def setup(self) -> None:
+        super().setup()
+        self.wfile = _Answer(self.connection)
 
     def get_environ(self) -> dict[str, Any]:
         environ = super().get_environ()

@@ -167,6 +167,11 @@ def _plain(message: str) -> str:
         return message
     if "http1.x server" in message:
         return "this port speaks HTTP/1: give the router's gRPC port, which is 7600 by default (overfill up --grpc)"
+    if "Hostname Verification Check failed" in message:
+        return (
+            "the certificate there is for other names than the one that this process checks, which is --tls-name or, "
+            "without it, the host of the address; `overfill certs` makes certificates for the name overfill"
+        )
     return "nothing listens there" if "Connection refused" in message else message
 
 
