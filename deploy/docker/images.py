@@ -2,9 +2,10 @@
 
     python deploy/docker/images.py [--variant cpu|cuda] [--base IMAGE] [--wheels FOLDER] [--target TARGET]…
 
-Without --base, the base is the Dockerfile's if docker has it or a registry gives it within a minute; otherwise base.py
-makes one, and an image of Prometheus for deploy/compose is built too. Without --wheels, $PIP_FIND_LINKS is used if it names a folder. The build also uses $PIP_INDEX_URL and
-$PIP_EXTRA_INDEX_URL. Images get their names only when all of them are built.
+Without --base, the base is the Dockerfile's if docker has it or a registry gives it within a minute. Otherwise base.py
+makes one, and Prometheus for deploy/compose is built on it too. Without --wheels, $PIP_FIND_LINKS is used if it names a
+folder. The build also uses $PIP_INDEX_URL and $PIP_EXTRA_INDEX_URL. Images get their names only when all of them are
+built.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="device of the workers")
     parser.add_argument("--base", default="", help="base image, with Python 3.11 or newer")
     parser.add_argument("--wheels", default="", help="folder with wheels that pip takes first")
-    parser.add_argument("--target", action="append", choices=(*TARGETS, PROMETHEUS), help="image to build (default: all)")
+    parser.add_argument("--target", action="append", choices=(*TARGETS, PROMETHEUS), help="image to build")
     arguments = parser.parse_args()
     try:
         check_docker()

@@ -118,8 +118,10 @@ def load(path: Path) -> list[ApiKey]:
         keys = [_read(entry) for entry in data["keys"]]
         bad = next((key for key in keys if not _HASH.fullmatch(key.sha256)), None)
     except OSError as error:
-        hint = f"; make them with `overfill keys create NAME --file {path}`" if isinstance(error, FileNotFoundError) else ""
-        raise BadKeyFile(f"cannot read the API keys in {path}: {refusal(path) or error.strerror}{hint}") from error
+        why = refusal(path) or error.strerror
+        if isinstance(error, FileNotFoundError):
+            why = f"{why}; make them with `overfill keys create NAME --file {path}`"
+        raise BadKeyFile(f"cannot read the API keys in {path}: {why}") from error
     except InvalidRequest as error:
         raise BadKeyFile(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Finds what keeps this process from reading a file, for error messages: in a container, the user is often another one."""
+"""Finds what keeps this process from reading a file, for error messages. A container's user often owns nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _places(path: Path) -> Iterator[tuple[Path, int]]:
     if not path.is_dir():
         yield path, os.R_OK
         return
-    for folder, _, names in os.walk(path, followlinks=True):
-        yield Path(folder), os.R_OK | os.X_OK
+    for below, _, names in os.walk(path, followlinks=True):
+        yield Path(below), os.R_OK | os.X_OK
         for name in names:
-            yield Path(folder, name), os.R_OK
+            yield Path(below, name), os.R_OK

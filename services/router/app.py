@@ -343,10 +343,11 @@ class Router:
 
     def _targets(self, host: str) -> list[dict[str, Any]]:
         """Returns all processes' metrics addresses; ``host`` is where the scraper reaches this machine."""
+        addresses = {router.id: router.metrics_address for router in (self._member(), *self._others())}
         routers = [
-            {"targets": [instead_of_wildcard(router.metrics_address, host)], "labels": {"stage": "router", "worker": router.id}}
-            for router in (self._member(), *self._others())
-            if router.metrics_address
+            {"targets": [instead_of_wildcard(address, host)], "labels": {"stage": "router", "worker": router}}
+            for router, address in addresses.items()
+            if address
         ]
         return [*routers, *self._registry.targets()]
 

@@ -1,4 +1,4 @@
-"""Tests that a refusal names the file or folder, the user and what to change. Root, as whom tests may run, is never refused."""
+"""Tests that a refusal names the file or folder, the user and what to change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from overfill.settings.config_file import BadConfigFile, read_config_file
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder ``a/b`` for user 10001, whom below the test's folder only the modes for others admit."""
+    """A folder ``a/b`` for user 10001, whom below the test's folder only the modes for others admit.
+
+    The tests may run as root, whom no mode refuses.
+    """
 
     def access(path: Path, needed: int) -> bool:
         return tmp_path not in Path(path).parents or Path(path).stat().st_mode & needed == needed

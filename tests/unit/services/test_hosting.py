@@ -53,7 +53,9 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(error):
 
 def test_a_file_that_cannot_be_read_is_found_before_the_model_is_loaded(tmp_path):
     missing = tmp_path / "tls"
-    with worker("loads()", f"--tls-cert={missing}.crt", f"--tls-key={missing}.key", f"--tls-ca={missing}.ca") as process:
+    with worker(
+        "loads()", f"--tls-cert={missing}.crt", f"--tls-key={missing}.key", f"--tls-ca={missing}.ca"
+    ) as process:
         stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (1, "")
     assert stderr.startswith(f"error: cannot read the TLS server key {missing}.key: No such file")
