@@ -148,13 +148,14 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     with cpu_settings(config.threads):
-        asyncio.run(_serve_and_exit(serve))
+        asyncio.run(_serve_and_exit(serve, config))
     raise AssertionError("the process has ended")
 
 
-async def _serve_and_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
+async def _serve_and_exit(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
     code = 1
     try:
+        config.check_files()
         code = await serve
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,10 +10,10 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from overfill.rpc.addresses import is_wildcard
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.renamed import rename_fields
-from overfill.settings.values import is_wildcard
 
 APPLICATION = "overfill"
 """Default name of the Serve application."""

@@ -27,7 +27,7 @@ from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
-from overfill.process.available import available_memory
+from overfill.process.limits import available_memory
 from overfill.request.grammar import Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
@@ -339,7 +339,7 @@ def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: i
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes of ``device``'s memory that no process uses."""
+    """Bytes of ``device``'s memory that this process may still allocate."""
     if device.type == "cpu":
         return available_memory()
     torch.cuda.empty_cache()  # memory that torch's allocator kept after profiling would count as used

@@ -26,13 +26,12 @@ from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, StackSpec, Work
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.rpc.addresses import is_loopback, split_address
+from overfill.rpc.addresses import is_loopback, is_wildcard, split_address
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import SETTINGS
-from overfill.settings.values import is_wildcard
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:

@@ -246,19 +246,25 @@ def test_compose_uses_existing_flags_ports_and_files() -> None:
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert settings[name]["port"] in dict(targets[name])["EXPOSE"].split()
+        assert service["user"] == "10001:10001"
+        stop = float(service["stop_grace_period"].removesuffix("s"))
+        assert stop > float(settings["common"]["grace-period"])
         words = " ".join(service.get("entrypoint", []) + service.get("command", []))
         kind = next(kind for kind in SERVICES if kind.section == name)
         flags = re.findall(r"--([a-z-]+)", words)
         assert "config" in flags
         assert set(flags) <= {flag_name(field) for field in kind.model_fields}
-    for service in compose["services"].values():
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-        for volume in service["volumes"]:
-            source = volume.partition(":")[0]
-            if source.startswith("../"):  # users create ./tls
-                assert (DEPLOY / "compose" / source).exists(), source
-            elif not source.startswith("./"):
-                assert source in compose["volumes"]
+    for file in (compose, load("compose/grafana.yaml")):
+        for service in file["services"].values():
+            assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+            for volume in service["volumes"]:
+                source = volume.replace("${OVERFILL_SECRETS:-./secrets}", "./secrets").partition(":")[0]
+                if source.startswith("./secrets/"):
+                    assert f"copy {Path(source).name} " in (DEPLOY / "compose" / "make-secrets").read_text()
+                elif source.startswith("."):
+                    assert (DEPLOY / "compose" / source).exists(), source
+                else:
+                    assert source in file["volumes"]
 
 
 @pytest.mark.parametrize("path", ["prometheus/prometheus.yml", "prometheus/tests/alerts_test.yml"])
@@ -273,7 +279,7 @@ def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
     # The paths at which compose mounts it.
     shutil.copy(DEPLOY / "compose" / "prometheus.yml", tmp_path)
     shutil.copytree(DEPLOY / "helm/overfill/files/rules", tmp_path / "rules")
-    subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "tls"], check=True, capture_output=True)
+    subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "secrets"], check=True, capture_output=True)
     for file in (DEPLOY / "prometheus/prometheus.yml", tmp_path / "prometheus.yml"):
         done = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr + done.stdout

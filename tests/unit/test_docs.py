@@ -19,7 +19,7 @@ PAGES = sorted(
 )
 # In "helm install overfill CHART", overfill is a release.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
-OTHER_PROGRAM = re.compile(r"(?:^|[ /])(helm|kubectl|locust|prometheus|ruff|serve) ")
+OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|ruff|serve) ")
 # Options of locust, docker, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
