@@ -169,8 +169,8 @@ def _plain(message: str) -> str:
         return "this port speaks HTTP/1: give the router's gRPC port, which is 7600 by default (overfill up --grpc)"
     if "Hostname Verification Check failed" in message:
         return (
-            "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which is "
-            "overfill with `overfill certs`"
+            "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which "
+            "is overfill with `overfill certs`"
         )
     return "nothing listens there" if "Connection refused" in message else message
 
