@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import ssl
 import stat
@@ -98,7 +99,8 @@ class ComposeStack:
 def project(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Names for everything, free ports, and a cache with the default pair. Yields the folder of secrets."""
     pair = resolve_pair("default")
-    secrets = tmp_path_factory.mktemp("secrets")
+    secrets = tmp_path_factory.mktemp("compose") / "secrets"
+    secrets.mkdir()
     prometheus = f"overfill-prometheus:{__version__}"  # built where no registry can be reached
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPOSE_PROJECT_NAME", PROJECT)
@@ -169,6 +171,15 @@ def test_requests_over_grpc_and_http(stack: ComposeStack) -> None:
         stack.http(body, "ofk-none")
     assert refused.value.code == 401
     refused.value.close()
+
+
+def test_the_readme_s_request_is_answered(stack: ComposeStack) -> None:
+    readme = (FILE.parents[1] / "README.md").read_text()
+    found = re.search(r"^\$ (curl .*?)\n```", readme, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    command = found[1].replace("localhost:8000", stack.address("router", 8000))
+    done = subprocess.run(command, shell=True, cwd=stack.secrets.parent, capture_output=True, check=True, text=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
 def test_a_further_key_is_made_while_the_stack_runs(stack: ComposeStack) -> None:
