@@ -20,11 +20,11 @@ PAGES = sorted(
 # In "helm install overfill CHART", overfill is a release.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
 OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|ruff|serve) ")
-# Options of locust, docker, Dynamo and vLLM that the text names without a command.
+# Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
     *("--exit-code-on-error", "--class-picker", "--config-users", "--tags", "--exclude-tags", "--build-arg"),
-    *("--migration-limit", "--shutdown-timeout"),
+    *("--migration-limit", "--shutdown-timeout", "--dashboard-host", "--num-cpus"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
