@@ -13,6 +13,7 @@
     ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
     │   └── UnsupportedModel  an architecture or option that the engine does not run  FAILED_PRECONDITION
     ├── SourceUnavailable     a model cannot be fetched from the given source         (local)
+    ├── NotEnoughMemory       a device cannot hold a model, its steps and a KV cache  (local)
     ├── TransferFailed        KV arrived incomplete or damaged, or not in time        DATA_LOSS
     ├── DeadlineExceeded      the request's deadline passed                           DEADLINE_EXCEEDED
     ├── RequestCancelled      the caller cancelled the request                        CANCELLED

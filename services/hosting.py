@@ -20,8 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from overfill.engine.build import resolve_device
-from overfill.engine.device import cpu_settings, use_device
+from overfill.engine.device import cpu_settings, resolve_device, use_device
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.sequence import EngineLoad
@@ -149,13 +148,14 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
     with cpu_settings(config.threads):
-        asyncio.run(_serve_and_exit(serve))
+        asyncio.run(_serve_and_exit(serve, config))
     raise AssertionError("the process has ended")
 
 
-async def _serve_and_exit(serve: Coroutine[Any, Any, int]) -> NoReturn:
+async def _serve_and_exit(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
     code = 1
     try:
+        config.check_files()
         code = await serve
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -186,16 +186,16 @@ async def serve_engine(
     servicer: EngineServicer,
     add_servicer: Callable[[Any, Any], None],
     service: str,
+    metrics: EngineMetrics,
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
-    metrics: EngineMetrics | None = None,
     on_ready: OnReady = lambda host: None,
 ) -> int:
     """Runs ``core`` on its thread and ``servicer`` on the network until drained; returns the exit code.
 
     Args:
         add_servicer, service: arguments of ``RpcServer.add``.
-        codec: encoding in which a decode worker requests KV.
         metrics: metrics to serve on a separate port, unless ``config.metrics_port`` is ``off``.
+        codec: encoding in which a decode worker requests KV.
         on_ready: called with the host once the worker serves.
     """
     if any(router.startswith("ray:///") for router in config.routers):
@@ -228,7 +228,7 @@ async def serve_engine(
     )
     servicer.engine, servicer.host = engine, host
     exporter = None
-    if metrics is not None and config.metrics_port != "off":
+    if config.metrics_port != "off":
         metrics.watch(lambda: engine.load)
         exporter = MetricsServer(
             metrics.registry,

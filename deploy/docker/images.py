@@ -2,9 +2,10 @@
 
     python deploy/docker/images.py [--variant cpu|cuda] [--base IMAGE] [--wheels FOLDER] [--target TARGET]…
 
-Without --base, the base is the Dockerfile's if docker has it or a registry gives it within a minute; otherwise base.py
-makes one. Without --wheels, $PIP_FIND_LINKS is used if it names a folder. The build also uses $PIP_INDEX_URL and
-$PIP_EXTRA_INDEX_URL. Images get their names only when all of them are built.
+Without --base, the base is the Dockerfile's if docker has it or a registry gives it within a minute. Otherwise base.py
+makes one, and Prometheus for deploy/compose is built on it too. Without --wheels, $PIP_FIND_LINKS is used if it names a
+folder. The build also uses $PIP_INDEX_URL and $PIP_EXTRA_INDEX_URL. Images get their names only when all of them are
+built.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from base import CannotMakeBase, make_base
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = Path(__file__).parent / "Dockerfile"
 TARGETS = ("router", "prefill", "decode", "ray")
+PROMETHEUS = "prometheus"
 OWN_BASE = f"overfill-base:python{sys.version_info.major}.{sys.version_info.minor}"
 PATIENCE = 60  # seconds that a registry may take
 
@@ -48,8 +50,8 @@ def build_all(targets: tuple[str, ...], variant: str, base: str, wheels: Path | 
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     built = []
     for target in targets:
-        # The router computes nothing, so it is the same for every device.
-        name = f"overfill-{target}:{version}" + ("" if target == "router" else f"-{variant}")
+        # Router and Prometheus compute nothing, so they are the same for every device.
+        name = f"overfill-{target}:{version}" + ("" if target in ("router", PROMETHEUS) else f"-{variant}")
         print(f"{name} on {base}", flush=True)
         started = time.monotonic()
         image_id = _build(target, variant, base, wheels, version)
@@ -174,13 +176,18 @@ def main() -> None:
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="device of the workers")
     parser.add_argument("--base", default="", help="base image, with Python 3.11 or newer")
     parser.add_argument("--wheels", default="", help="folder with wheels that pip takes first")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="image to build (default: all)")
+    parser.add_argument("--target", action="append", choices=(*TARGETS, PROMETHEUS), help="image to build")
     arguments = parser.parse_args()
     try:
         check_docker()
         wheels = _wheels(arguments.wheels)
         base = arguments.base or choose_base()
-        show(build_all(tuple(arguments.target or TARGETS), arguments.variant, base, wheels), base)
+        # A registry that does not give the base does not give Prometheus either.
+        targets = arguments.target or (*TARGETS, *([PROMETHEUS] if base == OWN_BASE else []))
+        built = build_all(tuple(targets), arguments.variant, base, wheels)
+        show(built, base)
+        if targets[-1] == PROMETHEUS:
+            print(f"\nFor deploy/compose: export OVERFILL_PROMETHEUS_IMAGE={built[-1].name}")
     except CannotBuild as error:
         sys.exit(f"images: {error}")
 

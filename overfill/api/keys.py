@@ -26,6 +26,7 @@ from typing import Any
 
 from overfill.api.priority import check_priority
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.process.permissions import refusal
 from overfill.rpc.access import Scope
 from overfill.rpc.reload import ReloadingValue
 
@@ -117,7 +118,10 @@ def load(path: Path) -> list[ApiKey]:
         keys = [_read(entry) for entry in data["keys"]]
         bad = next((key for key in keys if not _HASH.fullmatch(key.sha256)), None)
     except OSError as error:
-        raise BadKeyFile(f"cannot read the API keys in {path}: {error.strerror}") from error
+        why = refusal(path) or error.strerror
+        if isinstance(error, FileNotFoundError):
+            why = f"{why}; make them with `overfill keys create NAME --file {path}`"
+        raise BadKeyFile(f"cannot read the API keys in {path}: {why}") from error
     except InvalidRequest as error:
         raise BadKeyFile(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -29,7 +29,8 @@ def metrics_command() -> None:
 
 def metrics_page() -> str:
     """Returns the text of ``docs/metrics.md``."""
-    from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, OUTCOMES, TOKEN_BUCKETS, declared
+    from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS, declared
+    from overfill.telemetry.outcomes import OUTCOMES
 
     named = {LATENCY_BUCKETS: "seconds", BATCH_BUCKETS: "batch", TOKEN_BUCKETS: "tokens"}
     lines = [_INTRODUCTION]
@@ -47,7 +48,7 @@ def metrics_page() -> str:
 
 
 def _label(name: str, values: Sequence[str]) -> str:
-    from overfill.telemetry.metrics import OUTCOMES
+    from overfill.telemetry.outcomes import OUTCOMES
 
     if set(values) >= set(OUTCOMES[1:]):
         return f"`{name}`: an [outcome](#outcomes)"

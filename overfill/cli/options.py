@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.errors import InvalidRequest
+from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
     from overfill.client import Client
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+ENGINE = click.Choice(get_args(EngineChoice))
 
 
 class RenamedFlags(click.Command):
@@ -137,6 +139,32 @@ def dtype_option(command: _F) -> _F:
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Data type of weights, activations and KV.  [default: bfloat16, or float32 on CPUs without bfloat16]",
     )(command)
+
+
+def engine_options(default: EngineChoice | None, about_args: str) -> Callable[[_F], _F]:
+    """``--prefill-engine``, ``--decode-engine`` and ``--engine-args``.
+
+    Args:
+        default: engine of either stage; None means that of ``--engine``.
+        about_args: end of the help of ``--engine-args``.
+    """
+
+    def decorate(command: _F) -> _F:
+        command = click.option(
+            "--engine-args",
+            help=f"Arguments of vLLM itself, as a JSON object of its EngineArgs by name{about_args}",
+        )(command)
+        for stage in ("decode", "prefill"):
+            command = click.option(
+                f"--{stage}-engine",
+                type=ENGINE,
+                default=default,
+                show_default=default is not None,
+                help=f"Engine of the {stage} workers.{'' if default else '  [default: --engine]'}",
+            )(command)
+        return command
+
+    return decorate
 
 
 def connect(

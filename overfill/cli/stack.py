@@ -92,18 +92,30 @@ class StackPlan:
 
 
 class Stack:
-    """Runs the processes of a plan, and calls ``sink`` with ``(process, line)`` for each line of their output."""
+    """Runs the processes of a plan, and calls ``sink`` with ``(process, line)`` for each line of their output.
 
-    def __init__(self, plan: StackPlan, sink: Callable[[str, str], None]) -> None:
+    Args:
+        prefixes: name of a process -> command prefix that starts it elsewhere, such as in a network namespace. None
+            starts all processes here.
+    """
+
+    def __init__(
+        self,
+        plan: StackPlan,
+        sink: Callable[[str, str], None],
+        prefixes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.plan = plan
         self._sink = sink
+        self._prefixes = prefixes or {}
         self._routers: list[Child] = []
         self._workers: list[Child] = []
         self._reported: set[str] = set()
 
     def start(self) -> None:
         """Starts every process, routers first. Raises StartFailed when a port is in use."""
-        check_ports(self.plan)
+        if not self._prefixes:  # the ports of another namespace cannot be tried from here
+            check_ports(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += [self._spawn_worker(stage, worker) for stage, worker in self.plan.workers()]
@@ -179,7 +191,7 @@ class Stack:
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
         """Starts a process. ``module`` follows ``-m`` and may include a first argument."""
-        command = [sys.executable, "-m", *module.split(), *config.to_argv()]
+        command = [*self._prefixes.get(name, ()), sys.executable, "-m", *module.split(), *config.to_argv()]
         return Child(name, command, child_environment(os.environ, threads), self._sink)
 
     def _complete(self, router: Child, address: str) -> bool:

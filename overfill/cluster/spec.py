@@ -10,10 +10,10 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from overfill.rpc.addresses import is_wildcard
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.renamed import rename_fields
-from overfill.settings.values import is_wildcard
 
 APPLICATION = "overfill"
 """Default name of the Serve application."""
@@ -156,9 +156,13 @@ class StackSpec(_Model):
         configs = (self.router_config(), self.prefill_config(), self.decode_config())
         return max(config.grace_period for config in configs)
 
-    def router_config(self, index: int = 0) -> RouterConfig:
-        """Returns the settings of the router on ``ports[index]``. Raises ValueError naming a wrong setting."""
-        own: dict[str, object] = {
+    def router_config(self, index: int = 0, node_ip: str = ANYWHERE.node_ip) -> RouterConfig:
+        """Returns the settings of the router on ``ports[index]``. Raises ValueError naming a wrong setting.
+
+        Args:
+            node_ip: address of the router's machine.
+        """
+        own = self._metrics_host(self.router, node_ip) | {
             "port": self.router.ports[index],
             "expect_prefill": self.prefill.replicas,
             "expect_decode": self.decode.replicas,
@@ -177,10 +181,15 @@ class StackSpec(_Model):
 
     def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:
         settings = self.settings | pool.settings
-        own: dict[str, object] = {"worker_id": worker.id, "routers": worker.routers}
+        own = self._metrics_host(pool, worker.node_ip) | {"worker_id": worker.id, "routers": worker.routers}
         if is_wildcard(str(settings.get("host", ""))) and "advertise" not in settings:
             own["advertise"] = worker.node_ip
         return own
+
+    def _metrics_host(self, pool: PoolSpec, node_ip: str) -> dict[str, object]:
+        """Replaces a wildcard by the machine's address, so that routers' ``/targets`` lists addresses to connect to."""
+        settings = self.settings | pool.settings
+        return {"metrics_host": node_ip} if is_wildcard(str(settings.get("metrics_host", ""))) else {}
 
     def _prefill_kind(self) -> type[PrefillConfig]:
         return MockPrefillConfig if self.mock else PrefillConfig

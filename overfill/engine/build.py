@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES
 from overfill.engine.runner import ModelRunner, Work
-from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
@@ -26,7 +27,7 @@ from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
-from overfill.process.available import available_memory
+from overfill.process.limits import available_memory
 from overfill.request.grammar import Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
@@ -34,14 +35,9 @@ log = logging.getLogger(__name__)
 
 MIB = 2**20
 MEMORY_FRACTION = 0.9  # share of the memory that is free after the weights are loaded; fragmentation takes the rest
-DEFAULT_CPU_KV_BYTES = 1024 * MIB
 _CPU_WARM_TOKENS = 128  # on a CPU the warm-up only touches weights and kernels; memory is not measured there
 _INDEX_BYTES = 48  # per gathered token: positions, blocks and slots in int64, and their intermediate results
 _MASK_BYTES = 5  # per pair of a new and a cached token: a bool, and the float32 that attention makes of it
-
-
-class NotEnoughMemory(OverfillError):
-    """The device cannot hold weights, steps and KV cache, or the KV cache cannot hold the longest request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,30 +127,6 @@ class EngineParts:
         )
 
 
-def resolve_device(device: str) -> torch.device:
-    """Turns a device's name into a device; a CUDA device always gets a number.
-
-    ``auto`` means the first CUDA device if there is one, else the CPU.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidRequest("device", f"{device} needs a CUDA device, but torch finds none; use cpu or auto")
-    return torch.device("cuda:0" if device == "cuda" else device)
-
-
-def native_dtype(device: torch.device) -> DTypeName:
-    """The dtype in which ``device`` computes fastest: bfloat16, or float32 on CPUs without bfloat16 instructions.
-
-    On such a CPU bfloat16 is several times slower than float32.
-    """
-    if device.type != "cpu":
-        return "bfloat16"
-    # Older torch releases do not report capabilities; float32 runs everywhere.
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedHalf:
     """A loaded and warmed-up model without a KV cache.
@@ -242,9 +214,7 @@ def load_half(
     dtype = dtype or native_dtype(device)
     folder = pair.full_path if half == "full" else pair.decoder_path
     config = ModelConfig.load(folder)
-    longest = config.max_positions if max_model_len is None else max_model_len
-    if longest > config.max_positions:
-        raise InvalidRequest("max_model_len", f"{longest} is more than the model's context of {config.max_positions}")
+    longest = config.longest(max_model_len)
     with _out_of_memory(f"the weights of the {half} model", device, "free some of it, or take another --device"):
         loaded = Transformer.load(
             folder,
@@ -369,7 +339,7 @@ def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: i
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes of ``device``'s memory that no process uses."""
+    """Bytes of ``device``'s memory that this process may still allocate."""
     if device.type == "cpu":
         return available_memory()
     torch.cuda.empty_cache()  # memory that torch's allocator kept after profiling would count as used

@@ -1,4 +1,4 @@
-"""Sets a thread's device and CPU settings. CUDA keeps a current device per thread, initially ``cuda:0``."""
+"""Devices: their names and dtypes, and a thread's settings. CUDA keeps a device per thread, initially ``cuda:0``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,40 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.kv.spec import DTypeName
 from overfill.process.memory import freed_memory_kept
 
 _MAX_KEPT_BYTES = 64 << 20
 """Maximum size of a freed allocation that the process keeps instead of returning it to the system."""
+
+
+class NotEnoughMemory(OverfillError):
+    """The device cannot hold weights, steps and KV cache, or the KV cache cannot hold the longest request."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turns a device's name into a device; a CUDA device always gets a number.
+
+    ``auto`` means the first CUDA device if there is one, else the CPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidRequest("device", f"{device} needs a CUDA device, but torch finds none; use cpu or auto")
+    return torch.device("cuda:0" if device == "cuda" else device)
+
+
+def native_dtype(device: torch.device) -> DTypeName:
+    """The dtype in which ``device`` computes fastest: bfloat16, or float32 on CPUs without bfloat16 instructions.
+
+    On such a CPU bfloat16 is several times slower than float32.
+    """
+    if device.type != "cpu":
+        return "bfloat16"
+    # Older torch releases do not report capabilities; float32 runs everywhere.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("avx512_bf16") else "float32"
 
 
 def use_device(device: torch.device) -> None:

@@ -54,7 +54,6 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
 def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHalf:
     """What a servicer knows of a half that OverFill's engine runs."""
     return ServedHalf(
-        engine="overfill",
         engine_version=f"overfill {__version__}",
         half=half,
         pair=parts.pair,

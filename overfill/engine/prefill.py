@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     ChunkComputed,
@@ -38,10 +39,6 @@ from overfill.model.transformer import LayerHooks
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
-
-_MIN_NOTIFY_BYTES = 1 << 20
-"""Minimum bytes of a prompt's KV that the engine reports before the step ends. A message costs the sender
-as much time for few bytes as for many; on a CPU the running step loses that time."""
 
 
 class _Abandoned(Exception):
@@ -234,7 +231,7 @@ class PrefillEngine:
             for (sequence, count), end in zip(scheduled, ends, strict=True):
                 written = unsent[sequence.id]
                 written.append(KvWritten(sequence.id, layer, end, event))
-                if len(written) * count * self._runner.token_layer_bytes >= _MIN_NOTIFY_BYTES:
+                if len(written) * count * self._runner.token_layer_bytes >= MIN_NOTIFY_BYTES:
                     self._events += written
                     written.clear()
                     notify = True

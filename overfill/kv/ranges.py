@@ -56,6 +56,17 @@ class KvRange:
     def heads(self) -> tuple[int, int]:
         return self.head_start, self.head_end
 
+    def overlaps(self, other: KvRange) -> bool:
+        """Whether a vector is in both ranges; neither is empty."""
+        return (
+            self.layer_start < other.layer_end
+            and other.layer_start < self.layer_end
+            and self.token_start < other.token_end
+            and other.token_start < self.token_end
+            and self.head_start < other.head_end
+            and other.head_start < self.head_end
+        )
+
     def as_tuple(self) -> tuple[int, ...]:
         """The six numbers in wire order."""
         return (
@@ -121,6 +132,11 @@ def share_among_streams(
     return [[KvRange(a, b, *tokens, 0, num_heads) for group in share for a, b in runs(group)] for share in shares]
 
 
+_MAX_COMPARED = 64
+"""Maximum number of ranges that a request's check compares with each other, in 0.2 ms. A request has fewer at first.
+More go through a bitmap, whose time grows with the prompt: 10 ms for 128 k tokens."""
+
+
 class Coverage:
     """Bitmap of the layers, positions and heads of a transfer that have moved. Thread-safe.
 
@@ -157,6 +173,18 @@ class Coverage:
         )
         if not inside:
             raise TransferFailed(f"range {kv_range} lies outside the transfer or is empty")
+
+    def check_request(self, ranges: Sequence[KvRange]) -> None:
+        """Raises TransferFailed if a range lies outside the transfer or overlaps another one. Marks nothing."""
+        if len(ranges) > _MAX_COMPARED:
+            request = Coverage(list(self._row), self._tokens, self._num_heads)
+            for kv_range in ranges:
+                request.add(kv_range)
+            return
+        for index, kv_range in enumerate(ranges):
+            self.check_inside(kv_range)
+            if any(map(kv_range.overlaps, ranges[:index])):
+                raise TransferFailed(f"range {kv_range} overlaps another one of the request")
 
     def missing(self, ranges: Sequence[KvRange]) -> list[KvRange]:
         """The unmarked parts of ``ranges`` as ranges that do not overlap. ``ranges`` lie inside the transfer."""

@@ -163,6 +163,7 @@ class PromptPull:
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
         self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
         self._farewell = asyncio.timeout(None)
+        self._on_in_place: Callable[[], None] = lambda: None
         self._whole = asyncio.Event()  # set when all KV is written
         self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
         self.stats = PullStats(held_tokens=held_tokens)
@@ -172,15 +173,23 @@ class PromptPull:
         """Codec in which the KV travels."""
         return self._spec.codec
 
-    async def run(self, timeout: float | None, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
+    async def run(
+        self,
+        timeout: float | None,
+        on_first_token: Callable[[FirstTokenArrived], None],
+        on_in_place: Callable[[], None] = lambda: None,
+    ) -> None:
         """Runs the prefill RPC and the data streams. Returns when every range is in place and acknowledged.
 
         If the worker freezes after it has sent everything, returns after ``_FAREWELL``.
 
         Args:
             timeout: seconds left of the request's deadline.
-            on_first_token: called on the event loop, before the KV is complete.
+            on_first_token: called on the event loop, usually before the KV is complete.
+            on_in_place: called once on the event loop when all KV is written and the first token is known. Nothing
+                writes to the blocks any more. ``run`` returns later, because the worker's last word crosses the link.
         """
+        self._on_in_place = on_in_place
         self._outgoing.put_nowait(self._start)
         control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
@@ -202,7 +211,7 @@ class PromptPull:
                             now = time.monotonic_ns()
                             self.stats.first_token_ns = now - self.stats.started_ns
                             on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
-                            self._limit_farewell()
+                            self._check_in_place()
                         case "ready":
                             self._note_ready(message.ready.token_start, message.ready.token_end)
                         case "done":
@@ -233,9 +242,10 @@ class PromptPull:
         """Whether all KV and the first token, if requested, have arrived."""
         return not self._unwritten and (self.stats.first_token_ns > 0 or not self._sample_first_token)
 
-    def _limit_farewell(self) -> None:
+    def _check_in_place(self) -> None:
         if self._has_all:
             self._farewell.reschedule(asyncio.get_running_loop().time() + _FAREWELL)
+            self._on_in_place()
 
     def _note_ready(self, token_start: int, token_end: int) -> None:
         tokens = max(0, token_end - max(token_start, self._spec.tokens[0]))
@@ -367,7 +377,7 @@ class PromptPull:
             self.stats.shared_bytes += one.size if one.slot is not None else 0
         if not self._unwritten:
             self._whole.set()
-            self._limit_farewell()
+            self._check_in_place()
         ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
         self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 

@@ -129,9 +129,7 @@ class KvSender:
 
     def check_ranges(self, ranges: Sequence[KvRange]) -> None:
         """Raises TransferFailed if a range lies outside the transfer or overlaps another one."""
-        requested = Coverage(self.spec.layers, self.spec.tokens, self.spec.kv.num_kv_heads)
-        for kv_range in ranges:
-            requested.add(kv_range)
+        self._acknowledged.check_request(ranges)
 
     async def messages(self, ranges: Sequence[KvRange], slots: Slots | None = None) -> AsyncGenerator[bytes, None]:
         """Yields messages whose chunks cover ``ranges``, each as soon as its KV is computed.

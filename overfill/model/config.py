@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.errors import InvalidPair, InvalidRequest, UnsupportedModel
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
 from overfill.model.digest import check_link
 
@@ -163,6 +163,18 @@ class ModelConfig:
     def kv_spec(self, dtype: DTypeName) -> KvSpec:
         """Geometry of this model's KV cache with elements of ``dtype``."""
         return KvSpec(self.num_layers, self.num_kv_heads, self.head_dim, dtype, self.rope)
+
+    def longest(self, max_model_len: int | None) -> int:
+        """Maximum number of tokens of a sequence: ``max_model_len``, or the whole context when it is None.
+
+        Raises:
+            InvalidRequest: ``max_model_len`` exceeds the context.
+        """
+        if max_model_len is not None and max_model_len > self.max_positions:
+            raise InvalidRequest(
+                "max_model_len", f"{max_model_len} is more than the model's context of {self.max_positions}"
+            )
+        return max_model_len or self.max_positions
 
 
 def read_json(path: Path) -> dict[str, Any]:

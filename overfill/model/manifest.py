@@ -158,13 +158,6 @@ class Pair:
             UnsupportedModel: the engine does not run one of the halves.
         """
         folder = Path(os.path.abspath(folder))
-        try:
-            return cls._load(folder, check_digests, report, weights)
-        except PermissionError as error:
-            raise unreadable(folder, error) from error
-
-    @classmethod
-    def _load(cls, folder: Path, check_digests: bool, report: Report, weights: bool) -> Pair:
         manifest = _Section.read(folder / MANIFEST)
         if (found := manifest.get("format", str)) != FORMAT:
             raise manifest.error("format", f"is {found!r}; this version reads {FORMAT!r}")
@@ -201,13 +194,6 @@ class Pair:
             if pair.decoder_path != pair.full_path:
                 _check_digest(decoder, pair.decoder_path, report)
         return pair
-
-
-def unreadable(folder: Path, error: PermissionError) -> InvalidPair:
-    """The error for a file of the pair in ``folder`` that this process's user may not read."""
-    return InvalidPair(
-        f"user {os.getuid()} may not read {error.filename}: let others read the pair, with chmod -R a+rX {folder}"
-    )
 
 
 def write_manifest(
@@ -276,8 +262,6 @@ class _Section:
             values = json.loads(file.read_text())
         except FileNotFoundError:
             raise InvalidPair(f"{file}: missing; {file.parent} is not a pair folder") from None
-        except PermissionError:
-            raise
         except (ValueError, OSError) as error:
             raise InvalidPair(f"{file}: cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):

@@ -13,9 +13,9 @@ import torch
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.engine.build import MEMORY_FRACTION, LoadedHalf, load_half, resolve_device, size_pools
+from overfill.engine.build import MEMORY_FRACTION, LoadedHalf, load_half, size_pools
 from overfill.engine.colocated import Colocated, ColocatedRequest
-from overfill.engine.device import on_device
+from overfill.engine.device import on_device, resolve_device
 from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.blocks import BlockPool

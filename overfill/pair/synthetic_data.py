@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from overfill.engine.build import native_dtype, resolve_device
+from overfill.engine.device import native_dtype, resolve_device
 from overfill.errors import InvalidPair
 from overfill.model.config import ModelConfig
 from overfill.pair.conversations import Conversation

@@ -42,6 +42,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_wildcard(host: str) -> bool:
+    """Returns True if ``host`` is a wildcard address, such as 0.0.0.0, on which a server accepts every interface."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
+
+
+def instead_of_wildcard(address: str, host: str) -> str:
+    """Returns ``address`` (``host:port``), with ``host`` in place of a wildcard host."""
+    listens, port = split_address(address)
+    return f"{host}:{port}" if is_wildcard(listens) else address
+
+
 def reachable(host: str) -> str:
     """Returns the address at which processes on this machine reach a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)

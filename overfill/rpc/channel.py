@@ -29,15 +29,20 @@ from overfill.rpc.tls import ClientTls, Credentials
 Options = list[tuple[str, int]]
 
 
-def open_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.aio.Channel:
+def open_channel(
+    address: str, shown: ClientTls | Credentials | None = None, ping_timeout: float | None = None
+) -> grpc.aio.Channel:
     """Returns an asyncio channel with its own connection, which opens on first use.
 
     When the files in ``shown`` change, new RPCs use a new connection with the new certificate.
 
+    Args:
+        ping_timeout: seconds that a ping may stay unanswered; None means ``KEEPALIVE_TIMEOUT``.
+
     Raises:
         TlsError: a TLS file is missing, unreadable or does not match the others.
     """
-    return cast(grpc.aio.Channel, _open(address, shown, grpc.aio))
+    return cast(grpc.aio.Channel, _open(address, shown, grpc.aio, ping_timeout))
 
 
 def open_sync_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.Channel:
@@ -45,11 +50,11 @@ def open_sync_channel(address: str, shown: ClientTls | Credentials | None = None
     return cast(grpc.Channel, _open(address, shown, grpc))
 
 
-def _open(address: str, shown: ClientTls | Credentials | None, kind: Any) -> Any:
+def _open(address: str, shown: ClientTls | Credentials | None, kind: Any, ping_timeout: float | None = None) -> Any:
     if not isinstance(shown, Credentials):
         shown = Credentials(shown)
     tls = shown.tls
-    options: list[tuple[str, Any]] = [*channel_options()]
+    options: list[tuple[str, Any]] = [*channel_options(ping_timeout)]
     metadata = (("authorization", f"Bearer {shown.secret}"),) if shown.secret else ()
     if tls is None:
         channel = kind.insecure_channel(address, options=options)
@@ -64,8 +69,8 @@ def _open(address: str, shown: ClientTls | Credentials | None, kind: Any) -> Any
     )
 
 
-def channel_options() -> Options:
-    """Options of every channel."""
+def channel_options(ping_timeout: float | None = None) -> Options:
+    """Options of every channel; ``ping_timeout`` as for ``open_channel``."""
     return [
         ("grpc.use_local_subchannel_pool", 1),
         # Processes of a stack connect directly: ignore http_proxy and similar variables.
@@ -74,7 +79,7 @@ def channel_options() -> Options:
         # gRPC also uses this as the connect timeout.
         ("grpc.min_reconnect_backoff_ms", _milliseconds(CONNECT_TIMEOUT)),
         ("grpc.max_reconnect_backoff_ms", 2000),
-        *_common_options(),
+        *_common_options(KEEPALIVE_TIMEOUT if ping_timeout is None else ping_timeout),
     ]
 
 
@@ -92,17 +97,17 @@ def server_options(share_port: bool = False) -> Options:
         # concurrent RPCs refuses them with one.
         ("grpc.server.max_pending_requests", MAX_PENDING_RPCS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_RPCS),
-        *_common_options(),
+        *_common_options(KEEPALIVE_TIMEOUT),
     ]
 
 
-def _common_options() -> Options:
+def _common_options(ping_timeout: float) -> Options:
     return [
         ("grpc.keepalive_time_ms", _milliseconds(KEEPALIVE_TIME)),
-        ("grpc.keepalive_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(ping_timeout)),
         # gRPC core uses this timeout (60 s by default) for every ping and ignores keepalive_timeout_ms
         # (grpc/grpc#39239). Without it, a frozen peer is detected only after more than a minute.
-        ("grpc.http2.ping_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT)),
+        ("grpc.http2.ping_timeout_ms", _milliseconds(ping_timeout)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -26,7 +26,8 @@ KEEPALIVE_MIN_INTERVAL: Final = 1.5
 STALL_TIMEOUT: Final = 30.0
 """Seconds without progress, while KV is ready to send, after which a KV transfer is given up.
 
-Keepalive detects peers that are dead or frozen. This detects peers that answer pings but move no data. Progress is
+Keepalive detects peers that are dead or frozen. This detects peers that answer pings but move no data; it is also the
+time that a ping on a data connection may stay unanswered, because the answer waits behind KV. Progress is
 counted in whole messages of up to 1 MiB. A link of 1 Gbit/s moves 3,500 of them in this time, so that many streams may
 share it.
 """

@@ -1,6 +1,9 @@
 """A worker's membership: keeps a ``Registry.Join`` stream open to every router and sends reports on it.
 
 A broken stream is reopened without limit. Only a router that refuses the worker as incompatible ends the attempts.
+
+One router may have two addresses, such as an IPv4 and an IPv6 one. A router ends a worker's older stream when
+the worker joins again. So a link whose stream has ended waits while another link has joined the same router.
 """
 
 from __future__ import annotations
@@ -46,6 +49,10 @@ BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
 WARN_AFTER = 10.0
 """Seconds of failed attempts to join a router after which the worker warns. Processes of a stack start together."""
 
+
+PARKED = 60.0
+"""Seconds after which a link tries again although another link has joined the same router: by then, the address may be
+another router's."""
 
 _SCHEME = ":///"
 
@@ -141,7 +148,14 @@ class Membership:
 
     def _add(self, address: str, tls: Credentials | None) -> None:
         link = _Link(
-            address, self._hello, self._report_for, self._membership_changed, self.notify, tls, self._prefix_keys
+            address,
+            self._hello,
+            self._report_for,
+            self._membership_changed,
+            self.notify,
+            self._joined_elsewhere,
+            tls,
+            self._prefix_keys,
         )
         self._links[address] = link
         self._tasks[address] = asyncio.create_task(self._keep(link))
@@ -209,6 +223,11 @@ class Membership:
         report.credits, report.routers = shares[joined.index(link)], len(joined)
         return report
 
+    def _joined_elsewhere(self, link: _Link) -> bool:
+        """True while another link has joined the router that ``link`` joined last."""
+        others = (other for other in self._links.values() if other is not link)
+        return any(other.joined and other.router_id == link.router_id for other in others)
+
     def _membership_changed(self) -> None:
         if self.num_joined:
             self.joined.set()
@@ -227,17 +246,20 @@ class _Link:
         report: Callable[[_Link], registry_pb2.Report],
         on_change: Callable[[], None],
         on_demand: Callable[[], None],
+        joined_elsewhere: Callable[[_Link], bool],
         tls: Credentials | None,
         prefix_keys: PrefixKeys | None,
     ) -> None:
         self.address = address
         self.joined = False
+        self.router_id = ""  # of the router that was joined last
         self.refusal: Incompatible | None = None
         self.changed = asyncio.Event()
         self._hello = hello
         self._report = report
         self._on_change = on_change
         self._on_demand = on_demand
+        self._joined_elsewhere = joined_elsewhere
         self._tls = tls
         self._prefix_keys = prefix_keys
         self.demand: RouterDemand | None = None
@@ -272,6 +294,17 @@ class _Link:
                     self._on_change()
             delay = BACKOFF_FIRST if was_joined else min(BACKOFF_CAP, 2 * delay)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            if was_joined and self._joined_elsewhere(self):
+                logger.info("router %s is joined at another address than %s too", self.router_id, self.address)
+                await self._park()
+
+    async def _park(self) -> None:
+        """Waits until no other link has joined the same router, ``PARKED`` seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PARKED):
+                while self._joined_elsewhere(self):
+                    self.changed.clear()
+                    await self.changed.wait()
 
     async def _run_stream(self) -> None:
         # A new channel for each attempt, because gRPC would add its own back-off to ours on an old one.
@@ -281,7 +314,8 @@ class _Link:
             with suppress(OverfillError):  # the call may have ended; the read below raises its error
                 await checked_write(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
             welcome = await self._read(call)
-            logger.info("joined router %s at %s", welcome.welcome.router_id, self.address)
+            self.router_id = welcome.welcome.router_id
+            logger.info("joined router %s at %s", self.router_id, self.address)
             self.joined = True
             self._on_change()
             tasks = [asyncio.create_task(self._listen(call)), asyncio.create_task(self._tell(call))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import ipaddress
 import json
 import socket
 import ssl
@@ -33,7 +35,8 @@ class MetricsServer:
         host, port: address to listen on; port 0 picks a free one.
         tls: certificate and key, and the CA of client certificates; None serves without TLS, on loopback only.
         targets: makes the groups of addresses and labels that ``/targets`` returns, for Prometheus'
-            ``http_sd_configs``; None serves no ``/targets``.
+            ``http_sd_configs``, from the host at which the scraper has reached this server; None serves no
+            ``/targets``.
         access: access policy; None admits every caller.
 
     Attributes:
@@ -50,7 +53,7 @@ class MetricsServer:
         host: str,
         port: int,
         tls: ServerTls | None = None,
-        targets: Callable[[], Sequence[dict[str, Any]]] | None = None,
+        targets: Callable[[str], Sequence[dict[str, Any]]] | None = None,
         access: AccessPolicy | None = None,
     ) -> None:
         if tls is None and not is_loopback(host):
@@ -73,7 +76,7 @@ class MetricsServer:
                 return page
             if path == "/targets" and targets is not None:
                 start_response("200 OK", [("content-type", "application/json")])
-                return [json.dumps(targets()).encode()]
+                return [json.dumps(targets(environ["overfill.host"])).encode()]
             start_response("404 Not Found", [("content-type", "text/plain")])
             return [b"not found; this port serves /metrics\n"]
 
@@ -93,6 +96,14 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _local_host(connection: socket.socket) -> str:
+    """Returns this machine's address of ``connection``, in brackets if it is an IPv6 address."""
+    address = ipaddress.ip_address(connection.getsockname()[0].partition("%")[0])
+    if address.version == 4:
+        return str(address)
+    return f"[{address}]" if address.ipv4_mapped is None else str(address.ipv4_mapped)
 
 
 def _admit(access: AccessPolicy, environ: dict[str, Any]) -> None:
@@ -146,13 +157,32 @@ class _Server(ThreadingMixIn, WSGIServer):
         """Ignores errors of a connection: a scraper that disconnects needs no traceback."""
 
 
+class _Answer(io.BufferedIOBase):
+    """Writes to a connection. Every failure means that the scraper has left, for which wsgiref writes no traceback."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def write(self, data: Any) -> int:
+        try:
+            self._connection.sendall(data)
+        except OSError as error:  # includes ssl.SSLError
+            raise ConnectionAbortedError from error
+        return len(data)
+
+
 class _Handler(WSGIRequestHandler):
     timeout = _CONNECTION_TIMEOUT
+
+    def setup(self) -> None:
+        super().setup()
+        self.wfile = _Answer(self.connection)
 
     def get_environ(self) -> dict[str, Any]:
         environ = super().get_environ()
         peer = self.connection
         verified = isinstance(peer, ssl.SSLSocket) and peer.context.verify_mode == ssl.CERT_REQUIRED
+        environ["overfill.host"] = _local_host(peer)
         environ["overfill.roles"] = roles_of(names_of(peer.getpeercert())) if verified else None
         return environ
 

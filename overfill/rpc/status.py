@@ -169,7 +169,10 @@ def _plain(message: str) -> str:
     if "http1.x server" in message:
         return "this port speaks HTTP/1: give the router's gRPC port, which is 7600 by default (overfill up --grpc)"
     if "Hostname Verification Check failed" in message:
-        return "its certificate does not carry the expected name: give the name that it carries as --tls-name"
+        return (
+            "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which "
+            "is overfill with `overfill certs`"
+        )
     if found := re.search("CERTIFICATE_VERIFY_FAILED: ([^:]+)", message):
         return f"its certificate is not valid for the authorities in --tls-ca: {found[1]}"
     return "nothing listens there" if "Connection refused" in message else message

@@ -10,10 +10,12 @@ from typing import Any
 
 import grpc
 
+from overfill.process.permissions import refusal
 from overfill.rpc.reload import ReloadingValue
 
 _CERTIFICATES = "the TLS certificates"
 """Name of the value in log messages about reloading."""
+_CLIENT_CA = "client CA certificate"
 
 
 class TlsError(ValueError):
@@ -111,10 +113,12 @@ class ServerTls:
         """Returns the context for a server on Python's sockets; read its value at each handshake. Raises TlsError."""
 
         def read() -> ssl.SSLContext:
+            _check_pair(self.cert, self.key, "server")
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             try:
                 context.load_cert_chain(self.cert, self.key)
                 if client_certificates and self.client_ca is not None:
+                    _read(self.client_ca, _CLIENT_CA)
                     context.load_verify_locations(self.client_ca)
                     context.verify_mode = ssl.CERT_REQUIRED
             except (OSError, ssl.SSLError) as error:
@@ -127,7 +131,7 @@ class ServerTls:
         _check_pair(self.cert, self.key, "server")
         return grpc.ssl_server_certificate_configuration(
             [(_read(self.key, "server key"), _read(self.cert, "server certificate"))],
-            root_certificates=_read(self.client_ca, "client CA certificate") if self.client_ca else None,
+            root_certificates=_read(self.client_ca, _CLIENT_CA) if self.client_ca else None,
         )
 
 
@@ -153,7 +157,8 @@ def _read(path: Path, what: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise TlsError(f"cannot read the TLS {what} {path}: {error.strerror}") from error
+        hint = "; `overfill certs` makes certificates" if isinstance(error, FileNotFoundError) else ""
+        raise TlsError(f"cannot read the TLS {what} {path}: {refusal(path) or error.strerror}{hint}") from error
     if b"-----BEGIN" not in data:
         raise TlsError(f"the TLS {what} {path} is not a PEM file")
     return data

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
 from overfill.process import startup
-from overfill.rpc.addresses import split_address
+from overfill.rpc.addresses import instead_of_wildcard, split_address
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer
@@ -229,8 +229,13 @@ def fill_description(description: _Description, hello: registry_pb2.Hello) -> _D
 
 
 def announce(hello: registry_pb2.Hello, address: str) -> None:
-    """Enters ``address``, ``host:port``, into ``hello``. On a prefill worker it serves all KV heads too."""
+    """Enters ``address``, ``host:port``, into ``hello``. On a prefill worker it serves all KV heads too.
+
+    Metrics that are served on every interface are announced at the same host.
+    """
     hello.address = address
+    if hello.metrics_address:
+        hello.metrics_address = instead_of_wildcard(hello.metrics_address, split_address(address)[0])
     if common_pb2.STAGE_PREFILL in hello.stages:
         hello.data_addresses.add(address=address, num_kv_heads=hello.kv.num_kv_heads)
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from overfill.api.keys import BadKeyFile, KeyRing
+from overfill.process.permissions import refusal
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
@@ -138,13 +139,27 @@ class CommonSettings(BaseSettings):
         """Returns the API keys; None if none are configured. Raises BadKeyFile."""
         return None if self.api_keys is None else KeyRing(self.api_keys)
 
+    def check_files(self) -> None:
+        """Reads certificates, keys and secret, so that a fault is found before a model is loaded.
+
+        Raises:
+            TlsError: a certificate cannot be read.
+            BadKeyFile: the API keys or the secret cannot be read.
+        """
+        for tls in (self.server_tls(), self.client_tls()):
+            if tls is not None:
+                tls.credentials()
+        self.metrics_access()
+
     def _secret(self) -> str:
         if self.stack_secret is None:
             return ""
         try:
             secret = self.stack_secret.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise BadKeyFile(f"cannot read the stack's secret in {self.stack_secret}: {error}") from error
+            raise BadKeyFile(
+                f"cannot read the stack's secret in {self.stack_secret}: {refusal(self.stack_secret) or error}"
+            ) from error
         if len(secret) < MIN_SECRET or not (secret.isascii() and secret.isprintable()):
             raise BadKeyFile(
                 f"{self.stack_secret}: the secret must have at least {MIN_SECRET} printable ASCII characters; "

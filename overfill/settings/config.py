@@ -27,12 +27,12 @@ from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
-from overfill.rpc.addresses import is_loopback
+from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
-from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, Port, is_wildcard
+from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, Port
 
 UP_KEYS = (
     "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",

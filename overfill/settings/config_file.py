@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from overfill.errors import OverfillError
+from overfill.process.permissions import refusal
 
 COMMON = "common"
 
@@ -83,7 +84,7 @@ def read_config_file(path: Path) -> ConfigFile:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = refusal(path) or error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise BadConfigFile([f"{path}: cannot be read: {reason}"]) from error
     try:
         if path.suffix == ".toml":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from pathlib import Path
@@ -36,14 +35,6 @@ def _check_origin(origin: str) -> str:
     if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
         raise ValueError("expected *, or origins such as https://chat.example.org, without a path, separated by commas")
     return re.sub(r"^(http(?=.*:80$)|https(?=.*:443$))(://.+):\d+$", r"\1\2", origin)
-
-
-def is_wildcard(host: str) -> bool:
-    """Returns True if ``host`` is a wildcard address, such as 0.0.0.0, on which a server accepts every interface."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_unspecified
-    except ValueError:
-        return False
 
 
 def _check_positive(size: ByteSize) -> ByteSize:

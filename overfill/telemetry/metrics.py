@@ -7,28 +7,14 @@ includes their first increase. Numbers that an engine keeps anyway are read at e
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
-from overfill.errors import (
-    DeadlineExceeded,
-    Incompatible,
-    InvalidRequest,
-    ModelNotFound,
-    Overloaded,
-    PermissionDenied,
-    PromptTooLong,
-    RequestCancelled,
-    ShuttingDown,
-    TransferFailed,
-    Unauthenticated,
-    Unavailable,
-)
 from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.telemetry.metric_set import MetricSet, Sampled, Spec
+from overfill.telemetry.outcomes import OUTCOMES, REFUSALS, outcome_of, refusal_reason
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,48 +37,12 @@ TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_co
 _TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS if part != "unattributed")
 STAGES = ("prefill", "decode")
 WORKER_STATES = ("ready", "draining", "silent")
-REFUSALS = (
-    "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "too_long", "invalid", "not_found",
-    "shutting_down", "other",
-)  # fmt: skip
-"""Reasons for refusing a request. The first ones are the values of ``Overloaded.reason`` that admission sets."""
 
 PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
 """Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
 
 MAX_KEY_SERIES = 100
 """Maximum number of API keys with their own series; further keys share the series ``other``."""
-
-_OUTCOMES: dict[type[BaseException], str] = {
-    PromptTooLong: "too_long",
-    InvalidRequest: "invalid",
-    ModelNotFound: "not_found",
-    Unauthenticated: "unauthenticated",
-    PermissionDenied: "forbidden",
-    Overloaded: "overloaded",
-    Incompatible: "incompatible",
-    TransferFailed: "transfer_failed",
-    DeadlineExceeded: "deadline",
-    RequestCancelled: "cancelled",
-    ShuttingDown: "shutting_down",
-    Unavailable: "unavailable",
-    asyncio.CancelledError: "cancelled",
-    GeneratorExit: "cancelled",
-}
-OUTCOMES = tuple(dict.fromkeys(("ok", *_OUTCOMES.values(), "internal")))
-
-
-def outcome_of(error: BaseException | None) -> str:
-    """Returns the outcome label of an error: "ok" for None, "internal" for an exception without its own label."""
-    if error is None:
-        return "ok"
-    return next((_OUTCOMES[kind] for kind in type(error).__mro__ if kind in _OUTCOMES), "internal")
-
-
-def refusal_reason(error: BaseException) -> str:
-    """Returns the label for the reason of a refused request."""
-    reason = error.reason if isinstance(error, Overloaded) else outcome_of(error)
-    return reason if reason in REFUSALS else "other"
 
 
 class EngineNumbers(Protocol):

@@ -47,8 +47,8 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
             servicer,
             decode_pb2_grpc.add_DecodeServicer_to_server,
             SERVICE,
+            metrics,
             codec=codec,
-            metrics=metrics,
             on_ready=on_ready,
         )
     finally:

@@ -39,7 +39,8 @@ from overfill.kv.receiver import FirstTokenArrived, PromptPull
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import DecodeMetrics, outcome_of
+from overfill.telemetry.metrics import DecodeMetrics
+from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
 from services.hosting import logprobs_to_proto
 
@@ -48,7 +49,10 @@ _Need = decode_pb2.NeedPrefill
 
 @dataclass(frozen=True, slots=True)
 class PullEnded:
-    """The end of a pull: the prompt's KV is in place, or ``error`` says why not."""
+    """The outcome of a pull: the prompt's KV is in place, or ``error`` says why not.
+
+    With KV in place, the pull may still wait for the prefill worker's last word, which takes a round trip.
+    """
 
     pull: int  # number of the pull within the session; the session ignores the end of an abandoned one
     worker_id: str
@@ -143,7 +147,8 @@ class SequenceSession:
             raise
         finally:
             try:
-                await shielded(self._join_pull())
+                # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
+                await shielded(self._join_pull(cancel=self._wants_kv or self._failure is not None))
             finally:
                 self._send(Release(self.sequence.id))
                 self._log()
@@ -177,11 +182,10 @@ class SequenceSession:
             case decode_pb2.AssignPrefill():
                 self._begin_pull(item)
             case FirstTokenArrived():
-                return self._on_first_token(item)
+                return await self._on_first_token(item)
             case PullEnded() if item.pull != self._pulls or self._pull is None:
                 pass
             case PullEnded(worker_id=worker, error=None):
-                self._pull = None
                 self._note_cached_tokens()
                 self._prefill_worker = worker
                 self._codec = self._handoff.codec if self._handoff is not None else self._codec
@@ -193,10 +197,10 @@ class SequenceSession:
                 self._need_prefill(_reason_for(error), str(error), worker)
             case Preempted():
                 self._wants_kv = False
-                await self._join_pull()
+                await self._join_pull(cancel=True)
                 self._send(Yielded(self.sequence.id))
             case TokenSampled():
-                return self._on_token(item)
+                return await self._on_token(item)
             case SequenceFailed(error=InvalidRequest() as failure):
                 raise failure  # the request is invalid, so every worker would fail it
             case SequenceFailed(error=failure):
@@ -234,30 +238,36 @@ class SequenceSession:
 
     async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:
         """Has ``target`` prefill the prompt, and writes its KV into ``blocks``. Puts the outcome into the inbox."""
-        error: OverfillError | None = None
+        in_place = False
+
+        def on_in_place() -> None:
+            nonlocal in_place
+            in_place = True
+            self.inbox.put_nowait(PullEnded(pull, target.worker_id, None))
+
         try:
             with tracing.child("decode.handoff", "client", worker=target.worker_id) as span:
                 async with self._use_peer(target) as peer:
                     self._handoff = self._new_pull(peer, self)
                     try:
-                        await self._handoff.run(self._time_left(), self.inbox.put_nowait)
+                        await self._handoff.run(self._time_left(), self.inbox.put_nowait, on_in_place)
                         self._metrics.handed_over(self._handoff.codec, self._handoff.stats)
                     finally:
                         stats = self._handoff.stats
                         self._metrics.received(self._handoff.codec, stats)
                         span.set(kv_bytes=stats.kv_bytes, codec=CODEC_NAMES[self._handoff.codec])
         except OverfillError as failure:
-            error = failure
-            self._metrics.handoff_failed(error)
+            self._metrics.handoff_failed(failure)
+            if not in_place:  # otherwise the sequence has all that it needs
+                self.inbox.put_nowait(PullEnded(pull, target.worker_id, failure))
         except Exception as failure:
             self._metrics.handoff_failed(failure)
             self.inbox.put_nowait(failure)
-            return
-        self.inbox.put_nowait(PullEnded(pull, target.worker_id, error))
 
-    async def _join_pull(self) -> None:
+    async def _join_pull(self, *, cancel: bool) -> None:
         if self._pull is not None:
-            self._pull.cancel()
+            if cancel:
+                self._pull.cancel()
             await asyncio.wait([self._pull])
             self._pull = None
 
@@ -266,7 +276,7 @@ class SequenceSession:
         if self._cached_tokens is None and self._handoff is not None:
             self._cached_tokens = self._handoff.stats.cached_tokens
 
-    def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
+    async def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
         if not self.wants_first_token:  # an earlier prefill of this session has sent it
             return False
         self._note_cached_tokens()
@@ -287,10 +297,10 @@ class SequenceSession:
             )
             self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
-            self._finish(finish)
+            await self._finish(finish)
         return finish is not None
 
-    def _on_token(self, event: TokenSampled) -> bool:
+    async def _on_token(self, event: TokenSampled) -> bool:
         if self._first_step_ns is None:
             self._first_step_ns = event.step_started_ns
             if self._first_known_ns is not None:
@@ -305,10 +315,10 @@ class SequenceSession:
             )
             self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if event.finish is not None:
-            self._finish(event.finish)
+            await self._finish(event.finish)
         return event.finish is not None
 
-    def _finish(self, reason: FinishReason) -> None:
+    async def _finish(self, reason: FinishReason) -> None:
         done = decode_pb2.DecodeDone(
             reason=reason.value,
             usage=common_pb2.Usage(
@@ -326,6 +336,8 @@ class SequenceSession:
             if self._first_known_ns is not None:
                 done.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
         if self.start.trace and self._handoff is not None:
+            if self._pull is not None and not self._wants_kv:
+                await asyncio.wait([self._pull])  # the prefill worker's last word has its half of the trace
             done.trace.CopyFrom(self._handoff.stats.to_proto())
         self._tell(decode_pb2.SequenceUpdate(done=done))
 

@@ -52,7 +52,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
             servicer,
             add_prefill_to_server,
             SERVICE,
-            metrics=metrics,
+            metrics,
             on_ready=on_ready,
         )
     finally:

@@ -47,7 +47,8 @@ from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import PrefillMetrics, outcome_of
+from overfill.telemetry.metrics import PrefillMetrics
+from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from services.hosting import PromptHasher, logprobs_to_proto
 

@@ -26,13 +26,12 @@ from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, StackSpec, Work
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.rpc.addresses import is_loopback, split_address
+from overfill.rpc.addresses import is_loopback, is_wildcard, split_address
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import SETTINGS
-from overfill.settings.values import is_wildcard
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ async def _listening_router(spec: StackSpec) -> Router:
     patience = spec.grace_period + DRAIN_MARGIN
     deadline = loop.time() + patience
     for attempt in itertools.count():
-        router = Router(spec.router_config(attempt % len(spec.router.ports)))
+        router = Router(spec.router_config(attempt % len(spec.router.ports), get_node_ip_address()))
         try:
             await router.start()
             break

@@ -25,7 +25,7 @@ from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.access import AccessPolicy
-from overfill.rpc.addresses import is_loopback, reachable, split_address
+from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
@@ -84,7 +84,7 @@ class Router:
         self._config = config
         pair = Pair.load(resolve_pair(config.pair, log_steps(logger)), weights=False)
         tokenizer = Tokenizer.load(pair.full_path)
-        self._id = f"router-{secrets.token_hex(2)}"
+        self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
         self._address = self._join_address = self._http_address = ""
         self._group = None if config.share_port is None else PortGroup(config.share_port)
@@ -341,11 +341,13 @@ class Router:
         metrics = "" if self._exporter is None else self._exporter.address
         return Member(self._id, f"{reachable(host)}:{port}", metrics)
 
-    def _targets(self) -> list[dict[str, Any]]:
+    def _targets(self, host: str) -> list[dict[str, Any]]:
+        """Returns all processes' metrics addresses; ``host`` is where the scraper reaches this machine."""
+        addresses = {router.id: router.metrics_address for router in (self._member(), *self._others())}
         routers = [
-            {"targets": [router.metrics_address], "labels": {"stage": "router", "worker": router.id}}
-            for router in (self._member(), *self._others())
-            if router.metrics_address
+            {"targets": [instead_of_wildcard(address, host)], "labels": {"stage": "router", "worker": router}}
+            for router, address in addresses.items()
+            if address
         ]
         return [*routers, *self._registry.targets()]
 

@@ -33,7 +33,8 @@ from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import RouterMetrics, outcome_of
+from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.pace import Pace
 

@@ -68,8 +68,8 @@ def children(stack, stage):
     return [c for c in [*stack._routers, *stack._workers] if c.name.startswith(stage)]
 
 
-def wait_until(condition, timeout, what):
-    """Polls ``condition`` until it is true, for up to ``timeout`` seconds; returns the seconds waited.
+def wait_until(condition, timeout, what, pause=0.02):
+    """Polls ``condition`` every ``pause`` seconds until it is true, for up to ``timeout``; returns the seconds waited.
 
     Raises:
         AssertionError: ``condition`` was still false after ``timeout`` seconds.
@@ -78,7 +78,7 @@ def wait_until(condition, timeout, what):
     while not condition():
         if time.monotonic() - start > timeout:
             raise AssertionError(f"not within {timeout} s: {what}")
-        time.sleep(0.02)
+        time.sleep(pause)
     return time.monotonic() - start
 
 
@@ -88,6 +88,8 @@ def loads(address, tls=None, api_key=None):
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
 
 
-def idle(address):
+def idle(address, api_key=None):
     """True if no worker owns a block or runs a request."""
-    return all(load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address).values())
+    return all(
+        load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address, api_key=api_key).values()
+    )

@@ -142,7 +142,12 @@ async def pull(worker):
             target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
             async with pool.use(target) as peer:
                 handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)
-                await handoff.run(timeout, tokens.append)
+                run.times_in_place = 0
+
+                def count():
+                    run.times_in_place += 1
+
+                await handoff.run(timeout, tokens.append, count)
                 run.stats = handoff.stats
             return cache, tokens
 
@@ -159,6 +164,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
             assert half.sum() == 6 * 2 * 4
     assert tokens[0].token.token_id == 9
     assert worker.acknowledged == 48
+    assert pull.times_in_place == 1
 
 
 async def test_chunks_may_arrive_in_reverse_order(pull, worker):

@@ -194,7 +194,7 @@ def test_a_named_pair_needs_no_more_than_a_server_does(name: str, tmp_path: Path
     assert {EXTRAS[f"pair {one}"] for one in ("default", "fast", "path", "show")} == {"server"}
 
 
-@pytest.mark.parametrize(("service", "extra"), [("router", "router"), ("prefill", "server"), ("decode", "server")])
+@pytest.mark.parametrize(("service", "extra"), [("router", "router"), ("prefill", "worker"), ("decode", "worker")])
 def test_a_service_without_its_extra_says_the_line_to_run(service: str, extra: str) -> None:
     done = run_in((), f"from services.console import {service}; {service}()")
     assert done.returncode == 1

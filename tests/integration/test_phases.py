@@ -206,7 +206,7 @@ class Workers:
 
 @pytest.fixture
 async def workers(tiny_pair, monkeypatch):
-    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)  # send small KV layer by layer, like that of large models
+    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", 1)  # send small KV layer by layer, like that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)

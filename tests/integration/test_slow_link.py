@@ -1,4 +1,4 @@
-"""Tests a link of 100 Mbit/s: the first token does not wait for the KV, nor do other links for the slow one."""
+"""Tests slow links: neither the first token nor other links wait for the slow one's KV, and pings do not fail."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
+from overfill.rpc import channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2
 
@@ -63,6 +64,7 @@ class Pull:
         )
         layers = range(self._spec.num_layers)
         pull = PromptPull(self._peer, request, self._spec, layers, cache, blocks, self._executor)
+        self.stats = pull.stats
         try:
             await pull.run(120.0, lambda token: self.first_token.set())
         finally:
@@ -111,3 +113,18 @@ async def test_a_receiver_that_does_not_read_does_not_bloat_the_worker(heavy_pai
                 await asyncio.wait(runs)
     # The worker reads 4 MiB ahead of 4 MiB being sent, and gRPC buffers some; all KV would be 3 x 64 MB.
     assert grown < 3 * 20 * 2**20
+
+
+async def test_a_ping_whose_answer_waits_behind_kv_breaks_no_stream(heavy_pair, monkeypatch):
+    """A message of 1 MiB takes 4 s on this link, longer than a ping may take on a control channel here."""
+    monkeypatch.setattr(channel, "KEEPALIVE_TIMEOUT", 1.0)
+    prompt = [(13 * i) % 470 + 20 for i in range(64)]
+    arguments = [f"--pair={heavy_pair}", "--dtype=float32", "--kv-memory=256MiB"]
+    with ThreadPoolExecutor(2) as executor:
+        async with (
+            prefill_worker(arguments, 1, lambda name, line: None) as hello,
+            TcpProxy(hello.address, 250e3) as proxy,
+        ):
+            slow = Pull(hello, proxy.address, prompt, executor, shm=False)
+            await slow.run()
+    assert slow.stats.broken_streams == 0

@@ -410,7 +410,9 @@ class FailedStepDecodeConformance(DecodeEngineConformance):
             driver.run_until(lambda: running[0].error)
         except RuntimeError:
             assert driver.dead
+            assert self.num_failed_steps(driver) == 1
             return
+        assert self.num_failed_steps(driver) == 1
         assert all(isinstance(decoding.error, RuntimeError) for decoding in running)
         driver.proceed(waiting)
         driver.run()

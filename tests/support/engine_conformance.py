@@ -89,6 +89,10 @@ class EngineConformance:
         """Makes the next step of the model raise ``RuntimeError``, once."""
         raise NotImplementedError
 
+    def num_failed_steps(self, driver: DecodeDriver | PrefillDriver) -> float | None:
+        stage = "prefill" if self.half == "full" else "decode"
+        return driver.metrics.registry.get_sample_value(f"overfill_{stage}_step_failures_total")
+
     @pytest.fixture(scope="class")
     @classmethod
     def driver(cls, request: pytest.FixtureRequest) -> Iterator[DecodeDriver | PrefillDriver]:

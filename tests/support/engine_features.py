@@ -17,7 +17,8 @@ class Feature:
     Attributes:
         both: tests of the protocol's suite, which runs on OverFill's engine and on vLLM.
         overfill, vllm: tests of one engine.
-        mixed: tests of a stack in which one stage has OverFill's engine and the other one vLLM.
+        mixed: tests of a stack in which one stage has OverFill's engine and the other one vLLM. They use the fixture
+            ``mixed``, or start such a stack.
     """
 
     text: str
@@ -63,7 +64,7 @@ FEATURES = (
             "test_sampling_parameters_mean_the_same_on_every_engine",
             "test_the_first_token_is_sampled_as_the_request_says",
         ),
-        mixed=("test_the_same_seed_draws_the_same_answer_on_either_engine",),
+        mixed=("test_every_sampling_parameter_crosses_from_one_engine_to_the_other",),
     ),
     Feature(
         "penalties, logit bias, min_tokens, stop ids, logprobs",
@@ -93,13 +94,13 @@ FEATURES = (
             "test_kv_is_found_within_its_namespace_only",
             "test_the_journal_reports_the_keys_that_a_router_computes",
         ),
-        mixed=("test_mixed_engines_answer_as_the_reference",),
+        mixed=("test_a_tenant_finds_its_own_prompts_only",),
     ),
     Feature(
         "KV is the full model's in every turn of a chat",
         both=("test_the_next_turns_of_a_chat_never_find_kv_that_the_decoder_wrote",),
         vllm=("test_kv_is_the_full_model_s_in_every_turn_of_a_chat",),
-        mixed=("test_without_the_cure_a_later_turn_finds_kv_of_the_decoder",),
+        mixed=("test_kv_is_the_full_model_s_in_every_turn_of_a_chat_with_mixed_engines",),
     ),
     Feature(
         "migration: emitted tokens pass through the decoder again",
@@ -118,7 +119,7 @@ FEATURES = (
             "test_cancel_between_two_chunks",
         ),
         vllm=("test_cancelled_requests_leave_nothing_behind",),
-        mixed=("test_mixed_engines_answer_as_the_reference",),
+        mixed=("test_cancelled_requests_leave_nothing_behind_with_mixed_engines",),
     ),
     Feature(
         "refusal instead of a queue in the engine",

@@ -160,6 +160,17 @@ class PrefillConformance(EngineConformance):
         driver.cancel(prefilling)
         assert driver.load.freed_capacity_since(used)
 
+    def test_load_counts_all_blocks_of_a_prompt_from_its_first_chunk_on(self, driver):
+        """A router must not place another prompt on blocks that this one will need."""
+        blocks = 3 * MAX_NUM_BATCHED_TOKENS // BLOCK_SIZE
+        driver.submit(greedy(blocks * BLOCK_SIZE))
+        driver.step()
+        load, computed = driver.load, MAX_NUM_BATCHED_TOKENS // BLOCK_SIZE
+        assert (load.blocks_used, load.blocks_reserved) == (blocks, blocks - computed)
+        assert load.blocks_used + load.blocks_cached <= load.blocks_total
+        driver.run()
+        assert (driver.load.blocks_used, driver.load.blocks_reserved) == (blocks, 0)
+
     def test_cancel_before_the_first_step(self, driver):
         driver.cancel(driver.submit(greedy(70)))
         driver.assert_empty()
@@ -285,7 +296,9 @@ class FailedStepPrefillConformance(EngineConformance):
             driver.until(lambda: failing.error)
         except RuntimeError:
             assert driver.dead
+            assert self.num_failed_steps(driver) == 1
             return
+        assert self.num_failed_steps(driver) == 1
         assert isinstance(failing.error, RuntimeError)
         assert failing.computed is None
         driver.run()

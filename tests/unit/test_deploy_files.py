@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import operators
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
 
+from overfill.cluster.spec import StackSpec
 from overfill.settings.config import SERVICES, read_checked
 from overfill.settings.config_file import flag_name
 
@@ -120,10 +122,87 @@ def test_the_rayservice_is_strictly_valid() -> None:
         operators.validate(service)
 
 
+def test_the_other_objects_beside_the_rayservice_are_strictly_valid() -> None:
+    _, service, *policies = rayservice_objects()
+    assert service["spec"]["selector"] == {"overfill.io/component": "router"}
+    assert [policy["kind"] for policy in policies] == ["NetworkPolicy", "NetworkPolicy"]
+    for one in (service, *policies):
+        kubernetes_validate.validate(one, "1.34", strict=True)
+
+
+def rayservice_objects() -> list[Any]:
+    return list(yaml.safe_load_all((DEPLOY / "ray" / "rayservice.yaml").read_text()))
+
+
 def rayservice() -> Any:
-    first, second = yaml.safe_load_all((DEPLOY / "ray" / "rayservice.yaml").read_text())
-    assert second["spec"]["selector"] == {"overfill.io/component": "router"}
-    return first
+    return rayservice_objects()[0]
+
+
+def ray_pods() -> dict[str, Any]:
+    """Returns the pod templates by component."""
+    cluster = rayservice()["spec"]["rayClusterConfig"]
+    templates = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    return {template["metadata"]["labels"]["overfill.io/component"]: template["spec"] for template in templates}
+
+
+def test_ray_s_pods_are_ready_without_serve_s_proxies() -> None:
+    """KubeRay adds a probe that needs a proxy to every container without one, and needs a port named serve."""
+    pods = ray_pods()
+    for component, pod in pods.items():
+        (container,) = pod["containers"]
+        assert container["livenessProbe"]["httpGet"] == {"path": "/api/healthz", "port": 52365}
+        ready = container["readinessProbe"]
+        if component != "router":
+            assert ready["httpGet"] == {"path": "/api/healthz", "port": 52365}
+            continue
+        program, command, *arguments = ready["exec"]["command"]
+        assert (program, command, arguments.pop()) == ("overfill", "health", "127.0.0.1:7600")
+        given = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"][0]["args"]["settings"]
+        expected = {flag_name(name): value for name, value in given.items() if name.startswith("tls_")}
+        assert dict(argument[2:].split("=") for argument in arguments) == expected
+    assert "serve" in [port["name"] for port in pods["head"]["containers"][0]["ports"]]
+
+
+def test_ray_s_pods_have_only_the_secrets_that_they_need() -> None:
+    secrets = {
+        component: {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+        for component, pod in ray_pods().items()
+    }
+    workers = {"overfill-tls"}
+    assert secrets == {"head": set(), "router": {*workers, "overfill-keys"}, "prefill": workers, "decode": workers}
+    assert rayservice()["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+
+
+def test_only_the_stack_and_the_operator_reach_ray_s_ports() -> None:
+    _, _, stack, clients = (one["spec"] for one in rayservice_objects())
+    every_pod = {"matchExpressions": [{"key": "overfill.io/component", "operator": "Exists"}]}
+    assert stack["podSelector"] == every_pod
+    inside, operator, metrics = stack["ingress"]
+    assert inside == {"from": [{"podSelector": every_pod}]}
+    assert [port["port"] for port in operator["ports"]] == [8265]
+    assert [port["port"] for port in metrics["ports"]] == [7690]
+    assert clients["podSelector"] == {"matchLabels": {"overfill.io/component": "router"}}
+    assert [port["port"] for (rule,) in [clients["ingress"]] for port in rule["ports"]] == [7600, 8000]
+
+
+@pytest.mark.parametrize(("pool", "gpu", "weights"), [("prefill", 80e9, 16.1e9), ("decode", 24e9, 6.5e9)])
+def test_ray_s_workers_fit_on_their_gpus(pool: str, gpu: float, weights: float) -> None:
+    """For Llama 3.1 8B with a 3B decoder, in bfloat16: 32 layers, 8 KV heads of 128."""
+    from overfill.engine.build import MemoryRequirement  # imports torch, which takes seconds
+
+    args = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"][0]["args"]
+    config = getattr(StackSpec(**args), f"{pool}_config")()
+    token = 2 * 8 * 128 * 2
+    needs = MemoryRequirement(
+        block_bytes=32 * 16 * token,
+        block_size=16,
+        token_layer_bytes=token,
+        longest=config.max_model_len or 131_072,
+        max_num_seqs=config.max_num_seqs,
+        step_tokens=getattr(config, "max_num_batched_tokens", config.max_num_seqs),
+    )
+    step = needs.step_bytes(config.kv_memory // needs.block_bytes)
+    assert config.kv_memory + step + weights < 0.95 * gpu
 
 
 def test_ray_s_groups_have_the_resources_that_serve_requests() -> None:
@@ -149,9 +228,8 @@ def test_ray_s_groups_have_the_resources_that_serve_requests() -> None:
 
 
 def test_the_application_accepts_the_arguments() -> None:
-    spec = pytest.importorskip("overfill.cluster.spec", reason="the application for Ray Serve is missing")
     (application,) = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"]
-    spec.StackSpec(**application["args"])
+    StackSpec(**application["args"])
     module, _, function = application["import_path"].partition(":")
     assert f"def {function}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text()
 
@@ -168,19 +246,25 @@ def test_compose_uses_existing_flags_ports_and_files() -> None:
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert settings[name]["port"] in dict(targets[name])["EXPOSE"].split()
+        assert service["user"] == "10001:10001"
+        stop = float(service["stop_grace_period"].removesuffix("s"))
+        assert stop > float(settings["common"]["grace-period"])
         words = " ".join(service.get("entrypoint", []) + service.get("command", []))
         kind = next(kind for kind in SERVICES if kind.section == name)
         flags = re.findall(r"--([a-z-]+)", words)
         assert "config" in flags
         assert set(flags) <= {flag_name(field) for field in kind.model_fields}
-    for service in compose["services"].values():
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-        for volume in service["volumes"]:
-            source = volume.partition(":")[0]
-            if source.startswith("../"):  # users create ./tls
-                assert (DEPLOY / "compose" / source).exists(), source
-            elif not source.startswith("./"):
-                assert source in compose["volumes"]
+    for file in (compose, load("compose/grafana.yaml")):
+        for service in file["services"].values():
+            assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+            for volume in service["volumes"]:
+                source = volume.replace("${OVERFILL_SECRETS:-./secrets}", "./secrets").partition(":")[0]
+                if source.startswith("./secrets/"):
+                    assert f"copy {Path(source).name} " in (DEPLOY / "compose" / "make-secrets").read_text()
+                elif source.startswith("."):
+                    assert (DEPLOY / "compose" / source).exists(), source
+                else:
+                    assert source in file["volumes"]
 
 
 @pytest.mark.parametrize("path", ["prometheus/prometheus.yml", "prometheus/tests/alerts_test.yml"])
@@ -195,7 +279,7 @@ def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
     # The paths at which compose mounts it.
     shutil.copy(DEPLOY / "compose" / "prometheus.yml", tmp_path)
     shutil.copytree(DEPLOY / "helm/overfill/files/rules", tmp_path / "rules")
-    subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "tls"], check=True, capture_output=True)
+    subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "secrets"], check=True, capture_output=True)
     for file in (DEPLOY / "prometheus/prometheus.yml", tmp_path / "prometheus.yml"):
         done = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr + done.stdout

@@ -1,4 +1,4 @@
-"""Every command and every option of ours that the guides name exists. The notebook is not brought up to date."""
+"""Every command, option and name in code that the guides name exists. The notebook is not brought up to date."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ PAGES = sorted(
 )
 # In "helm install overfill CHART", overfill is a release.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
-OTHER_PROGRAM = re.compile(r"(?:^|[ /])(helm|kubectl|locust|prometheus|ruff|serve) ")
-# Options of locust, docker, Dynamo and vLLM that the text names without a command.
+OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|ruff|serve) ")
+# Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
     *("--exit-code-on-error", "--class-picker", "--config-users", "--tags", "--exclude-tags", "--build-arg"),
-    *("--migration-limit", "--shutdown-timeout"),
+    *("--migration-limit", "--shutdown-timeout", "--dashboard-host", "--num-cpus"),
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
+# Docstrings, strings with spaces, and comments.
+PROSE = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]* [^"\n]*"|(?:#|//).*')
 
 
 def code(page: Path) -> Iterator[str]:
@@ -81,6 +84,21 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_options_on_their_own_exist(page: Path) -> None:
     names = {name for line in code(page) if not OTHER_PROGRAM.search(line) for name in OPTION.findall(line)}
     assert sorted(names - all_options() - OTHER_OPTIONS) == []
+
+
+def names_in_code() -> set[str]:
+    """Words of the code and of the paths of its files."""
+    files = [file for top in ("overfill", "services", "proto") for file in (ROOT / top).rglob("*.*")]
+    sources = [file for file in files if file.suffix in (".py", ".proto")]
+    words = {word for file in sources for word in re.findall(r"\w+", PROSE.sub("", file.read_text(encoding="utf-8")))}
+    return words | {word for file in files for word in re.findall(r"\w+", file.relative_to(ROOT).as_posix())}
+
+
+def test_names_in_the_architecture_exist() -> None:
+    known = names_in_code() | {"SO_REUSEPORT"}  # the system's
+    named = {name for name in code(ROOT / "docs" / "architecture.md") if NAME.fullmatch(name)}
+    assert len(named) > 100
+    assert sorted(name for name in named if not known.issuperset(re.findall(r"\w+", name))) == []
 
 
 def test_wrong_commands_are_found() -> None:

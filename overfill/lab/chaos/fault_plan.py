@@ -26,6 +26,9 @@ TARGETS: dict[FaultName, tuple[Target, ...]] = {
 }
 """Fault -> the targets that it can hit."""
 
+HOST_TARGETS: dict[FaultName, tuple[Target, ...]] = {**TARGETS, "vanish": ("router", "prefill", "decode", "client")}
+"""The same for processes on hosts of their own: a host can vanish with its process."""
+
 _SECONDS: dict[FaultName, tuple[float, float]] = {
     # The range includes the 10 s after which a silent peer is given up.
     "freeze": (1.0, 13.0),
@@ -35,6 +38,7 @@ _SECONDS: dict[FaultName, tuple[float, float]] = {
     "bandwidth": (1.0, 4.0),
     "clock": (1.0, 3.0),
     "disk": (1.0, 4.0),
+    "vanish": (1.0, 13.0),  # of a host
 }
 _MAX_JUMP = 3600.0  # seconds
 
@@ -77,30 +81,36 @@ def draw(
     phases: Sequence[Phase] = PHASES,
     targets: Sequence[Target] | None = None,
     first: int = 0,
+    possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
 ) -> Iterator[PlannedFault]:
     """Draws random faults without end, from number ``first`` on. Each depends only on the seed and its number.
 
     Args:
         pause: Mean seconds of rest between two faults.
         targets: None means all targets that a fault can hit.
+        possible: Fault -> targets that it can hit.
     """
     number = first
     while True:
         rng = random.Random(f"{seed}/{number}")
         kind = rng.choice(faults)
-        among = [target for target in TARGETS[kind] if targets is None or target in targets]
-        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or TARGETS[kind]))
+        among = [target for target in possible[kind] if targets is None or target in targets]
+        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or possible[kind]))
         yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
         number += 1
 
 
 def matrix(
-    seed: int, times: int, faults: Sequence[FaultName] = FAULTS, phases: Sequence[Phase] = PHASES
+    seed: int,
+    times: int,
+    faults: Sequence[FaultName] = FAULTS,
+    phases: Sequence[Phase] = PHASES,
+    possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
 ) -> list[PlannedFault]:
     """Returns every fault in every phase ``times`` times, in random order. Each fault's targets alternate."""
     rng = random.Random(seed)
     cells = [
-        (fault, phase, TARGETS[fault][turn % len(TARGETS[fault])])
+        (fault, phase, possible[fault][turn % len(possible[fault])])
         for fault in faults
         for phase in phases
         for turn in range(times)
@@ -120,5 +130,7 @@ def read_report(report: Path) -> list[PlannedFault]:
 
 def _make(rng: random.Random, number: int, kind: FaultName, phase: Phase, target: Target) -> PlannedFault:
     seconds = round(rng.uniform(*_SECONDS.get(kind, (0.0, 0.0))), 2)
+    if kind == "vanish" and target == "client":
+        seconds = 0.0  # it does not come back
     jump = round(rng.uniform(-_MAX_JUMP, _MAX_JUMP), 1) if kind == "clock" else 0.0
     return PlannedFault(number, kind, phase, target, seconds, jump)

@@ -13,15 +13,14 @@ from overfill.cli.processes import Child
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.chaos.fault_plan import FaultName, PlannedFault
-from overfill.lab.chaos.stack import BreakableStack, Links
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.stack import BreakableStack, Link, Links
 
-SILENCING: frozenset[FaultName] = frozenset({"kill", "drain", "freeze", "partition"})
+SILENCING: frozenset[FaultName] = frozenset({"kill", "drain", "freeze", "partition", "vanish"})
 """Faults during which the process serves nothing. Another process of its stage must be ready first."""
 
-_MAX_DELAY = 0.15  # maximum seconds per piece
-_LOSS = 0.05  # share of the pieces
-_BANDWIDTH = 48 * 1024  # bytes per second and connection
+_MAX_DELAY = 0.15  # maximum seconds per piece; on a host, seconds of every frame
+_LOSS = 0.05  # share of the pieces or frames
+_BANDWIDTH = 48 * 1024  # bytes per second and connection; on a host, of all its connections
 _CORRUPT_CHUNKS = 3  # chunks to damage
 _EXIT_SLACK = 10.0  # seconds beyond its grace period in which a drained process must exit
 _POLL = 0.05
@@ -35,7 +34,7 @@ class FaultInjector:
         self._links = links
         self._control = control
         self._clocks = clocks
-        self._cut: Counter[TcpProxy] = Counter()  # faults that cut a link; it belongs to the processes at both ends
+        self._cut: Counter[Link] = Counter()  # faults that cut a link; it belongs to the processes at both ends
 
     def inject(self, fault: PlannedFault, name: str) -> None:
         """Starts the fault in process ``name``."""
@@ -64,8 +63,12 @@ class FaultInjector:
             case "disk":
                 # No file can grow and no shared memory can be allocated, as on a full disk.
                 resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-            case "slow" | "vanish":
-                raise AssertionError(f"{fault.kind} is a fault of clients")
+            case "vanish":
+                # The link is down first, so that no peer hears of the end of the process or of its connections.
+                self._links.hosts[name].partition()
+                os.kill(child.pid, signal.SIGKILL)
+            case "slow":
+                raise AssertionError("slow is a fault of clients")
 
     async def end(self, fault: PlannedFault, name: str) -> str | None:
         """Ends the fault after ``fault.seconds`` and restarts the process if it has exited.
@@ -81,8 +84,11 @@ class FaultInjector:
                 os.kill(child.pid, signal.SIGKILL)
             elif child.returncode != 0:
                 problem = _describe_exit(child)
-        if fault.kind in ("kill", "drain"):
+        if fault.kind in ("kill", "drain", "vanish"):
             await _wait_for_exit(child, 10.0)
+            if fault.kind == "vanish":
+                await asyncio.sleep(fault.seconds)
+                self._links.hosts[name].reboot()
             self._stack.restart(name)
             return problem
         try:
@@ -115,7 +121,7 @@ class FaultInjector:
                 unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
                 resource.prlimit(child.pid, resource.RLIMIT_FSIZE, unlimited)
 
-    def _change_links(self, name: str, change: Callable[[TcpProxy], None]) -> None:
+    def _change_links(self, name: str, change: Callable[[Link], None]) -> None:
         for link in self._links.by_process[name]:
             change(link)
 

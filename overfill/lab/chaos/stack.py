@@ -1,39 +1,64 @@
-"""A stack whose processes have probes, settable clocks and, through ``add_proxies``, connections that can fail."""
+"""A stack whose processes have probes, settable clocks, and connections that can fail.
+
+The connections are those of loopback through ``add_proxies``, or of real links through ``add_hosts``.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, StackPlan, child_environment, free_ports
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.hosts.network import Host
+from overfill.lab.hosts.place import place_on_hosts
 from overfill.settings.config import ServiceConfig
 
 _PROBES = "overfill.lab.chaos.probes"
 
 
+class Link(Protocol):
+    """A proxy, or the link of a host. The attributes may be set at any time."""
+
+    delay: float
+    loss: float
+    rate: float | None
+
+    def partition(self) -> None: ...
+
+    def heal(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The proxies between the processes.
+    """What is between the processes.
 
     Attributes:
         routers: Addresses at which clients reach the routers.
-        by_process: Process -> proxies through which it communicates.
+        by_process: Process -> links through which it communicates.
+        hosts: Process -> its host. Empty when all processes run on this machine's own network.
     """
 
     routers: tuple[str, ...]
-    by_process: dict[str, list[TcpProxy]] = field(default_factory=dict)
+    by_process: dict[str, list[Link]] = field(default_factory=dict)
+    hosts: dict[str, Host] = field(default_factory=dict)
 
 
 class BreakableStack(Stack):
-    """Runs ``plan`` with probes that connect to the socket at the path ``probes``. It can restart routers too."""
+    """Runs ``plan`` with probes that connect to the socket at the path ``probes``. It can restart routers too.
 
-    def __init__(self, plan: StackPlan, probes: str, clocks: Clocks) -> None:
-        super().__init__(plan, lambda name, line: None)
+    Args:
+        hosts: Process -> host on which it runs. Empty means that all run here.
+    """
+
+    def __init__(self, plan: StackPlan, probes: str, clocks: Clocks, hosts: Mapping[str, Host]) -> None:
+        super().__init__(plan, lambda name, line: None, {name: host.enter for name, host in hosts.items()})
         self._probes = probes
         self._clocks = clocks
 
@@ -65,7 +90,8 @@ class BreakableStack(Stack):
         self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
-        command = [sys.executable, "-m", _PROBES, self._probes, name, module, *config.to_argv()]
+        probed = ["-m", _PROBES, self._probes, name, module, *config.to_argv()]
+        command = [*self._prefixes.get(name, ()), sys.executable, *probed]
         environment = child_environment(os.environ, threads) | self._clocks.environment(name)
         return Child(name, command, environment, self._sink)
 
@@ -94,3 +120,9 @@ async def add_proxies(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tupl
         moved.append(worker.model_copy(update=update))
     prefill, decode = moved[: len(plan.prefill)], moved[len(plan.prefill) :]
     return replace(plan, prefill=tuple(prefill), decode=tuple(decode)), links  # type: ignore[arg-type]
+
+
+def add_hosts(plan: StackPlan, exits: ExitStack) -> tuple[StackPlan, Links]:
+    """Makes a host for each process of ``plan``. A process's link is that of its host. ``exits`` removes the hosts."""
+    placed, hosts = exits.enter_context(place_on_hosts(plan))
+    return placed, Links(placed.addresses, {name: [host] for name, host in hosts.items()}, hosts)

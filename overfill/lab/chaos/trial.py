@@ -1,7 +1,7 @@
 """Runs a trial: starts a stack, sends requests, injects faults, and collects the results.
 
 A fault waits until a request enters its phase. The trial holds the request there, injects the fault and releases the
-request. It never kills, drains, freezes or partitions a process unless another of the same stage is ready.
+request. It silences no process unless another of the same stage is ready.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.chaos.injector import SILENCING, FaultInjector
 from overfill.lab.chaos.load import LoadGenerator, RequestResult
 from overfill.lab.chaos.memory import MemorySample, watch
-from overfill.lab.chaos.stack import BreakableStack, Links, add_proxies
+from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxies
 from overfill.lab.faults.engines import engines_by_stage
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge, summarise
 
@@ -167,14 +167,26 @@ class TrialResult:
         return summarise(judged), wrong
 
 
-async def run_trial(plan: StackPlan, trial: Trial, report: Callable[[str, int, int], None]) -> TrialResult:
-    """Runs ``trial`` on a new stack. Call it on the main thread: children end with the thread that starts them."""
+async def run_trial(
+    plan: StackPlan, trial: Trial, report: Callable[[str, int, int], None], hosts: bool = False
+) -> TrialResult:
+    """Runs ``trial`` on a new stack. Call it on the main thread: children end with the thread that starts them.
+
+    Args:
+        hosts: Whether each process runs on a host of its own.
+
+    Raises:
+        CannotMakeHosts: This machine cannot make hosts.
+    """
     async with AsyncExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-chaos-")))
         clocks = Clocks(folder)
         control = await exits.enter_async_context(ProbeControl(folder))
-        plan, links = await add_proxies(plan, exits, trial.seed)
-        stack = BreakableStack(plan, control.path, clocks)
+        if hosts:
+            plan, links = add_hosts(plan, exits.enter_context(ExitStack()))
+        else:
+            plan, links = await add_proxies(plan, exits, trial.seed)
+        stack = BreakableStack(plan, control.path, clocks, links.hosts)
         exits.callback(stack.stop)
         began = time.monotonic()
         stack.start()

@@ -7,6 +7,7 @@ import click
 from overfill.lab.commands.bench_engine import decode_command, prefill_command
 from overfill.lab.commands.bench_handoff import handoff_command
 from overfill.lab.commands.bench_kv import kv_command
+from overfill.lab.commands.bench_links import links_command
 from overfill.lab.commands.bench_router import router_command
 from overfill.lab.commands.bench_serve import serve_command
 from overfill.lab.commands.bench_vllm import vllm_command
@@ -45,6 +46,7 @@ for command in (
     prefill_command,
     kv_command,
     handoff_command,
+    links_command,
     router_command,
     serve_command,
     vllm_command,

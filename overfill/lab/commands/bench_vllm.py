@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _STDOUT = "-"
 _MAX_NUM_BATCHED_TOKENS = 2048
 _MIN_KV_BYTES = 1 << 30
-_GPU_SHARE = 0.01
-"""Share of the GPU's memory that must be free when an engine starts. vLLM's default, 0.92, lets one engine on a GPU."""
 
 
 @click.command("vllm", short_help="Both stages on vLLM beside plain vLLM: decode, first token, handoff.")
@@ -84,8 +82,8 @@ def vllm_command(
     """
     import torch
 
-    from overfill.engine.build import resolve_device
-    from overfill.engine.vllm.compat import installed, untested_warning
+    from overfill.engine.device import resolve_device
+    from overfill.engine.vllm_release import installed, untested_warning
     from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.figures import figures_table
     from overfill.lab.bench.vllm.measure import VllmPlan, measure_vllm
@@ -125,10 +123,11 @@ def vllm_command(
                 for figure in measure_vllm(loaded, plan, settings, note, report, output_of.add):
                     write(figure.to_json())
                     figures.append(figure)
-        except OverfillError as error:
+        except Exception as error:  # a defect too: its line travels with the file
             for text in [] if isinstance(error, StartFailed) else output_of.last_lines():
                 error.add_note(text)
-            write(json.dumps({"name": "error", "text": str(error), "notes": getattr(error, "__notes__", [])}))
+            kind = "" if isinstance(error, OverfillError) else f"{type(error).__name__}: "
+            write(json.dumps({"name": "error", "text": f"{kind}{error}", "notes": getattr(error, "__notes__", [])}))
             raise
         finally:
             if figures and output != _STDOUT:
@@ -163,7 +162,8 @@ def engine_settings(
     Raises:
         click.UsageError: a value is wrong.
     """
-    from overfill.engine.build import native_dtype, resolve_device
+    from overfill.engine.device import native_dtype, resolve_device
+    from overfill.engine.protocol import VLLM_GPU_SHARE
     from overfill.lab.bench.vllm.engines import VllmSettings
     from overfill.settings.values import Bytes, EngineArgs
 
@@ -173,7 +173,7 @@ def engine_settings(
     needed = plan.kv_tokens(context) * pair.full_config.kv_spec(dtype).token_bytes
     arguments: dict[str, Any] = json.loads(_parse(EngineArgs, "--engine-args", engine_args) or "{}")
     if resolved.type == "cuda":
-        arguments = {"gpu_memory_utilization": _GPU_SHARE} | arguments
+        arguments = {"gpu_memory_utilization": VLLM_GPU_SHARE} | arguments
     return VllmSettings(
         dtype=dtype,
         device=device,

@@ -6,18 +6,20 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import Number, RenamedFlags
+from overfill.cli.options import Number, RenamedFlags, engine_options
 from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
+    HOST_TARGETS,
     PHASES,
+    TARGETS,
     FaultName,
     Phase,
     PlannedFault,
@@ -32,33 +34,10 @@ if TYPE_CHECKING:
     from overfill.cli.stack import StackPlan
     from overfill.telemetry.progress import Report
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_ENGINE = click.Choice(get_args(EngineChoice))
 
-
-def engine_options(command: _F) -> _F:
-    """``--prefill-engine``, ``--decode-engine`` and ``--engine-args``, as ``overfill up`` has them."""
-    for option in (
-        click.option(
-            "--engine-args",
-            help="Arguments of vLLM itself, as a JSON object of its EngineArgs by name.  "
-            "[default: '{\"enforce_eager\": true}' for tiny on vllm]",
-        ),
-        # Not auto: by default, every machine breaks the same engine.
-        click.option(
-            "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
-        ),
-        click.option(
-            "--prefill-engine",
-            type=_ENGINE,
-            default="overfill",
-            show_default=True,
-            help="Engine of the prefill workers.",
-        ),
-    ):
-        command = option(command)
-    return command
+# Not auto: by default, every machine breaks the same engine.
+chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
 
 
 @click.command(
@@ -168,7 +147,13 @@ def engine_options(command: _F) -> _F:
 @click.option(
     "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
 )
-@engine_options
+@chaos_engine_options
+@click.option(
+    "--hosts",
+    is_flag=True,
+    help="Run each process on a host of its own: a network namespace with a real link, mutual TLS, no shared memory. "
+    "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
+)
 @click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
 @click.option("--plot", type=_FILE, help="Plot the memory of every process to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -199,6 +184,7 @@ def chaos_command(
     prefill_engine: EngineChoice,
     decode_engine: EngineChoice,
     engine_args: str | None,
+    hosts: bool,
     report_file: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -222,7 +208,7 @@ def chaos_command(
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     among = (faults or FAULTS, phases or PHASES, targets or None)
-    chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause)
+    chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
     trial_settings = {
         "grace_period": grace_period,
         "kv_memory": kv_memory,
@@ -246,7 +232,7 @@ def chaos_command(
             time_limit=max(time_limit, soak * 60 if soak else 0.0),
             seed=seed,
         )
-        result = asyncio.run(run_trial(plan, trial, report))
+        result = asyncio.run(run_trial(plan, trial, report, hosts))
         summary, wrong = result.judge(TwoStageReference(folder), max_tokens, report)
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
     if report_file is not None:
@@ -276,18 +262,23 @@ def _choose_faults(
     first: int,
     seed: int,
     pause: float,
+    hosts: bool,
 ) -> Iterable[PlannedFault]:
     """Returns the faults that the options choose. Raises click.UsageError if they conflict."""
     if sum(option is not None for option in (times, soak, replay)) > 1:
         raise click.UsageError("--matrix, --soak and --replay each choose the faults: give only one of them")
+    possible = HOST_TARGETS if hosts else TARGETS
     if replay is not None:
         try:
-            return read_report(replay)
+            read = read_report(replay)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
+        if any(fault.target not in possible[fault.kind] for fault in read):
+            raise click.UsageError(f"{replay} has hosts that vanish: add --hosts")
+        return read
     if times is not None:
-        return matrix(seed, times, faults, phases)[first:]
-    drawn = draw(seed, pause, faults, phases, targets, first)
+        return matrix(seed, times, faults, phases, possible)[first:]
+    drawn = draw(seed, pause, faults, phases, targets, first, possible)
     return drawn if soak is not None else list(itertools.islice(drawn, count))
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import click
 
 from overfill.cli.output import print_json
-from overfill.lab.commands.chaos import engine_options, prepare
+from overfill.lab.commands.chaos import chaos_engine_options, prepare
 
 _MAX_DELAY = 1.0  # seconds from a kill until all KV blocks are free
 
@@ -25,7 +25,7 @@ _MAX_DELAY = 1.0  # seconds from a kill until all KV blocks are free
 @click.option("--decode", type=click.IntRange(1), default=3, show_default=True, help="Number of decode workers.")
 @click.option("--max-tokens", type=click.IntRange(2), default=200, show_default=True, help="Tokens of each answer.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed for times and prompts.")
-@engine_options
+@chaos_engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def chaos_clients_command(
     pair: str, kills: int, prefill: int, decode: int, max_tokens: int, seed: int, as_json: bool, **engines: str | None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overfill.engine.build import native_dtype
+from overfill.engine.device import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Pair

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from overfill.engine.build import native_dtype, resolve_device
+from overfill.engine.device import native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.kv.tensors import TORCH_DTYPES

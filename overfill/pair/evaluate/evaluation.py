@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from overfill.engine.build import load_half, native_dtype, resolve_device
+from overfill.engine.build import load_half
+from overfill.engine.device import native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Half, Pair

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from overfill.engine.build import native_dtype, resolve_device
+from overfill.engine.device import native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair

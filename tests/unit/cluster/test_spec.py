@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from shipped_config import SHIPPED, for_several_machines
 
 from overfill.cluster.application import deployment_options, environment, serve_config
 from overfill.cluster.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
+from overfill.rpc.certificates import NAME
 
-SHIPPED = Path(__file__).parents[3] / "deploy" / "ray" / "serve.yaml"
 HERE = WorkerPlace("decode-x1", "ray:///overfill", "10.0.0.7")
 
 
@@ -45,6 +45,14 @@ def test_a_worker_that_listens_everywhere_announces_its_machine(tmp_path: Path) 
     assert spec(settings=tls | {"host": "0.0.0.0"}).decode_config(HERE).advertise == "10.0.0.7"
     own = tls | {"host": "0.0.0.0", "advertise": "worker.internal"}
     assert spec(settings=own).decode_config(HERE).advertise == "worker.internal"
+
+
+def test_prometheus_can_connect_to_the_metrics_of_every_machine() -> None:
+    files = {f"tls_{name}": name for name in ("cert", "key", "ca")}
+    made = spec(settings=files | {"metrics_host": "0.0.0.0"})
+    configs = [made.decode_config(HERE), made.prefill_config(HERE), made.router_config(0, HERE.node_ip)]
+    assert [config.metrics_host for config in configs] == [HERE.node_ip] * 3
+    assert spec().router_config(0, HERE.node_ip).metrics_host == "127.0.0.1"
 
 
 def test_routers_of_one_machine_have_ports_in_pairs() -> None:
@@ -119,15 +127,15 @@ def test_a_wrong_objective_is_refused_before_deployment() -> None:
         serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
 
 
-def test_the_shipped_config_s_advice_for_several_machines_is_complete(tmp_path: Path) -> None:
-    text = SHIPPED.read_text(encoding="utf-8")
-    (settings,) = re.findall(r"((?: +# \w+: \S+.*\n){3,})", text)
-    given = yaml.safe_load(re.sub(r"(?m)^ +# ", "", settings))
-    for name, value in given.items():
-        if name != "host":
-            (tmp_path / Path(value).name).touch()
-            given[name] = str(tmp_path / Path(value).name)
-    assert spec(settings=given).router_config().host == "0.0.0.0"
+def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
+    (application,) = for_several_machines()["applications"]
+    made = StackSpec(**application["args"])
+    assert made.router_config().host == "0.0.0.0"
+    assert {given["name"] for given in application["deployments"]} == made.pools.keys()
+    # Certificates name the stack, and processes connect to addresses.
+    tls = made.decode_config(HERE).client_tls()
+    assert tls is not None
+    assert tls.name == NAME
 
 
 def test_the_shipped_config_is_valid() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from overfill.engine import build
-from overfill.engine.build import MemoryRequirement, NotEnoughMemory, build_engine_parts, fit_blocks, memory_needed
+from overfill.engine.build import MemoryRequirement, build_engine_parts, fit_blocks, memory_needed
+from overfill.engine.device import NotEnoughMemory
 from overfill.engine.load import served_half
 from overfill.model.manifest import Pair
 

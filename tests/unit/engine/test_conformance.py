@@ -53,7 +53,7 @@ class TestPrefill(OverFill, prefill.PrefillConformance):
     @pytest.fixture(autouse=True)
     def _announces_each_layer_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The engine would announce the few bytes of a tiny model's layers together, after the step."""
-        monkeypatch.setattr(prefill_engine, "_MIN_NOTIFY_BYTES", 1)
+        monkeypatch.setattr(prefill_engine, "MIN_NOTIFY_BYTES", 1)
 
 
 class TestPrefillWithFewBlocks(OverFill, prefill.SmallPrefillConformance):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from counting import CountingRunner
 
-from overfill.engine.build import resolve_device
-from overfill.engine.device import device_executor
+from overfill.engine.device import device_executor, resolve_device
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import EngineLoad, KvWritten, PrefillScheduled, PrefillSequence, Submit
 from overfill.engine.thread import EngineThread

@@ -59,7 +59,7 @@ def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, eve
 
 @pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
 def test_kv_is_announced_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
-    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", worth_telling)
+    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", worth_telling)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 8, 4, lists.append)
     engine.handle(Submit(prompt("a", 5)))
@@ -71,7 +71,7 @@ def test_kv_is_announced_once_it_is_worth_a_message(pool, monkeypatch, worth_tel
 
 
 def test_kv_of_short_prompts_is_announced_without_delaying_long_ones(pool, monkeypatch):
-    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 640)
+    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", 640)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 20, 4, lists.append)
     engine.handle(Submit(prompt("long", 10)))
@@ -155,7 +155,7 @@ def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_befor
 
 
 def test_a_step_whose_prompts_are_cancelled_is_abandoned_between_layers(runner, pool, events, monkeypatch):
-    monkeypatch.setattr(prefill, "_MIN_NOTIFY_BYTES", 1)
+    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", 1)
     engine = new_engine(runner, pool, events)
     sequence = prompt("a", 6)
 

@@ -1,11 +1,12 @@
 """Tests that a transfer is complete when every vector has arrived exactly once."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from overfill.errors import TransferFailed
+from overfill.kv import ranges
 from overfill.kv.ranges import Coverage, KvRange, runs, share_among_streams
 
 
@@ -56,6 +57,34 @@ def test_shares_of_all_streams_cover_the_transfer_once(layers, streams, start, l
         for box in share:
             coverage.add(box)
     assert coverage.complete
+
+
+def spans(start, end):
+    """Intervals in ``start..end``, which are not empty."""
+    return st.lists(st.integers(start, end), min_size=2, max_size=2, unique=True).map(sorted)
+
+
+BOXES = st.tuples(spans(0, 2) | st.just([3, 4]), spans(4, 9), spans(0, 3)).map(
+    lambda box: KvRange(*(number for span in box for number in span))
+)
+
+
+@settings(deadline=None)
+@given(st.lists(BOXES, max_size=3))
+def test_few_ranges_are_judged_as_by_the_bitmap(boxes):
+    coverage = Coverage([0, 1, 3], (4, 9), num_heads=3)
+
+    def accepted(most):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranges, "_MAX_COMPARED", most)
+            try:
+                coverage.check_request(boxes)
+            except TransferFailed:
+                return False
+        return True
+
+    assert accepted(most=3) == accepted(most=0)
+    assert coverage.missing_vectors == 2 * 3 * 5 * 3
 
 
 def test_runs_of_consecutive_numbers():

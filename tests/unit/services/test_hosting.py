@@ -34,8 +34,8 @@ run_worker_process({}, DecodeConfig.parse(["--pair=x", "--routers=127.0.0.1:1", 
 """
 
 
-def worker(serve):
-    code = WORKER.replace("{}", serve)
+def worker(serve, *flags):
+    code = WORKER.replace("{}", serve).replace('"--threads=1"', str(["--threads=1", *flags])[1:-1])
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -48,6 +48,17 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(error):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr.startswith("error: ")
+    assert len(stderr.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_read_is_found_before_the_model_is_loaded(tmp_path):
+    missing = tmp_path / "tls"
+    with worker(
+        "loads()", f"--tls-cert={missing}.crt", f"--tls-key={missing}.key", f"--tls-ca={missing}.ca"
+    ) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (1, "")
+    assert stderr.startswith(f"error: cannot read the TLS server key {missing}.key: No such file")
     assert len(stderr.splitlines()) == 1
 
 

@@ -7,7 +7,7 @@ import pytest
 from counting import CountingRunner
 
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Release, Reserve, StopRule, Yielded
+from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Release, Reserve, Start, StopRule, Yielded
 from overfill.errors import Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
@@ -17,7 +17,7 @@ from services.decode.sequence_session import PullEnded, SequenceSession
 
 
 class Pull:
-    """A pull that the test ends; after a cancellation it holds its blocks for a while."""
+    """A pull whose steps the test takes; after a cancellation it holds its blocks for a while."""
 
     codec = common_pb2.KV_CODEC_RAW
 
@@ -25,12 +25,19 @@ class Pull:
         self.stats = PullStats()
         self.done = asyncio.Event()
         self.let_go = asyncio.Event()
-        self.running = False
+        self.running = self.cancelled = False
+        self.error = None
 
-    async def run(self, timeout, on_first_token):
+    async def run(self, timeout, on_first_token, on_in_place):
         self.running = True
+        self.on_in_place = on_in_place
         try:
             await self.done.wait()
+            if self.error is not None:
+                raise self.error
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
         finally:
             await self.let_go.wait()
             self.running = False
@@ -152,9 +159,40 @@ async def test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_for
     assert isinstance(harness.sent[-1], Release)
 
 
+async def test_decoding_starts_before_the_prefill_worker_has_said_its_last_word(harness):
+    harness.assign()
+    await settle()
+    (pull,) = harness.pulls
+    pull.on_in_place()
+    await settle()
+    assert isinstance(harness.sent[-1], Start)
+    while harness.engine.step():
+        await settle()
+    assert harness.told[-1].WhichOneof("message") == "done"
+    assert not harness.task.done(), "the blocks are released after the pull"
+    pull.let_go.set()
+    pull.done.set()
+    await asyncio.wait([harness.task])
+    assert not pull.cancelled, "the prefill worker would count the handoff as cancelled"
+    assert isinstance(harness.sent[-1], Release)
+
+
+async def test_an_error_after_the_kv_is_in_place_asks_for_no_other_prefill(harness):
+    harness.assign()
+    await settle()
+    (pull,) = harness.pulls
+    pull.on_in_place()
+    pull.error = Unavailable("gone")
+    pull.let_go.set()
+    pull.done.set()
+    await settle()
+    assert [update.WhichOneof("message") for update in harness.told] == ["reserved"]
+
+
 async def test_an_unrequested_assignment_is_ignored(harness):
     harness.assign()
     await settle()
+    harness.pulls[0].on_in_place()
     harness.pulls[0].let_go.set()
     harness.pulls[0].done.set()
     await settle()

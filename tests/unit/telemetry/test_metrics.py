@@ -22,13 +22,12 @@ from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
 from overfill.telemetry.metrics import (
     LATENCY_BUCKETS,
     MAX_KEY_SERIES,
-    OUTCOMES,
     DecodeMetrics,
     PrefillMetrics,
     RouterMetrics,
     declared,
-    outcome_of,
 )
+from overfill.telemetry.outcomes import OUTCOMES, outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 DOCS = Path(__file__).parents[3] / "docs"

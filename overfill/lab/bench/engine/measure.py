@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from overfill.engine.build import native_dtype, resolve_device
+from overfill.engine.device import native_dtype, resolve_device
 from overfill.kv.spec import DTypeName, KvCacheDtype
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from overfill.engine.vllm.compat import TESTED_RANGE, installed, untested_warning
+from overfill.engine.vllm_release import TESTED_RANGE, installed, untested_warning
 from overfill.version import __version__
 
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TypeVar
 
 from overfill.cli.stack import StartFailed
-from overfill.engine.build import resolve_device
+from overfill.engine.device import resolve_device
 from overfill.errors import InternalError
 from overfill.kv.spec import DTYPE_BYTES, DTypeName
 from overfill.kv.tensors import TORCH_DTYPES

@@ -216,13 +216,20 @@ def test_without_a_file_the_lines_go_to_stdout(command):
     assert [json.loads(line)["name"] for line in result.stdout.splitlines()] == ["run", "note", "decode_ratio_32"]
 
 
-def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_path):
+@pytest.mark.parametrize(
+    ("cause", "text"),
+    [
+        (InternalError("the worker is gone"), "the worker is gone"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_path, cause, text):
     file = tmp_path / "run.jsonl"
-    result = command([GOOD, InternalError("the worker is gone")], f"--json={file}")
-    assert isinstance(result.exception, InternalError)
+    result = command([GOOD, cause], f"--json={file}")
+    assert result.exception is cause
     *_, good, error = map(json.loads, file.read_text().splitlines())
     assert good["name"] == "decode_ratio_32"
-    assert error["text"] == "the worker is gone"
+    assert error["text"] == text
     assert error["notes"] == ["decode-0 | something went wrong"]
 
 

@@ -1,9 +1,17 @@
-"""Earlier flags of ``overfill chaos`` and ``overfill simulate`` set the options that replaced them, with a warning."""
+"""Earlier flags of ``overfill chaos`` and ``overfill simulate`` set the options that replaced them, with a warning.
+
+A report of faults that only hosts can have is refused without hosts.
+"""
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.commands.chaos import chaos_command
 from overfill.lab.commands.simulate import simulate_command
 
@@ -18,3 +26,12 @@ def test_earlier_flags_of_chaos_work(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_share_of_simulate_is_attainment() -> None:
     assert simulate_command.make_context("simulate", ["--share", "0.9"]).params["attainment"] == 0.9
+
+
+def test_hosts_that_vanish_are_replayed_on_hosts_only(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    vanished = PlannedFault(0, "vanish", "decode", "decode", 2.0).as_dict()
+    report.write_text(json.dumps({"strikes": [vanished]}), encoding="utf-8")
+    done = CliRunner().invoke(chaos_command, [f"--replay={report}"])
+    assert done.exit_code == 2
+    assert "has hosts that vanish: add --hosts" in done.output

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.lab.chaos.fault_plan import FAULTS, PHASES, TARGETS, draw, matrix, read_report
+from overfill.lab.chaos.fault_plan import FAULTS, HOST_TARGETS, PHASES, TARGETS, draw, matrix, read_report
 from overfill.lab.chaos.trial import InjectedFault
 
 
@@ -52,3 +52,12 @@ def test_what_is_no_report_is_refused_by_name(tmp_path: Path, text: str) -> None
     report.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"report\.json is not a report of overfill chaos"):
         read_report(report)
+
+
+def test_a_host_can_vanish_for_some_seconds_with_its_process() -> None:
+    vanished = matrix(0, 4, ["vanish"], possible=HOST_TARGETS)
+    assert {fault.target for fault in vanished} == {"router", "prefill", "decode", "client"}
+    assert all((fault.seconds > 0) == (fault.target != "client") for fault in vanished)
+    drawn = itertools.islice(draw(0, 1.0, ["vanish"], possible=HOST_TARGETS), 40)
+    assert {fault.target for fault in drawn} == {"router", "prefill", "decode", "client"}
+    assert {fault.target for fault in itertools.islice(draw(0, 1.0, ["vanish"]), 40)} == {"client"}

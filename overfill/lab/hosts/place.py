@@ -1,0 +1,78 @@
+"""Places a planned stack on hosts: an address for each process, certificates for mutual TLS, and API keys."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from overfill.api import keys
+from overfill.cli.stack import StackPlan
+from overfill.lab.hosts.network import Host, HostNetwork
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
+from overfill.rpc.tls import ClientTls
+from overfill.settings.config import ServiceConfig
+
+_PORT = 7600  # of every process; each has a host of its own
+
+_Config = TypeVar("_Config", bound=ServiceConfig)
+
+
+@contextmanager
+def place_on_hosts(
+    plan: StackPlan, relayed: bool = True, congestion_control: str = "cubic"
+) -> Iterator[tuple[StackPlan, dict[str, Host]]]:
+    """Makes a host for every process of ``plan``, and removes the hosts at the end. Starts no process.
+
+    Yields the plan with the hosts' addresses and with certificates, and name of a process -> its host.
+
+    Args:
+        relayed, congestion_control: As for ``HostNetwork``.
+
+    Raises:
+        CannotMakeHosts: This machine cannot make hosts.
+    """
+    names = [*(f"router-{index}" for index in range(len(plan.routers))), *(w.worker_id for _, w in plan.workers())]
+    with (
+        HostNetwork(names, relayed, congestion_control) as network,
+        tempfile.TemporaryDirectory(prefix="overfill-hosts-") as folder,
+    ):
+        certificates.make(Path(folder))
+        key_file = Path(folder) / "api-keys.json"
+        keys.create(key_file, "lab")
+        addresses = {name: host.address for name, host in network.hosts.items()}
+        yield place(plan, addresses, Path(folder), key_file), network.hosts
+
+
+def place(plan: StackPlan, addresses: Mapping[str, str], folder: Path, key_file: Path) -> StackPlan:
+    """Returns ``plan`` with each process at the address of its host.
+
+    Callers with the plan's ``client_tls`` need no API key, because they show an operator's certificate.
+
+    Args:
+        addresses: Name of a process -> address of its host.
+        folder: Certificates, as ``certificates.make`` writes them.
+        key_file: File of API keys. Routers that listen beyond loopback require one.
+    """
+    routers = tuple(f"{addresses[f'router-{index}']}:{_PORT}" for index in range(len(plan.routers)))
+
+    def moved(config: _Config, name: str, role: Role, **more: object) -> _Config:
+        files = certificates.role_files(folder, role)
+        tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": certificates.NAME}
+        return config.model_copy(update={"host": addresses[name], "port": _PORT, **tls, **more})
+
+    operator = certificates.role_files(folder, Role.OPERATOR)
+    return replace(
+        plan,
+        routers=tuple(
+            moved(router, f"router-{index}", Role.ROUTER, api_keys=key_file)
+            for index, router in enumerate(plan.routers)
+        ),
+        prefill=tuple(moved(worker, worker.worker_id, Role.WORKER, routers=routers) for worker in plan.prefill),
+        decode=tuple(moved(worker, worker.worker_id, Role.WORKER, routers=routers) for worker in plan.decode),
+        operator_tls=ClientTls(operator.ca, operator.cert, operator.key, certificates.NAME),
+    )
