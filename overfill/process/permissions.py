@@ -30,7 +30,10 @@ def _places(path: Path) -> Iterator[tuple[Path, int]]:
     if not path.is_dir():
         yield path, os.R_OK
         return
-    for below, _, names in os.walk(path, followlinks=True):
-        yield Path(below), os.R_OK | os.X_OK
+    yield path, os.R_OK | os.X_OK
+    # os.walk does not visit folders that it may not read, so each is yielded with the folder above it.
+    for below, folders, names in os.walk(path, followlinks=True):
+        for name in folders:
+            yield Path(below, name), os.R_OK | os.X_OK
         for name in names:
             yield Path(below, name), os.R_OK

@@ -7,6 +7,7 @@ What the status code cannot express travels in ``grpc-status-details-bin`` as a 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
@@ -172,6 +173,8 @@ def _plain(message: str) -> str:
             "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which "
             "is overfill with `overfill certs`"
         )
+    if found := re.search("CERTIFICATE_VERIFY_FAILED: ([^:]+)", message):
+        return f"its certificate is not valid for the authorities in --tls-ca: {found[1]}"
     return "nothing listens there" if "Connection refused" in message else message
 
 

@@ -135,6 +135,7 @@ class Cluster:
     def apply(self, objects: list[dict[str, Any]]) -> None:
         """Create the objects of a release. Returns when every pod has started; ``wait_ready`` waits for the probes."""
         self.left_out = {}
+        self._deployments.clear()
         for one in objects:
             kind, name = one["kind"], one["metadata"]["name"]
             if kind == "Secret":
@@ -161,7 +162,7 @@ class Cluster:
         podman("pod", "start", pod.name)
         code = int(podman("wait", pod.container))
         log = self.log(pod)
-        self._remove(pod)
+        self.remove(pod)
         return code, log
 
     def rollout(self, objects: list[dict[str, Any]]) -> None:
@@ -209,10 +210,10 @@ class Cluster:
         """Run a command in the pod's container and return what it prints."""
         return podman("exec", pod.container, *command)
 
-    def kill(self, pod: Pod) -> None:
-        """End the container's process with SIGKILL. Podman starts it again, as the kubelet does."""
+    def signal(self, pod: Pod, number: signal.Signals) -> None:
+        """Send a signal to the container's process. If it ends, podman starts it again, as the kubelet does."""
         # After `podman kill`, podman would not start it again.
-        os.kill(int(podman("inspect", "--format={{.State.Pid}}", pod.container)), signal.SIGKILL)
+        os.kill(int(podman("inspect", "--format={{.State.Pid}}", pod.container)), number)
 
     def delete(self, pod: Pod) -> None:
         """Delete a pod: it leaves its Services, runs ``preStop``, and gets SIGTERM; after its grace, SIGKILL."""
@@ -223,7 +224,7 @@ class Cluster:
             podman("exec", pod.container, *hook["command"])
         podman("pod", "stop", f"--time={pod.spec['terminationGracePeriodSeconds']}", pod.name)
         self.exits.append((pod.container, int(podman("inspect", "--format={{.State.ExitCode}}", pod.container))))
-        self._remove(pod)
+        self.remove(pod)
 
     def close(self) -> None:
         """Remove pods, volumes and secrets."""
@@ -232,7 +233,7 @@ class Cluster:
             self._kubelet.join()
         self._prober.shutdown()
         for pod in list(self._pods):
-            self._remove(pod)
+            self.remove(pod)
         for name in self._secrets:
             podman("secret", "rm", name, check=False)
         for name in self._claims | self._secrets:  # podman makes a volume of each secret that a pod mounts
@@ -307,7 +308,9 @@ class Cluster:
     def _volume(self, name: str) -> Path:
         return Path(podman("volume", "inspect", "--format={{.Mountpoint}}", name).strip())
 
-    def _remove(self, pod: Pod) -> None:
+    def remove(self, pod: Pod) -> None:
+        """Remove a pod at once."""
+        pod.deleted = True
         podman("pod", "rm", "--force", "--time=0", pod.name, check=False)
         shutil.rmtree(self._folder / "pods" / pod.name, ignore_errors=True)
         with self._lock:
@@ -360,7 +363,7 @@ class Cluster:
         if failed and probe.kind != "readinessProbe":
             pod.restarts += 1
             pod.ready = False
-            podman("restart", f"--time={probe.grace}", pod.container)
+            podman("restart", f"--time={probe.grace}", pod.container, check=False)
             pod.probes = _probes(pod.spec["containers"][0])
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import signal
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from charts import ROOT, render
+from charts import ROOT, of_kind, render
 from kube import NAMESPACE, Cluster, Pod, cluster
 from runtime import PREFIX, need
 from stacks import wait_until
@@ -31,7 +32,7 @@ from overfill.pair.store import resolve_pair
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
 RELEASE = f"{PREFIX}chart"
-TLS, KEYS, KEY, PAIRS = (f"{PREFIX}{name}" for name in ("tls", "keys", "key", "pairs"))
+TLS, ANOTHER, KEYS, KEY, PAIRS = (f"{PREFIX}{name}" for name in ("tls", "another-tls", "keys", "key", "pairs"))
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 STARTUP = 240  # seconds
 CPU_VALUES = (
@@ -102,13 +103,17 @@ def prepared(images: dict[str, str], folder: Path) -> Iterator[Cluster]:
         made.secret(TLS, **certificates(folder / "overfill"))
         made.secret(KEYS, **{"keys.json": (folder / "keys.json").read_bytes()})
         made.secret(KEY, key=(folder / "key").read_bytes())
-        made.claim(PAIRS, lambda volume: copy(pair, volume / "identity"))
+        made.claim(PAIRS, lambda volume: fill(volume, pair))
         yield made
 
 
-def copy(pair: Path, target: Path) -> None:
-    # Follows links, because a named pair links to its model.
-    subprocess.run(["cp", "--recursive", "--dereference", "--reflink=auto", pair, target], check=True)
+def fill(volume: Path, pair: Path) -> None:
+    """Copy the pair, and once more into a folder that only root can read."""
+    for name, mode in (("identity", 0o755), ("closed", 0o700)):
+        # Follows links, because a named pair links to its model.
+        copy = ["cp", "--recursive", "--dereference", "--reflink=auto"]
+        subprocess.run([*copy, pair, volume / name], check=True)
+        (volume / name).chmod(mode)
 
 
 def certificates(made: Path) -> dict[str, bytes]:
@@ -221,7 +226,7 @@ def test_answers_are_the_reference_s(installed: Installation, capsys: pytest.Cap
 def test_a_killed_worker_comes_back_and_no_request_fails(installed: Installation) -> None:
     with Load(installed):
         killed = installed.cluster.pods("decode")[0]
-        installed.cluster.kill(killed)
+        installed.cluster.signal(killed, signal.SIGKILL)
         wait_until(lambda: joins(installed.cluster, killed) == 4, 120, "the restarted worker joins both routers again")
 
 
@@ -241,3 +246,93 @@ def test_a_rollout_fails_no_request(installed: Installation) -> None:
     assert len(after) == 6
     assert not after & before
     assert [code for _, code in installed.cluster.exits] == [0] * 6
+
+
+def test_a_process_that_hangs_is_restarted(installed: Installation) -> None:
+    hung = installed.cluster.pods("prefill")[0]
+    before = joins(installed.cluster, hung)
+    installed.cluster.signal(hung, signal.SIGSTOP)
+    wait_until(lambda: installed.cluster.probe_liveness(hung) or hung.restarts, 120, "the probe fails often enough")
+    wait_until(lambda: joins(installed.cluster, hung) == before + 2, 120, "the new process joins both routers")
+    assert hung.restarts == 1
+
+
+@pytest.fixture
+def broken(prepared: Cluster) -> Iterator[Callable[..., Pod]]:
+    """Starts one more pod, of a release with wrong settings."""
+    started = []
+
+    def start(component: str, *settings: str) -> Pod:
+        deployments = of_kind(render("values-cpu.yaml", *CPU_VALUES, *settings, release=RELEASE), "Deployment")
+        name = f"{RELEASE}-{component}"
+        started.append(prepared.start(name, deployments[name]["spec"]["template"]))
+        return started[-1]
+
+    yield start
+    for pod in started:
+        prepared.remove(pod)
+
+
+WRONG = {
+    "a folder without a pair": ("router", "pair.claim.path=none", "there is no /pair/none/pair.json"),
+    "a pair that only root can read": (
+        "router",
+        "pair.claim.path=closed",
+        "user 10001 (groups 10001) may not read /pair/closed",
+    ),
+    "a secret without the file of keys": (
+        "router",
+        "apiKeys.secretKey=other.json",
+        "cannot read the API keys in /etc/overfill/keys/other.json",
+    ),
+    "too little memory": (
+        "decode",
+        "decode.settings.kv-memory=4GiB",
+        "exceed the",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_log_says_what_is_wrong(case: str, broken: Callable[..., Pod], installed: Installation) -> None:
+    component, setting, says = WRONG[case]
+    pod = broken(component, setting)
+    wait_until(lambda: says in installed.cluster.log(pod), 120, says)
+    assert "Traceback" not in installed.cluster.log(pod)
+    assert not pod.ready
+
+
+def test_a_worker_with_a_certificate_of_another_stack_does_not_become_ready(
+    broken: Callable[..., Pod], installed: Installation
+) -> None:
+    installed.cluster.secret(ANOTHER, **certificates(installed.folder / "another"))
+    pod = broken("decode", f"tls.secretName={ANOTHER}", "tls.name=another")
+    says = "its certificate is not valid for the authorities in --tls-ca"
+    wait_until(lambda: says in installed.cluster.log(pod), 120, says)
+    probe = pod.spec["containers"][0]["readinessProbe"]["exec"]["command"]
+    with pytest.raises(AssertionError, match="NOT_SERVING"):
+        installed.cluster.execute(pod, *probe)
+    pod = broken("decode", f"tls.secretName={ANOTHER}")
+    wait_until(lambda: "serves on" in installed.cluster.log(pod), 120, "the worker listens")
+    with pytest.raises(AssertionError, match="set the name that it does name"):
+        installed.cluster.execute(pod, *probe)
+
+
+@pytest.mark.parametrize("setting", ["tls.secretName=absent", "pair.claim.name=absent"])
+def test_a_pod_without_its_secret_or_claim_does_not_start(
+    setting: str, broken: Callable[..., Pod], installed: Installation
+) -> None:
+    with pytest.raises(AssertionError, match=r"no such secret|persistentvolumeclaim 'absent' not found"):
+        broken("router", setting)
+
+
+def test_the_init_container_makes_the_pair_for_the_trial(prepared: Cluster) -> None:
+    """values-small.yaml as it is, except for the pair: the first pod makes it, with a read-only root, as user 10001."""
+    for pod in prepared.pods():
+        prepared.remove(pod)
+    objects = render("values-small.yaml", "pair.named.name=identity", release=RELEASE)
+    prepared.apply(objects)
+    prepared.wait_ready(STARTUP)
+    assert [one.labels["app.kubernetes.io/component"] for one in prepared.pods()].count("router") == 1
+    code, log = prepared.run_test(objects)
+    assert code == 0, log

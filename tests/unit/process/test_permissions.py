@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,21 @@ def test_the_first_that_refuses_is_named(folder: Path, refusing: str, mode: int)
         f"and whose mode is {mode:04o}; change one of these"
     )
     assert permissions.refusal(folder / "file") == permissions.refusal(folder) == expected
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = os.walk
+
+    def walk_of_user(top: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+        for below, folders, names in walk(top, followlinks=followlinks):
+            if os.access(Path(below), os.R_OK):
+                yield below, folders, names
+
+    monkeypatch.setattr(os, "walk", walk_of_user)
+    (folder / "full").mkdir(0o700)
+    assert f"may not read {folder / 'full'}, " in permissions.refusal(folder)
+    folder.chmod(0o700)
+    assert f"may not read {folder}, " in permissions.refusal(folder)
 
 
 def test_a_linked_folder_counts_too(folder: Path) -> None:

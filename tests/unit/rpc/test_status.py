@@ -171,6 +171,12 @@ def test_statuses_that_grpc_made_up_name_the_peer(
             "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which "
             "is overfill with `overfill certs`",
         ),
+        (
+            "last error: UNKNOWN: ipv4:10.0.0.1:7: Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: "
+            "error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: unable to get local issuer "
+            "certificate: OK",
+            "its certificate is not valid for the authorities in --tls-ca: unable to get local issuer certificate",
+        ),
         ("last error: INTERNAL: ipv4:10.0.0.1:7 (Trying to connect an http1.x server (HTTP status 400))", "gRPC port"),
     ],
 )
