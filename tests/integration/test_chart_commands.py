@@ -123,7 +123,7 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
             return all(machine.probe(component, specs[component], probe) == 0 for component in children)
 
         wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed")
-        assert alive_and("readinessProbe")
+        wait_until(lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined")
         assert alive_and("livenessProbe")
         credentials = ClientTls(tls / "ca.crt", tls / "tls.crt", tls / "tls.key", "overfill")
         with Client(f"127.0.0.1:{machine.port('', 7600)}", tls=credentials, api_key=api_key) as client:
