@@ -17,7 +17,7 @@ from overfill.cli.main import main
 from overfill.cli.stack import Stack
 from overfill.cli.up_plan import make_plan
 from overfill.lab.chaos.fault_plan import PlannedFault
-from overfill.lab.hosts.network import CannotMakeHosts, HostNetwork, check_requirements
+from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork, check_requirements
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.rpc.certificates import NAME
 
@@ -132,13 +132,20 @@ def test_a_rate_limits_both_directions(two_hosts):
     assert "tbf" not in subprocess.run([*a.enter, "tc", "qdisc", "show"], capture_output=True, text=True).stdout
 
 
-def test_a_host_that_boots_again_can_be_reached(two_hosts):
+def hardware_address(host: Host) -> str:
+    shown = subprocess.run(["ip", "-n", host.name, "-json", "link", "show", "eth0"], capture_output=True, text=True)
+    return json.loads(shown.stdout)[0]["address"]
+
+
+def test_a_host_that_boots_again_is_the_same_one_for_its_peers(two_hosts):
     a, _, round_trip = two_hosts
     a.delay = 0.1
     assert round_trip() >= 0.2
+    before = hardware_address(a)
     a.reboot()
+    assert hardware_address(a) == before  # peers remember it for seconds
     assert a.delay == 0.0
-    assert round_trip() is not None  # its peer still has the hardware address of before
+    assert round_trip() is not None
 
 
 def test_a_killed_process_leaves_no_hosts(tmp_path):
