@@ -67,12 +67,13 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     """
     if isinstance(name_or_path, Path) or name_or_path not in NAMED:
         folder = Path(os.path.abspath(name_or_path))
-        _check_readable(folder)
+        _check_readable(folder, MANIFEST)
         if not (folder / MANIFEST).exists():
             raise InvalidPair(
                 f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
                 f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"
             )
+        _check_readable(folder)
         return folder
     name = name_or_path
     _check_readable(_pair_folder(name))
@@ -169,8 +170,8 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         record_checksums(folder)
 
 
-def _check_readable(folder: Path) -> None:
-    if problem := refusal(folder):
+def _check_readable(folder: Path, part: str = "") -> None:
+    if problem := refusal(folder / part):
         raise InvalidPair(f"cannot read the pair in {folder}: {problem}")
 
 

@@ -32,7 +32,13 @@ def _places(path: Path) -> Iterator[tuple[Path, int]]:
         return
     yield path, os.R_OK | os.X_OK
     # os.walk does not visit folders that it may not read, so each is yielded with the folder above it.
+    seen = set()
     for below, folders, names in os.walk(path, followlinks=True):
+        real = Path(below).resolve()
+        if real in seen:  # links form a circle
+            folders.clear()
+            continue
+        seen.add(real)
         for name in folders:
             yield Path(below, name), os.R_OK | os.X_OK
         for name in names:

@@ -37,6 +37,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def test_links_that_form_a_circle_end(folder: Path) -> None:
+    for name in ("left", "right"):
+        (folder / name).symlink_to(folder)
+    assert permissions.refusal(folder) == ""
+
+
 def test_a_readable_or_missing_file_is_no_refusal(folder: Path) -> None:
     (folder / "file").touch(0o644)
     for path in (folder / "file", folder / "nothing", folder, folder / "nothing" / "file"):
