@@ -95,5 +95,5 @@ def test_a_wrong_call_says_what_to_do(arguments, message):
     assert message in " ".join(result.stderr.split())
 
 
-def test_there_are_seven_subcommands():
-    assert list(bench_group.commands) == ["decode", "prefill", "kv", "handoff", "router", "serve", "vllm"]
+def test_there_are_eight_subcommands():
+    assert list(bench_group.commands) == ["decode", "prefill", "kv", "handoff", "links", "router", "serve", "vllm"]
