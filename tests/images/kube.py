@@ -240,7 +240,8 @@ class Cluster:
             podman("volume", "rm", "--force", name, check=False)
 
     def _play_secret(self, secret: dict[str, Any]) -> None:
-        self._play({"apiVersion": "v1", "kind": "Secret", **secret})
+        # Without a network, podman would make one of its own.
+        self._play({"apiVersion": "v1", "kind": "Secret", **secret}, f"--network={NETWORK}")
         self._secrets.add(secret["metadata"]["name"])
 
     def _play(self, document: dict[str, Any], *arguments: str) -> None:
