@@ -18,7 +18,9 @@ _MAX_ROUNDS = 4
 class AddressFailover:
     """The address that serves a request: the first one that can be reached, then the next, in a circle.
 
-    It gives up once every address has failed since a router last accepted the request or sent a part of the answer.
+    It gives up once every address has failed since a router last accepted the request or sent a part of the answer. A
+    router that says that it shuts down begins a new round: while a silent address was tried, another router may have
+    been replaced.
     Routers that accept the request and then fail are tried for four rounds: a failed router may be back before the next
     one fails.
 
@@ -38,7 +40,7 @@ class AddressFailover:
     ) -> None:
         self._shared = shared
         self._addresses = deque(addresses)
-        self._failures = 0  # since a router last accepted the request
+        self._failures = 0  # since a router last accepted the request, or said that it shuts down
         self._losses = 0  # since the last part of the answer
         self._clock = clock
         self._deadline = None if timeout is None else clock() + timeout
@@ -72,7 +74,7 @@ class AddressFailover:
             isinstance(failure, Unavailable) and not is_word_of_peer(error)
         )
         lost = lost or (self._shared and isinstance(failure, DeadlineExceeded))
-        self._failures += 1
+        self._failures = 1 if isinstance(failure, ShuttingDown) else self._failures + 1
         self._losses += 1
         count = len(self._addresses)
         if not lost or self._failures >= count or self._losses >= _MAX_ROUNDS * count:

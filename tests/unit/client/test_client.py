@@ -305,6 +305,19 @@ def test_a_router_that_is_back_is_asked_again(sdk: Sdk, router: Any, another_rou
     assert (len(router.requests), len(another_router.requests)) == (2, 1)
 
 
+def test_a_router_that_was_replaced_while_others_shut_down_is_asked_again(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script, another_router.script = [ShuttingDown("leaving")], [ShuttingDown("leaving too")]
+    another_router.on_request = lambda: setattr(router, "script", say.good)
+    assert sdk.run(f"{router.address},{another_router.address}", "generate", "x").text == "Hello"
+    assert (len(router.requests), len(another_router.requests)) == (2, 1)
+    another_router.on_request = lambda: None
+    router.script = another_router.script = [ShuttingDown("leaving")]
+    with pytest.raises(ShuttingDown, match="leaving"):
+        sdk.run(f"{router.address},{another_router.address}", "generate", "x")
+
+
 @pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gave up after 4 attempts")])
 def test_an_error_from_a_living_router_is_final(sdk: Sdk, router: Any, another_router: Any, error: Exception) -> None:
     router.script = [error]
