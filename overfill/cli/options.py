@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from overfill.rpc.tls import ClientTls
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ENGINE = click.Choice(get_args(EngineChoice))
 
 
@@ -88,9 +88,9 @@ def tls_options(command: _F) -> _F:
     """Adds ``tls_ca``, ``tls_cert``, ``tls_key`` and ``tls_name``."""
     for name, kind, help in (
         ("name", str, "DNS name in the stack's certificate.  [default: the address's host]"),
-        ("key", _FILE, "PEM file with the private key of --tls-cert."),
-        ("cert", _FILE, "PEM file with the client's certificate, if the stack requires one."),
-        ("ca", _FILE, "PEM file with the CA certificates to trust; enables TLS."),
+        ("key", FILE, "PEM file with the private key of --tls-cert."),
+        ("cert", FILE, "PEM file with the client's certificate, if the stack requires one."),
+        ("ca", FILE, "PEM file with the CA certificates to trust; enables TLS."),
     ):
         variable = f"OVERFILL_TLS_{name.upper()}"
         command = click.option(f"--tls-{name}", type=kind, envvar=variable, show_envvar=True, help=help)(command)

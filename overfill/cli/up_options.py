@@ -8,13 +8,12 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.options import ENGINE, Number, dtype_option, engine_options
+from overfill.cli.options import ENGINE, FILE, Number, dtype_option, engine_options
 from overfill.cli.up_config import config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -84,12 +83,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--api-keys",
-        type=_FILE,
+        type=FILE,
         help="File of API keys, of which clients must send one; see `overfill keys`.  [default: no keys]",
     ),
     click.option(
         "--stack-secret",
-        type=_FILE,
+        type=FILE,
         help="File with a secret that the processes send each other.  [default: a new secret, if there are API keys "
         "but no certificates]",
     ),
@@ -172,11 +171,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Folder with a certificate per role, as `overfill certs` makes it; replaces the next four options.",
     ),
-    click.option("--tls-cert", type=_FILE, help="PEM file with the certificate of all processes."),
-    click.option("--tls-key", type=_FILE, help="PEM file with the private key of --tls-cert."),
+    click.option("--tls-cert", type=FILE, help="PEM file with the certificate of all processes."),
+    click.option("--tls-key", type=FILE, help="PEM file with the private key of --tls-cert."),
     click.option(
         "--tls-ca",
-        type=_FILE,
+        type=FILE,
         help="PEM file with the CA certificates that must have signed other processes' certificates.",
     ),
     click.option("--tls-name", help="DNS name in the certificates.  [default: the host of each address]"),

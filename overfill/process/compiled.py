@@ -29,6 +29,7 @@ from pathlib import Path
 from overfill.process.home import home
 
 COMPILERS = ("c++", "g++", "clang++")
+C_COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-mtune=native")
 SHIPPED = Path(sys.prefix) / "share" / "overfill" / "native"
 _LIBRARY, _DIGEST = "kernels.so", "sha256"

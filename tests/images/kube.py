@@ -54,7 +54,7 @@ LEFT_OUT = {
 """Kind -> why it is not played. The tests of the chart validate these objects against their definitions."""
 
 REWRITES = {
-    "Deployment": "becomes one Pod for each replica, because podman makes one whatever `replicas` says",
+    "Deployment": "becomes one Pod per replica, because podman ignores `replicas` and makes one",
     "status.podIP": "becomes the address that the pod will have, because podman does not know this field",
     "emptyDir": "becomes a folder of the pod's own (hostPath), because podman shares volumes of one name among pods",
 }

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from overfill.process.compiled import find_compiler
+from overfill.process.compiled import C_COMPILERS, find_compiler
 
 _SOURCE = Path(__file__).with_name("clock.c")
 
@@ -26,7 +26,7 @@ class Clocks:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._library = folder / "clock.so"
-        compiler = find_compiler(("cc", "gcc", "clang"))
+        compiler = find_compiler(C_COMPILERS)
         self.available = sys.platform == "linux" and compiler is not None
         if self.available:
             assert compiler is not None

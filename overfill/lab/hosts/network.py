@@ -28,10 +28,9 @@ from pathlib import Path
 from types import TracebackType
 
 from overfill.errors import OverfillError
-from overfill.process.compiled import find_compiler
+from overfill.process.compiled import C_COMPILERS, find_compiler
 
 _SOURCE = Path(__file__).with_name("relay.c")
-_COMPILERS = ("cc", "gcc", "clang")
 _PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}  # program -> Debian's package
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
@@ -39,7 +38,7 @@ _TIMEOUT = 30.0  # seconds for one command
 _QUEUE_SECONDS, _MIN_QUEUE = 0.1, 64 * 1024  # queue in front of a limited rate, in seconds and at least in bytes
 _BURST_SECONDS, _MIN_BURST = 0.002, 16 * 1024  # what may pass at once
 
-# Removes what is left when its stdin ends: at the end of the network, or when this process dies in whatever way.
+# Removes bridge and namespaces when its stdin ends. The kernel closes its stdin when this process dies.
 _REMOVE = """
 cat > /dev/null
 ip link del "$DEVICE"
@@ -239,9 +238,9 @@ def check_requirements(relayed: bool) -> None:
             raise CannotMakeHosts(f"the program {program} is missing, which makes hosts: install {package}")
     if relayed and not _TUN.exists():
         raise CannotMakeHosts(f"{_TUN} is missing, so no link can delay or lose frames: load the kernel's module tun")
-    if relayed and find_compiler(_COMPILERS) is None:
+    if relayed and find_compiler(C_COMPILERS) is None:
         raise CannotMakeHosts(
-            f"a C compiler is missing, which builds the links: install one of {', '.join(_COMPILERS)}"
+            f"a C compiler is missing, which builds the links: install one of {', '.join(C_COMPILERS)}"
         )
 
 
@@ -322,7 +321,7 @@ def _open_tap(name: str) -> Iterator[int]:
 
 
 def _compile_relay(folder: Path) -> Path:
-    compiler, relay = find_compiler(_COMPILERS), folder / "relay"
+    compiler, relay = find_compiler(C_COMPILERS), folder / "relay"
     assert compiler is not None
     run_command([compiler, "-O2", "-o", str(relay), str(_SOURCE)])
     return relay

@@ -114,7 +114,7 @@ def _secret(file: Path) -> None:
         (lambda file: store.resolve_pair(file.parent), InvalidPair, "cannot read the pair in {folder}: user 10001"),
     ],
 )
-def test_whoever_reads_a_file_says_why_it_cannot(
+def test_every_reader_of_a_file_names_the_refusal(
     folder: Path,
     read: Callable[[Path], object],
     error: type[Exception],
