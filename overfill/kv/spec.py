@@ -12,6 +12,9 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 KvCacheDtype = Literal["auto", "int8"]
 """Element type in which a decode worker stores KV; "auto" is the dtype of its activations."""
 
+Quantization = Literal["none", "int8"]
+"""Format to which a decoder's weights are rounded on load."""
+
 DTYPE_TO_PROTO: dict[str, common_pb2.DType] = {
     "float32": common_pb2.DTYPE_FLOAT32,
     "bfloat16": common_pb2.DTYPE_BFLOAT16,

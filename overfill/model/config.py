@@ -32,7 +32,6 @@ HEAD_KEY = "overfill_head"
 - ``whole``: ``ModelConfig.head_mask`` in base64; without it, the full rows are those of the lowest token ids
 """
 
-Quantization = Literal["none", "int8"]
 """Format to which a model's matrices are quantised when they are loaded."""
 
 WeightFormat = Literal["plain", "fp8", "awq", "gptq", "compressed-tensors"]

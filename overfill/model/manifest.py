@@ -31,8 +31,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from overfill.errors import InvalidPair, UnsupportedModel
-from overfill.kv.spec import RopeSpec
-from overfill.model.config import ModelConfig, Quantization
+from overfill.kv.spec import Quantization, RopeSpec
+from overfill.model.config import ModelConfig
 from overfill.model.digest import check_link, checkpoint_digest, list_tensors, tokenizer_digest
 from overfill.telemetry.progress import Report, silent
 

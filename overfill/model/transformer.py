@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from overfill.kv.cache import KvCache
+from overfill.kv.spec import Quantization
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.attention import plan_attention
 from overfill.model.batch import ForwardBatch
-from overfill.model.config import ModelConfig, Quantization
+from overfill.model.config import ModelConfig
 from overfill.model.head import logits_of
 from overfill.model.loading import LayerWeights, Weights, load_int8_weights, load_weights
 from overfill.model.quantize import Matrix, linear

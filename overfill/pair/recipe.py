@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from overfill.errors import InvalidRequest
-from overfill.model.config import ModelConfig, Quantization
+from overfill.kv.spec import Quantization
+from overfill.model.config import ModelConfig
 
 Size = int | float
 """An int is an exact size; a float is a share of the full model's size."""

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from overfill.api.keys import KeyRing
-from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
@@ -32,13 +32,25 @@ from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
-from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, Port
+from overfill.settings.tiers import (
+    DEFAULT_TIER,
+    TierOrder,
+    Tiers,
+    TierSpec,
+    check_tier_name,
+    check_tiers,
+    default_tier,
+)
+from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
     "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
     "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
+
+_SEPARATORS = {"decoders": ";", "brownout": " > "}
+"""Separators of the settings with several values that are not separated by commas."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
 """Values from the file, which ``parse`` passes to the class that it instantiates."""
@@ -157,7 +169,9 @@ class ServiceConfig(CommonSettings):
             if name != "config" and (
                 field.is_required() or value != field.default
             ):  # --config is omitted, because its values are included
-                changed[name] = ",".join(value) if isinstance(value, tuple) else str(value)
+                changed[name] = (
+                    _SEPARATORS.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
+                )
         return changed
 
     @classmethod
@@ -296,6 +310,15 @@ class DecodeConfig(WorkerConfig):
     program = "overfill-decode"
     section = "decode"
 
+    tier: str = Field(
+        "",
+        description="tier to which this worker belongs, one of the routers' --decoders; empty means the only tier",
+    )
+    quantize: Quantization | None = Field(
+        None,
+        description="format to which the decoder's weights are rounded on load: none or int8; by default as the pair "
+        "says; int8 needs --engine overfill",
+    )
     kv_codec: CodecName | None = Field(
         None,
         description="encoding of transferred KV; a request may choose another; int8 and fp8 halve the bytes and cost "
@@ -309,6 +332,12 @@ class DecodeConfig(WorkerConfig):
     data_streams: int = Field(
         2, ge=1, le=MAX_DATA_STREAMS, description="number of parallel connections that transfer a request's KV"
     )
+
+    @model_validator(mode="after")
+    def _check_tier(self) -> Self:
+        if self.tier:
+            check_tier_name(self.tier)
+        return self
 
     @property
     def codec(self) -> CodecName:
@@ -324,6 +353,11 @@ class RouterConfig(ServiceConfig):
     section = "router"
     rpcs = ROUTER_RPCS
 
+    pair: PairName = Field(
+        "",
+        description="name of a pair (default, fast, identity) or a pair's folder, of which the router reads the "
+        "tokenizer; by default that of the default tier of --decoders",
+    )
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     share_port: Path | None = Field(
         None,
@@ -338,6 +372,21 @@ class RouterConfig(ServiceConfig):
         (),
         description="model names that clients may request, separated by commas; answers carry the first; by default "
         "the pair's name",
+    )
+    decoders: Tiers = Field(
+        (),
+        description="tiers of the stack, separated by semicolons, each NAME=PAIR[:WORKERS][,SETTING=VALUE...]; the "
+        "router's settings are fallback=TIER, ttft-objective and itl-objective; by default one tier, of --pair",
+    )
+    default_tier: str = Field(
+        "",
+        description="tier of requests that name none; by default the tier called default, or else the first of "
+        "--decoders",
+    )
+    brownout: TierOrder = Field(
+        (),
+        description="tiers from the best to the cheapest, such as 'full > default > fast'; when one cannot meet its "
+        "objectives, the next writes the answers of requests that allow it; by default none",
     )
     expect_prefill: int = Field(
         0, ge=0, description="number of prefill workers that must be ready before the stack counts as complete"
@@ -406,6 +455,21 @@ class RouterConfig(ServiceConfig):
     max_request_time: float = Field(
         3600.0, gt=0, description="maximum seconds for a request, from its arrival to the end of its answer"
     )
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        if not self.pair and not self.decoders:
+            raise ValueError("give --pair, or --decoders for several tiers")
+        check_tiers(self.tiers, self.default_tier, self.brownout)
+        return self
+
+    @property
+    def tiers(self) -> tuple[TierSpec, ...]:
+        """The tiers of the stack, the default one first."""
+        if not self.decoders:
+            return (TierSpec(DEFAULT_TIER, self.pair, max(1, self.expect_decode)),)
+        first = default_tier([tier.name for tier in self.decoders], self.default_tier)
+        return tuple(sorted(self.decoders, key=lambda tier: tier.name != first))
 
     @model_validator(mode="after")
     def _check_shared_port(self) -> Self:

@@ -15,11 +15,10 @@ from overfill.cli.output import console
 from overfill.lab.commands.bench_options import Counts, install_option, json_option, pair_option, plot_option
 
 if TYPE_CHECKING:
-    from overfill.kv.spec import DTypeName, KvCacheDtype
+    from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
     from overfill.lab.bench.engine.measure import EngineSettings
     from overfill.lab.bench.engine.rows import Row
     from overfill.lab.bench.engine.turns import BenchPlan
-    from overfill.model.config import Quantization
     from overfill.telemetry.progress import Report
 
 _F = TypeVar("_F", bound=Callable[..., Any])

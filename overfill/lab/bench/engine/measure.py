@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from overfill.engine.device import native_dtype, resolve_device
-from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, MachineProbe
@@ -20,7 +20,6 @@ from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_p
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.lab.bench.engine.rows import Row
 from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns
-from overfill.model.config import Quantization
 from overfill.model.manifest import Pair
 from overfill.telemetry.progress import Report, silent
 

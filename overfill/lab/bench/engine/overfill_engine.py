@@ -28,9 +28,8 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
-from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.lab.bench.engine.bounds import ModelCost
-from overfill.model.config import Quantization
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
 
