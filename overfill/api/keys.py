@@ -57,6 +57,8 @@ class ApiKey:
         concurrency: Maximum concurrent requests that the routers at one address accept; None means no limit.
         priority: Smallest number, which is the most urgent class, that requests with this key get.
         scopes: Calls that the key allows.
+        tiers: Tiers that requests with this key may use; None means all.
+        allow_brownout: Whether a cheaper tier may write the answers of all requests with this key under overload.
     """
 
     name: str
@@ -66,6 +68,12 @@ class ApiKey:
     concurrency: int | None = None
     priority: int = 0
     scopes: frozenset[Scope] = DEFAULT_SCOPES
+    tiers: frozenset[str] | None = None
+    allow_brownout: bool = False
+
+    def may_use(self, tier: str) -> bool:
+        """True if requests with this key may use ``tier``."""
+        return self.tiers is None or tier in self.tiers
 
     @property
     def id(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.v1 import common_pb2, inference_pb2
 
 
@@ -47,7 +47,7 @@ def roster():
 
 @pytest.fixture
 def signals(roster):
-    return Signals(roster, Dispatcher(roster, LeastLoad()))
+    return Signals(roster, Dispatcher(roster))
 
 
 def test_a_reader_counts_every_request_once(signals):
@@ -79,7 +79,7 @@ def test_a_router_that_replaces_another_starts_at_zero(signals, roster):
     signals.arrived(50, 0.0)
     reader.read(0.0, {"r1": signals.read(0.0)})
     reader.read(1.0, {})
-    other = Signals(roster, Dispatcher(roster, LeastLoad()))
+    other = Signals(roster, Dispatcher(roster))
     reader.read(2.0, {"r2": other.read(2.0)})
     other.arrived(70, 2.0)
     reader.read(3.0, {"r2": other.read(3.0)})
@@ -102,7 +102,7 @@ def test_an_answer_of_one_token_gives_no_step_time(signals):
 
 
 def test_waiting_jobs_are_load_of_both_stages(roster):
-    dispatcher = Dispatcher(roster, LeastLoad())
+    dispatcher = Dispatcher(roster)
     signals = Signals(roster, dispatcher)
     dispatcher.submit(Job("a", 40, 8), 0.0)
     dispatcher.submit(Job("b", 60, 8), 0.0)
@@ -127,7 +127,7 @@ def test_arrivals_reported_together_keep_their_number_sum_and_spread(values):
 
 
 def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monkeypatch):
-    signals = Signals(roster, Dispatcher(roster, LeastLoad()))
+    signals = Signals(roster, Dispatcher(roster))
     add_worker(roster, "d", running=10)
     signals.read(0.0)
     monkeypatch.setattr(Pool, "__iter__", lambda self: pytest.fail("looked at every worker"))
@@ -140,7 +140,7 @@ def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals
     worker = add_worker(roster, "d", running=10)
     for second in range(11):
         signals.read(float(second))
-    roster.decode.report(worker, make_report(running=0), 10.0)
+    roster.decode[DEFAULT_TIER].report(worker, make_report(running=0), 10.0)
     signals.finished(finished(decode=10.0), 10.0)
     assert signals.read(10.0)["timed_batch"] == pytest.approx(10)
     for second in range(11, 21):

@@ -9,7 +9,6 @@ from overfill.errors import Incompatible, InvalidRequest, OverfillError
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.constants import WIRE_VERSION
@@ -39,7 +38,7 @@ def test_a_field_that_a_router_must_know_is_refused_and_any_other_ignored():
 async def refusal(hello):
     """Joins with ``hello`` and returns the error with which the router refuses it."""
     roster = Roster()
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster, LeastLoad())), Connector())
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
     stream = Stream()
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     stream.said.put_nowait(None)
@@ -136,7 +135,7 @@ class Stream:
 @asynccontextmanager
 async def joined():
     roster = Roster()
-    dispatcher = CountingDispatcher(Dispatcher(roster, LeastLoad()))
+    dispatcher = CountingDispatcher(Dispatcher(roster))
     stream = Stream()
     servicer = RegistryServicer("r", roster, dispatcher, Connector())
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=HELLO))
