@@ -10,13 +10,11 @@ from typing import Any
 
 from overfill.cluster.policy import scaling_config
 from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, PoolSpec, StackSpec
+from overfill.routing.scaling import INTERVAL
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 
 BUILDER = "services.ray.app:build"
 POLICY = "overfill.cluster.policy:ScalingPolicy"
-
-SIGNAL_INTERVAL = 1.0
-"""Seconds between a router's signals to the autoscaler."""
 
 
 def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None = None) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def environment(spec: StackSpec, name: str) -> dict[str, str]:
     return GRPC_ENVIRONMENT | thread_pools(threads) | {
         # The replica and its service share one event loop, because grpc.aio supports one loop per process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(SIGNAL_INTERVAL),
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(INTERVAL),
     }  # fmt: skip
 
 

@@ -12,27 +12,32 @@ from typing import Any
 
 from overfill.cluster.spec import DECODE, PREFILL, ROUTER
 from overfill.routing.capacity import StepCost
-from overfill.routing.scaling import Bounds, PoolState, Scaler, ScalingConfig
+from overfill.routing.scaling import INTERVAL, Bounds, PoolState, Scaler, ScalingConfig
 from overfill.routing.signals import SignalReader
-
-INTERVAL = 1.0
-"""Seconds between decisions."""
+from overfill.routing.tier import DEFAULT_TIER
 
 
 class ScalingPolicy:
-    """Decides the sizes of the prefill and decode deployments from the signals of the router deployment.
+    """Decides the sizes of the prefill deployment and of each tier's decode deployment from the signals of the router deployment.
 
     Args:
         clock: monotonic clock, in seconds.
+        tiers: tier -> settings that differ for its decode workers.
         settings: fields of ``ScalingConfig`` except the bounds, which come from the deployments. ``step`` is a list of
             seconds per step, per sequence and per KV token.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, **settings: Any) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        tiers: Mapping[str, Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
         self._clock = clock
         self._config = scaling_config(settings)
+        self._tiers = {name: scaling_config({**settings, **own}) for name, own in (tiers or {}).items()}
         self._reader: SignalReader | None = None
-        self._bounds: tuple[Bounds, Bounds] | None = None
+        self._bounds: dict[str, Bounds] = {}
         self._decided_at = -INTERVAL
         self._decision: dict[str, int] = {}
 
@@ -40,7 +45,7 @@ class ScalingPolicy:
         """Implements Serve's interface: takes contexts by deployment id, returns target replicas by id and no state."""
         pools = {context.deployment_name: context for context in contexts.values()}
         now = self._clock()
-        if now - self._decided_at >= INTERVAL and {ROUTER, PREFILL, DECODE} <= pools.keys():
+        if now - self._decided_at >= INTERVAL and {ROUTER, PREFILL} <= pools.keys() and _decode_pools(pools):
             self._decided_at = now
             self._decide(now, pools)
         targets = {
@@ -56,16 +61,25 @@ class ScalingPolicy:
             return  # no router has reported yet, or the only one is being replaced: keep the last decision
         reader = self._reader_for(pools)
         prefill, decode = reader.read(now, routers)
+        deployments = _decode_pools(pools)
         targets = reader.scaler.targets(
-            now, _with_starting(prefill, pools[PREFILL]), _with_starting(decode, pools[DECODE])
+            now,
+            _with_starting(prefill, pools[PREFILL]),
+            {tier: _with_starting(decode[tier], pools[name]) for tier, name in deployments.items()},
         )
-        self._decision = {PREFILL: targets.prefill, DECODE: targets.decode}
+        self._decision = {PREFILL: targets.prefill}
+        self._decision |= {name: targets.decode_pools[tier].workers for tier, name in deployments.items()}
 
     def _reader_for(self, pools: Mapping[str, Any]) -> SignalReader:
-        bounds = (_bounds(pools[PREFILL]), _bounds(pools[DECODE]))
+        deployments = _decode_pools(pools)
+        bounds = {name: _bounds(pools[name]) for name in (PREFILL, *deployments.values())}
         if self._reader is None or bounds != self._bounds:
             self._bounds = bounds
-            self._reader = SignalReader(Scaler(replace(self._config, prefill=bounds[0], decode=bounds[1])), {})
+            tiers = {
+                tier: replace(self._tiers.get(tier, self._config), decode=bounds[name])
+                for tier, name in deployments.items()
+            }
+            self._reader = SignalReader(Scaler(replace(self._config, prefill=bounds[PREFILL]), tiers), {})
         return self._reader
 
 
@@ -88,6 +102,12 @@ def latest(metrics: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, floa
             if points:
                 replicas.setdefault(str(replica), {})[name] = points[-1].value
     return {replica: numbers for replica, numbers in replicas.items() if "arrivals" in numbers}
+
+
+def _decode_pools(pools: Mapping[str, Any]) -> dict[str, str]:
+    """Returns tier -> name of its deployment: ``decode``, or ``decode-TIER`` where tiers are named."""
+    names = {name: name.removeprefix(DECODE).removeprefix("-") for name in pools if name.startswith(DECODE)}
+    return {tier or DEFAULT_TIER: name for name, tier in names.items()}
 
 
 def _bounds(context: Any) -> Bounds:
