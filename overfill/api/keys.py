@@ -62,8 +62,7 @@ class ApiKey:
         priority: Smallest number, which is the most urgent class, that requests with this key get.
         scopes: Calls that the key allows.
         tiers: Tiers that requests with this key may use; None means all.
-        allow_brownout: Whether the router may answer requests with this key in the next tier, when the requested one is
-            overloaded; a request may also allow it itself.
+        allow_brownout: Whether a cheaper tier may write the answers of all requests with this key under overload.
     """
 
     name: str
@@ -75,6 +74,10 @@ class ApiKey:
     scopes: frozenset[Scope] = DEFAULT_SCOPES
     tiers: frozenset[str] | None = None
     allow_brownout: bool = False
+
+    def may_use(self, tier: str) -> bool:
+        """True if requests with this key may use ``tier``."""
+        return self.tiers is None or tier in self.tiers
 
     @property
     def id(self) -> str:

@@ -287,8 +287,6 @@ class AnswerBuilder:
         rest.tier, rest.allow_brownout = self._tier, False
         if rest.tier != self._requested_tier:
             rest.model = rest.model.removesuffix(f":{self._requested_tier}")
-        if rest.fallback == rest.tier:
-            rest.fallback = "none"  # the answer is in its fallback already
 
     @property
     def complete(self) -> bool:

@@ -181,6 +181,7 @@ def test_tiers_of_a_key_are_kept_listed_and_checked(file, capsys):
     free, held = keys.load(file)
     assert (free.tiers, free.allow_brownout) == (None, False)
     assert (held.tiers, held.allow_brownout) == ({"full", "fast"}, True)
+    assert [[key.may_use(tier) for tier in ("full", "default")] for key in (free, held)] == [[True] * 2, [True, False]]
     assert set(json.loads(file.read_text())["keys"][0]) == {"name", "sha256", "created", "scopes"}
     capsys.readouterr()
     assert main(["keys", "list", "--file", str(file)]) == 0

@@ -244,7 +244,7 @@ def test_an_answer_stays_in_its_tier_when_its_router_is_lost(
     )
     (first,), (rest,) = router.requests, another_router.requests
     assert (first.model, first.tier, first.fallback, first.allow_brownout) == ("tiny:full", "", "fast", True)
-    assert (rest.model, rest.tier, rest.fallback, rest.allow_brownout) == ("tiny", "fast", "none", False)
+    assert (rest.model, rest.tier, rest.fallback, rest.allow_brownout) == ("tiny", "fast", "fast", False)
     assert [d.parts for d in deltas] == [(), (AnswerPart("fast", 1),), ()]
     answer = stream.answer
     assert answer.parts == (AnswerPart("default", 0), AnswerPart("fast", 1))
