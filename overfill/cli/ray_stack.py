@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from overfill.cli.stack import StackPlan, StartFailed, check_ports
+from overfill.cli.up_tiers import max_workers
 from overfill.client import Client
 from overfill.cluster import placement
 from overfill.cluster.connection import RayConnection
@@ -42,7 +43,6 @@ class RayOptions:
         name: name of the Serve application.
         worker_cpus, worker_gpus: CPUs and GPUs that Ray reserves per worker; None means an equal share of this machine.
         max_prefill, max_decode: maximum number of workers of an autoscaled pool; None means a fixed number.
-        objectives: arguments of the autoscaling policy.
         log_dir: folder for one log file per replica; None prints the replicas' lines here.
     """
 
@@ -52,7 +52,6 @@ class RayOptions:
     worker_gpus: float | None = None
     max_prefill: int | None = None
     max_decode: int | None = None
-    objectives: dict[str, float] | None = None
     log_dir: str | None = None
 
 
@@ -98,7 +97,9 @@ class RayStack:
         spec = spec_of(self.plan, options, ray.cluster_resources())
         if self._cluster.owned:
             self._cluster.check_room(spec)
-        self._cluster.deploy(serve_config(spec, options.name, options.objectives))
+        router = self.plan.routers[0]
+        objectives = {"ttft": router.ttft_objective, "itl": router.itl_objective}
+        self._cluster.deploy(serve_config(spec, options.name, objectives))
         self._deployed = True
 
     def wait_ready(self, cancelled: threading.Event) -> None:
@@ -121,10 +122,16 @@ class RayStack:
                     return
             cancelled.wait(_POLL)
 
-    def describe_workers(self, stage: str) -> str:
-        """Returns the number of workers of a stage, as text. `overfill status` lists their names."""
-        minimum = sum(of == stage for of, _ in self.plan.workers())
-        limit = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
+    def describe_workers(self, tier: str | None) -> str:
+        """Returns the number of a tier's decode workers, as text; None means the prefill workers.
+
+        `overfill status` lists their names.
+        """
+        if tier is None:
+            minimum, limit = len(self.plan.prefill), self._options.max_prefill
+        else:
+            (spec,) = (one for one in self.plan.tiers if one.name == tier)
+            minimum, limit = spec.count, max_workers(spec) or self._options.max_decode
         return f"{minimum} on Ray" if limit is None else f"{minimum} to {limit} on Ray"
 
     def news(self) -> list[str]:
@@ -196,9 +203,7 @@ def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -
         replicas=len(plan.routers),
         ports=tuple(config.port for config in plan.routers),
         http_ports=tuple(config.http for config in plan.routers if config.http != "off"),
-        # Only for the router's metrics; the autoscaling policy gets the objectives itself.
-        settings=_settings(router)
-        | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},
+        settings=_settings(router),
     )
     max_workers = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
     cpus, gpus = options.worker_cpus, options.worker_gpus

@@ -13,14 +13,14 @@ import pytest
 from overfill.cli import up
 from overfill.cli.main import main
 from overfill.cli.ray_stack import RayOptions, describe, failed, progress, spec_of
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cluster.spec import StackSpec
 
 TWO_CORES = {"CPU": 2.0}
 
 
 def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settings: Any) -> Any:
-    return make_plan(Path("pair"), 2, 3, routers, 7600, 1, settings, http, mock)
+    return make_plan(StackRequest(Path("pair"), 2, 3, routers, 7600, 1, settings, http or "off", mock))
 
 
 def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
