@@ -136,10 +136,9 @@ def test_a_pairs_folder_that_the_text_of_tiers_cannot_name_is_refused() -> None:
 def test_conflicting_options_are_refused(
     arguments: list[str], message: str, plans: list[StackPlan], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        assert main(["up", "--decoder", "a=p", *arguments]) == 2
-    except SystemExit as error:  # as the services exit
-        assert error.code == 2
+    with pytest.raises(SystemExit) as caught:
+        raise SystemExit(main(["up", "--decoder", "a=p", *arguments]))
+    assert caught.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
     assert not plans
 
@@ -190,7 +189,7 @@ def test_objectives_reach_the_routers_of_every_stack(stack: str, plans: list[Sta
 
 def test_a_share_port_that_up_did_not_make_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ROUTER_SHARE_PORT", str(tmp_path))
-    with pytest.raises(click.UsageError, match="share-port .* `overfill up` makes the folder itself"):
+    with pytest.raises(click.UsageError, match=r"share-port .* `overfill up` makes the folder itself"):
         make_plan(StackRequest(Path("p"), port=7600, http=8000))
     assert make_plan(StackRequest(Path("p"), routers=2, share_port=tmp_path / "own")).routers[0].share_port
 
@@ -215,5 +214,5 @@ def test_the_engine_of_every_tier_is_checked_with_its_quantisation(
     monkeypatch.setattr("overfill.engine.choice._vllm_installed", lambda: True)
     up.check_engines(plan(f"a={pair}", f"b={pair},quantize=int8", device="cpu"), here=True)
     for here in (True, False):
-        with pytest.raises(UnsupportedModel, match="vllm cannot run the decoder in .*, quantised to int8 on load"):
+        with pytest.raises(UnsupportedModel, match=r"vllm cannot run the decoder in .*, quantised to int8 on load"):
             up.check_engines(plan(f"a={pair}", f"b={pair},quantize=int8,engine=vllm", device="cpu"), here=here)
