@@ -44,12 +44,12 @@ from overfill.settings.tiers import (
 from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
-    "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
-    "max-prefill", "max-decode", "ttft-objective", "itl-objective",
+    "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray", "address", "name",
+    "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
 
-_SEPARATORS = {"decoders": ";", "brownout": " > "}
+SEPARATORS = {"decoders": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
@@ -170,7 +170,7 @@ class ServiceConfig(CommonSettings):
                 field.is_required() or value != field.default
             ):  # --config is omitted, because its values are included
                 changed[name] = (
-                    _SEPARATORS.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
+                    SEPARATORS.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
                 )
         return changed
 

@@ -85,4 +85,6 @@ async def test_time_without_a_queue_does_not_count_as_waiting(dispatcher, report
     waiting = job("a")
     dispatcher.submit(waiting, lambda _: None)
     dispatcher.finish(waiting)
-    assert dispatcher._dispatcher._admission.departure_rate._since is None, "the queue is seen to be empty at once"
+    assert dispatcher._dispatcher._tiers[DEFAULT_TIER].admission.departure_rate._since is None, (
+        "the queue is seen to be empty at once"
+    )

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -17,8 +18,8 @@ from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.tier import DEFAULT_TIER
-from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
+from overfill.routing.tier import DEFAULT_TIER, Tier
+from overfill.routing.worker import PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 
@@ -349,7 +350,10 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
     assert dispatcher.poll(patience - 0.1) == []
     keep_reporting(roster, "p0", patience)
     [rejection] = dispatcher.poll(patience)
-    assert str(rejection.error) == f"no decode worker has reported for {patience:.0f} s"
+    assert (
+        str(rejection.error)
+        == f"no decode worker has reported for {patience:.0f} s; `overfill status` shows the workers"
+    )
 
 
 def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(roster, add_worker, make_info):
@@ -389,7 +393,7 @@ def test_a_stage_whose_workers_are_joined_and_silent_is_absent(roster, dispatche
     keep_reporting(roster, other, STALE_AFTER + 11.0)
     [rejection] = dispatcher.poll(STALE_AFTER + 11.0)
     stage = "prefill" if silent == "p0" else "decode"
-    assert str(rejection.error) == f"no {stage} worker has reported for 10 s"
+    assert str(rejection.error) == f"no {stage} worker has reported for 10 s; `overfill status` shows the workers"
     assert dispatcher.num_jobs == 0
 
 
@@ -531,12 +535,12 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
 ):
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     assert dispatcher.num_waiting == 2
-    dispatcher.admit(0, "", now, now + 0.7)
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.7)
     with pytest.raises(Overloaded, match="the deadline in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
-    dispatcher.admit(-1, "", now, now + 0.3)  # no request is ahead of an urgent one
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.3, client_resumes=True)
+    dispatcher.admit(DEFAULT_TIER, -1, "", now, now + 0.3)  # no request is ahead of an urgent one
 
 
 def test_a_full_queue_says_when_half_of_it_will_have_left(roster, dispatcher, add_worker, make_report):
@@ -566,7 +570,7 @@ def test_idle_time_does_not_count_as_a_slow_queue(roster, dispatcher, add_worker
     dispatcher.poll(now)
     dispatcher.submit(job("a"), now)
     dispatcher.poll(now)
-    dispatcher.admit(0, "", now, now + 0.5)
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.5)
 
 
 def test_no_decision_looks_at_every_worker(roster, add_worker):
@@ -615,14 +619,19 @@ def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispat
 
 
 class Dispatching(RuleBasedStateMachine):
-    """Workers join, leave, report and refuse while requests run; in the end every request is answered or refused."""
+    """Workers join, leave, report and refuse while requests run; in the end every request is answered or refused.
+
+    Decode workers whose names begin with d have the default tier; the others have the tier fast.
+    """
 
     BLOCK = 16
+    TIERS: ClassVar = {"d": DEFAULT_TIER, "f": "fast"}
+    NAMES = ("d0", "d1", "d2", "f0", "f1", "p0", "p1")
 
     def __init__(self):
         super().__init__()
         self.now = 0.0
-        self.roster = Roster()
+        self.roster = Roster(tiers=[Tier(name) for name in self.TIERS.values()])
         self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
         self.ids = itertools.count()
         self.open: list[Job] = []
@@ -635,10 +644,14 @@ class Dispatching(RuleBasedStateMachine):
                 self.ended.append(outcome.job)
         check(self.dispatcher, self.now)
 
-    def join(self, name, stage, incarnation):
+    def pool(self, name):
+        return self.roster.decode[self.TIERS[name[0]]] if name[0] in self.TIERS else self.roster.prefill
+
+    def join(self, name, incarnation):
         spec = KvSpec(1, 1, 2, "float32", RopeSpec())
-        identity = KvIdentity(1, "a", "b", spec)
-        return self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 9))
+        identity, stage = KvIdentity(1, "a", "b", spec), self.pool(name).stage
+        tier = self.TIERS.get(name[0], "")
+        return self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 9, tier=tier))
 
     def report(self, worker, total, credits, *, ready=True, draining=False, prefix=None):
         load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=self.BLOCK, running=worker.in_flight)
@@ -651,13 +664,12 @@ class Dispatching(RuleBasedStateMachine):
 
     @initialize(prefill=st.sampled_from(list(POLICIES)), decode=st.sampled_from(list(POLICIES)))
     def start(self, prefill, decode):
-        self.roster.prefill.use(POLICIES[prefill]())
-        self.roster.decode[DEFAULT_TIER].use(POLICIES[decode]())
-        for name, stage in (("d0", DECODE), ("p0", PREFILL)):
-            self.report(self.join(name, stage, 0), 20, 2)
+        self.roster.use(POLICIES[prefill](), POLICIES[decode])
+        for name in ("d0", "f0", "p0"):
+            self.report(self.join(name, 0), 20, 2)
 
     @rule(
-        name=st.sampled_from(["d0", "d1", "d2", "p0", "p1"]),
+        name=st.sampled_from(NAMES),
         incarnation=st.integers(0, 2),
         total=st.sampled_from([4, 20, 60]),
         credits=st.integers(0, 3),
@@ -665,16 +677,16 @@ class Dispatching(RuleBasedStateMachine):
         draining=st.booleans(),
     )
     def worker_reports(self, name, incarnation, total, credits, ready, draining):
-        pool = self.roster.decode[DEFAULT_TIER] if name.startswith("d") else self.roster.prefill
+        pool = self.pool(name)
         worker = pool.get(name)
         if worker is None or worker.info.incarnation != incarnation:
-            worker = self.join(name, pool.stage, incarnation)
+            worker = self.join(name, incarnation)
         self.report(worker, total, credits, ready=ready, draining=draining)
         self.poll()
 
-    @rule(name=st.sampled_from(["d0", "d1", "d2", "p0", "p1"]))
+    @rule(name=st.sampled_from(NAMES))
     def worker_leaves(self, name):
-        pool = self.roster.decode[DEFAULT_TIER] if name.startswith("d") else self.roster.prefill
+        pool = self.pool(name)
         if (worker := pool.get(name)) is not None:
             pool.remove(worker)
         self.poll()
@@ -700,14 +712,18 @@ class Dispatching(RuleBasedStateMachine):
         key=st.sampled_from(["", "other"]),
         deadline=st.none() | st.floats(0, 10),
         blocks=st.lists(st.integers(0, 9), max_size=4, unique=True),
+        tier=st.sampled_from([*TIERS.values()]),
+        fallback=st.sampled_from(["", *TIERS.values()]),
     )
-    def submit(self, prompt, answer, emitted, priority, key, deadline, blocks):
+    def submit(self, prompt, answer, emitted, priority, key, deadline, blocks, tier, fallback):
         if deadline is not None:
             deadline += self.now
         job = Job(
             str(next(self.ids)),
             prompt,
             answer,
+            tier=tier,
+            fallback="" if fallback == tier else fallback,
             emitted=emitted,
             priority=priority,
             key=key,
@@ -776,10 +792,8 @@ class Dispatching(RuleBasedStateMachine):
 
     def teardown(self):
         """With healthy workers and no more failures, every request is answered or refused."""
-        for name in ("d0", "d1", "d2", "p0", "p1"):
-            pool = self.roster.decode[DEFAULT_TIER] if name.startswith("d") else self.roster.prefill
-            worker = self.join(name, pool.stage, 99)
-            self.report(worker, 60, 3)
+        for name in self.NAMES:
+            self.report(self.join(name, 99), 60, 3)
         for _ in range(200):
             self.poll()
             for job in list(self.open):

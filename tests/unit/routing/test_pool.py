@@ -154,16 +154,6 @@ def test_a_lone_worker_may_come_back_with_another_element_type(make_info):
     assert roster.join(make_info("d0", incarnation=2, kv=kv)).info.identity.kv == kv
 
 
-def test_decoders_of_the_same_full_model_may_differ():
-    roster = Roster()
-    for name in ("one", "another"):
-        model = common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb", decoder_digest=name)
-        kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
-        hello = registry_pb2.Hello(worker_id=name, stages=[DECODE], address="h:1", model=model, kv=kv)
-        roster.join(WorkerInfo.from_hello(hello))
-    assert len(roster.decode[DEFAULT_TIER]) == 2
-
-
 def test_a_refusal_closes_the_worker_and_its_load_counts_until_the_next_report(make_info, make_report):
     pool = Pool(DECODE)
     worker = pool.join(make_info("d0"))

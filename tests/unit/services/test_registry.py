@@ -70,7 +70,7 @@ async def test_a_worker_of_a_tier_is_refused_as_incompatible():
     error = await refusal(changed(tier="small"))
     assert isinstance(error, Incompatible)
     assert error.fields == ("hello.tier",)
-    assert "hello.tier: worker d belongs to the tier 'small'; this router has one pool" in str(error)
+    assert "worker d belongs to the tier 'small'; this router has the tiers 'default'" in str(error)
 
 
 async def test_a_worker_without_a_stage_or_with_one_twice_is_refused():
