@@ -244,7 +244,7 @@ class Simulation:
         if request.first is None:
             request.first, request.emitted = self.clock.now, 1
         if request.job.prefill is not None:
-            self._ask(self.dispatcher.prefill_done, request.job)
+            self._ask(self.dispatcher.prefill_done, request.job, self.clock.now)
             self._poll()
 
     def _done(self, attempt: DecodeAttempt) -> None:
