@@ -75,7 +75,10 @@ async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
         use_device(options.device)
         with startup.once():
             folder = resolve_pair(config.pair, log_steps(logger))
-        return load_engine(config.engine, Pair.load(folder, check_digests=True), half, options)
+        pair = Pair.load(folder, check_digests=True)
+        if isinstance(config, DecodeConfig) and config.quantize is not None:
+            pair = pair.with_quantize(config.quantize)
+        return load_engine(config.engine, pair, half, options)
 
     # The thread ends with the loading. If it lived on, OpenMP would count its idle team beside that of the engine's
     # thread as more threads than there are cores, and let threads sleep at each barrier: 10 ms per step on two cores.
@@ -83,8 +86,12 @@ async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
         return await asyncio.get_running_loop().run_in_executor(loading, load)
 
 
-def new_hello(worker_id: str, served: ServedHalf) -> registry_pb2.Hello:
-    """Creates a worker's Hello with a new incarnation. The host fills in the addresses once it listens."""
+def new_hello(worker_id: str, served: ServedHalf, tier: str = "") -> registry_pb2.Hello:
+    """Creates a worker's Hello with a new incarnation. The host fills in the addresses once it listens.
+
+    Args:
+        tier: tier of a decode worker; empty means the only one of the stack.
+    """
     prefills = served.half == "full"
     kind = "prefill" if prefills else "decode"
     return registry_pb2.Hello(
@@ -99,6 +106,7 @@ def new_hello(worker_id: str, served: ServedHalf) -> registry_pb2.Hello:
         vocab_size=served.config.vocab_size,
         pid=os.getpid(),
         engine=served.engine_version,
+        tier=tier,
     )
 
 

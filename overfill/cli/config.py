@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
-from overfill.settings.config import SERVICES, ServiceConfig, read_checked
+from overfill.settings.config import SEPARATORS, SERVICES, RouterConfig, ServiceConfig, read_checked
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")
@@ -82,8 +82,8 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
     origins = kind.origins(argv)
     rows = []
     for field in kind.model_fields:
-        required = absent and field == "pair"
-        value = "" if required else display(getattr(config, field))
+        required = absent and field == "pair" and not getattr(config, "decoders", ())
+        value = "" if absent and field == "pair" else display(getattr(config, field), SEPARATORS.get(field, ","))
         rows.append((flag_name(field), value, "required" if required else origins.get(field, "default")))
     return rows
 
@@ -112,17 +112,17 @@ def _rows_of_up(argv: list[str]) -> list[Row]:
                 origin = next(name for name in option.envvar or () if os.environ.get(name))
             elif source is ParameterSource.DEFAULT_MAP:
                 origin = str(ctx.params["config"])
-            rows.append((flag, display(ctx.params[option.name or ""]), origin))
+            rows.append((flag, display(ctx.params[option.name or ""], ";" if flag == "decoder" else ","), origin))
         return rows
 
 
-def display(value: Any) -> str:
+def display(value: Any, separator: str = ",") -> str:
     """Returns a value as a file or variable would have it; empty if unset; stars for a secret."""
     if value is None:
         return ""
     if isinstance(value, SecretStr):
         return "********"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return separator.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _print_table(name: str, rows: list[Row]) -> None:
@@ -134,6 +134,8 @@ def _print_table(name: str, rows: list[Row]) -> None:
 
 def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
     values = kind.file_values(file)
+    if kind is RouterConfig and "decoder" in file.sections.get("up", {}):
+        values.setdefault("decoders", ("up.decoder", file.sections["up"]["decoder"]))
     given: dict[str, Any] = {"pair": "-"} | {name: value for name, (_, value) in values.items()}
     origins = {name: f"{file.path}: {key}" for name, (key, _) in values.items()}
     try:

@@ -13,7 +13,7 @@ from overfill.cli.output import answer_details, console, print_json, tokens_per_
 from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Stack
 from overfill.cli.up import AnyStack
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.cluster.connection import check_installed
 from overfill.process.extras import require
@@ -57,7 +57,7 @@ def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
     with show_progress() as report:
         folder = resolve_pair(pair, report)
     settings = {"log_level": "error", "grace_period": 5}
-    plan = make_plan(folder, prefill=1, decode=1, routers=1, port=0, threads=None, settings=settings)
+    plan = make_plan(StackRequest(folder, settings=settings))
 
     def show(line: str) -> None:
         notes.print(line, style="dim", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
 from overfill.client.status_json import pool_json, router_json, worker_json
-from overfill.settings.tiers import DEFAULT_TIER
+from overfill.routing.tier import DEFAULT_TIER
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from overfill.cli.stack import StackPlan, StartFailed, check_ports
+from overfill.cli.up_tiers import max_workers
 from overfill.client import Client
 from overfill.cluster import placement
 from overfill.cluster.connection import RayConnection
-from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec
+from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec, TierPool
 from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
-from overfill.settings.config import ServiceConfig
+from overfill.settings.config import ServiceConfig, WorkerConfig
+from overfill.settings.tiers import TierSpec
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL = 0.2  # seconds between checks while waiting
@@ -30,7 +32,10 @@ _MARGIN = 5.0  # seconds for Ray to notice that a replica has exited
 _ROOM_PATIENCE = 120.0  # seconds for an autoscaling cluster to add machines
 
 # Fields set per replica; metrics_port too, unless it is off.
-_OWN = {"pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "metrics_port"}
+_OWN = {
+    "pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "metrics_port", "tier",
+    "decoders",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,6 @@ class RayOptions:
         name: name of the Serve application.
         worker_cpus, worker_gpus: CPUs and GPUs that Ray reserves per worker; None means an equal share of this machine.
         max_prefill, max_decode: maximum number of workers of an autoscaled pool; None means a fixed number.
-        objectives: arguments of the autoscaling policy.
         log_dir: folder for one log file per replica; None prints the replicas' lines here.
     """
 
@@ -52,7 +56,6 @@ class RayOptions:
     worker_gpus: float | None = None
     max_prefill: int | None = None
     max_decode: int | None = None
-    objectives: dict[str, float] | None = None
     log_dir: str | None = None
 
 
@@ -98,7 +101,9 @@ class RayStack:
         spec = spec_of(self.plan, options, ray.cluster_resources())
         if self._cluster.owned:
             self._cluster.check_room(spec)
-        self._cluster.deploy(serve_config(spec, options.name, options.objectives))
+        router = self.plan.routers[0]
+        objectives = {"ttft": router.ttft_objective, "itl": router.itl_objective}
+        self._cluster.deploy(serve_config(spec, options.name, objectives))
         self._deployed = True
 
     def wait_ready(self, cancelled: threading.Event) -> None:
@@ -121,10 +126,16 @@ class RayStack:
                     return
             cancelled.wait(_POLL)
 
-    def describe_workers(self, stage: str) -> str:
-        """Returns the number of workers of a stage, as text. `overfill status` lists their names."""
-        minimum = sum(of == stage for of, _ in self.plan.workers())
-        limit = {"prefill": self._options.max_prefill, "decode": self._options.max_decode}[stage]
+    def describe_workers(self, tier: str | None) -> str:
+        """Returns the number of a tier's decode workers, as text; None means the prefill workers.
+
+        `overfill status` lists their names.
+        """
+        if tier is None:
+            minimum, limit = len(self.plan.prefill), self._options.max_prefill
+        else:
+            (spec,) = (one for one in self.plan.tiers if one.name == tier)
+            minimum, limit = spec.count, max_workers(spec) or self._options.max_decode
         return f"{minimum} on Ray" if limit is None else f"{minimum} to {limit} on Ray"
 
     def news(self) -> list[str]:
@@ -191,34 +202,60 @@ class RayStack:
 
 def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -> StackSpec:
     """Returns the specification of ``plan`` on a cluster with ``resources``."""
-    router, prefill, decode = plan.routers[0], plan.prefill[0], plan.decode[0]
+    router = plan.routers[0]
     routers = RouterSpec(
         replicas=len(plan.routers),
         ports=tuple(config.port for config in plan.routers),
         http_ports=tuple(config.http for config in plan.routers if config.http != "off"),
-        # Only for the router's metrics; the autoscaling policy gets the objectives itself.
-        settings=_settings(router)
-        | {f"{name}_objective": value for name, value in (options.objectives or {}).items() if name in ("ttft", "itl")},
+        settings=_settings(router),
     )
-    max_workers = (options.max_prefill or len(plan.prefill)) + (options.max_decode or len(plan.decode))
+    decoders = [(tier, plan.tier_workers(tier.name)[0]) for tier in plan.tiers]
+    prefill_most = options.max_prefill or len(plan.prefill)
+    decode_most = [max_workers(tier) or options.max_decode or tier.count for tier, _ in decoders]
+    most = [(plan.prefill[0], prefill_most), *zip((worker for _, worker in decoders), decode_most, strict=True)]
     cpus, gpus = options.worker_cpus, options.worker_gpus
-    if cpus is None and options.address is None:
-        cpus = placement.share(resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas, max_workers)
-    if gpus is None and options.address is None and prefill.device in ("auto", "cuda"):
-        gpus = placement.gpu_share(resources.get("GPU", 0.0), max_workers)
-    reserved: dict[str, Any] = {"num_cpus": float(prefill.threads) if cpus is None else cpus, "num_gpus": gpus or 0.0}
+    if options.address is None:
+        free = resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas
+        cpus = placement.share(free, sum(count for _, count in most)) if cpus is None else cpus
+        on_gpus = sum(count for worker, count in most if _wants_gpu(worker))
+        gpus = placement.gpu_share(resources.get("GPU", 0.0), on_gpus) if gpus is None and on_gpus else gpus
+
+    def pool(worker: WorkerConfig, replicas: int, maximum: int | None) -> dict[str, Any]:
+        return {
+            "replicas": replicas,
+            "max_replicas": maximum,
+            "num_cpus": float(worker.threads) if cpus is None else cpus,
+            "num_gpus": gpus or 0.0 if _wants_gpu(worker) else 0.0,
+            "settings": _settings(worker),
+        }
+
+    own: dict[str, Any] = {"pair": router.pair}
+    if plan.named_tiers:
+        pools = [pool(worker, tier.count, max_workers(tier)) for tier, worker in decoders]
+        own = {"decoders": {tier.name: _tier_pool(tier, one) for (tier, _), one in zip(decoders, pools, strict=True)}}
+    else:
+        own["decode"] = PoolSpec(**pool(plan.decode[0], len(plan.decode), options.max_decode))
     return StackSpec(
-        pair=router.pair,
         mock=plan.mock,
         log_dir=options.log_dir,
         router=routers,
-        prefill=PoolSpec(
-            replicas=len(plan.prefill), max_replicas=options.max_prefill, settings=_settings(prefill), **reserved
-        ),
-        decode=PoolSpec(
-            replicas=len(plan.decode), max_replicas=options.max_decode, settings=_settings(decode), **reserved
-        ),
+        prefill=PoolSpec(**pool(plan.prefill[0], len(plan.prefill), options.max_prefill)),
+        **own,
     )
+
+
+def _tier_pool(tier: TierSpec, pool: dict[str, Any]) -> TierPool:
+    return TierPool(
+        pair=tier.pair,
+        fallback=tier.fallback,
+        ttft_objective=tier.seconds("ttft-objective"),
+        itl_objective=tier.seconds("itl-objective"),
+        **pool,
+    )
+
+
+def _wants_gpu(worker: WorkerConfig) -> bool:
+    return worker.device != "cpu"
 
 
 def describe(status: Any) -> dict[str, str]:

@@ -21,9 +21,11 @@ from overfill.cli import processes
 from overfill.cli.processes import Child
 from overfill.client import Client, ClientTls
 from overfill.errors import OverfillError
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import reachable, split_address
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
+from overfill.settings.tiers import TierSpec
 
 _POLL_SECONDS = 0.2
 _NEAR = 100  # number of ports after a used one that are tried as a replacement
@@ -51,6 +53,20 @@ class StackPlan:
     decode: tuple[DecodeConfig, ...]
     mock: bool = False
     operator_tls: ClientTls | None = None
+
+    @property
+    def tiers(self) -> tuple[TierSpec, ...]:
+        """The tiers, the default one first. With one pair there is one, called "default"."""
+        return self.routers[0].tiers
+
+    @property
+    def named_tiers(self) -> bool:
+        """True if the tiers have names of the user's; False with one pair."""
+        return bool(self.routers[0].decoders)
+
+    def tier_workers(self, tier: str) -> tuple[DecodeConfig, ...]:
+        """Returns the settings of a tier's decode workers."""
+        return tuple(worker for worker in self.decode if (worker.tier or DEFAULT_TIER) == tier)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -162,9 +178,10 @@ class Stack:
         """gRPC addresses of the routers."""
         return self.plan.addresses
 
-    def describe_workers(self, stage: str) -> str:
-        """Returns the names of a stage's workers, as text."""
-        return ", ".join(worker.worker_id for of, worker in self.plan.workers() if of == stage)
+    def describe_workers(self, tier: str | None) -> str:
+        """Returns the names of a tier's decode workers, as text; None means the prefill workers."""
+        workers = self.plan.prefill if tier is None else self.plan.tier_workers(tier)
+        return ", ".join(worker.worker_id for worker in workers)
 
     def news(self) -> list[str]:
         """Returns lines about changes since the last call."""

@@ -6,41 +6,39 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import secrets
-import shlex
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal, Protocol
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
-from rich.rule import Rule
-from rich.text import Text
 
-from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.cli.output import console
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
 from overfill.cli.stack import Stack, StackPlan, check_ports
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
+from overfill.cli.up_tiers import MAX, max_workers, resolve_tiers
+from overfill.cli.welcome import welcome
 from overfill.cluster.connection import check_installed
 from overfill.engine.choice import choose_engine, require_vllm
 from overfill.model.manifest import Half, Pair
 from overfill.process.extras import require
-from overfill.settings.config import WorkerConfig
+from overfill.settings.config import DecodeConfig, WorkerConfig
+from overfill.settings.tiers import TierSpec
 
 _WATCH_SECONDS = 0.5
-_BOX_WIDTH = 80  # characters, at most
 
 
 @click.command("up", cls=OwnSettings)
@@ -48,6 +46,7 @@ _BOX_WIDTH = 80  # characters, at most
 def up_command(
     prefill: int,
     decode: int,
+    tiers: tuple[TierSpec, ...],
     routers: int,
     pair: str,
     port: int,
@@ -61,8 +60,6 @@ def up_command(
     worker_gpus: float | None,
     max_prefill: int | None,
     max_decode: int | None,
-    ttft_objective: float | None,
-    itl_objective: float | None,
     log_dir: Path | None,
     tls: Path | None,
     **settings: Any,
@@ -73,21 +70,27 @@ def up_command(
     follows the load. Ray is started on this machine, unless --address names a cluster. With --no-ray, the stack runs as
     plain processes.
 
+    With --decoder, repeated, the stack has several tiers: decoders of one full model, of which requests choose one.
+
     The command stays in the foreground. Ctrl-C or SIGTERM lets running requests finish and stops the stack.
 
     A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
-    The options --prefill, --decode, --router, --pair, --grpc, --http, --log-dir, --config, --mock and those for Ray are
-    variables too, such as OVERFILL_UP_PREFILL and OVERFILL_UP_RAY=no.
+    The options --prefill, --decode, --decoder, --router, --pair, --grpc, --http, --log-dir, --config, --mock and those
+    for Ray are variables too, such as OVERFILL_UP_PREFILL and OVERFILL_UP_RAY=no.
     """
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # its processes need them
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
+    if tiers:
+        _check_replaced("pair", "decode", "max_decode")
     with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
         # Report wrong settings and ports in use before preparing a pair, which can take minutes.
-        planned = make_plan(
-            Path(pair), prefill, decode, routers, port, threads, settings, http, mock, tls, share_port=share_port
-        )
+        request = StackRequest(
+            None if tiers else Path(pair), prefill, decode, routers, port, threads, settings, http,
+            mock, tls, share_port=share_port, tiers=tiers,
+        )  # fmt: skip
+        planned = make_plan(request)
         options = RayOptions(
             address=address,
             name=name,
@@ -95,19 +98,19 @@ def up_command(
             worker_gpus=worker_gpus,
             max_prefill=max_prefill,
             max_decode=max_decode,
-            objectives={key: v for key, v in (("ttft", ttft_objective), ("itl", itl_objective)) if v is not None},
             log_dir=None if log_dir is None else str(log_dir.absolute()),
         )
-        _check_options(options, prefill, decode, on_ray)
+        _check_options(options, planned, on_ray)
         if address is None:  # on a joined cluster, processes may run on other machines
             check_ports(planned, metrics=not on_ray)
             if not mock and "vllm" in {worker.engine for _, worker in planned.workers()}:
                 require_vllm()
         with show_progress() as report:
-            folder = resolve_pair(pair, report)
-        plan = make_plan(
-            folder, prefill, decode, routers, port, threads, settings, http, mock, tls, address is not None, share_port
-        )
+            if tiers:
+                request = replace(request, tiers=resolve_tiers(tiers, report))
+            else:
+                request = replace(request, pair=resolve_pair(pair, report))
+        plan = make_plan(replace(request, apart=address is not None))
         if not mock:
             check_engines(plan, here=address is None)
         with _stop_signals() as stopping:
@@ -118,14 +121,17 @@ def up_command(
 
 
 def check_engines(plan: StackPlan, *, here: bool) -> None:
-    """Raises the errors of ``choose_engine`` for both stages, such as UnsupportedModel for a pair with FP8 weights.
+    """Raises the errors of ``choose_engine`` for both stages and every tier, such as UnsupportedModel for FP8 weights.
 
     Args:
         here: the workers run on this machine. Others may have other devices and packages: there each worker chooses.
     """
-    halves: tuple[tuple[Half, WorkerConfig], ...] = (("full", plan.prefill[0]), ("decoder", plan.decode[0]))
-    pair = Pair.load(Path(plan.routers[0].pair))
-    for half, worker in halves:
+    halves: list[tuple[str, Half, WorkerConfig]] = [(plan.routers[0].pair, "full", plan.prefill[0])]
+    halves += [(tier.pair, "decoder", plan.tier_workers(tier.name)[0]) for tier in plan.tiers]
+    for folder, half, worker in halves:
+        pair = Pair.load(Path(folder))
+        if isinstance(worker, DecodeConfig) and worker.quantize is not None:
+            pair = pair.with_quantize(worker.quantize)
         if here:
             on_cuda = partial(_on_cuda, worker.device)
             choose_engine(worker.engine, pair, half, on_cuda, has_args=bool(worker.engine_args))
@@ -170,17 +176,31 @@ def _port_group(routers: int, on_ray: bool) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def _check_options(options: RayOptions, prefill: int, decode: int, on_ray: bool) -> None:
+def _check_replaced(*names: str) -> None:
+    """Raises click.UsageError if an option of this command is given that --decoder replaces."""
+    source = click.get_current_context().get_parameter_source
+    if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is not ParameterSource.DEFAULT]:
+        raise click.UsageError(
+            f"--decoder conflicts with {' and '.join(given)} (also in the settings file, or as a variable): each "
+            f"--decoder names its own pair and number of decode workers, as NAME=PAIR:N,{MAX}=N"
+        )
+
+
+def _check_options(options: RayOptions, plan: StackPlan, on_ray: bool) -> None:
     """Raises click.UsageError for conflicting options, and RayUnavailable if Ray is needed but not installed."""
-    defaults = dataclasses.asdict(RayOptions(log_dir=options.log_dir, objectives={}))
-    given = [name for name, value in dataclasses.asdict(options).items() if value != defaults[name]]
+    maxima = {tier.name: max_workers(tier) for tier in plan.tiers}
     if not on_ray:
+        defaults = asdict(RayOptions(log_dir=options.log_dir))
+        given = [f"--{name.replace('_', '-')}" for name, value in asdict(options).items() if value != defaults[name]]
+        given += [f"{MAX} of --decoder {name}" for name, maximum in maxima.items() if maximum is not None]
         if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise click.UsageError(f"--no-ray conflicts with {flags}: remove one of them")
+            raise click.UsageError(f"--no-ray conflicts with {', '.join(given)}: remove one of them")
         return
     check_installed()
-    for maximum, minimum, stage in ((options.max_prefill, prefill, "prefill"), (options.max_decode, decode, "decode")):
+    for maximum, minimum, stage in (
+        (options.max_prefill, len(plan.prefill), "prefill"),
+        (options.max_decode, len(plan.decode), "decode"),
+    ):
         if maximum is not None and maximum < minimum:
             raise click.UsageError(f"--max-{stage} {maximum} is less than --{stage} {minimum}: give at least {minimum}")
 
@@ -198,7 +218,7 @@ class AnyStack(Protocol):
 
     def start(self) -> None: ...
 
-    def describe_workers(self, stage: str) -> str: ...
+    def describe_workers(self, tier: str | None) -> str: ...
 
     def wait_ready(self, cancelled: threading.Event) -> None: ...
 
@@ -213,7 +233,7 @@ def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            _welcome(out, stack.plan, stack.addresses, stack.describe_workers)
+            welcome(out, stack.plan, stack.addresses, stack.describe_workers)
         while not stopping.wait(_WATCH_SECONDS):
             for line in stack.news():
                 _note(line)
@@ -229,51 +249,6 @@ def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
 
 def _note(line: str) -> None:
     click.echo(f"overfill: {line}", err=True)
-
-
-def _welcome(out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
-    """Prints addresses, workers and example commands. A command stays on one line, so that it can be copied."""
-    first = addresses[0]
-    option = "" if first == "127.0.0.1:7600" else f" --address {first}"
-    if plan.client_tls is not None:
-        # A stack with a CA of its own also requires a client certificate.
-        ca = plan.client_tls.ca
-        option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
-        option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
-    # Not --api-key, because other users of the machine can see flags.
-    key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
-    urls = plan.openai_urls(addresses)
-    rows = [("gRPC", ", ".join(addresses))]
-    if urls:
-        rows.append(("OpenAI", ", ".join(urls)))
-        rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
-    rows.append(("pair", plan.routers[0].pair))
-    for stage, workers in (("prefill", plan.prefill), ("decode", plan.decode)):
-        given = "".join(f"{text}, " for text in (workers[0].engine, workers[0].dtype) if text not in (None, "auto"))
-        rows.append((stage, f"{describe_workers(stage)} ({given}CPU threads each: {workers[0].threads})"))
-    rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
-    rows.append(("", f"{key}overfill chat{option}"))
-    rows.append(("", f"{key}overfill status{option}"))
-    if urls and plan.client_tls is None:
-        rows.append(("", _curl(plan, urls[0])))
-    rows.append(("stop", "ctrl-C"))
-    width = min(out.width, _BOX_WIDTH)
-    out.print(Rule("OverFill is up", align="left"), width=width)
-    for name, words in rows:
-        out.print(Text(f"{name:<7}  {words}"), soft_wrap=True)
-    out.print(Rule(), width=width)
-
-
-def _curl(plan: StackPlan, base: str) -> str:
-    body = {
-        "model": plan.model,
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-        "max_tokens": DEFAULT_MAX_TOKENS,
-        "temperature": DEFAULT_TEMPERATURE,
-    }
-    # Not -H, because other users of the machine can see it; curl hides this option.
-    key = "" if plan.routers[0].api_keys is None else ' --oauth2-bearer "$OVERFILL_API_KEY"'
-    return f"curl {base}/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 @contextlib.contextmanager

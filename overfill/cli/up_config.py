@@ -14,8 +14,14 @@ from overfill.settings.config_file import COMMON, BadConfigFile, field_name, nea
 
 PREFIX = "OVERFILL_UP_"
 
-_SHARED = {"pair": (COMMON, "pair"), "grpc": ("router", "port"), "http": ("router", "http")}
-"""Options of ``up`` that the file has as a service's setting: option -> (section, key)."""
+_SHARED = {
+    "pair": (COMMON, "pair"),
+    "grpc": ("router", "port"),
+    "http": ("router", "http"),
+    "decoder": ("router", "decoders"),
+    **{name: ("router", name) for name in ("default-tier", "brownout", "ttft-objective", "itl-objective")},
+}
+"""Options of ``up`` that are also a service's setting: option -> (section, key) in the file."""
 
 OWN = ("config", *UP_KEYS, *_SHARED)
 """Options of ``up`` with a variable ``OVERFILL_UP_…``. The others are settings of services, which have variables."""
@@ -43,7 +49,7 @@ def _variable(flag: str) -> str:
 def _service_variable(flag: str) -> list[str]:
     """Returns the service's variable of a shared option. ``up`` must read it, because it gives the service a flag."""
     section, key = _SHARED.get(flag, (COMMON, ""))
-    return [f"{kind.model_config['env_prefix']}{key}".upper() for kind in SERVICES if kind.section == section]
+    return [kind.variable(field_name(key)) for kind in SERVICES if kind.section == section]
 
 
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
@@ -56,7 +62,11 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
     own = dict(file.sections.get("up", {}))
     for option, (section, key) in _SHARED.items():
         if key in file.sections.get(section, {}):
+            if option in own:
+                raise click.UsageError(f"{path}: up.{option} and {section}.{key} are one setting: remove one of them")
             own[option] = file.sections[section][key]
+    if isinstance(tiers := own.get("decoder"), str):
+        own["decoder"] = [tier for tier in tiers.split(";") if tier.strip()]
     names = {option.opts[0].removeprefix("--"): option.name for option in ctx.command.params}
     ctx.default_map = {names[key]: value for key, value in own.items()}
     return path

@@ -12,6 +12,7 @@ from overfill.cli.options import ENGINE, FILE, Number, dtype_option, engine_opti
 from overfill.cli.up_config import config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
+from overfill.settings.tiers import TierSpec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -30,14 +31,25 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
             self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
 
 
+class _Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Parses a tier."""
+
+    name = "name=pair[:n][,setting=value...]"
+    envvar_list_splitter = ";"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TierSpec:
+        try:
+            return value if isinstance(value, TierSpec) else TierSpec.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     config_option,
     click.option(
         "--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Number of prefill workers."
     ),
-    click.option(
-        "--decode", "decode", type=click.IntRange(1), default=1, show_default=True, help="Number of decode workers."
-    ),
+    click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Number of decode workers."),
     click.option(
         "--router",
         "routers",
@@ -51,6 +63,25 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         default="default",
         show_default=True,
         help="Pair to serve: default, fast, identity, or a pair's folder.",
+    ),
+    click.option(
+        "--decoder",
+        "tiers",
+        multiple=True,
+        type=_Tier(),
+        help="A tier: its name, its pair, its number of decode workers, and settings of its own, such as "
+        "fast=fast:2,quantize=int8. Repeat it for each tier; it replaces --pair and --decode. All pairs must have the "
+        "same full model. Settings: fallback, ttft-objective, itl-objective, max (the maximum number of decode "
+        "workers, on Ray), and those of decode workers.",
+    ),
+    click.option(
+        "--default-tier",
+        help="Tier of requests that name none.  [default: the tier called default, or else the first]",
+    ),
+    click.option(
+        "--brownout",
+        help="Tiers from the best to the cheapest, such as 'full > default > fast'. When one cannot meet its "
+        "objectives, the next writes the answers of requests that allow it.  [default: none]",
     ),
     dtype_option,
     click.option(
@@ -213,12 +244,14 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--ttft-objective",
         type=Number(0, min_open=True),
-        help="Target of autoscaling for the time to first token, in seconds.  [default: 2]",
+        help="Target for the time to first token, in seconds, of scaling metrics, autoscaling and brownout.  "
+        "[default: 2]",
     ),
     click.option(
         "--itl-objective",
         type=Number(0, min_open=True),
-        help="Target of autoscaling for the mean time between tokens, in seconds.  [default: 0.1]",
+        help="Target for the mean time between tokens, in seconds, of scaling metrics, autoscaling and brownout.  "
+        "[default: 0.1]",
     ),
     click.option(
         "--log-level",

@@ -6,13 +6,16 @@ Starts no processes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
 
 from overfill.cli.stack import StackPlan, free_ports, threads_per_worker
+from overfill.cli.up_tiers import worker_settings
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback, reachable
 from overfill.rpc.certificates import NAME, RoleFiles, role_files
@@ -20,29 +23,19 @@ from overfill.rpc.tls import ClientTls
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, flag_name
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
+from overfill.settings.tiers import TierSpec, default_tier
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)
 
 
-def make_plan(
-    pair: Path,
-    prefill: int,
-    decode: int,
-    routers: int,
-    port: int,
-    threads: int | None,
-    settings: dict[str, Any],
-    http: int | Literal["off"] = "off",
-    mock: bool = False,
-    tls: Path | None = None,
-    apart: bool = False,
-    share_port: Path | None = None,
-) -> StackPlan:
-    """Returns the settings of all processes. Exits with 2 if a value is wrong, as the services do.
+@dataclass(frozen=True)
+class StackRequest:
+    """What a user wants of a stack.
 
-    Args:
-        prefill, decode, routers: number of processes of each kind.
+    Attributes:
+        pair: folder of the stack's pair; None with ``tiers``.
+        prefill, decode, routers: number of processes of each kind; ``tiers`` replaces ``decode``.
         port: gRPC port of the first router; 0 picks free ones. Further routers use the next ports, or share it.
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
@@ -53,56 +46,72 @@ def make_plan(
         apart: workers may run on several machines.
         share_port: folder through which the routers share one gRPC port and one OpenAI endpoint; None gives each router
             its own.
+        tiers: the tiers, each with its own pair, workers and settings; empty with one pair.
+    """
+
+    pair: Path | None
+    prefill: int = 1
+    decode: int = 1
+    routers: int = 1
+    port: int = 0
+    threads: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    http: int | Literal["off"] = "off"
+    mock: bool = False
+    tls: Path | None = None
+    apart: bool = False
+    share_port: Path | None = None
+    tiers: tuple[TierSpec, ...] = ()
+
+    @property
+    def named_tiers(self) -> tuple[tuple[str, TierSpec], ...]:
+        """Each tier with its name in ``DecodeConfig.tier``, which is empty with one pair."""
+        if self.tiers:
+            return tuple((tier.name, tier) for tier in self.tiers)
+        assert self.pair is not None, "a stack needs a pair or tiers"
+        return (("", TierSpec(DEFAULT_TIER, str(self.pair.resolve()), self.decode)),)
+
+
+def make_plan(request: StackRequest) -> StackPlan:
+    """Returns the settings of all processes. Exits with 2 if a value is wrong, as the services do.
 
     Raises:
-        click.UsageError: two servers would use the same port, certificates are given twice, or the host is open to
-            other machines without certificates or API keys.
+        click.UsageError: two servers would use the same port, certificates are given twice, a tier has a wrong
+            setting, or the host is open to other machines without certificates or API keys.
         CertificatesError: the folder lacks a certificate.
     """
-    settings = settings | {"pair": pair.resolve()}
-    of_router, of_worker = _certificates(tls, settings, Role.ROUTER), _certificates(tls, settings, Role.WORKER)
-    host = settings.get("host") or "127.0.0.1"
-    _check_host(host, settings | of_router)
-    shared = 1 if share_port is None else routers  # routers per port
-    places = routers // shared
-    free = free_ports(host, 2 * places + routers)  # in one call, so that all are different
-    ports = range(port, port + places) if port else free[:places]
-    https: Sequence[int | Literal["off"]] = ["off"] * places
-    if http != "off":
-        https = range(http, http + places) if http else free[places : 2 * places]
-    joins = [0] * routers if share_port is None else free[2 * places :]
+    tiers, prefill = request.named_tiers, request.prefill
+    decode = sum(tier.count for _, tier in tiers)
+    settings = dict(request.settings) | {"pair": _default_pair(request)}
+    of_router, of_worker = (_certificates(request.tls, settings, role) for role in (Role.ROUTER, Role.WORKER))
+    _check_host(settings.get("host") or "127.0.0.1", settings | of_router)
     first_metrics = settings.pop("metrics_port", None)
-    metrics = _metrics_ports(first_metrics, routers + prefill + decode)
-    _check_apart(
-        ("--grpc", port, places),
-        ("--http", http, places),
-        ("--metrics-port", first_metrics, routers + prefill + decode),
+    metrics = _metrics_ports(first_metrics, request.routers + prefill + decode)
+    routers = _routers(
+        request, settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}, first_metrics, metrics
     )
-    routers_all = settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}
-    router_configs = [
-        _configure(
-            RouterConfig,
-            routers_all
-            | {"port": p, "http": h, "metrics_port": next(metrics), "share_port": share_port, "join_port": join},
-        )
-        for p, h, join in zip([*ports] * shared, [*https] * shared, joins, strict=True)
-    ]
+    host = routers[0].host
     workers = (
         settings
         | of_worker
         | {
-            "routers": ",".join(StackPlan(tuple(router_configs), (), ()).join_addresses),
-            "threads": threads,
+            "routers": ",".join(StackPlan(routers, (), ()).join_addresses),
+            "threads": request.threads,
             "advertise": None if reachable(host) == host else reachable(host),
         }
     )
     # Divide all cores within each stage, because the stages are rarely busy at the same time, and waiting engine
     # threads sleep. If workers may run on several machines, divide them among all workers.
-    shares = [{"threads": threads_per_worker(prefill + decode if apart else count)} for count in (prefill, decode)]
-    of_prefill, of_decode = _engines(settings.get("prefill_engine"), settings.get("decode_engine"))
-    prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if mock else (PrefillConfig, DecodeConfig)
+    shares = [
+        {"threads": threads_per_worker(prefill + decode if request.apart else count)} for count in (prefill, decode)
+    ]
+    prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if request.mock else (PrefillConfig, DecodeConfig)
+    of_tiers = [worker_settings(tier, decode_kind) for _, tier in tiers]
+    of_prefill, *engines = _engines(
+        settings.get("prefill_engine"), *(own.get("engine", settings.get("decode_engine")) for own in of_tiers)
+    )
     return StackPlan(
-        tuple(router_configs),
+        routers,
         tuple(
             _configure(
                 prefill_kind,
@@ -114,18 +123,81 @@ def make_plan(
         tuple(
             _configure(
                 decode_kind,
-                workers | of_decode | {"worker_id": f"decode-{i}", "metrics_port": next(metrics)},
+                workers
+                | engine
+                | own
+                | {
+                    "pair": tier.pair,
+                    "tier": name or None,
+                    "worker_id": f"decode-{name}-{i}" if name else f"decode-{i}",
+                    "metrics_port": next(metrics),
+                },
                 shares[1],
             )
-            for i in range(decode)
+            for (name, tier), engine, own in zip(tiers, engines, of_tiers, strict=True)
+            for i in range(tier.count)
         ),
-        mock,
-        None if tls is None else _client_tls(role_files(tls.absolute(), Role.OPERATOR)),
+        request.mock,
+        None if request.tls is None else _client_tls(role_files(request.tls.absolute(), Role.OPERATOR)),
     )
 
 
+def _default_pair(request: StackRequest) -> str:
+    """The pair of the default tier, which prefill workers and routers load; they use its full model and tokenizer."""
+    tiers = {tier.name: tier.pair for _, tier in request.named_tiers}
+    # The router reports a default tier that does not exist.
+    return tiers.get(default_tier([*tiers], request.settings.get("default_tier") or ""), next(iter(tiers.values())))
+
+
+def _routers(
+    request: StackRequest, settings: dict[str, Any], first_metrics: str | None, metrics: Iterator[str | None]
+) -> tuple[RouterConfig, ...]:
+    """Returns the settings of the routers, with a port each or a shared one. Raises click.UsageError."""
+    shared = 1 if request.share_port is None else request.routers  # routers per port
+    places = request.routers // shared
+    # In one call, so that all are different.
+    free = free_ports(settings.get("host") or "127.0.0.1", 2 * places + request.routers)
+    ports = range(request.port, request.port + places) if request.port else free[:places]
+    https: Sequence[int | Literal["off"]] = ["off"] * places
+    if request.http != "off":
+        https = range(request.http, request.http + places) if request.http else free[places : 2 * places]
+    joins = [0] * request.routers if request.share_port is None else free[2 * places :]
+    processes = request.routers + settings["expect_prefill"] + settings["expect_decode"]
+    _check_apart(
+        ("--grpc", request.port, places),
+        ("--http", request.http, places),
+        ("--metrics-port", first_metrics, processes),
+    )
+    configs = tuple(
+        _configure(
+            RouterConfig,
+            settings
+            | {"decoders": _tiers_text(request.tiers), "share_port": request.share_port}
+            | {"port": p, "http": h, "metrics_port": next(metrics), "join_port": join},
+        )
+        for p, h, join in zip([*ports] * shared, [*https] * shared, joins, strict=True)
+    )
+    if configs[0].share_port != request.share_port:
+        raise click.UsageError(
+            f"share-port {configs[0].share_port}: `overfill up` makes the folder itself, where routers share a port: "
+            "remove the setting from the file or the variable"
+        )
+    return configs
+
+
+def _tiers_text(tiers: Sequence[TierSpec]) -> str | None:
+    """Returns the tiers as a router's --decoders; None without tiers. Raises click.UsageError."""
+    for tier in tiers:
+        if "," in tier.pair or ";" in str(tier):
+            raise click.UsageError(
+                f"--decoder {tier.name}: the folder must have neither comma nor semicolon in its path, and settings no "
+                f"semicolon, because routers get all tiers as one text: {tier}"
+            )
+    return ";".join(map(str, tiers)) or None
+
+
 def _engines(*stages: str | None) -> list[dict[str, Any]]:
-    """Returns the settings of each stage that its own choice of an engine replaces.
+    """Returns the settings of each stage, and of each tier, that its own choice of an engine replaces.
 
     A stage for which OverFill's engine was chosen so gets no arguments of vLLM, unless that leaves no stage for them:
     then the arguments are refused later.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from overfill.cluster.policy import scaling_config
-from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, PoolSpec, StackSpec
+from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, PoolSpec, StackSpec
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 
 BUILDER = "services.ray.app:build"
@@ -67,7 +67,7 @@ def environment(spec: StackSpec, name: str) -> dict[str, str]:
 
     It sets the thread counts, which Ray would otherwise set to the replica's share of CPUs, rounded up.
     """
-    threads = 1 if name == ROUTER else (spec.prefill_config() if name == PREFILL else spec.decode_config()).threads
+    threads = 1 if name == ROUTER else spec.worker_config(name).threads
     return GRPC_ENVIRONMENT | thread_pools(threads) | {
         # The replica and its service share one event loop, because grpc.aio supports one loop per process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -40,7 +40,7 @@ class ScalingPolicy:
         """Implements Serve's interface: takes contexts by deployment id, returns target replicas by id and no state."""
         pools = {context.deployment_name: context for context in contexts.values()}
         now = self._clock()
-        if now - self._decided_at >= INTERVAL and {ROUTER, PREFILL, DECODE} <= pools.keys():
+        if now - self._decided_at >= INTERVAL and {ROUTER, PREFILL} <= pools.keys() and _decode_pools(pools):
             self._decided_at = now
             self._decide(now, pools)
         targets = {
@@ -57,12 +57,16 @@ class ScalingPolicy:
         reader = self._reader_for(pools)
         prefill, decode = reader.read(now, routers)
         targets = reader.scaler.targets(
-            now, _with_starting(prefill, pools[PREFILL]), _with_starting(decode, pools[DECODE])
+            now, _with_starting(prefill, pools[PREFILL]), _with_starting(decode, *_decode_pools(pools))
         )
-        self._decision = {PREFILL: targets.prefill, DECODE: targets.decode}
+        self._decision = {PREFILL: targets.prefill}
+        # With several tiers the scaler knows only their sum, which decides the prefill pool. Each decode pool keeps its
+        # current size, until the routers' signals name the tier.
+        if DECODE in pools:
+            self._decision[DECODE] = targets.decode
 
     def _reader_for(self, pools: Mapping[str, Any]) -> SignalReader:
-        bounds = (_bounds(pools[PREFILL]), _bounds(pools[DECODE]))
+        bounds = (_bounds(pools[PREFILL]), _bounds(*_decode_pools(pools)))
         if self._reader is None or bounds != self._bounds:
             self._bounds = bounds
             self._reader = SignalReader(Scaler(replace(self._config, prefill=bounds[0], decode=bounds[1])), {})
@@ -90,10 +94,18 @@ def latest(metrics: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, floa
     return {replica: numbers for replica, numbers in replicas.items() if "arrivals" in numbers}
 
 
-def _bounds(context: Any) -> Bounds:
-    return Bounds(context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas)
+def _decode_pools(pools: Mapping[str, Any]) -> list[Any]:
+    """The contexts of the decode deployments: one, or one for each tier."""
+    return [context for name, context in pools.items() if name == DECODE or name.startswith(f"{DECODE}-")]
 
 
-def _with_starting(state: PoolState, context: Any) -> PoolState:
+def _bounds(*contexts: Any) -> Bounds:
+    return Bounds(
+        sum(context.capacity_adjusted_min_replicas for context in contexts),
+        sum(context.capacity_adjusted_max_replicas for context in contexts),
+    )
+
+
+def _with_starting(state: PoolState, *contexts: Any) -> PoolState:
     """Returns ``state`` with the replicas that Serve has requested but no router knows yet counted as starting."""
-    return replace(state, starting=max(0, context.target_num_replicas - state.ready))
+    return replace(state, starting=max(0, sum(context.target_num_replicas for context in contexts) - state.ready))

@@ -5,6 +5,7 @@ Plain data, checked here. Knows nothing about Ray; ``application.py`` makes a Se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Self, TypeVar
 
@@ -12,14 +13,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from overfill.rpc.addresses import is_wildcard
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config_file import flag_name
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.renamed import rename_fields
+from overfill.settings.tiers import TierSpec, check_tier_name, default_tier
 
 APPLICATION = "overfill"
 """Default name of the Serve application."""
 
 ROUTER, PREFILL, DECODE = "router", "prefill", "decode"
-"""Names of the three deployments."""
+"""Names of the deployments. With several tiers, each has a deployment ``decode-TIER`` instead of ``decode``."""
 
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a replica has to exit before Ray kills it."""
@@ -106,11 +109,38 @@ class RouterSpec(PoolSpec):
         return self
 
 
+class TierPool(PoolSpec):
+    """Specification of a tier: a decoder, and the deployment of its decode workers.
+
+    Attributes:
+        pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
+        fallback: tier in which answers go on when this one has no worker left; empty means that they wait.
+        ttft_objective, itl_objective: objectives of this tier, in seconds; None means the routers'.
+    """
+
+    pair: str
+    fallback: str = ""
+    ttft_objective: float | None = Field(default=None, gt=0)
+    itl_objective: float | None = Field(default=None, gt=0)
+
+    def tier(self, name: str) -> TierSpec:
+        """Returns the tier as routers read it. Raises ValueError."""
+        check_tier_name(name)
+        own = {"fallback": self.fallback or None, "ttft-objective": self.ttft_objective}
+        own |= {"itl-objective": self.itl_objective, **{flag_name(key): v for key, v in self.settings.items()}}
+        settings = {key: str(value) for key, value in own.items() if value is not None}
+        tier = TierSpec(name, self.pair, self.replicas, settings)
+        if "," in self.pair or ";" in str(tier):
+            raise ValueError(f"decoders.{name}: neither pair nor settings may have a semicolon, nor the pair a comma")
+        return tier
+
+
 class StackSpec(_Model):
     """Specification of a whole stack.
 
     Attributes:
         pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
+        decoders: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
         mock: run workers that compute nothing (``services.mock``), for trials of everything else.
         settings: settings for all deployments that have them.
         log_dir: folder for one log file per replica; None means Ray's log.
@@ -128,22 +158,49 @@ class StackSpec(_Model):
     router: RouterSpec = Field(default_factory=RouterSpec)
     prefill: PoolSpec = Field(default_factory=PoolSpec)
     decode: PoolSpec = Field(default_factory=PoolSpec)
+    decoders: dict[str, TierPool] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
+        if self.decoders and (given := sorted({"pair", "decode"} & self.model_fields_set)):
+            raise ValueError(f"decoders: each has its own pair and replicas: remove {' and '.join(given)}")
         known = {*RouterConfig.model_fields, *self._prefill_kind().model_fields, *self._decode_kind().model_fields}
         if unknown := sorted(self.settings.keys() - known):
             raise ValueError(
                 f"settings: {', '.join(unknown)}: no service has such a setting; see `overfill config show`"
             )
-        for config in (self.router_config, self.prefill_config, self.decode_config):
-            config()
+        self.router_config()
+        for name in self.pools.keys() - {ROUTER}:
+            self.worker_config(name)
         return self
 
     @property
     def pools(self) -> dict[str, PoolSpec]:
         """Deployments by name."""
-        return {ROUTER: self.router, PREFILL: self.prefill, DECODE: self.decode}
+        decoders: dict[str, PoolSpec] = {f"{DECODE}-{name}": pool for name, pool in self.decoders.items()}
+        return {ROUTER: self.router, PREFILL: self.prefill, **(decoders or {DECODE: self.decode})}
+
+    @property
+    def tiers(self) -> tuple[TierSpec, ...]:
+        """The tiers as routers read them; empty with one pair."""
+        return tuple(pool.tier(name) for name, pool in self.decoders.items())
+
+    @property
+    def default_pair(self) -> str:
+        """The default tier's pair, of which prefill workers and routers use the full model and the tokenizer."""
+        if not self.decoders:
+            return self.pair
+        settings = self.settings | self.router.settings
+        name = default_tier([*self.decoders], str(settings.get("default_tier", "")))
+        # The router's settings report a default tier that does not exist.
+        return self.decoders.get(name, next(iter(self.decoders.values()))).pair
+
+    def with_pairs(self, resolve: Callable[[str], str]) -> StackSpec:
+        """Returns the specification with each pair replaced by ``resolve(pair)``."""
+        if not self.decoders:
+            return self.model_copy(update={"pair": resolve(self.pair)})
+        decoders = {name: pool.model_copy(update={"pair": resolve(pool.pair)}) for name, pool in self.decoders.items()}
+        return self.model_copy(update={"decoders": decoders})
 
     @property
     def scales(self) -> bool:
@@ -153,8 +210,8 @@ class StackSpec(_Model):
     @property
     def grace_period(self) -> float:
         """Seconds that running requests have when a replica drains: the maximum over the deployments."""
-        configs = (self.router_config(), self.prefill_config(), self.decode_config())
-        return max(config.grace_period for config in configs)
+        workers = (self.worker_config(name) for name in self.pools if name != ROUTER)
+        return max(self.router_config().grace_period, *(config.grace_period for config in workers))
 
     def router_config(self, index: int = 0, node_ip: str = ANYWHERE.node_ip) -> RouterConfig:
         """Returns the settings of the router on ``ports[index]``. Raises ValueError naming a wrong setting.
@@ -165,19 +222,34 @@ class StackSpec(_Model):
         own = self._metrics_host(self.router, node_ip) | {
             "port": self.router.ports[index],
             "expect_prefill": self.prefill.replicas,
-            "expect_decode": self.decode.replicas,
+            "expect_decode": sum(pool.replicas for name, pool in self.pools.items() if name.startswith(DECODE)),
+            "pair": self.default_pair,
+            "decoders": ";".join(map(str, self.tiers)) or None,
         }
         if self.router.http_ports:
             own["http"] = self.router.http_ports[index]
         return self._configure(RouterConfig, self.router, own)
 
+    def worker_config(self, deployment: str, worker: WorkerPlace = ANYWHERE) -> PrefillConfig | DecodeConfig:
+        """Returns the settings of a worker of ``deployment``. Raises ValueError naming a wrong setting."""
+        if deployment == PREFILL:
+            return self.prefill_config(worker)
+        return self.decode_config(worker, deployment.removeprefix(DECODE).removeprefix("-"))
+
     def prefill_config(self, worker: WorkerPlace = ANYWHERE) -> PrefillConfig:
         """Returns the settings of a prefill worker. Raises ValueError naming a wrong setting."""
-        return self._configure(self._prefill_kind(), self.prefill, self._placed(self.prefill, worker))
+        own = self._placed(self.prefill, worker) | {"pair": self.default_pair}
+        return self._configure(self._prefill_kind(), self.prefill, own)
 
-    def decode_config(self, worker: WorkerPlace = ANYWHERE) -> DecodeConfig:
-        """Returns the settings of a decode worker. Raises ValueError naming a wrong setting."""
-        return self._configure(self._decode_kind(), self.decode, self._placed(self.decode, worker))
+    def decode_config(self, worker: WorkerPlace = ANYWHERE, tier: str = "") -> DecodeConfig:
+        """Returns the settings of a decode worker of ``tier``, which is empty with one pair. Raises ValueError."""
+        if not tier:
+            own = self._placed(self.decode, worker) | {"pair": self.pair}
+            return self._configure(self._decode_kind(), self.decode, own)
+        pool = self.decoders[tier]
+        return self._configure(
+            self._decode_kind(), pool, self._placed(pool, worker) | {"pair": pool.pair, "tier": tier}
+        )
 
     def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:
         settings = self.settings | pool.settings
@@ -199,5 +271,4 @@ class StackSpec(_Model):
 
     def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object]) -> _Config:
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
-        given: dict[str, object] = {"pair": self.pair, **shared, **pool.settings}
-        return kind.of(given | own)
+        return kind.of({**shared, **pool.settings, **own})

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -139,9 +139,25 @@ class Pair:
         )
         what = "the full model" if half == "full" else "the decoder"
         stored = "" if config.weight_format == "plain" else f", whose weights are stored in {config.weight_format}"
+        if half == "decoder" and self.quantize != "none":
+            stored += f", quantised to {self.quantize} on load"
         able = f"engines that can: {', '.join(engines)}" if engines else "no engine can"
         raise UnsupportedModel(
             f"{self.folder / MANIFEST}: {half}.engines: the engine {engine} cannot run {what} in {path}{stored}; {able}"
+        )
+
+    def with_quantize(self, quantize: Quantization) -> Pair:
+        """Returns the pair with another format of the decoder's matrices, and the engines that can run that.
+
+        An engine that the manifest leaves out, although it can run the checkpoint, stays left out.
+        """
+        excluded = set(engines_that_run(self.decoder_config, self.quantize)) - {*self.decoder_engines}
+        engines = engines_that_run(self.decoder_config, quantize)
+        return replace(
+            self,
+            quantize=quantize,
+            decoder_engines=tuple(engine for engine in engines if engine not in excluded),
+            recipe={**self.recipe, "quantize": quantize},
         )
 
     @classmethod

@@ -191,6 +191,10 @@ class Scaler:
         """Records that a prefill worker computed ``tokens`` in ``seconds``. Count a shared step's seconds only once."""
         self._prefill_rate.add(tokens, seconds)
 
+    def expected_itl(self, batch: float) -> float:
+        """Predicts the mean gap between tokens of a sequence in a batch of this size, in seconds."""
+        return self._step.cost().seconds(batch, self._answers.shape().context)
+
     def targets(self, now: float, prefill: PoolState, decode: PoolState) -> Targets:
         """Returns the number of workers that each pool should have now."""
         if self._backlog(prefill):

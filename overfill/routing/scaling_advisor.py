@@ -20,6 +20,10 @@ class ScalingAdvisor:
         self._signals = signals
         self._reader = SignalReader(Scaler(config), {})
 
+    def expected_itl(self, tier: str, batch: float) -> float:
+        """Predicts the mean time between tokens, in seconds, of a sequence of ``tier`` in a batch of this size."""
+        return self._reader.scaler.expected_itl(batch)
+
     def recommend(self, now: float) -> Targets:
         """Returns the recommended pool sizes. Call it about every ``INTERVAL``; ``now`` is in seconds, monotonic."""
         prefill, decode = self._reader.read(now, {"": self._signals.read(now)})

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from overfill.routing.dispatcher import Dispatcher, JobState
-from overfill.routing.pool import Pool, Roster
+from overfill.routing.pool import Roster
 from overfill.routing.scaling import PoolState, Scaler
+from overfill.routing.worker import Worker
 from overfill.v1 import inference_pb2
 
 _FADE = 0.98  # weight of the previous prefix-cache hit rate when an answer finishes
@@ -44,19 +45,20 @@ class Signals:
     def __init__(self, roster: Roster, dispatcher: Dispatcher) -> None:
         self._roster = roster
         self._dispatcher = dispatcher
-        self._counts = dict.fromkeys(COUNTS, 0.0)
+        self._counts = {tier: dict.fromkeys(COUNTS, 0.0) for tier in roster.tiers}
         self._occupancy = _Occupancy()
         self._hit_rate = 0.0  # prefix-cache hit rate of finished prompts, in tokens
 
-    def arrived(self, prompt_tokens: int, now: float) -> None:
-        """Counts a queued request. ``now`` is in seconds, monotonic, in every method."""
+    def arrived(self, tier: str, prompt_tokens: int) -> None:
+        """Counts a queued request of ``tier``."""
         tokens = max(1.0, prompt_tokens * (1 - self._hit_rate))
-        self._add(arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
+        self._add(tier, arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
     def finished(self, answer: inference_pb2.Finished, now: float) -> None:
-        """Counts a complete answer."""
-        usage, timing = answer.usage, answer.timing
+        """Counts a complete answer. ``now`` is in seconds, monotonic, in every method."""
+        usage, timing, tier = answer.usage, answer.timing, answer.parts[-1].tier
         self._add(
+            tier,
             finished=1,
             finished_prompt_tokens=usage.prompt_tokens,
             finished_answer_tokens=usage.completion_tokens,
@@ -65,13 +67,13 @@ class Signals:
             seconds = timing.decode_ns / 1e9
             # Average over the whole decode time: at its end, the sequences beside it may all have left already.
             concurrent = self._occupancy.mean(answer.decode_worker, now - seconds, now)
-            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
+            self._add(tier, timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
             # Divide the seconds by the number of prompts that shared the worker's steps.
             began = now - (timing.decode_ns + timing.prefill_compute_ns) / 1e9
             concurrent = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
-            self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
+            self._add(tier, prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
         if usage.prompt_tokens:
             self._hit_rate = _FADE * self._hit_rate + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
@@ -81,9 +83,10 @@ class Signals:
         Call it about once a second, because it samples the number of requests running on the workers.
         """
         self._occupancy.sample(self._roster, now)
-        numbers = dict(self._counts)
-        for stage, pool in (("prefill", self._roster.prefill), ("decode", self._roster.decode)):
-            numbers |= {f"{stage}_{name}": value for name, value in _reported(pool, now).items()}
+        numbers = {name: sum(counts[name] for counts in self._counts.values()) for name in COUNTS}
+        for stage, pools in (("prefill", [self._roster.prefill]), ("decode", [*self._roster.decode.values()])):
+            workers = [worker for pool in pools for worker in pool]
+            numbers |= {f"{stage}_{name}": value for name, value in _reported(workers, now).items()}
         queue = list(self._dispatcher.waiting())
         return numbers | {
             "queued_jobs": float(len(queue)),
@@ -91,9 +94,9 @@ class Signals:
             "queued_tokens": float(sum(job.prompt_tokens for job in queue)),
         }
 
-    def _add(self, **counts: float) -> None:
+    def _add(self, tier: str, **counts: float) -> None:
         for name, value in counts.items():
-            self._counts[name] += value
+            self._counts[tier][name] += value
 
 
 @dataclass(slots=True)
@@ -169,11 +172,11 @@ def two_point_values(count: int, total: float, squares: float) -> list[int]:
     return [low] * (count // 2) + odd + [high] * (count // 2)
 
 
-def _reported(pool: Pool, now: float) -> dict[str, float]:
-    loads = [worker.report.load for worker in pool if worker.report is not None]
+def _reported(workers: Sequence[Worker], now: float) -> dict[str, float]:
+    loads = [worker.report.load for worker in workers if worker.report is not None]
     return {
-        "ready": float(sum(worker.alive(now) for worker in pool)),
-        "draining": float(sum(worker.draining for worker in pool)),
+        "ready": float(sum(worker.alive(now) for worker in workers)),
+        "draining": float(sum(worker.draining for worker in workers)),
         "waiting_jobs": float(sum(load.waiting for load in loads)),
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
         "running": float(sum(load.running for load in loads)),
@@ -192,12 +195,7 @@ class _Occupancy:
 
     def sample(self, roster: Roster, now: float) -> None:
         """Samples the latest reports of all workers."""
-        running = {
-            worker.id: worker.report.load.running
-            for pool in (roster.prefill, roster.decode)
-            for worker in pool
-            if worker.report is not None
-        }
+        running = {worker.id: worker.report.load.running for worker in roster.workers() if worker.report is not None}
         for worker, count in running.items():
             samples = self._samples.setdefault(worker, [(now, 0.0)])
             at, total = samples[-1]

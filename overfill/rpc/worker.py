@@ -212,6 +212,7 @@ class WorkerHost:
             codec=self._worker.codec,
             metrics_address=hello.metrics_address,
             engine=hello.engine,
+            tier=hello.tier,
         )
 
 

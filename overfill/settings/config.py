@@ -26,6 +26,7 @@ from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
 from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
@@ -33,7 +34,6 @@ from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
 from overfill.settings.tiers import (
-    DEFAULT_TIER,
     TierOrder,
     Tiers,
     TierSpec,
@@ -44,12 +44,12 @@ from overfill.settings.tiers import (
 from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
-    "prefill", "decode", "router", "log-dir", "mock", "ray", "address", "name", "worker-cpus", "worker-gpus",
-    "max-prefill", "max-decode", "ttft-objective", "itl-objective",
+    "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray", "address", "name",
+    "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
 
-_SEPARATORS = {"decoders": ";", "brownout": " > "}
+SEPARATORS = {"decoders": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
@@ -170,7 +170,7 @@ class ServiceConfig(CommonSettings):
                 field.is_required() or value != field.default
             ):  # --config is omitted, because its values are included
                 changed[name] = (
-                    _SEPARATORS.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
+                    SEPARATORS.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
                 )
         return changed
 

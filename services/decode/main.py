@@ -26,7 +26,7 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     loop = asyncio.get_running_loop()
     loaded = await load_half_of(config, "decoder")
     served = loaded.served
-    hello = new_hello(config.worker_id, served)
+    hello = new_hello(config.worker_id, served, config.tier)
     codec = CODECS[config.codec]
     peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm == "on")
     metrics = DecodeMetrics()

@@ -19,7 +19,7 @@ from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import announce, announced
-from overfill.settings.config import WorkerConfig
+from overfill.settings.config import DecodeConfig, WorkerConfig
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
 
@@ -54,23 +54,28 @@ class MockWorker:
         self.kv = geometry.kv_spec(config.dtype or "float32")
         self.max_model_len = min(config.max_model_len or geometry.max_positions, geometry.max_positions)
         name = "prefill" if stage == common_pb2.STAGE_PREFILL else "decode"
+        model = common_pb2.ModelIdentity(
+            name=self.pair.name, full_digest=self.pair.full_digest, tokenizer_digest=self.pair.tokenizer_digest
+        )
+        tier = ""
+        if isinstance(config, DecodeConfig):
+            tier, quantize = config.tier, config.quantize or self.pair.quantize
+            model.decoder_digest = self.pair.decoder_digest
+            model.decoder_quantize = "" if quantize == "none" else quantize
+            model.kv_cache_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
         self.hello = registry_pb2.Hello(
             worker_id=config.worker_id or f"mock-{name}-{secrets.token_hex(2)}",
             incarnation=secrets.randbits(63),
             stages=[stage],
             wire_version=WIRE_VERSION,
             software_version=__version__,
-            model=common_pb2.ModelIdentity(
-                name=self.pair.name,
-                full_digest=self.pair.full_digest,
-                decoder_digest=self.pair.decoder_digest if name == "decode" else "",
-                tokenizer_digest=self.pair.tokenizer_digest,
-            ),
+            model=model,
             kv=self.kv.to_proto(),
             max_model_len=self.max_model_len,
             vocab_size=geometry.vocab_size,
             pid=os.getpid(),
             engine="mock",
+            tier=tier,
         )
         self.draining = False
         self.drained = asyncio.Event()
@@ -142,6 +147,7 @@ class MockWorker:
             model=self.hello.model,
             kv=self.hello.kv,
             engine=self.hello.engine,
+            tier=self.hello.tier,
         )
 
     def _report(self) -> registry_pb2.Report:

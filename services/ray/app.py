@@ -9,19 +9,20 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from overfill.cluster.application import deployment_options
-from overfill.cluster.spec import DECODE, PREFILL, ROUTER, StackSpec
+from overfill.cluster.spec import ROUTER, StackSpec
 from overfill.rpc.addresses import is_loopback
 from services.ray.replicas import Replica, RouterReplica, WorkerReplica
 
 
 def build(spec: StackSpec) -> Application:
-    """Builds the router, prefill and decode deployments of ``spec``.
+    """Builds the router, prefill and decode deployments of ``spec``; each tier has a decode deployment.
 
     Raises:
         ValueError: the cluster has several machines, and the services would listen on loopback only.
     """
     check_reachable(str(spec.settings.get("host", "127.0.0.1")), {n["NodeManagerAddress"] for n in _alive_nodes()})
-    pools = [_deployment(WorkerReplica, spec, stage).bind(stage, spec) for stage in (PREFILL, DECODE)]
+    workers = [name for name in spec.pools if name != ROUTER]
+    pools = [_deployment(WorkerReplica, spec, name).bind(name, spec) for name in workers]
     return _deployment(RouterReplica, spec, ROUTER).bind(spec, *pools)
 
 

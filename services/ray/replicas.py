@@ -110,13 +110,15 @@ class Replica:
 class WorkerReplica(Replica):
     """Runs a prefill or decode worker, which finds its routers through the application's directory."""
 
-    async def __init__(self, stage: str, spec: StackSpec) -> None:  # type: ignore[misc]
+    async def __init__(self, deployment: str, spec: StackSpec) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         place = WorkerPlace(
-            id=f"{stage}-{context.replica_tag}", routers=f"ray:///{context.app_name}", node_ip=get_node_ip_address()
+            id=f"{deployment}-{context.replica_tag}",
+            routers=f"ray:///{context.app_name}",
+            node_ip=get_node_ip_address(),
         )
-        spec = await _prepared(spec, stage, place.id)
-        config = spec.prefill_config(place) if stage == PREFILL else spec.decode_config(place)
+        spec = await _prepared(spec, deployment, place.id)
+        config = spec.worker_config(deployment, place)
         # Import here, so that only this replica's service is loaded, after Ray has set its environment variables.
         if spec.mock:
             from services.mock.running import serve as serve_mock
@@ -127,7 +129,7 @@ class WorkerReplica(Replica):
 
         self._cpu_settings = cpu_settings(config.threads)
         self._cpu_settings.__enter__()  # for the life of the process
-        if stage == PREFILL:
+        if deployment == PREFILL:
             from services.prefill.main import serve as serve_prefill
 
             await self.start(config, lambda ready: serve_prefill(config, ready))  # type: ignore[arg-type]
@@ -223,7 +225,10 @@ async def check_alive(address: str, tls: ClientTls | None) -> None:
 
 
 async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
-    """Sets up the process for the replica ``name``; returns ``spec`` with the pair's folder on this machine."""
+    """Sets up the process for the replica ``name``; returns ``spec`` with folders of the pairs that it reads.
+
+    A router reads the pairs of all tiers, and a worker one.
+    """
     for variable in [variable for variable in os.environ if variable.startswith(SETTINGS)]:
         del os.environ[variable]  # a replica's settings come from its arguments only
     settings = spec.settings | spec.pools[deployment].settings
@@ -233,8 +238,10 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
     logs.configure(level, form, _log_handler(spec.log_dir, name), each_request=each)
     _keep_serve_local()
     with startup.once():
-        pair = await asyncio.to_thread(resolve_pair, spec.pair)
-    return spec.model_copy(update={"pair": str(pair)})
+        all_pairs = {spec.default_pair, *(tier.pair for tier in spec.tiers)}
+        read = all_pairs if deployment == ROUTER else {spec.worker_config(deployment).pair}
+        folders = {pair: str(await asyncio.to_thread(resolve_pair, pair)) for pair in read}
+    return spec.with_pairs(lambda pair: folders.get(pair, pair))
 
 
 def _keep_serve_local() -> None:

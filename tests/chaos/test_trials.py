@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix
 from overfill.lab.chaos.trial import Trial, run_trial
@@ -26,7 +26,9 @@ MAX_TOKENS = 32
 
 def broken(pair: Path, faults: Iterable[PlannedFault], *, of_each: int = 2, **more: object) -> TrialReport:
     """Runs a trial on ``of_each`` routers and workers, asserts that it passed, and returns its report."""
-    plan = make_plan(pair, of_each, of_each, of_each, 0, 1, SETTINGS | {"log_level": "error"})
+    plan = make_plan(
+        StackRequest(pair, of_each, of_each, of_each, threads=1, settings=SETTINGS | {"log_level": "error"})
+    )
     trial = Trial(faults, PROMPTS, requests=40, streams=8, max_tokens=MAX_TOKENS, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
     report = TrialReport(result, *result.judge(TwoStageReference(pair), MAX_TOKENS, silent), {})

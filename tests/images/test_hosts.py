@@ -15,7 +15,7 @@ import pytest
 
 from overfill.cli.main import main
 from overfill.cli.stack import Stack
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork, check_requirements
 from overfill.lab.hosts.place import place_on_hosts
@@ -166,7 +166,7 @@ def test_answers_over_a_bad_link_are_those_of_the_reference(tiny_pair: Path, tmp
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in QUESTIONS), encoding="utf-8")
     lines: list[str] = []
-    plan = make_plan(tiny_pair, 1, 2, 1, 0, 1, SETTINGS)
+    plan = make_plan(StackRequest(tiny_pair, decode=2, threads=1, settings=SETTINGS))
     with place_on_hosts(plan) as (placed, hosts):
         stack = Stack(placed, lambda name, line: lines.append(line), {name: host.enter for name, host in hosts.items()})
         try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, child_environment
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client
 
 SECRET = "the secret of a stack of tests"
@@ -42,13 +42,17 @@ class FaultyStack(Stack):
 @contextmanager
 def running_stack(
     pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=None,
-    **settings,
+    tiers=(), **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
     if settings.get("api_keys") is not None and tls is None:
         settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
         settings["stack_secret"].write_text(SECRET)
-    plan = make_plan(pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls, share_port=share_port)
+    plan = make_plan(
+        StackRequest(
+            pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls, share_port=share_port, tiers=tiers
+        )
+    )
     lines = [] if lines is None else lines
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:

@@ -293,7 +293,7 @@ def prepare(
 ) -> tuple[StackPlan, list[list[int]], Path]:
     """Returns the plan of a float32 stack, prompts, and the pair's folder. ``exits`` removes a tiny pair's folder."""
     from overfill.cli.up import check_engines
-    from overfill.cli.up_plan import make_plan
+    from overfill.cli.up_plan import StackRequest, make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair
@@ -310,7 +310,7 @@ def prepare(
     else:
         folder = resolve_pair(pair, report)
     tokenizer = load_tokenizer(folder / "full")
-    plan = make_plan(folder, prefill, decode, routers, 0, 1, settings)
+    plan = make_plan(StackRequest(folder, prefill, decode, routers, threads=1, settings=settings))
     check_engines(plan, here=True)
     limit = plan.prefill[0].max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]

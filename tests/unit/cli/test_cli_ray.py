@@ -12,15 +12,16 @@ import pytest
 
 from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.ray_stack import RayOptions, describe, failed, progress, spec_of
-from overfill.cli.up_plan import make_plan
+from overfill.cli.ray_stack import RayOptions, RayStack, describe, failed, progress, spec_of
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cluster.spec import StackSpec
+from overfill.settings.tiers import TierSpec
 
 TWO_CORES = {"CPU": 2.0}
 
 
 def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settings: Any) -> Any:
-    return make_plan(Path("pair"), 2, 3, routers, 7600, 1, settings, http, mock)
+    return make_plan(StackRequest(Path("pair"), 2, 3, routers, 7600, 1, settings, http or "off", mock))
 
 
 def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
@@ -59,6 +60,34 @@ def test_gpus_of_this_machine_are_shared_and_those_of_a_cluster_are_asked_for() 
     assert spec_of(plan(device="cpu"), RayOptions(), {"CPU": 32.0, "GPU": 2.0}).decode.num_gpus == 0
     joined = spec_of(plan(), RayOptions(address="auto", worker_gpus=1), {"CPU": 256.0, "GPU": 8.0})
     assert (joined.decode.num_gpus, joined.decode.num_cpus) == (1, 1)
+
+
+def test_each_stage_reserves_for_its_own_threads_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_PREFILL_DEVICE", "cuda:1")
+    monkeypatch.setenv("OVERFILL_DECODE_DEVICE", "cpu")
+    monkeypatch.setenv("OVERFILL_DECODE_THREADS", "4")
+    made = make_plan(StackRequest(Path("pair"), 2, 3))
+    here = spec_of(made, RayOptions(), {"CPU": 32.0, "GPU": 2.0})
+    assert (here.prefill.num_gpus, here.decode.num_gpus) == (1, 0), "only prefill workers share the GPUs"
+    joined = spec_of(made, RayOptions(address="auto", worker_gpus=1), {"CPU": 256.0, "GPU": 8.0})
+    assert (joined.prefill.num_gpus, joined.decode.num_gpus) == (1, 0)
+    assert (joined.prefill.num_cpus, joined.decode.num_cpus) == (made.prefill[0].threads, 4)
+
+
+def test_each_tier_is_a_pool_with_its_own_bounds_device_and_settings() -> None:
+    tiers = ("full=p,device=cuda,fallback=fast", "fast=q:2,max=6,device=cpu,quantize=int8,itl-objective=0.05")
+    request = StackRequest(None, tiers=tuple(map(TierSpec.parse, tiers)), settings={"brownout": "full > fast"})
+    made = spec_of(make_plan(request), RayOptions(), {"CPU": 8.21, "GPU": 2.0})
+    full, fast = made.decoders["full"], made.decoders["fast"]
+    assert (full.pair, full.fallback, full.replicas, full.max_replicas, full.num_gpus) == ("p", "fast", 1, None, 1)
+    assert (fast.pair, fast.replicas, fast.max_replicas, fast.num_gpus, fast.itl_objective) == ("q", 2, 6, 0, 0.05)
+    assert full.num_cpus == 1, "8 CPUs for at most 8 workers"
+    assert made.decode_config(tier="fast").quantize == "int8"
+    assert made.router_config().brownout == ("full", "fast")
+    assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
+    stack = RayStack(make_plan(request), RayOptions(), print)
+    described = {tier: stack.describe_workers(tier) for tier in ("full", "fast")}
+    assert described == {"full": "1 on Ray", "fast": "2 to 6 on Ray"}
 
 
 def test_mock_workers_stay_mock_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,11 @@ from rich.console import Console
 
 from overfill.cli import stack as stack_module
 from overfill.cli import up
+from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, StackPlan, StartFailed, child_environment, free_ports, threads_per_worker
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.errors import Unavailable, UnsupportedModel
 from overfill.settings.config import DecodeConfig, PrefillConfig
 
@@ -32,10 +33,9 @@ PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 
 def plan(**settings: Any) -> StackPlan:
-    values: dict[str, Any] = {"prefill": 1, "decode": 1, "routers": 1, "port": 0, "threads": None, "http": "off"}
-    values |= {"apart": False, "share_port": None}
-    own = {name: settings.pop(name) for name in list(settings) if name in values}
-    return make_plan(Path("pair"), **(values | own), settings=settings)
+    """Plans a stack. Arguments that are no fields of ``StackRequest`` are settings of services."""
+    own = {name: settings.pop(name) for name in list(settings) if name in StackRequest.__dataclass_fields__}
+    return make_plan(StackRequest(Path("pair"), **own, settings=settings))
 
 
 class RecordingStack(Stack):
@@ -229,7 +229,7 @@ def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tm
 
 def welcome(made: StackPlan, width: int = 200, address: str = "") -> str:
     console = Console(file=io.StringIO(), width=width)
-    up._welcome(console, made, [address or made.addresses[0]], lambda stage: "1")
+    welcome_module.welcome(console, made, [address or made.addresses[0]], lambda tier: "1")
     said: str = console.file.getvalue()  # type: ignore[attr-defined]
     return said
 
@@ -400,7 +400,7 @@ def test_on_a_joined_cluster_only_what_no_machine_could_run_is_refused(
     (pair / "pair.json").write_text(json.dumps(manifest))
 
     def made(**settings: Any) -> StackPlan:
-        return make_plan(pair, 1, 1, 1, 7600, 1, settings)
+        return make_plan(StackRequest(pair, settings=settings))
 
     up.check_engines(made(), here=False)
     up.check_engines(made(decode_engine="vllm"), here=False)

@@ -33,6 +33,7 @@ class App:
 
     routers: dict[str, dict[str, float]] = field(default_factory=dict)
     decode_target: int = 1
+    tiers: tuple[str, ...] = ()
     now: float = 100.0
 
     def contexts(self) -> dict[str, Any]:
@@ -53,7 +54,8 @@ class App:
         return {
             "id-r": context("router", 1, 1, series),
             "id-p": context("prefill", 4, 1),
-            "id-d": context("decode", 6, self.decode_target),
+            **{f"id-d-{tier}": context(f"decode-{tier}", 6, 1) for tier in self.tiers},
+            **({} if self.tiers else {"id-d": context("decode", 6, self.decode_target)}),
         }
 
 
@@ -84,6 +86,15 @@ def test_only_the_two_pools_are_decided_on_and_by_the_routers_numbers() -> None:
         assert decide(app.contexts())[0]["id-d"] == 4
     app.now += 5
     assert decide(app.contexts())[0]["id-d"] == 1
+
+
+def test_with_several_tiers_the_sum_decides_the_prefill_pool_and_decode_pools_keep_their_size() -> None:
+    app = App({"r1": busy(16, decode_ready=2)}, tiers=("full", "fast"))
+    decide = make(app, step=[0.05, 0.01, 0.0])
+    assert decide(app.contexts())[0] == {"id-p": 1}
+    app.now += 1
+    app.routers["r1"] = busy(16, decode_ready=2, prefill_waiting_jobs=50, prefill_waiting_tokens=500_000)
+    assert decide(app.contexts())[0] == {"id-p": 4}
 
 
 def test_bounds_are_the_deployments() -> None:

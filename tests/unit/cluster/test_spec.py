@@ -13,6 +13,7 @@ from shipped_config import SHIPPED, for_several_machines
 from overfill.cluster.application import deployment_options, environment, serve_config
 from overfill.cluster.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
 from overfill.rpc.certificates import NAME
+from overfill.settings.config import DecodeConfig
 
 HERE = WorkerPlace("decode-x1", "ray:///overfill", "10.0.0.7")
 
@@ -60,6 +61,73 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
     assert [(c.port, c.http) for c in map(made.router_config, (0, 1))] == [(7600, 8000), (7601, 0)]
     assert (made.router_config().expect_prefill, made.router_config().expect_decode) == (2, 1)
     assert spec().router_config().http == "off"
+
+
+TIERS: dict[str, Any] = {
+    "decoders": {
+        "full": {"pair": "identity", "fallback": "fast", "num_gpus": 1},
+        "fast": {
+            "pair": "fast",
+            "replicas": 2,
+            "max_replicas": 4,
+            "settings": {"quantize": "int8"},
+            "ttft_objective": 1,
+        },
+    },
+    "settings": {"max_num_seqs": 8},
+}
+
+
+def test_each_tier_is_a_deployment_with_its_pair_and_its_settings() -> None:
+    made = StackSpec.model_validate(TIERS | {"router": {"settings": {"brownout": "full > fast"}}})
+    assert [*made.pools] == [ROUTER, PREFILL, "decode-full", "decode-fast"]
+    fast = made.worker_config("decode-fast", HERE)
+    assert isinstance(fast, DecodeConfig)
+    assert (fast.tier, fast.pair, fast.quantize, fast.max_num_seqs) == ("fast", "fast", "int8", 8)
+    assert made.worker_config("decode-full", HERE).pair == made.prefill_config().pair == "identity"
+    router = made.router_config()
+    assert (router.pair, router.expect_decode, router.brownout) == ("identity", 3, ("full", "fast"))
+    assert [str(tier) for tier in router.tiers] == [
+        "full=identity:1,fallback=fast",
+        "fast=fast:2,ttft-objective=1.0,quantize=int8",
+    ]
+    assert deployment_options(made, "decode-full")["ray_actor_options"]["num_gpus"] == 1
+    assert deployment_options(made, "decode-fast")["autoscaling_config"]["max_replicas"] == 4
+    (application,) = serve_config(made, "chat")["applications"]
+    assert StackSpec.model_validate(application["args"]) == made
+
+
+def test_prefill_workers_and_routers_read_the_default_tiers_pair() -> None:
+    made = StackSpec.model_validate(TIERS | {"router": {"settings": {"default_tier": "fast"}}})
+    assert {made.prefill_config().pair, made.router_config().pair, made.default_pair} == {"fast"}
+    assert made.router_config().tiers[0].name == "fast"
+
+
+def test_a_machine_names_the_folders_of_all_pairs() -> None:
+    there = StackSpec.model_validate(TIERS).with_pairs(lambda pair: f"/pairs/{pair}")
+    assert [tier.pair for tier in there.router_config().decoders] == ["/pairs/identity", "/pairs/fast"]
+    assert there.worker_config("decode-fast").pair == "/pairs/fast"
+    assert spec().with_pairs(lambda pair: f"/pairs/{pair}").decode_config().pair == "/pairs/pair"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"pair": "p", "decode": {"replicas": 2}},
+            "decoders: each has its own pair and replicas: remove decode and pair",
+        ),
+        ({"decoders": {"Fast": {"pair": "p"}}}, "'Fast' cannot name a tier"),
+        ({"decoders": {"a": {"pair": "p", "fallback": "b"}}}, "there is no tier 'b'"),
+        ({"decoders": {"a": {"pair": "p,q"}}}, "decoders.a: neither pair nor settings"),
+        ({"decoders": {"a": {"pair": "p", "settings": {"quantise": "int8"}}}}, "quantise: no such setting"),
+        ({"decoders": {"a": {}}}, "decoders.a.pair"),
+        ({"router": {"settings": {"default_tier": "b"}}}, "--default-tier: there is no tier 'b'"),
+    ],
+)
+def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StackSpec.model_validate(TIERS | fields)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from overfill.cli.stack import Stack
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.engine.build import build_engine_parts
 from overfill.engine.prefill import PrefillEngine
@@ -73,7 +73,7 @@ def measure_handoff(
     """
     settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
     settings |= {"shm": shm, "kv_codec": kv_codec}
-    plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
+    plan = make_plan(StackRequest(pair.folder, threads=threads, settings=settings))
     stack = Stack(plan, log)
     plain = _PlainPrefill(pair, dtype, tokens)
     rng = random.Random(0)

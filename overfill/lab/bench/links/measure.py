@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from overfill.cli.stack import Stack
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -159,7 +159,7 @@ def measure_links(
         codecs, [(kind, list(group)) for kind, group in itertools.groupby(links, network)]
     ):
         settings = {"dtype": dtype, "log_level": "warning", "kv_codec": codec, "grace_period": 2}
-        plan = make_plan(pair.folder, 1, 1, 1, 0, threads, settings)
+        plan = make_plan(StackRequest(pair.folder, threads=threads, settings=settings))
         plan = replace(plan, decode=(plan.decode[0].model_copy(update={"prefix_cache": "off"}),))
         with place_on_hosts(plan, *kind) as (placed, hosts):
             stack = Stack(placed, log, {name: host.enter for name, host in hosts.items()})

@@ -21,7 +21,7 @@ from typing import Any
 
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack, StackPlan, child_environment, free_ports
-from overfill.cli.up_plan import make_plan
+from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Answer, AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -211,25 +211,24 @@ def _running(plan: StackPlan, log: Log) -> Iterator[Stack]:
 
 def _plan(folder: Path, settings: VllmSettings, port: int) -> StackPlan:
     return make_plan(
-        folder,
-        1,
-        1,
-        1,
-        port,
-        settings.threads,
-        {
-            "engine": "vllm",
-            "engine_args": json.dumps(dict(settings.engine_args)),
-            "dtype": settings.dtype,
-            "device": settings.device,
-            "max_num_seqs": settings.max_num_seqs,
-            "max_num_batched_tokens": settings.max_num_batched_tokens,
-            "max_model_len": settings.max_model_len,
-            "kv_memory": settings.kv_memory,
-            "prefix_cache": "off",
-            "log_level": "warning",
-            "grace_period": 2,
-        },
+        StackRequest(
+            folder,
+            port=port,
+            threads=settings.threads,
+            settings={
+                "engine": "vllm",
+                "engine_args": json.dumps(dict(settings.engine_args)),
+                "dtype": settings.dtype,
+                "device": settings.device,
+                "max_num_seqs": settings.max_num_seqs,
+                "max_num_batched_tokens": settings.max_num_batched_tokens,
+                "max_model_len": settings.max_model_len,
+                "kv_memory": settings.kv_memory,
+                "prefix_cache": "off",
+                "log_level": "warning",
+                "grace_period": 2,
+            },
+        )
     )
 
 

@@ -1,0 +1,72 @@
+"""The tiers of ``overfill up``: prepares their pairs, and checks that they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from overfill.errors import InvalidPair
+from overfill.model.manifest import Pair
+from overfill.settings.config import DecodeConfig
+from overfill.settings.config_file import field_name, flag_name, nearest
+from overfill.settings.tiers import ROUTER_SETTINGS, TierSpec
+from overfill.telemetry.progress import Report
+
+MAX = "max"
+"""Setting of a tier: maximum number of its decode workers when they are autoscaled."""
+
+_MANAGED = {"config", "pair", "tier", "worker_id", "routers", "port", "advertise", "metrics_port"}
+"""Settings of decode workers that differ between the workers of a tier, or that the tier itself sets."""
+
+
+def worker_settings(tier: TierSpec, kind: type[DecodeConfig]) -> dict[str, str]:
+    """Returns field -> value for the settings of a tier that its decode workers read.
+
+    Raises:
+        click.UsageError: decode workers have no such setting, or a tier cannot set it.
+    """
+    names = [name for name in tier.settings if name not in (*ROUTER_SETTINGS, MAX)]
+    fields = [name for name in kind.model_fields if name not in _MANAGED]
+    for name in names:
+        if field_name(name) not in fields:
+            known = (*ROUTER_SETTINGS, MAX, *map(flag_name, fields))
+            raise click.UsageError(f"--decoder {tier.name}: {name}: a tier has no such setting; {nearest(name, known)}")
+    return {field_name(name): tier.settings[name] for name in names}
+
+
+def max_workers(tier: TierSpec) -> int | None:
+    """Maximum number of the tier's decode workers; None if it is fixed. Raises click.UsageError."""
+    if MAX not in tier.settings:
+        return None
+    text = tier.settings[MAX]
+    if not text.isdecimal() or int(text) < tier.count:
+        raise click.UsageError(
+            f"--decoder {tier.name}: max must be a number of workers of at least {tier.count}, got {text!r}"
+        )
+    return int(text)
+
+
+def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, ...]:
+    """Returns the tiers with their pairs' folders; prepares named pairs that are missing.
+
+    Raises:
+        InvalidPair: a pair cannot be prepared, or two pairs have different full models or tokenizers.
+    """
+    from overfill.pair.store import resolve_pair
+
+    resolved = tuple(replace(tier, pair=str(resolve_pair(tier.pair, report))) for tier in tiers)
+    first, *others = [Pair.load(Path(tier.pair)) for tier in resolved]
+    for tier, pair in zip(tiers[1:], others, strict=True):
+        for what, a, b in (
+            ("full models", first.full_digest, pair.full_digest),
+            ("tokenizers", first.tokenizer_digest, pair.tokenizer_digest),
+        ):
+            if a != b:
+                raise InvalidPair(
+                    f"the tiers {tiers[0].name} and {tier.name} need the same full model, but their pairs have "
+                    f"different {what}: {first.folder} has {a}, {pair.folder} has {b}"
+                )
+    return resolved

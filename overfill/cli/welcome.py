@@ -1,0 +1,77 @@
+"""The summary that ``overfill up`` prints once its stack is ready."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
+from overfill.cli.stack import StackPlan
+from overfill.settings.config import WorkerConfig
+
+_BOX_WIDTH = 80  # characters, at most
+
+
+def welcome(
+    out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[str | None], str]
+) -> None:
+    """Prints addresses, workers and example commands. A command stays on one line, so that it can be copied."""
+    first = addresses[0]
+    option = "" if first == "127.0.0.1:7600" else f" --address {first}"
+    if plan.client_tls is not None:
+        # A stack with a CA of its own also requires a client certificate.
+        ca = plan.client_tls.ca
+        option += " --tls-ca CA.pem" if ca is None else f" --tls-ca {ca} --tls-cert YOURS.pem --tls-key YOURS.key"
+        option += f" --tls-name {plan.client_tls.name}" if plan.client_tls.name else ""
+    # Not --api-key, because other users of the machine can see flags.
+    key = "" if plan.routers[0].api_keys is None else "OVERFILL_API_KEY=YOURS "
+    urls = plan.openai_urls(addresses)
+    rows = [("gRPC", ", ".join(addresses))]
+    if urls:
+        rows.append(("OpenAI", ", ".join(urls)))
+        rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
+    if not plan.named_tiers:
+        rows.append(("pair", plan.routers[0].pair))
+    rows.append(("prefill", _workers(describe_workers(None), plan.prefill[0])))
+    if plan.named_tiers:
+        for tier in plan.tiers:
+            text = _workers(describe_workers(tier.name), plan.tier_workers(tier.name)[0])
+            is_default = " (default)" if tier is plan.tiers[0] else ""
+            rows.append(("tier" if tier is plan.tiers[0] else "", f"{tier.name}{is_default}: {tier.pair}: {text}"))
+    else:
+        rows.append(("decode", _workers(describe_workers(plan.tiers[0].name), plan.decode[0])))
+    rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
+    if plan.named_tiers:
+        rows.append(("", f'{key}overfill generate{option} --tier {plan.tiers[-1].name} "Why is the sky blue?"'))
+    rows.append(("", f"{key}overfill chat{option}"))
+    rows.append(("", f"{key}overfill status{option}"))
+    if urls and plan.client_tls is None:
+        rows.append(("", _curl(plan, urls[0])))
+    rows.append(("stop", "ctrl-C"))
+    width = min(out.width, _BOX_WIDTH)
+    out.print(Rule("OverFill is up", align="left"), width=width)
+    for name, words in rows:
+        out.print(Text(f"{name:<7}  {words}"), soft_wrap=True)
+    out.print(Rule(), width=width)
+
+
+def _workers(names: str, config: WorkerConfig) -> str:
+    given = "".join(f"{text}, " for text in (config.engine, config.dtype) if text not in (None, "auto"))
+    return f"{names} ({given}CPU threads each: {config.threads})"
+
+
+def _curl(plan: StackPlan, base: str) -> str:
+    body = {
+        "model": plan.model,
+        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        "max_tokens": DEFAULT_MAX_TOKENS,
+        "temperature": DEFAULT_TEMPERATURE,
+    }
+    # Not -H, because other users of the machine can see it; curl hides this option.
+    key = "" if plan.routers[0].api_keys is None else ' --oauth2-bearer "$OVERFILL_API_KEY"'
+    return f"curl {base}/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
