@@ -20,8 +20,8 @@ from overfill.routing.brownout import Brownout, Prediction
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
-from overfill.routing.scaling import ScalingConfig
-from overfill.routing.scaling_advisor import INTERVAL, ScalingAdvisor
+from overfill.routing.scaling import INTERVAL
+from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.tier import Objectives, Tier
@@ -123,11 +123,10 @@ class Router:
             absent_after=config.absent_after,
         )
         self.signals = Signals(self.roster, self.dispatcher)
-        self._scaling_advisor = ScalingAdvisor(
-            self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective)
-        )
+        objectives = {name: tier.objectives for name, tier in self.roster.tiers.items()}
+        self._scaling_advisor = ScalingAdvisor(self.signals, objectives)
         async_dispatcher = AsyncDispatcher(self.dispatcher)
-        self._brownout = self._make_brownout() if config.brownout else None
+        self._brownout = Brownout(config.brownout, objectives, self._predict) if config.brownout else None
         self._metrics = RouterMetrics(tuple(pairs))
         self._metrics.watch(
             lambda: [((tier,), count) for tier, count in self.dispatcher.waiting_by_tier().items()],
@@ -195,10 +194,6 @@ class Router:
             itl=spec.seconds("itl-objective") or config.itl_objective,
         )
         return Tier(spec.name, decoder, spec.fallback, objectives)
-
-    def _make_brownout(self) -> Brownout:
-        objectives = {name: tier.objectives for name, tier in self.roster.tiers.items()}
-        return Brownout(self._config.brownout, objectives, self._predict)
 
     def _predict(self, tier: str) -> Prediction:
         """Predicts what a new request of ``tier`` would get now."""
