@@ -276,6 +276,18 @@ def stack(prefill: int = 1, decode: int = 1) -> StackStatus:
     )
 
 
+@pytest.mark.parametrize("command", [["generate", "Hi"], ["chat"]])
+def test_a_request_names_its_tier(
+    fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    flags = ["--tier", "full", "--fallback", "none", "--allow-brownout"]
+    for given in (flags, []):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        assert main([*command, *given]) == 0
+    sent = [(o["tier"], o["fallback"], o["allow_brownout"]) for _, o in fake_client.requests]
+    assert sent == [("full", "none", True), ("", "", False)]
+
+
 def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.stack = stack()
     assert main(["status", "--json"]) == 0

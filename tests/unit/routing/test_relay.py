@@ -444,6 +444,23 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
 
 
+async def test_a_failure_of_an_earlier_prefill_worker_is_charged_to_that_worker(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        _, first = await stream.accept()
+        # The sequence is preempted and gets another assignment, while the worker begins to pull from the first one.
+        stack.report(first, credits=1)
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
+        second = (await stream.assigned()).worker_id
+        stack.report("p1" if first == "p0" else "p0", credits=1)
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, worker_id=first))
+        await stream.assigned()
+        (failed,) = {key[0] for key in relay._job.avoid}
+        assert failed == first
+        assert stack.roster.prefill.get(first).paused_until_report
+        assert second in ("p0", "p1")
+
+
 async def test_the_prefill_worker_that_decode_names_is_recorded(stack):
     async with stack.request() as relay:
         stream = await stack.stream()

@@ -178,6 +178,15 @@ def test_a_request_does_not_leave_a_tier_that_is_only_full_or_starting(stack):
     assert stack.placed(1.0) == []
 
 
+def test_a_request_does_not_leave_for_a_tier_without_workers(stack):
+    stack.join("p0")
+    job = stack.submit("a", "full", fallback="fast")
+    assert stack.placed() == []
+    assert job.tier == "full"
+    stack.join("d0", "full")
+    assert stack.placed() == [("a", "d0")]
+
+
 def test_a_silent_tier_is_left_as_soon_as_it_counts_as_silent(stack):
     stack.join("d0", "full", credits=0)
     stack.join("d1", "fast")

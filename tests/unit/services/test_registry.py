@@ -10,6 +10,7 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.pool import Roster
+from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import kv_pb2, registry_pb2
@@ -181,3 +182,30 @@ async def test_a_shared_worker_is_sent_changes_of_demand_and_costs_nothing_betwe
         dispatcher.finish(job)
         assert not placed
         assert (await stream.heard.get()).demand == registry_pb2.Demand()
+
+
+async def test_a_worker_that_vanishes_before_it_is_welcomed_leaves_no_trace():
+    class Gone(Stream):
+        async def write(self, message):
+            raise asyncio.CancelledError
+
+    roster, stream = Roster(), Gone()
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(metrics_address="h:9")))
+    with pytest.raises(asyncio.CancelledError):
+        await servicer.Join(stream.messages(), stream)
+    assert roster.workers() == servicer.targets() == []
+
+
+async def test_scrape_targets_and_counts_name_the_tier():
+    roster, stream = Roster(tiers=[Tier("full"), Tier("fast")]), Stream()
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="fast", metrics_address="h:9")))
+    joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
+    await stream.heard.get()
+    assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "decode", "worker": "d", "tier": "fast"}}]
+    counts = {labels: count for labels, count in registry_module.worker_counts(roster, 0.0) if count}
+    assert counts == {("decode", "fast", "starting"): 1}, "it has not reported yet"
+    stream.said.put_nowait(None)
+    await joining
+    assert servicer.targets() == []
