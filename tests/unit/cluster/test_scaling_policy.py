@@ -99,7 +99,7 @@ def test_each_tiers_deployment_follows_its_own_load_and_prefill_the_sum() -> Non
     assert decide(app.contexts())[0] == {"id-p": 1, "id-d-full": 4, "id-d-fast": 1}, "16 fit into one step of fast"
     app.now += 1
     counts = {"arrivals": 10.0, "arrived_tokens": 10_000.0, "arrived_tokens_squared": 1e7}
-    idle = {name: 0.0 for name in counts}
+    idle = dict.fromkeys(counts, 0.0)
     app.routers["r1"] |= counts | of_tier("full", counts) | of_tier("fast", idle)
     assert decide(app.contexts())[0] == {"id-p": 2, "id-d-full": 5, "id-d-fast": 1}
 

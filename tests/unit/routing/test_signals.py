@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from overfill.routing.capacity import StepCost
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.pool import Pool, Roster
-from overfill.routing.capacity import StepCost
 from overfill.routing.scaling import Scaler, ScalingConfig
 from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
