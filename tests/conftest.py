@@ -52,6 +52,22 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny pairs with one full model, by tier: the full model itself and two decoders."""
+    import torch
+
+    from overfill.pair.tiny import make_tiny_pair
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("family")
+    return {
+        "default": make_tiny_pair(folder / "default"),
+        "full": make_tiny_pair(folder / "full", identity=True),
+        "fast": make_tiny_pair(folder / "fast", decoder_intermediate_size=32),
+    }
+
+
+@pytest.fixture(scope="session")
 def conformance_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pair of the engines' conformance tests: of a geometry that every engine runs."""
     from sampled_reference import make_conformance_pair

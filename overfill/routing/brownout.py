@@ -80,11 +80,12 @@ class Brownout:
         return next((name for name in allowed if not self._overloaded(name, now)), allowed[-1])
 
     def _overloaded(self, tier: str, now: float) -> bool:
+        """True if a request should not go to the tier now; notes whether the tier's brownout begins or ends."""
         prediction, objectives = self._predict(tier), self._objectives[tier]
+        if not prediction.available:
+            return True  # no brownout: it takes requests as soon as it has a worker
         pairs = ((prediction.ttft, objectives.ttft), (prediction.itl, objectives.itl))
         load = max((value / objective for value, objective in pairs if value is not None), default=0.0)
-        if not prediction.available:
-            load = float("inf")
         if load > 1 or (tier in self._began and load > RECOVERED):
             self._began[tier] = now
         elif tier in self._began and now - self._began[tier] >= HOLD:

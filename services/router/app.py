@@ -199,7 +199,8 @@ class Router:
         """Predicts what a new request of ``tier`` would get now."""
         pool = self.roster.decode[tier]
         # Where the prefill workers are the bottleneck, another decoder would not help.
-        ttft = self.dispatcher.expected_ttft(tier, 0, "") if self.dispatcher.prefill_is_free() else None
+        now = asyncio.get_running_loop().time()
+        ttft = self.dispatcher.expected_ttft(tier, now) if self.dispatcher.prefill_is_free() else None
         ready = [worker for worker in pool if pool.index.is_alive(worker)]
         batch = min((worker.requests for worker in ready), default=0) + 1
         return Prediction(ttft, self._scaling_advisor.expected_itl(tier, batch), available=bool(ready))
