@@ -20,7 +20,7 @@ SECRET = "the secret of a mock stack"
 
 @dataclass
 class MockStack:
-    """A running stack: ``grpc`` is host:port, ``url`` the base of the HTTP endpoint; ``workers`` are those of decode."""
+    """A running stack: ``grpc`` is host:port, ``url`` the HTTP endpoint's base; ``workers`` are those of decode."""
 
     grpc: str
     url: str
