@@ -35,19 +35,22 @@ from dataclasses import dataclass
 class Produced:
     """The part of an answer that arrived before the request failed.
 
-    To continue the answer, send the request again with ``resume_token_ids=token_ids`` and ``sampling.seed=seed``.
+    To continue the answer, send the request again with ``resume_token_ids=token_ids``, ``sampling.seed=seed`` and
+    ``tier=tier``.
 
     Attributes:
         text: Text of ``token_ids``, without an incomplete character or possible stop string at the end.
         token_ids: New tokens; those given as ``resume_token_ids`` are not repeated.
         request_id: Id of the failed request.
         seed: Seed that the router used.
+        tier: Tier that wrote the last token; empty means that the router did not say.
     """
 
     text: str
     token_ids: tuple[int, ...]
     request_id: str
     seed: int
+    tier: str = ""
 
 
 class OverfillError(Exception):

@@ -4,13 +4,15 @@ The file is JSON and holds only SHA-256 hashes of keys. A key is 32 random bytes
 
     {"format": "overfill-keys/1", "keys": [{"name": "ci", "sha256": "<hex>", "created": "2026-01-31T12:00:00Z",
                                             "scopes": ["infer", "status"],
-                                            "rate": 5.0, "concurrency": 20, "priority": 0}]}
+                                            "rate": 5.0, "concurrency": 20, "priority": 0,
+                                            "tiers": ["default", "fast"], "allow_brownout": true}]}
 
-``scopes``, ``rate``, ``concurrency`` and ``priority`` are optional.
+All but the first three are optional.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -18,7 +20,9 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +61,8 @@ class ApiKey:
         concurrency: Maximum concurrent requests that the routers at one address accept; None means no limit.
         priority: Smallest number, which is the most urgent class, that requests with this key get.
         scopes: Calls that the key allows.
+        tiers: Tiers that requests with this key may use; None means all.
+        allow_brownout: Whether a cheaper tier may write the answers of all requests with this key under overload.
     """
 
     name: str
@@ -66,6 +72,12 @@ class ApiKey:
     concurrency: int | None = None
     priority: int = 0
     scopes: frozenset[Scope] = DEFAULT_SCOPES
+    tiers: frozenset[str] | None = None
+    allow_brownout: bool = False
+
+    def may_use(self, tier: str) -> bool:
+        """True if requests with this key may use ``tier``."""
+        return self.tiers is None or tier in self.tiers
 
     @property
     def id(self) -> str:
@@ -135,7 +147,11 @@ def _read(entry: Any) -> ApiKey:
     """Raises InvalidRequest for a wrong value, and TypeError for a missing or unknown field."""
     if "scopes" in entry:
         entry = {**entry, "scopes": read_scopes(entry["scopes"])}
+    if "tiers" in entry:
+        entry = {**entry, "tiers": _read_tiers(entry["tiers"])}
     key = ApiKey(**entry)
+    if not isinstance(key.allow_brownout, bool):
+        raise InvalidRequest("allow_brownout", f"must be true or false, got {key.allow_brownout!r}")
     _check_limits(key.rate, key.concurrency, key.priority)
     return key
 
@@ -149,6 +165,14 @@ def read_scopes(names: Iterable[str]) -> frozenset[Scope]:
     if not names:
         raise InvalidRequest("scopes", f"is empty; give at least one of {', '.join(Scope)}")
     return frozenset(Scope(name) for name in names)
+
+
+def _read_tiers(names: Any) -> frozenset[str]:
+    if not isinstance(names, Collection) or isinstance(names, str) or not all(n and isinstance(n, str) for n in names):
+        raise InvalidRequest("tiers", f"must be a list of tier names, got {names!r}")
+    if not names:
+        raise InvalidRequest("tiers", "is empty; name at least one tier, or leave it out to allow all")
+    return frozenset(names)
 
 
 def _check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
@@ -167,46 +191,104 @@ def create(
     concurrency: int | None = None,
     priority: int = 0,
     scopes: Iterable[str] = DEFAULT_SCOPES,
+    tiers: Collection[str] | None = None,
+    allow_brownout: bool = False,
 ) -> str:
     """Make a key, add its hash to the file, and return the key, which is not stored. Creates a missing file.
 
     Raises:
-        InvalidRequest: the name is invalid or in use, or a limit or scope is wrong.
+        InvalidRequest: the name is invalid or in use, or a limit, scope or tier is wrong.
         BadKeyFile: the file is damaged or cannot be written.
     """
     if not _NAME.fullmatch(name):
         raise InvalidRequest("name", f"is {name[:80]!r}; give 1 to 64 letters, digits or the characters _ . @ -")
-    keys = load(path) if path.exists() else []
-    if any(key.name == name for key in keys):
-        raise InvalidRequest("name", f"{name!r} is in use; revoke that key first, or give another name")
     _check_limits(rate, concurrency, priority)
     key = PREFIX + secrets.token_urlsafe(32)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    _save(path, [*keys, ApiKey(name, hash_key(key), now, rate, concurrency, priority, read_scopes(scopes))])
+    allowed = None if tiers is None else _read_tiers(tiers)
+    entry = ApiKey(name, hash_key(key), now, rate, concurrency, priority, read_scopes(scopes), allowed, allow_brownout)
+    with _locked(path):
+        keys = load(path) if path.exists() else []
+        if any(key.name == name for key in keys):
+            raise InvalidRequest("name", f"{name!r} is in use; revoke that key first, or give another name")
+        _save(path, [*keys, entry])
     return key
 
 
 def revoke(path: Path, name: str) -> None:
     """Remove a key. Raises InvalidRequest if the file has no key of that name, and BadKeyFile."""
-    keys = load(path)
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
-        raise InvalidRequest("name", f"{path} has no key {name!r}; `overfill keys list` shows its keys")
-    _save(path, left)
+    with _locked(path):
+        keys = load(path)
+        left = [key for key in keys if key.name != name]
+        if len(left) == len(keys):
+            raise InvalidRequest("name", f"{path} has no key {name!r}; `overfill keys list` shows its keys")
+        _save(path, left)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from changing the key file within the block, which could undo a revocation.
+
+    The lock is a file of its own, since ``_save`` replaces the key file. It is removed afterwards, so that another user
+    can make one.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    try:
+        lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _is_open_at(place, lock):  # its last holder has removed it
+            os.close(lock)
+            lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise BadKeyFile(f"cannot write {path}: {place}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        place.unlink()
+        os.close(lock)
+
+
+def _is_open_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _save(path: Path, keys: list[ApiKey]) -> None:
+    """Replace the file. The new one has the old one's owner, group and mode, so that routers can still read it."""
     text = json.dumps({"format": FORMAT, "keys": [_entry(key) for key in keys]}, indent=2)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        old = path.stat() if path.exists() else None
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            if old is not None:
+                _copy_access(path, old, file.fileno())
             file.write(text + "\n")
         new.replace(path)
     except OSError as error:
         raise BadKeyFile(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _copy_access(path: Path, old: os.stat_result, new: int) -> None:
+    """Give the open file ``new`` owner, group and mode of ``old``, the status of ``path``. Raises BadKeyFile."""
+    mode, made = stat.S_IMODE(old.st_mode), os.fstat(new)
+    try:
+        if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+            os.fchown(new, old.st_uid, old.st_gid)
+        os.fchmod(new, mode)
+    except PermissionError as error:
+        raise BadKeyFile(
+            f"cannot write {path}: user {os.geteuid()} cannot make a file with its owner {old.st_uid}:{old.st_gid} and "
+            f"mode {mode:04o}, which the router may need; run the command as that owner or as root"
+        ) from error
 
 
 def _entry(key: ApiKey) -> dict[str, Any]:
     """The key's JSON entry; omits unset limits."""
-    entry = asdict(key) | {"scopes": sorted(key.scopes)}
-    return {name: value for name, value in entry.items() if value is not None and (name, value) != ("priority", 0)}
+    entry = asdict(key) | {"scopes": sorted(key.scopes), "tiers": None if key.tiers is None else sorted(key.tiers)}
+    unset = (("priority", 0), ("allow_brownout", False))
+    return {name: value for name, value in entry.items() if value is not None and (name, value) not in unset}

@@ -36,6 +36,9 @@ class GenerationRequest:
         calls_tools: Whether the answer may contain tool calls.
         priority: Class in the queue; smaller numbers go first.
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
+        tier: Tier that writes the answer.
+        fallback: Tier in which the answer goes on when that tier has no worker left; empty means none.
+        brownout_from: Requested tier, if it is overloaded and ``tier`` writes the answer instead.
     """
 
     start: decode_pb2.StartDecode
@@ -45,6 +48,9 @@ class GenerationRequest:
     calls_tools: bool
     priority: int = 0
     stream_interval: int = 0
+    tier: str = ""
+    fallback: str = ""
+    brownout_from: str = ""
 
 
 def validate_generate(

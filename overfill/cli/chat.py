@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overfill.cli.answering import note_cut, stream_answer
-from overfill.cli.options import RenamedFlags, connect, connection_options, sampling, sampling_options
+from overfill.cli.options import (
+    RenamedFlags,
+    connect,
+    connection_options,
+    sampling,
+    sampling_options,
+    tier_options,
+)
 from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
-    from overfill.client import Client, Message
+    from overfill.client import Client, Message, Options
     from overfill.request.params import SamplingParams
 
 _END = ("/exit", "/quit")
@@ -27,11 +34,15 @@ _HELP = "/new starts a new conversation; /exit or /quit ends; every other line i
 @sampling_options
 @click.option("--system-prompt", "system", help="System prompt: an instruction before the first turn.")
 @click.option("--model", default="", help="Name of the model.  [default: the stack's model]")
+@tier_options
 @click.option("-v", "--verbose", is_flag=True, help="Print speed and workers of each answer on stderr.")
 @connection_options
 def chat_command(
     system: str | None,
     model: str,
+    tier: str,
+    fallback: str,
+    allow_brownout: bool,
     verbose: bool,
     address: str,
     tls_ca: Path | None,
@@ -49,7 +60,8 @@ def chat_command(
     params = sampling(**sampling_flags)
     interactive = sys.stdin.isatty()
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
-        chat = Chat(client, params, model, system, verbose)
+        options: Options = {"model": model, "tier": tier, "fallback": fallback, "allow_brownout": allow_brownout}
+        chat = Chat(client, params, options, system, verbose)
         if interactive:
             client.models()  # fails at once if no stack answers
             click.echo("ctrl-C stops an answer, ctrl-D ends, /help lists commands", err=True)
@@ -80,10 +92,12 @@ def chat_command(
 class Chat:
     """The turns so far. A turn that fails, is interrupted or gets an empty answer is dropped."""
 
-    def __init__(self, client: Client, sampling: SamplingParams, model: str, system: str | None, verbose: bool) -> None:
+    def __init__(
+        self, client: Client, sampling: SamplingParams, options: Options, system: str | None, verbose: bool
+    ) -> None:
         self._client = client
         self._sampling = sampling
-        self._model = model
+        self._options = options
         self._system = system
         self._verbose = verbose
         self.reset()
@@ -99,7 +113,7 @@ class Chat:
         from overfill.client import Message
 
         messages = [*self._messages, Message("user", text)]
-        answer = stream_answer(self._client, messages, self._sampling, {"model": self._model})
+        answer = stream_answer(self._client, messages, self._sampling, self._options)
         click.echo()
         note_cut(answer, self._sampling)
         if answer.text:

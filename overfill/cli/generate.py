@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from overfill.cli.answering import note_cut, stream_answer
-from overfill.cli.options import AnyNumber, RenamedFlags, connect, connection_options, sampling, sampling_options
+from overfill.cli.options import (
+    AnyNumber,
+    RenamedFlags,
+    connect,
+    connection_options,
+    sampling,
+    sampling_options,
+    tier_options,
+)
 
 
 @click.command("generate", cls=RenamedFlags, renamed={"system": "system-prompt"})
@@ -20,6 +28,7 @@ from overfill.cli.options import AnyNumber, RenamedFlags, connect, connection_op
 @click.option("--system-prompt", "system", help="System prompt: an instruction before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
 @click.option("--model", default="", help="Name of the model.  [default: the stack's model]")
+@tier_options
 @click.option(
     "--timeout", type=AnyNumber(), help="Maximum seconds for the whole answer.  [default: the router's limit]"
 )
@@ -32,6 +41,9 @@ def generate_command(
     system: str | None,
     raw: bool,
     model: str,
+    tier: str,
+    fallback: str,
+    allow_brownout: bool,
     timeout: float | None,
     as_json: bool,
     verbose: bool,
@@ -59,7 +71,14 @@ def generate_command(
             client,
             text if raw else [*turns, Message("user", text)],
             params,
-            {"model": model, "stop": stop, "timeout": timeout},
+            {
+                "model": model,
+                "tier": tier,
+                "fallback": fallback,
+                "allow_brownout": allow_brownout,
+                "stop": stop,
+                "timeout": timeout,
+            },
             quiet=as_json,
         )
     from overfill.cli.output import answer_details, console, print_json

@@ -28,6 +28,17 @@ def _split_scopes(context: click.Context, option: click.Parameter, given: tuple[
     return scopes
 
 
+def _check_tiers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    from overfill.settings.tiers import check_tier_name
+
+    for name in given:
+        try:
+            check_tier_name(name)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+    return given
+
+
 @click.group("keys")
 def keys_group() -> None:
     """Make, list and revoke the API keys of a stack."""
@@ -46,15 +57,39 @@ def keys_group() -> None:
     default=("infer", "status"), show_default=True,
     help=f"Permissions of the key, of {', '.join(_SCOPES)}; separated by commas, or repeat the option.",
 )  # fmt: skip
+@click.option(
+    "--tier", "tiers", multiple=True, callback=_check_tiers,
+    help="Tier that requests with this key may use; repeatable.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--allow-brownout", is_flag=True,
+    help="Let the next tier of the router's --brownout answer when the requested tier is overloaded.",
+)  # fmt: skip
 @_FILE_OPTION
 def create_command(
-    name: str, path: Path, rate: float | None, concurrency: int | None, priority: int, scopes: list[str]
+    name: str,
+    path: Path,
+    rate: float | None,
+    concurrency: int | None,
+    priority: int,
+    scopes: list[str],
+    tiers: tuple[str, ...],
+    allow_brownout: bool,
 ) -> None:
     """Make a key for NAME and print it. It is printed only now, because the file keeps only its hash."""
     from overfill.api.keys import create
 
     try:
-        key = create(path, name, rate=rate, concurrency=concurrency, priority=priority, scopes=scopes)
+        key = create(
+            path,
+            name,
+            rate=rate,
+            concurrency=concurrency,
+            priority=priority,
+            scopes=scopes,
+            tiers=tiers or None,
+            allow_brownout=allow_brownout,
+        )
     except InvalidRequest as error:
         raise click.UsageError(str(error)) from error
     click.echo(f"{name}: send this key as 'Authorization: Bearer KEY'; it is not shown again", err=True)
@@ -64,7 +99,7 @@ def create_command(
 @keys_group.command("list")
 @_FILE_OPTION
 def list_command(path: Path) -> None:
-    """List the names, dates, hashes, scopes and limits of all keys."""
+    """List the names, dates, hashes, scopes, limits and tiers of all keys."""
     from overfill.api.keys import load
 
     for key in load(path):
@@ -72,6 +107,8 @@ def list_command(path: Path) -> None:
             *([] if key.rate is None else [f"rate:{key.rate:g}/s"]),
             *([] if key.concurrency is None else [f"concurrency:{key.concurrency}"]),
             *([] if not key.priority else [f"priority:{key.priority}"]),
+            *([] if key.tiers is None else [f"tiers:{','.join(sorted(key.tiers))}"]),
+            *([] if not key.allow_brownout else ["brownout"]),
         ]
         scopes = ",".join(sorted(key.scopes))
         click.echo("\t".join([key.name, key.created, f"sha256:{key.sha256[:12]}…", scopes, *limits]))

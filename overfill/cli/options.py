@@ -124,6 +124,26 @@ def sampling_options(command: _F) -> _F:
     return command
 
 
+def tier_options(command: _F) -> _F:
+    """Adds ``tier``, ``fallback`` and ``allow_brownout``, which are options of a request."""
+    for option in (
+        click.option(
+            "--allow-brownout",
+            is_flag=True,
+            help="Let the next tier of the router's --brownout answer when the requested tier is overloaded.",
+        ),
+        click.option(
+            "--fallback",
+            default="",
+            metavar="TIER",
+            help="Tier that continues the answer when its own has no worker left; none waits.  [default: the tier's]",
+        ),
+        click.option("--tier", default="", help="Tier that writes the answer.  [default: the stack's default tier]"),
+    ):
+        command = option(command)
+    return command
+
+
 def set_threads(threads: int | None) -> None:
     """Sets torch's number of threads in this process; None keeps the default."""
     if threads is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from overfill.client import TTFT_PARTS, Answer, StackStatus
-from overfill.client.status_json import router_json, worker_json
+from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
+from overfill.client.status_json import pool_json, router_json, worker_json
+from overfill.routing.tier import DEFAULT_TIER
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200
@@ -110,7 +110,7 @@ def _worker_table(status: StackStatus, tls: bool) -> Table:
     title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
     title += f"; metrics at {metrics}" if metrics and len(status.routers) < 2 else ""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-    for column in ("worker", "stage", "engine", "state", "address"):
+    for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state", "address"):
         table.add_column(column)
     for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total", "prefix hits"):
         table.add_column(column, justify="right")
@@ -120,20 +120,24 @@ def _worker_table(status: StackStatus, tls: bool) -> Table:
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
         rate = row["prefix_hit_rate"]
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
-        names = (worker.id, worker.stage, row["engine"] or "?", worker.state, worker.address)
+        tier = [row["tier"] or "–"] if status.several_tiers else []
+        names = (worker.id, worker.stage, *tier, row["engine"] or "?", worker.state, worker.address)
         table.add_row(*names, *numbers, hits, row["metrics_address"] or "–")
     return table
 
 
 def stack_state(status: StackStatus) -> str:
-    """Returns the stack's state in words, with the stages that have fewer ready workers than expected."""
+    """Returns the stack's state in words, with the stages or tiers that lack workers, and the overloaded tiers."""
     if status.process.draining:
         return "draining"
-    if status.complete:
-        return "complete"
-    short = [f"{p.ready} of {p.expected} {stage}" for stage, p in status.pools.items() if p.ready < p.expected]
-    state = "ready" if status.serving else "no request can be answered"
-    return f"{state}: {', '.join(short)}" if short else state
+    pools: dict[str, PoolStatus] = dict(status.pools.items())
+    if status.several_tiers:
+        del pools["decode"]
+        pools |= {f"decode of tier {tier}": pool for tier, pool in status.tiers.items()}
+    notes = [f"{pool.ready} of {pool.expected} {name}" for name, pool in pools.items() if pool.ready < pool.expected]
+    notes += [f"brownout of tier {tier}" for tier, pool in status.tiers.items() if pool.brownout]
+    state = "complete" if status.complete else "ready" if status.serving else "no request can be answered"
+    return f"{state}: {', '.join(notes)}" if notes else state
 
 
 def openai_url(status: StackStatus, tls: bool) -> str | None:
@@ -149,7 +153,8 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
         "metrics_address": status.process.metrics_address,
         "serving": status.serving,
         "complete": status.complete,
-        "pools": {stage: asdict(pool) for stage, pool in status.pools.items()},
+        "pools": {stage: pool_json(pool) for stage, pool in status.pools.items()},
+        "tiers": {tier: pool_json(pool) for tier, pool in status.tiers.items()},
         "routers": [router_json(router) for router in status.routers],
         "workers": [worker_json(worker) for worker in status.workers],
     }
@@ -173,8 +178,19 @@ def _summary(answer: Answer) -> Table:
     moved = f", moved {answer.migrations} times" if answer.migrations else ""
     read, wrote = (f" ({engine})" if engine else "" for engine in (answer.prefill_engine, answer.decode_engine))
     table.add_row("workers", f"{answer.prefill_worker}{read} → {answer.decode_worker}{wrote}{moved}")
+    if written := _tiers(answer):
+        table.add_row("tier", written)
     table.add_row("request", f"{answer.request_id}, seed {answer.seed}")
     return table
+
+
+def _tiers(answer: Answer) -> str:
+    """Returns the tiers that wrote the answer, and why; empty if it was only the one called "default"."""
+    first, *others = answer.parts or (AnswerPart(answer.tier, 0),)
+    text = ", then ".join([first.tier, *(f"{part.tier} from token {part.first_index}" for part in others)])
+    if answer.brownout_from is not None:
+        return f"{text}, because {answer.brownout_from} is overloaded"
+    return "" if text == DEFAULT_TIER else text
 
 
 def _milliseconds(seconds: float | None, unit: str = " ms") -> str:

@@ -21,10 +21,11 @@ from overfill.cli import processes
 from overfill.cli.processes import Child
 from overfill.client import Client, ClientTls
 from overfill.errors import OverfillError
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import reachable, split_address
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
-from overfill.settings.tiers import DEFAULT_TIER, TierSpec
+from overfill.settings.tiers import TierSpec
 
 _POLL_SECONDS = 0.2
 _NEAR = 100  # number of ports after a used one that are tried as a replacement

@@ -14,11 +14,19 @@ _STATES = {"ready": "green", "starting": "yellow", "draining": "yellow", "silent
 
 
 def top_view(status: StackStatus) -> RenderableType:
-    """Returns a line about the router, a table per pool, and a table of latencies."""
+    """Returns a line about the router, a table per pool, and a table of latencies. Each tier is a pool."""
     activity = status.activity
     shown: list[RenderableType] = [_headline(status)]
-    for stage in ("prefill", "decode"):
-        shown.append(_pool(stage, [worker for worker in status.workers if worker.stage == stage]))
+    prefill, decode = (
+        [worker for worker in status.workers if worker.stage == stage] for stage in ("prefill", "decode")
+    )
+    shown.append(_pool("prefill", prefill))
+    if status.several_tiers:
+        for name, tier in status.tiers.items():
+            title = f"decode, tier {name}{' in brownout' if tier.brownout else ''}"
+            shown.append(_pool(title, [worker for worker in decode if worker.tier == name]))
+    else:
+        shown.append(_pool("decode", decode))
     if activity is not None:
         shown.append(_times(activity))
     return Group(*shown)
@@ -36,9 +44,9 @@ def _headline(status: StackStatus) -> Text:
     return line
 
 
-def _pool(stage: str, workers: list[WorkerStatus]) -> Table:
+def _pool(name: str, workers: list[WorkerStatus]) -> Table:
     engines = {worker.process.engine for worker in workers if worker.process is not None and worker.process.engine}
-    title = f"{stage}: {', '.join(sorted(engines))}" if engines else stage
+    title = f"{name}: {', '.join(sorted(engines))}" if engines else name
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     table.add_column("worker", min_width=12)
     table.add_column("state", min_width=8)

@@ -15,6 +15,7 @@ import click
 
 from overfill.cli.stack import StackPlan, free_ports, threads_per_worker
 from overfill.cli.up_tiers import worker_settings
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback, reachable
 from overfill.rpc.certificates import NAME, RoleFiles, role_files
@@ -22,7 +23,7 @@ from overfill.rpc.tls import ClientTls
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, flag_name
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
-from overfill.settings.tiers import DEFAULT_TIER, TierSpec, default_tier
+from overfill.settings.tiers import TierSpec, default_tier
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -33,13 +33,28 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The router's reply when it accepts a request. ``seed`` and ``max_tokens`` are the values in use."""
+    """The router's reply when it accepts a request. ``seed`` and ``max_tokens`` are the values in use.
+
+    Attributes:
+        tier: Tier that will write the answer.
+        brownout_from: Requested tier, if it is overloaded and ``tier`` writes the answer instead; otherwise None.
+    """
 
     request_id: str
     prompt_tokens: int
     seed: int
     model: str
     max_tokens: int
+    tier: str = ""
+    brownout_from: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPart:
+    """Part of an answer that one tier wrote. It begins at token ``first_index`` and ends where the next part begins."""
+
+    tier: str
+    first_index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,7 @@ class Delta:
         text: New text; empty while a character or a possible stop string is incomplete.
         logprobs: One entry per token; None means that the request did not ask for them.
         tool_calls: New parts of tool calls; ``text`` does not include them.
+        parts: Parts of the answer that begin with one of ``token_ids``, because another tier continues the answer.
     """
 
     first_index: int
@@ -69,6 +85,7 @@ class Delta:
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    parts: tuple[AnswerPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +211,10 @@ class Answer:
         codec: Codec in which the prompt's KV travelled, such as "raw"; None means that no KV travelled.
         prefill_engine: Engine of ``prefill_worker`` with its version, such as "overfill 0.2.0"; None means unknown.
         decode_engine: Engine of ``decode_worker``, likewise.
+        tier: Tier that wrote the last part of the answer.
+        parts: Parts of the answer by tier, in order. There is one, unless the answer changed its tier. The first begins
+            at token 0, or after ``resume_token_ids``.
+        brownout_from: Requested tier, if it was overloaded and another wrote the answer; otherwise None.
     """
 
     text: str
@@ -216,6 +237,9 @@ class Answer:
     routers: int = 1
     prefill_engine: str | None = None
     decode_engine: str | None = None
+    tier: str = ""
+    parts: tuple[AnswerPart, ...] = ()
+    brownout_from: str | None = None
 
 
 class AnswerBuilder:
@@ -238,6 +262,9 @@ class AnswerBuilder:
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._calls: list[ToolCall] = []
+        self._requested_tier = ""
+        self._earlier_parts: list[AnswerPart] = []  # of routers before the current one
+        self._parts: list[AnswerPart] = []
         self._client_ttft: float | None = None
         self._answer: Answer | None = None
 
@@ -251,7 +278,15 @@ class AnswerBuilder:
         rest.sampling.seed = self.accepted.seed
         rest.sampling.max_tokens = self.accepted.max_tokens
         rest.resume_token_ids.extend(self._token_ids)
+        if self._tier:
+            self._pin_tier(rest)
         return rest
+
+    def _pin_tier(self, rest: inference_pb2.GenerateRequest) -> None:
+        """Let the tier that wrote the last tokens write the rest: another decoder would continue differently."""
+        rest.tier, rest.allow_brownout = self._tier, False
+        if rest.tier != self._requested_tier:
+            rest.model = rest.model.removesuffix(f":{self._requested_tier}")
 
     @property
     def complete(self) -> bool:
@@ -262,7 +297,8 @@ class AnswerBuilder:
         """``error``, with the part of the answer that has arrived as ``produced``."""
         if self.accepted is not None:
             accepted = self.accepted
-            error.produced = Produced("".join(self._text), tuple(self._token_ids), accepted.request_id, accepted.seed)
+            text, ids = "".join(self._text), tuple(self._token_ids)
+            error.produced = Produced(text, ids, accepted.request_id, accepted.seed, self._tier)
         return error
 
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
@@ -278,9 +314,20 @@ class AnswerBuilder:
         if kind == "accepted":
             accepted = response.accepted
             self._routers += 1
+            before = self.accepted.brownout_from if self.accepted is not None else None
             self.accepted = Accepted(
-                accepted.request_id, accepted.prompt_tokens, accepted.seed, accepted.model, accepted.max_tokens
+                accepted.request_id,
+                accepted.prompt_tokens,
+                accepted.seed,
+                accepted.model,
+                accepted.max_tokens,
+                accepted.tier,
+                accepted.brownout_from or before,
             )
+            self._requested_tier = self._requested_tier or accepted.brownout_from or accepted.tier
+            self._earlier_parts = list(self._parts)
+            if accepted.tier:
+                _join(self._parts, AnswerPart(accepted.tier, self._next_index))
         elif self.accepted is None:
             raise InternalError("the server sent an answer before it accepted the request")
         elif kind == "delta":
@@ -313,7 +360,10 @@ class AnswerBuilder:
             for entry in message.logprobs
         )
         calls = tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in message.tool_calls)
-        delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None, calls)
+        parts = _parts(message.parts)
+        delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None, calls, parts)
+        for beginning in parts:
+            _join(self._parts, beginning)
         for part in calls:
             self._add_call(part)
         self._next_index += len(ids)
@@ -332,9 +382,18 @@ class AnswerBuilder:
         last = self._calls[-1]
         self._calls[-1] = replace(last, arguments=last.arguments + part.arguments)
 
+    @property
+    def _tier(self) -> str:
+        """Tier that wrote the last token, or will write the first one; empty if the router does not say."""
+        return self._parts[-1].tier if self._parts else ""
+
     def _finish(self, accepted: Accepted, message: inference_pb2.Finished) -> Answer:
         if message.reason not in FINISH_REASONS:
             raise InternalError(f"the answer ended for a reason that this client does not know: {message.reason}")
+        if message.parts:
+            self._parts = self._earlier_parts
+            for part in _parts(message.parts):
+                _join(self._parts, part)
         return Answer(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
@@ -356,4 +415,19 @@ class AnswerBuilder:
             routers=self._routers,
             prefill_engine=message.prefill_engine or None,
             decode_engine=message.decode_engine or None,
+            tier=self._tier,
+            parts=tuple(self._parts),
+            brownout_from=accepted.brownout_from,
         )
+
+
+def _parts(messages: Iterable[inference_pb2.AnswerPart]) -> tuple[AnswerPart, ...]:
+    return tuple(AnswerPart(part.tier, part.first_index) for part in messages)
+
+
+def _join(parts: list[AnswerPart], new: AnswerPart) -> None:
+    """Add ``new`` to ``parts``. It replaces parts that wrote no token, and continues a part of the same tier."""
+    while parts and parts[-1].first_index >= new.first_index:
+        parts.pop()
+    if not parts or parts[-1].tier != new.tier:
+        parts.append(new)

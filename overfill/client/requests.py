@@ -68,7 +68,7 @@ class Options(TypedDict, total=False):
     """Options of every request; all are keyword arguments, and all are optional.
 
     Keys:
-        model: Name of the model; empty means the only one served.
+        model: Name of the model, or "NAME:TIER"; empty means the only one served.
         sampling: How tokens are sampled; None means the defaults of SamplingParams.
         stop: Strings that end the answer; the answer does not include them.
         timeout: Seconds for the whole request; None means no limit.
@@ -90,6 +90,11 @@ class Options(TypedDict, total=False):
             together with ``max_tokens``.
         stream_interval: Minimum number of tokens in a delta, except in the first and the last one. The router's own
             minimum counts if it is larger.
+        tier: Tier that writes the answer; empty means the one in ``model``, as in "NAME:TIER", or the stack's default.
+        fallback: Tier that continues the answer when its own tier has no decode worker left; "none" means that the
+            request waits; empty means what the tier's settings say.
+        allow_brownout: Whether the next tier of the router's ``--brownout`` may write the answer when the requested
+            tier is overloaded.
     """
 
     model: str
@@ -109,6 +114,9 @@ class Options(TypedDict, total=False):
     continue_final_message: bool
     truncate_prompt_tokens: int
     stream_interval: int
+    tier: str
+    fallback: str
+    allow_brownout: bool
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
@@ -130,6 +138,9 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         kv_codec=_codec(options.get("kv_codec", "")),
         priority=_int32("priority", options.get("priority", 0)),
         stream_interval=_uint32("stream_interval", options.get("stream_interval", 0)),
+        tier=_text("tier", options.get("tier", "")),
+        fallback=_text("fallback", options.get("fallback", "")),
+        allow_brownout=options.get("allow_brownout", False),
     )
     if "truncate_prompt_tokens" in options:
         request.truncate_prompt_tokens = _int32("truncate_prompt_tokens", options["truncate_prompt_tokens"])

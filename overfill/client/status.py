@@ -14,13 +14,20 @@ ProcessState = Literal["starting", "ready", "draining", "silent"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that a router serves. ``dtype`` is the KV cache's; ``max_model_len`` is in tokens."""
+    """A model that a router serves.
+
+    Attributes:
+        max_model_len: Maximum tokens of prompt and answer together.
+        dtype: Element type of the KV cache.
+        tier: Tier that answers under this name.
+    """
 
     name: str
     max_model_len: int
     full_digest: str
     decoder_digest: str
     dtype: str
+    tier: str = ""
 
     @classmethod
     def from_proto(cls, message: inference_pb2.Model) -> Model:
@@ -110,6 +117,7 @@ class ProcessStatus:
         codec: Codec of the KV transfers to a decode worker; None for other processes.
         metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
         engine: A worker's engine with its version, for people; None means unknown, and a router.
+        tier: Tier of a decode worker; None means the only one, and other processes.
     """
 
     id: str
@@ -126,6 +134,7 @@ class ProcessStatus:
     codec: str | None
     metrics_address: str | None = None
     engine: str | None = None
+    tier: str | None = None
 
     @classmethod
     def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
@@ -144,17 +153,23 @@ class ProcessStatus:
             codec=CODEC_NAMES.get(message.codec),
             metrics_address=message.metrics_address or None,
             engine=message.engine or None,
+            tier=message.tier or None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """A worker as the router knows it; ``process`` is None if the worker did not answer."""
+    """A worker as the router knows it; ``process`` is None if the worker did not answer.
+
+    Attributes:
+        tier: Tier of a decode worker; None for prefill workers.
+    """
 
     id: str
     stage: Stage
     address: str
     process: ProcessStatus | None
+    tier: str | None = None
 
     @property
     def state(self) -> ProcessState:
@@ -164,7 +179,7 @@ class WorkerStatus:
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
         process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
-        return cls(message.id, _stage(message.stage), message.address, process)
+        return cls(message.id, _stage(message.stage), message.address, process, message.tier or None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +243,17 @@ class RouterStatus:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """Number of ready workers of one stage, and the number with which the stack is complete."""
+    """Number of ready workers of one stage or tier, and the number with which the stack is complete.
+
+    Attributes:
+        tier: Tier of the pool; None for a whole stage.
+        brownout: Whether the tier is overloaded, so that requests that allow it go to the next tier.
+    """
 
     ready: int
     expected: int
+    tier: str | None = None
+    brownout: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +269,7 @@ class StackStatus:
         http_address: host:port of the router's OpenAI endpoint; None means that it serves none.
         activity: Activity of all router processes at the address; None for a worker.
         pools: Worker counts by stage.
+        tiers: Worker counts of the decode stage by tier.
         routers: The router processes that share the address, first the one that answered.
     """
 
@@ -257,6 +280,12 @@ class StackStatus:
     activity: Activity | None = None
     pools: dict[Stage, PoolStatus] = field(default_factory=dict)
     routers: tuple[RouterStatus, ...] = ()
+    tiers: dict[str, PoolStatus] = field(default_factory=dict)
+
+    @property
+    def several_tiers(self) -> bool:
+        """Whether requests can choose among tiers."""
+        return len(self.tiers) > 1
 
     @property
     def serving(self) -> bool:
@@ -265,7 +294,14 @@ class StackStatus:
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
-        pools = {_stage(pool.stage): PoolStatus(pool.ready, pool.expected) for pool in message.pools}
+        pools: dict[Stage, PoolStatus] = {}
+        tiers: dict[str, PoolStatus] = {}
+        for pool in message.pools:
+            stage = _stage(pool.stage)
+            others = pools.get(stage, PoolStatus(0, 0))
+            pools[stage] = PoolStatus(others.ready + pool.ready, others.expected + pool.expected)
+            if pool.tier:
+                tiers[pool.tier] = PoolStatus(pool.ready, pool.expected, pool.tier, pool.brownout)
         return cls(
             process=ProcessStatus.from_proto(message.process),
             workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
@@ -274,6 +310,7 @@ class StackStatus:
             activity=Activity.from_proto(message.activity) if message.HasField("activity") else None,
             pools=pools,
             routers=tuple(RouterStatus.from_proto(router) for router in message.routers),
+            tiers=tiers,
         )
 
 

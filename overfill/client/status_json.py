@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from overfill.client.status import RouterStatus, StackStatus, WorkerStatus
+from overfill.client.status import PoolStatus, RouterStatus, StackStatus, WorkerStatus
 
 
 def worker_json(worker: WorkerStatus) -> dict[str, Any]:
@@ -15,6 +15,7 @@ def worker_json(worker: WorkerStatus) -> dict[str, Any]:
     return {
         "id": worker.id,
         "stage": worker.stage,
+        "tier": worker.tier,
         "engine": process.engine if process is not None else None,
         "pid": process.pid if process is not None else None,
         "address": worker.address,
@@ -52,7 +53,8 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
     result: dict[str, Any] = {
         "router": {"id": process.id, "state": "draining" if process.draining else "ready"},
         "serving": status.serving,
-        "workers": [_pool_json(worker) for worker in status.workers],
+        "tiers": {name: pool_json(pool) for name, pool in status.tiers.items()},
+        "workers": [_short_worker_json(worker) for worker in status.workers],
     }
     if activity is not None:
         result |= {
@@ -68,10 +70,16 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
     return result
 
 
-def _pool_json(worker: WorkerStatus) -> dict[str, Any]:
+def pool_json(pool: PoolStatus) -> dict[str, Any]:
+    """The worker counts of one tier or stage; of a tier also whether it is overloaded."""
+    counts: dict[str, Any] = {"ready": pool.ready, "expected": pool.expected}
+    return counts if pool.tier is None else counts | {"brownout": pool.brownout}
+
+
+def _short_worker_json(worker: WorkerStatus) -> dict[str, Any]:
     process = worker.process
     load = process.load if process is not None else None
-    result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "state": worker.state}
+    result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "tier": worker.tier, "state": worker.state}
     result["engine"] = process.engine if process is not None else None
     if load is None:
         return result | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from overfill.cluster.policy import scaling_config
-from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, PoolSpec, StackSpec
+from overfill.cluster.policy import ScalingPolicy
+from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, PoolSpec, StackSpec, TierPool
+from overfill.routing.scaling import INTERVAL
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 
 BUILDER = "services.ray.app:build"
 POLICY = "overfill.cluster.policy:ScalingPolicy"
-
-SIGNAL_INTERVAL = 1.0
-"""Seconds between a router's signals to the autoscaler."""
 
 
 def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None = None) -> dict[str, Any]:
@@ -28,7 +26,11 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
     Raises:
         ValueError: the policy does not have such an argument.
     """
-    scaling_config(objectives or {})  # check here, because an error in Serve's controller would not reach the user
+    policy: dict[str, Any] = dict(objectives or {})
+    tiers = {tier: own for tier, pool in spec.decoders.items() if (own := _objectives(pool))}
+    if tiers:
+        policy["tiers"] = tiers
+    ScalingPolicy(**policy)  # check here, because an error in Serve's controller would not reach the user
     application: dict[str, Any] = {
         "name": name,
         "import_path": BUILDER,
@@ -36,7 +38,7 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
         "args": spec.model_dump(mode="json", exclude_defaults=True),
     }
     if spec.scales:
-        application["autoscaling_policy"] = {"policy_function": POLICY, "policy_kwargs": objectives or {}}
+        application["autoscaling_policy"] = {"policy_function": POLICY, "policy_kwargs": policy}
     return {"proxy_location": "Disabled", "logging_config": {"log_level": "WARNING"}, "applications": [application]}
 
 
@@ -71,8 +73,14 @@ def environment(spec: StackSpec, name: str) -> dict[str, str]:
     return GRPC_ENVIRONMENT | thread_pools(threads) | {
         # The replica and its service share one event loop, because grpc.aio supports one loop per process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(SIGNAL_INTERVAL),
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(INTERVAL),
     }  # fmt: skip
+
+
+def _objectives(pool: TierPool) -> dict[str, float]:
+    """Returns the tier's own objectives, by setting of the scaling policy."""
+    found = {"ttft": pool.ttft_objective, "itl": pool.itl_objective}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _autoscaling(pool: PoolSpec) -> dict[str, Any]:

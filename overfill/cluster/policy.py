@@ -12,27 +12,32 @@ from typing import Any
 
 from overfill.cluster.spec import DECODE, PREFILL, ROUTER
 from overfill.routing.capacity import StepCost
-from overfill.routing.scaling import Bounds, PoolState, Scaler, ScalingConfig
+from overfill.routing.scaling import INTERVAL, Bounds, PoolState, Scaler, ScalingConfig
 from overfill.routing.signals import SignalReader
-
-INTERVAL = 1.0
-"""Seconds between decisions."""
+from overfill.routing.tier import DEFAULT_TIER
 
 
 class ScalingPolicy:
-    """Decides the sizes of the prefill and decode deployments from the signals of the router deployment.
+    """Decides the sizes of the prefill deployment and of each tier's decode deployment from the signals of the router deployment.
 
     Args:
         clock: monotonic clock, in seconds.
+        tiers: tier -> settings that differ for its decode workers.
         settings: fields of ``ScalingConfig`` except the bounds, which come from the deployments. ``step`` is a list of
             seconds per step, per sequence and per KV token.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, **settings: Any) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        tiers: Mapping[str, Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
         self._clock = clock
         self._config = scaling_config(settings)
+        self._tiers = {name: scaling_config({**settings, **own}) for name, own in (tiers or {}).items()}
         self._reader: SignalReader | None = None
-        self._bounds: tuple[Bounds, Bounds] | None = None
+        self._bounds: dict[str, Bounds] = {}
         self._decided_at = -INTERVAL
         self._decision: dict[str, int] = {}
 
@@ -56,20 +61,25 @@ class ScalingPolicy:
             return  # no router has reported yet, or the only one is being replaced: keep the last decision
         reader = self._reader_for(pools)
         prefill, decode = reader.read(now, routers)
+        deployments = _decode_pools(pools)
         targets = reader.scaler.targets(
-            now, _with_starting(prefill, pools[PREFILL]), _with_starting(decode, *_decode_pools(pools))
+            now,
+            _with_starting(prefill, pools[PREFILL]),
+            {tier: _with_starting(decode[tier], pools[name]) for tier, name in deployments.items()},
         )
         self._decision = {PREFILL: targets.prefill}
-        # With several tiers the scaler knows only their sum, which decides the prefill pool. Each decode pool keeps its
-        # current size, until the routers' signals name the tier.
-        if DECODE in pools:
-            self._decision[DECODE] = targets.decode
+        self._decision |= {name: targets.decode_pools[tier].workers for tier, name in deployments.items()}
 
     def _reader_for(self, pools: Mapping[str, Any]) -> SignalReader:
-        bounds = (_bounds(pools[PREFILL]), _bounds(*_decode_pools(pools)))
+        deployments = _decode_pools(pools)
+        bounds = {name: _bounds(pools[name]) for name in (PREFILL, *deployments.values())}
         if self._reader is None or bounds != self._bounds:
             self._bounds = bounds
-            self._reader = SignalReader(Scaler(replace(self._config, prefill=bounds[0], decode=bounds[1])), {})
+            tiers = {
+                tier: replace(self._tiers.get(tier, self._config), decode=bounds[name])
+                for tier, name in deployments.items()
+            }
+            self._reader = SignalReader(Scaler(replace(self._config, prefill=bounds[PREFILL]), tiers), {})
         return self._reader
 
 
@@ -94,18 +104,16 @@ def latest(metrics: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, floa
     return {replica: numbers for replica, numbers in replicas.items() if "arrivals" in numbers}
 
 
-def _decode_pools(pools: Mapping[str, Any]) -> list[Any]:
-    """The contexts of the decode deployments: one, or one for each tier."""
-    return [context for name, context in pools.items() if name == DECODE or name.startswith(f"{DECODE}-")]
+def _decode_pools(pools: Mapping[str, Any]) -> dict[str, str]:
+    """Returns tier -> name of its deployment: ``decode``, or ``decode-TIER`` where tiers are named."""
+    names = {name: name.removeprefix(DECODE).removeprefix("-") for name in pools if name.startswith(DECODE)}
+    return {tier or DEFAULT_TIER: name for name, tier in names.items()}
 
 
-def _bounds(*contexts: Any) -> Bounds:
-    return Bounds(
-        sum(context.capacity_adjusted_min_replicas for context in contexts),
-        sum(context.capacity_adjusted_max_replicas for context in contexts),
-    )
+def _bounds(context: Any) -> Bounds:
+    return Bounds(context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas)
 
 
-def _with_starting(state: PoolState, *contexts: Any) -> PoolState:
+def _with_starting(state: PoolState, context: Any) -> PoolState:
     """Returns ``state`` with the replicas that Serve has requested but no router knows yet counted as starting."""
-    return replace(state, starting=max(0, sum(context.target_num_replicas for context in contexts) - state.ready))
+    return replace(state, starting=max(0, context.target_num_replicas - state.ready))

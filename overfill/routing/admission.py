@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 from overfill.errors import InvalidRequest, Overloaded
 
@@ -86,6 +87,13 @@ class Admission:
     def first_token(self, seconds: float) -> None:
         """Records the seconds between a request's placement and its first token."""
         self._first_tokens.append(seconds)
+
+    def expected_ttft(self, ahead: int) -> float | None:
+        """Returns the seconds until the first token of a request behind ``ahead`` others; None while unknown."""
+        wait = self.departure_rate.expected_wait(ahead)
+        if wait is None:
+            return None
+        return wait + (median(self._first_tokens) if self._first_tokens else 0.0)
 
     def check(
         self, waiting: int, ahead: int, now: float, deadline: float | None, *, client_resumes: bool = False

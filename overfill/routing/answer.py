@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from overfill.errors import InternalError, OverfillError
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2, kv_pb2
 
 
@@ -22,6 +23,7 @@ class AnswerDelta:
         logprobs: one entry per token id, or empty.
         text: text that became final with these tokens.
         tool_calls: new parts of tool calls; their text is not in ``text``.
+        parts: parts of the answer that begin with one of the tokens, if the answer changed its tier there.
     """
 
     first_index: int
@@ -29,6 +31,7 @@ class AnswerDelta:
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     text: str = ""
     tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
+    parts: Sequence[inference_pb2.AnswerPart] = ()
 
     def extend(self, later: AnswerDelta) -> None:
         """Appends the delta that follows this one."""
@@ -36,6 +39,7 @@ class AnswerDelta:
         self.logprobs += later.logprobs
         self.text += later.text
         self.tool_calls = [*self.tool_calls, *later.tool_calls]
+        self.parts = [*self.parts, *later.parts]
 
     def to_proto(self) -> inference_pb2.Delta:
         """The delta as the wire's message."""
@@ -45,6 +49,7 @@ class AnswerDelta:
             text=self.text,
             logprobs=self.logprobs or None,
             tool_calls=self.tool_calls or None,
+            parts=self.parts or None,
         )
 
 
@@ -61,10 +66,14 @@ class Finish:
 class AnswerState:
     """The tokens of one request across its attempts. It has one writer, which never waits, and one reader.
 
+    Args:
+        tier: tier of which the client was told that it writes the answer.
+
     Attributes:
         emitted: all tokens so far, those that the client brought included; at most ``max_tokens``.
         received: time when the router received the request, seconds on the event loop's clock.
         first_token_at: time when its first new tokens arrived, on the same clock; 0 before.
+        parts: the parts of the answer that this router's workers write, one per tier, in order; see ``enter_tier``.
         timing: times known so far, without ``ttft_ns`` and ``total_ns``. ``return_path_ns`` covers the workers only.
         reservations: number of decode workers that have reserved blocks for the request, one after the other.
         prefill_worker: id of the latest prefill worker; empty before the first.
@@ -72,10 +81,12 @@ class AnswerState:
         prefill_failures: number of prefill failures since the last new token.
     """
 
-    def __init__(self, emitted: Iterable[int], max_tokens: int, received: float) -> None:
+    def __init__(self, emitted: Iterable[int], max_tokens: int, received: float, tier: str = DEFAULT_TIER) -> None:
         self.emitted = list(emitted)
         self.received = received
         self.first_token_at = 0.0
+        self.parts: list[inference_pb2.AnswerPart] = []
+        self._told_tier = tier  # the tier that the client believes to write the answer
         self.timing = common_pb2.Timing()
         self.reservations = 0
         self.prefill_worker = ""
@@ -117,6 +128,13 @@ class AnswerState:
         """Number of times the sequence moved to another decode worker."""
         return max(0, self.reservations - 1)
 
+    def enter_tier(self, tier: str) -> None:
+        """Notes that a worker of ``tier`` writes the next tokens. A part begins unless the last one is of this tier."""
+        if self.parts and self.parts[-1].first_index == len(self.emitted):
+            self.parts.pop()  # that tier has written nothing
+        if not self.parts or self.parts[-1].tier != tier:
+            self.parts.append(inference_pb2.AnswerPart(tier=tier, first_index=len(self.emitted)))
+
     def accept(self, tokens: decode_pb2.Tokens, now: float) -> bool:
         """Adds a worker's tokens and returns True if any was new. It drops repeats, which must equal the known tokens.
 
@@ -148,6 +166,9 @@ class AnswerState:
         else:
             self._unread.token_ids += ids
             self._unread.logprobs += logprobs
+        if self.parts and self.parts[-1].tier != self._told_tier:
+            self._unread.parts = [*self._unread.parts, self.parts[-1]]
+            self._told_tier = self.parts[-1].tier
         self._wake()
         return True
 

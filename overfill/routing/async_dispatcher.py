@@ -10,8 +10,9 @@ from contextvars import Context
 from overfill.errors import OverfillError
 from overfill.routing.dispatcher import Dispatcher, Job, Placement, Rejection
 from overfill.routing.job import JobState
+from overfill.routing.pool import Pool
 from overfill.routing.worker import Worker
-from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+from overfill.v1 import decode_pb2, registry_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,13 @@ class AsyncDispatcher:
             self._changed.clear()
             await self._changed.wait()
 
-    def admit(self, priority: int, key: str, time_left: float | None, *, client_resumes: bool = False) -> None:
+    def admit(
+        self, tier: str, priority: int, key: str, time_left: float | None, *, client_resumes: bool = False
+    ) -> None:
         """Raises Overloaded if the router would refuse a new job now. See ``Dispatcher.admit``."""
         now = self._now()
         self._dispatcher.admit(
-            priority, key, now, None if time_left is None else now + time_left, client_resumes=client_resumes
+            tier, priority, key, now, None if time_left is None else now + time_left, client_resumes=client_resumes
         )
 
     def submit(self, job: Job, on_placed: OnPlaced) -> None:
@@ -73,9 +76,9 @@ class AsyncDispatcher:
         self._dispatcher.lost(job, self._now(), gone=gone)
         self._wait(job, on_placed)
 
-    def queued(self, stage: common_pb2.Stage) -> int:
-        """Number of jobs that wait for a worker of ``stage``; see ``Dispatcher.queued``."""
-        return self._dispatcher.queued(stage)
+    def queued(self, pool: Pool) -> int:
+        """Number of jobs that wait for a worker of ``pool``; see ``Dispatcher.queued``."""
+        return self._dispatcher.queued(pool)
 
     def prefill_with_start(self, job: Job) -> Worker | None:
         """Takes a free prefill slot for a job that has just been placed; see ``Dispatcher.prefill_with_start``."""

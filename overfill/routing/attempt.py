@@ -1,8 +1,8 @@
 """One attempt at one request: the exchange with one decode worker.
 
-The router sends Start, with a prefill worker if a slot is free; the worker answers Reserved or Refused. If Start had no
-prefill worker, the router then gets a slot and sends AssignPrefill. Then the worker sends Tokens and Done. After
-Reserved, it may send NeedPrefill at any time.
+The router sends StartDecode, with a prefill worker if a slot is free; the worker answers Reserved or Refused. If
+StartDecode had no prefill worker, the router then gets a slot and sends AssignPrefill. Then the worker sends Tokens and
+DecodeDone. After Reserved, it may send NeedPrefill at any time.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Attempt:
         self._reserved = False
         self._waits_for_slot = False
         self._prefill: Worker | None = None
+        self._assigned: dict[str, Worker] = {}  # every prefill worker assigned so far, by id
         self._wanted_since = 0.0
         self._queued = 0.0  # seconds queued in the router, for both stages
         self._reservation_ns = 0
@@ -154,7 +155,7 @@ class Attempt:
 
     def _assign(self, worker: Worker, assignment: decode_pb2.AssignPrefill) -> None:
         """Notes ``worker`` as the prefill worker and fills in its assignment."""
-        self._prefill = worker
+        self._prefill = self._assigned[worker.id] = worker
         self._answer.prefill_worker = worker.id
         self._answer.prefill_engines[worker.id] = worker.info.engine
         self._span.event("prefill worker assigned", worker=worker.id)
@@ -200,7 +201,8 @@ class Attempt:
             self._answer.prefill_failures += 1
             if self._answer.prefill_failures >= self._max_prefill_failures:
                 raise GaveUp(self._prefill_error(need))
-        tried = self._prefill if self._prefill and need.worker_id in ("", self._prefill.id) else None
+        # When an assignment and a NeedPrefill cross, the worker has tried an earlier one than the latest.
+        tried = self._assigned.get(need.worker_id) if need.worker_id else self._prefill
         if self._answer.emitted:
             self._wanted_since = _now()
         # Before the first token, the time of a failed prefill counts as queueing.

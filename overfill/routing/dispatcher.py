@@ -12,9 +12,12 @@ admissible combination of the two exists::
 reserves the blocks or refuses; it never waits for blocks. So the slot is held for one round trip, and callers take none
 for a request whose grammar the worker must compile first.
 
-``routing.fair_queue`` gives the order. A small request may overtake a large one that does not fit, until the large one
-has waited ``reserve_after`` seconds. A placement does not look at every worker, nor at every waiting request: the
-pools' indexes and the queue show when no placement is possible. Tests check the result with
+Each tier has its own pool of decode workers and its own queue for them, so a full tier does not hold up another. All
+tiers share the prefill workers. When these are the bottleneck, the tiers take turns.
+
+``routing.fair_queue`` gives the order within a tier. A small request may overtake a large one that does not fit, until
+the large one has waited ``reserve_after`` seconds. A placement does not look at every worker, nor at every waiting
+request: the pools' indexes and the queue show when no placement is possible. Tests check the result with
 ``routing.invariant`` by brute force.
 
 Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call ``poll``, which returns the outcomes.
@@ -31,14 +34,11 @@ from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing.admission import Admission
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
-from overfill.routing.policy import Policy
 from overfill.routing.pool import Pool, Roster
-from overfill.routing.worker import DECODE, PREFILL, Worker
-from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+from overfill.routing.worker import PREFILL, Worker
+from overfill.v1 import decode_pb2, registry_pb2
 
-__all__ = ["STAGE_NAMES", "Dispatcher", "Job", "JobState", "Placement", "Rejection"]
-
-STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
+__all__ = ["Dispatcher", "Job", "JobState", "Placement", "Rejection"]
 
 STARTUP_MARGIN = 2.0
 """Default of ``absent_after``, as a multiple of the stage's longest start-up time.
@@ -69,86 +69,127 @@ class Rejection:
     error: OverfillError
 
 
+class _TierQueue:
+    """The jobs that wait for a decode worker of one tier, and their admission.
+
+    Attributes:
+        last_placed: ordinal of the tier's latest placement; 0 before the first.
+    """
+
+    def __init__(self, pool: Pool, max_queue: int, max_wait: float | None) -> None:
+        self.pool = pool
+        self.jobs: FairQueue[Job] = FairQueue()
+        self.admission = Admission(max_queue, max_wait)
+        self.last_placed = 0
+
+
 class Dispatcher:
     """Places jobs on the workers of a roster.
 
     Args:
         roster: the workers. The registry adds and removes them and calls ``poll`` afterwards.
-        policy: orders the decode workers. None keeps the policies of the roster's pools.
-        prefill_policy: orders the prefill workers. None means a new policy of the same class as ``policy``.
-        max_queue: maximum number of jobs of one priority that wait for a decode worker; more are refused.
+        max_queue: maximum number of jobs of one priority that wait for a decode worker of a tier; more are refused.
         max_wait: longest expected wait in seconds with which a new job is admitted. None means no limit.
-        reserve_after: seconds after which the first blocked job in the order reserves capacity. No job behind it is
-            then placed on a decode worker that can hold it.
-        absent_after: seconds without any worker of a stage after which waiting jobs are rejected. A silent worker that
-            was ready does not count as present. None means the time that a replacement probably needs, from the
-            start-up times of the stage's workers.
+        reserve_after: seconds after which the first blocked job in a tier's order reserves capacity. No job behind it
+            is then placed on a decode worker that can hold it.
+        absent_after: seconds without any worker of a pool after which the jobs that wait for one are rejected. A silent
+            worker that was ready does not count as present. None means the time that a replacement probably needs,
+            from the start-up times of the pool's workers.
     """
 
     def __init__(
         self,
         roster: Roster,
-        policy: Policy | None = None,
         *,
-        prefill_policy: Policy | None = None,
         max_queue: int = 1024,
         max_wait: float | None = None,
         reserve_after: float = 5.0,
         absent_after: float | None = None,
     ) -> None:
         self._roster = roster
-        if policy is not None:
-            roster.decode.use(policy)
-            roster.prefill.use(prefill_policy or type(policy)())
-        self._admission = Admission(max_queue, max_wait)
+        self._tiers = {name: _TierQueue(pool, max_queue, max_wait) for name, pool in roster.decode.items()}
         self._reserve_after = reserve_after
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()
-        self._decode_queue: FairQueue[Job] = FairQueue()
         self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
-        self._absent_since: dict[common_pb2.Stage, float] = {}
-        self._largest: dict[common_pb2.Stage, float] = {}
+        self._absent_since: dict[Pool, float] = {}
+        self._largest: dict[Pool, float] = {}
+        self._decode_placements = 0
         self._newly_queued: list[Job] = []  # jobs queued since the last poll
 
     @property
     def num_waiting(self) -> int:
         """Number of jobs that wait for a worker of either stage."""
-        return len(self._decode_queue) + len(self._prefill_queue)
+        return self._num_waiting_for_decode + len(self._prefill_queue)
+
+    @property
+    def _num_waiting_for_decode(self) -> int:
+        return sum(len(tier.jobs) for tier in self._tiers.values())
+
+    def waiting_by_tier(self) -> dict[str, int]:
+        """Number of jobs that wait for a worker of either stage, by tier. Callable from any thread."""
+        waiting = {name: len(tier.jobs) for name, tier in self._tiers.items()}
+        for job in list(self._prefill_queue):
+            waiting[job.tier] += 1
+        return waiting
+
+    def running_by_tier(self) -> dict[str, int]:
+        """Number of jobs that run on workers, by tier. Callable from any thread."""
+        running = dict.fromkeys(self._tiers, 0)
+        for job in list(self._jobs):
+            running[job.tier] += job.state in (JobState.PLACED, JobState.RUNNING)
+        return running
 
     def waiting(self) -> Iterator[Job]:
         """Yields the jobs that wait for a worker of either stage."""
-        yield from self._decode_queue
+        for tier in self._tiers.values():
+            yield from tier.jobs
         yield from self._prefill_queue
 
-    def queued(self, stage: common_pb2.Stage) -> int:
-        """Number of jobs that wait for a worker of ``stage``.
+    def queued(self, pool: Pool) -> int:
+        """Number of jobs that wait for a worker of ``pool``.
 
         When no prefill slot is free, jobs that wait for a decode worker count for prefill as well.
         """
-        if stage == DECODE:
-            return len(self._decode_queue)
-        free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
-        return len(self._prefill_queue) + (len(self._decode_queue) if free <= 0 else 0)
+        if pool is not self._roster.prefill:
+            return len(self._waiting_for(pool))
+        return len(self._prefill_queue) + (self._num_waiting_for_decode if self._free_prefill_slots <= 0 else 0)
+
+    @property
+    def _free_prefill_slots(self) -> int:
+        """Prefill slots that are left when each job on a decode worker that will need one has one."""
+        return self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
 
     @property
     def num_jobs(self) -> int:
         """Number of jobs that are not finished."""
         return len(self._jobs)
 
+    def expected_ttft(self, tier: str, priority: int, key: str) -> float | None:
+        """Seconds until the first token of a new job, as far as its tier's queue decides; None while unknown."""
+        queue = self._tiers[tier]
+        return queue.admission.expected_ttft(queue.jobs.ahead(priority, key))
+
+    def prefill_is_free(self) -> bool:
+        """True if a new job would get a prefill slot as soon as it has a decode worker."""
+        return self._free_prefill_slots > 0
+
     def admit(
-        self, priority: int, key: str, now: float, deadline: float | None, *, client_resumes: bool = False
+        self, tier: str, priority: int, key: str, now: float, deadline: float | None, *, client_resumes: bool = False
     ) -> None:
         """Raises if a new job would be refused now. It is cheap; call it before any other work for a request.
 
         Args:
+            tier: tier that would write its answer.
             client_resumes: True if the client has part of the answer already.
 
         Raises:
             Overloaded: the job would be refused; the error says when to try again.
         """
-        waiting, ahead = self._decode_queue.waiting(priority), self._decode_queue.ahead(priority, key)
-        self._admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)
+        queue = self._tiers[tier]
+        waiting, ahead = queue.jobs.waiting(priority), queue.jobs.ahead(priority, key)
+        queue.admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)
 
     def submit(self, job: Job, now: float) -> None:
         """Queues a new job.
@@ -159,7 +200,7 @@ class Dispatcher:
         """
         if error := self._too_large(job):
             raise error
-        self.admit(job.priority, job.key, now, job.deadline, client_resumes=bool(job.emitted))
+        self.admit(job.tier, job.priority, job.key, now, job.deadline, client_resumes=bool(job.emitted))
         self._jobs.add(job)
         self._wait(job, now)
 
@@ -198,10 +239,10 @@ class Dispatcher:
             load: the worker's load from its refusal, or None.
         """
         if job.decode is not None:
-            self._roster.decode.refused(job.decode, load)
+            self._decode_pool(job).refused(job.decode, load)
         self._detach(job)
         job.state = JobState.WAITING
-        self._decode_queue.push_front(job)
+        self._tiers[job.tier].jobs.push_front(job)
         self._newly_queued.append(job)
 
     def lost(self, job: Job, now: float, *, gone: bool) -> None:
@@ -213,7 +254,7 @@ class Dispatcher:
         if job.decode is not None:
             job.avoid.add(job.decode.key)
             if gone:
-                self._roster.decode.pause(job.decode)
+                self._decode_pool(job).pause(job.decode)
         self._detach(job)
         job.migrated = True
         self._wait(job, now)
@@ -245,38 +286,58 @@ class Dispatcher:
             self._roster.prefill.release(job.prefill)
             job.prefill = None
             if now is not None and job.placed_at is not None and not job.migrated:
-                self._admission.first_token(now - job.placed_at)
+                self._tiers[job.tier].admission.first_token(now - job.placed_at)
 
     def finish(self, job: Job) -> None:
         """Removes the job and releases its slots. It may be in any state, and the call may be repeated."""
         if job in self._jobs:
-            self._decode_queue.refund(job, max(0, job.charged - job.used_tokens))
+            self._tiers[job.tier].jobs.refund(job, max(0, job.charged - job.used_tokens))
         self._detach(job)
         job.state = JobState.FINISHED
         self._jobs.discard(job)
 
     def report(self, worker: Worker, report: registry_pb2.Report, now: float) -> None:
         """Applies a worker's report."""
-        self._roster.pool(worker.info.stage).report(worker, report, now)
+        self._roster.pool_of(worker).report(worker, report, now)
 
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now, and rejects jobs that no worker can serve."""
-        self._admission.departure_rate.observe(now, len(self._decode_queue))
-        for pool in (self._roster.prefill, self._roster.decode):
+        self._observe_departures(now)
+        for pool in self._roster.pools():
             pool.expire(now)
+        self._fall_back(now)
         outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
         if self._prefill_queue:
             outcomes += self._place_prefill()
-        if self._decode_queue:
-            outcomes += self._place_decode(now)
-        self._admission.departure_rate.observe(now, len(self._decode_queue))
+        outcomes += self._place_decode(now)
+        self._observe_departures(now)
         return outcomes
+
+    def _observe_departures(self, now: float) -> None:
+        for tier in self._tiers.values():
+            tier.admission.departure_rate.observe(now, len(tier.jobs))
 
     def _wait(self, job: Job, now: float) -> None:
         job.state = JobState.WAITING
         job.waiting_since = now
-        self._decode_queue.append(job)
+        self._tiers[job.tier].jobs.append(job)
         self._newly_queued.append(job)
+
+    def _decode_pool(self, job: Job) -> Pool:
+        return self._roster.decode[job.tier]
+
+    def _fall_back(self, now: float) -> None:
+        """Moves the jobs that may leave a tier without workers to the tiers to which they fall back."""
+        for tier in self._tiers.values():
+            if tier.pool.index.present:
+                continue
+            for job in [job for job in tier.jobs if job.fallback]:
+                other = self._roster.decode[job.fallback]
+                if other is not tier.pool and other.index.present:
+                    tier.jobs.discard(job)
+                    tier.jobs.refund(job, max(0, job.charged - job.used_tokens))
+                    job.tier, job.charged = job.fallback, 0
+                    self._wait(job, now)
 
     def _want_prefill(self, job: Job) -> None:
         job.state = JobState.WANTS_PREFILL
@@ -286,11 +347,11 @@ class Dispatcher:
     def _detach(self, job: Job) -> None:
         """Removes the job from the queues and from its workers."""
         self._reserving.discard(job)
-        self._decode_queue.discard(job)
+        self._tiers[job.tier].jobs.discard(job)
         self._prefill_queue.discard(job)
         self.prefill_done(job)
         if job.decode is not None:
-            self._roster.decode.release(job.decode)
+            self._decode_pool(job).release(job.decode)
             job.decode = None
 
     def _place_prefill(self) -> Iterator[Placement]:
@@ -312,12 +373,28 @@ class Dispatcher:
         pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
-        pool, queue = self._roster.decode, self._decode_queue
+        """Places waiting jobs on decode workers: the best rank first, then the tier with the oldest placement."""
+        waiting = [tier for tier in self._tiers.values() if tier.jobs]
+        if len(waiting) == 1:  # as in every stack with one tier
+            for job, worker in self._placeable(waiting[0], now):
+                yield self._place(job, worker, now)
+            return
+        # Placing a job of one tier changes nothing for the next job of another but the number of free prefill slots.
+        found = [(tier, search) for tier in waiting if (search := _Search(self._placeable(tier, now))).next is not None]
+        while found and self._free_prefill_slots > 0:
+            tier, search = min(found, key=lambda entry: (*entry[1].rank, entry[0].last_placed))
+            assert search.next is not None
+            yield self._place(*search.next, now)
+            search.advance()
+            if search.next is None:
+                found.remove((tier, search))
+
+    def _placeable(self, tier: _TierQueue, now: float) -> Iterator[tuple[Job, Worker]]:
+        """Yields the jobs of a tier that can be placed now, in order. The caller places each before the next."""
+        pool, queue = tier.pool, tier.jobs
         holder: Job | None = None  # the blocked job that reserves capacity
         for job in queue:
-            # Keep a prefill slot for each job on a decode worker that will need one.
-            free = self._roster.prefill.index.free_credits - len(self._reserving) - len(self._prefill_queue)
-            if free <= 0 or pool.index.max_room < queue.smallest_need:
+            if self._free_prefill_slots <= 0 or pool.index.max_room < queue.smallest_need:
                 return
             if holder is not None and pool.index.admissible.smallest >= holder.total_tokens:
                 return  # every admissible worker is reserved for the holder
@@ -325,8 +402,7 @@ class Dispatcher:
             if self._prefill_may_come(job):
                 worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, holder)
             if worker is not None:
-                self._place(job, worker, now)
-                yield Placement(job, worker)
+                yield job, worker
             elif holder is None and now - job.waiting_since >= self._reserve_after:
                 holder = job
 
@@ -337,16 +413,19 @@ class Dispatcher:
             return pool.index.admissible.largest >= job.prompt_tokens
         return self._find(pool, job, job.prompt_tokens) is not None
 
-    def _place(self, job: Job, worker: Worker, now: float) -> None:
+    def _place(self, job: Job, worker: Worker, now: float) -> Placement:
+        tier = self._tiers[job.tier]
         if now > job.waiting_since:
-            self._admission.departure_rate.departed()
-        pool = self._roster.decode
+            tier.admission.departure_rate.departed()
+        self._decode_placements += 1
+        tier.last_placed = self._decode_placements
         job.decode, job.placed_at = worker, now
-        pool.policy.placed(job, worker)
-        pool.place(worker, job.reserve_tokens)
-        self._decode_queue.take(job)
+        tier.pool.policy.placed(job, worker)
+        tier.pool.place(worker, job.reserve_tokens)
+        tier.jobs.take(job)
         self._reserving.add(job)
         job.state = JobState.PLACED
+        return Placement(job, worker)
 
     def _find(
         self, pool: Pool, job: Job, tokens: int, room: int | None = None, holder: Job | None = None
@@ -388,16 +467,16 @@ class Dispatcher:
         return pool.index.alive.holding(tokens) > failed
 
     def _too_large(self, job: Job) -> PromptTooLong | None:
-        needs = ((self._roster.prefill, job.prompt_tokens), (self._roster.decode, job.total_tokens))
+        needs = ((self._roster.prefill, job.prompt_tokens), (self._decode_pool(job), job.total_tokens))
         for pool, tokens in needs:
             not_draining = pool.index.not_draining
             if not_draining and not_draining.largest < tokens:
                 field = "prompt" if job.prompt_tokens >= (pool.capacity_tokens or 0) else "sampling.max_tokens"
                 what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
+                advice = "shorten the prompt" if field == "prompt" else "ask for fewer tokens"
                 return PromptTooLong(
                     field,
-                    f"{what} needs {tokens} tokens; the largest {STAGE_NAMES[pool.stage]} worker holds "
-                    f"{pool.capacity_tokens}",
+                    f"{what} needs {tokens} tokens; the largest {pool.title} holds {pool.capacity_tokens}: {advice}",
                 )
         return None
 
@@ -405,35 +484,35 @@ class Dispatcher:
         """Rejects waiting jobs that have become too large for every worker.
 
         Checks newly queued jobs always, because the largest worker may have left while they were on a worker. Checks
-        all jobs when the largest worker has become smaller.
+        all jobs when the largest worker of a pool has become smaller.
         """
         smaller = False
-        for pool in (self._roster.prefill, self._roster.decode):
+        for pool in self._roster.pools():
             not_draining = pool.index.not_draining
             largest = not_draining.largest if not_draining else math.inf  # without workers, no job is too large
-            smaller = smaller or largest < self._largest.get(pool.stage, math.inf)
-            self._largest[pool.stage] = largest
+            smaller = smaller or largest < self._largest.get(pool, math.inf)
+            self._largest[pool] = largest
         queued, self._newly_queued = self._newly_queued, []
-        for job in [*self._decode_queue, *self._prefill_queue] if smaller else queued:
+        for job in list(self.waiting()) if smaller else queued:
             waits = job.state in (JobState.WAITING, JobState.WANTS_PREFILL)
             if waits and (error := self._too_large(job)):
                 yield self._reject(job, error)
 
     def _reject_absent(self, now: float) -> Iterator[Rejection]:
-        for pool in (self._roster.prefill, self._roster.decode):
+        for pool in self._roster.pools():
             if pool.index.present:
-                self._absent_since.pop(pool.stage, None)
+                self._absent_since.pop(pool, None)
                 continue
-            absent = now - self._absent_since.setdefault(pool.stage, now)
+            absent = now - self._absent_since.setdefault(pool, now)
             if absent < self._max_absence(pool):
                 continue
-            waiting = list(self._decode_queue)
-            if pool.stage == PREFILL:
-                waiting += self._prefill_queue
+            waiting = list(self.waiting()) if pool is self._roster.prefill else [*self._waiting_for(pool)]
             for job in waiting:
-                yield self._reject(
-                    job, Unavailable(f"no {STAGE_NAMES[pool.stage]} worker has reported for {absent:.0f} s")
-                )
+                message = f"no {pool.title} has reported for {absent:.0f} s; `overfill status` shows the workers"
+                yield self._reject(job, Unavailable(message))
+
+    def _waiting_for(self, pool: Pool) -> FairQueue[Job]:
+        return next(tier.jobs for tier in self._tiers.values() if tier.pool is pool)
 
     def _max_absence(self, pool: Pool) -> float:
         """Returns the seconds for which jobs wait while ``pool`` has no worker."""
@@ -444,3 +523,27 @@ class Dispatcher:
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)
         return Rejection(job, error)
+
+
+class _Search:
+    """A tier's next job that can be placed, with its worker.
+
+    Attributes:
+        next: the job and the worker; None when there is no other.
+    """
+
+    def __init__(self, placeable: Iterator[tuple[Job, Worker]]) -> None:
+        self._placeable = placeable
+        self.next: tuple[Job, Worker] | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """Looks for the next job. Call it after the current one has been placed."""
+        self.next = next(self._placeable, None)
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Rank of the job among those of all tiers: resumed work goes first, then priority counts."""
+        assert self.next is not None
+        job, _ = self.next
+        return not job.migrated, job.priority

@@ -19,23 +19,29 @@ def check(dispatcher: Dispatcher, now: float) -> None:
 
     Call it after ``dispatcher.poll``.
     """
-    roster, jobs, reserving = dispatcher._roster, dispatcher._jobs, dispatcher._reserving
-    decode_queue, prefill_queue = dispatcher._decode_queue, dispatcher._prefill_queue
-    _check_books(roster, jobs, reserving, decode_queue, prefill_queue)
-    for pool in (roster.prefill, roster.decode):
+    roster, reserving, prefill_queue = dispatcher._roster, dispatcher._reserving, dispatcher._prefill_queue
+    _check_books(dispatcher)
+    for pool in roster.pools():
         pool.check(now)
-    for job in (*decode_queue, *prefill_queue):
-        for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode, job.total_tokens)):
+    for job in dispatcher.waiting():
+        for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode[job.tier], job.total_tokens)):
             lasting = [w for w in pool if not w.draining]
             _require(not lasting or any(w.could_hold(tokens) for w in lasting), f"{job.id} waits although too large")
     for job in prefill_queue:
         _require(not _prefill_choices(roster, job, now), f"{job.id} waits although a prefill slot is free")
     slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)
+    for tier in dispatcher._tiers.values():
+        _check_decode_queue(dispatcher, tier.jobs, tier.pool, slots, now)
+
+
+def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue[Job], pool: Pool, slots: int, now: float) -> None:
     holder: Job | None = None
-    for job in decode_queue:
+    for job in queue:
+        if job.fallback and dispatcher._roster.decode[job.fallback].num_ready:
+            _require(any(w.alive(now) or w.starting for w in pool), f"{job.id} waits although it may fall back")
         choices: list[Worker] = []
-        if slots > 0 and _prefill_choices(roster, job, now):
-            large = _usable(roster.decode, job, job.total_tokens, now)
+        if slots > 0 and _prefill_choices(dispatcher._roster, job, now):
+            large = _usable(pool, job, job.total_tokens, now)
             choices = [w for w in large if w.admissible(now) and w.has_room(job.reserve_tokens)]
         if holder is not None:
             choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
@@ -44,26 +50,29 @@ def check(dispatcher: Dispatcher, now: float) -> None:
         _require(not choices, f"{job.id} waits although a decode worker can take it")
 
 
-def _check_books(
-    roster: Roster, jobs: set[Job], reserving: set[Job], decode_queue: FairQueue[Job], prefill_queue: FairQueue[Job]
-) -> None:
-    for pool, attribute in ((roster.decode, "decode"), (roster.prefill, "prefill")):
+def _check_books(dispatcher: Dispatcher) -> None:
+    roster, jobs, reserving = dispatcher._roster, dispatcher._jobs, dispatcher._reserving
+    tiers, prefill_queue = dispatcher._tiers, dispatcher._prefill_queue
+    for pools, attribute in ((roster.decode.values(), "decode"), ([roster.prefill], "prefill")):
         held: dict[Worker, int] = {}
         for job in jobs:
             if (worker := getattr(job, attribute)) is not None:
                 held[worker] = held.get(worker, 0) + 1
-        for worker in {*pool, *held}:
+        for worker in {*(worker for pool in pools for worker in pool), *held}:
             _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight} requests")
     for job in jobs:
         _require(job.state is not JobState.FINISHED, f"{job.id} is finished and still listed")
-        _require((job in decode_queue) == (job.state is JobState.WAITING), f"{job.id}: decode queue")
+        for name, tier in tiers.items():
+            waits = job.state is JobState.WAITING and job.tier == name
+            _require((job in tier.jobs) == waits, f"{job.id}: queue of the tier {name}")
+        _require(job.decode is None or job.decode.info.tier == job.tier, f"{job.id} is on a worker of another tier")
         _require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
         _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
         _require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
-    _require({*decode_queue, *prefill_queue} <= jobs, "a finished job waits")
+    _require({*dispatcher.waiting()} <= jobs, "a finished job waits")
     placed = {j for j in jobs if j.state is JobState.PLACED}
     _require(reserving == {j for j in placed if j.prefill is None}, "jobs that reserve blocks and hold no prefill slot")
-    for queue in (decode_queue, prefill_queue):
+    for queue in (*(tier.jobs for tier in tiers.values()), prefill_queue):
         _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
         _require(_ordered(queue), "migrated work and smaller priorities go first")
 

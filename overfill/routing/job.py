@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import Worker
 
 
@@ -25,6 +26,8 @@ class Job:
     Attributes:
         id: request id, for messages.
         prompt_tokens, max_tokens: number of prompt tokens, and maximum number of answer tokens.
+        tier: name of the tier that writes the answer. The dispatcher changes it only to ``fallback``.
+        fallback: name of the tier to which the job goes when its tier has no worker left; empty means none.
         migrated: True once this router has moved the job to another worker or prefills it again; it then goes before
             new work. An answer that a client resumes after losing its router is new here: the router cannot check the
             client's claim.
@@ -44,6 +47,8 @@ class Job:
     id: str
     prompt_tokens: int
     max_tokens: int
+    tier: str = DEFAULT_TIER
+    fallback: str = ""
     migrated: bool = field(default=False, init=False)
     emitted: int = 0
     priority: int = 0

@@ -1,17 +1,20 @@
-"""The pools of workers: per stage, the joined workers, their latest reports and this router's requests on them.
+"""The pools of workers: the prefill workers, and the decode workers of each tier. A pool has its joined workers, their
+latest reports and this router's requests on them.
 
 Every call that depends on time takes ``now`` (seconds, monotonic). No I/O: the registry passes the reports in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from overfill.errors import Incompatible
 from overfill.kv.handshake import check_same
 from overfill.routing.index import Index
 from overfill.routing.policy import LeastLoad, Policy
-from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
+from overfill.routing.tier import Tier
+from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 MAX_STARTUP_TIMES = 8
@@ -19,14 +22,16 @@ MAX_STARTUP_TIMES = 8
 
 
 class Pool:
-    """The joined workers of one stage, one per id. Every change to a worker goes through its pool.
+    """The joined workers of one stage and tier, one per id. Every change to a worker goes through its pool.
 
     Attributes:
+        tier: name of the tier of a decode pool; empty for prefill.
         index: totals over the workers and the order of the policy; valid right after ``expire``.
     """
 
-    def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None) -> None:
+    def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None, tier: str = "") -> None:
         self.stage = stage
+        self.tier = tier
         self.index = Index(policy or LeastLoad())
         self._startups: dict[tuple[str, int], float] = {}  # seconds, of the latest workers to join, by key
         self._workers: dict[str, Worker] = {}
@@ -41,6 +46,11 @@ class Pool:
 
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
+
+    @property
+    def title(self) -> str:
+        """What the pool's workers are, for messages, such as "decode worker of the tier 'fast'"."""
+        return STAGE_NAMES[self.stage] + " worker" + (f" of the tier {self.tier!r}" if self.tier else "")
 
     @property
     def policy(self) -> Policy:
@@ -158,45 +168,96 @@ class Pool:
             self.index.refresh(worker)
 
 
-@dataclass(slots=True)
 class Roster:
-    """The pools of both stages. All workers have the same full model and KV geometry.
+    """The pools of all stages and tiers. All workers have the same full model and KV geometry.
 
     Args:
         expected: values required of every worker, by field of ``KvIdentity.flat()``, such as ``full_digest``.
+        tiers: the tiers of the stack, the default one first. Each has a pool of decode workers.
+
+    Attributes:
+        tiers: the tiers by name.
+        prefill: the prefill workers, which all tiers share.
+        decode: the decode workers of each tier, by its name.
     """
 
-    expected: Mapping[str, object] = field(default_factory=dict)
-    prefill: Pool = field(default_factory=lambda: Pool(PREFILL))
-    decode: Pool = field(default_factory=lambda: Pool(DECODE))
+    def __init__(self, expected: Mapping[str, object] | None = None, tiers: Sequence[Tier] = (Tier(),)) -> None:
+        self._expected = expected or {}
+        self.tiers = {tier.name: tier for tier in tiers}
+        self.prefill = Pool(PREFILL)
+        # Messages of a stack with one pair do not speak of tiers.
+        self.decode = {name: Pool(DECODE, tier=name if len(tiers) > 1 else "") for name in self.tiers}
 
-    def pool(self, stage: common_pb2.Stage) -> Pool:
-        return self.prefill if stage == PREFILL else self.decode
+    def use(self, prefill: Policy, decode: Callable[[], Policy]) -> None:
+        """Replaces the policies. Every tier's pool gets its own from ``decode``."""
+        self.prefill.use(prefill)
+        for pool in self.decode.values():
+            pool.use(decode())
+
+    @property
+    def default_tier(self) -> str:
+        """Name of the tier of requests that name none."""
+        return next(iter(self.tiers))
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Returns all pools: prefill, then one per tier."""
+        return (self.prefill, *self.decode.values())
+
+    def pool_of(self, worker: Worker) -> Pool:
+        """Returns the pool to which a worker that has joined belongs."""
+        return self.prefill if worker.info.stage == PREFILL else self.decode[worker.info.tier]
 
     def find(self, worker_id: str) -> Worker | None:
-        """Returns the joined worker with this id, of either stage, or None."""
-        return self.prefill.get(worker_id) or self.decode.get(worker_id)
+        """Returns the joined worker with this id, of any pool, or None."""
+        return next((worker for pool in self.pools() if (worker := pool.get(worker_id)) is not None), None)
 
     def unready_stages(self, now: float) -> list[common_pb2.Stage]:
-        """Returns the stages without a ready worker. No request can be answered unless the list is empty."""
-        for pool in (self.prefill, self.decode):
+        """Returns the stages without a ready worker. No request can be answered unless the list is empty.
+
+        A decode worker of any tier counts: the answers of the other tiers do not depend on a tier without workers.
+        """
+        for pool in self.pools():
             pool.expire(now)
-        return [pool.stage for pool in (self.prefill, self.decode) if not pool.num_ready]
+        ready = {PREFILL: self.prefill.num_ready, DECODE: sum(pool.num_ready for pool in self.decode.values())}
+        return [stage for stage, count in ready.items() if not count]
 
     def workers(self) -> list[Worker]:
-        """Returns all joined workers, ordered by stage and id."""
-        return sorted([*self.prefill, *self.decode], key=lambda w: (w.info.stage, w.id))
+        """Returns all joined workers, ordered by stage, tier and id."""
+        return [worker for pool in self.pools() for worker in sorted(pool, key=lambda worker: worker.id)]
 
     def join(self, info: WorkerInfo) -> Worker:
         """Adds ``info``'s worker to its pool.
 
         Raises:
-            Incompatible: the worker differs from ``expected`` or from the joined workers; ``fields`` names where.
+            Incompatible: the worker differs from ``expected`` or from the joined workers, there is no such tier, or its
+                decoder is not the tier's; ``fields`` names where.
         """
-        ours = dict(self.expected)
+        ours = dict(self._expected)
         for worker in self.workers():
             if worker.id != info.id:
                 ours = worker.info.identity.flat() | ours
                 break
         check_same(ours, info.identity.flat(), f"worker {info.id} does not fit this router's workers")
-        return self.pool(info.stage).join(info)
+        if info.stage == PREFILL:
+            return self.prefill.join(info)
+        info = replace(info, tier=self._tier_of(info))
+        pool = self.decode[info.tier]
+        decoder = dict(self.tiers[info.tier].decoder)
+        other = next((worker for worker in pool if worker.id != info.id), None)
+        if other is not None:
+            decoder = {**other.info.decoder, **decoder}
+        tier = f"the tier {info.tier!r}" if pool.tier else "this stack's pair"
+        check_same(decoder, info.decoder, f"worker {info.id} runs another decoder than {tier}")
+        return pool.join(info)
+
+    def _tier_of(self, info: WorkerInfo) -> str:
+        if not info.tier and len(self.tiers) == 1:
+            return self.default_tier
+        if info.tier in self.tiers:
+            return info.tier
+        names = ", ".join(map(repr, self.tiers))
+        given = f"belongs to the tier {info.tier!r}" if info.tier else "names no tier"
+        raise Incompatible(
+            f"worker {info.id} {given}; this router has the tiers {names}: give the worker --tier with one of them",
+            ["hello.tier"],
+        )

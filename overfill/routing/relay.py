@@ -27,6 +27,7 @@ from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.attempt import Attempt, AttemptEnd, GaveUp
 from overfill.routing.dispatcher import Job
 from overfill.routing.stream import DecodeConnector
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
@@ -79,7 +80,7 @@ class Relay:
             attempt sends a copy, in which it sets the fields of the attempt.
         received: time when the router received the request, seconds on the event loop's clock.
         deadline: seconds on the same clock, or None.
-        priority, key, block_keys: see ``Job``.
+        tier, fallback, priority, key, block_keys: see ``Job``.
         max_attempts: number of decode workers lost in a row, or of prefill failures in a row, after which the request
             is given up. A new token restarts both counts.
         observer: receives the failures of attempts.
@@ -100,6 +101,8 @@ class Relay:
         *,
         received: float,
         deadline: float | None = None,
+        tier: str = DEFAULT_TIER,
+        fallback: str = "",
         priority: int = 0,
         key: str = "",
         block_keys: PromptKeys | None = None,
@@ -116,12 +119,14 @@ class Relay:
             prompt_tokens=len(start.prompt_token_ids),
             max_tokens=start.sampling.max_tokens,
             emitted=len(start.emitted_token_ids),
+            tier=tier,
+            fallback=fallback,
             priority=priority,
             key=key,
             deadline=deadline,
             block_keys=block_keys,
         )
-        self.answer = AnswerState(start.emitted_token_ids, start.sampling.max_tokens, received)
+        self.answer = AnswerState(start.emitted_token_ids, start.sampling.max_tokens, received, tier)
         self.decode_worker = ""
         self.decode_engine = ""
         self.client_resumed = bool(start.emitted_token_ids)
@@ -136,6 +141,11 @@ class Relay:
         self._losses = 0  # lost workers in total
         self._losses_in_a_row = 0  # since the last new token
         self._known = len(start.emitted_token_ids)  # tokens of the answer when a worker was lost last
+
+    @property
+    def tier(self) -> str:
+        """Tier that writes the answer now."""
+        return self._job.tier
 
     @property
     def placed(self) -> bool:
@@ -234,6 +244,7 @@ class Relay:
     def _open_attempt(self, worker: Worker) -> None:
         self._opened += 1
         self.decode_worker, self.decode_engine = worker.id, worker.info.engine
+        self.answer.enter_tier(worker.info.tier)
         span = self._attempt_span = tracing.child(
             "router.attempt", "client", self._parent, worker=worker.id, attempt=self._opened
         )

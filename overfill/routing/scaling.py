@@ -7,10 +7,13 @@ It predicts from arrival rates, lengths of prompts and answers, and the measured
     decode    Little's law: concurrent sequences, plus a margin for random variation, divided by the largest batch
               whose step meets the ITL objective and whose KV fits
 
+Each tier has a decode pool with arrivals, lengths of answers, step cost, objectives and bounds of its own. All tiers
+share the prefill pool, which follows the sum of their arrivals and the shortest of their TTFT objectives.
+
 An existing queue counts as load to be worked off within ``catch_up`` seconds. A pool grows at once. It shrinks only to
 the maximum need of the last ``stabilise`` seconds, with ``hysteresis`` on top.
 
-The owner of the workers calls ``targets`` about once a second and starts or drains workers. The result holds every
+The owner of the workers calls ``targets`` every ``INTERVAL`` and starts or drains workers. The result holds every
 number that the decision used, under a stable name, for metrics and plots.
 """
 
@@ -24,6 +27,10 @@ from statistics import NormalDist
 
 from overfill.routing.arrivals import AnswerLengths, Arrivals
 from overfill.routing.capacity import PrefillRate, StepCost, StepTime
+from overfill.routing.tier import DEFAULT_TIER
+
+INTERVAL = 1.0
+"""Seconds between decisions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,7 @@ class ScalingConfig:
         ttft, itl: objectives; ``itl`` is a request's mean gap between tokens.
         quantile: fraction of requests that must meet the objectives.
         prefill, decode: bounds of the pools.
-        max_total: maximum number of workers of both pools. When more are needed, both get the same share of their need.
+        max_total: maximum number of workers of all pools. When more are needed, all get the same share of their need.
         use_all: True to keep all ``max_total`` workers running and only divide them between the pools.
         prefill_rate: prior for the prompt tokens per second that a prefill worker computes.
         step: prior for the cost of a decode step.
@@ -93,8 +100,6 @@ class ScalingConfig:
             raise ValueError(f"long_window {self.long_window} is shorter than short_window {self.short_window}")
         if self.use_all and self.max_total is None:
             raise ValueError("use_all needs max_total, the number of workers to divide")
-        if self.max_total is not None and self.max_total < max(1, self.prefill.min) + max(1, self.decode.min):
-            raise ValueError(f"max_total {self.max_total} is less than the sum of both pools' minima (at least 1 each)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +142,11 @@ class PoolTarget:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The recommended sizes of both pools at time ``at``."""
+    """The recommended sizes of all pools at time ``at``; the decode pools by tier."""
 
     at: float
     prefill_pool: PoolTarget
-    decode_pool: PoolTarget
+    decode_pools: Mapping[str, PoolTarget]
 
     @property
     def prefill(self) -> int:
@@ -149,76 +154,108 @@ class Targets:
 
     @property
     def decode(self) -> int:
-        return self.decode_pool.workers
+        """Number of decode workers of all tiers together."""
+        return sum(pool.workers for pool in self.decode_pools.values())
 
-    def numbers(self) -> dict[str, float]:
-        """Returns flat numbers for metrics: ``<stage>_target``, ``<stage>_need`` and ``<stage>_<input>``."""
-        out: dict[str, float] = {}
-        for name, pool in (("prefill", self.prefill_pool), ("decode", self.decode_pool)):
-            out |= {f"{name}_target": float(pool.workers), f"{name}_need": pool.need}
-            out |= {f"{name}_{key}": value for key, value in pool.inputs.items()}
-        return out
+    def pools(self) -> list[tuple[str, str, PoolTarget]]:
+        """Returns stage, tier and target of each pool. The prefill pool has the tier ""."""
+        decode = [("decode", tier, pool) for tier, pool in self.decode_pools.items()]
+        return [("prefill", "", self.prefill_pool), *decode]
 
 
 class Scaler:
-    """The policy. Feed it with ``arrived``, ``finished`` and ``prefilled``; then call ``targets``."""
+    """The policy. Feed it with ``arrived``, ``finished`` and ``prefilled``; then call ``targets``.
 
-    def __init__(self, config: ScalingConfig) -> None:
-        self.config = config
+    Args:
+        config: settings of the prefill pool, and limits of all pools together.
+        tiers: settings of each tier, of which those for decode and ``ttft`` count. None means one tier with ``config``.
+    """
+
+    def __init__(self, config: ScalingConfig, tiers: Mapping[str, ScalingConfig] | None = None) -> None:
+        tiers = {DEFAULT_TIER: config} if tiers is None else tiers
+        self.config = replace(config, ttft=min(tier.ttft for tier in tiers.values()))
         self._arrivals = Arrivals(config.short_window, config.long_window, config.significance)
-        self._answers = AnswerLengths(config.long_window, config.prompt_tokens, config.answer_tokens)
         self._prefill_rate = PrefillRate(config.prefill_rate)
-        self._step = StepTime(config.step)
         self._prefill = _Follower(config.prefill, config)
-        self._decode = _Follower(config.decode, config)
-        self._shared: int | None = None  # prefill's part of ``max_total`` while the pools share it
+        self._tiers = {name: _DecodePool(tier) for name, tier in tiers.items()}
+        self._shares: list[int] | None = None  # parts of ``max_total``, prefill's first, while the pools share it
+        minima = sum(max(1, follower.bounds.min) for follower in self._followers)
+        if config.max_total is not None and config.max_total < minima:
+            raise ValueError(
+                f"max_total {config.max_total} is less than {minima}, the sum of all pools' minima (at least 1 each)"
+            )
 
-    def arrived(self, now: float, prompt_tokens: int, cached_tokens: int = 0) -> None:
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        return tuple(self._tiers)
+
+    def arrived(self, tier: str, now: float, prompt_tokens: int, cached_tokens: int = 0) -> None:
         """Counts a request; ``cached_tokens`` of its prompt are expected in a prefix cache."""
-        self._arrivals.add(now, max(1, prompt_tokens - cached_tokens))
+        tokens = max(1, prompt_tokens - cached_tokens)
+        self._arrivals.add(now, tokens)
+        self._tiers[tier].arrivals.add(now, tokens)
 
-    def finished(self, now: float, prompt_tokens: int, answer_tokens: int, itl: float = 0.0, batch: float = 0) -> None:
+    def finished(
+        self, tier: str, now: float, prompt_tokens: int, answer_tokens: int, itl: float = 0.0, batch: float = 0
+    ) -> None:
         """Counts a finished request.
 
         Args:
             itl: mean gap between its tokens, seconds; 0 for an answer of one token.
             batch: mean number of sequences on its worker, itself included. 0 means unknown.
         """
-        self._answers.add(now, prompt_tokens, answer_tokens)
-        self._step.add(batch, prompt_tokens + answer_tokens / 2, itl)
+        pool = self._tiers[tier]
+        pool.answers.add(now, prompt_tokens, answer_tokens)
+        pool.step.add(batch, prompt_tokens + answer_tokens / 2, itl)
 
     def prefilled(self, tokens: float, seconds: float) -> None:
         """Records that a prefill worker computed ``tokens`` in ``seconds``. Count a shared step's seconds only once."""
         self._prefill_rate.add(tokens, seconds)
 
-    def targets(self, now: float, prefill: PoolState, decode: PoolState) -> Targets:
-        """Returns the number of workers that each pool should have now."""
+    def expected_itl(self, tier: str, batch: float) -> float:
+        """Predicts the mean gap between tokens of a sequence of ``tier`` in a batch of this size, in seconds."""
+        pool = self._tiers[tier]
+        return pool.step.cost().seconds(batch, pool.answers.shape().context)
+
+    def targets(self, now: float, prefill: PoolState, decode: Mapping[str, PoolState]) -> Targets:
+        """Returns the number of workers that each pool should have now.
+
+        Args:
+            decode: state of each tier's decode pool.
+        """
         if self._backlog(prefill):
             # Decode workers hold their blocks for prompts that wait for prefill, so jobs queue for decode too. More
             # decode workers would not help them: count these jobs as waiting for prefill.
-            jobs, tokens = decode.waiting_jobs, decode.waiting_tokens
             prefill = replace(
-                prefill, waiting_jobs=prefill.waiting_jobs + jobs, waiting_tokens=prefill.waiting_tokens + tokens
+                prefill,
+                waiting_jobs=prefill.waiting_jobs + sum(state.waiting_jobs for state in decode.values()),
+                waiting_tokens=prefill.waiting_tokens + sum(state.waiting_tokens for state in decode.values()),
             )
-            decode = replace(decode, waiting_jobs=0, waiting_tokens=0)
-        needs = [self._prefill_need(now, prefill), self._decode_need(now, decode)]
+            decode = {tier: replace(state, waiting_jobs=0, waiting_tokens=0) for tier, state in decode.items()}
+        states = [prefill, *(decode[tier] for tier in self._tiers)]
+        needs = [
+            self._prefill_need(now, prefill),
+            *(pool.need(now, state) for pool, state in zip(self._tiers.values(), states[1:], strict=True)),
+        ]
         wanted = [
             follower.follow(now, state, need)
-            for follower, state, (need, _, _) in zip(
-                (self._prefill, self._decode), (prefill, decode), needs, strict=True
-            )
+            for follower, state, (need, _, _) in zip(self._followers, states, needs, strict=True)
         ]
         config = self.config
         limit = config.max_total
         if limit is not None and (config.use_all or sum(workers for workers, _ in wanted) > limit):
             wanted = self._share(limit, [need for need, _, _ in needs])
         else:
-            self._shared = None
-        pools = [
+            self._shares = None
+        first, *others = [
             PoolTarget(workers, need, note or why, inputs)
             for (workers, note), (need, why, inputs) in zip(wanted, needs, strict=True)
         ]
-        return Targets(now, *pools)
+        return Targets(now, first, dict(zip(self._tiers, others, strict=True)))
+
+    @property
+    def _followers(self) -> list[_Follower]:
+        return [self._prefill, *(pool.follower for pool in self._tiers.values())]
 
     def _backlog(self, prefill: PoolState) -> float:
         """Returns queued prompt tokens beyond those that the pool computes within half the TTFT objective."""
@@ -254,9 +291,50 @@ class Scaler:
             },
         )
 
-    def _decode_need(self, now: float, state: PoolState) -> tuple[float, str, dict[str, float]]:
-        config, rate, answer = self.config, self._arrivals.rate(now), self._answers.shape()
-        cost = self._step.cost()
+    def _share(self, limit: int, needs: list[float]) -> list[tuple[int, str]]:
+        """Divides ``limit`` workers between the pools, within bounds.
+
+        If the needs exceed ``limit``, all pools get the same share of their need. Otherwise each gets its need, and
+        the rest is divided by how far each pool's recent maximum exceeds its need.
+        """
+        current, followers = self._shares, self._followers
+        needed = [max(1, math.ceil(need - 1e-9)) for need in needs]
+        if sum(needed) <= limit:
+            # Keep the current split while it meets all needs: a worker that changes pools serves none for a while.
+            if current is None or any(part < least for part, least in zip(current, needed, strict=True)):
+                surplus = [max(0, f.recent_max - n) for f, n in zip(followers, needed, strict=True)]
+                whole = sum(surplus)
+                shares = [part / whole if whole else 1 / len(needed) for part in surplus]
+                rest = limit - sum(needed)
+                current = _divide(limit, [n + rest * s for n, s in zip(needed, shares, strict=True)], followers)
+        else:
+            ideal = [limit * need / sum(needs) for need in needs]
+            # The last pool gets the rest, so the other pools' parts decide.
+            if current is None or any(
+                abs(new - old) >= max(0.75, self.config.hysteresis * old)
+                for new, old in zip(ideal[:-1], current[:-1], strict=True)
+            ):
+                current = _divide(limit, ideal, followers)
+        self._shares = current
+        for follower, workers in zip(followers, current, strict=True):
+            follower.target = workers
+        return [(workers, f"share of {limit} workers") for workers in current]
+
+
+class _DecodePool:
+    """What the policy knows of one tier's decode pool."""
+
+    def __init__(self, config: ScalingConfig) -> None:
+        self._config = config
+        self.arrivals = Arrivals(config.short_window, config.long_window, config.significance)
+        self.answers = AnswerLengths(config.long_window, config.prompt_tokens, config.answer_tokens)
+        self.step = StepTime(config.step)
+        self.follower = _Follower(config.decode, config)
+
+    def need(self, now: float, state: PoolState) -> tuple[float, str, dict[str, float]]:
+        """Returns the number of workers that the pool needs, the reason, and the numbers used."""
+        config, rate, answer = self._config, self.arrivals.rate(now), self.answers.shape()
+        cost = self.step.cost()
         kv_tokens = state.kv_tokens or config.kv_tokens or 0
         batch_limit = float(config.max_batch)
         if kv_tokens:
@@ -292,38 +370,12 @@ class Scaler:
             },
         )
 
-    def _share(self, limit: int, needs: list[float]) -> list[tuple[int, str]]:
-        """Divides ``limit`` workers between the pools, within bounds.
-
-        If the needs exceed ``limit``, both pools get the same share of their need. Otherwise each gets its need, and
-        the rest is divided by how far each pool's recent maximum exceeds its need.
-        """
-        config, current = self.config, self._shared
-        low = max(1, config.prefill.min, limit - config.decode.max)
-        high = min(config.prefill.max, limit - max(1, config.decode.min))
-        needed = [max(1, math.ceil(need - 1e-9)) for need in needs]
-        if sum(needed) <= limit:
-            # Keep the current split while it meets both needs: a worker that changes pools serves neither for a while.
-            if current is None or not needed[0] <= current <= limit - needed[1]:
-                surplus = [max(0, f.recent_max - n) for f, n in zip((self._prefill, self._decode), needed, strict=True)]
-                share = surplus[0] / sum(surplus) if sum(surplus) else 0.5
-                current = needed[0] + round((limit - sum(needed)) * share)
-        else:
-            ideal = limit * needs[0] / sum(needs)
-            if current is None or abs(ideal - current) >= max(0.75, config.hysteresis * current):
-                current = round(ideal)
-        self._shared = current = max(low, min(high, current))
-        targets = [current, min(config.decode.max, limit - current)]
-        for follower, workers in zip((self._prefill, self._decode), targets, strict=True):
-            follower.target = workers
-        return [(workers, f"share of {limit} workers") for workers in targets]
-
 
 class _Follower:
     """Turns a need into a number of workers within bounds. It grows at once and shrinks slowly."""
 
     def __init__(self, bounds: Bounds, config: ScalingConfig) -> None:
-        self._bounds, self._config = bounds, config
+        self.bounds, self._config = bounds, config
         self._wanted: deque[tuple[float, int]] = (
             deque()
         )  # decreasing; holds only values that can still become the maximum
@@ -336,7 +388,7 @@ class _Follower:
 
     def follow(self, now: float, state: PoolState, need: float) -> tuple[int, str]:
         """Returns the target, and the reason if it differs from the need."""
-        bounds, config = self._bounds, self._config
+        bounds, config = self.bounds, self._config
         if self.target is None:
             self.target = min(bounds.max, max(bounds.min, state.ready + state.starting))
             self._wanted.append((now, self.target))  # keeps the initial size for ``stabilise`` seconds
@@ -355,6 +407,19 @@ class _Follower:
         if wanted < bounds.min:
             return self.target, f"minimum of the pool; {wanted} needed"
         return self.target, "" if wanted == up else f"kept until {up} has been enough for {config.stabilise:g} s"
+
+
+def _divide(limit: int, ideal: list[float], pools: list[_Follower]) -> list[int]:
+    """Divides ``limit`` workers in proportion to ``ideal``, within the pools' bounds; each pool gets at least one."""
+    low, high = [max(1, pool.bounds.min) for pool in pools], [pool.bounds.max for pool in pools]
+    parts: list[int] = []
+    for index, share in enumerate(ideal):
+        rest, later = limit - sum(parts), slice(index + 1, None)
+        least = max(low[index], rest - sum(high[later]))
+        most = min(high[index], rest - sum(low[later]))
+        part = max(least, min(most, round(rest * share / (sum(ideal[index:]) or 1.0))))
+        parts.append(min(part, high[index]))
+    return parts
 
 
 def _servers(load: float, service: float, scv: float, budget: float, quantile: float) -> float:

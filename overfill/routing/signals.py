@@ -2,6 +2,9 @@
 
 Counts only grow, so a reader that misses some reports loses nothing; all other numbers are current values. Several
 routers see the same workers but different requests. So counts and router queues add up, and workers' reports do not.
+
+Names of numbers are flat. With several tiers, a number that concerns a decode pool is there for each tier as well, with
+the tier after a dot: ``arrivals.fast`` beside ``arrivals``, which is the sum.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overfill.routing.dispatcher import Dispatcher, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import PoolState, Scaler
+from overfill.routing.worker import Worker
 from overfill.v1 import inference_pb2
 
 _FADE = 0.98  # weight of the previous prefix-cache hit rate when an answer finishes
@@ -44,19 +48,20 @@ class Signals:
     def __init__(self, roster: Roster, dispatcher: Dispatcher) -> None:
         self._roster = roster
         self._dispatcher = dispatcher
-        self._counts = dict.fromkeys(COUNTS, 0.0)
+        self._counts = {tier: dict.fromkeys(COUNTS, 0.0) for tier in roster.tiers}
         self._occupancy = _Occupancy()
         self._hit_rate = 0.0  # prefix-cache hit rate of finished prompts, in tokens
 
-    def arrived(self, prompt_tokens: int, now: float) -> None:
-        """Counts a queued request. ``now`` is in seconds, monotonic, in every method."""
+    def arrived(self, tier: str, prompt_tokens: int) -> None:
+        """Counts a queued request of ``tier``."""
         tokens = max(1.0, prompt_tokens * (1 - self._hit_rate))
-        self._add(arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
+        self._add(tier, arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
     def finished(self, answer: inference_pb2.Finished, now: float) -> None:
-        """Counts a complete answer."""
-        usage, timing = answer.usage, answer.timing
+        """Counts a complete answer. ``now`` is in seconds, monotonic, in every method."""
+        usage, timing, tier = answer.usage, answer.timing, answer.parts[-1].tier
         self._add(
+            tier,
             finished=1,
             finished_prompt_tokens=usage.prompt_tokens,
             finished_answer_tokens=usage.completion_tokens,
@@ -65,13 +70,13 @@ class Signals:
             seconds = timing.decode_ns / 1e9
             # Average over the whole decode time: at its end, the sequences beside it may all have left already.
             concurrent = self._occupancy.mean(answer.decode_worker, now - seconds, now)
-            self._add(timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
+            self._add(tier, timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
             # Divide the seconds by the number of prompts that shared the worker's steps.
             began = now - (timing.decode_ns + timing.prefill_compute_ns) / 1e9
             concurrent = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
-            self._add(prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
+            self._add(tier, prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
         if usage.prompt_tokens:
             self._hit_rate = _FADE * self._hit_rate + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
@@ -81,19 +86,44 @@ class Signals:
         Call it about once a second, because it samples the number of requests running on the workers.
         """
         self._occupancy.sample(self._roster, now)
-        numbers = dict(self._counts)
-        for stage, pool in (("prefill", self._roster.prefill), ("decode", self._roster.decode)):
-            numbers |= {f"{stage}_{name}": value for name, value in _reported(pool, now).items()}
+        numbers = {name: sum(counts[name] for counts in self._counts.values()) for name in COUNTS}
         queue = list(self._dispatcher.waiting())
-        return numbers | {
+        numbers |= _named("prefill", _reported(self._roster.prefill, now))
+        numbers |= _named("decode", _reported([w for pool in self._roster.decode.values() for w in pool], now))
+        numbers |= {
             "queued_jobs": float(len(queue)),
             "queued_for_decode": float(sum(job.state is JobState.WAITING for job in queue)),
             "queued_tokens": float(sum(job.prompt_tokens for job in queue)),
         }
+        if len(self._counts) > 1:
+            for tier, pool in self._roster.decode.items():
+                of_tier = self._counts[tier] | _named("decode", _reported(pool, now))
+                of_tier["queued_for_decode"] = float(self._dispatcher.queued(pool))
+                numbers |= {f"{name}.{tier}": value for name, value in of_tier.items()}
+        return numbers
 
-    def _add(self, **counts: float) -> None:
+    def own_pools(self, now: float) -> tuple[PoolState, dict[str, PoolState]]:
+        """Returns the prefill pool and each tier's decode pool, with only this router's requests.
+
+        Unlike the workers' reports, which count every router's requests, these numbers add up over routers.
+        """
+        queue = list(self._dispatcher.waiting())
+        prefill = self._roster.prefill
+        states = {pool: _own_requests(pool, now) for pool in self._roster.pools()}
+        states[prefill] = replace(
+            states[prefill],
+            waiting_jobs=len(queue),
+            waiting_tokens=states[prefill].waiting_tokens + sum(job.prompt_tokens for job in queue),
+        )
+        decode = {
+            tier: replace(states[pool], waiting_jobs=self._dispatcher.queued(pool), waiting_tokens=0)
+            for tier, pool in self._roster.decode.items()
+        }
+        return states[prefill], decode
+
+    def _add(self, tier: str, **counts: float) -> None:
         for name, value in counts.items():
-            self._counts[name] += value
+            self._counts[tier][name] += value
 
 
 @dataclass(slots=True)
@@ -107,55 +137,75 @@ class SignalReader:
     scaler: Scaler
     seen: dict[str, Mapping[str, float]]
 
-    def read(self, now: float, routers: Mapping[str, Mapping[str, float]]) -> tuple[PoolState, PoolState]:
-        """Feeds the growth since the last call to the scaler; returns the current prefill and decode pools."""
+    def read(
+        self, now: float, routers: Mapping[str, Mapping[str, float]]
+    ) -> tuple[PoolState, Mapping[str, PoolState]]:
+        """Feeds the growth since the last call to the scaler; returns the prefill pool and each tier's decode pool."""
         for name, numbers in routers.items():
             before = self.seen.get(name)
             # Skip the first reading of a router: its counts may hold hours of past load.
             if before is not None:
-                self._feed(now, {key: numbers[key] - before[key] for key in COUNTS})
-            self.seen[name] = {key: numbers[key] for key in COUNTS}
+                self._feed(now, {key: value - before.get(key, 0.0) for key, value in numbers.items()})
+            self.seen[name] = numbers
         for name in self.seen.keys() - routers.keys():
             del self.seen[name]
-        return pool_states(routers.values())
+        return pool_states(routers.values(), self.scaler.tiers)
 
     def _feed(self, now: float, new: Mapping[str, float]) -> None:
+        for tier in self.scaler.tiers:
+            self._feed_tier(tier, now, {name: new[_key(name, tier, new)] for name in COUNTS})
+        if new["prefill_seconds"] > 0:
+            self.scaler.prefilled(new["prefilled_tokens"], new["prefill_seconds"])
+
+    def _feed_tier(self, tier: str, now: float, new: Mapping[str, float]) -> None:
         for tokens in two_point_values(round(new["arrivals"]), new["arrived_tokens"], new["arrived_tokens_squared"]):
-            self.scaler.arrived(now, tokens)
+            self.scaler.arrived(tier, now, tokens)
         if finished := round(new["finished"]):
             prompt, answer = (round(new[f"finished_{key}_tokens"] / finished) for key in ("prompt", "answer"))
             timed = new["timed"]
             itl, batch = ((new[f"timed_{key}"] / timed if timed else 0.0) for key in ("itl_seconds", "batch"))
             for _ in range(finished):
-                self.scaler.finished(now, prompt, answer, itl, batch)
-        if new["prefill_seconds"] > 0:
-            self.scaler.prefilled(new["prefilled_tokens"], new["prefill_seconds"])
+                self.scaler.finished(tier, now, prompt, answer, itl, batch)
 
 
-def pool_states(routers: Iterable[Mapping[str, float]]) -> tuple[PoolState, PoolState]:
-    """Returns the prefill and decode pools as routers report them, without workers that have not joined yet."""
+def pool_states(
+    routers: Iterable[Mapping[str, float]], tiers: Iterable[str]
+) -> tuple[PoolState, dict[str, PoolState]]:
+    """Returns the prefill pool and each tier's decode pool as routers report them.
+
+    Workers that have not joined yet are not among them.
+    """
     reports = list(routers)
 
-    def largest(key: str) -> int:
-        return round(max((report[key] for report in reports), default=0))
+    def total(key: str, tier: str = "") -> int:
+        return round(sum(report[_key(key, tier, report)] for report in reports))
 
-    def total(key: str) -> int:
-        return round(sum(report[key] for report in reports))
+    def state(stage: str, jobs: int, tokens: int, tier: str = "") -> PoolState:
+        def largest(key: str) -> int:
+            return round(max((report[_key(f"{stage}_{key}", tier, report)] for report in reports), default=0))
 
-    def state(stage: str, jobs: int, tokens: int) -> PoolState:
         return PoolState(
-            ready=largest(f"{stage}_ready"),
-            draining=largest(f"{stage}_draining"),
-            waiting_jobs=largest(f"{stage}_waiting_jobs") + jobs,
-            waiting_tokens=largest(f"{stage}_waiting_tokens") + tokens,
-            running=largest(f"{stage}_running"),
-            kv_tokens=largest(f"{stage}_kv_tokens"),
+            ready=largest("ready"),
+            draining=largest("draining"),
+            waiting_jobs=largest("waiting_jobs") + jobs,
+            waiting_tokens=largest("waiting_tokens") + tokens,
+            running=largest("running"),
+            kv_tokens=largest("kv_tokens"),
         )
 
     return (
         state("prefill", total("queued_jobs"), total("queued_tokens")),
-        state("decode", total("queued_for_decode"), 0),
+        {tier: state("decode", total("queued_for_decode", tier), 0, tier) for tier in tiers},
     )
+
+
+def _key(name: str, tier: str, numbers: Mapping[str, float]) -> str:
+    """Returns the key of a tier's number: a router with one tier reports no number twice."""
+    return of_tier if (of_tier := f"{name}.{tier}") in numbers else name
+
+
+def _named(stage: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    return {f"{stage}_{name}": value for name, value in numbers.items()}
 
 
 def two_point_values(count: int, total: float, squares: float) -> list[int]:
@@ -169,16 +219,35 @@ def two_point_values(count: int, total: float, squares: float) -> list[int]:
     return [low] * (count // 2) + odd + [high] * (count // 2)
 
 
-def _reported(pool: Pool, now: float) -> dict[str, float]:
-    loads = [worker.report.load for worker in pool if worker.report is not None]
+def _reported(workers: Iterable[Worker], now: float) -> dict[str, float]:
+    workers = list(workers)
+    loads = [worker.report.load for worker in workers if worker.report is not None]
     return {
-        "ready": float(sum(worker.alive(now) for worker in pool)),
-        "draining": float(sum(worker.draining for worker in pool)),
+        "ready": float(sum(worker.alive(now) for worker in workers)),
+        "draining": float(sum(worker.draining for worker in workers)),
         "waiting_jobs": float(sum(load.waiting for load in loads)),
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
         "running": float(sum(load.running for load in loads)),
         "kv_tokens": float(max((load.kv_blocks_total * load.block_size for load in loads), default=0)),
     }
+
+
+def _own_requests(pool: Pool, now: float) -> PoolState:
+    """Returns the state of ``pool`` without its router's queue, and without other routers' requests on its workers."""
+    reported = _reported(pool, now)
+    tokens = 0.0
+    for worker in pool:
+        if worker.report is not None and (tokens_there := worker.report.load.queued_tokens):
+            # The router does not know how much of its prompts is computed: assume its share of the worker's requests.
+            load = worker.report.load
+            tokens += tokens_there * min(1.0, worker.in_flight / max(1, load.running + load.waiting))
+    return PoolState(
+        ready=round(reported["ready"]),
+        draining=round(reported["draining"]),
+        waiting_tokens=round(tokens),
+        running=sum(worker.in_flight for worker in pool),
+        kv_tokens=round(reported["kv_tokens"]),
+    )
 
 
 class _Occupancy:
@@ -192,12 +261,7 @@ class _Occupancy:
 
     def sample(self, roster: Roster, now: float) -> None:
         """Samples the latest reports of all workers."""
-        running = {
-            worker.id: worker.report.load.running
-            for pool in (roster.prefill, roster.decode)
-            for worker in pool
-            if worker.report is not None
-        }
+        running = {worker.id: worker.report.load.running for worker in roster.workers() if worker.report is not None}
         for worker, count in running.items():
             samples = self._samples.setdefault(worker, [(now, 0.0)])
             at, total = samples[-1]

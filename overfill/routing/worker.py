@@ -6,6 +6,7 @@ Calls that depend on time take ``now`` (seconds, monotonic).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 PREFILL = common_pb2.STAGE_PREFILL
 DECODE = common_pb2.STAGE_DECODE
 
+STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
+
 STALE_AFTER = 3.0
 """Seconds without a report after which the router places no requests on a worker. A report is due every second."""
 
@@ -27,6 +30,10 @@ class WorkerInfo:
 
     ``startup_seconds`` runs from the import of ``overfill`` until the worker was ready, without the preparation of a
     pair. 0 means unknown. ``data_addresses`` is as in ``Hello``. ``engine`` is for people; empty means unknown.
+
+    Attributes:
+        tier: decode workers: name of its tier; empty until the roster has found the stack's only one.
+        decoder: decode workers: what decides which tokens the worker writes, by field of ``ModelIdentity``.
     """
 
     id: str
@@ -39,6 +46,8 @@ class WorkerInfo:
     vocab_size: int
     startup_seconds: float = 0.0
     engine: str = ""
+    tier: str = ""
+    decoder: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
@@ -46,20 +55,13 @@ class WorkerInfo:
 
         Raises:
             InvalidRequest: a field is missing or invalid.
-            Incompatible: the worker has both stages, or a tier.
+            Incompatible: the worker has both stages.
         """
         if not hello.worker_id:
             raise InvalidRequest("hello.worker_id", "is empty")
         if not hello.address:
             raise InvalidRequest("hello.address", "is empty")
         stage = _stage(hello)
-        # Incompatible, because a worker that is refused otherwise would try again forever and log no reason.
-        if hello.tier:
-            raise Incompatible(
-                f"hello.tier: worker {hello.worker_id} belongs to the tier {hello.tier!r}; this router has one pool of "
-                "decode workers and no tiers",
-                ["hello.tier"],
-            )
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
         if not 0 <= hello.startup_seconds < math.inf:
@@ -80,6 +82,8 @@ class WorkerInfo:
             vocab_size=hello.vocab_size,
             startup_seconds=hello.startup_seconds,
             engine=hello.engine,
+            tier=hello.tier if stage == DECODE else "",
+            decoder=_decoder(hello.model) if stage == DECODE else {},
         )
 
 
@@ -87,6 +91,7 @@ def _stage(hello: registry_pb2.Hello) -> common_pb2.Stage:
     stages = list(hello.stages)
     if not stages or len(set(stages)) < len(stages) or not set(stages) <= {PREFILL, DECODE}:
         raise InvalidRequest("hello.stages", f"must name prefill or decode, once; got {stages}")
+    # Incompatible, because a worker that is refused otherwise would try again forever and log no reason.
     if len(stages) > 1:
         raise Incompatible(
             f"hello.stages: worker {hello.worker_id} serves both prefill and decode; this version has no workers with "
@@ -94,6 +99,14 @@ def _stage(hello: registry_pb2.Hello) -> common_pb2.Stage:
             ["hello.stages"],
         )
     return stages[0]
+
+
+def _decoder(model: common_pb2.ModelIdentity) -> dict[str, object]:
+    return {
+        "decoder_digest": model.decoder_digest,
+        "decoder_quantize": model.decoder_quantize or "none",
+        "kv_cache_dtype": model.kv_cache_dtype or "auto",
+    }
 
 
 def _data_addresses(hello: registry_pb2.Hello) -> tuple[kv_pb2.DataAddress, ...]:

@@ -46,6 +46,9 @@ SEARCH_INTERVAL = 0.5
 BACKOFF_FIRST, BACKOFF_CAP = 0.1, 2.0
 """Seconds before the first retry, and their maximum; doubled after each failure, with jitter."""
 
+REFUSED_RETRY = 30.0
+"""Seconds, at most, after which a worker tries again to join a router that refused it."""
+
 WARN_AFTER = 10.0
 """Seconds of failed attempts to join a router after which the worker warns. Processes of a stack start together."""
 
@@ -202,12 +205,19 @@ class Membership:
             await asyncio.sleep(RESOLVE_INTERVAL if found else SEARCH_INTERVAL)
 
     async def _keep(self, link: _Link) -> None:
-        try:
-            await link.keep_open()
-        except Incompatible as error:
-            logger.error("router %s refused this worker: %s", link.address, error)
-            link.refusal = error
-            self._check_refusals()
+        """Keeps a link open. One that was refused is tried again slowly, as long as the worker has other routers.
+
+        The router may be replaced by one with other tiers, or the workers with which it compared this one may leave.
+        """
+        while True:
+            try:
+                await link.keep_open()
+            except Incompatible as error:
+                if str(link.refusal) != str(error):
+                    logger.error("router %s refused this worker: %s", link.address, error)
+                link.refusal = error
+                self._check_refusals()
+            await asyncio.sleep(REFUSED_RETRY * random.uniform(0.5, 1.0))
 
     def _check_refusals(self) -> None:
         """Calls ``on_refused`` when every known router has refused the worker. Runs after refusals and removals."""
@@ -314,7 +324,7 @@ class _Link:
             with suppress(OverfillError):  # the call may have ended; the read below raises its error
                 await checked_write(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
             welcome = await self._read(call)
-            self.router_id = welcome.welcome.router_id
+            self.router_id, self.refusal = welcome.welcome.router_id, None
             logger.info("joined router %s at %s", self.router_id, self.address)
             self.joined = True
             self._on_change()

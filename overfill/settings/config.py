@@ -26,6 +26,7 @@ from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
 from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
@@ -33,7 +34,6 @@ from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
 from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
 from overfill.settings.tiers import (
-    DEFAULT_TIER,
     TierOrder,
     Tiers,
     TierSpec,

@@ -15,11 +15,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 from pydantic_settings import NoDecode
 
-DEFAULT_TIER = "default"
-"""Name of the only tier of a stack with one ``--pair``. In other stacks, a tier of this name is the default."""
-
-NO_FALLBACK = "none"
-"""Value of a request's ``fallback`` that declines the fallback of its tier. No tier has this name."""
+from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
 
 MAX_TIERS = 16
 """Maximum number of tiers of a stack: metrics have series for each."""

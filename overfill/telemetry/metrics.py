@@ -7,13 +7,14 @@ includes their first increase. Numbers that an engine keeps anyway are read at e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from types import TracebackType
 from typing import Protocol
 
 from overfill.request.names import CODEC_NAMES, CODECS
-from overfill.telemetry.metric_set import MetricSet, Sampled, Spec
+from overfill.telemetry.metric_set import Labels, MetricSet, Sampled, Spec
 from overfill.telemetry.outcomes import OUTCOMES, REFUSALS, outcome_of, refusal_reason
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
@@ -36,7 +37,7 @@ TOKEN_BUCKETS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed")
 _TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS if part != "unattributed")
 STAGES = ("prefill", "decode")
-WORKER_STATES = ("ready", "draining", "silent")
+WORKER_STATES = ("ready", "starting", "draining", "silent")
 
 PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
 """Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
@@ -109,17 +110,28 @@ class ScalingTargets(Protocol):
 
 
 class RouterMetrics(MetricSet):
-    """Metrics of a router. Call all methods on its event loop."""
+    """Metrics of a router. Call all methods on its event loop.
 
-    def __init__(self) -> None:
+    Args:
+        tiers: names of the stack's tiers. The label ``tier`` has these values; it is empty where no tier is concerned.
+    """
+
+    def __init__(self, tiers: Sequence[str] = ("default",)) -> None:
         super().__init__("router")
         counter, counts = self._counter, self._counts
+        tier: Labels = {"tier": tuple(tiers)}
+        asked = ("", *tiers)
         self._http = counts("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
         self._requests = counts(
-            "requests_total", "Generation requests that have ended, by outcome.", {"outcome": OUTCOMES}
+            "requests_total",
+            "Generation requests that have ended, by outcome and tier.",
+            {"outcome": OUTCOMES, "tier": asked},
         )
-        self._ttft = self._tally(
-            "ttft_seconds", "Time from receiving a request to handing its first token to the client.", LATENCY_BUCKETS
+        self._ttft = self._tallies(
+            "ttft_seconds",
+            "Time from receiving a request to handing its first token to the client.",
+            LATENCY_BUCKETS,
+            tier,
         )
         self._parts = self._tallies(
             "ttft_part_seconds",
@@ -127,24 +139,38 @@ class RouterMetrics(MetricSet):
             LATENCY_BUCKETS,
             {"part": TTFT_PARTS},
         )
-        self._itl = self._tally(
-            "itl_seconds", "Time between two messages with tokens to a client (inter-token latency).", LATENCY_BUCKETS
+        self._itl = self._tallies(
+            "itl_seconds",
+            "Time between two messages with tokens to a client (inter-token latency).",
+            LATENCY_BUCKETS,
+            tier,
         )
-        self._tpot = self._tally(
+        self._tpot = self._tallies(
             "tpot_seconds",
             "Mean time per token after the first, over a whole answer (time per output token).",
             LATENCY_BUCKETS,
+            tier,
         )
-        self._total = self._tally(
-            "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS
+        self._total = self._tallies(
+            "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS, tier
         )
         self._prompt = counts("prompt_tokens_total", "Prompt tokens of accepted requests.")
         self._cached = counts(
             "cached_prompt_tokens_total",
             "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
         )
-        self._completion = counts("completion_tokens_total", "Tokens handed to clients.")
-        self._migrations = counts("migrations_total", "Migrations of an answer to another decode worker.")
+        self._completion = counts("completion_tokens_total", "Tokens handed to clients.", tier)
+        self._migrations = counts("migrations_total", "Migrations of an answer to another decode worker.", tier)
+        self._brownouts = counts(
+            "brownouts_total",
+            "Requests that a cheaper tier answers because the requested one is overloaded.",
+            {"tier": tuple(tiers), "to": tuple(tiers)},
+        )
+        self._fallbacks = counts(
+            "fallbacks_total",
+            "Answers that went on in another tier because theirs had no worker left.",
+            {"tier": tuple(tiers), "to": tuple(tiers)},
+        )
         self._key_requests = counts("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
         self._key_tokens = counts(
             "key_tokens_total",
@@ -153,7 +179,7 @@ class RouterMetrics(MetricSet):
         )
         self._refusals = counter(
             "refusals_total", "Refused requests, by reason; requests_total includes them.",
-            {"reason": REFUSALS},
+            {"reason": REFUSALS, "tier": asked},
         )  # fmt: skip
         self._failed_attempts = counter(
             "failed_attempts_total",
@@ -191,25 +217,44 @@ class RouterMetrics(MetricSet):
             lambda: self._scaling(lambda pool: [((name,), value) for name, value in pool.inputs.items()]),
             {"stage": STAGES, "input": ()},
         )
-        self._lost = counter("workers_lost_total", "Workers that disconnected without a drain.", {"stage": STAGES})
-        self._refusing = Refusing(self)
+        self._lost = counter(
+            "workers_lost_total", "Workers that disconnected without a drain.", {"stage": STAGES, "tier": ()}
+        )
+        self._refusing = {name: Refusing(self, name) for name in ("", *tiers)}
         self._keys: set[str] = set()
-        self._waiting: Callable[[], int] = lambda: 0
-        self._running: Callable[[], int] = lambda: 0
+        self._waiting: Callable[[], Sampled] = lambda: []
+        self._running: Callable[[], Sampled] = lambda: []
         self._workers: Callable[[], Sampled] = lambda: []
-        self._read("waiting_requests", "gauge", "Requests in the router's queue.", lambda: [((), self._waiting())])
-        self._read("running_requests", "gauge", "Requests running on workers.", lambda: [((), self._running())])
+        self._in_brownout: Callable[[], Sampled] = lambda: []
+        self._read("waiting_requests", "gauge", "Requests in the router's queue.", lambda: self._waiting(), tier)
+        self._read("running_requests", "gauge", "Requests running on workers.", lambda: self._running(), tier)
+        self._read(
+            "brownout",
+            "gauge",
+            "1 while the tier is overloaded, so that requests which allow it go to the next tier; otherwise 0.",
+            lambda: self._in_brownout(),
+            tier,
+        )
         self._read(
             "workers",
             "gauge",
-            "Joined workers, by stage and state.",
+            "Joined workers, by stage, tier and state.",
             lambda: self._workers(),
-            {"stage": STAGES, "state": WORKER_STATES},
+            {"stage": STAGES, "tier": (), "state": WORKER_STATES},
         )
 
-    def watch(self, waiting: Callable[[], int], running: Callable[[], int], workers: Callable[[], Sampled]) -> None:
-        """Sets the functions that gauges read at each scrape; ``workers`` returns counts by stage and state."""
-        self._waiting, self._running, self._workers = waiting, running, workers
+    def watch(
+        self,
+        waiting: Callable[[], Sampled],
+        running: Callable[[], Sampled],
+        workers: Callable[[], Sampled],
+        brownout: Callable[[], Sampled],
+    ) -> None:
+        """Sets the functions that gauges read at each scrape.
+
+        ``workers`` returns counts by stage, tier and state; the others return values by tier.
+        """
+        self._waiting, self._running, self._workers, self._in_brownout = waiting, running, workers, brownout
 
     def http(self, route: str, status: int) -> None:
         """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
@@ -222,21 +267,29 @@ class RouterMetrics(MetricSet):
         self._key_requests[key,] += 1
         self._key_tokens[key, "prompt"] += prompt_tokens
 
-    def tokens(self, count: int, since_last: float | None, key: str) -> None:
+    def tokens(self, count: int, since_last: float | None, key: str, tier: str) -> None:
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
-        self._completion[()] += count
+        self._completion[tier,] += count
         self._key_tokens[self._key(key), "completion"] += count
         if since_last is not None:
-            self._itl.observe(since_last)
+            self._itl[tier,].observe(since_last)
 
-    def refusing(self) -> Refusing:
-        """Counts a request as refused when the ``with`` block raises; the exception sets the outcome and the reason."""
-        return self._refusing
+    def refusing(self, tier: str) -> Refusing:
+        """Counts a request as refused when the ``with`` block raises; the exception sets the outcome and the reason.
 
-    def refused(self, error: BaseException) -> None:
+        Args:
+            tier: tier that would write the answer; empty while that is unknown.
+        """
+        return self._refusing[tier]
+
+    def refused(self, error: BaseException, tier: str = "") -> None:
         """Counts a request that ``error`` has refused."""
-        self.ended(error)
-        self._refusals.labels(refusal_reason(error)).inc()
+        self.ended(error, tier)
+        self._refusals.labels(refusal_reason(error), tier).inc()
+
+    def brownout(self, tier: str, to: str) -> None:
+        """Counts a request for ``tier`` that ``to`` answers, because ``tier`` is overloaded."""
+        self._brownouts[tier, to] += 1
 
     def attempt_failed(self, error: BaseException) -> None:
         """Counts an attempt that failed on a decode worker, whether or not the request is retried."""
@@ -266,21 +319,23 @@ class RouterMetrics(MetricSet):
         pools = (("prefill", targets.prefill_pool), ("decode", targets.decode_pool))
         return [((stage, *labels), value) for stage, pool in pools for labels, value in values(pool)]
 
-    def ended(self, error: BaseException | None) -> None:
-        """Counts a request that has ended; ``error`` is None after success."""
-        self._requests[outcome_of(error),] += 1
+    def ended(self, error: BaseException | None, tier: str) -> None:
+        """Counts a request that has ended; ``error`` is None after success, ``tier`` empty if none was chosen."""
+        self._requests[outcome_of(error), tier] += 1
 
-    def answered(self, finished: inference_pb2.Finished) -> None:
-        """Records timing and token counts of a complete answer."""
+    def answered(self, finished: inference_pb2.Finished, tier: str) -> None:
+        """Records timing and token counts of a complete answer that ends in ``tier``."""
         timing, usage = finished.timing, finished.usage
         total = timing.total_ns / 1e9
-        self._total.observe(total)
+        self._total[tier,].observe(total)
         self._cached[()] += usage.cached_tokens
-        self._migrations[()] += finished.migrations
+        self._migrations[tier,] += finished.migrations
+        for before, after in pairwise(finished.parts):
+            self._fallbacks[before.tier, after.tier] += 1
         if not timing.HasField("ttft_ns"):
             return
         ttft = left = timing.ttft_ns / 1e9
-        self._ttft.observe(ttft)
+        self._ttft[tier,].observe(ttft)
         parts = self._parts
         for part, name in _TIMED_PARTS:
             seconds = getattr(timing, name) / 1e9
@@ -288,11 +343,11 @@ class RouterMetrics(MetricSet):
             parts[part].observe(seconds)
         parts["unattributed",].observe(max(0.0, left))
         if usage.completion_tokens > 1:
-            self._tpot.observe((total - ttft) / (usage.completion_tokens - 1))
+            self._tpot[tier,].observe((total - ttft) / (usage.completion_tokens - 1))
 
-    def worker_lost(self, stage: str) -> None:
-        """Counts a worker that disconnected without a drain."""
-        self._lost.labels(stage).inc()
+    def worker_lost(self, stage: str, tier: str) -> None:
+        """Counts a worker that disconnected without a drain; a prefill worker has the tier ""."""
+        self._lost.labels(stage, tier).inc()
 
     def _key(self, key: str) -> str:
         if not key:
@@ -306,8 +361,9 @@ class RouterMetrics(MetricSet):
 class Refusing:
     """The context manager of ``RouterMetrics.refusing``."""
 
-    def __init__(self, metrics: RouterMetrics) -> None:
+    def __init__(self, metrics: RouterMetrics, tier: str) -> None:
         self._metrics = metrics
+        self._tier = tier
 
     def __enter__(self) -> None:
         pass
@@ -316,7 +372,7 @@ class Refusing:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if exc is not None:
-            self._metrics.refused(exc)
+            self._metrics.refused(exc, self._tier)
 
 
 class EngineMetrics(MetricSet):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
 from overfill.rpc.tls import Credentials
-from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
+from overfill.v1 import admin_pb2, admin_pb2_grpc
 from services.router.port_group import Member
 
 STATUS_TIMEOUT = 1.0
@@ -33,7 +33,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Serves Admin on the router.
 
     Args:
-        expected: number of workers per stage with which the stack is complete.
+        pools: returns the pools, without ``ready``.
         process: returns the router's own status.
         drain: drains the router.
         activity: returns the router's rolling statistics; with True, their histograms too.
@@ -47,7 +47,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self,
         roster: Roster,
         connector: GrpcConnector,
-        expected: Mapping[common_pb2.Stage, int],
+        pools: Callable[[], list[admin_pb2.PoolStatus]],
         process: Callable[[], admin_pb2.ProcessStatus],
         drain: Callable[[], None],
         activity: Callable[[bool], admin_pb2.Activity],
@@ -58,7 +58,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     ) -> None:
         self._roster = roster
         self._connector = connector
-        self._expected = expected
+        self._pools = pools
         self._process = process
         self._drain = drain
         self._activity = activity
@@ -110,11 +110,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return False
 
     async def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
-        ready = Counter(w.stage for w in workers if w.process.ready and not w.process.draining)
-        pools = [
-            admin_pb2.PoolStatus(stage=stage, ready=ready[stage], expected=expected)
-            for stage, expected in self._expected.items()
-        ]
+        ready = Counter((w.stage, w.tier) for w in workers if w.process.ready and not w.process.draining)
+        pools = self._pools()
+        for pool in pools:
+            pool.ready = ready[pool.stage, pool.tier]
         process, member = self._process(), self._member()
         others = await asyncio.gather(*[self._ask_router(other) for other in self._others()])
         activity = self._activity(bool(others))
@@ -161,7 +160,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
 
     async def _ask(self, worker: Worker, stub: admin_pb2_grpc.AdminStub) -> admin_pb2.WorkerStatus:
-        status = admin_pb2.WorkerStatus(id=worker.id, stage=worker.info.stage, address=worker.info.address)
+        status = _listed(worker)
         try:
             answer = await checked_response(
                 stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT), f"worker {worker.id}"
@@ -172,14 +171,19 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return status
 
 
+def _listed(worker: Worker) -> admin_pb2.WorkerStatus:
+    info = worker.info
+    return admin_pb2.WorkerStatus(id=worker.id, stage=info.stage, address=info.address, tier=info.tier)
+
+
 def _reported(worker: Worker, now: float) -> admin_pb2.WorkerStatus:
     info, report = worker.info, worker.report
-    status = admin_pb2.WorkerStatus(id=worker.id, stage=info.stage, address=info.address)
+    status = _listed(worker)
     if report is not None and now - worker.reported_at > STALE_AFTER:
         return status
     process = status.process
     process.id, process.stage, process.address = info.id, info.stage, info.address
-    process.incarnation, process.engine = info.incarnation, info.engine
+    process.incarnation, process.engine, process.tier = info.incarnation, info.engine, info.tier
     if report is not None:
         process.ready, process.draining = report.ready, report.draining
         process.load.CopyFrom(report.load)

@@ -11,25 +11,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import ShuttingDown
+from overfill.errors import InvalidPair, ShuttingDown
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import STAGE_NAMES, Dispatcher
+from overfill.routing.brownout import Brownout, Prediction
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
-from overfill.routing.scaling import ScalingConfig
-from overfill.routing.scaling_advisor import INTERVAL, ScalingAdvisor
+from overfill.routing.scaling import INTERVAL
+from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.worker import DECODE, PREFILL
+from overfill.routing.tier import Objectives, Tier
+from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
 from overfill.settings.config import RouterConfig
+from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.telemetry.progress import log_steps
@@ -59,6 +62,18 @@ STOP_GRACE = 0.5
 """Seconds for the last messages to be sent after the last request has ended."""
 
 
+def _check_family(pairs: Mapping[str, Pair]) -> Pair:
+    """Returns the first of the pairs. Raises InvalidPair unless all have its full model."""
+    (first, pair), *others = pairs.items()
+    for name, other in others:
+        if (other.full_digest, other.tokenizer_digest) != (pair.full_digest, pair.tokenizer_digest):
+            raise InvalidPair(
+                f"the tiers {first!r} ({pair.folder}) and {name!r} ({other.folder}) have different full models "
+                f"({pair.full_digest[:12]} and {other.full_digest[:12]}); all tiers of a stack share one"
+            )
+    return pair
+
+
 class Router:
     """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if configured.
 
@@ -82,7 +97,8 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        pair = Pair.load(resolve_pair(config.pair, log_steps(logger)), weights=False)
+        pairs = {spec.name: self._load_pair(spec.pair) for spec in config.tiers}
+        pair = _check_family(pairs)
         tokenizer = Tokenizer.load(pair.full_path)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
@@ -95,33 +111,33 @@ class Router:
                 "wire_version": WIRE_VERSION,
                 "full_digest": pair.full_digest,
                 "tokenizer_digest": pair.tokenizer_digest,
-            }
+            },
+            [self._tier(spec, pairs[spec.name]) for spec in config.tiers],
         )
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
+        self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
         self.dispatcher = Dispatcher(
             self.roster,
-            POLICIES[config.decode_policy](seed),
-            prefill_policy=POLICIES[config.prefill_policy](seed),
             max_queue=config.max_queue,
             max_wait=config.max_wait,
             absent_after=config.absent_after,
         )
         self.signals = Signals(self.roster, self.dispatcher)
-        self._scaling_advisor = ScalingAdvisor(
-            self.signals, ScalingConfig(ttft=config.ttft_objective, itl=config.itl_objective)
-        )
+        objectives = {name: tier.objectives for name, tier in self.roster.tiers.items()}
+        self._scaling_advisor = ScalingAdvisor(self.signals, objectives)
         async_dispatcher = AsyncDispatcher(self.dispatcher)
-        expected = {PREFILL: max(1, config.expect_prefill), DECODE: max(1, config.expect_decode)}
-        self._metrics = RouterMetrics()
+        self._brownout = Brownout(config.brownout, objectives, self._predict) if config.brownout else None
+        self._metrics = RouterMetrics(tuple(pairs))
         self._metrics.watch(
-            lambda: self.dispatcher.num_waiting,
-            lambda: self.dispatcher.num_jobs - self.dispatcher.num_waiting,
+            lambda: [((tier,), count) for tier, count in self.dispatcher.waiting_by_tier().items()],
+            lambda: [((tier,), count) for tier, count in self.dispatcher.running_by_tier().items()],
             lambda: worker_counts(self.roster, time.monotonic()),
+            lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
         )
         self._exporter: MetricsServer | None = None
         self._generator = Generator(
             config.served_model_name or (pair.name,),
-            pair,
+            pairs,
             tokenizer,
             self.roster,
             async_dispatcher,
@@ -129,6 +145,7 @@ class Router:
             self._metrics,
             self.signals,
             KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of),
+            brownout=self._brownout,
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
             max_request_time=config.max_request_time,
@@ -151,14 +168,45 @@ class Router:
             self.roster,
             async_dispatcher,
             self._connector,
-            on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage]),
+            on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage], info.tier),
         )
-        self._admin = self._admin_servicer(expected, self._others)
+        self._admin = self._admin_servicer(self._others)
         if self._group is None:
             self._add(self._server, self._registry, self._admin)
         else:
             self._add(self._server, SharedPortRegistry(), self._admin)
-            self._add(self._join_server, self._registry, self._admin_servicer(expected, lambda: ()))
+            self._add(self._join_server, self._registry, self._admin_servicer(lambda: ()))
+
+    @staticmethod
+    def _load_pair(name: str) -> Pair:
+        return Pair.load(resolve_pair(name, log_steps(logger)), weights=False)
+
+    def _tier(self, spec: TierSpec, pair: Pair) -> Tier:
+        decoder = {
+            "decoder_digest": pair.decoder_digest,
+            "decoder_quantize": spec.settings.get("quantize", pair.quantize),
+        }
+        if dtype := spec.settings.get("kv-cache-dtype"):
+            decoder["kv_cache_dtype"] = dtype
+        config = self._config
+        objectives = Objectives(
+            ttft=spec.seconds("ttft-objective") or config.ttft_objective,
+            itl=spec.seconds("itl-objective") or config.itl_objective,
+        )
+        return Tier(spec.name, decoder, spec.fallback, objectives)
+
+    def _predict(self, tier: str) -> Prediction:
+        """Predicts what a new request of ``tier`` would get now."""
+        pool = self.roster.decode[tier]
+        # Where the prefill workers are the bottleneck, another decoder would not help.
+        ttft = self.dispatcher.expected_ttft(tier, 0, "") if self.dispatcher.prefill_is_free() else None
+        ready = [worker for worker in pool if pool.index.is_alive(worker)]
+        batch = min((worker.requests for worker in ready), default=0) + 1
+        return Prediction(ttft, self._scaling_advisor.expected_itl(tier, batch), available=bool(ready))
+
+    @property
+    def _in_brownout(self) -> frozenset[str]:
+        return frozenset() if self._brownout is None else self._brownout.active
 
     async def start(self) -> str:
         """Listens, and returns the address of the gRPC server for clients.
@@ -287,13 +335,11 @@ class Router:
             admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
         )
 
-    def _admin_servicer(
-        self, expected: Mapping[common_pb2.Stage, int], others: Callable[[], Sequence[Member]]
-    ) -> AdminServicer:
+    def _admin_servicer(self, others: Callable[[], Sequence[Member]]) -> AdminServicer:
         return AdminServicer(
             self.roster,
             self._connector,
-            expected,
+            self._pools,
             self._status,
             self.drain,
             self._activity,
@@ -331,6 +377,8 @@ class Router:
         loop = asyncio.get_running_loop()
         while True:
             self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
+            if self._brownout is not None:
+                self._brownout.update(loop.time())
             await asyncio.sleep(INTERVAL)
 
     def _others(self) -> list[Member]:
@@ -366,6 +414,19 @@ class Router:
         if histograms:
             activity.histograms.extend(stats.histograms(now))
         return activity
+
+    def _pools(self) -> list[admin_pb2.PoolStatus]:
+        """Returns the pools with the numbers of workers that a complete stack has."""
+        prefill = admin_pb2.PoolStatus(stage=PREFILL, expected=max(1, self._config.expect_prefill))
+        return [
+            prefill,
+            *(
+                admin_pb2.PoolStatus(
+                    stage=DECODE, tier=spec.name, expected=spec.count, brownout=spec.name in self._in_brownout
+                )
+                for spec in self._config.tiers
+            ),
+        ]
 
     def _status(self) -> admin_pb2.ProcessStatus:
         return admin_pb2.ProcessStatus(

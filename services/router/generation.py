@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -20,18 +20,28 @@ from overfill.api.keys import ApiKey
 from overfill.api.priority import check_priority
 from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import InvalidRequest, ModelNotFound, OverfillError, RequestCancelled, ShuttingDown
+from overfill.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    OverfillError,
+    Overloaded,
+    PermissionDenied,
+    RequestCancelled,
+    ShuttingDown,
+)
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter, KeyQuota
 from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
+from overfill.routing.brownout import Brownout
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
+from overfill.routing.tier import NO_FALLBACK
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.telemetry.outcomes import outcome_of
@@ -59,26 +69,28 @@ class StartGeneration(Protocol):
 
 
 class Generator:
-    """Starts and tracks the requests to one pair.
+    """Starts and tracks the requests to the tiers of one full model.
 
     Args:
-        models: model names that requests may use; answers carry the first.
+        names: names of the model that requests may use; answers carry the first.
+        pairs: pair of each tier, by the tier's name, the default tier's first.
+        brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
         max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: maximum size of a request in bytes.
         max_request_time: maximum duration of a request in seconds, even if its deadline is later.
         stream_interval: minimum number of tokens in a delta, except in the first and the last one.
 
     Attributes:
-        pair, tokenizer: the pair and its tokenizer.
-        models: model names that requests may use.
+        pair: the default tier's pair.
+        tokenizer: the full model's tokenizer.
         rolling_stats: statistics of the last minute.
         pace: the turns in which streams write.
     """
 
     def __init__(
         self,
-        models: Sequence[str],
-        pair: Pair,
+        names: Sequence[str],
+        pairs: Mapping[str, Pair],
         tokenizer: Tokenizer,
         roster: Roster,
         dispatcher: AsyncDispatcher,
@@ -87,13 +99,16 @@ class Generator:
         signals: Signals,
         key_limiter: KeyLimiter,
         *,
+        brownout: Brownout | None = None,
         max_attempts: int,
         max_request_bytes: int,
         max_request_time: float = math.inf,
         stream_interval: int = 1,
     ) -> None:
-        self.models = tuple(models)
-        self.pair = pair
+        self._names = tuple(names)
+        self._pairs = pairs
+        self._brownout = brownout
+        self.pair = pairs[roster.default_tier]
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.signals = signals
@@ -114,8 +129,12 @@ class Generator:
 
     @property
     def max_model_len(self) -> int:
-        """Maximum number of prompt and answer tokens together, by the model and the largest decode worker."""
-        capacity = self._roster.decode.capacity_tokens
+        """Maximum number of prompt and answer tokens together, in the default tier."""
+        return self._max_model_len(self._roster.default_tier)
+
+    def _max_model_len(self, tier: str) -> int:
+        """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker."""
+        capacity = self._roster.decode[tier].capacity_tokens
         limit = self.pair.full_config.max_positions
         return limit if capacity is None else min(limit, capacity)
 
@@ -126,18 +145,36 @@ class Generator:
 
     @property
     def model(self) -> str:
-        """Model name in answers."""
-        return self.models[0]
+        """Model name in answers, without a tier."""
+        return self._names[0]
+
+    @property
+    def several_tiers(self) -> bool:
+        """True if requests can choose among tiers."""
+        return len(self._pairs) > 1
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names under which the router lists the model: its own ones, and each with each of several tiers."""
+        tiers = self._pairs if self.several_tiers else ()
+        return (*self._names, *(f"{name}:{tier}" for name in self._names for tier in tiers))
+
+    def tier_digest(self, tier: str) -> str:
+        """Digest of a tier's decoder."""
+        return self._pairs[tier].decoder_digest
 
     def describe(self, name: str = "") -> inference_pb2.Model:
-        """Describes the model under one of its names, by default the first."""
+        """Describes the model under one of its names, by default the first. Raises ModelNotFound."""
+        name = name or self.model
+        tier = self._parse_model(name) or self._roster.default_tier
         worker = next(iter(self._roster.workers()), None)
         return inference_pb2.Model(
-            name=name or self.model,
-            max_model_len=self.max_model_len,
+            name=name,
+            max_model_len=self._max_model_len(tier),
             full_digest=self.pair.full_digest,
-            decoder_digest=self.pair.decoder_digest,
+            decoder_digest=self.tier_digest(tier),
             dtype=worker.info.identity.kv.dtype if worker else "",
+            tier=tier,
         )
 
     async def check(
@@ -155,26 +192,98 @@ class Generator:
             answers: number of answers to start together. Each counts as a request of the key.
 
         Raises:
-            ShuttingDown, ModelNotFound, InvalidRequest, Overloaded: the request is refused.
+            ShuttingDown, ModelNotFound, PermissionDenied, InvalidRequest, Overloaded: the request is refused.
         """
-        with self.metrics.refusing():
-            return await self._check(request, caller, time_left, answers)
+        with self.metrics.refusing(""):
+            self._check_open()
+            tier, fallback = self._requested_tiers(request, caller)
+        with self.metrics.refusing(tier):
+            return await self._check(request, tier, fallback, caller, time_left, answers)
 
     async def _check(
-        self, request: inference_pb2.GenerateRequest, caller: ApiKey | None, time_left: float | None, answers: int
+        self,
+        request: inference_pb2.GenerateRequest,
+        asked: str,
+        fallback: str,
+        caller: ApiKey | None,
+        time_left: float | None,
+        answers: int,
     ) -> GenerationRequest:
         size = request.ByteSize()
-        self._check_open(request.model)
         self._check_size(size)
         check_priority(request.priority)
         if caller is not None:
             self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
-        priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
-        self._dispatcher.admit(priority, _name(caller), time_left, client_resumes=client_resumes)
-        arguments = (request, self.tokenizer, self.max_model_len, self.pair.full_config.vocab_size)
+        tier = self._admit(request, asked, caller, time_left)
+        arguments = (request, self.tokenizer, self._max_model_len(tier), self.pair.full_config.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
-        return await _run(validate_generate, *arguments, in_thread=bool(slow))
+        checked = await _run(validate_generate, *arguments, in_thread=bool(slow))
+        moved = asked if tier != asked else ""
+        return replace(checked, tier=tier, fallback="" if fallback == tier else fallback, brownout_from=moved)
+
+    def _requested_tiers(self, request: inference_pb2.GenerateRequest, caller: ApiKey | None) -> tuple[str, str]:
+        """Returns the tier for which a request asks, and the one to which it falls back; empty means none.
+
+        Raises:
+            ModelNotFound: there is no such model or tier.
+            PermissionDenied: the API key may not use the tier.
+            InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
+        """
+        named, tiers = self._parse_model(request.model), self._roster.tiers
+        if request.tier and request.tier not in tiers:
+            raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {self._list(tiers)}")
+        if named and request.tier not in ("", named):
+            raise InvalidRequest("tier", f"is {request.tier!r}, but the model names the tier {named!r}: remove one")
+        tier = request.tier or named or self._roster.default_tier
+        if caller is not None and not caller.may_use(tier):
+            allowed = self._list(name for name in tiers if caller.may_use(name))
+            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {allowed}")
+        fallback = request.fallback or tiers[tier].fallback
+        if fallback == NO_FALLBACK:
+            return tier, ""
+        if fallback and fallback not in tiers:
+            raise InvalidRequest("fallback", f"there is no tier {fallback[:200]!r}; tiers are {self._list(tiers)}")
+        if fallback and caller is not None and not caller.may_use(fallback):
+            if request.fallback:
+                raise PermissionDenied(f"API key {caller.name!r} may not use the tier {fallback!r}, named as fallback")
+            return tier, ""
+        return tier, fallback
+
+    def _admit(
+        self, request: inference_pb2.GenerateRequest, asked: str, caller: ApiKey | None, time_left: float | None
+    ) -> str:
+        """Returns the tier that writes the answer: ``asked``, or a cheaper one under overload if the request allows it.
+
+        Raises:
+            Overloaded: no tier that may write the answer admits the request.
+        """
+        brownout, key = self._brownout, _name(caller)
+        priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
+
+        def admit(tier: str) -> None:
+            self._dispatcher.admit(tier, priority, key, time_left, client_resumes=client_resumes)
+
+        # A client that resumes an answer has tokens of the tier that it asks for.
+        allowed = request.allow_brownout or (caller is not None and caller.allow_brownout)
+        if brownout is None or not allowed or client_resumes:
+            admit(asked)
+            return asked
+
+        def may_use(tier: str) -> bool:
+            return caller is None or caller.may_use(tier)
+
+        chosen = brownout.choose(asked, may_use, asyncio.get_running_loop().time())
+        refusal: Overloaded | None = None
+        for tier in dict.fromkeys((chosen, asked, *filter(may_use, brownout.cheaper(asked)))):
+            try:
+                admit(tier)
+            except Overloaded as error:
+                refusal = refusal or error
+            else:
+                return tier
+        assert refusal is not None
+        raise refusal
 
     @contextmanager
     def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartGeneration]:
@@ -188,7 +297,7 @@ class Generator:
         """
         left = answers
         if caller is not None:
-            with self.metrics.refusing():
+            with self.metrics.refusing(""):
                 self._key_limiter.acquire(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
 
         def start(checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
@@ -219,6 +328,8 @@ class Generator:
             self._connector,
             received=received,
             deadline=self._deadline(received, now, time_left),
+            tier=checked.tier,
+            fallback=checked.fallback,
             priority=_priority(checked.priority, caller),
             key=key,
             block_keys=self._block_keys(prompt, start.cache_namespace),
@@ -232,24 +343,29 @@ class Generator:
             tool_call_id_seed=f"{start.request_id}/{start.sample_index}" if checked.calls_tools else None,
             min_tokens=start.sampling.min_tokens,
         )
-        with self.metrics.refusing():
+        with self.metrics.refusing(checked.tier):
             relay.start()
         self._running[relay] = caller
         self._idle.clear()
-        self.signals.arrived(prompt_tokens, now)
+        self.signals.arrived(checked.tier, prompt_tokens)
         self.metrics.accepted(prompt_tokens, key)
+        if checked.brownout_from:
+            self.metrics.brownout(checked.brownout_from, checked.tier)
         accepted = inference_pb2.Accepted(
             request_id=start.request_id,
             prompt_tokens=prompt_tokens,
             seed=start.sampling.seed,
             max_tokens=start.sampling.max_tokens,
             model=self.model,
+            tier=checked.tier,
+            brownout_from=checked.brownout_from,
         )
         return Generation(self, relay, text, accepted, key, max(self._stream_interval, checked.stream_interval))
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
-        self._check_open(request.model)
+        self._check_open()
+        self._parse_model(request.model)
         self._check_size(request.ByteSize())
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -262,7 +378,8 @@ class Generator:
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
-        self._check_open(request.model)
+        self._check_open()
+        self._parse_model(request.model)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.pair.full_config.vocab_size)
         return await _run(self.tokenizer.decode, request.ids, in_thread=request.ByteSize() >= LONG_REQUEST)
@@ -305,12 +422,22 @@ class Generator:
         identity = worker.info.identity
         return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, cache_namespace), prompt)
 
-    def _check_open(self, model: str) -> None:
+    def _check_open(self) -> None:
         if self._draining:
             raise ShuttingDown("this router is shutting down")
-        if model and model not in self.models:
-            names = ", ".join(map(repr, self.models))
-            raise ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {names}")
+
+    def _parse_model(self, model: str) -> str:
+        """Returns the tier that a model name names; empty if it names none. Raises ModelNotFound."""
+        if not model or model in self._names:
+            return ""
+        name, _, tier = model.rpartition(":")
+        if name in self._names and tier in self._pairs:
+            return tier
+        raise ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {self._list(self.models)}")
+
+    @staticmethod
+    def _list(names: Iterable[str]) -> str:
+        return ", ".join(map(repr, names)) or "none"
 
     def _check_size(self, size: int) -> None:
         if size > self._max_request_bytes:
@@ -410,7 +537,8 @@ class Generation:
     def _count(self, handed: AnswerDelta) -> None:
         generator, last, relay = self._generator, self._handed_at, self._relay
         now = self._handed_at = asyncio.get_running_loop().time()
-        generator.metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key)
+        tier = relay.tier
+        generator.metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key, tier)
         generator.rolling_stats.tokens(len(handed.token_ids), now)
         # An answer that a client resumes has its first token already, so it has no TTFT.
         if last is None and not relay.client_resumed:
@@ -426,7 +554,7 @@ class Generation:
         relay.close()
         self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
         self._failure = None
-        generator.metrics.answered(self._finished)
+        generator.metrics.answered(self._finished, relay.tier)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         now = asyncio.get_running_loop().time()
         generator.signals.finished(self._finished, now)
@@ -439,7 +567,7 @@ class Generation:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._generator.close(self._relay, self._failure)
-        self._generator.metrics.ended(self._failure)
+        self._generator.metrics.ended(self._failure, self._relay.tier)
         self._log()
 
     def _log(self) -> None:
@@ -456,6 +584,7 @@ class Generation:
             prefill_worker=relay.answer.prefill_worker,
             decode_worker=relay.decode_worker,
             migrations=relay.answer.migrations,
+            tier=relay.tier,
         )
 
 
@@ -509,6 +638,7 @@ def _finished(
         codec=finish.codec,
         prefill_engine=relay.answer.prefill_engine,
         decode_engine=relay.decode_engine,
+        parts=relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))],
     )
     finished.usage.completion_tokens = text.num_tokens
     if ttft_ns is not None:

@@ -11,13 +11,12 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import STAGE_NAMES
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.worker import Worker, WorkerInfo
+from overfill.routing.worker import STAGE_NAMES, Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.telemetry.metrics import STAGES, WORKER_STATES
+from overfill.telemetry.metrics import WORKER_STATES
 from overfill.v1 import registry_pb2, registry_pb2_grpc
 from overfill.version import __version__
 
@@ -80,13 +79,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         worker = self._roster.join(info)
         if previous is not None and previous.incarnation != info.incarnation:
             self._connector.forget(previous)
+        info = worker.info
         self._connector.add(info)
         self._streams[info.id] = (info, context)
         self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
         logger.info("worker %s joined at %s", info.id, info.address)
-        await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
         demand_task: asyncio.Task[None] | None = None
         try:
+            await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "is required in every message after the first")
@@ -105,15 +105,16 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 if not worker.draining:
                     self._on_lost(info)
                 self._connector.forget(info)
-                self._roster.pool(info.stage).remove(worker)
+                self._roster.pool_of(worker).remove(worker)
                 self._dispatcher.poll()
 
     async def _tell_demand(self, worker: Worker, context: Context) -> None:
         """Sends this router's demand to the worker, which divides its credits among several routers."""
+        pool = self._roster.pool_of(worker)
         sent: registry_pb2.Demand | None = None
         while True:
             version = self._dispatcher.version
-            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._dispatcher.queued(worker.info.stage))
+            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._dispatcher.queued(pool))
             if demand != sent:
                 sent = demand
                 await context.write(registry_pb2.JoinResponse(demand=demand))
@@ -123,7 +124,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
     def targets(self) -> list[dict[str, Any]]:
         """Returns the workers' metrics addresses for Prometheus' ``http_sd_configs``. Callable from any thread."""
         return [
-            {"targets": [address], "labels": {"stage": STAGE_NAMES[info.stage], "worker": info.id}}
+            {"targets": [address], "labels": _labels(info)}
             for info, address in list(self._metrics_addresses.values())
             if address
         ]
@@ -156,14 +157,29 @@ class SharedPortRegistry(registry_pb2_grpc.RegistryServicer):
         )
 
 
-def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str], int]]:
-    """Counts joined workers by stage and state. Callable from any thread; ``now`` is on the event loop's clock."""
-    counts = {(stage, state): 0 for stage in STAGES for state in WORKER_STATES}
-    for pool in (roster.prefill, roster.decode):
+def _labels(info: WorkerInfo) -> dict[str, str]:
+    labels = {"stage": STAGE_NAMES[info.stage], "worker": info.id}
+    return labels | {"tier": info.tier} if info.tier else labels
+
+
+def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str, str], int]]:
+    """Counts joined workers by stage, tier and state. Callable from any thread; ``now`` is on the event loop's clock.
+
+    Prefill workers have the tier "".
+    """
+    counts: dict[tuple[str, str, str], int] = {}
+    for tier, pool in (("", roster.prefill), *roster.decode.items()):
+        stage = STAGE_NAMES[pool.stage]
+        counts |= {(stage, tier, state): 0 for state in WORKER_STATES}
         for worker in list(pool):
-            state = "ready" if worker.alive(now) else "silent" if not worker.draining else "draining"
-            counts[STAGE_NAMES[pool.stage], state] += 1
+            counts[stage, tier, _state(worker, now)] += 1
     return list(counts.items())
+
+
+def _state(worker: Worker, now: float) -> str:
+    if worker.draining:
+        return "draining"
+    return "ready" if worker.alive(now) else "starting" if worker.starting else "silent"
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:

@@ -182,6 +182,16 @@ def _request_id(ask: Ask) -> None:
     refuses(ask, "request_id", request_id="a b")
 
 
+def _tier(ask: Ask) -> None:
+    for fields in ({"tier": "default"}, {"fallback": "none"}, {"allow_brownout": True}):
+        assert text(ask(**fields)) == text(ask()), fields
+    (told,) = ask()["overfill"]["choices"]
+    assert (told["tier"], told["brownout_from"]) == ("default", None)
+    assert told["parts"] == [{"tier": "default", "first_index": 0}]
+    for name, wrong in (("tier", 1), ("fallback", False), ("allow_brownout", "yes")):
+        refuses(ask, name, **{name: wrong})
+
+
 def _structured_outputs(ask: Ask) -> None:
     assert re.fullmatch("[0-9]{4}", text(ask(structured_outputs={"regex": "[0-9]{4}"})))
     choices = ["yes", "no", '"quoted" a|b.\n', ""]
@@ -463,6 +473,27 @@ EXTENSIONS = [
     *_refused(_BOTH, _BOTH),
 ]
 
+OWN_EXTENSIONS = [
+    Case(
+        "allow_brownout",
+        "supported",
+        "whether the next tier of `--brownout` may answer when the requested one is overloaded; false by default",
+        check=_tier,
+    ),
+    Case(
+        "fallback",
+        "supported",
+        "tier that continues the answer when its own has no worker left; `none` waits; the tier's setting by default",
+        check=_tier,
+    ),
+    Case(
+        "tier",
+        "supported",
+        "tier that writes the answer, also as `NAME:TIER` in `model`; the stack's default tier by default",
+        check=_tier,
+    ),
+]
+
 CHAT_EXTENSIONS = [
     Case(
         "add_generation_prompt",
@@ -500,6 +531,7 @@ TABLES: dict[str, tuple[type[Sampling], list[Case]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT),
     "/v1/completions": (CompletionRequest, COMPLETIONS),
     "Extensions of both, as vLLM names them": (Sampling, EXTENSIONS),
+    "Extensions of both, our own": (Sampling, OWN_EXTENSIONS),
     "Extensions of `POST /v1/chat/completions`": (ChatRequest, CHAT_EXTENSIONS),
     "Extensions of `POST /v1/completions`": (CompletionRequest, COMPLETIONS_EXTENSIONS),
 }

@@ -16,6 +16,7 @@ from openai_cases import (
     COMPLETIONS,
     COMPLETIONS_EXTENSIONS,
     EXTENSIONS,
+    OWN_EXTENSIONS,
     RESPONSE,
     NotAnswered,
 )
@@ -27,8 +28,8 @@ PLAIN = {
     "completions": {"prompt": "Hi", "seed": 1, "max_tokens": 24},
 }
 CASES = {
-    "chat/completions": [*CHAT, *EXTENSIONS, *CHAT_EXTENSIONS],
-    "completions": [*COMPLETIONS, *EXTENSIONS, *COMPLETIONS_EXTENSIONS],
+    "chat/completions": [*CHAT, *EXTENSIONS, *OWN_EXTENSIONS, *CHAT_EXTENSIONS],
+    "completions": [*COMPLETIONS, *EXTENSIONS, *OWN_EXTENSIONS, *COMPLETIONS_EXTENSIONS],
 }
 KINDS = {"chat/completions": ChatRequest, "completions": CompletionRequest}
 ALL = [(endpoint, case) for endpoint, cases in CASES.items() for case in cases]

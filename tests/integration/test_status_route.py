@@ -9,6 +9,7 @@ import urllib.request
 from mocks import mock_stack
 
 from overfill.client import Client, SamplingParams
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import STALE_AFTER
 
 
@@ -55,7 +56,7 @@ def test_a_worker_that_does_not_report_is_silent(tiny_pair):
     with mock_stack(tiny_pair) as stack:
 
         async def look_after_silence():
-            (worker,) = stack.router.roster.decode
+            (worker,) = stack.router.roster.decode[DEFAULT_TIER]
             worker.reported_at -= STALE_AFTER + 1
             return await stack.router._admin.known()
 
@@ -75,7 +76,7 @@ def test_a_worker_that_drains_is_still_expected(tiny_pair):
     with mock_stack(tiny_pair) as stack:
 
         async def look_while_draining():
-            (worker,) = stack.router.roster.decode
+            (worker,) = stack.router.roster.decode[DEFAULT_TIER]
             worker.report.draining = True
             worker.set_report(worker.report)
             return await stack.router._admin.known()

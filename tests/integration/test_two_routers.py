@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from overfill.client import AsyncClient
 from overfill.request.params import SamplingParams
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import RouterConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from services.mock.running import mock_worker
@@ -42,7 +43,7 @@ def ask(client, tokens):
 
 async def test_a_router_that_queues_gets_credits_that_the_other_does_not_use_and_both_go_on(tiny_pair):
     async with two_routers(tiny_pair, seqs=8) as (routers, clients):
-        decode = next(iter(routers[0].roster.decode))
+        decode = next(iter(routers[0].roster.decode[DEFAULT_TIER]))
         assert decode.report.credits == 4
         busy = [asyncio.create_task(ask(clients[0], 150)) for _ in range(8)]
         await until(lambda: decode.in_flight >= 7)

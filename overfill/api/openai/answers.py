@@ -19,7 +19,7 @@ from overfill.v1 import inference_pb2
 _RULED_OUT = -9999.0
 """Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
 
-_PARTS = tuple(
+_TIMES: tuple[tuple[str, Any], ...] = tuple(
     (f"{name}_ms", f"{name}_ns")
     for name in (
         "ttft",
@@ -44,7 +44,8 @@ class Envelope:
 
     Attributes:
         id: Id of the response.
-        pair: Description of the served pair, for the ``overfill`` object.
+        model: Name of the model; with several tiers, also of the tier that begins the first choice.
+        pair: Description of that tier's pair, for the ``overfill`` object.
         fingerprint: Fingerprint of the weights; different weights have a different one.
         created: Unix time of the response, seconds.
     """
@@ -72,13 +73,9 @@ class Envelope:
             **more,
         }
 
-    def extension(self, ends: Sequence[tuple[int, int, inference_pb2.Finished]]) -> dict[str, Any]:
-        """The ``overfill`` object, which extends OpenAI's response.
-
-        Args:
-            ends: Index, seed and last message of each finished choice.
-        """
-        return {"pair": self.pair, "choices": [_end(index, seed, finished) for index, seed, finished in ends]}
+    def extension(self, ended: Sequence[Choice]) -> dict[str, Any]:
+        """The ``overfill`` object, which extends OpenAI's response, for choices that have ended."""
+        return {"pair": self.pair, "choices": [choice.report() for choice in ended]}
 
 
 @dataclass(slots=True)
@@ -87,6 +84,7 @@ class Choice:
 
     Attributes:
         logprobs: Whether the request asked for log-probabilities.
+        brownout_from: Requested tier, if it is overloaded and another writes the answer; otherwise empty.
         echo: Text that precedes the answer.
         finished: Last message of the answer; None until it arrives.
     """
@@ -96,6 +94,7 @@ class Choice:
     seed: int
     prompt_tokens: int
     logprobs: bool
+    brownout_from: str = ""
     echo: str = ""
     finished: inference_pb2.Finished | None = None
     completion_tokens: int = 0
@@ -164,6 +163,29 @@ class Choice:
         """The choice for the last chunk, which holds the finish reason."""
         empty: Any = "" if self.envelope.kind == "completion" else {}
         return {**self._chunk(empty, None), "finish_reason": self.reason}
+
+    def report(self) -> dict[str, Any]:
+        """The choice in the ``overfill`` object, once its answer has ended: who wrote it, in which times."""
+        assert self.finished is not None
+        finished, timing = self.finished, self.finished.timing
+        return {
+            "index": self.index,
+            "tier": finished.parts[-1].tier if finished.parts else None,
+            "parts": [{"tier": part.tier, "first_index": part.first_index} for part in finished.parts],
+            "brownout_from": self.brownout_from or None,
+            "prefill_worker": finished.prefill_worker,
+            "decode_worker": finished.decode_worker,
+            "prefill_engine": finished.prefill_engine or None,
+            "decode_engine": finished.decode_engine or None,
+            "migrations": finished.migrations,
+            "codec": CODEC_NAMES.get(finished.codec),
+            "seed": self.seed,
+            "stop": finished.stop or None,
+            "timing": {
+                name: round(getattr(timing, field) / 1e6, 3) if timing.HasField(field) else None
+                for name, field in _TIMES
+            },
+        }
 
     @property
     def reason(self) -> str:
@@ -263,21 +285,4 @@ def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:
         "token_logprobs": [s["logprob"] for s in scores],
         "top_logprobs": [{t["token"]: t["logprob"] for t in reversed(s["top_logprobs"])} for s in scores],
         "text_offset": [s["_offset"] for s in scores],
-    }
-
-
-def _end(index: int, seed: int, finished: inference_pb2.Finished) -> dict[str, Any]:
-    timing = finished.timing
-    parts = {name: round(getattr(timing, field) / 1e6, 3) if timing.HasField(field) else None for name, field in _PARTS}
-    return {
-        "index": index,
-        "prefill_worker": finished.prefill_worker,
-        "decode_worker": finished.decode_worker,
-        "prefill_engine": finished.prefill_engine or None,
-        "decode_engine": finished.decode_engine or None,
-        "migrations": finished.migrations,
-        "codec": CODEC_NAMES.get(finished.codec),
-        "seed": seed,
-        "stop": finished.stop or None,
-        "timing": parts,
     }

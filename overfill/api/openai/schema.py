@@ -153,6 +153,11 @@ class Sampling(Strict):
     stream_interval: Annotated[int, Field(ge=1, le=MAX_STREAM_INTERVAL)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
 
+    # Extensions of our own.
+    allow_brownout: bool | None = None
+    fallback: str | None = None
+    tier: str | None = None
+
     guided_decoding_backend: Ignored  # this server has only one
     return_mm_kwargs: Ignored  # vLLM also ignores this and the next field here
     return_token_offsets: Ignored

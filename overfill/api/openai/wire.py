@@ -56,16 +56,8 @@ class ApiRequest:
 
 def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     """Translate a chat request. Raises ApiError."""
-    generate = inference_pb2.GenerateRequest(
-        model=request.model,
-        chat=_chat(request.messages, request),
-        sampling=_sampling(request, request.max_completion_tokens or request.max_tokens),
-        stop=_stop(request.stop),
-        request_id=request_id,
-        priority=request.priority or 0,
-        truncate_prompt_tokens=_truncate(request),
-        stream_interval=request.stream_interval,
-    )
+    generate = _generate(request, request_id, _sampling(request, request.max_completion_tokens or request.max_tokens))
+    generate.chat.CopyFrom(_chat(request.messages, request))
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
     if request.top_logprobs is not None and not request.logprobs:
@@ -96,15 +88,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
         sampling.logprobs = request.logprobs
     made = []
     for index, prompt in enumerate(prompts):
-        generate = inference_pb2.GenerateRequest(
-            model=request.model,
-            sampling=sampling,
-            stop=_stop(request.stop),
-            request_id=f"{request_id}.{index}" if index else request_id,
-            priority=request.priority or 0,
-            truncate_prompt_tokens=_truncate(request),
-            stream_interval=request.stream_interval,
-        )
+        generate = _generate(request, f"{request_id}.{index}" if index else request_id, sampling)
         if isinstance(prompt, str):
             generate.text = prompt
         else:
@@ -158,6 +142,24 @@ def _api_request(
         bool(options and options.continuous_usage_stats),
         echo,
         grammar_field,
+    )
+
+
+def _generate(
+    request: schema.Sampling, request_id: str, sampling: common_pb2.SamplingParams
+) -> inference_pb2.GenerateRequest:
+    """A router request without its prompt."""
+    return inference_pb2.GenerateRequest(
+        model=request.model,
+        sampling=sampling,
+        stop=_stop(request.stop),
+        request_id=request_id,
+        priority=request.priority or 0,
+        truncate_prompt_tokens=_truncate(request),
+        stream_interval=request.stream_interval,
+        tier=request.tier,
+        fallback=request.fallback,
+        allow_brownout=bool(request.allow_brownout),
     )
 
 

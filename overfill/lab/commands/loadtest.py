@@ -22,11 +22,14 @@ from overfill.settings.environment import GRPC_ENVIRONMENT
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for f in reversed(fields(LoadPlan)):
+        repeatable = "separator" in f.metadata
         command = click.option(
             f"--{f.name.replace('_', '-')}",
             type=_kind(f),
-            default=f.default,
-            show_default=f.default not in (None, ""),
+            is_flag=f.metadata["kind"] is bool,
+            multiple=repeatable,
+            default=() if repeatable else f.default,
+            show_default=f.default not in (None, "", False),
             help=f.metadata["help"],
         )(command)
     return command

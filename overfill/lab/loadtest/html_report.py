@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 
 from overfill.client import TTFT_PARTS
+from overfill.lab.loadtest import tiers
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
 from overfill.lab.traffic.run_objectives import ObjectiveVerdict
@@ -49,6 +50,7 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
         "<h2>Figures</h2>",
         _table(("", *[f"p{p}" for p in PERCENTILES]), _figure_rows(outcomes)),
         _rates(outcomes),
+        _tiers(plan, outcomes),
         *_plots(outcomes),
         _failures(outcomes),
         "<h2>Options</h2>",
@@ -183,6 +185,11 @@ def _rates(outcomes: Sequence[Outcome]) -> str:
         f"<p>{found['requests']:.2f} answers and {found['output_tokens']:.1f} tokens per second; "
         f"{found['failed']:.0f} requests failed.{lag}</p>"
     )
+
+
+def _tiers(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
+    rows = tiers.rows(outcomes, plan.objectives.of_each_request())
+    return "<h2>Tiers</h2>" + _table(tiers.HEAD, rows) if rows else ""
 
 
 def _failures(outcomes: Sequence[Outcome]) -> str:

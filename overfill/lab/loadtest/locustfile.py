@@ -190,7 +190,7 @@ def _judge(environment: Environment, **_: Any) -> None:
 
 
 def _warm_up(run: LoadTestRun) -> str | None:
-    """Sends one short request that is not measured, to open connections. Returns the reason if it failed, else None."""
+    """Sends a short request to each tier, to open connections. Returns the reason if one failed, else None."""
     plan = run.plan
     prompt_tokens, output_tokens = _WARM_UP_TOKENS
     # Seed -1: tokens that no other request has, so that no later prompt finds them in a prefix cache.
@@ -200,7 +200,11 @@ def _warm_up(run: LoadTestRun) -> str | None:
     except (OverfillError, ValueError, OSError) as error:
         return str(error)
     try:
-        return measure(transport, prompt, output_tokens, plan.timeout, None, run.clock).error
+        for tier in plan.tiers:
+            outcome = measure(transport, prompt, output_tokens, plan.timeout, None, run.clock, tier)
+            if outcome.error is not None:
+                return outcome.error
+        return None
     finally:
         transport.close()
 

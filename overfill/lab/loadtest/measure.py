@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from overfill.client.answers import Timing
 from overfill.lab.traffic.outcome import Outcome, RequestFailed
 
 
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What a server says about one answer: its timing, and the tier that wrote its end. None and empty mean unknown."""
+
+    timing: Timing | None = None
+    tier: str = ""
+
+
 class Transport(Protocol):
     """Sends requests to a server. Safe to use from several greenlets."""
 
     def ask(
-        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
-    ) -> Timing | None:
-        """Sends a request and calls ``on_tokens`` for every message. Returns the server's timing, if it sent one.
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None], tier: str
+    ) -> Reported:
+        """Sends a request, to ``tier`` unless that is empty, and calls ``on_tokens`` for every message.
 
         Raises:
             RequestFailed: The server refused the request, ended the stream early or exceeded ``timeout``.
@@ -32,12 +40,18 @@ def measure(
     timeout: float,
     due: float | None,
     clock: Callable[[], float],
+    tier: str = "",
 ) -> Outcome:
-    """Sends one request and returns its outcome. ``due`` None means that it is due when it is sent."""
+    """Sends one request and returns its outcome.
+
+    Args:
+        due: Time at which the request is due. None means when it is sent.
+        tier: Tier that the request names; empty means none.
+    """
     times: list[float] = []
     tokens = 0
     sent = clock()
-    timing: Timing | None = None
+    reported = Reported()
     error: str | None = None
 
     def on_tokens(total: int) -> None:
@@ -46,12 +60,14 @@ def measure(
         times.extend([clock()] * (total - len(times)))
 
     try:
-        timing = transport.ask(prompt, max_tokens, timeout, on_tokens)
+        reported = transport.ask(prompt, max_tokens, timeout, on_tokens, tier)
         if not times:
             error = "no token arrived"
     except RequestFailed as failure:
         error = str(failure)
-    return Outcome(sent if due is None else due, tuple(times), error, sent, timing, tokens)
+    return Outcome(
+        sent if due is None else due, tuple(times), error, sent, reported.timing, tokens, tier, reported.tier
+    )
 
 
 def to_record(outcome: Outcome) -> dict[str, Any]:

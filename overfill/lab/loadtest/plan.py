@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -11,6 +12,7 @@ from typing import Any
 from overfill.errors import InvalidRequest
 from overfill.lab.loadtest.shapes import DURATIONS, SHAPES, Shape
 from overfill.lab.traffic.run_objectives import RunObjectives
+from overfill.settings.tiers import check_tier_name
 
 API_KEY = "OVERFILL_API_KEY"
 """Environment variable with the API key. On a command line, other users of the machine would see the key."""
@@ -54,6 +56,13 @@ class LoadPlan:
         "", "Objectives, such as ttft_p95=2,itl_p99=200ms. Also tpot, e2e, unattributed, errors (0 unless given)."
     )
     timeout: float = _option(600.0, "Timeout of one request, seconds.", float, more_than=0)
+    tier: str = _option(
+        "",
+        "Tier of the requests, as NAME or NAME=WEIGHT; repeat it to mix tiers by weight. By default the server's.",
+        separator=",",
+    )
+    fallback: str = _option("", "Tier that continues answers whose own tier has no worker left; none waits.")
+    allow_brownout: bool = _option(False, "Let the next tier answer when the requested one is overloaded.", bool)
     model: str | None = _option(None, "Model name for an OpenAI endpoint. By default the first that it lists.")
     tls_ca: str | None = _option(None, "PEM file with CA certificates to trust. For gRPC it turns TLS on.", Path)
     tls_cert: str | None = _option(None, "PEM file with the client's certificate.", Path, locust="client_tls_cert")
@@ -76,7 +85,7 @@ class LoadPlan:
             raise InvalidRequest("shape", "arrivals needs a trace or a rate")
         if self.open_loop and self.trace is None and self.requests is None and self.duration is None:
             raise InvalidRequest("rate", "alone never ends; give requests or duration too")
-        self.objectives  # noqa: B018  # parsed now, so that a mistake is reported before the test
+        self.objectives, self.tiers  # noqa: B018  # parsed now, so that a mistake is reported before the test
 
     @property
     def kind(self) -> Shape:
@@ -103,6 +112,22 @@ class LoadPlan:
         return RunObjectives.parse(self.slo)
 
     @property
+    def tiers(self) -> dict[str, float]:
+        """Weights of the tiers that requests name; without ``tier``, all of them name none. Raises InvalidRequest."""
+        weights: dict[str, float] = {}
+        for part in filter(None, self.tier.split(",")):
+            name, _, given = part.partition("=")
+            try:
+                weight = float(given or 1)
+                check_tier_name(name)
+            except ValueError as error:
+                raise InvalidRequest("tier", f"{part!r} is not NAME or NAME=WEIGHT: {error}") from None
+            if not 0 < weight < math.inf or name in weights:
+                raise InvalidRequest("tier", f"{part!r}: give each tier once, with a weight above 0")
+            weights[name] = weight
+        return weights or {"": 1.0}
+
+    @property
     def api_key(self) -> str | None:
         return os.environ.get(API_KEY) or None
 
@@ -110,6 +135,9 @@ class LoadPlan:
     def from_options(cls, options: Mapping[str, Any]) -> LoadPlan:
         """Makes a plan from parsed options. Raises InvalidRequest."""
         given: dict[str, Any] = {n: str(value) if isinstance(value, Path) else value for n, value in options.items()}
+        for f in fields(cls):
+            if isinstance(value := given.get(f.name), tuple):
+                given[f.name] = f.metadata["separator"].join(value)
         return cls(**given)
 
     @classmethod
@@ -141,6 +169,8 @@ def locust_flag(f: Field[Any]) -> str:
 def locust_type(f: Field[Any]) -> Callable[[Any], Any]:
     """Returns the option's type in locust. Paths are text there, because the master sends options to its workers."""
     kind: Callable[[Any], Any] = f.metadata["kind"]
+    if kind is bool:
+        return lambda value: str(value).lower() in ("true", "1", "on")
     return kind if kind in (int, float) else str
 
 

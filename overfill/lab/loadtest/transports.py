@@ -9,8 +9,9 @@ from pathlib import Path
 import requests
 from requests.adapters import HTTPAdapter
 
-from overfill.client import Client, SamplingParams, Timing
+from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.lab.loadtest.measure import Reported
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic import openai
 from overfill.lab.traffic.outcome import RequestFailed
@@ -27,19 +28,27 @@ class GrpcTransport:
     def __init__(self, plan: LoadPlan) -> None:
         ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
         tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
+        self._fallback, self._allow_brownout = plan.fallback, plan.allow_brownout
         self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
 
     def ask(
-        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
-    ) -> Timing | None:
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None], tier: str
+    ) -> Reported:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         tokens = 0
         try:
-            with self._client.stream(list(prompt), sampling=sampling, timeout=timeout) as stream:
+            with self._client.stream(
+                list(prompt),
+                sampling=sampling,
+                timeout=timeout,
+                tier=tier,
+                fallback=self._fallback,
+                allow_brownout=self._allow_brownout,
+            ) as stream:
                 for delta in stream:
                     tokens += len(delta.token_ids)
                     on_tokens(tokens)
-                return stream.answer.timing
+                return Reported(stream.answer.timing, stream.answer.tier)
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
 
@@ -53,6 +62,7 @@ class OpenAiTransport:
     def __init__(self, plan: LoadPlan) -> None:
         self._url = plan.target.rstrip("/")
         self._model = plan.model
+        self._own = {"fallback": plan.fallback, "allow_brownout": plan.allow_brownout}
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=_CONNECTIONS))
@@ -64,12 +74,12 @@ class OpenAiTransport:
             self._session.headers["Authorization"] = f"Bearer {plan.api_key}"
 
     def ask(
-        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None]
-    ) -> Timing | None:
+        self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None], tier: str
+    ) -> Reported:
         deadline = time.monotonic() + timeout
         events = openai.CompletionEvents()
         try:
-            body = openai.completion_body(self._name(), prompt, max_tokens, extensions=True)
+            body = openai.completion_body(self._name(), prompt, max_tokens, extensions=True, tier=tier, **self._own)
             with self._session.post(
                 f"{self._url}/completions", json=body, stream=True, timeout=(_CONNECT_SECONDS, timeout)
             ) as response:
@@ -82,7 +92,7 @@ class OpenAiTransport:
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
-        return events.timing
+        return Reported(events.timing, events.tier)
 
     def close(self) -> None:
         self._session.close()

@@ -67,7 +67,8 @@ class LoadUser(User):
         run = self._load_run
         request = run.workload[ordinal]
         prompt = run.workload.prompt(ordinal)
-        outcome = measure(self._transport, prompt, request.output_tokens, run.plan.timeout, due, run.clock)
+        tier = run.workload.tier(ordinal)
+        outcome = measure(self._transport, prompt, request.output_tokens, run.plan.timeout, due, run.clock, tier)
         run.outcomes.append(outcome)
         self._fire(outcome, len(prompt))
 

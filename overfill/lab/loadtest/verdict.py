@@ -11,12 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from overfill.lab.loadtest import tiers
 from overfill.lab.loadtest.measure import relative_to_start, to_record
 from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
 from overfill.lab.traffic.run_objectives import ObjectiveVerdict
 
-_WIDTH = 100
+_WIDTH = 120
 
 
 class LoadTestStatus(enum.Enum):
@@ -36,6 +37,8 @@ def conclude(run: LoadTestRun, out: TextIO, err: TextIO) -> LoadTestStatus:
         print(file=err)  # below the progress line
     console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
     console.print(summary(outcomes))
+    if by_tier := tiers.rows(outcomes, run.plan.objectives.of_each_request()):
+        console.print(_tier_table(by_tier))
     console.print(_verdict_table(verdicts))
     errors = [outcome.error for outcome in outcomes if not outcome.ok]
     if errors:
@@ -69,6 +72,15 @@ def summary(outcomes: list[Outcome]) -> Table:
     for name in ("requests", "output_tokens"):
         table.add_row(f"{name.replace('_', ' ')} per second", _cell(found[name].value, 1.0))
     table.add_row("answered", f"{sum(o.ok for o in outcomes)} of {len(outcomes)}")
+    return table
+
+
+def _tier_table(rows: list[tuple[str, ...]]) -> Table:
+    table = Table(box=None, padding=(0, 1))
+    for column in tiers.HEAD:
+        table.add_column(column, justify="left" if column in ("tier", "written by") else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

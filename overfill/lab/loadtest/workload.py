@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from array import array
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ class Workload:
 
     def __init__(self, plan: LoadPlan) -> None:
         self._vocab_size = plan.vocab_size
+        self._tiers, self._seed = plan.tiers, plan.seed
         self._prompts: dict[int, array[int]] = {}
         if plan.trace is not None:
             self._requests = _traced(plan, Path(plan.trace))
@@ -49,6 +51,11 @@ class Workload:
         """Returns the token ids of a request's prompt."""
         ready = self._prompts.pop(ordinal, None)
         return self[ordinal].prompt(self._vocab_size, ordinal) if ready is None else ready.tolist()
+
+    def tier(self, ordinal: int) -> str:
+        """Returns the tier that a request names; empty means none. The same in every process."""
+        chooser = random.Random(f"tier {self._seed} {ordinal}")
+        return chooser.choices(list(self._tiers), list(self._tiers.values()))[0]
 
     def prepare(self, shard: ProcessShard, seconds: float) -> None:
         """Makes prompts for at most ``seconds``, so that making one later does not delay other requests' tokens."""

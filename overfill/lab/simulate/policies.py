@@ -29,7 +29,8 @@ def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> D
         raise InvalidRequest("policy", f"must be one of {', '.join(NAMES)}, got {policy!r}")
     prefill: PolicyName = PREFILL_DEFAULT if policy == DEFAULT else policy  # type: ignore[assignment]
     decode: PolicyName = policy if policy in DECODE_POLICIES else DECODE_DEFAULT
-    return Dispatcher(roster, POLICIES[decode](seed), prefill_policy=POLICIES[prefill](seed), max_queue=max_queue)
+    roster.use(POLICIES[prefill](seed), lambda: POLICIES[decode](seed))
+    return Dispatcher(roster, max_queue=max_queue)
 
 
 def make_job(name: str, trace: TraceRequest) -> Job:

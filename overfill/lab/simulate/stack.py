@@ -149,7 +149,7 @@ class Simulation:
         self.workers.pop(worker.name, None)
         self._recorder.account(worker)
         if worker.entry is not None:
-            self.roster.pool(worker.stage).remove(worker.entry)
+            self.roster.pool_of(worker.entry).remove(worker.entry)
 
     def _fail(self, worker: SimWorker) -> None:
         if worker.gone:

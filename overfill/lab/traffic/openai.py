@@ -11,11 +11,14 @@ from overfill.client.answers import Timing
 from overfill.lab.traffic.outcome import RequestFailed
 
 
-def completion_body(model: str | None, prompt: Sequence[int], max_tokens: int, *, extensions: bool) -> dict[str, Any]:
+def completion_body(
+    model: str | None, prompt: Sequence[int], max_tokens: int, *, extensions: bool, **own: Any
+) -> dict[str, Any]:
     """Builds the body of a ``/completions`` request.
 
     Args:
         extensions: whether to use ``ignore_eos`` and a token count in every message, which OpenAI's API does not have.
+        own: fields that only our server knows, such as ``tier``; those that are empty are left out.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -28,7 +31,7 @@ def completion_body(model: str | None, prompt: Sequence[int], max_tokens: int, *
     if extensions:
         body["ignore_eos"] = True
         body["stream_options"]["continuous_usage_stats"] = True
-    return body
+    return body | {name: value for name, value in own.items() if value}
 
 
 class CompletionEvents:
@@ -36,10 +39,12 @@ class CompletionEvents:
 
     Attributes:
         timing: The server's own timing. Our server sends it after the last token; others send none.
+        tier: Tier that wrote the end of the answer; empty until our server says so.
     """
 
     def __init__(self) -> None:
         self.timing: Timing | None = None
+        self.tier = ""
         self._tokens = 0
         self._finished = False
 
@@ -64,7 +69,8 @@ class CompletionEvents:
         if "error" in event:
             raise RequestFailed(error_message(data))
         if ours := event.get("overfill"):
-            self.timing = timing(ours["choices"][0]["timing"])
+            choice = ours["choices"][0]
+            self.timing, self.tier = timing(choice["timing"]), choice.get("tier") or ""
         if usage := event.get("usage"):
             self._tokens = int(usage["completion_tokens"])
         elif any(choice.get("text") for choice in event.get("choices") or ()):

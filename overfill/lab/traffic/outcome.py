@@ -28,6 +28,8 @@ class Outcome:
         timing: The server's own breakdown of the time.
         counted: Number of tokens, if it may differ from the length of ``times``: some servers report the exact number
             only at the end, and the client had counted one token per message.
+        tier: Tier that the request named; empty means none.
+        written_by: Tier that wrote the end of the answer; empty means unknown.
     """
 
     due: float
@@ -36,6 +38,8 @@ class Outcome:
     sent: float | None = None
     timing: Timing | None = None
     counted: int | None = None
+    tier: str = ""
+    written_by: str = ""
 
     @property
     def tokens(self) -> int:

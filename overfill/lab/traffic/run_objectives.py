@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overfill.errors import InvalidRequest
-from overfill.lab.traffic.outcome import Outcome, samples
+from overfill.lab.traffic.outcome import Objective, Outcome, samples
 
 _NAME = re.compile(r"(ttft|itl|tpot|e2e|unattributed)_p(\d{1,2}(?:\.\d+)?|100)")
 _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
@@ -89,6 +89,18 @@ class RunObjectives:
             thresholds[threshold.name] = threshold
         thresholds.setdefault("errors", Threshold("errors", 0.0))
         return cls(tuple(thresholds.values()))
+
+    def of_each_request(self) -> Objective:
+        """Returns the limits as those of a single request; of several percentiles, the largest limit counts.
+
+        A single request has no percentiles of gaps, so limits of ``itl`` and ``tpot`` apply to its mean gap.
+        """
+        limits: dict[str, float] = {}
+        for threshold in self.thresholds:
+            name = threshold.name.partition("_p")[0].replace("tpot", "itl")
+            if name in Objective.__slots__:
+                limits[name] = max(threshold.maximum, limits.get(name, 0.0))
+        return Objective(**limits)
 
     def judge(self, outcomes: Sequence[Outcome]) -> list[ObjectiveVerdict]:
         """Checks every threshold against the outcomes of a run."""

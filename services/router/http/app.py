@@ -74,9 +74,6 @@ class HttpApi:
         self._status = status
         self._share_port = share_port
         self._started = int(time.time())
-        pair = generator.pair
-        self._pair = {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
-        self._fingerprint = f"fp_{pair.decoder_digest[:12]}"
         generating = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
@@ -131,10 +128,16 @@ class HttpApi:
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
     async def _generate(self, request: Request, kind: Kind, id: str, asked: ApiRequest, received: float) -> ASGIApp:
-        envelope = Envelope(kind, id, self._generator.model, self._pair, self._fingerprint, self._generator.tokenizer)
+        generator = self._generator
+
+        def envelope(tier: str) -> Envelope:
+            model = f"{generator.model}:{tier}" if generator.several_tiers else generator.model
+            fingerprint = f"fp_{generator.tier_digest(tier)[:12]}"
+            return Envelope(kind, id, model, self._pair_json(tier), fingerprint, generator.tokenizer)
+
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
-        answers = RunningChoices(self._generator, asked, envelope, key, span)
+        answers = RunningChoices(generator, asked, envelope, key, span)
         await answers.start(received)
         if asked.stream:
             return EventStream(answers, id)
@@ -184,8 +187,14 @@ class HttpApi:
             "created": self._started,
             "owned_by": "overfill",
             "max_model_len": model.max_model_len,
-            "overfill": {"pair": self._pair, "dtype": model.dtype or None},
+            "overfill": {"tier": model.tier, "pair": self._pair_json(model.tier), "dtype": model.dtype or None},
         }
+
+    def _pair_json(self, tier: str) -> dict[str, Any]:
+        """Describes the pair of a tier. Only the name of the default tier's pair is known."""
+        pair, decoder = self._generator.pair, self._generator.tier_digest(tier)
+        name = pair.name if decoder == pair.decoder_digest else None
+        return {"name": name, "full_digest": pair.full_digest, "decoder_digest": decoder}
 
 
 class GeneratingRoutes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -18,7 +19,6 @@ from overfill.errors import OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
-from overfill.v1 import inference_pb2
 from services.router.generation import Generation, Generator, choices
 from services.router.http.connection import ClientGone, Connection
 
@@ -27,20 +27,24 @@ Write = Callable[[bytes, bool], Awaitable[None]]
 
 
 class RunningChoices:
-    """The running choices of one request."""
+    """The running choices of one request.
+
+    Args:
+        envelope: makes the response's envelope for the tier that begins its first choice.
+    """
 
     def __init__(
         self,
         generator: Generator,
         asked: ApiRequest,
-        envelope: Envelope,
+        envelope: Callable[[str], Envelope],
         key: ApiKey | None,
         span: Span,
     ) -> None:
         self._span = span
         self._generator = generator
         self._asked = asked
-        self._envelope = envelope
+        self._make_envelope = envelope
         self._key = key
         self._stack = ExitStack()
         self.choices: list[Choice] = []
@@ -65,6 +69,10 @@ class RunningChoices:
             self._raise_named(error)
             raise
 
+    @cached_property
+    def _envelope(self) -> Envelope:
+        return self._make_envelope(self._running[0].accepted.tier)
+
     def _raise_named(self, error: BaseException) -> None:
         """Raises an error about the grammar again, with the grammar's field as the client named it."""
         if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
@@ -77,6 +85,7 @@ class RunningChoices:
             seed=generation.accepted.seed,
             prompt_tokens=generation.accepted.prompt_tokens,
             logprobs=self._asked.prompts[prompt].sampling.HasField("logprobs"),
+            brownout_from=generation.accepted.brownout_from,
             echo=self._echo(prompt),
         )
 
@@ -87,7 +96,7 @@ class RunningChoices:
             [choice.whole() for choice in self.choices],
             chunk=False,
             usage=answers.usage(self.choices, self._asked.n),
-            overfill=self._envelope.extension(self._ends(self.choices)),
+            overfill=self._envelope.extension(self.choices),
         )
 
     async def stream(self, write: Write) -> None:
@@ -134,7 +143,7 @@ class RunningChoices:
         if generation.rest is not None:
             events += self._delta(choice, generation.rest, frame)
         choice.finished = generation.finished
-        events += self._event(choice.last(), overfill=self._envelope.extension(self._ends([choice])))
+        events += self._event(choice.last(), overfill=self._envelope.extension([choice]))
         more = any(choice.finished is None for choice in self.choices)
         await write(events if more else events + self._end(), more)
 
@@ -167,9 +176,6 @@ class RunningChoices:
         elif self._asked.include_usage:
             more["usage"] = None
         return self._envelope.wrap([choice], chunk=True, **more)
-
-    def _ends(self, ended: Sequence[Choice]) -> list[tuple[int, int, inference_pb2.Finished]]:
-        return [(choice.index, choice.seed, choice.finished) for choice in ended if choice.finished is not None]
 
     def _echo(self, prompt: int) -> str:
         if self._asked.echo is None:

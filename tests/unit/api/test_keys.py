@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,85 @@ def test_scopes_are_kept_and_checked(file):
         del entry["scopes"]  # the format before scopes existed
     file.write_text(json.dumps(data))
     assert {key.scopes for key in keys.load(file)} == {keys.DEFAULT_SCOPES}
+
+
+def test_tiers_of_a_key_are_kept_listed_and_checked(file, capsys):
+    assert main(["keys", "create", "any", "--file", str(file)]) == 0
+    flags = ["--tier", "full", "--tier", "fast", "--allow-brownout"]
+    assert main(["keys", "create", "ci", "--file", str(file), *flags]) == 0
+    free, held = keys.load(file)
+    assert (free.tiers, free.allow_brownout) == (None, False)
+    assert (held.tiers, held.allow_brownout) == ({"full", "fast"}, True)
+    assert [[key.may_use(tier) for tier in ("full", "default")] for key in (free, held)] == [[True] * 2, [True, False]]
+    assert set(json.loads(file.read_text())["keys"][0]) == {"name", "sha256", "created", "scopes"}
+    capsys.readouterr()
+    assert main(["keys", "list", "--file", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[4:] for line in lines] == [[], ["tiers:fast,full", "brownout"]]
+    assert main(["keys", "create", "x", "--file", str(file), "--tier", "Full"]) == 2
+    assert "'Full' cannot name a tier" in " ".join(capsys.readouterr().err.split())
+    data = json.loads(file.read_text())
+    for wrong in ({"tiers": "full"}, {"tiers": []}, {"tiers": [1]}, {"tiers": None}, {"allow_brownout": 1}):
+        data["keys"][0].update(wrong)
+        file.write_text(json.dumps(data))
+        (field,) = wrong
+        with pytest.raises(BadKeyFile, match=field):
+            keys.load(file)
+        del data["keys"][0][field]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other users")
+def test_a_changed_file_keeps_owner_group_and_mode(file):
+    keys.create(file, "ci")
+    os.chown(file, 10_001, 10_002)
+    file.chmod(0o640)
+    keys.create(file, "other")
+    keys.revoke(file, "ci")
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (10_001, 10_002, 0o640)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_whose_owner_cannot_be_kept_is_not_changed(file, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    keys.create(file, "ci")
+    before = file.read_bytes()
+    monkeypatch.setattr(os, "fchmod", refused)
+    with pytest.raises(
+        BadKeyFile, match=f"owner {os.geteuid()}:{os.getegid()} and mode 0600.*as that owner or as root"
+    ):
+        keys.revoke(file, "ci")
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file], "nothing is left behind"
+
+
+def test_a_key_that_is_revoked_while_another_is_made_stays_revoked(file, monkeypatch):
+    keys.create(file, "old")
+    load, waits, revoking = keys.load, [], threading.Thread(target=keys.revoke, args=(file, "old"))
+    flock = keys.fcntl.flock
+
+    def noticing_flock(*arguments):
+        if threading.current_thread() is revoking:
+            waits.append(True)
+            at_the_lock.set()
+        flock(*arguments)
+
+    def load_then_revoke(path):
+        found = load(path)
+        if threading.current_thread() is not revoking:
+            revoking.start()
+            # Without the lock, the revocation ends here, and the next save undoes it.
+            while revoking.is_alive() and not at_the_lock.wait(0.01):
+                pass
+        return found
+
+    at_the_lock = threading.Event()
+    monkeypatch.setattr(keys.fcntl, "flock", noticing_flock)
+    monkeypatch.setattr(keys, "load", load_then_revoke)
+    keys.create(file, "new")
+    revoking.join()
+    assert [key.name for key in load(file)] == ["new"]
+    assert waits, "the revocation waited for the lock"
+    assert list(file.parent.iterdir()) == [file]

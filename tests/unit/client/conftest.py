@@ -18,10 +18,13 @@ from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, in
 Response = inference_pb2.GenerateResponse
 
 
-def accepted(seed: int = 7) -> Response:
-    return Response(
-        accepted=inference_pb2.Accepted(request_id="r1", prompt_tokens=3, seed=seed, model="tiny", max_tokens=40)
-    )
+def accepted(seed: int = 7, **fields: Any) -> Response:
+    message = inference_pb2.Accepted(request_id="r1", prompt_tokens=3, seed=seed, model="tiny", max_tokens=40, **fields)
+    return Response(accepted=message)
+
+
+def part(tier: str, first_index: int) -> inference_pb2.AnswerPart:
+    return inference_pb2.AnswerPart(tier=tier, first_index=first_index)
 
 
 def delta(first_index: int, ids: list[int], text: str = "", **fields: Any) -> Response:
@@ -67,6 +70,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         model = inference_pb2.Model(name="tiny", max_model_len=64, full_digest="f", decoder_digest="d", dtype="float32")
+        model.tier = "full"
         return inference_pb2.ListModelsResponse(models=[model])
 
     async def Status(self, request: Any, context: Any) -> Any:
@@ -74,15 +78,19 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
         process.load.kv_blocks_total = 8
         process.kv.dtype = common_pb2.DTYPE_BFLOAT16
         process.codec = common_pb2.KV_CODEC_RAW
+        process.tier = "full"
         return admin_pb2.StatusResponse(
             process=admin_pb2.ProcessStatus(id="router", stage=common_pb2.STAGE_ROUTER),
             workers=[
-                admin_pb2.WorkerStatus(id="d0", stage=common_pb2.STAGE_DECODE, address="a", process=process),
+                admin_pb2.WorkerStatus(
+                    id="d0", stage=common_pb2.STAGE_DECODE, address="a", process=process, tier="full"
+                ),
                 admin_pb2.WorkerStatus(id="d1", stage=common_pb2.STAGE_DECODE, address="b"),
             ],
             pools=[
                 admin_pb2.PoolStatus(stage=common_pb2.STAGE_PREFILL, expected=1),
-                admin_pb2.PoolStatus(stage=common_pb2.STAGE_DECODE, ready=1, expected=3),
+                admin_pb2.PoolStatus(stage=common_pb2.STAGE_DECODE, ready=1, expected=1, tier="full", brownout=True),
+                admin_pb2.PoolStatus(stage=common_pb2.STAGE_DECODE, ready=0, expected=2, tier="fast"),
             ],
         )
 
@@ -139,4 +147,4 @@ def closed_address() -> str:
 @pytest.fixture(scope="session")
 def say() -> SimpleNamespace:
     """Functions that make the events of a stream."""
-    return SimpleNamespace(accepted=accepted, delta=delta, finished=finished, good=GOOD)
+    return SimpleNamespace(accepted=accepted, delta=delta, finished=finished, part=part, good=GOOD)

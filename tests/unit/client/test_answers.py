@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from overfill.client.answers import TTFT_PARTS, Answer, AnswerBuilder, Delta, Timing, TokenLogprobs
+from overfill.client.answers import TTFT_PARTS, Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs
 from overfill.errors import InternalError
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
@@ -44,6 +44,26 @@ def test_an_answer_may_have_no_tokens(say: SimpleNamespace) -> None:
     assert (answer.text, answer.token_ids, answer.finish_reason) == ("", (), "length")
     assert answer.client_ttft is None
     assert answer.stop is None
+
+
+def test_parts_say_which_tier_wrote_which_tokens(say: SimpleNamespace) -> None:
+    first, last = say.part("full", 0), say.part("fast", 1)
+    events = [
+        say.accepted(tier="full"),
+        say.delta(0, [10]),
+        say.delta(1, [11], parts=[last]),
+        say.finished(parts=[first, last]),
+    ]
+    deltas, answer = fold(events)
+    assert [d.parts for d in deltas] == [(), (AnswerPart("fast", 1),)]
+    assert answer.parts == (AnswerPart("full", 0), AnswerPart("fast", 1))
+    assert (answer.tier, answer.brownout_from) == ("fast", None)
+
+
+def test_a_tier_that_was_lost_before_it_wrote_a_token_has_no_part(say: SimpleNamespace) -> None:
+    end = say.finished(parts=[say.part("fast", 0)])
+    _, answer = fold([say.accepted(tier="full"), say.delta(0, [10], parts=[say.part("fast", 0)]), end])
+    assert (answer.tier, answer.parts) == ("fast", (AnswerPart("fast", 0),))
 
 
 def test_text_that_was_held_back_may_come_without_tokens(say: SimpleNamespace) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from overfill.client import Answer, AsyncClient, Client, Delta, Message, SamplingParams
+from overfill.client import Answer, AnswerPart, AsyncClient, Client, Delta, Message, PoolStatus, SamplingParams
 from overfill.errors import (
     DeadlineExceeded,
     InternalError,
@@ -224,6 +224,48 @@ def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     assert not first.sampling.HasField("seed")
 
 
+def test_an_answer_stays_in_its_tier_when_its_router_is_lost(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    # The first router browns out at once, and falls back at token 1. The second one must do neither anew.
+    router.script = [
+        say.accepted(tier="default", brownout_from="full"),
+        say.delta(0, [10], "Hel"),
+        say.delta(1, [11], "l", parts=[say.part("fast", 1)]),
+        ShuttingDown("leaving"),
+    ]
+    another_router.script = [
+        say.accepted(tier="fast"),
+        say.delta(2, [12], "o"),
+        say.finished(parts=[say.part("fast", 2)]),
+    ]
+    deltas, stream = sdk.stream(
+        f"{router.address},{another_router.address}", model="tiny:full", fallback="fast", allow_brownout=True
+    )
+    (first,), (rest,) = router.requests, another_router.requests
+    assert (first.model, first.tier, first.fallback, first.allow_brownout) == ("tiny:full", "", "fast", True)
+    assert (rest.model, rest.tier, rest.fallback, rest.allow_brownout) == ("tiny", "fast", "fast", False)
+    assert [d.parts for d in deltas] == [(), (AnswerPart("fast", 1),), ()]
+    answer = stream.answer
+    assert answer.parts == (AnswerPart("default", 0), AnswerPart("fast", 1))
+    assert (answer.tier, answer.brownout_from) == ("fast", "full")
+
+
+def test_a_resubmitted_request_names_its_tier_once(
+    sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
+) -> None:
+    router.script = [say.accepted(tier="full"), say.delta(0, [10], "Hel"), ShuttingDown("leaving")]
+    another_router.script = [
+        say.accepted(tier="full"),
+        say.delta(1, [11, 12], "lo", parts=[say.part("fast", 2)]),
+        say.finished(parts=[say.part("full", 1), say.part("fast", 2)]),
+    ]
+    answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x", model="tiny:full")
+    (rest,) = another_router.requests
+    assert (rest.model, rest.tier) == ("tiny:full", "full")
+    assert answer.parts == (AnswerPart("full", 0), AnswerPart("fast", 2))
+
+
 def test_held_back_text_comes_once_when_the_router_is_lost_before_the_end(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
@@ -249,10 +291,10 @@ def test_an_error_carries_the_answer_so_far(sdk: Sdk, router: Any, say: SimpleNa
     with pytest.raises(Unavailable, match="gave up") as caught:
         sdk.run(router.address, "generate", "x")
     assert caught.value.produced == Produced("Hel", (10,), "r1", 7)
-    router.script = [*say.good[:2], say.delta(5, [12])]
+    router.script = [say.accepted(tier="fast"), say.good[1], say.delta(5, [12])]
     with pytest.raises(InternalError) as wrong:
         sdk.run(router.address, "generate", "x")
-    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7)
+    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7, "fast")
     router.script = [Overloaded("full")]
     with pytest.raises(Overloaded) as refused:
         sdk.run(router.address, "generate", "x")
@@ -334,14 +376,16 @@ def test_a_chat_of_plain_text_is_refused_with_what_to_write(sdk: Sdk, router: An
 
 def test_models_and_status(sdk: Sdk, router: Any) -> None:
     (model,) = sdk.run(router.address, "models")
-    assert (model.name, model.max_model_len, model.dtype) == ("tiny", 64, "float32")
+    assert (model.name, model.max_model_len, model.dtype, model.tier) == ("tiny", 64, "float32", "full")
     status = sdk.run(router.address, "status")
     assert (status.process.stage, status.process.load, status.process.codec) == ("router", None, None)
     assert (status.serving, status.complete, status.http_address) == (False, False, None)
     assert {stage: (pool.ready, pool.expected) for stage, pool in status.pools.items()} == {
         "prefill": (0, 1), "decode": (1, 3),
     }  # fmt: skip
+    assert status.tiers == {"full": PoolStatus(1, 1, "full", brownout=True), "fast": PoolStatus(0, 2, "fast")}
     answering, silent = status.workers
+    assert (answering.tier, answering.process.tier, silent.tier) == ("full", "full", None)
     assert (answering.id, answering.stage, silent.process) == ("d0", "decode", None)
     assert answering.process.load.kv_blocks_total == 8
     assert (answering.process.kv.dtype, answering.process.codec) == ("bfloat16", "raw")

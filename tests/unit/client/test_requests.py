@@ -35,6 +35,8 @@ def test_all_other_arguments_are_passed_on() -> None:
     assert (list(request.resume_token_ids), request.trace) == ([9], True)
     assert SamplingParams.from_proto(request.sampling) == sampling
     assert not build().HasField("sampling")
+    request = build(tier="full", fallback="fast", allow_brownout=True)
+    assert (request.tier, request.fallback, request.allow_brownout) == ("full", "fast", True)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,8 @@ def test_all_other_arguments_are_passed_on() -> None:
         ("stop", {"stop": ["\ud800"]}),
         ("model", {"model": "\ud800"}),
         ("request_id", {"request_id": 5}),
+        ("tier", {"tier": None}),
+        ("fallback", {"fallback": False}),
         ("resume_token_ids", {"resume_token_ids": [-1]}),
     ],
 )

@@ -71,7 +71,7 @@ def add_worker(
         **report: object,
     ) -> Worker:
         worker = roster.join(make_info(worker_id, stage, incarnation=incarnation))
-        roster.pool(stage).report(worker, make_report(**report), now)
+        roster.pool_of(worker).report(worker, make_report(**report), now)
         return worker
 
     return add

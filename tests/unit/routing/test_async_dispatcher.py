@@ -6,8 +6,8 @@ import pytest
 
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
 
 
@@ -22,7 +22,7 @@ async def roster(add_worker):
 
 @pytest.fixture
 def dispatcher(roster):
-    return AsyncDispatcher(Dispatcher(roster, LeastLoad()))
+    return AsyncDispatcher(Dispatcher(roster))
 
 
 def job(name):
@@ -54,10 +54,10 @@ async def test_a_callback_that_raises_ends_its_own_job_only(dispatcher, roster, 
         dispatcher.submit(each, lambda _, each=each: placed.append(each.id))
     report(3)
     assert placed == ["bad", "b", "c"]
-    assert [w.in_flight for w in roster.decode] == [2]
+    assert [w.in_flight for w in roster.decode[DEFAULT_TIER]] == [2]
     for each in good:
         dispatcher.finish(each)
-    assert [w.in_flight for w in roster.decode] == [0]
+    assert [w.in_flight for w in roster.decode[DEFAULT_TIER]] == [0]
 
 
 async def test_callbacks_do_not_nest(dispatcher, roster, report):
@@ -77,7 +77,7 @@ async def test_callbacks_do_not_nest(dispatcher, roster, report):
         dispatcher.submit(each, lambda _, each=each: end(each))
     report(1)
     assert len(placed) == 900
-    assert [w.in_flight for w in roster.decode] == [0]
+    assert [w.in_flight for w in roster.decode[DEFAULT_TIER]] == [0]
 
 
 async def test_time_without_a_queue_does_not_count_as_waiting(dispatcher, report):
@@ -85,4 +85,6 @@ async def test_time_without_a_queue_does_not_count_as_waiting(dispatcher, report
     waiting = job("a")
     dispatcher.submit(waiting, lambda _: None)
     dispatcher.finish(waiting)
-    assert dispatcher._dispatcher._admission.departure_rate._since is None, "the queue is seen to be empty at once"
+    assert dispatcher._dispatcher._tiers[DEFAULT_TIER].admission.departure_rate._since is None, (
+        "the queue is seen to be empty at once"
+    )

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -17,7 +18,8 @@ from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
-from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
+from overfill.routing.tier import DEFAULT_TIER, Tier
+from overfill.routing.worker import PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 
@@ -28,7 +30,7 @@ def roster():
 
 @pytest.fixture
 def dispatcher(roster):
-    return Dispatcher(roster, LeastLoad(), max_queue=3, reserve_after=5.0, absent_after=10.0)
+    return Dispatcher(roster, max_queue=3, reserve_after=5.0, absent_after=10.0)
 
 
 def job(name, prompt=10, answer=10, **more):
@@ -157,7 +159,7 @@ def test_a_refused_request_goes_to_the_front_and_the_worker_is_left_alone_until_
     dispatcher.refused(a)
     assert dispatcher.poll(0.1) == []
     assert worker.in_flight == 0
-    roster.decode.report(worker, make_report(credits=1), 0.2)
+    roster.decode[DEFAULT_TIER].report(worker, make_report(credits=1), 0.2)
     assert placed(dispatcher.poll(0.2)) == [("a", "d0")]
 
 
@@ -206,7 +208,7 @@ def test_a_vanished_worker_gets_nothing_until_it_reports(roster, dispatcher, add
     dispatcher.lost(a, 0.0, gone=True)
     dispatcher.submit(job("b"), 0.0)
     assert dispatcher.poll(0.0) == []
-    roster.decode.report(worker, make_report(), 1.0)
+    roster.decode[DEFAULT_TIER].report(worker, make_report(), 1.0)
     assert placed(dispatcher.poll(1.0)) == [("a", "d0"), ("b", "d0")]
 
 
@@ -282,7 +284,7 @@ def test_a_request_that_fits_only_one_worker_waits_for_that_one(roster, dispatch
     large = add_worker(roster, "large", total=100, used=99)
     dispatcher.submit(job("a", prompt=60), 0.0)
     assert dispatcher.poll(0.0) == []
-    roster.decode.report(large, make_report(), 0.0)
+    roster.decode[DEFAULT_TIER].report(large, make_report(), 0.0)
     assert placed(dispatcher.poll(0.0)) == [("a", "large")]
 
 
@@ -293,13 +295,13 @@ def test_small_requests_pass_a_blocked_one_until_it_has_waited_too_long(roster, 
     dispatcher.submit(job("large", prompt=500, answer=500), 0.0)
     dispatcher.submit(job("b", prompt=40), 1.0)
     assert placed(dispatcher.poll(1.0)) == [("b", "d0")]
-    roster.decode.report(worker, make_report(used=90, total=100), 5.0)
-    roster.decode.report(roster.decode.get("tiny"), make_report(total=3), 5.0)
+    roster.decode[DEFAULT_TIER].report(worker, make_report(used=90, total=100), 5.0)
+    roster.decode[DEFAULT_TIER].report(roster.decode[DEFAULT_TIER].get("tiny"), make_report(total=3), 5.0)
     roster.prefill.report(roster.prefill.get("p0"), make_report(), 5.0)
     dispatcher.submit(job("c", prompt=40), 5.0)
     dispatcher.submit(job("d", prompt=8), 5.0)
     assert placed(dispatcher.poll(5.0)) == [("d", "tiny")], "d0 is kept for the large one; tiny would not fit it"
-    roster.decode.report(worker, make_report(used=10, total=100), 6.0)
+    roster.decode[DEFAULT_TIER].report(worker, make_report(used=10, total=100), 6.0)
     assert placed(dispatcher.poll(6.0)) == [("large", "d0"), ("c", "d0")]
 
 
@@ -319,7 +321,7 @@ def test_requests_are_rejected_when_a_stage_stays_empty(roster, dispatcher, add_
 def keep_reporting(roster, name, now):
     """Makes the named worker repeat its last report at ``now``."""
     worker = roster.find(name)
-    roster.pool(worker.info.stage).report(worker, worker.report, now)
+    roster.pool_of(worker).report(worker, worker.report, now)
 
 
 @pytest.mark.parametrize(
@@ -337,26 +339,29 @@ def keep_reporting(roster, name, now):
 def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
     roster, add_worker, make_info, startups, absent_after, patience
 ):
-    dispatcher = Dispatcher(roster, LeastLoad(), absent_after=absent_after)
+    dispatcher = Dispatcher(roster, absent_after=absent_after)
     add_worker(roster, "p0", PREFILL)
     for incarnation, seconds in enumerate(startups):
         info = replace(make_info("d0", incarnation=incarnation), startup_seconds=seconds)
-        roster.decode.remove(roster.join(info))
+        roster.decode[DEFAULT_TIER].remove(roster.join(info))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
     keep_reporting(roster, "p0", patience - 0.1)
     assert dispatcher.poll(patience - 0.1) == []
     keep_reporting(roster, "p0", patience)
     [rejection] = dispatcher.poll(patience)
-    assert str(rejection.error) == f"no decode worker has reported for {patience:.0f} s"
+    assert (
+        str(rejection.error)
+        == f"no decode worker has reported for {patience:.0f} s; `overfill status` shows the workers"
+    )
 
 
 def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(roster, add_worker, make_info):
-    dispatcher = Dispatcher(roster, LeastLoad())
+    dispatcher = Dispatcher(roster)
     add_worker(roster, "p0", PREFILL)
-    roster.decode.remove(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
+    roster.decode[DEFAULT_TIER].remove(roster.join(replace(make_info("slow"), startup_seconds=60.0)))
     for _ in range(20):
-        roster.decode.remove(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
+        roster.decode[DEFAULT_TIER].remove(roster.join(replace(make_info("quick"), startup_seconds=5.0)))
     dispatcher.submit(job("a"), 0.0)
     assert dispatcher.poll(0.0) == []
     keep_reporting(roster, "p0", 119.9)
@@ -364,7 +369,7 @@ def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(
 
 
 def test_how_long_one_stage_takes_to_start_says_nothing_of_the_other(roster, add_worker, make_info):
-    dispatcher = Dispatcher(roster, LeastLoad())
+    dispatcher = Dispatcher(roster)
     add_worker(roster, "d0")
     roster.join(replace(make_info("d1"), startup_seconds=60.0))
     dispatcher.submit(job("a"), 0.0)
@@ -388,7 +393,7 @@ def test_a_stage_whose_workers_are_joined_and_silent_is_absent(roster, dispatche
     keep_reporting(roster, other, STALE_AFTER + 11.0)
     [rejection] = dispatcher.poll(STALE_AFTER + 11.0)
     stage = "prefill" if silent == "p0" else "decode"
-    assert str(rejection.error) == f"no {stage} worker has reported for 10 s"
+    assert str(rejection.error) == f"no {stage} worker has reported for 10 s; `overfill status` shows the workers"
     assert dispatcher.num_jobs == 0
 
 
@@ -438,7 +443,7 @@ def test_a_smaller_priority_goes_first_and_queues_of_priorities_fill_apart(roste
 
 
 def test_keys_take_turns_by_the_tokens_they_ask_for(roster, add_worker):
-    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
+    dispatcher = Dispatcher(roster, max_queue=100)
     add_worker(roster, "p0", PREFILL, credits=100, total=1000)
     for index in range(6):
         dispatcher.submit(job(f"greedy{index}", prompt=90, key="greedy"), 0.0)
@@ -451,7 +456,7 @@ def test_keys_take_turns_by_the_tokens_they_ask_for(roster, add_worker):
 
 
 def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
-    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
+    dispatcher = Dispatcher(roster, max_queue=100)
     add_worker(roster, "p0", PREFILL, credits=100, total=10000)
     worker = add_worker(roster, "d0", credits=1, total=10000)
     first = job("first", prompt=10, answer=1000, key="a")
@@ -468,7 +473,7 @@ def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
 
 
 def test_a_key_is_refunded_no_more_than_it_was_charged(roster, add_worker):
-    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100)
+    dispatcher = Dispatcher(roster, max_queue=100)
     for index in range(3):  # resumed by its client, and cancelled before its turn
         given_up = job(f"gone{index}", prompt=100, answer=1000, key="a", emitted=500)
         dispatcher.submit(given_up, 0.0)
@@ -499,7 +504,7 @@ def drained(roster, dispatcher, add_worker, make_report, per_second, until):
         now += 1 / per_second
         dispatcher.finish(running.pop())
         roster.prefill.report(roster.prefill.get("p0"), make_report(credits=1000, total=10000), now)
-        roster.decode.report(worker, make_report(credits=1, total=10000), now)
+        roster.decode[DEFAULT_TIER].report(worker, make_report(credits=1, total=10000), now)
         running += [o.job for o in dispatcher.poll(now)]
     return now
 
@@ -530,12 +535,12 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
 ):
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     assert dispatcher.num_waiting == 2
-    dispatcher.admit(0, "", now, now + 0.7)
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.7)
     with pytest.raises(Overloaded, match="the deadline in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.admit(0, "", now, now + 0.3, client_resumes=True)
-    dispatcher.admit(-1, "", now, now + 0.3)  # no request is ahead of an urgent one
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.3, client_resumes=True)
+    dispatcher.admit(DEFAULT_TIER, -1, "", now, now + 0.3)  # no request is ahead of an urgent one
 
 
 def test_a_full_queue_says_when_half_of_it_will_have_left(roster, dispatcher, add_worker, make_report):
@@ -547,7 +552,7 @@ def test_a_full_queue_says_when_half_of_it_will_have_left(roster, dispatcher, ad
 
 
 def test_a_limit_on_waiting_refuses_requests_that_would_wait_longer(roster, add_worker, make_report):
-    dispatcher = Dispatcher(roster, LeastLoad(), max_queue=100, max_wait=1.0)
+    dispatcher = Dispatcher(roster, max_queue=100, max_wait=1.0)
     now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
     for index in range(2):
         dispatcher.submit(job(f"more{index}"), now)
@@ -565,12 +570,12 @@ def test_idle_time_does_not_count_as_a_slow_queue(roster, dispatcher, add_worker
     dispatcher.poll(now)
     dispatcher.submit(job("a"), now)
     dispatcher.poll(now)
-    dispatcher.admit(0, "", now, now + 0.5)
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.5)
 
 
 def test_no_decision_looks_at_every_worker(roster, add_worker):
     """Runs requests through pools of 300 workers; each decision reads a few workers at most."""
-    dispatcher = Dispatcher(roster, LeastLoad())
+    dispatcher = Dispatcher(roster)
     for index in range(300):
         add_worker(roster, f"p{index}", PREFILL)
         add_worker(roster, f"d{index}")
@@ -582,7 +587,7 @@ def test_no_decision_looks_at_every_worker(roster, add_worker):
             looks.append(worker)
             yield worker
 
-    roster.decode.use(watched())
+    roster.decode[DEFAULT_TIER].use(watched())
     roster.prefill.use(watched())
     for index in range(20):
         each = job(str(index))
@@ -614,14 +619,19 @@ def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispat
 
 
 class Dispatching(RuleBasedStateMachine):
-    """Workers join, leave, report and refuse while requests run; in the end every request is answered or refused."""
+    """Workers join, leave, report and refuse while requests run; in the end every request is answered or refused.
+
+    Decode workers whose names begin with d have the default tier; the others have the tier fast.
+    """
 
     BLOCK = 16
+    TIERS: ClassVar = {"d": DEFAULT_TIER, "f": "fast"}
+    NAMES = ("d0", "d1", "d2", "f0", "f1", "p0", "p1")
 
     def __init__(self):
         super().__init__()
         self.now = 0.0
-        self.roster = Roster()
+        self.roster = Roster(tiers=[Tier(name) for name in self.TIERS.values()])
         self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
         self.ids = itertools.count()
         self.open: list[Job] = []
@@ -634,15 +644,19 @@ class Dispatching(RuleBasedStateMachine):
                 self.ended.append(outcome.job)
         check(self.dispatcher, self.now)
 
-    def join(self, name, stage, incarnation):
+    def pool(self, name):
+        return self.roster.decode[self.TIERS[name[0]]] if name[0] in self.TIERS else self.roster.prefill
+
+    def join(self, name, incarnation):
         spec = KvSpec(1, 1, 2, "float32", RopeSpec())
-        identity = KvIdentity(1, "a", "b", spec)
-        return self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 9))
+        identity, stage = KvIdentity(1, "a", "b", spec), self.pool(name).stage
+        tier = self.TIERS.get(name[0], "")
+        return self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 9, tier=tier))
 
     def report(self, worker, total, credits, *, ready=True, draining=False, prefix=None):
         load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=self.BLOCK, running=worker.in_flight)
         report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
-        self.roster.pool(worker.info.stage).report(worker, report, self.now)
+        self.roster.pool_of(worker).report(worker, report, self.now)
 
     def pick(self, data, *states):
         jobs = [j for j in self.open if j.state in states]
@@ -650,13 +664,12 @@ class Dispatching(RuleBasedStateMachine):
 
     @initialize(prefill=st.sampled_from(list(POLICIES)), decode=st.sampled_from(list(POLICIES)))
     def start(self, prefill, decode):
-        self.roster.prefill.use(POLICIES[prefill]())
-        self.roster.decode.use(POLICIES[decode]())
-        for name, stage in (("d0", DECODE), ("p0", PREFILL)):
-            self.report(self.join(name, stage, 0), 20, 2)
+        self.roster.use(POLICIES[prefill](), POLICIES[decode])
+        for name in ("d0", "f0", "p0"):
+            self.report(self.join(name, 0), 20, 2)
 
     @rule(
-        name=st.sampled_from(["d0", "d1", "d2", "p0", "p1"]),
+        name=st.sampled_from(NAMES),
         incarnation=st.integers(0, 2),
         total=st.sampled_from([4, 20, 60]),
         credits=st.integers(0, 3),
@@ -664,16 +677,16 @@ class Dispatching(RuleBasedStateMachine):
         draining=st.booleans(),
     )
     def worker_reports(self, name, incarnation, total, credits, ready, draining):
-        pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
+        pool = self.pool(name)
         worker = pool.get(name)
         if worker is None or worker.info.incarnation != incarnation:
-            worker = self.join(name, pool.stage, incarnation)
+            worker = self.join(name, incarnation)
         self.report(worker, total, credits, ready=ready, draining=draining)
         self.poll()
 
-    @rule(name=st.sampled_from(["d0", "d1", "d2", "p0", "p1"]))
+    @rule(name=st.sampled_from(NAMES))
     def worker_leaves(self, name):
-        pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
+        pool = self.pool(name)
         if (worker := pool.get(name)) is not None:
             pool.remove(worker)
         self.poll()
@@ -699,14 +712,18 @@ class Dispatching(RuleBasedStateMachine):
         key=st.sampled_from(["", "other"]),
         deadline=st.none() | st.floats(0, 10),
         blocks=st.lists(st.integers(0, 9), max_size=4, unique=True),
+        tier=st.sampled_from([*TIERS.values()]),
+        fallback=st.sampled_from(["", *TIERS.values()]),
     )
-    def submit(self, prompt, answer, emitted, priority, key, deadline, blocks):
+    def submit(self, prompt, answer, emitted, priority, key, deadline, blocks, tier, fallback):
         if deadline is not None:
             deadline += self.now
         job = Job(
             str(next(self.ids)),
             prompt,
             answer,
+            tier=tier,
+            fallback="" if fallback == tier else fallback,
             emitted=emitted,
             priority=priority,
             key=key,
@@ -775,10 +792,8 @@ class Dispatching(RuleBasedStateMachine):
 
     def teardown(self):
         """With healthy workers and no more failures, every request is answered or refused."""
-        for name in ("d0", "d1", "d2", "p0", "p1"):
-            pool = self.roster.pool(DECODE if name.startswith("d") else PREFILL)
-            worker = self.join(name, pool.stage, 99)
-            self.report(worker, 60, 3)
+        for name in self.NAMES:
+            self.report(self.join(name, 99), 60, 3)
         for _ in range(200):
             self.poll()
             for job in list(self.open):

@@ -63,7 +63,8 @@ class World:
         for index in range(num_routers):
             roster = Roster()
             decode, prefill = (POLICIES[name](index) for name in policies)
-            dispatcher = Dispatcher(roster, decode, prefill_policy=prefill, max_queue=5, reserve_after=2.0)
+            roster.use(prefill, lambda decode=decode: decode)
+            dispatcher = Dispatcher(roster, max_queue=5, reserve_after=2.0)
             self.routers.append((roster, dispatcher))
             for model in self.models:
                 self.join(index, model)
@@ -82,7 +83,7 @@ class World:
     def demand(self, router, model):
         roster, dispatcher = self.routers[router]
         worker = roster.find(model.name)
-        model.demands[router] = RouterDemand(worker.in_flight, dispatcher.queued(model.stage))
+        model.demands[router] = RouterDemand(worker.in_flight, dispatcher.queued(roster.pool_of(worker)))
 
     def submit(self, router, prompt, answer):
         job = Job(str(next(self.ids)), prompt, answer)

@@ -8,6 +8,7 @@ from overfill.routing.job import Job
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
 from overfill.routing.pool import Pool, Roster
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
 from overfill.settings.config import RouterConfig
 from overfill.v1 import registry_pb2
@@ -51,39 +52,39 @@ def test_least_load_sees_the_requests_of_other_routers(add_worker):
     roster = Roster()
     add_worker(roster, "d0", running=3)
     quiet = add_worker(roster, "d1", running=1)
-    assert choose(roster.decode) is quiet
+    assert choose(roster.decode[DEFAULT_TIER]) is quiet
 
 
 @pytest.mark.parametrize("kind", [LeastLoad, RoundRobin, MostFreeKv])
 def test_equal_workers_take_turns(add_worker, make_report, kind):
     roster = Roster()
-    roster.decode.use(kind())
+    roster.decode[DEFAULT_TIER].use(kind())
     for name in ("d0", "d1", "d2"):
         add_worker(roster, name)
     chosen = []
     for _ in range(6):
-        worker = choose(roster.decode)
-        roster.decode.place(worker, 10)
-        roster.decode.release(worker)
-        roster.decode.report(worker, make_report(), 0.0)
+        worker = choose(roster.decode[DEFAULT_TIER])
+        roster.decode[DEFAULT_TIER].place(worker, 10)
+        roster.decode[DEFAULT_TIER].release(worker)
+        roster.decode[DEFAULT_TIER].report(worker, make_report(), 0.0)
         chosen.append(worker.id)
     assert chosen == ["d0", "d1", "d2"] * 2
 
 
 def test_most_free_kv_prefers_room_to_few_requests(add_worker):
     roster = Roster()
-    roster.decode.use(MostFreeKv())
+    roster.decode[DEFAULT_TIER].use(MostFreeKv())
     add_worker(roster, "d0", used=50)
     roomy = add_worker(roster, "d1", used=40, running=9)
-    assert choose(roster.decode) is roomy
+    assert choose(roster.decode[DEFAULT_TIER]) is roomy
 
 
 def test_of_two_drawn_workers_the_less_loaded_is_chosen(add_worker):
     roster = Roster()
-    roster.decode.use(PowerOfTwo(seed=1))
+    roster.decode[DEFAULT_TIER].use(PowerOfTwo(seed=1))
     for index in range(10):
         add_worker(roster, f"d{index}", running=index)
-    chosen = [choose(roster.decode).id for _ in range(200)]
+    chosen = [choose(roster.decode[DEFAULT_TIER]).id for _ in range(200)]
     assert len(set(chosen)) > 5, "the draws differ"
     assert "d9" not in chosen, "the most loaded worker loses every comparison"
 
@@ -187,12 +188,14 @@ def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affin
 @pytest.mark.parametrize("name", DECODE_POLICIES)
 def test_prompts_that_begin_alike_spread_over_the_decode_workers(add_worker, name):
     roster = Roster()
-    roster.decode.use(POLICIES[name](seed=3))
+    roster.decode[DEFAULT_TIER].use(POLICIES[name](seed=3))
     workers = [add_worker(roster, f"d{index}", credits=64, total=10_000) for index in range(4)]
     for index in range(40):
         job = Job(str(index), 64, 10, block_keys=lambda size: iter(range(4)))
-        chosen = next(roster.decode.policy.best(job))
-        roster.decode.place(chosen, job.reserve_tokens, roster.decode.policy.placed(job, chosen))
+        chosen = next(roster.decode[DEFAULT_TIER].policy.best(job))
+        roster.decode[DEFAULT_TIER].place(
+            chosen, job.reserve_tokens, roster.decode[DEFAULT_TIER].policy.placed(job, chosen)
+        )
     assert max(worker.in_flight for worker in workers) <= 20
 
 
@@ -205,9 +208,9 @@ def test_decode_workers_which_say_nothing_of_their_caches_have_no_affinity():
 def test_every_policy_has_a_name_and_orders_any_pool(add_worker):
     for name, kind in POLICIES.items():
         roster = Roster()
-        roster.decode.use(kind(seed=3))
+        roster.decode[DEFAULT_TIER].use(kind(seed=3))
         workers = {add_worker(roster, f"d{index}") for index in range(5)}
-        order = list(roster.decode.policy.best(Job("a", 10, 10)))
+        order = list(roster.decode[DEFAULT_TIER].policy.best(Job("a", 10, 10)))
         assert len(order) == 5, name
         assert set(order) == workers
         assert list(Pool(PREFILL, kind()).policy.best(Job("a", 10, 10))) == []

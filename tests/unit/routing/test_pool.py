@@ -7,6 +7,7 @@ import pytest
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.pool import Pool, Roster
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
@@ -57,15 +58,15 @@ def test_a_stage_is_lacking_while_none_of_its_workers_is_ready(make_info, make_r
     assert roster.unready_stages(0.0) == [PREFILL, DECODE], "no worker has reported"
     roster.prefill.report(prefill, make_report(ready=False), 0.0)
     for worker in decode:
-        roster.decode.report(worker, make_report(credits=0), 0.0)
+        roster.decode[DEFAULT_TIER].report(worker, make_report(credits=0), 0.0)
     assert roster.unready_stages(0.0) == [PREFILL], "a full worker counts as ready, a loading one does not"
     roster.prefill.report(prefill, make_report(), 1.0)
     assert roster.unready_stages(1.0) == []
-    roster.decode.remove(decode[0])
+    roster.decode[DEFAULT_TIER].remove(decode[0])
     assert roster.unready_stages(1.0) == []
-    roster.decode.report(decode[1], make_report(draining=True), 1.0)
+    roster.decode[DEFAULT_TIER].report(decode[1], make_report(draining=True), 1.0)
     assert roster.unready_stages(1.0) == [DECODE]
-    roster.decode.report(decode[1], make_report(), 2.0)
+    roster.decode[DEFAULT_TIER].report(decode[1], make_report(), 2.0)
     assert roster.unready_stages(1.0 + STALE_AFTER) == []
     assert roster.unready_stages(1.1 + STALE_AFTER) == [PREFILL], "silence suffices; no event is needed"
 
@@ -151,16 +152,6 @@ def test_a_lone_worker_may_come_back_with_another_element_type(make_info):
     roster.join(make_info("d0"))
     kv = KvSpec(4, 2, 16, "bfloat16", RopeSpec())
     assert roster.join(make_info("d0", incarnation=2, kv=kv)).info.identity.kv == kv
-
-
-def test_decoders_of_the_same_full_model_may_differ():
-    roster = Roster()
-    for name in ("one", "another"):
-        model = common_pb2.ModelIdentity(full_digest="aa", tokenizer_digest="bb", decoder_digest=name)
-        kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
-        hello = registry_pb2.Hello(worker_id=name, stages=[DECODE], address="h:1", model=model, kv=kv)
-        roster.join(WorkerInfo.from_hello(hello))
-    assert len(roster.decode) == 2
 
 
 def test_a_refusal_closes_the_worker_and_its_load_counts_until_the_next_report(make_info, make_report):

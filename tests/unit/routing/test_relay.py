@@ -21,10 +21,10 @@ from overfill.routing import attempt
 from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.stream import Receive
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
@@ -80,7 +80,7 @@ class Stack:
 
     def __init__(self, roster, report):
         self.roster = roster
-        self.dispatcher = Dispatcher(roster, LeastLoad(), max_queue=4, absent_after=0.0)
+        self.dispatcher = Dispatcher(roster, max_queue=4, absent_after=0.0)
         self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.streams = asyncio.Queue()
         self._report = report
@@ -94,7 +94,7 @@ class Stack:
         return await self.streams.get()
 
     def report(self, worker_id, **report):
-        pool = self.roster.decode if worker_id.startswith("d") else self.roster.prefill
+        pool = self.roster.decode[DEFAULT_TIER] if worker_id.startswith("d") else self.roster.prefill
         pool.report(pool.get(worker_id), self._report(**report), asyncio.get_running_loop().time())
         self.async_dispatcher.poll()
 
@@ -189,7 +189,7 @@ async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
         stream.tokens(0, 7)
         await relay.answer.next()
         assert stack.roster.prefill.get(prefill).in_flight == 0
-        assert stack.roster.decode.get(stream.worker).in_flight == 1
+        assert stack.roster.decode[DEFAULT_TIER].get(stream.worker).in_flight == 1
 
 
 async def test_a_slot_that_went_with_the_start_is_free_after_a_refusal(stack):
@@ -226,7 +226,7 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         load = decode_pb2.WorkerLoad(kv_blocks_used=99, kv_blocks_total=100, block_size=16)
         stream.say(refused=decode_pb2.Refused(reason="full", load=load))
         await stack.stream()
-        worker = stack.roster.decode.get(stream.worker)
+        worker = stack.roster.decode[DEFAULT_TIER].get(stream.worker)
         assert worker.report.load == load
         assert worker.paused_until_report, "the worker takes new requests after its next report"
 
@@ -444,6 +444,23 @@ async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
         assert sum(w.in_flight for w in stack.roster.prefill) == 0
 
 
+async def test_a_failure_of_an_earlier_prefill_worker_is_charged_to_that_worker(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        _, first = await stream.accept()
+        # The sequence is preempted and gets another assignment, while the worker begins to pull from the first one.
+        stack.report(first, credits=1)
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
+        second = (await stream.assigned()).worker_id
+        stack.report("p1" if first == "p0" else "p0", credits=1)
+        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, worker_id=first))
+        await stream.assigned()
+        (failed,) = {key[0] for key in relay._job.avoid}
+        assert failed == first
+        assert stack.roster.prefill.get(first).paused_until_report
+        assert second in ("p0", "p1")
+
+
 async def test_the_prefill_worker_that_decode_names_is_recorded(stack):
     async with stack.request() as relay:
         stream = await stack.stream()
@@ -484,7 +501,7 @@ async def test_a_worker_lost_while_a_prefill_slot_is_awaited_is_noticed(stack):
         stack.report("p1", credits=0)
         first.say(reserved=decode_pb2.Reserved(blocks=1))
         first.fail(Unavailable("gone"))
-        await until(lambda: not stack.roster.decode.get(first.worker).in_flight)
+        await until(lambda: not stack.roster.decode[DEFAULT_TIER].get(first.worker).in_flight)
         stack.report("p0")
         second = await stack.stream()
         assert second.worker != first.worker

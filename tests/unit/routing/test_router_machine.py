@@ -28,9 +28,9 @@ from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
@@ -121,7 +121,7 @@ class Routing(RuleBasedStateMachine):
         super().__init__()
         self.loop = ManualLoop()
         self.roster = Roster()
-        self.dispatcher = Dispatcher(self.roster, LeastLoad(), max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
         self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.numbers = itertools.count()
         self.workers = []
@@ -175,7 +175,7 @@ class Routing(RuleBasedStateMachine):
         self.async_dispatcher.report(worker, report)
 
     def pool(self, name):
-        return self.roster.decode if name.startswith("d") else self.roster.prefill
+        return self.roster.decode[DEFAULT_TIER] if name.startswith("d") else self.roster.prefill
 
     def break_streams(self, key, error):
         for stream in self.streams:

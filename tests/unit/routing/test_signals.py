@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import ScalingConfig
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.v1 import common_pb2, inference_pb2
 
 
@@ -37,6 +37,7 @@ def finished(prompt=100, answer=11, cached=0, decode=1.0, prefill=0.5):
         timing=common_pb2.Timing(decode_ns=round(decode * 1e9), prefill_compute_ns=round(prefill * 1e9)),
         prefill_worker="p",
         decode_worker="d",
+        parts=[inference_pb2.AnswerPart(tier=DEFAULT_TIER)],
     )
 
 
@@ -47,16 +48,16 @@ def roster():
 
 @pytest.fixture
 def signals(roster):
-    return Signals(roster, Dispatcher(roster, LeastLoad()))
+    return Signals(roster, Dispatcher(roster))
 
 
 def test_a_reader_counts_every_request_once(signals):
     heard = RecordingScaler()
     reader = SignalReader(heard, {})
-    signals.arrived(100, 0.0)
+    signals.arrived(DEFAULT_TIER, 100)
     reader.read(0.0, {"r": signals.read(0.0)})
-    signals.arrived(100, 0.0)
-    signals.arrived(300, 0.0)
+    signals.arrived(DEFAULT_TIER, 100)
+    signals.arrived(DEFAULT_TIER, 300)
     signals.finished(finished(), 0.0)
     reader.read(1.0, {"r": signals.read(1.0)})
     reader.read(2.0, {"r": signals.read(2.0)})
@@ -67,7 +68,7 @@ def test_a_reader_counts_every_request_once(signals):
 
 def test_the_history_of_a_router_new_to_the_reader_does_not_count_as_load(signals):
     for _ in range(1000):
-        signals.arrived(100, 0.0)
+        signals.arrived(DEFAULT_TIER, 100)
     heard = RecordingScaler()
     SignalReader(heard, {}).read(0.0, {"r": signals.read(0.0)})
     assert heard.arrivals == []
@@ -76,12 +77,12 @@ def test_the_history_of_a_router_new_to_the_reader_does_not_count_as_load(signal
 def test_a_router_that_replaces_another_starts_at_zero(signals, roster):
     heard = RecordingScaler()
     reader = SignalReader(heard, {})
-    signals.arrived(50, 0.0)
+    signals.arrived(DEFAULT_TIER, 50)
     reader.read(0.0, {"r1": signals.read(0.0)})
     reader.read(1.0, {})
-    other = Signals(roster, Dispatcher(roster, LeastLoad()))
+    other = Signals(roster, Dispatcher(roster))
     reader.read(2.0, {"r2": other.read(2.0)})
-    other.arrived(70, 2.0)
+    other.arrived(DEFAULT_TIER, 70)
     reader.read(3.0, {"r2": other.read(3.0)})
     assert heard.arrivals == [70]
     assert set(reader.seen) == {"r2"}
@@ -91,7 +92,7 @@ def test_tokens_known_to_be_cached_do_not_count_as_work(signals):
     for _ in range(500):
         signals.finished(finished(cached=80), 0.0)
     before = signals.read(0.0)["arrived_tokens"]
-    signals.arrived(1000, 0.0)
+    signals.arrived(DEFAULT_TIER, 1000)
     assert signals.read(0.0)["arrived_tokens"] - before == pytest.approx(200, abs=1)
     assert signals.read(0.0)["prefilled_tokens"] == 500 * 20
 
@@ -102,7 +103,7 @@ def test_an_answer_of_one_token_gives_no_step_time(signals):
 
 
 def test_waiting_jobs_are_load_of_both_stages(roster):
-    dispatcher = Dispatcher(roster, LeastLoad())
+    dispatcher = Dispatcher(roster)
     signals = Signals(roster, dispatcher)
     dispatcher.submit(Job("a", 40, 8), 0.0)
     dispatcher.submit(Job("b", 60, 8), 0.0)
@@ -127,20 +128,20 @@ def test_arrivals_reported_together_keep_their_number_sum_and_spread(values):
 
 
 def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monkeypatch):
-    signals = Signals(roster, Dispatcher(roster, LeastLoad()))
+    signals = Signals(roster, Dispatcher(roster))
     add_worker(roster, "d", running=10)
     signals.read(0.0)
     monkeypatch.setattr(Pool, "__iter__", lambda self: pytest.fail("looked at every worker"))
-    signals.arrived(100, 0.5)
+    signals.arrived(DEFAULT_TIER, 100)
     signals.finished(finished(decode=0.4), 0.9)
-    assert signals._counts["timed_batch"] == 10, "the value at the last reading"
+    assert signals._counts[DEFAULT_TIER]["timed_batch"] == 10, "the value at the last reading"
 
 
 def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals, roster, add_worker, make_report):
     worker = add_worker(roster, "d", running=10)
     for second in range(11):
         signals.read(float(second))
-    roster.decode.report(worker, make_report(running=0), 10.0)
+    roster.decode[DEFAULT_TIER].report(worker, make_report(running=0), 10.0)
     signals.finished(finished(decode=10.0), 10.0)
     assert signals.read(10.0)["timed_batch"] == pytest.approx(10)
     for second in range(11, 21):

@@ -220,6 +220,19 @@ async def test_a_refusal_of_one_router_keeps_the_others():
             assert refusals.empty()
 
 
+async def test_a_refusal_is_asked_about_again_while_another_router_is_joined(monkeypatch):
+    monkeypatch.setattr(membership_module, "REFUSED_RETRY", 0.05)
+    refusals = asyncio.Queue()
+    async with registry() as (first, one), registry() as (second, two):
+        first.errors.append(Incompatible("another worker came first", ["kv.dtype"]))
+        async with member(one, two, on_refused=refusals.put_nowait) as worker:
+            await first.reports.get()
+            assert first.hellos.qsize() == 2
+            assert worker.num_joined == 2
+            second.errors.append(Incompatible("no", ["kv.dtype"]))
+            assert refusals.empty(), "the first router does not refuse it any more"
+
+
 async def test_another_error_is_retried():
     async with registry() as (router, address):
         router.errors += [Unavailable("draining"), Unavailable("draining")]

@@ -27,6 +27,7 @@ class Relay:
         self.answer = AnswerState((), 100, 0.0)
         self.decode_worker, self.decode_engine = "decode-0", "overfill 0.2.0"
         self.client_resumed, self.usage, self.closed = False, common_pb2.Usage(), False
+        self.tier = "default"
 
     def close(self):
         self.closed = True

@@ -9,8 +9,8 @@ from overfill.errors import Incompatible, InvalidRequest, OverfillError
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
-from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
+from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import kv_pb2, registry_pb2
@@ -39,7 +39,7 @@ def test_a_field_that_a_router_must_know_is_refused_and_any_other_ignored():
 async def refusal(hello):
     """Joins with ``hello`` and returns the error with which the router refuses it."""
     roster = Roster()
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster, LeastLoad())), Connector())
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
     stream = Stream()
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     stream.said.put_nowait(None)
@@ -71,7 +71,7 @@ async def test_a_worker_of_a_tier_is_refused_as_incompatible():
     error = await refusal(changed(tier="small"))
     assert isinstance(error, Incompatible)
     assert error.fields == ("hello.tier",)
-    assert "hello.tier: worker d belongs to the tier 'small'; this router has one pool" in str(error)
+    assert "worker d belongs to the tier 'small'; this router has the tiers 'default'" in str(error)
 
 
 async def test_a_worker_without_a_stage_or_with_one_twice_is_refused():
@@ -136,7 +136,7 @@ class Stream:
 @asynccontextmanager
 async def joined():
     roster = Roster()
-    dispatcher = CountingDispatcher(Dispatcher(roster, LeastLoad()))
+    dispatcher = CountingDispatcher(Dispatcher(roster))
     stream = Stream()
     servicer = RegistryServicer("r", roster, dispatcher, Connector())
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=HELLO))
@@ -182,3 +182,30 @@ async def test_a_shared_worker_is_sent_changes_of_demand_and_costs_nothing_betwe
         dispatcher.finish(job)
         assert not placed
         assert (await stream.heard.get()).demand == registry_pb2.Demand()
+
+
+async def test_a_worker_that_vanishes_before_it_is_welcomed_leaves_no_trace():
+    class Gone(Stream):
+        async def write(self, message):
+            raise asyncio.CancelledError
+
+    roster, stream = Roster(), Gone()
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(metrics_address="h:9")))
+    with pytest.raises(asyncio.CancelledError):
+        await servicer.Join(stream.messages(), stream)
+    assert roster.workers() == servicer.targets() == []
+
+
+async def test_scrape_targets_and_counts_name_the_tier():
+    roster, stream = Roster(tiers=[Tier("full"), Tier("fast")]), Stream()
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="fast", metrics_address="h:9")))
+    joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
+    await stream.heard.get()
+    assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "decode", "worker": "d", "tier": "fast"}}]
+    counts = {labels: count for labels, count in registry_module.worker_counts(roster, 0.0) if count}
+    assert counts == {("decode", "fast", "starting"): 1}, "it has not reported yet"
+    stream.said.put_nowait(None)
+    await joining
+    assert servicer.targets() == []

@@ -92,20 +92,20 @@ def test_parts_of_the_time_to_first_token_and_the_unattributed_rest():
         total_ns=300_000_000,
     )
     usage = common_pb2.Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3)
-    metrics.answered(inference_pb2.Finished(timing=timing, usage=usage, migrations=2))
+    metrics.answered(inference_pb2.Finished(timing=timing, usage=usage, migrations=2), "default")
     parts = values(metrics, "overfill_router_ttft_part_seconds_sum")
     assert parts["unattributed",] == pytest.approx(0.004)
     assert sum(parts.values()) == pytest.approx(0.1)
-    assert values(metrics, "overfill_router_tpot_seconds_sum")[()] == pytest.approx(0.05)
-    assert values(metrics, "overfill_router_migrations_total")[()] == 2
+    assert values(metrics, "overfill_router_tpot_seconds_sum")["default",] == pytest.approx(0.05)
+    assert values(metrics, "overfill_router_migrations_total")["default",] == 2
     assert values(metrics, "overfill_router_cached_prompt_tokens_total")[()] == 3
 
 
 def test_an_answer_that_was_resumed_has_no_time_to_first_token():
     metrics = RouterMetrics()
-    metrics.answered(inference_pb2.Finished(timing=common_pb2.Timing(total_ns=1)))
-    assert values(metrics, "overfill_router_ttft_seconds_count")[()] == 0
-    assert values(metrics, "overfill_router_request_seconds_count")[()] == 1
+    metrics.answered(inference_pb2.Finished(timing=common_pb2.Timing(total_ns=1)), "default")
+    assert values(metrics, "overfill_router_ttft_seconds_count")["default",] == 0
+    assert values(metrics, "overfill_router_request_seconds_count")["default",] == 1
 
 
 def test_many_keys_share_a_series():
@@ -113,7 +113,7 @@ def test_many_keys_share_a_series():
     for index in range(MAX_KEY_SERIES + 5):
         metrics.accepted(10, f"key-{index}")
     metrics.accepted(1, "")
-    metrics.tokens(4, None, "key-0")
+    metrics.tokens(4, None, "key-0", "default")
     requests = values(metrics, "overfill_router_key_requests_total")
     assert len(requests) == MAX_KEY_SERIES + 2
     assert requests["other",] == 5
@@ -127,9 +127,10 @@ def test_a_tally_exports_what_a_histogram_would():
     itl, seconds = RouterMetrics(), (0.0, 0.001, 0.0012, 0.0301, 60.0, 61.0)
     histogram = Histogram("overfill_router_itl_seconds", "x", registry=None, buckets=LATENCY_BUCKETS)
     for value in seconds:
-        itl.tokens(1, value, "")
+        itl.tokens(1, value, "", "default")
         histogram.observe(value)
-    expected = {(s.name, *s.labels.values()): s.value for s in next(iter(histogram.collect())).samples}
+    samples = next(iter(histogram.collect())).samples
+    expected = {(s.name, "default", *s.labels.values()): s.value for s in samples}
     exported = {
         (s.name, *s.labels.values()): s.value
         for family in itl.registry.collect()
@@ -202,14 +203,16 @@ def test_no_name_is_declared_twice():
 def test_refusals_by_reason():
     metrics = RouterMetrics()
     queue = Admission(max_queue=1)
-    with pytest.raises(errors.Overloaded), metrics.refusing():
+    with pytest.raises(errors.Overloaded), metrics.refusing("default"):
         queue.check(waiting=1, ahead=1, now=0.0, deadline=None)
-    with pytest.raises(errors.PromptTooLong), metrics.refusing():
+    with pytest.raises(errors.PromptTooLong), metrics.refusing("default"):
         raise errors.PromptTooLong("prompt", "is long")
-    with pytest.raises(errors.Unavailable), metrics.refusing():
+    with pytest.raises(errors.Unavailable), metrics.refusing("default"):
         raise errors.Unavailable("x")
     refusals = values(metrics, "overfill_router_refusals_total")
-    assert {reason for (reason,), count in refusals.items() if count} == {"queue_full", "too_long", "other"}
+    assert {labels for labels, count in refusals.items() if count} == {
+        (reason, "default") for reason in ("queue_full", "too_long", "other")
+    }
     metrics.prefill_again(decode_pb2.NeedPrefill.REASON_PREFILL_REFUSED)
     metrics.attempt_failed(errors.TransferFailed("x"))
     assert values(metrics, "overfill_router_prefill_again_total")["refused",] == 1

@@ -47,9 +47,8 @@ class _VirtualRouter:
 
     def __init__(self, workers: int) -> None:
         self.roster = Roster()
-        self.dispatcher = Dispatcher(
-            self.roster, POLICIES[DECODE_DEFAULT](1), prefill_policy=POLICIES[PREFILL_DEFAULT](1), max_queue=1 << 20
-        )
+        self.roster.use(POLICIES[PREFILL_DEFAULT](1), lambda: POLICIES[DECODE_DEFAULT](1))
+        self.dispatcher = Dispatcher(self.roster, max_queue=1 << 20)
         self.decisions: list[int] = []
         self.reports: list[int] = []
         identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))

@@ -11,6 +11,7 @@ const $ = (id) => document.getElementById(id);
 const messages = [];
 const seen = new Map(); // worker id -> {stage, at}; `at` is when the status last listed the worker
 let model = "";
+let tiersListed = false; // whether /v1/models has said which tiers there are
 let running = null; // AbortController of the running answer, or null
 
 function node(tag, className, text) {
@@ -72,7 +73,7 @@ async function answer() {
       signal: running.signal,
       headers: { "content-type": "application/json", ...headers() },
       body: JSON.stringify({
-        model, messages, stream: true, stream_options: { include_usage: true },
+        model: $("tier").value || model, messages, stream: true, stream_options: { include_usage: true },
         max_tokens: Number($("max-tokens").value), temperature: Number($("temperature").value),
       }),
     });
@@ -114,6 +115,7 @@ function details(reported, usage) {
     return engine ? worker + " (" + engine + ")" : worker;
   };
   facts.push(place("prefill") + " → " + place("decode"));
+  if (!$("tier-field").hidden) facts.push(writers(reported));
   if (reported.migrations) facts.push("migrated " + reported.migrations + " times");
   if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
   const bar = node("div", "bar"), legend = node("ul", "legend");
@@ -131,6 +133,13 @@ function details(reported, usage) {
   bar.dataset.ttft = ttft;
   made.append(node("div", "facts", facts.join(" · ")), bar, legend);
   return made;
+}
+
+// The tiers that wrote an answer: from which token each did, and why not the requested one.
+function writers(reported) {
+  const [first, ...others] = reported.parts;
+  const text = "tier " + [first.tier, ...others.map((part) => part.tier + " from token " + part.first_index)].join(", then ");
+  return reported.brownout_from ? text + ", because " + reported.brownout_from + " is overloaded" : text;
 }
 
 const ms = (value) => (value < 100 ? value.toFixed(1) : Math.round(value)) + " ms";
@@ -171,12 +180,24 @@ async function poll() {
     const response = await fetch("/status", { headers: headers(), signal: AbortSignal.timeout(2 * POLL_MS) });
     if (!response.ok) throw new Error(await problemOf(response));
     show(await response.json());
+    if (!tiersListed) await listTiers();
     $("problem").textContent = "";
   } catch (error) {
     $("problem").textContent = error instanceof TypeError || error.name === "TimeoutError"
       ? "The router does not answer." : error.message;
   }
   setTimeout(poll, POLL_MS);
+}
+
+async function listTiers() {
+  const response = await fetch("/v1/models", { headers: headers(), signal: AbortSignal.timeout(2 * POLL_MS) });
+  if (!response.ok) return; // a key may show the status only
+  const { data } = await response.json();
+  const choices = data.filter(({ id, overfill }) => id === model + ":" + overfill.tier);
+  const usual = data.find(({ id }) => id === model)?.overfill.tier;
+  $("tier").replaceChildren(...choices.map(({ id, overfill: { tier } }) => new Option(tier, id, tier === usual, tier === usual)));
+  $("tier-field").hidden = choices.length < 2;
+  tiersListed = true;
 }
 
 function show(status) {
@@ -205,6 +226,7 @@ function row(worker) {
   const made = node("li"), kv = worker.kv_blocks;
   made.dataset.worker = worker.id;
   made.append(node("span", "state " + worker.state, worker.state), node("span", "name", worker.id));
+  if (worker.tier && !$("tier-field").hidden) made.append(node("span", "quiet", " tier " + worker.tier));
   if (!kv) return made;
   const bar = node("div", "bar");
   for (const kind of ["used", "cached", "free"]) {

@@ -7,6 +7,7 @@ import pytest
 from overfill.errors import InvalidRequest
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.loadtest.shapes import users_at
+from overfill.lab.loadtest.workload import Workload
 
 
 def test_the_shape_follows_from_what_is_given():
@@ -28,6 +29,10 @@ def test_the_shape_follows_from_what_is_given():
         ({"users": 0}, "users"),
         ({"length_scale": 0.0}, "length_scale"),
         ({"slo": "ttft=1"}, "slo"),
+        ({"tier": "full=x"}, "tier"),
+        ({"tier": "full=0"}, "tier"),
+        ({"tier": "Full"}, "tier"),
+        ({"tier": "full,full=2"}, "tier"),
     ],
 )
 def test_contradictions_are_told(options, field):
@@ -42,6 +47,9 @@ def test_locust_gets_what_differs_under_its_own_names():
         "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
     }  # fmt: skip
     assert LoadPlan().locust_argv() == []
+    mixed = LoadPlan.from_options({"tier": ("full", "fast=3"), "fallback": "none", "allow_brownout": True})
+    assert set(mixed.locust_argv()) == {"--tier=full,fast=3", "--fallback=none", "--allow-brownout=True"}
+    assert LoadPlan.from_locust({"tier": "full,fast=3", "fallback": "none", "allow_brownout": "True"}) == mixed
     # The options as locust's parser returns them, among its own.
     parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
     assert LoadPlan.from_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
@@ -54,6 +62,17 @@ def test_options_that_locust_has_itself_win_because_its_page_edits_them():
     # Fields of the page that are left empty, and numbers, which come as text.
     plan = LoadPlan.from_locust({"host": "", "target": "grpc://t:1", "duration": "", "requests": "5"})
     assert (plan.target, plan.duration, plan.requests) == ("grpc://t:1", None, 5)
+
+
+def test_tiers_are_mixed_by_weight_alike_in_every_process():
+    assert LoadPlan().tiers == {"": 1.0}
+    assert Workload(LoadPlan()).tier(3) == ""
+    plan = LoadPlan(tier="full,fast=3")
+    assert plan.tiers == {"full": 1.0, "fast": 3.0}
+    named = [Workload(plan).tier(ordinal) for ordinal in range(400)]
+    assert 250 < named.count("fast") < 350
+    assert named.count("full") == 400 - named.count("fast")
+    assert named == [Workload(plan).tier(ordinal) for ordinal in range(400)]
 
 
 def test_a_key_is_in_no_option(monkeypatch):

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from overfill.client import Timing
-from overfill.lab.loadtest.measure import from_record, measure, relative_to_start, to_record
+from overfill.lab.loadtest.measure import Reported, from_record, measure, relative_to_start, to_record
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.verdict import LoadTestStatus, conclude
@@ -25,20 +25,20 @@ class Canned:
         self.counts = counts
         self.failure = failure
 
-    def ask(self, prompt, max_tokens, timeout, on_tokens):
+    def ask(self, prompt, max_tokens, timeout, on_tokens, tier):
         for count in self.counts:
             on_tokens(count)
         if self.failure:
             raise RequestFailed(self.failure)
-        return TIMING
+        return Reported(TIMING, tier)
 
     def close(self):
         pass
 
 
-def asked(transport, due=None):
+def asked(transport, due=None, tier=""):
     ticks = itertools.count(10)
-    return measure(transport, [1], 4, 60.0, due, lambda: float(next(ticks)))
+    return measure(transport, [1], 4, 60.0, due, lambda: float(next(ticks)), tier)
 
 
 def test_tokens_of_one_message_came_together():
@@ -60,7 +60,8 @@ def test_a_failed_request_says_why():
 
 def test_outcomes_survive_the_way_to_the_master():
     master, worker = LoadTestRun(LoadPlan(requests=2)), LoadTestRun(LoadPlan(requests=2))
-    worker.outcomes = [asked(Canned([1, 2])), asked(Canned([], "refused"))]
+    worker.outcomes = [asked(Canned([1, 2]), tier="full"), asked(Canned([], "refused"))]
+    assert (worker.outcomes[0].tier, worker.outcomes[0].written_by) == ("full", "full")
     sent, data = list(worker.outcomes), {}
     worker.report(data)
     assert worker.outcomes == []
@@ -107,3 +108,25 @@ def test_nothing_measured_is_told_apart_from_missed():
     err = io.StringIO()
     assert conclude(run, io.StringIO(), err) is LoadTestStatus.NOT_MEASURED
     assert "the server does not answer" in err.getvalue()
+
+
+def test_a_mixed_load_has_a_row_per_tier(tmp_path):
+    page = tmp_path / "report.html"
+    run = LoadTestRun(LoadPlan(tier="full,fast", slo="ttft_p50=2,ttft_p99=3,itl_p99=1,errors=100%", report=str(page)))
+    run.outcomes = [
+        Outcome(0.0, (1.0, 1.5), tier="full", written_by="full"),
+        Outcome(0.0, (2.5, 3.0), tier="full", written_by="fast"),
+        Outcome(0.0, (4.0, 4.5), tier="full", written_by="fast"),  # its first token is later than any limit
+        Outcome(0.0, (), "refused", tier="full"),
+        Outcome(0.0, (1.0, 3.5), tier="fast"),  # its tokens are too slow
+    ]
+    out = io.StringIO()
+    conclude(run, out, io.StringIO())
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["fast", "1", "1", "0.0", "%", "1,000.0", "1,000.0", "2,500.0", "unknown", "1"] in lines
+    assert ["full", "4", "3", "50.0", "%", "2,500.0", "3,700.0", "500.0", "fast", "2,", "full", "1"] in lines
+    assert "<td>fast 2, full 1</td>" in page.read_text()
+    run.outcomes = [Outcome(0.0, (1.0, 1.5), written_by="full")]
+    out = io.StringIO()
+    conclude(run, out, io.StringIO())
+    assert "written by" not in out.getvalue(), "the requests named no tier"

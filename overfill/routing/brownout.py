@@ -1,0 +1,92 @@
+"""Brownout: under overload, a cheaper tier writes the answers of requests that allow it, instead of a refusal.
+
+Plain arithmetic on predictions, no I/O. ``now`` is in seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from overfill.routing.tier import Objectives
+
+RECOVERED = 0.7
+"""Fraction of both objectives below which a tier must be predicted to stay before its brownout ends."""
+
+HOLD = 5.0
+"""Seconds for which it must stay there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a new request of a tier would get now, in seconds.
+
+    Attributes:
+        ttft: time to first token; None means unknown.
+        itl: mean time between tokens; None means unknown.
+        available: False if no worker of the tier is ready.
+    """
+
+    ttft: float | None
+    itl: float | None
+    available: bool = True
+
+
+class Brownout:
+    """Chooses the tiers of new requests.
+
+    A tier's brownout begins when it is predicted to miss an objective. It ends when the tier has been predicted to keep
+    both with a margin (``RECOVERED``) for ``HOLD`` seconds.
+
+    Args:
+        order: tiers from the best to the cheapest.
+        objectives: objectives of each of them.
+        predict: returns what a new request of a tier would get now.
+    """
+
+    def __init__(
+        self, order: Sequence[str], objectives: Mapping[str, Objectives], predict: Callable[[str], Prediction]
+    ) -> None:
+        self._order = tuple(order)
+        self._objectives = objectives
+        self._predict = predict
+        self._began: dict[str, float] = {}  # tier in brownout -> last time when it was not predicted to keep the margin
+
+    @property
+    def active(self) -> frozenset[str]:
+        """The tiers in brownout, as of the last call of ``update`` or ``choose``."""
+        return frozenset(self._began)
+
+    def update(self, now: float) -> None:
+        """Looks at every tier. Call it about once a second, so that brownouts end without requests too."""
+        for tier in self._order:
+            self._overloaded(tier, now)
+
+    def cheaper(self, tier: str) -> tuple[str, ...]:
+        """Returns the tiers to which a request of ``tier`` may go, the best first."""
+        return self._order[self._order.index(tier) + 1 :] if tier in self._order else ()
+
+    def choose(self, tier: str, may_use: Callable[[str], bool], now: float) -> str:
+        """Returns the tier that should write the answer of a request that asks for ``tier`` and allows others.
+
+        It is the best one that is not overloaded, or the cheapest if all are.
+
+        Args:
+            may_use: tells whether the request may use a tier; it may use ``tier``.
+        """
+        if tier not in self._order:
+            return tier
+        allowed = [tier, *filter(may_use, self.cheaper(tier))]
+        return next((name for name in allowed if not self._overloaded(name, now)), allowed[-1])
+
+    def _overloaded(self, tier: str, now: float) -> bool:
+        prediction, objectives = self._predict(tier), self._objectives[tier]
+        pairs = ((prediction.ttft, objectives.ttft), (prediction.itl, objectives.itl))
+        load = max((value / objective for value, objective in pairs if value is not None), default=0.0)
+        if not prediction.available:
+            load = float("inf")
+        if load > 1 or (tier in self._began and load > RECOVERED):
+            self._began[tier] = now
+        elif tier in self._began and now - self._began[tier] >= HOLD:
+            del self._began[tier]
+        return tier in self._began

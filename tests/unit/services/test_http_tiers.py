@@ -1,0 +1,185 @@
+"""Tests what the HTTP endpoint says about tiers, with a generator whose tiers the test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Self
+
+import pytest
+
+from overfill.api.requests import GenerationRequest
+from overfill.errors import ModelNotFound, PermissionDenied
+from overfill.routing.answer import AnswerDelta
+from overfill.rpc.access import AccessPolicy
+from overfill.telemetry.metrics import RouterMetrics
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+from services.router.http.app import HttpApi
+from services.router.http.server import HttpServer
+
+DIGESTS = {"default": "d" * 64, "full": "f" * 64}
+
+
+class FakeGeneration:
+    """An answer of two tokens that ``tiers`` write: one part for each."""
+
+    rest = None
+    complete = False
+
+    def __init__(self, tiers: list[str], brownout_from: str) -> None:
+        self.accepted = inference_pb2.Accepted(
+            request_id="r", prompt_tokens=3, seed=7, model="tiny", tier=tiers[0], brownout_from=brownout_from
+        )
+        self._deltas = [AnswerDelta(0, [1], text="a"), AnswerDelta(1, [2], text="b")]
+        self.finished = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP)
+        for index, tier in enumerate(tiers):
+            self.finished.parts.add(tier=tier, first_index=index)
+
+    async def next(self) -> AnswerDelta | None:
+        return self._deltas.pop(0) if self._deltas else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class FakeGenerator:
+    """Answers with ``tiers``, or raises ``error``. Records what it was asked for in ``requests``."""
+
+    model = "tiny"
+    max_model_len = 64
+    pair = SimpleNamespace(name="pair", full_digest="0" * 64, decoder_digest=DIGESTS["default"])
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.metrics = RouterMetrics()
+        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.several_tiers = True
+        self.tiers = ["default"]
+        self.brownout_from = ""
+        self.error: Exception | None = None
+
+    @property
+    def models(self) -> list[str]:
+        return ["tiny", *(f"tiny:{tier}" for tier in DIGESTS if self.several_tiers)]
+
+    def tier_digest(self, tier: str) -> str:
+        return DIGESTS[tier]
+
+    def describe(self, name: str) -> inference_pb2.Model:
+        return inference_pb2.Model(name=name, max_model_len=64, tier=name.partition(":")[2] or "default")
+
+    async def check(self, request: inference_pb2.GenerateRequest, *_: Any, answers: int) -> GenerationRequest:
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+        return GenerationRequest(decode_pb2.StartDecode(), [1, 2, 3], (), False, False)
+
+    @contextmanager
+    def starting(self, *_: Any) -> Iterator[Any]:
+        yield lambda *_: FakeGeneration(self.tiers, self.brownout_from)
+
+
+class Http:
+    """A client of ``url``. Each method returns the status and the body."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        status, text = await asyncio.to_thread(self._send, path, None)
+        return status, json.loads(text)
+
+    async def post(self, path: str, **body: Any) -> tuple[int, str]:
+        return await asyncio.to_thread(self._send, path, json.dumps(body).encode())
+
+    def _send(self, path: str, data: bytes | None) -> tuple[int, str]:
+        request = urllib.request.Request(self._url + path, data, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+
+@pytest.fixture
+def generator() -> FakeGenerator:
+    return FakeGenerator()
+
+
+@pytest.fixture
+async def client(generator: Any) -> AsyncIterator[Http]:
+    api = HttpApi(generator, AccessPolicy(), 1 << 20, lambda: "", None, share_port=False)  # type: ignore[arg-type]
+    server = HttpServer(api.asgi, 10, None, client_certificates=False)
+    address = await server.start("127.0.0.1", 0)
+    yield Http(f"http://{address}")
+    await server.stop()
+
+
+async def ask(client: Http, **fields: Any) -> Any:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], **fields}
+    return json.loads((await client.post("/v1/chat/completions", **body))[1])
+
+
+async def test_the_models_are_listed_with_their_tiers(client: Http) -> None:
+    listed = (await client.get("/v1/models"))[1]["data"]
+    assert [(model["id"], model["overfill"]["tier"]) for model in listed] == [
+        ("tiny", "default"), ("tiny:default", "default"), ("tiny:full", "full"),
+    ]  # fmt: skip
+    assert [model["overfill"]["pair"]["decoder_digest"][0] for model in listed] == ["d", "d", "f"]
+    _, one = await client.get("/v1/models/tiny:full")
+    assert one["overfill"]["pair"] == {"name": None, "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
+
+
+async def test_the_fields_reach_the_generator_unchanged(client: Http, generator: FakeGenerator) -> None:
+    await ask(client, model="tiny:full", tier="full", fallback="default", allow_brownout=True)
+    await client.post("/v1/completions", model="tiny", prompt=["a", "b"], tier="full")
+    seen = [(r.model, r.tier, r.fallback, r.allow_brownout) for r in generator.requests]
+    assert seen == [("tiny:full", "full", "default", True), *[("tiny", "full", "", False)] * 2]
+
+
+async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, generator: FakeGenerator) -> None:
+    generator.tiers, generator.brownout_from = ["default", "full"], "full"
+    whole = await ask(client)
+    assert (whole["model"], whole["system_fingerprint"]) == ("tiny:default", "fp_dddddddddddd")
+    assert whole["overfill"]["pair"]["name"] == "pair"
+    (told,) = whole["overfill"]["choices"]
+    assert (told["tier"], told["brownout_from"]) == ("full", "full")
+    assert told["parts"] == [{"tier": "default", "first_index": 0}, {"tier": "full", "first_index": 1}]
+    generator.tiers = ["full"]
+    _, text = await client.post("/v1/completions", model="tiny", prompt="Hi", stream=True)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    assert {(chunk["model"], chunk["system_fingerprint"]) for chunk in chunks} == {("tiny:full", "fp_ffffffffffff")}
+    (told,) = chunks[-1]["overfill"]["choices"]
+    assert told["parts"] == [{"tier": "full", "first_index": 0}]
+
+
+async def test_with_one_tier_answers_have_the_plain_model_name(client: Http, generator: FakeGenerator) -> None:
+    generator.several_tiers = False
+    answer = await ask(client)
+    assert answer["model"] == "tiny"
+    (told,) = answer["overfill"]["choices"]
+    assert (told["tier"], told["brownout_from"]) == ("default", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (PermissionDenied("key 'ci' may use default"), 403, "insufficient_scope"),
+        (ModelNotFound("tiers are default, full"), 404, "model_not_found"),
+    ],
+)
+async def test_a_tier_that_may_not_be_used_or_does_not_exist_has_its_status(
+    client: Http, generator: FakeGenerator, error: Exception, status: int, code: str
+) -> None:
+    generator.error = error
+    refused = (await ask(client, tier="x"))["error"]
+    assert (refused["code"], refused["message"]) == (code, str(error))
+    assert (await client.post("/v1/completions", model="tiny:x", prompt="Hi"))[0] == status
