@@ -125,7 +125,7 @@ def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> d
 
 def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of ``decoders``: a tier has the values of ``decode`` and its own."""
-    objective = {"type": ["integer", "number"], "exclusiveMinimum": 0}
+    objective = {"type": ["number", "string"], "exclusiveMinimum": 0, "pattern": r"^\d+(\.\d+)?$"}
     own = {
         "pair": {"type": "string", "minLength": 1},
         "revision": {"type": "string"},

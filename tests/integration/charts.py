@@ -83,12 +83,14 @@ def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
 
 
 def pods(objects: list[dict]) -> dict[str, dict]:
-    """Return the pod specs of the Deployments and of the test, by component."""
+    """Return the pod specs of the Deployments and of the test, by component, and of tiers by ``decode-TIER``."""
     found = {}
     for one in objects:
         if one["kind"] == "Deployment":
             template = one["spec"]["template"]
-            found[template["metadata"]["labels"]["app.kubernetes.io/component"]] = template["spec"]
+            labels = template["metadata"]["labels"]
+            tier = labels.get("overfill.io/tier")
+            found[labels["app.kubernetes.io/component"] + (f"-{tier}" if tier else "")] = template["spec"]
         elif one["kind"] == "Pod":
             found["test"] = one["spec"]
     return found
