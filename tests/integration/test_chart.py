@@ -295,8 +295,8 @@ def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
         "default", "/pair/default", "fast", "/pair/fast", "identity", "/pair/full",
     ]  # fmt: skip
     assert found["decode-full"]["initContainers"][0]["command"][4:] == ["identity", "/pair/full"]
-    selectors = [deployments[f"overfill-decode-{tier}"]["spec"]["selector"]["matchLabels"] for tier in TIERS]
-    assert len({json.dumps(selector) for selector in selectors}) == 3
+    labels = [deployments[f"overfill-decode-{tier}"]["spec"]["selector"]["matchLabels"] for tier in TIERS]
+    assert len({json.dumps(one) for one in labels}) == 3
     # Sprig's own function would not let a tier set these to 0 and "".
     assert deployments["overfill-decode-full"]["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
     assert {*of_kind(objects, "PodDisruptionBudget")} == {
