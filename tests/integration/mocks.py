@@ -36,8 +36,13 @@ def _flags(settings):
 
 
 @contextmanager
-def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, **router):
-    """Yields a ready MockStack. ``router`` are the router's flags, ``workers`` those of every mock worker."""
+def mock_stack(
+    pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, tiers=(), **router
+):
+    """Yields a ready MockStack. ``router`` are the router's flags, ``workers`` those of every mock worker.
+
+    With ``tiers``, each of them has ``decode`` workers of ``pair``.
+    """
     started = Future()
     secret = {}
     if router.get("api_keys") is not None:
@@ -54,6 +59,8 @@ def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None
             "expect_prefill": prefill,
             "expect_decode": decode,
         }
+        if tiers:
+            flags |= {"pair": None, "decoders": ";".join(f"{tier}={pair}:{decode}" for tier in tiers)}
         app = Router(RouterConfig.parse(_flags(flags | secret | router)))
         address = await app.start()
         serving = asyncio.create_task(app.run())
@@ -62,10 +69,12 @@ def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None
             for index in range(prefill):
                 settings = common | {"worker_id": f"prefill-{index}"} | (prefill_settings or {})
                 await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(_flags(settings))))
-            for index in range(decode):
-                settings = common | {"worker_id": f"decode-{index}"} | (decode_settings or {})
+            placed = [{"worker_id": f"decode-{tier}-{i}", "tier": tier} for tier in tiers for i in range(decode)]
+            placed = placed or [{"worker_id": f"decode-{i}"} for i in range(decode)]
+            for place in placed:
+                settings = common | place | (decode_settings or {})
                 await stack.enter_async_context(mock_worker(MockDecodeConfig.parse(_flags(settings))))
-            while sum(worker.report is not None for worker in app.roster.workers()) < prefill + decode:
+            while sum(worker.report is not None for worker in app.roster.workers()) < prefill + len(placed):
                 await asyncio.sleep(0.01)
             handle = MockStack(address, f"http://{app.http_address}", app, loop)
             started.set_result((handle, lambda: loop.call_soon_threadsafe(stop.set)))
