@@ -44,7 +44,7 @@ def mock_stack(
     """Yields a ready MockStack.
 
     Args:
-        tiers: pair of each tier by name; each tier has one decode worker, ``decode-TIER``, and ``pair`` is for prefill.
+        tiers: pair of each tier by name; each tier has one decode worker, ``decode-TIER-0``, and ``pair`` is for prefill.
         decode_settings: flags of every decode worker; with ``tiers``, flags by tier.
         workers: flags of every mock worker.
         router: the router's flags.
@@ -69,7 +69,7 @@ def mock_stack(
         if tiers is not None:
             flags = flags | {"pair": None, "decoders": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
             decoders = [
-                (f"decode-{name}", {"tier": name, "pair": folder} | (decode_settings or {}).get(name, {}))
+                (f"decode-{name}-0", {"tier": name, "pair": folder} | (decode_settings or {}).get(name, {}))
                 for name, folder in tiers.items()
             ]
         app = Router(RouterConfig.parse(_flags(flags | secret | router)))

@@ -28,7 +28,7 @@ def test_requests_choose_their_tier(tiny_family):
         assert client.generate("Hi", sampling=FIVE).tier == "default"
         for tier in tiny_family:
             answer = client.generate("Hi", sampling=FIVE, tier=tier)
-            assert (answer.tier, answer.decode_worker, parts(answer)) == (tier, f"decode-{tier}", [(tier, 0)])
+            assert (answer.tier, answer.decode_worker, parts(answer)) == (tier, f"decode-{tier}-0", [(tier, 0)])
             assert client.generate("Hi", sampling=FIVE, model=f"tiny:{tier}").tier == tier
         names = {model.name: model.decoder_digest for model in client.models()}
         assert list(names) == ["tiny", "tiny:default", "tiny:full", "tiny:fast"]
@@ -47,7 +47,7 @@ def test_requests_choose_their_tier(tiny_family):
             tiny_family, (1, 1)
         )
         assert {worker.id: worker.tier for worker in status.workers if worker.tier} == {
-            f"decode-{tier}": tier for tier in tiny_family
+            f"decode-{tier}-0": tier for tier in tiny_family
         }
 
 
@@ -97,7 +97,7 @@ def test_an_answer_goes_on_in_another_tier_if_it_may(tiny_family):
         for thread in threads:
             thread.start()
         time.sleep(0.6)
-        stack.call(stack.workers["decode-full"].stop())
+        stack.call(stack.workers["decode-full-0"].stop())
         for thread in threads:
             thread.join(20)
         leaves, stays = ends["leaves"], ends["stays"]

@@ -24,7 +24,7 @@ FEW = SamplingParams(max_tokens=4, seed=1)
 
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
-    with mock_stack(tiny_pair, tiers=("fast", "default"), served_model_name="m,n:o") as stack:
+    with mock_stack(tiny_pair, tiers={"fast": tiny_pair, "default": tiny_pair}, served_model_name="m,n:o") as stack:
         yield stack
 
 
@@ -117,7 +117,7 @@ def test_a_command_names_its_tier(stack, capsys):
 def test_a_key_may_use_its_tiers_only(tiny_pair, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "cheap", tiers=["fast"])
-    with mock_stack(tiny_pair, tiers=("fast", "default"), api_keys=file) as stack:
+    with mock_stack(tiny_pair, tiers={"fast": tiny_pair, "default": tiny_pair}, api_keys=file) as stack:
         with Client(stack.grpc, api_key=key) as client:
             assert client.generate("Hi", sampling=FEW, tier="fast").tier == "fast"
             with pytest.raises(PermissionDenied, match="'fast'"):

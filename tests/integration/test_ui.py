@@ -102,7 +102,7 @@ def test_the_page_shows_a_killed_worker(browser, stack):
 
 
 def test_the_chat_asks_the_chosen_tier_and_shows_which_wrote_the_answer(browser, tiny_pair):
-    with mock_stack(tiny_pair, tiers=("fast", "default")) as stack:
+    with mock_stack(tiny_pair, tiers={"fast": tiny_pair, "default": tiny_pair}) as stack:
         browser.get(f"{stack.url}/ui")
         until(browser, "!document.getElementById('tier-field').hidden", "the tiers are listed")
         tier = "document.getElementById('tier')"
