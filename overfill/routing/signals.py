@@ -137,9 +137,7 @@ class SignalReader:
     scaler: Scaler
     seen: dict[str, Mapping[str, float]]
 
-    def read(
-        self, now: float, routers: Mapping[str, Mapping[str, float]]
-    ) -> tuple[PoolState, Mapping[str, PoolState]]:
+    def read(self, now: float, routers: Mapping[str, Mapping[str, float]]) -> tuple[PoolState, Mapping[str, PoolState]]:
         """Feeds the growth since the last call to the scaler; returns the prefill pool and each tier's decode pool."""
         for name, numbers in routers.items():
             before = self.seen.get(name)
@@ -168,9 +166,7 @@ class SignalReader:
                 self.scaler.finished(tier, now, prompt, answer, itl, batch)
 
 
-def pool_states(
-    routers: Iterable[Mapping[str, float]], tiers: Iterable[str]
-) -> tuple[PoolState, dict[str, PoolState]]:
+def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) -> tuple[PoolState, dict[str, PoolState]]:
     """Returns the prefill pool and each tier's decode pool as routers report them.
 
     Workers that have not joined yet are not among them.
