@@ -18,7 +18,7 @@ from overfill.routing.tier import DEFAULT_TIER
 
 
 class ScalingPolicy:
-    """Decides the sizes of the prefill deployment and of each tier's decode deployment from the signals of the router deployment.
+    """Decides the sizes of the prefill deployment and of each tier's decode deployment from the routers' signals.
 
     Args:
         clock: monotonic clock, in seconds.

@@ -89,6 +89,15 @@ class PrefixAffinity(Policy):
             self._promised.popitem(last=False)
         return min(cached, request.prompt_tokens - 1)
 
+    def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
+        if request.block_keys is not None and worker.block_size:
+            for key in islice(request.block_keys(worker.block_size), PROMISED_BLOCKS):
+                self._keep(key, worker)
+
+    def left(self, worker: Worker) -> None:
+        for key in [key for key, promised in self._promised.items() if promised is worker]:
+            del self._promised[key]
+
     def check(self, workers: Sequence[Worker]) -> None:
         self._load.check(workers)
         if self._admissible != {worker: worker.block_size for worker in workers}:
@@ -106,7 +115,7 @@ class PrefixAffinity(Policy):
                 del self._block_sizes[size]
 
     def _keep(self, key: int, worker: Worker) -> None:
-        """Drops the promise of a block: the worker has reported whether it has the block."""
+        """Drops the promise of a block: the worker has kept or broken it."""
         if self._promised.get(key) is worker:
             del self._promised[key]
 

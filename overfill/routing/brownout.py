@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.pool import Roster
 from overfill.routing.tier import Objectives
 
 RECOVERED = 0.7
@@ -30,6 +32,22 @@ class Prediction:
     ttft: float | None
     itl: float | None
     available: bool = True
+
+
+def predict(
+    roster: Roster, dispatcher: Dispatcher, tier: str, now: float, expected_itl: Callable[[str, float], float]
+) -> Prediction:
+    """Predicts what a new request of ``tier`` would get now.
+
+    Args:
+        expected_itl: returns the mean time between tokens of a sequence of a tier in a batch of some size.
+    """
+    pool = roster.decode[tier]
+    # Where the prefill workers are the bottleneck, another decoder would not help.
+    ttft = dispatcher.expected_ttft(tier, now) if dispatcher.prefill_is_free() else None
+    ready = [worker for worker in pool if pool.index.is_alive(worker)]
+    batch = min((worker.requests for worker in ready), default=0) + 1
+    return Prediction(ttft, expected_itl(tier, batch), available=bool(ready))
 
 
 class Brownout:

@@ -288,7 +288,10 @@ class Dispatcher:
             now: current time if the first token has arrived, else None.
         """
         if job.prefill is not None:
-            self._roster.prefill.release(job.prefill)
+            pool = self._roster.prefill
+            pool.release(job.prefill)
+            if now is None:
+                pool.policy.not_computed(job, job.prefill)
             job.prefill = None
             if now is not None and job.placed_at is not None and not job.migrated:
                 self._tiers[job.tier].admission.first_token(now - job.placed_at)

@@ -57,6 +57,14 @@ class Policy(ABC):
         """Records a placement. Returns the number of prompt tokens that ``worker`` probably has in its cache."""
         return 0
 
+    def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
+        """Records that ``worker`` did not compute the prompt that was placed on it. The default ignores it."""
+        return
+
+    def left(self, worker: Worker) -> None:
+        """Records that ``worker`` has left the pool. The default ignores it."""
+        return
+
 
 class Ranked(Policy):
     """Orders workers by a key, the smallest first."""

@@ -116,6 +116,7 @@ class Pool:
             del self._workers[worker.id]
             self.index.forget(worker)
             self.policy.keys_changed(worker, (), worker.prefix_keys)
+            self.policy.left(worker)
             worker.prefix_keys.clear()
             if worker.in_flight:
                 self._detached[worker.key] = worker

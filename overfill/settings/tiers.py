@@ -129,7 +129,8 @@ def _parse_all(value: object) -> object:
     return value
 
 
-def _parse_order(value: object) -> object:
+def parse_order(value: object) -> object:
+    """Reads tiers from the best to the cheapest: ``full > default > fast``. Raises ValueError."""
     if not isinstance(value, str):
         return value
     names = tuple(name.strip() for name in value.split(">"))
@@ -141,5 +142,5 @@ def _parse_order(value: object) -> object:
 Tiers = Annotated[tuple[TierSpec, ...], NoDecode, BeforeValidator(_parse_all)]
 """Several tiers, separated by semicolons."""
 
-TierOrder = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_order)]
+TierOrder = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_order)]
 """Names of tiers, separated by ``>``."""

@@ -100,13 +100,10 @@ class PoolTargetNumbers(Protocol):
 
 
 class ScalingTargets(Protocol):
-    """The scaling policy's targets for both pools; see ``overfill.routing.scaling.Targets``."""
+    """The scaling policy's targets for all pools; see ``overfill.routing.scaling.Targets``."""
 
-    @property
-    def prefill_pool(self) -> PoolTargetNumbers: ...
-
-    @property
-    def decode_pool(self) -> PoolTargetNumbers: ...
+    def pools(self) -> Sequence[tuple[str, str, PoolTargetNumbers]]:
+        """Returns stage, tier and target of each pool. The prefill pool has the tier ""."""
 
 
 class RouterMetrics(MetricSet):
@@ -190,32 +187,36 @@ class RouterMetrics(MetricSet):
             "prefill_again_total", "Repeated requests of decode workers for a prompt's KV, by reason.",
             {"reason": PREFILL_AGAIN},
         )  # fmt: skip
+        pool: Labels = {"stage": STAGES, "tier": ()}
         self._scaled = counter(
             "scaling_decisions_total",
-            "Changes of scaling_target_workers, by stage and direction.",
-            {"stage": STAGES, "direction": ("up", "down")},
+            "Changes of scaling_target_workers, by pool and direction.",
+            {**pool, "direction": ("up", "down")},
         )
+        for stage, name in (("prefill", ""), *(("decode", name) for name in tiers)):
+            for direction in ("up", "down"):
+                self._scaled.labels(stage, name, direction)
         self._targets: ScalingTargets | None = None
         self._read(
             "scaling_target_workers",
             "gauge",
-            "Number of workers that the scaling policy computes from this router's load; only a recommendation.",
-            lambda: self._scaling(lambda pool: [((), pool.workers)]),
-            {"stage": STAGES},
+            "Number of workers that the scaling policy computes for this router's own requests; a recommendation.",
+            lambda: self._scaling(lambda target: [((), target.workers)]),
+            pool,
         )
         self._read(
             "scaling_needed_workers",
             "gauge",
-            "scaling_target_workers before rounding, hysteresis and bounds.",
-            lambda: self._scaling(lambda pool: [((), pool.need)]),
-            {"stage": STAGES},
+            "scaling_target_workers before rounding, hysteresis and bounds. The pool needs the sum over all routers.",
+            lambda: self._scaling(lambda target: [((), target.need)]),
+            pool,
         )
         self._read(
             "scaling_input",
             "gauge",
             "Inputs of the scaling policy; docs/operations.md explains them.",
-            lambda: self._scaling(lambda pool: [((name,), value) for name, value in pool.inputs.items()]),
-            {"stage": STAGES, "input": ()},
+            lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
+            {**pool, "input": ()},
         )
         self._lost = counter(
             "workers_lost_total", "Workers that disconnected without a drain.", {"stage": STAGES, "tier": ()}
@@ -305,19 +306,15 @@ class RouterMetrics(MetricSet):
         before, self._targets = self._targets, targets
         if before is None:
             return
-        for stage, was, now in (
-            ("prefill", before.prefill_pool.workers, targets.prefill_pool.workers),
-            ("decode", before.decode_pool.workers, targets.decode_pool.workers),
-        ):
-            if was != now:
-                self._scaled.labels(stage, "up" if now > was else "down").inc()
+        for (stage, tier, was), (_, _, now) in zip(before.pools(), targets.pools(), strict=True):
+            if was.workers != now.workers:
+                self._scaled.labels(stage, tier, "up" if now.workers > was.workers else "down").inc()
 
     def _scaling(self, values: Callable[[PoolTargetNumbers], Sampled]) -> Sampled:
-        targets = self._targets
-        if targets is None:
+        if self._targets is None:
             return []
-        pools = (("prefill", targets.prefill_pool), ("decode", targets.decode_pool))
-        return [((stage, *labels), value) for stage, pool in pools for labels, value in values(pool)]
+        pools = self._targets.pools()
+        return [((stage, tier, *labels), value) for stage, tier, pool in pools for labels, value in values(pool)]
 
     def ended(self, error: BaseException | None, tier: str) -> None:
         """Counts a request that has ended; ``error`` is None after success, ``tier`` empty if none was chosen."""

@@ -16,7 +16,7 @@ from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.brownout import Brownout, Prediction
+from overfill.routing.brownout import Brownout, Prediction, predict
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
@@ -196,14 +196,8 @@ class Router:
         return Tier(spec.name, decoder, spec.fallback, objectives)
 
     def _predict(self, tier: str) -> Prediction:
-        """Predicts what a new request of ``tier`` would get now."""
-        pool = self.roster.decode[tier]
-        # Where the prefill workers are the bottleneck, another decoder would not help.
         now = asyncio.get_running_loop().time()
-        ttft = self.dispatcher.expected_ttft(tier, now) if self.dispatcher.prefill_is_free() else None
-        ready = [worker for worker in pool if pool.index.is_alive(worker)]
-        batch = min((worker.requests for worker in ready), default=0) + 1
-        return Prediction(ttft, self._scaling_advisor.expected_itl(tier, batch), available=bool(ready))
+        return predict(self.roster, self.dispatcher, tier, now, self._scaling_advisor.expected_itl)
 
     @property
     def _in_brownout(self) -> frozenset[str]:

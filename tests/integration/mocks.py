@@ -44,7 +44,7 @@ def mock_stack(
     """Yields a ready MockStack.
 
     Args:
-        tiers: pair of each tier by name; each tier has one decode worker, ``decode-TIER-0``, and ``pair`` is for prefill.
+        tiers: pair of each tier by name. Each tier has one decode worker, ``decode-TIER-0``; ``pair`` is for prefill.
         decode_settings: flags of every decode worker; with ``tiers``, flags by tier.
         workers: flags of every mock worker.
         router: the router's flags.

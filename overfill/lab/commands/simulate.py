@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from overfill.cli.options import Number, RenamedFlags
 from overfill.cli.output import console, print_json
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.lab.simulate.options import SimulationOptions
+    from overfill.lab.simulate.options import SimTier, SimulationOptions
     from overfill.lab.simulate.profiles import Profile
     from overfill.lab.traffic.outcome import Objective
     from overfill.routing.scaling import ScalingConfig
+    from overfill.settings.tiers import TierSpec
 
 _POSITIVE = Number(0, min_open=True)
+_TIER_SETTINGS = ("share", "weights", "ttft-objective", "itl-objective", "max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class _Load:
         parts = []
         for name in self.traces:
             part = self._read(name)
-            if self.rate is not None and name != "synthetic":
+            if self.rate is not None and not name.startswith("synthetic"):
                 part = set_rate(part, self.rate)
             parts.append(scale_lengths(part, self.length_scale, self.longest))
         return scale_rate(concatenate(parts), self.rate_scale)
@@ -50,10 +55,11 @@ class _Load:
     def _read(self, name: str) -> list[TraceRequest]:
         from overfill.lab.traffic.traces import read_trace, synthetic
 
-        if name == "synthetic":
-            size = self.count or 1000
-            return synthetic(size, self.arrivals, self.rate or 1.0, self.prompt_tokens, self.output_tokens, self.seed)
         kind, _, path = name.partition(":")
+        if kind == "synthetic":
+            rate, _, count = path.partition(":")
+            size, speed = int(count or self.count or 1000), float(rate or self.rate or 1.0)
+            return synthetic(size, self.arrivals, speed, self.prompt_tokens, self.output_tokens, self.seed)
         if kind in get_args(TraceKind):
             return read_trace(Path(path), self.count, kind)  # type: ignore[arg-type]
         return read_trace(Path(name), self.count)
@@ -66,7 +72,9 @@ class _Load:
     multiple=True,
     default=("synthetic",),
     show_default=True,
-    help="Trace to play: FILE, azure:FILE, mooncake:FILE or synthetic. Repeat it to play several one after another.",
+    callback=lambda _context, _option, names: _check_traces(names),
+    help="Trace to play: FILE, azure:FILE, mooncake:FILE, synthetic, or synthetic:RATE:REQUESTS with its own rate and "
+    "number of requests. Repeat it to play several one after another.",
 )
 @click.option(
     "--requests",
@@ -124,6 +132,28 @@ class _Load:
     show_default=True,
     help="Number of decode workers; with --autoscale at the start.",
 )
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    metavar="NAME=PROFILE[:N][,SETTING=VALUE...]",
+    help="A tier with N decode workers of this profile; repeat it for each tier. Settings: share (weight of the "
+    "requests that ask for it; 1), weights (bytes of its decoder's weights, as a multiple of the profile's; the parts "
+    "of a step that do not read KV take that much longer), ttft-objective, itl-objective, max (with --autoscale).",
+)
+@click.option(
+    "--brownout",
+    default="",
+    metavar="'TIER > TIER...'",
+    help="With --tier: tiers from the best to the cheapest; the next one answers when a tier would miss an objective.",
+)
+@click.option(
+    "--allow-brownout",
+    type=Number(0, 1),
+    default=1.0,
+    show_default=True,
+    help="With --brownout: share of the requests that allow it.",
+)
 @click.option("--policy", default="default", show_default=True, help="Routing policy.")
 @click.option(
     "--prefix-cache",
@@ -137,7 +167,10 @@ class _Load:
     type=click.IntRange(1),
     default=1024,
     show_default=True,
-    help="Maximum requests in the router's queue; further ones are refused.",
+    help="Maximum requests in the router's queue for a tier; further ones are refused.",
+)
+@click.option(
+    "--max-wait", type=_POSITIVE, help="Refuse requests that would wait longer, in seconds.  [default: no limit]"
 )
 @click.option(
     "--slo",
@@ -171,7 +204,11 @@ class _Load:
     is_flag=True,
     help="After every event, check all counters, and that no request waits while a worker could serve it; slow.",
 )
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot the timeline to this file.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Plot the timeline to this file; with --brownout beside that of a run without.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def simulate_command(
     traces: tuple[str, ...],
@@ -187,9 +224,13 @@ def simulate_command(
     profile_name: str,
     prefill: int,
     decode: int,
+    tiers: tuple[str, ...],
+    brownout: str,
+    allow_brownout: float,
     policy: str,
     prefix_cache: str,
     max_queue: int,
+    max_wait: float | None,
     slo: str,
     startup: float | None,
     mtbf: float | None,
@@ -220,7 +261,12 @@ def simulate_command(
         raise click.UsageError("--plot draws the timeline of one run; leave out --size and --compare-policies")
     if use_all and max_workers is None:
         raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
+    if tiers and (size or compare_policies or use_all):
+        raise click.UsageError("--tier: leave out --size, --compare-policies and --use-all")
+    if tiers and click.get_current_context().get_parameter_source("decode") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
     objective = Objective.parse(slo)
+    made, order = _tiers(tiers, brownout)
     profile = load_profile(profile_name)
     if startup is not None:
         profile = replace(profile, startup=startup)
@@ -229,10 +275,15 @@ def simulate_command(
     options = SimulationOptions(
         prefill=prefill,
         decode=decode,
+        tiers=made,
+        brownout=order,
+        allow_brownout=allow_brownout,
+        slo=objective,
         policy=policy,
         scaling=_scaling(profile, objective, max_workers, use_all) if autoscale else None,
         prefix_cache=prefix_cache == "on",
         max_queue=max_queue,
+        max_wait=max_wait,
         mtbf=mtbf,
         check=check,
         seed=seed,
@@ -253,20 +304,28 @@ def _run(
     as_json: bool,
 ) -> int:
     from overfill.lab.simulate.stack import Simulation
-    from overfill.lab.simulate.tables import errors_text, run_table, title
+    from overfill.lab.simulate.tables import errors_text, run_table, tier_table, title
     from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         simulation = Simulation(requests, profile, options)
         result = simulation.run(lambda done, total: report("Simulating", done, total))
     if plot is not None:
-        from overfill.lab.simulate.plot import save_timeline
+        from overfill.lab.simulate.plot import save_tiers, save_timeline
 
-        save_timeline(plot, title(result), result)
+        if not options.tiers:
+            save_timeline(plot, title(result), result)
+        else:
+            runs = {f"brownout {' > '.join(options.brownout) or 'off'}": result}
+            if options.brownout:
+                runs = {"no brownout": Simulation(requests, profile, replace(options, brownout=())).run()} | runs
+            save_tiers(plot, title(result), runs, objective)
     if as_json:
         print_json(result.to_json(objective))
     else:
         console().print(run_table(result, objective))
+        if options.tiers:
+            console().print(tier_table(result, objective))
         if failures := errors_text(result):
             console().print(failures)
     return 0
@@ -337,6 +396,52 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
         step=profile.decode.cost,
         max_batch=profile.decode.max_num_seqs,
     )
+
+
+def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], tuple[str, ...]]:
+    """Reads ``--tier`` and ``--brownout``. Raises UsageError."""
+    from overfill.lab.simulate.options import SimTier
+    from overfill.lab.simulate.profiles import load_profile
+    from overfill.settings.tiers import TierSpec, check_tiers, parse_order
+
+    try:
+        specs, order = [TierSpec.parse(text) for text in texts], parse_order(brownout)
+        assert isinstance(order, tuple)
+        check_tiers(specs, brownout=order)
+        tiers = []
+        for spec in specs:
+            if unknown := sorted(spec.settings.keys() - _TIER_SETTINGS):
+                allowed = ", ".join(_TIER_SETTINGS)
+                raise ValueError(f"tier {spec.name!r}: {unknown[0]} is unknown; allowed are {allowed}")
+            own = {name: _setting(spec, name) for name in spec.settings}
+            profile = load_profile(spec.pair)
+            profile = replace(profile, decode=profile.decode.with_weights(own.get("weights", 1.0)))
+            most = None if "max" not in own else max(spec.count, int(own["max"]))
+            goals = (own.get("ttft-objective"), own.get("itl-objective"))
+            tiers.append(SimTier(spec.name, profile, spec.count, most, own.get("share", 1.0), *goals))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if tiers and not any(tier.share for tier in tiers):
+        raise click.UsageError("--tier: no request asks for any tier; give at least one a share above 0")
+    return tuple(tiers), order
+
+
+def _setting(spec: TierSpec, name: str) -> float:
+    """Returns a tier's setting as a number. Raises ValueError if it is none, or too small."""
+    try:
+        value = float(spec.settings[name])
+    except ValueError:
+        value = -1.0
+    if not (0 < value < inf or (value == 0 and name == "share")):
+        raise ValueError(f"tier {spec.name!r}: {name} must be a number above 0, got {spec.settings[name]!r}")
+    return value
+
+
+def _check_traces(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name.startswith("synthetic:") and not re.fullmatch(r"synthetic:[0-9.]*[1-9][0-9.]*(:[1-9][0-9]*)?", name):
+            raise click.BadParameter(f"{name!r}: expected synthetic:RATE or synthetic:RATE:REQUESTS, both above 0")
+    return names
 
 
 def _costs(text: str) -> tuple[float, float]:

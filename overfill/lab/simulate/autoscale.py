@@ -1,4 +1,7 @@
-"""Runs the router's scaling policy in the simulation: feeds it signals and applies its targets."""
+"""Runs the router's scaling policy in the simulation: feeds it signals and applies its targets.
+
+A run with brownouts feeds the policy too, because its step costs predict the time between tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from overfill.lab.simulate.clock import Clock
+from overfill.lab.simulate.options import SimTier
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, SimRequest
 from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.routing.dispatcher import Job, JobState
-from overfill.routing.scaling import PoolState, Scaler, ScalingConfig, Targets
-from overfill.routing.worker import DECODE, PREFILL
-from overfill.v1 import common_pb2
-
-INTERVAL = 1.0
-"""Seconds between decisions."""
+from overfill.routing.scaling import INTERVAL, PoolState, Scaler, ScalingConfig, Targets
 
 
 class Fleet(Protocol):
@@ -36,64 +35,91 @@ class Fleet(Protocol):
     def profile(self) -> Profile: ...
 
     @property
+    def tiers(self) -> Mapping[str, SimTier]: ...
+
+    @property
     def open(self) -> Mapping[Job, SimRequest]: ...
 
     @property
     def workers(self) -> Mapping[str, SimWorker]: ...
 
-    def start_worker(self, stage: common_pb2.Stage, delay: float) -> SimWorker: ...
+    def start_worker(self, tier: str, delay: float) -> SimWorker:
+        """Starts a decode worker of ``tier``, or a prefill worker if that is empty."""
 
     def drain_worker(self, worker: SimWorker) -> None: ...
 
 
-class Autoscaler:
-    """Scales the fleet from what a router knows: arrivals, answers, reports, and prefill workers' busy time.
+class LoadObserver:
+    """Feeds a scaling policy with what a router knows: arrivals, answers, and prefill workers' busy time.
 
     Attributes:
-        latest: The last decision; None before the first.
+        scaler: The policy.
     """
 
-    def __init__(self, fleet: Fleet, config: ScalingConfig) -> None:
+    def __init__(self, fleet: Fleet, scaler: Scaler) -> None:
         self._fleet = fleet
-        self._config = config
-        self._scaler = Scaler(config)
-        self._worked: dict[str, tuple[int, float]] = {}  # prefill worker -> (tokens, busy seconds) at the last tick
-        self.latest: Targets | None = None
+        self.scaler = scaler
+        self._worked: dict[str, tuple[int, float]] = {}  # prefill worker -> (tokens, busy seconds) at the last look
 
     def arrived(self, request: SimRequest) -> None:
         counters = self._fleet.counters
         # Estimate the new prompt's cached tokens by the pool's hit rate so far.
         share = counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0
         tokens = request.trace.prompt_tokens
-        self._scaler.arrived(self._fleet.clock.now, tokens, int(share * tokens))
+        self.scaler.arrived(request.job.tier, self._fleet.clock.now, tokens, int(share * tokens))
 
     def finished(self, request: SimRequest) -> None:
-        worker = request.job.decode
+        job, trace = request.job, request.trace
+        worker = job.decode
         running = worker.report.load.running if worker is not None and worker.report is not None else 0
-        trace = request.trace
-        self._scaler.finished(self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.itl, running)
+        self.scaler.finished(
+            job.tier, self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.itl, running
+        )
 
-    def tick(self) -> None:
-        fleet = self._fleet
-        prefill = [w for w in fleet.workers.values() if isinstance(w, PrefillWorker)]
-        decode = [w for w in fleet.workers.values() if isinstance(w, DecodeWorker)]
+    def look(self, prefill: Sequence[PrefillWorker]) -> None:
+        """Notes what the prefill workers have computed since the last call."""
         for worker in prefill:
             engine = worker.engine
             tokens, seconds = self._worked.get(worker.name, (0, 0.0))
             self._worked[worker.name] = engine.computed, engine.busy
-            self._scaler.prefilled(engine.computed - tokens, engine.busy - seconds)
-        self.latest = self._scaler.targets(fleet.clock.now, *self._states(prefill, decode))
-        self._apply(PREFILL, list(prefill), self.latest.prefill)
-        self._apply(DECODE, list(decode), self.latest.decode)
+            self.scaler.prefilled(engine.computed - tokens, engine.busy - seconds)
+
+
+class Autoscaler:
+    """Starts and drains workers as the scaling policy recommends.
+
+    Attributes:
+        latest: The last decision; None before the first.
+    """
+
+    def __init__(self, fleet: Fleet, config: ScalingConfig, observer: LoadObserver) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._observer = observer
+        self.latest: Targets | None = None
+
+    def tick(self) -> None:
+        fleet = self._fleet
+        prefill = [w for w in fleet.workers.values() if isinstance(w, PrefillWorker)]
+        decode: dict[str, list[DecodeWorker]] = {tier: [] for tier in fleet.tiers}
+        for worker in fleet.workers.values():
+            if isinstance(worker, DecodeWorker):
+                decode[worker.tier].append(worker)
+        self._observer.look(prefill)
+        self.latest = targets = self._observer.scaler.targets(fleet.clock.now, *self._states(prefill, decode))
+        self._apply("", list(prefill), targets.prefill)
+        for tier, pool in decode.items():
+            self._apply(tier, list(pool), targets.decode_pools[tier].workers)
         fleet.clock.after(INTERVAL, self.tick)
 
-    def _states(self, prefill: list[PrefillWorker], decode: list[DecodeWorker]) -> tuple[PoolState, PoolState]:
+    def _states(
+        self, prefill: list[PrefillWorker], decode: Mapping[str, list[DecodeWorker]]
+    ) -> tuple[PoolState, dict[str, PoolState]]:
         fleet = self._fleet
         jobs = [request.job for request in fleet.open.values()]
         waiting = [job for job in jobs if job.state is JobState.WAITING]
         ahead = [job for job in jobs if job.state in (JobState.PLACED, JobState.WANTS_PREFILL)]
         tokens = sum(job.prompt_tokens for job in ahead) + sum(w.engine.queued_tokens for w in prefill)
-        model = fleet.profile.decode
         return (
             PoolState(
                 **_counts(prefill),
@@ -101,16 +127,19 @@ class Autoscaler:
                 waiting_tokens=tokens,
                 running=sum(w.engine.num_admitted for w in prefill),
             ),
-            PoolState(
-                **_counts(decode),
-                waiting_jobs=len(waiting),
-                waiting_tokens=sum(job.prompt_tokens for job in waiting),
-                running=sum(w.engine.num_running for w in decode),
-                kv_tokens=model.kv_tokens,
-            ),
+            {
+                tier: PoolState(
+                    **_counts(pool),
+                    waiting_jobs=sum(job.tier == tier for job in waiting),
+                    waiting_tokens=sum(job.prompt_tokens for job in waiting if job.tier == tier),
+                    running=sum(w.engine.num_running for w in pool),
+                    kv_tokens=fleet.tiers[tier].profile.decode.kv_tokens,
+                )
+                for tier, pool in decode.items()
+            },
         )
 
-    def _apply(self, stage: common_pb2.Stage, pool: list[SimWorker], target: int) -> None:
+    def _apply(self, tier: str, pool: list[SimWorker], target: int) -> None:
         fleet = self._fleet
         staying = [worker for worker in pool if not worker.draining]
         for _ in range(target - len(staying)):
@@ -118,7 +147,7 @@ class Autoscaler:
             # A draining worker occupies its machine until it has left.
             if limit is not None and len(fleet.workers) >= limit:
                 return
-            fleet.start_worker(stage, fleet.profile.startup)
+            fleet.start_worker(tier, fleet.profile.startup)
         surplus = len(staying) - target
         if surplus > 0:
             staying.sort(key=lambda w: (w.ready_since is not None, w.active, -w.since))

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from overfill.lab.simulate.profiles import Profile
 from overfill.lab.traffic.outcome import Objective
-from overfill.routing.scaling import ScalingConfig
+from overfill.routing.scaling import Bounds, ScalingConfig
+from overfill.routing.tier import DEFAULT_TIER, Objectives
+
+
+@dataclass(frozen=True, slots=True)
+class SimTier:
+    """A tier: its decode workers, and the requests that ask for it.
+
+    Attributes:
+        profile: Speed of its decode workers.
+        workers: Number of decode workers at the start; constant without scaling.
+        max_workers: Maximum number with scaling.
+        share: Weight of the requests that ask for it.
+        ttft, itl: Its objectives in seconds; None means those of all requests.
+    """
+
+    name: str
+    profile: Profile
+    workers: int = 1
+    max_workers: int | None = None
+    share: float = 1.0
+    ttft: float | None = None
+    itl: float | None = None
+
+    def objective(self, common: Objective) -> Objective:
+        """Returns the objective of a request that asks for the tier."""
+        ttft, itl = self.ttft or common.ttft, self.itl or common.itl
+        return replace(common, ttft=ttft, itl=itl)
+
+    def objectives(self, common: Objective) -> Objectives:
+        """Returns the objectives as the router has them, which are always set."""
+        own, default = self.objective(common), Objectives()
+        return Objectives(own.ttft or default.ttft, own.itl or default.itl)
+
+
+DEFAULT_SLO = Objective(ttft=2.0, itl=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,24 +50,34 @@ class SimulationOptions:
 
     Attributes:
         prefill, decode: Number of workers at the start; constant when ``scaling`` is None.
+        tiers: The tiers. Empty means one tier, of ``decode`` workers.
+        brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
+        allow_brownout: Share of the requests that allow a brownout.
+        slo: Objective of tiers without their own.
         policy: Name of a routing policy.
         scaling: Configuration of the scaling policy. None means no scaling.
         prefix_cache: True if prefill workers cache prompts' KV.
-        max_queue: Maximum requests in the router's queue; further ones are refused.
+        max_queue: Maximum requests in a tier's queue; further ones are refused.
+        max_wait: Longest expected wait in seconds with which a request is admitted. None means no limit.
         report_gap: Minimum seconds between two reports of a worker.
         mtbf: Mean seconds until a worker dies and is replaced. None means never.
         check: Check all counters and the *Waiting* rule after every event.
-        seed: Random seed for failures and policies.
+        seed: Random seed for failures, policies and the tiers of requests.
         objective, max_misses: Stop once more than ``max_misses`` requests have missed ``objective``.
         end_timeout: Seconds after the last arrival after which unfinished requests count as failed.
     """
 
     prefill: int = 1
     decode: int = 1
+    tiers: tuple[SimTier, ...] = ()
+    brownout: tuple[str, ...] = ()
+    allow_brownout: float = 1.0
+    slo: Objective = DEFAULT_SLO
     policy: str = "default"
     scaling: ScalingConfig | None = None
     prefix_cache: bool = True
     max_queue: int = 1024
+    max_wait: float | None = None
     report_gap: float = 0.05
     mtbf: float | None = None
     check: bool = False
@@ -39,3 +85,20 @@ class SimulationOptions:
     end_timeout: float = 3600.0
     objective: Objective | None = None
     max_misses: int = 0
+
+    def all_tiers(self, profile: Profile) -> tuple[SimTier, ...]:
+        """Returns the tiers; without any, the only one, with decode workers of ``profile``."""
+        return self.tiers or (SimTier(DEFAULT_TIER, profile, self.decode),)
+
+    def scaling_of(self, tier: SimTier, config: ScalingConfig) -> ScalingConfig:
+        """Returns the scaling policy's settings of one tier."""
+        goal = tier.objectives(self.slo)
+        if not self.tiers:
+            return config
+        bounds = config.decode
+        if tier.max_workers is not None:
+            bounds = Bounds(bounds.min, tier.max_workers)
+        model = tier.profile.decode
+        return replace(
+            config, ttft=goal.ttft, itl=goal.itl, decode=bounds, step=model.cost, max_batch=model.max_num_seqs
+        )

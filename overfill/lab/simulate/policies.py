@@ -19,7 +19,9 @@ NAMES = (DEFAULT, *get_args(PolicyName))
 _ROOT = root_key("", "", "")
 
 
-def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> Dispatcher:
+def make_dispatcher(
+    roster: Roster, policy: str, max_queue: int, seed: int, max_wait: float | None = None
+) -> Dispatcher:
     """Makes a dispatcher with ``policy``, one of ``NAMES``. Decode uses its default if it does not have this policy.
 
     Raises:
@@ -30,7 +32,7 @@ def make_dispatcher(roster: Roster, policy: str, max_queue: int, seed: int) -> D
     prefill: PolicyName = PREFILL_DEFAULT if policy == DEFAULT else policy  # type: ignore[assignment]
     decode: PolicyName = policy if policy in DECODE_POLICIES else DECODE_DEFAULT
     roster.use(POLICIES[prefill](seed), lambda: POLICIES[decode](seed))
-    return Dispatcher(roster, max_queue=max_queue)
+    return Dispatcher(roster, max_queue=max_queue, max_wait=max_wait)
 
 
 def make_job(name: str, trace: TraceRequest) -> Job:

@@ -77,6 +77,19 @@ class DecodeModel:
     def cost(self) -> StepCost:
         return StepCost(self.base, self.per_sequence, self.per_kv_token)
 
+    def with_weights(self, factor: float) -> DecodeModel:
+        """Returns the model of a worker whose decoder has ``factor`` times as many bytes of weights.
+
+        A step reads all weights once and computes with them for each sequence, so both parts grow with the bytes. The
+        KV has the same size for every decoder of a full model, so reading it takes as long. The capacity for KV stays.
+        """
+        return replace(
+            self,
+            base=self.base * factor,
+            per_sequence=self.per_sequence * factor,
+            replay_per_token=self.replay_per_token * factor,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:

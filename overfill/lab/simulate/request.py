@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from overfill.lab.simulate.decode import SimSequence
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing.dispatcher import Job
+from overfill.routing.tier import DEFAULT_TIER
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +52,8 @@ class SimRequest:
         error: Reason why the request ended without an answer; empty if it did not.
         cached: Prompt tokens that the last prefill found in the prefix cache.
         placed: Time at which it was first placed on a decode worker.
+        asked: Tier that it asks for. The job has the tier that answers.
+        allows_brownout: True if a cheaper tier may answer.
     """
 
     trace: TraceRequest
@@ -65,6 +68,8 @@ class SimRequest:
     migrations: int = 0
     ended: bool = False
     placed: float | None = None
+    asked: str = DEFAULT_TIER
+    allows_brownout: bool = False
 
     @property
     def ok(self) -> bool:
@@ -104,6 +109,8 @@ class Snapshot:
         waiting: Requests in the router's queue.
         arrived: Requests that arrived since the previous snapshot.
         need: Number of workers that the scaler computed, as a fraction; None without a scaler.
+        tier_workers: Number of decode workers of each tier.
+        brownout: Tiers in brownout.
     """
 
     time: float
@@ -119,6 +126,8 @@ class Snapshot:
     arrived: int
     prefill_need: float | None = None
     decode_need: float | None = None
+    tier_workers: dict[str, int] = field(default_factory=dict)
+    brownout: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -37,7 +37,14 @@ class SimulationResult:
 
     def met(self, objective: Objective) -> list[SimRequest]:
         """Returns the requests that were answered within the objective."""
-        return [request for request in self.requests if request.meets(objective)]
+        return [request for request in self.requests if self.meets(request, objective)]
+
+    def meets(self, request: SimRequest, objective: Objective) -> bool:
+        """Returns True if the request meets the objective of the tier that it asks for, or else ``objective``."""
+        return request.meets(self._objectives(objective).get(request.asked, objective))
+
+    def _objectives(self, objective: Objective) -> dict[str, Objective]:
+        return {tier.name: tier.objective(objective) for tier in self.options.tiers}
 
     def attainment(self, objective: Objective) -> float:
         """Returns the share of all requests that meet the objective."""
@@ -89,6 +96,32 @@ class SimulationResult:
             found["goodput"] = len(self.met(objective)) / span if span else None
         return found
 
+    def tier_figures(self, objective: Objective) -> dict[str, dict[str, float | None]]:
+        """Returns tier -> name -> figure.
+
+        ``requests``, ``attainment``, ``refused``, ``failed`` and ``browned_out`` are of the requests that ask for the
+        tier; ``answers``, ``answer_share``, ``ttft_p95`` and ``request_itl_p95`` of the answers that it wrote.
+        """
+        answers = [request for request in self.requests if request.ok]
+        found: dict[str, dict[str, float | None]] = {}
+        for tier in self.options.all_tiers(self.profile):
+            asking = [request for request in self.requests if request.asked == tier.name]
+            wrote = [request for request in answers if request.job.tier == tier.name]
+            itl = [request.itl for request in wrote if request.trace.output_tokens > 1]
+            refused = sum(request.error == "Overloaded" for request in asking)
+            found[tier.name] = {
+                "requests": float(len(asking)),
+                "attainment": _share(sum(self.meets(request, objective) for request in asking), len(asking)),
+                "refused": float(refused),
+                "failed": float(sum(bool(request.error) for request in asking) - refused),
+                "browned_out": float(sum(request.ok and request.job.tier != tier.name for request in asking)),
+                "answers": float(len(wrote)),
+                "answer_share": _share(len(wrote), len(answers)),
+                "ttft_p95": float(np.percentile([request.ttft for request in wrote], 95)) if wrote else None,
+                "request_itl_p95": float(np.percentile(itl, 95)) if itl else None,
+            }
+        return found
+
     def to_json(self, objective: Objective | None) -> dict[str, Any]:
         """Returns the document for ``--json``: settings, figures, errors, and the timeline."""
         options = self.options
@@ -100,7 +133,9 @@ class SimulationResult:
             "decode": options.decode,
             "autoscale": options.scaling is not None,
             "objective": None if objective is None else str(objective),
+            "brownout": list(options.brownout),
             "figures": self.figures(objective),
+            "tiers": None if objective is None else self.tier_figures(objective),
             "errors": dict(Counter(request.error for request in self.requests if request.error)),
             "counters": asdict(self.counters),
             "samples": [asdict(sample) for sample in self.samples],

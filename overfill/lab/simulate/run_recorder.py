@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from overfill.lab.simulate.clock import Clock
@@ -23,7 +24,7 @@ class RunRecorder:
         self.samples: list[Snapshot] = []
         self._then = (0.0, 0.0, 0.0, 0)  # last snapshot: time, busy seconds of prefill and decode, arrivals
 
-    def sample(self, waiting: int, arrived: int, targets: Targets | None) -> None:
+    def sample(self, waiting: int, arrived: int, targets: Targets | None, brownout: frozenset[str]) -> None:
         """Adds a snapshot. ``waiting`` requests are in the router's queue; ``arrived`` have arrived so far."""
         now, counters = self._clock.now, self._counters
         then, prefill_busy, decode_busy, before = self._then
@@ -52,7 +53,9 @@ class RunRecorder:
                 waiting=waiting,
                 arrived=arrived - before,
                 prefill_need=targets.prefill_pool.need if targets else None,
-                decode_need=targets.decode_pool.need if targets else None,
+                decode_need=sum(pool.need for pool in targets.decode_pools.values()) if targets else None,
+                tier_workers=dict(Counter(worker.tier for worker in decode)),
+                brownout=tuple(sorted(brownout)),
             )
         )
         self._then = (now, busy[0], busy[1], arrived)

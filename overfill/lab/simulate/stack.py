@@ -8,12 +8,12 @@ never disconnect.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import thread_time
 from typing import TypeVar
 
-from overfill.errors import OverfillError
-from overfill.lab.simulate.autoscale import Autoscaler
+from overfill.errors import OverfillError, Overloaded
+from overfill.lab.simulate.autoscale import Autoscaler, LoadObserver
 from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import SequenceState, SimSequence
@@ -28,10 +28,13 @@ from overfill.lab.simulate.run_recorder import RunRecorder
 from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing import invariant
+from overfill.routing.brownout import Brownout, Prediction, predict
 from overfill.routing.dispatcher import Job, JobState, Rejection
 from overfill.routing.pool import Roster
+from overfill.routing.scaling import INTERVAL, Scaler, ScalingConfig
+from overfill.routing.tier import Tier
 from overfill.routing.worker import PREFILL
-from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+from overfill.v1 import decode_pb2, registry_pb2
 
 _T = TypeVar("_T")
 
@@ -41,10 +44,14 @@ class Simulation:
 
     def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: SimulationOptions) -> None:
         self.clock = Clock()
-        self.roster = Roster()
+        self.tiers = {tier.name: tier for tier in options.all_tiers(profile)}
+        goals = {name: tier.objectives(options.slo) for name, tier in self.tiers.items()}
+        self.roster = Roster(tiers=[Tier(name, objectives=goal) for name, goal in goals.items()])
         self.counters = Counters()
         self.profile, self.options = profile, options
-        self.dispatcher = make_dispatcher(self.roster, options.policy, options.max_queue, options.seed)
+        self.dispatcher = make_dispatcher(
+            self.roster, options.policy, options.max_queue, options.seed, options.max_wait
+        )
         self.open: dict[Job, SimRequest] = {}
         self.workers: dict[str, SimWorker] = {}
         self._trace = trace
@@ -54,20 +61,32 @@ class Simulation:
         self._gaps = Histogram()
         self._started = 0
         self._random = random.Random(options.seed)
-        self._scaler = Autoscaler(self, options.scaling) if options.scaling is not None else None
+        self._tier_random = random.Random(f"tiers {options.seed}")
+        self._observer = self._scaler = self._brownout = None
+        if options.scaling is not None or options.brownout:
+            config = options.scaling or ScalingConfig()
+            scaling = {name: options.scaling_of(tier, config) for name, tier in self.tiers.items()}
+            self._observer = LoadObserver(self, Scaler(config, scaling))
+            if options.scaling is not None:
+                self._scaler = Autoscaler(self, config, self._observer)
+            if options.brownout:
+                self._brownout = Brownout(options.brownout, goals, self._predict)
         self._recorder = RunRecorder(self.clock, self.workers, self.counters)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
         """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
         began = thread_time()
         for _ in range(self.options.prefill):
-            self.start_worker(PREFILL, 0.0)
-        for _ in range(self.options.decode):
-            self.start_worker(common_pb2.STAGE_DECODE, 0.0)
+            self.start_worker("", 0.0)
+        for tier in self.tiers.values():
+            for _ in range(tier.workers):
+                self.start_worker(tier.name, 0.0)
         # Events run in the order of scheduling, so workers join and report before the first request.
         self.clock.at(self._trace[0].arrival, self._arrive, 0)
         if self._scaler is not None:
             self.clock.at(0.0, self._scaler.tick)
+        if self._brownout is not None:
+            self.clock.at(0.0, self._update_brownout)
         span = self._trace[-1].arrival
         self.clock.at(0.0, self._sample, max(1.0, span / 300))
         limit, reported = span + self.options.end_timeout, 0
@@ -95,17 +114,17 @@ class Simulation:
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
-    def start_worker(self, stage: common_pb2.Stage, delay: float) -> SimWorker:
-        """Starts a worker that is ready after ``delay`` seconds."""
+    def start_worker(self, tier: str, delay: float) -> SimWorker:
+        """Starts a decode worker of ``tier``, or a prefill worker if that is empty. It is ready after ``delay``."""
         self._started += 1
         worker: SimWorker
-        if stage == PREFILL:
+        gap = self.options.report_gap
+        if not tier:
             name = f"p{self._started}"
-            blocks = self._blocks()
-            worker = PrefillWorker(name, self.clock, self, self.options.report_gap, self.profile, blocks)
+            worker = PrefillWorker(name, self.clock, self, gap, self.profile, self._blocks())
         else:
             name = f"d{self._started}"
-            worker = DecodeWorker(name, self.clock, self, self.options.report_gap, self.profile, self._gaps)
+            worker = DecodeWorker(name, self.clock, self, gap, self.tiers[tier].profile, self._gaps, tier)
         self.workers[name] = worker
         self.clock.after(delay, self._join, worker)
         if self.options.mtbf is not None:
@@ -163,7 +182,7 @@ class Simulation:
                 self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
         self._remove(worker)
         if not worker.draining:
-            self.start_worker(worker.stage, self.profile.startup)
+            self.start_worker(worker.tier, self.profile.startup)
         self._poll()
 
     def _evict(self, worker: SimWorker) -> None:
@@ -185,19 +204,55 @@ class Simulation:
     def _arrive(self, index: int) -> None:
         trace = self._trace[index]
         job = make_job(f"r{index}", trace)
-        request = SimRequest(trace, job, trace.blocks)
+        request = SimRequest(trace, job, trace.blocks, asked=self._asked())
+        request.allows_brownout = self._tier_random.random() < self.options.allow_brownout
         self._requests.append(request)
         if index + 1 < len(self._trace):
             self.clock.at(self._trace[index + 1].arrival, self._arrive, index + 1)
-        if self._scaler is not None:
-            self._scaler.arrived(request)
         self.open[job] = request
         try:
-            self._ask(self.dispatcher.submit, job, self.clock.now)
+            self._submit_job(request)
         except OverfillError as error:
             self._end(request, type(error).__name__)
             return
+        finally:
+            if self._observer is not None:
+                self._observer.arrived(request)
         self._poll()
+
+    def _asked(self) -> str:
+        """Returns the tier that the next request asks for."""
+        shares = [tier.share for tier in self.tiers.values()]
+        return self._tier_random.choices([*self.tiers], shares)[0] if len(shares) > 1 else next(iter(self.tiers))
+
+    def _submit_job(self, request: SimRequest) -> None:
+        """Submits the request's job in the tier that the router would choose."""
+        asked, brownout, job = request.asked, self._brownout, request.job
+        tiers: Iterable[str] = (asked,)
+        if brownout is not None and request.allows_brownout:
+            chosen = brownout.choose(asked, lambda tier: True, self.clock.now)
+            tiers = dict.fromkeys((chosen, asked, *brownout.cheaper(asked)))
+        refusal: Overloaded | None = None
+        for tier in tiers:
+            job.tier = tier
+            try:
+                self._ask(self.dispatcher.submit, job, self.clock.now)
+            except Overloaded as error:
+                refusal = refusal or error
+            else:
+                return
+        job.tier = asked
+        assert refusal is not None
+        raise refusal
+
+    def _predict(self, tier: str) -> Prediction:
+        assert self._observer is not None
+        return predict(self.roster, self.dispatcher, tier, self.clock.now, self._observer.scaler.expected_itl)
+
+    def _update_brownout(self) -> None:
+        assert self._brownout is not None
+        self._brownout.update(self.clock.now)
+        self.clock.after(INTERVAL, self._update_brownout)
 
     def _poll(self) -> None:
         for outcome in self._ask(self.dispatcher.poll, self.clock.now):
@@ -244,7 +299,7 @@ class Simulation:
         if request.first is None:
             request.first, request.emitted = self.clock.now, 1
         if request.job.prefill is not None:
-            self._ask(self.dispatcher.prefill_done, request.job)
+            self._ask(self.dispatcher.prefill_done, request.job, self.clock.now)
             self._poll()
 
     def _done(self, attempt: DecodeAttempt) -> None:
@@ -286,8 +341,8 @@ class Simulation:
         if request.attempt is not None:
             self._cancel(request.attempt)
             request.attempt.over = True
-        if self._scaler is not None and not error:
-            self._scaler.finished(request)
+        if self._observer is not None and not error:
+            self._observer.finished(request)
         if (objective := self.options.objective) is not None and not request.meets(objective):
             self._misses += 1
             self._objective_missed = self._misses > self.options.max_misses
@@ -392,6 +447,7 @@ class Simulation:
     def _sample(self, interval: float | None) -> None:
         """Takes a snapshot, and another one every ``interval`` seconds. None means only one."""
         targets = self._scaler.latest if self._scaler is not None else None
-        self._recorder.sample(self.dispatcher.num_waiting, len(self._requests), targets)
+        brownout = frozenset() if self._brownout is None else self._brownout.active
+        self._recorder.sample(self.dispatcher.num_waiting, len(self._requests), targets, brownout)
         if interval is not None:
             self.clock.after(interval, self._sample, interval)

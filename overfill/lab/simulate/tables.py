@@ -16,7 +16,8 @@ from overfill.lab.traffic.outcome import Objective
 def title(result: SimulationResult) -> str:
     """Describes a run in one line."""
     options = result.options
-    size = f"{options.prefill} + {options.decode} workers"
+    decode = " + ".join(f"{tier.workers} {tier.name}" for tier in options.tiers) or str(options.decode)
+    size = f"{options.prefill} + {decode} workers"
     if options.scaling is not None:
         total = options.scaling.max_total
         size = "scaled pools" + (f" of {total} workers" if total is not None else "")
@@ -57,6 +58,32 @@ def run_table(result: SimulationResult, objective: Objective) -> Table:
         lines.append(("counters and waiting rule checked", f"after each of {result.counters.checks:,} events"))
     for label, value in lines:
         table.add_row(label, value)
+    return table
+
+
+def tier_table(result: SimulationResult, objective: Objective) -> Table:
+    """Returns a table with a row per tier: its requests, and the answers that it wrote."""
+    order = " > ".join(result.options.brownout)
+    table = Table(title=f"Tiers, brownout {order or 'off'}", title_justify="left")
+    columns = ("tier", "requests", "met", "refused", "failed", "browned out", "answers", "share", "TTFT p95", "ITL p95")
+    for column in columns:
+        table.add_column(column, justify="right" if column != "tier" else "left")
+    for name, figures in result.tier_figures(objective).items():
+        counts = {
+            key: f"{figures[key] or 0:,.0f}" for key in ("requests", "refused", "failed", "browned_out", "answers")
+        }
+        table.add_row(
+            name,
+            counts["requests"],
+            _share(figures["attainment"]),
+            counts["refused"],
+            counts["failed"],
+            counts["browned_out"],
+            counts["answers"],
+            _share(figures["answer_share"]),
+            _seconds(figures["ttft_p95"]),
+            _seconds(figures["request_itl_p95"]),
+        )
     return table
 
 

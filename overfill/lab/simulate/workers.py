@@ -52,9 +52,11 @@ class SimWorker:
         ready_since: Time at which it became ready; None while it starts.
         gone: True once it has left or died.
         engine: Model of its computation, created by the subclass.
+        tier: Tier of a decode worker; empty for prefill.
     """
 
     engine: SimPrefill | SimDecode
+    tier = ""
 
     def __init__(self, name: str, stage: common_pb2.Stage, clock: Clock, router: SimRouter, report_gap: float) -> None:
         self.name, self.stage = name, stage
@@ -70,7 +72,7 @@ class SimWorker:
 
     @property
     def info(self) -> WorkerInfo:
-        return WorkerInfo(self.name, 1, self.stage, "", (), _IDENTITY, max_model_len=0, vocab_size=0)
+        return WorkerInfo(self.name, 1, self.stage, "", (), _IDENTITY, max_model_len=0, vocab_size=0, tier=self.tier)
 
     @property
     def active(self) -> int:
@@ -163,9 +165,17 @@ class DecodeWorker(SimWorker):
     engine: SimDecode
 
     def __init__(
-        self, name: str, clock: Clock, router: SimRouter, report_gap: float, profile: Profile, gaps: Histogram
+        self,
+        name: str,
+        clock: Clock,
+        router: SimRouter,
+        report_gap: float,
+        profile: Profile,
+        gaps: Histogram,
+        tier: str = "",
     ) -> None:
         super().__init__(name, DECODE, clock, router, report_gap)
+        self.tier = tier
         self.engine = SimDecode(clock, profile, self, gaps)
         self._model = profile.decode
 

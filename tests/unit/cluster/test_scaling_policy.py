@@ -88,13 +88,25 @@ def test_only_the_two_pools_are_decided_on_and_by_the_routers_numbers() -> None:
     assert decide(app.contexts())[0]["id-d"] == 1
 
 
-def test_with_several_tiers_the_sum_decides_the_prefill_pool_and_decode_pools_keep_their_size() -> None:
-    app = App({"r1": busy(16, decode_ready=2)}, tiers=("full", "fast"))
-    decide = make(app, step=[0.05, 0.01, 0.0])
-    assert decide(app.contexts())[0] == {"id-p": 1}
+def of_tier(tier: str, numbers: dict[str, float]) -> dict[str, float]:
+    return {f"{name}.{tier}": value for name, value in numbers.items() if not name.startswith(("prefill", "queued_t"))}
+
+
+def test_each_tiers_deployment_follows_its_own_load_and_prefill_the_sum() -> None:
+    app = App(tiers=("full", "fast"))
+    decide = make(app, step=[0.05, 0.01, 0.0], tiers={"fast": {"step": [0.01, 0.005, 0.0]}})
+    app.routers["r1"] = busy(32, decode_ready=2) | of_tier("full", busy(16)) | of_tier("fast", busy(16))
+    assert decide(app.contexts())[0] == {"id-p": 1, "id-d-full": 4, "id-d-fast": 1}, "16 fit into one step of fast"
     app.now += 1
-    app.routers["r1"] = busy(16, decode_ready=2, prefill_waiting_jobs=50, prefill_waiting_tokens=500_000)
-    assert decide(app.contexts())[0] == {"id-p": 4}
+    counts = {"arrivals": 10.0, "arrived_tokens": 10_000.0, "arrived_tokens_squared": 1e7}
+    idle = dict.fromkeys(counts, 0.0)
+    app.routers["r1"] |= counts | of_tier("full", counts) | of_tier("fast", idle)
+    assert decide(app.contexts())[0] == {"id-p": 2, "id-d-full": 5, "id-d-fast": 1}
+
+
+def test_a_single_named_tier_has_the_numbers_without_a_name() -> None:
+    app = App({"r1": busy(16)}, tiers=("full",))
+    assert make(app, step=[0.05, 0.01, 0.0])(app.contexts())[0] == {"id-p": 1, "id-d-full": 4}
 
 
 def test_bounds_are_the_deployments() -> None:

@@ -95,6 +95,7 @@ def test_each_tier_is_a_deployment_with_its_pair_and_its_settings() -> None:
     assert deployment_options(made, "decode-fast")["autoscaling_config"]["max_replicas"] == 4
     (application,) = serve_config(made, "chat")["applications"]
     assert StackSpec.model_validate(application["args"]) == made
+    assert application["autoscaling_policy"]["policy_kwargs"] == {"tiers": {"fast": {"ttft": 1.0}}}
 
 
 def test_prefill_workers_and_routers_read_the_default_tiers_pair() -> None:

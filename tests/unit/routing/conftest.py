@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,7 @@ def make_report() -> Callable[..., registry_pb2.Report]:
         used: int = 0,
         total: int = 100,
         running: int = 0,
+        waiting: int = 0,
         queued_tokens: int = 0,
         block_size: int = 16,
     ) -> registry_pb2.Report:
@@ -48,6 +50,7 @@ def make_report() -> Callable[..., registry_pb2.Report]:
             kv_blocks_total=total,
             block_size=block_size,
             running=running,
+            waiting=waiting,
             queued_tokens=queued_tokens,
         )
         return registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
@@ -68,9 +71,10 @@ def add_worker(
         *,
         now: float = 0.0,
         incarnation: int = 1,
+        tier: str = "",
         **report: object,
     ) -> Worker:
-        worker = roster.join(make_info(worker_id, stage, incarnation=incarnation))
+        worker = roster.join(replace(make_info(worker_id, stage, incarnation=incarnation), tier=tier))
         roster.pool_of(worker).report(worker, make_report(**report), now)
         return worker
 

@@ -4,6 +4,7 @@ import pytest
 
 from overfill.kv.keys import PromptKeys
 from overfill.routing.affinity import PrefixAffinity
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.job import Job
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
@@ -183,6 +184,21 @@ def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affin
     pool.remove(pool.get("p2"))
     assert choose(pool, 40, prompt).id == "p0"
     pool.check(0.0)
+
+
+def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(affinity):
+    pool, dispatcher = affinity.prefill, Dispatcher(affinity)
+    prompt = keys(1, 2, 3, 4)
+    failed = Job("a", 64, 10, block_keys=prompt)
+    failed.prefill = choose(pool, 64, prompt)
+    pool.place(failed.prefill, 64, pool.policy.placed(failed, failed.prefill))
+    assert pool.policy._promised
+    dispatcher.prefill_done(failed)  # its first token never came
+    assert not pool.policy._promised
+    worker = choose(pool, 64, prompt)
+    pool.policy.placed(Job("b", 64, 10, block_keys=prompt), worker)
+    pool.remove(worker)
+    assert not pool.policy._promised
 
 
 @pytest.mark.parametrize("name", DECODE_POLICIES)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from overfill.routing.arrivals import AnswerLengths, Arrivals
 from overfill.routing.capacity import PrefillRate, StepCost, StepTime
 from overfill.routing.scaling import Bounds, PoolState, Scaler, ScalingConfig, _servers
+from overfill.routing.tier import DEFAULT_TIER
 
 STEP = StepCost(base=0.01, per_sequence=0.001, per_kv_token=0.0)
 CONFIG = ScalingConfig(ttft=2.0, itl=0.05, prefill_rate=1000.0, step=STEP, answer_tokens=100, prompt_tokens=500)
@@ -23,11 +25,13 @@ def play(scaler, seconds, rate, *, prompt=500, answer=100, start=0.0, pools=None
     while now < start + seconds:
         now += 1.0
         while rate > 0 and arrival < now:
-            scaler.arrived(arrival, prompt)
-            scaler.finished(arrival, prompt, answer)
+            scaler.arrived(DEFAULT_TIER, arrival, prompt)
+            scaler.finished(DEFAULT_TIER, arrival, prompt, answer)
             arrival += noise.expovariate(rate) if noise else 1 / rate
         running = round(rate * answer * STEP.base)
-        targets = scaler.targets(now, PoolState(ready=pools[0]), PoolState(ready=pools[1], running=running))
+        targets = scaler.targets(
+            now, PoolState(ready=pools[0]), {DEFAULT_TIER: PoolState(ready=pools[1], running=running)}
+        )
         pools[:] = targets.prefill, targets.decode
         history.append(targets)
     return history
@@ -39,18 +43,16 @@ def test_needs_follow_from_load_and_capacity():
     assert last.prefill_pool.inputs["load"] == pytest.approx(10, rel=0.05)
     assert 10 < last.prefill_pool.need < 13
     # A step of 35 sequences takes 45 ms, nine tenths of the objective; 20 x 100 tokens/s x 45 ms = 90 at once.
-    assert last.decode_pool.inputs["batch"] == pytest.approx(35)
-    assert last.decode_pool.inputs["concurrency"] == pytest.approx(90, rel=0.05)
-    assert last.decode_pool.need == pytest.approx((90 + 1.645 * math.sqrt(90)) / 35, rel=0.05)
+    assert last.decode_pools[DEFAULT_TIER].inputs["batch"] == pytest.approx(35)
+    assert last.decode_pools[DEFAULT_TIER].inputs["concurrency"] == pytest.approx(90, rel=0.05)
+    assert last.decode_pools[DEFAULT_TIER].need == pytest.approx((90 + 1.645 * math.sqrt(90)) / 35, rel=0.05)
     assert (last.prefill, last.decode) == (math.ceil(last.prefill_pool.need), 4)
 
 
 def test_a_tighter_objective_needs_more_workers():
     def need(**objective):
-        from dataclasses import replace
-
         last = play(Scaler(replace(CONFIG, **objective)), 120, rate=20)[-1]
-        return last.prefill_pool.need, last.decode_pool.need
+        return last.prefill_pool.need, last.decode_pools[DEFAULT_TIER].need
 
     loose, fast_first, fast_next = need(), need(ttft=0.6), need(itl=0.025)
     assert fast_first[0] > loose[0]
@@ -62,14 +64,18 @@ def test_a_tighter_objective_needs_more_workers():
 def test_tokens_in_the_prefix_cache_need_no_prefill():
     scaler = Scaler(CONFIG)
     for second in range(60):
-        scaler.arrived(second, 5000, cached_tokens=4500)
-    inputs = scaler.targets(60, PoolState(ready=1), PoolState(ready=1)).prefill_pool.inputs
+        scaler.arrived(DEFAULT_TIER, second, 5000, cached_tokens=4500)
+    inputs = scaler.targets(60, PoolState(ready=1), {DEFAULT_TIER: PoolState(ready=1)}).prefill_pool.inputs
     assert inputs["mean_tokens"] == 500
 
 
 def test_kv_that_does_not_fit_limits_the_batch():
     scaler = Scaler(CONFIG)
-    inputs = scaler.targets(0, PoolState(ready=1), PoolState(ready=1, kv_tokens=5500)).decode_pool.inputs
+    inputs = (
+        scaler.targets(0, PoolState(ready=1), {DEFAULT_TIER: PoolState(ready=1, kv_tokens=5500)})
+        .decode_pools[DEFAULT_TIER]
+        .inputs
+    )
     assert inputs["batch"] == pytest.approx(0.9 * 5500 / inputs["context_tokens"])
 
 
@@ -96,14 +102,12 @@ def test_a_pool_shrinks_only_after_the_stabilisation_window():
 
 
 def test_an_idle_pool_goes_to_its_minimum_and_the_first_request_wakes_it():
-    from dataclasses import replace
-
     scaler, pools = Scaler(replace(CONFIG, prefill=Bounds(0, 8), decode=Bounds(2, 8))), [1, 1]
     play(scaler, 60, 5, pools=pools)
     idle = play(scaler, 200, 0, start=60, pools=pools)[-1]
     assert (idle.prefill, idle.decode) == (0, 2)
     assert "nothing arrives" in idle.prefill_pool.reason
-    woken = scaler.targets(400, PoolState(waiting_jobs=1, waiting_tokens=10), PoolState(ready=2))
+    woken = scaler.targets(400, PoolState(waiting_jobs=1, waiting_tokens=10), {DEFAULT_TIER: PoolState(ready=2)})
     assert woken.prefill == 1
 
 
@@ -111,7 +115,7 @@ def test_a_queue_is_worked_off():
     scaler, pools = Scaler(CONFIG), [1, 1]
     calm = play(scaler, 120, 4, pools=pools)[-1]
     queue = PoolState(ready=calm.prefill, waiting_jobs=100, waiting_tokens=50_000)
-    grown = scaler.targets(121, queue, PoolState(ready=calm.decode))
+    grown = scaler.targets(121, queue, {DEFAULT_TIER: PoolState(ready=calm.decode)})
     assert grown.prefill >= calm.prefill + 4, "50,000 tokens in 10 s are the work of five workers"
     assert grown.prefill_pool.reason == "queue to work off"
 
@@ -119,39 +123,70 @@ def test_a_queue_is_worked_off():
 def test_requests_that_wait_for_decode_because_of_prefill_count_for_prefill():
     waiting = PoolState(ready=2, waiting_jobs=100, waiting_tokens=50_000)
     behind = PoolState(ready=2, waiting_jobs=20, waiting_tokens=10_000)
-    blocked = Scaler(CONFIG).targets(0, behind, waiting)
+    blocked = Scaler(CONFIG).targets(0, behind, {DEFAULT_TIER: waiting})
     assert blocked.decode == 2
     assert blocked.prefill_pool.inputs["waiting_tokens"] == 60_000
-    free = Scaler(CONFIG).targets(0, PoolState(ready=2), waiting)
+    free = Scaler(CONFIG).targets(0, PoolState(ready=2), {DEFAULT_TIER: waiting})
     assert (free.prefill, free.decode) == (2, 3)
 
 
 def test_running_sequences_count_before_any_has_finished():
     scaler = Scaler(CONFIG)
-    scaler.arrived(0, 500)
-    targets = scaler.targets(1, PoolState(ready=1), PoolState(ready=1, running=150, waiting_jobs=50))
+    scaler.arrived(DEFAULT_TIER, 0, 500)
+    targets = scaler.targets(1, PoolState(ready=1), {DEFAULT_TIER: PoolState(ready=1, running=150, waiting_jobs=50)})
     assert targets.decode == math.ceil(200 / 35)
-    assert targets.decode_pool.reason == "sequences present"
+    assert targets.decode_pools[DEFAULT_TIER].reason == "sequences present"
+
+
+def test_load_of_a_tier_moves_its_own_pool_and_the_prefill_pool():
+    tiers = {"full": CONFIG, "fast": CONFIG}
+    scaler = Scaler(CONFIG, tiers)
+    pools = {"full": PoolState(ready=1), "fast": PoolState(ready=1)}
+    for tenth in range(1200):
+        for tier, every in (("full", 1), ("fast", 10)):
+            if tenth % every == 0:
+                scaler.arrived(tier, tenth / 10, 500)
+                scaler.finished(tier, tenth / 10, 500, 100)
+    last = scaler.targets(120.0, PoolState(ready=1), pools)
+    alone = play(Scaler(CONFIG), 120, rate=10)[-1]
+    assert last.decode_pools["full"].workers == alone.decode > 1
+    assert last.decode_pools["fast"].workers == 1
+    assert last.prefill_pool.inputs["tokens"] == pytest.approx(11 * 500, rel=0.05), "of both tiers"
+
+
+def test_each_tier_has_its_own_objectives_and_step_cost():
+    tight = replace(CONFIG, itl=0.025, ttft=0.6)
+    scaler = Scaler(CONFIG, {"full": CONFIG, "fast": tight})
+    running = PoolState(ready=1, running=70)
+    pools = scaler.targets(0.0, PoolState(ready=1), {"full": running, "fast": running}).decode_pools
+    assert (pools["full"].workers, pools["fast"].workers) == (2, 6)  # 35 and 12.5 sequences a step
+    assert scaler.config.ttft == 0.6, "prefill serves the tier with the shortest objective as well"
+    before = scaler.expected_itl("fast", 8)
+    for second in range(200):
+        scaler.finished("full", second, 500, 100, itl=0.2, batch=8)
+    assert scaler.expected_itl("full", 8) > 0.15
+    assert scaler.expected_itl("fast", 8) == before
+
+
+def test_too_few_workers_for_three_pools_are_shared_by_need():
+    limited = replace(CONFIG, max_total=9)
+    scaler = Scaler(limited, {"full": limited, "fast": limited})
+    states = {"full": PoolState(ready=1, running=350), "fast": PoolState(ready=1, running=35)}
+    targets = scaler.targets(0.0, PoolState(ready=1), states)
+    sizes = {tier: pool.workers for tier, pool in targets.decode_pools.items()}
+    assert targets.prefill + sum(sizes.values()) == 9
+    assert sizes["full"] == 7
+    assert sizes["fast"] == 1
 
 
 def test_too_few_workers_in_all_are_shared_by_need():
-    from dataclasses import replace
-
     scaler, pools = Scaler(replace(CONFIG, max_total=8)), [4, 4]
     prompts = play(scaler, 120, 20, prompt=1000, answer=10, pools=pools)[-1]
     answers = play(scaler, 300, 20, prompt=50, answer=1000, start=120, pools=pools)[-1]
     assert prompts.prefill + prompts.decode == answers.prefill + answers.decode == 8
     assert prompts.prefill == 7
     assert answers.decode >= 6
-    assert answers.decode_pool.reason == "share of 8 workers"
-
-
-def test_every_number_is_named_once_for_metrics():
-    numbers = Scaler(CONFIG).targets(0, PoolState(ready=1), PoolState(ready=1)).numbers()
-    assert {"prefill_target", "prefill_need", "decode_step_seconds", "decode_batch", "prefill_worker_rate"} <= set(
-        numbers
-    )
-    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers.values())
+    assert answers.decode_pools[DEFAULT_TIER].reason == "share of 8 workers"
 
 
 def test_chance_does_not_make_pools_flap():
@@ -193,25 +228,29 @@ _EVENTS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(
+    tiers=st.integers(1, 3),
     events=_EVENTS,
     low=st.integers(0, 3),
     extra=st.integers(1, 10),
-    total=st.one_of(st.none(), st.integers(6, 20)),
+    total=st.one_of(st.none(), st.integers(12, 30)),
 )
-def test_targets_are_never_out_of_bounds(events, low, extra, total):
+def test_targets_are_never_out_of_bounds(tiers, events, low, extra, total):
     bounds = Bounds(low, low + extra)
-    scaler = Scaler(ScalingConfig(prefill=bounds, decode=bounds, max_total=total))
+    config = ScalingConfig(prefill=bounds, decode=bounds, max_total=total)
+    names = ["full", "default", "fast"][:tiers]
+    scaler = Scaler(config, dict.fromkeys(names, config))
     now = 0.0
     for pause, prompt, answer, prefill, decode in events:
         now += pause
-        scaler.arrived(now, prompt)
-        scaler.finished(now, prompt, answer, itl=pause / 100, batch=answer)
+        tier = names[prompt % tiers]
+        scaler.arrived(tier, now, prompt)
+        scaler.finished(tier, now, prompt, answer, itl=pause / 100, batch=answer)
         scaler.prefilled(prompt, pause)
-        targets = scaler.targets(now, prefill, decode)
-        for workers in (targets.prefill, targets.decode):
-            assert bounds.min <= workers <= bounds.max
-        assert total is None or targets.prefill + targets.decode <= total
-        assert all(math.isfinite(value) for value in targets.numbers().values())
+        targets = scaler.targets(now, prefill, dict.fromkeys(names, PoolState()) | {tier: decode})
+        sizes = [pool.workers for _, _, pool in targets.pools()]
+        assert all(bounds.min <= workers <= bounds.max for workers in sizes)
+        assert total is None or sum(sizes) <= total
+        assert all(math.isfinite(value) for _, _, pool in targets.pools() for value in pool.inputs.values())
 
 
 @pytest.mark.parametrize(
@@ -220,7 +259,6 @@ def test_targets_are_never_out_of_bounds(events, low, extra, total):
         ({"ttft": 0.0}, "ttft must be above 0"),
         ({"quantile": 1.0}, "quantile must be"),
         ({"long_window": 5.0}, "shorter than short_window"),
-        ({"max_total": 1}, "less than the sum of both pools' minima"),
     ],
 )
 def test_a_wrong_configuration_is_named(wrong, message):
@@ -228,6 +266,8 @@ def test_a_wrong_configuration_is_named(wrong, message):
         ScalingConfig(**wrong)
     with pytest.raises(ValueError, match="min 3, max 2"):
         Bounds(3, 2)
+    with pytest.raises(ValueError, match="max_total 2 is less than 3"):
+        Scaler(ScalingConfig(max_total=2), {"full": CONFIG, "fast": CONFIG})
 
 
 def test_step_times_are_learned_and_the_prior_holds_where_nothing_varies():

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import pytest
 
+from overfill.routing.capacity import StepCost
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.pool import Pool, Roster
-from overfill.routing.scaling import ScalingConfig
+from overfill.routing.scaling import Scaler, ScalingConfig
+from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
-from overfill.routing.tier import DEFAULT_TIER
+from overfill.routing.tier import DEFAULT_TIER, Objectives, Tier
+from overfill.routing.worker import PREFILL
 from overfill.v1 import common_pb2, inference_pb2
 
 
 class RecordingScaler:
     """Records the calls to a scaler."""
 
+    tiers = (DEFAULT_TIER,)
+
     def __init__(self) -> None:
-        self.config = ScalingConfig()
         self.arrivals: list[int] = []
         self.answers: list[tuple[float, ...]] = []
         self.prefilled_by: list[tuple[float, float]] = []
 
-    def arrived(self, now, tokens):
+    def arrived(self, tier, now, tokens):
         self.arrivals.append(tokens)
 
-    def finished(self, now, *answer):
+    def finished(self, tier, now, *answer):
         self.answers.append(answer)
 
     def prefilled(self, tokens, seconds):
@@ -107,9 +111,61 @@ def test_waiting_jobs_are_load_of_both_stages(roster):
     signals = Signals(roster, dispatcher)
     dispatcher.submit(Job("a", 40, 8), 0.0)
     dispatcher.submit(Job("b", 60, 8), 0.0)
-    prefill, decode = pool_states([signals.read(0.0)])
-    assert (prefill.waiting_jobs, prefill.waiting_tokens) == (2, 100)
-    assert (decode.waiting_jobs, decode.ready) == (2, 0)
+    for prefill, decode in (pool_states([signals.read(0.0)], [DEFAULT_TIER]), signals.own_pools(0.0)):
+        assert (prefill.waiting_jobs, prefill.waiting_tokens) == (2, 100)
+        assert (decode[DEFAULT_TIER].waiting_jobs, decode[DEFAULT_TIER].ready) == (2, 0)
+
+
+def test_load_of_one_tier_is_that_tiers_in_every_number(add_worker):
+    """The way from requests to pool sizes: routers' signals, added up, to the scaler's targets."""
+    tiers = ("full", "fast")
+    config = ScalingConfig(step=StepCost(0.05, 0.01, 0.0))  # a batch of 4 meets the objective
+    scaler = Scaler(config, dict.fromkeys(tiers, config))
+    reader = SignalReader(scaler, {})
+    routers = {}
+    for name in ("r1", "r2"):
+        roster = Roster(tiers=[Tier(tier) for tier in tiers])
+        routers[name] = Signals(roster, Dispatcher(roster))
+        for tier, running in (("full", 12), ("fast", 3)):
+            add_worker(roster, f"d-{tier}", tier=tier, running=running, total=10_000)
+        add_worker(roster, "p", PREFILL)
+    for second in range(60):
+        readings = {name: signals.read(float(second)) for name, signals in routers.items()}
+        prefill, decode = reader.read(float(second), readings)
+        for signals in routers.values():
+            signals.arrived("full", 500)
+    assert {tier: pool.running for tier, pool in decode.items()} == {"full": 12, "fast": 3}, "each worker counts once"
+    assert readings["r1"]["arrivals"] == readings["r1"]["arrivals.full"] == 59
+    assert readings["r1"]["arrivals.fast"] == 0
+    targets = scaler.targets(60.0, prefill, decode)
+    assert targets.decode_pools["full"].inputs["arrivals"] == pytest.approx(2, rel=0.05), "of both routers"
+    assert targets.decode_pools["full"].workers > 4
+    assert targets.decode_pools["fast"].workers == 1
+    assert targets.prefill_pool.inputs["tokens"] == pytest.approx(1000, rel=0.05)
+
+
+def test_needs_of_several_routers_add_up_to_the_need_of_one(add_worker):
+    def needs(num_routers):
+        total = {"prefill": 0.0, "decode": 0.0}
+        for _ in range(num_routers):
+            roster = Roster()
+            decode = add_worker(roster, "d", credits=500, running=120, total=10_000)
+            prefill = add_worker(roster, "p", PREFILL, credits=500, waiting=60, queued_tokens=60_000)
+            for _ in range(120 // num_routers):
+                roster.decode[DEFAULT_TIER].place(decode, 10)
+            for _ in range(60 // num_routers):
+                roster.prefill.place(prefill, 10)
+            advisor = ScalingAdvisor(Signals(roster, Dispatcher(roster)), {DEFAULT_TIER: Objectives()})
+            for stage, _, pool in advisor.recommend(0.0).pools():
+                total[stage] += pool.need
+        return total
+
+    one = needs(1)
+    assert one["decode"] == pytest.approx(120 / 64)
+    assert one["prefill"] > 5
+    for count in (2, 3):
+        assert needs(count)["decode"] == pytest.approx(one["decode"])
+        assert needs(count)["prefill"] == pytest.approx(one["prefill"], rel=0.35)
 
 
 def test_every_number_is_a_number(signals):

@@ -220,16 +220,20 @@ def test_refusals_by_reason():
 
 
 def test_inputs_needs_and_decisions_of_the_scaling_policy_are_exported():
-    metrics = RouterMetrics()
-    scaler = Scaler(ScalingConfig())
+    metrics = RouterMetrics(("full", "fast"))
+    scaler = Scaler(ScalingConfig(), {"full": ScalingConfig(), "fast": ScalingConfig()})
     ready = PoolState(ready=1)
-    metrics.scaling(scaler.targets(0.0, ready, ready))
-    assert values(metrics, "overfill_router_scaling_target_workers") == {("prefill",): 1, ("decode",): 1}
+    pools = {"full": ready, "fast": ready}
+    metrics.scaling(scaler.targets(0.0, ready, pools))
+    one_each = {("prefill", ""): 1, ("decode", "full"): 1, ("decode", "fast"): 1}
+    assert values(metrics, "overfill_router_scaling_target_workers") == one_each
     queued = PoolState(ready=1, waiting_jobs=500, waiting_tokens=500_000)
-    metrics.scaling(scaler.targets(1.0, queued, ready))
-    assert values(metrics, "overfill_router_scaling_target_workers")["prefill",] > 1
-    assert values(metrics, "overfill_router_scaling_needed_workers")["prefill",] > 1
-    assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "prefill"] == 500_000
+    metrics.scaling(scaler.targets(1.0, queued, pools | {"full": PoolState(ready=1, running=200)}))
+    targets = values(metrics, "overfill_router_scaling_target_workers")
+    assert targets["prefill", ""] > 1
+    assert (targets["decode", "full"], targets["decode", "fast"]) == (4, 1)
+    assert values(metrics, "overfill_router_scaling_needed_workers")["prefill", ""] > 1
+    assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "prefill", ""] == 500_000
     decisions = values(metrics, "overfill_router_scaling_decisions_total")
-    assert decisions["up", "prefill"] == 1
-    assert decisions["up", "decode"] == decisions["down", "prefill"] == 0
+    assert decisions["up", "prefill", ""] == decisions["up", "decode", "full"] == 1
+    assert decisions["up", "decode", "fast"] == decisions["down", "prefill", ""] == 0
