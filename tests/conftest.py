@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from overfill.kv.blocks import BlockPool
+from overfill.settings.tiers import TierSpec
 
 # Support modules whose failed assertions show their values, as those of test modules do.
 pytest.register_assert_rewrite("decode_conformance", "prefill_conformance", "engine_drivers", "sampled_reference")
@@ -49,6 +50,23 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(1)
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_tiers(tmp_path_factory: pytest.TempPathFactory) -> tuple[TierSpec, ...]:
+    """Three tiers of one tiny full model, a worker each: full, default and fast. Nearly all their tokens differ."""
+    import torch
+
+    from overfill.pair.tiny import make_tiny_tiers
+
+    torch.set_num_threads(1)
+    return make_tiny_tiers(tmp_path_factory.mktemp("tiers"))
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_tiers: tuple[TierSpec, ...]) -> dict[str, Path]:
+    """The pairs of ``tiny_tiers``, by tier."""
+    return {tier.name: Path(tier.pair) for tier in tiny_tiers}
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import yaml
 from overfill.settings.config import SERVICES, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.renamed import REMOVED_IN, old_names
+from overfill.settings.tiers import MAX_TIERS
 
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
@@ -29,7 +30,7 @@ ROOT = HELM.parents[1]
 MANAGED = {
     "config", "pair", "host", "port", "http", "api_keys", "stack_secret", "served_model_name", "grace_period",
     "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers",
-    "worker_id", "advertise", "expect_prefill", "expect_decode",
+    "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "decoders", "tier",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 
@@ -122,6 +123,25 @@ def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> d
     return made | ({"description": described} if described else {})
 
 
+def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of ``decoders``: a tier has the values of ``decode`` and its own."""
+    objective = {"type": ["number", "string"], "exclusiveMinimum": 0, "pattern": r"^\d+(\.\d+)?$"}
+    own = {
+        "pair": {"type": "string", "minLength": 1},
+        "revision": {"type": "string"},
+        "fallback": {"type": "string"},
+        "ttftObjective": objective,
+        "itlObjective": objective,
+    }
+    tier = decode | {"properties": own | decode["properties"], "required": ["pair"]}
+    return {
+        "type": "object",
+        "propertyNames": {"pattern": r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"},
+        "additionalProperties": tier,
+        "maxProperties": MAX_TIERS,
+    }
+
+
 def described(text: str) -> Iterator[tuple[str, str]]:
     """Yield the dotted path and description of each described key of a values file, in order."""
     path: list[tuple[int, str]] = []
@@ -167,6 +187,7 @@ def outputs() -> dict[Path, str]:
     values, descriptions = yaml.safe_load(text), dict(described(text))
     made = {"$schema": "http://json-schema.org/draft-07/schema#", **schema(values, (), descriptions)}
     made["properties"]["global"] = {"type": "object"}  # Helm's own
+    made["properties"]["decoders"] |= tiers_schema(made["properties"]["decode"])
     return {
         CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
         CHART / "README.md": readme(values, descriptions),

@@ -1,4 +1,4 @@
-"""Options that several commands share: address, credentials, sampling, data type."""
+"""Options that several commands share: address, credentials, sampling, data type, tiers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.errors import InvalidRequest
+from overfill.settings.tiers import TierSpec
 from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ENGINE = click.Choice(get_args(EngineChoice))
+
+
+class _Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Parses a tier."""
+
+    name = "name=pair[:n][,setting=value...]"
+    envvar_list_splitter = ";"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TierSpec:
+        try:
+            return value if isinstance(value, TierSpec) else TierSpec.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TIER = _Tier()
+"""A tier as ``overfill up --decoder`` takes it."""
 
 
 class RenamedFlags(click.Command):

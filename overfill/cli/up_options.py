@@ -8,11 +8,10 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.options import ENGINE, FILE, Number, dtype_option, engine_options
+from overfill.cli.options import ENGINE, FILE, TIER, Number, dtype_option, engine_options
 from overfill.cli.up_config import config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
-from overfill.settings.tiers import TierSpec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -29,19 +28,6 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
             return int(click.IntRange(0, 65535).convert(value, param, ctx))
         except click.BadParameter:
             self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
-
-
-class _Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Parses a tier."""
-
-    name = "name=pair[:n][,setting=value...]"
-    envvar_list_splitter = ";"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TierSpec:
-        try:
-            return value if isinstance(value, TierSpec) else TierSpec.parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -68,7 +54,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--decoder",
         "tiers",
         multiple=True,
-        type=_Tier(),
+        type=TIER,
         help="A tier: its name, its pair, its number of decode workers, and settings of its own, such as "
         "fast=fast:2,quantize=int8. Repeat it for each tier; it replaces --pair and --decode. All pairs must have the "
         "same full model. Settings: fallback, ttft-objective, itl-objective, max (the maximum number of decode "

@@ -7,20 +7,26 @@ answers. The check thus uses no code of the serving path.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from overfill.cli.options import connect, connection_options
+from overfill.cli.options import TIER, connect, connection_options
 from overfill.errors import OverfillError
+from overfill.routing.tier import DEFAULT_TIER
+from overfill.settings.tiers import TierSpec, check_tiers
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
+    from overfill.client.status import WorkerStatus
     from overfill.model.manifest import Pair
-    from overfill.pair.reference import JudgedAnswer, TwoStageReference
+    from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference
     from overfill.telemetry.progress import Report
 
 Tokenize = Callable[[str], list[int]]
@@ -32,6 +38,26 @@ class CannotVerify(click.ClickException):
     exit_code = 2
 
 
+@dataclass(frozen=True, slots=True)
+class JudgedTier:
+    """The answers to the questions that were asked in one tier.
+
+    Attributes:
+        prompt_tokens, cached_tokens: totals; the prefix cache had the KV of ``cached_tokens`` of them.
+    """
+
+    tier: str
+    judged: Sequence[JudgedAnswer]
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def summary(self) -> Summary:
+        from overfill.pair.reference import summarise
+
+        return summarise(self.judged)
+
+
 @click.command("verify")
 @click.option(
     "--questions",
@@ -41,6 +67,16 @@ class CannotVerify(click.ClickException):
 )
 @click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Maximum length of an answer.")
 @click.option("--pair", default="default", show_default=True, help="The pair that the stack serves.")
+@click.option(
+    "--decoder",
+    "tiers",
+    multiple=True,
+    type=TIER,
+    help="A tier of the stack, as `overfill up --decoder` got it. Repeat it for each tier; it replaces --pair.",
+)
+@click.option(
+    "--tier", "chosen", multiple=True, help="Tier to ask; repeat for several.  [default: every --decoder, in order]"
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
     "--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Number of questions in flight."
@@ -51,6 +87,8 @@ def verify_command(
     questions: Path,
     max_tokens: int,
     pair: str,
+    tiers: tuple[TierSpec, ...],
+    chosen: tuple[str, ...],
     limit: int | None,
     concurrency: int,
     as_json: bool,
@@ -67,51 +105,92 @@ def verify_command(
     same tokens. A token within 0.001 of the largest logit is a tie, which counts as the same. The last line counts
     correct answers.
 
+    With --decoder, asks every question in each tier, one tier after the other. A line per tier counts its correct
+    answers, and the prompt tokens whose KV the prefix cache had. If another tier goes on with an answer, each part is
+    judged by its own tier's decoder.
+
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
     from overfill.cli.output import print_json
-    from overfill.model.manifest import Pair
+    from overfill.cli.up_tiers import resolve_tiers
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
-    from overfill.pair.reference import TwoStageReference, summarise
-    from overfill.pair.store import resolve_pair
+    from overfill.pair.reference import load_references
     from overfill.telemetry.progress import show_progress
 
+    several = bool(tiers)
+    tiers = _check_options(pair, tiers, chosen)
     prompts = read_questions(questions)[:limit]
     with show_progress() as report:
-        folder = resolve_pair(pair, report)
+        tiers = resolve_tiers(tiers, report)
+        asked = [tier for tier in tiers if not chosen or tier.name in chosen]
         with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
-            check_stack(client.status(), Pair.load(folder))
-            answers = ask(client, prompts, max_tokens, concurrency, report)
-        reference = TwoStageReference(folder)
-        tokenizer = load_tokenizer(reference.pair.full_path)
+            check_stack(client.status(), {tier.name: tier_pair(tier) for tier in tiers})
+            answers = [
+                ask(client, prompts, max_tokens, concurrency, report, tier.name if several else "") for tier in asked
+            ]
+        references = load_references(tiers)
+        tokenizer = load_tokenizer(references[tiers[0].name].pair.full_path)
 
         def tokenize(prompt: str) -> list[int]:
             return chat_token_ids(tokenizer, prompt)
 
-        judged = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            judged.append(judge_answer(reference, tokenize, prompt, answer, max_tokens))
-            report("Judging", len(judged), len(answers))
-    summary = summarise(judged)
-    rows = failures(judged, tokenizer.decode)
+        results = [
+            judge_tier(references, tokenize, tier, prompts, of_tier, max_tokens, report)
+            for tier, of_tier in zip(asked, answers, strict=True)
+        ]
+    passed = all(result.summary.passed for result in results)
+    total = JudgedTier(
+        "",
+        [answer for result in results for answer in result.judged],
+        sum(result.prompt_tokens for result in results),
+        sum(result.cached_tokens for result in results),
+    )
+    rows = [
+        ({"tier": result.tier} if several else {}) | row
+        for result in results
+        for row in failures(result.judged, tokenizer.decode)
+    ]
     if as_json:
-        print_json(
-            {
-                "passed": summary.passed,
-                "answers": summary.answers,
-                "correct": summary.correct,
-                "identical": summary.identical,
-                "ties": summary.ties,
-                "tokens": summary.tokens,
-                "failures": rows,
-            }
-        )
+        of_tiers = {"tiers": [{"tier": result.tier} | _figures(result) for result in results]} if several else {}
+        print_json(_figures(total) | {"passed": passed} | of_tiers | {"failures": rows})
     else:
         if rows:
             _print_table(rows)
-        click.echo(str(summary))
-    return 0 if summary.passed else 1
+        width = max(len(result.tier) for result in results)
+        for result in results if several else ():
+            cached = f"{result.cached_tokens} of {result.prompt_tokens} prompt tokens from the prefix cache"
+            click.echo(f"{result.tier:{width}}  {result.summary}; {cached}")
+        click.echo(str(total.summary))
+    return 0 if passed else 1
+
+
+def _check_options(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) -> tuple[TierSpec, ...]:
+    """Returns the tiers: with one pair there is one, called "default". Raises click.UsageError."""
+    if tiers and click.get_current_context().get_parameter_source("pair") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--decoder conflicts with --pair: each --decoder names its own pair, as NAME=PAIR")
+    try:
+        check_tiers(tiers)
+    except ValueError as error:
+        raise click.UsageError(f"--decoder: {error}") from error
+    for name in chosen:
+        if name not in (known := [tier.name for tier in tiers]):
+            raise click.UsageError(f"--tier {name}: give it a --decoder; tiers are {', '.join(known) or 'none'}")
+    return tiers or (TierSpec(DEFAULT_TIER, pair),)
+
+
+def _figures(result: JudgedTier) -> dict[str, Any]:
+    summary = result.summary
+    return {
+        "passed": summary.passed,
+        "answers": summary.answers,
+        "correct": summary.correct,
+        "identical": summary.identical,
+        "ties": summary.ties,
+        "tokens": summary.tokens,
+        "prompt_tokens": result.prompt_tokens,
+        "cached_tokens": result.cached_tokens,
+    }
 
 
 def read_questions(file: Path) -> list[str]:
@@ -137,63 +216,126 @@ def read_questions(file: Path) -> list[str]:
     return prompts
 
 
-def check_stack(status: StackStatus, pair: Pair) -> None:
-    """Raises CannotVerify unless all workers run ``pair`` in float32 and decode workers pull raw KV."""
+def tier_pair(tier: TierSpec) -> Pair:
+    """Loads the tier's pair from its folder, with the format of matrices that the tier's settings give."""
+    from overfill.model.manifest import Pair
+    from overfill.pair.reference import tier_quantize
+
+    pair, quantize = Pair.load(Path(tier.pair)), tier_quantize(tier)
+    return pair if quantize is None else pair.with_quantize(quantize)
+
+
+def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:
+    """Raises CannotVerify unless all workers run their tier's pair in float32 and decode workers pull raw KV.
+
+    Args:
+        pairs: tier -> its pair. All have the same full model.
+    """
     if unreachable := [w.id for w in status.workers if w.process is None]:
         raise CannotVerify(f"{', '.join(unreachable)} does not answer, so its model is unknown; see `overfill status`")
-    processes = [w.process for w in status.workers if w.process is not None]
-    if not any(p.stage == "decode" for p in processes):
+    workers = Counter(_tier_of(w) for w in status.workers if w.process is not None and w.process.stage == "decode")
+    if not workers:
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
-    for process in processes:
-        if process.kv is None or process.model is None:
-            raise CannotVerify(f"{process.id} does not report its model")
-        is_decode = process.stage == "decode"
-        cache_dtype = process.model.kv_cache_dtype
-        if process.kv.dtype != "float32" or cache_dtype or (is_decode and process.codec != "raw"):
-            codec = f", {process.codec} codec" if is_decode else ""
-            cache = f", with a KV cache in {cache_dtype}" if cache_dtype else ""
-            raise CannotVerify(
-                f"{process.id} runs in {process.kv.dtype}{codec}{cache}; answers can be verified only in float32 with "
-                "the raw codec and an unquantised KV cache: start the stack with `overfill up --dtype float32`"
-            )
-        expected = {"full model": pair.full_digest, "tokenizer": pair.tokenizer_digest}
-        found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}
-        if is_decode:
-            expected["decoder"], found["decoder"] = pair.decoder_digest, process.model.decoder_digest
-            expected["quantisation"], found["quantisation"] = pair.quantize, process.model.decoder_quantize or "none"
-        if different := [part for part in expected if expected[part] != found[part]]:
-            raise CannotVerify(
-                f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); "
-                "name the pair that the stack serves with --pair"
-            )
+    if others := sorted(workers.keys() - pairs.keys()):
+        every = " ".join(f"--decoder {tier}=PAIR" for tier in sorted(workers))
+        raise CannotVerify(f"the pair of tier {others[0]!r} is unknown: name the pair of every tier, {every}")
+    if absent := [tier for tier in pairs if not workers[tier]]:
+        raise CannotVerify(f"the stack has no decode worker of tier {absent[0]!r} that answers; see `overfill status`")
+    for worker in status.workers:
+        if worker.process is not None:
+            _check_worker(worker, pairs)
+
+
+def _tier_of(worker: WorkerStatus) -> str:
+    return worker.tier or DEFAULT_TIER
+
+
+def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
+    process = worker.process
+    if process is None or process.kv is None or process.model is None:
+        raise CannotVerify(f"{worker.id} does not report its model")
+    is_decode = process.stage == "decode"
+    cache_dtype = process.model.kv_cache_dtype
+    if process.kv.dtype != "float32" or cache_dtype or (is_decode and process.codec != "raw"):
+        codec = f", {process.codec} codec" if is_decode else ""
+        cache = f", with a KV cache in {cache_dtype}" if cache_dtype else ""
+        raise CannotVerify(
+            f"{process.id} runs in {process.kv.dtype}{codec}{cache}; answers can be verified only in float32 with "
+            "the raw codec and an unquantised KV cache: start the stack with `overfill up --dtype float32`"
+        )
+    pair = pairs[_tier_of(worker)] if is_decode else next(iter(pairs.values()))
+    expected = {"full model": pair.full_digest, "tokenizer": pair.tokenizer_digest}
+    found = {"full model": process.model.full_digest, "tokenizer": process.model.tokenizer_digest}
+    if is_decode:
+        expected["decoder"], found["decoder"] = pair.decoder_digest, process.model.decoder_digest
+        expected["quantisation"], found["quantisation"] = pair.quantize, process.model.decoder_quantize or "none"
+    if different := [part for part in expected if expected[part] != found[part]]:
+        raise CannotVerify(
+            f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); name the pair that "
+            "the stack serves with --pair, or that of each tier with --decoder"
+        )
 
 
 def ask(
-    client: Client, prompts: Sequence[str], max_tokens: int, concurrency: int, report: Report
+    client: Client, prompts: Sequence[str], max_tokens: int, concurrency: int, report: Report, tier: str = ""
 ) -> list[Answer | OverfillError]:
-    """Asks ``prompts`` and returns, in their order, the greedy answers or the errors."""
+    """Asks ``prompts`` and returns, in their order, the greedy answers or the errors.
+
+    Args:
+        tier: tier to ask; empty means the stack's default.
+    """
     from overfill.client import Message, SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
 
     def answer(prompt: str) -> Answer | OverfillError:
         try:
-            return client.generate([Message("user", prompt)], sampling=sampling)
+            return client.generate([Message("user", prompt)], sampling=sampling, tier=tier)
         except OverfillError as error:
             return error
 
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(answer, prompt) for prompt in prompts]
         for done, _ in enumerate(as_completed(futures), 1):
-            report("Asking", done, len(prompts))
+            report(f"Asking {tier}".strip(), done, len(prompts))
     return [future.result() for future in futures]
 
 
+def judge_tier(
+    references: Mapping[str, TwoStageReference],
+    tokenize: Tokenize,
+    tier: TierSpec,
+    prompts: Sequence[str],
+    answers: Sequence[Answer | OverfillError],
+    max_tokens: int,
+    report: Report,
+) -> JudgedTier:
+    """Judges the answers to ``prompts``, which were asked in ``tier``. Only the tier's fallback may go on with one."""
+    allowed = {tier.name, tier.fallback}
+    judged: list[JudgedAnswer] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        judged.append(judge_answer(references, tokenize, prompt, answer, max_tokens, allowed))
+        report(f"Judging {tier.name}", len(judged), len(answers))
+    usages = [answer.usage for answer in answers if not isinstance(answer, OverfillError)]
+    prompt_tokens, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
+    return JudgedTier(tier.name, judged, prompt_tokens, cached)
+
+
 def judge_answer(
-    reference: TwoStageReference, tokenize: Tokenize, prompt: str, answer: Answer | OverfillError, max_tokens: int
+    references: Mapping[str, TwoStageReference],
+    tokenize: Tokenize,
+    prompt: str,
+    answer: Answer | OverfillError,
+    max_tokens: int,
+    allowed: Iterable[str] = (DEFAULT_TIER,),
 ) -> JudgedAnswer:
-    """Judges one served answer; an error becomes a judged answer with a problem."""
-    from overfill.pair.reference import JudgedAnswer, judge
+    """Judges one served answer; an error becomes a judged answer with a problem.
+
+    Args:
+        references: tier -> its reference.
+        allowed: tiers that may write the answer.
+    """
+    from overfill.pair.reference import JudgedAnswer, judge_parts
 
     if isinstance(answer, OverfillError):
         return JudgedAnswer((), f"no answer: {answer}")
@@ -201,7 +343,10 @@ def judge_answer(
     if answer.usage.prompt_tokens != len(prompt_ids):
         counts = f"the stack counts {answer.usage.prompt_tokens} prompt tokens, the reference {len(prompt_ids)}"
         return JudgedAnswer((), f"{counts}: their tokenizers or chat templates differ")
-    return judge(reference, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
+    parts = [(part.tier, part.first_index) for part in answer.parts]
+    if unasked := [(tier, index) for tier, index in parts if tier not in allowed]:
+        return JudgedAnswer((), "tier {!r} wrote the tokens from {} on, which was not asked for".format(*unasked[0]))
+    return judge_parts(references, parts, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
 
 
 def failures(judged: Sequence[JudgedAnswer], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
@@ -232,9 +377,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     from overfill.cli.output import console
 
-    table = Table("question", "problem", "index", "token", "reference", "margin", box=None)
+    tier = ["tier"] if "tier" in rows[0] else []
+    table = Table(*tier, "question", "problem", "index", "token", "reference", "margin", box=None)
     for row in rows:
-        cells = [str(row["question"]), row["problem"]]
+        cells = [*(row[name] for name in tier), str(row["question"]), row["problem"]]
         if "index" in row:
             cells += [str(row["index"]), f"{row['token_id']} {row['token']!r}"]
             cells += [f"{row['reference_id']} {row['reference']!r}", f"{row['margin']:.4f}"]

@@ -3,12 +3,15 @@
 The reference shares no forward pass with the engine. The full model reads the prompt into a ``DynamicCache``. The
 decoder reads the answer on that cache: its layer i uses the keys and values of full layer ``layer_map[i]``. All
 arithmetic is float32; an int8 decoder has its dequantised weights.
+
+Several decoders of one full model, the tiers of a stack, may write parts of one answer. Each part is then judged by its
+own tier's decoder.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +20,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from overfill.errors import InvalidPair
+from overfill.kv.spec import Quantization
 from overfill.model.manifest import Pair
 from overfill.pair.hf_model import load_hf_model, round_to_int8
+from overfill.request.names import FinishReason
+from overfill.settings.tiers import TierSpec
 
 TIE_MARGIN = 1e-3
 """Largest distance from the maximum logit at which a token counts as a tie: batch shapes change the last bits."""
@@ -52,13 +59,23 @@ class Verdict:
 class TwoStageReference:
     """The two-stage reference of the pair in ``pair_folder``.
 
+    Args:
+        quantize: replaces the format of the decoder's matrices; None leaves that of the pair.
+        shares: reference of another pair with the same full model, which this one uses too.
+
     Raises:
-        InvalidPair: as ``Pair.load`` with digests, or transformers cannot load a half.
+        InvalidPair: as ``Pair.load`` with digests, transformers cannot load a half, or ``shares`` has another full
+            model.
     """
 
-    def __init__(self, pair_folder: Path) -> None:
-        self.pair = Pair.load(pair_folder, check_digests=True)
-        self._full = load_hf_model(self.pair.full_path)
+    def __init__(
+        self, pair_folder: Path, quantize: Quantization | None = None, shares: TwoStageReference | None = None
+    ) -> None:
+        pair = Pair.load(pair_folder, check_digests=True)
+        if shares is not None and shares.pair.full_digest != pair.full_digest:
+            raise InvalidPair(f"{pair.folder} and {shares.pair.folder} have different full models")
+        self.pair: Pair = pair if quantize is None else pair.with_quantize(quantize)
+        self._full: PreTrainedModel = load_hf_model(self.pair.full_path) if shares is None else shares._full
         self._decoder = self._full if self.pair.identity else load_hf_model(self.pair.decoder_path)
         if self.pair.quantize == "int8":
             round_to_int8(self._decoder)
@@ -150,11 +167,33 @@ class JudgedAnswer:
         return self.problem is None and all(v.kind == "identical" for v in self.verdicts)
 
 
+def tier_quantize(tier: TierSpec) -> Quantization | None:
+    """Format that the tier's settings give to the decoder's matrices; None leaves that of the pair."""
+    value = tier.settings.get("quantize")
+    return None if value is None else "int8" if value == "int8" else "none"
+
+
+def load_references(tiers: Iterable[TierSpec]) -> dict[str, TwoStageReference]:
+    """Loads the reference of each tier, by name. They share the full model, which is loaded once.
+
+    Args:
+        tiers: each with its pair's folder.
+
+    Raises:
+        InvalidPair: as ``TwoStageReference``.
+    """
+    references: dict[str, TwoStageReference] = {}
+    for tier in tiers:
+        first = next(iter(references.values()), None)
+        references[tier.name] = TwoStageReference(Path(tier.pair), quantize=tier_quantize(tier), shares=first)
+    return references
+
+
 def judge(
     reference: TwoStageReference,
     prompt_ids: Sequence[int],
     answer_ids: Sequence[int],
-    finish_reason: Literal["stop", "length", "tool_calls"],
+    finish_reason: FinishReason,
     max_tokens: int,
 ) -> JudgedAnswer:
     """Judges a served greedy answer, its end included.
@@ -162,13 +201,45 @@ def judge(
     When the answer stopped, the reference must end it there too. When it reached its limit, it must have ``max_tokens``
     tokens.
     """
-    eos_ids = reference.pair.full_config.eos_token_ids
+    return judge_parts({"": reference}, [("", 0)], prompt_ids, answer_ids, finish_reason, max_tokens)
+
+
+def judge_parts(
+    references: Mapping[str, TwoStageReference],
+    parts: Sequence[tuple[str, int]],
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    finish_reason: FinishReason,
+    max_tokens: int,
+) -> JudgedAnswer:
+    """As ``judge``, for an answer that several tiers may have written: each part is judged by its own tier.
+
+    The decoder of a part reads the prompt's KV, which the full model computed, and all earlier tokens of the answer, as
+    the worker does that goes on with the answer. Token 0 is the full model's in every tier.
+
+    Args:
+        references: tier -> its reference. All have the same full model.
+        parts: tier and index of the first token of each part, in order; the first index is 0.
+    """
+    eos_ids = next(iter(references.values())).pair.full_config.eos_token_ids
     unsent_stop = finish_reason == "stop" and not (answer_ids and answer_ids[-1] in eos_ids)
     if finish_reason == "length" and len(answer_ids) != max_tokens:
         return JudgedAnswer((), f"has {len(answer_ids)} tokens and no stop token, but {max_tokens} were asked for")
     if unsent_stop and not eos_ids:
         return JudgedAnswer((), "was stopped, but the model has no end-of-sequence token")
-    return JudgedAnswer(tuple(reference.score(prompt_ids, answer_ids, eos_ids if unsent_stop else ())))
+    starts = [start for _, start in parts]
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] > len(answer_ids):
+        return JudgedAnswer((), f"has parts from {starts}, which do not divide {len(answer_ids)} tokens")
+    if unknown := sorted({tier for tier, _ in parts} - references.keys()):
+        return JudgedAnswer((), f"was written by the tier {unknown[0]!r}, whose pair was not given")
+    verdicts: list[Verdict] = []
+    for index, (tier, start) in enumerate(parts):
+        last = index == len(parts) - 1
+        end = len(answer_ids) if last else starts[index + 1]
+        if end > start or (last and unsent_stop):
+            stop_ids = eos_ids if last and unsent_stop else ()
+            verdicts += references[tier].score(prompt_ids, answer_ids[:end], stop_ids)[start:]
+    return JudgedAnswer(tuple(verdicts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ residual stream. A wrong or lost block of KV therefore changes the answer. The t
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from overfill.model.manifest import write_manifest
 from overfill.pair.checkpoint import write_decoder, write_weights
 from overfill.pair.layerwise import fold_norms
 from overfill.pair.prune import PruningPlan, slice_weights
+from overfill.settings.tiers import TierSpec
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -67,6 +69,7 @@ def make_tiny_pair(
     hidden_size: int = 64,
     intermediate_size: int = 128,
     decoder_intermediate_size: int = 64,
+    decoder_seed: int | None = None,
     num_layers: int = 4,
     num_heads: int = 4,
     num_kv_heads: int = 2,
@@ -79,6 +82,7 @@ def make_tiny_pair(
 
     Args:
         identity: Make the decoder the full model, without using ``decoder_intermediate_size``.
+        decoder_seed: Seed of a decoder with weights of its own. None prunes the full model.
         vocab_size: At least 258: every byte and the special tokens.
         scale: Factor of the output head. Logits and the margins between them grow with it.
     """
@@ -110,11 +114,32 @@ def make_tiny_pair(
         neurons = torch.randperm(intermediate_size, generator=generator)[:decoder_intermediate_size].sort().values
         plan = PruningPlan(tuple(range(num_layers)), (neurons,) * num_layers, torch.eye(hidden_size))
         full_config = ModelConfig.load(folder / "full")
-        weights = fold_norms(load_weights(folder / "full", full_config, torch.float32, torch.device("cpu")))
+        source = folder / "full"
+        if decoder_seed is not None:
+            source = folder / "unrelated"
+            _randomise(full, decoder_seed, scale)
+            _save(full, tokenizer, source)
+        weights = fold_norms(load_weights(source, full_config, torch.float32, torch.device("cpu")))
         (folder / "decoder").mkdir(exist_ok=True)
         write_decoder(folder / "decoder", folder / "full", slice_weights(weights, plan))
+        if decoder_seed is not None:
+            shutil.rmtree(source)
         write_manifest(folder, recipe={"method": "random", "intermediate_size": decoder_intermediate_size})
     return folder
+
+
+def make_tiny_tiers(folder: Path, *, num_workers: int = 1, head_dim: int = 16) -> tuple[TierSpec, ...]:
+    """Writes three tiny pairs of one full model to ``folder`` (created): the tiers full, default and fast.
+
+    The decoders of default and fast have weights of their own, so that nearly every token of an answer differs between
+    the tiers. One token of another tier is then noticed. A pruned decoder agrees with its full model on most tokens.
+    """
+    pairs = {
+        "full": make_tiny_pair(folder / "full", identity=True, head_dim=head_dim),
+        "default": make_tiny_pair(folder / "default", decoder_seed=1, head_dim=head_dim),
+        "fast": make_tiny_pair(folder / "fast", decoder_seed=2, head_dim=head_dim),
+    }
+    return tuple(TierSpec(name, str(pair), num_workers) for name, pair in pairs.items())
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Prediction:
 
 
 def predict(
-    roster: Roster, dispatcher: Dispatcher, tier: str, expected_itl: Callable[[str, float], float]
+    roster: Roster, dispatcher: Dispatcher, tier: str, now: float, expected_itl: Callable[[str, float], float]
 ) -> Prediction:
     """Predicts what a new request of ``tier`` would get now.
 
@@ -44,7 +44,7 @@ def predict(
     """
     pool = roster.decode[tier]
     # Where the prefill workers are the bottleneck, another decoder would not help.
-    ttft = dispatcher.expected_ttft(tier, 0, "") if dispatcher.prefill_is_free() else None
+    ttft = dispatcher.expected_ttft(tier, now) if dispatcher.prefill_is_free() else None
     ready = [worker for worker in pool if pool.index.is_alive(worker)]
     batch = min((worker.requests for worker in ready), default=0) + 1
     return Prediction(ttft, expected_itl(tier, batch), available=bool(ready))
@@ -98,11 +98,12 @@ class Brownout:
         return next((name for name in allowed if not self._overloaded(name, now)), allowed[-1])
 
     def _overloaded(self, tier: str, now: float) -> bool:
+        """True if a request should not go to the tier now; notes whether the tier's brownout begins or ends."""
         prediction, objectives = self._predict(tier), self._objectives[tier]
+        if not prediction.available:
+            return True  # no brownout: it takes requests as soon as it has a worker
         pairs = ((prediction.ttft, objectives.ttft), (prediction.itl, objectives.itl))
         load = max((value / objective for value, objective in pairs if value is not None), default=0.0)
-        if not prediction.available:
-            load = float("inf")
         if load > 1 or (tier in self._began and load > RECOVERED):
             self._began[tier] = now
         elif tier in self._began and now - self._began[tier] >= HOLD:

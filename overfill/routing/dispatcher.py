@@ -166,10 +166,15 @@ class Dispatcher:
         """Number of jobs that are not finished."""
         return len(self._jobs)
 
-    def expected_ttft(self, tier: str, priority: int, key: str) -> float | None:
-        """Seconds until the first token of a new job, as far as its tier's queue decides; None while unknown."""
+    def expected_ttft(self, tier: str, now: float) -> float:
+        """Seconds until the first token of a new job with priority 0, as far as its tier's queue decides.
+
+        While no rate of departures is known, it is the time for which the first job has waited.
+        """
         queue = self._tiers[tier]
-        return queue.admission.expected_ttft(queue.jobs.ahead(priority, key))
+        waited = max(0.0, now - next(iter(queue.jobs)).waiting_since) if queue.jobs else 0.0
+        expected = queue.admission.expected_ttft(queue.jobs.ahead(0, ""))
+        return waited if expected is None else max(expected, waited)
 
     def prefill_is_free(self) -> bool:
         """True if a new job would get a prefill slot as soon as it has a decode worker."""

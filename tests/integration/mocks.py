@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from overfill.settings.config import RouterConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from services.mock.running import mock_worker
+from services.mock.worker import MockWorker
 from services.router.app import Router
 
 SECRET = "the secret of a mock stack"
@@ -19,12 +20,13 @@ SECRET = "the secret of a mock stack"
 
 @dataclass
 class MockStack:
-    """Addresses of a running stack: ``grpc`` is host:port, ``url`` the base of the HTTP endpoint."""
+    """A running stack: ``grpc`` is host:port, ``url`` the HTTP endpoint's base; ``workers`` are those of decode."""
 
     grpc: str
     url: str
     router: Router
     loop: asyncio.AbstractEventLoop
+    workers: dict[str, MockWorker]
 
     def call(self, coroutine, timeout=30):
         """Runs ``coroutine`` in the stack's event loop; returns its result."""
@@ -36,8 +38,17 @@ def _flags(settings):
 
 
 @contextmanager
-def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, **router):
-    """Yields a ready MockStack. ``router`` are the router's flags, ``workers`` those of every mock worker."""
+def mock_stack(
+    pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, tiers=None, **router
+):
+    """Yields a ready MockStack.
+
+    Args:
+        tiers: pair of each tier by name. Each tier has one decode worker, ``decode-TIER-0``; ``pair`` is for prefill.
+        decode_settings: flags of every decode worker; with ``tiers``, flags by tier.
+        workers: flags of every mock worker.
+        router: the router's flags.
+    """
     started = Future()
     secret = {}
     if router.get("api_keys") is not None:
@@ -54,20 +65,30 @@ def mock_stack(pair, *, prefill=1, decode=1, workers=None, prefill_settings=None
             "expect_prefill": prefill,
             "expect_decode": decode,
         }
+        decoders = [(f"decode-{index}", decode_settings or {}) for index in range(decode)]
+        if tiers is not None:
+            flags = flags | {"pair": None, "decoders": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
+            decoders = [
+                (f"decode-{name}-0", {"tier": name, "pair": folder} | (decode_settings or {}).get(name, {}))
+                for name, folder in tiers.items()
+            ]
         app = Router(RouterConfig.parse(_flags(flags | secret | router)))
         address = await app.start()
         serving = asyncio.create_task(app.run())
+        running: dict[str, MockWorker] = {}
         async with AsyncExitStack() as stack:
             common = {"pair": pair, "routers": address} | secret | (workers or {})
             for index in range(prefill):
                 settings = common | {"worker_id": f"prefill-{index}"} | (prefill_settings or {})
                 await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(_flags(settings))))
-            for index in range(decode):
-                settings = common | {"worker_id": f"decode-{index}"} | (decode_settings or {})
-                await stack.enter_async_context(mock_worker(MockDecodeConfig.parse(_flags(settings))))
-            while sum(worker.report is not None for worker in app.roster.workers()) < prefill + decode:
+            for worker_id, own in decoders:
+                settings = common | {"worker_id": worker_id} | own
+                running[worker_id] = await stack.enter_async_context(
+                    mock_worker(MockDecodeConfig.parse(_flags(settings)))
+                )
+            while sum(worker.report is not None for worker in app.roster.workers()) < prefill + len(decoders):
                 await asyncio.sleep(0.01)
-            handle = MockStack(address, f"http://{app.http_address}", app, loop)
+            handle = MockStack(address, f"http://{app.http_address}", app, loop, running)
             started.set_result((handle, lambda: loop.call_soon_threadsafe(stop.set)))
             await stop.wait()
             app.drain()

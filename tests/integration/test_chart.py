@@ -23,7 +23,7 @@ from charts import CHART, VALUES, helm, of_kind, pods, render, tool
 
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
-from overfill.settings.config import SERVICES
+from overfill.settings.config import SERVICES, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
 
@@ -51,8 +51,11 @@ ALL_ON = (
     "apiKeys.secretName=keys",
     "test.apiKeySecretName=test-key",
 )
+TIERS = ("default", "fast", "full")
 FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")
-SETS = [*((values, ()) for values in VALUES), ("values.yaml", ALL_ON), ("values.yaml", FROM_HUB)]
+TWO_TIERS = ("decoders.a.pair=identity", "decoders.b.pair=fast", "decoders.b.settings.quantize=int8")
+SETS = [*((values, ()) for values in VALUES)]
+SETS += [("values.yaml", settings) for settings in (ALL_ON, (*ALL_ON, *TWO_TIERS), FROM_HUB)]
 
 
 def refused(*settings: str) -> str:
@@ -144,6 +147,15 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("tls.generate=false", "no certificate"),
         ("apiKeys.generate=false", "no API keys"),
         ("tls.certManager.enabled=true", "several certificates"),
+        ("router.settings.share-port=/run/x", "share-port"),
+        ("router.settings.decoders=a=p", "decoders"),
+        ("decode.settings.tier=a", "tier"),
+        ("decoders.a.replicas=2", "pair"),
+        ("decoders.A.pair=default", "'A' does not match pattern"),
+        ("decoders.a.pair=default,decoders.a.replica=2", "replica"),
+        ("decoders.a.pair=default,decoders.a.settings.kv-memroy=1GiB", "kv-memroy"),
+        ("decoders.a.pair=default,router.settings.default-tier=b", "there is no tier b in decoders"),
+        ("decoders.a.pair=x;y,pair.source=claim,pair.claim.name=c", "neither pair nor settings may have a semicolon"),
     ],
 )
 def test_a_wrong_value_is_named(setting: str, says: str) -> None:
@@ -209,8 +221,8 @@ def test_init_containers_get_their_pool_s_variables_and_a_revision_has_its_own_f
         (container,) = rendered[component]["initContainers"]
         assert (variable in container["env"]) == (component != "prefill")
         assert container["resources"]["limits"]["memory"] == "9Gi"
-        _, _, script, _, repository, revision = container["command"]
-        assert (repository, revision) == ("a/b", "abc")
+        _, _, script, _, *arguments = container["command"]
+        assert arguments == ["a/b", "abc", "/pair/link"]
         assert 'folder="$OVERFILL_HOME/hub/$1/$2"' in script
         assert ("--include" in script) == (component == "router"), "routers read no weights"
 
@@ -242,7 +254,97 @@ def test_no_pod_is_killed_before_its_streams_end(values: str) -> None:
                 pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [0, 0])[1]
             )
             assert seconds >= before + float(grace.partition("=")[2]) + 10
-            assert component != "router" or float(grace.partition("=")[2]) == longest
+            if component == "router":
+                assert float(grace.partition("=")[2]) == longest
+                assert f"--max-request-time={longest}" in pod["containers"][0]["args"]
+
+
+def test_a_router_may_have_another_longest_request() -> None:
+    args = pods(render("values.yaml", "router.settings.max-request-time=60"))["router"]["containers"][0]["args"]
+    assert [flag for flag in args if flag.startswith("--max-request-time")] == ["--max-request-time=60"]
+
+
+def settings_of(pod: dict[str, Any], kind: type[ServiceConfig]) -> Any:
+    """Returns the settings that a pod's flags make, without what is checked elsewhere: certificates and places."""
+    elsewhere = ("host", "tls-", "metrics-", "api-keys", "routers", "advertise", "worker-id")
+    args = pod["containers"][0]["args"]
+    return kind.parse([flag for flag in args if not flag[2:].startswith(elsewhere)])
+
+
+def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
+    own = ("decoders.fast.autoscaling.kind=keda", "decoders.fast.autoscaling.minReplicas=3")
+    own += ("decoders.fast.resources.limits.memory=9Gi", "decoders.fast.itlObjective=0.05")
+    own += ("decoders.full.strategy.maxSurge=0", "decoders.full.disruptionBudget.maxUnavailable=")
+    objects = render("values-tiers.yaml", *own)
+    found, deployments = pods(objects), of_kind(objects, "Deployment")
+    router, fast = settings_of(found["router"], RouterConfig), settings_of(found["decode-fast"], DecodeConfig)
+    assert [tier.name for tier in router.tiers] == ["default", "fast", "full"]
+    assert {tier.name: (tier.pair, tier.count, tier.fallback) for tier in router.tiers} == {
+        "default": ("/pair/default", 2, ""),
+        "fast": ("/pair/fast", 3, ""),
+        "full": ("/pair/full", 1, "default"),
+    }
+    assert router.tiers[1].seconds("itl-objective") == 0.05
+    assert router.tiers[1].settings["quantize"] == "int8"
+    assert (router.pair, router.expect_decode, router.brownout) == ("/pair/default", 6, ("full", "default", "fast"))
+    assert settings_of(found["prefill"], PrefillConfig).pair == "/pair/default"
+    assert (fast.tier, fast.pair, fast.quantize, fast.kv_memory) == ("fast", "/pair/fast", "int8", 512 << 20)
+    assert found["decode-fast"]["containers"][0]["resources"]["limits"]["memory"] == "9Gi"
+    assert found["decode-full"]["containers"][0]["resources"]["limits"]["memory"] == "3Gi"
+    assert found["router"]["initContainers"][0]["command"][4:] == [
+        "default", "/pair/default", "fast", "/pair/fast", "identity", "/pair/full",
+    ]  # fmt: skip
+    assert found["decode-full"]["initContainers"][0]["command"][4:] == ["identity", "/pair/full"]
+    labels = [deployments[f"overfill-decode-{tier}"]["spec"]["selector"]["matchLabels"] for tier in TIERS]
+    assert len({json.dumps(one) for one in labels}) == 3
+    # Sprig's own function would not let a tier set these to 0 and "".
+    assert deployments["overfill-decode-full"]["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    assert {*of_kind(objects, "PodDisruptionBudget")} == {
+        "overfill-router", "overfill-prefill", "overfill-decode-default", "overfill-decode-fast",
+    }  # fmt: skip
+    assert {*of_kind(objects, "NetworkPolicy")} == {"overfill-router", "overfill-prefill", "overfill-decode"}
+    (scaled,) = of_kind(objects, "ScaledObject").values()
+    assert scaled["spec"]["scaleTargetRef"]["name"] == "overfill-decode-fast"
+    queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
+    asked = [one for query in queries for one in selectors(promql_parser.parse(query))]
+    assert len(asked) == 3
+    assert all(("tier", "fast") in [(m.name, m.value) for m in one.matchers.matchers] for one in asked)
+
+
+def test_the_default_tiers_pair_is_that_of_prefill_workers_and_routers() -> None:
+    chosen = pods(render("values-tiers.yaml", "router.settings.default-tier=full"))
+    for component in ("router", "prefill"):
+        assert "--pair=/pair/full" in chosen[component]["containers"][0]["args"]
+    unnamed = ("decoders.b.pair=fast", "decoders.a.pair=identity")
+    assert pods(render("values.yaml", *unnamed))["prefill"]["initContainers"][0]["command"][4:] == [
+        "identity",
+        "/pair/a",
+    ]
+
+
+def test_tiers_of_a_claim_and_of_the_hub_are_found() -> None:
+    claim = ("pair.source=claim", "pair.claim.name=pairs", "decoders.a.pair=x/a", "decoders.b.pair=x/b")
+    assert settings_of(pods(render("values.yaml", *claim))["decode-b"], DecodeConfig).pair == "/pair/x/b"
+    hub = ("pair.source=hub", "decoders.a.pair=org/a", "decoders.b.pair=org/b", "decoders.b.revision=v1")
+    command = pods(render("values.yaml", *hub))["router"]["initContainers"][0]["command"]
+    assert command[4:] == ["org/a", "main", "/pair/a", "org/b", "v1", "/pair/b"]
+
+
+def test_series_of_a_tier_have_its_name() -> None:
+    (monitor,) = of_kind(render("values-tiers.yaml", "monitoring.podMonitor=true"), "PodMonitor").values()
+    rules = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
+
+    def tier(component: str, tier: str = "") -> str | None:
+        labels = {"__meta_kubernetes_pod_label_app_kubernetes_io_component": component}
+        labels["__meta_kubernetes_pod_label_overfill_io_tier"] = tier
+        found = None
+        for rule in rules:
+            value = ";".join(labels.get(name, "") for name in rule.get("sourceLabels", []))
+            if rule["targetLabel"] == "tier" and (match := re.fullmatch(rule["regex"], value)):
+                found = rule.get("replacement") or match[1]
+        return found
+
+    assert (tier("router"), tier("prefill"), tier("decode"), tier("decode", "fast")) == (None, None, "default", "fast")
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -263,9 +365,9 @@ def test_ports_probes_and_services_agree(values: str) -> None:
         for probe, live in (("startupProbe", True), ("readinessProbe", False), ("livenessProbe", True)):
             assert ("--live" in container[probe]["exec"]["command"]) is live
         for service in of_kind(objects, "Service").values():
-            if service["spec"]["selector"]["app.kubernetes.io/component"] == component:
+            if service["spec"]["selector"]["app.kubernetes.io/component"] == component.partition("-")[0]:
                 assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports)
-    routers = [flag for flag in pods(objects)["decode"]["containers"][0]["args"] if flag.startswith("--routers=")]
+    routers = [flag for flag in pods(objects)["prefill"]["containers"][0]["args"] if flag.startswith("--routers=")]
     assert routers == ["--routers=dns:///overfill-routers.serving.svc:7600"]
     assert "overfill-routers" in of_kind(objects, "Service")
 
@@ -332,7 +434,7 @@ def test_every_flag_and_variable_is_of_the_code(values: str, settings: tuple[str
                     # The code builds OVERFILL_TLS_CA and the like from one pattern.
                     pattern = re.sub(r"_TLS_\w+", "_TLS_{", variable["name"])
                     assert pattern in source, variable["name"]
-        kind = next((kind for kind in SERVICES if kind.section == component), None)
+        kind = next((kind for kind in SERVICES if kind.section == component.partition("-")[0]), None)
         if kind is not None:
             for argument in pod["containers"][0]["args"]:
                 assert field_name(argument[2:].partition("=")[0]) in kind.model_fields, argument

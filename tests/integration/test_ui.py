@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+from mocks import mock_stack
 from stacks import children, running_stack
 
 from overfill.api import keys
@@ -98,6 +99,19 @@ def test_the_page_shows_a_killed_worker(browser, stack):
     os.kill(victim.pid, 9)
     until(browser, f"{state} === 'gone'", "the page shows it", seconds=20)  # within 2 s on an idle machine
     print(f"a killed worker showed after {time.monotonic() - killed:.2f} s")
+
+
+def test_the_chat_asks_the_chosen_tier_and_shows_which_wrote_the_answer(browser, tiny_pair):
+    with mock_stack(tiny_pair, tiers={"fast": tiny_pair, "default": tiny_pair}) as stack:
+        browser.get(f"{stack.url}/ui")
+        until(browser, "!document.getElementById('tier-field').hidden", "the tiers are listed")
+        tier = "document.getElementById('tier')"
+        assert browser.execute_script(f"return {tier}.selectedOptions[0].text") == "default"
+        browser.execute_script(f"{tier}.value = [...{tier}.options].find(o => o.text === 'fast').value")
+        ask(browser, "Hi", most=5)
+        facts = until(browser, "document.querySelector('.facts')?.textContent", "the answer is complete")
+        assert "→ decode-fast-0" in facts
+        assert "tier fast" in facts
 
 
 def test_the_browser_asks_for_a_key_where_one_is_needed(browser, tiny_pair, tmp_path):

@@ -141,6 +141,19 @@ FEATURES = (
         mixed=("test_codecs_and_sockets",),
     ),
     Feature(
+        "tiers: several decoders on one prefill of the full model",
+        overfill=("test_every_tier_answers_as_its_own_reference",),
+        vllm=("test_every_tier_on_vllm_answers_as_its_own_reference",),
+        mixed=("test_the_full_model_on_vllm_and_a_decoder_on_the_other_engine_answer_as_their_references",),
+    ),
+    Feature(
+        "a tier without workers: its answers go on in the next (`fallback`), or under overload (`--brownout`)",
+        overfill=(
+            "test_an_answer_goes_on_in_another_tier_if_it_may",
+            "test_overload_costs_quality_where_the_request_allows_it",
+        ),
+    ),
+    Feature(
         "a step fails: its sequences go on elsewhere (on vLLM the worker ends too)",
         both=("test_a_failed_step_ends_its_own_prompts_or_the_worker",),
     ),

@@ -23,11 +23,11 @@ def prompts(count, seed=0):
     return [[draw.randrange(2, 500) for _ in range(length)] for length in lengths]
 
 
-def wrong_answers(client, reference, asked, max_tokens=24):
+def wrong_answers(client, reference, asked, max_tokens=24, tier=""):
     """Asks all prompts at once and returns those whose greedy answer is not the reference's."""
     sampling = SamplingParams(**GREEDY, max_tokens=max_tokens)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda prompt: client.generate(prompt, sampling=sampling), asked))
+        answers = list(pool.map(lambda prompt: client.generate(prompt, sampling=sampling, tier=tier), asked))
     judged = [
         judge(reference, p, a.token_ids, a.finish_reason, max_tokens) for p, a in zip(asked, answers, strict=True)
     ]

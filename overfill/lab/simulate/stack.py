@@ -247,7 +247,7 @@ class Simulation:
 
     def _predict(self, tier: str) -> Prediction:
         assert self._observer is not None
-        return predict(self.roster, self.dispatcher, tier, self._observer.scaler.expected_itl)
+        return predict(self.roster, self.dispatcher, tier, self.clock.now, self._observer.scaler.expected_itl)
 
     def _update_brownout(self) -> None:
         assert self._brownout is not None

@@ -196,3 +196,18 @@ def test_a_layer_map_that_skips_layers_is_kept(fresh: Callable[[], Path], tmp_pa
     pair = write_manifest(folder, decoder="shallow", layer_map=[1, 3])
     assert pair.layer_map == (1, 3)
     assert (pair.full_config.num_layers, pair.decoder_config.num_layers) == (4, 2)
+
+
+def test_a_worker_may_load_the_decoder_in_another_format(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    pair = Pair.load(folder)
+    int8 = pair.with_quantize("int8")
+    assert (int8.quantize, int8.decoder_engines, int8.full_engines) == ("int8", ("overfill",), pair.full_engines)
+    assert int8.recipe["quantize"] == "int8"
+    with pytest.raises(
+        UnsupportedModel, match=r"vllm cannot run the decoder in .*, quantised to int8 on load; engines"
+    ):
+        int8.check_engine("decoder", "vllm")
+    assert int8.with_quantize("none").decoder_engines == pair.decoder_engines
+    edit(folder / "pair.json", lambda manifest: manifest["decoder"].update(engines=["vllm"]))
+    assert Pair.load(folder).with_quantize("int8").decoder_engines == (), "the manifest leaves OverFill's engine out"

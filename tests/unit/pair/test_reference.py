@@ -1,15 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from overfill.errors import InvalidPair
 from overfill.model.manifest import write_manifest
-from overfill.pair.reference import JudgedAnswer, TwoStageReference, Verdict, judge, summarise
+from overfill.pair.reference import (
+    JudgedAnswer,
+    TwoStageReference,
+    Verdict,
+    judge,
+    judge_parts,
+    load_references,
+    summarise,
+)
 from overfill.pair.tiny import make_tiny_pair
+from overfill.settings.tiers import TierSpec
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()
 EOS = 1
@@ -140,3 +151,83 @@ def test_at_most_one_token_in_a_thousand_may_be_a_tie(tokens: int, passed: bool)
 
 def test_nothing_asked_is_not_a_pass() -> None:
     assert not summarise([]).passed
+
+
+@pytest.fixture(scope="module")
+def tiers(tiny_tiers: tuple[TierSpec, ...]) -> dict[str, TwoStageReference]:
+    return load_references(tiny_tiers)
+
+
+def written(tiers: dict[str, TwoStageReference], prompt: list[int], parts: list[tuple[str, int]]) -> list[int]:
+    """Returns an answer of ten tokens, token by token: each of the tier whose part it is in."""
+    answer: list[int] = []
+    for index in range(10):
+        tier = next(tier for tier, start in reversed(parts) if start <= index)
+        answer.append(tiers[tier].score(prompt, [*answer, 0])[index].reference_id)
+    return answer
+
+
+PARTS = [[("full", 0), ("fast", 4)], [("fast", 0), ("default", 1), ("full", 9)], [("default", 0), ("full", 6)]]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_each_part_of_an_answer_is_judged_by_its_own_tier(
+    parts: list[tuple[str, int]], tiers: dict[str, TwoStageReference]
+) -> None:
+    for prompt in PROMPTS:
+        answer = written(tiers, prompt, parts)
+        judged = judge_parts(tiers, parts, prompt, answer, "length", 10)
+        assert judged.identical
+        assert [v.index for v in judged.verdicts] == [*range(10)]
+        assert not any(judge(reference, prompt, answer, "length", 10).correct for reference in tiers.values())
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_part_that_begins_one_token_off_is_found(
+    shift: int, parts: list[tuple[str, int]], tiers: dict[str, TwoStageReference]
+) -> None:
+    last, start = parts[-1]
+    told = [*parts[:-1], (last, start + shift)]
+    for prompt in PROMPTS:
+        error = judge_parts(tiers, told, prompt, written(tiers, prompt, parts), "length", 10).first_error
+        assert error is not None
+        assert error.index == min(start, start + shift)
+
+
+def test_the_stop_token_is_of_the_last_part(tiers: dict[str, TwoStageReference], prompt: list[int]) -> None:
+    """Also when it is all that the tier wrote: workers do not send it."""
+    answer = written(tiers, prompt, [("full", 0)])[:4]
+    for parts in ([("full", 0), ("fast", 2)], [("full", 0), ("fast", 4)]):
+        judged = judge_parts(tiers, parts, prompt, answer, "stop", 10)
+        assert [v.index for v in judged.verdicts] == [*range(5)]
+        assert judged.verdicts[-1] == tiers["fast"].score(prompt, answer, [EOS])[-1]
+
+
+@pytest.mark.parametrize("parts", [[], [("full", 1)], [("full", 0), ("fast", 0)], [("full", 0), ("fast", 11)]])
+def test_parts_that_do_not_divide_the_answer_are_a_problem(
+    parts: list[tuple[str, int]], tiers: dict[str, TwoStageReference], prompt: list[int]
+) -> None:
+    assert judge_parts(tiers, parts, prompt, [5] * 10, "length", 10).problem == (
+        f"has parts from {[start for _, start in parts]}, which do not divide 10 tokens"
+    )
+
+
+def test_a_tier_without_a_reference_is_a_problem(tiers: dict[str, TwoStageReference], prompt: list[int]) -> None:
+    judged = judge_parts(tiers, [("full", 0), ("cheap", 3)], prompt, [5] * 10, "length", 10)
+    assert judged.problem == "was written by the tier 'cheap', whose pair was not given"
+
+
+def test_tiers_share_the_full_model_and_may_round_their_own_decoder(tiny_tiers: tuple[TierSpec, ...]) -> None:
+    full, _, fast = tiny_tiers
+    references = load_references([full, replace(full, name="rounded", settings={"quantize": "int8"}), fast])
+    assert len({id(reference._full) for reference in references.values()}) == 1
+    margins = {name: [v.margin for v in reference.score(PROMPTS[0], [5] * 8)] for name, reference in references.items()}
+    unrounded = [v.margin for v in TwoStageReference(Path(full.pair)).score(PROMPTS[0], [5] * 8)]
+    assert margins["full"] == unrounded != margins["rounded"]
+
+
+def test_tiers_of_another_full_model_are_refused(tiny_tiers: tuple[TierSpec, ...], tmp_path: Path) -> None:
+    other = TierSpec("other", str(make_tiny_pair(tmp_path / "pair", seed=1)))
+    with pytest.raises(InvalidPair, match="different full models"):
+        load_references([*tiny_tiers, other])

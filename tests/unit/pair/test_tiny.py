@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from overfill.model.manifest import Pair
+from overfill.pair.reference import load_references
 from overfill.pair.tiny import make_tiny_pair
+from overfill.settings.tiers import TierSpec
 
 NUM_PROMPTS, PROMPT_TOKENS, BLOCK, ANSWER_TOKENS = 30, 48, 16, 8
 
@@ -87,3 +89,18 @@ def test_tokenizer_round_trips_any_text_and_has_a_chat_template(tiny_pair: Path)
     )
     assert chat == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer(chat)["input_ids"][0] == 0
+
+
+def test_the_answers_of_tiny_tiers_differ_and_depend_on_every_block(tiny_tiers: tuple[TierSpec, ...]) -> None:
+    """Otherwise a trial could not tell which tier wrote a token, or that a block of the prompt is lost."""
+    references = load_references(tiny_tiers)
+    prompts = torch.randint(2, 512, (12, PROMPT_TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
+    for name, reference in references.items():
+        own = [reference.generate(prompt, 24) for prompt in prompts]
+        others = [r for other, r in references.items() if other != name]
+        verdicts = [v for r in others for p, a in zip(prompts, own, strict=True) for v in r.score(p, a)[1:]]
+        assert sum(v.kind == "error" for v in verdicts) >= 0.95 * len(verdicts)
+        for start in range(0, PROMPT_TOKENS, BLOCK):
+            damaged = [[*p[:start], *[2] * BLOCK, *p[start + BLOCK :]] for p in prompts]
+            changed = [reference.generate(d, 24) != a for d, a in zip(damaged, own, strict=True)]
+            assert sum(changed) >= 0.9 * len(changed)

@@ -15,26 +15,29 @@ from click.testing import CliRunner
 
 from overfill.cli import verify
 from overfill.cli.pair import pair_group
+from overfill.client import AnswerPart
 from overfill.errors import Unavailable
 from overfill.model.manifest import Pair
 from overfill.pair.hf_model import chat_token_ids, load_tokenizer
-from overfill.pair.reference import TwoStageReference
+from overfill.pair.reference import TwoStageReference, load_references
+from overfill.settings.tiers import TierSpec
 
 QUESTIONS = ["What is a bridge?", "Explain rivers.", "Count to 10."]
 MAX_TOKENS = 6
 
 
 class Stack:
-    """Answers as the reference does, unless ``tamper`` changes an answer."""
+    """Answers as the reference does, unless ``tamper`` changes an answer. It has one tier, unless ``tiers`` says."""
 
     def __init__(self, folder: Path) -> None:
         self.reference = TwoStageReference(folder)
+        self.tiers = {"": self.reference}
         self.tokenizer = load_tokenizer(folder / "full")
         self.tamper: Callable[[int, SimpleNamespace], SimpleNamespace] = lambda index, answer: answer
         self.processes = [self.process("prefill", None), self.process("decode", "raw")]
 
-    def process(self, stage: str, codec: str | None) -> SimpleNamespace:
-        pair = self.reference.pair
+    def process(self, stage: str, codec: str | None, reference: TwoStageReference | None = None) -> SimpleNamespace:
+        pair = (reference or self.reference).pair
         model = SimpleNamespace(
             full_digest=pair.full_digest,
             tokenizer_digest=pair.tokenizer_digest,
@@ -46,17 +49,22 @@ class Stack:
         return SimpleNamespace(id=f"{stage}-0", stage=stage, kv=kv, model=model, codec=codec)
 
     def status(self) -> SimpleNamespace:
-        return SimpleNamespace(workers=[SimpleNamespace(process=p) for p in self.processes])
+        tiers = [None, *self.tiers]  # the first process is the prefill worker
+        workers = [
+            SimpleNamespace(id=p.id, process=p, tier=t or None) for p, t in zip(self.processes, tiers, strict=False)
+        ]
+        return SimpleNamespace(workers=workers)
 
-    def generate(self, messages: list[Any], sampling: Any) -> SimpleNamespace:
+    def generate(self, messages: list[Any], sampling: Any, tier: str) -> SimpleNamespace:
         assert sampling.greedy
         prompt = messages[0].content
         ids = chat_token_ids(self.tokenizer, prompt)
-        token_ids = self.reference.generate(ids, sampling.max_tokens)
+        token_ids = self.tiers[tier].generate(ids, sampling.max_tokens)
         answer = SimpleNamespace(
+            parts=(AnswerPart(tier or "default", 0),),
             token_ids=tuple(token_ids),
             finish_reason="length" if len(token_ids) == sampling.max_tokens else "stop",
-            usage=SimpleNamespace(prompt_tokens=len(ids)),
+            usage=SimpleNamespace(prompt_tokens=len(ids), cached_tokens=16 if tier == "fast" else 0),
         )
         return self.tamper(QUESTIONS.index(prompt), answer)
 
@@ -80,7 +88,8 @@ def run(stack: Stack, tiny_pair: Path, tmp_path: Path) -> Callable[..., Any]:
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
     def run(*arguments: str) -> Any:
-        command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), "--pair", str(tiny_pair), *arguments]
+        command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), *arguments]
+        command += [] if any("--decoder" in argument for argument in arguments) else ["--pair", str(tiny_pair)]
         return CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
 
     return run
@@ -142,6 +151,69 @@ def test_an_answer_that_is_missing_or_not_to_this_prompt_fails(
     result = run()
     assert result.return_value == 1
     assert last_line(result) == "2/3 correct (2 identical, 0 ties)"
+
+
+@pytest.fixture
+def tiered(stack: Stack, tiny_tiers: tuple[TierSpec, ...]) -> list[str]:
+    """Makes a stack with three tiers of it; returns the options that name them."""
+    stack.tiers = load_references(tiny_tiers)
+    stack.reference = stack.tiers["full"]
+    stack.processes = [
+        stack.process("prefill", None),
+        *(stack.process("decode", "raw", r) for r in stack.tiers.values()),
+    ]
+    return [f"--decoder={tier}" for tier in tiny_tiers]
+
+
+def test_every_tier_is_asked_and_judged_by_its_own_decoder(tiered: list[str], run: Callable[..., Any]) -> None:
+    result = run(*tiered)
+    assert result.return_value == 0, result.output
+    assert result.stdout.splitlines() == [
+        "full     3/3 correct (3 identical, 0 ties); 0 of 53 prompt tokens from the prefix cache",
+        "default  3/3 correct (3 identical, 0 ties); 0 of 53 prompt tokens from the prefix cache",
+        "fast     3/3 correct (3 identical, 0 ties); 48 of 53 prompt tokens from the prefix cache",
+        "9/9 correct (9 identical, 0 ties)",
+    ]
+    assert run(*tiered, "--tier=fast").stdout.splitlines()[1:] == ["3/3 correct (3 identical, 0 ties)"]
+
+
+def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
+    stack: Stack, tiered: list[str], run: Callable[..., Any]
+) -> None:
+    """A worker of the tier fast that runs the decoder of default, and one that says so."""
+    stack.tiers["fast"] = stack.tiers["default"]
+    report = json.loads(run(*tiered, "--json").stdout)
+    assert [(tier["tier"], tier["passed"], tier["correct"]) for tier in report["tiers"]] == [
+        ("full", True, 3), ("default", True, 3), ("fast", False, 0),
+    ]  # fmt: skip
+    assert (report["passed"], report["correct"], report["prompt_tokens"]) == (False, 6, 159)
+    assert {(row["tier"], row["problem"], row["index"]) for row in report["failures"]} == {("fast", "wrong token", 1)}
+
+    def continued(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+        answer.parts = (AnswerPart("fast", 0), AnswerPart("default", 1))
+        return answer
+
+    stack.tamper = continued
+    (row,) = json.loads(run(*tiered, "--tier=fast", "--limit=1", "--json").stdout)["failures"]
+    assert row["problem"] == "tier 'default' wrote the tokens from 1 on, which was not asked for"
+    assert run(*tiered[:2], f"{tiered[2]},fallback=default", "--tier=fast").return_value == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--decoder=a=x", "--pair=x"], "--decoder conflicts with --pair"),
+        (["--decoder=a=x", "--decoder=a=y"], "two tiers have the name 'a'"),
+        (["--decoder=a=x", "--tier=b"], "--tier b: give it a --decoder; tiers are a"),
+    ],
+)
+def test_tiers_that_contradict_each_other_are_bad_usage(options: list[str], says: str, tmp_path: Path) -> None:
+    file = tmp_path / "q"
+    file.write_text('{"prompt": "a"}')
+    command = ["--questions", str(file), "--max-tokens", "2", *options]
+    result = CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
+    assert isinstance(result.exception, click.UsageError)
+    assert says in str(result.exception)
 
 
 STACKS: dict[str, tuple[Callable[[Stack], object], str]] = {

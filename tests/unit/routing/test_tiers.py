@@ -218,6 +218,18 @@ def test_a_demand_counts_the_requests_of_the_workers_tier(stack):
     assert queued == {"default": 0, "full": 2, "fast": 1}
 
 
+def test_the_time_to_first_token_is_expected_from_the_queue(stack):
+    stack.join("p0")
+    stack.join("d0", "full", credits=1)
+    stack.join("d1", "fast")
+    assert stack.dispatcher.expected_ttft("full", 0.0) == 0.0
+    for index in range(2):
+        stack.submit(str(index), "full")
+        stack.placed()
+    assert stack.dispatcher.expected_ttft("full", 1.5) == 1.5, "no rate is known: the first has waited for so long"
+    assert stack.dispatcher.expected_ttft("fast", 1.5) == 0.0
+
+
 # The parts of an answer -----------------------------------------------------------------------------------------------
 
 
@@ -308,10 +320,17 @@ def test_a_brownout_ends_only_after_some_time_below_the_objective():
     assert loads.choose("full", 100.0 + HOLD) == "full"
 
 
-def test_a_tier_without_workers_is_overloaded_and_one_outside_the_order_never_changes():
+def test_a_tier_without_workers_is_passed_over_only_while_it_has_none():
     loads = Loads()
     loads.absent.add("full")
     assert loads.choose("full", 0.0) == "default"
+    assert not loads.brownout.active, "a loss is no overload"
+    loads.absent.clear()
+    assert loads.choose("full", 0.0) == "full"
+
+
+def test_a_tier_outside_the_order_never_changes():
+    loads = Loads()
     assert loads.brownout.cheaper("other") == ()
     assert loads.choose("other", 0.0) == "other"
 

@@ -7,20 +7,115 @@
 {{- end -}}
 {{- end }}
 
-{{/* Labels of a selector; they never change within a release. Arguments: root, component. */}}
+{{/* gRPC ports by component, as a JSON object. */}}
+{{- define "overfill.ports" -}}
+{{ dict "router" 7600 "prefill" 7601 "decode" 7602 | toJson }}
+{{- end }}
+
+{{/*
+Pools of the stack, as a JSON list. Each has a name, a component, a port, values, the pairs that its pods read, and a tier,
+which is empty unless the values name tiers. A tier's values are those of `decode` with its own ones over them.
+*/}}
+{{- define "overfill.pools" -}}
+{{- $ports := include "overfill.ports" . | fromJson -}}
+{{- $pairs := include "overfill.pairs" . | fromJsonArray -}}
+{{- $pools := list (dict "name" "router" "component" "router" "port" $ports.router "tier" "" "values" .Values.router "pairs" $pairs) -}}
+{{- $pools = append $pools (dict "name" "prefill" "component" "prefill" "port" $ports.prefill "tier" "" "values" .Values.prefill "pairs" (list (first $pairs))) -}}
+{{- range $pairs -}}
+{{- $values := deepCopy $.Values.decode -}}
+{{- $name := "decode" -}}
+{{- if .tier -}}
+{{- $name = printf "decode-%s" .tier -}}
+{{- $_ := include "overfill.overwrite" (dict "base" $values "own" (omit (index $.Values.decoders .tier) "pair" "revision" "fallback" "ttftObjective" "itlObjective")) -}}
+{{- end -}}
+{{- $pools = append $pools (dict "name" $name "component" "decode" "port" $ports.decode "tier" .tier "values" $values "pairs" (list .)) -}}
+{{- end -}}
+{{ toJson $pools }}
+{{- end }}
+
+{{/* Pools of workers, as "overfill.pools". */}}
+{{- define "overfill.workerPools" -}}
+{{- $pools := list -}}
+{{- range include "overfill.pools" . | fromJsonArray }}{{ if ne .component "router" }}{{ $pools = append $pools . }}{{ end }}{{ end -}}
+{{ toJson $pools }}
+{{- end }}
+
+{{/* Writes the values of `own` over those of `base`. Sprig's mergeOverwrite would skip 0, false and "". */}}
+{{- define "overfill.overwrite" -}}
+{{- $base := .base -}}
+{{- range $key, $value := .own -}}
+{{- if and (kindIs "map" $value) (kindIs "map" (index $base $key)) -}}
+{{- $_ := include "overfill.overwrite" (dict "base" (index $base $key) "own" $value) -}}
+{{- else -}}
+{{- $_ := set $base $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Number of a pool's pods, or its minimum. Argument: the pool's values. */}}
+{{- define "overfill.replicas" -}}
+{{ ternary .replicas .autoscaling.minReplicas (eq .autoscaling.kind "none") }}
+{{- end }}
+
+{{/*
+Pairs of the stack, as a JSON list with the default tier's first. Each has a tier, a folder in the pods, and a source: the name
+of a pair, or repository and revision.
+*/}}
+{{- define "overfill.pairs" -}}
+{{- $pair := .Values.pair -}}
+{{- $pairs := list -}}
+{{- if .Values.decoders -}}
+{{- $tiers := keys .Values.decoders | sortAlpha -}}
+{{- $default := index .Values.router.settings "default-tier" | default (ternary "default" (first $tiers) (has "default" $tiers)) -}}
+{{- if not (has $default $tiers) }}{{ fail (printf "router.settings.default-tier: there is no tier %s in decoders" $default) }}{{ end -}}
+{{- range prepend (without $tiers $default) $default -}}
+{{- $own := index $.Values.decoders . -}}
+{{- $folder := ternary (printf "/pair/%s" $own.pair) (printf "/pair/%s" .) (eq $pair.source "claim") -}}
+{{- $pairs = append $pairs (dict "tier" . "folder" $folder "id" $own.pair "revision" ($own.revision | default $pair.hub.revision)) -}}
+{{- end -}}
+{{- else -}}
+{{- $folder := ternary (printf "/pair/%s" $pair.claim.path | trimSuffix "/") "/pair/link" (eq $pair.source "claim") -}}
+{{- $pairs = list (dict "tier" "" "folder" $folder "id" (ternary $pair.hub.repository $pair.named.name (eq $pair.source "hub")) "revision" $pair.hub.revision) -}}
+{{- end -}}
+{{ toJson $pairs }}
+{{- end }}
+
+{{/* The tiers as a router's --decoders; empty with one pair. */}}
+{{- define "overfill.decoders" -}}
+{{- $tiers := list -}}
+{{- range include "overfill.workerPools" . | fromJsonArray -}}
+{{- if .tier -}}
+{{- $own := index $.Values.decoders .tier -}}
+{{- $text := printf "%s=%s:%s" .tier (first .pairs).folder (include "overfill.replicas" .values) -}}
+{{- range $key, $name := dict "fallback" "fallback" "ttftObjective" "ttft-objective" "itlObjective" "itl-objective" -}}
+{{- with index $own $key }}{{ $text = printf "%s,%s=%s" $text $name (include "overfill.value" .) }}{{ end -}}
+{{- end -}}
+{{- range $key, $value := .values.settings }}{{ $text = printf "%s,%s=%s" $text $key (include "overfill.value" $value) }}{{ end -}}
+{{- if or (contains ";" $text) (contains "," (first .pairs).folder) }}{{ fail (printf "decoders.%s: neither pair nor settings may have a semicolon, nor the pair a comma" .tier) }}{{ end -}}
+{{- $tiers = append $tiers $text -}}
+{{- end -}}
+{{- end -}}
+{{ join ";" $tiers }}
+{{- end }}
+
+{{/* Labels of a selector; they never change within a release. Arguments: root, component, and tier, of pools of tiers. */}}
 {{- define "overfill.selector" -}}
 app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | trunc 63 }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
+{{- with .tier }}
+overfill.io/tier: {{ . }}
+{{- end }}
 {{- end }}
 
-{{/* PromQL matchers of this release's series, by labels that the PodMonitor adds. */}}
+{{/* PromQL matchers of this release's series, by labels that the PodMonitor adds. Arguments: root, and a pool's tier. */}}
 {{- define "overfill.series" -}}
-{{- $selector := include "overfill.selector" (dict "root" . "component" "") | fromYaml -}}
-{namespace={{ .Release.Namespace | quote }}
+{{- $selector := include "overfill.selector" (dict "root" .root "component" "") | fromYaml -}}
+{namespace={{ .root.Release.Namespace | quote }}
 {{- range $label, $value := $selector }}, {{ regexReplaceAll "[^a-z]" $label "_" }}={{ $value | quote }}{{ end -}}
+{{- with .tier }}, tier={{ . | quote }}{{ end -}}
 }
 {{- end }}
 
@@ -78,11 +173,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- end }}
 
-{{/* Flags of every process. Arguments: root, pool, port. */}}
+{{/* Flags of every process. Arguments: root, pool (of "overfill.pools"). */}}
 {{- define "overfill.args" -}}
-- --pair={{ include "overfill.pairFolder" .root }}
+- --pair={{ (first .pool.pairs).folder }}
 - --host={{ .root.Values.listenHost }}
-- --port={{ .port }}
+- --port={{ .pool.port }}
 - --metrics-host={{ .root.Values.listenHost }}
 - --metrics-port=7690
 - --tls-cert=/etc/overfill/tls/tls.crt
@@ -90,7 +185,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 - --tls-ca=/etc/overfill/tls/ca.crt
 - --tls-name={{ .root.Values.tls.name }}
 - --log-level={{ .root.Values.logLevel }}
-{{- range $key, $value := .pool.settings }}
+{{- range $key, $value := .pool.values.settings }}
 - {{ printf "--%s=%s" $key (include "overfill.value" $value) | quote }}
 {{- end }}
 {{- end }}
@@ -178,13 +273,9 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
-{{- define "overfill.pairFolder" -}}
-{{- if eq .Values.pair.source "claim" }}{{ printf "/pair/%s" .Values.pair.claim.path | trimSuffix "/" }}{{ else }}/pair/link{{ end -}}
-{{- end }}
-
 {{/*
-Init container: prepares or downloads the pair into the cache if it is missing, and links it to /pair/link. Each revision
-of a repository has a folder of its own, because running pods read the previous one. Arguments: root, pool, component.
+Init container: prepares or downloads the pool's pairs into the cache if they are missing, and links them to their folders.
+Each revision of a repository has a folder of its own, because running pods read the previous one. Arguments: root, pool.
 */}}
 {{- define "overfill.initContainers" -}}
 {{- $pair := .root.Values.pair }}
@@ -195,18 +286,37 @@ initContainers:
     image: {{ include "overfill.image" (dict "root" .root "image" .root.Values.prefill.image) }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     {{- if eq $pair.source "named" }}
-    command: [sh, -ec, 'folder="$(overfill pair path "$1")"; ln -sfn "$folder" /pair/link', sh, {{ $pair.named.name | quote }}]
+    command:
+      - sh
+      - -ec
+      - |
+        while [ $# -gt 0 ]; do
+          folder="$(overfill pair path "$1")"
+          ln -sfn "$folder" "$2"
+          shift 2
+        done
+      - sh
+      {{- range .pool.pairs }}
+      - {{ .id | quote }}
+      - {{ .folder }}
+      {{- end }}
     {{- else }}
     command:
       - sh
       - -ec
       - |
-        folder="$OVERFILL_HOME/hub/$1/$2"
-        hf download "$1" --revision "$2" --local-dir "$folder"{{ if eq .component "router" }} --include "*.json" --include "*.jinja"{{ end }}
-        ln -sfn "$folder" /pair/link
+        while [ $# -gt 0 ]; do
+          folder="$OVERFILL_HOME/hub/$1/$2"
+          hf download "$1" --revision "$2" --local-dir "$folder"{{ if eq .pool.component "router" }} --include "*.json" --include "*.jinja"{{ end }}
+          ln -sfn "$folder" "$3"
+          shift 3
+        done
       - sh
-      - {{ required "pair.hub.repository: which repository has the pair?" $pair.hub.repository | quote }}
-      - {{ $pair.hub.revision | quote }}
+      {{- range .pool.pairs }}
+      - {{ required "pair.hub.repository: which repository has the pair?" .id | quote }}
+      - {{ .revision | quote }}
+      - {{ .folder }}
+      {{- end }}
     {{- end }}
     env:
       {{- include "overfill.env" (dict "root" .root "threads" .root.Values.prefill.threads) | nindent 6 }}
@@ -214,7 +324,7 @@ initContainers:
       - name: HF_TOKEN
         valueFrom: {secretKeyRef: {name: {{ $pair.hub.tokenSecretName }}, key: token}}
       {{- end }}
-      {{- with .pool.extraEnv }}
+      {{- with .pool.values.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
     resources:
@@ -228,26 +338,26 @@ initContainers:
 {{- end }}
 {{- end }}
 
-{{/* Scheduling of a pool's pods. Arguments: root, pool, component. */}}
+{{/* Scheduling of a pool's pods. Arguments: root, pool (of "overfill.pools"). */}}
 {{- define "overfill.placement" -}}
-{{- $class := .pool.priority.className -}}
-{{- if and (not $class) (gt (int .pool.priority.value) 0) }}{{ $class = printf "%s-%s-%s" .root.Release.Namespace (include "overfill.fullname" .root) .component }}{{ end -}}
+{{- $class := .pool.values.priority.className -}}
+{{- if and (not $class) (gt (int .pool.values.priority.value) 0) }}{{ $class = printf "%s-%s-%s" .root.Release.Namespace (include "overfill.fullname" .root) .pool.name }}{{ end -}}
 {{- with $class }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with .pool.nodeSelector }}
+{{- with .pool.values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .pool.tolerations }}
+{{- with .pool.values.tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .pool.affinity }}
+{{- with .pool.values.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .pool.topologySpread }}
+{{- with .pool.values.topologySpread }}
 {{- if .topologyKey }}
 topologySpreadConstraints:
   - maxSkew: {{ .maxSkew }}
@@ -255,20 +365,20 @@ topologySpreadConstraints:
     whenUnsatisfiable: {{ .whenUnsatisfiable }}
     labelSelector:
       matchLabels:
-        {{- include "overfill.selector" (dict "root" $.root "component" $.component) | nindent 8 }}
+        {{- include "overfill.selector" (dict "root" $.root "component" $.pool.component "tier" $.pool.tier) | nindent 8 }}
     matchLabelKeys: [pod-template-hash]
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{/* Labels and annotations of a pool's pods. Arguments: root, pool, component. */}}
+{{/* Labels and annotations of a pool's pods. Arguments: root, pool (of "overfill.pools"). */}}
 {{- define "overfill.podMetadata" -}}
 labels:
-  {{- include "overfill.labels" (dict "root" .root "component" .component) | nindent 2 }}
-  {{- with .pool.podLabels }}
+  {{- include "overfill.labels" (dict "root" .root "component" .pool.component "tier" .pool.tier) | nindent 2 }}
+  {{- with .pool.values.podLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- with .pool.podAnnotations }}
+{{- with .pool.values.podAnnotations }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}

@@ -15,6 +15,7 @@ from overfill.model.manifest import Pair
 from overfill.pair.conversations import shipped_conversations
 from overfill.pair.hf_model import chat_token_ids, load_tokenizer
 from overfill.pair.reference import JudgedAnswer, TwoStageReference, summarise
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.telemetry.progress import Report
 
 MAX_TOKENS = 32
@@ -42,7 +43,7 @@ def judge_answers(pair: Pair, exact: Answers | None, rounded: Answers | None, re
         exact: Answers in float32, which must all be correct. None means that there are none.
         rounded: Answers in a 16-bit dtype. Its rounding may change a token, but most tokens stay.
     """
-    reference = TwoStageReference(pair.folder)
+    references = {DEFAULT_TIER: TwoStageReference(pair.folder)}
     tokenizer = load_tokenizer(pair.full_path)
 
     def judged(step: str, answers: Answers) -> list[JudgedAnswer]:
@@ -50,7 +51,7 @@ def judge_answers(pair: Pair, exact: Answers | None, rounded: Answers | None, re
         for question, answer in zip(_questions(), answers, strict=True):
             report(step, len(found), len(answers))
             found.append(
-                judge_answer(reference, lambda text: chat_token_ids(tokenizer, text), question, answer, MAX_TOKENS)
+                judge_answer(references, lambda text: chat_token_ids(tokenizer, text), question, answer, MAX_TOKENS)
             )
         report(step, len(answers), len(answers))
         return found
