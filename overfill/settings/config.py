@@ -459,7 +459,8 @@ class RouterConfig(ServiceConfig):
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:
         if not self.pair and not self.decoders:
-            raise ValueError("give --pair, or --decoders for several tiers")
+            pair, decoders = self.variable("pair"), self.variable("decoders")
+            raise ValueError(f"give --pair (or {pair}), or for several tiers --decoders (or {decoders})")
         check_tiers(self.tiers, self.default_tier, self.brownout)
         return self
 

@@ -144,7 +144,10 @@ def test_conflicting_options_are_refused(
 
 
 def test_flags_the_file_and_variables_set_tiers(
-    tmp_path: Path, plans: list[StackPlan], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    plans: list[StackPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def tiers(*arguments: str) -> list[str]:
         assert main(["up", "--no-ray", "--grpc", "0", "--http", "off", *arguments]) == 0
@@ -160,8 +163,13 @@ def test_flags_the_file_and_variables_set_tiers(
     expected = ["b=/pairs/q:1,max-num-seqs=4", "a=/pairs/p:1", "a", "b"]
     assert tiers("--config", str(file)) == expected
     assert main(["config", "check", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["config", "show", "up", "--config", str(file)]) == 0
+    assert "a=p:1;b=q:1,max-num-seqs=4" in capsys.readouterr().out
     file.write_text('router: {decoders: "a=p; b=q,max-num-seqs=4", default-tier: b, brownout: a > b}')
     assert tiers("--config", str(file)) == expected
+    assert main(["config", "show", "router", "--config", str(file)]) == 0
+    assert "a > b" in capsys.readouterr().out
     monkeypatch.setenv("OVERFILL_UP_DECODER", "c=p;d=q")
     monkeypatch.setenv("OVERFILL_UP_BROWNOUT", "c > d")
     monkeypatch.setenv("OVERFILL_UP_DEFAULT_TIER", "d")

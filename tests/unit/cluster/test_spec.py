@@ -207,8 +207,9 @@ def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
     assert tls.name == NAME
 
 
-def test_the_shipped_config_is_valid() -> None:
-    config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["serve.yaml", "serve-tiers.yaml"])
+def test_the_shipped_config_is_valid(name: str) -> None:
+    config = yaml.safe_load(SHIPPED.with_name(name).read_text(encoding="utf-8"))
     (application,) = config["applications"]
     made = StackSpec.model_validate(application["args"])
     policy = application["autoscaling_policy"]
