@@ -340,6 +340,12 @@ class DecodeConfig(WorkerConfig):
         return self
 
     @property
+    def decoder_settings(self) -> dict[str, str]:
+        """The settings of a tier that say how this worker runs the pair's decoder. Routers compare them."""
+        settings = {} if self.quantize is None else {"quantize": str(self.quantize)}
+        return settings if self.kv_cache_dtype == "auto" else settings | {"kv-cache-dtype": str(self.kv_cache_dtype)}
+
+    @property
     def codec(self) -> CodecName:
         """Codec in which the worker requests KV, unless the request chooses one."""
         return self.kv_codec or ("int8" if self.kv_cache_dtype == "int8" else "raw")

@@ -92,6 +92,19 @@ def test_a_stack_with_one_pair_has_one_tier_that_its_workers_do_not_name() -> No
     assert not made.routers[0].decoders
 
 
+def test_routers_are_told_how_workers_load_their_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
+    monkeypatch.setenv("OVERFILL_DECODE_KV_CACHE_DTYPE", "int8")
+    made = plan("a=p", "b=q,quantize=none")
+    assert [str(tier) for tier in made.routers[0].decoders] == [
+        "a=p:1,quantize=int8,kv-cache-dtype=int8", "b=q:1,quantize=none,kv-cache-dtype=int8",
+    ]  # fmt: skip
+    assert RouterConfig.parse(made.routers[0].to_argv()) == made.routers[0]
+    one = make_plan(StackRequest(Path("/p"), decode=2))
+    assert [str(tier) for tier in one.tiers] == ["default=/p:2,quantize=int8,kv-cache-dtype=int8"]
+    assert not one.named_tiers, "its workers still name none"
+
+
 def test_a_tier_may_have_an_engine_of_its_own() -> None:
     args = '{"enforce_eager": true}'
     made = plan("a=p", "b=p,engine=overfill", "c=p,engine=vllm", engine_args=args, decode_engine="vllm")

@@ -104,6 +104,15 @@ def test_prefill_workers_and_routers_read_the_default_tiers_pair() -> None:
     assert made.router_config().tiers[0].name == "fast"
 
 
+def test_routers_are_told_how_workers_load_their_decoders() -> None:
+    made = StackSpec.model_validate(TIERS | {"settings": {"quantize": "int8"}})
+    assert [tier.settings["quantize"] for tier in made.router_config().tiers] == ["int8", "int8"]
+    one = spec(decode={"replicas": 2, "settings": {"quantize": "int8"}})
+    assert [str(tier) for tier in one.router_config().tiers] == ["default=pair:2,quantize=int8"]
+    assert one.decode_config().tier == ""
+    assert not spec().router_config().decoders
+
+
 def test_a_machine_names_the_folders_of_all_pairs() -> None:
     there = StackSpec.model_validate(TIERS).with_pairs(lambda pair: f"/pairs/{pair}")
     assert [tier.pair for tier in there.router_config().decoders] == ["/pairs/identity", "/pairs/fast"]
