@@ -74,8 +74,8 @@ class TwoStageReference:
         pair = Pair.load(pair_folder, check_digests=True)
         if shares is not None and shares.pair.full_digest != pair.full_digest:
             raise InvalidPair(f"{pair.folder} and {shares.pair.folder} have different full models")
-        self.pair = pair if quantize is None else pair.with_quantize(quantize)
-        self._full = load_hf_model(self.pair.full_path) if shares is None else shares._full
+        self.pair: Pair = pair if quantize is None else pair.with_quantize(quantize)
+        self._full: PreTrainedModel = load_hf_model(self.pair.full_path) if shares is None else shares._full
         self._decoder = self._full if self.pair.identity else load_hf_model(self.pair.decoder_path)
         if self.pair.quantize == "int8":
             round_to_int8(self._decoder)

@@ -16,7 +16,7 @@ from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
-from overfill.pair.reference import TwoStageReference
+from overfill.pair.reference import load_references
 from overfill.telemetry.progress import silent
 
 SETTINGS = {"dtype": "float32", "kv_memory": "4MiB", "max_model_len": "512", "grace_period": 1, "max_num_seqs": 4}
@@ -31,7 +31,7 @@ def broken(pair: Path, faults: Iterable[PlannedFault], *, of_each: int = 2, **mo
     )
     trial = Trial(faults, PROMPTS, requests=40, streams=8, max_tokens=MAX_TOKENS, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
-    report = TrialReport(result, *result.judge(TwoStageReference(pair), MAX_TOKENS, silent), {})
+    report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {})
     assert report.passed, {key: value for key, value in report.as_dict().items() if key != "strikes"}
     if isinstance(faults, list):  # a soak draws faults without end
         assert len(result.injected) + len(result.unavailable) >= len(faults)
