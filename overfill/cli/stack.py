@@ -61,8 +61,8 @@ class StackPlan:
 
     @property
     def named_tiers(self) -> bool:
-        """True if the tiers have names of the user's; False with one pair."""
-        return bool(self.routers[0].decoders)
+        """True if the user has named the tiers; False with one pair."""
+        return any(worker.tier for worker in self.decode)
 
     def tier_workers(self, tier: str) -> tuple[DecodeConfig, ...]:
         """Returns the settings of a tier's decode workers."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -110,17 +110,16 @@ def make_plan(request: StackRequest) -> StackPlan:
     of_prefill, *engines = _engines(
         settings.get("prefill_engine"), *(own.get("engine", settings.get("decode_engine")) for own in of_tiers)
     )
-    return StackPlan(
-        routers,
-        tuple(
-            _configure(
-                prefill_kind,
-                workers | of_prefill | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)},
-                shares[0],
-            )
-            for i in range(prefill)
-        ),
-        tuple(
+    prefill_workers = tuple(
+        _configure(
+            prefill_kind,
+            workers | of_prefill | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)},
+            shares[0],
+        )
+        for i in range(prefill)
+    )
+    decode_workers = [
+        [
             _configure(
                 decode_kind,
                 workers
@@ -134,9 +133,22 @@ def make_plan(request: StackRequest) -> StackPlan:
                 },
                 shares[1],
             )
-            for (name, tier), engine, own in zip(tiers, engines, of_tiers, strict=True)
             for i in range(tier.count)
-        ),
+        ]
+        for (name, tier), engine, own in zip(tiers, engines, of_tiers, strict=True)
+    ]
+    # Workers may have these settings from the file or a variable, and routers refuse workers that differ from the tier.
+    formats = [of_tier[0].decoder_settings for of_tier in decode_workers]
+    if request.tiers or "quantize" in formats[0]:
+        told = tuple(
+            replace(tier, settings={**tier.settings, **format})
+            for (_, tier), format in zip(tiers, formats, strict=True)
+        )
+        routers = tuple(router.model_copy(update={"decoders": told}) for router in routers)
+    return StackPlan(
+        routers,
+        prefill_workers,
+        tuple(itertools.chain(*decode_workers)),
         request.mock,
         None if request.tls is None else _client_tls(role_files(request.tls.absolute(), Role.OPERATOR)),
     )

@@ -6,11 +6,12 @@ Plain data, checked here. Knows nothing about Ray; ``application.py`` makes a Se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import is_wildcard
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
@@ -182,8 +183,16 @@ class StackSpec(_Model):
 
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
-        """The tiers as routers read them; empty with one pair."""
-        return tuple(pool.tier(name) for name, pool in self.decoders.items())
+        """The tiers as routers read them; empty with one pair, unless its decoder is loaded in another format."""
+        named = self.decoders or {"": TierPool(pair=self.pair, replicas=self.decode.replicas)}
+        tiers = []
+        for name, pool in named.items():
+            tier = pool.tier(name or DEFAULT_TIER)
+            # Shared settings count too; routers refuse workers that have others than the tier.
+            format = self.decode_config(tier=name).decoder_settings
+            if name or "quantize" in format:
+                tiers.append(replace(tier, settings={**tier.settings, **format}))
+        return tuple(tiers)
 
     @property
     def default_pair(self) -> str:

@@ -340,6 +340,12 @@ class DecodeConfig(WorkerConfig):
         return self
 
     @property
+    def decoder_settings(self) -> dict[str, str]:
+        """The settings of a tier that say how this worker runs the pair's decoder. Routers compare them."""
+        settings = {} if self.quantize is None else {"quantize": str(self.quantize)}
+        return settings if self.kv_cache_dtype == "auto" else settings | {"kv-cache-dtype": str(self.kv_cache_dtype)}
+
+    @property
     def codec(self) -> CodecName:
         """Codec in which the worker requests KV, unless the request chooses one."""
         return self.kv_codec or ("int8" if self.kv_cache_dtype == "int8" else "raw")
@@ -459,7 +465,8 @@ class RouterConfig(ServiceConfig):
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:
         if not self.pair and not self.decoders:
-            raise ValueError("give --pair, or --decoders for several tiers")
+            pair, decoders = self.variable("pair"), self.variable("decoders")
+            raise ValueError(f"give --pair (or {pair}), or for several tiers --decoders (or {decoders})")
         check_tiers(self.tiers, self.default_tier, self.brownout)
         return self
 

@@ -311,6 +311,12 @@ def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
     assert all(("tier", "fast") in [(m.name, m.value) for m in one.matchers.matchers] for one in asked)
 
 
+def test_routers_are_told_how_workers_load_the_decoder_of_one_pair() -> None:
+    found = pods(render("values.yaml", "decode.settings.quantize=int8"))
+    assert "--decoders=default=/pair/link:2,quantize=int8" in found["router"]["containers"][0]["args"]
+    assert not [flag for flag in found["decode"]["containers"][0]["args"] if flag.startswith("--tier")]
+
+
 def test_the_default_tiers_pair_is_that_of_prefill_workers_and_routers() -> None:
     chosen = pods(render("values-tiers.yaml", "router.settings.default-tier=full"))
     for component in ("router", "prefill"):

@@ -44,3 +44,9 @@ def test_every_worker_runs_its_tiers_decoder(mock, tiny_pair, identity):
         for tier, expected in (("full", "full"), ("", "fast")):
             answer = client.generate([5, 6, 7], sampling=greedy, tier=tier)
             assert (answer.tier, answer.decode_worker.startswith(f"decode-{expected}-")) == (expected, True)
+
+
+def test_the_decoder_of_one_pair_may_be_loaded_in_another_format(tiny_pair):
+    with running_stack(tiny_pair, quantize="int8", mock=True) as (_, address), Client(address) as client:
+        (worker,) = [one for one in client.status().workers if one.stage == "decode"]
+        assert (worker.id, worker.process.model.decoder_quantize) == ("decode-0", "int8")

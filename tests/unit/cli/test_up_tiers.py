@@ -92,6 +92,19 @@ def test_a_stack_with_one_pair_has_one_tier_that_its_workers_do_not_name() -> No
     assert not made.routers[0].decoders
 
 
+def test_routers_are_told_how_workers_load_their_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
+    monkeypatch.setenv("OVERFILL_DECODE_KV_CACHE_DTYPE", "int8")
+    made = plan("a=p", "b=q,quantize=none")
+    assert [str(tier) for tier in made.routers[0].decoders] == [
+        "a=p:1,quantize=int8,kv-cache-dtype=int8", "b=q:1,quantize=none,kv-cache-dtype=int8",
+    ]  # fmt: skip
+    assert RouterConfig.parse(made.routers[0].to_argv()) == made.routers[0]
+    one = make_plan(StackRequest(Path("/p"), decode=2))
+    assert [str(tier) for tier in one.tiers] == ["default=/p:2,quantize=int8,kv-cache-dtype=int8"]
+    assert not one.named_tiers, "its workers still name none"
+
+
 def test_a_tier_may_have_an_engine_of_its_own() -> None:
     args = '{"enforce_eager": true}'
     made = plan("a=p", "b=p,engine=overfill", "c=p,engine=vllm", engine_args=args, decode_engine="vllm")
@@ -144,7 +157,10 @@ def test_conflicting_options_are_refused(
 
 
 def test_flags_the_file_and_variables_set_tiers(
-    tmp_path: Path, plans: list[StackPlan], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    plans: list[StackPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def tiers(*arguments: str) -> list[str]:
         assert main(["up", "--no-ray", "--grpc", "0", "--http", "off", *arguments]) == 0
@@ -160,8 +176,13 @@ def test_flags_the_file_and_variables_set_tiers(
     expected = ["b=/pairs/q:1,max-num-seqs=4", "a=/pairs/p:1", "a", "b"]
     assert tiers("--config", str(file)) == expected
     assert main(["config", "check", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["config", "show", "up", "--config", str(file)]) == 0
+    assert "a=p:1;b=q:1,max-num-seqs=4" in capsys.readouterr().out
     file.write_text('router: {decoders: "a=p; b=q,max-num-seqs=4", default-tier: b, brownout: a > b}')
     assert tiers("--config", str(file)) == expected
+    assert main(["config", "show", "router", "--config", str(file)]) == 0
+    assert "a > b" in capsys.readouterr().out
     monkeypatch.setenv("OVERFILL_UP_DECODER", "c=p;d=q")
     monkeypatch.setenv("OVERFILL_UP_BROWNOUT", "c > d")
     monkeypatch.setenv("OVERFILL_UP_DEFAULT_TIER", "d")

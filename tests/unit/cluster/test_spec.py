@@ -104,6 +104,15 @@ def test_prefill_workers_and_routers_read_the_default_tiers_pair() -> None:
     assert made.router_config().tiers[0].name == "fast"
 
 
+def test_routers_are_told_how_workers_load_their_decoders() -> None:
+    made = StackSpec.model_validate(TIERS | {"settings": {"quantize": "int8"}})
+    assert [tier.settings["quantize"] for tier in made.router_config().tiers] == ["int8", "int8"]
+    one = spec(decode={"replicas": 2, "settings": {"quantize": "int8"}})
+    assert [str(tier) for tier in one.router_config().tiers] == ["default=pair:2,quantize=int8"]
+    assert one.decode_config().tier == ""
+    assert not spec().router_config().decoders
+
+
 def test_a_machine_names_the_folders_of_all_pairs() -> None:
     there = StackSpec.model_validate(TIERS).with_pairs(lambda pair: f"/pairs/{pair}")
     assert [tier.pair for tier in there.router_config().decoders] == ["/pairs/identity", "/pairs/fast"]
@@ -207,8 +216,9 @@ def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
     assert tls.name == NAME
 
 
-def test_the_shipped_config_is_valid() -> None:
-    config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["serve.yaml", "serve-tiers.yaml"])
+def test_the_shipped_config_is_valid(name: str) -> None:
+    config = yaml.safe_load(SHIPPED.with_name(name).read_text(encoding="utf-8"))
     (application,) = config["applications"]
     made = StackSpec.model_validate(application["args"])
     policy = application["autoscaling_policy"]

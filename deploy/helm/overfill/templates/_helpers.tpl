@@ -80,13 +80,13 @@ of a pair, or repository and revision.
 {{ toJson $pairs }}
 {{- end }}
 
-{{/* The tiers as a router's --decoders; empty with one pair. */}}
+{{/* The tiers as a router's --decoders; empty with one pair, unless its decoder is loaded in another format. */}}
 {{- define "overfill.decoders" -}}
 {{- $tiers := list -}}
 {{- range include "overfill.workerPools" . | fromJsonArray -}}
-{{- if .tier -}}
-{{- $own := index $.Values.decoders .tier -}}
-{{- $text := printf "%s=%s:%s" .tier (first .pairs).folder (include "overfill.replicas" .values) -}}
+{{- if or .tier (and (eq .component "decode") (hasKey .values.settings "quantize")) -}}
+{{- $own := index $.Values.decoders .tier | default dict -}}
+{{- $text := printf "%s=%s:%s" (.tier | default "default") (first .pairs).folder (include "overfill.replicas" .values) -}}
 {{- range $key, $name := dict "fallback" "fallback" "ttftObjective" "ttft-objective" "itlObjective" "itl-objective" -}}
 {{- with index $own $key }}{{ $text = printf "%s,%s=%s" $text $name (include "overfill.value" .) }}{{ end -}}
 {{- end -}}
