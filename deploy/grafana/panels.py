@@ -112,12 +112,18 @@ def bars(
 
 
 def board(
-    uid: str, title: str, what: str, rows: Mapping[str, Sequence[Panel]], workers: bool = False
+    uid: str,
+    title: str,
+    what: str,
+    rows: Mapping[str, Sequence[Panel]],
+    workers: bool = False,
+    tiers: bool = False,
 ) -> dashboard.Dashboard:
     """Return a dashboard of titled rows.
 
     Args:
         workers: Add the variable ``$worker``, with which the user selects workers.
+        tiers: Add the variable ``$tier``, with which the user selects tiers.
     """
     made = dashboard.Dashboard(f"Overfill / {title}").uid(f"overfill-{uid}").description(what).tags(["overfill"])
     made = made.refresh("10s").time("now-30m", "now").timezone("browser").tooltip(model.DashboardCursorSync.CROSSHAIR)
@@ -127,18 +133,24 @@ def board(
     )  # fmt: skip
     made = made.with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     if workers:
-        made = made.with_variable(
-            dashboard.QueryVariable("worker").label("Worker").datasource(SOURCE)
-            .query("label_values(overfill_build_info, worker)").refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
-            .multi(True).include_all(True).all_value(".+")
-            .current(model.VariableOption(text="All", value="$__all", selected=True))
-        )  # fmt: skip
+        made = made.with_variable(_choice("worker", "Worker", "label_values(overfill_build_info, worker)"))
+    if tiers:
+        made = made.with_variable(_choice("tier", "Tier", "label_values(overfill_router_running_requests, tier)"))
     ids = itertools.count(1)
     for name, panels in rows.items():
         made = made.with_row(dashboard.Row(name).id(next(ids)))
         for panel in panels:
             made = made.with_panel(panel.id(next(ids)))
     return made
+
+
+def _choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name).label(label).datasource(SOURCE)
+        .query(query).refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(True).include_all(True).all_value(".+")
+        .current(model.VariableOption(text="All", value="$__all", selected=True))
+    )  # fmt: skip
 
 
 def _ask(panel, queries: Queries):

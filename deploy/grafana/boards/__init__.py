@@ -8,6 +8,7 @@ from boards.latency import latency
 from boards.overview import overview
 from boards.router import router
 from boards.stages import stages
+from boards.tiers import tiers
 
-BOARDS = {make.__name__: make for make in (overview, latency, stages, handoff, router, capacity)}
+BOARDS = {make.__name__: make for make in (overview, latency, tiers, stages, handoff, router, capacity)}
 """Name of the file -> function that builds the dashboard."""

@@ -79,7 +79,7 @@ def overview() -> Dashboard:
             lines(
                 "Workers",
                 {
-                    "{{stage}} {{state}}": "max by (stage, state) (overfill_router_workers)",
+                    "{{stage}} {{tier}} {{state}}": "max by (stage, tier, state) (overfill_router_workers)",
                 },
                 span=6,
             ),
@@ -97,7 +97,7 @@ def overview() -> Dashboard:
             lines("Versions", {"{{version}} {{stage}}": "count by (version, stage) (overfill_build_info)"}),
             lines(
                 "Workers lost",
-                {"{{stage}}": rate("overfill_router_workers_lost_total", "stage")},
+                {"{{stage}} {{tier}}": rate("overfill_router_workers_lost_total", "stage, tier")},
                 PER_SECOND,
                 what="Workers that left without being drained.",
             ),

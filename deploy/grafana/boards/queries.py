@@ -8,6 +8,9 @@ TTFT_OBJECTIVE, ITL_OBJECTIVE = 2.0, 0.1
 WORKER = 'worker=~"$worker"'
 """Matcher of the workers that are chosen on the dashboard."""
 
+TIER = 'tier=~"$tier"'
+"""Matcher of the tiers that are chosen on the dashboard."""
+
 
 def rate(metric: str, by: str = "", where: str = "") -> str:
     """Return the rate of ``metric`` per second, summed over all labels except ``by``."""

@@ -9,8 +9,14 @@ from boards.queries import quantiles, rate
 
 
 def router() -> Dashboard:
-    def input_of(stage: str, *names: str) -> dict[str, str]:
-        return {name: f'max(overfill_router_scaling_input{{stage="{stage}", input="{name}"}})' for name in names}
+    def input_of(stage: str, *names: str, combine: str = "max") -> dict[str, str]:
+        """Combine the routers' inputs: those that count requests add up; the others are estimates of the same thing."""
+        tier = {"decode": "{{tier}} "}.get(stage, "")
+        by = " by (tier)" if tier else ""
+        return {
+            f"{tier}{name}": f'{combine}{by} (overfill_router_scaling_input{{stage="{stage}", input="{name}"}})'
+            for name in names
+        }
 
     rows: dict[str, list[Panel]] = {
         "Requests": [
@@ -59,20 +65,21 @@ def router() -> Dashboard:
                 lines(
                     f"{stage.capitalize()} workers",
                     {
-                        "ready": f'overfill:workers:ready{{stage="{stage}"}}',
+                        "ready": f'sum(overfill:workers:ready{{stage="{stage}"}})',
                         "target": f'sum(overfill_router_scaling_target_workers{{stage="{stage}"}})',
                         "needed": f'sum(overfill_router_scaling_needed_workers{{stage="{stage}"}})',
                     },
-                    what="Ready workers, the scaling policy's target, and the computed need before rounding.",
+                    what="Ready workers, and the sums of the routers' targets and of their needs before rounding. Each "
+                    "router rounds up for its own requests, so the targets may exceed the need by a worker per router.",
                 )
                 for stage in ("prefill", "decode")
             ),
             lines(
                 "Pressure",
-                {"{{stage}}": "overfill:pool_pressure:ratio"},
+                {"{{stage}} {{tier}}": "overfill:pool_pressure:ratio"},
                 SHARE,
                 limit=1,
-                what="Workers needed / workers ready. If one pool is high and the other low, move workers.",
+                what="Workers needed / workers ready. If one pool is high and another low, move workers.",
             ),
             lines(
                 "Prefill backlog",
@@ -83,31 +90,31 @@ def router() -> Dashboard:
             ),
             lines(
                 "Waiting for decode workers",
-                {"requests": "overfill:decode_waiting:requests"},
+                {"{{tier}}": "overfill:decode_waiting:requests"},
                 limit=1,
                 what="Requests that wait for a decode worker while the prefill pool keeps up: KV or slots are short.",
             ),
             lines(
                 "Scaling decisions",
                 {
-                    "{{stage}} {{direction}}": "sum by (stage, direction) "
+                    "{{stage}} {{tier}} {{direction}}": "sum by (stage, tier, direction) "
                     "(increase(overfill_router_scaling_decisions_total[15m]))",
                 },
                 what="Changes of the target within 15 minutes.",
             ),
         ],
         "What scaling goes by": [
-            lines("Arrivals", input_of("prefill", "arrivals"), PER_SECOND),
+            lines("Arrivals", input_of("prefill", "arrivals", combine="sum"), PER_SECOND),
             lines(
                 "Prompt tokens to compute",
-                input_of("prefill", "tokens", "recent_tokens", "worker_rate"),
+                input_of("prefill", "tokens", "recent_tokens", combine="sum") | input_of("prefill", "worker_rate"),
                 PER_SECOND,
                 what="Arrivals over a minute and over 10 s, and a worker's measured rate.",
             ),
             lines("Prefill: waits", input_of("prefill", "service_seconds", "wait_budget_seconds"), SECONDS),
             lines(
                 "Decode: sequences",
-                input_of("decode", "concurrency", "margin", "batch", "running"),
+                input_of("decode", "concurrency", "margin", "running", combine="sum") | input_of("decode", "batch"),
                 COUNT,
                 what="Predicted concurrency, safety margin, a worker's batch within the objective, running now.",
             ),
@@ -115,8 +122,7 @@ def router() -> Dashboard:
             lines(
                 "Queues",
                 {
-                    f"{stage}, {name}": f'max(overfill_router_scaling_input{{stage="{stage}", input="{name}"}})'
-                    for stage, name in (("prefill", "waiting_jobs"), ("decode", "waiting_jobs"))
+                    "{{stage}} {{tier}}": 'sum by (stage, tier) (overfill_router_scaling_input{input="waiting_jobs"})',
                 },
             ),
         ],

@@ -32,7 +32,7 @@ class Expression:
 
 
 def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expression]:
-    """Yield the expressions of the dashboards in ``folder``, with all workers selected."""
+    """Yield the expressions of the dashboards in ``folder``, with all workers and tiers selected."""
     for path in sorted(folder.glob("*.json")):
         for panel in panels(json.loads(path.read_text())):
             for target in panel["targets"]:
@@ -49,8 +49,8 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def filled(expression: str, rate_interval: str) -> str:
-    """Replace Grafana's variables in ``expression``; ``$worker`` selects all workers."""
-    return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+")
+    """Replace Grafana's variables in ``expression``; ``$worker`` and ``$tier`` select all workers and tiers."""
+    return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+").replace("$tier", ".+")
 
 
 def rules(folder: Path) -> Iterator[dict[str, Any]]:
