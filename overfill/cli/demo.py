@@ -52,7 +52,7 @@ _NOTES = Console(stderr=True, highlight=False)
     "tiers",
     multiple=True,
     type=TIER,
-    help=f"A tier, as for `overfill up`; repeat it for each.  [default: {' '.join(f'{t.name}={t.pair}' for t in TIERS)}]",
+    help="A tier, as for `overfill up`; repeat it for each.  [default: full=identity default=default fast=fast]",
 )
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -107,8 +107,7 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
     out = console()
     out.print(answers_view({one.tier: one.answer.text for one in answers}, out.width), "")
     out.print(figures_table(answers), "")
-    command = " ".join(["overfill up", *(f"--decoder {tier}" for tier in chosen)])
-    _print_details(answers[0].answer, command)
+    _print_details(answers[0].answer, " ".join(["overfill up", *map(_option, chosen)]))
     return 0
 
 
@@ -170,6 +169,12 @@ def _print_details(answer: Answer, command: str) -> None:
     out.print(
         f"\nMeasured on the second request, with open connections. Start your own stack with: {command}", style="dim"
     )
+
+
+def _option(tier: TierSpec) -> str:
+    """Returns the option that names a tier, without a number of workers of 1."""
+    count = "" if tier.count == 1 else f":{tier.count}"
+    return f"--decoder {tier.name}={tier.pair}{count}{str(tier).removeprefix(f'{tier.name}={tier.pair}:{tier.count}')}"
 
 
 def _note(line: str) -> None:
