@@ -19,7 +19,6 @@ from types import FrameType
 from typing import IO, Any, Literal, Protocol
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 from overfill.cli.output import console
@@ -29,7 +28,7 @@ from overfill.cli.stack import Stack, StackPlan, check_ports
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_tiers import MAX, max_workers, resolve_tiers
+from overfill.cli.up_tiers import MAX, check_replaced, max_workers, resolve_tiers
 from overfill.cli.welcome import welcome
 from overfill.cluster.connection import check_installed
 from overfill.engine.choice import choose_engine, require_vllm
@@ -83,7 +82,7 @@ def up_command(
     from overfill.telemetry.progress import show_progress
 
     if tiers:
-        _check_replaced("pair", "decode", "max_decode")
+        check_replaced("pair", "decode", "max_decode")
     with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
         # Report wrong settings and ports in use before preparing a pair, which can take minutes.
         request = StackRequest(
@@ -174,16 +173,6 @@ def _port_group(routers: int, on_ray: bool) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # other users cannot read it
         yield Path(folder)
-
-
-def _check_replaced(*names: str) -> None:
-    """Raises click.UsageError if an option of this command is given that --decoder replaces."""
-    source = click.get_current_context().get_parameter_source
-    if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is not ParameterSource.DEFAULT]:
-        raise click.UsageError(
-            f"--decoder conflicts with {' and '.join(given)} (also in the settings file, or as a variable): each "
-            f"--decoder names its own pair and number of decode workers, as NAME=PAIR:N,{MAX}=N"
-        )
 
 
 def _check_options(options: RayOptions, plan: StackPlan, on_ray: bool) -> None:

@@ -1,4 +1,4 @@
-"""The tiers of ``overfill up``: prepares their pairs, and checks that they fit each other."""
+"""The option ``--decoder``: prepares the pairs of tiers, and checks that they fit each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from overfill.errors import InvalidPair
 from overfill.model.manifest import Pair
@@ -47,6 +48,16 @@ def max_workers(tier: TierSpec) -> int | None:
             f"--decoder {tier.name}: max must be a number of workers of at least {tier.count}, got {text!r}"
         )
     return int(text)
+
+
+def check_replaced(*names: str) -> None:
+    """Raises click.UsageError if an option of the current command is given that --decoder replaces."""
+    source = click.get_current_context().get_parameter_source
+    if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is not ParameterSource.DEFAULT]:
+        raise click.UsageError(
+            f"--decoder conflicts with {' and '.join(given)} (also in the settings file, or as a variable): each "
+            f"--decoder names its own pair and number of decode workers, as NAME=PAIR:N,{MAX}=N"
+        )
 
 
 def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, ...]:

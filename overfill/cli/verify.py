@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from overfill.cli.options import TIER, connect, connection_options
+from overfill.cli.up_tiers import check_replaced, resolve_tiers
 from overfill.errors import OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
@@ -113,13 +113,12 @@ def verify_command(
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
     from overfill.cli.output import print_json
-    from overfill.cli.up_tiers import resolve_tiers
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.reference import load_references
     from overfill.telemetry.progress import show_progress
 
     several = bool(tiers)
-    tiers = _check_options(pair, tiers, chosen)
+    tiers = _check_tiers(pair, tiers, chosen)
     prompts = read_questions(questions)[:limit]
     with show_progress() as report:
         tiers = resolve_tiers(tiers, report)
@@ -165,10 +164,10 @@ def verify_command(
     return 0 if passed else 1
 
 
-def _check_options(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) -> tuple[TierSpec, ...]:
+def _check_tiers(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) -> tuple[TierSpec, ...]:
     """Returns the tiers: with one pair there is one, called "default". Raises click.UsageError."""
-    if tiers and click.get_current_context().get_parameter_source("pair") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--decoder conflicts with --pair: each --decoder names its own pair, as NAME=PAIR")
+    if tiers:
+        check_replaced("pair")
     try:
         check_tiers(tiers)
     except ValueError as error:

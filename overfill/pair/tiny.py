@@ -7,6 +7,8 @@ residual stream. A wrong or lost block of KV therefore changes the answer. The t
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +37,8 @@ from overfill.pair.prune import PruningPlan, slice_weights
 from overfill.settings.tiers import TierSpec
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+TINY_TIERS = tuple(TierSpec(name, "tiny") for name in ("full", "default", "fast"))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -128,18 +132,24 @@ def make_tiny_pair(
     return folder
 
 
-def make_tiny_tiers(folder: Path, *, num_workers: int = 1, head_dim: int = 16) -> tuple[TierSpec, ...]:
-    """Writes three tiny pairs of one full model to ``folder`` (created): the tiers full, default and fast.
+def make_tiny_tiers(
+    folder: Path, tiers: Sequence[TierSpec] = TINY_TIERS, *, head_dim: int = 16
+) -> tuple[TierSpec, ...]:
+    """Writes a tiny pair for each tier to ``folder`` (created), all with one full model. Returns the tiers with them.
 
-    The decoders of default and fast have weights of their own, so that nearly every token of an answer differs between
-    the tiers. One token of another tier is then noticed. A pruned decoder agrees with its full model on most tokens.
+    The first tier's decoder is the full model. Those of the others have weights of their own, so that nearly every
+    token of an answer differs between the tiers, and one token of another tier is noticed. A pruned decoder would
+    agree with its full model on most tokens.
     """
-    pairs = {
-        "full": make_tiny_pair(folder / "full", identity=True, head_dim=head_dim),
-        "default": make_tiny_pair(folder / "default", decoder_seed=1, head_dim=head_dim),
-        "fast": make_tiny_pair(folder / "fast", decoder_seed=2, head_dim=head_dim),
-    }
-    return tuple(TierSpec(name, str(pair), num_workers) for name, pair in pairs.items())
+    return tuple(
+        replace(
+            tier,
+            pair=str(
+                make_tiny_pair(folder / tier.name, identity=not number, decoder_seed=number or None, head_dim=head_dim)
+            ),
+        )
+        for number, tier in enumerate(tiers)
+    )
 
 
 @torch.no_grad()

@@ -93,7 +93,12 @@ class Admission:
         wait = self.departure_rate.expected_wait(ahead)
         if wait is None:
             return None
-        return wait + (median(self._first_tokens) if self._first_tokens else 0.0)
+        return wait + self.median_first_token
+
+    @property
+    def median_first_token(self) -> float:
+        """Median of the recent times from placement to first token, in seconds; 0 while unknown."""
+        return median(self._first_tokens) if self._first_tokens else 0.0
 
     def check(
         self, waiting: int, ahead: int, now: float, deadline: float | None, *, client_resumes: bool = False

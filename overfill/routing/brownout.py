@@ -13,10 +13,14 @@ from overfill.routing.pool import Roster
 from overfill.routing.tier import Objectives
 
 RECOVERED = 0.7
-"""Fraction of both objectives below which a tier must be predicted to stay before its brownout ends."""
+"""Largest load of a tier in brownout at which it still takes requests. See ``Prediction.load``."""
 
 HOLD = 5.0
-"""Seconds for which it must stay there."""
+"""Seconds for which the load must stay below that before the brownout ends."""
+
+
+_LEAST_SLACK = 0.1
+"""Smallest slack of an objective, as a fraction of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +30,30 @@ class Prediction:
     Attributes:
         ttft: time to first token; None means unknown.
         itl: mean time between tokens; None means unknown.
+        idle_ttft, idle_itl: the same without any other request.
         available: False if no worker of the tier is ready.
     """
 
     ttft: float | None
     itl: float | None
+    idle_ttft: float = 0.0
+    idle_itl: float = 0.0
     available: bool = True
+
+    def load(self, objectives: Objectives) -> float:
+        """Returns the larger share of an objective's slack that other requests use; above 1 the tier misses it.
+
+        The slack is what an idle tier leaves of the objective. Without it, a tier whose steps take long even when it is
+        idle would never be seen to recover. A tier with an idle worker has no load, whatever the prediction: the answer
+        that the worker writes corrects the prediction.
+        """
+        ttft = _slack_used(self.ttft, self.idle_ttft, objectives.ttft)
+        return max(ttft, _slack_used(self.itl, self.idle_itl, objectives.itl))
+
+
+def _slack_used(value: float | None, idle: float, objective: float) -> float:
+    slack = max(objective - idle, _LEAST_SLACK * objective)
+    return 0.0 if value is None else max(0.0, value - idle) / slack
 
 
 def predict(
@@ -47,14 +69,16 @@ def predict(
     ttft = dispatcher.expected_ttft(tier, now) if dispatcher.prefill_is_free() else None
     ready = [worker for worker in pool if pool.index.is_alive(worker)]
     batch = min((worker.requests for worker in ready), default=0) + 1
-    return Prediction(ttft, expected_itl(tier, batch), available=bool(ready))
+    itl, idle_itl = expected_itl(tier, batch), expected_itl(tier, 1)
+    return Prediction(ttft, itl, dispatcher.idle_ttft(tier), idle_itl, available=bool(ready))
 
 
 class Brownout:
     """Chooses the tiers of new requests.
 
-    A tier's brownout begins when it is predicted to miss an objective. It ends when the tier has been predicted to keep
-    both with a margin (``RECOVERED``) for ``HOLD`` seconds.
+    A tier's brownout begins when it is predicted to miss an objective. It then takes only requests for which it is
+    predicted to keep both with a margin (``RECOVERED``), so that its workers stay in use. The brownout ends when the
+    tier has had that margin for ``HOLD`` seconds.
 
     Args:
         order: tiers from the best to the cheapest.
@@ -99,13 +123,13 @@ class Brownout:
 
     def _overloaded(self, tier: str, now: float) -> bool:
         """True if a request should not go to the tier now; notes whether the tier's brownout begins or ends."""
-        prediction, objectives = self._predict(tier), self._objectives[tier]
+        prediction = self._predict(tier)
         if not prediction.available:
             return True  # no brownout: it takes requests as soon as it has a worker
-        pairs = ((prediction.ttft, objectives.ttft), (prediction.itl, objectives.itl))
-        load = max((value / objective for value, objective in pairs if value is not None), default=0.0)
-        if load > 1 or (tier in self._began and load > RECOVERED):
+        load = prediction.load(self._objectives[tier])
+        overloaded = load > (RECOVERED if tier in self._began else 1.0)
+        if overloaded:
             self._began[tier] = now
         elif tier in self._began and now - self._began[tier] >= HOLD:
             del self._began[tier]
-        return tier in self._began
+        return overloaded

@@ -176,6 +176,10 @@ class Dispatcher:
         expected = queue.admission.expected_ttft(queue.jobs.ahead(0, ""))
         return waited if expected is None else max(expected, waited)
 
+    def idle_ttft(self, tier: str) -> float:
+        """Seconds until the first token of a new job that need not wait for a decode worker; 0 while unknown."""
+        return self._tiers[tier].admission.median_first_token
+
     def prefill_is_free(self) -> bool:
         """True if a new job would get a prefill slot as soon as it has a decode worker."""
         return self._free_prefill_slots > 0
@@ -231,6 +235,9 @@ class Dispatcher:
         Returns True if the job holds a prefill slot already; otherwise it is queued for one.
         """
         self._reserving.discard(job)
+        # Count it now, because a worker that refuses a job puts it back into the queue.
+        if job.placed_at is not None and job.placed_at > job.waiting_since:
+            self._tiers[job.tier].admission.departure_rate.departed()
         if job.prefill is None:
             self._want_prefill(job)
             return False
@@ -423,8 +430,6 @@ class Dispatcher:
 
     def _place(self, job: Job, worker: Worker, now: float) -> Placement:
         tier = self._tiers[job.tier]
-        if now > job.waiting_since:
-            tier.admission.departure_rate.departed()
         self._decode_placements += 1
         tier.last_placed = self._decode_placements
         job.decode, job.placed_at = worker, now

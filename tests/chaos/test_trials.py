@@ -16,7 +16,8 @@ from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
-from overfill.pair.reference import TwoStageReference
+from overfill.pair.reference import load_references
+from overfill.settings.tiers import TierSpec
 from overfill.telemetry.progress import silent
 
 SETTINGS = {"dtype": "float32", "kv_memory": "4MiB", "max_model_len": "512", "grace_period": 1, "max_num_seqs": 4}
@@ -24,14 +25,20 @@ PROMPTS = [[20 + (7 * i * (seed + 3)) % 470 for i in range(30 + seed)] for seed 
 MAX_TOKENS = 32
 
 
-def broken(pair: Path, faults: Iterable[PlannedFault], *, of_each: int = 2, **more: object) -> TrialReport:
+def broken(
+    pair: Path | None,
+    faults: Iterable[PlannedFault],
+    *,
+    of_each: int = 2,
+    tiers: tuple[TierSpec, ...] = (),
+    **more: object,
+) -> TrialReport:
     """Runs a trial on ``of_each`` routers and workers, asserts that it passed, and returns its report."""
-    plan = make_plan(
-        StackRequest(pair, of_each, of_each, of_each, threads=1, settings=SETTINGS | {"log_level": "error"})
-    )
+    settings = SETTINGS | {"log_level": "error"}
+    plan = make_plan(StackRequest(pair, of_each, of_each, of_each, threads=1, settings=settings, tiers=tiers))
     trial = Trial(faults, PROMPTS, requests=40, streams=8, max_tokens=MAX_TOKENS, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
-    report = TrialReport(result, *result.judge(TwoStageReference(pair), MAX_TOKENS, silent), {})
+    report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {})
     assert report.passed, {key: value for key, value in report.as_dict().items() if key != "strikes"}
     if isinstance(faults, list):  # a soak draws faults without end
         assert len(result.injected) + len(result.unavailable) >= len(faults)
@@ -57,6 +64,20 @@ def test_answers_are_right_whatever_befalls_whom(tiny_pair: Path) -> None:
     report = broken(tiny_pair, faults, concurrent_faults=3)
     assert report.result.migrations > 0
     assert len(report.result.ended("vanished")) == 1
+
+
+def test_only_requests_that_allow_it_change_their_tier(tiny_tiers: tuple[TierSpec, ...]) -> None:
+    """Each tier has one worker, so that a fault takes all of it. The others wait until the worker is back."""
+    faults = [
+        PlannedFault(0, "kill", "decode", "decode"),
+        PlannedFault(1, "kill", "decode", "router"),
+        PlannedFault(2, "drain", "decode", "decode"),
+        PlannedFault(3, "kill", "decode", "decode"),
+    ]
+    tiers = broken(None, faults, tiers=tiny_tiers, fallback_share=0.6, concurrent_faults=2).tiers()
+    assert set(tiers) == {"full", "default", "fast"}
+    assert all(counts["answers"] > counts["with_fallback"] > 0 for counts in tiers.values())
+    assert sum(counts["changed_within"] for counts in tiers.values()) > 0
 
 
 def test_a_wall_clock_that_is_set_costs_no_request(tiny_pair: Path, tmp_path: Path) -> None:

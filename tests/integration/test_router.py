@@ -118,6 +118,8 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
             max_model_len=config.max_positions,
             vocab_size=config.vocab_size,
         )
+        if stage == common_pb2.STAGE_DECODE:
+            self.hello.model.decoder_digest = pair.decoder_digest
         self.load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=16)
 
     async def Serve(self, requests, context):

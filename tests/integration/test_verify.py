@@ -35,6 +35,17 @@ def test_a_right_stack_passes(tiny_pair, verify):
         assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
 
 
+def test_every_tier_passes_and_two_find_the_prefill_of_the_first(tiny_tiers, questions, capsys):
+    """One tier's worker has a fault: only the answers of this tier are wrong."""
+    with running_stack(None, tiers=tiny_tiers, faults={"decode-fast-0": "shift-positions"}) as (_, address):
+        arguments = [f"--questions={questions}", "--max-tokens=16", f"--address={address}", "--json"]
+        assert main(["verify", *arguments, *(f"--decoder={tier}" for tier in tiny_tiers)]) == 1
+    full, default, fast = json.loads(capsys.readouterr().out)["tiers"]
+    assert [full["identical"], default["identical"]] == [12, 12]
+    assert fast["correct"] < 12
+    assert full["cached_tokens"] < default["cached_tokens"] == fast["cached_tokens"]
+
+
 def test_an_imported_pair_passes(tiny_pair, tmp_path, verify):
     """A decoder in the authors' format with three of four layers, which read KV out of order and of one layer twice."""
     decoder = write_two_stage(tiny_pair, tmp_path / "published", "sharded-bin", teacher=True, kept=[0, 1, 3])

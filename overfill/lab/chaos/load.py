@@ -12,8 +12,9 @@ from typing import Literal
 
 import grpc.aio
 
-from overfill.client import AsyncClient, ClientTls, SamplingParams
+from overfill.client import AsyncClient, ClientTls, Options, SamplingParams
 from overfill.errors import OverfillError, Overloaded, Unavailable
+from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
 
 Ending = Literal["answered", "refused", "given up", "failed", "vanished"]
 
@@ -28,19 +29,42 @@ class RequestResult:
     Attributes:
         ending: "refused": the stack was overloaded. "given up": it lost too many workers and said that another try may
             succeed. "vanished": the client disconnected on purpose. "failed": any other error.
+        tier: Tier that was asked.
+        fallback: Tier that may go on with the answer; "none" means no other.
+        parts: Tier and index of the first token of each part of the answer.
+        told_parts: The same for those parts that began while the answer streamed, as the stream told them.
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
         slow: True if the client read slowly.
     """
 
     request: str
     prompt: Sequence[int]
+    tier: str = DEFAULT_TIER
+    fallback: str = NO_FALLBACK
     ending: Ending = "answered"
     error: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length", "tool_calls"] = "length"
+    parts: tuple[tuple[str, int], ...] = ()
+    told_parts: tuple[tuple[str, int], ...] = ()
     migrations: int = 0
     longest_pause: float = 0.0
     slow: bool = False
+
+    @property
+    def changed_tier(self) -> bool:
+        """True if another tier than the one that was asked wrote a token."""
+        return any(tier != self.tier for tier, _ in self.parts)
+
+    @property
+    def tier_problem(self) -> str | None:
+        """What is wrong with the parts that the answer names; None if they can be right."""
+        if others := {tier for tier, _ in self.parts} - {self.tier, self.fallback}:
+            return f"{self.request}: tier {self.tier} was asked, but {', '.join(sorted(others))} wrote a part"
+        begun = tuple(part for part in self.parts if part != (self.tier, 0))
+        if self.told_parts != begun:
+            return f"{self.request}: the stream told of {self.told_parts}, and the end of {begun}"
+        return None
 
 
 class LoadGenerator:
@@ -49,6 +73,8 @@ class LoadGenerator:
     Args:
         addresses: Addresses of the routers.
         max_tokens: Maximum tokens of an answer.
+        tiers: Tiers to ask, at random.
+        fallback_share: Share of the requests that allow the next tier in ``tiers`` to go on with the answer.
     """
 
     def __init__(
@@ -58,12 +84,17 @@ class LoadGenerator:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         seed: int,
+        tiers: Sequence[str] = (DEFAULT_TIER,),
+        fallback_share: float = 0.0,
     ) -> None:
         self._addresses = addresses
         self._tls = tls
         self._prompts = prompts
         self._max_tokens = max_tokens
+        self._seed = seed
         self._rng = random.Random(seed)
+        self._tiers = tiers
+        self._fallback_share = fallback_share
         self._numbers = itertools.count()
         self._idle: list[AsyncClient] = []
         self._running: dict[str, tuple[AsyncClient, RequestResult]] = {}
@@ -77,7 +108,7 @@ class LoadGenerator:
         """Sends one request and waits for its end."""
         number = next(self._numbers)
         client = self._idle.pop() if self._idle else self._connect(number)
-        result = RequestResult(f"chaos-{number}", self._prompts[number % len(self._prompts)])
+        result = RequestResult(f"chaos-{number}", self._prompts[number % len(self._prompts)], *self._choose(number))
         self._running[result.request] = client, result
         try:
             await self._read(client, result)
@@ -129,12 +160,21 @@ class LoadGenerator:
         for client in self._idle:
             await client.close()
 
+    def _choose(self, number: int) -> tuple[str, str]:
+        """Returns tier and fallback of a request, which depend only on the seed and its number."""
+        rng = random.Random(f"{self._seed}/{number}")
+        tier = rng.randrange(len(self._tiers))
+        falls_back = rng.random() < self._fallback_share and len(self._tiers) > 1
+        return self._tiers[tier], self._tiers[(tier + 1) % len(self._tiers)] if falls_back else NO_FALLBACK
+
     async def _read(self, client: AsyncClient, result: RequestResult) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=self._max_tokens)
         last = time.monotonic()
-        options = {"sampling": sampling, "request_id": result.request, "timeout": _TIMEOUT}
-        async with client.stream(result.prompt, **options) as stream:  # type: ignore[arg-type]
+        options: Options = {"sampling": sampling, "request_id": result.request, "timeout": _TIMEOUT}
+        options |= {"tier": result.tier, "fallback": result.fallback}
+        async with client.stream(result.prompt, **options) as stream:
             async for delta in stream:
+                result.told_parts += tuple((part.tier, part.first_index) for part in delta.parts)
                 if delta.token_ids:
                     now = time.monotonic()
                     result.longest_pause = max(result.longest_pause, now - last)
@@ -143,6 +183,7 @@ class LoadGenerator:
                     await asyncio.sleep(_SLOW)
             answer = stream.answer
         result.token_ids, result.finish_reason = answer.token_ids, answer.finish_reason
+        result.parts = tuple((part.tier, part.first_index) for part in answer.parts)
         result.migrations = answer.migrations
 
     def _connect(self, number: int) -> AsyncClient:

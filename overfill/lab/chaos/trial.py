@@ -11,7 +11,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from overfill.lab.chaos.load import LoadGenerator, RequestResult
 from overfill.lab.chaos.memory import MemorySample, watch
 from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxies
 from overfill.lab.faults.engines import engines_by_stage
-from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge, summarise
+from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
@@ -54,6 +54,7 @@ class Trial:
         seconds: Seconds after which no fault begins and requests stop. None means when all faults are over.
         concurrent_faults: Maximum number of faults at the same time.
         time_limit: Seconds after which no fault begins, and the trial waits for no more requests.
+        fallback_share: Share of the requests that allow another tier to go on with the answer.
     """
 
     faults: Iterable[PlannedFault]
@@ -66,6 +67,7 @@ class Trial:
     concurrent_faults: int = 1
     time_limit: float = 3600.0
     seed: int = 0
+    fallback_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,11 @@ class TrialResult:
     unavailable: list[str] = field(default_factory=list)
     engines: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def tier_problems(self) -> list[str]:
+        """Descriptions of answers that changed their tier unasked, or whose stream told of other parts than its end."""
+        return [problem for one in self.ended("answered") if (problem := one.tier_problem) is not None]
+
     def ended(self, ending: str) -> list[RequestResult]:
         """Returns the requests that ended in this way."""
         return [request_result for request_result in self.results if request_result.ending == ending]
@@ -147,22 +154,25 @@ class TrialResult:
         return sorted(max(0.0, o.longest_pause - usual) for o in moved)
 
     def judge(
-        self, reference: TwoStageReference, max_tokens: int, report: Callable[[str, int, int], None]
+        self,
+        references: Mapping[str, TwoStageReference],
+        max_tokens: int,
+        report: Callable[[str, int, int], None],
     ) -> tuple[Summary, set[str]]:
-        """Compares every answer with ``reference``. Equal answers to equal prompts are judged once.
+        """Compares each part of every answer with its tier's reference. Equal answers to equal prompts are judged once.
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
         known: dict[tuple[object, ...], JudgedAnswer] = {}
         judged, wrong = [], set()
         answered = self.ended("answered")
-        for request_result in answered:
-            answer = tuple(request_result.prompt), tuple(request_result.token_ids), request_result.finish_reason
+        for one in answered:
+            answer = one.parts, tuple(one.prompt), one.token_ids, one.finish_reason
             if answer not in known:
-                known[answer] = judge(reference, *answer, max_tokens)
+                known[answer] = judge_parts(references, *answer, max_tokens)
             judged.append(known[answer])
             if not known[answer].correct:
-                wrong.add(request_result.request)
+                wrong.add(one.request)
             report("Judging", len(judged), len(answered))
         return summarise(judged), wrong
 
@@ -215,7 +225,15 @@ class _TrialRun:
         self._report = report
         self._restart_timeout = restart_timeout
         self._rng = random.Random(trial.seed)
-        self._load = LoadGenerator(links.routers, stack.plan.client_tls, trial.prompts, trial.max_tokens, trial.seed)
+        self._load = LoadGenerator(
+            links.routers,
+            stack.plan.client_tls,
+            trial.prompts,
+            trial.max_tokens,
+            trial.seed,
+            [tier.name for tier in stack.plan.tiers],
+            trial.fallback_share,
+        )
         self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds
         self._restored_at: dict[str, float] = {}  # process -> when its last fault ended

@@ -14,6 +14,7 @@ from overfill.lab.chaos.load import RequestResult
 from overfill.lab.chaos.memory import lifetimes
 from overfill.lab.chaos.trial import InjectedFault, TrialResult
 from overfill.pair.reference import Summary
+from overfill.routing.tier import NO_FALLBACK
 
 FREED_WITHIN = 2.0
 """Maximum seconds from the last answer until every block is free."""
@@ -38,12 +39,13 @@ class TrialReport:
     def passed(self) -> bool:
         """True if every request was answered right or refused with a reason, and the stack ended clean.
 
-        Clean means: all blocks were free within 2 s, no worker leaked or is missing, every process exited as it should.
+        No answer may have changed its tier unasked. Clean means: all blocks were free within 2 s, no worker leaked or
+        is missing, every process exited as it should.
         """
         result = self.result
         freed = result.freed_after is not None and result.freed_after <= FREED_WITHIN
         whole = freed and not result.leaked and not result.unclean_exits
-        return self.summary.passed and not result.ended("failed") and whole
+        return self.summary.passed and not result.ended("failed") and not result.tier_problems and whole
 
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns fault -> phase -> counts of the faults and of the requests held for them."""
@@ -55,6 +57,25 @@ class TrialReport:
             fault: {phase: self._cell(found[fault][phase], by_id) for phase in PHASES if phase in found[fault]}
             for fault in FAULTS
             if fault in found
+        }
+
+    def tiers(self) -> dict[str, dict[str, int]]:
+        """Returns tier -> counts of the requests that asked it. Empty if all asked the same one."""
+        found: dict[str, list[RequestResult]] = {}
+        for one in sorted(self.result.results, key=lambda one: one.tier):
+            found.setdefault(one.tier, []).append(one)
+        return {tier: self._tier(asked) for tier, asked in found.items()} if len(found) > 1 else {}
+
+    def _tier(self, asked: Sequence[RequestResult]) -> dict[str, int]:
+        answered = [one for one in asked if one.ending == "answered"]
+        return {
+            "requests": len(asked),
+            "answers": len(answered),
+            "right": sum(one.request not in self.wrong for one in answered),
+            "migrations": sum(one.migrations for one in answered),
+            "with_fallback": sum(one.fallback != NO_FALLBACK for one in answered),
+            "changed_tier": sum(one.changed_tier for one in answered),
+            "changed_within": sum(len(one.parts) > 1 for one in answered),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,14 +107,16 @@ class TrialReport:
             "blocks_freed_after": _round(result.freed_after),
             "leaked": result.leaked,
             "unclean_exits": result.unclean_exits,
+            "tiers": self.tiers(),
+            "tier_problems": result.tier_problems,
             "cells": self.cells(),
             "lives": [asdict(lifetime) for lifetime in lifetimes(result.memory_samples)],
             "strikes": [one.as_dict() for one in result.injected],
         }
 
     def tables(self) -> list[Table]:
-        """Returns three tables: totals; how held requests ended, per fault and phase; memory (if long enough)."""
-        return [self._figures(), self._matrix(), *self._memory()]
+        """Returns tables: totals; tiers (if several); how held requests ended, per fault and phase; memory, if long."""
+        return [self._figures(), *self._tier_table(), self._matrix(), *self._memory()]
 
     def _cell(self, injected: Sequence[InjectedFault], by_id: dict[str, RequestResult]) -> dict[str, Any]:
         held = [by_id[one.request] for one in injected if one.request in by_id]
@@ -114,7 +137,7 @@ class TrialReport:
 
     def _figures(self) -> Table:
         table = Table(box=None, show_header=False)
-        left_out = ("settings", "cells", "strikes", "lives")
+        left_out = ("settings", "cells", "strikes", "lives", "tiers")
         for name, value in self.as_dict().items():
             if name not in left_out and value not in ([], {}, None):
                 table.add_row(name.replace("_", " "), str(value))
@@ -128,6 +151,18 @@ class TrialReport:
         for fault, phases in self.cells().items():
             table.add_row(fault, *(_in_words(phases.get(phase)) for phase in PHASES))
         return table
+
+    def _tier_table(self) -> list[Table]:
+        found = self.tiers()
+        if not found:
+            return []
+        table = Table(title="requests by the tier that they asked", title_justify="left")
+        table.add_column("tier")
+        for name in next(iter(found.values())):
+            table.add_column(name.replace("_", " "), justify="right")
+        for tier, counts in found.items():
+            table.add_row(tier, *map(str, counts.values()))
+        return [table]
 
     def _memory(self) -> list[Table]:
         found = lifetimes(self.result.memory_samples)

@@ -6,15 +6,16 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import Number, RenamedFlags, engine_options
+from overfill.cli.options import TIER, Number, RenamedFlags, engine_options
 from overfill.cli.output import console, print_json
+from overfill.cli.up_tiers import check_replaced, resolve_tiers
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
     HOST_TARGETS,
@@ -28,6 +29,7 @@ from overfill.lab.chaos.fault_plan import (
     matrix,
     read_report,
 )
+from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
@@ -57,6 +59,18 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     show_default=True,
     help="Name of a pair, folder of a pair, or tiny (a small pair with random weights).",
 )
+@click.option(
+    "--decoder",
+    "tiers",
+    multiple=True,
+    type=TIER,
+    help="A tier, as for `overfill up`. Repeat it for each tier; it replaces --pair and --decode. With the pair tiny, "
+    "the first tier's decoder is the full model, and the others answer differently.",
+)
+@click.option(
+    "--fallback-share", type=Number(0, 1), default=0.25, show_default=True,
+    help="Share of the requests that allow the next tier to go on with their answer. Only with --decoder.",
+)  # fmt: skip
 @click.option(
     "--fault",
     "faults",
@@ -159,6 +173,8 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def chaos_command(
     pair: str,
+    tiers: tuple[TierSpec, ...],
+    fallback_share: float,
     faults: tuple[FaultName, ...],
     phases: tuple[Phase, ...],
     targets: tuple[Target, ...],
@@ -194,6 +210,9 @@ def chaos_command(
     A fault waits for a request in its phase. It hits a process that serves this request, or the client.
     A process is killed, drained, frozen or partitioned only while another one of its stage is ready.
 
+    With --decoder, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
+    that wrote it, and only requests that allow it may change their tier. A tier may lose its last worker.
+
     The same seed draws the same faults. --first-fault starts later in this sequence; --replay injects the faults of an
     earlier run's report.
 
@@ -203,10 +222,13 @@ def chaos_command(
     from overfill.lab.chaos.memory import draw as draw_memory
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
-    from overfill.pair.reference import TwoStageReference
+    from overfill.pair.reference import load_references
     from overfill.telemetry.progress import show_progress
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
+    if tiers:
+        check_replaced("pair", "decode")
+        _check_tiers(tiers)
     among = (faults or FAULTS, phases or PHASES, targets or None)
     chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
     trial_settings = {
@@ -219,7 +241,7 @@ def chaos_command(
     }
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
-        plan, prompts, folder = prepare(pair, prefill, decode, routers, exits, report, trial_settings)
+        plan, prompts = prepare(pair, tiers, prefill, decode, routers, exits, report, trial_settings)
         trial = Trial(
             faults=chosen,
             prompts=prompts,
@@ -231,9 +253,10 @@ def chaos_command(
             concurrent_faults=concurrent_faults,
             time_limit=max(time_limit, soak * 60 if soak else 0.0),
             seed=seed,
+            fallback_share=fallback_share,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
-        summary, wrong = result.judge(TwoStageReference(folder), max_tokens, report)
+        summary, wrong = result.judge(load_references(plan.tiers), max_tokens, report)
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -249,6 +272,18 @@ def chaos_command(
             console().print(table)
         click.echo(str(summary))
     return 0 if judged.passed else 1
+
+
+def _check_tiers(tiers: Sequence[TierSpec]) -> None:
+    """Raises click.UsageError if the tiers do not fit each other, or are fewer than two decode workers."""
+    try:
+        check_tiers(tiers)
+    except ValueError as error:
+        raise click.UsageError(f"--decoder: {error}") from error
+    if sum(tier.count for tier in tiers) < 2:
+        raise click.UsageError("--decoder: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
+    if len({tier.pair == "tiny" for tier in tiers}) > 1:
+        raise click.UsageError("--decoder: all tiers have the pair tiny, or none: they share the full model")
 
 
 def _choose_faults(
@@ -289,33 +324,53 @@ _TINY_ON_VLLM = {
 
 
 def prepare(
-    pair: str, prefill: int, decode: int, routers: int, exits: ExitStack, report: Report, settings: dict[str, Any]
-) -> tuple[StackPlan, list[list[int]], Path]:
-    """Returns the plan of a float32 stack, prompts, and the pair's folder. ``exits`` removes a tiny pair's folder."""
+    pair: str,
+    tiers: Sequence[TierSpec],
+    prefill: int,
+    decode: int,
+    routers: int,
+    exits: ExitStack,
+    report: Report,
+    settings: dict[str, Any],
+) -> tuple[StackPlan, list[list[int]]]:
+    """Returns the plan of a float32 stack, and prompts. ``exits`` removes the folder of tiny pairs.
+
+    Args:
+        tiers: tiers, which replace ``pair`` and ``decode``. Empty means one pair.
+    """
     from overfill.cli.up import check_engines
     from overfill.cli.up_plan import StackRequest, make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair
-    from overfill.pair.tiny import make_tiny_pair
+    from overfill.pair.tiny import make_tiny_pair, make_tiny_tiers
 
     settings = {"dtype": "float32", "log_level": "error"} | settings
-    if pair == "tiny":
+    folder: Path | None = None
+    if (tiers[0].pair if tiers else pair) == "tiny":
         parent = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-"))
         on_vllm = "vllm" in (settings.get("prefill_engine"), settings.get("decode_engine"))
         # vLLM's kernels for CPUs have no smaller heads than 32.
-        folder = make_tiny_pair(Path(parent) / "tiny", head_dim=32 if on_vllm else 16)
+        head_dim = 32 if on_vllm else 16
+        if tiers:
+            tiers = make_tiny_tiers(Path(parent), tiers, head_dim=head_dim)
+        else:
+            folder = make_tiny_pair(Path(parent) / "tiny", head_dim=head_dim)
         defaults = {"kv_memory": "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
         settings |= {name: value for name, value in defaults.items() if settings.get(name) is None}
+    elif tiers:
+        tiers = resolve_tiers(tiers, report)
     else:
         folder = resolve_pair(pair, report)
-    tokenizer = load_tokenizer(folder / "full")
-    plan = make_plan(StackRequest(folder, prefill, decode, routers, threads=1, settings=settings))
+    plan = make_plan(StackRequest(folder, prefill, decode, routers, threads=1, settings=settings, tiers=tuple(tiers)))
+    tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
     check_engines(plan, here=True)
     limit = plan.prefill[0].max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
-    return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions], folder
+    return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions]
 
 
 def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path | TierSpec) else value

@@ -115,8 +115,8 @@ class _Load:
     "profile_name",
     default="cpu",
     show_default=True,
-    help="Speed of the workers: cpu (measured), h100, h100-l4, l4 (estimated from datasheets), a JSON file with a "
-    "profile, or a file with the output of `overfill bench prefill --json` and `decode --json`.",
+    help="Speed of the workers: cpu (measured), h100, h100-l4, h100-l4-full, l4 (estimated from datasheets), a JSON "
+    "file with a profile, or a file with the output of `overfill bench prefill --json` and `decode --json`.",
 )
 @click.option(
     "--prefill",

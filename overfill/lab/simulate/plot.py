@@ -69,9 +69,9 @@ def save_tiers(path: Path, title: str, results: Mapping[str, SimulationResult], 
         load, met, refused, shares = axes[:, column]
         span = max(request.trace.arrival for request in result.requests)
         width = max(1.0, span / 60)
-        bins: list[list[SimRequest]] = [[] for _ in range(int(span / width) + 1)]
+        bins: list[list[SimRequest]] = [[] for _ in range(max(1, int(span / width)))]
         for request in result.requests:
-            bins[int(request.trace.arrival / width)].append(request)
+            bins[min(len(bins) - 1, int(request.trace.arrival / width))].append(request)
         minutes = [(index + 0.5) * width / 60 for index in range(len(bins))]
         load.plot(minutes, [len(part) / width for part in bins], color=_GREY, linewidth=1)
         load.set(title=heading, ylabel="requests/s", ylim=(0, None))
@@ -81,11 +81,11 @@ def save_tiers(path: Path, title: str, results: Mapping[str, SimulationResult], 
         for tier, colour in zip(tiers, _colours(tiers), strict=True):
             asking = [[request for request in part if request.asked == tier] for part in bins]
             if any(asking):
-                kept = [100 * sum(result.meets(r, objective) for r in part) / max(1, len(part)) for part in asking]
+                kept = [_percent(sum(result.meets(r, objective) for r in part), len(part)) for part in asking]
                 met.plot(minutes, kept, color=colour, linewidth=1, label=tier)
                 rate = [sum(request.error == "Overloaded" for request in part) / width for part in asking]
                 refused.plot(minutes, rate, color=colour, linewidth=1, label=tier)
-            stacked.append([100 * sum(r.job.tier == tier for r in part) / max(1, len(part)) for part in answers])
+            stacked.append([_percent(sum(r.job.tier == tier for r in part), len(part)) for part in answers])
         met.set(ylabel="met the objective, %", ylim=(0, 105))
         met.legend(title="tier asked for", loc="lower left", fontsize=8, title_fontsize=8)
         refused.set(ylabel="refused/s", ylim=(0, None))
@@ -96,6 +96,10 @@ def save_tiers(path: Path, title: str, results: Mapping[str, SimulationResult], 
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _percent(part: int, whole: int) -> float:
+    return 100 * part / whole if whole else float("nan")
 
 
 def _colours(tiers: Sequence[str]) -> list[str]:

@@ -219,6 +219,7 @@ CPU = Profile(
 BUILT_IN: dict[str, Profile] = {
     "cpu": CPU,
     "h100-l4": from_datasheets("h100-l4", H100, L4, LLAMA_8B, LLAMA_8B_TO_3B),
+    "h100-l4-full": from_datasheets("h100-l4-full", H100, L4, LLAMA_8B, LLAMA_8B),  # a tier without pruning
     "h100": from_datasheets("h100", H100, H100, LLAMA_8B, LLAMA_8B_TO_3B),
     "l4": from_datasheets("l4", L4, L4, LLAMA_8B, LLAMA_8B_TO_3B),
 }

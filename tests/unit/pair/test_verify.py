@@ -202,7 +202,7 @@ def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--decoder=a=x", "--pair=x"], "--decoder conflicts with --pair"),
+        (["--decoder=a=x", "--pair=x"], "--decoder conflicts with --pair (also"),
         (["--decoder=a=x", "--decoder=a=y"], "two tiers have the name 'a'"),
         (["--decoder=a=x", "--tier=b"], "--tier b: give it a --decoder; tiers are a"),
     ],

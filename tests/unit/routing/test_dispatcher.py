@@ -505,7 +505,11 @@ def drained(roster, dispatcher, add_worker, make_report, per_second, until):
         dispatcher.finish(running.pop())
         roster.prefill.report(roster.prefill.get("p0"), make_report(credits=1000, total=10000), now)
         roster.decode[DEFAULT_TIER].report(worker, make_report(credits=1, total=10000), now)
-        running += [o.job for o in dispatcher.poll(now)]
+        started = [o.job for o in dispatcher.poll(now)]
+        for each in started:
+            dispatcher.prefill_with_start(each)
+            dispatcher.reserved(each)
+        running += started
     return now
 
 
@@ -559,6 +563,22 @@ def test_a_limit_on_waiting_refuses_requests_that_would_wait_longer(roster, add_
     with pytest.raises(Overloaded, match="the limit 1 s"):
         for index in range(4):
             dispatcher.submit(job(f"too many{index}"), now)
+
+
+def test_a_placement_that_a_worker_refuses_does_not_make_the_queue_look_fast(roster, add_worker, make_report):
+    dispatcher = Dispatcher(roster, max_queue=100, max_wait=2.0)
+    now = drained(roster, dispatcher, add_worker, make_report, 4, 8)
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, None)
+    worker = roster.find("d0")
+    roster.decode[DEFAULT_TIER].release(worker)
+    for _ in range(40):  # ten seconds in which the worker takes nothing
+        now += 0.25
+        roster.decode[DEFAULT_TIER].report(worker, make_report(credits=1, total=10000), now)
+        roster.prefill.report(roster.find("p0"), make_report(credits=1000, total=10000), now)
+        (outcome,) = dispatcher.poll(now)
+        dispatcher.refused(outcome.job)
+    with pytest.raises(Overloaded, match="the limit 2 s"):
+        dispatcher.admit(DEFAULT_TIER, 0, "", now, None)
 
 
 def test_idle_time_does_not_count_as_a_slow_queue(roster, dispatcher, add_worker, make_report):

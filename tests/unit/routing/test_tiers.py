@@ -314,10 +314,23 @@ def test_a_brownout_ends_only_after_some_time_below_the_objective():
     loads.of["full"] = 0.9
     assert loads.choose("full", 100.0) == "default", "within the margin"
     loads.of["full"] = 0.5
+    assert loads.choose("full", 100.0 + HOLD - 0.1) == "full", "its workers stay in use"
+    assert loads.brownout.active == {"full"}
+    loads.of["full"] = 0.9
     assert loads.choose("full", 100.0 + HOLD - 0.1) == "default"
-    loads.brownout.update(100.0 + HOLD)
+    loads.of["full"] = 0.5
+    loads.brownout.update(100.0 + 2 * HOLD)
     assert not loads.brownout.active
-    assert loads.choose("full", 100.0 + HOLD) == "full"
+
+
+def test_a_tier_that_is_slow_when_idle_recovers():
+    objectives = Objectives(2.0, 0.1)
+    assert Prediction(1.6, 0.08, idle_ttft=1.5, idle_itl=0.075).load(objectives) == pytest.approx(0.2)
+    assert Prediction(2.1, 0.08, idle_ttft=1.5, idle_itl=0.075).load(objectives) == pytest.approx(1.2)
+    idle = Prediction(2.2, 0.15, idle_ttft=2.2, idle_itl=0.15)
+    assert idle.load(objectives) == 0, "the next answer corrects a prediction that is too high"
+    assert Prediction(2.2, 0.17, idle_ttft=2.2, idle_itl=0.15).load(objectives) > 1
+    assert Prediction(None, None).load(objectives) == 0
 
 
 def test_a_tier_without_workers_is_passed_over_only_while_it_has_none():

@@ -50,9 +50,34 @@ def test_sizes_policies_and_scaling(capsys, tmp_path):
     assert "scaled pools of 4 workers" in capsys.readouterr().out
 
 
+TIERS = ("--tier", "full=cpu:2,weights=6,share=2,itl-objective=0.05", "--tier", "fast=cpu")
+
+
+def test_tiers_and_brownouts(capsys, tmp_path):
+    plot = tmp_path / "tiers.png"
+    assert main([*SMALL, *TIERS, "--brownout", "full > fast", "--plot", str(plot)]) == 0
+    text = capsys.readouterr().out
+    assert "1 + 2 full + 1 fast workers" in text
+    assert "Tiers, brownout full > fast" in text
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert main(["simulate", "--trace", "synthetic:5:20", "--trace", "synthetic:2:10", *TIERS, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["figures"]["requests"] == 30
+    assert set(document["tiers"]) == {"full", "fast"}
+    assert sum(tier["answer_share"] for tier in document["tiers"].values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        ((*TIERS, "--brownout", "full > cheap"), 2, "there is no tier 'cheap'"),
+        ((*TIERS, "--decode", "2"), 2, "leave out --decode"),
+        ((*TIERS, "--size"), 2, "leave out --size"),
+        (("--tier", "full=cpu,bytes=2"), 2, "bytes is unknown; allowed are share, weights"),
+        (("--tier", "full=cpu,weights=-1"), 2, "weights must be a number above 0, got '-1'"),
+        (("--tier", "full=cpu,share=0"), 2, "no request asks for any tier"),
+        (("--brownout", "full > fast"), 2, "there is no tier 'full'"),
+        (("--trace", "synthetic:fast"), 2, "expected synthetic:RATE or synthetic:RATE:REQUESTS"),
         (("--size", "--autoscale"), 2, "exclude each other"),
         (("--max-workers", "4"), 2, "needs --autoscale"),
         (("--size", "--plot", "a.png"), 2, "one run"),

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import InvalidRequest
-from overfill.lab.simulate.options import SimulationOptions
+from overfill.lab.simulate.options import SimTier, SimulationOptions
 from overfill.lab.simulate.policies import NAMES
 from overfill.lab.simulate.profiles import CPU
 from overfill.lab.simulate.sizing import SizeSearch
 from overfill.lab.simulate.stack import Simulation
 from overfill.lab.traffic.outcome import Objective
-from overfill.lab.traffic.traces import TraceRequest, synthetic
+from overfill.lab.traffic.traces import TraceRequest, concatenate, synthetic
 from overfill.routing.scaling import Bounds, ScalingConfig
 
 OBJECTIVE = Objective(ttft=2, itl=0.1)
@@ -181,3 +181,41 @@ def test_an_objective_that_no_number_of_workers_meets_is_said_to_be_one():
 def test_an_unknown_policy_is_named():
     with pytest.raises(InvalidRequest, match=r"policy: must be one of .*least-load.*, got 'best'"):
         run([TraceRequest(0.0, 1, 1)], policy="best")
+
+
+FULL = replace(CPU, decode=CPU.decode.with_weights(6))
+TIERS = (SimTier("full", FULL, share=3, itl=0.05), SimTier("fast", CPU, share=1))
+
+
+def test_each_tier_has_its_workers_and_its_share_of_requests():
+    result = run(synthetic(400, "poisson", 3, 200, 60, 0), prefill=2, tiers=TIERS, check=True)
+    figures = result.tier_figures(OBJECTIVE)
+    assert figures["full"]["requests"] == pytest.approx(300, rel=0.1)
+    assert figures["full"]["answers"] + figures["fast"]["answers"] == 400
+    assert figures["full"]["browned_out"] == 0
+    assert figures["full"]["request_itl_p95"] > 3 * figures["fast"]["request_itl_p95"], "its weights are six times more"
+
+
+def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
+    """Twice what the tier can do, then a fifth of it."""
+    trace = concatenate([synthetic(rate * 60, "poisson", rate, 200, 60, 0) for rate in (16, 2)])
+    options = {"prefill": 4, "tiers": TIERS, "max_wait": 1.0}
+    refused = run(trace, **options)
+    saved = run(trace, brownout=("full", "fast"), **options)
+    half = run(trace, brownout=("full", "fast"), allow_brownout=0.5, **options)
+    attainment = [result.attainment(OBJECTIVE) for result in (refused, half, saved)]
+    assert attainment == sorted(attainment)
+    assert attainment[2] > attainment[0] + 0.2
+    assert saved.tier_figures(OBJECTIVE)["full"]["refused"] < 0.1 * refused.tier_figures(OBJECTIVE)["full"]["refused"]
+    late = [request for request in saved.requests if request.trace.arrival > 80]
+    assert all(request.job.tier == request.asked for request in late), "back again"
+    assert not saved.samples[-1].brownout
+
+
+def test_the_scaler_moves_the_pool_of_the_loaded_tier():
+    scaling = ScalingConfig(prefill=Bounds(1, 4), decode=Bounds(1, 6))
+    tiers = (SimTier("full", FULL, share=1, itl=0.05), SimTier("fast", CPU, share=0))
+    result = run(synthetic(900, "poisson", 15, 200, 60, 0), replace(CPU, startup=2), tiers=tiers, scaling=scaling)
+    workers = [sample.tier_workers for sample in result.samples]
+    assert max(at.get("full", 0) for at in workers) > 2
+    assert {at.get("fast", 0) for at in workers if at} == {1}

@@ -1,0 +1,84 @@
+"""Trials over several tiers notice an answer that changed its tier unasked, and spread their requests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from overfill.lab.chaos.load import LoadGenerator, RequestResult
+from overfill.lab.chaos.trial import TrialResult
+from overfill.lab.chaos.trial_report import TrialReport
+from overfill.lab.commands.chaos import chaos_command
+from overfill.pair.reference import Summary, load_references
+from overfill.settings.tiers import TierSpec
+from overfill.telemetry.progress import silent
+
+SWITCHED = (("full", 0), ("fast", 3))
+TOLD = (("fast", 3),)
+
+
+def result(parts: tuple[tuple[str, int], ...], told: tuple[tuple[str, int], ...], fallback: str) -> RequestResult:
+    return RequestResult("r", [5], "full", fallback, parts=parts, told_parts=told)
+
+
+@pytest.mark.parametrize(
+    ("one", "problem"),
+    [
+        (result((("full", 0),), (), "none"), None),
+        (result(SWITCHED, TOLD, "fast"), None),
+        (result((("fast", 0),), (("fast", 0),), "fast"), None),
+        (result(SWITCHED, TOLD, "none"), "tier full was asked, but fast wrote a part"),
+        (result(SWITCHED, TOLD, "default"), "tier full was asked, but fast wrote a part"),
+        (result(SWITCHED, (), "fast"), "the stream told of ()"),
+        (result(SWITCHED, (("fast", 4),), "fast"), "the stream told of (('fast', 4),)"),
+    ],
+)
+def test_a_change_of_tier_must_be_asked_for_and_told_as_it_is(one: RequestResult, problem: str | None) -> None:
+    assert (one.tier_problem is None) == (problem is None)
+    assert problem is None or problem in str(one.tier_problem)
+    trial = TrialResult([one], freed_after=0.0)
+    right = Summary(answers=1, correct=1, identical=1, ties=0, tokens=1)
+    assert TrialReport(trial, right, set(), {}).passed == (problem is None)
+
+
+def test_each_part_is_judged_at_the_token_that_the_answer_names(tiny_tiers: tuple[TierSpec, ...]) -> None:
+    references = load_references(tiny_tiers)
+    prompt = [20 + 7 * i for i in range(30)]
+    answer: list[int] = []
+    for tier in ["full"] * 3 + ["fast"] * 3:
+        answer.append(references[tier].score(prompt, [*answer, 0])[-1].reference_id)
+    good = RequestResult("good", prompt, "full", "fast", token_ids=tuple(answer), parts=SWITCHED)
+    late, early = (replace(good, request=f"at {at}", parts=(("full", 0), ("fast", at))) for at in (4, 2))
+    summary, wrong = TrialResult([good, late, early]).judge(references, 6, silent)
+    assert (summary.correct, wrong) == (1, {"at 4", "at 2"})
+    other = RequestResult("other", prompt, "default", "none", parts=(("default", 0),))
+    counts = TrialReport(TrialResult([good, late, other]), summary, wrong, {}).tiers()
+    assert (counts["full"]["answers"], counts["full"]["right"], counts["full"]["changed_within"]) == (2, 1, 2)
+    assert (counts["default"]["changed_tier"], counts["default"]["with_fallback"]) == (0, 0)
+
+
+def test_requests_are_spread_over_the_tiers_and_some_allow_the_next_one() -> None:
+    load = LoadGenerator([], None, [], 1, 0, ["full", "default", "fast"], 0.5)
+    chosen = Counter(load._choose(number) for number in range(600))
+    following = {"full": "default", "default": "fast", "fast": "full"}
+    assert set(chosen) == {(tier, fallback) for tier in following for fallback in ("none", following[tier])}
+    assert all(70 <= count <= 130 for count in chosen.values())
+    assert {LoadGenerator([], None, [], 1, 0)._choose(number) for number in range(20)} == {("default", "none")}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--decoder=a=tiny:2", "--decode=3"], "--decoder conflicts with --decode"),
+        (["--decoder=a=tiny"], "give at least two decode workers"),
+        (["--decoder=a=tiny", "--decoder=a=tiny"], "two tiers have the name"),
+        (["--decoder=a=tiny", "--decoder=b=fast"], "all tiers have the pair tiny, or none"),
+    ],
+)
+def test_tiers_that_no_trial_can_have_are_bad_usage(options: list[str], says: str) -> None:
+    done = CliRunner().invoke(chaos_command, options)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.replace("\u2502", " ").split())
