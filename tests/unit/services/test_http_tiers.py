@@ -137,7 +137,7 @@ async def test_the_models_are_listed_with_their_tiers(client: Http) -> None:
     ]  # fmt: skip
     assert [model["overfill"]["pair"]["decoder_digest"][0] for model in listed] == ["d", "d", "f"]
     _, one = await client.get("/v1/models/tiny:full")
-    assert one["overfill"]["default-pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
+    assert one["overfill"]["pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
 
 
 async def test_the_fields_reach_the_generator_unchanged(client: Http, generator: FakeGenerator) -> None:
@@ -151,7 +151,7 @@ async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, genera
     generator.tiers, generator.brownout_from = ["default", "full"], "full"
     whole = await ask(client)
     assert (whole["model"], whole["system_fingerprint"]) == ("tiny:default", "fp_dddddddddddd")
-    assert whole["overfill"]["default-pair"]["name"] == "pair"
+    assert whole["overfill"]["pair"]["name"] == "default-pair"
     (told,) = whole["overfill"]["choices"]
     assert (told["tier"], told["brownout_from"]) == ("full", "full")
     assert told["parts"] == [{"tier": "default", "first_index": 0}, {"tier": "full", "first_index": 1}]
