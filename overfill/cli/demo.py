@@ -1,22 +1,30 @@
-"""``overfill demo``: starts a real stack, asks one question, and shows the parts of the time to first token."""
+"""``overfill demo``: starts a real stack, asks one question in each tier, and shows answers, speed and TTFT."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import sys
+import os
 import threading
+from collections.abc import Callable, Iterator
 
 import click
 from rich.console import Console
+from rich.live import Live
 
+from overfill.cli.answering import stream_answer
+from overfill.cli.demo_tiers import TIERS, answers_view, ask_tiers, figures_table, with_agreement
+from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack
+from overfill.cli.stack import Stack, StackPlan
 from overfill.cli.up import AnyStack
 from overfill.cli.up_plan import StackRequest, make_plan
+from overfill.cli.up_tiers import resolve_tiers, tier_pair
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.cluster.connection import check_installed
 from overfill.process.extras import require
+from overfill.settings.tiers import TierSpec
 
 WARM_UP = """Write one sentence about a lighthouse."""
 
@@ -34,73 +42,140 @@ there again on summer weekends ever since.
 Question: When did the mill stop making flour, and why?"""
 
 _MAX_TOKENS = 96
+_NOTES = Console(stderr=True, highlight=False)
 
 
 @click.command("demo")
+@click.option("--pair", help="Serve this pair alone, without tiers: default, fast, identity, or a pair's folder.")
 @click.option(
-    "--pair", default="default", show_default=True, help="Pair to serve: default, fast, identity, or a pair's folder."
+    "--decoder",
+    "tiers",
+    multiple=True,
+    type=TIER,
+    help="A tier, as for `overfill up`; repeat it for each.  [default: full=identity default=default fast=fast]",
 )
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def demo_command(pair: str, on_ray: bool, as_json: bool) -> int:
-    """Start a stack, ask one question, and show the parts of the time to first token.
+def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> int:
+    """Start a stack, ask one question in each tier, and show answers, speed and the time to first token.
 
-    The stack has a router, a prefill worker and a decode worker on free local ports. It is stopped at the end.
+    The stack has a router, a prefill worker and a decode worker per tier on free local ports. It is stopped at the end.
+    Then the full model reads each answer, and chooses a token at each place. An answer agrees with the full model
+    where both have the same token.
     """
     require("server", "`overfill demo`", "torch")
+    if tiers and pair is not None:
+        raise click.UsageError("--decoder conflicts with --pair: each --decoder names its own pair, as NAME=PAIR")
     if on_ray:
         check_installed()
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
-    notes = Console(stderr=True, highlight=False)
-    with show_progress() as report:
-        folder = resolve_pair(pair, report)
+    # Only one worker computes at a time, so that each may use all cores.
     settings = {"log_level": "error", "grace_period": 5}
-    plan = make_plan(StackRequest(folder, settings=settings))
+    threads = len(os.sched_getaffinity(0))
+    with show_progress() as report:
+        if pair is None:
+            chosen = tiers or TIERS
+            tiers = resolve_tiers(chosen, report)
+            request = StackRequest(None, tiers=tiers, threads=threads, settings=settings)
+        else:
+            request = StackRequest(resolve_pair(pair, report), threads=threads, settings=settings)
+    plan = make_plan(request)
+    greedy = SamplingParams(temperature=0, max_tokens=_MAX_TOKENS)
+    if pair is not None:
+        with _running(plan, on_ray) as client:
+            answer = _ask(client, greedy, quiet=as_json)
+        if as_json:
+            details = dataclasses.asdict(answer)
+            print_json({"question": QUESTION, "tokens_per_second": tokens_per_second(answer), "answer": details})
+        else:
+            _print_details(answer, "overfill up")
+        return 0
+    pairs = {tier.name: tier_pair(tier) for tier in tiers}
+    with _running(plan, on_ray) as client:
+        prompt_ids = client.tokenize([Message("user", QUESTION)])
+        if not as_json:
+            click.echo(f"{click.style(QUESTION, dim=True)}\n")
+        with _live(as_json) as show:
+            answers = ask_tiers(client, pairs, QUESTION, greedy, show)
+    with _NOTES.status("Comparing the answers with the full model"):  # after the stack, which would share the cores
+        answers = with_agreement(answers, next(iter(pairs.values())), prompt_ids)
+    if as_json:
+        print_json({"question": QUESTION, "tiers": [one.to_json() for one in answers]})
+        return 0
+    out = console()
+    out.print(answers_view({one.tier: one.answer.text for one in answers}, out.width), "")
+    out.print(figures_table(answers), "")
+    _print_details(answers[0].answer, " ".join(["overfill up", *map(_option, chosen)]))
+    return 0
 
-    def show(line: str) -> None:
-        notes.print(line, style="dim", markup=False, soft_wrap=True)
 
+@contextlib.contextmanager
+def _running(plan: StackPlan, on_ray: bool) -> Iterator[Client]:
+    """Yields a client of a new stack, each of whose tiers has answered once: that opens the connections."""
+    workers = [worker.worker_id for worker in plan.decode]
     stack: AnyStack
     if on_ray:
         stack = RayStack(plan, RayOptions(), lambda line: None)
     else:
-        stack = Stack(plan, lambda name, line: show(f"{name} | {line}"))
+        stack = Stack(plan, lambda name, line: _note(f"{name} | {line}"))
     try:
         where = "on Ray" if on_ray else "as plain processes"
-        with notes.status(f"Starting a router, a prefill worker and a decode worker {where}"):
+        number = "a decode worker" if len(workers) == 1 else f"{len(workers)} decode workers"
+        with _NOTES.status(f"Starting a router, a prefill worker and {number} {where}"):
             stack.start()
             stack.wait_ready(threading.Event())
         with Client(stack.addresses[0]) as client:
-            with notes.status("Warming up: the first request also opens connections"):
-                client.generate([Message("user", WARM_UP)], sampling=SamplingParams(temperature=0, max_tokens=8))
-            answer = _ask(client, quiet=as_json)
+            with _NOTES.status("Warming up: the first request also opens connections"):
+                few = SamplingParams(temperature=0, max_tokens=8)
+                for tier in plan.tiers:
+                    client.generate([Message("user", WARM_UP)], sampling=few, tier=tier.name)
+            yield client
     finally:
         stack.stop()
-    if as_json:
-        details = dataclasses.asdict(answer)
-        print_json({"question": QUESTION, "tokens_per_second": tokens_per_second(answer), "answer": details})
-    else:
-        out = console()
-        out.print(answer_details(answer))
-        out.print(
-            "\nMeasured on the second request, with open connections. Start your own stack with: overfill up",
-            style="dim",
-        )
-    return 0
 
 
-def _ask(client: Client, quiet: bool) -> Answer:
+def _ask(client: Client, sampling: SamplingParams, quiet: bool) -> Answer:
     """Asks the question and streams question and answer to stdout, unless ``quiet``."""
-    greedy = SamplingParams(temperature=0, max_tokens=_MAX_TOKENS)
     if not quiet:
         click.echo(f"{click.style(QUESTION, dim=True)}\n")
-    with client.stream([Message("user", QUESTION)], sampling=greedy) as stream:
-        for delta in stream:
-            if not quiet:
-                click.echo(delta.text, nl=False)
-                sys.stdout.flush()
+    answer = stream_answer(client, [Message("user", QUESTION)], sampling, {}, quiet=quiet)
     if not quiet:
         click.echo("\n")
-    return stream.answer
+    return answer
+
+
+@contextlib.contextmanager
+def _live(quiet: bool) -> Iterator[Callable[[str, str], None]]:
+    """Yields a function that shows the text of a tier so far, in a terminal; it is removed at the end."""
+    out = console()
+    texts: dict[str, str] = {}
+    if quiet or not out.is_terminal:
+        yield lambda tier, text: None
+        return
+    with Live(console=out, transient=True, auto_refresh=False) as live:
+
+        def show(tier: str, text: str) -> None:
+            texts[tier] = text
+            live.update(answers_view(texts, out.width), refresh=True)
+
+        yield show
+
+
+def _print_details(answer: Answer, command: str) -> None:
+    out = console()
+    out.print(answer_details(answer))
+    out.print(
+        f"\nMeasured on the second request, with open connections. Start your own stack with: {command}", style="dim"
+    )
+
+
+def _option(tier: TierSpec) -> str:
+    """Returns the option that names a tier, without a number of workers of 1."""
+    count = "" if tier.count == 1 else f":{tier.count}"
+    return f"--decoder {tier.name}={tier.pair}{count}{str(tier).removeprefix(f'{tier.name}={tier.pair}:{tier.count}')}"
+
+
+def _note(line: str) -> None:
+    _NOTES.print(line, style="dim", markup=False, soft_wrap=True)

@@ -50,6 +50,12 @@ def max_workers(tier: TierSpec) -> int | None:
     return int(text)
 
 
+def tier_pair(tier: TierSpec) -> Pair:
+    """Loads the pair in the tier's folder, with the format of weights that the tier's settings give."""
+    pair = Pair.load(Path(tier.pair))
+    return pair if tier.quantize is None else pair.with_quantize(tier.quantize)
+
+
 def check_replaced(*names: str) -> None:
     """Raises click.UsageError if an option of the current command is given that --decoder replaces."""
     source = click.get_current_context().get_parameter_source

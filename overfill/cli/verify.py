@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overfill.cli.options import TIER, connect, connection_options
-from overfill.cli.up_tiers import check_replaced, resolve_tiers
+from overfill.cli.up_tiers import check_replaced, resolve_tiers, tier_pair
 from overfill.errors import OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
@@ -213,15 +213,6 @@ def read_questions(file: Path) -> list[str]:
     if not prompts:
         raise click.UsageError(f"{file} has no questions")
     return prompts
-
-
-def tier_pair(tier: TierSpec) -> Pair:
-    """Loads the tier's pair from its folder, with the format of matrices that the tier's settings give."""
-    from overfill.model.manifest import Pair
-    from overfill.pair.reference import tier_quantize
-
-    pair, quantize = Pair.load(Path(tier.pair)), tier_quantize(tier)
-    return pair if quantize is None else pair.with_quantize(quantize)
 
 
 def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:

@@ -127,6 +127,24 @@ class TwoStageReference:
         return cache, logits[-1:]
 
 
+@torch.inference_mode()
+def full_model_agreement(
+    full_path: Path, prompt_ids: Sequence[int], answers: Iterable[Sequence[int]]
+) -> list[float | None]:
+    """Shares of the tokens of ``answers`` that the full model would have chosen, given the same text before.
+
+    Token 0 is not counted, because the full model wrote it. A share is None if an answer has no further token.
+    """
+    full = load_hf_model(full_path)
+    shares: list[float | None] = []
+    for answer in answers:
+        cache: Any = DynamicCache(config=full.config)
+        chosen = _forward(full, [*prompt_ids, *answer[:-1]], 0, cache)[len(prompt_ids) :].argmax(-1).tolist()
+        same = [a == b for a, b in zip(chosen, answer[1:], strict=True)]
+        shares.append(sum(same) / len(same) if same else None)
+    return shares
+
+
 def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
     """Computes the logits after each token, the first at ``position``, and extends the cache. [tokens, vocab]"""
     # transformers 5 renamed the argument.
@@ -167,12 +185,6 @@ class JudgedAnswer:
         return self.problem is None and all(v.kind == "identical" for v in self.verdicts)
 
 
-def tier_quantize(tier: TierSpec) -> Quantization | None:
-    """Format that the tier's settings give to the decoder's matrices; None leaves that of the pair."""
-    value = tier.settings.get("quantize")
-    return None if value is None else "int8" if value == "int8" else "none"
-
-
 def load_references(tiers: Iterable[TierSpec]) -> dict[str, TwoStageReference]:
     """Loads the reference of each tier, by name. They share the full model, which is loaded once.
 
@@ -185,7 +197,7 @@ def load_references(tiers: Iterable[TierSpec]) -> dict[str, TwoStageReference]:
     references: dict[str, TwoStageReference] = {}
     for tier in tiers:
         first = next(iter(references.values()), None)
-        references[tier.name] = TwoStageReference(Path(tier.pair), quantize=tier_quantize(tier), shares=first)
+        references[tier.name] = TwoStageReference(Path(tier.pair), quantize=tier.quantize, shares=first)
     return references
 
 

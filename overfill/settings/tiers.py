@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 from pydantic_settings import NoDecode
 
+from overfill.kv.spec import Quantization
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
 
 MAX_TIERS = 16
@@ -75,6 +76,12 @@ class TierSpec:
     def fallback(self) -> str:
         """Tier in which an answer goes on when this tier has no worker left; empty means that it waits."""
         return self.settings.get("fallback", "")
+
+    @property
+    def quantize(self) -> Quantization | None:
+        """Format of the decoder's weights; None means what the pair says."""
+        value = self.settings.get("quantize")
+        return None if value is None else "int8" if value == "int8" else "none"
 
     def seconds(self, setting: str) -> float | None:
         """The setting as seconds; None if it is not given. Raises ValueError if it is not a number above 0."""

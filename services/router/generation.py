@@ -159,9 +159,16 @@ class Generator:
         tiers = self._pairs if self.several_tiers else ()
         return (*self._names, *(f"{name}:{tier}" for name in self._names for tier in tiers))
 
-    def tier_digest(self, tier: str) -> str:
-        """Digest of a tier's decoder."""
-        return self._pairs[tier].decoder_digest
+    def tier_pair(self, tier: str) -> Pair:
+        """The pair of a tier."""
+        return self._pairs[tier]
+
+    def fingerprint(self, tier: str) -> str:
+        """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
+        decoder = self._roster.tiers[tier].decoder
+        formats = (decoder.get("decoder_quantize", "none"), decoder.get("kv_cache_dtype", "auto"))
+        rounded = "".join(f"-{name}" for name in formats if name not in ("none", "auto"))
+        return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
 
     def describe(self, name: str = "") -> inference_pb2.Model:
         """Describes the model under one of its names, by default the first. Raises ModelNotFound."""
@@ -172,7 +179,7 @@ class Generator:
             name=name,
             max_model_len=self._max_model_len(tier),
             full_digest=self.pair.full_digest,
-            decoder_digest=self.tier_digest(tier),
+            decoder_digest=self._pairs[tier].decoder_digest,
             dtype=worker.info.identity.kv.dtype if worker else "",
             tier=tier,
         )

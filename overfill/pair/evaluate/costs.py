@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from overfill.kv.spec import DTYPE_BYTES, SCALE_BYTES, KvCacheDtype, Quantization
 from overfill.model.config import ModelConfig
 
 Rounding = Literal["bf16", "int8", "int4"]
@@ -43,6 +44,19 @@ class DecodeCost:
         weights = sum(rows * columns for rows, columns, _ in matrices)
         size = sum(rows * _row_bytes(columns, rounding) for rows, columns, rounding in matrices)
         return cls(weights, size, 2 * weights)
+
+
+def weight_bytes(config: ModelConfig, quantize: Quantization, dtype: str) -> int:
+    """Bytes of weights that one decode step reads."""
+    if quantize == "int8":
+        return DecodeCost.of(config, "int8").bytes
+    return DecodeCost.of(config, "bf16").weights * DTYPE_BYTES[dtype]
+
+
+def kv_token_bytes(config: ModelConfig, dtype: str, cache: KvCacheDtype = "auto") -> int:
+    """Bytes of KV that one decode step reads for each token before it."""
+    vector = config.head_dim + SCALE_BYTES if cache == "int8" else config.head_dim * DTYPE_BYTES[dtype]
+    return 2 * config.num_layers * config.num_kv_heads * vector
 
 
 def _layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:

@@ -23,7 +23,6 @@ from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_ur
 from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
-from overfill.errors import ModelNotFound
 from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
@@ -110,10 +109,7 @@ class HttpApi:
         return _json({"object": "list", "data": [self._model_json(name) for name in self._generator.models]})
 
     async def _model(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        if name not in self._generator.models:
-            raise from_error(ModelNotFound(f"model {name[:200]!r} does not exist; GET /v1/models lists the models"))
-        return _json(self._model_json(name))
+        return _json(self._model_json(request.path_params["model"]))
 
     async def _chat(self, request: Request) -> ASGIApp:
         body = await read(request, schema.ChatRequest, self._max_body)
@@ -132,8 +128,7 @@ class HttpApi:
 
         def envelope(tier: str) -> Envelope:
             model = f"{generator.model}:{tier}" if generator.several_tiers else generator.model
-            fingerprint = f"fp_{generator.tier_digest(tier)[:12]}"
-            return Envelope(kind, id, model, self._pair_json(tier), fingerprint, generator.tokenizer)
+            return Envelope(kind, id, model, self._pair_json(tier), generator.fingerprint(tier), generator.tokenizer)
 
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
@@ -191,10 +186,8 @@ class HttpApi:
         }
 
     def _pair_json(self, tier: str) -> dict[str, Any]:
-        """Describes the pair of a tier. Only the name of the default tier's pair is known."""
-        pair, decoder = self._generator.pair, self._generator.tier_digest(tier)
-        name = pair.name if decoder == pair.decoder_digest else None
-        return {"name": name, "full_digest": pair.full_digest, "decoder_digest": decoder}
+        pair = self._generator.tier_pair(tier)
+        return {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
 
 
 class GeneratingRoutes:

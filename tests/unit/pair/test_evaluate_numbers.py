@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from overfill.model.config import ModelConfig
-from overfill.pair.evaluate.costs import DecodeCost
+from overfill.pair.evaluate.costs import DecodeCost, weight_bytes
 from overfill.pair.evaluate.fake_quantization import fake_quantize
 from overfill.pair.evaluate.free_running import repeats
 from overfill.pair.evaluate.token_metrics import MetricAccumulator
@@ -74,6 +74,8 @@ def test_a_decode_step_reads_all_matrices_and_the_head_but_not_the_embedding() -
     weights = 3 * layer + 1000 * 96
     untied = ModelConfig.from_dict({**CONFIG, "tie_word_embeddings": False})
     assert DecodeCost.of(config, "bf16") == DecodeCost(weights, 2 * weights, 2 * weights)
+    assert [weight_bytes(config, "none", dtype) for dtype in ("bfloat16", "float32")] == [2 * weights, 4 * weights]
+    assert weight_bytes(config, "int8", "bfloat16") == DecodeCost.of(config, "int8").bytes
     assert DecodeCost.of(untied, "bf16") == DecodeCost.of(config, "bf16")
 
 

@@ -54,7 +54,6 @@ class FakeGenerator:
 
     model = "tiny"
     max_model_len = 64
-    pair = SimpleNamespace(name="pair", full_digest="0" * 64, decoder_digest=DIGESTS["default"])
     tokenizer = None
 
     def __init__(self) -> None:
@@ -69,8 +68,11 @@ class FakeGenerator:
     def models(self) -> list[str]:
         return ["tiny", *(f"tiny:{tier}" for tier in DIGESTS if self.several_tiers)]
 
-    def tier_digest(self, tier: str) -> str:
-        return DIGESTS[tier]
+    def tier_pair(self, tier: str) -> SimpleNamespace:
+        return SimpleNamespace(name=f"{tier}-pair", full_digest="0" * 64, decoder_digest=DIGESTS[tier])
+
+    def fingerprint(self, tier: str) -> str:
+        return f"fp_{DIGESTS[tier][:12]}"
 
     def describe(self, name: str) -> inference_pb2.Model:
         return inference_pb2.Model(name=name, max_model_len=64, tier=name.partition(":")[2] or "default")
@@ -135,7 +137,7 @@ async def test_the_models_are_listed_with_their_tiers(client: Http) -> None:
     ]  # fmt: skip
     assert [model["overfill"]["pair"]["decoder_digest"][0] for model in listed] == ["d", "d", "f"]
     _, one = await client.get("/v1/models/tiny:full")
-    assert one["overfill"]["pair"] == {"name": None, "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
+    assert one["overfill"]["pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
 
 
 async def test_the_fields_reach_the_generator_unchanged(client: Http, generator: FakeGenerator) -> None:
@@ -149,7 +151,7 @@ async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, genera
     generator.tiers, generator.brownout_from = ["default", "full"], "full"
     whole = await ask(client)
     assert (whole["model"], whole["system_fingerprint"]) == ("tiny:default", "fp_dddddddddddd")
-    assert whole["overfill"]["pair"]["name"] == "pair"
+    assert whole["overfill"]["pair"]["name"] == "default-pair"
     (told,) = whole["overfill"]["choices"]
     assert (told["tier"], told["brownout_from"]) == ("full", "full")
     assert told["parts"] == [{"tier": "default", "first_index": 0}, {"tier": "full", "first_index": 1}]

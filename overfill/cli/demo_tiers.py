@@ -1,0 +1,133 @@
+"""The part of ``overfill demo`` about tiers: asks one question in each, and shows the answers side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from overfill.cli.output import tokens_per_second
+from overfill.client import Answer, Client, Message, SamplingParams
+from overfill.settings.tiers import TierSpec
+
+if TYPE_CHECKING:
+    from overfill.client.status import WorkerStatus
+    from overfill.model.manifest import Pair
+
+TIERS = tuple(TierSpec(name, pair) for name, pair in (("full", "identity"), ("default", "default"), ("fast", "fast")))
+"""The tiers of the demonstration, from the best to the cheapest."""
+
+_MIN_COLUMN = 30  # characters of an answer beside others; narrower terminals show one below the other
+
+
+@dataclass(frozen=True, slots=True)
+class TierAnswer:
+    """The answer of one tier, and what it cost.
+
+    Attributes:
+        weight_bytes: bytes of the decoder's weights that each token reads.
+        kv_bytes: bytes of KV that each token reads, on average.
+        agreement: share of its tokens that the full model would have chosen, given the same text before. None until it
+            is known, and for an answer of one token.
+    """
+
+    tier: str
+    answer: Answer
+    weight_bytes: int
+    kv_bytes: int
+    agreement: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tier": self.tier,
+            "tokens_per_second": tokens_per_second(self.answer),
+            "weight_bytes_per_token": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes,
+            "agreement": self.agreement,
+            "answer": dataclasses.asdict(self.answer),
+        }
+
+
+def ask_tiers(
+    client: Client,
+    pairs: Mapping[str, Pair],
+    question: str,
+    sampling: SamplingParams,
+    show: Callable[[str, str], None],
+) -> list[TierAnswer]:
+    """Asks the question in each tier, one after the other, so that the tiers do not share the cores.
+
+    Args:
+        pairs: tier -> its pair.
+        show: gets the tier and the answer's text so far.
+    """
+    workers = {worker.tier: worker for worker in client.status().workers}
+    answers = []
+    for tier, pair in pairs.items():
+        text = ""
+        show(tier, text)
+        with client.stream([Message("user", question)], sampling=sampling, tier=tier) as stream:
+            for delta in stream:
+                text += delta.text
+                show(tier, text)
+        answers.append(TierAnswer(tier, stream.answer, *_bytes_read(pair, workers[tier], stream.answer)))
+    return answers
+
+
+def with_agreement(answers: Sequence[TierAnswer], pair: Pair, prompt_ids: Sequence[int]) -> list[TierAnswer]:
+    """Returns the answers with ``agreement``: the full model of ``pair`` reads each of them in one pass."""
+    from overfill.pair.reference import full_model_agreement
+
+    shares = full_model_agreement(pair.full_path, prompt_ids, [one.answer.token_ids for one in answers])
+    return [dataclasses.replace(one, agreement=share) for one, share in zip(answers, shares, strict=True)]
+
+
+def answers_view(texts: Mapping[str, str], width: int) -> RenderableType:
+    """Returns the answers side by side, or one below the other if ``width`` characters are too few for that."""
+    if width < _MIN_COLUMN * len(texts):
+        below = [(Text(tier, style="bold"), Padding(Text(text), (0, 0, 1, 0))) for tier, text in texts.items()]
+        return Group(*(part for pair in below for part in pair))
+    table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
+    for tier in texts:
+        table.add_column(tier, ratio=1, header_style="bold")
+    table.add_row(*map(Text, texts.values()))
+    return table
+
+
+def figures_table(answers: Sequence[TierAnswer]) -> Table:
+    """Returns a table with a line per tier."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("tier")
+    for column in ("tokens/s", "MB read per token", "agrees with full", "prompt tokens cached"):
+        table.add_column(column, justify="right")
+    for one in answers:
+        rate, usage = tokens_per_second(one.answer), one.answer.usage
+        table.add_row(
+            one.tier,
+            "?" if rate is None else f"{rate:.1f}",
+            f"{(one.weight_bytes + one.kv_bytes) / 1e6:.0f}",
+            "?" if one.agreement is None else f"{100 * one.agreement:.0f} %",
+            f"{usage.cached_tokens} of {usage.prompt_tokens}",
+        )
+    return table
+
+
+def _bytes_read(pair: Pair, worker: WorkerStatus, answer: Answer) -> tuple[int, int]:
+    """Returns the bytes of weights and of KV that one token of ``answer`` reads; of KV on average."""
+    from overfill.pair.evaluate.costs import kv_token_bytes, weight_bytes
+
+    process = worker.process
+    assert process is not None
+    assert process.kv is not None
+    assert process.model is not None
+    dtype, config = process.kv.dtype, pair.decoder_config
+    cached = answer.usage.prompt_tokens + answer.usage.completion_tokens // 2
+    quantize = "int8" if process.model.decoder_quantize == "int8" else "none"
+    cache = "int8" if process.model.kv_cache_dtype == "int8" else "auto"
+    return weight_bytes(config, quantize, dtype), cached * kv_token_bytes(config, dtype, cache)  # type: ignore[arg-type]

@@ -1,0 +1,100 @@
+"""Tests what ``overfill demo`` shows of several tiers, and what it says that a token of each reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from overfill.cli.demo import _option
+from overfill.cli.demo_tiers import TIERS, TierAnswer, answers_view, ask_tiers, figures_table
+from overfill.cli.main import main
+from overfill.client import Answer, Delta, SamplingParams, Usage
+from overfill.settings.tiers import TierSpec
+
+TEXTS = {"full": "It scatters [blue] light.", "default": "It scatters.", "fast": "It is blue."}
+
+
+def shown(view: RenderableType, width: int) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(view)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def test_answers_are_side_by_side_if_the_terminal_is_wide_enough() -> None:
+    header, texts = shown(answers_view(TEXTS, 120), 120)
+    assert header.split() == [*TEXTS]
+    assert all(text in texts for text in TEXTS.values())
+    assert shown(answers_view(TEXTS, 80), 80) == [
+        "full", "It scatters [blue] light.", "", "default", "It scatters.", "", "fast", "It is blue.", "",
+    ]  # fmt: skip
+
+
+def test_figures_fit_a_narrow_terminal(answer: Callable[..., Answer]) -> None:
+    whole = answer(usage=Usage(20, 11, 16))
+    table = figures_table([TierAnswer("full", whole, 268_000_000, 7_000_000, 1.0), TierAnswer("fast", whole, 1, 2)])
+    header, full, fast = shown(table, 80)
+    assert header.split("  ")[-1].strip() == "prompt tokens cached"
+    assert full.split() == ["full", "10.0", "275", "100", "%", "16", "of", "20"]
+    assert fast.split() == ["fast", "10.0", "0", "?", "16", "of", "20"]
+
+
+class Stack:
+    """Three tiers; ``full`` is exact, ``fast`` has int8 weights and KV."""
+
+    def __init__(self, answer: Callable[..., Answer]) -> None:
+        self.asked: list[str] = []
+        self._answer = answer
+
+    def status(self) -> SimpleNamespace:
+        workers = [SimpleNamespace(tier=None, process=None)]
+        for tier, int8 in (("full", ""), ("fast", "int8")):
+            model = SimpleNamespace(decoder_quantize=int8, kv_cache_dtype=int8)
+            process = SimpleNamespace(kv=SimpleNamespace(dtype="float32"), model=model)
+            workers.append(SimpleNamespace(tier=tier, process=process))
+        return SimpleNamespace(workers=workers)
+
+    def stream(self, prompt: Any, *, sampling: SamplingParams, tier: str) -> AbstractContextManager[Any]:
+        self.asked.append(tier)
+
+        class Stream:
+            answer = self._answer(tier=tier, usage=Usage(20, 11, 0))
+
+            def __iter__(self) -> Any:
+                return iter([Delta(0, (1,), "It ", None), Delta(1, (2,), "is.", None)])
+
+        return nullcontext(Stream())
+
+
+def test_every_tier_is_asked_in_turn_and_reads_its_own_weights_and_kv(answer: Callable[..., Answer]) -> None:
+    config = SimpleNamespace(
+        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=64,
+        head_matrices=[(100, 32)],
+    )  # fmt: skip
+    pairs: Any = dict.fromkeys(("full", "fast"), SimpleNamespace(decoder_config=config))
+    stack: Any = Stack(answer)
+    seen: list[tuple[str, str]] = []
+    full, fast = ask_tiers(stack, pairs, "Why?", SamplingParams(), lambda tier, text: seen.append((tier, text)))
+    assert stack.asked == ["full", "fast"]
+    assert seen == [(tier, text) for tier in ("full", "fast") for text in ("", "It ", "It is.")]
+    weights = 2 * (64 * 32 + 32 * 32 + 128 * 32 + 32 * 64) + 100 * 32
+    rows = 2 * (64 + 32 + 128 + 32) + 100
+    assert (full.weight_bytes, fast.weight_bytes) == (4 * weights, weights + 4 * rows)
+    tokens = 20 + 11 // 2  # the prompt and, on average, half of the answer
+    assert (full.kv_bytes, fast.kv_bytes) == (tokens * 2 * 2 * 2 * 8 * 4, tokens * 2 * 2 * 2 * (8 + 4))
+
+
+def test_the_command_that_starts_such_a_stack_is_short() -> None:
+    assert " ".join(map(_option, TIERS)) == ("--decoder full=identity --decoder default=default --decoder fast=fast")
+    assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--decoder a=/p:2,quantize=int8,max=3"
+    assert _option(TierSpec.parse("a=/p,quantize=int8")) == "--decoder a=/p,quantize=int8"
+
+
+def test_tiers_and_one_pair_conflict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--pair", "fast", "--decoder", "fast=fast"]) == 2
+    assert "--decoder conflicts with --pair" in capsys.readouterr().err
