@@ -193,7 +193,10 @@ class RouterMetrics(MetricSet):
             "Changes of scaling_target_workers, by pool and direction.",
             {**pool, "direction": ("up", "down")},
         )
+        self._lost = counter("workers_lost_total", "Workers that disconnected without a drain.", pool)
+        # These series exist from the start, but not every stage with every tier.
         for stage, name in (("prefill", ""), *(("decode", name) for name in tiers)):
+            self._lost.labels(stage, name)
             for direction in ("up", "down"):
                 self._scaled.labels(stage, name, direction)
         self._targets: ScalingTargets | None = None
@@ -217,9 +220,6 @@ class RouterMetrics(MetricSet):
             "Inputs of the scaling policy; docs/operations.md explains them.",
             lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
             {**pool, "input": ()},
-        )
-        self._lost = counter(
-            "workers_lost_total", "Workers that disconnected without a drain.", {"stage": STAGES, "tier": ()}
         )
         self._refusing = {name: Refusing(self, name) for name in ("", *tiers)}
         self._keys: set[str] = set()

@@ -1,6 +1,7 @@
-"""Tests the telemetry of a stack under load with a real Prometheus.
+"""Tests the telemetry of a stack with two tiers under load with a real Prometheus.
 
-Every panel and rule has data, no metric is missing or undocumented, and histograms agree with clients' measurements.
+Every panel and rule has data, those by tier for both, no metric is missing or undocumented, and histograms agree with
+clients' measurements.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest
 from overfill.lab.monitoring.expressions import dashboard_expressions, rule_expressions
 from overfill.lab.monitoring.prometheus import running_prometheus
+from overfill.settings.tiers import TierSpec
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS, RULES = (ROOT / "deploy/helm/overfill/files" / folder for folder in ("dashboards", "rules"))
 INTERVAL = 0.5  # seconds between scrapes
 LOAD = 12.0  # seconds of load before the queries
-CLIENTS = 3
+CLIENTS = 4
+TIERS = ("full", "fast")
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,7 +53,8 @@ class Measured:
 @pytest.fixture(scope="module")
 def watched(tiny_pair, tmp_path_factory):
     """(Prometheus, clients' measurements), after the load has ended and Prometheus has scraped it."""
-    with running_stack(tiny_pair, prefill=2, decode=2, http=0) as (_, address):
+    tiers = [TierSpec(name, str(tiny_pair)) for name in TIERS]
+    with running_stack(None, prefill=2, tiers=tiers, brownout=" > ".join(TIERS), http=0) as (_, address):
         with Client(address) as client:
             status = client.status()
         router, http = status.process.metrics_address, status.http_address
@@ -80,7 +84,7 @@ def load(address, http):
                 prompt = [5 + (index * 31 + turn * 7 + i) % 200 for i in range(64)] if turn % 3 else [7] * 100
                 sampling = SamplingParams(max_tokens=40, ignore_eos=True)
                 began, first = time.perf_counter(), None
-                with client.stream(prompt, sampling=sampling) as stream:
+                with client.stream(prompt, sampling=sampling, tier=TIERS[index % 2]) as stream:
                     for _ in stream:
                         first = first or time.perf_counter()
                     answer = stream.answer
@@ -135,6 +139,14 @@ def test_every_panel_and_every_rule_has_data(watched, capsys):
               f"{len(blank)} without a number")  # fmt: skip
     assert not empty
     assert not blank
+
+
+def test_every_panel_by_tier_shows_every_tier(watched):
+    prometheus, _ = watched
+    by_tier = [each for each in dashboard_expressions(DASHBOARDS, "10s") if each.where.startswith("tiers.json")]
+    assert len(by_tier) >= 18
+    tiers = {each: {series.labels.get("tier") for series in prometheus.query(each.text)} for each in by_tier}
+    assert {each: found for each, found in tiers.items() if not found >= set(TIERS)} == {}
 
 
 def test_no_metric_is_missing_or_undocumented(watched):

@@ -237,3 +237,5 @@ def test_inputs_needs_and_decisions_of_the_scaling_policy_are_exported():
     decisions = values(metrics, "overfill_router_scaling_decisions_total")
     assert decisions["up", "prefill", ""] == decisions["up", "decode", "full"] == 1
     assert decisions["up", "decode", "fast"] == decisions["down", "prefill", ""] == 0
+    lost = values(metrics, "overfill_router_workers_lost_total")
+    assert lost == {("prefill", ""): 0, ("decode", "full"): 0, ("decode", "fast"): 0}, "a rate needs the first value"

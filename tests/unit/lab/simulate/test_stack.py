@@ -14,6 +14,7 @@ from overfill.lab.simulate.sizing import SizeSearch
 from overfill.lab.simulate.stack import Simulation
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest, concatenate, synthetic
+from overfill.routing.capacity import StepCost
 from overfill.routing.scaling import Bounds, ScalingConfig
 
 OBJECTIVE = Objective(ttft=2, itl=0.1)
@@ -188,6 +189,8 @@ TIERS = (SimTier("full", FULL, share=3, itl=0.05), SimTier("fast", CPU, share=1)
 
 
 def test_each_tier_has_its_workers_and_its_share_of_requests():
+    model = CPU.decode
+    assert FULL.decode.cost == StepCost(6 * model.base, 6 * model.per_sequence, model.per_kv_token)
     result = run(synthetic(400, "poisson", 3, 200, 60, 0), prefill=2, tiers=TIERS, check=True)
     figures = result.tier_figures(OBJECTIVE)
     assert figures["full"]["requests"] == pytest.approx(300, rel=0.1)
