@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import click
 from rich.console import Console
@@ -23,6 +24,7 @@ from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cli.up_tiers import resolve_tiers, tier_pair
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.cluster.connection import check_installed
+from overfill.model.manifest import Pair
 from overfill.process.extras import require
 from overfill.settings.tiers import TierSpec
 
@@ -41,7 +43,7 @@ there again on summer weekends ever since.
 
 Question: When did the mill stop making flour, and why?"""
 
-_MAX_TOKENS = 96
+_SAMPLING = SamplingParams(temperature=0, max_tokens=96)
 _NOTES = Console(stderr=True, highlight=False)
 
 
@@ -72,49 +74,55 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
     from overfill.telemetry.progress import show_progress
 
     # Only one worker computes at a time, so that each may use all cores.
-    settings = {"log_level": "error", "grace_period": 5}
-    threads = len(os.sched_getaffinity(0))
-    with show_progress() as report:
-        if pair is None:
-            chosen = tiers or TIERS
-            tiers = resolve_tiers(chosen, report)
-            request = StackRequest(None, tiers=tiers, threads=threads, settings=settings)
-        else:
-            request = StackRequest(resolve_pair(pair, report), threads=threads, settings=settings)
-    plan = make_plan(request)
-    greedy = SamplingParams(temperature=0, max_tokens=_MAX_TOKENS)
+    own: dict[str, Any] = {
+        "threads": len(os.sched_getaffinity(0)),
+        "settings": {"log_level": "error", "grace_period": 5},
+    }
     if pair is not None:
-        with _running(plan, on_ray) as client:
-            answer = _ask(client, greedy, quiet=as_json)
-        if as_json:
-            details = dataclasses.asdict(answer)
-            print_json({"question": QUESTION, "tokens_per_second": tokens_per_second(answer), "answer": details})
-        else:
-            _print_details(answer, "overfill up")
+        with show_progress() as report:
+            folder = resolve_pair(pair, report)
+        _show_pair(make_plan(StackRequest(folder, **own)), on_ray, as_json)
         return 0
+    chosen = tiers or TIERS
+    with show_progress() as report:
+        tiers = resolve_tiers(chosen, report)
+    command = " ".join(["overfill up", *map(_option, chosen)])
     pairs = {tier.name: tier_pair(tier) for tier in tiers}
+    _show_tiers(make_plan(StackRequest(None, tiers=tiers, **own)), pairs, on_ray, as_json, command)
+    return 0
+
+
+def _show_pair(plan: StackPlan, on_ray: bool, as_json: bool) -> None:
+    with _running(plan, on_ray) as client:
+        answer = _ask(client, quiet=as_json)
+    if as_json:
+        details = dataclasses.asdict(answer)
+        print_json({"question": QUESTION, "tokens_per_second": tokens_per_second(answer), "answer": details})
+    else:
+        _print_details(answer, "overfill up")
+
+
+def _show_tiers(plan: StackPlan, pairs: Mapping[str, Pair], on_ray: bool, as_json: bool, command: str) -> None:
     with _running(plan, on_ray) as client:
         prompt_ids = client.tokenize([Message("user", QUESTION)])
         if not as_json:
             click.echo(f"{click.style(QUESTION, dim=True)}\n")
         with _live(as_json) as show:
-            answers = ask_tiers(client, pairs, QUESTION, greedy, show)
+            answers = ask_tiers(client, pairs, QUESTION, _SAMPLING, show)
     with _NOTES.status("Comparing the answers with the full model"):  # after the stack, which would share the cores
         answers = with_agreement(answers, next(iter(pairs.values())), prompt_ids)
     if as_json:
         print_json({"question": QUESTION, "tiers": [one.to_json() for one in answers]})
-        return 0
+        return
     out = console()
     out.print(answers_view({one.tier: one.answer.text for one in answers}, out.width), "")
     out.print(figures_table(answers), "")
-    _print_details(answers[0].answer, " ".join(["overfill up", *map(_option, chosen)]))
-    return 0
+    _print_details(answers[0].answer, command)
 
 
 @contextlib.contextmanager
 def _running(plan: StackPlan, on_ray: bool) -> Iterator[Client]:
     """Yields a client of a new stack, each of whose tiers has answered once: that opens the connections."""
-    workers = [worker.worker_id for worker in plan.decode]
     stack: AnyStack
     if on_ray:
         stack = RayStack(plan, RayOptions(), lambda line: None)
@@ -122,7 +130,7 @@ def _running(plan: StackPlan, on_ray: bool) -> Iterator[Client]:
         stack = Stack(plan, lambda name, line: _note(f"{name} | {line}"))
     try:
         where = "on Ray" if on_ray else "as plain processes"
-        number = "a decode worker" if len(workers) == 1 else f"{len(workers)} decode workers"
+        number = "a decode worker" if len(plan.decode) == 1 else f"{len(plan.decode)} decode workers"
         with _NOTES.status(f"Starting a router, a prefill worker and {number} {where}"):
             stack.start()
             stack.wait_ready(threading.Event())
@@ -136,11 +144,11 @@ def _running(plan: StackPlan, on_ray: bool) -> Iterator[Client]:
         stack.stop()
 
 
-def _ask(client: Client, sampling: SamplingParams, quiet: bool) -> Answer:
+def _ask(client: Client, quiet: bool) -> Answer:
     """Asks the question and streams question and answer to stdout, unless ``quiet``."""
     if not quiet:
         click.echo(f"{click.style(QUESTION, dim=True)}\n")
-    answer = stream_answer(client, [Message("user", QUESTION)], sampling, {}, quiet=quiet)
+    answer = stream_answer(client, [Message("user", QUESTION)], _SAMPLING, {}, quiet=quiet)
     if not quiet:
         click.echo("\n")
     return answer
