@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from overfill.cli.answering import stream_answer
-from overfill.cli.demo_tiers import TIERS, answers_view, ask_tiers, figures_table, with_agreement
+from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
 from overfill.cli.ray_stack import RayOptions, RayStack
@@ -54,7 +54,8 @@ _NOTES = Console(stderr=True, highlight=False)
     "tiers",
     multiple=True,
     type=TIER,
-    help="A tier, as for `overfill up`; repeat it for each.  [default: full=identity default=default fast=fast]",
+    help="A tier, as for `overfill up`; repeat it for each.  [default: full=identity, default=default and "
+    "fast=fast; the latter two have int8 weights and KV on CPUs with native kernels]",
 )
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -83,7 +84,7 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
             folder = resolve_pair(pair, report)
         _show_pair(make_plan(StackRequest(folder, **own)), on_ray, as_json)
         return 0
-    chosen = tiers or TIERS
+    chosen = tiers or default_tiers()
     with show_progress() as report:
         tiers = resolve_tiers(chosen, report)
     command = " ".join(["overfill up", *map(_option, chosen)])

@@ -18,10 +18,13 @@ from overfill.settings.tiers import TierSpec
 
 if TYPE_CHECKING:
     from overfill.client.status import WorkerStatus
+    from overfill.kv.spec import KvCacheDtype, Quantization
     from overfill.model.manifest import Pair
 
 TIERS = tuple(TierSpec(name, pair) for name, pair in (("full", "identity"), ("default", "default"), ("fast", "fast")))
 """The tiers of the demonstration, from the best to the cheapest."""
+
+_INT8 = {"quantize": "int8", "kv-cache-dtype": "int8"}
 
 _MIN_COLUMN = 30  # characters of an answer beside others; narrower terminals show one below the other
 
@@ -31,6 +34,8 @@ class TierAnswer:
     """The answer of one tier, and what it cost.
 
     Attributes:
+        precision: format of the decoder's weights and of the worker's KV, such as "int8", or "int8, bfloat16" if they
+            differ.
         weight_bytes: bytes of the decoder's weights that each token reads.
         kv_bytes: bytes of KV that each token reads, on average.
         agreement: share of its tokens that the full model would have chosen, given the same text before. None until it
@@ -39,6 +44,7 @@ class TierAnswer:
 
     tier: str
     answer: Answer
+    precision: str
     weight_bytes: int
     kv_bytes: int
     agreement: float | None = None
@@ -47,11 +53,25 @@ class TierAnswer:
         return {
             "tier": self.tier,
             "tokens_per_second": tokens_per_second(self.answer),
+            "precision": self.precision,
             "weight_bytes_per_token": self.weight_bytes,
             "kv_bytes_per_token": self.kv_bytes,
             "agreement": self.agreement,
             "answer": dataclasses.asdict(self.answer),
         }
+
+
+def default_tiers() -> tuple[TierSpec, ...]:
+    """Returns ``TIERS``. On a CPU with native kernels, all but the full model have int8 weights and KV.
+
+    There, int8 about doubles the speed of a decoder and changes few of its tokens. The full model stays exact.
+    """
+    from overfill.engine.device import resolve_device
+    from overfill.model.native.library import unavailable_reason
+
+    if resolve_device("auto").type != "cpu" or unavailable_reason() is not None:
+        return TIERS
+    return (TIERS[0], *(dataclasses.replace(tier, settings=_INT8) for tier in TIERS[1:]))
 
 
 def ask_tiers(
@@ -76,7 +96,7 @@ def ask_tiers(
             for delta in stream:
                 text += delta.text
                 show(tier, text)
-        answers.append(TierAnswer(tier, stream.answer, *_bytes_read(pair, workers[tier], stream.answer)))
+        answers.append(TierAnswer(tier, stream.answer, *_costs(pair, workers[tier], stream.answer)))
     return answers
 
 
@@ -104,12 +124,14 @@ def figures_table(answers: Sequence[TierAnswer]) -> Table:
     """Returns a table with a line per tier."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("tier")
-    for column in ("tokens/s", "MB read per token", "agrees with full", "prompt tokens cached"):
+    table.add_column("weights, KV")
+    for column in ("tokens/s", "MB per token", "agrees with full", "prompt cached"):
         table.add_column(column, justify="right")
     for one in answers:
         rate, usage = tokens_per_second(one.answer), one.answer.usage
         table.add_row(
             one.tier,
+            one.precision,
             "?" if rate is None else f"{rate:.1f}",
             f"{(one.weight_bytes + one.kv_bytes) / 1e6:.0f}",
             "?" if one.agreement is None else f"{100 * one.agreement:.0f} %",
@@ -118,8 +140,8 @@ def figures_table(answers: Sequence[TierAnswer]) -> Table:
     return table
 
 
-def _bytes_read(pair: Pair, worker: WorkerStatus, answer: Answer) -> tuple[int, int]:
-    """Returns the bytes of weights and of KV that one token of ``answer`` reads; of KV on average."""
+def _costs(pair: Pair, worker: WorkerStatus, answer: Answer) -> tuple[str, int, int]:
+    """Returns the precision, and the bytes of weights and of KV (on average) that one token of ``answer`` reads."""
     from overfill.pair.evaluate.costs import kv_token_bytes, weight_bytes
 
     process = worker.process
@@ -128,6 +150,9 @@ def _bytes_read(pair: Pair, worker: WorkerStatus, answer: Answer) -> tuple[int, 
     assert process.model is not None
     dtype, config = process.kv.dtype, pair.decoder_config
     cached = answer.usage.prompt_tokens + answer.usage.completion_tokens // 2
-    quantize = "int8" if process.model.decoder_quantize == "int8" else "none"
-    cache = "int8" if process.model.kv_cache_dtype == "int8" else "auto"
-    return weight_bytes(config, quantize, dtype), cached * kv_token_bytes(config, dtype, cache)  # type: ignore[arg-type]
+    quantize: Quantization = "int8" if process.model.decoder_quantize == "int8" else "none"
+    cache: KvCacheDtype = "int8" if process.model.kv_cache_dtype == "int8" else "auto"
+    precision = ", ".join(
+        dict.fromkeys([process.model.decoder_quantize or dtype, process.model.kv_cache_dtype or dtype])
+    )
+    return precision, weight_bytes(config, quantize, dtype), cached * kv_token_bytes(config, dtype, cache)

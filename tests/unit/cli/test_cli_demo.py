@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from overfill.cli.demo import _option
-from overfill.cli.demo_tiers import TIERS, TierAnswer, answers_view, ask_tiers, figures_table
+from overfill.cli.demo_tiers import TIERS, TierAnswer, answers_view, ask_tiers, default_tiers, figures_table
 from overfill.cli.main import main
 from overfill.client import Answer, Delta, SamplingParams, Usage
 from overfill.settings.tiers import TierSpec
@@ -37,11 +38,13 @@ def test_answers_are_side_by_side_if_the_terminal_is_wide_enough() -> None:
 
 def test_figures_fit_a_narrow_terminal(answer: Callable[..., Answer]) -> None:
     whole = answer(usage=Usage(20, 11, 16))
-    table = figures_table([TierAnswer("full", whole, 268_000_000, 7_000_000, 1.0), TierAnswer("fast", whole, 1, 2)])
+    table = figures_table(
+        [TierAnswer("full", whole, "bfloat16", 268_000_000, 7_000_000, 1.0), TierAnswer("fast", whole, "int8", 1, 2)]
+    )
     header, full, fast = shown(table, 80)
-    assert header.split("  ")[-1].strip() == "prompt tokens cached"
-    assert full.split() == ["full", "10.0", "275", "100", "%", "16", "of", "20"]
-    assert fast.split() == ["fast", "10.0", "0", "?", "16", "of", "20"]
+    assert header.split("  ")[-1].strip() == "prompt cached"
+    assert full.split() == ["full", "bfloat16", "10.0", "275", "100", "%", "16", "of", "20"]
+    assert fast.split() == ["fast", "int8", "10.0", "0", "?", "16", "of", "20"]
 
 
 class Stack:
@@ -82,6 +85,7 @@ def test_every_tier_is_asked_in_turn_and_reads_its_own_weights_and_kv(answer: Ca
     full, fast = ask_tiers(stack, pairs, "Why?", SamplingParams(), lambda tier, text: seen.append((tier, text)))
     assert stack.asked == ["full", "fast"]
     assert seen == [(tier, text) for tier in ("full", "fast") for text in ("", "It ", "It is.")]
+    assert (full.precision, fast.precision) == ("float32", "int8")
     weights = 2 * (64 * 32 + 32 * 32 + 128 * 32 + 32 * 64) + 100 * 32
     rows = 2 * (64 + 32 + 128 + 32) + 100
     assert (full.weight_bytes, fast.weight_bytes) == (4 * weights, weights + 4 * rows)
@@ -93,6 +97,19 @@ def test_the_command_that_starts_such_a_stack_is_short() -> None:
     assert " ".join(map(_option, TIERS)) == ("--decoder full=identity --decoder default=default --decoder fast=fast")
     assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--decoder a=/p:2,quantize=int8,max=3"
     assert _option(TierSpec.parse("a=/p,quantize=int8")) == "--decoder a=/p,quantize=int8"
+
+
+@pytest.mark.parametrize(
+    ("device", "lacking", "int8"), [("cpu", None, True), ("cpu", "AVX", False), ("cuda", None, False)]
+)
+def test_only_cpus_with_native_kernels_get_int8_and_never_the_full_model(
+    device: str, lacking: str | None, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overfill.engine.device.resolve_device", lambda name: SimpleNamespace(type=device))
+    monkeypatch.setattr("overfill.model.native.library.unavailable_reason", lambda: lacking)
+    full, *others = default_tiers()
+    assert (full, tuple(replace(tier, settings={}) for tier in others)) == (TIERS[0], TIERS[1:])
+    assert {tier.quantize for tier in others} == {"int8" if int8 else None}
 
 
 def test_tiers_and_one_pair_conflict(capsys: pytest.CaptureFixture[str]) -> None:
