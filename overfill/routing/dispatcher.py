@@ -173,7 +173,9 @@ class Dispatcher:
         """
         queue = self._tiers[tier]
         waited = max(0.0, now - next(iter(queue.jobs)).waiting_since) if queue.jobs else 0.0
-        expected = queue.admission.expected_ttft(queue.jobs.ahead(0, ""))
+        # When no worker takes another job now, a new one waits for a departure even if it is the first in the queue.
+        ahead = queue.jobs.ahead(0, "") + (not queue.pool.index.free_credits)
+        expected = queue.admission.expected_ttft(ahead)
         return waited if expected is None else max(expected, waited)
 
     def idle_ttft(self, tier: str) -> float:
