@@ -38,7 +38,8 @@ class GenerationRequest:
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
         tier: Tier that writes the answer.
         fallback: Tier in which the answer goes on when that tier has no worker left; empty means none.
-        brownout_from: Requested tier, if it is overloaded and ``tier`` writes the answer instead.
+        brownout_from: Requested tier, if ``tier`` writes the answer instead because of a brownout.
+        fallback_from: Requested tier, if it has no worker and ``tier`` is the one to which it falls back.
     """
 
     start: decode_pb2.StartDecode
@@ -51,6 +52,7 @@ class GenerationRequest:
     tier: str = ""
     fallback: str = ""
     brownout_from: str = ""
+    fallback_from: str = ""
 
 
 def validate_generate(

@@ -60,7 +60,12 @@ def chat_command(
     params = sampling(**sampling_flags)
     interactive = sys.stdin.isatty()
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
-        options: Options = {"model": model, "tier": tier, "fallback": fallback, "allow_brownout": allow_brownout}
+        options: Options = {
+            "model": model,
+            "tier": tier,
+            "fallback": fallback,
+            "allow_brownout": allow_brownout or None,
+        }
         chat = Chat(client, params, options, system, verbose)
         if interactive:
             client.models()  # fails at once if no stack answers

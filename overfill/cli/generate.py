@@ -75,7 +75,7 @@ def generate_command(
                 "model": model,
                 "tier": tier,
                 "fallback": fallback,
-                "allow_brownout": allow_brownout,
+                "allow_brownout": allow_brownout or None,
                 "stop": stop,
                 "timeout": timeout,
             },

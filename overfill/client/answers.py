@@ -322,7 +322,7 @@ class AnswerBuilder:
                 accepted.model,
                 accepted.max_tokens,
                 accepted.tier,
-                accepted.brownout_from or before,
+                before or accepted.brownout_from or None,
             )
             self._requested_tier = self._requested_tier or accepted.brownout_from or accepted.tier
             self._earlier_parts = list(self._parts)

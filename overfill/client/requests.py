@@ -94,7 +94,7 @@ class Options(TypedDict, total=False):
         fallback: Tier that continues the answer when its own tier has no decode worker left; "none" means that the
             request waits; empty means what the tier's settings say.
         allow_brownout: Whether the next tier of the router's ``--brownout`` may write the answer when the requested
-            tier is overloaded.
+            tier is overloaded or has no ready worker; None means what the API key says.
     """
 
     model: str
@@ -116,7 +116,7 @@ class Options(TypedDict, total=False):
     stream_interval: int
     tier: str
     fallback: str
-    allow_brownout: bool
+    allow_brownout: bool | None
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
@@ -140,8 +140,9 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         stream_interval=_uint32("stream_interval", options.get("stream_interval", 0)),
         tier=_text("tier", options.get("tier", "")),
         fallback=_text("fallback", options.get("fallback", "")),
-        allow_brownout=options.get("allow_brownout", False),
     )
+    if (allowed := options.get("allow_brownout")) is not None:
+        request.allow_brownout = allowed
     if "truncate_prompt_tokens" in options:
         request.truncate_prompt_tokens = _int32("truncate_prompt_tokens", options["truncate_prompt_tokens"])
     if isinstance(prompt, str):

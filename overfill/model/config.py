@@ -32,8 +32,6 @@ HEAD_KEY = "overfill_head"
 - ``whole``: ``ModelConfig.head_mask`` in base64; without it, the full rows are those of the lowest token ids
 """
 
-"""Format to which a model's matrices are quantised when they are loaded."""
-
 WeightFormat = Literal["plain", "fp8", "awq", "gptq", "compressed-tensors"]
 """Format of a checkpoint's matrices in its files. ``plain`` is float32, bfloat16 or float16; the other names are those
 of ``quant_method`` in ``quantization_config`` of config.json."""

@@ -44,8 +44,8 @@ class Prediction:
         """Returns the larger share of an objective's slack that other requests use; above 1 the tier misses it.
 
         The slack is what an idle tier leaves of the objective. Without it, a tier whose steps take long even when it is
-        idle would never be seen to recover. A tier with an idle worker has no load, whatever the prediction: the answer
-        that the worker writes corrects the prediction.
+        idle would never be seen to recover. A tier with an idle worker and no queue has no load, because the prediction
+        is then that of an idle tier.
         """
         ttft = _slack_used(self.ttft, self.idle_ttft, objectives.ttft)
         return max(ttft, _slack_used(self.itl, self.idle_itl, objectives.itl))
@@ -105,8 +105,9 @@ class Brownout:
             self._overloaded(tier, now)
 
     def cheaper(self, tier: str) -> tuple[str, ...]:
-        """Returns the tiers to which a request of ``tier`` may go, the best first."""
-        return self._order[self._order.index(tier) + 1 :] if tier in self._order else ()
+        """Returns the tiers with a ready worker to which a request of ``tier`` may go, the best first."""
+        others = self._order[self._order.index(tier) + 1 :] if tier in self._order else ()
+        return tuple(other for other in others if self._predict(other).available)
 
     def choose(self, tier: str, may_use: Callable[[str], bool], now: float) -> str:
         """Returns the tier that should write the answer of a request that asks for ``tier`` and allows others.
@@ -125,10 +126,11 @@ class Brownout:
         """True if a request should not go to the tier now; notes whether the tier's brownout begins or ends."""
         prediction = self._predict(tier)
         if not prediction.available:
-            return True  # no brownout: it takes requests as soon as it has a worker
+            self._began.pop(tier, None)  # a loss is no overload: it takes requests as soon as it has a worker
+            return True
         load = prediction.load(self._objectives[tier])
         overloaded = load > (RECOVERED if tier in self._began else 1.0)
-        if overloaded:
+        if overloaded or (prediction.ttft is None and tier in self._began):  # unknown is not recovered
             self._began[tier] = now
         elif tier in self._began and now - self._began[tier] >= HOLD:
             del self._began[tier]

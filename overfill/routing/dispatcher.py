@@ -130,7 +130,7 @@ class Dispatcher:
     def waiting_by_tier(self) -> dict[str, int]:
         """Number of jobs that wait for a worker of either stage, by tier. Callable from any thread."""
         waiting = {name: len(tier.jobs) for name, tier in self._tiers.items()}
-        for job in list(self._prefill_queue):
+        for job in self._prefill_queue.snapshot():
             waiting[job.tier] += 1
         return waiting
 
@@ -177,6 +177,10 @@ class Dispatcher:
         ahead = queue.jobs.ahead(0, "") + (not queue.pool.index.free_credits)
         expected = queue.admission.expected_ttft(ahead)
         return waited if expected is None else max(expected, waited)
+
+    def has_workers(self, tier: str) -> bool:
+        """True if a decode worker of ``tier`` is alive or starting."""
+        return self._tiers[tier].pool.index.present > 0
 
     def idle_ttft(self, tier: str) -> float:
         """Seconds until the first token of a new job that need not wait for a decode worker; 0 while unknown."""
@@ -349,8 +353,8 @@ class Dispatcher:
             if tier.pool.index.present:
                 continue
             for job in [job for job in tier.jobs if job.fallback]:
-                other = self._roster.decode[job.fallback]
-                if other is not tier.pool and other.index.present:
+                other = self._roster.decode[job.fallback].index
+                if other.present and other.not_draining.largest >= job.total_tokens:
                     tier.jobs.discard(job)
                     tier.jobs.refund(job, max(0, job.charged - job.used_tokens))
                     job.tier, job.charged = job.fallback, 0

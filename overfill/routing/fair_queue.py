@@ -88,6 +88,10 @@ class FairQueue(Generic[J]):
             yield entry[1]
             index += index < len(self._order) and self._order[index] is entry
 
+    def snapshot(self) -> list[J]:
+        """The waiting jobs, in order. Callable from any thread."""
+        return [job for _, job in list(self._order)]
+
     def __len__(self) -> int:
         return len(self._order)
 

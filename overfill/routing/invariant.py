@@ -37,7 +37,8 @@ def check(dispatcher: Dispatcher, now: float) -> None:
 def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue[Job], pool: Pool, slots: int, now: float) -> None:
     holder: Job | None = None
     for job in queue:
-        if job.fallback and dispatcher._roster.decode[job.fallback].num_ready:
+        other = dispatcher._roster.decode.get(job.fallback, ())
+        if any(w.alive(now) for w in other) and any(w.could_hold(job.total_tokens) for w in other if not w.draining):
             _require(any(w.alive(now) or w.starting for w in pool), f"{job.id} waits although it may fall back")
         choices: list[Worker] = []
         if slots > 0 and _prefill_choices(dispatcher._roster, job, now):

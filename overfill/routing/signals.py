@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from overfill.routing.dispatcher import Dispatcher, JobState
+from overfill.routing.dispatcher import Dispatcher, Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import PoolState, Scaler
 from overfill.routing.worker import Worker
@@ -87,12 +87,12 @@ class Signals:
         """
         self._occupancy.sample(self._roster, now)
         numbers = {name: sum(counts[name] for counts in self._counts.values()) for name in COUNTS}
-        queue = list(self._dispatcher.waiting())
+        queue = self._waiting_for_prefill()
         numbers |= _named("prefill", _reported(self._roster.prefill, now))
         numbers |= _named("decode", _reported([w for pool in self._roster.decode.values() for w in pool], now))
         numbers |= {
             "queued_jobs": float(len(queue)),
-            "queued_for_decode": float(sum(job.state is JobState.WAITING for job in queue)),
+            "queued_for_decode": float(sum(map(self._dispatcher.queued, self._roster.decode.values()))),
             "queued_tokens": float(sum(job.prompt_tokens for job in queue)),
         }
         if len(self._counts) > 1:
@@ -107,7 +107,7 @@ class Signals:
 
         Unlike the workers' reports, which count every router's requests, these numbers add up over routers.
         """
-        queue = list(self._dispatcher.waiting())
+        queue = self._waiting_for_prefill()
         prefill = self._roster.prefill
         states = {pool: _own_requests(pool, now) for pool in self._roster.pools()}
         states[prefill] = replace(
@@ -120,6 +120,11 @@ class Signals:
             for tier, pool in self._roster.decode.items()
         }
         return states[prefill], decode
+
+    def _waiting_for_prefill(self) -> list[Job]:
+        """Returns the jobs that wait for a prefill slot: all jobs if none is free."""
+        everything_waits = not self._dispatcher.prefill_is_free()
+        return [job for job in self._dispatcher.waiting() if everything_waits or job.state is JobState.WANTS_PREFILL]
 
     def _add(self, tier: str, **counts: float) -> None:
         for name, value in counts.items():
@@ -151,7 +156,7 @@ class SignalReader:
 
     def _feed(self, now: float, new: Mapping[str, float]) -> None:
         for tier in self.scaler.tiers:
-            self._feed_tier(tier, now, {name: new[_key(name, tier, new)] for name in COUNTS})
+            self._feed_tier(tier, now, {name: _of_tier(name, tier, new, self.scaler.tiers) for name in COUNTS})
         if new["prefill_seconds"] > 0:
             self.scaler.prefilled(new["prefilled_tokens"], new["prefill_seconds"])
 
@@ -171,14 +176,14 @@ def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) ->
 
     Workers that have not joined yet are not among them.
     """
-    reports = list(routers)
+    reports, tiers = list(routers), tuple(tiers)
 
     def total(key: str, tier: str = "") -> int:
-        return round(sum(report[_key(key, tier, report)] for report in reports))
+        return round(sum(_of_tier(key, tier, report, tiers) for report in reports))
 
     def state(stage: str, jobs: int, tokens: int, tier: str = "") -> PoolState:
         def largest(key: str) -> int:
-            return round(max((report[_key(f"{stage}_{key}", tier, report)] for report in reports), default=0))
+            return round(max((_of_tier(f"{stage}_{key}", tier, report, tiers) for report in reports), default=0))
 
         return PoolState(
             ready=largest("ready"),
@@ -195,9 +200,14 @@ def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) ->
     )
 
 
-def _key(name: str, tier: str, numbers: Mapping[str, float]) -> str:
-    """Returns the key of a tier's number: a router with one tier reports no number twice."""
-    return of_tier if (of_tier := f"{name}.{tier}") in numbers else name
+def _of_tier(name: str, tier: str, numbers: Mapping[str, float], tiers: Iterable[str]) -> float:
+    """Returns a tier's number, or the total for the tier "".
+
+    A router with one tier reports totals only. They are those of the first of ``tiers``.
+    """
+    if (key := f"{name}.{tier}") in numbers:
+        return numbers[key]
+    return numbers[name] if tier in ("", next(iter(tiers))) else 0.0
 
 
 def _named(stage: str, numbers: Mapping[str, float]) -> dict[str, float]:

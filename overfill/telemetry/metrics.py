@@ -165,7 +165,7 @@ class RouterMetrics(MetricSet):
         )
         self._fallbacks = counts(
             "fallbacks_total",
-            "Answers that went on in another tier because theirs had no worker left.",
+            "Answers that another tier wrote, or went on with, because theirs had no worker left.",
             {"tier": tuple(tiers), "to": tuple(tiers)},
         )
         self._key_requests = counts("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
@@ -288,6 +288,10 @@ class RouterMetrics(MetricSet):
         self.ended(error, tier)
         self._refusals.labels(refusal_reason(error), tier).inc()
 
+    def fell_back(self, tier: str, to: str) -> None:
+        """Counts an answer that ``to`` writes, or goes on with, because ``tier`` has no worker left."""
+        self._fallbacks[tier, to] += 1
+
     def brownout(self, tier: str, to: str) -> None:
         """Counts a request for ``tier`` that ``to`` answers, because ``tier`` is overloaded."""
         self._brownouts[tier, to] += 1
@@ -328,7 +332,7 @@ class RouterMetrics(MetricSet):
         self._cached[()] += usage.cached_tokens
         self._migrations[tier,] += finished.migrations
         for before, after in pairwise(finished.parts):
-            self._fallbacks[before.tier, after.tier] += 1
+            self.fell_back(before.tier, after.tier)
         if not timing.HasField("ttft_ns"):
             return
         ttft = left = timing.ttft_ns / 1e9

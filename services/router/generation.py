@@ -204,8 +204,13 @@ class Generator:
         with self.metrics.refusing(""):
             self._check_open()
             tier, fallback = self._requested_tiers(request, caller)
+            left = ""
+            if fallback and not self._dispatcher.has_workers(tier) and self._dispatcher.has_workers(fallback):
+                # Admit it there, because it would leave its own tier's queue at once.
+                left, tier, fallback = tier, fallback, ""
         with self.metrics.refusing(tier):
-            return await self._check(request, tier, fallback, caller, time_left, answers)
+            checked = await self._check(request, tier, fallback, caller, time_left, answers)
+        return replace(checked, fallback_from=left)
 
     async def _check(
         self,
@@ -222,10 +227,14 @@ class Generator:
         if caller is not None:
             self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
         tier = self._admit(request, asked, caller, time_left)
-        arguments = (request, self.tokenizer, self._max_model_len(tier), self.pair.full_config.vocab_size)
+        arguments = (request, self.tokenizer, self._max_model_len(asked), self.pair.full_config.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
         checked = await _run(validate_generate, *arguments, in_thread=bool(slow))
+        longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
+        if tier != asked and longest > self._max_model_len(tier):
+            self._dispatcher.admit(asked, _priority(request.priority, caller), _name(caller), time_left)
+            tier = asked
         moved = asked if tier != asked else ""
         return replace(checked, tier=tier, fallback="" if fallback == tier else fallback, brownout_from=moved)
 
@@ -272,7 +281,9 @@ class Generator:
             self._dispatcher.admit(tier, priority, key, time_left, client_resumes=client_resumes)
 
         # A client that resumes an answer has tokens of the tier that it asks for.
-        allowed = request.allow_brownout or (caller is not None and caller.allow_brownout)
+        allowed = caller is not None and caller.allow_brownout
+        if request.HasField("allow_brownout"):
+            allowed = request.allow_brownout
         if brownout is None or not allowed or client_resumes:
             admit(asked)
             return asked
@@ -354,10 +365,13 @@ class Generator:
             relay.start()
         self._running[relay] = caller
         self._idle.clear()
-        self.signals.arrived(checked.tier, prompt_tokens)
+        # The tier that was asked for is what should grow.
+        self.signals.arrived(checked.brownout_from or checked.tier, prompt_tokens)
         self.metrics.accepted(prompt_tokens, key)
         if checked.brownout_from:
             self.metrics.brownout(checked.brownout_from, checked.tier)
+        if checked.fallback_from:
+            self.metrics.fell_back(checked.fallback_from, checked.tier)
         accepted = inference_pb2.Accepted(
             request_id=start.request_id,
             prompt_tokens=prompt_tokens,
@@ -561,7 +575,7 @@ class Generation:
         relay.close()
         self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
         self._failure = None
-        generator.metrics.answered(self._finished, relay.tier)
+        generator.metrics.answered(self._finished, self._finished.parts[-1].tier)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         now = asyncio.get_running_loop().time()
         generator.signals.finished(self._finished, now)
@@ -629,6 +643,10 @@ def _finished(
 ) -> inference_pb2.Finished:
     if finish is None:  # a stop string ended the answer before the worker did
         finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
+    parts = relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))]
+    if text.stop is not None:
+        # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.
+        parts = parts[:1] + [part for part in parts[1:] if part.first_index < text.num_tokens]
     reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
     if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
         reason = common_pb2.FINISH_REASON_TOOL_CALLS
@@ -645,7 +663,7 @@ def _finished(
         codec=finish.codec,
         prefill_engine=relay.answer.prefill_engine,
         decode_engine=relay.decode_engine,
-        parts=relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))],
+        parts=parts,
     )
     finished.usage.completion_tokens = text.num_tokens
     if ttft_ns is not None:

@@ -74,6 +74,27 @@ def test_keys_may_be_limited_to_tiers(tiny_family, tmp_path):
                 client.generate("Hi", sampling=FIVE, tier="fast", fallback="full")
 
 
+def test_a_request_may_decline_what_its_key_allows(tiny_family, tmp_path):
+    file = tmp_path / "keys.json"
+    key = keys.create(file, "browned", allow_brownout=True)
+    limits, settings = {"full": {"max_num_seqs": 1, "mock_step": 0.05}}, {"brownout": "full > fast", "max_queue": 1}
+    with (
+        mock_stack(
+            tiny_family["default"], tiers=tiny_family, decode_settings=limits, api_keys=file, **settings
+        ) as stack,
+        Client(stack.grpc, api_key=key) as client,
+    ):
+        busy = [client.stream("Hi", sampling=SamplingParams(max_tokens=200), tier="full") for _ in range(2)]
+        for stream in busy:
+            stream.__enter__()
+        time.sleep(0.3)
+        assert client.generate("Hi", sampling=FIVE, tier="full").brownout_from == "full"
+        with pytest.raises(Overloaded):
+            client.generate("Hi", sampling=FIVE, tier="full", allow_brownout=False)
+        for stream in busy:
+            stream.__exit__(None, None, None)
+
+
 def test_an_answer_goes_on_in_another_tier_if_it_may(tiny_family):
     slow = {"full": {"mock_step": 0.05}}
     with (
@@ -110,8 +131,29 @@ def test_an_answer_goes_on_in_another_tier_if_it_may(tiny_family):
         assert leaves.migrations == 1
 
 
+def test_a_request_for_a_tier_without_workers_is_admitted_where_it_falls_back(tiny_family):
+    limits = {"fast": {"max_num_seqs": 1, "mock_step": 0.05}}
+    with (
+        mock_stack(tiny_family["default"], tiers=tiny_family, decode_settings=limits, max_queue=1) as stack,
+        Client(stack.grpc) as client,
+    ):
+        stack.call(stack.workers["decode-full-0"].stop())
+        time.sleep(0.3)
+        long = SamplingParams(max_tokens=200)
+        busy = [client.stream("Hi", sampling=long, tier="full", fallback="fast") for _ in range(2)]
+        for stream in busy:
+            stream.__enter__()
+        time.sleep(0.3)
+        with pytest.raises(Overloaded):
+            client.generate("Hi", sampling=FIVE, tier="full", fallback="fast")
+        assert client.generate("Hi", sampling=FIVE, tier="full", fallback="default").tier == "default"
+        for stream in busy:
+            stream.__exit__(None, None, None)
+
+
 def test_overload_costs_quality_where_the_request_allows_it(tiny_family):
-    limits = {"full": {"max_num_seqs": 1, "mock_step": 0.05}}
+    small = {"max_model_len": 1000}
+    limits = {"full": {"max_num_seqs": 1, "mock_step": 0.05}, "default": small, "fast": small}
     settings = {"brownout": "full > default > fast", "max_queue": 1, "ttft_objective": 0.2}
     with (
         mock_stack(tiny_family["default"], tiers=tiny_family, decode_settings=limits, **settings) as stack,
@@ -125,6 +167,9 @@ def test_overload_costs_quality_where_the_request_allows_it(tiny_family):
             client.generate("Hi", sampling=FIVE, tier="full")
         answer = client.generate("Hi", sampling=FIVE, tier="full", allow_brownout=True)
         assert (answer.tier, answer.brownout_from) == ("default", "full")
+        whole = SamplingParams(max_tokens=1500, temperature=0)
+        with pytest.raises(Overloaded):
+            client.generate("Hi", sampling=whole, tier="full", allow_brownout=True)  # the others are too small for it
         for stream in busy:
             stream.__exit__(None, None, None)
         answer = client.generate("Hi", sampling=FIVE, tier="fast", allow_brownout=True)

@@ -149,7 +149,7 @@ def _generate(
     request: schema.Sampling, request_id: str, sampling: common_pb2.SamplingParams
 ) -> inference_pb2.GenerateRequest:
     """A router request without its prompt."""
-    return inference_pb2.GenerateRequest(
+    generate = inference_pb2.GenerateRequest(
         model=request.model,
         sampling=sampling,
         stop=_stop(request.stop),
@@ -159,8 +159,10 @@ def _generate(
         stream_interval=request.stream_interval,
         tier=request.tier,
         fallback=request.fallback,
-        allow_brownout=bool(request.allow_brownout),
     )
+    if request.allow_brownout is not None:
+        generate.allow_brownout = request.allow_brownout
+    return generate
 
 
 def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.SamplingParams:

@@ -28,7 +28,7 @@ class GrpcTransport:
     def __init__(self, plan: LoadPlan) -> None:
         ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
         tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
-        self._fallback, self._allow_brownout = plan.fallback, plan.allow_brownout
+        self._fallback, self._allow_brownout = plan.fallback, plan.allow_brownout or None
         self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
 
     def ask(
@@ -62,7 +62,7 @@ class OpenAiTransport:
     def __init__(self, plan: LoadPlan) -> None:
         self._url = plan.target.rstrip("/")
         self._model = plan.model
-        self._own = {"fallback": plan.fallback, "allow_brownout": plan.allow_brownout}
+        self._own = {"fallback": plan.fallback, "allow_brownout": plan.allow_brownout or None}
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=_CONNECTIONS))

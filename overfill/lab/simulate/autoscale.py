@@ -66,7 +66,7 @@ class LoadObserver:
         # Estimate the new prompt's cached tokens by the pool's hit rate so far.
         share = counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0
         tokens = request.trace.prompt_tokens
-        self.scaler.arrived(request.job.tier, self._fleet.clock.now, tokens, int(share * tokens))
+        self.scaler.arrived(request.asked, self._fleet.clock.now, tokens, int(share * tokens))
 
     def finished(self, request: SimRequest) -> None:
         job, trace = request.job, request.trace

@@ -204,3 +204,16 @@ def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals
         signals.read(float(second))
     signals.finished(finished(decode=15.0), 20.0)  # five seconds beside nine others, ten seconds alone
     assert signals.read(20.0)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15)
+
+
+def test_jobs_that_wait_for_a_decode_worker_are_no_work_for_prefill(roster, add_worker):
+    dispatcher = Dispatcher(roster)
+    add_worker(roster, "p", PREFILL, credits=64)
+    add_worker(roster, "d", credits=0)
+    for index in range(5):
+        dispatcher.submit(Job(str(index), 100, 10), 0.0)
+    dispatcher.poll(0.0)
+    numbers = Signals(roster, dispatcher).read(0.0)
+    assert (numbers["queued_for_decode"], numbers["queued_jobs"], numbers["queued_tokens"]) == (5, 0, 0)
+    prefill, decode = Signals(roster, dispatcher).own_pools(0.0)
+    assert (prefill.waiting_tokens, decode[DEFAULT_TIER].waiting_jobs) == (0, 5)

@@ -187,6 +187,14 @@ def test_a_request_does_not_leave_for_a_tier_without_workers(stack):
     assert stack.placed() == [("a", "d0")]
 
 
+def test_a_request_does_not_leave_for_a_tier_that_is_too_small(stack):
+    stack.join("p0")
+    stack.join("d0", "fast", total=1)
+    job = stack.submit("a", "full", fallback="fast")
+    assert stack.poll() == []
+    assert job.tier == "full"
+
+
 def test_a_silent_tier_is_left_as_soon_as_it_counts_as_silent(stack):
     stack.join("d0", "full", credits=0)
     stack.join("d1", "fast")
@@ -287,7 +295,7 @@ class Loads:
         self.brownout = Brownout(("full", "default", "fast"), objectives, self.predict)
 
     def predict(self, tier):
-        return Prediction(None, 0.1 * self.of[tier], available=tier not in self.absent)
+        return Prediction(0.0, 0.1 * self.of[tier], available=tier not in self.absent)
 
     def choose(self, tier, now, may_use=lambda tier: True):
         return self.brownout.choose(tier, may_use, now)
@@ -340,6 +348,14 @@ def test_a_tier_without_workers_is_passed_over_only_while_it_has_none():
     assert not loads.brownout.active, "a loss is no overload"
     loads.absent.clear()
     assert loads.choose("full", 0.0) == "full"
+    loads.of = dict.fromkeys(DECODERS, 1.1)
+    assert loads.choose("full", 1.0) == "fast"
+    loads.absent.add("fast")
+    assert loads.choose("full", 1.0) == "default", "not to the cheapest, which has no worker"
+    assert loads.brownout.cheaper("full") == ("default",)
+    loads.absent.add("full")
+    loads.brownout.update(2.0)
+    assert "full" not in loads.brownout.active
 
 
 def test_a_tier_outside_the_order_never_changes():

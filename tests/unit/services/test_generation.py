@@ -173,3 +173,15 @@ async def test_the_first_token_does_not_wait_for_the_end_of_a_pause(tiny_pair, m
     await settled()
     answer.send(1)
     assert await answer.next() == 1
+
+
+async def test_a_tier_whose_tokens_were_cut_at_a_stop_string_is_no_part_of_the_answer(tiny_pair):
+    answer = Answer(tiny_pair, stops=["two"])
+    answer.relay.answer.enter_tier("default")
+    answer.send(len(answer.ids) // 2)
+    answer.relay.answer.enter_tier("fast")
+    answer.send(len(answer.ids) - len(answer.ids) // 2)
+    while await answer.next() is not None:
+        pass
+    assert answer.generation.finished.stop == "two"
+    assert [part.tier for part in answer.generation.finished.parts] == ["default"]
