@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from overfill.errors import InvalidPair
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Pair, check_family
 from overfill.settings.config import DecodeConfig
 from overfill.settings.config_file import field_name, flag_name, nearest
 from overfill.settings.tiers import ROUTER_SETTINGS, TierSpec
@@ -75,15 +74,5 @@ def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, 
     from overfill.pair.store import resolve_pair
 
     resolved = tuple(replace(tier, pair=str(resolve_pair(tier.pair, report))) for tier in tiers)
-    first, *others = [Pair.load(Path(tier.pair)) for tier in resolved]
-    for tier, pair in zip(tiers[1:], others, strict=True):
-        for what, a, b in (
-            ("full models", first.full_digest, pair.full_digest),
-            ("tokenizers", first.tokenizer_digest, pair.tokenizer_digest),
-        ):
-            if a != b:
-                raise InvalidPair(
-                    f"the tiers {tiers[0].name} and {tier.name} need the same full model, but their pairs have "
-                    f"different {what}: {first.folder} has {a}, {pair.folder} has {b}"
-                )
+    check_family({tier.name: Pair.load(Path(tier.pair)) for tier in resolved})
     return resolved

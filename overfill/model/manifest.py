@@ -212,6 +212,25 @@ class Pair:
         return pair
 
 
+def check_family(pairs: Mapping[str, Pair]) -> None:
+    """Raises InvalidPair unless all pairs have the same full model and tokenizer, as the tiers of a stack must.
+
+    Args:
+        pairs: pair of each tier, by the tier's name.
+    """
+    (first, one), *others = pairs.items()
+    for name, other in others:
+        for what, a, b in (
+            ("full models", one.full_digest, other.full_digest),
+            ("tokenizers", one.tokenizer_digest, other.tokenizer_digest),
+        ):
+            if a != b:
+                raise InvalidPair(
+                    f"the tiers {first} and {name} need the same full model, but their pairs have different {what}: "
+                    f"{one.folder} has {a}, {other.folder} has {b}"
+                )
+
+
 def write_manifest(
     folder: Path,
     *,

@@ -7,12 +7,12 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import InvalidPair, ShuttingDown
-from overfill.model.manifest import Pair
+from overfill.errors import ShuttingDown
+from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -62,18 +62,6 @@ STOP_GRACE = 0.5
 """Seconds for the last messages to be sent after the last request has ended."""
 
 
-def _check_family(pairs: Mapping[str, Pair]) -> Pair:
-    """Returns the first of the pairs. Raises InvalidPair unless all have its full model."""
-    (first, pair), *others = pairs.items()
-    for name, other in others:
-        if (other.full_digest, other.tokenizer_digest) != (pair.full_digest, pair.tokenizer_digest):
-            raise InvalidPair(
-                f"the tiers {first!r} ({pair.folder}) and {name!r} ({other.folder}) have different full models "
-                f"({pair.full_digest[:12]} and {other.full_digest[:12]}); all tiers of a stack share one"
-            )
-    return pair
-
-
 class Router:
     """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if configured.
 
@@ -98,7 +86,8 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         pairs = {spec.name: self._load_pair(spec.pair) for spec in config.tiers}
-        pair = _check_family(pairs)
+        check_family(pairs)
+        pair = pairs[config.tiers[0].name]
         tokenizer = Tokenizer.load(pair.full_path)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
