@@ -272,7 +272,7 @@ BROKEN = (
         "too much load is refused at once",
         "queues have no end",
         "overfill/routing/dispatcher.py",
-        "self._admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)\n",
+        "queue.admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)\n",
         "del waiting, ahead, now, deadline, client_resumes\n",
         "tests/integration/test_overload.py",
     ),

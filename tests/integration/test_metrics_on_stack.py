@@ -46,16 +46,16 @@ def test_an_answer_and_its_tokens(stack):
     def grown(*key):
         return after[key] - before.get(key, 0.0)
 
-    assert grown("requests_total", "ok") == 1
-    assert grown("ttft_seconds_count") == 1
-    assert grown("ttft_seconds_sum") == pytest.approx(answer.timing.ttft, abs=1e-6)
-    assert grown("request_seconds_sum") == pytest.approx(answer.timing.total, abs=1e-6)
+    assert grown("requests_total", "ok", "default") == 1
+    assert grown("ttft_seconds_count", "default") == 1
+    assert grown("ttft_seconds_sum", "default") == pytest.approx(answer.timing.ttft, abs=1e-6)
+    assert grown("request_seconds_sum", "default") == pytest.approx(answer.timing.total, abs=1e-6)
     assert grown("prompt_tokens_total") == 3
-    assert grown("completion_tokens_total") == 6
+    assert grown("completion_tokens_total", "default") == 6
     assert grown("key_tokens_total", "none", "completion") == 6
     parts = [grown("ttft_part_seconds_sum", part) for part in ("router_queue", "prefill_compute", "unattributed")]
     assert parts[-1] == pytest.approx(max(0.0, answer.timing.unattributed), abs=1e-6)
-    assert grown("itl_seconds_count") >= 1
+    assert grown("itl_seconds_count", "default") >= 1
 
 
 def test_failures_count(stack):
@@ -71,19 +71,22 @@ def test_failures_count(stack):
             with pytest.raises(RequestCancelled):
                 list(stream)
     wait_until(
-        lambda: scrape(stack)["requests_total", "cancelled"] == before["requests_total", "cancelled"] + 1,
+        lambda: (
+            scrape(stack)["requests_total", "cancelled", "default"]
+            == before["requests_total", "cancelled", "default"] + 1
+        ),
         10,
         "the cancelled request is counted",
     )
     after = scrape(stack)
     for outcome in ("invalid", "too_long"):
-        assert after["requests_total", outcome] == before["requests_total", outcome] + 1
-    assert after["requests_total", "ok"] == before["requests_total", "ok"]
+        assert after["requests_total", outcome, "default"] == before["requests_total", outcome, "default"] + 1
+    assert after["requests_total", "ok", "default"] == before["requests_total", "ok", "default"]
 
 
 def test_workers_by_state_and_where_their_metrics_are(stack):
     now = scrape(stack)
-    assert now["workers", "prefill", "ready"] == now["workers", "decode", "ready"] == 1
+    assert now["workers", "prefill", "", "ready"] == now["workers", "decode", "default", "ready"] == 1
     with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
         groups = json.load(response)
     # Mock workers serve no metrics.
@@ -95,20 +98,22 @@ def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tin
         flags = [f"--pair={tiny_pair}", f"--routers={stack.grpc}", f"--worker-id={name}"]
         running = mock_worker(MockDecodeConfig.parse(flags))
         stack.call(running.__aenter__())
-        wait_until(lambda: scrape(stack)["workers", "decode", "ready"] == 2, 10, f"{name} has joined")
+        wait_until(lambda: scrape(stack)["workers", "decode", "default", "ready"] == 2, 10, f"{name} has joined")
         if drained:
             with Client(stack.grpc) as client:
                 client.drain(name)
-            wait_until(lambda: scrape(stack)["workers", "decode", "draining"] == 1, 10, f"{name} drains")
+            wait_until(lambda: scrape(stack)["workers", "decode", "default", "draining"] == 1, 10, f"{name} drains")
         stack.call(running.__aexit__(None, None, None))
-        states = ("ready", "draining", "silent")
-        wait_until(lambda: sum(scrape(stack)["workers", "decode", s] for s in states) == 1, 10, f"{name} has left")
+        states = ("ready", "starting", "draining", "silent")
+        wait_until(
+            lambda: sum(scrape(stack)["workers", "decode", "default", s] for s in states) == 1, 10, f"{name} has left"
+        )
 
-    before = scrape(stack)["workers_lost_total", "decode"]
+    before = scrape(stack)["workers_lost_total", "decode", "default"]
     run("drained", drained=True)
-    assert scrape(stack)["workers_lost_total", "decode"] == before
+    assert scrape(stack)["workers_lost_total", "decode", "default"] == before
     run("vanished", drained=False)
-    assert scrape(stack)["workers_lost_total", "decode"] == before + 1
+    assert scrape(stack)["workers_lost_total", "decode", "default"] == before + 1
 
 
 def test_usage_by_key(tiny_pair, tmp_path):
