@@ -86,7 +86,7 @@ def test_failures_count(stack):
 
 def test_workers_by_state_and_where_their_metrics_are(stack):
     now = scrape(stack)
-    assert now["workers", "prefill", "", "ready"] == now["workers", "decode", "default", "ready"] == 1
+    assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 1
     with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
         groups = json.load(response)
     # Mock workers serve no metrics.
@@ -98,15 +98,15 @@ def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tin
         flags = [f"--pair={tiny_pair}", f"--routers={stack.grpc}", f"--worker-id={name}"]
         running = mock_worker(MockDecodeConfig.parse(flags))
         stack.call(running.__aenter__())
-        wait_until(lambda: scrape(stack)["workers", "decode", "default", "ready"] == 2, 10, f"{name} has joined")
+        wait_until(lambda: scrape(stack)["workers", "decode", "ready", "default"] == 2, 10, f"{name} has joined")
         if drained:
             with Client(stack.grpc) as client:
                 client.drain(name)
-            wait_until(lambda: scrape(stack)["workers", "decode", "default", "draining"] == 1, 10, f"{name} drains")
+            wait_until(lambda: scrape(stack)["workers", "decode", "draining", "default"] == 1, 10, f"{name} drains")
         stack.call(running.__aexit__(None, None, None))
         states = ("ready", "starting", "draining", "silent")
         wait_until(
-            lambda: sum(scrape(stack)["workers", "decode", "default", s] for s in states) == 1, 10, f"{name} has left"
+            lambda: sum(scrape(stack)["workers", "decode", s, "default"] for s in states) == 1, 10, f"{name} has left"
         )
 
     before = scrape(stack)["workers_lost_total", "decode", "default"]
