@@ -61,10 +61,6 @@ class AsyncDispatcher:
             tier, priority, key, now, None if time_left is None else now + time_left, client_resumes=client_resumes
         )
 
-    def has_workers(self, tier: str) -> bool:
-        """True if a decode worker of ``tier`` is alive or starting."""
-        return self._dispatcher.has_workers(tier)
-
     def submit(self, job: Job, on_placed: OnPlaced) -> None:
         """Queues a new job for a decode worker. Raises PromptTooLong or Overloaded at once."""
         self._dispatcher.submit(job, self._now())

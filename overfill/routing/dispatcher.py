@@ -178,10 +178,6 @@ class Dispatcher:
         expected = queue.admission.expected_ttft(ahead)
         return waited if expected is None else max(expected, waited)
 
-    def has_workers(self, tier: str) -> bool:
-        """True if a decode worker of ``tier`` is alive or starting."""
-        return self._tiers[tier].pool.index.present > 0
-
     def idle_ttft(self, tier: str) -> float:
         """Seconds until the first token of a new job that need not wait for a decode worker; 0 while unknown."""
         return self._tiers[tier].admission.median_first_token

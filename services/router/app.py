@@ -51,6 +51,7 @@ from services.router.generation import Generator
 from services.router.inference import InferenceServicer
 from services.router.port_group import Member, PortGroup
 from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
+from services.router.served_tiers import ServedTiers
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -125,8 +126,7 @@ class Router:
         )
         self._exporter: MetricsServer | None = None
         self._generator = Generator(
-            config.served_model_name or (pair.name,),
-            pairs,
+            ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
             self.roster,
             async_dispatcher,
@@ -134,7 +134,6 @@ class Router:
             self._metrics,
             self.signals,
             KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of),
-            brownout=self._brownout,
             max_attempts=config.max_attempts,
             max_request_bytes=config.max_request_bytes,
             max_request_time=config.max_request_time,

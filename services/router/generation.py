@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -22,31 +22,26 @@ from overfill.api.requests import GenerationRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import (
     InvalidRequest,
-    ModelNotFound,
     OverfillError,
-    Overloaded,
-    PermissionDenied,
     RequestCancelled,
     ShuttingDown,
 )
 from overfill.kv.keys import PromptKeys, root_key
-from overfill.model.manifest import Pair
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter, KeyQuota
 from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.brownout import Brownout
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
-from overfill.routing.tier import NO_FALLBACK
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.pace import Pace
+from services.router.served_tiers import ServedTiers, TierChoice
 
 T = TypeVar("T")
 
@@ -72,16 +67,14 @@ class Generator:
     """Starts and tracks the requests to the tiers of one full model.
 
     Args:
-        names: names of the model that requests may use; answers carry the first.
-        pairs: pair of each tier, by the tier's name, the default tier's first.
-        brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
+        tiers: the tiers, and the choice of one for each request.
         max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: maximum size of a request in bytes.
         max_request_time: maximum duration of a request in seconds, even if its deadline is later.
         stream_interval: minimum number of tokens in a delta, except in the first and the last one.
 
     Attributes:
-        pair: the default tier's pair.
+        tiers: as the argument.
         tokenizer: the full model's tokenizer.
         rolling_stats: statistics of the last minute.
         pace: the turns in which streams write.
@@ -89,8 +82,7 @@ class Generator:
 
     def __init__(
         self,
-        names: Sequence[str],
-        pairs: Mapping[str, Pair],
+        tiers: ServedTiers,
         tokenizer: Tokenizer,
         roster: Roster,
         dispatcher: AsyncDispatcher,
@@ -99,16 +91,12 @@ class Generator:
         signals: Signals,
         key_limiter: KeyLimiter,
         *,
-        brownout: Brownout | None = None,
         max_attempts: int,
         max_request_bytes: int,
         max_request_time: float = math.inf,
         stream_interval: int = 1,
     ) -> None:
-        self._names = tuple(names)
-        self._pairs = pairs
-        self._brownout = brownout
-        self.pair = pairs[roster.default_tier]
+        self.tiers = tiers
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.signals = signals
@@ -128,61 +116,9 @@ class Generator:
         self._draining = False
 
     @property
-    def max_model_len(self) -> int:
-        """Maximum number of prompt and answer tokens together, in the default tier."""
-        return self._max_model_len(self._roster.default_tier)
-
-    def _max_model_len(self, tier: str) -> int:
-        """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker."""
-        capacity = self._roster.decode[tier].capacity_tokens
-        limit = self.pair.full_config.max_positions
-        return limit if capacity is None else min(limit, capacity)
-
-    @property
     def draining(self) -> bool:
         """True once the router refuses new requests."""
         return self._draining
-
-    @property
-    def model(self) -> str:
-        """Model name in answers, without a tier."""
-        return self._names[0]
-
-    @property
-    def several_tiers(self) -> bool:
-        """True if requests can choose among tiers."""
-        return len(self._pairs) > 1
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Names under which the router lists the model: its own ones, and each with each of several tiers."""
-        tiers = self._pairs if self.several_tiers else ()
-        return (*self._names, *(f"{name}:{tier}" for name in self._names for tier in tiers))
-
-    def tier_pair(self, tier: str) -> Pair:
-        """The pair of a tier."""
-        return self._pairs[tier]
-
-    def fingerprint(self, tier: str) -> str:
-        """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
-        decoder = self._roster.tiers[tier].decoder
-        formats = (decoder.get("decoder_quantize", "none"), decoder.get("kv_cache_dtype", "auto"))
-        rounded = "".join(f"-{name}" for name in formats if name not in ("none", "auto"))
-        return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
-
-    def describe(self, name: str = "") -> inference_pb2.Model:
-        """Describes the model under one of its names, by default the first. Raises ModelNotFound."""
-        name = name or self.model
-        tier = self._parse_model(name) or self._roster.default_tier
-        worker = next(iter(self._roster.workers()), None)
-        return inference_pb2.Model(
-            name=name,
-            max_model_len=self._max_model_len(tier),
-            full_digest=self.pair.full_digest,
-            decoder_digest=self._pairs[tier].decoder_digest,
-            dtype=worker.info.identity.kv.dtype if worker else "",
-            tier=tier,
-        )
 
     async def check(
         self,
@@ -203,20 +139,14 @@ class Generator:
         """
         with self.metrics.refusing(""):
             self._check_open()
-            tier, fallback = self._requested_tiers(request, caller)
-            left = ""
-            if fallback and not self._dispatcher.has_workers(tier) and self._dispatcher.has_workers(fallback):
-                # Admit it there, because it would leave its own tier's queue at once.
-                left, tier, fallback = tier, fallback, ""
-        with self.metrics.refusing(tier):
-            checked = await self._check(request, tier, fallback, caller, time_left, answers)
-        return replace(checked, fallback_from=left)
+            choice = self.tiers.requested(request, caller)
+        with self.metrics.refusing(choice.tier):
+            return await self._check(request, choice, caller, time_left, answers)
 
     async def _check(
         self,
         request: inference_pb2.GenerateRequest,
-        asked: str,
-        fallback: str,
+        choice: TierChoice,
         caller: ApiKey | None,
         time_left: float | None,
         answers: int,
@@ -226,82 +156,22 @@ class Generator:
         check_priority(request.priority)
         if caller is not None:
             self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
-        tier = self._admit(request, asked, caller, time_left)
-        arguments = (request, self.tokenizer, self._max_model_len(asked), self.pair.full_config.vocab_size)
+        priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
+
+        def admit(tier: str) -> None:
+            self._dispatcher.admit(tier, priority, _name(caller), time_left, client_resumes=client_resumes)
+
+        choice = self.tiers.admitted(choice, request, caller, admit, asyncio.get_running_loop().time())
+        asked = choice.brownout_from or choice.tier
+        arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
         checked = await _run(validate_generate, *arguments, in_thread=bool(slow))
         longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
-        if tier != asked and longest > self._max_model_len(tier):
-            self._dispatcher.admit(asked, _priority(request.priority, caller), _name(caller), time_left)
-            tier = asked
-        moved = asked if tier != asked else ""
-        return replace(checked, tier=tier, fallback="" if fallback == tier else fallback, brownout_from=moved)
-
-    def _requested_tiers(self, request: inference_pb2.GenerateRequest, caller: ApiKey | None) -> tuple[str, str]:
-        """Returns the tier for which a request asks, and the one to which it falls back; empty means none.
-
-        Raises:
-            ModelNotFound: there is no such model or tier.
-            PermissionDenied: the API key may not use the tier.
-            InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
-        """
-        named, tiers = self._parse_model(request.model), self._roster.tiers
-        if request.tier and request.tier not in tiers:
-            raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {self._list(tiers)}")
-        if named and request.tier not in ("", named):
-            raise InvalidRequest("tier", f"is {request.tier!r}, but the model names the tier {named!r}: remove one")
-        tier = request.tier or named or self._roster.default_tier
-        if caller is not None and not caller.may_use(tier):
-            allowed = self._list(name for name in tiers if caller.may_use(name))
-            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {allowed}")
-        fallback = request.fallback or tiers[tier].fallback
-        if fallback == NO_FALLBACK:
-            return tier, ""
-        if fallback and fallback not in tiers:
-            raise InvalidRequest("fallback", f"there is no tier {fallback[:200]!r}; tiers are {self._list(tiers)}")
-        if fallback and caller is not None and not caller.may_use(fallback):
-            if request.fallback:
-                raise PermissionDenied(f"API key {caller.name!r} may not use the tier {fallback!r}, named as fallback")
-            return tier, ""
-        return tier, fallback
-
-    def _admit(
-        self, request: inference_pb2.GenerateRequest, asked: str, caller: ApiKey | None, time_left: float | None
-    ) -> str:
-        """Returns the tier that writes the answer: ``asked``, or a cheaper one under overload if the request allows it.
-
-        Raises:
-            Overloaded: no tier that may write the answer admits the request.
-        """
-        brownout, key = self._brownout, _name(caller)
-        priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
-
-        def admit(tier: str) -> None:
-            self._dispatcher.admit(tier, priority, key, time_left, client_resumes=client_resumes)
-
-        # A client that resumes an answer has tokens of the tier that it asks for.
-        allowed = caller is not None and caller.allow_brownout
-        if request.HasField("allow_brownout"):
-            allowed = request.allow_brownout
-        if brownout is None or not allowed or client_resumes:
+        if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)
-            return asked
-
-        def may_use(tier: str) -> bool:
-            return caller is None or caller.may_use(tier)
-
-        chosen = brownout.choose(asked, may_use, asyncio.get_running_loop().time())
-        refusal: Overloaded | None = None
-        for tier in dict.fromkeys((chosen, asked, *filter(may_use, brownout.cheaper(asked)))):
-            try:
-                admit(tier)
-            except Overloaded as error:
-                refusal = refusal or error
-            else:
-                return tier
-        assert refusal is not None
-        raise refusal
+            choice = replace(choice, tier=asked, brownout_from="")
+        return replace(checked, **asdict(choice))
 
     @contextmanager
     def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartGeneration]:
@@ -377,7 +247,7 @@ class Generator:
             prompt_tokens=prompt_tokens,
             seed=start.sampling.seed,
             max_tokens=start.sampling.max_tokens,
-            model=self.model,
+            model=self.tiers.model,
             tier=checked.tier,
             brownout_from=checked.brownout_from,
         )
@@ -386,7 +256,7 @@ class Generator:
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
         self._check_open()
-        self._parse_model(request.model)
+        self.tiers.parse_model(request.model)
         self._check_size(request.ByteSize())
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -400,9 +270,9 @@ class Generator:
     async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open()
-        self._parse_model(request.model)
+        self.tiers.parse_model(request.model)
         self._check_size(request.ByteSize())
-        check_token_ids("ids", request.ids, self.pair.full_config.vocab_size)
+        check_token_ids("ids", request.ids, self.tiers.vocab_size)
         return await _run(self.tokenizer.decode, request.ids, in_thread=request.ByteSize() >= LONG_REQUEST)
 
     def drain(self) -> None:
@@ -446,19 +316,6 @@ class Generator:
     def _check_open(self) -> None:
         if self._draining:
             raise ShuttingDown("this router is shutting down")
-
-    def _parse_model(self, model: str) -> str:
-        """Returns the tier that a model name names; empty if it names none. Raises ModelNotFound."""
-        if not model or model in self._names:
-            return ""
-        name, _, tier = model.rpartition(":")
-        if name in self._names and tier in self._pairs:
-            return tier
-        raise ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {self._list(self.models)}")
-
-    @staticmethod
-    def _list(names: Iterable[str]) -> str:
-        return ", ".join(map(repr, names)) or "none"
 
     def _check_size(self, size: int) -> None:
         if size > self._max_request_bytes:

@@ -34,14 +34,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        generator = self._generator
-        return inference_pb2.ListModelsResponse(models=[generator.describe(name) for name in generator.models])
+        tiers = self._generator.tiers
+        return inference_pb2.ListModelsResponse(models=[tiers.describe(name) for name in tiers.models])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
         ids = await self._generator.tokenize(request)
-        return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._generator.max_model_len)
+        return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._generator.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context

@@ -354,12 +354,15 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
     key = {"authorization": f"Bearer {keys.create(file, 'ci', rate=2.0, concurrency=3)}"}
     with mock_stack(tiny_pair, api_keys=file) as stack:
         for n, prompts in ((3, ["x"]), (1, ["x", "y", "z"])):
-            body = json.dumps({"model": stack.router._generator.model, "prompt": prompts, "n": n, "max_tokens": 2})
+            body = json.dumps(
+                {"model": stack.router._generator.tiers.model, "prompt": prompts, "n": n, "max_tokens": 2}
+            )
             status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
             error = json.loads(answer)["error"]
             assert (status, error["param"]) == (400, "n")
             assert "API key 'ci'" in error["message"], "the error names the key by its name, not its hash"
-        body = json.dumps({"model": stack.router._generator.model, "prompt": "x", "n": 2, "max_tokens": 2})
+        name = stack.router._generator.tiers.model
+        body = json.dumps({"model": name, "prompt": "x", "n": 2, "max_tokens": 2})
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
         idle(stack)

@@ -106,7 +106,7 @@ class HttpApi:
             )
 
     async def _models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_json(name) for name in self._generator.models]})
+        return _json({"object": "list", "data": [self._model_json(name) for name in self._generator.tiers.models]})
 
     async def _model(self, request: Request) -> Response:
         return _json(self._model_json(request.path_params["model"]))
@@ -127,8 +127,9 @@ class HttpApi:
         generator = self._generator
 
         def envelope(tier: str) -> Envelope:
-            model = f"{generator.model}:{tier}" if generator.several_tiers else generator.model
-            return Envelope(kind, id, model, self._pair_json(tier), generator.fingerprint(tier), generator.tokenizer)
+            tiers = generator.tiers
+            model = f"{tiers.model}:{tier}" if tiers.several else tiers.model
+            return Envelope(kind, id, model, self._pair_json(tier), tiers.fingerprint(tier), generator.tokenizer)
 
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
@@ -147,7 +148,7 @@ class HttpApi:
     async def _tokenize(self, request: Request) -> Response:
         body = await read(request, schema.TokenizeRequest, self._max_body)
         ids = await self._generator.tokenize(wire.tokenize(body))
-        return _json({"tokens": ids, "count": len(ids), "max_model_len": self._generator.max_model_len})
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": self._generator.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request) -> Response:
         body = await read(request, schema.DetokenizeRequest, self._max_body)
@@ -172,10 +173,12 @@ class HttpApi:
 
     async def _stack_status(self, request: Request) -> Response:
         status = StackStatus.from_proto(await self._status())
-        return _json({"model": self._generator.model, **stack_json(status)}, headers={"cache-control": "no-store"})
+        return _json(
+            {"model": self._generator.tiers.model, **stack_json(status)}, headers={"cache-control": "no-store"}
+        )
 
     def _model_json(self, name: str) -> dict[str, Any]:
-        model = self._generator.describe(name)
+        model = self._generator.tiers.describe(name)
         return {
             "id": model.name,
             "object": "model",
@@ -186,7 +189,7 @@ class HttpApi:
         }
 
     def _pair_json(self, tier: str) -> dict[str, Any]:
-        pair = self._generator.tier_pair(tier)
+        pair = self._generator.tiers.pair(tier)
         return {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
 
 

@@ -49,26 +49,20 @@ class FakeGeneration:
     def __exit__(self, *error: object) -> None: ...
 
 
-class FakeGenerator:
-    """Answers with ``tiers``, or raises ``error``. Records what it was asked for in ``requests``."""
+class FakeTiers:
+    """The tiers of a model tiny, the default one first; only ``default`` unless ``several``."""
 
     model = "tiny"
-    max_model_len = 64
-    tokenizer = None
-
-    def __init__(self) -> None:
-        self.metrics = RouterMetrics()
-        self.requests: list[inference_pb2.GenerateRequest] = []
-        self.several_tiers = True
-        self.tiers = ["default"]
-        self.brownout_from = ""
-        self.error: Exception | None = None
+    several = True
 
     @property
     def models(self) -> list[str]:
-        return ["tiny", *(f"tiny:{tier}" for tier in DIGESTS if self.several_tiers)]
+        return ["tiny", *(f"tiny:{tier}" for tier in DIGESTS if self.several)]
 
-    def tier_pair(self, tier: str) -> SimpleNamespace:
+    def max_model_len(self, tier: str = "") -> int:
+        return 64
+
+    def pair(self, tier: str) -> SimpleNamespace:
         return SimpleNamespace(name=f"{tier}-pair", full_digest="0" * 64, decoder_digest=DIGESTS[tier])
 
     def fingerprint(self, tier: str) -> str:
@@ -76,6 +70,20 @@ class FakeGenerator:
 
     def describe(self, name: str) -> inference_pb2.Model:
         return inference_pb2.Model(name=name, max_model_len=64, tier=name.partition(":")[2] or "default")
+
+
+class FakeGenerator:
+    """Answers with the tiers ``written_by``, or raises ``error``. Records what it was asked for in ``requests``."""
+
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.tiers = FakeTiers()
+        self.metrics = RouterMetrics()
+        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.written_by = ["default"]
+        self.brownout_from = ""
+        self.error: Exception | None = None
 
     async def check(self, request: inference_pb2.GenerateRequest, *_: Any, answers: int) -> GenerationRequest:
         self.requests.append(request)
@@ -85,7 +93,7 @@ class FakeGenerator:
 
     @contextmanager
     def starting(self, *_: Any) -> Iterator[Any]:
-        yield lambda *_: FakeGeneration(self.tiers, self.brownout_from)
+        yield lambda *_: FakeGeneration(self.written_by, self.brownout_from)
 
 
 class Http:
@@ -148,14 +156,14 @@ async def test_the_fields_reach_the_generator_unchanged(client: Http, generator:
 
 
 async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, generator: FakeGenerator) -> None:
-    generator.tiers, generator.brownout_from = ["default", "full"], "full"
+    generator.written_by, generator.brownout_from = ["default", "full"], "full"
     whole = await ask(client)
     assert (whole["model"], whole["system_fingerprint"]) == ("tiny:default", "fp_dddddddddddd")
     assert whole["overfill"]["pair"]["name"] == "default-pair"
     (told,) = whole["overfill"]["choices"]
     assert (told["tier"], told["brownout_from"]) == ("full", "full")
     assert told["parts"] == [{"tier": "default", "first_index": 0}, {"tier": "full", "first_index": 1}]
-    generator.tiers = ["full"]
+    generator.written_by = ["full"]
     _, text = await client.post("/v1/completions", model="tiny", prompt="Hi", stream=True)
     chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
     assert {(chunk["model"], chunk["system_fingerprint"]) for chunk in chunks} == {("tiny:full", "fp_ffffffffffff")}
@@ -164,7 +172,7 @@ async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, genera
 
 
 async def test_with_one_tier_answers_have_the_plain_model_name(client: Http, generator: FakeGenerator) -> None:
-    generator.several_tiers = False
+    generator.tiers.several = False
     answer = await ask(client)
     assert answer["model"] == "tiny"
     (told,) = answer["overfill"]["choices"]

@@ -1,0 +1,195 @@
+"""The tiers that a router serves: the names of the model, and which tier writes the answer to a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from overfill.api.keys import ApiKey
+from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
+from overfill.model.manifest import Pair
+from overfill.routing.brownout import Brownout
+from overfill.routing.pool import Roster
+from overfill.routing.tier import NO_FALLBACK
+from overfill.v1 import inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class TierChoice:
+    """The tier of one request. The fields are those of ``GenerationRequest``."""
+
+    tier: str
+    fallback: str = ""
+    brownout_from: str = ""
+    fallback_from: str = ""
+
+
+class ServedTiers:
+    """The tiers of one full model, under the names that clients use.
+
+    Args:
+        names: names of the model; answers carry the first.
+        pairs: pair of each tier, by the tier's name, the default tier's first.
+        roster: the workers.
+        brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
+
+    Attributes:
+        vocab_size: number of token ids of the full model.
+    """
+
+    def __init__(
+        self, names: Sequence[str], pairs: Mapping[str, Pair], roster: Roster, brownout: Brownout | None = None
+    ) -> None:
+        self._names = tuple(names)
+        self._pairs = pairs
+        self._roster = roster
+        self._brownout = brownout
+        full = pairs[roster.default_tier].full_config
+        self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
+
+    @property
+    def model(self) -> str:
+        """Model name in answers, without a tier."""
+        return self._names[0]
+
+    @property
+    def several(self) -> bool:
+        """True if requests can choose among tiers."""
+        return len(self._pairs) > 1
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names under which the router lists the model: its own ones, and each with each of several tiers."""
+        tiers = self._pairs if self.several else ()
+        return (*self._names, *(f"{name}:{tier}" for name in self._names for tier in tiers))
+
+    def pair(self, tier: str) -> Pair:
+        """The pair of a tier."""
+        return self._pairs[tier]
+
+    def fingerprint(self, tier: str) -> str:
+        """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
+        decoder = self._roster.tiers[tier].decoder
+        formats = (decoder.get("decoder_quantize", "none"), decoder.get("kv_cache_dtype", "auto"))
+        rounded = "".join(f"-{name}" for name in formats if name not in ("none", "auto"))
+        return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
+
+    def max_model_len(self, tier: str = "") -> int:
+        """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker.
+
+        Args:
+            tier: empty means the default tier.
+        """
+        capacity = self._roster.decode[tier or self._roster.default_tier].capacity_tokens
+        return self._max_positions if capacity is None else min(self._max_positions, capacity)
+
+    def describe(self, name: str = "") -> inference_pb2.Model:
+        """Describes the model under one of its names, by default the first. Raises ModelNotFound."""
+        name = name or self.model
+        tier = self.parse_model(name) or self._roster.default_tier
+        worker = next(iter(self._roster.workers()), None)
+        pair = self._pairs[tier]
+        return inference_pb2.Model(
+            name=name,
+            max_model_len=self.max_model_len(tier),
+            full_digest=pair.full_digest,
+            decoder_digest=pair.decoder_digest,
+            dtype=worker.info.identity.kv.dtype if worker else "",
+            tier=tier,
+        )
+
+    def parse_model(self, model: str) -> str:
+        """Returns the tier that a model name names; empty if it names none. Raises ModelNotFound."""
+        if not model or model in self._names:
+            return ""
+        name, _, tier = model.rpartition(":")
+        if name in self._names and tier in self._pairs:
+            return tier
+        raise ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {_list(self.models)}")
+
+    def requested(self, request: inference_pb2.GenerateRequest, caller: ApiKey | None) -> TierChoice:
+        """Returns the tier for which a request asks. If it has no worker, that is the one to which it falls back.
+
+        Raises:
+            ModelNotFound: there is no such model or tier.
+            PermissionDenied: the API key may not use the tier.
+            InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
+        """
+        named, tiers = self.parse_model(request.model), self._roster.tiers
+        if request.tier and request.tier not in tiers:
+            raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {_list(tiers)}")
+        if named and request.tier not in ("", named):
+            raise InvalidRequest("tier", f"is {request.tier!r}, but the model names the tier {named!r}: remove one")
+        tier = request.tier or named or self._roster.default_tier
+        if caller is not None and not caller.may_use(tier):
+            allowed = _list(name for name in tiers if caller.may_use(name))
+            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {allowed}")
+        fallback = self._fallback(tier, request.fallback, caller)
+        if fallback and self._lost(tier) and not self._lost(fallback):
+            # It starts there, because it would leave its own tier's queue at once.
+            return TierChoice(fallback, fallback_from=tier)
+        return TierChoice(tier, fallback)
+
+    def admitted(
+        self,
+        choice: TierChoice,
+        request: inference_pb2.GenerateRequest,
+        caller: ApiKey | None,
+        admit: Callable[[str], None],
+        now: float,
+    ) -> TierChoice:
+        """Returns ``choice``, or that of a cheaper tier under overload if the request or its key allows it.
+
+        Args:
+            admit: raises Overloaded if a tier would refuse the request.
+            now: seconds on the event loop's clock.
+
+        Raises:
+            Overloaded: no tier that may write the answer admits the request.
+        """
+        asked, brownout = choice.tier, self._brownout
+        allowed = caller is not None and caller.allow_brownout
+        if request.HasField("allow_brownout"):
+            allowed = request.allow_brownout
+        # A client that resumes an answer has tokens of the tier that it asks for.
+        if brownout is None or not allowed or request.resume_token_ids:
+            admit(asked)
+            return choice
+
+        def may_use(tier: str) -> bool:
+            return caller is None or caller.may_use(tier)
+
+        chosen = brownout.choose(asked, may_use, now)
+        refusal: Overloaded | None = None
+        for tier in dict.fromkeys((chosen, asked, *filter(may_use, brownout.cheaper(asked)))):
+            try:
+                admit(tier)
+            except Overloaded as error:
+                refusal = refusal or error
+            else:
+                fallback = "" if choice.fallback == tier else choice.fallback
+                return replace(choice, tier=tier, fallback=fallback, brownout_from="" if tier == asked else asked)
+        assert refusal is not None
+        raise refusal
+
+    def _fallback(self, tier: str, asked: str, caller: ApiKey | None) -> str:
+        """Returns the tier to which a request of ``tier`` falls back; empty if it stays."""
+        tiers = self._roster.tiers
+        fallback = asked or tiers[tier].fallback
+        if fallback in ("", NO_FALLBACK, tier):
+            return ""
+        if fallback not in tiers:
+            raise InvalidRequest("fallback", f"there is no tier {fallback[:200]!r}; tiers are {_list(tiers)}")
+        if caller is None or caller.may_use(fallback):
+            return fallback
+        if asked:
+            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {fallback!r}, named as fallback")
+        return ""
+
+    def _lost(self, tier: str) -> bool:
+        """True if no decode worker of the tier is alive or starting."""
+        return not self._roster.decode[tier].index.present
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
