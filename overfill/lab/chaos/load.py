@@ -61,9 +61,10 @@ class RequestResult:
         """What is wrong with the parts that the answer names; None if they can be right."""
         if others := {tier for tier, _ in self.parts} - {self.tier, self.fallback}:
             return f"{self.request}: tier {self.tier} was asked, but {', '.join(sorted(others))} wrote a part"
-        begun = tuple(part for part in self.parts if part != (self.tier, 0))
-        if self.told_parts != begun:
-            return f"{self.request}: the stream told of {self.told_parts}, and the end of {begun}"
+        # The first message of the stream names the tier that begins, unless it changes before the first token.
+        told, begun = (tuple(part for part in parts if part[1]) for parts in (self.told_parts, self.parts))
+        if told != begun:
+            return f"{self.request}: the stream told of {told}, and the end of {begun}"
         return None
 
 

@@ -285,7 +285,7 @@ def test_a_request_names_its_tier(
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
         assert main([*command, *given]) == 0
     sent = [(o["tier"], o["fallback"], o["allow_brownout"]) for _, o in fake_client.requests]
-    assert sent == [("full", "none", True), ("", "", False)]
+    assert sent == [("full", "none", True), ("", "", None)]
 
 
 def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:

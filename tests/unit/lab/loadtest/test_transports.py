@@ -30,7 +30,7 @@ def test_over_grpc(monkeypatch):
     monkeypatch.setattr(transports, "Client", Client)
     assert GrpcTransport(LoadPlan(**PLAN)).ask([1], 4, 60.0, print, "full").tier == "fast"
     assert GrpcTransport(LoadPlan()).ask([1], 4, 60.0, print, "").tier == "fast"
-    assert sent == [("full", "fast", True), ("", "", False)]
+    assert sent == [("full", "fast", True), ("", "", None)]
 
 
 def test_over_http(monkeypatch):
