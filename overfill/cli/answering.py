@@ -60,6 +60,14 @@ def note_cut(answer: Answer, sampling: SamplingParams) -> None:
     click.echo(f"overfill: the answer was cut {where}", err=True)
 
 
+def note_tier(answer: Answer, asked: str) -> None:
+    """If another tier than ``asked`` wrote some of the answer, says on stderr which one, and from which token."""
+    for part in answer.parts:
+        if asked and part.tier != asked:
+            why = "is overloaded" if answer.brownout_from == asked else "has no worker"
+            click.echo(f"overfill: tier {asked} {why}; {part.tier} wrote from token {part.first_index} on", err=True)
+
+
 def _stream(client: Client, prompt: Prompt, sampling: SamplingParams, quiet: bool, options: Options) -> Answer:
     asked: Options = {**options, "sampling": sampling}
     with client.stream(prompt, **asked) as stream:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.answering import note_cut, stream_answer
+from overfill.cli.answering import note_cut, note_tier, stream_answer
 from overfill.cli.options import (
     RenamedFlags,
     connect,
@@ -121,6 +121,7 @@ class Chat:
         answer = stream_answer(self._client, messages, self._sampling, self._options)
         click.echo()
         note_cut(answer, self._sampling)
+        note_tier(answer, self._options.get("tier", ""))
         if answer.text:
             self._messages = [*messages, Message("assistant", answer.text)]
         if self._verbose:

@@ -12,8 +12,17 @@ import click
 from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
-from overfill.settings.config import SEPARATORS, SERVICES, RouterConfig, ServiceConfig, read_checked
+from overfill.cli.up_tiers import worker_settings
+from overfill.settings.config import (
+    SEPARATORS,
+    SERVICES,
+    DecodeConfig,
+    RouterConfig,
+    ServiceConfig,
+    read_checked,
+)
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
+from overfill.settings.tiers import TierSpec
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")
 Row = tuple[str, str, str]
@@ -78,14 +87,24 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
     kind = next(kind for kind in SERVICES if kind.section == name)
     # --pair is the only required setting; the real run may get it elsewhere.
     absent = "pair" not in _origins(kind, argv)
-    config = kind.parse([*argv, "--pair=-"] if absent else argv)
     origins = kind.origins(argv)
+    if kind is RouterConfig and "decoders" not in origins and (tiers := _tiers_of_up(argv)):
+        argv = [*argv, f"--decoders={tiers}"]
+        origins["decoders"] = f"{kind.find_file(argv).path}: up.decoder"  # type: ignore[union-attr]
+    config = kind.parse([*argv, "--pair=-"] if absent else argv)
     rows = []
     for field in kind.model_fields:
         required = absent and field == "pair" and not getattr(config, "decoders", ())
         value = "" if absent and field == "pair" else display(getattr(config, field), SEPARATORS.get(field, ","))
         rows.append((flag_name(field), value, "required" if required else origins.get(field, "default")))
     return rows
+
+
+def _tiers_of_up(argv: list[str]) -> str:
+    """Returns the tiers that `overfill up` would give to its routers, from the settings file; empty without any."""
+    file = RouterConfig.find_file(argv)
+    tiers = file.sections.get("up", {}).get("decoder", "") if file is not None else ""
+    return tiers if isinstance(tiers, str) else ";".join(map(str, tiers))
 
 
 def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
@@ -149,10 +168,19 @@ def _faults_of_up(file: Path) -> list[str]:
     from overfill.cli.up import up_command
 
     try:
-        with up_command.make_context("up", [f"--config={file}"]):
-            return []
+        with up_command.make_context("up", [f"--config={file}"]) as ctx:
+            return [f"{file}: up.{fault}" for tier in ctx.params["tiers"] for fault in _faults_of_tier(tier)]
     except click.UsageError as error:
         return [f"{file}: up: {error.format_message()}"]
+
+
+def _faults_of_tier(tier: TierSpec) -> Iterator[str]:
+    try:
+        DecodeConfig.of({**worker_settings(tier, DecodeConfig), "pair": tier.pair})
+    except click.UsageError as error:
+        yield error.format_message().removeprefix("--")
+    except ValueError as error:
+        yield f"decoder {tier.name}: {error}"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from overfill.cli.answering import note_cut, stream_answer
+from overfill.cli.answering import note_cut, note_tier, stream_answer
 from overfill.cli.options import (
     AnyNumber,
     RenamedFlags,
@@ -88,6 +88,7 @@ def generate_command(
     elif sys.stdout.isatty():
         click.echo()
     note_cut(answer, params)
+    note_tier(answer, tier)
     if verbose:
         console(stderr=True).print(answer_details(answer))
     return 0

@@ -123,7 +123,14 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
     """Build the request message. Checks all that needs no model; raises InvalidRequest that names the field.
 
     The message does not include ``timeout``, which gRPC sends as the RPC's deadline.
+
+    Raises:
+        TypeError: there is no such option.
     """
+    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+        of_sampling = [name for name in unknown if name in SamplingParams.__dataclass_fields__]
+        where = f"; {', '.join(of_sampling)} belong in sampling=SamplingParams(...)" if of_sampling else ""
+        raise TypeError(f"a request has no option {', '.join(unknown)}{where}")
     stop, sampling = options.get("stop", ()), options.get("sampling")
     if isinstance(stop, str):
         raise InvalidRequest("stop", f"is one string; give a sequence of strings, such as [{stop[:50]!r}]")

@@ -523,8 +523,7 @@ class Dispatcher:
                 continue
             waiting = list(self.waiting()) if pool is self._roster.prefill else [*self._waiting_for(pool)]
             for job in waiting:
-                message = f"no {pool.title} has reported for {absent:.0f} s; `overfill status` shows the workers"
-                yield self._reject(job, Unavailable(message))
+                yield self._reject(job, Unavailable(f"no {pool.title} has reported for {absent:.0f} s"))
 
     def _waiting_for(self, pool: Pool) -> FairQueue[Job]:
         return next(tier.jobs for tier in self._tiers.values() if tier.pool is pool)

@@ -35,7 +35,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
         tiers = self._generator.tiers
-        return inference_pb2.ListModelsResponse(models=[tiers.describe(name) for name in tiers.models])
+        key: Any = caller.get()  # an ApiKey: the router has no other callers here
+        return inference_pb2.ListModelsResponse(models=[tiers.describe(name) for name in tiers.listed(key)])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context

@@ -63,6 +63,13 @@ class ServedTiers:
         tiers = self._pairs if self.several else ()
         return (*self._names, *(f"{name}:{tier}" for name in self._names for tier in tiers))
 
+    def listed(self, caller: ApiKey | None) -> tuple[str, ...]:
+        """The names in ``models`` that an API key may use."""
+        default = self._roster.default_tier
+        return tuple(
+            name for name in self.models if caller is None or caller.may_use(self.parse_model(name) or default)
+        )
+
     def pair(self, tier: str) -> Pair:
         """The pair of a tier."""
         return self._pairs[tier]

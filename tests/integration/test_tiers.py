@@ -67,6 +67,7 @@ def test_keys_may_be_limited_to_tiers(tiny_family, tmp_path):
         with Client(stack.grpc, api_key=every) as client:
             assert client.generate("Hi", sampling=FIVE, tier="full").tier == "full"
         with Client(stack.grpc, api_key=cheap) as client:
+            assert [model.tier for model in client.models()] == ["default", "default", "fast"]
             assert client.generate("Hi", sampling=FIVE, tier="fast").tier == "fast"
             with pytest.raises(PermissionDenied, match="may not use the tier 'full'; it may use 'default', 'fast'"):
                 client.generate("Hi", sampling=FIVE, tier="full")

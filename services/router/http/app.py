@@ -106,7 +106,8 @@ class HttpApi:
             )
 
     async def _models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_json(name) for name in self._generator.tiers.models]})
+        names = self._generator.tiers.listed(request.scope.get("api_key"))
+        return _json({"object": "list", "data": [self._model_json(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
         return _json(self._model_json(request.path_params["model"]))

@@ -94,6 +94,22 @@ def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "router.prot: no such setting; did you mean port?" in capsys.readouterr().err
 
 
+def test_check_finds_faults_in_the_settings_of_tiers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text('up: {decoder: [full=identity, "fast=fast,bogus=1", "other=fast,quantize=int3"]}')
+    assert main(["config", "check", str(file)]) == 1
+    err = capsys.readouterr().err
+    assert f"{file}: up.decoder fast: bogus: a tier has no such setting" in err
+    assert f"{file}: up.decoder other: --quantize" in err
+
+
+def test_the_router_is_shown_with_the_tiers_of_up(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text("up: {decoder: [full=identity, fast=fast]}\nrouter: {brownout: full > fast}")
+    assert main(["config", "show", "--config", str(file), "router"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("decoders ")]
+    assert "full=identity:1;fast=fast:1" in line
+    assert line.endswith(f"{file}: up.decoder")
+
+
 def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)

@@ -396,3 +396,9 @@ def test_importing_the_sdk_loads_nothing_heavy() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "overfill.client.sync" in loaded.split()
     assert {"torch", "transformers", "ray", "numpy", "tokenizers"}.isdisjoint(loaded.split())
+
+
+def test_an_option_that_does_not_exist_is_refused(sdk: Sdk, router: Any) -> None:
+    with pytest.raises(TypeError, match=r"no option fallbak, max_tokens; max_tokens belong in sampling=SamplingParams"):
+        sdk.run(router.address, "generate", "x", max_tokens=5, fallbak="fast")
+    assert router.requests == []

@@ -350,10 +350,7 @@ def test_a_lost_worker_is_waited_for_as_long_as_another_takes_to_start(
     assert dispatcher.poll(patience - 0.1) == []
     keep_reporting(roster, "p0", patience)
     [rejection] = dispatcher.poll(patience)
-    assert (
-        str(rejection.error)
-        == f"no decode worker has reported for {patience:.0f} s; `overfill status` shows the workers"
-    )
+    assert str(rejection.error) == f"no decode worker has reported for {patience:.0f} s"
 
 
 def test_a_worker_that_joins_again_and_again_does_not_hide_how_long_others_take(roster, add_worker, make_info):
@@ -393,7 +390,7 @@ def test_a_stage_whose_workers_are_joined_and_silent_is_absent(roster, dispatche
     keep_reporting(roster, other, STALE_AFTER + 11.0)
     [rejection] = dispatcher.poll(STALE_AFTER + 11.0)
     stage = "prefill" if silent == "p0" else "decode"
-    assert str(rejection.error) == f"no {stage} worker has reported for 10 s; `overfill status` shows the workers"
+    assert str(rejection.error) == f"no {stage} worker has reported for 10 s"
     assert dispatcher.num_jobs == 0
 
 

@@ -59,6 +59,9 @@ class FakeTiers:
     def models(self) -> list[str]:
         return ["tiny", *(f"tiny:{tier}" for tier in DIGESTS if self.several)]
 
+    def listed(self, caller: object) -> list[str]:
+        return self.models
+
     def max_model_len(self, tier: str = "") -> int:
         return 64
 
