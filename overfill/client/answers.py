@@ -264,6 +264,7 @@ class AnswerBuilder:
         self._calls: list[ToolCall] = []
         self._requested_tier = ""
         self._earlier_parts: list[AnswerPart] = []  # of routers before the current one
+        self._untold: tuple[AnswerPart, ...] = ()  # a part that begins with the next delta, after another router's
         self._parts: list[AnswerPart] = []
         self._client_ttft: float | None = None
         self._answer: Answer | None = None
@@ -327,7 +328,9 @@ class AnswerBuilder:
             self._requested_tier = self._requested_tier or accepted.brownout_from or accepted.tier
             self._earlier_parts = list(self._parts)
             if accepted.tier:
-                _join(self._parts, AnswerPart(accepted.tier, self._next_index))
+                part = AnswerPart(accepted.tier, self._next_index)
+                self._untold = (part,) if self._token_ids and self._tier != part.tier else ()
+                _join(self._parts, part)
         elif self.accepted is None:
             raise InternalError("the server sent an answer before it accepted the request")
         elif kind == "delta":
@@ -361,6 +364,12 @@ class AnswerBuilder:
         )
         calls = tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in message.tool_calls)
         parts = _parts(message.parts)
+        if ids:
+            # The router's own change at the same token replaces it.
+            parts, self._untold = (
+                (parts if parts and parts[0].first_index == self._next_index else self._untold + parts),
+                (),
+            )
         delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None, calls, parts)
         for beginning in parts:
             _join(self._parts, beginning)
