@@ -86,11 +86,12 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
         return _rows_of_up(argv)
     kind = next(kind for kind in SERVICES if kind.section == name)
     # --pair is the only required setting; the real run may get it elsewhere.
-    absent = "pair" not in _origins(kind, argv)
-    origins = kind.origins(argv)
-    if kind is RouterConfig and "decoders" not in origins and (tiers := _tiers_of_up(argv)):
+    origins = _origins(kind, argv)
+    absent = "pair" not in origins
+    file = kind.find_file(argv)
+    if file is not None and "decoders" not in origins and (tiers := _tiers_of_up(kind, file)):
         argv = [*argv, f"--decoders={tiers}"]
-        origins["decoders"] = f"{kind.find_file(argv).path}: up.decoder"  # type: ignore[union-attr]
+        origins["decoders"] = f"{file.path}: up.decoder"
     config = kind.parse([*argv, "--pair=-"] if absent else argv)
     rows = []
     for field in kind.model_fields:
@@ -100,10 +101,9 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
     return rows
 
 
-def _tiers_of_up(argv: list[str]) -> str:
-    """Returns the tiers that `overfill up` would give to its routers, from the settings file; empty without any."""
-    file = RouterConfig.find_file(argv)
-    tiers = file.sections.get("up", {}).get("decoder", "") if file is not None else ""
+def _tiers_of_up(kind: type[ServiceConfig], file: ConfigFile) -> str:
+    """Returns the tiers that `overfill up` would give to its routers; empty without any, and for other services."""
+    tiers = file.sections.get("up", {}).get("decoder", "") if kind is RouterConfig else ""
     return tiers if isinstance(tiers, str) else ";".join(map(str, tiers))
 
 
@@ -153,8 +153,8 @@ def _print_table(name: str, rows: list[Row]) -> None:
 
 def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
     values = kind.file_values(file)
-    if kind is RouterConfig and "decoder" in file.sections.get("up", {}):
-        values.setdefault("decoders", ("up.decoder", file.sections["up"]["decoder"]))
+    if tiers := _tiers_of_up(kind, file):
+        values.setdefault("decoders", ("up.decoder", tiers))
     given: dict[str, Any] = {"pair": "-"} | {name: value for name, (_, value) in values.items()}
     origins = {name: f"{file.path}: {key}" for name, (key, _) in values.items()}
     try:

@@ -365,11 +365,9 @@ class AnswerBuilder:
         calls = tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in message.tool_calls)
         parts = _parts(message.parts)
         if ids:
-            # The router's own change at the same token replaces it.
-            parts, self._untold = (
-                (parts if parts and parts[0].first_index == self._next_index else self._untold + parts),
-                (),
-            )
+            if not parts or parts[0].first_index != self._next_index:  # else the router has changed the tier again
+                parts = self._untold + parts
+            self._untold = ()
         delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None, calls, parts)
         for beginning in parts:
             _join(self._parts, beginning)
