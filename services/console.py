@@ -24,6 +24,11 @@ def decode() -> NoReturn:
     _run("decode", "worker")
 
 
+def worker() -> NoReturn:
+    """Runs ``overfill-worker``."""
+    _run("worker", "worker")
+
+
 def _run(service: str, extra: str) -> NoReturn:
     try:
         with needs(extra, f"overfill-{service}"):

@@ -23,6 +23,10 @@ class PlacementRequest(Protocol):
     def prompt_tokens(self) -> int: ...
 
     @property
+    def decode(self) -> Worker | None:
+        """Returns the worker that writes the answer; None before it is chosen."""
+
+    @property
     def block_keys(self) -> Callable[[int], Iterator[int]] | None:
         """Returns the keys of the prompt's full blocks for a block size (``kv.keys``). None means unknown."""
 

@@ -1,5 +1,7 @@
 """One worker of a pool: its Hello, its latest report, and the requests that this router has placed on it since.
 
+A worker with both stages is a member of two pools, with a ``Worker`` in each.
+
 Calls that depend on time take ``now`` (seconds, monotonic).
 """
 
@@ -7,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from overfill.errors import Incompatible, InvalidRequest
+from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTYPE_FROM_PROTO, KvSpec
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
@@ -26,12 +28,13 @@ STALE_AFTER = 3.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker's description of itself in its Hello; fixed for one incarnation.
+    """One stage of a worker, as the worker describes it in its Hello; fixed for one incarnation.
 
     ``startup_seconds`` runs from the import of ``overfill`` until the worker was ready, without the preparation of a
     pair. 0 means unknown. ``data_addresses`` is as in ``Hello``. ``engine`` is for people; empty means unknown.
 
     Attributes:
+        colocated: the worker has the other stage too, and another ``WorkerInfo`` for it.
         tier: decode workers: name of its tier; empty until the roster has found the stack's only one.
         decoder: decode workers: what decides which tokens the worker writes, by field of ``ModelIdentity``.
     """
@@ -46,30 +49,30 @@ class WorkerInfo:
     vocab_size: int
     startup_seconds: float = 0.0
     engine: str = ""
+    colocated: bool = False
     tier: str = ""
     decoder: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def from_hello(cls, hello: registry_pb2.Hello) -> WorkerInfo:
-        """Converts a Hello.
+    def from_hello(cls, hello: registry_pb2.Hello) -> tuple[WorkerInfo, ...]:
+        """Converts a Hello: one description for each stage of the worker, prefill first.
 
         Raises:
             InvalidRequest: a field is missing or invalid.
-            Incompatible: the worker has both stages.
         """
         if not hello.worker_id:
             raise InvalidRequest("hello.worker_id", "is empty")
         if not hello.address:
             raise InvalidRequest("hello.address", "is empty")
-        stage = _stage(hello)
+        stages = _stages(hello)
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
         if not 0 <= hello.startup_seconds < math.inf:
             raise InvalidRequest("hello.startup_seconds", f"must be finite and at least 0; got {hello.startup_seconds}")
-        return cls(
+        one = cls(
             id=hello.worker_id,
             incarnation=hello.incarnation,
-            stage=stage,
+            stage=stages[0],
             address=hello.address,
             data_addresses=_data_addresses(hello),
             identity=KvIdentity(
@@ -82,23 +85,17 @@ class WorkerInfo:
             vocab_size=hello.vocab_size,
             startup_seconds=hello.startup_seconds,
             engine=hello.engine,
-            tier=hello.tier if stage == DECODE else "",
-            decoder=_decoder(hello.model) if stage == DECODE else {},
+            colocated=len(stages) > 1,
         )
+        decodes = {"stage": DECODE, "tier": hello.tier, "decoder": _decoder(hello.model)}
+        return tuple(replace(one, **decodes) if stage == DECODE else one for stage in stages)
 
 
-def _stage(hello: registry_pb2.Hello) -> common_pb2.Stage:
-    stages = list(hello.stages)
+def _stages(hello: registry_pb2.Hello) -> list[common_pb2.Stage]:
+    stages = sorted(hello.stages)
     if not stages or len(set(stages)) < len(stages) or not set(stages) <= {PREFILL, DECODE}:
-        raise InvalidRequest("hello.stages", f"must name prefill or decode, once; got {stages}")
-    # Incompatible, because a worker that is refused otherwise would try again forever and log no reason.
-    if len(stages) > 1:
-        raise Incompatible(
-            f"hello.stages: worker {hello.worker_id} serves both prefill and decode; this version has no workers with "
-            "both stages: start one worker for each",
-            ["hello.stages"],
-        )
-    return stages[0]
+        raise InvalidRequest("hello.stages", f"must name prefill, decode or both, each once; got {list(hello.stages)}")
+    return stages
 
 
 def _decoder(model: common_pb2.ModelIdentity) -> dict[str, object]:
@@ -145,7 +142,7 @@ _NOTHING_REPORTED = _Reported()
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """One incarnation of a worker.
+    """One incarnation of a worker in one pool.
 
     Attributes:
         report: latest report, or None before the first; ``set_report`` replaces it.

@@ -1,4 +1,4 @@
-"""Settings of the three services: one frozen class each, read from flags, environment variables and a file. No torch.
+"""Settings of the services: one frozen class each, read from flags, environment variables and a file. No torch.
 
 Declaring a field adds a setting. For instance, ``kv_memory`` of a prefill worker is the flag ``--kv-memory``, the
 variable ``OVERFILL_PREFILL_KV_MEMORY``, and the key ``kv-memory`` under ``prefill`` or ``common`` in the file that
@@ -48,6 +48,8 @@ UP_KEYS = (
     "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
+
+TTFT_OBJECTIVE, ITL_OBJECTIVE = 2.0, 0.1  # defaults, in seconds
 
 SEPARATORS = {"decoders": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
@@ -215,7 +217,7 @@ class ServiceConfig(CommonSettings):
 
 
 class WorkerConfig(ServiceConfig):
-    """Settings of both kinds of worker."""
+    """Settings of every kind of worker."""
 
     routers: Addresses = Field(
         (),
@@ -351,6 +353,43 @@ class DecodeConfig(WorkerConfig):
         return self.kv_codec or ("int8" if self.kv_cache_dtype == "int8" else "raw")
 
 
+class ColocatedConfig(DecodeConfig):
+    """Worker with both stages: runs the full model and the decoder, in turn. Each flag is also a variable, such as
+    OVERFILL_WORKER_KV_MEMORY."""
+
+    model_config = SettingsConfigDict(env_prefix="OVERFILL_WORKER_")
+    program = "overfill-worker"
+    section = "worker"
+
+    max_num_batched_tokens: int = Field(
+        2048,
+        ge=1,
+        description="maximum number of prompt tokens computed in one step; less while answers need --itl-objective",
+    )
+    kv_memory: Bytes | None = Field(
+        None, description="size of each of the two KV caches, such as 512MiB; by default as much as fits in memory"
+    )
+    ttft_objective: float = Field(
+        TTFT_OBJECTIVE,
+        gt=0,
+        description="target for the time to first token, in seconds; prompts that would miss it may delay answers",
+    )
+    itl_objective: float = Field(
+        ITL_OBJECTIVE,
+        gt=0,
+        description="target for the time between tokens, in seconds; prompts are computed in chunks that allow it",
+    )
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "vllm":
+            raise ValueError(
+                "--engine vllm: a worker with both stages runs on OverFill's own engine; for vLLM start a worker for "
+                "each stage, as `overfill up --prefill 1 --decode 1 --engine vllm` does"
+            )
+        return self
+
+
 class RouterConfig(ServiceConfig):
     """Router: clients' APIs, queue, placement. Each flag is also a variable, such as OVERFILL_ROUTER_MAX_QUEUE."""
 
@@ -437,12 +476,12 @@ class RouterConfig(ServiceConfig):
         "as https://chat.example.org; * allows every page; by default only the router's own page at /ui",
     )
     ttft_objective: float = Field(
-        2.0,
+        TTFT_OBJECTIVE,
         gt=0,
         description="target for the time to first token, in seconds, for which the scaling metrics are computed",
     )
     itl_objective: float = Field(
-        0.1,
+        ITL_OBJECTIVE,
         gt=0,
         description="target for the mean time between tokens, in seconds, for which the scaling metrics are computed",
     )
@@ -511,7 +550,7 @@ class RouterConfig(ServiceConfig):
         return AccessPolicy(self.rpcs, None if keys is None else keys.find, self._secret())
 
 
-SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, DecodeConfig)
+SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, DecodeConfig, ColocatedConfig)
 
 
 def read_checked(path: Path) -> ConfigFile:

@@ -44,23 +44,32 @@ class Spec:
 class MetricSet:
     """Metrics of one service. Each set has its own registry, so that several sets may exist in one process.
 
+    Args:
+        beside: set of another stage in the same worker, whose registry this one shares. The metrics of the process are
+            in that one.
+
     Attributes:
         registry: Prometheus registry of the set.
         specs: declarations of its metrics.
     """
 
-    def __init__(self, stage: str) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, stage: str, beside: MetricSet | None = None) -> None:
         self.specs: list[Spec] = []
-        self._prefix = "overfill"
-        ProcessCollector(registry=self.registry)
-        self._read(
-            "build_info",
-            "gauge",
-            "Version and stage of this process; always 1.",
-            lambda: [((__version__, stage), 1)],
-            {"version": (), "stage": ()},
-        )
+        if beside is None:
+            self.registry = CollectorRegistry()
+            self._stages = [stage]
+            self._prefix = "overfill"
+            ProcessCollector(registry=self.registry)
+            self._read(
+                "build_info",
+                "gauge",
+                "Version and stages of this process; always 1.",
+                lambda: [((__version__, one), 1) for one in self._stages],
+                {"version": (), "stage": ()},
+            )
+        else:
+            self.registry = beside.registry
+            beside._stages.append(stage)
         self._prefix = f"overfill_{stage}"
 
     def render(self) -> bytes:

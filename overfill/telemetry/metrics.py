@@ -379,8 +379,8 @@ class Refusing:
 class EngineMetrics(MetricSet):
     """Metrics of both kinds of worker. ``step`` and ``step_failed`` run on the engine's thread, others on the loop."""
 
-    def __init__(self, stage: str) -> None:
-        super().__init__(stage)
+    def __init__(self, stage: str, beside: MetricSet | None = None) -> None:
+        super().__init__(stage, beside)
         self._load: Callable[[], EngineNumbers] | None = None
         self._step = self._histogram("step_seconds", "Duration of one step of the model.", LATENCY_BUCKETS)
         self._batch = self._histogram("batch_size", "Sequences in one step.", BATCH_BUCKETS)
@@ -459,12 +459,16 @@ class PrefillMetrics(EngineMetrics):
 
 
 class DecodeMetrics(EngineMetrics):
-    """Metrics of a decode worker."""
+    """Metrics of a decode worker.
+
+    Args:
+        beside: metrics of the prefill stage of a worker with both.
+    """
 
     REFUSALS = ("sequences", "preempted", "blocks")
 
-    def __init__(self) -> None:
-        super().__init__("decode")
+    def __init__(self, beside: PrefillMetrics | None = None) -> None:
+        super().__init__("decode", beside)
         counter, histogram, codec = self._counter, self._histogram, {"codec": tuple(CODECS)}
         self._tokens = counter("tokens_total", "Tokens computed by the decoder.")
         self._replayed = counter(
