@@ -71,8 +71,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         if request.alone:
             return admin_pb2.StatusResponse(process=self._process(), activity=self._activity(True))
         # Look up all channels before the first await: a worker may leave while others are being queried.
-        workers = await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()])
-        return await self._response(workers)
+        known = self._roster.workers()
+        asked = {w.id: asyncio.ensure_future(self._ask(self._stub(w), w.id)) for w in known}
+        answers = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+        return await self._response([_with_process(_listed(w), answers[w.id]) for w in known])
 
     async def known(self) -> admin_pb2.StatusResponse:
         """Returns the status from the workers' reports, without asking them. A silent worker has no ``process``."""
@@ -159,21 +161,27 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     def _stub(self, worker: Worker) -> admin_pb2_grpc.AdminStub:
         return admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
 
-    async def _ask(self, worker: Worker, stub: admin_pb2_grpc.AdminStub) -> admin_pb2.WorkerStatus:
-        status = _listed(worker)
+    async def _ask(self, stub: admin_pb2_grpc.AdminStub, worker_id: str) -> admin_pb2.ProcessStatus | None:
+        """Returns what a worker says of itself; None if it does not answer in time."""
+        call = stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT)
         try:
-            answer = await checked_response(
-                stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT), f"worker {worker.id}"
-            )
+            answer: admin_pb2.StatusResponse = await checked_response(call, f"worker {worker_id}")
         except OverfillError:
-            return status
-        status.process.CopyFrom(answer.process)
-        return status
+            return None
+        return answer.process
 
 
 def _listed(worker: Worker) -> admin_pb2.WorkerStatus:
     info = worker.info
-    return admin_pb2.WorkerStatus(id=worker.id, stage=info.stage, address=info.address, tier=info.tier)
+    return admin_pb2.WorkerStatus(
+        id=worker.id, stage=info.stage, address=info.address, tier=info.tier, colocated=info.colocated
+    )
+
+
+def _with_process(status: admin_pb2.WorkerStatus, process: admin_pb2.ProcessStatus | None) -> admin_pb2.WorkerStatus:
+    if process is not None:
+        status.process.CopyFrom(process)
+    return status
 
 
 def _reported(worker: Worker, now: float) -> admin_pb2.WorkerStatus:
