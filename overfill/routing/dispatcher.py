@@ -294,11 +294,16 @@ class Dispatcher:
         self._want_prefill(job)
 
     def prefill_done(self, job: Job, now: float | None = None) -> None:
-        """Releases the job's prefill slot, if it holds one.
+        """Releases the job's prefill slot, if it holds one, and ends its wait for one.
+
+        A draining worker with both stages does not wait for a slot: it prefills its own sequences.
 
         Args:
             now: current time if the first token has arrived, else None.
         """
+        if job.state is JobState.WANTS_PREFILL and now is not None:
+            self._prefill_queue.discard(job)
+            job.state = JobState.RUNNING
         if job.prefill is not None:
             pool = self._roster.prefill
             pool.release(job.prefill)

@@ -59,8 +59,7 @@ class SessionHarness:
             asyncio.Queue(),
             self.told.append,
             self.send,
-            self.use_peer,
-            self.new_pull,
+            self.new_handoff,
             lambda: None,
             decode_pb2.WorkerLoad,
         )
@@ -74,12 +73,9 @@ class SessionHarness:
         self.engine.handle(message)
 
     @asynccontextmanager
-    async def use_peer(self, target):
-        yield None
-
-    def new_pull(self, peer, session):
+    async def new_handoff(self, target, session):
         self.pulls.append(Pull())
-        return self.pulls[-1]
+        yield self.pulls[-1]
 
     def assign(self):
         self.session.inbox.put_nowait(decode_pb2.AssignPrefill(worker_id="p"))
