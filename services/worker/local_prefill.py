@@ -98,12 +98,12 @@ class LocalPrefill:
             DeadlineExceeded: ``timeout`` seconds have passed.
             InvalidRequest, InternalError: the full model cannot compute the prompt.
         """
-        try:
-            async with asyncio.timeout(timeout):
-                with self._prefills._metrics.prompt():
+        with self._prefills._metrics.prompt():
+            try:
+                async with asyncio.timeout(timeout):
                     await self._run(on_first_token)
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed while the prompt was computed") from None
+            except TimeoutError:
+                raise DeadlineExceeded("the deadline passed while the prompt was computed") from None
         on_in_place()
 
     async def _run(self, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
