@@ -12,7 +12,7 @@ from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Una
 from overfill.routing import rolling_stats
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.worker import STALE_AFTER, Worker
+from overfill.routing.worker import PREFILL, STALE_AFTER, Worker
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
@@ -179,8 +179,13 @@ def _listed(worker: Worker) -> admin_pb2.WorkerStatus:
 
 
 def _with_process(status: admin_pb2.WorkerStatus, process: admin_pb2.ProcessStatus | None) -> admin_pb2.WorkerStatus:
+    """Returns ``status`` with what the worker says of itself, as far as it is about the entry's stage."""
     if process is not None:
         status.process.CopyFrom(process)
+        if status.colocated and status.stage == PREFILL:
+            status.process.stage, status.process.tier = PREFILL, ""
+            status.process.load.CopyFrom(process.prefill_load)
+        status.process.ClearField("prefill_load")
     return status
 
 
