@@ -243,7 +243,7 @@ class Dispatcher:
         if job.prefill is None:
             self._want_prefill(job)
             return False
-        job.state = JobState.RUNNING
+        self._run(job)
         return True
 
     def refused(self, job: Job, load: decode_pb2.WorkerLoad | None = None) -> None:
@@ -381,13 +381,17 @@ class Dispatcher:
                 continue
             self._assign_prefill(job, worker)
             self._prefill_queue.take(job)
-            job.state = JobState.RUNNING
+            self._run(job)
             yield Placement(job, worker)
 
     def _assign_prefill(self, job: Job, worker: Worker) -> None:
         pool = self._roster.prefill
         job.prefill = worker
         pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
+
+    def _run(self, job: Job) -> None:
+        job.state = JobState.RUNNING
+        job.prefilled = True
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
         """Places waiting jobs on decode workers: the best rank first, then the tier with the oldest placement."""

@@ -38,6 +38,7 @@ class Job:
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
         charged: tokens charged to the key's share.
+        prefilled: True once a decode worker with blocks has a prefill worker for the job: the prompt is computed then.
         waiting_since: time when the job last began to wait for a decode worker, seconds.
         placed_at: time when the job was last placed on a decode worker, seconds; None before.
         decode, prefill: workers on which the job is counted now.
@@ -57,6 +58,7 @@ class Job:
     block_keys: Callable[[int], Iterator[int]] | None = None
     state: JobState = JobState.NEW
     charged: int = field(default=0, init=False)
+    prefilled: bool = field(default=False, init=False)
     waiting_since: float = 0.0
     placed_at: float | None = None
     decode: Worker | None = None
@@ -80,5 +82,5 @@ class Job:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens of ``share_tokens`` used so far; 0 until the job was placed and its answer has a token."""
-        return self.prompt_tokens + self.emitted if self.emitted and self.placed_at is not None else 0
+        """Tokens of ``share_tokens`` used so far. The prompt counts from its first prefill on, answered or not."""
+        return self.prompt_tokens + self.emitted if self.prefilled else 0

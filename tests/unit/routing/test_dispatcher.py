@@ -459,6 +459,8 @@ def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
     first = job("first", prompt=10, answer=1000, key="a")
     dispatcher.submit(first, 0.0)
     dispatcher.poll(0.0)
+    dispatcher.reserved(first)
+    dispatcher.poll(0.0)
     first.emitted = 5
     dispatcher.submit(job("b", prompt=100, answer=10, key="b"), 0.0)
     dispatcher.submit(job("b2", prompt=100, answer=10, key="b"), 0.0)
@@ -467,6 +469,44 @@ def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
     assert placed(dispatcher.poll(0.0)) == [("b", "d0")]
     assert worker.credits_left == 0
     assert [j.id for j in dispatcher.waiting()] == ["a2", "b2"], "15 tokens used, not 1010"
+
+
+@pytest.mark.parametrize("with_start", [False, True])
+def test_a_prompt_that_was_prefilled_is_not_refunded_when_the_client_leaves_before_the_first_token(
+    roster, add_worker, with_start
+):
+    dispatcher = Dispatcher(roster, max_queue=100)
+    add_worker(roster, "p0", PREFILL, credits=100, total=10000)
+    add_worker(roster, "d0", credits=1, total=10000)
+    leaver = job("leaver", prompt=1000, key="a")
+    dispatcher.submit(leaver, 0.0)
+    dispatcher.submit(job("b", prompt=100, key="b"), 0.0)
+    dispatcher.submit(job("b2", prompt=100, key="b"), 0.0)
+    dispatcher.poll(0.0)
+    if with_start:
+        assert dispatcher.prefill_with_start(leaver) is not None
+    dispatcher.reserved(leaver)
+    dispatcher.poll(0.0)
+    assert leaver.state is JobState.RUNNING
+    dispatcher.finish(leaver)
+    dispatcher.submit(job("a2", prompt=100, key="a"), 0.0)
+    assert [j.id for j in dispatcher.waiting()] == ["b", "b2", "a2"]
+
+
+def test_a_prompt_that_was_never_prefilled_is_refunded(roster, add_worker):
+    dispatcher = Dispatcher(roster, max_queue=100)
+    add_worker(roster, "p0", PREFILL, credits=100, total=10000)
+    add_worker(roster, "d0", credits=1, total=10000)
+    refused = job("refused", prompt=1000, key="a")
+    dispatcher.submit(refused, 0.0)
+    dispatcher.submit(job("b", prompt=100, key="b"), 0.0)
+    dispatcher.submit(job("b2", prompt=100, key="b"), 0.0)
+    dispatcher.poll(0.0)
+    assert dispatcher.prefill_with_start(refused) is not None
+    dispatcher.refused(refused)
+    dispatcher.finish(refused)
+    dispatcher.submit(job("a2", prompt=100, key="a"), 0.0)
+    assert [j.id for j in dispatcher.waiting()] == ["b", "a2", "b2"]
 
 
 def test_a_key_is_refunded_no_more_than_it_was_charged(roster, add_worker):
