@@ -13,7 +13,7 @@ from overfill.routing.worker import Worker
 class JobState(enum.Enum):
     NEW = "new"
     WAITING = "waiting for a decode worker"
-    PLACED = "on a decode worker, which is reserving blocks; a prefill slot may be held for this round trip"
+    PLACED = "on a decode worker, which is reserving blocks; a prefill slot may be held for a short time"
     WANTS_PREFILL = "blocks reserved, waiting for a prefill slot"
     RUNNING = "on a decode worker, prefill assigned"
     FINISHED = "finished"
@@ -35,6 +35,7 @@ class Job:
         priority: smaller values go first.
         key: API key to whose share the job is charged; "" stands for requests without a key.
         deadline: seconds on the caller's clock, or None.
+        compiles: True if a decode worker compiles the request's grammar before it reserves blocks.
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
         charged: tokens charged to the key's share.
@@ -42,6 +43,8 @@ class Job:
         waiting_since: time when the job last began to wait for a decode worker, seconds.
         placed_at: time when the job was last placed on a decode worker, seconds; None before.
         decode, prefill: workers on which the job is counted now.
+        late_prefill: prefill worker whose slot the job gave back, because its decode worker took too long to reserve
+            blocks. The decode worker turns to it as soon as it has the blocks.
         avoid: workers that failed the job. The dispatcher tries them again only when no other is alive.
     """
 
@@ -55,6 +58,7 @@ class Job:
     priority: int = 0
     key: str = ""
     deadline: float | None = None
+    compiles: bool = False
     block_keys: Callable[[int], Iterator[int]] | None = None
     state: JobState = JobState.NEW
     charged: int = field(default=0, init=False)
@@ -63,6 +67,7 @@ class Job:
     placed_at: float | None = None
     decode: Worker | None = None
     prefill: Worker | None = None
+    late_prefill: Worker | None = field(default=None, init=False)
     avoid: set[tuple[str, int]] = field(default_factory=set)
 
     @property

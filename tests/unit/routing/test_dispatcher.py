@@ -12,7 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
+from overfill.routing.dispatcher import (
+    RESERVE_TIMEOUT,
+    SILENCE,
+    SILENT_AFTER,
+    Dispatcher,
+    Job,
+    JobState,
+    Placement,
+    Rejection,
+)
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
@@ -102,6 +111,114 @@ def test_a_start_takes_no_slot_that_a_job_with_blocks_needs(roster, dispatcher, 
     assert dispatcher.prefill_with_start(b) is None
     dispatcher.reserved(a)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+
+
+@pytest.fixture
+def two_tiers(add_worker):
+    """A dispatcher of the tiers a and b with a decode worker each, and a function that makes all workers report."""
+    roster = Roster(tiers=[Tier("a"), Tier("b")])
+    for name in "ab":
+        add_worker(roster, name, tier=name)
+    add_worker(roster, "p0", PREFILL, credits=2)
+
+    def report(now):
+        for worker in roster.workers():
+            keep_reporting(roster, worker.id, now)
+
+    return Dispatcher(roster), report
+
+
+def place(dispatcher, now, *jobs):
+    for each in jobs:
+        dispatcher.submit(each, now)
+    return placed(dispatcher.poll(now))
+
+
+@pytest.mark.parametrize("with_start", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_decode_worker_that_does_not_answer_keeps_no_prefill_slots_from_other_tiers(two_tiers, with_start, compiles):
+    dispatcher, report = two_tiers
+    stuck = [job(f"stuck{index}", tier="a", compiles=compiles) for index in range(2)]
+    assert len(place(dispatcher, 0.0, *stuck)) == 2
+    if with_start:
+        assert [dispatcher.prefill_with_start(each) is not None for each in stuck] == [not compiles] * 2
+    assert place(dispatcher, 0.4, job("other", tier="b")) == []
+    report(RESERVE_TIMEOUT)
+    assert placed(dispatcher.poll(RESERVE_TIMEOUT)) == [("other", "b")]
+    check(dispatcher, RESERVE_TIMEOUT)
+
+
+def test_a_late_reservation_counts_on_the_prefill_worker_to_which_its_decode_worker_turns(two_tiers):
+    dispatcher, report = two_tiers
+    late, others = job("late", tier="a"), [job(f"other{index}", tier="b") for index in range(2)]
+    place(dispatcher, 0.0, late)
+    p0 = dispatcher.prefill_with_start(late)
+    report(1.0)
+    place(dispatcher, 1.0, *others)
+    assert all(dispatcher.prefill_with_start(each) is p0 for each in others), "the slot is free again"
+    assert dispatcher.reserved(late), "the decode worker has its assignment"
+    assert (late.state, late.prefill, p0.in_flight) == (JobState.RUNNING, p0, 3)
+    check(dispatcher, 1.0)
+    for each in (late, *others):
+        dispatcher.finish(each)
+    assert p0.in_flight == 0
+
+
+def test_a_late_reservation_without_a_prefill_worker_waits_for_a_slot(two_tiers):
+    dispatcher, report = two_tiers
+    late = job("late", tier="a")
+    place(dispatcher, 0.0, late)
+    report(1.0)
+    dispatcher.poll(1.0)
+    assert not dispatcher.reserved(late)
+    assert placed(dispatcher.poll(1.0)) == [("late", "p0")]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_decode_worker_that_answers_nothing_gets_no_more_until_it_answers(two_tiers, refuses):
+    dispatcher, report = two_tiers
+    stuck, next_job = job("stuck", tier="a"), job("next", tier="a")
+    place(dispatcher, 0.0, stuck)
+    report(SILENT_AFTER)
+    assert place(dispatcher, SILENT_AFTER, next_job) == []
+    for now in (4.0, 5.0):  # reports do not end it
+        report(now)
+        assert dispatcher.poll(now) == []
+    check(dispatcher, 5.0)
+    if refuses:
+        dispatcher.refused(stuck)
+        dispatcher.finish(stuck)
+    else:
+        dispatcher.reserved(stuck)
+    report(6.0)
+    assert ("next", "a") in placed(dispatcher.poll(6.0))
+
+
+def test_a_decode_worker_that_answered_nothing_is_tried_again(two_tiers):
+    dispatcher, report = two_tiers
+    stuck = job("stuck", tier="a")
+    place(dispatcher, 0.0, stuck)
+    report(SILENT_AFTER)
+    dispatcher.poll(SILENT_AFTER)
+    dispatcher.finish(stuck)  # its client has left, so that no answer will come
+    report(SILENT_AFTER + SILENCE - 0.1)
+    assert place(dispatcher, SILENT_AFTER + SILENCE - 0.1, job("next", tier="a")) == []
+    dispatcher.poll(SILENT_AFTER + SILENCE)
+    report(SILENT_AFTER + SILENCE)
+    assert placed(dispatcher.poll(SILENT_AFTER + SILENCE)) == [("next", "a")]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_one_late_reservation_does_not_make_a_decode_worker_silent(two_tiers, compiles):
+    """The worker compiles a grammar for it, or has answered another request meanwhile."""
+    dispatcher, report = two_tiers
+    place(dispatcher, 0.0, job("late", tier="a", compiles=compiles))
+    if not compiles:
+        answered = job("answered", tier="a")
+        place(dispatcher, 0.1, answered)
+        dispatcher.reserved(answered)
+    report(SILENT_AFTER)
+    assert ("next", "a") in place(dispatcher, SILENT_AFTER, job("next", tier="a"))
 
 
 def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(roster, dispatcher, add_worker):
@@ -293,8 +410,10 @@ def test_small_requests_pass_a_blocked_one_until_it_has_waited_too_long(roster, 
     worker = add_worker(roster, "d0", used=95, total=100)
     add_worker(roster, "tiny", total=3)
     dispatcher.submit(job("large", prompt=500, answer=500), 0.0)
-    dispatcher.submit(job("b", prompt=40), 1.0)
+    b = job("b", prompt=40)
+    dispatcher.submit(b, 1.0)
     assert placed(dispatcher.poll(1.0)) == [("b", "d0")]
+    dispatcher.finish(b)
     roster.decode[DEFAULT_TIER].report(worker, make_report(used=90, total=100), 5.0)
     roster.decode[DEFAULT_TIER].report(roster.decode[DEFAULT_TIER].get("tiny"), make_report(total=3), 5.0)
     roster.prefill.report(roster.prefill.get("p0"), make_report(), 5.0)
