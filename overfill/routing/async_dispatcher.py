@@ -100,10 +100,12 @@ class AsyncDispatcher:
         self._wait(job, on_placed)
 
     def prefill_done(self, job: Job) -> None:
-        """Releases the job's prefill slot, if it holds one: its first token has arrived."""
-        if job.prefill is not None:
+        """Releases the job's prefill slot, if it holds or waits for one: a token of its answer has arrived."""
+        waited = job.state is JobState.WANTS_PREFILL
+        if job.prefill is not None or waited:
+            self._callbacks.pop(job, None)
             self._dispatcher.prefill_done(job, self._now())
-            self._freed()
+            self._freed(left_queue=waited)
 
     def finish(self, job: Job) -> None:
         """Releases the job's slots and ends its wait."""

@@ -179,6 +179,7 @@ class Attempt:
             self._note_first_token(tokens)
         if self._answer.accept(tokens, now):
             self._answer.prefill_failures = 0
+        self._waits_for_slot = False
         self._dispatcher.prefill_done(self._job)
 
     def _note_first_token(self, tokens: decode_pb2.Tokens) -> None:

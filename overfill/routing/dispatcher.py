@@ -266,9 +266,12 @@ class Dispatcher:
             gone: True if the worker could not be reached or vanished. It is then paused until its next report.
         """
         if job.decode is not None:
-            job.avoid.add(job.decode.key)
+            job.avoid.add(job.decode.seat)
             if gone:
-                self._decode_pool(job).pause(job.decode)
+                for worker in self._roster.find_all(job.decode.id):  # both stages of it, if it has both
+                    if worker.key == job.decode.key:
+                        job.avoid.add(worker.seat)
+                        self._roster.pool_of(worker).pause(worker)
         self._detach(job)
         job.migrated = True
         self._wait(job, now)
@@ -283,7 +286,7 @@ class Dispatcher:
         """
         if tried is not None:
             if failed:
-                job.avoid.add(tried.key)
+                job.avoid.add(tried.seat)
             if pause:
                 self._roster.prefill.pause(tried)
         self.prefill_done(job)
@@ -291,11 +294,16 @@ class Dispatcher:
         self._want_prefill(job)
 
     def prefill_done(self, job: Job, now: float | None = None) -> None:
-        """Releases the job's prefill slot, if it holds one.
+        """Releases the job's prefill slot, if it holds one, and ends its wait for one.
+
+        A draining worker with both stages does not wait for a slot: it prefills its own sequences.
 
         Args:
             now: current time if the first token has arrived, else None.
         """
+        if job.state is JobState.WANTS_PREFILL and now is not None:
+            self._prefill_queue.discard(job)
+            job.state = JobState.RUNNING
         if job.prefill is not None:
             pool = self._roster.prefill
             pool.release(job.prefill)
@@ -462,7 +470,7 @@ class Dispatcher:
             return (
                 worker.could_hold(tokens)
                 and (room is None or worker.has_room(room))
-                and (not avoid or worker.key not in avoid)
+                and (not avoid or worker.seat not in avoid)
                 and (holder is None or not worker.could_hold(holder.total_tokens))
             )
 
@@ -475,9 +483,9 @@ class Dispatcher:
     def _others_alive(self, pool: Pool, job: Job, tokens: int) -> bool:
         """True if a worker is alive that is large enough and has not failed the job."""
         failed = 0
-        for worker_id, incarnation in job.avoid:
-            worker = pool.get(worker_id)
-            if worker is not None and worker.info.incarnation == incarnation and worker.could_hold(tokens):
+        for seat in job.avoid:
+            worker = pool.get(seat[0])
+            if worker is not None and worker.seat == seat and worker.could_hold(tokens):
                 failed += pool.index.is_alive(worker)
         return pool.index.alive.holding(tokens) > failed
 

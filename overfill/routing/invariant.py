@@ -90,7 +90,7 @@ def _prefill_choices(roster: Roster, job: Job, now: float) -> list[Worker]:
 def _usable(pool: Pool, job: Job, tokens: int, now: float) -> list[Worker]:
     """Returns the workers that are large enough, with those that failed the job only if no other is alive."""
     large = [w for w in pool if w.could_hold(tokens)]
-    others = [w for w in large if w.key not in job.avoid and w.alive(now)]
+    others = [w for w in large if w.seat not in job.avoid and w.alive(now)]
     return others or large
 
 

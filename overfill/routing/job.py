@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import Worker
+from overfill.v1 import common_pb2
 
 
 class JobState(enum.Enum):
@@ -41,7 +42,8 @@ class Job:
         waiting_since: time when the job last began to wait for a decode worker, seconds.
         placed_at: time when the job was last placed on a decode worker, seconds; None before.
         decode, prefill: workers on which the job is counted now.
-        avoid: workers that failed the job. The dispatcher tries them again only when no other is alive.
+        avoid: ``Worker.seat`` of the workers that failed the job. The dispatcher tries them again only when no other is
+            alive.
     """
 
     id: str
@@ -61,7 +63,7 @@ class Job:
     placed_at: float | None = None
     decode: Worker | None = None
     prefill: Worker | None = None
-    avoid: set[tuple[str, int]] = field(default_factory=set)
+    avoid: set[tuple[str, int, common_pb2.Stage]] = field(default_factory=set)
 
     @property
     def total_tokens(self) -> int:

@@ -210,7 +210,11 @@ class Roster:
 
     def find(self, worker_id: str) -> Worker | None:
         """Returns the joined worker with this id, of any pool, or None."""
-        return next((worker for pool in self.pools() if (worker := pool.get(worker_id)) is not None), None)
+        return next(iter(self.find_all(worker_id)), None)
+
+    def find_all(self, worker_id: str) -> list[Worker]:
+        """Returns the joined worker with this id in each of its pools: two if it has both stages."""
+        return [worker for pool in self.pools() if (worker := pool.get(worker_id)) is not None]
 
     def unready_stages(self, now: float) -> list[common_pb2.Stage]:
         """Returns the stages without a ready worker. No request can be answered unless the list is empty.
@@ -223,16 +227,31 @@ class Roster:
         return [stage for stage, count in ready.items() if not count]
 
     def workers(self) -> list[Worker]:
-        """Returns all joined workers, ordered by stage, tier and id."""
+        """Returns all joined workers, ordered by stage, tier and id; a worker with both stages once for each."""
         return [worker for pool in self.pools() for worker in sorted(pool, key=lambda worker: worker.id)]
 
     def join(self, info: WorkerInfo) -> Worker:
-        """Adds ``info``'s worker to its pool.
+        """Adds a worker with one stage to its pool; see ``join_all``."""
+        return self.join_all([info])[0]
+
+    def join_all(self, infos: Sequence[WorkerInfo]) -> tuple[Worker, ...]:
+        """Adds a worker to the pool of each of its stages, which ``infos`` describe.
 
         Raises:
             Incompatible: the worker differs from ``expected`` or from the joined workers, there is no such tier, or its
                 decoder is not the tier's; ``fields`` names where.
         """
+        checked = [self._checked(info) for info in infos]  # all before the first joins
+        pools = [self.prefill if info.stage == PREFILL else self.decode[info.tier] for info in checked]
+        for old in self.find_all(
+            infos[0].id
+        ):  # a worker restarted with another stage or tier, whose end is not known yet
+            if (pool := self.pool_of(old)) not in pools:
+                pool.remove(old)
+        return tuple(pool.join(info) for pool, info in zip(pools, checked, strict=True))
+
+    def _checked(self, info: WorkerInfo) -> WorkerInfo:
+        """Returns ``info`` with its tier. Raises as ``join_all`` does."""
         ours = dict(self._expected)
         for worker in self.workers():
             if worker.id != info.id:
@@ -240,7 +259,7 @@ class Roster:
                 break
         check_same(ours, info.identity.flat(), f"worker {info.id} does not fit this router's workers")
         if info.stage == PREFILL:
-            return self.prefill.join(info)
+            return info
         info = replace(info, tier=self._tier_of(info))
         pool = self.decode[info.tier]
         decoder = dict(self.tiers[info.tier].decoder)
@@ -249,7 +268,7 @@ class Roster:
             decoder = {**other.info.decoder, **decoder}
         tier = f"the tier {info.tier!r}" if pool.tier else "this stack's pair"
         check_same(decoder, info.decoder, f"worker {info.id} runs another decoder than {tier}")
-        return pool.join(info)
+        return info
 
     def _tier_of(self, info: WorkerInfo) -> str:
         if not info.tier and len(self.tiers) == 1:

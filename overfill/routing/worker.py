@@ -87,8 +87,10 @@ class WorkerInfo:
             engine=hello.engine,
             colocated=len(stages) > 1,
         )
-        decodes = {"stage": DECODE, "tier": hello.tier, "decoder": _decoder(hello.model)}
-        return tuple(replace(one, **decodes) if stage == DECODE else one for stage in stages)
+        decoder = _decoder(hello.model)
+        return tuple(
+            replace(one, stage=stage, tier=hello.tier, decoder=decoder) if stage == DECODE else one for stage in stages
+        )
 
 
 def _stages(hello: registry_pb2.Hello) -> list[common_pb2.Stage]:
@@ -200,6 +202,11 @@ class Worker:
     def key(self) -> tuple[str, int]:
         """Id and incarnation. A restarted worker counts as a different one."""
         return self.info.id, self.info.incarnation
+
+    @property
+    def seat(self) -> tuple[str, int, common_pb2.Stage]:
+        """``key`` and stage: one stage of a worker with both may fail while the other one serves."""
+        return *self.key, self.info.stage
 
     @property
     def draining(self) -> bool:

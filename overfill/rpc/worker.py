@@ -44,6 +44,7 @@ class WorkerHandle:
         healthy: returns False once the engine can no longer serve requests.
         codec: codec in which a decode worker requests KV.
         prefix_keys: keys of a prefill worker's prefix cache; None means that there is none.
+        prefill_load: with both stages, returns the load of the prefill stage; ``load`` is then the decode stage's.
     """
 
     load: Callable[[], decode_pb2.WorkerLoad]
@@ -53,6 +54,7 @@ class WorkerHandle:
     healthy: Callable[[], bool]
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
     prefix_keys: PrefixKeys | None = None
+    prefill_load: Callable[[], decode_pb2.WorkerLoad] | None = None
 
 
 class WorkerHost:
@@ -186,10 +188,14 @@ class WorkerHost:
     def _report(self) -> registry_pb2.Report:
         return registry_pb2.Report(
             load=self._worker.load(),
+            prefill_load=self._prefill_load(),
             credits=self._worker.capacity,
             ready=True,
             draining=self.draining,
         )
+
+    def _prefill_load(self) -> decode_pb2.WorkerLoad | None:
+        return None if self._worker.prefill_load is None else self._worker.prefill_load()
 
     def _on_refused(self, error: Incompatible) -> None:
         self._refusal = error
@@ -199,7 +205,7 @@ class WorkerHost:
         hello = self._hello
         return admin_pb2.ProcessStatus(
             id=hello.worker_id,
-            stage=hello.stages[0],
+            stage=hello.stages[-1],  # with both stages, decode
             pid=os.getpid(),
             address=hello.address,
             ready=not self.draining,
@@ -213,6 +219,7 @@ class WorkerHost:
             metrics_address=hello.metrics_address,
             engine=hello.engine,
             tier=hello.tier,
+            prefill_load=self._prefill_load(),
         )
 
 

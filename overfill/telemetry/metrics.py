@@ -494,6 +494,9 @@ class DecodeMetrics(EngineMetrics):
             LATENCY_BUCKETS,
             codec,
         )
+        self._local = counter(
+            "local_prefills_total", "Prompts that the worker prefilled itself, because it has both stages."
+        )
         self._transfer = histogram(
             "kv_transfer_seconds", "Time from a prompt's first KV to its last.", LATENCY_BUCKETS, codec
         )
@@ -530,6 +533,10 @@ class DecodeMetrics(EngineMetrics):
         name = CODEC_NAMES[codec]
         self._handoff.labels(name).observe(pull.last_kv_ns / 1e9)
         self._transfer.labels(name).observe((pull.last_kv_ns - pull.first_kv_ns) / 1e9)
+
+    def prefilled_here(self) -> None:
+        """Counts a prompt that this worker has prefilled for a sequence of its own."""
+        self._local.inc()
 
     def received(self, codec: common_pb2.KvCodec, pull: PullNumbers) -> None:
         """Counts the bytes and broken streams of a handoff that has ended, successfully or not."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from overfill.engine.sequence import (
     DecodeEvent,
@@ -34,8 +34,7 @@ from overfill.errors import (
     Overloaded,
     Unavailable,
 )
-from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import FirstTokenArrived, PromptPull
+from overfill.kv.receiver import FirstTokenArrived, PullStats
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.telemetry import logs, tracing
@@ -62,8 +61,33 @@ class PullEnded:
 Inbox = asyncio.Queue[
     DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception
 ]
-UsePeer = Callable[[decode_pb2.AssignPrefill], AbstractAsyncContextManager[PrefillPeer]]
-NewPull = Callable[[PrefillPeer, "SequenceSession"], PromptPull]
+
+
+class Handoff(Protocol):
+    """The prefill of one prompt into a session's blocks: on another worker, or on this one.
+
+    Attributes:
+        codec: codec in which the KV travels; unspecified if it stays in this process.
+        stats: measurements.
+    """
+
+    @property
+    def codec(self) -> common_pb2.KvCodec: ...
+
+    @property
+    def stats(self) -> PullStats: ...
+
+    async def run(
+        self,
+        timeout: float | None,
+        on_first_token: Callable[[FirstTokenArrived], None],
+        on_in_place: Callable[[], None],
+    ) -> None:
+        """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
+        ...
+
+
+NewHandoff = Callable[[decode_pb2.AssignPrefill, "SequenceSession"], AbstractAsyncContextManager[Handoff]]
 
 
 class SequenceSession:
@@ -73,10 +97,11 @@ class SequenceSession:
         inbox: receives the router's commands, and everything else that happens to the sequence.
         tell: queues an update for the router.
         send: sends a message to the engine.
-        use_peer: connects to a prefill worker.
-        new_pull: creates the pull of the prompt's KV into ``blocks``.
+        new_handoff: connects to the assigned prefill worker and creates the handoff of the prompt's KV to ``blocks``.
         time_left: returns the seconds until the request's deadline, or None without one.
         load: returns the worker's load, which a refusal reports.
+        prefill_here: returns this worker's own assignment while the router cannot assign it: it has both stages and
+            drains. Otherwise None.
         metrics: counts the reservation, the handoffs and the end. None means no metrics.
 
     Attributes:
@@ -91,11 +116,11 @@ class SequenceSession:
         inbox: Inbox,
         tell: Callable[[decode_pb2.SequenceUpdate], None],
         send: Callable[[object], None],
-        use_peer: UsePeer,
-        new_pull: NewPull,
+        new_handoff: NewHandoff,
         time_left: Callable[[], float | None],
         load: Callable[[], decode_pb2.WorkerLoad],
         metrics: DecodeMetrics | None = None,
+        prefill_here: Callable[[], decode_pb2.AssignPrefill | None] = lambda: None,
     ) -> None:
         self._metrics = metrics or DecodeMetrics()
         self.start = start
@@ -105,8 +130,8 @@ class SequenceSession:
         self.held_tokens = 0
         self._tell = tell
         self._send = send
-        self._use_peer = use_peer
-        self._new_pull = new_pull
+        self._new_handoff = new_handoff
+        self._prefill_here = prefill_here
         self._time_left = time_left
         self._load = load
         self._received_ns = time.monotonic_ns()
@@ -115,7 +140,7 @@ class SequenceSession:
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
         self._prefill_worker = ""
-        self._handoff: PromptPull | None = None
+        self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
         self._reserved = self._refused = False
@@ -194,7 +219,7 @@ class SequenceSession:
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
                 assert error is not None
-                self._need_prefill(_reason_for(error), str(error), worker)
+                self._want_prefill(_reason_for(error), str(error), worker)
             case Preempted():
                 self._wants_kv = False
                 await self._join_pull(cancel=True)
@@ -215,7 +240,7 @@ class SequenceSession:
 
     def _announce_reservation(self) -> None:
         if self._reserved:
-            self._need_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
+            self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
             return
         self._reserved = True
         reservation_ns = time.monotonic_ns() - self._received_ns
@@ -225,6 +250,8 @@ class SequenceSession:
         self._tell(decode_pb2.SequenceUpdate(reserved=reserved))
         if self.start.HasField("assign_prefill"):
             self._begin_pull(self.start.assign_prefill)
+        elif (own := self._prefill_here()) is not None:
+            self._begin_pull(own)
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
         # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
@@ -232,7 +259,12 @@ class SequenceSession:
             self._pulls += 1
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
-    def _need_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
+    def _want_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
+        """Asks the router for a prefill worker; while it would assign none, this worker takes the prompt itself."""
+        own = self._prefill_here()
+        if own is not None and own.worker_id != worker:
+            self._begin_pull(own)
+            return
         need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)
         self._tell(decode_pb2.SequenceUpdate(need_prefill=need))
 
@@ -247,15 +279,18 @@ class SequenceSession:
 
         try:
             with tracing.child("decode.handoff", "client", worker=target.worker_id) as span:
-                async with self._use_peer(target) as peer:
-                    self._handoff = self._new_pull(peer, self)
+                async with self._new_handoff(target, self) as handoff:
+                    self._handoff = handoff
                     try:
-                        await self._handoff.run(self._time_left(), self.inbox.put_nowait, on_in_place)
-                        self._metrics.handed_over(self._handoff.codec, self._handoff.stats)
+                        await handoff.run(self._time_left(), self.inbox.put_nowait, on_in_place)
+                        if handoff.codec:
+                            self._metrics.handed_over(handoff.codec, handoff.stats)
+                        else:
+                            self._metrics.prefilled_here()
                     finally:
-                        stats = self._handoff.stats
-                        self._metrics.received(self._handoff.codec, stats)
-                        span.set(kv_bytes=stats.kv_bytes, codec=CODEC_NAMES[self._handoff.codec])
+                        if handoff.codec:
+                            self._metrics.received(handoff.codec, handoff.stats)
+                            span.set(kv_bytes=handoff.stats.kv_bytes, codec=CODEC_NAMES[handoff.codec])
         except OverfillError as failure:
             self._metrics.handoff_failed(failure)
             if not in_place:  # otherwise the sequence has all that it needs

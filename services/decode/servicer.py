@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
-from overfill.engine.thread import EngineThread
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
@@ -23,8 +23,8 @@ from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
-from services.decode.sequence_session import SequenceSession
-from services.hosting import PromptHasher, worker_load
+from services.decode.sequence_session import Handoff, SequenceSession
+from services.hosting import EnginePort, PromptHasher, worker_load
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
@@ -33,9 +33,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     Args:
         executor: threads that check received KV and write it to the cache.
         codec: encoding in which KV is requested unless the request names another.
+
+    Attributes:
+        prefill_here: makes the handoff of a prompt that this worker prefills itself; None without the prefill stage.
     """
 
-    engine: EngineThread
+    engine: EnginePort
     host: WorkerHost
 
     def __init__(
@@ -56,6 +59,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._hello = hello
         self._peers = peers
         self._executor = executor
+        self.prefill_here: Callable[[SequenceSession], Handoff] | None = None
         self._sessions: dict[str, SequenceSession] = {}
 
     @property
@@ -146,12 +150,26 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             served.commands,
             served.put,
             self.engine.send,
-            self._peers.use,
-            self._new_pull,
+            self._new_handoff,
             served.time_left,
             lambda: worker_load(self.engine.load, self._half.store.block_size),
             self._metrics,
+            self._own_assignment,
         )
+
+    @asynccontextmanager
+    async def _new_handoff(self, target: decode_pb2.AssignPrefill, session: SequenceSession) -> AsyncIterator[Handoff]:
+        itself = (target.worker_id, target.incarnation) == (self._hello.worker_id, self._hello.incarnation)
+        if itself and self.prefill_here is not None:
+            yield self.prefill_here(session)
+            return
+        async with self._peers.use(target) as peer:
+            yield self._new_pull(peer, session)
+
+    def _own_assignment(self) -> decode_pb2.AssignPrefill | None:
+        if self.prefill_here is None or not self.host.draining:
+            return None
+        return decode_pb2.AssignPrefill(worker_id=self._hello.worker_id, incarnation=self._hello.incarnation)
 
     def _check(self, start: decode_pb2.StartDecode, sampling: SamplingParams) -> None:
         vocab, longest = self._half.config.vocab_size, self._half.max_model_len

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import NoReturn
 
 from overfill.engine.device import device_executor
-from overfill.engine.sequence import PrefillEvent
+from overfill.engine.protocol import ServedHalf
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
-from overfill.settings.config import PrefillConfig
+from overfill.settings.config import ColocatedConfig, PrefillConfig
 from overfill.telemetry.metrics import PrefillMetrics
-from services.hosting import OnReady, load_half_of, new_hello, run_worker_process, serve_engine
+from overfill.v1 import registry_pb2
+from services.hosting import OnReady, StageService, load_half_of, new_hello, on_loop, run_worker_process, serve_stages
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"
@@ -22,12 +22,19 @@ _READERS = 2  # threads that copy KV out of the cache
 
 async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
     """Loads the full model, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
-    loop = asyncio.get_running_loop()
     loaded = await load_half_of(config, "full")
-    served = loaded.served
-    hello = new_hello(config.worker_id, served)
-    shm_server = ShmServer(config.shm == "on")
+    hello = new_hello(config.worker_id, [loaded.served])
     metrics = PrefillMetrics()
+    servicer, stage = prefill_stage(config, loaded.served, hello, metrics)
+    core = loaded.new_core(on_loop(servicer.on_events), metrics)
+    return await serve_stages(config, hello, core, [stage], on_ready=on_ready)
+
+
+def prefill_stage(
+    config: PrefillConfig | ColocatedConfig, served: ServedHalf, hello: registry_pb2.Hello, metrics: PrefillMetrics
+) -> tuple[PrefillServicer, StageService]:
+    """Returns the prefill service of a worker that runs the half ``served``. Shares memory from now on."""
+    shm_server = ShmServer(config.shm == "on")
     servicer = PrefillServicer(
         served,
         hello,
@@ -37,26 +44,8 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
         metrics,
         TransferLimits(whole=config.max_transfer_time),
     )
-
-    def emit(events: list[PrefillEvent]) -> None:
-        loop.call_soon_threadsafe(servicer.on_events, events)
-
-    core = loaded.new_core(emit, metrics)
     shm_server.start()
-    try:
-        return await serve_engine(
-            config,
-            hello,
-            served,
-            core,
-            servicer,
-            add_prefill_to_server,
-            SERVICE,
-            metrics,
-            on_ready=on_ready,
-        )
-    finally:
-        await shm_server.stop()
+    return servicer, StageService(served, servicer, add_prefill_to_server, SERVICE, metrics, shm_server.stop)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

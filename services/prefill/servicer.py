@@ -23,7 +23,6 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
-from overfill.engine.thread import EngineThread
 from overfill.errors import (
     Incompatible,
     InternalError,
@@ -50,7 +49,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
-from services.hosting import PromptHasher, logprobs_to_proto
+from services.hosting import EnginePort, PromptHasher, logprobs_to_proto
 
 
 class Lease:
@@ -155,7 +154,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         shm_server: shares memory with decode workers on this host.
     """
 
-    engine: EngineThread
+    engine: EnginePort
     host: WorkerHost
 
     def __init__(

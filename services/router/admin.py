@@ -12,7 +12,7 @@ from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Una
 from overfill.routing import rolling_stats
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.worker import STALE_AFTER, Worker
+from overfill.routing.worker import PREFILL, STALE_AFTER, Worker
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
@@ -71,8 +71,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         if request.alone:
             return admin_pb2.StatusResponse(process=self._process(), activity=self._activity(True))
         # Look up all channels before the first await: a worker may leave while others are being queried.
-        workers = await asyncio.gather(*[self._ask(w, self._stub(w)) for w in self._roster.workers()])
-        return await self._response(workers)
+        known = self._roster.workers()
+        asked = {w.id: asyncio.ensure_future(self._ask(self._stub(w), w.id)) for w in known}
+        answers = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+        return await self._response([_with_process(_listed(w), answers[w.id]) for w in known])
 
     async def known(self) -> admin_pb2.StatusResponse:
         """Returns the status from the workers' reports, without asking them. A silent worker has no ``process``."""
@@ -159,21 +161,32 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     def _stub(self, worker: Worker) -> admin_pb2_grpc.AdminStub:
         return admin_pb2_grpc.AdminStub(self._connector.channel(worker.info))
 
-    async def _ask(self, worker: Worker, stub: admin_pb2_grpc.AdminStub) -> admin_pb2.WorkerStatus:
-        status = _listed(worker)
+    async def _ask(self, stub: admin_pb2_grpc.AdminStub, worker_id: str) -> admin_pb2.ProcessStatus | None:
+        """Returns what a worker says of itself; None if it does not answer in time."""
+        call = stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT)
         try:
-            answer = await checked_response(
-                stub.Status(admin_pb2.StatusRequest(), timeout=STATUS_TIMEOUT), f"worker {worker.id}"
-            )
+            answer: admin_pb2.StatusResponse = await checked_response(call, f"worker {worker_id}")
         except OverfillError:
-            return status
-        status.process.CopyFrom(answer.process)
-        return status
+            return None
+        return answer.process
 
 
 def _listed(worker: Worker) -> admin_pb2.WorkerStatus:
     info = worker.info
-    return admin_pb2.WorkerStatus(id=worker.id, stage=info.stage, address=info.address, tier=info.tier)
+    return admin_pb2.WorkerStatus(
+        id=worker.id, stage=info.stage, address=info.address, tier=info.tier, colocated=info.colocated
+    )
+
+
+def _with_process(status: admin_pb2.WorkerStatus, process: admin_pb2.ProcessStatus | None) -> admin_pb2.WorkerStatus:
+    """Returns ``status`` with what the worker says of itself, as far as it is about the entry's stage."""
+    if process is not None:
+        status.process.CopyFrom(process)
+        if status.colocated and status.stage == PREFILL:
+            status.process.stage, status.process.tier = PREFILL, ""
+            status.process.load.CopyFrom(process.prefill_load)
+        status.process.ClearField("prefill_load")
+    return status
 
 
 def _reported(worker: Worker, now: float) -> admin_pb2.WorkerStatus:

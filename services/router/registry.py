@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -13,11 +14,11 @@ from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.worker import STAGE_NAMES, Worker, WorkerInfo
+from overfill.routing.worker import PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.telemetry.metrics import WORKER_STATES
-from overfill.v1 import registry_pb2, registry_pb2_grpc
+from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from overfill.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
-        self._streams: dict[str, tuple[WorkerInfo, Context]] = {}
-        self._metrics_addresses: dict[str, tuple[WorkerInfo, str]] = {}
+        self._streams: dict[str, _Stream] = {}
 
     async def Join(self, request_iterator: AsyncIterator[registry_pb2.JoinRequest], context: Context) -> None:
         first = await anext(request_iterator, None)
@@ -59,11 +59,12 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise InvalidRequest("hello", "must be the first message")
         check_wire_version(first.hello)
         check_fields(first.hello)
-        info = WorkerInfo.from_hello(first.hello)
-        previous, _ = self._streams.get(info.id, (None, None))
-        if previous is not None and previous.stage != info.stage:
+        infos = WorkerInfo.from_hello(first.hello)
+        info, replaced = infos[0], self._streams.get(infos[0].id)
+        previous = None if replaced is None else replaced.workers[0].info
+        if replaced is not None and replaced.stages != [one.stage for one in infos]:
             raise Incompatible(
-                f"a worker of the other stage has the id {info.id!r}; give each worker its own id", ["worker_id"]
+                f"a worker of another stage has the id {info.id!r}; give each worker its own id", ["worker_id"]
             )
         if previous is not None and self._is_duplicate_id(previous, info):
             logger.warning(
@@ -76,13 +77,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 f"a live worker at {previous.address} has the id {info.id!r}; give each worker its own id",
                 ["worker_id"],
             )
-        worker = self._roster.join(info)
+        stream = _Stream(self._roster.join_all(infos), context, first.hello.metrics_address)
         if previous is not None and previous.incarnation != info.incarnation:
             self._connector.forget(previous)
-        info = worker.info
         self._connector.add(info)
-        self._streams[info.id] = (info, context)
-        self._metrics_addresses[info.id] = (info, first.hello.metrics_address)
+        self._streams[info.id] = stream
         logger.info("worker %s joined at %s", info.id, info.address)
         demand_task: asyncio.Task[None] | None = None
         try:
@@ -90,43 +89,48 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "is required in every message after the first")
-                if not self._current(info, context):
+                if self._streams.get(info.id) is not stream:
                     return  # the worker has joined again on another stream
-                self._dispatcher.report(worker, message.report)
+                for worker in stream.workers:
+                    self._dispatcher.report(worker, stage_report(message.report, worker.info))
                 if demand_task is None and message.report.routers > 1:
-                    demand_task = asyncio.create_task(self._tell_demand(worker, context))
+                    demand_task = asyncio.create_task(self._tell_demand(stream))
         finally:
             if demand_task is not None:
                 demand_task.cancel()
             # A worker's older stream may end after its newer one has begun: only the newer one removes the worker.
-            if self._current(info, context):
+            if self._streams.get(info.id) is stream:
                 logger.info("worker %s left", info.id)
-                del self._streams[info.id], self._metrics_addresses[info.id]
-                if not worker.draining:
-                    self._on_lost(info)
+                del self._streams[info.id]
                 self._connector.forget(info)
-                self._roster.pool_of(worker).remove(worker)
+                for worker in stream.workers:
+                    if not worker.draining:
+                        self._on_lost(worker.info)
+                    self._roster.pool_of(worker).remove(worker)
                 self._dispatcher.poll()
 
-    async def _tell_demand(self, worker: Worker, context: Context) -> None:
+    async def _tell_demand(self, stream: _Stream) -> None:
         """Sends this router's demand to the worker, which divides its credits among several routers."""
-        pool = self._roster.pool_of(worker)
+        pools = [self._roster.pool_of(worker) for worker in stream.workers]
         sent: registry_pb2.Demand | None = None
         while True:
             version = self._dispatcher.version
-            demand = registry_pb2.Demand(in_use=worker.in_flight, queued=self._dispatcher.queued(pool))
+            demand = registry_pb2.Demand(
+                in_use=max(worker.in_flight for worker in stream.workers),
+                queued=max(self._dispatcher.queued(pool) for pool in pools),
+            )
             if demand != sent:
                 sent = demand
-                await context.write(registry_pb2.JoinResponse(demand=demand))
+                await stream.context.write(registry_pb2.JoinResponse(demand=demand))
             await asyncio.sleep(DEMAND_GAP)
             await self._dispatcher.changed_since(version)
 
     def targets(self) -> list[dict[str, Any]]:
         """Returns the workers' metrics addresses for Prometheus' ``http_sd_configs``. Callable from any thread."""
         return [
-            {"targets": [address], "labels": _labels(info)}
-            for info, address in list(self._metrics_addresses.values())
-            if address
+            {"targets": [stream.metrics_address], "labels": _labels(stream.workers)}
+            for stream in list(self._streams.values())
+            if stream.metrics_address
         ]
 
     def _is_duplicate_id(self, previous: WorkerInfo, info: WorkerInfo) -> bool:
@@ -142,8 +146,18 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             and worker.alive(asyncio.get_running_loop().time())
         )
 
-    def _current(self, info: WorkerInfo, context: Context) -> bool:
-        return self._streams.get(info.id, (None, None))[1] is context
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Stream:
+    """The Join stream of a worker. ``workers`` has the worker in each of its pools."""
+
+    workers: tuple[Worker, ...]
+    context: Context
+    metrics_address: str
+
+    @property
+    def stages(self) -> list[common_pb2.Stage]:
+        return [worker.info.stage for worker in self.workers]
 
 
 class SharedPortRegistry(registry_pb2_grpc.RegistryServicer):
@@ -157,9 +171,24 @@ class SharedPortRegistry(registry_pb2_grpc.RegistryServicer):
         )
 
 
-def _labels(info: WorkerInfo) -> dict[str, str]:
-    labels = {"stage": STAGE_NAMES[info.stage], "worker": info.id}
-    return labels | {"tier": info.tier} if info.tier else labels
+def stage_report(report: registry_pb2.Report, info: WorkerInfo) -> registry_pb2.Report:
+    """Returns the part of a worker's report that is about the stage of ``info``."""
+    if not info.colocated:
+        return report
+    part = registry_pb2.Report()
+    part.CopyFrom(report)
+    part.ClearField("prefill_load")
+    if info.stage == PREFILL:
+        part.load.CopyFrom(report.prefill_load)
+    else:
+        part.ClearField("prefix")
+    return part
+
+
+def _labels(workers: Sequence[Worker]) -> dict[str, str]:
+    last = workers[-1].info  # with both stages, the decode stage, which has a tier
+    labels = {"stage": "+".join(STAGE_NAMES[worker.info.stage] for worker in workers), "worker": last.id}
+    return labels | {"tier": last.tier} if last.tier else labels
 
 
 def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str, str], int]]:

@@ -95,7 +95,7 @@ class Workers:
         self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
 
         full = served_half(self.full, "full", self.full.prefix_cache(False))
-        hello = new_hello("p", full)
+        hello = new_hello("p", [full])
         self.prefill = PrefillServicer(full, hello, executor, max_leases=8)
         self.prefill.host = HOST
         core = PrefillEngine(
@@ -113,7 +113,7 @@ class Workers:
         decoder = served_half(self.decoder, "decoder", self.decoder.prefix_cache(False))
         self.peers = PeerPool(decoder.kv_identity, 2, None)
         stack.push_async_callback(self.peers.close)
-        self.hello = new_hello("d", decoder)
+        self.hello = new_hello("d", [decoder])
         self.decode = DecodeServicer(decoder, self.hello, self.peers, executor)
         self.decode.host = HOST
         core = DecodeEngine(

@@ -19,7 +19,7 @@ from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.tier import DEFAULT_TIER, Tier
-from overfill.routing.worker import PREFILL, STALE_AFTER, WorkerInfo
+from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
 
 
@@ -229,6 +229,77 @@ def test_a_failed_prefill_goes_to_another_worker_before_new_requests(roster, dis
     assert placed(dispatcher.poll(0.0)) == [("a", "p1")]
     dispatcher.need_prefill(a, p1, failed=True, pause=True)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")], "every worker has failed it, so it may go to any"
+
+
+@pytest.fixture
+def both(roster, make_info, make_report):
+    """A worker with both stages, in the prefill and in the decode pool."""
+
+    def add(name, **report):
+        decode = replace(make_info(name), colocated=True)
+        workers = roster.join_all([replace(decode, stage=PREFILL), decode])
+        for worker in workers:
+            roster.pool_of(worker).report(worker, make_report(**report), 0.0)
+        return workers
+
+    return add
+
+
+def test_a_worker_with_both_stages_serves_alone_and_needs_one_place_of_each_stage(roster, dispatcher, both):
+    prefill, decode = both("b", credits=1)
+    a, b = job("a"), job("b")
+    dispatcher.submit(a, 0.0)
+    dispatcher.submit(b, 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("a", "b")]
+    assert dispatcher.prefill_with_start(a) is prefill
+    assert (prefill.in_flight, decode.in_flight) == (1, 1)
+    dispatcher.reserved(a)
+    dispatcher.prefill_done(a, 0.0)
+    assert (prefill.in_flight, decode.in_flight) == (0, 1)
+    dispatcher.finish(a)
+    assert placed(dispatcher.poll(0.0)) == [("b", "b")]
+    check(dispatcher, 0.0)
+
+
+def test_a_failed_stage_does_not_bar_the_other_one_and_a_vanished_worker_bars_both(
+    roster, dispatcher, add_worker, both
+):
+    prefill, decode = both("b")
+    add_worker(roster, "p0", PREFILL, queued_tokens=50)
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.reserved(a)
+    assert placed(dispatcher.poll(0.0)) == [("a", "b")]
+    dispatcher.need_prefill(a, prefill, failed=True, pause=True)
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+    assert not prefill.admissible(0.0)
+    assert decode.admissible(0.0)
+    dispatcher.lost(a, 0.0, gone=False)
+    assert a.avoid == {prefill.seat, decode.seat}
+    b = job("b")
+    dispatcher.submit(b, 0.0)
+    dispatcher.poll(0.0)
+    dispatcher.lost(b, 0.0, gone=True)
+    assert b.avoid == {prefill.seat, decode.seat}
+    assert not decode.admissible(0.0)
+
+
+def test_a_token_ends_the_wait_for_a_prefill_slot(roster, dispatcher, add_worker, both, make_report):
+    """A draining worker with both stages prefills its own sequences without an assignment."""
+    workers = both("b")
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    for worker in workers:
+        roster.pool_of(worker).report(worker, make_report(draining=True), 0.0)
+    dispatcher.reserved(a)
+    assert dispatcher.poll(0.0) == []
+    dispatcher.prefill_done(a, 0.0)
+    assert dispatcher.num_waiting == 0
+    add_worker(roster, "p0", PREFILL)
+    assert dispatcher.poll(0.0) == []
+    check(dispatcher, 0.0)
 
 
 def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatcher, add_worker):
@@ -638,17 +709,18 @@ def test_finish_frees_everything_in_any_state_and_may_be_repeated(roster, dispat
 class Dispatching(RuleBasedStateMachine):
     """Workers join, leave, report and refuse while requests run; in the end every request is answered or refused.
 
-    Decode workers whose names begin with d have the default tier; the others have the tier fast.
+    Decode workers whose names begin with d have the default tier; those with f have the tier fast. A name with b is a
+    worker with both stages, of the default tier.
     """
 
     BLOCK = 16
-    TIERS: ClassVar = {"d": DEFAULT_TIER, "f": "fast"}
-    NAMES = ("d0", "d1", "d2", "f0", "f1", "p0", "p1")
+    TIERS: ClassVar = {"d": DEFAULT_TIER, "f": "fast", "b": DEFAULT_TIER}
+    NAMES = ("d0", "d1", "d2", "f0", "f1", "p0", "p1", "b0", "b1")
 
     def __init__(self):
         super().__init__()
         self.now = 0.0
-        self.roster = Roster(tiers=[Tier(name) for name in self.TIERS.values()])
+        self.roster = Roster(tiers=[Tier(name) for name in dict.fromkeys(self.TIERS.values())])
         self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
         self.ids = itertools.count()
         self.open: list[Job] = []
@@ -661,16 +733,20 @@ class Dispatching(RuleBasedStateMachine):
                 self.ended.append(outcome.job)
         check(self.dispatcher, self.now)
 
-    def pool(self, name):
-        return self.roster.decode[self.TIERS[name[0]]] if name[0] in self.TIERS else self.roster.prefill
-
     def join(self, name, incarnation):
+        """Returns the worker in each of its pools."""
         spec = KvSpec(1, 1, 2, "float32", RopeSpec())
-        identity, stage = KvIdentity(1, "a", "b", spec), self.pool(name).stage
-        tier = self.TIERS.get(name[0], "")
-        return self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 9, tier=tier))
+        identity, tier = KvIdentity(1, "a", "b", spec), self.TIERS.get(name[0], "")
+        decode = WorkerInfo(name, incarnation, DECODE, name, (), identity, 0, 9, tier=tier, colocated=name[0] == "b")
+        prefill = replace(decode, stage=PREFILL, tier="")
+        infos = {"p": [prefill], "b": [prefill, decode]}.get(name[0], [decode])
+        return self.roster.join_all(infos)
 
-    def report(self, worker, total, credits, *, ready=True, draining=False, prefix=None):
+    def report(self, workers, *load, **state):
+        for worker in workers:
+            self.report_stage(worker, *load, **state)
+
+    def report_stage(self, worker, total, credits, *, ready=True, draining=False, prefix=None):
         load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=self.BLOCK, running=worker.in_flight)
         report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
         self.roster.pool_of(worker).report(worker, report, self.now)
@@ -694,18 +770,16 @@ class Dispatching(RuleBasedStateMachine):
         draining=st.booleans(),
     )
     def worker_reports(self, name, incarnation, total, credits, ready, draining):
-        pool = self.pool(name)
-        worker = pool.get(name)
-        if worker is None or worker.info.incarnation != incarnation:
-            worker = self.join(name, incarnation)
-        self.report(worker, total, credits, ready=ready, draining=draining)
+        workers = self.roster.find_all(name)
+        if not workers or workers[0].info.incarnation != incarnation:
+            workers = self.join(name, incarnation)
+        self.report(workers, total, credits, ready=ready, draining=draining)
         self.poll()
 
     @rule(name=st.sampled_from(NAMES))
     def worker_leaves(self, name):
-        pool = self.pool(name)
-        if (worker := pool.get(name)) is not None:
-            pool.remove(worker)
+        for worker in self.roster.find_all(name):
+            self.roster.pool_of(worker).remove(worker)
         self.poll()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
@@ -713,12 +787,12 @@ class Dispatching(RuleBasedStateMachine):
         self.now += seconds
         self.poll()
 
-    @rule(name=st.sampled_from(["p0", "p1"]), keys=st.sets(st.integers(0, 9)), replaces=st.booleans())
+    @rule(name=st.sampled_from(["p0", "p1", "b0"]), keys=st.sets(st.integers(0, 9)), replaces=st.booleans())
     def prefix_cache_changes(self, name, keys, replaces):
         if (worker := self.roster.prefill.get(name)) is not None:
             added = [key for key in keys if key not in worker.prefix_keys or replaces]
             delta = registry_pb2.PrefixDelta(added=added, removed=keys & worker.prefix_keys, replaces=replaces)
-            self.report(worker, 60, 3, prefix=delta)
+            self.report_stage(worker, 60, 3, prefix=delta)
             self.poll()
 
     @rule(
@@ -790,7 +864,8 @@ class Dispatching(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def tokens_come(self, data):
-        if job := self.pick(data, JobState.RUNNING):
+        # A draining worker with both stages does not wait for a slot.
+        if job := self.pick(data, JobState.RUNNING, JobState.WANTS_PREFILL):
             self.dispatcher.prefill_done(job, self.now)
             self.poll()
 
@@ -819,8 +894,7 @@ class Dispatching(RuleBasedStateMachine):
                 elif job.state is JobState.RUNNING:
                     self.dispatcher.finish(job)
                     self.open.remove(job)
-            for worker in self.roster.workers():
-                self.report(worker, 60, 3)
+            self.report(self.roster.workers(), 60, 3)
             if not self.open:
                 break
         assert not self.open

@@ -191,7 +191,7 @@ def test_a_hello_becomes_the_workers_description():
         max_model_len=100,
         startup_seconds=2.5,
     )
-    info = WorkerInfo.from_hello(hello)
+    (info,) = WorkerInfo.from_hello(hello)
     assert (info.id, info.incarnation, info.stage, info.address) == ("p0", 7, PREFILL, "h:1")
     assert info.data_addresses == ()
     assert info.identity.kv == kv
@@ -232,7 +232,7 @@ def hello_with_addresses(*ranges):
 @pytest.mark.parametrize("ranges", [[(0, 8)], [(0, 2), (2, 6)], [(6, 2), (0, 1), (1, 5)]])
 def test_data_addresses_that_serve_each_kv_head_once_are_kept(ranges):
     hello = hello_with_addresses(*ranges)
-    assert WorkerInfo.from_hello(hello).data_addresses == tuple(hello.data_addresses)
+    assert WorkerInfo.from_hello(hello)[0].data_addresses == tuple(hello.data_addresses)
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,6 @@ def test_a_hello_says_tier_and_decoder():
     hello = registry_pb2.Hello(
         worker_id="d", stages=[DECODE], address="h:1", model=model, kv=KV.to_proto(), tier="fast"
     )
-    described = WorkerInfo.from_hello(hello)
+    (described,) = WorkerInfo.from_hello(hello)
     assert described.tier == "fast"
     assert described.decoder == {"decoder_digest": "cc", "decoder_quantize": "none", "kv_cache_dtype": "auto"}

@@ -11,12 +11,13 @@ from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.pool import Roster
 from overfill.routing.tier import Tier
-from overfill.routing.worker import DECODE, PREFILL
+from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import kv_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.registry import RegistryServicer
 
+TIER = {"tier": "default"}  # of every decode worker
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=RopeSpec())
 HELLO = registry_pb2.Hello(worker_id="d", address="h:1", stages=[DECODE], kv=KV.to_proto(), wire_version=WIRE_VERSION)
 
@@ -59,14 +60,6 @@ def changed(**fields):
 
 
 # A worker that is refused as incompatible ends and says why; after another error it would try again, without end.
-@pytest.mark.parametrize("stages", [[PREFILL, DECODE], [DECODE, PREFILL]])
-async def test_a_worker_of_both_stages_is_refused_as_incompatible(stages):
-    error = await refusal(changed(stages=stages))
-    assert isinstance(error, Incompatible)
-    assert error.fields == ("hello.stages",)
-    assert "hello.stages: worker d serves both prefill and decode; this version has no workers with both" in str(error)
-
-
 async def test_a_worker_of_a_tier_is_refused_as_incompatible():
     error = await refusal(changed(tier="small"))
     assert isinstance(error, Incompatible)
@@ -209,3 +202,38 @@ async def test_scrape_targets_and_counts_name_the_tier():
     stream.said.put_nowait(None)
     await joining
     assert servicer.targets() == []
+
+
+async def test_a_worker_with_both_stages_is_a_member_of_two_pools_and_leaves_both():
+    roster, stream, lost = Roster(), Stream(), []
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector(), lost.append)
+    hello = changed(stages=[PREFILL, DECODE], metrics_address="h:9")
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
+    joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
+    await stream.heard.get()
+    report = registry_pb2.Report(credits=4, ready=True)
+    report.load.kv_blocks_total, report.load.block_size = 20, 16
+    report.prefill_load.kv_blocks_total, report.prefill_load.block_size = 30, 16
+    report.prefix.added.append(7)
+    stream.said.put_nowait(registry_pb2.JoinRequest(report=report))
+    await settled()
+    prefill, decode = roster.find_all("d")
+    assert [(w.info.stage, w.info.colocated, w.capacity_tokens) for w in (prefill, decode)] == [
+        (PREFILL, True, 480),
+        (DECODE, True, 320),
+    ]
+    assert (prefill.prefix_keys, decode.prefix_keys) == ({7}, set()), "only prefill reads the prefix cache"
+    assert prefill.key == decode.key
+    assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "prefill+decode", "worker": "d"} | TIER}]
+    stream.said.put_nowait(None)
+    await joining
+    assert roster.workers() == servicer.targets() == []
+    assert [info.stage for info in lost] == [PREFILL, DECODE]
+
+
+async def test_a_worker_that_returns_with_other_stages_leaves_its_earlier_pools():
+    """Its earlier stream may still be open: a host that dies says nothing."""
+    roster = Roster()
+    roster.join_all(WorkerInfo.from_hello(changed(stages=[PREFILL, DECODE], incarnation=1)))
+    (worker,) = roster.join_all(WorkerInfo.from_hello(changed(stages=[DECODE], incarnation=2)))
+    assert roster.workers() == [worker]

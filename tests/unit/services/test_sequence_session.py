@@ -59,8 +59,7 @@ class SessionHarness:
             asyncio.Queue(),
             self.told.append,
             self.send,
-            self.use_peer,
-            self.new_pull,
+            self.new_handoff,
             lambda: None,
             decode_pb2.WorkerLoad,
         )
@@ -74,12 +73,9 @@ class SessionHarness:
         self.engine.handle(message)
 
     @asynccontextmanager
-    async def use_peer(self, target):
-        yield None
-
-    def new_pull(self, peer, session):
+    async def new_handoff(self, target, session):
         self.pulls.append(Pull())
-        return self.pulls[-1]
+        yield self.pulls[-1]
 
     def assign(self):
         self.session.inbox.put_nowait(decode_pb2.AssignPrefill(worker_id="p"))
@@ -209,3 +205,40 @@ async def test_a_refusal_carries_the_load():
     (update,) = harness.told
     assert update.refused.load.kv_blocks_used == 8
     assert isinstance(harness.sent[0], Reserve)
+
+
+@pytest.mark.parametrize("tried", ["p", "d"])
+async def test_a_draining_worker_with_both_stages_prefills_its_own_sequences(tried):
+    """No router assigns it a prompt any more, and it may be the only one that prefills."""
+    harness = SessionHarness()
+    own = decode_pb2.AssignPrefill(worker_id="d")
+    harness.session._prefill_here = lambda: own
+    harness.session.start.assign_prefill.worker_id = tried
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    (first,) = harness.pulls
+    first.error = Unavailable("gone")
+    first.let_go.set()
+    first.done.set()
+    await settle()
+    asked = [update.WhichOneof("message") for update in harness.told]
+    if tried == "p":
+        assert asked == ["reserved"]
+        assert harness.pulls[1].running, "it takes the prompt itself"
+        harness.pulls[1].let_go.set()
+    else:
+        assert asked == ["reserved", "need_prefill"], "it does not try itself again and again"
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_a_draining_worker_with_both_stages_waits_for_no_assignment():
+    harness = SessionHarness()
+    harness.session._prefill_here = lambda: decode_pb2.AssignPrefill(worker_id="d")
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    (pull,) = harness.pulls
+    assert pull.running
+    pull.let_go.set()
+    task.cancel()
+    await asyncio.wait([task])

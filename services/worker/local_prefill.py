@@ -1,0 +1,149 @@
+"""Prefills a prompt in the process that writes its answer: a copy between two KV caches instead of a transfer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+from overfill.engine.protocol import ServedHalf
+from overfill.engine.sequence import (
+    DecodeEvent,
+    PrefillEvent,
+    PrefillHere,
+    PrefillScheduled,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+    SequenceFailed,
+)
+from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
+from overfill.kv.receiver import FirstTokenArrived, PullStats
+from overfill.model.processors import prepare_processor
+from overfill.request.params import SamplingParams
+from overfill.telemetry import tracing
+from overfill.telemetry.metrics import PrefillMetrics
+from overfill.v1 import common_pb2, prefill_pb2
+from services.decode.sequence_session import SequenceSession
+from services.hosting import PromptHasher, logprobs_to_proto
+
+
+class LocalPrefills:
+    """The prompts that this worker prefills for its own sequences.
+
+    Args:
+        full: the full model's half.
+        send: sends a message to the engine.
+        metrics: counts the prompts, as for prompts of other workers.
+    """
+
+    def __init__(self, full: ServedHalf, send: Callable[[object], None], metrics: PrefillMetrics) -> None:
+        self._full = full
+        self._send = send
+        self._metrics = metrics
+        self._hasher = PromptHasher(full.blocks_of)
+        self._events: dict[str, asyncio.Queue[PrefillEvent | DecodeEvent]] = {}
+
+    def handoff(self, session: SequenceSession) -> LocalPrefill:
+        """Returns the prefill of the session's prompt into the blocks that the session holds now."""
+        return LocalPrefill(self, session)
+
+    def on_events(self, events: Iterable[PrefillEvent | DecodeEvent]) -> None:
+        """Passes engine events to their prompts. Call it on the event loop."""
+        for event in events:
+            if queue := self._events.get(event.id):
+                queue.put_nowait(event)
+
+    async def sequence(self, session: SequenceSession) -> PrefillSequence:
+        """Returns the session's prompt as the prefill engine takes it."""
+        start, prompt, full = session.start, session.sequence.prompt, self._full
+        sampling, first = SamplingParams.from_proto(start.sampling), session.wants_first_token
+        eos_ids = full.config.eos_token_ids
+        return PrefillSequence(
+            id=secrets.token_hex(8),
+            prompt=prompt,
+            sampling=sampling,
+            sample_index=start.sample_index,
+            sample_first_token=first,
+            processor=await prepare_processor(sampling, prompt, full.grammars, eos_ids) if first else None,
+            cache_namespace=start.cache_namespace,
+            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+        )
+
+
+class LocalPrefill:
+    """A ``Handoff`` without a transfer: the engine computes the prompt and copies its KV between two steps.
+
+    When ``run`` has ended, also by an error or a cancellation, the engine touches the session's blocks no more once it
+    has handled the messages that were sent until then.
+    """
+
+    codec = common_pb2.KV_CODEC_UNSPECIFIED  # no KV travels
+
+    def __init__(self, prefills: LocalPrefills, session: SequenceSession) -> None:
+        self.stats = PullStats(held_tokens=session.held_tokens)
+        self._prefills = prefills
+        self._session = session
+
+    async def run(
+        self,
+        timeout: float | None,
+        on_first_token: Callable[[FirstTokenArrived], None],
+        on_in_place: Callable[[], None],
+    ) -> None:
+        """Prefills the prompt; see ``Handoff``.
+
+        Raises:
+            DeadlineExceeded: ``timeout`` seconds have passed.
+            InvalidRequest, InternalError: the full model cannot compute the prompt.
+        """
+        with self._prefills._metrics.prompt():
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._run(on_first_token)
+            except TimeoutError:
+                raise DeadlineExceeded("the deadline passed while the prompt was computed") from None
+        on_in_place()
+
+    async def _run(self, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
+        prefills, session = self._prefills, self._session
+        sequence = await prefills.sequence(session)
+        events = prefills._events[sequence.id] = asyncio.Queue()
+        computed = False
+        try:
+            prefills._send(PrefillHere(sequence, session.sequence.id, session.held_tokens))
+            queue_ns = scheduled_ns = 0
+            while not computed:
+                match await events.get():
+                    case PrefillScheduled(cached_tokens=cached, time_ns=scheduled_ns):
+                        queue_ns = scheduled_ns - self.stats.started_ns
+                        self.stats.cached_tokens = cached
+                        prefills._metrics.scheduled(queue_ns / 1e9)
+                        tracing.current().past("prefill.queue", self.stats.started_ns, scheduled_ns)
+                        tracing.current().set(cached_tokens=cached)
+                    case PromptComputed(first=first, time_ns=now):
+                        computed = True
+                        prefills._metrics.computed((now - scheduled_ns) / 1e9)
+                        tracing.current().past("prefill.compute", scheduled_ns, now)
+                        if first is not None:
+                            received = time.monotonic_ns()
+                            self.stats.first_token_ns = received - self.stats.started_ns
+                            token = prefill_pb2.FirstToken(
+                                token_id=first.token_id,
+                                logprobs=logprobs_to_proto(first),
+                                compute_ns=now - scheduled_ns,
+                                return_ns=received - now,
+                            )
+                            on_first_token(FirstTokenArrived(token, queue_ns, received))
+                    case SequenceFailed(error=InvalidRequest() as error):
+                        raise error
+                    case SequenceFailed(error=error):
+                        raise InternalError(f"prefill failed: {error}") from error
+                    case _:
+                        pass
+        finally:
+            del prefills._events[sequence.id]
+            if not computed:
+                sequence.cancelled = True  # ends a running step between two layers
+                prefills._send(Release(sequence.id))

@@ -1,0 +1,122 @@
+"""A prompt that is prefilled in the process that writes its answer. The engine is scripted."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from overfill.engine.sequence import (
+    ChunkComputed,
+    DecodeSequence,
+    PrefillHere,
+    PrefillScheduled,
+    PromptComputed,
+    Release,
+    SequenceFailed,
+    StopRule,
+)
+from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
+from overfill.kv.keys import PromptBlocks
+from overfill.model.sampling import SampledToken
+from overfill.request.params import SamplingParams
+from overfill.telemetry.metrics import PrefillMetrics
+from overfill.v1 import common_pb2, decode_pb2
+from services.worker.local_prefill import LocalPrefills
+
+
+class Prefilling:
+    """A session whose prompt is being prefilled; ``sent`` has the messages to the engine."""
+
+    def __init__(self, emitted=()):
+        self.sent, self.first_tokens, self.in_place = [], [], 0
+        config = SimpleNamespace(eos_token_ids=(9,))
+        full = SimpleNamespace(
+            blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 4, None, namespace), config=config, grammars=None
+        )
+        self.metrics = PrefillMetrics()
+        self.prefills = LocalPrefills(full, self.sent.append, self.metrics)
+        sampling = common_pb2.SamplingParams(temperature=0, seed=3)
+        start = decode_pb2.StartDecode(sampling=sampling, sample_index=2, cache_namespace="tenant")
+        sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4))
+        self.session = SimpleNamespace(start=start, sequence=sequence, wants_first_token=not emitted, held_tokens=2)
+        self.handoff = self.prefills.handoff(self.session)
+
+    async def start(self, timeout=None):
+        self.task = asyncio.ensure_future(
+            self.handoff.run(timeout, self.first_tokens.append, lambda: setattr(self, "in_place", self.in_place + 1))
+        )
+        while not self.sent and not self.task.done():
+            await asyncio.sleep(0.001)
+        return self.sent[0]
+
+    def outcome(self, name):
+        return self.metrics.registry.get_sample_value("overfill_prefill_prompts_total", {"outcome": name})
+
+
+async def test_the_engine_gets_the_prompt_as_the_request_has_it_and_the_session_the_first_token():
+    prefilling = Prefilling()
+    here = await prefilling.start()
+    assert isinstance(here, PrefillHere)
+    assert (here.into, here.held_tokens) == ("d", 2)
+    sequence = here.sequence
+    assert sequence.prompt == [1, 2, 3]
+    assert (sequence.sample_index, sequence.cache_namespace, sequence.sample_first_token) == (2, "tenant", True)
+    assert sequence.id != "d"
+    prefilling.prefills.on_events(
+        [
+            PrefillScheduled("another", [0], 0, None, 5),
+            PrefillScheduled(sequence.id, [0], 1, None, prefilling.handoff.stats.started_ns + 1000),
+            ChunkComputed(sequence.id, 1, 3),
+            PromptComputed(sequence.id, SampledToken(7), prefilling.handoff.stats.started_ns + 3000),
+        ]
+    )
+    await prefilling.task
+    (first,) = prefilling.first_tokens
+    assert (first.token.token_id, first.queue_ns, first.token.compute_ns) == (7, 1000, 2000)
+    assert prefilling.in_place == 1
+    assert prefilling.handoff.stats.cached_tokens == 1
+    assert prefilling.sent == [here], "the engine has freed the prompt's blocks itself"
+    assert prefilling.outcome("ok") == 1
+
+
+async def test_an_answer_that_goes_on_gets_no_first_token():
+    prefilling = Prefilling(emitted=[4])
+    here = await prefilling.start()
+    assert not here.sequence.sample_first_token
+    prefilling.prefills.on_events([PromptComputed(here.sequence.id, None, 1)])
+    await prefilling.task
+    assert (prefilling.first_tokens, prefilling.in_place) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(InvalidRequest("x", "y"), InvalidRequest), (ValueError("z"), InternalError)]
+)
+async def test_a_failed_prefill_frees_its_blocks(error, raised):
+    prefilling = Prefilling()
+    here = await prefilling.start()
+    prefilling.prefills.on_events([SequenceFailed(here.sequence.id, error)])
+    with pytest.raises(raised):
+        await prefilling.task
+    assert prefilling.sent[1:] == [Release(here.sequence.id)]
+    assert prefilling.in_place == 0
+
+
+async def test_a_cancelled_prefill_stops_the_engine_before_the_sequence_gives_its_blocks_back():
+    prefilling = Prefilling()
+    here = await prefilling.start()
+    prefilling.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await prefilling.task
+    assert here.sequence.cancelled
+    assert prefilling.sent[1:] == [Release(here.sequence.id)]
+    prefilling.prefills.on_events([PromptComputed(here.sequence.id, None, 1)])  # too late: nobody listens
+    assert prefilling.in_place == 0
+
+
+async def test_the_deadline_ends_a_prefill():
+    prefilling = Prefilling()
+    here = await prefilling.start(timeout=0.05)
+    with pytest.raises(DeadlineExceeded):
+        await prefilling.task
+    assert prefilling.sent[1:] == [Release(here.sequence.id)]
+    assert prefilling.outcome("deadline") == 1
