@@ -85,26 +85,25 @@ def test_failures_count(stack):
 
 
 def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
-    with mock_stack(tiny_pair, colocated=1) as stack:
-        with Client(stack.grpc) as client:
-            streams = [client.stream([5, 6], sampling=SamplingParams(max_tokens=2000)) for _ in range(4)]
-            for stream in streams:
-                next(stream.__enter__())
-            now = scrape(stack)
-            assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 2
-            with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
-                groups = json.load(response)
-            by_stage = {group["labels"]["stage"]: group["targets"][0] for group in groups}
-            assert [*by_stage] == ["router", "prefill", "decode", "prefill+decode"]
-            assert running_sequences(by_stage["prefill"]).keys() == {"prefill"}
-            assert running_sequences(by_stage["prefill+decode"]).keys() == {"prefill", "decode"}
-            wait_until(
-                lambda: sum(running_sequences(by_stage[s])["decode"] for s in ("decode", "prefill+decode")) == 4,
-                10,
-                "the workers count the four answers",
-            )
-            for stream in streams:
-                stream.cancel()
+    with mock_stack(tiny_pair, colocated=1) as stack, Client(stack.grpc) as client:
+        streams = [client.stream([5, 6], sampling=SamplingParams(max_tokens=2000)) for _ in range(4)]
+        for stream in streams:
+            next(stream.__enter__())
+        now = scrape(stack)
+        assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 2
+        with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
+            groups = json.load(response)
+        by_stage = {group["labels"]["stage"]: group["targets"][0] for group in groups}
+        assert [*by_stage] == ["router", "prefill", "decode", "prefill+decode"]
+        assert running_sequences(by_stage["prefill"]).keys() == {"prefill"}
+        assert running_sequences(by_stage["prefill+decode"]).keys() == {"prefill", "decode"}
+        wait_until(
+            lambda: sum(running_sequences(by_stage[s])["decode"] for s in ("decode", "prefill+decode")) == 4,
+            10,
+            "the workers count the four answers",
+        )
+        for stream in streams:
+            stream.cancel()
 
 
 def running_sequences(target):

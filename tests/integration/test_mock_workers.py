@@ -7,7 +7,6 @@ from mocks import mock_stack
 from stacks import wait_until
 
 from overfill.client import Client, SamplingParams
-from overfill.errors import InvalidRequest
 from overfill.rpc.channel import open_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
