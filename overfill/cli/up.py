@@ -22,9 +22,11 @@ import click
 from rich.console import Console
 
 from overfill.cli.output import console
+from overfill.cli.ports import check_ports
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack, StackPlan, check_ports
+from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import PlannedPool, StackPlan
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.up_plan import StackRequest, make_plan
@@ -34,7 +36,7 @@ from overfill.cluster.connection import check_installed
 from overfill.engine.choice import choose_engine, require_vllm
 from overfill.model.manifest import Half, Pair
 from overfill.process.extras import require
-from overfill.settings.config import DecodeConfig, WorkerConfig
+from overfill.settings.config import DecodeConfig
 from overfill.settings.tiers import TierSpec
 
 _WATCH_SECONDS = 0.5
@@ -102,7 +104,7 @@ def up_command(
         _check_options(options, planned, on_ray)
         if address is None:  # on a joined cluster, processes may run on other machines
             check_ports(planned, metrics=not on_ray)
-            if not mock and "vllm" in {worker.engine for _, worker in planned.workers()}:
+            if not mock and "vllm" in {worker.config.engine for worker in planned.workers}:
                 require_vllm()
         with show_progress() as report:
             if tiers:
@@ -125,10 +127,9 @@ def check_engines(plan: StackPlan, *, here: bool) -> None:
     Args:
         here: the workers run on this machine. Others may have other devices and packages: there each worker chooses.
     """
-    halves: list[tuple[str, Half, WorkerConfig]] = [(plan.routers[0].pair, "full", plan.prefill[0])]
-    halves += [(tier.pair, "decoder", plan.tier_workers(tier.name)[0]) for tier in plan.tiers]
-    for folder, half, worker in halves:
-        pair = Pair.load(Path(folder))
+    for worker, stage in ((pool.config, stage) for pool in plan.pools for stage in pool.kind.stages):
+        half: Half = "full" if stage == "prefill" else "decoder"
+        pair = Pair.load(Path(worker.pair))
         if isinstance(worker, DecodeConfig) and worker.quantize is not None:
             pair = pair.with_quantize(worker.quantize)
         if here:
@@ -207,7 +208,7 @@ class AnyStack(Protocol):
 
     def start(self) -> None: ...
 
-    def describe_workers(self, tier: str | None) -> str: ...
+    def describe_workers(self, pool: PlannedPool) -> str: ...
 
     def wait_ready(self, cancelled: threading.Event) -> None: ...
 

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from overfill.model.manifest import Pair, check_family
-from overfill.settings.config import DecodeConfig
+from overfill.settings.config import WorkerConfig
 from overfill.settings.config_file import field_name, flag_name, nearest
 from overfill.settings.tiers import ROUTER_SETTINGS, TierSpec
 from overfill.telemetry.progress import Report
@@ -22,7 +22,7 @@ _MANAGED = {"config", "pair", "tier", "worker_id", "routers", "port", "advertise
 """Settings of decode workers that differ between the workers of a tier, or that the tier itself sets."""
 
 
-def worker_settings(tier: TierSpec, kind: type[DecodeConfig]) -> dict[str, str]:
+def worker_settings(tier: TierSpec, kind: type[WorkerConfig]) -> dict[str, str]:
     """Returns field -> value for the settings of a tier that its decode workers read.
 
     Raises:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from overfill.cli.stack import StackPlan
+from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient
 from overfill.client.status import WorkerStatus
 from overfill.errors import OverfillError
@@ -471,7 +471,7 @@ class _TrialRun:
         Restarted workers need this time to join, and partitioned ones to notice.
         """
         deadline = time.monotonic() + self._restart_timeout
-        expected = {worker.worker_id for _, worker in self._stack.plan.workers()}
+        expected = {worker.id for worker in self._stack.plan.workers}
         while True:
             empty = [{worker.id for worker in seen if _is_empty(worker)} for seen in await self._workers()]
             leaked = sorted(name for name in expected if not all(name in ids for ids in empty))

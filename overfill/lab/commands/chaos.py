@@ -33,7 +33,7 @@ from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
-    from overfill.cli.stack import StackPlan
+    from overfill.cli.stack_plan import StackPlan
     from overfill.telemetry.progress import Report
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -365,7 +365,7 @@ def prepare(
     plan = make_plan(StackRequest(folder, prefill, decode, routers, threads=1, settings=settings, tiers=tuple(tiers)))
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
     check_engines(plan, here=True)
-    limit = plan.prefill[0].max_model_len or 512
+    limit = plan.workers[0].config.max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions]
 

@@ -86,7 +86,7 @@ def test_each_tier_is_a_pool_with_its_own_bounds_device_and_settings() -> None:
     assert made.router_config().brownout == ("full", "fast")
     assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
     stack = RayStack(make_plan(request), RayOptions(), print)
-    described = {tier: stack.describe_workers(tier) for tier in ("full", "fast")}
+    described = {pool.tier: stack.describe_workers(pool) for pool in stack.plan.pools if pool.tier}
     assert described == {"full": "1 on Ray", "fast": "2 to 6 on Ray"}
 
 

@@ -14,8 +14,8 @@ def worker(worker_id: str, stage: str, **changes: Any) -> SimpleNamespace:
     model = SimpleNamespace(
         full_digest="f", tokenizer_digest="t", decoder_digest="d", decoder_quantize="", kv_cache_dtype=""
     )
-    process = SimpleNamespace(id=worker_id, stage=stage, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
-    return SimpleNamespace(**{"id": worker_id, "process": process, "tier": None} | changes)
+    process = SimpleNamespace(id=worker_id, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
+    return SimpleNamespace(**{"id": worker_id, "stage": stage, "process": process, "tier": None} | changes)
 
 
 def pair(decoder: str = "d", quantize: str = "none") -> Any:

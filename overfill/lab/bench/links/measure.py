@@ -13,10 +13,11 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import PlannedWorker, WorkerSettings
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
@@ -160,7 +161,7 @@ def measure_links(
     ):
         settings = {"dtype": dtype, "log_level": "warning", "kv_codec": codec, "grace_period": 2}
         plan = make_plan(StackRequest(pair.folder, threads=threads, settings=settings))
-        plan = replace(plan, decode=(plan.decode[0].model_copy(update={"prefix_cache": "off"}),))
+        plan = plan.with_configs(_without_decode_cache)
         with place_on_hosts(plan, *kind) as (placed, hosts):
             stack = Stack(placed, log, {name: host.enter for name, host in hosts.items()})
             try:
@@ -177,6 +178,11 @@ def measure_links(
                                 yield _summarise(link, codec, tokens, bool(cached), found)
             finally:
                 stack.stop()
+
+
+def _without_decode_cache(worker: PlannedWorker) -> WorkerSettings:
+    off = {"prefix_cache": "off"}
+    return worker.config if worker.tier is None else worker.config.model_copy(update=off)
 
 
 @dataclass(frozen=True, slots=True)
