@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from overfill.errors import OverfillError, ShuttingDown, Unavailable
@@ -176,11 +177,16 @@ class MockWorker:
             for stage in stages:
                 stage.end_all(error)
 
+        loads = [partial(self._load, stage) for stage in stages]
         return WorkerHandle(
-            load=lambda: stages[-1].load().to_proto(self.block_size),
+            load=loads[-1],
+            prefill_load=loads[0] if len(stages) > 1 else None,
             active=lambda: sum(stage.active for stage in stages),
             end_all=end_all,
             capacity=self.config.max_num_seqs,
             healthy=lambda: True,
             codec=common_pb2.KV_CODEC_RAW if self.hello.model.decoder_digest else common_pb2.KV_CODEC_UNSPECIFIED,
         )
+
+    def _load(self, stage: Stage) -> decode_pb2.WorkerLoad:
+        return stage.load().to_proto(self.block_size)
