@@ -10,7 +10,7 @@ from typing import Literal
 from overfill.client import ClientTls
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import reachable, split_address
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.tiers import TierSpec
 
@@ -37,6 +37,7 @@ class WorkerKind:
 
 PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
 DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
+COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
 MOCK_PREFILL = WorkerKind("prefill", ("prefill",), MockPrefillConfig, "services.mock prefill")
 MOCK_DECODE = WorkerKind("decode", ("decode",), MockDecodeConfig, "services.mock decode")
 
@@ -101,7 +102,13 @@ class StackPlan:
     @property
     def decode(self) -> tuple[DecodeConfig, ...]:
         """Settings of the workers that only decode."""
-        return tuple(worker.config for worker in self.workers if isinstance(worker.config, DecodeConfig))
+        decode = [worker.config for worker in self.workers if isinstance(worker.config, DecodeConfig)]
+        return tuple(config for config in decode if not isinstance(config, ColocatedConfig))
+
+    @property
+    def colocated(self) -> tuple[ColocatedConfig, ...]:
+        """Settings of the workers with both stages."""
+        return tuple(worker.config for worker in self.workers if isinstance(worker.config, ColocatedConfig))
 
     @property
     def pools(self) -> tuple[PlannedPool, ...]:

@@ -16,6 +16,7 @@ import click
 
 from overfill.cli.ports import free_ports
 from overfill.cli.stack_plan import (
+    COLOCATED,
     DECODE,
     MOCK_DECODE,
     MOCK_PREFILL,
@@ -25,7 +26,7 @@ from overfill.cli.stack_plan import (
     WorkerKind,
     WorkerStage,
 )
-from overfill.cli.up_tiers import worker_settings
+from overfill.cli.up_tiers import tier_objectives, with_colocated, worker_settings
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback, reachable
@@ -46,6 +47,7 @@ class StackRequest:
     Attributes:
         pair: folder of the stack's pair; None with ``tiers``.
         prefill, decode, routers: number of processes of each kind; ``tiers`` replaces ``decode``.
+        colocated: number of workers with both stages. They decode in the default tier.
         port: gRPC port of the first router; 0 picks free ones. Further routers use the next ports, or share it.
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
@@ -72,6 +74,7 @@ class StackRequest:
     apart: bool = False
     share_port: Path | None = None
     tiers: tuple[TierSpec, ...] = ()
+    colocated: int = 0
 
     @property
     def named_tiers(self) -> tuple[tuple[str, TierSpec], ...]:
@@ -80,6 +83,20 @@ class StackRequest:
             return tuple((tier.name, tier) for tier in self.tiers)
         assert self.pair is not None, "a stack needs a pair or tiers"
         return (("", TierSpec(DEFAULT_TIER, str(self.pair.resolve()), self.decode)),)
+
+    @property
+    def default_tier(self) -> tuple[str, TierSpec]:
+        """The default tier, with its name in ``DecodeConfig.tier``."""
+        tiers = self.named_tiers
+        name = default_tier([tier.name for _, tier in tiers], self.settings.get("default_tier") or "")
+        # The router reports a default tier that does not exist.
+        return next((named for named in tiers if named[1].name == name), tiers[0])
+
+    @property
+    def expected_tiers(self) -> tuple[TierSpec, ...]:
+        """The tiers as routers know them: with the number of workers that decode, those with both stages included."""
+        _, default = self.default_tier
+        return with_colocated([tier for _, tier in self.named_tiers], default.name, self.colocated)
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ def make_plan(request: StackRequest) -> StackPlan:
             setting, or the host is open to other machines without certificates or API keys.
         CertificatesError: the folder lacks a certificate.
     """
-    settings = dict(request.settings) | {"pair": _default_pair(request)}
+    settings = dict(request.settings) | {"pair": request.default_tier[1].pair}
     of_router, of_worker = (_certificates(request.tls, settings, role) for role in (Role.ROUTER, Role.WORKER))
     _check_host(settings.get("host") or "127.0.0.1", settings | of_router)
     first_metrics = settings.pop("metrics_port", None)
@@ -141,7 +158,17 @@ def _pools(request: StackRequest, settings: Mapping[str, Any]) -> list[_Pool]:
     of_prefill, *engines = _engines(
         settings.get("prefill_engine"), *(own.get("engine", settings.get("decode_engine")) for own in of_tiers)
     )
+    name, default = request.default_tier
+    of_colocated: dict[str, Any] = worker_settings(default, COLOCATED.settings) | tier_objectives(default)
+    if request.prefill or any(tier.count for _, tier in tiers):
+        of_colocated["engine_args"] = None  # they are for the other workers
     return [
+        _Pool(
+            COLOCATED,
+            COLOCATED.name,
+            request.colocated,
+            of_colocated | {"pair": default.pair, "tier": name or None},
+        ),
         _Pool(prefill, prefill.name, request.prefill, of_prefill),
         *(
             _Pool(
@@ -190,19 +217,12 @@ def _with_formats(plan: StackPlan, request: StackRequest) -> StackPlan:
 
     Workers may have these settings from the file or a variable, and routers refuse workers that differ from the tier.
     """
-    formats = {tier.name: plan.of_tier(tier.name)[0].decoder_settings for _, tier in request.named_tiers}
+    formats = {tier.name: plan.of_tier(tier.name)[0].decoder_settings for tier in request.expected_tiers}
     if not request.tiers and all("quantize" not in format for format in formats.values()):
         return plan
-    told = tuple(replace(tier, settings={**tier.settings, **formats[tier.name]}) for _, tier in request.named_tiers)
+    told = tuple(replace(tier, settings={**tier.settings, **formats[tier.name]}) for tier in request.expected_tiers)
     routers = tuple(router.model_copy(update={"decoders": told}) for router in plan.routers)
     return replace(plan, routers=routers)
-
-
-def _default_pair(request: StackRequest) -> str:
-    """The pair of the default tier, which prefill workers and routers load; they use its full model and tokenizer."""
-    tiers = {tier.name: tier.pair for _, tier in request.named_tiers}
-    # The router reports a default tier that does not exist.
-    return tiers.get(default_tier([*tiers], request.settings.get("default_tier") or ""), next(iter(tiers.values())))
 
 
 def _routers(
@@ -228,12 +248,16 @@ def _routers(
         ("--http", request.http, places),
         ("--metrics-port", first_metrics, processes),
     )
+    tiers = request.expected_tiers if request.tiers else ()
     configs = tuple(
         _configure(
             RouterConfig,
             settings
             | {"expect_prefill": _members(pools, "prefill"), "expect_decode": _members(pools, "decode")}
-            | {"decoders": _tiers_text(request.tiers), "share_port": request.share_port}
+            | {
+                "decoders": _tiers_text(tiers),
+                "share_port": request.share_port,
+            }
             | {"port": p, "http": h, "metrics_port": next(metrics), "join_port": join},
         )
         for p, h, join in zip([*ports] * shared, [*https] * shared, joins, strict=True)

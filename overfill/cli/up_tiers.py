@@ -37,6 +37,28 @@ def worker_settings(tier: TierSpec, kind: type[WorkerConfig]) -> dict[str, str]:
     return {field_name(name): tier.settings[name] for name in names}
 
 
+def tier_objectives(tier: TierSpec) -> dict[str, str]:
+    """Returns the tier's own objectives, as settings of workers with both stages."""
+    names = ("ttft-objective", "itl-objective")
+    return {field_name(name): tier.settings[name] for name in names if name in tier.settings}
+
+
+def with_colocated(tiers: Sequence[TierSpec], default: str, colocated: int) -> tuple[TierSpec, ...]:
+    """Returns the tiers with ``colocated`` more workers in the default one.
+
+    Raises:
+        click.UsageError: a tier has no worker.
+    """
+    counted = tuple(replace(tier, count=tier.count + colocated) if tier.name == default else tier for tier in tiers)
+    for tier in counted:
+        if tier.count < 1:
+            raise click.UsageError(
+                f"--decoder {tier.name}: the number of decode workers must be at least 1, got 0; only the default tier "
+                "may have none, with --colocated"
+            )
+    return counted
+
+
 def max_workers(tier: TierSpec) -> int | None:
     """Maximum number of the tier's decode workers; None if it is fixed. Raises click.UsageError."""
     if MAX not in tier.settings:

@@ -53,22 +53,23 @@ def welcome(
 
 
 def _worker_rows(plan: StackPlan, describe: Callable[[PlannedPool], str]) -> list[tuple[str, str]]:
-    """Returns a row per pool: prefill workers first, then the tiers, the default one first."""
-    pools = {pool.tier: f"{describe(pool)} ({_each(pool)})" for pool in plan.pools}
-    rows = [("prefill", pools[None])]
+    """Returns a row per pool, or with named tiers a row for prefill workers and one per tier, the default one first."""
+    pools = [(pool, f"{describe(pool)} ({_each(pool)})") for pool in plan.pools]
     if not plan.named_tiers:
-        return [*rows, ("decode", pools[plan.tiers[0].name])]
+        return [(pool.kind.name, text) for pool, text in pools]
+    rows = [(pool.kind.name, text) for pool, text in pools if pool.tier is None]
     for tier in plan.tiers:
         first = tier is plan.tiers[0]
-        text = f"{tier.name}{' (default)' if first else ''}: {tier.pair}: {pools[tier.name]}"
-        rows.append(("tier" if first else "", text))
+        workers = ", ".join(text for pool, text in pools if pool.tier == tier.name)
+        rows.append(("tier" if first else "", f"{tier.name}{' (default)' if first else ''}: {tier.pair}: {workers}"))
     return rows
 
 
 def _each(pool: PlannedPool) -> str:
     config = pool.config
+    stages = "both stages, " if len(pool.kind.stages) > 1 else ""
     given = "".join(f"{text}, " for text in (config.engine, config.dtype) if text not in (None, "auto"))
-    return f"{given}CPU threads each: {config.threads}"
+    return f"{stages}{given}CPU threads each: {config.threads}"
 
 
 def _curl(plan: StackPlan, base: str) -> str:

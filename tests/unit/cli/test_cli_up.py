@@ -196,9 +196,9 @@ def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.Cap
 
 
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # workers' ports included
+    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7999"]) == 2  # workers' ports included
     message = " ".join(capsys.readouterr().err.split())
-    assert "--http 8000 (its default) uses 8000 and --metrics-port 7998 uses 7998 to 8000" in message
+    assert "--http 8000 (its default) uses 8000 and --metrics-port 7999 uses 7999 to 8000" in message
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
