@@ -438,8 +438,8 @@ class _TrialRun:
                     status = await client.status(timeout=5)
                     pid = status.process.pid
                     if pid == self._stack.process(router).pid:
-                        ready = {(w.stage, w.id) for w in status.workers if w.process and w.process.ready}
-                        self._statuses[router] = asked, ready
+                        ready = ((w.stage, w.id) for w in status.workers if w.process and w.process.ready)
+                        self._statuses[router] = asked, set(ready)
                 except OverfillError:
                     self._statuses.pop(router, None)
                 await asyncio.sleep(_STATUS_INTERVAL)
