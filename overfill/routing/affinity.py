@@ -79,7 +79,7 @@ class PrefixAffinity(Policy):
         yield from (worker for worker in self._load.best(request) if worker not in preferred)
 
     def placed(self, request: PlacementRequest, worker: Worker) -> int:
-        cached = _cached_tokens(self._levels(request, [worker.block_size]), worker)
+        cached = request.prompt_tokens - self.uncached_tokens(request, worker)
         if request.block_keys is not None and worker.block_size:
             for key in islice(request.block_keys(worker.block_size), PROMISED_BLOCKS):
                 if worker not in self._holders.get(key, ()):
@@ -87,7 +87,12 @@ class PrefixAffinity(Policy):
                     self._promised.move_to_end(key)
         while len(self._promised) > MAX_PROMISES:
             self._promised.popitem(last=False)
-        return min(cached, request.prompt_tokens - 1)
+        return cached
+
+    def uncached_tokens(self, request: PlacementRequest, worker: Worker) -> int:
+        """Returns the number of prompt tokens that ``worker`` probably has to compute; at least 1."""
+        cached = _cached_tokens(self._levels(request, [worker.block_size]), worker)
+        return max(1, request.prompt_tokens - cached)
 
     def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
         if request.block_keys is not None and worker.block_size:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Final, Literal, get_args
 
 from overfill.routing.affinity import PrefixAffinity
+from overfill.routing.conditional import Conditional
 from overfill.routing.policy import LeastLoad, MostFreeKv, Policy, PowerOfTwo, RoundRobin
 
 DecodePolicyName = Literal["least-load", "power-of-two", "most-free-kv", "round-robin"]
 """Decode workers do not report the prefixes that they cache, so prefix affinity is for prefill only."""
 
-PolicyName = Literal["prefix-affinity", "least-load", "power-of-two", "most-free-kv", "round-robin"]
+PolicyName = Literal["conditional", "prefix-affinity", "least-load", "power-of-two", "most-free-kv", "round-robin"]
 
-PREFILL_DEFAULT: Final[PolicyName] = "prefix-affinity"
+PREFILL_DEFAULT: Final[PolicyName] = "conditional"
 DECODE_DEFAULT: Final[DecodePolicyName] = "least-load"
 
 DECODE_POLICIES: tuple[DecodePolicyName, ...] = get_args(DecodePolicyName)
 
 POLICIES: dict[PolicyName, type[Policy]] = dict(
-    zip(get_args(PolicyName), (PrefixAffinity, LeastLoad, PowerOfTwo, MostFreeKv, RoundRobin), strict=True)
+    zip(get_args(PolicyName), (Conditional, PrefixAffinity, LeastLoad, PowerOfTwo, MostFreeKv, RoundRobin), strict=True)
 )

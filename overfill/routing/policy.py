@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from overfill.routing.worker import Worker
@@ -55,6 +55,14 @@ class Policy(ABC):
 
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
         """Records changes to the prefix cache of ``worker``. The default ignores them."""
+        return
+
+    def set_short_prompts(self, tokens: Mapping[str, float]) -> None:
+        """Takes the length of a short prompt for each tier, in uncached tokens. The default ignores it.
+
+        A worker with both stages computes a short prompt between two decode steps and still meets the tier's objective
+        for the time between tokens.
+        """
         return
 
     def placed(self, request: PlacementRequest, worker: Worker) -> int:

@@ -217,6 +217,15 @@ class Scaler:
         pool = self._tiers[tier]
         return pool.step.cost().seconds(batch, pool.answers.shape().context)
 
+    def short_prompt(self, tier: str, batch: float) -> float:
+        """Returns the prompt tokens that a worker computes in the time that a decode step leaves of the ITL objective.
+
+        Args:
+            batch: number of sequences of ``tier`` in the step.
+        """
+        spare = self._tiers[tier].itl - self.expected_itl(tier, batch)
+        return max(0.0, spare) * self._prefill_rate.value
+
     def targets(self, now: float, prefill: PoolState, decode: Mapping[str, PoolState]) -> Targets:
         """Returns the number of workers that each pool should have now.
 
@@ -322,10 +331,11 @@ class Scaler:
 
 
 class _DecodePool:
-    """What the policy knows of one tier's decode pool."""
+    """What the policy knows of one tier's decode pool. ``itl`` is the tier's objective."""
 
     def __init__(self, config: ScalingConfig) -> None:
         self._config = config
+        self.itl = config.itl
         self.arrivals = Arrivals(config.short_window, config.long_window, config.significance)
         self.answers = AnswerLengths(config.long_window, config.prompt_tokens, config.answer_tokens)
         self.step = StepTime(config.step)

@@ -216,7 +216,7 @@ def test_prompts_that_begin_alike_spread_over_the_decode_workers(add_worker, nam
 
 
 def test_decode_workers_which_say_nothing_of_their_caches_have_no_affinity():
-    assert set(POLICIES) - set(DECODE_POLICIES) == {"prefix-affinity"}
+    assert set(POLICIES) - set(DECODE_POLICIES) == {"conditional", "prefix-affinity"}
     with pytest.raises(SystemExit):
         RouterConfig.parse(["--pair", "p", "--decode-policy", "prefix-affinity"])
 

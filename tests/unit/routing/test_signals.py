@@ -168,6 +168,21 @@ def test_needs_of_several_routers_add_up_to_the_need_of_one(add_worker):
         assert needs(count)["prefill"] == pytest.approx(one["prefill"], rel=0.35)
 
 
+def test_a_short_prompt_fits_beside_a_step_within_the_objective(add_worker):
+    roster = Roster()
+    add_worker(roster, "d0", running=30)
+    add_worker(roster, "d1", running=10)
+    advisor = ScalingAdvisor(Signals(roster, Dispatcher(roster)), {DEFAULT_TIER: Objectives(itl=0.05)})
+    assert advisor.short_prompt(DEFAULT_TIER) == 0, "nothing is known yet"
+    advisor.recommend(0.0)
+    step = advisor.expected_itl(DEFAULT_TIER, 20)
+    assert 0 < step < 0.05
+    assert advisor.short_prompt(DEFAULT_TIER) == pytest.approx((0.05 - step) * ScalingConfig().prefill_rate)
+    slow = ScalingAdvisor(Signals(roster, Dispatcher(roster)), {DEFAULT_TIER: Objectives(itl=step / 2)})
+    slow.recommend(0.0)
+    assert slow.short_prompt(DEFAULT_TIER) == 0
+
+
 def test_every_number_is_a_number(signals):
     numbers = signals.read(0.0)
     assert numbers.keys() >= set(COUNTS)
