@@ -42,17 +42,17 @@ class FaultyStack(Stack):
 @contextmanager
 def running_stack(
     pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=None,
-    tiers=(), **settings,
+    tiers=(), colocated=0, **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
     if settings.get("api_keys") is not None and tls is None:
         settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
         settings["stack_secret"].write_text(SECRET)
-    plan = make_plan(
-        StackRequest(
-            pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls, share_port=share_port, tiers=tiers
-        )
-    )
+    request = StackRequest(
+        pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls,
+        share_port=share_port, tiers=tiers, colocated=colocated,
+    )  # fmt: skip
+    plan = make_plan(request)
     lines = [] if lines is None else lines
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:
