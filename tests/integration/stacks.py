@@ -48,11 +48,23 @@ def running_stack(
     if settings.get("api_keys") is not None and tls is None:
         settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
         settings["stack_secret"].write_text(SECRET)
-    request = StackRequest(
-        pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls,
-        share_port=share_port, tiers=tiers, colocated=colocated,
-    )  # fmt: skip
-    plan = make_plan(request)
+    plan = make_plan(
+        StackRequest(
+            pair,
+            prefill,
+            decode,
+            routers,
+            0,
+            1,
+            BASE | settings,
+            http,
+            mock,
+            tls,
+            share_port=share_port,
+            tiers=tiers,
+            colocated=colocated,
+        )
+    )
     lines = [] if lines is None else lines
     stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:
@@ -87,13 +99,13 @@ def wait_until(condition, timeout, what, pause=0.02):
 
 
 def loads(address, tls=None, api_key=None):
-    """Returns the load of every worker that answers, by id."""
+    """Returns the load of every worker that answers, by id; with both stages, the decode stage's."""
     with Client(address, tls=tls, api_key=api_key) as client:
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
 
 
 def idle(address, api_key=None):
     """True if no worker owns a block or runs a request."""
-    return all(
-        load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address, api_key=api_key).values()
-    )
+    with Client(address, api_key=api_key) as client:
+        loads = [worker.process.load for worker in client.status().workers if worker.process is not None]
+    return all(load.kv_blocks_used == load.running == load.waiting == 0 for load in loads)

@@ -175,6 +175,9 @@ class _Scheduling:
         if len(self._requests) > 10_000:
             self._requests.pop(next(iter(self._requests)))
 
+    def request_of(self, sequence: str) -> str:
+        return self._requests.get(sequence, "")
+
     def held(self, emit: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
         """Returns ``emit`` with the hold. Every engine emits on its own thread."""
         from overfill.engine.sequence import PrefillScheduled
@@ -182,7 +185,7 @@ class _Scheduling:
         def emit_and_hold(events: list[Any]) -> None:
             emit(events)
             if scheduled := [event for event in events if isinstance(event, PrefillScheduled)]:
-                self._probe.hold_thread("prefill", self._requests.get(scheduled[0].id, ""))
+                self._probe.hold_thread("prefill", self.request_of(scheduled[0].id))
 
         return emit_and_hold
 
@@ -203,27 +206,29 @@ def watch_prefill(probe: Probe) -> None:
     hosting.load_half_of = load_held
 
 
-def watch_prefill_of_both(probe: Probe) -> None:
+def watch_prefill_beside_decode(probe: Probe) -> None:
+    """Watches the prefill stage of a worker with both: prompts of other workers, and its own."""
+    from overfill.engine.colocated import ColocatedEngine
+
+    loaded: Any = importlib.import_module("overfill.engine.load").LoadedColocated
     scheduling = _watch_prefill_service(probe)
-    hosting: Any = importlib.import_module("services.hosting")
     local = importlib.import_module("services.worker.local_prefill").LocalPrefills
-    load, own_sequence = hosting.load_both_halves_of, local.sequence
+    new_core, own_sequence, copy = loaded.new_core, local.sequence, ColocatedEngine._copy
 
-    async def load_held(*arguments: Any) -> Any:
-        loaded = await load(*arguments)
-
-        def new_core(*emits_and_rest: Any) -> Any:
-            prefill, decode, *rest = emits_and_rest  # events of own prompts go to the decode stage
-            return loaded.new_core(scheduling.held(prefill), scheduling.held(decode), *rest)
-
-        return dataclasses.replace(loaded, new_core=new_core)
+    def new_core_held(self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
+        return new_core(self, scheduling.held(emit_prefill), scheduling.held(emit_decode), *rest)
 
     async def own_sequence_and_tell(self: Any, session: Any) -> Any:
         sequence = await own_sequence(self, session)
         scheduling.add(sequence.id, session.start.request_id)
         return sequence
 
-    hosting.load_both_halves_of, local.sequence = load_held, own_sequence_and_tell
+    def copy_held(self: ColocatedEngine, here: Any, computed: Any) -> Any:
+        probe.hold_thread("handoff", scheduling.request_of(computed.id))
+        return copy(self, here, computed)
+
+    loaded.new_core, local.sequence = new_core_held, own_sequence_and_tell
+    ColocatedEngine._copy = copy_held  # type: ignore[method-assign]
 
 
 def _watch_prefill_service(probe: Probe) -> _Scheduling:
@@ -299,7 +304,7 @@ WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {
     "services.router.main": {"router": watch_router},
     "services.prefill.main": {"prefill": watch_prefill},
     "services.decode.main": {"decode": watch_decode},
-    "services.worker.main": {"prefill": watch_prefill_of_both, "decode": watch_decode},
+    "services.worker.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
 }
 """Module -> the stages of its process, each with the function that watches it."""
 
