@@ -88,10 +88,7 @@ def capacity() -> Dashboard:
             ),
             lines(
                 "Sequences by worker",
-                {
-                    f"{stage} {{{{worker}}}}": f"overfill_{stage}_running{{{WORKER}}}"
-                    for stage in ("prefill", "decode")
-                },
+                {f"{stage} {{{{worker}}}}": f"overfill_{stage}_running{{{WORKER}}}" for stage in ("prefill", "decode")},
             ),
             lines(
                 "Steps failed",

@@ -143,14 +143,14 @@ def stages() -> Dashboard:
             *both(
                 lambda s: lines(
                     title(s, "CPU"),
-                    {"{{worker}}": f'rate(process_cpu_seconds_total{{{of_stage(s)}, {WORKER}}}[$__rate_interval])'},
+                    {"{{worker}}": f"rate(process_cpu_seconds_total{{{of_stage(s)}, {WORKER}}}[$__rate_interval])"},
                     span=12,
                 )
             ),
             *both(
                 lambda s: lines(
                     title(s, "memory"),
-                    {"{{worker}}": f'process_resident_memory_bytes{{{of_stage(s)}, {WORKER}}}'},
+                    {"{{worker}}": f"process_resident_memory_bytes{{{of_stage(s)}, {WORKER}}}"},
                     BYTES,
                     span=12,
                 )
