@@ -221,7 +221,7 @@ def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:
     Args:
         pairs: tier -> its pair. All have the same full model.
     """
-    if unreachable := [w.id for w in status.workers if w.process is None]:
+    if unreachable := dict.fromkeys(w.id for w in status.workers if w.process is None):
         raise CannotVerify(f"{', '.join(unreachable)} does not answer, so its model is unknown; see `overfill status`")
     workers = Counter(_tier_of(w) for w in status.workers if w.process is not None and w.stage == "decode")
     if not workers:
