@@ -22,10 +22,10 @@ from overfill.cluster import placement
 from overfill.cluster.connection import RayConnection
 from overfill.cluster.spec import (
     APPLICATION,
+    COLOCATED,
     DECODE,
     DRAIN_MARGIN,
     PREFILL,
-    PoolSpec,
     RouterSpec,
     StackSpec,
     TierPool,
@@ -231,17 +231,23 @@ def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -
         }
 
     pools: dict[str, Any] = {} if plan.named_tiers else {"pair": router.pair}
+    decoders: dict[str | None, dict[str, Any]] = {}
     for pool in plan.pools:
         if pool.kind.name == DECODE and plan.named_tiers:
-            (tier,) = (one for one in plan.tiers if one.name == pool.tier)
-            pools.setdefault("decoders", {})[tier.name] = _tier_pool(tier, deployment(pool))
+            decoders[pool.tier] = deployment(pool)
         else:
-            pools[pool.kind.name] = PoolSpec(**deployment(pool))
+            pools[pool.kind.name] = deployment(pool)
+    if plan.named_tiers:  # only workers with both stages may decode in the default tier
+        pools["decoders"] = {
+            tier.name: _tier_pool(tier, decoders.get(tier.name, {"replicas": 0})) for tier in plan.tiers
+        }
     return StackSpec(mock=plan.mock, log_dir=options.log_dir, router=routers, **pools)
 
 
 def _maximum(plan: StackPlan, pool: PlannedPool, options: RayOptions) -> int | None:
     """Returns the maximum number of a pool's workers; None if the number is fixed."""
+    if pool.kind.name == COLOCATED:
+        return None
     if pool.kind.name == PREFILL:
         return options.max_prefill
     (tier,) = (one for one in plan.tiers if one.name == pool.tier)

@@ -5,41 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from overfill.client import ClientTls
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import reachable, split_address
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.tiers import TierSpec
-
-WorkerStage = Literal["prefill", "decode"]
-WorkerSettings = PrefillConfig | DecodeConfig
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerKind:
-    """A kind of worker.
-
-    Attributes:
-        name: first part of its workers' ids, and its section in the settings file.
-        stages: the stages of each of its workers.
-        settings: class of its settings.
-        module: what follows ``python -m`` to start one.
-    """
-
-    name: str
-    stages: tuple[WorkerStage, ...]
-    settings: type[PrefillConfig] | type[DecodeConfig]
-    module: str
-
-
-PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
-DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
-COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
-MOCK_PREFILL = WorkerKind("prefill", ("prefill",), MockPrefillConfig, "services.mock prefill")
-MOCK_DECODE = WorkerKind("decode", ("decode",), MockDecodeConfig, "services.mock decode")
+from overfill.settings.worker_kinds import WorkerKind, WorkerSettings, WorkerStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +90,7 @@ class StackPlan:
             members.setdefault((worker.kind, worker.tier), []).append(worker)
         return tuple(PlannedPool(kind, tier, tuple(workers)) for (kind, tier), workers in members.items())
 
-    def of_stage(self, stage: str) -> tuple[PlannedWorker, ...]:
+    def of_stage(self, stage: WorkerStage) -> tuple[PlannedWorker, ...]:
         """Returns the workers that have the stage."""
         return tuple(worker for worker in self.workers if stage in worker.kind.stages)
 

@@ -15,17 +15,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from overfill.cli.ports import free_ports
-from overfill.cli.stack_plan import (
-    COLOCATED,
-    DECODE,
-    MOCK_DECODE,
-    MOCK_PREFILL,
-    PREFILL,
-    PlannedWorker,
-    StackPlan,
-    WorkerKind,
-    WorkerStage,
-)
+from overfill.cli.stack_plan import PlannedWorker, StackPlan
 from overfill.cli.up_tiers import tier_objectives, with_colocated, worker_settings
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
@@ -35,6 +25,15 @@ from overfill.rpc.tls import ClientTls
 from overfill.settings.config import RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, flag_name
 from overfill.settings.tiers import TierSpec, default_tier
+from overfill.settings.worker_kinds import (
+    COLOCATED,
+    DECODE,
+    MOCK_DECODE,
+    MOCK_PREFILL,
+    PREFILL,
+    WorkerKind,
+    WorkerStage,
+)
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)

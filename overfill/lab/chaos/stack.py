@@ -73,7 +73,7 @@ class BreakableStack(Stack):
         """Returns the names of a stage's processes."""
         if stage == "router":
             return self.routers
-        return [worker.id for worker in self.plan.of_stage(stage)]
+        return [worker.id for worker in self.plan.workers if stage in worker.kind.stages]
 
     def process(self, name: str) -> Child:
         """Returns the process that currently has the name."""

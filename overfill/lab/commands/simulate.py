@@ -120,17 +120,24 @@ class _Load:
 )
 @click.option(
     "--prefill",
-    type=click.IntRange(1),
+    type=click.IntRange(0),
     default=1,
     show_default=True,
     help="Number of prefill workers; with --autoscale at the start.",
 )
 @click.option(
     "--decode",
-    type=click.IntRange(1),
+    type=click.IntRange(0),
     default=1,
     show_default=True,
     help="Number of decode workers; with --autoscale at the start.",
+)
+@click.option(
+    "--colocated",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of workers with both stages. With them, --prefill and --decode are 0 by default.",
 )
 @click.option(
     "--tier",
@@ -224,6 +231,7 @@ def simulate_command(
     profile_name: str,
     prefill: int,
     decode: int,
+    colocated: int,
     tiers: tuple[str, ...],
     brownout: str,
     allow_brownout: float,
@@ -263,7 +271,10 @@ def simulate_command(
         raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
     if tiers and (size or compare_policies or use_all):
         raise click.UsageError("--tier: leave out --size, --compare-policies and --use-all")
-    if tiers and click.get_current_context().get_parameter_source("decode") is not ParameterSource.DEFAULT:
+    prefill, decode = _single_stage_workers(prefill, decode, colocated)
+    if colocated and (size or autoscale or tiers):
+        raise click.UsageError("--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed")
+    if tiers and _given("decode"):
         raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
     objective = Objective.parse(slo)
     made, order = _tiers(tiers, brownout)
@@ -275,6 +286,7 @@ def simulate_command(
     options = SimulationOptions(
         prefill=prefill,
         decode=decode,
+        colocated=colocated,
         tiers=made,
         brownout=order,
         allow_brownout=allow_brownout,
@@ -293,6 +305,19 @@ def simulate_command(
     if compare_policies:
         return _compare(requests, profile, options, objective, as_json)
     return _run(requests, profile, options, objective, plot, as_json)
+
+
+def _given(option: str) -> bool:
+    return click.get_current_context().get_parameter_source(option) is not ParameterSource.DEFAULT
+
+
+def _single_stage_workers(prefill: int, decode: int, colocated: int) -> tuple[int, int]:
+    """Returns the numbers of workers with one stage. Raises UsageError when a stage has no worker."""
+    if colocated:
+        return prefill if _given("prefill") else 0, decode if _given("decode") else 0
+    if not (prefill and decode):
+        raise click.UsageError("--prefill and --decode: each stage needs a worker; 0 needs --colocated")
+    return prefill, decode
 
 
 def _run(

@@ -12,7 +12,7 @@ from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.options import SimTier
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, SimRequest
-from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
+from overfill.lab.simulate.workers import DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
 from overfill.routing.dispatcher import Job, JobState
 from overfill.routing.scaling import INTERVAL, PoolState, Scaler, ScalingConfig, Targets
 
@@ -43,8 +43,8 @@ class Fleet(Protocol):
     @property
     def workers(self) -> Mapping[str, SimWorker]: ...
 
-    def start_worker(self, tier: str, delay: float) -> SimWorker:
-        """Starts a decode worker of ``tier``, or a prefill worker if that is empty."""
+    def start_worker(self, stages: Stages, delay: float, tier: str = "") -> SimWorker:
+        """Starts a worker, which is ready after ``delay``. ``tier`` is that of its answers."""
 
     def drain_worker(self, worker: SimWorker) -> None: ...
 
@@ -76,13 +76,22 @@ class LoadObserver:
             job.tier, self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.itl, running
         )
 
-    def look(self, prefill: Sequence[PrefillWorker]) -> None:
+    def look(self) -> None:
         """Notes what the prefill workers have computed since the last call."""
-        for worker in prefill:
-            engine = worker.engine
-            tokens, seconds = self._worked.get(worker.name, (0, 0.0))
-            self._worked[worker.name] = engine.computed, engine.busy
-            self.scaler.prefilled(engine.computed - tokens, engine.busy - seconds)
+        for worker in self._fleet.workers.values():
+            if (engine := worker.prefill) is not None:
+                tokens, seconds = self._worked.get(worker.name, (0, 0.0))
+                self._worked[worker.name] = engine.computed, engine.busy
+                self.scaler.prefilled(engine.computed - tokens, engine.busy - seconds)
+
+    def short_prompts(self) -> dict[str, float]:
+        """Returns the length of a short prompt for each tier, as ``ScalingAdvisor`` does."""
+        found = {}
+        for tier in self._fleet.tiers:
+            pool = [w.decode for w in self._fleet.workers.values() if w.decode is not None and w.tier == tier]
+            batch = sum(engine.num_running for engine in pool) / max(1, len(pool))
+            found[tier] = self.scaler.short_prompt(tier, batch)
+        return found
 
 
 class Autoscaler:
@@ -100,46 +109,47 @@ class Autoscaler:
 
     def tick(self) -> None:
         fleet = self._fleet
-        prefill = [w for w in fleet.workers.values() if isinstance(w, PrefillWorker)]
-        decode: dict[str, list[DecodeWorker]] = {tier: [] for tier in fleet.tiers}
+        prefill = [w for w in fleet.workers.values() if w.stages == PREFILL_ONLY]
+        decode: dict[str, list[SimWorker]] = {tier: [] for tier in fleet.tiers}
         for worker in fleet.workers.values():
-            if isinstance(worker, DecodeWorker):
+            if worker.stages == DECODE_ONLY:
                 decode[worker.tier].append(worker)
-        self._observer.look(prefill)
+        self._observer.look()
         self.latest = targets = self._observer.scaler.targets(fleet.clock.now, *self._states(prefill, decode))
-        self._apply("", list(prefill), targets.prefill)
+        self._apply(PREFILL_ONLY, "", prefill, targets.prefill)
         for tier, pool in decode.items():
-            self._apply(tier, list(pool), targets.decode_pools[tier].workers)
+            self._apply(DECODE_ONLY, tier, pool, targets.decode_pools[tier].workers)
         fleet.clock.after(INTERVAL, self.tick)
 
     def _states(
-        self, prefill: list[PrefillWorker], decode: Mapping[str, list[DecodeWorker]]
+        self, prefill: list[SimWorker], decode: Mapping[str, list[SimWorker]]
     ) -> tuple[PoolState, dict[str, PoolState]]:
         fleet = self._fleet
         jobs = [request.job for request in fleet.open.values()]
         waiting = [job for job in jobs if job.state is JobState.WAITING]
         ahead = [job for job in jobs if job.state in (JobState.PLACED, JobState.WANTS_PREFILL)]
-        tokens = sum(job.prompt_tokens for job in ahead) + sum(w.engine.queued_tokens for w in prefill)
+        engines = [w.prefill for w in prefill if w.prefill is not None]
+        tokens = sum(job.prompt_tokens for job in ahead) + sum(engine.queued_tokens for engine in engines)
         return (
             PoolState(
                 **_counts(prefill),
-                waiting_jobs=len(ahead) + sum(w.engine.num_waiting for w in prefill),
+                waiting_jobs=len(ahead) + sum(engine.num_waiting for engine in engines),
                 waiting_tokens=tokens,
-                running=sum(w.engine.num_admitted for w in prefill),
+                running=sum(engine.num_admitted for engine in engines),
             ),
             {
                 tier: PoolState(
                     **_counts(pool),
                     waiting_jobs=sum(job.tier == tier for job in waiting),
                     waiting_tokens=sum(job.prompt_tokens for job in waiting if job.tier == tier),
-                    running=sum(w.engine.num_running for w in pool),
+                    running=sum(w.decode.num_running for w in pool if w.decode is not None),
                     kv_tokens=fleet.tiers[tier].profile.decode.kv_tokens,
                 )
                 for tier, pool in decode.items()
             },
         )
 
-    def _apply(self, tier: str, pool: list[SimWorker], target: int) -> None:
+    def _apply(self, stages: Stages, tier: str, pool: list[SimWorker], target: int) -> None:
         fleet = self._fleet
         staying = [worker for worker in pool if not worker.draining]
         for _ in range(target - len(staying)):
@@ -147,7 +157,7 @@ class Autoscaler:
             # A draining worker occupies its machine until it has left.
             if limit is not None and len(fleet.workers) >= limit:
                 return
-            fleet.start_worker(tier, fleet.profile.startup)
+            fleet.start_worker(stages, fleet.profile.startup, tier)
         surplus = len(staying) - target
         if surplus > 0:
             staying.sort(key=lambda w: (w.ready_since is not None, w.active, -w.since))

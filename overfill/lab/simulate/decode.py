@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +70,7 @@ class SimDecode:
         busy: Seconds spent in steps.
         generated: Number of tokens generated.
         preemptions: Number of preemptions.
+        on_ready: Called when a phase may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
     def __init__(self, clock: Clock, profile: Profile, listener: DecodeListener, gaps: Histogram) -> None:
@@ -96,6 +98,22 @@ class SimDecode:
         self._phase_start = 0.0
         self._phase_steps = 0
         self._extra = 0.0  # seconds that replays add to the phase's first step
+        self._paused_since: float | None = None  # end of the last phase, if sequences have waited since
+        self.on_ready: Callable[[], object] = self.begin_phase
+
+    @property
+    def stepping(self) -> bool:
+        return self._phase is not None
+
+    @property
+    def runnable(self) -> bool:
+        """True if a step would generate a token."""
+        return bool(self._batch or self._joining)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of the next step of the sequences that run."""
+        return self._base + self._per_sequence * self._batch + self._per_kv * self._context
 
     @property
     def num_running(self) -> int:
@@ -132,7 +150,7 @@ class SimDecode:
         if sequence.output_tokens == 1:
             self._end(sequence)
             if self._phase is None:
-                self._begin_phase()
+                self.on_ready()
 
     def kv_arrived(self, sequence: SimSequence) -> None:
         """Notes that all KV of the prompt has arrived. The sequence joins at the next step."""
@@ -146,6 +164,8 @@ class SimDecode:
         """Removes a sequence that the router moves or cancels. Its blocks are free after the running step."""
         if sequence.state is SequenceState.RUNNING:
             self._leaving.append(sequence)
+            if self._phase is None:
+                self._let_leave()
             self._cut()
             return
         if sequence.state is SequenceState.ENDED:
@@ -156,7 +176,7 @@ class SimDecode:
             self._num_preempted -= 1
         self._forget(sequence)
         if self._phase is None:
-            self._begin_phase()
+            self.on_ready()
 
     def kill(self) -> list[SimSequence]:
         """Kills the worker. Returns its sequences, with ``emitted`` up to date."""
@@ -186,7 +206,8 @@ class SimDecode:
         _require(0 <= self.used <= self.total, f"{self.used} of {self.total} blocks used")
         running = sum(sequence.state is SequenceState.RUNNING for sequence in self._sequences)
         _require(running == self._batch == len(self._heap), f"{running} run, {self._batch} counted")
-        _require(self._phase is not None or not (self._batch or self._joining), "sequences run in no phase")
+        alone = self.on_ready == self.begin_phase
+        _require(self.stepping or not (alone and self.runnable), "sequences run in no phase")
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -268,17 +289,23 @@ class SimDecode:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def _cut(self) -> None:
-        """Ends the phase after the current step."""
+        """Ends the phase after the current step, so that the next one begins with the latest changes."""
         if self._phase is None:
-            self._begin_phase()
-            return
+            self.on_ready()
+        else:
+            self.end_soon()
+
+    def end_soon(self) -> None:
+        """Ends the running phase after its current step."""
+        assert self._phase is not None
         steps = self._steps_begun()
         if steps < self._phase_steps:
             self._phase_steps = steps
             self._phase.cancel()
             self._phase = self._clock.at(self._phase_start + self._seconds(steps), self._end_phase)
 
-    def _begin_phase(self) -> None:
+    def begin_phase(self, max_steps: int | None = None) -> None:
+        """Begins a phase of at most ``max_steps`` steps, if a sequence can run."""
         joined, self._joining = self._joining, []
         for sequence in joined:
             self._join(sequence)
@@ -291,7 +318,7 @@ class SimDecode:
                 self._resume_preempted()
                 return
         self._resume_preempted()
-        steps = self._steps_with_room(steps)
+        steps = self._steps_with_room(min(steps, max_steps or steps))
         self._phase_start, self._phase_steps = self._clock.now, steps
         self._phase = self._clock.after(self._seconds(steps), self._end_phase)
 
@@ -300,7 +327,8 @@ class SimDecode:
         seconds = self._seconds(steps)
         self.busy += seconds
         first = self._seconds(1)
-        self.gaps.add(first, self._batch)
+        paused = 0.0 if self._paused_since is None else self._phase_start - self._paused_since
+        self.gaps.add(paused + first, self._batch)
         if steps > 1:
             self.gaps.add((seconds - first) / (steps - 1), self._batch * (steps - 1))
         self._extra = 0.0
@@ -310,6 +338,12 @@ class SimDecode:
         self.generated += steps * self._batch
         while self._heap and self._heap[0][0] == self._step:
             self._end(heapq.heappop(self._heap)[2], popped=True)
+        self._let_leave()
+        self._paused_since = self._clock.now if self._batch else None
+        self.on_ready()
+        self._listener.load_changed()
+
+    def _let_leave(self) -> None:
         for sequence in self._leaving:
             if sequence.state is SequenceState.RUNNING:
                 self._heap = [entry for entry in self._heap if entry[2] is not sequence]
@@ -317,8 +351,6 @@ class SimDecode:
                 self._leave(sequence)
                 self._forget(sequence)
         self._leaving.clear()
-        self._begin_phase()
-        self._listener.load_changed()
 
     def _join(self, sequence: SimSequence) -> None:
         length = sequence.prompt_tokens + sequence.emitted  # the last token's KV is not written yet

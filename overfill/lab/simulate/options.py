@@ -49,7 +49,8 @@ class SimulationOptions:
     """Options of a simulation.
 
     Attributes:
-        prefill, decode: Number of workers at the start; constant when ``scaling`` is None.
+        prefill, decode: Number of workers with one stage at the start; constant when ``scaling`` is None.
+        colocated: Number of workers with both stages; constant.
         tiers: The tiers. Empty means one tier, of ``decode`` workers.
         brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
         allow_brownout: Share of the requests that allow a brownout.
@@ -69,6 +70,7 @@ class SimulationOptions:
 
     prefill: int = 1
     decode: int = 1
+    colocated: int = 0
     tiers: tuple[SimTier, ...] = ()
     brownout: tuple[str, ...] = ()
     allow_brownout: float = 1.0

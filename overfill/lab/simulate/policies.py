@@ -14,7 +14,7 @@ from overfill.routing.pool import Roster
 
 DEFAULT = "default"
 NAMES = (DEFAULT, *get_args(PolicyName))
-"""``default`` is the router's default: prefix affinity for prefill, least load for decode."""
+"""``default`` is the router's default: ``PREFILL_DEFAULT`` and ``DECODE_DEFAULT``."""
 
 _ROOT = root_key("", "", "")
 

@@ -6,7 +6,7 @@ A step is one event. The worker knows requests only as tickets, and reports to a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,7 @@ class Ticket:
         shared: The trace's numbers of the prompt's blocks.
         owner: Object that the listener uses to identify the prompt.
         submitted, started: Times of its arrival and of the start of its first chunk.
+        local: True if the answer is written on the same worker, so that no KV is sent.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Ticket:
     submitted: float = 0.0
     started: float | None = None
     sent: float = 0.0  # time at which the KV computed so far has been sent
+    local: bool = False
     cancelled: bool = False
 
     @property
@@ -58,6 +60,7 @@ class SimPrefill:
     Attributes:
         busy: Seconds spent in steps.
         computed: Prompt tokens computed.
+        on_ready: Called when a step may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
     def __init__(self, clock: Clock, profile: Profile, blocks: Blocks, listener: PrefillListener) -> None:
@@ -72,6 +75,21 @@ class SimPrefill:
         self._holding: dict[str, Ticket] = {}
         self._step: Event | None = None
         self._link_free = 0.0
+        self.on_ready: Callable[[], object] = self.begin_step
+
+    @property
+    def stepping(self) -> bool:
+        return self._step is not None
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of all steps so far; 0 before the first."""
+        return self.computed / self.busy if self.busy else 0.0
+
+    @property
+    def oldest(self) -> Ticket | None:
+        """The oldest prompt that holds blocks and is not computed yet."""
+        return next(iter(self._running.values()), None)
 
     @property
     def num_waiting(self) -> int:
@@ -89,7 +107,7 @@ class SimPrefill:
         ticket.submitted = self._clock.now
         self._waiting.append(ticket)
         self.queued_tokens += ticket.prompt_tokens
-        self._advance()
+        self.on_ready()
         self._listener.load_changed()
 
     def cancel(self, ticket: Ticket) -> None:
@@ -102,7 +120,7 @@ class SimPrefill:
             self.queued_tokens -= ticket.left
         elif ticket.id in self._holding or (ticket.id in self._running and self._step is None):
             self._drop(ticket)
-        self._advance()
+        self.on_ready()
         self._listener.load_changed()
 
     def tickets(self) -> list[Ticket]:
@@ -126,13 +144,11 @@ class SimPrefill:
         if not 0 <= self.blocks.used <= self.blocks.total:
             raise AssertionError(f"{self.blocks.used} of {self.blocks.total} blocks used")
 
-    def _advance(self) -> None:
-        if self._step is not None:
+    def begin_step(self, max_tokens: int | None = None) -> None:
+        """Begins a step of at most ``max_tokens``, unless one runs or there is nothing to compute."""
+        if self._step is not None or not self.admit():
             return
-        self._admit()
-        chunks = self._schedule()
-        if not chunks:
-            return
+        chunks = self._schedule(max_tokens or self._model.max_num_batched_tokens)
         now = self._clock.now
         for ticket, _ in chunks:
             if ticket.started is None:
@@ -142,7 +158,8 @@ class SimPrefill:
         self.busy += seconds
         self._step = self._clock.after(seconds, self._stepped, chunks, now)
 
-    def _admit(self) -> None:
+    def admit(self) -> bool:
+        """Gives blocks to waiting prompts. Returns True if a prompt can be computed."""
         while self._waiting and self.num_admitted < self._model.max_num_seqs:
             ticket = self._waiting[0]
             cached = self.blocks.acquire(ticket.id, ticket.prompt_tokens, ticket.shared)
@@ -152,13 +169,11 @@ class SimPrefill:
             ticket.cached = ticket.computed = cached
             self.queued_tokens -= cached
             self._running[ticket.id] = ticket
+        return bool(self._running)
 
-    def _schedule(self) -> list[tuple[Ticket, int]]:
+    def _schedule(self, left: int) -> list[tuple[Ticket, int]]:
         """Schedules as ``PrefillEngine._schedule``: at least half of the budget for the oldest, then shortest first."""
-        if not self._running:
-            return []
         oldest, *others = self._running.values()
-        left = self._model.max_num_batched_tokens
         share = left if not others or oldest.left <= left else max(1, left // 2)
         counts = {oldest.id: min(share, oldest.left)}
         left -= counts[oldest.id]
@@ -173,6 +188,7 @@ class SimPrefill:
     def _stepped(self, chunks: list[tuple[Ticket, int]], began: float) -> None:
         self._step = None
         now = self._clock.now
+        finished: list[Ticket] = []
         for ticket, count in chunks:
             ticket.computed += count
             self.computed += count
@@ -182,20 +198,27 @@ class SimPrefill:
             self.blocks.publish(ticket.id, ticket.computed)
             self._send(ticket, count, began)
             if ticket.left == 0:
+                finished.append(ticket)
+                if ticket.local:
+                    self._drop(ticket)
+                    continue
                 del self._running[ticket.id]
                 self._holding[ticket.id] = ticket
-                self._listener.prompt_computed(ticket)
                 # The last layer's KV can be sent only now.
                 bandwidth, layers = self._profile.link_bandwidth, self._profile.layers
                 last = now + count * self._profile.kv_token_bytes / layers / bandwidth
                 self._clock.at(max(last, ticket.sent), self._sent, ticket)
         for ticket in [ticket for ticket in self._running.values() if ticket.cancelled]:
             self._drop(ticket)
-        self._advance()
+        for ticket in finished:
+            self._listener.prompt_computed(ticket)
+        self.on_ready()
         self._listener.load_changed()
 
     def _send(self, ticket: Ticket, tokens: int, since: float) -> None:
         """Queues KV of ``tokens`` tokens on the link, from time ``since`` on."""
+        if ticket.local:
+            return
         seconds = tokens * self._profile.kv_token_bytes / self._profile.link_bandwidth
         self._link_free = ticket.sent = max(self._link_free, since) + seconds
 
@@ -204,7 +227,7 @@ class SimPrefill:
             return
         self._drop(ticket)
         self._listener.kv_sent(ticket)
-        self._advance()
+        self.on_ready()
         self._listener.load_changed()
 
     def _drop(self, ticket: Ticket) -> None:

@@ -104,6 +104,8 @@ class Profile:
         hop: Seconds for a message between two processes.
         startup: Seconds from the decision to start a worker until it is ready.
         grace: Seconds in which a draining worker's sequences may end before they migrate.
+        colocated_kv_tokens: Capacity of each of the two KV pools of a worker with both stages, in tokens. 0 means that
+            there is no such worker: the stages need different machines, or both models do not fit into one.
     """
 
     name: str
@@ -116,11 +118,28 @@ class Profile:
     hop: float = 0.0005
     startup: float = 30.0
     grace: float = 30.0
+    colocated_kv_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
         """Tokens per second of a prefill worker with prompts of 2,048 tokens."""
         return 2048 / self.prefill.step_seconds([(0, 2048)])
+
+    def colocated(self) -> Profile:
+        """Returns the profile of a worker with both stages, whose machine holds both models and two pools of KV.
+
+        Raises:
+            InvalidRequest: The profile has none.
+        """
+        tokens = self.colocated_kv_tokens
+        if not tokens:
+            raise InvalidRequest(
+                "profile.colocated_kv_tokens",
+                f"the profile {self.name} has no worker with both stages: they need different machines, or both "
+                "models do not fit into one; use another profile",
+            )
+        prefill, decode = replace(self.prefill, kv_tokens=tokens), replace(self.decode, kv_tokens=tokens)
+        return replace(self, prefill=prefill, decode=decode)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -177,6 +196,7 @@ def from_datasheets(
     bandwidth = decode.bandwidth * _BANDWIDTH_SHARE
     decode_rate = decode.flops * _COMPUTE_SHARE
     kv = full.kv_token_bytes
+    both = (prefill.memory * _MEMORY_SHARE - full.weight_bytes - decoder.weight_bytes) / kv
     return Profile(
         name=name,
         source="estimated from datasheets; not measured",
@@ -200,6 +220,7 @@ def from_datasheets(
         layers=full.layers,
         link_bandwidth=12.5e9,  # 100 Gbit/s
         startup=60.0,
+        colocated_kv_tokens=max(0, int(both / 2)) if prefill == decode else 0,
     )
 
 
@@ -214,6 +235,7 @@ CPU = Profile(
     layers=30,
     link_bandwidth=1e9,
     startup=8.0,
+    colocated_kv_tokens=65_536,
 )
 
 BUILT_IN: dict[str, Profile] = {
@@ -267,7 +289,7 @@ def _parse(kind: type[Any], document: object, where: str) -> Any:
         elif declared == "str":
             values[name] = str(value)
         else:
-            least = 1 if declared == "int" else 0
+            least = 1 if declared == "int" and known[name].default != 0 else 0
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
                 raise InvalidRequest(f"{where}.{name}", f"must be a number of at least {least}, got {value!r}")
             values[name] = int(value) if declared == "int" else float(value)

@@ -101,6 +101,8 @@ class SimRequest:
 class Snapshot:
     """The stack at one moment. Each name with prefill_ or decode_ is of that pool.
 
+    A worker with both stages is in both pools. Its time counts in each, and each pool counts its own steps.
+
     Attributes:
         workers: Number of workers, including those that are starting or draining.
         ready: Number of workers that accept work.
@@ -138,6 +140,9 @@ class Counters:
         cpu_seconds: CPU time of the whole run.
         decision_seconds: CPU time of the dispatcher, without reports.
         report_seconds: CPU time of the dispatcher for workers' reports.
+        prefill_worker_seconds, decode_worker_seconds: Time of the workers of each pool; see ``Snapshot``.
+        worker_seconds: Time of all workers.
+        prompts, local_prompts: Prompts computed, and those of them computed where their answer was written.
     """
 
     events: int = 0
@@ -153,7 +158,10 @@ class Counters:
     report_seconds: float = 0.0
     prefill_worker_seconds: float = 0.0
     decode_worker_seconds: float = 0.0
+    worker_seconds: float = 0.0
     prefill_busy: float = 0.0
     decode_busy: float = 0.0
+    prompts: int = 0
+    local_prompts: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

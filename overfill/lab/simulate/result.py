@@ -57,7 +57,7 @@ class SimulationResult:
 
     @property
     def worker_hours(self) -> float:
-        return (self.counters.prefill_worker_seconds + self.counters.decode_worker_seconds) / 3600
+        return self.counters.worker_seconds / 3600
 
     def figures(self, objective: Objective | None) -> dict[str, float | None]:
         """Returns name -> figure: seconds, fractions, or requests and tokens per second. None means no value."""
@@ -80,6 +80,7 @@ class SimulationResult:
             "request_rate": len(done) / span if span else None,
             "output_tokens": sum(r.trace.output_tokens for r in done) / span if span else None,
             "cached": counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else None,
+            "local": _share(counters.local_prompts, counters.prompts),
             "prefill_utilisation": _share(counters.prefill_busy, counters.prefill_worker_seconds),
             "decode_utilisation": _share(counters.decode_busy, counters.decode_worker_seconds),
             "worker_hours": self.worker_hours,
@@ -131,6 +132,7 @@ class SimulationResult:
             "policy": options.policy,
             "prefill": options.prefill,
             "decode": options.decode,
+            "colocated": options.colocated,
             "autoscale": options.scaling is not None,
             "objective": None if objective is None else str(objective),
             "brownout": list(options.brownout),

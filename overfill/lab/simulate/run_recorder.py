@@ -9,7 +9,6 @@ from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.request import Counters, Snapshot
 from overfill.lab.simulate.workers import SimWorker
 from overfill.routing.scaling import Targets
-from overfill.routing.worker import PREFILL
 
 
 class RunRecorder:
@@ -30,12 +29,12 @@ class RunRecorder:
         then, prefill_busy, decode_busy, before = self._then
         if self.samples and now <= then:
             return
-        prefill = [worker for worker in self._workers.values() if worker.stage == PREFILL]
-        decode = [worker for worker in self._workers.values() if worker.stage != PREFILL]
+        prefill = [worker for worker in self._workers.values() if worker.prefill is not None]
+        decode = [worker for worker in self._workers.values() if worker.decode is not None]
         ready = [sum(w.ready_since is not None and not w.draining for w in pool) for pool in (prefill, decode)]
         busy = [
-            counters.prefill_busy + sum(worker.busy for worker in prefill),
-            counters.decode_busy + sum(worker.busy for worker in decode),
+            counters.prefill_busy + sum(w.prefill.busy for w in prefill if w.prefill is not None),
+            counters.decode_busy + sum(w.decode.busy for w in decode if w.decode is not None),
         ]
         span = max(now - then, 1e-9)
         self.samples.append(
@@ -63,9 +62,10 @@ class RunRecorder:
     def account(self, worker: SimWorker) -> None:
         """Adds a worker's time to the totals. Call it when the worker leaves, or at the end."""
         lived, counters = self._clock.now - worker.since, self._counters
-        if worker.stage == PREFILL:
+        counters.worker_seconds += lived
+        if worker.prefill is not None:
             counters.prefill_worker_seconds += lived
-            counters.prefill_busy += worker.busy
-        else:
+            counters.prefill_busy += worker.prefill.busy
+        if worker.decode is not None:
             counters.decode_worker_seconds += lived
-            counters.decode_busy += worker.busy
+            counters.decode_busy += worker.decode.busy

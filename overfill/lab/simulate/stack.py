@@ -16,7 +16,7 @@ from overfill.errors import OverfillError, Overloaded
 from overfill.lab.simulate.autoscale import Autoscaler, LoadObserver
 from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import SequenceState, SimSequence
+from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.policies import make_dispatcher, make_job
@@ -25,7 +25,7 @@ from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, attempt_of
 from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.run_recorder import RunRecorder
-from overfill.lab.simulate.workers import DecodeWorker, PrefillWorker, SimWorker
+from overfill.lab.simulate.workers import BOTH, DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing import invariant
 from overfill.routing.brownout import Brownout, Prediction, predict
@@ -37,6 +37,9 @@ from overfill.routing.worker import PREFILL
 from overfill.v1 import decode_pb2, registry_pb2
 
 _T = TypeVar("_T")
+
+_LETTERS = {PREFILL_ONLY: "p", DECODE_ONLY: "d", BOTH: "c"}
+"""First letter of the names of workers with these stages."""
 
 
 class Simulation:
@@ -63,7 +66,7 @@ class Simulation:
         self._random = random.Random(options.seed)
         self._tier_random = random.Random(f"tiers {options.seed}")
         self._observer = self._scaler = self._brownout = None
-        if options.scaling is not None or options.brownout:
+        if options.scaling is not None or options.brownout or options.colocated:
             config = options.scaling or ScalingConfig()
             scaling = {name: options.scaling_of(tier, config) for name, tier in self.tiers.items()}
             self._observer = LoadObserver(self, Scaler(config, scaling))
@@ -77,16 +80,20 @@ class Simulation:
         """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
         began = thread_time()
         for _ in range(self.options.prefill):
-            self.start_worker("", 0.0)
+            self.start_worker(PREFILL_ONLY, 0.0)
         for tier in self.tiers.values():
             for _ in range(tier.workers):
-                self.start_worker(tier.name, 0.0)
+                self.start_worker(DECODE_ONLY, 0.0, tier.name)
+        for _ in range(self.options.colocated):
+            self.start_worker(BOTH, 0.0, self.roster.default_tier)
         # Events run in the order of scheduling, so workers join and report before the first request.
         self.clock.at(self._trace[0].arrival, self._arrive, 0)
         if self._scaler is not None:
             self.clock.at(0.0, self._scaler.tick)
         if self._brownout is not None:
             self.clock.at(0.0, self._update_brownout)
+        if self.options.colocated:
+            self.clock.at(0.0, self._update_short_prompts)
         span = self._trace[-1].arrival
         self.clock.at(0.0, self._sample, max(1.0, span / 300))
         limit, reported = span + self.options.end_timeout, 0
@@ -114,17 +121,16 @@ class Simulation:
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
-    def start_worker(self, tier: str, delay: float) -> SimWorker:
-        """Starts a decode worker of ``tier``, or a prefill worker if that is empty. It is ready after ``delay``."""
+    def start_worker(self, stages: Stages, delay: float, tier: str = "") -> SimWorker:
+        """Starts a worker, which is ready after ``delay``. ``tier`` is that of its answers."""
         self._started += 1
-        worker: SimWorker
+        name = f"{_LETTERS[stages]}{self._started}"
+        profile, goal = self.profile, None
+        if tier:
+            profile = self.tiers[tier].profile
+            goal = self.tiers[tier].objectives(self.options.slo)
         gap = self.options.report_gap
-        if not tier:
-            name = f"p{self._started}"
-            worker = PrefillWorker(name, self.clock, self, gap, self.profile, self._blocks())
-        else:
-            name = f"d{self._started}"
-            worker = DecodeWorker(name, self.clock, self, gap, self.tiers[tier].profile, self._gaps, tier)
+        worker = SimWorker(name, stages, self.clock, self, gap, profile, self._blocks, self._gaps, tier, goal)
         self.workers[name] = worker
         self.clock.after(delay, self._join, worker)
         if self.options.mtbf is not None:
@@ -133,25 +139,25 @@ class Simulation:
 
     def drain_worker(self, worker: SimWorker) -> None:
         """Drains a worker: it accepts no new requests; those left after the grace period migrate."""
-        if worker.entry is None:  # it has not joined yet
+        if not worker.entries:  # it has not joined yet
             self._remove(worker)
             return
         worker.draining = True
         worker.push()
         self.clock.after(self.profile.grace, self._evict, worker)
 
-    def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None:
-        if worker.entry is not None:
+    def reported(self, worker: SimWorker, reports: Sequence[registry_pb2.Report]) -> None:
+        if worker.entries:
             began = thread_time()
-            self.dispatcher.report(worker.entry, report, self.clock.now)
+            for entry, report in zip(worker.entries, reports, strict=True):
+                self.dispatcher.report(entry, report, self.clock.now)
             self.counters.report_seconds += thread_time() - began
             self.counters.reports += 1
             if worker.draining and not worker.active:
                 self._remove(worker)
             self._poll()
 
-    def _blocks(self) -> Blocks:
-        tokens = self.profile.prefill.kv_tokens
+    def _blocks(self, tokens: int) -> Blocks:
         if not self._shares:
             return CountedBlocks(tokens, 16)
         block = next(request.block_tokens for request in self._trace if request.blocks)
@@ -160,43 +166,42 @@ class Simulation:
     def _join(self, worker: SimWorker) -> None:
         if not worker.gone:
             worker.ready_since = self.clock.now
-            worker.entry = self.roster.join(worker.info)
+            worker.entries = self.roster.join_all(worker.infos)
             worker.push()
 
     def _remove(self, worker: SimWorker) -> None:
         worker.leave()
         self.workers.pop(worker.name, None)
         self._recorder.account(worker)
-        if worker.entry is not None:
-            self.roster.pool_of(worker.entry).remove(worker.entry)
+        for entry in worker.entries:
+            self.roster.pool_of(entry).remove(entry)
 
     def _fail(self, worker: SimWorker) -> None:
         if worker.gone:
             return
         self.counters.failures += 1
-        if isinstance(worker, DecodeWorker):
-            for sequence in worker.kill():
-                self.clock.after(self.profile.hop, self._lost, sequence.owner, sequence.emitted, True)
-        elif isinstance(worker, PrefillWorker):
-            for ticket in worker.kill():
-                self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
+        sequences, tickets = worker.kill()
+        for sequence in sequences:
+            self.clock.after(self.profile.hop, self._lost, sequence.owner, sequence.emitted, True)
+        for ticket in tickets:
+            self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
         self._remove(worker)
         if not worker.draining:
-            self.start_worker(worker.tier, self.profile.startup)
+            self.start_worker(worker.stages, self.profile.startup, worker.tier)
         self._poll()
 
     def _evict(self, worker: SimWorker) -> None:
         """Migrates the requests that are left on a worker after its grace period."""
         if worker.gone:
             return
-        if isinstance(worker, DecodeWorker):
-            for sequence in worker.engine.sequences():
-                emitted = worker.engine.emitted(sequence)
-                worker.engine.release(sequence)
+        if worker.decode is not None:
+            for sequence in worker.decode.sequences():
+                emitted = worker.decode.emitted(sequence)
+                worker.decode.release(sequence)
                 self.clock.after(self.profile.hop, self._lost, sequence.owner, emitted, False)
-        elif isinstance(worker, PrefillWorker):
-            for ticket in worker.engine.tickets():
-                worker.engine.cancel(ticket)
+        if worker.prefill is not None:
+            for ticket in worker.prefill.tickets():
+                worker.prefill.cancel(ticket)
                 self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, False)
 
     # -- the router's side -----------------------------------------------------------------------------------------
@@ -254,6 +259,12 @@ class Simulation:
         self._brownout.update(self.clock.now)
         self.clock.after(INTERVAL, self._update_brownout)
 
+    def _update_short_prompts(self) -> None:
+        assert self._observer is not None
+        self._observer.look()
+        self.roster.prefill.policy.set_short_prompts(self._observer.short_prompts())
+        self.clock.after(INTERVAL, self._update_short_prompts)
+
     def _poll(self) -> None:
         for outcome in self._ask(self.dispatcher.poll, self.clock.now):
             self.counters.decisions += 1
@@ -262,7 +273,8 @@ class Simulation:
                 self._end(request, type(outcome.error).__name__)
             elif outcome.worker.info.stage == PREFILL:
                 assert request.attempt is not None
-                self.clock.after(2 * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
+                hops = 1 if outcome.worker.id == request.attempt.worker else 2
+                self.clock.after(hops * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
             else:
                 if request.placed is None:
                     request.placed = self.clock.now
@@ -355,14 +367,15 @@ class Simulation:
         if attempt.over:
             return
         worker, hop = self.workers.get(attempt.worker), self.profile.hop
-        if not isinstance(worker, DecodeWorker) or worker.gone:
+        if worker is None or worker.decode is None or worker.gone:
             self.clock.after(hop, self._lost, attempt, attempt.sequence.emitted, True)
-        elif not worker.draining and worker.engine.reserve(attempt.sequence):
+        elif not worker.draining and worker.decode.reserve(attempt.sequence):
             self.clock.after(hop, self._reserved, attempt)
             if attempt.with_start:
-                self.clock.after(hop, self._submit, attempt, attempt.with_start)
+                away = 0.0 if attempt.with_start == attempt.worker else hop
+                self.clock.after(away, self._submit, attempt, attempt.with_start)
         else:
-            self.clock.after(hop, self._refused, attempt, worker.load())
+            self.clock.after(hop, self._refused, attempt, worker.decode_load())
 
     def _submit(self, attempt: DecodeAttempt, name: str) -> None:
         """Sends a prompt from the decode worker to the prefill worker that the router assigned."""
@@ -372,43 +385,56 @@ class Simulation:
         self._cancel(attempt)
         attempt.prefill = name
         attempt.ticket = ticket = Ticket(
-            f"{request.job.id}/{self.clock.events}", sequence.prompt_tokens, request.blocks, attempt
+            f"{request.job.id}/{self.clock.events}",
+            sequence.prompt_tokens,
+            request.blocks,
+            attempt,
+            local=name == attempt.worker,
         )
         worker = self.workers.get(name)
-        if not isinstance(worker, PrefillWorker) or worker.gone:
+        if worker is None or worker.prefill is None or worker.gone:
             self.clock.after(2 * self.profile.hop, self._prefill_lost, attempt, ticket, True)
         else:
-            worker.engine.submit(ticket)
+            worker.prefill.submit(ticket)
 
-    def prompt_computed(self, worker: SimWorker, ticket: Ticket) -> None:
-        self.counters.prompt_tokens += ticket.prompt_tokens
-        self.counters.cached_tokens += ticket.cached
-        self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
+    def prompt_computed(self, ticket: Ticket) -> None:
+        counters = self.counters
+        counters.prompts += 1
+        counters.local_prompts += ticket.local
+        counters.prompt_tokens += ticket.prompt_tokens
+        counters.cached_tokens += ticket.cached
+        if ticket.local:
+            attempt = ticket.owner
+            assert isinstance(attempt, DecodeAttempt)
+            self._first_token(attempt, ticket)
+            self._kv_arrived(attempt, ticket)
+        else:
+            self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
 
     def _first_token(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             self.clock.after(self.profile.hop, self._tokens, attempt)
-            worker.engine.first_token(attempt.sequence)
+            worker.first_token(attempt.sequence)
 
-    def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None:
+    def kv_sent(self, ticket: Ticket) -> None:
         self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
 
     def _kv_arrived(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             attempt.ticket = None
-            worker.engine.kv_arrived(attempt.sequence)
+            worker.kv_arrived(attempt.sequence)
 
-    def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None:
+    def answer_done(self, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
         self._cancel(attempt)  # a one-token answer needs no KV: cancel its transfer
         self.clock.after(self.profile.hop, self._done, attempt)
 
-    def kv_needed(self, worker: SimWorker, sequence: SimSequence) -> None:
+    def kv_needed(self, sequence: SimSequence) -> None:
         self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)
 
-    def preempted(self, worker: SimWorker, sequence: SimSequence) -> None:
+    def preempted(self, sequence: SimSequence) -> None:
         self.counters.preemptions += 1
         self._cancel(attempt_of(sequence))
 
@@ -421,18 +447,18 @@ class Simulation:
         """Cancels the attempt's prefill, if one is running."""
         ticket, attempt.ticket = attempt.ticket, None
         worker = self.workers.get(attempt.prefill)
-        if ticket is not None and isinstance(worker, PrefillWorker):
-            self.clock.after(self.profile.hop, worker.engine.cancel, ticket)
+        if ticket is not None and worker is not None and worker.prefill is not None:
+            self.clock.after(0.0 if ticket.local else self.profile.hop, worker.prefill.cancel, ticket)
 
-    def _receiver(self, attempt: DecodeAttempt, ticket: Ticket) -> DecodeWorker | None:
-        """Returns the decode worker that receives a prefill's message.
+    def _receiver(self, attempt: DecodeAttempt, ticket: Ticket) -> SimDecode | None:
+        """Returns the decode engine that receives a prefill's message.
 
         None means that the message is stale or the worker has left, which the router may not know yet.
         """
         worker = self.workers.get(attempt.worker)
-        if attempt.over or attempt.ticket is not ticket or not isinstance(worker, DecodeWorker):
+        if attempt.over or attempt.ticket is not ticket or worker is None:
             return None
-        return worker
+        return worker.decode
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

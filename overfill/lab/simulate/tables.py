@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.sizing import Size
 from overfill.lab.traffic.outcome import Objective
@@ -17,7 +18,7 @@ def title(result: SimulationResult) -> str:
     """Describes a run in one line."""
     options = result.options
     decode = " + ".join(f"{tier.workers} {tier.name}" for tier in options.tiers) or str(options.decode)
-    size = f"{options.prefill} + {decode} workers"
+    size = _size(options, decode)
     if options.scaling is not None:
         total = options.scaling.max_total
         size = "scaled pools" + (f" of {total} workers" if total is not None else "")
@@ -43,6 +44,7 @@ def run_table(result: SimulationResult, objective: Objective) -> Table:
         ("goodput", f"{figures['goodput'] or 0:.2f} requests/s"),
         ("output", f"{figures['output_tokens'] or 0:,.0f} tokens/s"),
         ("prompt tokens cached", _share(figures["cached"])),
+        ("prompts computed where their answer is written", _share(figures["local"])),
         ("prefill workers busy", _share(figures["prefill_utilisation"])),
         ("decode workers busy", _share(figures["decode_utilisation"])),
         ("worker hours", f"{figures['worker_hours']:.2f}"),
@@ -100,18 +102,19 @@ def policy_table(results: Sequence[SimulationResult], objective: Objective) -> T
     """Returns a table with a row per policy."""
     first = results[0]
     table = Table(
-        title=f"{len(first.requests):,} requests, {first.options.prefill} + {first.options.decode} workers, "
+        title=f"{len(first.requests):,} requests, {_size(first.options, str(first.options.decode))}, "
         f"profile {first.profile.name}",
         title_justify="left",
     )
-    for column in ("policy", "TTFT p50", "p90", "p99", "ITL p99", f"met {objective}", "cached", "prefill busy"):
+    latencies = ("TTFT p50", "p90", "p99", "ITL p99")
+    for column in ("policy", *latencies, f"met {objective}", "cached", "local", "prefill busy"):
         table.add_column(column, justify="right" if column != "policy" else "left")
     for result in results:
         figures = result.figures(objective)
         table.add_row(
             result.options.policy,
             *(_seconds(figures[name]) for name in ("ttft_p50", "ttft_p90", "ttft_p99", "request_itl_p99")),
-            *(_share(figures[name]) for name in ("attainment", "cached", "prefill_utilisation")),
+            *(_share(figures[name]) for name in ("attainment", "cached", "local", "prefill_utilisation")),
         )
     return table
 
@@ -169,6 +172,13 @@ def size_json(sizes: Sequence[Size], objective: Objective, share: float, runs: i
             for size in sizes
         ],
     }
+
+
+def _size(options: SimulationOptions, decode: str) -> str:
+    """Describes the workers. ``decode`` has those with decode only."""
+    separate = f"{options.prefill} + {decode} workers" if options.prefill or decode != "0" else ""
+    both = f"{options.colocated} with both stages" if options.colocated else ""
+    return ", ".join(filter(None, (separate, both)))
 
 
 def _seconds(value: float | None) -> str:

@@ -1,23 +1,26 @@
 """Modelled workers as the router sees them: they join, report and drain.
 
-Their engines are modelled in ``prefill`` and ``decode``.
+Their engines are modelled in ``prefill`` and ``decode``. A worker with both stages has both, and they take turns.
 
 Reports are real wire messages, sent after changes and every second, as by ``rpc/membership.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeAlias
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import Blocks
 from overfill.lab.simulate.clock import Clock, Event
+from overfill.lab.simulate.colocated import SimTurns
 from overfill.lab.simulate.decode import SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
+from overfill.routing.tier import Objectives
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
@@ -30,108 +33,111 @@ _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", 
 class SimRouter(Protocol):
     """Receiver of the workers' messages. It adds the time that each message travels."""
 
-    def reported(self, worker: SimWorker, report: registry_pb2.Report) -> None: ...
+    def reported(self, worker: SimWorker, reports: Sequence[registry_pb2.Report]) -> None:
+        """Receives the reports of the worker's stages, in their order."""
 
-    def prompt_computed(self, worker: SimWorker, ticket: Ticket) -> None: ...
+    def prompt_computed(self, ticket: Ticket) -> None: ...
 
-    def kv_sent(self, worker: SimWorker, ticket: Ticket) -> None: ...
+    def kv_sent(self, ticket: Ticket) -> None: ...
 
-    def answer_done(self, worker: SimWorker, sequence: SimSequence) -> None: ...
+    def answer_done(self, sequence: SimSequence) -> None: ...
 
-    def kv_needed(self, worker: SimWorker, sequence: SimSequence) -> None: ...
+    def kv_needed(self, sequence: SimSequence) -> None: ...
 
-    def preempted(self, worker: SimWorker, sequence: SimSequence) -> None: ...
+    def preempted(self, sequence: SimSequence) -> None: ...
+
+
+Stages: TypeAlias = "tuple[common_pb2.Stage, ...]"
+
+PREFILL_ONLY: Stages = (PREFILL,)
+DECODE_ONLY: Stages = (DECODE,)
+BOTH: Stages = (PREFILL, DECODE)
 
 
 class SimWorker:
-    """Base class of modelled workers: lifecycle and reports.
+    """A modelled worker: its engines, lifecycle and reports.
 
     Attributes:
-        entry: The worker in the router's roster; None before it has joined.
+        stages: Its stages, prefill first.
+        entries: The worker in each of its pools of the router's roster; empty before it has joined.
         since: Time at which it was started.
         ready_since: Time at which it became ready; None while it starts.
         gone: True once it has left or died.
-        engine: Model of its computation, created by the subclass.
-        tier: Tier of a decode worker; empty for prefill.
+        prefill, decode: Models of the computation in its stages; None without the stage.
+        tier: Tier of the answers that it writes; empty without decode.
     """
 
-    engine: SimPrefill | SimDecode
-    tier = ""
-
-    def __init__(self, name: str, stage: common_pb2.Stage, clock: Clock, router: SimRouter, report_gap: float) -> None:
-        self.name, self.stage = name, stage
+    def __init__(
+        self,
+        name: str,
+        stages: Stages,
+        clock: Clock,
+        router: SimRouter,
+        report_gap: float,
+        profile: Profile,
+        blocks: Callable[[int], Blocks],
+        gaps: Histogram,
+        tier: str = "",
+        objectives: Objectives | None = None,
+    ) -> None:
+        """Args:
+        blocks: Makes the blocks of a prefill stage for a number of tokens.
+        objectives: Of its tier; needed with both stages, which take turns.
+        """
+        if stages == BOTH:
+            profile = profile.colocated()
+        self.name, self.stages, self.tier = name, stages, tier
         self.clock, self.router = clock, router
-        self.entry: Worker | None = None
+        self.entries: tuple[Worker, ...] = ()
         self.since = clock.now
         self.ready_since: float | None = None
         self.draining = self.gone = False
+        self.prefill = (
+            SimPrefill(clock, profile, blocks(profile.prefill.kv_tokens), self) if PREFILL in stages else None
+        )
+        self.decode = SimDecode(clock, profile, self, gaps) if DECODE in stages else None
+        self._turns: SimTurns | None = None
+        if self.prefill is not None and self.decode is not None:
+            assert objectives is not None
+            self._turns = SimTurns(clock, self.prefill, self.decode, profile.prefill, objectives)
+        self._profile = profile
         self._gap = report_gap
         self._due: Event | None = None
         self._due_at = 0.0
         self._reported = float("-inf")
 
     @property
-    def info(self) -> WorkerInfo:
-        return WorkerInfo(self.name, 1, self.stage, "", (), _IDENTITY, max_model_len=0, vocab_size=0, tier=self.tier)
+    def infos(self) -> list[WorkerInfo]:
+        """The worker's description in each of its stages."""
+        common = WorkerInfo(self.name, 1, PREFILL, "", (), _IDENTITY, 0, 0, colocated=self.stages == BOTH)
+        return [replace(common, stage=stage, tier=self.tier if stage == DECODE else "") for stage in self.stages]
 
     @property
     def active(self) -> int:
-        """Number of requests on the worker."""
-        return self.engine.active
-
-    @property
-    def busy(self) -> float:
-        """Seconds spent in steps so far."""
-        return self.engine.busy
-
-    def load(self) -> decode_pb2.WorkerLoad:
-        raise NotImplementedError
+        """Number of requests on the worker; one that is in both stages counts twice."""
+        return sum(engine.active for engine in (self.prefill, self.decode) if engine is not None)
 
     def check(self) -> None:
-        """Raises AssertionError when the engine's counters are inconsistent."""
-        self.engine.check()
+        """Raises AssertionError when a counter of an engine is inconsistent."""
+        for part in (self.prefill, self.decode, self._turns):
+            if part is not None:
+                part.check()
 
-    def report(self) -> registry_pb2.Report:
-        raise NotImplementedError
+    def decode_load(self) -> decode_pb2.WorkerLoad:
+        engine = self.decode
+        assert engine is not None
+        return decode_pb2.WorkerLoad(
+            kv_blocks_used=engine.used,
+            kv_blocks_total=engine.total,
+            block_size=self._profile.decode.block_size,
+            running=engine.num_running,
+            waiting=engine.num_waiting,
+        )
 
-    def load_changed(self) -> None:
-        """Schedules a report as soon as ``report_gap`` seconds have passed since the last one."""
-        if not self.gone and self.entry is not None:
-            due = max(self.clock.now, self._reported + self._gap)
-            if self._due is None or due < self._due_at:
-                self._schedule(due)
-
-    def push(self) -> None:
-        """Reports now."""
-        if not self.gone and self.entry is not None:
-            self._reported = self.clock.now
-            self._schedule(self.clock.now + REPORT_INTERVAL)
-            self.router.reported(self, self.report())
-
-    def leave(self) -> None:
-        self.gone = True
-        if self._due is not None:
-            self._due.cancel()
-
-    def _schedule(self, time: float) -> None:
-        if self._due is not None:
-            self._due.cancel()
-        self._due_at = time
-        self._due = self.clock.at(time, self.push)
-
-
-class PrefillWorker(SimWorker):
-    engine: SimPrefill
-
-    def __init__(
-        self, name: str, clock: Clock, router: SimRouter, report_gap: float, profile: Profile, blocks: Blocks
-    ) -> None:
-        super().__init__(name, PREFILL, clock, router, report_gap)
-        self.engine = SimPrefill(clock, profile, blocks, self)
-        self._credits = profile.prefill.max_num_seqs
-
-    def load(self) -> decode_pb2.WorkerLoad:
-        engine, blocks = self.engine, self.engine.blocks
+    def _prefill_load(self) -> decode_pb2.WorkerLoad:
+        engine = self.prefill
+        assert engine is not None
+        blocks = engine.blocks
         return decode_pb2.WorkerLoad(
             kv_blocks_used=blocks.used,
             kv_blocks_cached=blocks.cached,
@@ -144,65 +150,71 @@ class PrefillWorker(SimWorker):
             prefix_tokens_found=blocks.tokens_found,
         )
 
-    def report(self) -> registry_pb2.Report:
-        delta = self.engine.blocks.delta()
-        return registry_pb2.Report(
-            load=self.load(), credits=self._credits, ready=True, draining=self.draining, prefix=delta
-        )
+    def _reports(self) -> list[registry_pb2.Report]:
+        """Returns the report of each stage, as the router divides a worker's report."""
+        common = registry_pb2.Report(ready=True, draining=self.draining, credits=self._credits)
+        reports = []
+        for stage in self.stages:
+            report = registry_pb2.Report()
+            report.CopyFrom(common)
+            if stage == DECODE:
+                report.load.CopyFrom(self.decode_load())
+            else:
+                report.load.CopyFrom(self._prefill_load())
+                if self.prefill is not None and (delta := self.prefill.blocks.delta()) is not None:
+                    report.prefix.CopyFrom(delta)
+            reports.append(report)
+        return reports
 
-    def kill(self) -> Sequence[Ticket]:
+    @property
+    def _credits(self) -> int:
+        model = self._profile.prefill if self.decode is None else self._profile.decode
+        return model.max_num_seqs
+
+    def load_changed(self) -> None:
+        """Schedules a report as soon as ``report_gap`` seconds have passed since the last one."""
+        if not self.gone and self.entries:
+            due = max(self.clock.now, self._reported + self._gap)
+            if self._due is None or due < self._due_at:
+                self._schedule(due)
+
+    def push(self) -> None:
+        """Reports now."""
+        if not self.gone and self.entries:
+            self._reported = self.clock.now
+            self._schedule(self.clock.now + REPORT_INTERVAL)
+            self.router.reported(self, self._reports())
+
+    def leave(self) -> None:
+        self.gone = True
+        if self._due is not None:
+            self._due.cancel()
+
+    def kill(self) -> tuple[Sequence[SimSequence], Sequence[Ticket]]:
+        """Kills the worker. Returns its sequences and its prompts."""
         self.leave()
-        return self.engine.kill()
+        return (
+            self.decode.kill() if self.decode is not None else [],
+            self.prefill.kill() if self.prefill is not None else [],
+        )
 
     def prompt_computed(self, ticket: Ticket) -> None:
-        self.router.prompt_computed(self, ticket)
+        self.router.prompt_computed(ticket)
 
     def kv_sent(self, ticket: Ticket) -> None:
-        self.router.kv_sent(self, ticket)
-
-
-class DecodeWorker(SimWorker):
-    engine: SimDecode
-
-    def __init__(
-        self,
-        name: str,
-        clock: Clock,
-        router: SimRouter,
-        report_gap: float,
-        profile: Profile,
-        gaps: Histogram,
-        tier: str = "",
-    ) -> None:
-        super().__init__(name, DECODE, clock, router, report_gap)
-        self.tier = tier
-        self.engine = SimDecode(clock, profile, self, gaps)
-        self._model = profile.decode
-
-    def load(self) -> decode_pb2.WorkerLoad:
-        engine = self.engine
-        return decode_pb2.WorkerLoad(
-            kv_blocks_used=engine.used,
-            kv_blocks_total=engine.total,
-            block_size=self._model.block_size,
-            running=engine.num_running,
-            waiting=engine.num_waiting,
-        )
-
-    def report(self) -> registry_pb2.Report:
-        return registry_pb2.Report(
-            load=self.load(), credits=self._model.max_num_seqs, ready=True, draining=self.draining
-        )
-
-    def kill(self) -> Sequence[SimSequence]:
-        self.leave()
-        return self.engine.kill()
+        self.router.kv_sent(ticket)
 
     def answer_done(self, sequence: SimSequence) -> None:
-        self.router.answer_done(self, sequence)
+        self.router.answer_done(sequence)
 
     def kv_needed(self, sequence: SimSequence) -> None:
-        self.router.kv_needed(self, sequence)
+        self.router.kv_needed(sequence)
 
     def preempted(self, sequence: SimSequence) -> None:
-        self.router.preempted(self, sequence)
+        self.router.preempted(sequence)
+
+    def _schedule(self, time: float) -> None:
+        if self._due is not None:
+            self._due.cancel()
+        self._due_at = time
+        self._due = self.clock.at(time, self.push)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import PlannedWorker, WorkerSettings
+from overfill.cli.stack_plan import PlannedWorker
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
@@ -26,6 +26,7 @@ from overfill.lab.bench.measurement import Measurement
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.model.manifest import Pair
+from overfill.settings.worker_kinds import WorkerSettings
 
 _WARM_TOKENS = 64  # of a request that is not measured, after each change of the link
 _TIMEOUT = 900.0  # seconds for one request

@@ -67,6 +67,21 @@ def test_tiers_and_brownouts(capsys, tmp_path):
     assert sum(tier["answer_share"] for tier in document["tiers"].values()) == pytest.approx(1)
 
 
+def test_workers_with_both_stages_alone_and_beside_others(capsys):
+    assert main([*SMALL, "--colocated", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["prefill"], document["decode"], document["colocated"]) == (0, 0, 2)
+    assert document["figures"]["local"] == 1.0
+    assert main([*SMALL, "--colocated", "1", "--prefill", "1"]) == 0
+    assert "1 + 0 workers, 1 with both stages" in capsys.readouterr().out
+    assert (
+        main([*SMALL, "--prompt-tokens", "50", "--colocated", "2", "--prefill", "1", "--compare-policies", "--json"])
+        == 0
+    )
+    local = {run["policy"]: run["figures"]["local"] for run in json.loads(capsys.readouterr().out)}
+    assert local["conditional"] > local["prefix-affinity"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -78,6 +93,8 @@ def test_tiers_and_brownouts(capsys, tmp_path):
         (("--tier", "full=cpu,share=0"), 2, "no request asks for any tier"),
         (("--brownout", "full > fast"), 2, "there is no tier 'full'"),
         (("--trace", "synthetic:fast"), 2, "expected synthetic:RATE or synthetic:RATE:REQUESTS"),
+        (("--colocated", "1", "--size"), 2, "leave out --size"),
+        (("--decode", "0"), 2, "each stage needs a worker"),
         (("--size", "--autoscale"), 2, "exclude each other"),
         (("--max-workers", "4"), 2, "needs --autoscale"),
         (("--size", "--plot", "a.png"), 2, "one run"),

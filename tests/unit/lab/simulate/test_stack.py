@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from overfill.errors import InvalidRequest
 from overfill.lab.simulate.options import SimTier, SimulationOptions
 from overfill.lab.simulate.policies import NAMES
-from overfill.lab.simulate.profiles import CPU
+from overfill.lab.simulate.profiles import BUILT_IN, CPU
 from overfill.lab.simulate.sizing import SizeSearch
 from overfill.lab.simulate.stack import Simulation
 from overfill.lab.traffic.outcome import Objective
@@ -24,6 +24,7 @@ TIGHT = replace(
     grace=0.5,
     prefill=replace(CPU.prefill, kv_tokens=2000, max_num_batched_tokens=128),
     decode=replace(CPU.decode, kv_tokens=1600),
+    colocated_kv_tokens=1600,
 )
 
 
@@ -38,6 +39,58 @@ def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
     steps = sum(CPU.decode.cost.seconds(1, 513 + step) for step in range(10))
     handoff = 512 * CPU.kv_token_bytes / CPU.layers / CPU.link_bandwidth
     assert request.last - request.first == pytest.approx(steps + handoff, rel=0.01)
+
+
+def test_a_prompt_that_stays_with_its_answer_needs_no_transfer():
+    slow_link = replace(CPU, link_bandwidth=1e5)
+    result = run([TraceRequest(0.0, 512, 11)], slow_link, prefill=0, decode=0, colocated=1, check=True)
+    [request] = result.requests
+    hops = 2 * CPU.hop  # start, and the first token
+    assert request.ttft == pytest.approx(CPU.prefill.step_seconds([(0, 512)]) + hops, abs=1e-6)
+    steps = sum(CPU.decode.cost.seconds(1, 513 + step) for step in range(10))
+    assert request.last - request.first == pytest.approx(steps, abs=1e-6)
+    assert result.figures(OBJECTIVE)["local"] == 1.0
+    assert run([TraceRequest(0.0, 512, 11)]).figures(OBJECTIVE)["local"] == 0.0
+
+
+@pytest.mark.parametrize("mtbf", [None, 5.0])
+def test_workers_with_both_stages_alone_answer_everything(mtbf):
+    trace = synthetic(80, "poisson", 4, 300, 100, 0)
+    result = run(trace, TIGHT, prefill=0, decode=0, colocated=3, mtbf=mtbf, seed=2, check=True)
+    assert all(request.ok for request in result.requests)
+    assert result.worker_hours * 3600 == pytest.approx(result.counters.decode_worker_seconds)
+    if mtbf is None:
+        assert result.counters.local_prompts == result.counters.prompts >= 80
+    else:
+        assert result.counters.migrations > 0
+
+
+def test_prompts_leave_the_answers_of_a_worker_with_both_stages_within_the_objective():
+    """Long prompts arrive beside one long answer."""
+    trace = [TraceRequest(0.0, 10, 2000), *(TraceRequest(1.0 + 3 * i, 3000, 2) for i in range(5))]
+    options = {"prefill": 0, "decode": 0, "colocated": 1}
+    patient, hurried = (run(trace, slo=Objective(ttft=ttft, itl=0.05), **options) for ttft in (60, 0.1))
+    assert patient.gaps.percentile(1.0) < 0.1, "a chunk late in a prompt takes longer than the mean one"
+    assert hurried.gaps.percentile(1.0) > 1.0, "whole prompts, because the first tokens are late already"
+    assert hurried.requests[1].ttft < patient.requests[1].ttft
+
+
+def test_conditional_keeps_short_prompts_and_sends_long_ones_away():
+    trace = [TraceRequest(0.5 * i, 1500 if i % 10 == 9 else 20, 20) for i in range(200)]
+    runs = {
+        policy: run(trace, prefill=1, decode=0, colocated=2, policy=policy)
+        for policy in ("conditional", "prefix-affinity")
+    }
+    local = {policy: result.figures(OBJECTIVE)["local"] for policy, result in runs.items()}
+    assert 0.8 <= local["conditional"] < 1
+    assert local["prefix-affinity"] < 0.6
+    assert runs["conditional"].figures(OBJECTIVE)["itl_p99"] < 0.1
+
+
+def test_a_profile_of_two_kinds_of_machine_has_no_worker_with_both_stages():
+    for name in ("h100-l4", "l4"):
+        with pytest.raises(InvalidRequest, match="has no worker with both stages"):
+            run([TraceRequest(0.0, 10, 2)], BUILT_IN[name], prefill=0, decode=0, colocated=1)
 
 
 def test_runs_repeat_and_another_seed_differs():
@@ -68,23 +121,30 @@ def loads(draw):
     trace=loads(),
     policy=st.sampled_from(NAMES),
     workers=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    colocated=st.integers(0, 2),
     mtbf=st.sampled_from([None, 15.0, 60.0]),
     total=st.sampled_from([0, 4, None]),
     seed=st.integers(0, 3),
 )
-def test_every_request_ends_once_and_nobody_waits_in_vain(trace, policy, workers, mtbf, total, seed):
+def test_every_request_ends_once_and_nobody_waits_in_vain(trace, policy, workers, colocated, mtbf, total, seed):
     """Workers die, pools grow and shrink, blocks run out: all counters are checked after every event."""
     bounds = Bounds(1, 5)
     scaling = None
     if total != 0:
         scaling = ScalingConfig(
-            prefill=bounds, decode=bounds, max_total=total, stabilise=5, short_window=3, long_window=9
+            prefill=bounds,
+            decode=bounds,
+            max_total=total and total + colocated,
+            stabilise=5,
+            short_window=3,
+            long_window=9,
         )
     result = run(
         trace,
         TIGHT,
         prefill=workers[0],
         decode=workers[1],
+        colocated=colocated,
         policy=policy,
         mtbf=mtbf,
         scaling=scaling,
