@@ -43,7 +43,7 @@ def test_a_worker_with_both_stages_is_checked_as_each_and_named_once() -> None:
     both[1].process.model.decoder_digest = "another"
     check_stack(status, pairs)
     both[0].process = both[1].process = None
-    with pytest.raises(CannotVerify, match="^worker-0 does not answer"):
+    with pytest.raises(CannotVerify, match=r"^worker-0 does not answer"):
         check_stack(status, pairs)
 
 
