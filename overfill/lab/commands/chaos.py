@@ -242,7 +242,7 @@ def chaos_command(
     if tiers:
         check_replaced("pair", "decode")
         _check_tiers(tiers, colocated)
-    counts = _count_workers(colocated, prefill, decode, bool(tiers))
+    counts = count_workers(colocated, prefill, decode, bool(tiers))
     among = (faults or FAULTS, phases or PHASES, targets or None)
     chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
     trial_settings = {
@@ -288,7 +288,7 @@ def chaos_command(
     return 0 if judged.passed else 1
 
 
-def _count_workers(colocated: int, prefill: int | None, decode: int | None, tiers: bool) -> dict[str, int]:
+def count_workers(colocated: int, prefill: int | None, decode: int | None, tiers: bool) -> dict[str, int]:
     """Returns the number of workers of each kind. Raises click.UsageError if a stage has too few for faults."""
     if prefill is None:
         prefill = 0 if colocated else 2
