@@ -1,4 +1,4 @@
-"""Tests a worker with both stages: local prompts get their KV into the decode sequence's blocks, and no block is lost."""
+"""Tests a worker with both stages: its own prompts reach the decode sequences' blocks, and no block is lost."""
 
 import random
 
@@ -269,7 +269,7 @@ def test_a_sequence_that_is_preempted_before_its_prompt_is_computed_gets_its_kv_
 
 def test_a_prompt_that_is_asked_for_after_the_preemption_is_not_computed():
     """The servicer sent the message before it knew of the preemption."""
-    worker, young, prompt = preempted_worker(1)
+    worker, _, prompt = preempted_worker(1)
     worker.handle(Release(prompt.id))
     stale = PrefillSequence("stale", PROMPT, GREEDY)
     worker.handle(PrefillHere(stale, "young", 0), PrefillHere(stale, "unknown", 0), Yielded("young"))
@@ -394,11 +394,11 @@ def test_prompts_that_another_worker_computed_are_decoded_beside():
 
 
 def test_each_step_runs_one_engine_and_the_turns_limit_its_tokens():
-    class Short(Turns):
-        asked = []
+    asked = []
 
+    class Short(Turns):
         def chunk(self, decoding, remaining, waited):
-            self.asked.append((decoding, remaining, waited >= 0))
+            asked.append((decoding, remaining, waited >= 0))
             return 3 if decoding else 8
 
     worker = Worker(turns=Short(8))
@@ -408,10 +408,10 @@ def test_each_step_runs_one_engine_and_the_turns_limit_its_tokens():
     worker.handle(Start("running", 23))
     worker.prefill(worker.reserve("a", PROMPT))
     worker.full.steps.clear()
-    Short.asked.clear()
+    asked.clear()
     worker.run()
     assert [len(step[0][0]) for step in worker.full.steps] == [3, 3, 3, 2]
-    assert Short.asked[:4] == [(True, 11, True), (True, 8, True), (True, 5, True), (False, 2, True)]
+    assert asked[:4] == [(True, 11, True), (True, 8, True), (True, 5, True), (False, 2, True)]
     assert len(worker.decoder.steps) == 4
     worker.handle(Release("a"))
     worker.assert_empty()
