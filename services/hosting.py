@@ -249,11 +249,11 @@ class _StagePort:
         return self._load()
 
 
-def on_loop(on_events: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
+def on_loop(on_events: Callable[[Sequence[Any]], None]) -> Callable[[Sequence[Any]], None]:
     """Returns a function that passes events from the engine's thread to ``on_events`` on this event loop."""
     loop = asyncio.get_running_loop()
 
-    def emit(events: list[Any]) -> None:
+    def emit(events: Sequence[Any]) -> None:
         loop.call_soon_threadsafe(on_events, events)
 
     return emit

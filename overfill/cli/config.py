@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
-from overfill.cli.up_tiers import worker_settings
+from overfill.cli.up_tiers import with_colocated, worker_settings
 from overfill.settings.config import (
     SEPARATORS,
     SERVICES,
@@ -22,7 +22,7 @@ from overfill.settings.config import (
     read_checked,
 )
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
-from overfill.settings.tiers import TierSpec
+from overfill.settings.tiers import TierSpec, default_tier
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")
 Row = tuple[str, str, str]
@@ -103,8 +103,15 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
 
 def _tiers_of_up(kind: type[ServiceConfig], file: ConfigFile) -> str:
     """Returns the tiers that `overfill up` would give to its routers; empty without any, and for other services."""
-    tiers = file.sections.get("up", {}).get("decoder", "") if kind is RouterConfig else ""
-    return tiers if isinstance(tiers, str) else ";".join(map(str, tiers))
+    up = file.sections.get("up", {}) if kind is RouterConfig else {}
+    given = up.get("decoder", "")
+    texts = [text for text in given.split(";") if text.strip()] if isinstance(given, str) else [*map(str, given)]
+    try:
+        tiers = [TierSpec.parse(text, least=0) for text in texts]
+        first = default_tier([tier.name for tier in tiers], str(up.get("default-tier", ""))) if tiers else ""
+        return ";".join(map(str, with_colocated(tiers, first, int(up.get("colocated", 0)))))
+    except (ValueError, click.UsageError):  # reading the text as the router does reports it
+        return ";".join(texts)
 
 
 def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:

@@ -18,7 +18,8 @@ from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figu
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack, StackPlan
+from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up import AnyStack
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cli.up_tiers import resolve_tiers, tier_pair

@@ -24,20 +24,27 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ENGINE = click.Choice(get_args(EngineChoice))
 
 
-class _Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Parses a tier."""
+class Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Parses a tier.
+
+    Args:
+        least: minimum number of decode workers.
+    """
 
     name = "name=pair[:n][,setting=value...]"
     envvar_list_splitter = ";"
 
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TierSpec:
         try:
-            return value if isinstance(value, TierSpec) else TierSpec.parse(value)
+            return value if isinstance(value, TierSpec) else TierSpec.parse(value, self._least)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-TIER = _Tier()
+TIER = Tier()
 """A tier as ``overfill up --decoder`` takes it."""
 
 

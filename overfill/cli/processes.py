@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from overfill.errors import OverfillError
+
 TAIL_LINES = 20
 
 
@@ -26,6 +28,10 @@ if os.getppid() != int(sys.argv[1]):
     os._exit(1)  # the parent died before prctl
 os.execvp(sys.argv[3], sys.argv[3:])
 """
+
+
+class StartFailed(OverfillError):
+    """The stack did not start. The exception's notes have the last lines of the process that exited."""
 
 
 class Child:

@@ -13,12 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from overfill.cli.stack import StackPlan, StartFailed, check_ports
+from overfill.cli.ports import check_ports
+from overfill.cli.processes import StartFailed
+from overfill.cli.stack_plan import PlannedPool, StackPlan
 from overfill.cli.up_tiers import max_workers
 from overfill.client import Client
 from overfill.cluster import placement
 from overfill.cluster.connection import RayConnection
-from overfill.cluster.spec import APPLICATION, DRAIN_MARGIN, PoolSpec, RouterSpec, StackSpec, TierPool
+from overfill.cluster.spec import (
+    APPLICATION,
+    COLOCATED,
+    DECODE,
+    DRAIN_MARGIN,
+    PREFILL,
+    RouterSpec,
+    StackSpec,
+    TierPool,
+)
 from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
@@ -126,17 +137,10 @@ class RayStack:
                     return
             cancelled.wait(_POLL)
 
-    def describe_workers(self, tier: str | None) -> str:
-        """Returns the number of a tier's decode workers, as text; None means the prefill workers.
-
-        `overfill status` lists their names.
-        """
-        if tier is None:
-            minimum, limit = len(self.plan.prefill), self._options.max_prefill
-        else:
-            (spec,) = (one for one in self.plan.tiers if one.name == tier)
-            minimum, limit = spec.count, max_workers(spec) or self._options.max_decode
-        return f"{minimum} on Ray" if limit is None else f"{minimum} to {limit} on Ray"
+    def describe_workers(self, pool: PlannedPool) -> str:
+        """Returns the number of a pool's workers, as text. `overfill status` lists their names."""
+        minimum, maximum = len(pool.workers), _maximum(self.plan, pool, self._options)
+        return f"{minimum} on Ray" if maximum is None else f"{minimum} to {maximum} on Ray"
 
     def news(self) -> list[str]:
         """Returns lines about changes since the last call."""
@@ -209,39 +213,45 @@ def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -
         http_ports=tuple(config.http for config in plan.routers if config.http != "off"),
         settings=_settings(router),
     )
-    decoders = [(tier, plan.tier_workers(tier.name)[0]) for tier in plan.tiers]
-    prefill_most = options.max_prefill or len(plan.prefill)
-    decode_most = [max_workers(tier) or options.max_decode or tier.count for tier, _ in decoders]
-    most = [(plan.prefill[0], prefill_most), *zip((worker for _, worker in decoders), decode_most, strict=True)]
+    most = [(pool, _maximum(plan, pool, options) or len(pool.workers)) for pool in plan.pools]
     cpus, gpus = options.worker_cpus, options.worker_gpus
     if options.address is None:
         free = resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas
         cpus = placement.share(free, sum(count for _, count in most)) if cpus is None else cpus
-        on_gpus = sum(count for worker, count in most if _wants_gpu(worker))
+        on_gpus = sum(count for pool, count in most if _wants_gpu(pool.config))
         gpus = placement.gpu_share(resources.get("GPU", 0.0), on_gpus) if gpus is None and on_gpus else gpus
 
-    def pool(worker: WorkerConfig, replicas: int, maximum: int | None) -> dict[str, Any]:
+    def deployment(pool: PlannedPool) -> dict[str, Any]:
         return {
-            "replicas": replicas,
-            "max_replicas": maximum,
-            "num_cpus": float(worker.threads) if cpus is None else cpus,
-            "num_gpus": gpus or 0.0 if _wants_gpu(worker) else 0.0,
-            "settings": _settings(worker),
+            "replicas": len(pool.workers),
+            "max_replicas": _maximum(plan, pool, options),
+            "num_cpus": float(pool.config.threads) if cpus is None else cpus,
+            "num_gpus": gpus or 0.0 if _wants_gpu(pool.config) else 0.0,
+            "settings": _settings(pool.config),
         }
 
-    own: dict[str, Any] = {"pair": router.pair}
-    if plan.named_tiers:
-        pools = [pool(worker, tier.count, max_workers(tier)) for tier, worker in decoders]
-        own = {"decoders": {tier.name: _tier_pool(tier, one) for (tier, _), one in zip(decoders, pools, strict=True)}}
-    else:
-        own["decode"] = PoolSpec(**pool(plan.decode[0], len(plan.decode), options.max_decode))
-    return StackSpec(
-        mock=plan.mock,
-        log_dir=options.log_dir,
-        router=routers,
-        prefill=PoolSpec(**pool(plan.prefill[0], len(plan.prefill), options.max_prefill)),
-        **own,
-    )
+    pools: dict[str, Any] = {} if plan.named_tiers else {"pair": router.pair}
+    decoders: dict[str | None, dict[str, Any]] = {}
+    for pool in plan.pools:
+        if pool.kind.name == DECODE and plan.named_tiers:
+            decoders[pool.tier] = deployment(pool)
+        else:
+            pools[pool.kind.name] = deployment(pool)
+    if plan.named_tiers:  # only workers with both stages may decode in the default tier
+        pools["decoders"] = {
+            tier.name: _tier_pool(tier, decoders.get(tier.name, {"replicas": 0})) for tier in plan.tiers
+        }
+    return StackSpec(mock=plan.mock, log_dir=options.log_dir, router=routers, **pools)
+
+
+def _maximum(plan: StackPlan, pool: PlannedPool, options: RayOptions) -> int | None:
+    """Returns the maximum number of a pool's workers; None if the number is fixed."""
+    if pool.kind.name == COLOCATED:
+        return None
+    if pool.kind.name == PREFILL:
+        return options.max_prefill
+    (tier,) = (one for one in plan.tiers if one.name == pool.tier)
+    return max_workers(tier) or options.max_decode
 
 
 def _tier_pool(tier: TierSpec, pool: dict[str, Any]) -> TierPool:

@@ -22,20 +22,24 @@ import click
 from rich.console import Console
 
 from overfill.cli.output import console
+from overfill.cli.ports import check_ports
 from overfill.cli.processes import Child
 from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack, StackPlan, check_ports
+from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import PlannedPool, StackPlan
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.up_plan import StackRequest, make_plan
+from overfill.cli.up_stages import count_workers
 from overfill.cli.up_tiers import MAX, check_replaced, max_workers, resolve_tiers
 from overfill.cli.welcome import welcome
 from overfill.cluster.connection import check_installed
 from overfill.engine.choice import choose_engine, require_vllm
 from overfill.model.manifest import Half, Pair
 from overfill.process.extras import require
-from overfill.settings.config import DecodeConfig, WorkerConfig
+from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.tiers import TierSpec
+from overfill.settings.values import EngineChoice
 
 _WATCH_SECONDS = 0.5
 
@@ -43,8 +47,9 @@ _WATCH_SECONDS = 0.5
 @click.command("up", cls=OwnSettings)
 @up_options
 def up_command(
-    prefill: int,
-    decode: int,
+    colocated: int | None,
+    prefill: int | None,
+    decode: int | None,
     tiers: tuple[TierSpec, ...],
     routers: int,
     pair: str,
@@ -63,7 +68,10 @@ def up_command(
     tls: Path | None,
     **settings: Any,
 ) -> int:
-    """Run a stack: router, prefill workers and decode workers.
+    """Run a stack: router, and workers.
+
+    On one machine with at most one GPU, a worker has both stages, prefill and decode. --prefill and --decode start
+    workers with one stage, and --colocated more of those with both. All three together make a mixed stack.
 
     The stack runs on Ray Serve, which replaces lost workers. With --max-prefill or --max-decode, the number of workers
     follows the load. Ray is started on this machine, unless --address names a cluster. With --no-ray, the stack runs as
@@ -74,8 +82,8 @@ def up_command(
     The command stays in the foreground. Ctrl-C or SIGTERM lets running requests finish and stops the stack.
 
     A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
-    The options --prefill, --decode, --decoder, --router, --pair, --grpc, --http, --log-dir, --config, --mock and those
-    for Ray are variables too, such as OVERFILL_UP_PREFILL and OVERFILL_UP_RAY=no.
+    The options --colocated, --prefill, --decode, --decoder, --router, --pair, --grpc, --http, --log-dir, --config,
+    --mock and those for Ray are variables too, such as OVERFILL_UP_PREFILL and OVERFILL_UP_RAY=no.
     """
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # its processes need them
     from overfill.pair.store import resolve_pair
@@ -83,11 +91,15 @@ def up_command(
 
     if tiers:
         check_replaced("pair", "decode", "max_decode")
+    chosen = count_workers(
+        colocated, prefill, decode, bool(tiers),
+        {**settings, "mock": mock, "address": address, "max_prefill": max_prefill, "max_decode": max_decode},
+    )  # fmt: skip
     with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
         # Report wrong settings and ports in use before preparing a pair, which can take minutes.
         request = StackRequest(
-            None if tiers else Path(pair), prefill, decode, routers, port, threads, settings, http,
-            mock, tls, share_port=share_port, tiers=tiers,
+            None if tiers else Path(pair), chosen.prefill, chosen.decode, routers, port, threads, settings, http,
+            mock, tls, share_port=share_port, tiers=tiers, colocated=chosen.colocated,
         )  # fmt: skip
         planned = make_plan(request)
         options = RayOptions(
@@ -102,8 +114,10 @@ def up_command(
         _check_options(options, planned, on_ray)
         if address is None:  # on a joined cluster, processes may run on other machines
             check_ports(planned, metrics=not on_ray)
-            if not mock and "vllm" in {worker.engine for _, worker in planned.workers()}:
+            if not mock and "vllm" in {worker.config.engine for worker in planned.workers}:
                 require_vllm()
+        if chosen.why:
+            _note(chosen.why)
         with show_progress() as report:
             if tiers:
                 request = replace(request, tiers=resolve_tiers(tiers, report))
@@ -125,17 +139,17 @@ def check_engines(plan: StackPlan, *, here: bool) -> None:
     Args:
         here: the workers run on this machine. Others may have other devices and packages: there each worker chooses.
     """
-    halves: list[tuple[str, Half, WorkerConfig]] = [(plan.routers[0].pair, "full", plan.prefill[0])]
-    halves += [(tier.pair, "decoder", plan.tier_workers(tier.name)[0]) for tier in plan.tiers]
-    for folder, half, worker in halves:
-        pair = Pair.load(Path(folder))
+    for worker, stage in ((pool.config, stage) for pool in plan.pools for stage in pool.kind.stages):
+        half: Half = "full" if stage == "prefill" else "decoder"
+        engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
+        pair = Pair.load(Path(worker.pair))
         if isinstance(worker, DecodeConfig) and worker.quantize is not None:
             pair = pair.with_quantize(worker.quantize)
         if here:
             on_cuda = partial(_on_cuda, worker.device)
-            choose_engine(worker.engine, pair, half, on_cuda, has_args=bool(worker.engine_args))
-        elif worker.engine != "auto":
-            pair.check_engine(half, worker.engine)
+            choose_engine(engine, pair, half, on_cuda, has_args=bool(worker.engine_args))
+        elif engine != "auto":
+            pair.check_engine(half, engine)
 
 
 def _on_cuda(device: str) -> bool:
@@ -185,6 +199,11 @@ def _check_options(options: RayOptions, plan: StackPlan, on_ray: bool) -> None:
         if given:
             raise click.UsageError(f"--no-ray conflicts with {', '.join(given)}: remove one of them")
         return
+    if plan.colocated and any(maximum is not None for maximum in maxima.values()):
+        raise click.UsageError(
+            f"--colocated conflicts with {MAX} of a --decoder: a stack of workers with both stages has a fixed number "
+            "of workers; remove one of them"
+        )
     check_installed()
     for maximum, minimum, stage in (
         (options.max_prefill, len(plan.prefill), "prefill"),
@@ -207,7 +226,7 @@ class AnyStack(Protocol):
 
     def start(self) -> None: ...
 
-    def describe_workers(self, tier: str | None) -> str: ...
+    def describe_workers(self, pool: PlannedPool) -> str: ...
 
     def wait_ready(self, cancelled: threading.Event) -> None: ...
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.options import ENGINE, FILE, TIER, Number, dtype_option, engine_options
+from overfill.cli.options import ENGINE, FILE, Number, Tier, dtype_option, engine_options
 from overfill.cli.up_config import config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
@@ -33,9 +33,24 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     config_option,
     click.option(
-        "--prefill", "prefill", type=click.IntRange(1), default=1, show_default=True, help="Number of prefill workers."
+        "--colocated",
+        is_flag=False,
+        flag_value=1,
+        type=click.IntRange(0),
+        help="Number of workers with both stages; without a number, 1.  [default: 1 on a machine with at most one GPU, "
+        "unless an option or setting is for workers with one stage]",
     ),
-    click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Number of decode workers."),
+    click.option(
+        "--prefill",
+        "prefill",
+        type=click.IntRange(0),
+        help="Number of workers that only prefill.  [default: 0 with --colocated, or else 1]",
+    ),
+    click.option(
+        "--decode",
+        type=click.IntRange(0),
+        help="Number of workers that only decode.  [default: 0 with --colocated, or else 1]",
+    ),
     click.option(
         "--router",
         "routers",
@@ -54,11 +69,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--decoder",
         "tiers",
         multiple=True,
-        type=TIER,
+        type=Tier(least=0),
         help="A tier: its name, its pair, its number of decode workers, and settings of its own, such as "
         "fast=fast:2,quantize=int8. Repeat it for each tier; it replaces --pair and --decode. All pairs must have the "
-        "same full model. Settings: fallback, ttft-objective, itl-objective, max (the maximum number of decode "
-        "workers, on Ray), and those of decode workers.",
+        "same full model. Workers of --colocated are in the default tier, whose number may then be 0. Settings: "
+        "fallback, ttft-objective, itl-objective, max (the maximum number of decode workers, on Ray), and those of "
+        "decode workers.",
     ),
     click.option(
         "--default-tier",

@@ -6,6 +6,7 @@ Starts no processes.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.stack import StackPlan, free_ports, threads_per_worker
-from overfill.cli.up_tiers import worker_settings
+from overfill.cli.ports import free_ports
+from overfill.cli.stack_plan import PlannedWorker, StackPlan
+from overfill.cli.up_tiers import tier_objectives, with_colocated, worker_settings
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback, reachable
 from overfill.rpc.certificates import NAME, RoleFiles, role_files
 from overfill.rpc.tls import ClientTls
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config import RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, flag_name
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.tiers import TierSpec, default_tier
+from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerStage
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -36,6 +38,7 @@ class StackRequest:
     Attributes:
         pair: folder of the stack's pair; None with ``tiers``.
         prefill, decode, routers: number of processes of each kind; ``tiers`` replaces ``decode``.
+        colocated: number of workers with both stages. They decode in the default tier.
         port: gRPC port of the first router; 0 picks free ones. Further routers use the next ports, or share it.
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
@@ -62,6 +65,7 @@ class StackRequest:
     apart: bool = False
     share_port: Path | None = None
     tiers: tuple[TierSpec, ...] = ()
+    colocated: int = 0
 
     @property
     def named_tiers(self) -> tuple[tuple[str, TierSpec], ...]:
@@ -70,6 +74,35 @@ class StackRequest:
             return tuple((tier.name, tier) for tier in self.tiers)
         assert self.pair is not None, "a stack needs a pair or tiers"
         return (("", TierSpec(DEFAULT_TIER, str(self.pair.resolve()), self.decode)),)
+
+    @property
+    def default_tier(self) -> tuple[str, TierSpec]:
+        """The default tier, with its name in ``DecodeConfig.tier``."""
+        tiers = self.named_tiers
+        name = default_tier([tier.name for _, tier in tiers], self.settings.get("default_tier") or "")
+        # The router reports a default tier that does not exist.
+        return next((named for named in tiers if named[1].name == name), tiers[0])
+
+    @property
+    def expected_tiers(self) -> tuple[TierSpec, ...]:
+        """The tiers as routers know them: with the number of workers that decode, those with both stages included."""
+        _, default = self.default_tier
+        return with_colocated([tier for _, tier in self.named_tiers], default.name, self.colocated)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Workers to plan, of one kind and tier.
+
+    Attributes:
+        name: their ids without the number.
+        settings: what they have beside the settings of all workers.
+    """
+
+    kind: WorkerKind
+    name: str
+    count: int
+    settings: dict[str, Any]
 
 
 def make_plan(request: StackRequest) -> StackPlan:
@@ -80,89 +113,116 @@ def make_plan(request: StackRequest) -> StackPlan:
             setting, or the host is open to other machines without certificates or API keys.
         CertificatesError: the folder lacks a certificate.
     """
-    tiers, prefill = request.named_tiers, request.prefill
-    decode = sum(tier.count for _, tier in tiers)
-    settings = dict(request.settings) | {"pair": _default_pair(request)}
+    settings = dict(request.settings) | {"pair": request.default_tier[1].pair}
     of_router, of_worker = (_certificates(request.tls, settings, role) for role in (Role.ROUTER, Role.WORKER))
     _check_host(settings.get("host") or "127.0.0.1", settings | of_router)
     first_metrics = settings.pop("metrics_port", None)
-    metrics = _metrics_ports(first_metrics, request.routers + prefill + decode)
-    routers = _routers(
-        request, settings | of_router | {"expect_prefill": prefill, "expect_decode": decode}, first_metrics, metrics
-    )
-    host = routers[0].host
-    workers = (
-        settings
-        | of_worker
-        | {
-            "routers": ",".join(StackPlan(routers, (), ()).join_addresses),
-            "threads": request.threads,
-            "advertise": None if reachable(host) == host else reachable(host),
-        }
-    )
-    # Divide all cores within each stage, because the stages are rarely busy at the same time, and waiting engine
-    # threads sleep. If workers may run on several machines, divide them among all workers.
-    shares = [
-        {"threads": threads_per_worker(prefill + decode if request.apart else count)} for count in (prefill, decode)
+    pools = _pools(request, settings)
+    metrics = _metrics_ports(first_metrics, request.routers + sum(pool.count for pool in pools))
+    routers = _routers(request, pools, settings | of_router, first_metrics, metrics)
+    of_stack = _of_every_worker(request, routers)
+    workers = [
+        PlannedWorker(
+            pool.kind,
+            _configure(
+                pool.kind.settings,
+                settings
+                | of_worker
+                | of_stack
+                | pool.settings
+                | {"worker_id": f"{pool.name}-{index}", "metrics_port": next(metrics)},
+                {"threads": _threads(request, pools, pool.kind)},
+            ),
+        )
+        for pool in pools
+        for index in range(pool.count)
     ]
-    prefill_kind, decode_kind = (MockPrefillConfig, MockDecodeConfig) if request.mock else (PrefillConfig, DecodeConfig)
-    of_tiers = [worker_settings(tier, decode_kind) for _, tier in tiers]
+    operator = None if request.tls is None else _client_tls(role_files(request.tls.absolute(), Role.OPERATOR))
+    return _with_formats(StackPlan(routers, tuple(workers), request.mock, operator), request)
+
+
+def _pools(request: StackRequest, settings: Mapping[str, Any]) -> list[_Pool]:
+    """Returns the pools, each with the engine and the settings that its stage or tier chooses for itself."""
+    kinds = MOCK_KINDS if request.mock else REAL_KINDS
+    colocated, prefill, decode = kinds["worker"], kinds["prefill"], kinds["decode"]
+    tiers = request.named_tiers
+    of_tiers = [worker_settings(tier, decode.settings) for _, tier in tiers]
     of_prefill, *engines = _engines(
         settings.get("prefill_engine"), *(own.get("engine", settings.get("decode_engine")) for own in of_tiers)
     )
-    prefill_workers = tuple(
-        _configure(
-            prefill_kind,
-            workers | of_prefill | {"worker_id": f"prefill-{i}", "metrics_port": next(metrics)},
-            shares[0],
-        )
-        for i in range(prefill)
-    )
-    decode_workers = [
-        [
-            _configure(
-                decode_kind,
-                workers
-                | engine
-                | own
-                | {
-                    "pair": tier.pair,
-                    "tier": name or None,
-                    "worker_id": f"decode-{name}-{i}" if name else f"decode-{i}",
-                    "metrics_port": next(metrics),
-                },
-                shares[1],
+    name, default = request.default_tier
+    of_colocated: dict[str, Any] = worker_settings(default, colocated.settings) | tier_objectives(default)
+    if request.prefill or any(tier.count for _, tier in tiers):
+        of_colocated["engine_args"] = None  # they are for the other workers
+    return [
+        _Pool(
+            colocated,
+            colocated.name,
+            request.colocated,
+            of_colocated | {"pair": default.pair, "tier": name or None},
+        ),
+        _Pool(prefill, prefill.name, request.prefill, of_prefill),
+        *(
+            _Pool(
+                decode,
+                f"{decode.name}-{name}" if name else decode.name,
+                tier.count,
+                engine | own | {"pair": tier.pair, "tier": name or None},
             )
-            for i in range(tier.count)
-        ]
-        for (name, tier), engine, own in zip(tiers, engines, of_tiers, strict=True)
+            for (name, tier), engine, own in zip(tiers, engines, of_tiers, strict=True)
+        ),
     ]
-    # Workers may have these settings from the file or a variable, and routers refuse workers that differ from the tier.
-    formats = [of_tier[0].decoder_settings for of_tier in decode_workers]
-    if request.tiers or "quantize" in formats[0]:
-        told = tuple(
-            replace(tier, settings={**tier.settings, **format})
-            for (_, tier), format in zip(tiers, formats, strict=True)
-        )
-        routers = tuple(router.model_copy(update={"decoders": told}) for router in routers)
-    return StackPlan(
-        routers,
-        prefill_workers,
-        tuple(itertools.chain(*decode_workers)),
-        request.mock,
-        None if request.tls is None else _client_tls(role_files(request.tls.absolute(), Role.OPERATOR)),
-    )
 
 
-def _default_pair(request: StackRequest) -> str:
-    """The pair of the default tier, which prefill workers and routers load; they use its full model and tokenizer."""
-    tiers = {tier.name: tier.pair for _, tier in request.named_tiers}
-    # The router reports a default tier that does not exist.
-    return tiers.get(default_tier([*tiers], request.settings.get("default_tier") or ""), next(iter(tiers.values())))
+def _members(pools: Sequence[_Pool], stage: WorkerStage) -> int:
+    """The number of workers that have the stage."""
+    return sum(pool.count for pool in pools if stage in pool.kind.stages)
+
+
+def _threads(request: StackRequest, pools: Sequence[_Pool], kind: WorkerKind) -> int:
+    """The CPU threads of a worker of this kind, unless they are set.
+
+    All cores are divided within each stage, because the stages are rarely busy at the same time, and waiting engine
+    threads sleep. If workers may run on several machines, the cores are divided among all workers.
+    """
+    sharing = [sum(pool.count for pool in pools)] if request.apart else [_members(pools, one) for one in kind.stages]
+    return threads_per_worker(max(sharing))
+
+
+def threads_per_worker(workers: int) -> int:
+    """Returns an equal share of this machine's cores for each of ``workers``, which run at the same time."""
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def _of_every_worker(request: StackRequest, routers: tuple[RouterConfig, ...]) -> dict[str, Any]:
+    """Returns the settings that every worker of the stack has: the routers that it joins, and its own place."""
+    host = routers[0].host
+    return {
+        "routers": ",".join(StackPlan(routers, ()).join_addresses),
+        "threads": request.threads,
+        "advertise": None if reachable(host) == host else reachable(host),
+    }
+
+
+def _with_formats(plan: StackPlan, request: StackRequest) -> StackPlan:
+    """Returns the plan with routers that know the formats in which each tier's workers run its decoder.
+
+    Workers may have these settings from the file or a variable, and routers refuse workers that differ from the tier.
+    """
+    formats = {tier.name: plan.of_tier(tier.name)[0].decoder_settings for tier in request.expected_tiers}
+    if not request.tiers and all("quantize" not in format for format in formats.values()):
+        return plan
+    told = tuple(replace(tier, settings={**tier.settings, **formats[tier.name]}) for tier in request.expected_tiers)
+    routers = tuple(router.model_copy(update={"decoders": told}) for router in plan.routers)
+    return replace(plan, routers=routers)
 
 
 def _routers(
-    request: StackRequest, settings: dict[str, Any], first_metrics: str | None, metrics: Iterator[str | None]
+    request: StackRequest,
+    pools: Sequence[_Pool],
+    settings: dict[str, Any],
+    first_metrics: str | None,
+    metrics: Iterator[str | None],
 ) -> tuple[RouterConfig, ...]:
     """Returns the settings of the routers, with a port each or a shared one. Raises click.UsageError."""
     shared = 1 if request.share_port is None else request.routers  # routers per port
@@ -174,17 +234,22 @@ def _routers(
     if request.http != "off":
         https = range(request.http, request.http + places) if request.http else free[places : 2 * places]
     joins = [0] * request.routers if request.share_port is None else free[2 * places :]
-    processes = request.routers + settings["expect_prefill"] + settings["expect_decode"]
+    processes = request.routers + sum(pool.count for pool in pools)
     _check_apart(
         ("--grpc", request.port, places),
         ("--http", request.http, places),
         ("--metrics-port", first_metrics, processes),
     )
+    tiers = request.expected_tiers if request.tiers else ()
     configs = tuple(
         _configure(
             RouterConfig,
             settings
-            | {"decoders": _tiers_text(request.tiers), "share_port": request.share_port}
+            | {"expect_prefill": _members(pools, "prefill"), "expect_decode": _members(pools, "decode")}
+            | {
+                "decoders": _tiers_text(tiers),
+                "share_port": request.share_port,
+            }
             | {"port": p, "http": h, "metrics_port": next(metrics), "join_port": join},
         )
         for p, h, join in zip([*ports] * shared, [*https] * shared, joins, strict=True)

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from overfill.model.manifest import Pair, check_family
-from overfill.settings.config import DecodeConfig
+from overfill.settings.config import WorkerConfig
 from overfill.settings.config_file import field_name, flag_name, nearest
 from overfill.settings.tiers import ROUTER_SETTINGS, TierSpec
 from overfill.telemetry.progress import Report
@@ -22,7 +22,7 @@ _MANAGED = {"config", "pair", "tier", "worker_id", "routers", "port", "advertise
 """Settings of decode workers that differ between the workers of a tier, or that the tier itself sets."""
 
 
-def worker_settings(tier: TierSpec, kind: type[DecodeConfig]) -> dict[str, str]:
+def worker_settings(tier: TierSpec, kind: type[WorkerConfig]) -> dict[str, str]:
     """Returns field -> value for the settings of a tier that its decode workers read.
 
     Raises:
@@ -35,6 +35,28 @@ def worker_settings(tier: TierSpec, kind: type[DecodeConfig]) -> dict[str, str]:
             known = (*ROUTER_SETTINGS, MAX, *map(flag_name, fields))
             raise click.UsageError(f"--decoder {tier.name}: {name}: a tier has no such setting; {nearest(name, known)}")
     return {field_name(name): tier.settings[name] for name in names}
+
+
+def tier_objectives(tier: TierSpec) -> dict[str, str]:
+    """Returns the tier's own objectives, as settings of workers with both stages."""
+    names = ("ttft-objective", "itl-objective")
+    return {field_name(name): tier.settings[name] for name in names if name in tier.settings}
+
+
+def with_colocated(tiers: Sequence[TierSpec], default: str, colocated: int) -> tuple[TierSpec, ...]:
+    """Returns the tiers with ``colocated`` more workers in the default one.
+
+    Raises:
+        click.UsageError: a tier has no worker.
+    """
+    counted = tuple(replace(tier, count=tier.count + colocated) if tier.name == default else tier for tier in tiers)
+    for tier in counted:
+        if tier.count < 1:
+            raise click.UsageError(
+                f"--decoder {tier.name}: the number of decode workers must be at least 1, got 0; only the default tier "
+                "may have none, with --colocated"
+            )
+    return counted
 
 
 def max_workers(tier: TierSpec) -> int | None:

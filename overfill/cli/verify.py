@@ -221,9 +221,9 @@ def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:
     Args:
         pairs: tier -> its pair. All have the same full model.
     """
-    if unreachable := [w.id for w in status.workers if w.process is None]:
+    if unreachable := dict.fromkeys(w.id for w in status.workers if w.process is None):
         raise CannotVerify(f"{', '.join(unreachable)} does not answer, so its model is unknown; see `overfill status`")
-    workers = Counter(_tier_of(w) for w in status.workers if w.process is not None and w.process.stage == "decode")
+    workers = Counter(_tier_of(w) for w in status.workers if w.process is not None and w.stage == "decode")
     if not workers:
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
     if others := sorted(workers.keys() - pairs.keys()):
@@ -244,7 +244,7 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
     process = worker.process
     if process is None or process.kv is None or process.model is None:
         raise CannotVerify(f"{worker.id} does not report its model")
-    is_decode = process.stage == "decode"
+    is_decode = worker.stage == "decode"
     cache_dtype = process.model.kv_cache_dtype
     if process.kv.dtype != "float32" or cache_dtype or (is_decode and process.codec != "raw"):
         codec = f", {process.codec} codec" if is_decode else ""

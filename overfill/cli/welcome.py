@@ -11,14 +11,13 @@ from rich.rule import Rule
 from rich.text import Text
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
-from overfill.cli.stack import StackPlan
-from overfill.settings.config import WorkerConfig
+from overfill.cli.stack_plan import PlannedPool, StackPlan
 
 _BOX_WIDTH = 80  # characters, at most
 
 
 def welcome(
-    out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[str | None], str]
+    out: Console, plan: StackPlan, addresses: Sequence[str], describe_workers: Callable[[PlannedPool], str]
 ) -> None:
     """Prints addresses, workers and example commands. A command stays on one line, so that it can be copied."""
     first = addresses[0]
@@ -37,14 +36,7 @@ def welcome(
         rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
     if not plan.named_tiers:
         rows.append(("pair", plan.routers[0].pair))
-    rows.append(("prefill", _workers(describe_workers(None), plan.prefill[0])))
-    if plan.named_tiers:
-        for tier in plan.tiers:
-            text = _workers(describe_workers(tier.name), plan.tier_workers(tier.name)[0])
-            is_default = " (default)" if tier is plan.tiers[0] else ""
-            rows.append(("tier" if tier is plan.tiers[0] else "", f"{tier.name}{is_default}: {tier.pair}: {text}"))
-    else:
-        rows.append(("decode", _workers(describe_workers(plan.tiers[0].name), plan.decode[0])))
+    rows += _worker_rows(plan, describe_workers)
     rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
     if plan.named_tiers:
         rows.append(("", f'{key}overfill generate{option} --tier {plan.tiers[-1].name} "Why is the sky blue?"'))
@@ -60,9 +52,24 @@ def welcome(
     out.print(Rule(), width=width)
 
 
-def _workers(names: str, config: WorkerConfig) -> str:
+def _worker_rows(plan: StackPlan, describe: Callable[[PlannedPool], str]) -> list[tuple[str, str]]:
+    """Returns a row per pool, or with named tiers a row for prefill workers and one per tier, the default one first."""
+    pools = [(pool, f"{describe(pool)} ({_each(pool)})") for pool in plan.pools]
+    if not plan.named_tiers:
+        return [(pool.kind.name, text) for pool, text in pools]
+    rows = [(pool.kind.name, text) for pool, text in pools if pool.tier is None]
+    for tier in plan.tiers:
+        first = tier is plan.tiers[0]
+        workers = ", ".join(text for pool, text in pools if pool.tier == tier.name)
+        rows.append(("tier" if first else "", f"{tier.name}{' (default)' if first else ''}: {tier.pair}: {workers}"))
+    return rows
+
+
+def _each(pool: PlannedPool) -> str:
+    config = pool.config
+    stages = "both stages, " if len(pool.kind.stages) > 1 else ""
     given = "".join(f"{text}, " for text in (config.engine, config.dtype) if text not in (None, "auto"))
-    return f"{names} ({given}CPU threads each: {config.threads})"
+    return f"{stages}{given}CPU threads each: {config.threads}"
 
 
 def _curl(plan: StackPlan, base: str) -> str:

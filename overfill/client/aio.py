@@ -11,7 +11,7 @@ import grpc
 
 from overfill.client import traces
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
-from overfill.client.concurrency import AsyncChannels, AsyncResponses, run_as_tasks
+from overfill.client.concurrency import AsyncChannels, AsyncResponses, CallCancelled, async_response, run_as_tasks
 from overfill.client.failover import AddressFailover
 from overfill.client.requests import (
     Message,
@@ -100,6 +100,8 @@ class AsyncStream(AsyncIterator[Delta]):
 
     def _fail_over(self, error: grpc.RpcError) -> OverfillError | None:
         """Ask the next router for the rest of the answer, and return None; or return the error to raise."""
+        if isinstance(error, CallCancelled):
+            return RequestCancelled("the client is closed")
         failure = self._failover.next_address_or_error(error)
         if failure is not None:
             return failure
@@ -287,7 +289,9 @@ class AsyncClient:
         failover = AddressFailover(self._addresses, timeout, shared=True)
         while True:
             try:
-                return await start(failover.address, failover.timeout())
+                return await async_response(start(failover.address, failover.timeout()))
+            except CallCancelled:
+                raise RequestCancelled("the client is closed") from None
             except grpc.RpcError as error:
                 failure = failover.next_address_or_error(error)
                 if failure is not None:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class CallCancelled(grpc.RpcError):
-    """This client cancelled the call that it reads from."""
+    """This client cancelled the call that it waits for: the request was cancelled, or the client was closed."""
 
 
 class AsyncResponses:
@@ -25,23 +25,26 @@ class AsyncResponses:
 
     def __init__(self, call: Any) -> None:
         self._call = call
-        self._cancelled = False
 
     async def read(self) -> Any | None:
         """The next response; None at the end of the stream. Raises grpc.RpcError."""
-        try:
-            response = await self._call.read()
-        except asyncio.CancelledError:
-            # gRPC raises CancelledError when the call was cancelled, and when the awaiting task was.
-            if self._cancelled and not _task_is_cancelled():
-                raise CallCancelled from None
-            raise
+        response = await async_response(self._call.read())
         return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
 
     def cancel(self) -> None:
         """Cancel the call."""
-        self._cancelled = True
         self._call.cancel()
+
+
+async def async_response(operation: Awaitable[T]) -> T:
+    """The result of ``operation``, a gRPC call or a read from one. Raises grpc.RpcError."""
+    try:
+        return await operation
+    except asyncio.CancelledError:
+        # gRPC raises CancelledError when the call was cancelled, and when the awaiting task was.
+        if _task_is_cancelled():
+            raise
+        raise CallCancelled from None
 
 
 class Responses:
@@ -57,6 +60,11 @@ class Responses:
     def cancel(self) -> None:
         """Cancel the call; any thread may do so."""
         self._call.cancel()
+
+
+def response(result: T) -> T:
+    """``result``: a blocking call has its response already."""
+    return result
 
 
 class AsyncChannels(dict[str, grpc.aio.Channel]):

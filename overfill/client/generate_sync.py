@@ -16,6 +16,7 @@ _HEADER = "# Generated from aio.py by generate_sync.py. Change aio.py, then run 
 _PHRASES = {
     "The SDK for asyncio.": "The SDK for threads.",
     "import AsyncIterator, Callable,": "import Callable, Iterator,",
+    "AsyncChannels, AsyncResponses, CallCancelled": "CallCancelled, Channels, Responses",  # as ruff sorts them
     "AsyncChannels(tls)": "Channels(self._addresses, tls)",
     "for one event loop": "safe to share between threads",
     "an async context manager": "a context manager",
@@ -28,6 +29,7 @@ _WORDS = {
     r"__a(?=enter__|exit__|next__)": "__",
     r"Async(?=Channels|Client|Iterator|Responses|Stream)": "",
     r"StopAsyncIteration": "StopIteration",
+    r"async_response": "response",
     r"run_as_tasks": "run_in_threads",
 }
 """Replacement of each regular expression."""

@@ -12,7 +12,7 @@ import grpc
 
 from overfill.client import traces
 from overfill.client.answers import Accepted, Answer, AnswerBuilder, Delta
-from overfill.client.concurrency import Channels, Responses, run_in_threads
+from overfill.client.concurrency import CallCancelled, Channels, Responses, response, run_in_threads
 from overfill.client.failover import AddressFailover
 from overfill.client.requests import (
     Message,
@@ -101,6 +101,8 @@ class Stream(Iterator[Delta]):
 
     def _fail_over(self, error: grpc.RpcError) -> OverfillError | None:
         """Ask the next router for the rest of the answer, and return None; or return the error to raise."""
+        if isinstance(error, CallCancelled):
+            return RequestCancelled("the client is closed")
         failure = self._failover.next_address_or_error(error)
         if failure is not None:
             return failure
@@ -288,7 +290,9 @@ class Client:
         failover = AddressFailover(self._addresses, timeout, shared=True)
         while True:
             try:
-                return start(failover.address, failover.timeout())
+                return response(start(failover.address, failover.timeout()))
+            except CallCancelled:
+                raise RequestCancelled("the client is closed") from None
             except grpc.RpcError as error:
                 failure = failover.next_address_or_error(error)
                 if failure is not None:

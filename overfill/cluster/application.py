@@ -44,7 +44,7 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
 
 def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
     """Returns the arguments of ``serve.deployment(...).options`` for the deployment ``name``."""
-    pool = spec.pools[name]
+    pool = spec.pools[name].spec
     options: dict[str, Any] = {
         "name": name,
         "ray_actor_options": {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from overfill.cluster.spec import DECODE, PREFILL, ROUTER
+from overfill.cluster.spec import PREFILL, ROUTER, decode_tier
 from overfill.routing.capacity import StepCost
 from overfill.routing.scaling import INTERVAL, Bounds, PoolState, Scaler, ScalingConfig
 from overfill.routing.signals import SignalReader
@@ -106,8 +106,7 @@ def latest(metrics: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, floa
 
 def _decode_pools(pools: Mapping[str, Any]) -> dict[str, str]:
     """Returns tier -> name of its deployment: ``decode``, or ``decode-TIER`` where tiers are named."""
-    names = {name: name.removeprefix(DECODE).removeprefix("-") for name in pools if name.startswith(DECODE)}
-    return {tier or DEFAULT_TIER: name for name, tier in names.items()}
+    return {tier or DEFAULT_TIER: name for name in pools if (tier := decode_tier(name)) is not None}
 
 
 def _bounds(context: Any) -> Bounds:
@@ -116,4 +115,4 @@ def _bounds(context: Any) -> Bounds:
 
 def _with_starting(state: PoolState, context: Any) -> PoolState:
     """Returns ``state`` with the replicas that Serve has requested but no router knows yet counted as starting."""
-    return replace(state, starting=max(0, context.target_num_replicas - state.ready))
+    return replace(state, starting=max(0, context.target_num_replicas - round(state.ready - state.colocated)))

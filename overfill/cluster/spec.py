@@ -5,30 +5,44 @@ Plain data, checked here. Knows nothing about Ray; ``application.py`` makes a Se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import is_wildcard
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.renamed import rename_fields
 from overfill.settings.tiers import TierSpec, check_tier_name, default_tier
+from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
 """Default name of the Serve application."""
 
-ROUTER, PREFILL, DECODE = "router", "prefill", "decode"
+ROUTER, PREFILL, DECODE, COLOCATED = "router", "prefill", "decode", "worker"
 """Names of the deployments. With several tiers, each has a deployment ``decode-TIER`` instead of ``decode``."""
+
+
+def decode_deployment(tier: str) -> str:
+    """Returns the name of the deployment of a tier's decode workers; the tier is empty with one pair."""
+    return f"{DECODE}-{tier}" if tier else DECODE
+
+
+def decode_tier(deployment: str) -> str | None:
+    """Returns the tier of a deployment of decode workers, empty with one pair; None for other deployments."""
+    name, _, tier = deployment.partition("-")
+    return tier if name == DECODE else None
+
 
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a replica has to exit before Ray kills it."""
 
-_FIELDS = {*RouterConfig.model_fields, *MockPrefillConfig.model_fields, *MockDecodeConfig.model_fields}
+_FIELDS = {
+    name for kind in (RouterConfig, *(kind.settings for kind in MOCK_KINDS.values())) for name in kind.model_fields
+}
 
 Settings = Annotated[
     dict[str, str | int | float | bool], AfterValidator(lambda settings: rename_fields(settings, _FIELDS))
@@ -110,15 +124,23 @@ class RouterSpec(PoolSpec):
         return self
 
 
+class ColocatedPool(PoolSpec):
+    """Specification of the workers with both stages. They decode in the default tier, and their number is fixed."""
+
+    stages: Literal["both"] = "both"
+
+
 class TierPool(PoolSpec):
     """Specification of a tier: a decoder, and the deployment of its decode workers.
 
     Attributes:
+        replicas: as in ``PoolSpec``; 0 if only workers with both stages decode in the tier.
         pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
         fallback: tier in which answers go on when this one has no worker left; empty means that they wait.
         ttft_objective, itl_objective: objectives of this tier, in seconds; None means the routers'.
     """
 
+    replicas: int = Field(default=1, ge=0)
     pair: str
     fallback: str = ""
     ttft_objective: float | None = Field(default=None, gt=0)
@@ -136,12 +158,27 @@ class TierPool(PoolSpec):
         return tier
 
 
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One deployment.
+
+    Attributes:
+        kind: kind of the workers; None for routers.
+        tier: tier in which they decode; empty with one pair, and for those that do not decode.
+    """
+
+    spec: PoolSpec
+    kind: WorkerKind | None = None
+    tier: str = ""
+
+
 class StackSpec(_Model):
     """Specification of a whole stack.
 
     Attributes:
         pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
         decoders: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
+        worker: workers with both stages. With them, ``prefill`` and ``decode`` have deployments only if they are given.
         mock: run workers that compute nothing (``services.mock``), for trials of everything else.
         settings: settings for all deployments that have them.
         log_dir: folder for one log file per replica; None means Ray's log.
@@ -157,52 +194,96 @@ class StackSpec(_Model):
     health_check_period: float = Field(default=2.0, gt=0)
     health_check_timeout: float = Field(default=10.0, gt=0)
     router: RouterSpec = Field(default_factory=RouterSpec)
-    prefill: PoolSpec = Field(default_factory=PoolSpec)
-    decode: PoolSpec = Field(default_factory=PoolSpec)
+    worker: ColocatedPool | None = None
+    prefill: PoolSpec | None = None
+    decode: PoolSpec | None = None
     decoders: dict[str, TierPool] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_pools(cls, data: Any) -> Any:
+        """Without workers of both stages, each stage has a deployment."""
+        if not isinstance(data, Mapping) or data.get("worker") is not None:
+            return data
+        return {"prefill": {}, **({} if data.get("decoders") else {"decode": {}}), **data}
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         if self.decoders and (given := sorted({"pair", "decode"} & self.model_fields_set)):
             raise ValueError(f"decoders: each has its own pair and replicas: remove {' and '.join(given)}")
-        known = {*RouterConfig.model_fields, *self._prefill_kind().model_fields, *self._decode_kind().model_fields}
-        if unknown := sorted(self.settings.keys() - known):
+        if self.worker is not None:
+            self._check_colocated()
+        fields = [kind.settings.model_fields for kind in self._kinds.values()]
+        if unknown := sorted(self.settings.keys() - {*RouterConfig.model_fields}.union(*fields)):
             raise ValueError(
                 f"settings: {', '.join(unknown)}: no service has such a setting; see `overfill config show`"
             )
+        for stage in ("prefill", "decode"):
+            if not self._members(stage):
+                raise ValueError(f"{stage}: no worker has this stage; give the section, or `worker`")
         self.router_config()
         for name in self.pools.keys() - {ROUTER}:
             self.worker_config(name)
         return self
 
+    def _check_colocated(self) -> None:
+        if scaled := sorted(name for name, pool in self.pools.items() if pool.spec.max_replicas is not None):
+            raise ValueError(
+                f"worker: a stack of workers with both stages has a fixed number of replicas: remove max_replicas of "
+                f"{' and '.join(scaled)}, or `worker`"
+            )
+
     @property
-    def pools(self) -> dict[str, PoolSpec]:
+    def pools(self) -> dict[str, Pool]:
         """Deployments by name."""
-        decoders: dict[str, PoolSpec] = {f"{DECODE}-{name}": pool for name, pool in self.decoders.items()}
-        return {ROUTER: self.router, PREFILL: self.prefill, **(decoders or {DECODE: self.decode})}
+        pools = {ROUTER: Pool(self.router)}
+        given: list[tuple[str, str, PoolSpec | None]] = [
+            (COLOCATED, self._default_tier, self.worker), (PREFILL, "", self.prefill), (DECODE, "", self.decode),
+            *((DECODE, tier, pool) for tier, pool in self.decoders.items() if pool.replicas),
+        ]  # fmt: skip
+        for kind, tier, spec in given:
+            if spec is not None:
+                name = decode_deployment(tier) if kind == DECODE else kind
+                pools[name] = Pool(spec, self._kinds[kind], tier)
+        return pools
+
+    def _members(self, stage: WorkerStage) -> int:
+        """The initial number of workers that have the stage."""
+        return sum(pool.spec.replicas for pool in self.pools.values() if pool.kind and stage in pool.kind.stages)
 
     @property
     def tiers(self) -> tuple[TierSpec, ...]:
         """The tiers as routers read them; empty with one pair, unless its decoder is loaded in another format."""
-        named = self.decoders or {"": TierPool(pair=self.pair, replicas=self.decode.replicas)}
         tiers = []
-        for name, pool in named.items():
-            tier = pool.tier(name or DEFAULT_TIER)
+        for name, pool in (self.decoders or {"": TierPool(pair=self.pair)}).items():
+            decoding = {key: one for key, one in self.pools.items() if decodes(one) and one.tier == name}
+            if not decoding:
+                raise ValueError(
+                    f"decoders.{name}.replicas: at least 1; only the default tier may have none, with `worker`"
+                )
+            count = sum(one.spec.replicas for one in decoding.values())
+            tier = replace(pool.tier(name or DEFAULT_TIER), count=count)
             # Shared settings count too; routers refuse workers that have others than the tier.
-            format = self.decode_config(tier=name).decoder_settings
+            config = self.worker_config(next(iter(decoding)))
+            format = config.decoder_settings if isinstance(config, DecodeConfig) else {}
             if name or "quantize" in format:
                 tiers.append(replace(tier, settings={**tier.settings, **format}))
         return tuple(tiers)
 
     @property
-    def default_pair(self) -> str:
-        """The default tier's pair, of which prefill workers and routers use the full model and the tokenizer."""
+    def _default_tier(self) -> str:
+        """Name of the default tier; empty with one pair."""
         if not self.decoders:
-            return self.pair
+            return ""
         settings = self.settings | self.router.settings
         name = default_tier([*self.decoders], str(settings.get("default_tier", "")))
         # The router's settings report a default tier that does not exist.
-        return self.decoders.get(name, next(iter(self.decoders.values()))).pair
+        return name if name in self.decoders else next(iter(self.decoders))
+
+    @property
+    def default_pair(self) -> str:
+        """The default tier's pair, of which prefill workers and routers use the full model and the tokenizer."""
+        return self.decoders[self._default_tier].pair if self.decoders else self.pair
 
     def with_pairs(self, resolve: Callable[[str], str]) -> StackSpec:
         """Returns the specification with each pair replaced by ``resolve(pair)``."""
@@ -214,7 +295,7 @@ class StackSpec(_Model):
     @property
     def scales(self) -> bool:
         """True if the size of a pool may change."""
-        return any(pool.max_replicas is not None for pool in self.pools.values())
+        return any(pool.spec.max_replicas is not None for pool in self.pools.values())
 
     @property
     def grace_period(self) -> float:
@@ -230,8 +311,8 @@ class StackSpec(_Model):
         """
         own = self._metrics_host(self.router, node_ip) | {
             "port": self.router.ports[index],
-            "expect_prefill": self.prefill.replicas,
-            "expect_decode": sum(pool.replicas for name, pool in self.pools.items() if name.startswith(DECODE)),
+            "expect_prefill": self._members("prefill"),
+            "expect_decode": self._members("decode"),
             "pair": self.default_pair,
             "decoders": ";".join(map(str, self.tiers)) or None,
         }
@@ -239,26 +320,17 @@ class StackSpec(_Model):
             own["http"] = self.router.http_ports[index]
         return self._configure(RouterConfig, self.router, own)
 
-    def worker_config(self, deployment: str, worker: WorkerPlace = ANYWHERE) -> PrefillConfig | DecodeConfig:
+    def worker_config(self, deployment: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
         """Returns the settings of a worker of ``deployment``. Raises ValueError naming a wrong setting."""
-        if deployment == PREFILL:
-            return self.prefill_config(worker)
-        return self.decode_config(worker, deployment.removeprefix(DECODE).removeprefix("-"))
-
-    def prefill_config(self, worker: WorkerPlace = ANYWHERE) -> PrefillConfig:
-        """Returns the settings of a prefill worker. Raises ValueError naming a wrong setting."""
-        own = self._placed(self.prefill, worker) | {"pair": self.default_pair}
-        return self._configure(self._prefill_kind(), self.prefill, own)
-
-    def decode_config(self, worker: WorkerPlace = ANYWHERE, tier: str = "") -> DecodeConfig:
-        """Returns the settings of a decode worker of ``tier``, which is empty with one pair. Raises ValueError."""
-        if not tier:
-            own = self._placed(self.decode, worker) | {"pair": self.pair}
-            return self._configure(self._decode_kind(), self.decode, own)
-        pool = self.decoders[tier]
-        return self._configure(
-            self._decode_kind(), pool, self._placed(pool, worker) | {"pair": pool.pair, "tier": tier}
-        )
+        pool = self.pools[deployment]
+        assert pool.kind is not None, "routers are no workers"
+        own = self._placed(pool.spec, worker) | {"pair": self.default_pair}
+        if pool.tier:
+            tier = self.decoders[pool.tier]
+            objectives = {"ttft_objective": tier.ttft_objective, "itl_objective": tier.itl_objective}
+            own |= {"pair": tier.pair, "tier": pool.tier}
+            own |= {name: value for name, value in objectives.items() if name in pool.kind.settings.model_fields}
+        return self._configure(pool.kind.settings, pool.spec, own)
 
     def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:
         settings = self.settings | pool.settings
@@ -272,12 +344,15 @@ class StackSpec(_Model):
         settings = self.settings | pool.settings
         return {"metrics_host": node_ip} if is_wildcard(str(settings.get("metrics_host", ""))) else {}
 
-    def _prefill_kind(self) -> type[PrefillConfig]:
-        return MockPrefillConfig if self.mock else PrefillConfig
-
-    def _decode_kind(self) -> type[DecodeConfig]:
-        return MockDecodeConfig if self.mock else DecodeConfig
+    @property
+    def _kinds(self) -> Mapping[str, WorkerKind]:
+        return MOCK_KINDS if self.mock else REAL_KINDS
 
     def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object]) -> _Config:
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
-        return kind.of({**shared, **pool.settings, **own})
+        return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
+
+
+def decodes(pool: Pool) -> bool:
+    """True if the workers of the deployment decode."""
+    return pool.kind is not None and "decode" in pool.kind.stages

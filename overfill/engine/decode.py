@@ -79,19 +79,28 @@ class DecodeEngine:
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
-        running = sum(s.state is DecodeState.RUNNING for s in self._sequences.values())
-        waiting = len(self._sequences) - running
+        running = self.num_running
         return EngineLoad(
             self._prefix.num_used,
             self._pool.num_blocks,
             running,
-            waiting,
+            len(self._sequences) - running,
             blocks_cached=self._prefix.num_cached,
             prefix_tokens_looked_up=self._prefix.tokens_looked_up,
             prefix_tokens_found=self._prefix.tokens_found,
             blocks_reserved=sum(len(s.blocks) for s in self._sequences.values() if s.state is DecodeState.RECEIVING),
             blocks_leaked=self._prefix.num_leaked,
         )
+
+    @property
+    def num_running(self) -> int:
+        """Number of sequences that have their prompt's KV and their blocks."""
+        return sum(s.state is DecodeState.RUNNING for s in self._sequences.values())
+
+    def receiving(self, id: str) -> DecodeSequence | None:
+        """The sequence ``id`` if it has blocks and waits for its prompt's KV; else None."""
+        sequence = self._sequences.get(id)
+        return sequence if sequence is not None and sequence.state is DecodeState.RECEIVING else None
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""

@@ -1,16 +1,19 @@
-"""Loads a half of a pair into the engine that a worker was told to use."""
+"""Loads the half of a pair, or both halves, into the engine that a worker was told to use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from overfill.engine.build import EngineParts, build_engine_parts
+from overfill.engine.build import MEMORY_FRACTION, EngineParts, LoadedHalf, load_half, size_pools
 from overfill.engine.choice import choose_engine
+from overfill.engine.colocated import ColocatedEngine, ColocatedEvent, Turns
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
+from overfill.engine.sequence import DecodeEvent, PrefillEvent
+from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Half, Pair
@@ -34,21 +37,126 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         from overfill.engine.vllm.load import load_vllm
 
         return load_vllm(pair, half, options)
-    parts = build_engine_parts(
-        pair,
-        half,
-        dtype=options.dtype,
-        device=options.device,
-        block_size=options.block_size or DEFAULT_BLOCK_SIZE,
-        kv_memory=options.kv_memory,
-        max_model_len=options.max_model_len,
-        warm_tokens=options.max_num_batched_tokens if half == "full" else max(options.max_num_seqs, REPLAY_BUDGET),
-        max_num_seqs=options.max_num_seqs,
-        kv_cache_dtype=options.kv_cache_dtype,
+    parts = size_pools([_load_half(pair, half, options)], options.kv_memory, options.max_model_len)[0]
+    stage = _Stage(half, parts, parts.prefix_cache(options.prefix_cache), options)
+    return LoadedEngine(stage.served, stage.new_core)
+
+
+def load_colocated(
+    pair: Pair, full: EngineOptions, decoder: EngineOptions, memory_fraction: float = MEMORY_FRACTION
+) -> LoadedColocated:
+    """Loads both halves into one process. Divides the memory that is left between their KV caches.
+
+    Args:
+        full, decoder: options of the two halves. Those of the device, its memory and the sequences' length are equal.
+        memory_fraction: as in ``size_pools``.
+
+    Raises:
+        ValueError: an option differs that must be equal.
+        InvalidRequest, NotEnoughMemory, InvalidPair, UnsupportedModel: as in ``load_engine``.
+    """
+    for name in ("device", "dtype", "kv_memory", "max_model_len", "threads"):
+        if getattr(full, name) != getattr(decoder, name):
+            raise ValueError(f"{name} differs: {getattr(full, name)} and {getattr(decoder, name)}")
+    halves = [_load_half(pair, "full", full), _load_half(pair, "decoder", decoder)]
+    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction)
+    stages: list[tuple[Half, EngineOptions]] = [("full", full), ("decoder", decoder)]
+    return LoadedColocated(
+        *(
+            _Stage(half, of_half, of_half.prefix_cache(options.prefix_cache), options)
+            for (half, options), of_half in zip(stages, parts, strict=True)
+        )
     )
-    prefix = parts.prefix_cache(options.prefix_cache)
-    new_core = partial(_new_core, half, parts, prefix, options)
-    return LoadedEngine(served_half(parts, half, prefix), new_core)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A loaded half with its KV cache, for which any number of engines can be made one after the other."""
+
+    half: Half
+    parts: EngineParts
+    prefix: PrefixCache
+    options: EngineOptions
+
+    @property
+    def served(self) -> ServedHalf:
+        return served_half(self.parts, self.half, self.prefix)
+
+    def new_core(self, emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:
+        if self.half == "full":
+            assert isinstance(metrics, PrefillMetrics)
+            return self.new_prefill(emit, metrics)
+        assert isinstance(metrics, DecodeMetrics)
+        return self.new_decode(emit, metrics)
+
+    def new_prefill(
+        self, emit: Callable[[list[PrefillEvent]], None], metrics: PrefillMetrics | None = None
+    ) -> PrefillEngine:
+        parts, options = self.parts, self.options
+        return PrefillEngine(
+            *(parts.runner, parts.pool, options.max_num_batched_tokens, options.max_num_seqs),
+            *(emit, self.prefix, metrics),
+        )
+
+    def new_decode(
+        self, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics | None = None
+    ) -> DecodeEngine:
+        parts = self.parts
+        return DecodeEngine(
+            parts.runner, parts.pool, self.options.max_num_seqs, REPLAY_BUDGET, emit, self.prefix, metrics
+        )
+
+    def with_empty_pool(self) -> _Stage:
+        self.parts.runner.synchronize()
+        pool = self.parts.pool
+        parts = replace(self.parts, pool=BlockPool(pool.num_blocks, pool.block_size))
+        return replace(self, parts=parts, prefix=parts.prefix_cache(self.options.prefix_cache))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedColocated:
+    """Both halves of a pair, loaded into one process. Prefix caches outlive the engines that ``new_core`` makes."""
+
+    _full: _Stage
+    _decoder: _Stage
+
+    @property
+    def full(self) -> ServedHalf:
+        return self._full.served
+
+    @property
+    def decoder(self) -> ServedHalf:
+        return self._decoder.served
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of prompt and answer together, in either half."""
+        return min(self._full.parts.max_model_len, self._decoder.parts.max_model_len)
+
+    def new_core(
+        self,
+        emit_prefill: Callable[[list[PrefillEvent]], None],
+        emit_decode: Callable[[Sequence[ColocatedEvent]], None],
+        prefill_metrics: PrefillMetrics | None = None,
+        decode_metrics: DecodeMetrics | None = None,
+        ttft_objective: float | None = None,
+        itl_objective: float | None = None,
+    ) -> ColocatedEngine:
+        """Makes the engines; only one core may be in use at a time. ``Turns`` defines the objectives."""
+        return ColocatedEngine(
+            lambda emit: self._full.new_prefill(emit, prefill_metrics),
+            self._decoder.new_decode(emit_decode, decode_metrics),
+            self._full.parts.runner,
+            self._decoder.parts.runner,
+            self._full.parts.pair.layer_map,
+            Turns(self._full.options.max_num_batched_tokens, ttft_objective, itl_objective),
+            emit_prefill,
+            emit_decode,
+        )
+
+    def with_empty_pools(self) -> LoadedColocated:
+        """The same halves with new block pools and empty prefix caches, after an interrupt in the bookkeeping."""
+        return LoadedColocated(self._full.with_empty_pool(), self._decoder.with_empty_pool())
 
 
 def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHalf:
@@ -69,18 +177,15 @@ def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHa
     )
 
 
-def _new_core(
-    half: Half,
-    parts: EngineParts,
-    prefix: PrefixCache,
-    options: EngineOptions,
-    emit: Callable[[list[Any]], None],
-    metrics: EngineMetrics,
-) -> EngineCore:
-    if half == "full":
-        assert isinstance(metrics, PrefillMetrics)
-        return PrefillEngine(
-            parts.runner, parts.pool, options.max_num_batched_tokens, options.max_num_seqs, emit, prefix, metrics
-        )
-    assert isinstance(metrics, DecodeMetrics)
-    return DecodeEngine(parts.runner, parts.pool, options.max_num_seqs, REPLAY_BUDGET, emit, prefix, metrics)
+def _load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
+    return load_half(
+        pair,
+        half,
+        dtype=options.dtype,
+        device=options.device,
+        block_size=options.block_size or DEFAULT_BLOCK_SIZE,
+        max_model_len=options.max_model_len,
+        warm_tokens=options.max_num_batched_tokens if half == "full" else max(options.max_num_seqs, REPLAY_BUDGET),
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_dtype=options.kv_cache_dtype,
+    )

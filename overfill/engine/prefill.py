@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.runner import ModelRunner, SamplingSpec, Work
@@ -55,6 +55,9 @@ class PrefillEngine:
         max_num_seqs: maximum number of prompts that hold blocks.
         prefix: prefix cache on ``pool``. None means that a released prompt's KV is dropped.
         metrics: counters of steps; None disables them.
+
+    Attributes:
+        tokens_computed: prompt tokens of all steps so far.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class PrefillEngine:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._emit = emit
+        self.tokens_computed = 0
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
@@ -81,7 +85,7 @@ class PrefillEngine:
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``."""
-        uncomputed = sum(len(s.prompt) - s.computed for s in (*self._waiting, *self._running.values()))
+        uncomputed = sum(s.remaining for s in (*self._waiting, *self._running.values()))
         return EngineLoad(
             self._prefix.num_used,
             self._pool.num_blocks,
@@ -91,7 +95,7 @@ class PrefillEngine:
             self._prefix.num_cached,
             self._prefix.tokens_looked_up,
             self._prefix.tokens_found,
-            sum(self._pool.blocks_for(_remaining(s)) for s in self._running.values()),
+            sum(self._pool.blocks_for(s.remaining) for s in self._running.values()),
             self._prefix.num_leaked,
         )
 
@@ -110,21 +114,32 @@ class PrefillEngine:
     def handle(self, message: Submit | Release) -> None:
         match message:
             case Submit(sequence):
+                sequence.submitted = time.monotonic()
                 self._waiting.append(sequence)
             case Release(id):
                 self._release(id)
 
-    def step(self) -> bool:
-        """Computes one chunk of one or more prompts. Returns False when there is nothing to compute."""
-        scheduled = self._schedule()
+    def queue(self) -> Iterator[PrefillSequence]:
+        """The prompts that are not computed, oldest first."""
+        return (s for s in (*self._running.values(), *self._waiting) if not s.cancelled)
+
+    def step(self, max_tokens: int | None = None) -> bool:
+        """Computes one chunk of one or more prompts. Returns False when there is nothing to compute.
+
+        Args:
+            max_tokens: maximum number of prompt tokens in this step, where it is below ``max_num_batched_tokens``.
+        """
+        budget = self._max_num_batched_tokens
+        scheduled = self._schedule(budget if max_tokens is None else min(budget, max_tokens))
         if not scheduled:
             return False
         self._emit_events()
         started = time.monotonic()
         try:
             self._compute(scheduled)
+            tokens = sum(count for _, count in scheduled)
+            self.tokens_computed += tokens
             if self._metrics is not None:
-                tokens = sum(count for _, count in scheduled)
                 self._metrics.step(time.monotonic() - started, len(scheduled), tokens)
         except _Abandoned:
             self._runner.synchronize()
@@ -145,22 +160,21 @@ class PrefillEngine:
             self._emit(self._events)
             self._events = []
 
-    def _schedule(self) -> list[tuple[PrefillSequence, int]]:
+    def _schedule(self, budget: int) -> list[tuple[PrefillSequence, int]]:
         """Chooses the prompts of the next step, and the number of tokens of each."""
         self._admit()
         candidates = self._to_compute()
         if not candidates:
             return []
         oldest, *others = candidates
-        others.sort(key=_remaining)  # stable: among equals, the older one first
-        budget = self._max_num_batched_tokens
-        share = budget if not others or _remaining(oldest) <= budget else max(1, budget // 2)
-        counts = {oldest.id: min(share, _remaining(oldest))}
+        others.sort(key=lambda s: s.remaining)  # stable: among equals, the older one first
+        share = budget if not others or oldest.remaining <= budget else max(1, budget // 2)
+        counts = {oldest.id: min(share, oldest.remaining)}
         budget -= counts[oldest.id]
         for sequence in others:
-            counts[sequence.id] = min(budget, _remaining(sequence))
+            counts[sequence.id] = min(budget, sequence.remaining)
             budget -= counts[sequence.id]
-        counts[oldest.id] += min(budget, _remaining(oldest) - counts[oldest.id])
+        counts[oldest.id] += min(budget, oldest.remaining - counts[oldest.id])
         scheduled = [(s, counts[s.id]) for s in (oldest, *others) if counts[s.id]]
         for sequence, _ in scheduled:
             if not _started(sequence):
@@ -275,8 +289,3 @@ class PrefillEngine:
 def _started(sequence: PrefillSequence) -> bool:
     """True once a step has computed a token of the prompt."""
     return sequence.computed > sequence.cached_tokens
-
-
-def _remaining(sequence: PrefillSequence) -> int:
-    """Number of prompt tokens that are not computed."""
-    return len(sequence.prompt) - sequence.computed

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
+from typing_extensions import TypeVar
 
 from overfill.engine.sequence import EngineLoad
 from overfill.kv.handshake import KvIdentity
@@ -52,7 +53,19 @@ VLLM_GPU_SHARE = 0.01
 default, 0.92, lets one engine on a GPU."""
 
 
-class EngineCore(Protocol):
+class Load(Protocol):
+    """A snapshot of a core's load."""
+
+    def freed_capacity_since(self, other: Self, /) -> bool:
+        """True if capacity was freed since the snapshot ``other``."""
+        ...
+
+
+LoadT = TypeVar("LoadT", bound=Load, default=EngineLoad)
+_LoadT_co = TypeVar("_LoadT_co", bound=Load, default=EngineLoad, covariant=True)
+
+
+class EngineCore(Protocol[_LoadT_co]):
     """An engine that one thread drives. It emits lists of events from ``handle`` and from ``step``."""
 
     def handle(self, message: Any) -> None:
@@ -63,7 +76,7 @@ class EngineCore(Protocol):
         """Computes one step. Returns False when there is nothing to compute until the next message."""
         ...
 
-    def load(self) -> EngineLoad:
+    def load(self) -> _LoadT_co:
         """A snapshot of the load."""
         ...
 

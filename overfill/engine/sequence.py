@@ -98,6 +98,7 @@ class PrefillSequence:
         prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
         cached_tokens: prompt tokens whose KV was found in the prefix cache.
         computed: prompt tokens whose KV is in ``blocks``.
+        submitted: when the engine took the prompt, on the clock of ``time.monotonic``.
     """
 
     id: str
@@ -112,6 +113,12 @@ class PrefillSequence:
     cached_tokens: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    submitted: float = 0.0
+
+    @property
+    def remaining(self) -> int:
+        """Number of prompt tokens that are not computed."""
+        return len(self.prompt) - self.computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,24 @@ class Release:
     """Asks the engine to drop a sequence in any state. The sender has joined every stream that uses its blocks."""
 
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillHere:
+    """Asks a worker with both stages to compute a prompt for the decode sequence ``into`` of the same worker.
+
+    The engine copies the prompt's KV, except for the first ``held_tokens`` tokens, into the blocks of ``into``. Then it
+    frees the prompt's blocks and emits ``PromptComputed``. If ``into`` does not wait for this KV any more, the engine
+    copies and emits nothing.
+
+    Attributes:
+        sequence: the prompt, with an id of its own.
+        held_tokens: as in ``Reserved``.
+    """
+
+    sequence: PrefillSequence
+    into: str
+    held_tokens: int
 
 
 # Events of a prefill engine --------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Generic
 
 import torch
 from torch import set_num_threads
 
 from overfill.engine.device import use_device
-from overfill.engine.protocol import EngineCore
+from overfill.engine.protocol import EngineCore, LoadT
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
 
 
-class EngineThread:
+class EngineThread(Generic[LoadT]):
     """Delivers messages to a core between its steps, and steps the core while it has work.
 
     After a second without work, and at the end, the thread calls the core's ``check``. A lost block ends the thread,
@@ -42,7 +43,7 @@ class EngineThread:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: EngineCore[LoadT],
         name: str,
         threads: int,
         step_timeout: float | None = None,

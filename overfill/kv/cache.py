@@ -180,12 +180,13 @@ def copy_sequence(
     target_blocks: Sequence[int],
     layer_map: Sequence[int],
     num_tokens: int,
+    start: int = 0,
 ) -> None:
-    """Copies a sequence's first ``num_tokens`` tokens between caches of one process.
+    """Copies tokens ``start..num_tokens`` of a sequence between caches of one process, in the current stream.
 
     ``layer_map[i]`` is the source layer that is copied to layer i of ``target``.
     """
-    source_slots = source.slots(source_blocks, 0, num_tokens)
-    target_slots = target.slots(target_blocks, 0, num_tokens)
+    source_slots = source.slots(source_blocks, start, num_tokens)
+    target_slots = target.slots(target_blocks, start, num_tokens)
     for target_layer, source_layer in enumerate(layer_map):
         target.put(target_layer, target_slots, *source.gather(source_layer, source_slots))

@@ -131,7 +131,8 @@ class PeerPool:
     async def use(self, target: decode_pb2.AssignPrefill) -> AsyncIterator[PrefillPeer]:
         """Provides the connected and compatible peer within the context.
 
-        The pool drops a peer that is unavailable or incompatible, and closes it after its last user.
+        The pool drops a peer that is unavailable or incompatible or has lost its shared memory. It closes the peer
+        after its last user.
 
         Raises:
             Incompatible: the identities differ; names the differing fields.
@@ -140,7 +141,7 @@ class PeerPool:
         key = (target.worker_id, target.incarnation)
         entry = self._entries.get(key)
         retired: list[PrefillPeer] = []
-        if entry is None or (entry.peer.lost_link and entry.users == 0):
+        if entry is None or entry.peer.lost_link:
             retired = self._retire(target.worker_id)
             peer = PrefillPeer(target, self._streams, self._tls, self._shm)
             entry = _Entry(peer, asyncio.ensure_future(peer.handshake(self._identity)))

@@ -13,14 +13,15 @@ import torch
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
-from overfill.engine.build import MEMORY_FRACTION, LoadedHalf, load_half, size_pools
-from overfill.engine.colocated import Colocated, ColocatedRequest
+from overfill.engine.build import MEMORY_FRACTION
 from overfill.engine.device import on_device, resolve_device
+from overfill.engine.load import load_colocated
+from overfill.engine.offline import OfflineRequest, OfflineRun
+from overfill.engine.protocol import EngineOptions
 from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
-from overfill.kv.blocks import BlockPool
 from overfill.kv.spec import DTypeName
-from overfill.model.manifest import Half, Pair
+from overfill.model.manifest import Pair
 from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
@@ -96,33 +97,23 @@ class LLM:
             max_num_batched_tokens = token_budget
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = Pair.load(resolve_pair(pair), check_digests=True)
-
-        where = resolve_device(device)
-
-        def load(half: Half) -> LoadedHalf:
-            return load_half(
-                loaded,
-                half,
-                dtype=dtype,
-                device=where,
-                block_size=block_size,
-                max_model_len=max_model_len,
-                warm_tokens=max_num_batched_tokens,
-                max_num_seqs=max_num_seqs,
-            )
-
-        with on_device(where):
-            # Loads both halves first, then divides the remaining memory between their KV caches.
-            halves = [load("full"), load("decoder")]
-            self._full, self._decoder = size_pools(halves, kv_memory, max_model_len, memory_fraction)
-        self.max_model_len = min(self._full.max_model_len, self._decoder.max_model_len)
-        self.tokenizer = Tokenizer.load(loaded.full_path)
-        self._device = where
-        self._prefix_cache = prefix_cache
-        self._prefix = self._full.prefix_cache(prefix_cache)
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_seqs = max_num_seqs
+        folder = Pair.load(resolve_pair(pair), check_digests=True)
+        self._device = resolve_device(device)
+        options = EngineOptions(
+            self._device,
+            dtype=dtype,
+            block_size=block_size,
+            kv_memory=kv_memory,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefix_cache=prefix_cache,
+        )
+        with on_device(self._device):
+            self._loaded = load_colocated(folder, options, replace(options, prefix_cache=False), memory_fraction)
+        self._config = folder.full_config
+        self.max_model_len = self._loaded.max_model_len
+        self.tokenizer = Tokenizer.load(folder.full_path)
 
     def generate(
         self,
@@ -151,47 +142,33 @@ class LLM:
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         requests = [self.request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
         notify = None if on_token is None else lambda request, token: on_token(request.index, token)
-        engines = self.colocated(notify)
+        run = self.run(notify)
         try:
             with on_device(self._device):
                 for request in requests:
-                    engines.add(request)
-                while engines.num_unfinished:
-                    engines.step()
+                    run.add(request)
+                while run.num_unfinished:
+                    run.step()
         except OverfillError:
-            engines.close()
+            run.close()
             raise
         except BaseException:
-            self._renew_pools()
+            # An interrupt may leave the block bookkeeping half updated, and later calls would find blocks missing.
+            self._loaded = self._loaded.with_empty_pools()
             raise
-        engines.close()
+        run.close()
         return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
-    def colocated(self, on_token: Callable[[ColocatedRequest, SampledToken], None] | None = None) -> Colocated:
-        """Returns the engines, for adding requests one by one. Close it before opening another."""
-        return Colocated(
-            self._full, self._decoder, self._prefix, self._max_num_batched_tokens, self._max_num_seqs, on_token
-        )
-
-    def _renew_pools(self) -> None:
-        """Replaces both block pools and empties the prefix cache.
-
-        An interrupt may leave the block bookkeeping half updated, and later calls would then find blocks missing.
-        """
-        for parts in (self._full, self._decoder):
-            parts.runner.synchronize()
-        self._full, self._decoder = (
-            replace(parts, pool=BlockPool(parts.pool.num_blocks, parts.pool.block_size))
-            for parts in (self._full, self._decoder)
-        )
-        self._prefix = self._full.prefix_cache(self._prefix_cache)
+    def run(self, on_token: Callable[[OfflineRequest, SampledToken], None] | None = None) -> OfflineRun:
+        """Returns new engines, for adding requests one by one. Close them before opening others."""
+        return OfflineRun(self._loaded, on_token)
 
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
         """Answers one conversation with the checkpoint's chat template; ``sampling`` is as in ``generate``."""
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
-    def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> ColocatedRequest:
-        """Makes a request for ``Colocated.add``; the caller chooses ``index``. Raises as ``generate`` does."""
+    def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> OfflineRequest:
+        """Makes a request for ``OfflineRun.add``; the caller chooses ``index``. Raises as ``generate`` does."""
         if not prompt:
             raise InvalidRequest("prompt", "is empty")
         if len(prompt) >= self.max_model_len:
@@ -199,19 +176,19 @@ class LLM:
                 "prompt",
                 f"has {len(prompt)} tokens, the context {self.max_model_len}",
             )
-        check_token_ids("prompt", prompt, self._full.config.vocab_size)
-        sampling.check_vocab(self._full.config.vocab_size)
+        check_token_ids("prompt", prompt, self._config.vocab_size)
+        sampling.check_vocab(self._config.vocab_size)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
-        max_answer, eos_ids = self.max_model_len - len(prompt), self._full.config.eos_token_ids
+        max_answer, eos_ids = self.max_model_len - len(prompt), self._config.eos_token_ids
         if sampling.min_tokens > max_answer:
             raise PromptTooLong("sampling.min_tokens", f"{sampling.min_tokens} tokens do not fit; {max_answer} do")
         stop = StopRule.of(sampling, eos_ids, max_answer)
-        processor = new_processor(sampling, prompt, self._full.grammars, eos_ids)
+        processor = new_processor(sampling, prompt, self._loaded.full.grammars, eos_ids)
         sequence = DecodeSequence(secrets.token_hex(8), prompt, [], sampling, stop, processor=processor)
-        return ColocatedRequest(index, sequence)
+        return OfflineRequest(index, sequence)
 
-    def _completion(self, prompt: Prompt, request: ColocatedRequest) -> Completion:
+    def _completion(self, prompt: Prompt, request: OfflineRequest) -> Completion:
         continued = request.decode.prompt if isinstance(prompt, str) else ()
         detokenizer = StreamDetokenizer(self.tokenizer, continued)
         ids = [token.token_id for token in request.answer]

@@ -105,8 +105,9 @@ class Admission:
     ) -> None:
         """Raises unless a new request can be admitted.
 
-        A client that resumes an answer after losing its router is refused only when the queue is twice as long as
-        ``max_queue``. A slow queue does not refuse it.
+        A client that resumes an answer after losing its router may join a queue twice as long as ``max_queue``, and
+        ``max_wait`` does not refuse it, so that the answer survives the router. Its deadline refuses it like any other
+        request: an answer that comes too late does not survive either.
 
         Args:
             waiting: waiting requests of its priority.
@@ -126,7 +127,7 @@ class Admission:
                 _retry_after(half),
                 "queue_full",
             )
-        if client_resumes or not wait:
+        if not wait:
             return
         # Lower bound on the time to first token: the shortest recent one. The check applies only while a queue
         # exists, so a bound that is too high refuses requests only until the queue is empty.
@@ -140,8 +141,8 @@ class Admission:
             )
         # An admitted request must stay within max_wait. Requests may leave the queue in bursts, so add the whole
         # expected gap until the next departure.
-        if self._max_wait is not None and wait + self.departure_rate.expected_gap > self._max_wait:
-            longest = wait + self.departure_rate.expected_gap
+        longest = wait + self.departure_rate.expected_gap
+        if self._max_wait is not None and longest > self._max_wait and not client_resumes:
             raise Overloaded(
                 f"{ahead} requests go first; the expected wait is up to {_duration(longest)}, the limit "
                 f"{self._max_wait:g} s",

@@ -82,9 +82,7 @@ class Attempt:
         """Opens the sequence on ``worker`` and sends ``command``, which holds StartDecode."""
         try:
             self._stream = connector.open(worker, self._receive)
-            # The worker compiles a grammar before it reserves blocks; no slot is held for that time.
-            compiles = command.start.sampling.HasField("grammar")
-            if not compiles and (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
+            if (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
                 self._assign(prefill, command.start.assign_prefill)
             self._stream.send(command)
             self._queued = _now() - self._answer.received

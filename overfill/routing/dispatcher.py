@@ -9,8 +9,9 @@ admissible combination of the two exists::
                           +-- prefill_with_start -+
 
 ``prefill_with_start`` takes a free prefill slot before the blocks are reserved, to save a round trip. The decode worker
-reserves the blocks or refuses; it never waits for blocks. So the slot is held for one round trip, and callers take none
-for a request whose grammar the worker must compile first.
+reserves the blocks or refuses; it never waits for blocks. So the slot is held for one round trip, and no request gets
+one whose grammar the worker must compile first. A job whose decode worker does not answer gives its slot back after
+``RESERVE_TIMEOUT``: all tiers share the slots. The dispatcher places no more on a worker that answers nothing.
 
 Each tier has its own pool of decode workers and its own queue for them, so a full tier does not hold up another. All
 tiers share the prefill workers. When these are the bottleneck, the tiers take turns.
@@ -26,9 +27,9 @@ Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing.admission import Admission
@@ -48,6 +49,16 @@ The margin covers the time to notice the loss, and a slower start on a busy mach
 
 MIN_ABSENT_AFTER = 10.0
 """Lower bound of that default, in seconds."""
+
+RESERVE_TIMEOUT = 0.5
+"""Seconds after its placement from which a job that has no blocks yet keeps no prefill slot from other jobs."""
+
+SILENT_AFTER = 3.0
+"""Seconds after a placement from which a decode worker that has answered nothing since counts as silent."""
+
+SILENCE = 10.0
+"""Seconds for which nothing is placed on a silent worker, unless it answers. Then the dispatcher tries it again: its
+unanswered jobs may have been cancelled meanwhile."""
 
 _TRIES = 16
 """Number of workers tried in the policy's order; then the emptiest worker with enough room is used."""
@@ -95,6 +106,10 @@ class Dispatcher:
         absent_after: seconds without any worker of a pool after which the jobs that wait for one are rejected. A silent
             worker that was ready does not count as present. None means the time that a replacement probably needs,
             from the start-up times of the pool's workers.
+
+    Attributes:
+        slots_given_back: number of prefill slots, held or kept for a job, that were freed because its decode worker
+            was late.
     """
 
     def __init__(
@@ -111,7 +126,13 @@ class Dispatcher:
         self._reserve_after = reserve_after
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
-        self._reserving: set[Job] = set()
+        self._reserving: set[Job] = set()  # placed jobs without a prefill slot, for which one is kept
+        # Placed jobs with the worker's ``answers`` before it had the job, oldest first: before RESERVE_TIMEOUT, and
+        # from then until SILENT_AFTER.
+        self._placed: dict[Job, int] = {}
+        self._overdue: dict[Job, int] = {}
+        self._silent: dict[Worker, float] = {}  # time until which nothing is placed on the worker
+        self.slots_given_back = 0
         self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
         self._absent_since: dict[Pool, float] = {}
         self._largest: dict[Pool, float] = {}
@@ -219,11 +240,13 @@ class Dispatcher:
         """Takes a prefill slot for a job that has just been placed, so that ``StartDecode`` can carry the assignment.
 
         Returns None if no slot is free for the job, or another job needs the free ones: a migrated job that waits for a
-        slot, or a job whose blocks are being reserved.
+        slot, or a job whose blocks are being reserved. Returns None for a job whose grammar the worker compiles first.
         """
         pool, waiting = self._roster.prefill, next(iter(self._prefill_queue), None)
         needed = len(self._reserving) + len(self._prefill_queue)
-        if job not in self._reserving or pool.index.free_credits < needed or (waiting and waiting.migrated):
+        if job.compiles or job not in self._reserving:
+            return None
+        if pool.index.free_credits < needed or (waiting and waiting.migrated):
             return None
         worker = self._find(pool, job, job.prompt_tokens)
         if worker is not None:
@@ -236,14 +259,17 @@ class Dispatcher:
 
         Returns True if the job holds a prefill slot already; otherwise it is queued for one.
         """
-        self._reserving.discard(job)
+        late_prefill = job.late_prefill
+        self._answered(job)
         # Count it now, because a worker that refuses a job puts it back into the queue.
         if job.placed_at is not None and job.placed_at > job.waiting_since:
             self._tiers[job.tier].admission.departure_rate.departed()
+        if late_prefill is not None:
+            self._assign_prefill(job, late_prefill)  # beyond its credits if need be: the decode worker turns to it now
         if job.prefill is None:
             self._want_prefill(job)
             return False
-        job.state = JobState.RUNNING
+        self._run(job)
         return True
 
     def refused(self, job: Job, load: decode_pb2.WorkerLoad | None = None) -> None:
@@ -252,6 +278,7 @@ class Dispatcher:
         Args:
             load: the worker's load from its refusal, or None.
         """
+        self._answered(job)
         if job.decode is not None:
             self._decode_pool(job).refused(job.decode, load)
         self._detach(job)
@@ -303,7 +330,7 @@ class Dispatcher:
         """
         if job.state is JobState.WANTS_PREFILL and now is not None:
             self._prefill_queue.discard(job)
-            job.state = JobState.RUNNING
+            self._run(job)
         if job.prefill is not None:
             pool = self._roster.prefill
             pool.release(job.prefill)
@@ -328,6 +355,7 @@ class Dispatcher:
     def poll(self, now: float) -> list[Placement | Rejection]:
         """Makes every placement that is possible now, and rejects jobs that no worker can serve."""
         self._observe_departures(now)
+        self._expire_reservations(now)
         for pool in self._roster.pools():
             pool.expire(now)
         self._fall_back(now)
@@ -341,6 +369,38 @@ class Dispatcher:
     def _observe_departures(self, now: float) -> None:
         for tier in self._tiers.values():
             tier.admission.departure_rate.observe(now, len(tier.jobs))
+
+    def _expire_reservations(self, now: float) -> None:
+        """Frees the prefill slots of jobs whose decode workers are late, and pauses the workers that are silent."""
+        for job in _first_placed(self._placed, RESERVE_TIMEOUT, now):
+            self._overdue[job] = self._placed.pop(job)
+            self._reserving.discard(job)
+            if job.prefill is not None:
+                job.late_prefill = job.prefill
+                self.prefill_done(job)
+            self.slots_given_back += 1
+        for job in _first_placed(self._overdue, SILENT_AFTER, now):
+            answers = self._overdue.pop(job)
+            if job.decode is not None and job.decode.answers == answers and not job.compiles:
+                self._silent[job.decode] = now + SILENCE
+        for worker, until in list(self._silent.items()):
+            if now >= until:
+                del self._silent[worker]
+            elif not worker.paused_until_report:  # a report has ended its pause
+                self._roster.pool_of(worker).pause(worker)
+
+    def _answered(self, job: Job) -> None:
+        """Notes that the job's decode worker has reserved its blocks or refused it."""
+        self._forget_placement(job)
+        if job.decode is not None:
+            job.decode.answers += 1
+            self._silent.pop(job.decode, None)
+
+    def _forget_placement(self, job: Job) -> None:
+        self._reserving.discard(job)
+        self._placed.pop(job, None)
+        self._overdue.pop(job, None)
+        job.late_prefill = None
 
     def _wait(self, job: Job, now: float) -> None:
         job.state = JobState.WAITING
@@ -371,7 +431,7 @@ class Dispatcher:
 
     def _detach(self, job: Job) -> None:
         """Removes the job from the queues and from its workers."""
-        self._reserving.discard(job)
+        self._forget_placement(job)
         self._tiers[job.tier].jobs.discard(job)
         self._prefill_queue.discard(job)
         self.prefill_done(job)
@@ -389,13 +449,17 @@ class Dispatcher:
                 continue
             self._assign_prefill(job, worker)
             self._prefill_queue.take(job)
-            job.state = JobState.RUNNING
+            self._run(job)
             yield Placement(job, worker)
 
     def _assign_prefill(self, job: Job, worker: Worker) -> None:
         pool = self._roster.prefill
         job.prefill = worker
         pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
+
+    def _run(self, job: Job) -> None:
+        job.state = JobState.RUNNING
+        job.prefilled = True
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
         """Places waiting jobs on decode workers: the best rank first, then the tier with the oldest placement."""
@@ -447,6 +511,7 @@ class Dispatcher:
         tier.pool.place(worker, job.reserve_tokens)
         tier.jobs.take(job)
         self._reserving.add(job)
+        self._placed[job] = worker.answers
         job.state = JobState.PLACED
         return Placement(job, worker)
 
@@ -545,6 +610,11 @@ class Dispatcher:
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)
         return Rejection(job, error)
+
+
+def _first_placed(jobs: Iterable[Job], seconds: float, now: float) -> list[Job]:
+    """Returns the first ``jobs``, which are ordered by placement: those placed at least ``seconds`` ago."""
+    return list(takewhile(lambda job: job.placed_at is not None and now - job.placed_at >= seconds, jobs))
 
 
 class _Search:

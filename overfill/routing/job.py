@@ -14,7 +14,7 @@ from overfill.v1 import common_pb2
 class JobState(enum.Enum):
     NEW = "new"
     WAITING = "waiting for a decode worker"
-    PLACED = "on a decode worker, which is reserving blocks; a prefill slot may be held for this round trip"
+    PLACED = "on a decode worker, which is reserving blocks; a prefill slot may be held for a short time"
     WANTS_PREFILL = "blocks reserved, waiting for a prefill slot"
     RUNNING = "on a decode worker, prefill assigned"
     FINISHED = "finished"
@@ -36,12 +36,16 @@ class Job:
         priority: smaller values go first.
         key: API key to whose share the job is charged; "" stands for requests without a key.
         deadline: seconds on the caller's clock, or None.
+        compiles: True if a decode worker compiles the request's grammar before it reserves blocks.
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
         charged: tokens charged to the key's share.
+        prefilled: True once a decode worker with blocks has a prefill worker for the job: the prompt is computed then.
         waiting_since: time when the job last began to wait for a decode worker, seconds.
         placed_at: time when the job was last placed on a decode worker, seconds; None before.
         decode, prefill: workers on which the job is counted now.
+        late_prefill: prefill worker whose slot the job gave back, because its decode worker took too long to reserve
+            blocks. The decode worker turns to it as soon as it has the blocks.
         avoid: ``Worker.seat`` of the workers that failed the job. The dispatcher tries them again only when no other is
             alive.
     """
@@ -56,13 +60,16 @@ class Job:
     priority: int = 0
     key: str = ""
     deadline: float | None = None
+    compiles: bool = False
     block_keys: Callable[[int], Iterator[int]] | None = None
     state: JobState = JobState.NEW
     charged: int = field(default=0, init=False)
+    prefilled: bool = field(default=False, init=False)
     waiting_since: float = 0.0
     placed_at: float | None = None
     decode: Worker | None = None
     prefill: Worker | None = None
+    late_prefill: Worker | None = field(default=None, init=False)
     avoid: set[tuple[str, int, common_pb2.Stage]] = field(default_factory=set)
 
     @property
@@ -82,5 +89,5 @@ class Job:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens of ``share_tokens`` used so far; 0 until the job was placed and its answer has a token."""
-        return self.prompt_tokens + self.emitted if self.emitted and self.placed_at is not None else 0
+        """Tokens of ``share_tokens`` used so far. The prompt counts from its first prefill on, answered or not."""
+        return self.prompt_tokens + self.emitted if self.prefilled else 0

@@ -124,6 +124,7 @@ class Relay:
             priority=priority,
             key=key,
             deadline=deadline,
+            compiles=start.sampling.HasField("grammar"),
             block_keys=block_keys,
         )
         self.answer = AnswerState(start.emitted_token_ids, start.sampling.max_tokens, received, tier)

@@ -155,6 +155,7 @@ class Worker:
         placed: number of requests placed since the latest report, which does not count them yet.
         placed_tokens, placed_blocks: tokens of those requests that the worker probably computes, and blocks they need.
         last_placed: ordinal of the latest placement in the pool; 0 before the first.
+        answers: number of placements that the worker has answered: it reserved blocks or refused.
         prefix_keys: keys of the blocks in the worker's prefix cache (``kv.keys.block_key``), as last reported.
     """
 
@@ -167,6 +168,7 @@ class Worker:
     placed_tokens: int = 0
     placed_blocks: int = 0
     last_placed: int = 0
+    answers: int = 0
     prefix_keys: set[int] = field(default_factory=set)
     _reported: _Reported = _NOTHING_REPORTED
 

@@ -138,6 +138,16 @@ class Membership:
             else:
                 link.changed.set()
 
+    async def drain_reported(self) -> None:
+        """Waits until all joined routers know that the worker drains, ``REPORT_INTERVAL`` at most.
+
+        A router counts a worker as lost if its stream ends before that.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REPORT_INTERVAL):
+                await asyncio.gather(*(link.drain_sent.wait() for link in self._links.values() if link.joined))
+                await asyncio.sleep(REPORT_GAP)  # the end of a stream may discard what its router has not read
+
     async def stop(self) -> None:
         """Closes the streams to all routers."""
         tasks = [*self._resolvers, *self._tasks.values()]
@@ -265,6 +275,7 @@ class _Link:
         self.router_id = ""  # of the router that was joined last
         self.refusal: Incompatible | None = None
         self.changed = asyncio.Event()
+        self.drain_sent = asyncio.Event()
         self._hello = hello
         self._report = report
         self._on_change = on_change
@@ -349,6 +360,7 @@ class _Link:
                 self._on_demand()
 
     async def _tell(self, call: Any) -> None:
+        self.drain_sent.clear()
         feed = self._prefix_keys.feed() if self._prefix_keys is not None else None
         try:
             await self._tell_reports(call, feed)
@@ -366,6 +378,8 @@ class _Link:
             if feed is not None and (delta := feed.take()) is not None:
                 report.prefix.CopyFrom(delta)
             await checked_write(call.write(registry_pb2.JoinRequest(report=report)), self.address)
+            if report.draining:
+                self.drain_sent.set()
             await asyncio.sleep(REPORT_GAP)
             try:
                 await asyncio.wait_for(self.changed.wait(), REPORT_INTERVAL - REPORT_GAP)

@@ -149,6 +149,7 @@ class WorkerHost:
         try:
             await self._until_stopped()
             await self._until_idle()
+            await self._membership.drain_reported()
         finally:
             joining.cancel()
             await self._membership.stop()

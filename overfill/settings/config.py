@@ -44,8 +44,8 @@ from overfill.settings.tiers import (
 from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
-    "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray", "address", "name",
-    "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
+    "colocated", "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray",
+    "address", "name", "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 from pydantic_settings import SettingsConfigDict
 
-from overfill.settings.config import DecodeConfig, PrefillConfig
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig
 
 ANSWER = (
     "The full model reads the whole prompt at once, and the smaller decoder writes the answer on its keys and values. "
@@ -13,7 +13,7 @@ ANSWER = (
 
 
 class MockFields(BaseModel):
-    """Settings of both kinds of mock worker, in addition to the real worker's."""
+    """Settings of every kind of mock worker, in addition to the real worker's."""
 
     mock_answer: str = Field(ANSWER, min_length=1, description="text that answers repeat")
     mock_answer_tokens: int | None = Field(
@@ -23,23 +23,34 @@ class MockFields(BaseModel):
     mock_kv_layers: int = Field(1, ge=1, description="number of layers whose KV is transferred")
 
 
-class MockPrefillConfig(MockFields, PrefillConfig):
+class _Prefilling(BaseModel):
+    mock_base: float = Field(0.0, ge=0, description="fixed seconds per prompt")
+    mock_per_token: float = Field(0.0, ge=0, description="seconds per prompt token")
+
+
+class _Decoding(BaseModel):
+    mock_step: float = Field(
+        0.0, ge=0, description="seconds per step; a step computes one token of every running sequence"
+    )
+    mock_per_sequence: float = Field(0.0, ge=0, description="seconds per sequence in a step, added to --mock-step")
+
+
+class MockPrefillConfig(_Prefilling, MockFields, PrefillConfig):
     """A prefill worker that computes nothing. Each flag is also a variable: OVERFILL_MOCK_PREFILL_..."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_PREFILL_")
     program = "overfill-mock-prefill"
 
-    mock_base: float = Field(0.0, ge=0, description="fixed seconds per prompt")
-    mock_per_token: float = Field(0.0, ge=0, description="seconds per prompt token")
 
-
-class MockDecodeConfig(MockFields, DecodeConfig):
+class MockDecodeConfig(_Decoding, MockFields, DecodeConfig):
     """A decode worker that computes nothing. Each flag is also a variable: OVERFILL_MOCK_DECODE_..."""
 
     model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_DECODE_")
     program = "overfill-mock-decode"
 
-    mock_step: float = Field(
-        0.0, ge=0, description="seconds per step; a step computes one token of every running sequence"
-    )
-    mock_per_sequence: float = Field(0.0, ge=0, description="seconds per sequence in a step, added to --mock-step")
+
+class MockColocatedConfig(_Prefilling, _Decoding, MockFields, ColocatedConfig):
+    """A worker with both stages that computes nothing. Each flag is also a variable: OVERFILL_MOCK_WORKER_..."""
+
+    model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_WORKER_")
+    program = "overfill-mock-worker"

@@ -46,8 +46,8 @@ class TierSpec:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> TierSpec:
-        """Reads ``NAME=PAIR[:N][,SETTING=VALUE...]``. Raises ValueError."""
+    def parse(cls, text: str, least: int = 1) -> TierSpec:
+        """Reads ``NAME=PAIR[:N][,SETTING=VALUE...]``. Raises ValueError, also if N is less than ``least``."""
         match = _SPEC.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text!r}: expected NAME=PAIR, NAME=PAIR:N or NAME=PAIR:N,SETTING=VALUE")
@@ -61,8 +61,10 @@ class TierSpec:
         if (match["settings"] or "").strip(",") and not settings:
             raise ValueError(f"tier {match['name']!r}: expected SETTING=VALUE after the comma in {text!r}")
         count = 1 if match["count"] is None else int(match["count"])
-        if count < 1:
-            raise ValueError(f"tier {match['name']!r}: the number of decode workers must be at least 1, got {count}")
+        if count < least:
+            raise ValueError(
+                f"tier {match['name']!r}: the number of decode workers must be at least {least}, got {count}"
+            )
         spec = cls(match["name"], match["pair"], count, settings)
         for setting in ("ttft-objective", "itl-objective"):
             spec.seconds(setting)

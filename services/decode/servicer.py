@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 
@@ -71,7 +71,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         for session in self._sessions.values():
             session.inbox.put_nowait(error)
 
-    def on_events(self, events: list[DecodeEvent]) -> None:
+    def on_events(self, events: Sequence[DecodeEvent]) -> None:
         """Passes engine events to their sessions. Call it on the event loop."""
         for event in events:
             if session := self._sessions.get(event.id):

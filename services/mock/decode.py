@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown, Unavailable
+from overfill.errors import Incompatible, InvalidRequest, OverfillError, Unavailable
 from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible, check_data_addresses, data_address
 from overfill.kv.ranges import KvRange
@@ -21,11 +21,13 @@ from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
 from overfill.rpc.sequences import ServedSequence, serve_sequences
+from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import fill_description
-from overfill.settings.mock import MockDecodeConfig
+from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig
+from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.mock.tokens import Script, Speaker
-from services.mock.worker import MockWorker
+from services.mock.worker import MockLoad, MockWorker
 
 _Update = decode_pb2.SequenceUpdate
 _Need = decode_pb2.NeedPrefill
@@ -87,9 +89,17 @@ class _Sequence:
 class MockDecode(decode_pb2_grpc.DecodeServicer):
     """Serves Decode. Each step gives every running sequence one token."""
 
-    worker: MockWorker
+    stage = common_pb2.STAGE_DECODE
 
-    def __init__(self, config: MockDecodeConfig, script: Script) -> None:
+    def __init__(
+        self,
+        config: MockDecodeConfig | MockColocatedConfig,
+        script: Script,
+        worker: MockWorker,
+        beside: PrefillMetrics | None = None,
+    ) -> None:
+        self.metrics = DecodeMetrics(beside)
+        self._worker = worker
         self._config = config
         self._script = script
         self._sequences: set[_Sequence] = set()
@@ -98,21 +108,26 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         self._stepping: asyncio.Task[None] | None = None
         self._peers: dict[tuple[str, int], _Peer] = {}
 
+    def add_to(self, server: RpcServer) -> None:
+        server.add(decode_pb2_grpc.add_DecodeServicer_to_server, self, "overfill.v1.Decode")
+
     @property
     def active(self) -> int:
         return len(self._sequences)
 
-    def load(self) -> decode_pb2.WorkerLoad:
-        return decode_pb2.WorkerLoad(
-            kv_blocks_used=sum(sequence.blocks for sequence in self._sequences),
-            kv_blocks_total=self._config.mock_kv_blocks,
+    def load(self) -> MockLoad:
+        return MockLoad(
+            sum(sequence.blocks for sequence in self._sequences),
+            self._config.mock_kv_blocks,
             running=len(self._running),
             waiting=len(self._sequences) - len(self._running),
-            block_size=self.worker.block_size,
         )
 
+    def end_all(self, error: OverfillError) -> None:
+        for sequence in self._sequences:
+            sequence.fail(error)
+
     async def close(self) -> None:
-        """Stops the steps and closes the connections to prefill workers."""
         if self._stepping is not None:
             self._stepping.cancel()
         for peer in self._peers.values():
@@ -121,8 +136,8 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context
     ) -> decode_pb2.DescribeDecodeResponse:
-        description = decode_pb2.DescribeDecodeResponse(layer_map=self.worker.pair.layer_map)
-        return fill_description(description, self.worker.hello)
+        description = decode_pb2.DescribeDecodeResponse(layer_map=self._worker.pair.layer_map)
+        return fill_description(description, self._worker.hello)
 
     async def Serve(self, request_iterator: AsyncIterator[decode_pb2.RouterMessage], context: Context) -> None:
         await serve_sequences(request_iterator, context, self._run)
@@ -131,7 +146,13 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         received = time.monotonic_ns()
         sequence = await self._accept(served)
         if sequence is None:
-            served.put(_Update(refused=decode_pb2.Refused(load=self.load(), reason="no blocks are free")))
+            served.put(
+                _Update(
+                    refused=decode_pb2.Refused(
+                        load=self.load().to_proto(self._worker.block_size), reason="no blocks are free"
+                    )
+                )
+            )
             return
         reserved = decode_pb2.Reserved(blocks=sequence.blocks, reservation_ns=time.monotonic_ns() - received)
         served.put(_Update(reserved=reserved))
@@ -144,29 +165,25 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
             handing_over.cancel()
             self._sequences.discard(sequence)
             self._running.discard(sequence)
-            self.worker.notify()
-            self.worker.check_drained()
+            self._worker.notify()
 
     async def _accept(self, served: ServedSequence) -> _Sequence | None:
         """Reserves blocks for a sequence; returns None when too few blocks or slots are free."""
         start = served.start
-        if self.worker.draining:
-            raise ShuttingDown(f"{self.worker.hello.worker_id} is draining")
-        if start.expected_incarnation != self.worker.hello.incarnation:
-            raise Unavailable(f"{self.worker.hello.worker_id} was restarted since the router chose it")
+        self._worker.check_accepts(start.expected_incarnation)
         sampling = SamplingParams.from_proto(start.sampling)
         if sampling.grammar is not None:
             speaker = await asyncio.to_thread(self._script.speaker, sampling, start.sample_index)
         else:
             speaker = self._script.speaker(sampling, start.sample_index)
         tokens = len(start.prompt_token_ids) + len(start.emitted_token_ids) + 1
-        blocks = -(-tokens // self.worker.block_size)
+        blocks = -(-tokens // self._worker.block_size)
         free = self._config.mock_kv_blocks - sum(sequence.blocks for sequence in self._sequences)
         if blocks > free or len(self._sequences) >= self._config.max_num_seqs:
             return None
         sequence = _Sequence(start, sampling, speaker, blocks, list(start.emitted_token_ids), served.put)
         self._sequences.add(sequence)
-        self.worker.notify()
+        self._worker.notify()
         return sequence
 
     async def _hand_over(self, sequence: _Sequence, commands: asyncio.Queue[Any]) -> None:
@@ -217,7 +234,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
     def _peer(self, target: decode_pb2.AssignPrefill) -> _Peer:
         key = (target.address, target.incarnation)
         if key not in self._peers:
-            self._peers[key] = _Peer(self.worker, target)
+            self._peers[key] = _Peer(self._worker, target)
         return self._peers[key]
 
 

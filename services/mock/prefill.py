@@ -6,18 +6,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from overfill.errors import InvalidRequest, ShuttingDown, TransferFailed, Unavailable
+from overfill.errors import InvalidRequest, OverfillError, TransferFailed
 from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.ranges import KvRange
-from overfill.kv.wire import join_chunks
+from overfill.kv.wire import add_prefill_to_server, join_chunks
 from overfill.request.params import SamplingParams
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 from overfill.rpc.interceptors import Context
+from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import fill_description
-from overfill.settings.mock import MockPrefillConfig
-from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.settings.mock import MockColocatedConfig, MockPrefillConfig
+from overfill.telemetry.metrics import PrefillMetrics
+from overfill.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 from services.mock.tokens import Script
-from services.mock.worker import MockWorker
+from services.mock.worker import MockLoad, MockWorker
 
 _Response = prefill_pb2.PrefillResponse
 
@@ -34,45 +36,58 @@ class _Lease:
         self.missing_vectors = 2 * len(start.layers) * (tokens - held) * worker.kv.num_kv_heads
         self.blocks = -(-tokens // worker.block_size)
         self.computed = asyncio.Event()
-        self.acknowledged = asyncio.Event()
+        self.acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def read_acknowledgements(self, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
             self.missing_vectors -= sum(KvRange.from_proto(box).num_vectors for box in request.ack.ranges)
-            if self.missing_vectors <= 0:
-                self.acknowledged.set()
+            if self.missing_vectors <= 0 and not self.acknowledged.done():
+                self.acknowledged.set_result(None)
+
+    def fail(self, error: OverfillError) -> None:
+        """Ends the lease with ``error`` once the prompt is computed."""
+        if not self.acknowledged.done():
+            self.acknowledged.set_exception(error)
 
 
 class MockPrefill(prefill_pb2_grpc.PrefillServicer):
     """Serves Prefill. It computes one prompt at a time."""
 
-    worker: MockWorker
+    stage = common_pb2.STAGE_PREFILL
 
-    def __init__(self, config: MockPrefillConfig, script: Script) -> None:
+    def __init__(self, config: MockPrefillConfig | MockColocatedConfig, script: Script, worker: MockWorker) -> None:
+        self.metrics = PrefillMetrics()
+        self._worker = worker
         self._config = config
         self._script = script
         self._leases: dict[bytes, _Lease] = {}
         self._device = asyncio.Lock()
         self._queued_tokens = 0
 
+    def add_to(self, server: RpcServer) -> None:
+        server.add(add_prefill_to_server, self, "overfill.v1.Prefill")
+
     @property
     def active(self) -> int:
         return len(self._leases)
 
-    def load(self) -> decode_pb2.WorkerLoad:
-        return decode_pb2.WorkerLoad(
-            kv_blocks_used=min(self._config.mock_kv_blocks, sum(lease.blocks for lease in self._leases.values())),
-            kv_blocks_total=self._config.mock_kv_blocks,
-            running=len(self._leases),
-            block_size=self.worker.block_size,
-            queued_tokens=self._queued_tokens,
-        )
+    def load(self) -> MockLoad:
+        used = sum(lease.blocks for lease in self._leases.values())
+        total = self._config.mock_kv_blocks
+        return MockLoad(min(total, used), total, running=len(self._leases), queued_tokens=self._queued_tokens)
+
+    def end_all(self, error: OverfillError) -> None:
+        for lease in self._leases.values():
+            lease.fail(error)
+
+    async def close(self) -> None:
+        pass
 
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
         description = prefill_pb2.DescribePrefillResponse(codecs=[common_pb2.KV_CODEC_RAW])
-        return fill_description(description, self.worker.hello)
+        return fill_description(description, self._worker.hello)
 
     async def Prefill(
         self, request_iterator: AsyncIterator[prefill_pb2.PrefillRequest], context: Context
@@ -81,11 +96,8 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         if first is None or first.WhichOneof("message") != "start":
             raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
         start, received = first.start, time.monotonic_ns()
-        if self.worker.draining:
-            raise ShuttingDown(f"{self.worker.hello.worker_id} is draining")
-        if start.expected_incarnation != self.worker.hello.incarnation:
-            raise Unavailable(f"{self.worker.hello.worker_id} was restarted since the router chose it")
-        lease = self._leases[start.transfer_id] = _Lease(start, self.worker)
+        self._worker.check_accepts(start.expected_incarnation)
+        lease = self._leases[start.transfer_id] = _Lease(start, self._worker)
         taking = asyncio.ensure_future(lease.read_acknowledgements(request_iterator))
         try:
             async for response in self._serve(lease, start, received):
@@ -93,8 +105,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         finally:
             taking.cancel()
             del self._leases[start.transfer_id]
-            self.worker.notify()
-            self.worker.check_drained()
+            self._worker.notify()
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         lease = self._leases.get(request.transfer_id)
@@ -131,7 +142,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
             )
         lease.computed.set()
         yield _Response(ready=prefill_pb2.RangesReady(token_start=start.already_held_tokens, token_end=prompt))
-        await lease.acknowledged.wait()
+        await lease.acknowledged
         yield _Response(done=prefill_pb2.PrefillDone())
 
 

@@ -3,56 +3,63 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.kv.wire import add_prefill_to_server
 from overfill.request.grammar import Grammars
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
-from overfill.v1 import common_pb2, decode_pb2_grpc
+from overfill.rpc.worker import WorkerHost
+from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
 from services.mock.decode import MockDecode
 from services.mock.prefill import MockPrefill
 from services.mock.tokens import Script
-from services.mock.worker import MockWorker
+from services.mock.worker import MockWorker, Stage
+
+MockConfig = MockPrefillConfig | MockDecodeConfig | MockColocatedConfig
 
 
 @asynccontextmanager
-async def mock_worker(config: MockPrefillConfig | MockDecodeConfig) -> AsyncIterator[MockWorker]:
+async def mock_worker(config: MockConfig) -> AsyncIterator[MockRun]:
     """Yields a worker that serves and has started to join its routers. Cuts its requests off at the end."""
-    is_prefill = isinstance(config, MockPrefillConfig)
-    worker = MockWorker(config, common_pb2.STAGE_PREFILL if is_prefill else common_pb2.STAGE_DECODE)
+    ready = asyncio.Event()
+    run = MockRun(asyncio.create_task(serve(config, lambda host: ready.set())))
+    waiting = asyncio.create_task(ready.wait())
+    try:
+        await asyncio.wait({run.serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if run.serving.done():
+            run.serving.result()
+        yield run
+    finally:
+        waiting.cancel()
+        await run.stop()
+
+
+class MockRun:
+    """A mock worker that serves in a task."""
+
+    def __init__(self, serving: asyncio.Task[int]) -> None:
+        self.serving = serving
+
+    async def stop(self) -> None:
+        """Leaves the routers and stops. Running requests are cut off."""
+        self.serving.cancel()
+        await asyncio.wait({self.serving})
+
+
+async def serve(config: MockConfig, on_ready: Callable[[WorkerHost], object]) -> int:
+    """Serves until drained and returns the exit code. Calls ``on_ready`` once the worker serves."""
+    worker = MockWorker(config)
     folder = worker.pair.full_path
     tokenizer = Tokenizer.load(folder)
     vocab = worker.pair.full_config.vocab_size
     grammars = Grammars(folder / "tokenizer.json", vocab, tokenizer.eos_token_ids)
     script = Script(tokenizer, config.mock_answer, config.mock_answer_tokens, grammars)
-    decode: MockDecode | None = None
-    try:
-        if isinstance(config, MockPrefillConfig):
-            prefill = MockPrefill(config, script)
-            await worker.start(prefill, add_prefill_to_server, "overfill.v1.Prefill")
-        else:
-            decode = MockDecode(config, script)
-            await worker.start(decode, decode_pb2_grpc.add_DecodeServicer_to_server, "overfill.v1.Decode")
-        yield worker
-    finally:
-        await worker.stop()
-        if decode is not None:
-            await decode.close()
-
-
-async def serve(config: MockPrefillConfig | MockDecodeConfig, on_ready: Callable[[MockWorker], object]) -> None:
-    """Serves until drained. Calls ``on_ready`` once the worker serves."""
-    async with mock_worker(config) as worker:
-        on_ready(worker)
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(None) as limit:
-                while not worker.draining:  # noqa: ASYNC110  # drained by a signal or a call
-                    await asyncio.sleep(0.05)
-                limit.reschedule(loop.time() + config.grace_period)
-                await worker.drained.wait()
-        except TimeoutError:
-            logging.warning("the grace period is over; exiting with unfinished requests")
+    stages: list[Stage] = []
+    beside = None
+    if not isinstance(config, MockDecodeConfig):
+        prefill = MockPrefill(config, script, worker)
+        stages.append(prefill)
+        beside = prefill.metrics
+    if not isinstance(config, MockPrefillConfig):
+        stages.append(MockDecode(config, script, worker, beside))
+    return await worker.serve(stages, on_ready)

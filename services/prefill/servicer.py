@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import assert_never
@@ -188,7 +188,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         for lease in self._leases.values():
             lease.events.put_nowait(error)
 
-    def on_events(self, events: list[PrefillEvent]) -> None:
+    def on_events(self, events: Sequence[PrefillEvent]) -> None:
         """Passes engine events to their leases. Call it on the event loop."""
         for event in events:
             if lease := self._by_id.get(event.id):

@@ -15,7 +15,7 @@ from services.ray.replicas import Replica, RouterReplica, WorkerReplica
 
 
 def build(spec: StackSpec) -> Application:
-    """Builds the router, prefill and decode deployments of ``spec``; each tier has a decode deployment.
+    """Builds the deployments of ``spec``: the routers, and the workers of each kind and tier.
 
     Raises:
         ValueError: the cluster has several machines, and the services would listen on loopback only.

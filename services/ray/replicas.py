@@ -22,7 +22,7 @@ from ray import serve
 from ray.util import get_node_ip_address
 
 from overfill.cluster import directory
-from overfill.cluster.spec import DRAIN_MARGIN, PREFILL, ROUTER, StackSpec, WorkerPlace
+from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
@@ -46,7 +46,7 @@ _PORT_POLL = 0.5  # seconds between attempts to bind a port that the previous ro
 
 
 class Service(Protocol):
-    """A service in a replica: ``Router``, ``WorkerHost`` or a mock worker."""
+    """A service in a replica: ``Router`` or ``WorkerHost``."""
 
     @property
     def address(self) -> str: ...
@@ -108,7 +108,7 @@ class Replica:
 
 
 class WorkerReplica(Replica):
-    """Runs a prefill or decode worker, which finds its routers through the application's directory."""
+    """Runs a worker, which finds its routers through the application's directory."""
 
     async def __init__(self, deployment: str, spec: StackSpec) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
@@ -129,14 +129,10 @@ class WorkerReplica(Replica):
 
         self._cpu_settings = cpu_settings(config.threads)
         self._cpu_settings.__enter__()  # for the life of the process
-        if deployment == PREFILL:
-            from services.prefill.main import serve as serve_prefill
-
-            await self.start(config, lambda ready: serve_prefill(config, ready))  # type: ignore[arg-type]
-        else:
-            from services.decode.main import serve as serve_decode
-
-            await self.start(config, lambda ready: serve_decode(config, ready))  # type: ignore[arg-type]
+        kind = spec.pools[deployment].kind
+        assert kind is not None, "routers have replicas of their own"
+        service = importlib.import_module(kind.module)
+        await self.start(config, lambda ready: service.serve(config, ready))
 
     async def __del__(self) -> None:
         """Serve awaits this method before it stops the replica."""
@@ -231,7 +227,7 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
     """
     for variable in [variable for variable in os.environ if variable.startswith(SETTINGS)]:
         del os.environ[variable]  # a replica's settings come from its arguments only
-    settings = spec.settings | spec.pools[deployment].settings
+    settings = spec.settings | spec.pools[deployment].spec.settings
     form: logs.LogFormat = "json" if settings.get("log_format") == "json" else "text"
     each = settings.get("log_requests") == "on"
     level = str(settings.get("log_level", "info"))

@@ -360,6 +360,8 @@ class Router:
         loop = asyncio.get_running_loop()
         while True:
             self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
+            short = {tier: self._scaling_advisor.short_prompt(tier) for tier in self.roster.tiers}
+            self.roster.prefill.policy.set_short_prompts(short)
             if self._brownout is not None:
                 self._brownout.update(loop.time())
             await asyncio.sleep(INTERVAL)

@@ -26,7 +26,7 @@ async def serve(config: ColocatedConfig, on_ready: OnReady = lambda host: None) 
     here = LocalPrefills(full, lambda message: decode.engine.send(message), of_prefill)
     decode.prefill_here = here.handoff
 
-    def on_decode_events(events: list[Any]) -> None:  # of sequences, and of prompts that are prefilled here
+    def on_decode_events(events: Sequence[Any]) -> None:  # of sequences, and of prompts that are prefilled here
         here.on_events(events)
         decode.on_events(events)
 

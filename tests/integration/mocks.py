@@ -9,9 +9,8 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 from overfill.settings.config import RouterConfig
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
-from services.mock.running import mock_worker
-from services.mock.worker import MockWorker
+from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
+from services.mock.running import MockRun, mock_worker
 from services.router.app import Router
 
 SECRET = "the secret of a mock stack"
@@ -20,13 +19,13 @@ SECRET = "the secret of a mock stack"
 
 @dataclass
 class MockStack:
-    """A running stack: ``grpc`` is host:port, ``url`` the HTTP endpoint's base; ``workers`` are those of decode."""
+    """A running stack: ``grpc`` is host:port, ``url`` the HTTP endpoint's base; ``workers`` are those that decode."""
 
     grpc: str
     url: str
     router: Router
     loop: asyncio.AbstractEventLoop
-    workers: dict[str, MockWorker]
+    workers: dict[str, MockRun]
 
     def call(self, coroutine, timeout=30):
         """Runs ``coroutine`` in the stack's event loop; returns its result."""
@@ -39,11 +38,21 @@ def _flags(settings):
 
 @contextmanager
 def mock_stack(
-    pair, *, prefill=1, decode=1, workers=None, prefill_settings=None, decode_settings=None, tiers=None, **router
+    pair,
+    *,
+    prefill=1,
+    decode=1,
+    colocated=0,
+    workers=None,
+    prefill_settings=None,
+    decode_settings=None,
+    tiers=None,
+    **router,
 ):
     """Yields a ready MockStack.
 
     Args:
+        colocated: number of workers with both stages, ``worker-0`` and so on, beside ``prefill`` and ``decode``.
         tiers: pair of each tier by name. Each tier has one decode worker, ``decode-TIER-0``; ``pair`` is for prefill.
         decode_settings: flags of every decode worker; with ``tiers``, flags by tier.
         workers: flags of every mock worker.
@@ -62,8 +71,8 @@ def mock_stack(
             "port": 0,
             "http": 0,
             "grace_period": 0,
-            "expect_prefill": prefill,
-            "expect_decode": decode,
+            "expect_prefill": prefill + colocated,
+            "expect_decode": decode + colocated,
         }
         decoders = [(f"decode-{index}", decode_settings or {}) for index in range(decode)]
         if tiers is not None:
@@ -75,7 +84,7 @@ def mock_stack(
         app = Router(RouterConfig.parse(_flags(flags | secret | router)))
         address = await app.start()
         serving = asyncio.create_task(app.run())
-        running: dict[str, MockWorker] = {}
+        running: dict[str, MockRun] = {}
         async with AsyncExitStack() as stack:
             common = {"pair": pair, "routers": address} | secret | (workers or {})
             for index in range(prefill):
@@ -86,7 +95,13 @@ def mock_stack(
                 running[worker_id] = await stack.enter_async_context(
                     mock_worker(MockDecodeConfig.parse(_flags(settings)))
                 )
-            while sum(worker.report is not None for worker in app.roster.workers()) < prefill + len(decoders):
+            for index in range(colocated):
+                settings = common | {"worker_id": f"worker-{index}"}
+                running[f"worker-{index}"] = await stack.enter_async_context(
+                    mock_worker(MockColocatedConfig.parse(_flags(settings)))
+                )
+            members = prefill + len(decoders) + 2 * colocated
+            while sum(worker.report is not None for worker in app.roster.workers()) < members:
                 await asyncio.sleep(0.01)
             handle = MockStack(address, f"http://{app.http_address}", app, loop, running)
             started.set_result((handle, lambda: loop.call_soon_threadsafe(stop.set)))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from overfill.cli.stack import free_ports
+from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 
 

@@ -42,7 +42,7 @@ class FaultyStack(Stack):
 @contextmanager
 def running_stack(
     pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=None,
-    tiers=(), **settings,
+    tiers=(), colocated=0, **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
     if settings.get("api_keys") is not None and tls is None:
@@ -50,7 +50,19 @@ def running_stack(
         settings["stack_secret"].write_text(SECRET)
     plan = make_plan(
         StackRequest(
-            pair, prefill, decode, routers, 0, 1, BASE | settings, http, mock, tls, share_port=share_port, tiers=tiers
+            pair,
+            prefill,
+            decode,
+            routers,
+            0,
+            1,
+            BASE | settings,
+            http,
+            mock,
+            tls,
+            share_port=share_port,
+            tiers=tiers,
+            colocated=colocated,
         )
     )
     lines = [] if lines is None else lines
@@ -87,13 +99,13 @@ def wait_until(condition, timeout, what, pause=0.02):
 
 
 def loads(address, tls=None, api_key=None):
-    """Returns the load of every worker that answers, by id."""
+    """Returns the load of every worker that answers, by id; with both stages, the decode stage's."""
     with Client(address, tls=tls, api_key=api_key) as client:
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
 
 
 def idle(address, api_key=None):
     """True if no worker owns a block or runs a request."""
-    return all(
-        load.kv_blocks_used == load.running == load.waiting == 0 for load in loads(address, api_key=api_key).values()
-    )
+    with Client(address, api_key=api_key) as client:
+        loads = [worker.process.load for worker in client.status().workers if worker.process is not None]
+    return all(load.kv_blocks_used == load.running == load.waiting == 0 for load in loads)

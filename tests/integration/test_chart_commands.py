@@ -16,8 +16,8 @@ from charts import ROOT, VALUES, pods, render
 from stacks import wait_until
 
 from overfill.api import keys as keyfile
+from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child, stop
-from overfill.cli.stack import free_ports
 from overfill.client import Client, ClientTls, SamplingParams
 from overfill.settings.config import SERVICES, RouterConfig
 

@@ -84,13 +84,37 @@ def test_failures_count(stack):
     assert after["requests_total", "ok", "default"] == before["requests_total", "ok", "default"]
 
 
-def test_workers_by_state_and_where_their_metrics_are(stack):
-    now = scrape(stack)
-    assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 1
-    with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
-        groups = json.load(response)
-    # Mock workers serve no metrics.
-    assert [group["labels"]["stage"] for group in groups] == ["router"]
+def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
+    with mock_stack(tiny_pair, colocated=1) as stack, Client(stack.grpc) as client:
+        streams = [client.stream([5, 6], sampling=SamplingParams(max_tokens=2000)) for _ in range(4)]
+        for stream in streams:
+            next(stream.__enter__())
+        now = scrape(stack)
+        assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 2
+        with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
+            groups = json.load(response)
+        by_stage = {group["labels"]["stage"]: group["targets"][0] for group in groups}
+        assert [*by_stage] == ["router", "prefill", "decode", "prefill+decode"]
+        assert running_sequences(by_stage["prefill"]).keys() == {"prefill"}
+        assert running_sequences(by_stage["prefill+decode"]).keys() == {"prefill", "decode"}
+        wait_until(
+            lambda: sum(running_sequences(by_stage[s])["decode"] for s in ("decode", "prefill+decode")) == 4,
+            10,
+            "the workers count the four answers",
+        )
+        for stream in streams:
+            stream.cancel()
+
+
+def running_sequences(target):
+    """Returns the running sequences of each stage of the worker whose metrics ``target`` serves."""
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        return {
+            family.name.split("_")[1]: family.samples[0].value
+            for family in families
+            if family.name in ("overfill_prefill_running", "overfill_decode_running")
+        }
 
 
 def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tiny_pair):
@@ -102,8 +126,8 @@ def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tin
         if drained:
             with Client(stack.grpc) as client:
                 client.drain(name)
-            wait_until(lambda: scrape(stack)["workers", "decode", "draining", "default"] == 1, 10, f"{name} drains")
-        stack.call(running.__aexit__(None, None, None))
+        else:
+            stack.call(running.__aexit__(None, None, None))
         states = ("ready", "starting", "draining", "silent")
         wait_until(
             lambda: sum(scrape(stack)["workers", "decode", s, "default"] for s in states) == 1, 10, f"{name} has left"

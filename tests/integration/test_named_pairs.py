@@ -51,10 +51,11 @@ def test_router_and_workers_serve_a_named_pair(downloads, monkeypatch):
     def plan_by_name(*args, **options):
         plan = make_plan(*args, **options)
 
-        def named(configs):
-            return tuple(config.model_copy(update={"pair": "default"}) for config in configs)
+        def named(config):
+            return config.model_copy(update={"pair": "default"})
 
-        return replace(plan, routers=named(plan.routers), prefill=named(plan.prefill), decode=named(plan.decode))
+        plan = plan.with_configs(lambda worker: named(worker.config))
+        return replace(plan, routers=tuple(map(named, plan.routers)))
 
     monkeypatch.setattr("stacks.make_plan", plan_by_name)
     with running_stack(folder) as (stack, address):

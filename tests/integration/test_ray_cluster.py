@@ -11,7 +11,7 @@ import yaml
 from ray_stacks import Load, Up, status_json
 from stacks import wait_until
 
-from overfill.cli.stack import free_ports
+from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from stacks import children, idle, running_stack, wait_until
 
+from overfill.cli.stack_plan import PlannedWorker
 from overfill.client import AsyncClient, Client, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
@@ -20,14 +22,14 @@ def test_every_worker_is_replaced_under_load_and_no_request_fails(tiny_pair: Pat
         load = Load(address)
         load.start()
         with Client(address) as client:
-            for stage, config in stack.plan.workers():
+            for worker in stack.plan.workers:
                 load.wait_for_answers(2 * STREAMS)
-                old, new = config.worker_id, f"{config.worker_id}-new"
-                stack._workers.append(stack._spawn_worker(stage, config.model_copy(update={"worker_id": new})))
+                old, new = worker.id, f"{worker.id}-new"
+                stack._workers.append(stack._spawn_worker(renamed(worker, new)))
                 wait_until(lambda new=new: is_ready(client, new), 90, f"{new} joins")
                 client.drain(old)
                 wait_until(lambda old=old: gone(client, old), 60, f"{old} leaves")
-                child = next(child for child in children(stack, stage) if child.name == old)
+                child = next(child for child in children(stack, worker.kind.name) if child.name == old)
                 wait_until(lambda child=child: child.returncode == 0, 30, f"{old} exits 0")
             load.wait_for_answers(2 * STREAMS)
             answers = load.stop()
@@ -38,6 +40,10 @@ def test_every_worker_is_replaced_under_load_and_no_request_fails(tiny_pair: Pat
         # Every stream had the same answers throughout, on old and new workers.
         assert len(set(answers)) == STREAMS
         assert {prompt for prompt, _ in answers} == set(range(STREAMS))
+
+
+def renamed(worker: PlannedWorker, name: str) -> PlannedWorker:
+    return replace(worker, config=worker.config.model_copy(update={"worker_id": name}))
 
 
 def is_ready(client: Client, worker: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from panels import BYTES, PER_SECOND, SHARE, Panel, bars, board, lines
 
-from boards.queries import WORKER, rate, ratio
+from boards.queries import WORKER, of_stage, rate, ratio
 
 
 def capacity() -> Dashboard:
@@ -88,7 +88,7 @@ def capacity() -> Dashboard:
             ),
             lines(
                 "Sequences by worker",
-                {"{{worker}}": f"overfill_decode_running{{{WORKER}}} or overfill_prefill_running{{{WORKER}}}"},
+                {f"{stage} {{{{worker}}}}": f"overfill_{stage}_running{{{WORKER}}}" for stage in ("prefill", "decode")},
             ),
             lines(
                 "Steps failed",
@@ -100,7 +100,7 @@ def capacity() -> Dashboard:
                 {
                     stage: ratio(
                         rate(metric, where=WORKER),
-                        rate("process_cpu_seconds_total", where=f'stage="{stage}", {WORKER}'),
+                        rate("process_cpu_seconds_total", where=f"{of_stage(stage)}, {WORKER}"),
                     )
                     for stage, metric in (
                         ("prefill", "overfill_prefill_batch_tokens_sum"),

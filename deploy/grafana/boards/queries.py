@@ -12,6 +12,11 @@ TIER = 'tier=~"$tier"'
 """Matcher of the tiers that are chosen on the dashboard."""
 
 
+def of_stage(stage: str) -> str:
+    """Return a matcher of the targets that have the stage; those of workers with both are labelled prefill+decode."""
+    return f'stage=~".*{stage}.*"'
+
+
 def rate(metric: str, by: str = "", where: str = "") -> str:
     """Return the rate of ``metric`` per second, summed over all labels except ``by``."""
     grouped = f"sum by ({by})" if by else "sum"

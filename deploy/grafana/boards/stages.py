@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from panels import BYTES, COUNT, PER_SECOND, SECONDS, SHARE, Panel, board, cells, lines
 
-from boards.queries import WORKER, buckets, mean, quantile, quantiles, rate, ratio
+from boards.queries import WORKER, buckets, mean, of_stage, quantile, quantiles, rate, ratio
 
 
 def stages() -> Dashboard:
@@ -143,14 +143,14 @@ def stages() -> Dashboard:
             *both(
                 lambda s: lines(
                     title(s, "CPU"),
-                    {"{{worker}}": f'rate(process_cpu_seconds_total{{stage="{s}", {WORKER}}}[$__rate_interval])'},
+                    {"{{worker}}": f"rate(process_cpu_seconds_total{{{of_stage(s)}, {WORKER}}}[$__rate_interval])"},
                     span=12,
                 )
             ),
             *both(
                 lambda s: lines(
                     title(s, "memory"),
-                    {"{{worker}}": f'process_resident_memory_bytes{{stage="{s}", {WORKER}}}'},
+                    {"{{worker}}": f"process_resident_memory_bytes{{{of_stage(s)}, {WORKER}}}"},
                     BYTES,
                     span=12,
                 )

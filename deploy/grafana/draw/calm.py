@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overfill.cli.stack import free_ports
+from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
 from overfill.lab.monitoring.prometheus import Prometheus, running_prometheus

@@ -41,12 +41,20 @@ class HeldRequest:
     request: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """A connected process."""
+
+    socket: socket.socket
+    stages: frozenset[str]
+
+
 class ProbeControl:
     """Listens at ``folder / "probes"``. A process is known by its name while it is connected."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "probes")
-        self._processes: dict[str, socket.socket] = {}
+        self._processes: dict[str, _Peer] = {}
         self._request_processes: dict[str, dict[str, str]] = {}
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[HeldRequest]] = {}
@@ -96,11 +104,11 @@ class ProbeControl:
         """Sends ``packet`` to a process. Does nothing when the process is not connected."""
         if (peer := self._processes.get(name)) is not None:
             with contextlib.suppress(OSError):
-                peer.send(json.dumps(packet).encode())
+                peer.socket.send(json.dumps(packet).encode())
 
     def _send_to_stage(self, phase: Phase, packet: dict[str, Any]) -> None:
-        for name in [*self._processes]:
-            if name.startswith(STAGE_OF[phase]):
+        for name, peer in [*self._processes.items()]:
+            if STAGE_OF[phase] in peer.stages:
                 self.send(name, packet)
 
     def _spawn(self, work: Any) -> None:
@@ -113,29 +121,29 @@ class ProbeControl:
             peer, _ = await asyncio.get_running_loop().sock_accept(self._listener)
             self._spawn(self._receive(peer))
 
-    async def _receive(self, peer: socket.socket) -> None:
+    async def _receive(self, connection: socket.socket) -> None:
         loop, name = asyncio.get_running_loop(), ""
-        with peer:
+        with connection:
             try:
-                while packet := await loop.sock_recv(peer, 4096):
+                while packet := await loop.sock_recv(connection, 4096):
                     message = json.loads(packet)
                     if "name" in message:
                         name = message["name"]
-                        self._processes[name] = peer
+                        peer = self._processes[name] = _Peer(connection, frozenset(message["stages"]))
                         for breakpoint, (phase, hold) in self._breakpoints.items():  # it connected during a wait
-                            if name.startswith(STAGE_OF[phase]):
+                            if STAGE_OF[phase] in peer.stages:
                                 self.send(name, {"breakpoint": breakpoint, "phase": phase, "hold": hold})
                     else:
                         self._on(name, message)
             except OSError:
                 pass  # the process was killed
             finally:
-                if self._processes.get(name) is peer:
+                if name in self._processes and self._processes[name].socket is connection:
                     del self._processes[name]
 
     def _on(self, name: str, message: dict[str, Any]) -> None:
         request = message["request"]
-        self._request_processes.setdefault(request, {})[name.partition("-")[0]] = name
+        self._request_processes.setdefault(request, {})[STAGE_OF[message["at"]]] = name
         while len(self._request_processes) > _MAX_REQUESTS:
             self._request_processes.pop(next(iter(self._request_processes)))
         if message["breakpoint"] is None:

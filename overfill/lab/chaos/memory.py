@@ -77,17 +77,20 @@ def lifetimes(samples: Sequence[MemorySample]) -> list[ProcessLifetime]:
 
 
 def draw(samples: Sequence[MemorySample], title: str, path: Path) -> None:
-    """Plots resident memory over time: a panel per stage, a line per process. A restart begins a new line."""
+    """Plots resident memory over time: a panel per kind of process, a line per process. A restart begins a new line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = ("router", "prefill", "decode")
-    figure, panels = pyplot.subplots(len(stages), 1, figsize=(9, 6.5), sharex=True, layout="constrained")
+    kinds = [*dict.fromkeys(_kind(sample.name) for sample in samples)]
+    figure, grid = pyplot.subplots(
+        len(kinds), 1, figsize=(9, 0.5 + 2 * len(kinds)), sharex=True, squeeze=False, layout="constrained"
+    )
+    panels = grid[:, 0]
     colours: dict[str, str] = {}
     for (name, _), of_process in _by_process(samples).items():
-        panel = panels[stages.index(name.partition("-")[0])]
+        panel = panels[kinds.index(_kind(name))]
         known = name in colours
         (line,) = panel.plot(
             [sample.at / 60 for sample in of_process],
@@ -97,8 +100,8 @@ def draw(samples: Sequence[MemorySample], title: str, path: Path) -> None:
             label=None if known else name,
         )
         colours.setdefault(name, line.get_color())
-    for stage, panel in zip(stages, panels, strict=True):
-        panel.set_ylabel(f"{stage}, MiB")
+    for kind, panel in zip(kinds, panels, strict=True):
+        panel.set_ylabel(f"{kind}, MiB")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", fontsize=8, ncols=4)
@@ -106,6 +109,10 @@ def draw(samples: Sequence[MemorySample], title: str, path: Path) -> None:
     panels[-1].set_xlabel("minutes")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _kind(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def _by_process(samples: Sequence[MemorySample]) -> dict[tuple[str, int], list[MemorySample]]:

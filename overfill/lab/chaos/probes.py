@@ -5,7 +5,7 @@ the functions that a request passes through, and runs MODULE as ``__main__``. Th
 
 Each packet is one JSON object. The probe sends:
 
-* ``{"name"}`` once;
+* ``{"name", "stages"}`` once;
 * ``{"at", "request", "breakpoint"}`` when a request enters a phase; ``breakpoint`` is null unless the request is held.
 
 The trial sends:
@@ -29,7 +29,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _POLL = 0.002  # seconds between checks whether a held request was released
@@ -49,9 +49,13 @@ class _Breakpoint:
 
 
 class Probe:
-    """This process's end of the socket. Thread-safe."""
+    """This process's end of the socket. Thread-safe.
 
-    def __init__(self, path: str, name: str) -> None:
+    Args:
+        stages: the stages of the process.
+    """
+
+    def __init__(self, path: str, name: str, stages: Iterable[str]) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.connect(path)
         self._lock = threading.Lock()
@@ -59,7 +63,7 @@ class Probe:
         self._held: dict[int, _Breakpoint] = {}
         self._corrupt = 0
         self._rng = random.Random(name)
-        self._tell({"name": name})
+        self._tell({"name": name, "stages": [*stages]})
         self._listening = threading.Thread(target=self._listen, name="probe", daemon=True)
         self._listening.start()
 
@@ -159,37 +163,87 @@ def watch_router(probe: Probe) -> None:
     Relay._on_placed = on_placed_watched  # type: ignore[method-assign]
 
 
+class _Scheduling:
+    """Holds prompts when an engine has scheduled their first chunk, before it computes."""
+
+    def __init__(self, probe: Probe) -> None:
+        self._probe = probe
+        self._requests: dict[str, str] = {}  # sequence -> request
+
+    def add(self, sequence: str, request: str) -> None:
+        self._requests[sequence] = request
+        if len(self._requests) > 10_000:
+            self._requests.pop(next(iter(self._requests)))
+
+    def request_of(self, sequence: str) -> str:
+        return self._requests.get(sequence, "")
+
+    def held(self, emit: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
+        """Returns ``emit`` with the hold. Every engine emits on its own thread."""
+        from overfill.engine.sequence import PrefillScheduled
+
+        def emit_and_hold(events: list[Any]) -> None:
+            emit(events)
+            if scheduled := [event for event in events if isinstance(event, PrefillScheduled)]:
+                self._probe.hold_thread("prefill", self.request_of(scheduled[0].id))
+
+        return emit_and_hold
+
+
 def watch_prefill(probe: Probe) -> None:
-    import overfill.kv.sender
-    from overfill.engine.sequence import PrefillScheduled
-
-    # By name: the library never imports services.
+    scheduling = _watch_prefill_service(probe)
     hosting: Any = importlib.import_module("services.hosting")
-    servicer = importlib.import_module("services.prefill.servicer").PrefillServicer
-    sender: Any = overfill.kv.sender
-    accept, load, seal, seal_in_place = servicer._accept, hosting.load_half_of, sender.seal, sender.seal_in_place
-    requests: dict[str, str] = {}  # sequence -> request
-
-    def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
-        lease = accept(self, start, *rest)
-        requests[lease.sequence.id] = start.request_id
-        if len(requests) > 10_000:
-            requests.pop(next(iter(requests)))
-        return lease
+    load = hosting.load_half_of
 
     async def load_held(*arguments: Any) -> Any:
         loaded = await load(*arguments)
 
-        def new_core(emit: Callable[[list[Any]], None], metrics: Any) -> Any:
-            def emit_and_hold(events: list[Any]) -> None:
-                emit(events)
-                # Every engine says this on its own thread, after it has planned a step and before it computes.
-                if scheduled := [event for event in events if isinstance(event, PrefillScheduled)]:
-                    probe.hold_thread("prefill", requests.get(scheduled[0].id, ""))
-
-            return loaded.new_core(emit_and_hold, metrics)
+        def new_core(emit: Callable[[list[Any]], None], *rest: Any) -> Any:
+            return loaded.new_core(scheduling.held(emit), *rest)
 
         return dataclasses.replace(loaded, new_core=new_core)
+
+    hosting.load_half_of = load_held
+
+
+def watch_prefill_beside_decode(probe: Probe) -> None:
+    """Watches the prefill stage of a worker with both: prompts of other workers, and its own."""
+    from overfill.engine.colocated import ColocatedEngine
+
+    loaded: Any = importlib.import_module("overfill.engine.load").LoadedColocated
+    scheduling = _watch_prefill_service(probe)
+    local = importlib.import_module("services.worker.local_prefill").LocalPrefills
+    new_core, own_sequence, copy = loaded.new_core, local.sequence, ColocatedEngine._copy
+
+    def new_core_held(self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
+        return new_core(self, scheduling.held(emit_prefill), scheduling.held(emit_decode), *rest)
+
+    async def own_sequence_and_tell(self: Any, session: Any) -> Any:
+        sequence = await own_sequence(self, session)
+        scheduling.add(sequence.id, session.start.request_id)
+        return sequence
+
+    def copy_held(self: ColocatedEngine, here: Any, computed: Any) -> Any:
+        probe.hold_thread("handoff", scheduling.request_of(computed.id))
+        return copy(self, here, computed)
+
+    loaded.new_core, local.sequence = new_core_held, own_sequence_and_tell
+    ColocatedEngine._copy = copy_held  # type: ignore[method-assign]
+
+
+def _watch_prefill_service(probe: Probe) -> _Scheduling:
+    import overfill.kv.sender
+
+    # By name: the library never imports services.
+    servicer = importlib.import_module("services.prefill.servicer").PrefillServicer
+    sender: Any = overfill.kv.sender
+    accept, seal, seal_in_place = servicer._accept, sender.seal, sender.seal_in_place
+    scheduling = _Scheduling(probe)
+
+    def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
+        lease = accept(self, start, *rest)
+        scheduling.add(lease.sequence.id, start.request_id)
+        return lease
 
     def seal_and_damage(spec: Any, box: Any, payload: Any, *rest: Any) -> Any:
         frame = seal(spec, box, payload, *rest)
@@ -206,8 +260,8 @@ def watch_prefill(probe: Probe) -> None:
             payload[flip[0]] ^= flip[1]
 
     servicer._accept = accept_and_tell
-    hosting.load_half_of = load_held
     sender.seal, sender.seal_in_place = seal_and_damage, seal_in_place_and_damage
+    return scheduling
 
 
 def watch_decode(probe: Probe) -> None:
@@ -246,16 +300,20 @@ def watch_decode(probe: Probe) -> None:
     receiver.check_head = damage_and_check
 
 
-WATCH: dict[str, Callable[[Probe], None]] = {
-    "services.router.main": watch_router,
-    "services.prefill.main": watch_prefill,
-    "services.decode.main": watch_decode,
+WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {
+    "services.router.main": {"router": watch_router},
+    "services.prefill.main": {"prefill": watch_prefill},
+    "services.decode.main": {"decode": watch_decode},
+    "services.worker.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
 }
+"""Module -> the stages of its process, each with the function that watches it."""
 
 
 def main() -> None:
     path, name, module = sys.argv[1:4]
-    WATCH[module](Probe(path, name))
+    probe = Probe(path, name, WATCH[module])
+    for watch in WATCH[module].values():
+        watch(probe)
     sys.argv = [module, *sys.argv[4:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, StackPlan, child_environment, free_ports
+from overfill.cli.stack import Stack, child_environment
+from overfill.cli.stack_plan import StackPlan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
@@ -71,7 +73,7 @@ class BreakableStack(Stack):
         """Returns the names of a stage's processes."""
         if stage == "router":
             return self.routers
-        return [worker.worker_id for of, worker in self.plan.workers() if of == stage]
+        return [worker.id for worker in self.plan.workers if stage in worker.kind.stages]
 
     def process(self, name: str) -> Child:
         """Returns the process that currently has the name."""
@@ -105,21 +107,20 @@ async def add_proxies(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tupl
     """
     inbound = [await exits.enter_async_context(TcpProxy(a, seed=seed)) for a in plan.addresses]
     links = Links(tuple(p.address for p in inbound), {f"router-{i}": [proxy] for i, proxy in enumerate(inbound)})
-    ports = iter(free_ports("127.0.0.1", len(plan.workers())))
-    moved = []
-    for number, (stage, worker) in enumerate(plan.workers()):
+    ports = iter(free_ports("127.0.0.1", len(plan.workers)))
+    updates: dict[str, dict[str, Any]] = {}
+    for number, worker in enumerate(plan.workers):
         port = next(ports)
         own = await exits.enter_async_context(TcpProxy(f"127.0.0.1:{port}", seed=seed + number))
         outbound = [await exits.enter_async_context(TcpProxy(a, seed=seed - number)) for a in plan.addresses]
-        links.by_process[worker.worker_id] = [own, *outbound]
+        links.by_process[worker.id] = [own, *outbound]
         for index, proxy in enumerate(outbound):
             links.by_process[f"router-{index}"].append(proxy)
         update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
-        if stage == "decode" and number % 2:
+        if worker.kind.stages == ("decode",) and number % 2:
             update["shm"] = "off"  # so that some KV travels by shared memory and some over the network
-        moved.append(worker.model_copy(update=update))
-    prefill, decode = moved[: len(plan.prefill)], moved[len(plan.prefill) :]
-    return replace(plan, prefill=tuple(prefill), decode=tuple(decode)), links  # type: ignore[arg-type]
+        updates[worker.id] = update
+    return plan.with_configs(lambda worker: worker.config.model_copy(update=updates[worker.id])), links
 
 
 def add_hosts(plan: StackPlan, exits: ExitStack) -> tuple[StackPlan, Links]:

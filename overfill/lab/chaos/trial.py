@@ -1,7 +1,7 @@
 """Runs a trial: starts a stack, sends requests, injects faults, and collects the results.
 
 A fault waits until a request enters its phase. The trial holds the request there, injects the fault and releases the
-request. It silences no process unless another of the same stage is ready.
+request. It silences no process unless another of the same stage is ready, or the stack has no other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from overfill.cli.stack import StackPlan
+from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient
 from overfill.client.status import WorkerStatus
 from overfill.errors import OverfillError
@@ -237,7 +237,8 @@ class _TrialRun:
         self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds
         self._restored_at: dict[str, float] = {}  # process -> when its last fault ended
-        self._statuses: dict[str, tuple[float, set[str]]] = {}  # router -> (time of the request, its ready workers)
+        # Router -> (time of the request, stage and name of each ready worker).
+        self._statuses: dict[str, tuple[float, set[tuple[str, str]]]] = {}
         self._load_ended = asyncio.Event()
         self._began = time.monotonic()
 
@@ -369,9 +370,9 @@ class _TrialRun:
     def _may_hit(self, fault: PlannedFault, name: str) -> bool:
         if name in self._down:
             return False
-        stage = name.partition("-")[0]
-        ready = self._ready(stage)
-        return name in ready and (fault.kind not in SILENCING or len(ready) > 1)
+        ready = self._ready(fault.target)
+        replaceable = len(ready) > 1 or len(self._stack.names(fault.target)) == 1
+        return name in ready and (fault.kind not in SILENCING or replaceable)
 
     def _ready(self, stage: str) -> set[str]:
         """Returns the processes of a stage that every ready router considers ready.
@@ -383,20 +384,16 @@ class _TrialRun:
             for router, (asked, ready) in self._statuses.items()
             if router not in self._down and asked > self._restored_at.get(router, 0.0)
         }
-        complete = [
-            router
-            for router, ready in views.items()
-            if all(any(name.startswith(s) for name in ready) for s in ("prefill", "decode"))
-        ]
+        complete = [router for router, ready in views.items() if {stage for stage, _ in ready} == {"prefill", "decode"}]
         if stage == "router":
             return set(complete)
         if not complete:
             return set()
-        common: set[str] = views[complete[0]].intersection(*(views[router] for router in complete))
+        common = views[complete[0]].intersection(*(views[router] for router in complete))
         return {
             name
-            for name in common
-            if name.startswith(stage)
+            for of, name in common
+            if of == stage
             and name not in self._down
             and all(self._statuses[router][0] > self._restored_at.get(name, 0.0) for router in complete)
         }
@@ -441,8 +438,8 @@ class _TrialRun:
                     status = await client.status(timeout=5)
                     pid = status.process.pid
                     if pid == self._stack.process(router).pid:
-                        ready = {w.id for w in status.workers if w.process is not None and w.process.ready}
-                        self._statuses[router] = asked, ready
+                        ready = ((w.stage, w.id) for w in status.workers if w.process and w.process.ready)
+                        self._statuses[router] = asked, set(ready)
                 except OverfillError:
                     self._statuses.pop(router, None)
                 await asyncio.sleep(_STATUS_INTERVAL)
@@ -466,21 +463,21 @@ class _TrialRun:
         return None
 
     async def _find_leaks(self) -> list[str]:
-        """Returns the workers that are not empty, or not back, after the time that a restart may take.
+        """Returns the workers of which a stage is not empty, or not back, after the time that a restart may take.
 
         Restarted workers need this time to join, and partitioned ones to notice.
         """
         deadline = time.monotonic() + self._restart_timeout
-        expected = {worker.worker_id for _, worker in self._stack.plan.workers()}
+        expected = {(stage, worker.id) for worker in self._stack.plan.workers for stage in worker.kind.stages}
         while True:
-            empty = [{worker.id for worker in seen if _is_empty(worker)} for seen in await self._workers()]
-            leaked = sorted(name for name in expected if not all(name in ids for ids in empty))
+            empty = [{(w.stage, w.id) for w in seen if _is_empty(w)} for seen in await self._workers()]
+            leaked = sorted({id for stage, id in expected if not all((stage, id) in found for found in empty)})
             if not leaked or time.monotonic() > deadline:
                 return leaked
             await asyncio.sleep(_POLL)
 
 
 def _is_empty(worker: WorkerStatus) -> bool:
-    """Returns True if the worker answers, uses no block and has no request."""
+    """Returns True if the worker answers, and the entry's stage uses no block and has no request."""
     load = None if worker.process is None else worker.process.load
     return load is not None and load.kv_blocks_used == load.running == load.waiting == 0

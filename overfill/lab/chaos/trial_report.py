@@ -132,7 +132,7 @@ class TrialReport:
             "failed": sum(o.ending == "failed" for o in held),
             "delay_p50": _round(quantile(delays, 0.5)),
             "delay_max": _round(quantile(delays, 1.0)),
-            "victims": dict(Counter(one.victim.partition("-")[0] for one in injected)),
+            "victims": dict(Counter(one.fault.target for one in injected)),
         }
 
     def _figures(self) -> Table:

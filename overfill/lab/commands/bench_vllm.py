@@ -14,8 +14,7 @@ import click
 
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console
-from overfill.cli.processes import TAIL_LINES
-from overfill.cli.stack import StartFailed
+from overfill.cli.processes import TAIL_LINES, StartFailed
 from overfill.errors import OverfillError
 from overfill.lab.commands.bench_options import Counts, load_pair
 

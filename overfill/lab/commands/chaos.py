@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -33,7 +33,7 @@ from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
-    from overfill.cli.stack import StackPlan
+    from overfill.cli.stack_plan import StackPlan
     from overfill.telemetry.progress import Report
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -129,8 +129,19 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     show_default=True,
     help="Maximum number of faults at the same time.",
 )
-@click.option("--prefill", type=click.IntRange(2), default=2, show_default=True, help="Number of prefill workers.")
-@click.option("--decode", type=click.IntRange(2), default=3, show_default=True, help="Number of decode workers.")
+@click.option(
+    "--colocated",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of workers with both stages. They decode in the default tier.",
+)
+@click.option(
+    "--prefill", type=click.IntRange(0), help="Number of prefill workers.  [default: 2, or 0 with --colocated]"
+)
+@click.option(
+    "--decode", type=click.IntRange(0), help="Number of decode workers.  [default: 3, or 0 with --colocated]"
+)  # fmt: skip
 @click.option("--router", "routers", type=click.IntRange(2), default=2, show_default=True, help="Number of routers.")
 @click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="Minimum number of requests.")
 @click.option(
@@ -187,8 +198,9 @@ def chaos_command(
     seed: int,
     pause: float,
     concurrent_faults: int,
-    prefill: int,
-    decode: int,
+    colocated: int,
+    prefill: int | None,
+    decode: int | None,
     routers: int,
     requests: int,
     streams: int,
@@ -208,7 +220,8 @@ def chaos_command(
     """Start a stack on this machine, inject faults while it serves requests, and check every answer.
 
     A fault waits for a request in its phase. It hits a process that serves this request, or the client.
-    A process is killed, drained, frozen or partitioned only while another one of its stage is ready.
+    A process is killed, drained, frozen or partitioned only while another one with the target's stage is ready, or if
+    the stack has no other one.
 
     With --decoder, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
     that wrote it, and only requests that allow it may change their tier. A tier may lose its last worker.
@@ -228,7 +241,8 @@ def chaos_command(
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     if tiers:
         check_replaced("pair", "decode")
-        _check_tiers(tiers)
+        _check_tiers(tiers, colocated)
+    counts = count_workers(colocated, prefill, decode, bool(tiers))
     among = (faults or FAULTS, phases or PHASES, targets or None)
     chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
     trial_settings = {
@@ -241,7 +255,7 @@ def chaos_command(
     }
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
-        plan, prompts = prepare(pair, tiers, prefill, decode, routers, exits, report, trial_settings)
+        plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings)
         trial = Trial(
             faults=chosen,
             prompts=prompts,
@@ -274,13 +288,29 @@ def chaos_command(
     return 0 if judged.passed else 1
 
 
-def _check_tiers(tiers: Sequence[TierSpec]) -> None:
+def count_workers(colocated: int, prefill: int | None, decode: int | None, tiers: bool) -> dict[str, int]:
+    """Returns the number of workers of each kind. Raises click.UsageError if a stage has too few for faults."""
+    if prefill is None:
+        prefill = 0 if colocated else 2
+    if decode is None:
+        decode = 0 if colocated else 3
+    for stage, count in (("prefill", prefill), ("decode", decode)):
+        # A worker with both stages may be the only one that prefills: requests wait while a fault takes it.
+        least = 1 if stage == "prefill" and colocated else 2
+        if count + colocated < least and not (tiers and stage == "decode"):
+            raise click.UsageError(
+                f"--{stage} {count}: give at least {least - colocated}, because faults take a worker of each stage"
+            )
+    return {"colocated": colocated, "prefill": prefill, "decode": decode}
+
+
+def _check_tiers(tiers: Sequence[TierSpec], colocated: int) -> None:
     """Raises click.UsageError if the tiers do not fit each other, or are fewer than two decode workers."""
     try:
         check_tiers(tiers)
     except ValueError as error:
         raise click.UsageError(f"--decoder: {error}") from error
-    if sum(tier.count for tier in tiers) < 2:
+    if sum(tier.count for tier in tiers) + colocated < 2:
         raise click.UsageError("--decoder: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
     if len({tier.pair == "tiny" for tier in tiers}) > 1:
         raise click.UsageError("--decoder: all tiers have the pair tiny, or none: they share the full model")
@@ -326,8 +356,7 @@ _TINY_ON_VLLM = {
 def prepare(
     pair: str,
     tiers: Sequence[TierSpec],
-    prefill: int,
-    decode: int,
+    counts: Mapping[str, Any],
     routers: int,
     exits: ExitStack,
     report: Report,
@@ -336,7 +365,8 @@ def prepare(
     """Returns the plan of a float32 stack, and prompts. ``exits`` removes the folder of tiny pairs.
 
     Args:
-        tiers: tiers, which replace ``pair`` and ``decode``. Empty means one pair.
+        tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
+        counts: numbers of workers, by field of ``StackRequest``.
     """
     from overfill.cli.up import check_engines
     from overfill.cli.up_plan import StackRequest, make_plan
@@ -362,10 +392,11 @@ def prepare(
         tiers = resolve_tiers(tiers, report)
     else:
         folder = resolve_pair(pair, report)
-    plan = make_plan(StackRequest(folder, prefill, decode, routers, threads=1, settings=settings, tiers=tuple(tiers)))
+    request = StackRequest(folder, routers=routers, threads=1, settings=settings, tiers=tuple(tiers), **counts)
+    plan = make_plan(request)
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
     check_engines(plan, here=True)
-    limit = plan.prefill[0].max_model_len or 512
+    limit = plan.workers[0].config.max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions]
 

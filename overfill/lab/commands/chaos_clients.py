@@ -39,7 +39,7 @@ def chaos_clients_command(
 
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
-        plan, prompts = prepare(pair, (), prefill, decode, 1, exits, report, engines)
+        plan, prompts = prepare(pair, (), {"prefill": prefill, "decode": decode}, 1, exits, report, engines)
         result = asyncio.run(kill_clients(plan, prompts, kills, max_tokens, seed, report))
     delays = sorted(result.delays)
     figures = {

@@ -18,7 +18,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from overfill.cli.stack import Stack, StackPlan
+from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.lab.faults.engines import engines_by_stage

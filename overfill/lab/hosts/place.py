@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from overfill.api import keys
-from overfill.cli.stack import StackPlan
+from overfill.cli.stack_plan import StackPlan
 from overfill.lab.hosts.network import Host, HostNetwork
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
@@ -36,7 +36,7 @@ def place_on_hosts(
     Raises:
         CannotMakeHosts: This machine cannot make hosts.
     """
-    names = [*(f"router-{index}" for index in range(len(plan.routers))), *(w.worker_id for _, w in plan.workers())]
+    names = [*(f"router-{index}" for index in range(len(plan.routers))), *(worker.id for worker in plan.workers)]
     with (
         HostNetwork(names, relayed, congestion_control) as network,
         tempfile.TemporaryDirectory(prefix="overfill-hosts-") as folder,
@@ -67,12 +67,10 @@ def place(plan: StackPlan, addresses: Mapping[str, str], folder: Path, key_file:
 
     operator = certificates.role_files(folder, Role.OPERATOR)
     return replace(
-        plan,
+        plan.with_configs(lambda worker: moved(worker.config, worker.id, Role.WORKER, routers=routers)),
         routers=tuple(
             moved(router, f"router-{index}", Role.ROUTER, api_keys=key_file)
             for index, router in enumerate(plan.routers)
         ),
-        prefill=tuple(moved(worker, worker.worker_id, Role.WORKER, routers=routers) for worker in plan.prefill),
-        decode=tuple(moved(worker, worker.worker_id, Role.WORKER, routers=routers) for worker in plan.decode),
         operator_tls=ClientTls(operator.ca, operator.cert, operator.key, certificates.NAME),
     )

@@ -20,16 +20,22 @@ inline void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
     value.wait(old, std::memory_order_acquire);
 }
 
+// Where the threads of a job wait for each other.
 class Barrier {
   public:
     void reset(int count) { count_ = count; }
 
     void wait() {
-        if (count_ == 1) return;
+        // Reads `count_` before it arrives: once all have arrived, the caller may reset the barrier for the next job, and
+        // a slow thread of this job would compare its arrival with the new count.
+        const int count = count_;
+        if (count == 1) return;
         const uint32_t phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
             arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
+            // Sequentially consistent, because notify_all first looks whether anyone sleeps. A weaker store may take
+            // effect after that look, when another thread has already found the old phase and fallen asleep.
+            phase_.store(phase + 1);
             phase_.notify_all();
         } else {
             wait_change(phase_, phase);
@@ -42,67 +48,69 @@ class Barrier {
     alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
-// A pool of the calling thread and `threads - 1` others. One call may run at a time.
+// The calling thread and others, which are started when a job first needs them and then kept: a job that uses fewer of
+// them lets the rest sleep. Starting a thread costs more than a short step. One call may run at a time.
 class Pool {
   public:
     Barrier barrier;
 
-    ~Pool() { stop(); }
+    ~Pool() {
+        ending_ = true;
+        for (auto& worker : workers_) worker->wake();
+        for (auto& worker : workers_) worker->thread.join();
+    }
 
-    // Calls `job(thread, threads)` on every thread and returns when all have returned.
+    // Calls `job(thread, threads)` on `threads` threads and returns when all have returned.
     template <class Job>
     void run(int threads, Job& job) {
-        if (threads != size() || pid_ != getpid()) resize(threads);
+        start(threads);
         barrier.reset(threads);
-        if (threads > 1) {
-            call_ = [](void* data, int thread, int count) { (*static_cast<Job*>(data))(thread, count); };
-            data_ = &job;
-            epoch_.fetch_add(1, std::memory_order_release);
-            epoch_.notify_all();
-        }
+        call_ = [](void* data, int thread, int count) { (*static_cast<Job*>(data))(thread, count); };
+        data_ = &job, threads_ = threads;
+        for (int i = 1; i < threads; ++i) workers_[i - 1]->wake();
         job(0, threads);
         barrier.wait();
     }
 
   private:
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    struct alignas(64) Worker {
+        std::atomic<uint32_t> jobs{0};  // that it was woken for
+        std::thread thread;
 
-    void resize(int threads) {
+        void wake() {
+            jobs.fetch_add(1);
+            jobs.notify_one();
+        }
+    };
+
+    // Starts the threads that are missing.
+    void start(int threads) {
         if (pid_ != getpid()) {  // after a fork, the threads exist in the parent only
-            for (auto& worker : workers_) worker.detach();
+            for (auto& worker : workers_) worker->thread.detach();
             workers_.clear();
             pid_ = getpid();
         }
-        stop();
-        ending_ = false;
-        const uint32_t epoch = epoch_.load();
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, threads, epoch] { work(i, threads, epoch); });
+        for (int i = static_cast<int>(workers_.size()) + 1; i < threads; ++i) {
+            workers_.push_back(std::make_unique<Worker>());
+            workers_.back()->thread = std::thread([this, i, &worker = *workers_.back()] { work(worker, i); });
+        }
     }
 
-    void stop() {
-        ending_ = true;
-        epoch_.fetch_add(1, std::memory_order_release);
-        epoch_.notify_all();
-        for (auto& worker : workers_) worker.join();
-        workers_.clear();
-    }
-
-    void work(int index, int threads, uint32_t epoch) {
-        for (;;) {
-            wait_change(epoch_, epoch);
-            ++epoch;
+    void work(const Worker& worker, int index) {
+        for (uint32_t done = 0;; ++done) {
+            wait_change(worker.jobs, done);
             if (ending_) return;
-            call_(data_, index, threads);
+            call_(data_, index, threads_);
             barrier.wait();
         }
     }
 
-    std::vector<std::thread> workers_;
+    std::vector<std::unique_ptr<Worker>> workers_;
     std::atomic<bool> ending_{false};
     void (*call_)(void*, int, int) = nullptr;
     void* data_ = nullptr;
+    int threads_ = 1;
     pid_t pid_ = getpid();
-    alignas(64) std::atomic<uint32_t> epoch_{0};
 };
 
 }  // namespace ovf

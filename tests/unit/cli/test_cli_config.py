@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from overfill.cli import up
 from overfill.cli.config import display
 from overfill.cli.main import main
-from overfill.cli.stack import threads_per_worker
+from overfill.cli.up_plan import threads_per_worker
 
 FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
@@ -57,7 +57,7 @@ def test_show_prints_each_value_and_its_origin(
 
 def test_show_works_before_there_is_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     everything = shown(capsys)
-    assert set(everything) == {"router", "prefill", "decode", "up"}
+    assert set(everything) == {"router", "prefill", "decode", "worker", "up"}
     assert everything["router"]["pair"] == {"value": "", "from": "required"}
     assert everything["up"]["pair"] == {"value": "default", "from": "default"}
     assert main(["config", "show", "router"]) == 0

@@ -27,8 +27,8 @@ def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settin
 def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
     made = spec_of(plan(dtype="float32", kv_memory="64MiB", grace_period="7", http=8000), RayOptions(), TWO_CORES)
     assert (made.prefill.replicas, made.decode.replicas) == (2, 3)
-    assert made.decode_config().kv_memory == 64 << 20
-    assert made.prefill_config().dtype == "float32"
+    assert made.worker_config("decode").kv_memory == 64 << 20
+    assert made.worker_config("prefill").dtype == "float32"
     assert made.grace_period == 7
     assert (made.router.ports, made.router.http_ports) == ((7600,), (8000,))
     assert not {"worker_id", "routers", "port", "expect_decode"} & {*made.decode.settings, *made.router.settings}
@@ -38,7 +38,7 @@ def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
 def test_the_engine_of_each_stage_arrives() -> None:
     settings = {"engine_args": '{"enforce_eager": true}', "prefill_engine": "vllm", "decode_engine": "overfill"}
     made = spec_of(plan(**settings), RayOptions(), TWO_CORES)
-    prefill, decode = made.prefill_config(), made.decode_config()
+    prefill, decode = made.worker_config("prefill"), made.worker_config("decode")
     assert (prefill.engine, prefill.engine_args) == ("vllm", '{"enforce_eager": true}')
     assert (decode.engine, decode.engine_args) == ("overfill", "")
 
@@ -82,19 +82,36 @@ def test_each_tier_is_a_pool_with_its_own_bounds_device_and_settings() -> None:
     assert (full.pair, full.fallback, full.replicas, full.max_replicas, full.num_gpus) == ("p", "fast", 1, None, 1)
     assert (fast.pair, fast.replicas, fast.max_replicas, fast.num_gpus, fast.itl_objective) == ("q", 2, 6, 0, 0.05)
     assert full.num_cpus == 1, "8 CPUs for at most 8 workers"
-    assert made.decode_config(tier="fast").quantize == "int8"
+    assert made.worker_config("decode-fast").quantize == "int8"
     assert made.router_config().brownout == ("full", "fast")
     assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
     stack = RayStack(make_plan(request), RayOptions(), print)
-    described = {tier: stack.describe_workers(tier) for tier in ("full", "fast")}
+    described = {pool.tier: stack.describe_workers(pool) for pool in stack.plan.pools if pool.tier}
     assert described == {"full": "1 on Ray", "fast": "2 to 6 on Ray"}
+
+
+def test_workers_with_both_stages_are_a_deployment() -> None:
+    request = StackRequest(Path("pair"), 0, 1, colocated=2, settings={"ttft_objective": 1})
+    made = spec_of(make_plan(request), RayOptions(), {"CPU": 8.2, "GPU": 1.0})
+    assert made.worker is not None
+    assert (made.worker.replicas, made.prefill, made.decode.replicas) == (2, None, 1)
+    assert made.worker.num_gpus == pytest.approx(1 / 3)
+    assert made.worker.num_cpus == pytest.approx(2.66)
+    assert made.worker_config("worker").ttft_objective == 1
+    assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
+    stack = RayStack(make_plan(request), RayOptions(), print)
+    assert [stack.describe_workers(pool) for pool in stack.plan.pools] == ["2 on Ray", "1 on Ray"]
+    tiers = tuple(TierSpec.parse(text, least=0) for text in ("a=p:0,itl-objective=0.05", "b=q:2"))
+    made = spec_of(make_plan(StackRequest(None, 0, 0, tiers=tiers, colocated=1)), RayOptions(), TWO_CORES)
+    assert [*made.pools] == ["router", "worker", "decode-b"]
+    assert (made.worker_config("worker").tier, made.worker_config("worker").itl_objective) == ("a", 0.05)
 
 
 def test_mock_workers_stay_mock_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_MOCK_DECODE_MOCK_STEP", "0.05")
     made = spec_of(plan(mock=True), RayOptions(), TWO_CORES)
     monkeypatch.delenv("OVERFILL_MOCK_DECODE_MOCK_STEP")
-    assert made.decode_config().mock_step == 0.05  # type: ignore[attr-defined]
+    assert made.worker_config("decode").mock_step == 0.05  # type: ignore[attr-defined]
 
 
 def status(app: str = "DEPLOYING", message: str = "", **deployments: tuple[str, dict[str, int], str]) -> Any:

@@ -23,9 +23,11 @@ from overfill.cli import stack as stack_module
 from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, StackPlan, StartFailed, child_environment, free_ports, threads_per_worker
-from overfill.cli.up_plan import StackRequest, make_plan
+from overfill.cli.ports import free_ports
+from overfill.cli.processes import Child, StartFailed
+from overfill.cli.stack import Stack, child_environment
+from overfill.cli.stack_plan import StackPlan
+from overfill.cli.up_plan import StackRequest, make_plan, threads_per_worker
 from overfill.errors import Unavailable, UnsupportedModel
 from overfill.settings.config import DecodeConfig, PrefillConfig
 
@@ -111,7 +113,7 @@ def test_metrics_ports_follow_the_first() -> None:
     planned = plan(routers=2, decode=2, metrics_port="9600")
     configs = [*planned.routers, *planned.prefill, *planned.decode]
     assert [config.metrics_port for config in configs] == [9600, 9601, 9602, 9603, 9604]
-    assert {config.metrics_port for _, config in plan(metrics_port="off").workers()} == {"off"}
+    assert {config.metrics_port for config in (worker.config for worker in plan(metrics_port="off").workers)} == {"off"}
     assert plan().routers[0].metrics_port == 0
 
 
@@ -194,9 +196,9 @@ def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.Cap
 
 
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7998"]) == 2  # workers' ports included
+    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7999"]) == 2  # workers' ports included
     message = " ".join(capsys.readouterr().err.split())
-    assert "--http 8000 (its default) uses 8000 and --metrics-port 7998 uses 7998 to 8000" in message
+    assert "--http 8000 (its default) uses 8000 and --metrics-port 7999 uses 7999 to 8000" in message
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])

@@ -14,8 +14,8 @@ def worker(worker_id: str, stage: str, **changes: Any) -> SimpleNamespace:
     model = SimpleNamespace(
         full_digest="f", tokenizer_digest="t", decoder_digest="d", decoder_quantize="", kv_cache_dtype=""
     )
-    process = SimpleNamespace(id=worker_id, stage=stage, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
-    return SimpleNamespace(**{"id": worker_id, "process": process, "tier": None} | changes)
+    process = SimpleNamespace(id=worker_id, kv=SimpleNamespace(dtype="float32"), model=model, codec="raw")
+    return SimpleNamespace(**{"id": worker_id, "stage": stage, "process": process, "tier": None} | changes)
 
 
 def pair(decoder: str = "d", quantize: str = "none") -> Any:
@@ -32,6 +32,19 @@ def test_a_silent_worker_is_named_since_it_may_run_anything() -> None:
     with pytest.raises(CannotVerify, match=r"decode-1 does not answer") as caught:
         check_stack(status, {"default": pair()})
     assert caught.value.exit_code == 2
+
+
+def test_a_worker_with_both_stages_is_checked_as_each_and_named_once() -> None:
+    both = [worker("worker-0", "prefill"), worker("worker-0", "decode", tier="full")]
+    status: Any = SimpleNamespace(workers=[*both, worker("decode-0", "decode", tier="fast")])
+    pairs = {"fast": pair(), "full": pair("another")}
+    with pytest.raises(CannotVerify, match="worker-0 runs another pair than pair-another"):
+        check_stack(status, pairs)
+    both[1].process.model.decoder_digest = "another"
+    check_stack(status, pairs)
+    both[0].process = both[1].process = None
+    with pytest.raises(CannotVerify, match=r"^worker-0 does not answer"):
+        check_stack(status, pairs)
 
 
 def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:

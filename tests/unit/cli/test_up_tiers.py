@@ -14,7 +14,7 @@ import pytest
 
 from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.stack import StackPlan
+from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cli.up_tiers import resolve_tiers
 from overfill.errors import InvalidPair, UnsupportedModel
@@ -73,7 +73,7 @@ def test_routers_know_the_tiers_and_expect_all_their_workers() -> None:
         assert RouterConfig.parse(router.to_argv()) == router
     assert {worker.pair for worker in made.prefill} == {"default"}
     assert [tier.name for tier in made.tiers] == ["default", "full", "fast"], "the default tier first"
-    assert [worker.worker_id for worker in made.tier_workers("default")] == ["decode-default-0", "decode-default-1"]
+    assert [worker.worker_id for worker in made.of_tier("default")] == ["decode-default-0", "decode-default-1"]
 
 
 def test_the_default_tier_may_be_chosen() -> None:
@@ -88,7 +88,7 @@ def test_a_stack_with_one_pair_has_one_tier_that_its_workers_do_not_name() -> No
     assert [worker.worker_id for worker in made.decode] == ["decode-0", "decode-1"]
     assert {worker.tier for worker in made.decode} == {""}
     assert [(tier.name, tier.pair, tier.count) for tier in made.tiers] == [("default", "/p", 2)]
-    assert made.tier_workers("default") == made.decode
+    assert made.of_tier("default") == made.decode
     assert not made.routers[0].decoders
 
 

@@ -41,7 +41,7 @@ GOOD = [accepted(), delta(0, [10], "Hel"), delta(1, [11, 12], "lo"), finished()]
 class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
     """Plays ``script``: sends responses, raises exceptions, and at "hang" waits until the client disconnects.
 
-    Calls ``on_request`` before the script starts.
+    Calls ``on_request`` before the script starts. Never answers Tokenize, and calls ``on_tokenize`` when it arrives.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
         self.time_remaining: list[float | None] = []
         self.abandoned = threading.Event()
         self.on_request: Callable[[], object] = lambda: None
+        self.on_tokenize: Callable[[], object] = lambda: None
         self.address = ""
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
@@ -67,6 +68,10 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
         except (asyncio.CancelledError, GeneratorExit):
             self.abandoned.set()
             raise
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        self.on_tokenize()
+        await asyncio.Event().wait()
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         model = inference_pb2.Model(name="tiny", max_model_len=64, full_digest="f", decoder_digest="d", dtype="float32")

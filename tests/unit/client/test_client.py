@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -328,6 +329,39 @@ def test_a_closed_client_asks_no_other_router(router: Any, another_router: Any, 
     with pytest.raises(RequestCancelled, match="the client is closed"):
         client.stream("x")
     assert another_router.requests == []
+
+
+@pytest.mark.parametrize("two_routers", [False, True])
+async def test_closing_the_client_ends_the_answer_that_a_task_waits_for(
+    router: Any, another_router: Any, say: SimpleNamespace, two_routers: bool
+) -> None:
+    router.script = [*say.good[:2], "hang"]
+    client = AsyncClient(f"{router.address},{another_router.address}" if two_routers else router.address)
+    started = asyncio.Event()
+
+    async def read() -> None:
+        async for _ in client.stream("x"):
+            started.set()
+
+    reading = asyncio.create_task(read())
+    await started.wait()
+    await client.close()
+    with pytest.raises(RequestCancelled, match="the client is closed") as caught:
+        await reading
+    assert caught.value.produced is not None
+    assert caught.value.produced.text == "Hel"
+    assert another_router.requests == []
+
+
+async def test_closing_the_client_ends_a_short_call_that_a_task_waits_for(router: Any) -> None:
+    client = AsyncClient(router.address)
+    asked = asyncio.Event()
+    router.on_tokenize = partial(asyncio.get_running_loop().call_soon_threadsafe, asked.set)
+    calling = asyncio.create_task(client.tokenize("x"))
+    await asked.wait()
+    await client.close()
+    with pytest.raises(RequestCancelled, match="the client is closed"):
+        await calling
 
 
 def test_routers_that_only_accept_are_not_asked_forever(

@@ -13,7 +13,7 @@ from shipped_config import SHIPPED, for_several_machines
 from overfill.cluster.application import deployment_options, environment, serve_config
 from overfill.cluster.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
 from overfill.rpc.certificates import NAME
-from overfill.settings.config import DecodeConfig
+from overfill.settings.config import ColocatedConfig, DecodeConfig
 
 HERE = WorkerPlace("decode-x1", "ray:///overfill", "10.0.0.7")
 
@@ -28,13 +28,13 @@ def test_shared_settings_reach_deployments_that_have_them_and_a_pools_own_win() 
         prefill={"settings": {"max_num_batched_tokens": 512}},
         decode={"settings": {"data_streams": 3}},
     )
-    assert made.prefill_config().max_num_batched_tokens == 512
-    assert (made.decode_config().dtype, made.decode_config().data_streams) == ("float32", 3)
+    assert made.worker_config("prefill").max_num_batched_tokens == 512
+    assert (made.worker_config("decode").dtype, made.worker_config("decode").data_streams) == ("float32", 3)
     assert made.router_config().log_level == "error"
 
 
 def test_a_worker_joins_through_the_directory_under_its_own_name() -> None:
-    config = spec().decode_config(HERE)
+    config = spec().worker_config("decode", HERE)
     assert (config.worker_id, config.routers, config.advertise) == ("decode-x1", ("ray:///overfill",), "")
 
 
@@ -43,15 +43,19 @@ def test_a_worker_that_listens_everywhere_announces_its_machine(tmp_path: Path) 
         (tmp_path / name).touch()
     tls = {f"tls_{name}": str(tmp_path / name) for name in ("cert", "key", "ca")}
     tls["api_keys"] = str(tmp_path / "keys.json")
-    assert spec(settings=tls | {"host": "0.0.0.0"}).decode_config(HERE).advertise == "10.0.0.7"
+    assert spec(settings=tls | {"host": "0.0.0.0"}).worker_config("decode", HERE).advertise == "10.0.0.7"
     own = tls | {"host": "0.0.0.0", "advertise": "worker.internal"}
-    assert spec(settings=own).decode_config(HERE).advertise == "worker.internal"
+    assert spec(settings=own).worker_config("decode", HERE).advertise == "worker.internal"
 
 
 def test_prometheus_can_connect_to_the_metrics_of_every_machine() -> None:
     files = {f"tls_{name}": name for name in ("cert", "key", "ca")}
     made = spec(settings=files | {"metrics_host": "0.0.0.0"})
-    configs = [made.decode_config(HERE), made.prefill_config(HERE), made.router_config(0, HERE.node_ip)]
+    configs = [
+        made.worker_config("decode", HERE),
+        made.worker_config("prefill", HERE),
+        made.router_config(0, HERE.node_ip),
+    ]
     assert [config.metrics_host for config in configs] == [HERE.node_ip] * 3
     assert spec().router_config(0, HERE.node_ip).metrics_host == "127.0.0.1"
 
@@ -84,7 +88,7 @@ def test_each_tier_is_a_deployment_with_its_pair_and_its_settings() -> None:
     fast = made.worker_config("decode-fast", HERE)
     assert isinstance(fast, DecodeConfig)
     assert (fast.tier, fast.pair, fast.quantize, fast.max_num_seqs) == ("fast", "fast", "int8", 8)
-    assert made.worker_config("decode-full", HERE).pair == made.prefill_config().pair == "identity"
+    assert made.worker_config("decode-full", HERE).pair == made.worker_config("prefill").pair == "identity"
     router = made.router_config()
     assert (router.pair, router.expect_decode, router.brownout) == ("identity", 3, ("full", "fast"))
     assert [str(tier) for tier in router.tiers] == [
@@ -100,7 +104,7 @@ def test_each_tier_is_a_deployment_with_its_pair_and_its_settings() -> None:
 
 def test_prefill_workers_and_routers_read_the_default_tiers_pair() -> None:
     made = StackSpec.model_validate(TIERS | {"router": {"settings": {"default_tier": "fast"}}})
-    assert {made.prefill_config().pair, made.router_config().pair, made.default_pair} == {"fast"}
+    assert {made.worker_config("prefill").pair, made.router_config().pair, made.default_pair} == {"fast"}
     assert made.router_config().tiers[0].name == "fast"
 
 
@@ -109,15 +113,65 @@ def test_routers_are_told_how_workers_load_their_decoders() -> None:
     assert [tier.settings["quantize"] for tier in made.router_config().tiers] == ["int8", "int8"]
     one = spec(decode={"replicas": 2, "settings": {"quantize": "int8"}})
     assert [str(tier) for tier in one.router_config().tiers] == ["default=pair:2,quantize=int8"]
-    assert one.decode_config().tier == ""
+    assert one.worker_config("decode").tier == ""
     assert not spec().router_config().decoders
+
+
+BOTH: dict[str, Any] = {"worker": {"stages": "both", "replicas": 2, "settings": {"itl_objective": 0.05}}}
+
+
+def test_workers_with_both_stages_are_one_deployment_of_a_fixed_size() -> None:
+    made = spec(**BOTH, settings={"max_num_batched_tokens": 256, "ttft_objective": 1})
+    assert [*made.pools] == [ROUTER, "worker"]
+    worker = made.worker_config("worker", HERE)
+    assert isinstance(worker, ColocatedConfig)
+    assert (worker.pair, worker.tier, worker.max_num_batched_tokens) == ("pair", "", 256)
+    assert (worker.ttft_objective, worker.itl_objective) == (1, 0.05)
+    router = made.router_config()
+    assert (router.expect_prefill, router.expect_decode, router.itl_objective) == (2, 2, 0.1)
+    (application,) = serve_config(made, "chat")["applications"]
+    assert "autoscaling_policy" not in application
+    assert StackSpec.model_validate(application["args"]) == made
+    assert deployment_options(made, "worker")["num_replicas"] == 2
+
+
+def test_workers_with_one_stage_beside_them_are_asked_for() -> None:
+    mixed = spec(**BOTH, prefill={"replicas": 1}, decode={"replicas": 3})
+    assert [*mixed.pools] == [ROUTER, "worker", PREFILL, DECODE]
+    assert (mixed.router_config().expect_prefill, mixed.router_config().expect_decode) == (3, 5)
+
+
+def test_workers_with_both_stages_decode_in_the_default_tier() -> None:
+    tiers = {"full": {"pair": "identity"}, "fast": {"pair": "fast", "replicas": 0, "itl_objective": 0.2}}
+    made = StackSpec.model_validate({"decoders": tiers, **BOTH, "router": {"settings": {"default_tier": "fast"}}})
+    assert [*made.pools] == [ROUTER, "worker", "decode-full"]
+    worker = made.worker_config("worker", HERE)
+    assert (worker.pair, worker.tier, worker.itl_objective) == ("fast", "fast", 0.2)  # type: ignore[union-attr]
+    assert [(tier.name, tier.count) for tier in made.router_config().tiers] == [("fast", 2), ("full", 1)]
+    with pytest.raises(ValidationError, match=r"decoders.fast.replicas: at least 1"):
+        StackSpec.model_validate({"decoders": tiers, **BOTH})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"worker": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of worker"),
+        ({"decode": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of decode"),
+        ({"worker": {"stages": "prefill"}}, "worker.stages"),
+        ({"settings": {"engine": "vllm"}}, "for vLLM start a worker for each stage"),
+        ({"worker": None, "decode": None}, "decode: no worker has this stage; give the section, or `worker`"),
+    ],
+)
+def test_what_workers_with_both_stages_cannot_have_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**BOTH | fields)
 
 
 def test_a_machine_names_the_folders_of_all_pairs() -> None:
     there = StackSpec.model_validate(TIERS).with_pairs(lambda pair: f"/pairs/{pair}")
     assert [tier.pair for tier in there.router_config().decoders] == ["/pairs/identity", "/pairs/fast"]
     assert there.worker_config("decode-fast").pair == "/pairs/fast"
-    assert spec().with_pairs(lambda pair: f"/pairs/{pair}").decode_config().pair == "/pairs/pair"
+    assert spec().with_pairs(lambda pair: f"/pairs/{pair}").worker_config("decode").pair == "/pairs/pair"
 
 
 @pytest.mark.parametrize(
@@ -211,21 +265,21 @@ def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
     assert made.router_config().host == "0.0.0.0"
     assert {given["name"] for given in application["deployments"]} == made.pools.keys()
     # Certificates name the stack, and processes connect to addresses.
-    tls = made.decode_config(HERE).client_tls()
+    tls = made.worker_config("decode", HERE).client_tls()
     assert tls is not None
     assert tls.name == NAME
 
 
-@pytest.mark.parametrize("name", ["serve.yaml", "serve-tiers.yaml"])
+@pytest.mark.parametrize("name", ["serve.yaml", "serve-tiers.yaml", "serve-colocated.yaml"])
 def test_the_shipped_config_is_valid(name: str) -> None:
     config = yaml.safe_load(SHIPPED.with_name(name).read_text(encoding="utf-8"))
     (application,) = config["applications"]
     made = StackSpec.model_validate(application["args"])
-    policy = application["autoscaling_policy"]
-    assert made.scales
-    rendered = serve_config(made, application["name"], policy["policy_kwargs"])
+    policy = application.get("autoscaling_policy", {})
+    assert made.scales == bool(policy) == (name != "serve-colocated.yaml")
+    rendered = serve_config(made, application["name"], policy.get("policy_kwargs"))
     assert rendered["applications"][0]["import_path"] == application["import_path"]
-    assert rendered["applications"][0]["autoscaling_policy"] == policy
+    assert rendered["applications"][0].get("autoscaling_policy", {}) == policy
     assert config["proxy_location"] == rendered["proxy_location"]
     reserved = RouterSpec().num_cpus + 2 * PoolSpec().num_cpus + 3 * PoolSpec().num_cpus
     assert reserved <= 2, "a router, two prefill and three decode workers fit two cores by default"

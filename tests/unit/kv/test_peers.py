@@ -47,15 +47,16 @@ async def test_connections_that_are_idle_too_long_are_closed(pool, monkeypatch):
     assert [peer.closed for peer in Peer.made] == [True, True, False]
 
 
-async def test_a_peer_that_has_lost_its_shared_memory_is_replaced_once_it_is_unused(pool):
+async def test_a_peer_that_has_lost_its_shared_memory_is_replaced_at_once_and_closed_by_its_last_user(pool):
     target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
     async with pool.use(target) as peer:
         peer.lost_link = True
-        await use(pool, "prefill-0")
-    assert len(Peer.made) == 1
-    async with pool.use(target) as other:
-        assert other is not peer
+        async with pool.use(target) as other:
+            assert other is not peer
+            assert not peer.closed, "its user still needs it"
     assert (peer.closed, other.closed) == (True, False)
+    async with pool.use(target) as again:
+        assert again is other
 
 
 async def test_a_peer_in_use_is_never_closed(pool, monkeypatch):

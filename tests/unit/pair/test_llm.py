@@ -8,7 +8,7 @@ import torch
 
 import overfill.request.grammar
 from overfill import LLM
-from overfill.engine.colocated import Colocated
+from overfill.engine.offline import OfflineRun
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import Preempted
 from overfill.errors import InternalError, InvalidRequest, PromptTooLong
@@ -38,17 +38,18 @@ def reference(folder):
 
 def assert_nothing_leaked(llm):
     """Checks that no request owns a block; only the full model's prefix cache still has blocks."""
-    assert llm._prefix.num_used == llm._prefix.num_leaked == 0
-    llm._prefix.check_integrity()
-    assert llm._decoder.pool.num_used == 0
-    llm._decoder.pool.check_integrity()
+    prefix, pool = llm._loaded._full.prefix, llm._loaded._decoder.parts.pool
+    assert prefix.num_used == prefix.num_leaked == 0
+    prefix.check_integrity()
+    assert pool.num_used == 0
+    pool.check_integrity()
 
 
 class Computed:
     """Records the tokens and positions that each model computes."""
 
     def __init__(self, llm, monkeypatch):
-        names = {id(llm._full.runner): "full", id(llm._decoder.runner): "decoder"}
+        names = {id(getattr(llm._loaded, f"_{half}").parts.runner): half for half in ("full", "decoder")}
         self.by = {"full": set(), "decoder": set()}
         next_tokens = ModelRunner.next_tokens
 
@@ -74,13 +75,13 @@ def test_a_prompt_alone_is_answered_as_in_a_batch(llm, reference):
 
 def test_preemption_changes_no_answer(folder, reference, monkeypatch):
     preempted = []
-    handle = Colocated._on_decode
+    handle = OfflineRun._answer
 
     def spy(run, event):
         preempted.extend([event] if isinstance(event, Preempted) else [])
         handle(run, event)
 
-    monkeypatch.setattr(Colocated, "_on_decode", spy)
+    monkeypatch.setattr(OfflineRun, "_answer", spy)
     small = LLM(
         folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, max_num_batched_tokens=64
     )
@@ -156,14 +157,14 @@ def test_a_small_cache_forgets_prompts_before_it_refuses_any(folder, reference):
 def test_without_a_prefix_cache_every_prompt_is_computed(folder):
     llm = new_llm(folder, prefix_cache=False)
     assert [llm.generate(PROMPTS[5:], GREEDY)[0].cached_tokens for _ in range(2)] == [0, 0]
-    assert llm._full.pool.num_used == 0
+    assert llm._loaded._full.parts.pool.num_used == 0
 
 
 @pytest.mark.parametrize("half", ["_full", "_decoder"])
 def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
     llm.generate(PROMPTS[5:], GREEDY)
-    broken = getattr(llm, half).runner
+    broken = getattr(llm._loaded, half).parts.runner
     run = ModelRunner.run
 
     def fail(runner, *args, **more):
@@ -186,7 +187,7 @@ def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(fold
 @pytest.mark.parametrize("half", ["_full", "_decoder"])
 def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
-    pool = getattr(llm, half).pool
+    pool = getattr(llm._loaded, half).parts.pool
     acquire = pool.acquire
 
     def interrupted(owner, count):

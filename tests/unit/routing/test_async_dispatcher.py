@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.dispatcher import RESERVE_TIMEOUT, Dispatcher, Job
 from overfill.routing.pool import Roster
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
@@ -88,3 +88,15 @@ async def test_time_without_a_queue_does_not_count_as_waiting(dispatcher, report
     assert dispatcher._dispatcher._tiers[DEFAULT_TIER].admission.departure_rate._since is None, (
         "the queue is seen to be empty at once"
     )
+
+
+async def test_a_slot_that_is_given_back_is_a_change(dispatcher, roster, report, monkeypatch):
+    each = job("late")
+    dispatcher.submit(each, lambda _: None)
+    assert dispatcher.prefill_with_start(each) is roster.find("p0")
+    version, now = dispatcher.version, asyncio.get_running_loop().time()
+    monkeypatch.setattr(dispatcher, "_now", lambda: now + RESERVE_TIMEOUT)
+    report(3)
+    assert roster.find("p0").in_flight == 0
+    assert dispatcher.version > version
+    dispatcher.finish(each)

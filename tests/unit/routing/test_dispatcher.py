@@ -12,7 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
+from overfill.routing.dispatcher import (
+    RESERVE_TIMEOUT,
+    SILENCE,
+    SILENT_AFTER,
+    Dispatcher,
+    Job,
+    JobState,
+    Placement,
+    Rejection,
+)
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
@@ -102,6 +111,114 @@ def test_a_start_takes_no_slot_that_a_job_with_blocks_needs(roster, dispatcher, 
     assert dispatcher.prefill_with_start(b) is None
     dispatcher.reserved(a)
     assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+
+
+@pytest.fixture
+def two_tiers(add_worker):
+    """A dispatcher of the tiers a and b with a decode worker each, and a function that makes all workers report."""
+    roster = Roster(tiers=[Tier("a"), Tier("b")])
+    for name in "ab":
+        add_worker(roster, name, tier=name)
+    add_worker(roster, "p0", PREFILL, credits=2)
+
+    def report(now):
+        for worker in roster.workers():
+            keep_reporting(roster, worker.id, now)
+
+    return Dispatcher(roster), report
+
+
+def place(dispatcher, now, *jobs):
+    for each in jobs:
+        dispatcher.submit(each, now)
+    return placed(dispatcher.poll(now))
+
+
+@pytest.mark.parametrize("with_start", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_decode_worker_that_does_not_answer_keeps_no_prefill_slots_from_other_tiers(two_tiers, with_start, compiles):
+    dispatcher, report = two_tiers
+    stuck = [job(f"stuck{index}", tier="a", compiles=compiles) for index in range(2)]
+    assert len(place(dispatcher, 0.0, *stuck)) == 2
+    if with_start:
+        assert [dispatcher.prefill_with_start(each) is not None for each in stuck] == [not compiles] * 2
+    assert place(dispatcher, 0.4, job("other", tier="b")) == []
+    report(RESERVE_TIMEOUT)
+    assert placed(dispatcher.poll(RESERVE_TIMEOUT)) == [("other", "b")]
+    check(dispatcher, RESERVE_TIMEOUT)
+
+
+def test_a_late_reservation_counts_on_the_prefill_worker_to_which_its_decode_worker_turns(two_tiers):
+    dispatcher, report = two_tiers
+    late, others = job("late", tier="a"), [job(f"other{index}", tier="b") for index in range(2)]
+    place(dispatcher, 0.0, late)
+    p0 = dispatcher.prefill_with_start(late)
+    report(1.0)
+    place(dispatcher, 1.0, *others)
+    assert all(dispatcher.prefill_with_start(each) is p0 for each in others), "the slot is free again"
+    assert dispatcher.reserved(late), "the decode worker has its assignment"
+    assert (late.state, late.prefill, p0.in_flight) == (JobState.RUNNING, p0, 3)
+    check(dispatcher, 1.0)
+    for each in (late, *others):
+        dispatcher.finish(each)
+    assert p0.in_flight == 0
+
+
+def test_a_late_reservation_without_a_prefill_worker_waits_for_a_slot(two_tiers):
+    dispatcher, report = two_tiers
+    late = job("late", tier="a")
+    place(dispatcher, 0.0, late)
+    report(1.0)
+    dispatcher.poll(1.0)
+    assert not dispatcher.reserved(late)
+    assert placed(dispatcher.poll(1.0)) == [("late", "p0")]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_decode_worker_that_answers_nothing_gets_no_more_until_it_answers(two_tiers, refuses):
+    dispatcher, report = two_tiers
+    stuck, next_job = job("stuck", tier="a"), job("next", tier="a")
+    place(dispatcher, 0.0, stuck)
+    report(SILENT_AFTER)
+    assert place(dispatcher, SILENT_AFTER, next_job) == []
+    for now in (4.0, 5.0):  # reports do not end it
+        report(now)
+        assert dispatcher.poll(now) == []
+    check(dispatcher, 5.0)
+    if refuses:
+        dispatcher.refused(stuck)
+        dispatcher.finish(stuck)
+    else:
+        dispatcher.reserved(stuck)
+    report(6.0)
+    assert ("next", "a") in placed(dispatcher.poll(6.0))
+
+
+def test_a_decode_worker_that_answered_nothing_is_tried_again(two_tiers):
+    dispatcher, report = two_tiers
+    stuck = job("stuck", tier="a")
+    place(dispatcher, 0.0, stuck)
+    report(SILENT_AFTER)
+    dispatcher.poll(SILENT_AFTER)
+    dispatcher.finish(stuck)  # its client has left, so that no answer will come
+    report(SILENT_AFTER + SILENCE - 0.1)
+    assert place(dispatcher, SILENT_AFTER + SILENCE - 0.1, job("next", tier="a")) == []
+    dispatcher.poll(SILENT_AFTER + SILENCE)
+    report(SILENT_AFTER + SILENCE)
+    assert placed(dispatcher.poll(SILENT_AFTER + SILENCE)) == [("next", "a")]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_one_late_reservation_does_not_make_a_decode_worker_silent(two_tiers, compiles):
+    """The worker compiles a grammar for it, or has answered another request meanwhile."""
+    dispatcher, report = two_tiers
+    place(dispatcher, 0.0, job("late", tier="a", compiles=compiles))
+    if not compiles:
+        answered = job("answered", tier="a")
+        place(dispatcher, 0.1, answered)
+        dispatcher.reserved(answered)
+    report(SILENT_AFTER)
+    assert ("next", "a") in place(dispatcher, SILENT_AFTER, job("next", tier="a"))
 
 
 def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(roster, dispatcher, add_worker):
@@ -364,8 +481,10 @@ def test_small_requests_pass_a_blocked_one_until_it_has_waited_too_long(roster, 
     worker = add_worker(roster, "d0", used=95, total=100)
     add_worker(roster, "tiny", total=3)
     dispatcher.submit(job("large", prompt=500, answer=500), 0.0)
-    dispatcher.submit(job("b", prompt=40), 1.0)
+    b = job("b", prompt=40)
+    dispatcher.submit(b, 1.0)
     assert placed(dispatcher.poll(1.0)) == [("b", "d0")]
+    dispatcher.finish(b)
     roster.decode[DEFAULT_TIER].report(worker, make_report(used=90, total=100), 5.0)
     roster.decode[DEFAULT_TIER].report(roster.decode[DEFAULT_TIER].get("tiny"), make_report(total=3), 5.0)
     roster.prefill.report(roster.prefill.get("p0"), make_report(), 5.0)
@@ -530,6 +649,8 @@ def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
     first = job("first", prompt=10, answer=1000, key="a")
     dispatcher.submit(first, 0.0)
     dispatcher.poll(0.0)
+    dispatcher.reserved(first)
+    dispatcher.poll(0.0)
     first.emitted = 5
     dispatcher.submit(job("b", prompt=100, answer=10, key="b"), 0.0)
     dispatcher.submit(job("b2", prompt=100, answer=10, key="b"), 0.0)
@@ -538,6 +659,44 @@ def test_tokens_that_a_key_did_not_use_are_refunded(roster, add_worker):
     assert placed(dispatcher.poll(0.0)) == [("b", "d0")]
     assert worker.credits_left == 0
     assert [j.id for j in dispatcher.waiting()] == ["a2", "b2"], "15 tokens used, not 1010"
+
+
+@pytest.mark.parametrize("with_start", [False, True])
+def test_a_prompt_that_was_prefilled_is_not_refunded_when_the_client_leaves_before_the_first_token(
+    roster, add_worker, with_start
+):
+    dispatcher = Dispatcher(roster, max_queue=100)
+    add_worker(roster, "p0", PREFILL, credits=100, total=10000)
+    add_worker(roster, "d0", credits=1, total=10000)
+    leaver = job("leaver", prompt=1000, key="a")
+    dispatcher.submit(leaver, 0.0)
+    dispatcher.submit(job("b", prompt=100, key="b"), 0.0)
+    dispatcher.submit(job("b2", prompt=100, key="b"), 0.0)
+    dispatcher.poll(0.0)
+    if with_start:
+        assert dispatcher.prefill_with_start(leaver) is not None
+    dispatcher.reserved(leaver)
+    dispatcher.poll(0.0)
+    assert leaver.state is JobState.RUNNING
+    dispatcher.finish(leaver)
+    dispatcher.submit(job("a2", prompt=100, key="a"), 0.0)
+    assert [j.id for j in dispatcher.waiting()] == ["b", "b2", "a2"]
+
+
+def test_a_prompt_that_was_never_prefilled_is_refunded(roster, add_worker):
+    dispatcher = Dispatcher(roster, max_queue=100)
+    add_worker(roster, "p0", PREFILL, credits=100, total=10000)
+    add_worker(roster, "d0", credits=1, total=10000)
+    refused = job("refused", prompt=1000, key="a")
+    dispatcher.submit(refused, 0.0)
+    dispatcher.submit(job("b", prompt=100, key="b"), 0.0)
+    dispatcher.submit(job("b2", prompt=100, key="b"), 0.0)
+    dispatcher.poll(0.0)
+    assert dispatcher.prefill_with_start(refused) is not None
+    dispatcher.refused(refused)
+    dispatcher.finish(refused)
+    dispatcher.submit(job("a2", prompt=100, key="a"), 0.0)
+    assert [j.id for j in dispatcher.waiting()] == ["b", "a2", "b2"]
 
 
 def test_a_key_is_refunded_no_more_than_it_was_charged(roster, add_worker):
@@ -611,7 +770,8 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time_to_try_aga
     with pytest.raises(Overloaded, match="the deadline in 0") as caught:
         dispatcher.submit(job("late", deadline=now + 0.3), now)
     assert caught.value.retry_after == pytest.approx(0.2, abs=0.1)
-    dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.3, client_resumes=True)
+    with pytest.raises(Overloaded, match="the deadline in 0"):
+        dispatcher.admit(DEFAULT_TIER, 0, "", now, now + 0.3, client_resumes=True)
     dispatcher.admit(DEFAULT_TIER, -1, "", now, now + 0.3)  # no request is ahead of an urgent one
 
 
@@ -647,6 +807,7 @@ def test_a_placement_that_a_worker_refuses_does_not_make_the_queue_look_fast(ros
         dispatcher.refused(outcome.job)
     with pytest.raises(Overloaded, match="the limit 2 s"):
         dispatcher.admit(DEFAULT_TIER, 0, "", now, None)
+    dispatcher.admit(DEFAULT_TIER, 0, "", now, None, client_resumes=True)  # its answer survives a lost router
 
 
 def test_idle_time_does_not_count_as_a_slow_queue(roster, dispatcher, add_worker, make_report):
@@ -732,6 +893,11 @@ class Dispatching(RuleBasedStateMachine):
                 self.open.remove(outcome.job)
                 self.ended.append(outcome.job)
         check(self.dispatcher, self.now)
+        reserving = [j for j in self.open if j.state is JobState.PLACED]
+        assert all(j.prefill is None or self.now - j.placed_at < RESERVE_TIMEOUT for j in reserving)
+        late = sum(self.now - j.placed_at >= RESERVE_TIMEOUT for j in reserving)
+        assert len(self.dispatcher._placed) == len(reserving) - late
+        assert all(worker.paused_until_report for worker in self.dispatcher._silent)
 
     def join(self, name, incarnation):
         """Returns the worker in each of its pools."""

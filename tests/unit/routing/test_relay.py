@@ -103,12 +103,12 @@ class Stack:
         assert self.dispatcher.num_jobs == self.dispatcher.num_waiting == 0
 
     @asynccontextmanager
-    async def request(self, *, emitted=(), max_tokens=4, timeout=None, max_attempts=3):
+    async def request(self, *, emitted=(), max_tokens=4, timeout=None, max_attempts=3, grammar=None):
         now = asyncio.get_running_loop().time()
         start = decode_pb2.StartDecode(
             request_id="r",
             prompt_token_ids=(1, 2, 3),
-            sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens),
+            sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens, grammar=grammar),
             eos_token_ids=(0,),
             emitted_token_ids=emitted,
         )
@@ -190,6 +190,15 @@ async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
         await relay.answer.next()
         assert stack.roster.prefill.get(prefill).in_flight == 0
         assert stack.roster.decode[DEFAULT_TIER].get(stream.worker).in_flight == 1
+
+
+async def test_no_prefill_slot_is_held_while_a_grammar_is_compiled(stack):
+    async with stack.request(grammar=common_pb2.Grammar(regex="a+")):
+        stream = await stack.stream()
+        assert not (await stream.start()).HasField("assign_prefill")
+        assert not any(worker.in_flight for worker in stack.roster.prefill)
+        stream.say(reserved=decode_pb2.Reserved())
+        assert (await stream.assigned()).worker_id
 
 
 async def test_a_slot_that_went_with_the_start_is_free_after_a_refusal(stack):

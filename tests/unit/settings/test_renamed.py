@@ -94,7 +94,7 @@ def test_earlier_settings_of_a_stack_on_ray_work(caplog: pytest.LogCaptureFixtur
     spec = StackSpec.model_validate(
         {"pair": "p", "settings": {"log": "debug"}, "decode": {"settings": {"kv_space": 4}}}
     )
-    assert (spec.decode_config().log_level, spec.decode_config().kv_memory) == ("debug", 4)
+    assert (spec.worker_config("decode").log_level, spec.worker_config("decode").kv_memory) == ("debug", 4)
     assert "kv_space is now kv_memory" in caplog.text
     assert DecodeConfig.of({"pair": "p", "kv_space": 4}).kv_memory == 4
     with pytest.raises(ValueError, match="kv_space is the earlier name of kv_memory"):

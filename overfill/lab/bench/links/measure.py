@@ -13,10 +13,11 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import PlannedWorker
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
@@ -25,6 +26,7 @@ from overfill.lab.bench.measurement import Measurement
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.model.manifest import Pair
+from overfill.settings.worker_kinds import WorkerSettings
 
 _WARM_TOKENS = 64  # of a request that is not measured, after each change of the link
 _TIMEOUT = 900.0  # seconds for one request
@@ -160,7 +162,7 @@ def measure_links(
     ):
         settings = {"dtype": dtype, "log_level": "warning", "kv_codec": codec, "grace_period": 2}
         plan = make_plan(StackRequest(pair.folder, threads=threads, settings=settings))
-        plan = replace(plan, decode=(plan.decode[0].model_copy(update={"prefix_cache": "off"}),))
+        plan = plan.with_configs(_without_decode_cache)
         with place_on_hosts(plan, *kind) as (placed, hosts):
             stack = Stack(placed, log, {name: host.enter for name, host in hosts.items()})
             try:
@@ -177,6 +179,11 @@ def measure_links(
                                 yield _summarise(link, codec, tokens, bool(cached), found)
             finally:
                 stack.stop()
+
+
+def _without_decode_cache(worker: PlannedWorker) -> WorkerSettings:
+    off = {"prefix_cache": "off"}
+    return worker.config if worker.tier is None else worker.config.model_copy(update=off)
 
 
 @dataclass(frozen=True, slots=True)

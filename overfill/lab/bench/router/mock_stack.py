@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment, free_ports
+from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
 

@@ -1,4 +1,4 @@
-"""Plays a load on our engines in this process: prefill and decode in turns, without sockets or a router.
+"""Plays a load on both engines in this process, without sockets or a router.
 
 Requests are added between two steps. A token's time is the end of the step that computed it.
 """
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from overfill.engine.colocated import ColocatedRequest
+from overfill.engine.offline import OfflineRequest
 from overfill.model.sampling import SampledToken
 from overfill.pair.llm import LLM
 from overfill.request.params import SamplingParams
@@ -38,22 +38,22 @@ def serve_colocated(
     times: list[list[float]] = [[] for _ in requests]
     new_tokens: list[int] = []
 
-    def on_token(request: ColocatedRequest, token: SampledToken) -> None:
+    def on_token(request: OfflineRequest, token: SampledToken) -> None:
         new_tokens.append(request.index)
 
     start = time.perf_counter()
-    with closing(llm.colocated(on_token)) as engines:
-        while waiting or engines.num_unfinished:
+    with closing(llm.run(on_token)) as run:
+        while waiting or run.num_unfinished:
             while waiting and requests[waiting[-1]][0] <= time.perf_counter() - start:
-                engines.add(prepared[waiting.pop()])
-            if not engines.num_unfinished:
+                run.add(prepared[waiting.pop()])
+            if not run.num_unfinished:
                 time.sleep(max(0.0, requests[waiting[-1]][0] - (time.perf_counter() - start)))
                 continue
-            engines.step()
+            run.step()
             now = time.perf_counter() - start
             for index in new_tokens:
                 times[index].append(now)
             new_tokens.clear()
             if progress is not None:
-                progress(len(requests) - len(waiting) - engines.num_unfinished, len(requests))
+                progress(len(requests) - len(waiting) - run.num_unfinished, len(requests))
     return times

@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, StackPlan, child_environment, free_ports
+from overfill.cli.stack import Stack, child_environment
+from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Answer, AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
@@ -167,12 +169,14 @@ def both_stacks(
     ports = free_ports("127.0.0.1", 2)
     ours, full = _plan(pair.folder, settings, ports[0]), _plan(identity, settings, ports[1])
     joins = ours.join_addresses + full.join_addresses
-    prefill = ours.prefill[0].model_copy(update={"routers": joins})
-    of_full = full.decode[0].model_copy(update={"worker_id": "decode-full"})
-    plan = replace(ours, routers=ours.routers + full.routers, prefill=(prefill,), decode=(*ours.decode, of_full))
+    prefill = [replace(w, config=w.config.model_copy(update={"routers": joins})) for w in ours.of_stage("prefill")]
+    of_full = [
+        replace(w, config=w.config.model_copy(update={"worker_id": "decode-full"})) for w in full.of_stage("decode")
+    ]
+    plan = replace(ours, routers=ours.routers + full.routers, workers=(*prefill, *ours.of_stage("decode"), *of_full))
     with _running(plan, log) as stack:
-        first = stack.worker(prefill.worker_id)
-        workers = [stack.worker(decode.worker_id) for decode in plan.decode]
+        first = stack.worker(prefill[0].id)
+        workers = [stack.worker(decode.id) for decode in plan.of_stage("decode")]
         decoder, full_model = (
             StackEngine(address, first, worker) for address, worker in zip(plan.addresses, workers, strict=True)
         )
@@ -186,7 +190,7 @@ def prompt_tokens_computed(address: str) -> float:
         InternalError: a worker does not export the metric.
     """
     with Client(address) as client:
-        workers = [w.process for w in client.status().workers if w.process is not None and w.process.stage == "decode"]
+        workers = [w.process for w in client.status().workers if w.process is not None and w.stage == "decode"]
     total = 0.0
     for worker in workers:
         with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=10) as response:

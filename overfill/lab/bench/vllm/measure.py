@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from overfill.cli.stack import StartFailed
+from overfill.cli.processes import StartFailed
 from overfill.engine.device import resolve_device
 from overfill.errors import InternalError
 from overfill.kv.spec import DTYPE_BYTES, DTypeName

@@ -104,22 +104,48 @@ def test_a_clock_is_set_for_one_process_while_it_runs(tmp_path: Path, seconds: i
 
 async def test_a_request_is_held_in_its_phase_until_it_is_let_go(tmp_path: Path) -> None:
     async with ProbeControl(tmp_path) as control:
-        probe = await asyncio.to_thread(Probe, control.path, "decode-0")
+        probe = await asyncio.to_thread(Probe, control.path, "worker-0", ["prefill", "decode"])
+        other = await asyncio.to_thread(Probe, control.path, "decode-of-no-stage", ["prefill"])
         waiting_for = asyncio.ensure_future(control.hold_next("reserving", 30.0, 30.0))
         holding = asyncio.ensure_future(until_held(probe, "reserving", "r1"))
         held = await waiting_for
-        assert (held.process, held.request) == ("decode-0", "r1")
-        assert control.processes_of("r1") == {"decode": "decode-0"}
+        assert (held.process, held.request) == ("worker-0", "r1")
+        assert control.processes_of("r1") == {"decode": "worker-0"}
         assert not holding.done()
         control.release(held)
         await asyncio.wait_for(holding, 10)
         await probe.hold("reserving", "r2")  # no breakpoint holds this one
+        probe.reached("prefill", "r1")
+        other.reached("prefill", "r2")
+        async with asyncio.timeout(10):
+            while len(control.processes_of("r1")) < 2 or len(control.processes_of("r2")) < 2:
+                await asyncio.sleep(0.001)
+        assert control.processes_of("r1") == {"decode": "worker-0", "prefill": "worker-0"}
+        assert control.processes_of("r2") == {"decode": "worker-0", "prefill": "decode-of-no-stage"}
         probe.close()
+        other.close()
+
+
+@pytest.mark.parametrize("connects", ["before", "meanwhile"])
+async def test_a_breakpoint_is_set_in_processes_of_its_stage(tmp_path: Path, connects: str) -> None:
+    async with ProbeControl(tmp_path) as control:
+        other = await asyncio.to_thread(Probe, control.path, "prefill-by-name-only", ["decode"])
+        if connects == "meanwhile":
+            waiting = asyncio.ensure_future(control.hold_next("prefill", 0.01, 30.0))
+            await asyncio.sleep(0)
+        worker = await asyncio.to_thread(Probe, control.path, "worker-0", ["prefill", "decode"])
+        if connects == "before":
+            waiting = asyncio.ensure_future(control.hold_next("prefill", 0.01, 30.0))
+        await asyncio.wait_for(until_held(worker, "prefill", "r1"), 10)
+        assert (await waiting).process == "worker-0"
+        assert other.reached("prefill", "r2") is None
+        worker.close()
+        other.close()
 
 
 async def test_nobody_waits_for_longer_than_asked(tmp_path: Path) -> None:
     async with ProbeControl(tmp_path) as control:
-        probe = await asyncio.to_thread(Probe, control.path, "decode-0")
+        probe = await asyncio.to_thread(Probe, control.path, "decode-0", ["decode"])
         with pytest.raises(TimeoutError):
             await control.hold_next("decode", 0.05, 0.05)
         await asyncio.wait_for(until_held(probe, "decode", "r1"), 10)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child, stop
-from overfill.cli.stack import free_ports
 from overfill.lab.bench.engine.peers.process import PeerFailed
 
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start

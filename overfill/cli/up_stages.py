@@ -1,0 +1,122 @@
+"""How many workers of each kind ``overfill up`` starts, and why, if the user has not said it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from overfill.process.gpus import gpu_count
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, read_checked
+
+_GUIDE = "docs/choosing.md"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """Numbers of workers.
+
+    Attributes:
+        colocated: workers with both stages.
+        prefill, decode: workers with one stage. Tiers have their own numbers of decode workers.
+        why: what ``up`` says about a choice of its own; empty if the user chose.
+    """
+
+    colocated: int
+    prefill: int
+    decode: int
+    why: str = ""
+
+
+def count_workers(
+    colocated: int | None, prefill: int | None, decode: int | None, tiers: bool, options: Mapping[str, Any]
+) -> WorkerCounts:
+    """Returns how many workers to start; None means that the user has not given a number.
+
+    Without any number, one machine with at most one GPU gets one worker with both stages, because two processes would
+    share its cores or its GPU. Options and settings that are for one stage keep the stages apart.
+
+    Args:
+        tiers: the user names tiers.
+        options: the other options of ``overfill up`` by parameter; None for those that are not given.
+
+    Raises:
+        click.UsageError: a stage would have no worker, or an option conflicts with --colocated.
+    """
+    if colocated:
+        _check_colocated(options)
+        _check_engines(prefill or 0, decode or 0, tiers, options)
+        return WorkerCounts(colocated, prefill or 0, decode or 0)
+    if 0 in (prefill, decode):
+        stage = "prefill" if prefill == 0 else "decode"
+        raise click.UsageError(
+            f"--{stage} 0 leaves no worker that can {stage}: give at least 1, or --colocated for workers with both "
+            "stages"
+        )
+    if tiers or any(number is not None for number in (colocated, prefill, decode)):
+        return WorkerCounts(0, prefill or 1, decode or 1)
+    if apart := next(_reasons_for_two(options), ""):
+        return WorkerCounts(
+            0, 1, 1, f"one prefill and one decode worker, because {apart} ({_GUIDE}); for both stages in one worker, "
+            "give --colocated"
+        )  # fmt: skip
+    return WorkerCounts(
+        1, 0, 0, f"one worker with both stages, which is fastest on one machine ({_GUIDE}); for a worker per stage, "
+        "give --prefill 1 --decode 1"
+    )  # fmt: skip
+
+
+def _check_colocated(options: Mapping[str, Any]) -> None:
+    for name in ("max_prefill", "max_decode"):
+        if options.get(name) is not None:
+            raise click.UsageError(
+                f"--colocated conflicts with {_flag(name)}: a stack of workers with both stages has a fixed number of "
+                "workers; remove one of them, or give --prefill and --decode in place of --colocated"
+            )
+
+
+def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str, Any]) -> None:
+    for name, workers in (("prefill_engine", prefill), ("decode_engine", decode or tiers)):
+        if options.get(name) is not None and not workers:
+            stage = name.removesuffix("_engine")
+            raise click.UsageError(
+                f"{_flag(name)} is for {stage} workers, and the stack has none: workers with both stages run on "
+                f"OverFill's own engine; remove {_flag(name)}, or add --{stage} 1"
+            )
+
+
+def _reasons_for_two(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yields why each stage should have a worker of its own, after "because"."""
+    for name in ("address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
+        if options.get(name) is not None:
+            yield f"{_flag(name)} is given"
+    if options.get("mock"):
+        yield "--mock is given"
+    path: Path | None = options.get("config")
+    file = None if path is None else read_checked(path)
+    for kind in (PrefillConfig, DecodeConfig):
+        for key in () if file is None else file.sections.get(kind.section, {}):
+            yield f"{path} sets {kind.section}.{key}"
+        for variable in kind.variables():
+            if os.environ.get(variable):
+                yield f"{variable} is set"
+
+    def value(name: str) -> str:
+        found = options.get(name) or os.environ.get(ColocatedConfig.variable(name))
+        return str(found or ColocatedConfig.file_values(file).get(name, ("", "auto"))[1])
+
+    engine, device = value("engine"), value("device")
+    gpus = gpu_count() if device in ("auto", "cuda") else 0 if device == "cpu" else 1
+    if engine == "vllm" or (engine == "auto" and gpus and importlib.util.find_spec("vllm") is not None):
+        yield "vLLM runs each stage in a process of its own"
+    if gpus > 1:
+        yield f"this machine has {gpus} GPUs"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

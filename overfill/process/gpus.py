@@ -1,0 +1,25 @@
+"""Counts the NVIDIA GPUs of this machine. No torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_DEVICES = Path("/dev")
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def gpu_count() -> int:
+    """Number of GPUs that processes started here may use.
+
+    A container has the device files of its own GPUs only. On a machine that has not used its GPUs since it started,
+    there are none yet, and the driver's list counts.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    files = [path for path in _DEVICES.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    count = len(files) or len(list(_DRIVER.glob("*")))
+    if visible is None:
+        return count
+    # CUDA ignores everything after the first device that does not exist.
+    return min(count, len([name for name in visible.split("-1")[0].split(",") if name.strip()]))

@@ -1,0 +1,41 @@
+"""The kinds of worker: the stages, the settings and the module of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig
+from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
+
+WorkerStage = Literal["prefill", "decode"]
+WorkerSettings = PrefillConfig | DecodeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKind:
+    """A kind of worker.
+
+    Attributes:
+        name: first part of its workers' ids, and its section in the settings file.
+        stages: the stages of each of its workers.
+        settings: class of its settings.
+        module: what follows ``python -m`` to start one.
+    """
+
+    name: str
+    stages: tuple[WorkerStage, ...]
+    settings: type[PrefillConfig] | type[DecodeConfig]
+    module: str
+
+
+PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
+DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
+COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
+MOCK_PREFILL = WorkerKind("prefill", ("prefill",), MockPrefillConfig, "services.mock prefill")
+MOCK_DECODE = WorkerKind("decode", ("decode",), MockDecodeConfig, "services.mock decode")
+MOCK_COLOCATED = WorkerKind("worker", ("prefill", "decode"), MockColocatedConfig, "services.mock worker")
+
+REAL_KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
+MOCK_KINDS = {kind.name: kind for kind in (MOCK_PREFILL, MOCK_DECODE, MOCK_COLOCATED)}
+"""Kinds by name: those that compute, and those that do not (``services.mock``)."""

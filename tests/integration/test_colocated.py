@@ -1,0 +1,135 @@
+"""Stacks with a worker of both stages: right tokens, clear errors, and growth to separate pools without a restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections import Counter
+
+import pytest
+from stacks import idle, loads, running_stack, wait_until
+from vllm_stacks import GREEDY, prompts, wrong_answers
+
+from overfill.cli.stack_plan import DECODE, PREFILL, PlannedWorker
+from overfill.cli.up_plan import StackRequest, make_plan
+from overfill.client import Client, SamplingParams
+from overfill.errors import PromptTooLong, Unavailable
+from overfill.pair.llm import LLM
+from overfill.pair.reference import TwoStageReference, judge
+
+SEEDED = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, logprobs=2)
+
+
+def test_one_worker_answers_as_the_reference_and_frees_its_blocks(tiny_pair):
+    with running_stack(tiny_pair, 0, 0, colocated=1) as (_, address), Client(address) as client:
+        assert wrong_answers(client, TwoStageReference(tiny_pair), prompts(12)) == []
+        answer = client.generate([5, 6, 7] * 9, sampling=SEEDED)
+        alone = LLM(tiny_pair, dtype="float32", kv_memory=4 << 20, threads=1).generate([[5, 6, 7] * 9], SEEDED)[0]
+        assert list(answer.token_ids) == alone.token_ids, "the same as without sockets, with the same seed"
+        assert (answer.prefill_worker, answer.decode_worker) == ("worker-0", "worker-0")
+        wait_until(lambda: idle(address), 5, "all blocks of both caches free")
+        entries = [(w.id, w.stage) for w in client.status().workers]
+        assert entries == [("worker-0", "prefill"), ("worker-0", "decode")]
+
+
+def test_a_prompt_that_does_not_fit_and_the_loss_of_the_only_worker_are_said_clearly(tiny_pair):
+    lines = []
+    with (
+        running_stack(tiny_pair, 0, 0, colocated=1, lines=lines, absent_after="1") as (stack, address),
+        Client(address) as client,
+    ):
+        with pytest.raises(PromptTooLong, match=r"shorten the prompt|context"):
+            client.generate([1] * 600, sampling=SamplingParams(**GREEDY, max_tokens=4))
+        wait_until(lambda: idle(address), 5, "nothing is held for it")
+        child = stack.worker("worker-0")
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: child.returncode is not None, 10, "the worker is dead")
+        with pytest.raises(Unavailable, match=r"no (prefill|decode) worker has reported for"):
+            client.generate([1] * 8, sampling=SamplingParams(**GREEDY, max_tokens=4))
+        stack.restart("worker-0")
+        wait_until(lambda: loads(address).keys() == {"worker-0"}, 60, "the worker is back")
+        assert len(client.generate([1] * 8, sampling=SamplingParams(**GREEDY, max_tokens=4)).token_ids) == 4
+
+
+def test_a_small_cache_preempts_and_every_answer_is_still_right(tiny_pair):
+    """More sequences than the decoder's cache holds: some lose their blocks and are prefilled again, here."""
+    with (
+        running_stack(tiny_pair, 0, 0, colocated=1, kv_memory="640KiB", max_model_len="380") as (_, address),
+        Client(address) as client,
+    ):
+        assert wrong_answers(client, TwoStageReference(tiny_pair), prompts(8), max_tokens=100) == []
+        wait_until(lambda: idle(address), 5, "all blocks free")
+        (metrics,) = {worker.process.metrics_address for worker in client.status().workers}
+        with urllib.request.urlopen(f"http://{metrics}/metrics") as page:
+            samples = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
+        assert float(samples["overfill_decode_preemptions_total"]) > 0, "or the test proves nothing"
+        assert float(samples["overfill_decode_local_prefills_total"]) > 8, "and again after each preemption"
+
+
+class Load:
+    """Clients that ask until they are told to stop."""
+
+    def __init__(self, address, clients=4):
+        self.answers, self.errors, self._stop = [], [], threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(address, i)) for i in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, address, seed):
+        with Client(address) as client:
+            while not self._stop.is_set():
+                prompt = [(seed * 31 + len(self.answers) * 7 + k) % 200 for k in range(48)]
+                try:
+                    sampling = SamplingParams(**GREEDY, max_tokens=24)
+                    self.answers.append((time.monotonic(), prompt, client.generate(prompt, sampling=sampling)))
+                except Exception as error:
+                    self.errors.append(error)
+
+    def workers(self, since):
+        """Returns the numbers of answers by prefill and decode worker, of answers that ended after ``since``."""
+        return Counter((a.prefill_worker, a.decode_worker) for at, _, a in list(self.answers) if at > since)
+
+    def stop(self):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_stack_grows_to_separate_pools_without_a_restart(tiny_pair):
+    with running_stack(tiny_pair, 0, 0, colocated=1) as (stack, address):
+        load = Load(address)
+        try:
+            wait_until(lambda: len(load.answers) > 8, 30, "one worker serves")
+            later = make_plan(StackRequest(tiny_pair, 1, 2, settings={"dtype": "float32", "kv_memory": "4MiB"}))
+            for worker in later.workers:
+                config = worker.config.model_copy(update={"routers": stack.plan.join_addresses, "max_model_len": 512})
+                stack._workers.append(stack._spawn_worker(PlannedWorker(worker.kind, config)))
+            wait_until(lambda: len(loads(address)) == 4, 60, "the new workers have joined")
+            joined = time.monotonic()
+
+            def spread():
+                pairs = load.workers(joined)
+                return {"decode-0", "decode-1", "worker-0"} <= {d for _, d in pairs} and "prefill-0" in {
+                    p for p, _ in pairs
+                }
+
+            wait_until(spread, 30, "requests spread over all workers")
+            with Client(address) as client:
+                client.drain("worker-0")
+            child = stack.worker("worker-0")
+            wait_until(lambda: child.returncode is not None, 30, "the first worker has drained")
+            assert child.returncode == 0
+            drained = time.monotonic()
+            wait_until(lambda: len(load.workers(drained)) >= 2, 30, "the other workers serve")
+        finally:
+            load.stop()
+        assert load.errors == []
+        assert {pair[0] for pair in load.workers(drained)} == {"prefill-0"}
+        reference = TwoStageReference(tiny_pair)
+        for _, prompt, answer in load.answers[::7]:
+            verdict = judge(reference, prompt, answer.token_ids, answer.finish_reason, 24)
+            assert verdict.correct, (answer.prefill_worker, answer.decode_worker)
+        assert {worker.kind for worker in later.workers} == {PREFILL, DECODE}

@@ -1,0 +1,53 @@
+"""Tests mock workers as processes that ``overfill up --mock`` runs, and a mock worker with both stages."""
+
+from __future__ import annotations
+
+import pytest
+from mocks import mock_stack
+from stacks import wait_until
+
+from overfill.client import Client, SamplingParams
+from overfill.rpc.channel import open_channel
+from overfill.v1 import admin_pb2, admin_pb2_grpc
+
+LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+
+
+def test_a_worker_with_both_stages_answers_alone_and_is_a_member_of_both_pools(tiny_pair):
+    with mock_stack(tiny_pair, prefill=0, decode=0, colocated=1) as stack, Client(stack.grpc) as client:
+        answer = client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=20, ignore_eos=True))
+        assert answer.usage.completion_tokens == 20
+        workers = client.status().workers
+        assert [(worker.id, worker.stage) for worker in workers] == [("worker-0", "prefill"), ("worker-0", "decode")]
+        assert all(worker.info.colocated for worker in stack.router.roster.workers())
+
+
+def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
+    with (
+        mock_stack(tiny_pair, prefill=0, colocated=1, workers={"mock_step": 0.005}) as stack,
+        Client(stack.grpc) as client,
+    ):
+        expected = client.generate([5, 6, 7], sampling=LONG).token_ids
+        streams = [client.stream([5, 6, 7], sampling=LONG).__enter__() for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        stack.call(stack.workers["decode-0"].stop())
+        for stream in streams:
+            for _ in stream:
+                pass
+        assert [stream.answer.token_ids for stream in streams] == [expected] * 4
+        assert {stream.answer.decode_worker for stream in streams} == {"worker-0"}
+
+
+def test_a_drain_names_its_worker(tiny_pair):
+    with mock_stack(tiny_pair) as stack:
+        address = next(worker.info.address for worker in stack.router.roster.workers() if worker.id == "decode-0")
+
+        async def drain(worker_id):
+            async with open_channel(address, None) as channel:
+                return await admin_pb2_grpc.AdminStub(channel).Drain(admin_pb2.DrainRequest(worker_id=worker_id))
+
+        with pytest.raises(Exception, match="this is decode-0, not prefill-0"):
+            stack.call(drain("prefill-0"))
+        stack.call(drain("decode-0"))
+        wait_until(lambda: stack.router.roster.find("decode-0") is None, 10, "the drained worker has left")

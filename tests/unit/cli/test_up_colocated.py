@@ -1,0 +1,315 @@
+"""Tests ``up --colocated``: workers with both stages, what ``up`` chooses by itself, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from rich.console import Console
+
+from overfill.cli import up, up_stages
+from overfill.cli.main import main
+from overfill.cli.stack import Stack
+from overfill.cli.stack_plan import StackPlan
+from overfill.cli.up_plan import StackRequest, make_plan
+from overfill.cli.welcome import welcome
+from overfill.errors import UnsupportedModel
+from overfill.process import gpus
+from overfill.settings.config import ColocatedConfig
+from overfill.settings.tiers import TierSpec
+
+ONE = (1, 0, 0)
+TWO = (0, 1, 1)
+
+
+def plan(*tiers: str, **settings: Any) -> StackPlan:
+    """Plans a stack. Arguments that are no fields of ``StackRequest`` are settings of services."""
+    own = {name: settings.pop(name) for name in list(settings) if name in StackRequest.__dataclass_fields__}
+    own = {"prefill": 0, "decode": 0, "colocated": 1} | own
+    parsed = tuple(TierSpec.parse(text, least=0) for text in tiers)
+    return make_plan(StackRequest(None if tiers else Path("/p"), tiers=parsed, settings=settings, **own))
+
+
+def counts(made: StackPlan) -> tuple[int, int, int]:
+    return len(made.colocated), len(made.prefill), len(made.decode)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, with_vllm: Callable[[bool], None]) -> Callable[..., None]:
+    """Sets the number of this machine's GPUs, and whether vLLM is installed. Without a call: none."""
+
+    def have(number: int = 0, vllm: bool = False) -> None:
+        monkeypatch.setattr(up_stages, "gpu_count", lambda: number)
+        with_vllm(vllm)
+
+    have()
+    return have
+
+
+@pytest.fixture
+def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., StackPlan]:
+    """Runs ``up`` with arguments and returns the plan that it would run. Exit code 2 raises UsageError's exit."""
+    plans: list[StackPlan] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
+    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
+    monkeypatch.setattr(up, "require_vllm", lambda: None)
+    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path("/pairs") / pair)
+    monkeypatch.setattr(up, "resolve_tiers", lambda tiers, report: tiers)
+
+    def start(*arguments: str) -> StackPlan:
+        assert main(["up", "--grpc", "0", "--http", "off", *arguments]) == 0
+        return plans.pop()
+
+    return start
+
+
+def test_a_worker_with_both_stages_counts_in_both_and_has_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    made = plan(colocated=2, prefill=1, decode=2, routers=2, metrics_port="9600", kv_memory="64MiB")
+    assert all((router.expect_prefill, router.expect_decode) == (3, 4) for router in made.routers)
+    assert [worker.id for worker in made.workers] == ["worker-0", "worker-1", "prefill-0", "decode-0", "decode-1"]
+    assert [worker.id for worker in made.of_stage("prefill")] == ["worker-0", "worker-1", "prefill-0"]
+    assert [config.metrics_port for config in (*made.routers, *(w.config for w in made.workers))] == [
+        *range(9600, 9607)
+    ]
+    assert {worker.id: worker.config.threads for worker in made.workers} == {
+        "worker-0": 2, "worker-1": 2, "prefill-0": 2, "decode-0": 2, "decode-1": 2,
+    }  # fmt: skip
+    assert [one.config.threads for one in plan().workers] == [8], "all cores"
+    assert made.colocated[0].kv_memory == 64 << 20
+    assert made.colocated[0].routers == made.join_addresses
+    assert ColocatedConfig.parse(made.colocated[0].to_argv()) == made.colocated[0]
+
+
+def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned: list[tuple[str, str]] = []
+    monkeypatch.setattr(Stack, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module)))
+    Stack(plan(), lambda name, line: None).start()
+    Stack(plan(mock=True), lambda name, line: None).start()
+    router = ("router-0", "services.router.main")
+    assert spawned == [router, ("worker-0", "services.worker.main"), router, ("worker-0", "services.mock worker")]
+
+
+def test_objectives_reach_workers_with_both_stages(started: Callable[..., StackPlan], tmp_path: Path) -> None:
+    (worker,) = started("--no-ray", "--ttft-objective", "1", "--itl-objective", "0.05").colocated
+    assert (worker.ttft_objective, worker.itl_objective) == (1, 0.05)
+    (worker,) = plan("a=p:0,itl-objective=0.02,quantize=int8", "b=q", ttft_objective=3).colocated
+    assert (worker.ttft_objective, worker.itl_objective, worker.quantize) == (3, 0.02, "int8")
+
+
+def test_workers_with_both_stages_are_in_the_default_tier() -> None:
+    made = plan("a=p:2", "b=q:0", "c=r", default_tier="b", colocated=2)
+    assert [(worker.id, worker.tier, worker.config.pair) for worker in made.workers] == [
+        ("worker-0", "b", "q"), ("worker-1", "b", "q"), ("decode-a-0", "a", "p"), ("decode-a-1", "a", "p"),
+        ("decode-c-0", "c", "r"),
+    ]  # fmt: skip
+    (router,) = made.routers
+    assert [str(tier) for tier in router.decoders] == ["a=p:2", "b=q:2", "c=r:1"]
+    assert (router.expect_prefill, router.expect_decode) == (2, 5)
+    with pytest.raises(click.UsageError, match="--decoder c: the number of decode workers must be at least 1"):
+        plan("a=p:0", "c=q:0")
+    with pytest.raises(click.UsageError, match="--decoder a: the number of decode workers must be at least 1"):
+        plan("a=p:0", prefill=1, colocated=0)
+
+
+def test_its_format_is_told_to_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    assert [str(tier) for tier in plan().tiers] == ["default=/p:1,quantize=int8"]
+
+
+def test_the_welcome_says_which_workers_have_both_stages() -> None:
+    def said(made: StackPlan) -> list[str]:
+        out = Console(file=io.StringIO(), width=200)
+        welcome(out, made, made.addresses, Stack(made, lambda name, line: None).describe_workers)
+        lines: list[str] = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return [line for line in lines if "CPU threads each" in line]
+
+    (line,) = said(plan(threads=2))
+    assert line.split(maxsplit=1) == ["worker", "worker-0 (both stages, CPU threads each: 2)"]
+    assert [line.split()[0] for line in said(plan(prefill=1, decode=1))] == ["worker", "prefill", "decode"]
+    tier = said(plan("a=p", "b=q", threads=2))[0]
+    assert "a (default): p: worker-0 (both stages, CPU threads each: 2), decode-a-0 (CPU threads each: 2)" in tier
+
+
+@pytest.mark.parametrize("stack", ["--ray", "--no-ray"])
+def test_one_machine_gets_one_worker_and_up_says_why(
+    stack: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert counts(started(stack)) == ONE
+    err = capsys.readouterr().err
+    assert "one worker with both stages, which is fastest on one machine (docs/choosing.md)" in err
+    assert "--prefill 1 --decode 1" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--prefill", "1"], TWO),
+        (["--decode", "2"], (0, 1, 2)),
+        (["--colocated"], ONE),
+        (["--colocated", "--no-ray"], ONE),
+        (["--colocated", "2"], (2, 0, 0)),
+        (["--colocated=2"], (2, 0, 0)),
+        (["--colocated", "0"], TWO),
+        (["--colocated", "1", "--prefill", "1", "--decode", "2"], (1, 1, 2)),
+        (["--colocated", "--decode", "1"], (1, 0, 1)),
+        (["--colocated", "--mock"], ONE),
+        (["--decoder", "a=p", "--decoder", "b=q"], (0, 1, 2)),
+        (["--colocated", "--decoder", "a=p:0", "--decoder", "b=q"], (1, 0, 1)),
+    ],
+)
+def test_a_number_that_is_given_is_no_choice_of_up(
+    arguments: list[str],
+    expected: tuple[int, int, int],
+    started: Callable[..., StackPlan],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert counts(started(*arguments)) == expected
+    assert "docs/choosing.md" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--mock"], "--mock is given"),
+        (["--address", "auto"], "--address is given"),
+        (["--max-decode", "3"], "--max-decode is given"),
+        (["--prefill-engine", "overfill"], "--prefill-engine is given"),
+        (["--engine", "vllm"], "vLLM runs each stage in a process of its own"),
+    ],
+)
+def test_what_is_for_one_stage_keeps_the_stages_apart(
+    arguments: list[str], why: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert counts(started(*arguments)) == TWO
+    said = f"one prefill and one decode worker, because {why} (docs/choosing.md); for both stages in one worker, give"
+    assert f"{said} --colocated" in capsys.readouterr().err
+
+
+def test_settings_of_one_stage_keep_the_stages_apart(
+    started: Callable[..., StackPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "stack.toml"
+    for text, expected in (
+        ("[decode]\nkv-memory = '64MiB'", TWO),
+        ("[common]\nengine = 'vllm'", TWO),
+        ("[common]\nkv-memory = '64MiB'\n[worker]\nthreads = 3", ONE),
+        ("[up]\ncolocated = 2\n[decode]\nkv-memory = '64MiB'", (2, 0, 0)),
+        ("[up]\nprefill = 2", (0, 2, 1)),
+    ):
+        file.write_text(text)
+        assert counts(started("--config", str(file))) == expected, text
+    file.write_text("[up]\ncolocated = 1\n[worker]\nthreads = 3")
+    made = started("--config", str(file), "--prefill", "1")
+    assert (counts(made), made.colocated[0].threads) == ((1, 1, 0), 3)
+    monkeypatch.setenv("OVERFILL_DECODE_THREADS", "3")
+    assert counts(started()) == TWO
+    assert "because OVERFILL_DECODE_THREADS is set" in capsys.readouterr().err
+    monkeypatch.setenv("OVERFILL_UP_COLOCATED", "3")
+    assert counts(started()) == (3, 0, 0)
+
+
+def test_gpus_decide(started: Callable[..., StackPlan], machine: Callable[..., None]) -> None:
+    machine(1)
+    assert counts(started()) == ONE
+    machine(2)
+    assert counts(started()) == TWO
+    assert counts(started("--device", "cpu")) == counts(started("--device", "cuda:1")) == ONE
+    machine(1, vllm=True)
+    assert counts(started()) == TWO, "auto is vLLM"
+    assert counts(started("--engine", "overfill")) == counts(started("--device", "cpu")) == ONE
+    machine(0, vllm=True)
+    assert counts(started()) == ONE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--colocated", "--max-prefill", "2"],
+            "--colocated conflicts with --max-prefill",
+        ),
+        (["--colocated", "--max-decode", "2"], "--colocated conflicts with --max-decode"),
+        (["--colocated", "--decoder", "a=p:2,max=3"], "--colocated conflicts with max of a --decoder"),
+        (["--colocated", "--engine", "vllm"], "for vLLM start a worker for each stage, as `overfill up --prefill 1"),
+        (
+            ["--colocated", "--prefill-engine", "vllm"],
+            "--prefill-engine is for prefill workers",
+        ),
+        (["--colocated", "--decode-engine", "vllm"], "--decode-engine is for decode workers"),
+        (["--prefill", "0"], "--prefill 0 leaves no worker that can prefill: give at least 1, or --colocated"),
+        (["--decode", "0"], "--decode 0 leaves no worker that can decode"),
+        (["--decoder", "a=p:0"], "--decoder a: the number of decode workers must be at least 1"),
+    ],
+)
+def test_what_workers_with_both_stages_cannot_have_is_refused(
+    arguments: list[str], message: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        raise SystemExit(main(["up", *arguments]))
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_other_workers_may_have_another_engine() -> None:
+    args = '{"enforce_eager": true}'
+    made = plan(prefill=1, decode=1, prefill_engine="vllm", decode_engine="overfill", engine_args=args)
+    assert [(worker.config.engine, worker.config.engine_args) for worker in made.workers] == [
+        ("auto", ""), ("vllm", args), ("overfill", ""),
+    ]  # fmt: skip
+    assert plan(engine_args=args).colocated[0].engine_args == args, "it is left in, to be refused"
+
+
+@pytest.mark.parametrize("half", ["full", "decoder"])
+def test_a_pair_that_overfills_engine_cannot_run_is_refused(
+    half: str, fresh: Callable[[], Path], with_vllm: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_vllm(True)
+    pair = fresh()
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest[half]["engines"] = ["vllm"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    made = make_plan(StackRequest(pair, 0, 0, colocated=1))
+    for here in (True, False):
+        with pytest.raises(UnsupportedModel, match="the engine overfill cannot run"):
+            up.check_engines(made, here=here)
+
+
+def test_config_commands_know_the_number_and_the_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "stack.toml"
+    file.write_text('[up]\ncolocated = 2\ndecoder = ["a=p:0", "b=q"]\n[worker]\nitl-objective = 0.05\n')
+    assert main(["config", "check", str(file)]) == 0
+    assert main(["config", "show", "--config", str(file)]) == 0
+    shown = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()]
+    assert {("colocated", "2"), ("itl-objective", "0.05"), ("decoders", "a=p:2;b=q:1")} <= set(shown)
+    file.write_text("[worker]\nengine = 'vllm'\n")
+    assert main(["config", "check", str(file)]) == 1
+    assert "a worker with both stages runs on OverFill's own engine" in capsys.readouterr().err
+
+
+def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, driver = tmp_path / "dev", tmp_path / "driver"
+    devices.mkdir()
+    monkeypatch.setattr(gpus, "_DEVICES", devices)
+    monkeypatch.setattr(gpus, "_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.gpu_count() == 0
+    for name in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+        (driver / name).mkdir(parents=True)
+    assert gpus.gpu_count() == 3, "not used since the machine started"
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (devices / name).touch()
+    assert gpus.gpu_count() == 2
+    for visible, count in (("1", 1), ("0,1", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("GPU-8932f937", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus.gpu_count() == count, visible
