@@ -8,7 +8,7 @@ from counting import CountingRunner
 from scheduling import GREEDY
 
 from overfill.engine import colocated
-from overfill.engine.colocated import ColocatedEngine, ColocatedLoad, Turns
+from overfill.engine.colocated import ColocatedEngine, ColocatedLoad
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
@@ -33,6 +33,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.engine.thread import EngineThread
+from overfill.engine.turns import Turns
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache

@@ -2,7 +2,7 @@
 
 import pytest
 
-from overfill.engine.colocated import MIN_CHUNK, Turns
+from overfill.engine.turns import MIN_CHUNK, Turns
 
 MAX = 2048
 
