@@ -44,14 +44,14 @@ def drain_command(
         deadline = time.monotonic() + timeout
         with Console(stderr=True, highlight=False).status(f"{worker} is draining") as line:
             while time.monotonic() < deadline:
-                found = next((w for w in client.status().workers if w.id == worker), None)
-                if found is None:
+                stages = [found for found in client.status().workers if found.id == worker]
+                if not stages:
                     click.echo(f"{worker} has left")
                     return 0
-                if found.process is not None and found.process.load is not None:
-                    line.update(
-                        f"{worker} is draining: {found.process.load.running + found.process.load.waiting} requests"
-                    )
+                loads = [stage.process.load for stage in stages if stage.process is not None and stage.process.load]
+                if loads:
+                    requests = sum(load.running + load.waiting for load in loads)
+                    line.update(f"{worker} is draining: {requests} requests")
                 time.sleep(_POLL)
     if timeout == 0:
         click.echo(f"{worker} is draining")

@@ -80,7 +80,7 @@ def ttft_table(answer: Answer) -> Table:
 
 
 def status_tables(status: StackStatus, tls: bool = False) -> RenderableType:
-    """Returns a table with a line per worker. If several routers share the address, another has a line per router."""
+    """Returns a table with a line per worker and stage. If several routers share the address, another lists these."""
     workers = _worker_table(status, tls)
     return Group(_router_table(status), workers) if len(status.routers) > 1 else workers
 
@@ -121,7 +121,8 @@ def _worker_table(status: StackStatus, tls: bool) -> Table:
         rate = row["prefix_hit_rate"]
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
         tier = [row["tier"] or "–"] if status.several_tiers else []
-        names = (worker.id, worker.stage, *tier, row["engine"] or "?", worker.state, worker.address)
+        stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
+        names = (worker.id, stage, *tier, row["engine"] or "?", worker.state, worker.address)
         table.add_row(*names, *numbers, hits, row["metrics_address"] or "–")
     return table
 

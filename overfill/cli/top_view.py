@@ -54,14 +54,15 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("", min_width=_BAR, no_wrap=True)
     for worker in workers:
+        name = f"{worker.id}, both stages" if worker.colocated else worker.id
         state = Text(worker.state, _STATES[worker.state])
         load = worker.process.load if worker.process is not None else None
         if load is None:
-            table.add_row(worker.id, state)
+            table.add_row(name, state)
             continue
         free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
         numbers = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_cached, free)
-        table.add_row(worker.id, state, *map(str, numbers), _kv_bar(load))
+        table.add_row(name, state, *map(str, numbers), _kv_bar(load))
     if not workers:
         table.add_row("none", "")
     return table

@@ -25,15 +25,7 @@ from overfill.rpc.tls import ClientTls
 from overfill.settings.config import RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, flag_name
 from overfill.settings.tiers import TierSpec, default_tier
-from overfill.settings.worker_kinds import (
-    COLOCATED,
-    DECODE,
-    MOCK_DECODE,
-    MOCK_PREFILL,
-    PREFILL,
-    WorkerKind,
-    WorkerStage,
-)
+from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerStage
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -151,20 +143,21 @@ def make_plan(request: StackRequest) -> StackPlan:
 
 def _pools(request: StackRequest, settings: Mapping[str, Any]) -> list[_Pool]:
     """Returns the pools, each with the engine and the settings that its stage or tier chooses for itself."""
-    prefill, decode = (MOCK_PREFILL, MOCK_DECODE) if request.mock else (PREFILL, DECODE)
+    kinds = MOCK_KINDS if request.mock else REAL_KINDS
+    colocated, prefill, decode = kinds["worker"], kinds["prefill"], kinds["decode"]
     tiers = request.named_tiers
     of_tiers = [worker_settings(tier, decode.settings) for _, tier in tiers]
     of_prefill, *engines = _engines(
         settings.get("prefill_engine"), *(own.get("engine", settings.get("decode_engine")) for own in of_tiers)
     )
     name, default = request.default_tier
-    of_colocated: dict[str, Any] = worker_settings(default, COLOCATED.settings) | tier_objectives(default)
+    of_colocated: dict[str, Any] = worker_settings(default, colocated.settings) | tier_objectives(default)
     if request.prefill or any(tier.count for _, tier in tiers):
         of_colocated["engine_args"] = None  # they are for the other workers
     return [
         _Pool(
-            COLOCATED,
-            COLOCATED.name,
+            colocated,
+            colocated.name,
             request.colocated,
             of_colocated | {"pair": default.pair, "tier": name or None},
         ),

@@ -78,8 +78,6 @@ def _check_colocated(options: Mapping[str, Any]) -> None:
                 f"--colocated conflicts with {_flag(name)}: a stack of workers with both stages has a fixed number of "
                 "workers; remove one of them, or give --prefill and --decode in place of --colocated"
             )
-    if options.get("mock"):
-        raise click.UsageError("--colocated conflicts with --mock: mock workers have one stage; remove one of them")
 
 
 def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str, Any]) -> None:

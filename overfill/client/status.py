@@ -159,10 +159,12 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """A worker as the router knows it; ``process`` is None if the worker did not answer.
+    """A worker, in one of its stages, as the router knows it; ``process`` is None if the worker did not answer.
 
     Attributes:
-        tier: Tier of a decode worker; None for prefill workers.
+        stage: The stage that this entry is about, with the load in ``process``.
+        tier: Tier of a worker that decodes; None in the entry of the prefill stage.
+        colocated: Whether the worker has both stages: another entry with the same id is about the other stage.
     """
 
     id: str
@@ -170,6 +172,7 @@ class WorkerStatus:
     address: str
     process: ProcessStatus | None
     tier: str | None = None
+    colocated: bool = False
 
     @property
     def state(self) -> ProcessState:
@@ -179,7 +182,8 @@ class WorkerStatus:
     @classmethod
     def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
         process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
-        return cls(message.id, _stage(message.stage), message.address, process, message.tier or None)
+        stage, tier = _stage(message.stage), message.tier or None
+        return cls(message.id, stage, message.address, process, tier, message.colocated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +268,7 @@ class StackStatus:
 
     Attributes:
         process: The process that answered.
-        workers: The router's workers, ordered by stage and id.
+        workers: The router's workers, ordered by stage and id; a worker with both stages once for each.
         complete: Whether as many workers of each stage are ready as the stack was started with.
         http_address: host:port of the router's OpenAI endpoint; None means that it serves none.
         activity: Activity of all router processes at the address; None for a worker.

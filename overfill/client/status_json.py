@@ -9,12 +9,13 @@ from overfill.client.status import PoolStatus, RouterStatus, StackStatus, Worker
 
 
 def worker_json(worker: WorkerStatus) -> dict[str, Any]:
-    """One worker with address and process id; the values that a silent worker does not report are null."""
+    """One entry of a worker, with address and process id; the values that a silent worker does not report are null."""
     process = worker.process
     load = process.load if process is not None else None
     return {
         "id": worker.id,
         "stage": worker.stage,
+        "colocated": worker.colocated,
         "tier": worker.tier,
         "engine": process.engine if process is not None else None,
         "pid": process.pid if process is not None else None,
@@ -79,7 +80,8 @@ def pool_json(pool: PoolStatus) -> dict[str, Any]:
 def _short_worker_json(worker: WorkerStatus) -> dict[str, Any]:
     process = worker.process
     load = process.load if process is not None else None
-    result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "tier": worker.tier, "state": worker.state}
+    result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "colocated": worker.colocated}
+    result |= {"tier": worker.tier, "state": worker.state}
     result["engine"] = process.engine if process is not None else None
     if load is None:
         return result | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))

@@ -13,9 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import is_wildcard
-from overfill.settings.config import ColocatedConfig, DecodeConfig, RouterConfig, ServiceConfig
+from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from overfill.settings.renamed import rename_fields
 from overfill.settings.tiers import TierSpec, check_tier_name, default_tier
 from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerSettings, WorkerStage
@@ -42,7 +41,7 @@ DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a replica has to exit before Ray kills it."""
 
 _FIELDS = {
-    name for kind in (RouterConfig, MockPrefillConfig, MockDecodeConfig, ColocatedConfig) for name in kind.model_fields
+    name for kind in (RouterConfig, *(kind.settings for kind in MOCK_KINDS.values())) for name in kind.model_fields
 }
 
 Settings = Annotated[
@@ -228,8 +227,6 @@ class StackSpec(_Model):
         return self
 
     def _check_colocated(self) -> None:
-        if self.mock:
-            raise ValueError("worker: mock workers have one stage: remove `worker` or `mock`")
         if scaled := sorted(name for name, pool in self.pools.items() if pool.spec.max_replicas is not None):
             raise ValueError(
                 f"worker: a stack of workers with both stages has a fixed number of replicas: remove max_replicas of "

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,11 +36,14 @@ from overfill.kv.cache import copy_sequence
 
 log = logging.getLogger(__name__)
 
-MIN_CHUNK = 64
-"""Minimum number of prompt tokens in a step, whatever the objectives say. A smaller step costs nearly as much time."""
+MIN_CHUNK = 16
+"""Minimum number of prompt tokens in a step that is kept short for running answers."""
 
-_FADING = 0.9
-"""Weight of all earlier steps against the newest one, in measured rates."""
+_FADING = 0.95
+"""Weight of all earlier steps against the newest one, in measured durations."""
+
+_MIN_VARIANCE = 0.01
+"""Minimum variance of the steps' sizes, relative to their squared mean, that tells a step's cost from its tokens'."""
 
 ColocatedEvent = DecodeEvent | PrefillScheduled | PromptComputed
 """An event for the decode stage's servicer: of the decode engine, or of a prompt that is computed for it."""
@@ -57,27 +61,48 @@ class ColocatedLoad:
         return self.prefill.freed_capacity_since(other.prefill) or self.decode.freed_capacity_since(other.decode)
 
 
-class _Rate:
-    """A rate, measured over recent steps. Each step fades the earlier ones."""
+class _StepCost:
+    """Seconds of a step as a linear function of its tokens: a least-squares fit in which earlier steps fade."""
 
     def __init__(self) -> None:
-        self._amount = self._seconds = 0.0
+        self._steps = self._tokens = self._seconds = self._tokens_squared = self._products = 0.0
 
-    def add(self, amount: float, seconds: float) -> None:
-        self._amount = _FADING * self._amount + amount
+    def add(self, tokens: int, seconds: float) -> None:
+        self._steps = _FADING * self._steps + 1
+        self._tokens = _FADING * self._tokens + tokens
         self._seconds = _FADING * self._seconds + seconds
+        self._tokens_squared = _FADING * self._tokens_squared + tokens * tokens
+        self._products = _FADING * self._products + tokens * seconds
 
-    def seconds_for(self, amount: float) -> float | None:
-        """Expected seconds for ``amount``. None before the first step."""
-        return amount * self._seconds / self._amount if self._amount else None
+    @property
+    def known(self) -> bool:
+        return self._steps > 0
+
+    def fit(self) -> tuple[float, float]:
+        """Seconds of each step, and seconds of each token. Both are 0 or more.
+
+        Where steps of different sizes do not tell the two apart, a step costs nothing besides its tokens.
+        """
+        variance = self._steps * self._tokens_squared - self._tokens**2
+        if variance > _MIN_VARIANCE * self._tokens**2:
+            token = (self._steps * self._products - self._tokens * self._seconds) / variance
+            step = (self._seconds - token * self._tokens) / self._steps
+            if token > 0 and step > 0:
+                return step, token
+        return 0.0, self._seconds / self._tokens
 
 
 class Turns:
     """Decides which stage steps next, and how many prompt tokens a prefill step computes.
 
     While both stages have work, their steps alternate. A prefill step then delays every running answer, so it computes
-    only as many tokens as fit beside a decode step into the objective for the time between tokens. When the oldest
-    prompt would miss its objective in this way, a prefill step computes as many tokens as it may.
+    only as many tokens as fit beside a decode step into the objective for the time between tokens. It computes as many
+    tokens as it may in two cases:
+
+    - The oldest prompt would miss its objective with short steps, and keeps it with long ones. A prompt that misses it
+      in any case delays no answer.
+    - Short steps cannot keep the objective, or would spend more than a third of their time on what each step costs
+      besides its tokens. Then both objectives would be missed.
 
     Args:
         max_num_batched_tokens: maximum number of prompt tokens in one step.
@@ -94,8 +119,8 @@ class Turns:
         self._max_tokens = max_num_batched_tokens
         self._ttft_objective = ttft_objective
         self._itl_objective = itl_objective
-        self._decode_steps = _Rate()
-        self._prompt_tokens = _Rate()
+        self._decode_steps = _StepCost()
+        self._prefill_steps = _StepCost()
         self.decode_first = True
 
     @property
@@ -112,7 +137,7 @@ class Turns:
         """Notes a prefill step; one that failed has computed 0 tokens."""
         self.decode_first = True
         if tokens:
-            self._prompt_tokens.add(tokens, seconds)
+            self._prefill_steps.add(tokens, seconds)
 
     def chunk(self, decoding: bool, remaining: int, waited: float) -> int:
         """Maximum number of prompt tokens in the next prefill step.
@@ -122,16 +147,22 @@ class Turns:
             remaining: tokens of the oldest prompt that are not computed.
             waited: seconds since that prompt arrived.
         """
-        if not decoding or self._itl_objective is None:
-            return self._max_tokens
-        decode_step, token = self._decode_steps.seconds_for(1), self._prompt_tokens.seconds_for(1)
-        if decode_step is None or token is None:
-            return min(MIN_CHUNK, self._max_tokens)
-        tokens = min(self._max_tokens, max(MIN_CHUNK, int((self._itl_objective - decode_step) / token)))
+        longest = self._max_tokens
+        if not decoding or self._itl_objective is None or longest <= MIN_CHUNK:
+            return longest
+        if not (self._decode_steps.known and self._prefill_steps.known):
+            return MIN_CHUNK
+        (_, decode), (step, token) = self._decode_steps.fit(), self._prefill_steps.fit()
+        tokens = min(longest, int((self._itl_objective - decode - step) / token))
+        if tokens < max(MIN_CHUNK, 2 * step / token):
+            return longest
         if self._ttft_objective is not None:
-            turns = -(-remaining // tokens)
-            if waited + turns * decode_step + remaining * token > self._ttft_objective:
-                return self._max_tokens
+
+            def first_token(chunk: int) -> float:
+                return waited + remaining * token + math.ceil(remaining / chunk) * (step + decode)
+
+            if first_token(longest) <= self._ttft_objective < first_token(tokens):
+                return longest
         return tokens
 
 

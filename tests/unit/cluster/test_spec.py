@@ -157,7 +157,6 @@ def test_workers_with_both_stages_decode_in_the_default_tier() -> None:
     [
         ({"worker": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of worker"),
         ({"decode": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of decode"),
-        ({"mock": True}, "mock workers have one stage"),
         ({"worker": {"stages": "prefill"}}, "worker.stages"),
         ({"settings": {"engine": "vllm"}}, "for vLLM start a worker for each stage"),
         ({"worker": None, "decode": None}, "decode: no worker has this stage; give the section, or `worker`"),
@@ -276,11 +275,11 @@ def test_the_shipped_config_is_valid(name: str) -> None:
     config = yaml.safe_load(SHIPPED.with_name(name).read_text(encoding="utf-8"))
     (application,) = config["applications"]
     made = StackSpec.model_validate(application["args"])
-    policy = application["autoscaling_policy"]
-    assert made.scales
-    rendered = serve_config(made, application["name"], policy["policy_kwargs"])
+    policy = application.get("autoscaling_policy", {})
+    assert made.scales == bool(policy) == (name != "serve-colocated.yaml")
+    rendered = serve_config(made, application["name"], policy.get("policy_kwargs"))
     assert rendered["applications"][0]["import_path"] == application["import_path"]
-    assert rendered["applications"][0]["autoscaling_policy"] == policy
+    assert rendered["applications"][0].get("autoscaling_policy", {}) == policy
     assert config["proxy_location"] == rendered["proxy_location"]
     reserved = RouterSpec().num_cpus + 2 * PoolSpec().num_cpus + 3 * PoolSpec().num_cpus
     assert reserved <= 2, "a router, two prefill and three decode workers fit two cores by default"

@@ -9,7 +9,8 @@ const GONE_MS = 60000; // time for which the page shows a worker that has left
 
 const $ = (id) => document.getElementById(id);
 const messages = [];
-const seen = new Map(); // worker id -> {stage, at}; `at` is when the status last listed the worker
+const seen = new Map(); // key of an entry -> {id, stage, at}; `at` is when the status last had the entry
+const key = ({ id, stage }) => `${stage} ${id}`; // a worker with both stages has an entry in each
 let model = "";
 let tiersListed = false; // whether /v1/models has said which tiers there are
 let running = null; // AbortController of the running answer, or null
@@ -205,10 +206,10 @@ function show(status) {
   $("model").textContent = model;
   $("traffic").textContent = `${status.running} running · ${status.waiting} waiting · ` +
     `${status.tokens_per_second.toFixed(1)} tokens/s · ${status.answers_last_minute} answers in the last minute`;
-  const now = Date.now(), here = new Set(status.workers.map((worker) => worker.id));
-  for (const worker of status.workers) seen.set(worker.id, { stage: worker.stage, at: now });
-  const gone = [...seen].filter(([id, { at }]) => !here.has(id) && now - at < GONE_MS);
-  const all = [...status.workers, ...gone.map(([id, { stage }]) => ({ id, stage, state: "gone", kv_blocks: null }))];
+  const now = Date.now(), here = new Set(status.workers.map(key));
+  for (const worker of status.workers) seen.set(key(worker), { id: worker.id, stage: worker.stage, at: now });
+  const gone = [...seen].filter(([entry, { at }]) => !here.has(entry) && now - at < GONE_MS);
+  const all = [...status.workers, ...gone.map(([, { id, stage }]) => ({ id, stage, state: "gone", kv_blocks: null }))];
   all.sort((a, b) => a.id.localeCompare(b.id));
   for (const stage of ["prefill", "decode"]) {
     const rows = all.filter((worker) => worker.stage === stage).map(row);
@@ -226,6 +227,7 @@ function row(worker) {
   const made = node("li"), kv = worker.kv_blocks;
   made.dataset.worker = worker.id;
   made.append(node("span", "state " + worker.state, worker.state), node("span", "name", worker.id));
+  if (worker.colocated) made.append(node("span", "quiet", " both stages"));
   if (worker.tier && !$("tier-field").hidden) made.append(node("span", "quiet", " tier " + worker.tier));
   if (!kv) return made;
   const bar = node("div", "bar");
