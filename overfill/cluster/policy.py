@@ -115,4 +115,4 @@ def _bounds(context: Any) -> Bounds:
 
 def _with_starting(state: PoolState, context: Any) -> PoolState:
     """Returns ``state`` with the replicas that Serve has requested but no router knows yet counted as starting."""
-    return replace(state, starting=max(0, context.target_num_replicas - state.ready))
+    return replace(state, starting=max(0, context.target_num_replicas - round(state.ready - state.colocated)))

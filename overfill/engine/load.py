@@ -8,11 +8,12 @@ from typing import Any
 
 from overfill.engine.build import MEMORY_FRACTION, EngineParts, LoadedHalf, load_half, size_pools
 from overfill.engine.choice import choose_engine
-from overfill.engine.colocated import ColocatedEngine, ColocatedEvent, Turns
+from overfill.engine.colocated import ColocatedEngine, ColocatedEvent
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.sequence import DecodeEvent, PrefillEvent
+from overfill.engine.turns import Turns
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE

@@ -16,14 +16,16 @@ from overfill.routing.worker import Worker
 class Conditional(Policy):
     """Prefix affinity among the workers with prefill only, and one worker with both stages before or after them.
 
-    That worker is the one that writes the answer, if it is admissible; otherwise the best one with both stages. It
-    comes first when
+    It compares workers by the tokens ahead of the answer: those queued there, and the prompt's uncached part. The
+    prompt stays on the worker that writes the answer, if that one is admissible and
 
-    * it writes the answer, and its uncached part of the prompt is short (``set_short_prompts``), or
-    * no worker with prefill only is admissible, or
-    * the best worker with prefill only has more tokens ahead of the answer: its queue and its uncached part.
+    * a decode step leaves time for the tokens ahead there (``set_short_prompts``), or
+    * the best worker with prefill only has more tokens ahead, or
+    * no worker with prefill only is admissible, and the best one with both stages would not save more than such a time.
 
-    All other workers with both stages come last. Without workers with both stages, it is ``PrefixAffinity``.
+    Otherwise the workers with prefill only come first, and the best with both stages if none is admissible. The latter
+    also comes first for an answer that is written elsewhere, if all workers with prefill only have more tokens ahead.
+    Without workers with both stages, the policy is ``PrefixAffinity``.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -49,13 +51,11 @@ class Conditional(Policy):
         self._part(worker).keys_changed(worker, added, removed)
 
     def best(self, request: PlacementRequest) -> Iterator[Worker]:
-        local = None if request.decode is None else self._by_key.get(request.decode.key)
-        candidate = local or next(self._colocated.best(request), None)
-        first = candidate is not None and self._goes_first(request, candidate, is_local=local is not None)
-        if candidate is not None and first:
+        candidate, goes_first = self._candidate(request)
+        if candidate is not None and goes_first:
             yield candidate
         yield from self._prefill_only.best(request)
-        if candidate is not None and not first:
+        if candidate is not None and not goes_first:
             yield candidate
         yield from (worker for worker in self._colocated.best(request) if worker is not candidate)
 
@@ -78,13 +78,21 @@ class Conditional(Policy):
     def _part(self, worker: Worker) -> PrefixAffinity:
         return self._colocated if worker.info.colocated else self._prefill_only
 
-    def _goes_first(self, request: PlacementRequest, worker: Worker, *, is_local: bool) -> bool:
-        """True if ``worker``, which has both stages, comes before the workers with prefill only."""
+    def _candidate(self, request: PlacementRequest) -> tuple[Worker | None, bool]:
+        """Returns the worker with both stages to try before others of its kind, and whether it goes first of all."""
+        best = next(self._colocated.best(request), None)
+        if best is None:
+            return None, False
+        local = None if request.decode is None else self._by_key.get(request.decode.key)
+        short = 0.0 if request.decode is None else self._short.get(request.decode.info.tier, 0.0)
         other = next(self._prefill_only.best(request), None)
         if other is None:
-            return True
-        uncached = self._colocated.uncached_tokens(request, worker)
-        if is_local and request.decode is not None and uncached <= self._short.get(request.decode.info.tier, 0):
-            return True
-        ahead = other.queued_tokens + self._prefill_only.uncached_tokens(request, other)
-        return ahead > worker.queued_tokens + uncached
+            stays = local is not None and self._ahead(request, local) <= self._ahead(request, best) + short
+            return local if stays else best, True
+        candidate = local or best
+        ahead = self._ahead(request, candidate)
+        return candidate, ahead < self._ahead(request, other) or (candidate is local and ahead <= short)
+
+    def _ahead(self, request: PlacementRequest, worker: Worker) -> int:
+        """Returns the prompt tokens that ``worker`` computes before the first token of the answer."""
+        return worker.queued_tokens + self._part(worker).uncached_tokens(request, worker)

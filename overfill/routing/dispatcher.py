@@ -372,14 +372,14 @@ class Dispatcher:
 
     def _expire_reservations(self, now: float) -> None:
         """Frees the prefill slots of jobs whose decode workers are late, and pauses the workers that are silent."""
-        for job in _placed_before(now - RESERVE_TIMEOUT, self._placed):
+        for job in _first_placed(self._placed, RESERVE_TIMEOUT, now):
             self._overdue[job] = self._placed.pop(job)
             self._reserving.discard(job)
             if job.prefill is not None:
                 job.late_prefill = job.prefill
                 self.prefill_done(job)
             self.slots_given_back += 1
-        for job in _placed_before(now - SILENT_AFTER, self._overdue):
+        for job in _first_placed(self._overdue, SILENT_AFTER, now):
             answers = self._overdue.pop(job)
             if job.decode is not None and job.decode.answers == answers and not job.compiles:
                 self._silent[job.decode] = now + SILENCE
@@ -612,8 +612,9 @@ class Dispatcher:
         return Rejection(job, error)
 
 
-def _placed_before(time: float, jobs: Iterable[Job]) -> list[Job]:
-    return list(takewhile(lambda job: job.placed_at is not None and job.placed_at <= time, jobs))
+def _first_placed(jobs: Iterable[Job], seconds: float, now: float) -> list[Job]:
+    """Returns the first ``jobs``, which are ordered by placement: those placed at least ``seconds`` ago."""
+    return list(takewhile(lambda job: job.placed_at is not None and now - job.placed_at >= seconds, jobs))
 
 
 class _Search:

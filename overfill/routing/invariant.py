@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from overfill.routing.dispatcher import RESERVE_TIMEOUT, Dispatcher
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
@@ -20,7 +20,7 @@ def check(dispatcher: Dispatcher, now: float) -> None:
     Call it after ``dispatcher.poll``.
     """
     roster, reserving, prefill_queue = dispatcher._roster, dispatcher._reserving, dispatcher._prefill_queue
-    _check_books(dispatcher, now)
+    _check_books(dispatcher)
     for pool in roster.pools():
         pool.check(now)
     for job in dispatcher.waiting():
@@ -51,7 +51,7 @@ def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue[Job], pool: Poo
         _require(not choices, f"{job.id} waits although a decode worker can take it")
 
 
-def _check_books(dispatcher: Dispatcher, now: float) -> None:
+def _check_books(dispatcher: Dispatcher) -> None:
     roster, jobs, reserving = dispatcher._roster, dispatcher._jobs, dispatcher._reserving
     tiers, prefill_queue = dispatcher._tiers, dispatcher._prefill_queue
     for pools, attribute in ((roster.decode.values(), "decode"), ([roster.prefill], "prefill")):
@@ -72,10 +72,10 @@ def _check_books(dispatcher: Dispatcher, now: float) -> None:
         _require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
     _require({*dispatcher.waiting()} <= jobs, "a finished job waits")
     placed = {j for j in jobs if j.state is JobState.PLACED}
-    on_time = {j for j in placed if j.placed_at is not None and now - j.placed_at < RESERVE_TIMEOUT}
+    on_time = dispatcher._placed.keys()
     _require(reserving == {j for j in on_time if j.prefill is None}, "jobs for which a prefill slot is kept")
-    _require(all(j in on_time for j in placed if j.prefill is not None), "a late decode worker holds a prefill slot")
-    _require(all(w.paused_until_report for w in dispatcher._silent), "a silent worker may get requests")
+    _require({j for j in placed if j.prefill is not None} <= on_time, "a late decode worker holds a prefill slot")
+    _require(on_time | dispatcher._overdue.keys() <= placed, "jobs for which an answer is awaited")
     for queue in (*(tier.jobs for tier in tiers.values()), prefill_queue):
         _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
         _require(_ordered(queue), "migrated work and smaller priorities go first")

@@ -112,6 +112,8 @@ class PoolState:
         waiting_tokens: prompt tokens of waiting requests that are not computed yet.
         running: requests being computed; for decode, sequences that generate tokens.
         kv_tokens: tokens of KV that one worker holds. 0 means unknown.
+        colocated: how many of the ready workers have both stages, so that their number is fixed. Each of several
+            routers counts its share.
     """
 
     ready: int = 0
@@ -121,6 +123,7 @@ class PoolState:
     waiting_tokens: int = 0
     running: int = 0
     kv_tokens: int = 0
+    colocated: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +131,8 @@ class PoolTarget:
     """The recommended size of one pool.
 
     Attributes:
-        workers: number of workers, draining ones excluded.
-        need: predicted need before rounding, hysteresis and bounds.
+        workers: number of workers with this stage only, draining ones excluded.
+        need: predicted need of all workers, before rounding, hysteresis and bounds.
         reason: short explanation of the decision.
         inputs: every number that the decision used, by name.
     """
@@ -246,14 +249,15 @@ class Scaler:
             self._prefill_need(now, prefill),
             *(pool.need(now, state) for pool, state in zip(self._tiers.values(), states[1:], strict=True)),
         ]
+        scaled = [max(0.0, need - state.colocated) for (need, _, _), state in zip(needs, states, strict=True)]
         wanted = [
             follower.follow(now, state, need)
-            for follower, state, (need, _, _) in zip(self._followers, states, needs, strict=True)
+            for follower, state, need in zip(self._followers, states, scaled, strict=True)
         ]
         config = self.config
         limit = config.max_total
         if limit is not None and (config.use_all or sum(workers for workers, _ in wanted) > limit):
-            wanted = self._share(limit, [need for need, _, _ in needs])
+            wanted = self._share(limit, scaled)
         else:
             self._shares = None
         first, *others = [
@@ -400,7 +404,8 @@ class _Follower:
         """Returns the target, and the reason if it differs from the need."""
         bounds, config = self.bounds, self._config
         if self.target is None:
-            self.target = min(bounds.max, max(bounds.min, state.ready + state.starting))
+            scaled = round(state.ready - state.colocated) + state.starting
+            self.target = min(bounds.max, max(bounds.min, scaled))
             self._wanted.append((now, self.target))  # keeps the initial size for ``stabilise`` seconds
         up = math.ceil(need - 1e-9)
         down = math.ceil(need * (1 + config.hysteresis) - 1e-9)
@@ -466,4 +471,5 @@ def _state(state: PoolState) -> dict[str, float]:
         "waiting_jobs": state.waiting_jobs,
         "waiting_tokens": state.waiting_tokens,
         "running": state.running,
+        "colocated": state.colocated,
     }

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from overfill.routing.dispatcher import Dispatcher, Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import PoolState, Scaler
-from overfill.routing.worker import Worker
-from overfill.v1 import inference_pb2
+from overfill.routing.worker import DECODE, PREFILL, Worker
+from overfill.v1 import common_pb2, inference_pb2
 
 _FADE = 0.98  # weight of the previous prefix-cache hit rate when an answer finishes
 
@@ -69,14 +69,15 @@ class Signals:
         if usage.completion_tokens > 1 and timing.decode_ns:
             seconds = timing.decode_ns / 1e9
             # Average over the whole decode time: at its end, the sequences beside it may all have left already.
-            concurrent = self._occupancy.mean(answer.decode_worker, now - seconds, now)
+            concurrent = self._occupancy.mean(DECODE, answer.decode_worker, now - seconds, now)
             self._add(tier, timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
             # Divide the seconds by the number of prompts that shared the worker's steps.
             began = now - (timing.decode_ns + timing.prefill_compute_ns) / 1e9
-            concurrent = self._occupancy.mean(answer.prefill_worker, began, began + timing.prefill_compute_ns / 1e9)
-            self._add(tier, prefilled_tokens=computed, prefill_seconds=timing.prefill_compute_ns / 1e9 / concurrent)
+            seconds = timing.prefill_compute_ns / 1e9
+            concurrent = self._occupancy.mean(PREFILL, answer.prefill_worker, began, began + seconds)
+            self._add(tier, prefilled_tokens=computed, prefill_seconds=seconds / concurrent)
         if usage.prompt_tokens:
             self._hit_rate = _FADE * self._hit_rate + (1 - _FADE) * usage.cached_tokens / usage.prompt_tokens
 
@@ -191,6 +192,7 @@ def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) ->
             waiting_jobs=largest("waiting_jobs") + jobs,
             waiting_tokens=largest("waiting_tokens") + tokens,
             running=largest("running"),
+            colocated=largest("colocated"),
             kv_tokens=largest("kv_tokens"),
         )
 
@@ -203,11 +205,12 @@ def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) ->
 def _of_tier(name: str, tier: str, numbers: Mapping[str, float], tiers: Iterable[str]) -> float:
     """Returns a tier's number, or the total for the tier "".
 
-    A router with one tier reports totals only. They are those of the first of ``tiers``.
+    A router with one tier reports totals only. They are those of the first of ``tiers``. A router of an earlier version
+    does not report all numbers.
     """
     if (key := f"{name}.{tier}") in numbers:
         return numbers[key]
-    return numbers[name] if tier in ("", next(iter(tiers))) else 0.0
+    return numbers.get(name, 0.0) if tier in ("", next(iter(tiers))) else 0.0
 
 
 def _named(stage: str, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -230,6 +233,7 @@ def _reported(workers: Iterable[Worker], now: float) -> dict[str, float]:
     loads = [worker.report.load for worker in workers if worker.report is not None]
     return {
         "ready": float(sum(worker.alive(now) for worker in workers)),
+        "colocated": float(sum(worker.alive(now) and worker.info.colocated for worker in workers)),
         "draining": float(sum(worker.draining for worker in workers)),
         "waiting_jobs": float(sum(load.waiting for load in loads)),
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
@@ -241,7 +245,7 @@ def _reported(workers: Iterable[Worker], now: float) -> dict[str, float]:
 def _own_requests(pool: Pool, now: float) -> PoolState:
     """Returns the state of ``pool`` without its router's queue, and without other routers' requests on its workers."""
     reported = _reported(pool, now)
-    tokens = 0.0
+    tokens, routers = 0.0, max((worker.report.routers for worker in pool if worker.report is not None), default=1)
     for worker in pool:
         if worker.report is not None and (tokens_there := worker.report.load.queued_tokens):
             # The router does not know how much of its prompts is computed: assume its share of the worker's requests.
@@ -252,37 +256,41 @@ def _own_requests(pool: Pool, now: float) -> PoolState:
         draining=round(reported["draining"]),
         waiting_tokens=round(tokens),
         running=sum(worker.in_flight for worker in pool),
+        colocated=reported["colocated"] / max(1, routers),  # this router's share
         kv_tokens=round(reported["kv_tokens"]),
     )
 
 
+_Seat = tuple[common_pb2.Stage, str]  # stage and id of a worker
+
+
 class _Occupancy:
-    """Mean number of requests on each worker over any recent interval, from samples of the workers' reports."""
+    """Mean number of requests on a stage of a worker over any recent interval, from samples of the workers' reports."""
 
     _MEMORY = 600.0  # seconds
 
     def __init__(self) -> None:
-        self._samples: dict[str, list[tuple[float, float]]] = {}  # (time, requests x seconds until then)
-        self._running: dict[str, int] = {}
+        self._samples: dict[_Seat, list[tuple[float, float]]] = {}  # (time, requests x seconds until then)
+        self._running: dict[_Seat, int] = {}
 
     def sample(self, roster: Roster, now: float) -> None:
         """Samples the latest reports of all workers."""
-        running = {worker.id: worker.report.load.running for worker in roster.workers() if worker.report is not None}
-        for worker, count in running.items():
-            samples = self._samples.setdefault(worker, [(now, 0.0)])
+        running = {(w.info.stage, w.id): w.report.load.running for w in roster.workers() if w.report is not None}
+        for seat, count in running.items():
+            samples = self._samples.setdefault(seat, [(now, 0.0)])
             at, total = samples[-1]
             if now > at:
-                samples.append((now, total + (now - at) * self._running.get(worker, count)))
+                samples.append((now, total + (now - at) * self._running.get(seat, count)))
                 if len(samples) > 1000 or samples[0][0] < now - self._MEMORY:
                     del samples[: len(samples) // 4]
         self._running = running
-        for worker in self._samples.keys() - running.keys():
-            del self._samples[worker]
+        for seat in self._samples.keys() - running.keys():
+            del self._samples[seat]
 
-    def mean(self, worker: str, since: float, until: float) -> float:
-        """Returns the mean number of requests on ``worker`` between two times; at least 1."""
-        running = self._running.get(worker, 1)
-        samples = self._samples.get(worker, [])
+    def mean(self, stage: common_pb2.Stage, worker: str, since: float, until: float) -> float:
+        """Returns the mean number of requests on a stage of ``worker`` between two times; at least 1."""
+        running = self._running.get((stage, worker), 1)
+        samples = self._samples.get((stage, worker), [])
         since = max(since, samples[0][0]) if samples else until
         if until <= since:
             return float(max(1, running))

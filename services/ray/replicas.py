@@ -46,7 +46,7 @@ _PORT_POLL = 0.5  # seconds between attempts to bind a port that the previous ro
 
 
 class Service(Protocol):
-    """A service in a replica: ``Router``, ``WorkerHost`` or a mock worker."""
+    """A service in a replica: ``Router`` or ``WorkerHost``."""
 
     @property
     def address(self) -> str: ...

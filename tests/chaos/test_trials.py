@@ -6,8 +6,9 @@ Short forms of the runs of ``overfill chaos`` in docs/reliability.md.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,12 +31,18 @@ def broken(
     faults: Iterable[PlannedFault],
     *,
     of_each: int = 2,
+    workers: Mapping[str, Any] = {},
     tiers: tuple[TierSpec, ...] = (),
     **more: object,
 ) -> TrialReport:
-    """Runs a trial on ``of_each`` routers and workers, asserts that it passed, and returns its report."""
+    """Runs a trial on ``of_each`` routers and workers, asserts that it passed, and returns its report.
+
+    Args:
+        workers: other numbers of workers, by field of ``StackRequest``.
+    """
     settings = SETTINGS | {"log_level": "error"}
-    plan = make_plan(StackRequest(pair, of_each, of_each, of_each, threads=1, settings=settings, tiers=tiers))
+    counts = {"prefill": of_each, "decode": of_each} | workers
+    plan = make_plan(StackRequest(pair, routers=of_each, threads=1, settings=settings, tiers=tiers, **counts))
     trial = Trial(faults, PROMPTS, requests=40, streams=8, max_tokens=MAX_TOKENS, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
     report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {})
@@ -66,6 +73,23 @@ def test_answers_are_right_whatever_befalls_whom(tiny_pair: Path) -> None:
     report = broken(tiny_pair, faults, concurrent_faults=3)
     assert report.result.migrations > 0
     assert len(report.result.ended("vanished")) == 1
+
+
+def test_a_worker_with_both_stages_breaks_as_others_do(tiny_pair: Path) -> None:
+    """It alone prefills, so requests wait while a fault takes it. It and the decode workers continue each other's."""
+    faults = [
+        PlannedFault(0, "kill", "prefill", "prefill"),
+        PlannedFault(1, "corrupt", "handoff", "prefill"),
+        PlannedFault(2, "drain", "decode", "prefill"),
+        PlannedFault(3, "kill", "decode", "decode"),
+        PlannedFault(4, "freeze", "handoff", "prefill", seconds=1.0),
+        PlannedFault(5, "disk", "handoff", "prefill", seconds=1.0),
+        PlannedFault(6, "slow", "decode", "client"),
+    ]
+    workers = {"prefill": 0, "decode": 2, "colocated": 1}
+    report = broken(tiny_pair, faults, workers=workers, concurrent_faults=2)
+    assert {one.victim for one in report.result.injected if one.fault.target == "prefill"} == {"worker-0"}
+    assert report.result.migrations > 0
 
 
 def test_only_requests_that_allow_it_change_their_tier(tiny_tiers: tuple[TierSpec, ...]) -> None:

@@ -35,6 +35,11 @@ def test_a_right_stack_passes(tiny_pair, verify):
         assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
 
 
+def test_workers_with_both_stages_are_verified_beside_decode_workers(tiny_pair, verify):
+    with running_stack(tiny_pair, prefill=0, decode=1, colocated=1) as (_, address):
+        assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
+
+
 def test_every_tier_passes_and_two_find_the_prefill_of_the_first(tiny_tiers, questions, capsys):
     """One tier's worker has a fault: only the answers of this tier are wrong."""
     with running_stack(None, tiers=tiny_tiers, faults={"decode-fast-0": "shift-positions"}) as (_, address):

@@ -71,6 +71,7 @@ class EngineConformance:
         num_blocks: blocks of its KV cache.
         pair_fixture: name of the fixture that makes its pair.
         kv_tolerance: largest absolute and relative distance of a prefill engine's KV from that of transformers.
+        decode_driver: drives a decode engine.
     """
 
     half: ClassVar[Half]
@@ -78,6 +79,7 @@ class EngineConformance:
     max_model_len: ClassVar[int] = 1024
     pair_fixture: ClassVar[str] = "conformance_pair"
     kv_tolerance: ClassVar[float] = 1e-5
+    decode_driver: ClassVar[type[DecodeDriver]] = DecodeDriver
 
     @classmethod
     def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
@@ -110,7 +112,7 @@ class EngineConformance:
             max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         )
         loaded = cls.load(pair, cls.half, options)
-        driver = (PrefillDriver if cls.half == "full" else DecodeDriver)(loaded, reference)
+        driver = (PrefillDriver if cls.half == "full" else cls.decode_driver)(loaded, reference)
         driver.kv_tolerance = cls.kv_tolerance
         yield driver
         driver.core.close()

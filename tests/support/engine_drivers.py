@@ -24,6 +24,7 @@ from overfill.engine.sequence import (
     KvWritten,
     Preempted,
     PrefillEvent,
+    PrefillHere,
     PrefillScheduled,
     PrefillSequence,
     PromptComputed,
@@ -289,12 +290,16 @@ class DecodeDriver(_Driver):
             if decoding.awaits_kv and not decoding.hold:
                 acted = True
                 if self._num_steps >= decoding.kv_due:
-                    self.write(decoding, self.reference.kv(decoding.request.prompt))
-                    self.start(decoding)
+                    self._provide_kv(decoding)
             if decoding.finish is not None and not decoding.released:
                 acted = True
                 self.release(decoding)
         return acted
+
+    def _provide_kv(self, decoding: Decoding) -> None:
+        """Gives a sequence its prompt's KV and starts it."""
+        self.write(decoding, self.reference.kv(decoding.request.prompt))
+        self.start(decoding)
 
     def _take(self, event: DecodeEvent) -> None:
         decoding = self.sequences.get(event.id)
@@ -321,6 +326,59 @@ class DecodeDriver(_Driver):
                 decoding.finish = finish
             case SequenceFailed(error=error):
                 decoding.error = error
+
+
+class LocalDecodeDriver(DecodeDriver):
+    """As ``DecodeDriver``; the worker's own prefill stage computes first tokens and KV."""
+
+    def __init__(self, loaded: LoadedEngine, reference: SampledReference) -> None:
+        super().__init__(loaded, reference)
+        self._prompts: dict[str, Decoding] = {}  # by the prompt's id
+
+    def _provide_kv(self, decoding: Decoding) -> None:
+        if decoding in self._prompts.values():
+            return
+        request = decoding.request
+        prompt = PrefillSequence(
+            next(self._ids),
+            list(request.prompt),
+            request.sampling,
+            sample_index=request.sample_index,
+            sample_first_token=not decoding.sequence.emitted,
+            processor=self._processor(request),
+            cache_namespace=self.namespace,
+        )
+        self._prompts[prompt.id] = decoding
+        self.core.handle(PrefillHere(prompt, decoding.id, decoding.held_tokens))
+
+    def release(self, decoding: Decoding) -> None:
+        self._drop_prompt(decoding)
+        super().release(decoding)
+
+    def _drop_prompt(self, decoding: Decoding) -> None:
+        for id in [id for id, owner in self._prompts.items() if owner is decoding]:
+            del self._prompts[id]
+            self.core.handle(Release(id))
+
+    def _answer_events(self) -> bool:
+        for decoding in self.sequences.values():
+            if decoding.must_yield:
+                self._drop_prompt(decoding)
+        return super()._answer_events()
+
+    def _take(self, event: DecodeEvent | PrefillScheduled | PromptComputed) -> None:
+        match event:
+            case PromptComputed(id=id, first=first):
+                decoding = self._prompts.pop(id)
+                if first is not None and decoding.first is not None:
+                    assert first.token_id == decoding.first.token_id
+                self.start(decoding)
+            case PrefillScheduled():
+                pass
+            case SequenceFailed(id=id) if id in self._prompts:
+                raise AssertionError("a prompt failed") from event.error
+            case _:
+                super()._take(event)
 
 
 @dataclass(eq=False)

@@ -46,6 +46,14 @@ def handoff() -> Dashboard:
                 },
                 BYTES,
             ),
+            lines(
+                "Prompts, by where their prefill ran",
+                {
+                    "on another worker": rate(f"{whole}_count", where=WORKER),
+                    "on the worker that answers": rate("overfill_decode_local_prefills_total", where=WORKER),
+                },
+                PER_SECOND,
+            ),
             lines("KV received by worker", {"{{worker}}": rate(received, "worker", WORKER)}, BYTES_PER_SECOND),
         ],
         "What fails": [

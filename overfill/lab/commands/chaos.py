@@ -242,7 +242,7 @@ def chaos_command(
     if tiers:
         check_replaced("pair", "decode")
         _check_tiers(tiers, colocated)
-    counts = _count_workers(colocated, prefill, decode, bool(tiers))
+    counts = count_workers(colocated, prefill, decode, bool(tiers))
     among = (faults or FAULTS, phases or PHASES, targets or None)
     chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
     trial_settings = {
@@ -288,7 +288,7 @@ def chaos_command(
     return 0 if judged.passed else 1
 
 
-def _count_workers(colocated: int, prefill: int | None, decode: int | None, tiers: bool) -> dict[str, int]:
+def count_workers(colocated: int, prefill: int | None, decode: int | None, tiers: bool) -> dict[str, int]:
     """Returns the number of workers of each kind. Raises click.UsageError if a stage has too few for faults."""
     if prefill is None:
         prefill = 0 if colocated else 2
@@ -342,6 +342,8 @@ def _choose_faults(
             raise click.UsageError(f"{replay} has hosts that vanish: add --hosts")
         return read
     if times is not None:
+        if targets is not None:
+            possible = {fault: tuple(t for t in each if t in targets) or each for fault, each in possible.items()}
         return matrix(seed, times, faults, phases, possible)[first:]
     drawn = draw(seed, pause, faults, phases, targets, first, possible)
     return drawn if soak is not None else list(itertools.islice(drawn, count))

@@ -1,31 +1,20 @@
-"""The turns of a modelled worker with both stages: one loop runs a decode step or a prefill step, never both."""
+"""A modelled worker with both stages: one loop runs a decode step or a prefill step, never both."""
 
 from __future__ import annotations
 
+from overfill.engine.turns import Turns
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import SimDecode
 from overfill.lab.simulate.prefill import SimPrefill
-from overfill.lab.simulate.profiles import PrefillModel
-from overfill.routing.tier import Objectives
-
-MIN_CHUNK = 64
-"""Least number of prompt tokens of a step between two decode steps."""
 
 
 class SimTurns:
-    """Lets the two stages of a worker take turns.
+    """Lets the two stages of a modelled worker take turns, as ``ColocatedEngine`` does."""
 
-    Without sequences, prompts are computed in full steps. Without prompts, decode runs. With both, one decode step and
-    a prefill step alternate, whose tokens fit into the time that the decode step leaves of the ITL objective. It has
-    all tokens of a full step if the oldest prompt would miss the TTFT objective at that pace.
-    """
-
-    def __init__(
-        self, clock: Clock, prefill: SimPrefill, decode: SimDecode, model: PrefillModel, objectives: Objectives
-    ) -> None:
-        self._clock, self._prefill, self._decode, self._model = clock, prefill, decode, model
-        self._objectives = objectives
-        self._prefill_was_last = False
+    def __init__(self, clock: Clock, prefill: SimPrefill, decode: SimDecode, turns: Turns) -> None:
+        self._clock, self._prefill, self._decode, self._turns = clock, prefill, decode, turns
+        self._steps, self._decode_busy = 0, 0.0  # counts before the last step of each stage
+        self._tokens, self._prefill_busy = 0, 0.0
         prefill.on_ready = decode.on_ready = self._advance
 
     def check(self) -> None:
@@ -37,26 +26,36 @@ class SimTurns:
             raise AssertionError("no stage runs, although there is work")
 
     def _advance(self) -> None:
-        prefill, decode = self._prefill, self._decode
-        if prefill.stepping:
+        if self._prefill.stepping:
             return
-        if decode.stepping:
-            if prefill.admit():
-                decode.end_soon()
+        if self._decode.stepping:
+            if self._prefill.admit():
+                self._decode.end_soon()
             return
-        waiting = prefill.admit()
-        if not (waiting and decode.runnable) or self._prefill_was_last:
-            self._prefill_was_last = False
-            decode.begin_phase(1 if waiting else None)
-        if waiting and not decode.stepping:
-            self._prefill_was_last = True
-            prefill.begin_step(self._max_tokens() if decode.runnable else None)
+        self._note_steps()
+        if self._turns.decode_first:
+            self._step_decode() or self._step_prefill()
+        else:
+            self._step_prefill() or self._step_decode()
 
-    def _max_tokens(self) -> int | None:
-        """Returns the most tokens of a prefill step between two decode steps; None means a full step."""
-        oldest, step = self._prefill.oldest, self._decode.step_seconds
-        rate = self._prefill.rate or 1 / self._model.seconds_per_token
-        tokens = min(self._model.max_num_batched_tokens, max(MIN_CHUNK, int((self._objectives.itl - step) * rate)))
-        assert oldest is not None
-        first_token = self._clock.now + oldest.left / tokens * (step + tokens / rate)
-        return tokens if first_token <= oldest.submitted + self._objectives.ttft else None
+    def _note_steps(self) -> None:
+        """Tells ``Turns`` of the steps that have ended."""
+        prefill, decode = self._prefill, self._decode
+        if decode.steps > self._steps:
+            self._turns.decoded((decode.busy - self._decode_busy) / (decode.steps - self._steps))
+            self._steps, self._decode_busy = decode.steps, decode.busy
+        if prefill.computed > self._tokens:
+            self._turns.prefilled(prefill.computed - self._tokens, prefill.busy - self._prefill_busy)
+            self._tokens, self._prefill_busy = prefill.computed, prefill.busy
+
+    def _step_decode(self) -> bool:
+        self._decode.begin_phase(1 if self._prefill.admit() else None)
+        return self._decode.stepping
+
+    def _step_prefill(self) -> bool:
+        oldest = self._prefill.oldest if self._prefill.admit() else None
+        if oldest is None:
+            return False
+        waited = self._clock.now - oldest.submitted
+        self._prefill.begin_step(self._turns.chunk(self._decode.runnable, oldest.left, waited))
+        return True

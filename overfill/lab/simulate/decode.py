@@ -111,9 +111,9 @@ class SimDecode:
         return bool(self._batch or self._joining)
 
     @property
-    def step_seconds(self) -> float:
-        """Seconds of the next step of the sequences that run."""
-        return self._base + self._per_sequence * self._batch + self._per_kv * self._context
+    def steps(self) -> int:
+        """Number of steps of all phases that have ended."""
+        return self._step
 
     @property
     def num_running(self) -> int:

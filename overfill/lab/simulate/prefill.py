@@ -82,11 +82,6 @@ class SimPrefill:
         return self._step is not None
 
     @property
-    def rate(self) -> float:
-        """Tokens per second of all steps so far; 0 before the first."""
-        return self.computed / self.busy if self.busy else 0.0
-
-    @property
     def oldest(self) -> Ticket | None:
         """The oldest prompt that holds blocks and is not computed yet."""
         return next(iter(self._running.values()), None)

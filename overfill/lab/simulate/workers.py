@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeAlias
 
+from overfill.engine.turns import Turns
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import Blocks
@@ -99,7 +100,8 @@ class SimWorker:
         self._turns: SimTurns | None = None
         if self.prefill is not None and self.decode is not None:
             assert objectives is not None
-            self._turns = SimTurns(clock, self.prefill, self.decode, profile.prefill, objectives)
+            turns = Turns(profile.prefill.max_num_batched_tokens, objectives.ttft, objectives.itl)
+            self._turns = SimTurns(clock, self.prefill, self.decode, turns)
         self._profile = profile
         self._gap = report_gap
         self._due: Event | None = None

@@ -34,6 +34,19 @@ def test_a_silent_worker_is_named_since_it_may_run_anything() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_a_worker_with_both_stages_is_checked_as_each_and_named_once() -> None:
+    both = [worker("worker-0", "prefill"), worker("worker-0", "decode", tier="full")]
+    status: Any = SimpleNamespace(workers=[*both, worker("decode-0", "decode", tier="fast")])
+    pairs = {"fast": pair(), "full": pair("another")}
+    with pytest.raises(CannotVerify, match="worker-0 runs another pair than pair-another"):
+        check_stack(status, pairs)
+    both[1].process.model.decoder_digest = "another"
+    check_stack(status, pairs)
+    both[0].process = both[1].process = None
+    with pytest.raises(CannotVerify, match=r"^worker-0 does not answer"):
+        check_stack(status, pairs)
+
+
 def test_an_int8_decoder_is_another_pair_than_the_unquantised_one() -> None:
     pairs = {"default": pair(quantize="int8")}
     workers = [worker("prefill-0", "prefill"), worker("decode-0", "decode")]

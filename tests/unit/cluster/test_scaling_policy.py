@@ -14,7 +14,7 @@ from overfill.cluster.policy import ScalingPolicy, latest, scaling_config
 from overfill.routing.capacity import StepCost
 from overfill.routing.signals import COUNTS
 
-STATE = ("ready", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens")
+STATE = ("ready", "colocated", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens")
 ZERO = dict.fromkeys(
     [
         *COUNTS,
@@ -86,6 +86,15 @@ def test_only_the_two_pools_are_decided_on_and_by_the_routers_numbers() -> None:
         assert decide(app.contexts())[0]["id-d"] == 4
     app.now += 5
     assert decide(app.contexts())[0]["id-d"] == 1
+
+
+def test_workers_with_both_stages_are_none_of_a_deployments_replicas() -> None:
+    app = App({"r1": busy(0, decode_ready=2, decode_colocated=2)}, decode_target=2)
+    decide = make(app, step=[0.05, 0.01, 0.0], itl=0.1)
+    assert decide(app.contexts())[0]["id-d"] == 2, "both replicas start"
+    app.now += 1
+    app.routers["r1"] = busy(24, decode_ready=4, decode_colocated=2)
+    assert decide(app.contexts())[0]["id-d"] == 4, "of six workers that 24 sequences need"
 
 
 def of_tier(tier: str, numbers: dict[str, float]) -> dict[str, float]:

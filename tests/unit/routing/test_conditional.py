@@ -29,11 +29,15 @@ class Stack:
         self.roster.prefill.policy.set_short_prompts({DEFAULT_TIER: short})
         self.decode = {}
         for name in names:
-            if name[0] in "pc":
-                self.roster.join(_info(name, PREFILL))
+            self.join(name)
+
+    def join(self, name, incarnation=1):
+        stages = {"p": [PREFILL], "d": [DECODE], "c": [PREFILL, DECODE]}[name[0]]
+        for worker in self.roster.join_all([_info(name, stage, incarnation) for stage in stages]):
+            if worker.info.stage == DECODE:
+                self.decode[name] = worker
+            else:
                 self.report(name)
-            if name[0] in "dc":
-                self.decode[name] = self.roster.join(_info(name, DECODE))
 
     def report(self, name, queued_tokens=0, keys=(), *, credits=4, running=0):
         load = decode_pb2.WorkerLoad(
@@ -53,9 +57,9 @@ class Stack:
         return [worker.id for worker in self.roster.prefill.policy.best(self.job(prompt, decode, keys))]
 
 
-def _info(name, stage):
+def _info(name, stage, incarnation):
     identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
-    return WorkerInfo(name, 1, stage, name, (), identity, 0, 99, colocated=name.startswith("c"))
+    return WorkerInfo(name, incarnation, stage, name, (), identity, 0, 99, colocated=name.startswith("c"))
 
 
 def keys(*blocks):
@@ -66,9 +70,9 @@ def test_a_short_prompt_is_computed_where_its_answer_is_written():
     stack = Stack("p0", "c0", "c1", short=100)
     assert stack.order(100, "c1") == ["c1", "p0", "c0"]
     assert stack.order(101, "c1") == ["p0", "c1", "c0"]
-    stack.report("c1", 100, keys(1, 2)(BLOCK))
-    assert stack.order(132, "c1", keys(1, 2, 3)) == ["c1", "p0", "c0"], "without what is cached there"
-    assert stack.order(133, "c1", keys(1, 2, 3)) == ["p0", "c1", "c0"]
+    stack.report("c1", 40, keys(1, 2)(BLOCK))
+    assert stack.order(92, "c1", keys(1, 2, 3)) == ["c1", "p0", "c0"], "without what is cached there"
+    assert stack.order(93, "c1", keys(1, 2, 3)) == ["p0", "c1", "c0"], "101 tokens with the queue"
 
 
 def test_a_long_prompt_stays_with_its_answer_when_the_workers_with_prefill_only_are_busier():
@@ -87,11 +91,16 @@ def test_a_long_prompt_stays_with_its_answer_when_the_workers_with_prefill_only_
     assert stack.order(600, "c0", prompt)[0] == "p0", "804 tokens ahead, and 818 where the answer is written"
 
 
-def test_without_workers_with_prefill_only_every_prompt_stays():
-    stack = Stack("p0", "c0", "c1")
-    stack.report("c1", 9000)
+def test_without_workers_with_prefill_only_a_prompt_stays_unless_another_worker_saves_more_than_a_short_one():
+    stack = Stack("p0", "c0", "c1", short=100)
     stack.report("p0", credits=0)
+    stack.report("c1", 100)
     assert stack.order(500, "c1") == ["c1", "c0"]
+    stack.report("c1", 101)
+    assert stack.order(500, "c1") == ["c0", "c1"]
+    stack.report("c1", 0)
+    stack.report("c0", 0, keys(*range(7))(BLOCK))
+    assert stack.order(500, "c1", keys(*range(31))) == ["c0", "c1"], "112 tokens are cached there"
 
 
 def test_another_worker_with_both_stages_helps_only_when_those_with_prefill_only_are_busier():
@@ -117,8 +126,10 @@ def test_each_tier_has_its_own_short_prompts():
 
 def test_a_worker_that_comes_back_is_another_one():
     stack = Stack("p0", "c0", short=100)
-    stack.roster.join(replace(_info("c0", PREFILL), incarnation=2))
-    stack.report("c0")
+    gone = stack.decode["c0"]
+    stack.join("c0", incarnation=2)
+    assert stack.order(50, "c0")[0] == "c0"
+    stack.decode["c0"] = gone
     assert stack.order(50, "c0")[0] == "p0", "the answer is on the worker that is gone"
 
 
@@ -143,15 +154,18 @@ def plain_order(stack, job, short):
     workers.sort(key=lambda worker: (worker.queued_tokens - cached(worker), LeastLoad.key(worker), worker.id))
     prefill_only = [worker for worker in workers if not worker.info.colocated]
     colocated = [worker for worker in workers if worker.info.colocated]
-    local = [worker for worker in colocated if job.decode is not None and worker.key == job.decode.key]
-    candidates = local or colocated[:1]
-    others = [worker for worker in colocated if worker not in candidates]
-    goes_first = bool(candidates) and (
-        not prefill_only
-        or (bool(local) and job.prompt_tokens - cached(local[0]) <= short)
-        or ahead(prefill_only[0]) > ahead(candidates[0])
-    )
-    return [*candidates, *prefill_only, *others] if goes_first else [*prefill_only, *candidates, *others]
+    if not colocated:
+        return prefill_only
+    local = next((worker for worker in colocated if job.decode is not None and worker.key == job.decode.key), None)
+    short = 0 if job.decode is None else short
+    if prefill_only:
+        candidate = local or colocated[0]
+        goes_first = ahead(candidate) < ahead(prefill_only[0]) or (candidate is local and ahead(local) <= short)
+    else:
+        stays = local is not None and ahead(local) - ahead(colocated[0]) <= short
+        candidate, goes_first = local if stays else colocated[0], True
+    others = [worker for worker in colocated if worker is not candidate]
+    return [candidate, *prefill_only, *others] if goes_first else [*prefill_only, candidate, *others]
 
 
 NAMES = [f"{kind}{index}" for kind in "pcd" for index in range(NUM_LEAST_LOADED)]

@@ -893,6 +893,11 @@ class Dispatching(RuleBasedStateMachine):
                 self.open.remove(outcome.job)
                 self.ended.append(outcome.job)
         check(self.dispatcher, self.now)
+        reserving = [j for j in self.open if j.state is JobState.PLACED]
+        assert all(j.prefill is None or self.now - j.placed_at < RESERVE_TIMEOUT for j in reserving)
+        late = sum(self.now - j.placed_at >= RESERVE_TIMEOUT for j in reserving)
+        assert len(self.dispatcher._placed) == len(reserving) - late
+        assert all(worker.paused_until_report for worker in self.dispatcher._silent)
 
     def join(self, name, incarnation):
         """Returns the worker in each of its pools."""

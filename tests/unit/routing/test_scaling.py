@@ -168,6 +168,32 @@ def test_each_tier_has_its_own_objectives_and_step_cost():
     assert scaler.expected_itl("fast", 8) == before
 
 
+def test_workers_with_both_stages_take_their_part_of_the_need():
+    scaler = Scaler(replace(CONFIG, stabilise=10, hysteresis=0.0))
+
+    def targets(now, colocated):
+        # A batch of 35 sequences meets the objective.
+        decode = PoolState(ready=1 + colocated, colocated=colocated, running=5 * 35)
+        prefill = PoolState(ready=1 + colocated, colocated=colocated, waiting_tokens=60_000)
+        return scaler.targets(now, prefill, {DEFAULT_TIER: decode})
+
+    alone = targets(1.0, 0)
+    assert (alone.decode, alone.prefill) == (5, math.ceil(alone.prefill_pool.need))
+    beside = targets(20.0, 2)
+    assert beside.decode == 3
+    assert beside.decode_pools[DEFAULT_TIER].need == pytest.approx(5), "the need of the whole pool"
+    assert beside.prefill == math.ceil(beside.prefill_pool.need - 2)
+    enough = targets(40.0, 9)
+    assert enough.decode == 1, "the pool's minimum"
+
+
+def test_workers_with_both_stages_are_not_of_the_size_that_a_pool_starts_with():
+    scaler = Scaler(CONFIG)
+    state = PoolState(ready=4, colocated=3)
+    targets = scaler.targets(1.0, state, {DEFAULT_TIER: state})
+    assert (targets.prefill, targets.decode) == (1, 1)
+
+
 def test_too_few_workers_for_three_pools_are_shared_by_need():
     limited = replace(CONFIG, max_total=9)
     scaler = Scaler(limited, {"full": limited, "fast": limited})

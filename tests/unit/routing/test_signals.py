@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from overfill.routing.capacity import StepCost
@@ -11,7 +13,7 @@ from overfill.routing.scaling import Scaler, ScalingConfig
 from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
 from overfill.routing.tier import DEFAULT_TIER, Objectives, Tier
-from overfill.routing.worker import PREFILL
+from overfill.routing.worker import DECODE, PREFILL
 from overfill.v1 import common_pb2, inference_pb2
 
 
@@ -232,3 +234,46 @@ def test_jobs_that_wait_for_a_decode_worker_are_no_work_for_prefill(roster, add_
     assert (numbers["queued_for_decode"], numbers["queued_jobs"], numbers["queued_tokens"]) == (5, 0, 0)
     prefill, decode = Signals(roster, dispatcher).own_pools(0.0)
     assert (prefill.waiting_tokens, decode[DEFAULT_TIER].waiting_jobs) == (0, 5)
+
+
+@pytest.fixture
+def add_colocated(make_info, make_report):
+    """Returns a function that adds a worker with both stages, with a number of running requests in each."""
+
+    def add(roster, worker_id, prefill, decode, routers=1):
+        infos = [replace(make_info(worker_id, stage), colocated=True) for stage in (PREFILL, DECODE)]
+        for worker, running in zip(roster.join_all(infos), (prefill, decode), strict=True):
+            report = make_report(running=running)
+            report.routers = routers
+            roster.pool_of(worker).report(worker, report, 0.0)
+
+    return add
+
+
+def test_each_stage_of_a_worker_with_both_has_its_own_batch(signals, roster, add_colocated):
+    add_colocated(roster, "w", prefill=2, decode=10)
+    for second in range(11):
+        signals.read(float(second))
+    answer = finished(decode=5.0, prefill=1.0)
+    answer.prefill_worker = answer.decode_worker = "w"
+    signals.finished(answer, 10.0)
+    numbers = signals.read(10.0)
+    assert numbers["timed_batch"] == pytest.approx(10)
+    assert numbers["prefill_seconds"] == pytest.approx(1.0 / 2)
+
+
+def test_workers_with_both_stages_are_ready_in_both_pools_and_routers_count_their_share(
+    signals, roster, add_worker, add_colocated
+):
+    add_worker(roster, "d")
+    add_colocated(roster, "w", 0, 0, routers=2)
+    prefill, decode = pool_states([signals.read(0.0)] * 2, [DEFAULT_TIER])
+    assert (prefill.ready, prefill.colocated) == (1, 1)
+    assert (decode[DEFAULT_TIER].ready, decode[DEFAULT_TIER].colocated) == (2, 1)
+    prefill, decode = signals.own_pools(0.0)
+    assert (prefill.colocated, decode[DEFAULT_TIER].colocated) == (0.5, 0.5)
+
+
+def test_the_numbers_of_a_router_that_does_not_know_workers_with_both_stages_are_read(signals):
+    earlier = {name: value for name, value in signals.read(0.0).items() if "colocated" not in name}
+    assert pool_states([earlier], [DEFAULT_TIER])[0].colocated == 0
