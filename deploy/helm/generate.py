@@ -74,6 +74,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "running": _COUNT,
     "startupSeconds": _COUNT,
     "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
+    "worker.stages": {"enum": ["both"]},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "whenUnsatisfiable": {"enum": ["ScheduleAnyway", "DoNotSchedule"]},
     "accessMode": {"enum": ["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]},
@@ -168,7 +169,12 @@ def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
         for key in path.split("."):
             default = default[key]
         lines.append(f"| `{path}` | `{json.dumps(default)}` | {_cell(what)} |")
-    lines += ["", "## Settings", "", "Keys of `router.settings`, `prefill.settings` and `decode.settings`."]
+    lines += [
+        "",
+        "## Settings",
+        "",
+        "Keys of `router.settings`, `prefill.settings`, `decode.settings` and `worker.settings`.",
+    ]
     for kind in SERVICES:
         lines += ["", f"### {kind.section}", "", "| setting | description |", "|---|---|"]
         for key, property in settings_schema(kind)["properties"].items():

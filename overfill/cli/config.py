@@ -16,6 +16,7 @@ from overfill.cli.up_tiers import with_colocated, worker_settings
 from overfill.settings.config import (
     SEPARATORS,
     SERVICES,
+    ColocatedConfig,
     DecodeConfig,
     RouterConfig,
     ServiceConfig,
@@ -73,12 +74,19 @@ def check_command(file: Path) -> int:
         faults = error.faults
     else:
         with _no_variables():
-            faults = [*dict.fromkeys(fault for kind in SERVICES for fault in _faults(kind, read)), *_faults_of_up(file)]
+            kinds = [kind for kind in SERVICES if kind is not ColocatedConfig or _has_colocated(read)]
+            faults = [*dict.fromkeys(fault for kind in kinds for fault in _faults(kind, read)), *_faults_of_up(file)]
     for fault in faults:
         click.echo(fault, err=True)
     if not faults:
         click.echo(f"{file}: valid ({sum(len(settings) for settings in read.sections.values())} settings)")
     return 1 if faults else 0
+
+
+def _has_colocated(file: ConfigFile) -> bool:
+    """False for a file with settings of workers with one stage and none of those with both."""
+    asked = "worker" in file.sections or "colocated" in file.sections.get("up", {})
+    return asked or not {"prefill", "decode"} & file.sections.keys()
 
 
 def _rows(name: str, argv: list[str]) -> list[Row]:

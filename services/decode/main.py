@@ -14,7 +14,9 @@ from overfill.settings.config import DecodeConfig
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import decode_pb2_grpc, registry_pb2
 from services.decode.servicer import DecodeServicer
-from services.hosting import OnReady, StageService, load_half_of, new_hello, on_loop, run_worker_process, serve_stages
+from services.hosting import OnReady, StageService, on_loop, run_worker_process, serve_stages
+from services.loading import load_half_of
+from services.messages import new_hello
 
 SERVICE = "overfill.v1.Decode"
 _WRITERS = 2  # threads that check received KV and write it to the cache

@@ -41,7 +41,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
-from services.hosting import logprobs_to_proto
+from services.messages import logprobs_to_proto
 
 _Need = decode_pb2.NeedPrefill
 

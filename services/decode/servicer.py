@@ -24,7 +24,9 @@ from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
 from services.decode.sequence_session import Handoff, SequenceSession
-from services.hosting import EnginePort, PromptHasher, worker_load
+from services.hosting import EnginePort
+from services.messages import worker_load
+from services.prompt_hasher import PromptHasher
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):

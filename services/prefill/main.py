@@ -13,7 +13,9 @@ from overfill.kv.wire import add_prefill_to_server
 from overfill.settings.config import ColocatedConfig, PrefillConfig
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import registry_pb2
-from services.hosting import OnReady, StageService, load_half_of, new_hello, on_loop, run_worker_process, serve_stages
+from services.hosting import OnReady, StageService, on_loop, run_worker_process, serve_stages
+from services.loading import load_half_of
+from services.messages import new_hello
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"

@@ -49,7 +49,9 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
-from services.hosting import EnginePort, PromptHasher, logprobs_to_proto
+from services.hosting import EnginePort
+from services.messages import logprobs_to_proto
+from services.prompt_hasher import PromptHasher
 
 
 class Lease:

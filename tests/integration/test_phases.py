@@ -34,7 +34,7 @@ from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.decode.servicer import DecodeServicer
-from services.hosting import new_hello
+from services.messages import new_hello
 from services.prefill.servicer import PrefillServicer
 
 PROMPT = [(7 * i) % 400 + 20 for i in range(200)]

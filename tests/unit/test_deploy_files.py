@@ -191,7 +191,7 @@ def test_ray_s_workers_fit_on_their_gpus(pool: str, gpu: float, weights: float) 
     from overfill.engine.build import MemoryRequirement  # imports torch, which takes seconds
 
     args = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"][0]["args"]
-    config = getattr(StackSpec(**args), f"{pool}_config")()
+    config: Any = StackSpec(**args).worker_config(pool)
     token = 2 * 8 * 128 * 2
     needs = MemoryRequirement(
         block_bytes=32 * 16 * token,

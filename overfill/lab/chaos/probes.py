@@ -192,8 +192,8 @@ class _Scheduling:
 
 def watch_prefill(probe: Probe) -> None:
     scheduling = _watch_prefill_service(probe)
-    hosting: Any = importlib.import_module("services.hosting")
-    load = hosting.load_half_of
+    loading: Any = importlib.import_module("services.loading")
+    load = loading.load_half_of
 
     async def load_held(*arguments: Any) -> Any:
         loaded = await load(*arguments)
@@ -203,7 +203,7 @@ def watch_prefill(probe: Probe) -> None:
 
         return dataclasses.replace(loaded, new_core=new_core)
 
-    hosting.load_half_of = load_held
+    loading.load_half_of = load_held
 
 
 def watch_prefill_beside_decode(probe: Probe) -> None:

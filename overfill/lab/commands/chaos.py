@@ -342,6 +342,8 @@ def _choose_faults(
             raise click.UsageError(f"{replay} has hosts that vanish: add --hosts")
         return read
     if times is not None:
+        if targets is not None:
+            possible = {fault: tuple(t for t in each if t in targets) or each for fault, each in possible.items()}
         return matrix(seed, times, faults, phases, possible)[first:]
     drawn = draw(seed, pause, faults, phases, targets, first, possible)
     return drawn if soak is not None else list(itertools.islice(drawn, count))

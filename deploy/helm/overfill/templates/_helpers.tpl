@@ -7,20 +7,39 @@
 {{- end -}}
 {{- end }}
 
-{{/* gRPC ports by component, as a JSON object. */}}
+{{/* gRPC ports by component, as a JSON object. A component "worker" has both stages. */}}
 {{- define "overfill.ports" -}}
-{{ dict "router" 7600 "prefill" 7601 "decode" 7602 | toJson }}
+{{ dict "router" 7600 "prefill" 7601 "decode" 7602 "worker" 7603 | toJson }}
+{{- end }}
+
+{{/* Components that have pods, as a JSON list. */}}
+{{- define "overfill.components" -}}
+{{- $components := list -}}
+{{- range include "overfill.pools" . | fromJsonArray }}{{ $components = append $components .component }}{{ end -}}
+{{ $components | uniq | toJson }}
 {{- end }}
 
 {{/*
 Pools of the stack, as a JSON list. Each has a name, a component, a port, values, the pairs that its pods read, and a tier,
-which is empty unless the values name tiers. A tier's values are those of `decode` with its own ones over them.
+which is empty unless the values name tiers. A tier's values are those of `decode` with its own ones over them. Workers with
+both stages decode in the default tier; with them, a pool of 0 workers is left out.
 */}}
 {{- define "overfill.pools" -}}
 {{- $ports := include "overfill.ports" . | fromJson -}}
 {{- $pairs := include "overfill.pairs" . | fromJsonArray -}}
 {{- $pools := list (dict "name" "router" "component" "router" "port" $ports.router "tier" "" "values" .Values.router "pairs" $pairs) -}}
-{{- $pools = append $pools (dict "name" "prefill" "component" "prefill" "port" $ports.prefill "tier" "" "values" .Values.prefill "pairs" (list (first $pairs))) -}}
+{{- $both := gt (int .Values.worker.replicas) 0 -}}
+{{- if $both -}}
+{{- $default := first $pairs -}}
+{{- $values := deepCopy .Values.worker -}}
+{{- $_ := set $values "autoscaling" (dict "kind" "none") -}}
+{{- range $key, $name := dict "ttftObjective" "ttft-objective" "itlObjective" "itl-objective" -}}
+{{- $objective := index (index $.Values.decoders $default.tier | default dict) $key | default (index $.Values.router.settings $name) -}}
+{{- if and $objective (not (hasKey $values.settings $name)) }}{{ $_ := set $values.settings $name $objective }}{{ end -}}
+{{- end -}}
+{{- $pools = append $pools (dict "name" "worker" "component" "worker" "port" $ports.worker "tier" $default.tier "values" $values "pairs" (list $default)) -}}
+{{- end -}}
+{{- $others := list (dict "name" "prefill" "component" "prefill" "port" $ports.prefill "tier" "" "values" .Values.prefill "pairs" (list (first $pairs))) -}}
 {{- range $pairs -}}
 {{- $values := deepCopy $.Values.decode -}}
 {{- $name := "decode" -}}
@@ -28,7 +47,11 @@ which is empty unless the values name tiers. A tier's values are those of `decod
 {{- $name = printf "decode-%s" .tier -}}
 {{- $_ := include "overfill.overwrite" (dict "base" $values "own" (omit (index $.Values.decoders .tier) "pair" "revision" "fallback" "ttftObjective" "itlObjective")) -}}
 {{- end -}}
-{{- $pools = append $pools (dict "name" $name "component" "decode" "port" $ports.decode "tier" .tier "values" $values "pairs" (list .)) -}}
+{{- $others = append $others (dict "name" $name "component" "decode" "port" $ports.decode "tier" .tier "values" $values "pairs" (list .)) -}}
+{{- end -}}
+{{- range $others -}}
+{{- if and $both (ne .values.autoscaling.kind "none") }}{{ fail (printf "%s: autoscaling.kind %s conflicts with worker.replicas: a stack of workers with both stages has a fixed number of workers" .name .values.autoscaling.kind) }}{{ end -}}
+{{- if or (not $both) (gt (int .values.replicas) 0) }}{{ $pools = append $pools . }}{{ end -}}
 {{- end -}}
 {{ toJson $pools }}
 {{- end }}
@@ -83,15 +106,26 @@ of a pair, or repository and revision.
 {{/* The tiers as a router's --decoders; empty with one pair, unless its decoder is loaded in another format. */}}
 {{- define "overfill.decoders" -}}
 {{- $tiers := list -}}
-{{- range include "overfill.workerPools" . | fromJsonArray -}}
-{{- if or .tier (and (eq .component "decode") (hasKey .values.settings "quantize")) -}}
-{{- $own := index $.Values.decoders .tier | default dict -}}
-{{- $text := printf "%s=%s:%s" (.tier | default "default") (first .pairs).folder (include "overfill.replicas" .values) -}}
+{{- $pools := include "overfill.workerPools" . | fromJsonArray -}}
+{{- range $pair := include "overfill.pairs" . | fromJsonArray -}}
+{{- $tier := $pair.tier -}}
+{{- $settings := "" -}}
+{{- $count := 0 -}}
+{{- range $pools -}}
+{{- if and (ne .component "prefill") (eq .tier $tier) -}}
+{{- if not $count }}{{ $settings = omit .values.settings "ttft-objective" "itl-objective" "max-num-batched-tokens" }}{{ end -}}
+{{- $count = add $count (include "overfill.replicas" .values | int) -}}
+{{- end -}}
+{{- end -}}
+{{- if kindIs "string" $settings }}{{ fail (printf "decoders.%s.replicas: at least 1; only the default tier may have none, with worker.replicas" $tier) }}{{ end -}}
+{{- if or $tier (hasKey $settings "quantize") -}}
+{{- $own := index $.Values.decoders $tier | default dict -}}
+{{- $text := printf "%s=%s:%d" ($tier | default "default") $pair.folder (int $count) -}}
 {{- range $key, $name := dict "fallback" "fallback" "ttftObjective" "ttft-objective" "itlObjective" "itl-objective" -}}
 {{- with index $own $key }}{{ $text = printf "%s,%s=%s" $text $name (include "overfill.value" .) }}{{ end -}}
 {{- end -}}
-{{- range $key, $value := .values.settings }}{{ $text = printf "%s,%s=%s" $text $key (include "overfill.value" $value) }}{{ end -}}
-{{- if or (contains ";" $text) (contains "," (first .pairs).folder) }}{{ fail (printf "decoders.%s: neither pair nor settings may have a semicolon, nor the pair a comma" .tier) }}{{ end -}}
+{{- range $key, $value := $settings }}{{ $text = printf "%s,%s=%s" $text $key (include "overfill.value" $value) }}{{ end -}}
+{{- if or (contains ";" $text) (contains "," $pair.folder) }}{{ fail (printf "decoders.%s: neither pair nor settings may have a semicolon, nor the pair a comma" $tier) }}{{ end -}}
 {{- $tiers = append $tiers $text -}}
 {{- end -}}
 {{- end -}}

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from overfill.lab.chaos.fault_plan import PlannedFault
-from overfill.lab.commands.chaos import chaos_command, count_workers
+from overfill.lab.commands.chaos import _choose_faults, chaos_command, count_workers
 from overfill.lab.commands.simulate import simulate_command
 
 
@@ -51,6 +51,11 @@ def test_a_stage_without_a_second_worker_is_bad_usage(options: list[str], says: 
     done = CliRunner().invoke(chaos_command, options)
     assert done.exit_code == 2
     assert says in done.output
+
+
+def test_a_matrix_keeps_to_the_targets() -> None:
+    faults = _choose_faults(("kill", "slow"), ("decode",), ("prefill",), 0, 3, None, None, 0, 0, 0.0, False)
+    assert {(fault.kind, fault.target) for fault in faults} == {("kill", "prefill"), ("slow", "client")}
 
 
 def test_share_of_simulate_is_attainment() -> None:

@@ -1,0 +1,76 @@
+"""Loads what a worker's settings name: the halves of a pair, into their engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+from overfill.engine.device import resolve_device, use_device
+from overfill.engine.load import LoadedColocated, load_colocated, load_engine
+from overfill.engine.protocol import EngineOptions, LoadedEngine
+from overfill.model.manifest import Half, Pair
+from overfill.pair.store import resolve_pair
+from overfill.process import startup
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
+from overfill.telemetry.progress import log_steps
+
+logger = logging.getLogger(__name__)
+
+_Loaded = TypeVar("_Loaded")
+
+
+async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
+    """Loads and warms the ``half`` of ``config.pair`` that a worker runs, in a thread. Checks the digests."""
+    options = engine_options(config, half)
+    return await _in_thread(options, lambda: load_engine(config.engine, _load_pair(config), half, options))
+
+
+async def load_both_halves_of(config: ColocatedConfig) -> LoadedColocated:
+    """Loads and warms both halves of ``config.pair``, as ``load_half_of`` does."""
+    full, decoder = engine_options(config, "full"), engine_options(config, "decoder")
+    return await _in_thread(full, lambda: load_colocated(_load_pair(config), full, decoder))
+
+
+def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
+    """Returns what a worker's settings say about the engine of ``half``."""
+    options = EngineOptions(
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        block_size=config.block_size,
+        kv_memory=config.kv_memory,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        prefix_cache=config.prefix_cache == "on",
+        threads=config.threads,
+        engine_args=json.loads(config.engine_args or "{}"),
+    )
+    if half == "full" and isinstance(config, PrefillConfig | ColocatedConfig):
+        options = replace(options, max_num_batched_tokens=config.max_num_batched_tokens)
+    if half == "decoder" and isinstance(config, DecodeConfig):
+        options = replace(options, kv_cache_dtype=config.kv_cache_dtype)
+    return options
+
+
+def _load_pair(config: WorkerConfig) -> Pair:
+    with startup.once():
+        folder = resolve_pair(config.pair, log_steps(logger))
+    pair = Pair.load(folder, check_digests=True)
+    if isinstance(config, DecodeConfig) and config.quantize is not None:
+        pair = pair.with_quantize(config.quantize)
+    return pair
+
+
+async def _in_thread(options: EngineOptions, load: Callable[[], _Loaded]) -> _Loaded:
+    def run() -> _Loaded:
+        use_device(options.device)
+        return load()
+
+    # The thread ends with the loading. If it lived on, OpenMP would count its idle team beside that of the engine's
+    # thread as more threads than there are cores, and let threads sleep at each barrier: 10 ms per step on two cores.
+    with ThreadPoolExecutor(1, "load") as loading:
+        return await asyncio.get_running_loop().run_in_executor(loading, run)
