@@ -28,9 +28,11 @@ from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError
 from overfill.kv.keys import PromptBlocks
 from overfill.model.manifest import Half, Pair
+from overfill.model.native.library import unavailable_reason
 from overfill.model.sampling import SampledToken
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
+from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
@@ -186,6 +188,13 @@ class EngineServicer(Protocol):
     def end_all(self, error: OverfillError) -> None: ...
 
 
+def _shared_cores(config: WorkerConfig, device: torch.device) -> SharedCores | None:
+    """Returns None unless the native kernels run: in torch, a change of the number of threads is expensive."""
+    if config.shared_cores is None or device.type != "cpu" or config.engine == "vllm" or unavailable_reason():
+        return None
+    return SharedCores(config.shared_cores, config.threads)
+
+
 async def serve_engine(
     config: WorkerConfig,
     hello: registry_pb2.Hello,
@@ -219,6 +228,7 @@ async def serve_engine(
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda freed: loop.call_soon_threadsafe(partial(servicer.host.notify, debounce=not freed)),
         device=device,
+        cores=_shared_cores(config, device),
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     server.add(add_servicer, servicer, service)

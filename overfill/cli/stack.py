@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from overfill.cli import processes
 from overfill.cli.processes import Child
 from overfill.client import Client, ClientTls
 from overfill.errors import OverfillError
+from overfill.process.cores import SIZE
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import reachable, split_address
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
@@ -124,6 +126,7 @@ class Stack:
         self.plan = plan
         self._sink = sink
         self._prefixes = prefixes or {}
+        self._cores: Path | None = None
         self._routers: list[Child] = []
         self._workers: list[Child] = []
         self._reported: set[str] = set()
@@ -132,6 +135,7 @@ class Stack:
         """Starts every process, routers first. Raises StartFailed when a port is in use."""
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.plan)
+            self._cores = _shared_cores_file(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += [self._spawn_worker(stage, worker) for stage, worker in self.plan.workers()]
@@ -194,6 +198,8 @@ class Stack:
 
     def stop(self) -> list[Child]:
         """Drains the routers, then ends the workers. Returns the processes that had to be killed."""
+        if self._cores is not None:
+            self._cores.unlink(missing_ok=True)  # the workers keep it open
         grace = self.plan.routers[0].grace_period
         try:
             stragglers = processes.stop(self._routers, grace + _MARGIN_SECONDS)
@@ -204,6 +210,8 @@ class Stack:
 
     def _spawn_worker(self, stage: str, config: PrefillConfig | DecodeConfig) -> Child:
         module = f"services.mock {stage}" if self.plan.mock else f"services.{stage}.main"
+        if self._cores is not None and config.shared_cores is None:
+            config = config.model_copy(update={"shared_cores": self._cores})
         return self._spawn(config.worker_id, module, config, config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
@@ -224,6 +232,17 @@ def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str
     """Returns ``environ`` without the services' settings, which flags carry, and with ``threads`` per thread pool."""
     kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
     return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
+
+
+def _shared_cores_file(plan: StackPlan) -> Path | None:
+    """Creates the file of ``SharedCores``. Returns None if the workers' threads fit the cores all the same."""
+    threads = [worker.threads for _, worker in plan.workers()]
+    if plan.mock or sum(threads) <= len(os.sched_getaffinity(0)):
+        return None
+    descriptor, path = tempfile.mkstemp(prefix="overfill-cores-")
+    os.ftruncate(descriptor, SIZE)
+    os.close(descriptor)
+    return Path(path)
 
 
 def threads_per_worker(workers: int) -> int:
