@@ -20,7 +20,9 @@ from overfill.engine.protocol import EngineCore, ServedHalf
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError
+from overfill.model.native.library import unavailable_reason
 from overfill.process import startup
+from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
@@ -133,6 +135,13 @@ def on_loop(on_events: Callable[[Sequence[Any]], None]) -> Callable[[Sequence[An
     return emit
 
 
+def _shared_cores(config: WorkerConfig, device: torch.device) -> SharedCores | None:
+    """Returns None unless the native kernels run: in torch, a change of the number of threads is expensive."""
+    if config.shared_cores is None or device.type != "cpu" or config.engine == "vllm" or unavailable_reason():
+        return None
+    return SharedCores(config.shared_cores, config.threads)
+
+
 async def serve_stages(
     config: WorkerConfig,
     hello: registry_pb2.Hello,
@@ -161,6 +170,7 @@ async def serve_stages(
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda freed: loop.call_soon_threadsafe(partial(host.notify, debounce=not freed)),
         device=device,
+        cores=_shared_cores(config, device),
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     for stage in stages:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from overfill.cli import processes
 from overfill.cli.ports import check_ports
@@ -17,6 +19,7 @@ from overfill.cli.processes import Child, StartFailed
 from overfill.cli.stack_plan import PlannedPool, PlannedWorker, StackPlan
 from overfill.client import Client
 from overfill.errors import OverfillError
+from overfill.process.cores import SIZE
 from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
 
@@ -41,6 +44,7 @@ class Stack:
         self.plan = plan
         self._sink = sink
         self._prefixes = prefixes or {}
+        self._cores: Path | None = None
         self._routers: list[Child] = []
         self._workers: list[Child] = []
         self._reported: set[str] = set()
@@ -49,6 +53,7 @@ class Stack:
         """Starts every process, routers first. Raises StartFailed when a port is in use."""
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.plan)
+            self._cores = _shared_cores_file(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += map(self._spawn_worker, self.plan.workers)
@@ -109,6 +114,8 @@ class Stack:
 
     def stop(self) -> list[Child]:
         """Drains the routers, then ends the workers. Returns the processes that had to be killed."""
+        if self._cores is not None:
+            self._cores.unlink(missing_ok=True)  # the workers keep it open
         grace = self.plan.routers[0].grace_period
         try:
             stragglers = processes.stop(self._routers, grace + _MARGIN_SECONDS)
@@ -118,7 +125,10 @@ class Stack:
             raise
 
     def _spawn_worker(self, worker: PlannedWorker) -> Child:
-        return self._spawn(worker.id, worker.kind.module, worker.config, worker.config.threads)
+        config = worker.config
+        if self._cores is not None and config.shared_cores is None:
+            config = config.model_copy(update={"shared_cores": self._cores})
+        return self._spawn(worker.id, worker.kind.module, config, config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
         """Starts a process. ``module`` follows ``-m`` and may include a first argument."""
@@ -138,6 +148,17 @@ def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str
     """Returns ``environ`` without the services' settings, which flags carry, and with ``threads`` per thread pool."""
     kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
     return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
+
+
+def _shared_cores_file(plan: StackPlan) -> Path | None:
+    """Creates the file of ``SharedCores``. Returns None if the workers' threads fit the cores all the same."""
+    threads = [worker.config.threads for worker in plan.workers]
+    if plan.mock or sum(threads) <= len(os.sched_getaffinity(0)):
+        return None
+    descriptor, path = tempfile.mkstemp(prefix="overfill-cores-")
+    os.ftruncate(descriptor, SIZE)
+    os.close(descriptor)
+    return Path(path)
 
 
 def _exit_report(child: Child) -> str:

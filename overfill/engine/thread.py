@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic
 
 import torch
@@ -35,6 +36,7 @@ class EngineThread(Generic[LoadT]):
         on_load_change: called on the engine's thread after ``load`` has changed, with True if capacity was freed, for
             which a request may be waiting.
         device: current device of the engine's thread.
+        cores: entered for each step; gives its number of threads. None means ``threads`` for each.
 
     Attributes:
         load: snapshot after the last message or step.
@@ -50,6 +52,7 @@ class EngineThread(Generic[LoadT]):
         on_stuck: Callable[[], object] = lambda: None,
         on_load_change: Callable[[bool], object] = lambda freed: None,
         device: torch.device = _CPU,
+        cores: AbstractContextManager[int] | None = None,
     ) -> None:
         self._device = device
         self._core = core
@@ -58,6 +61,7 @@ class EngineThread(Generic[LoadT]):
         self._step_began: float | None = None
         self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
         self._threads = threads
+        self._cores = cores or nullcontext(threads)
         self._on_load_change = on_load_change
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.load = core.load()
@@ -106,7 +110,11 @@ class EngineThread(Generic[LoadT]):
                         self._publish_load()
                         continue
                     self._step_began = time.monotonic()
-                    busy = self._core.step()
+                    with self._cores as threads:
+                        if threads != self._threads:
+                            set_num_threads(threads)
+                            self._threads = threads
+                        busy = self._core.step()
                     self._step_began = None
                     self._publish_load()
                     continue

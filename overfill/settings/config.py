@@ -237,6 +237,11 @@ class WorkerConfig(ServiceConfig):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda or cuda:N"
     )
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
+    shared_cores: Path | None = Field(
+        None,
+        description="file in which the workers of one machine tell each other when they compute, so that a step on the "
+        "CPU leaves the others their share of the cores; overfill up sets it",
+    )
     engine: EngineChoice = Field(
         "auto",
         description="engine that runs the model: overfill or vllm; auto is vllm on CUDA, if it is installed and fits "

@@ -29,6 +29,7 @@ from overfill.cli.stack import Stack, child_environment
 from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up_plan import StackRequest, make_plan, threads_per_worker
 from overfill.errors import Unavailable, UnsupportedModel
+from overfill.process.cores import SIZE
 from overfill.settings.config import DecodeConfig, PrefillConfig
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
@@ -46,10 +47,12 @@ class RecordingStack(Stack):
     def __init__(self, code: dict[str, str] | None = None, **settings: Any) -> None:
         self.lines: list[tuple[str, str]] = []
         self.started: list[Child] = []
+        self.configs: dict[str, Any] = {}
         self._code = code or {}
         super().__init__(plan(**settings), lambda name, line: self.lines.append((name, line)))
 
     def _spawn(self, name: str, module: str, config: Any, threads: int) -> Child:
+        self.configs[name] = config
         command = [sys.executable, "-c", self._code.get(name, PATIENT)]
         child = Child(name, command, dict(os.environ), self._sink)
         self.started.append(child)
@@ -159,6 +162,23 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(prefill=1, decode=3, apart=True)
     assert (made.prefill[0].threads, made.decode[2].threads) == (2, 2)
     assert plan(threads=5).prefill[0].threads == 5
+
+
+def test_workers_with_more_threads_than_cores_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    stack = RecordingStack(prefill=1, decode=2)
+    stack.start()
+    found = {stack.configs[name].shared_cores for name in ("prefill-0", "decode-0", "decode-1")}
+    file = found.pop()
+    assert not found
+    assert file.read_bytes() == bytes(SIZE)
+    stack.stop()
+    assert not file.exists()
+
+    stack = RecordingStack(prefill=1, decode=2, threads=2)
+    stack.start()
+    stack.stop()
+    assert stack.configs["prefill-0"].shared_cores is None, "each worker has cores of its own"
 
 
 def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:

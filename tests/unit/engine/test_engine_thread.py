@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from overfill.engine import thread
 from overfill.engine.sequence import EngineLoad
@@ -79,3 +80,26 @@ def test_a_lost_block_ends_the_engine(core):
     engine.stop()
     assert engine.failure is core.fault
     assert not engine.alive
+
+
+def test_each_step_has_the_threads_that_the_machine_has_left(core):
+    found, left = [], [2, 1, 3]
+
+    class Cores:
+        def __enter__(self):
+            return left.pop(0)
+
+        def __exit__(self, *_):
+            found.append("end")
+
+    def step():
+        found.append(torch.get_num_threads())
+        return bool(left)
+
+    core.step = step
+    engine = EngineThread(core, "e", 2, cores=Cores())
+    engine.start()
+    engine.send("work")
+    assert core.checked.acquire(timeout=10)
+    engine.stop()
+    assert found == [2, "end", 1, "end", 3, "end"]
