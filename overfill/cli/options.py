@@ -24,7 +24,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ENGINE = click.Choice(get_args(EngineChoice))
 
 
-class Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+class TierParam(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
     """Parses a tier.
 
     Args:
@@ -44,7 +44,7 @@ class Tier(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3
             self.fail(str(error), param, ctx)
 
 
-TIER = Tier()
+TIER = TierParam()
 """A tier as ``overfill up --decoder`` takes it."""
 
 

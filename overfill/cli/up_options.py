@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.options import ENGINE, FILE, Number, Tier, dtype_option, engine_options
+from overfill.cli.options import ENGINE, FILE, Number, TierParam, dtype_option, engine_options
 from overfill.cli.up_config import config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
@@ -69,7 +69,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--decoder",
         "tiers",
         multiple=True,
-        type=Tier(least=0),
+        type=TierParam(least=0),
         help="A tier: its name, its pair, its number of decode workers, and settings of its own, such as "
         "fast=fast:2,quantize=int8. Repeat it for each tier; it replaces --pair and --decode. All pairs must have the "
         "same full model. Workers of --colocated are in the default tier, whose number may then be 0. Settings: "

@@ -159,7 +159,7 @@ class TierPool(PoolSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class StackPool:
     """One deployment.
 
     Attributes:
@@ -234,9 +234,9 @@ class StackSpec(_Model):
             )
 
     @property
-    def pools(self) -> dict[str, Pool]:
+    def pools(self) -> dict[str, StackPool]:
         """Deployments by name."""
-        pools = {ROUTER: Pool(self.router)}
+        pools = {ROUTER: StackPool(self.router)}
         given: list[tuple[str, str, PoolSpec | None]] = [
             (COLOCATED, self._default_tier, self.worker), (PREFILL, "", self.prefill), (DECODE, "", self.decode),
             *((DECODE, tier, pool) for tier, pool in self.decoders.items() if pool.replicas),
@@ -244,7 +244,7 @@ class StackSpec(_Model):
         for kind, tier, spec in given:
             if spec is not None:
                 name = decode_deployment(tier) if kind == DECODE else kind
-                pools[name] = Pool(spec, self._kinds[kind], tier)
+                pools[name] = StackPool(spec, self._kinds[kind], tier)
         return pools
 
     def _members(self, stage: WorkerStage) -> int:
@@ -353,6 +353,6 @@ class StackSpec(_Model):
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
 
 
-def decodes(pool: Pool) -> bool:
+def decodes(pool: StackPool) -> bool:
     """True if the workers of the deployment decode."""
     return pool.kind is not None and "decode" in pool.kind.stages

@@ -53,7 +53,7 @@ VLLM_GPU_SHARE = 0.01
 default, 0.92, lets one engine on a GPU."""
 
 
-class Load(Protocol):
+class EngineSnapshot(Protocol):
     """A snapshot of a core's load."""
 
     def freed_capacity_since(self, other: Self, /) -> bool:
@@ -61,8 +61,8 @@ class Load(Protocol):
         ...
 
 
-LoadT = TypeVar("LoadT", bound=Load, default=EngineLoad)
-_LoadT_co = TypeVar("_LoadT_co", bound=Load, default=EngineLoad, covariant=True)
+LoadT = TypeVar("LoadT", bound=EngineSnapshot, default=EngineLoad)
+_LoadT_co = TypeVar("_LoadT_co", bound=EngineSnapshot, default=EngineLoad, covariant=True)
 
 
 class EngineCore(Protocol[_LoadT_co]):

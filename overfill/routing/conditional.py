@@ -19,9 +19,9 @@ class Conditional(Policy):
     It compares workers by the tokens ahead of the answer: those queued there, and the prompt's uncached part. The
     prompt stays on the worker that writes the answer, if that one is admissible and
 
-    * a decode step leaves time for the tokens ahead there (``set_short_prompts``), or
+    * the tokens ahead there are no more than a short prompt's (``set_short_prompts``), or
     * the best worker with prefill only has more tokens ahead, or
-    * no worker with prefill only is admissible, and the best one with both stages would not save more than such a time.
+    * no worker with prefill only is admissible, and the best one with both stages saves no more than a short prompt.
 
     Otherwise the workers with prefill only come first, and the best with both stages if none is admissible. The latter
     also comes first for an answer that is written elsewhere, if all workers with prefill only have more tokens ahead.

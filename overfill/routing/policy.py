@@ -60,8 +60,8 @@ class Policy(ABC):
     def set_short_prompts(self, tokens: Mapping[str, float]) -> None:
         """Takes the length of a short prompt for each tier, in uncached tokens. The default ignores it.
 
-        A worker with both stages computes a short prompt between two decode steps and still meets the tier's objective
-        for the time between tokens.
+        A worker with both stages computes a few short prompts between two decode steps and still meets the tier's
+        objective for the time between tokens (``Scaler.short_prompt``).
         """
         return
 

@@ -385,21 +385,25 @@ def test_tiers_of_a_claim_and_of_the_hub_are_found() -> None:
     assert command[4:] == ["org/a", "main", "/pair/a", "org/b", "v1", "/pair/b"]
 
 
-def test_series_of_a_tier_have_its_name() -> None:
+def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
     (monitor,) = of_kind(render("values-tiers.yaml", "monitoring.podMonitor=true"), "PodMonitor").values()
     rules = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
 
-    def tier(component: str, tier: str = "") -> str | None:
+    def label(name: str, component: str, tier: str = "") -> str | None:
         labels = {"__meta_kubernetes_pod_label_app_kubernetes_io_component": component}
         labels["__meta_kubernetes_pod_label_overfill_io_tier"] = tier
         found = None
         for rule in rules:
-            value = ";".join(labels.get(name, "") for name in rule.get("sourceLabels", []))
-            if rule["targetLabel"] == "tier" and (match := re.fullmatch(rule["regex"], value)):
+            value = ";".join(labels.get(source, "") for source in rule.get("sourceLabels", []))
+            if rule["targetLabel"] == name and (match := re.fullmatch(rule.get("regex", "(.*)"), value)):
                 found = rule.get("replacement") or match[1]
         return found
 
-    assert (tier("router"), tier("prefill"), tier("decode"), tier("decode", "fast")) == (None, None, "default", "fast")
+    of_tier = [label("tier", one) for one in ("router", "prefill", "decode", "worker")]
+    assert of_tier == [None, None, "default", "default"]
+    assert label("tier", "decode", "fast") == "fast"
+    of_stage = [label("stage", one) for one in ("router", "prefill", "decode", "worker")]
+    assert of_stage == ["router", "prefill", "decode", "prefill+decode"]
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -179,7 +179,7 @@ def test_a_short_prompt_fits_beside_a_step_within_the_objective(add_worker):
     advisor.recommend(0.0)
     step = advisor.expected_itl(DEFAULT_TIER, 20)
     assert 0 < step < 0.05
-    assert advisor.short_prompt(DEFAULT_TIER) == pytest.approx((0.05 - step) * ScalingConfig().prefill_rate)
+    assert advisor.short_prompt(DEFAULT_TIER) == pytest.approx((0.05 - step) * ScalingConfig().prefill_rate / 4)
     slow = ScalingAdvisor(Signals(roster, Dispatcher(roster)), {DEFAULT_TIER: Objectives(itl=step / 2)})
     slow.recommend(0.0)
     assert slow.short_prompt(DEFAULT_TIER) == 0

@@ -75,7 +75,7 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
     assert main([*SMALL, "--colocated", "1", "--prefill", "1"]) == 0
     assert "1 + 0 workers, 1 with both stages" in capsys.readouterr().out
     assert (
-        main([*SMALL, "--prompt-tokens", "50", "--colocated", "2", "--prefill", "1", "--compare-policies", "--json"])
+        main([*SMALL, "--prompt-tokens", "20", "--colocated", "2", "--prefill", "1", "--compare-policies", "--json"])
         == 0
     )
     local = {run["policy"]: run["figures"]["local"] for run in json.loads(capsys.readouterr().out)}
