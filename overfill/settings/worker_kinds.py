@@ -32,10 +32,10 @@ class WorkerKind:
 PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
 DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
 COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
-MOCK_PREFILL = WorkerKind("prefill", ("prefill",), MockPrefillConfig, "services.mock prefill")
-MOCK_DECODE = WorkerKind("decode", ("decode",), MockDecodeConfig, "services.mock decode")
-MOCK_COLOCATED = WorkerKind("worker", ("prefill", "decode"), MockColocatedConfig, "services.mock worker")
 
 REAL_KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
-MOCK_KINDS = {kind.name: kind for kind in (MOCK_PREFILL, MOCK_DECODE, MOCK_COLOCATED)}
+MOCK_KINDS = {
+    kind.name: WorkerKind(kind.name, kind.stages, settings, f"services.mock {kind.name}")
+    for kind, settings in ((PREFILL, MockPrefillConfig), (DECODE, MockDecodeConfig), (COLOCATED, MockColocatedConfig))
+}
 """Kinds by name: those that compute, and those that do not (``services.mock``)."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -79,9 +81,8 @@ def test_a_worker_with_both_stages_counts_in_both_and_has_one_process(monkeypatc
     assert [config.metrics_port for config in (*made.routers, *(w.config for w in made.workers))] == [
         *range(9600, 9607)
     ]
-    assert {worker.id: worker.config.threads for worker in made.workers} == {
-        "worker-0": 2, "worker-1": 2, "prefill-0": 2, "decode-0": 2, "decode-1": 2,
-    }  # fmt: skip
+    threads = {worker.id: worker.config.threads for worker in plan(prefill=1, decode=3).workers}
+    assert (threads["worker-0"], threads["prefill-0"], threads["decode-0"]) == (2, 4, 2), "a share in each stage"
     assert [one.config.threads for one in plan().workers] == [8], "all cores"
     assert made.colocated[0].kv_memory == 64 << 20
     assert made.colocated[0].routers == made.join_addresses
@@ -122,6 +123,24 @@ def test_workers_with_both_stages_are_in_the_default_tier() -> None:
 def test_its_format_is_told_to_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
     assert [str(tier) for tier in plan().tiers] == ["default=/p:1,quantize=int8"]
+
+
+def test_drain_counts_the_requests_of_both_stages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def entry(running: int) -> Any:
+        return SimpleNamespace(id="worker-0", process=SimpleNamespace(load=SimpleNamespace(running=running, waiting=1)))
+
+    states = [(entry(2), entry(3)), ()]
+    drained: list[str] = []
+    lines: list[str] = []
+    client = SimpleNamespace(drain=drained.append, status=lambda: SimpleNamespace(workers=states.pop(0)))
+    monkeypatch.setattr("overfill.cli.drain.connect", lambda *args: contextlib.nullcontext(client))
+    monkeypatch.setattr("overfill.cli.drain._POLL", 0)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
+    assert main(["drain", "worker-0"]) == 0
+    assert (drained, lines) == (["worker-0"], ["worker-0 is draining: 7 requests"])
+    assert "worker-0 has left" in capsys.readouterr().out
 
 
 def test_the_welcome_says_which_workers_have_both_stages() -> None:
