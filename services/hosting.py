@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -20,7 +21,6 @@ from overfill.engine.protocol import EngineCore, ServedHalf
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError
-from overfill.model.native.library import unavailable_reason
 from overfill.process import startup
 from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
@@ -33,6 +33,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
+from services.loading import shares_cores
 from services.messages import worker_load
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class StageService:
         add, name: arguments of ``RpcServer.add``.
         metrics: metrics of the stage; the stages of a worker share one registry.
         close: releases what the stage holds besides requests.
+        on_drain: called once when the worker begins to drain.
     """
 
     served: ServedHalf
@@ -111,6 +113,7 @@ class StageService:
     name: str
     metrics: EngineMetrics
     close: Callable[[], Awaitable[None]]
+    on_drain: Callable[[], None] = lambda: None
 
 
 class _StagePort:
@@ -135,13 +138,6 @@ def on_loop(on_events: Callable[[Sequence[Any]], None]) -> Callable[[Sequence[An
     return emit
 
 
-def _shared_cores(config: WorkerConfig, device: torch.device) -> SharedCores | None:
-    """Returns None unless the native kernels run: in torch, a change of the number of threads is expensive."""
-    if config.shared_cores is None or device.type != "cpu" or config.engine == "vllm" or unavailable_reason():
-        return None
-    return SharedCores(config.shared_cores, config.threads)
-
-
 async def serve_stages(
     config: WorkerConfig,
     hello: registry_pb2.Hello,
@@ -161,6 +157,7 @@ async def serve_stages(
         import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop, device = asyncio.get_running_loop(), stages[0].served.device
+    cores = SharedCores(config.shared_cores) if config.shared_cores and shares_cores(config) else None
     engine = EngineThread(
         core,
         "engine",
@@ -170,7 +167,7 @@ async def serve_stages(
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda freed: loop.call_soon_threadsafe(partial(host.notify, debounce=not freed)),
         device=device,
-        cores=_shared_cores(config, device),
+        cores=cores or nullcontext(),
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     for stage in stages:
@@ -187,6 +184,10 @@ async def serve_stages(
         for stage in stages:
             stage.servicer.end_all(error)
 
+    def on_drain() -> None:
+        for stage in stages:
+            stage.on_drain()
+
     reports = [report(stage, load) for stage, load in zip(stages, loads, strict=True)]
     worker = WorkerHandle(
         load=reports[-1],
@@ -197,6 +198,7 @@ async def serve_stages(
         codec=codec,
         prefix_keys=stages[0].served.prefix_keys,
         prefill_load=reports[0] if len(stages) > 1 else None,
+        on_drain=on_drain,
     )
     host = WorkerHost(
         server, hello, worker, config.routers, config.credentials(), config.grace_period, config.advertise
@@ -224,5 +226,7 @@ async def serve_stages(
             exporter.close()
         for stage in stages:
             await stage.close()
+        if cores is not None:
+            cores.close()
         await tracing.flush()
     return code if engine.failure is None else 1

@@ -14,8 +14,10 @@ from overfill.engine.device import resolve_device, use_device
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.model.manifest import Half, Pair
+from overfill.model.native.library import unavailable_reason
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
+from overfill.process.cores import STEP_TOKENS
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
 from overfill.telemetry.progress import log_steps
 
@@ -50,10 +52,17 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
         engine_args=json.loads(config.engine_args or "{}"),
     )
     if half == "full" and isinstance(config, PrefillConfig | ColocatedConfig):
-        options = replace(options, max_num_batched_tokens=config.max_num_batched_tokens)
+        tokens = config.max_num_batched_tokens
+        options = replace(options, max_num_batched_tokens=min(tokens, STEP_TOKENS) if shares_cores(config) else tokens)
     if half == "decoder" and isinstance(config, DecodeConfig):
         options = replace(options, kv_cache_dtype=config.kv_cache_dtype)
     return options
+
+
+def shares_cores(config: WorkerConfig) -> bool:
+    """True if a worker takes turns with others at the cores. Without native kernels, steps are too long for that."""
+    on_cpu = resolve_device(config.device).type == "cpu"
+    return config.shared_cores is not None and on_cpu and config.engine != "vllm" and not unavailable_reason()
 
 
 def _load_pair(config: WorkerConfig) -> Pair:

@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from overfill.cli.ports import check_ports
 from overfill.cli.processes import StartFailed
+from overfill.cli.shared_cores import share_cores
 from overfill.cli.stack_plan import PlannedPool, StackPlan
 from overfill.cli.up_tiers import max_workers
 from overfill.client import Client
@@ -75,6 +77,7 @@ class RayStack:
 
     def __init__(self, plan: StackPlan, options: RayOptions, report: Callable[[str], None]) -> None:
         self.plan = plan
+        self._cores: Path | None = None
         self._options = options
         self._report = report
         self._cluster: RayConnection | None = None
@@ -101,6 +104,7 @@ class RayStack:
         options = self._options
         if options.address is None:
             check_ports(self.plan, metrics=False)  # replicas choose their metrics ports
+            self.plan, self._cores = share_cores(self.plan)
             self._report("starting Ray on this machine")
             self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
         else:
@@ -180,6 +184,8 @@ class RayStack:
                     self._report(f"not all replicas of {self._options.name} ended in time")
         finally:
             cluster.close()
+            if self._cores is not None:
+                self._cores.unlink(missing_ok=True)
         return []
 
     def _complete(self) -> bool:

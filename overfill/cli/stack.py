@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from pathlib import Path
 from overfill.cli import processes
 from overfill.cli.ports import check_ports
 from overfill.cli.processes import Child, StartFailed
+from overfill.cli.shared_cores import share_cores
 from overfill.cli.stack_plan import PlannedPool, PlannedWorker, StackPlan
 from overfill.client import Client
 from overfill.errors import OverfillError
-from overfill.process.cores import SIZE
 from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
 
@@ -53,7 +52,7 @@ class Stack:
         """Starts every process, routers first. Raises StartFailed when a port is in use."""
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.plan)
-            self._cores = _shared_cores_file(self.plan)
+            self.plan, self._cores = share_cores(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += map(self._spawn_worker, self.plan.workers)
@@ -125,10 +124,7 @@ class Stack:
             raise
 
     def _spawn_worker(self, worker: PlannedWorker) -> Child:
-        config = worker.config
-        if self._cores is not None and config.shared_cores is None:
-            config = config.model_copy(update={"shared_cores": self._cores})
-        return self._spawn(worker.id, worker.kind.module, config, config.threads)
+        return self._spawn(worker.id, worker.kind.module, worker.config, worker.config.threads)
 
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
         """Starts a process. ``module`` follows ``-m`` and may include a first argument."""
@@ -148,17 +144,6 @@ def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str
     """Returns ``environ`` without the services' settings, which flags carry, and with ``threads`` per thread pool."""
     kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
     return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
-
-
-def _shared_cores_file(plan: StackPlan) -> Path | None:
-    """Creates the file of ``SharedCores``. Returns None if the workers' threads fit the cores all the same."""
-    threads = [worker.config.threads for worker in plan.workers]
-    if plan.mock or sum(threads) <= len(os.sched_getaffinity(0)):
-        return None
-    descriptor, path = tempfile.mkstemp(prefix="overfill-cores-")
-    os.ftruncate(descriptor, SIZE)
-    os.close(descriptor)
-    return Path(path)
 
 
 def _exit_report(child: Child) -> str:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
@@ -127,19 +128,23 @@ class ColocatedEngine:
         started = time.monotonic()
         if not self._decode.step():
             return False
-        self._turns.decoded(time.monotonic() - started)
+        self._turns.decoded(None if self._decode.replayed_last else time.monotonic() - started)
         return True
 
     def _step_prefill(self) -> bool:
         started = time.monotonic()
-        oldest = next(self._prefill.queue(), None)
+        oldest, second = (*islice(self._prefill.queue(), 2), None, None)[:2]
         remaining, waited = (0, 0.0) if oldest is None else (oldest.remaining, started - oldest.submitted)
-        before = self._prefill.tokens_computed
-        if not self._prefill.step(self._turns.chunk(self._decode.num_running > 0, remaining, waited)):
+        decoding, before = self._decode.num_running > 0, self._prefill.tokens_computed
+        if not self._prefill.step(self._turns.chunk(decoding, remaining, waited, alone=second is None)):
             return False
-        if self._turns.measures:
-            self._full.synchronize()  # a step that samples nothing returns before the device has computed it
-        self._turns.prefilled(self._prefill.tokens_computed - before, time.monotonic() - started)
+        # A step that samples nothing returns before the device has computed it. Waiting for it to measure it would cost
+        # the overlap of steps, which only counts while nothing decodes.
+        measured = self._turns.measures and (decoding or self._full.device.type == "cpu")
+        if measured:
+            self._full.synchronize()
+        tokens = self._prefill.tokens_computed - before if measured else 0
+        self._turns.prefilled(tokens, time.monotonic() - started)
         for event in self._ended:
             self._end(event)
         self._ended.clear()

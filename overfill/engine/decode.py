@@ -53,6 +53,9 @@ class DecodeEngine:
             the step's memory.
         prefix: cache on ``pool`` of received prompts, never of KV that the decoder wrote. None disables caching.
         metrics: counters of steps, refusals and preemptions; None disables them.
+
+    Attributes:
+        replayed_last: True if the last step replayed known tokens.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class DecodeEngine:
         self._replay_budget = replay_budget
         self._emit = emit
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
-        self._replayed_last = False
+        self.replayed_last = False
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
 
@@ -141,11 +144,11 @@ class DecodeEngine:
         replays = [s for s in ready if len(s.pending()) > 1]
         decodes = [s for s in ready if len(s.pending()) == 1]
         # While there are both, replays and normal steps alternate.
-        if replays and (not decodes or not self._replayed_last):
-            self._replayed_last = True
+        if replays and (not decodes or not self.replayed_last):
+            self.replayed_last = True
             chosen = self._within_budget(replays)
         else:
-            self._replayed_last = False
+            self.replayed_last = False
             chosen = decodes
         if chosen:
             events.extend(self._compute(chosen))

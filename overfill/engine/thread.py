@@ -19,6 +19,7 @@ from overfill.engine.protocol import EngineCore, LoadT
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_ALONE: AbstractContextManager[object] = nullcontext()
 _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
 
@@ -36,7 +37,7 @@ class EngineThread(Generic[LoadT]):
         on_load_change: called on the engine's thread after ``load`` has changed, with True if capacity was freed, for
             which a request may be waiting.
         device: current device of the engine's thread.
-        cores: entered for each step; gives its number of threads. None means ``threads`` for each.
+        cores: entered for each step.
 
     Attributes:
         load: snapshot after the last message or step.
@@ -52,7 +53,7 @@ class EngineThread(Generic[LoadT]):
         on_stuck: Callable[[], object] = lambda: None,
         on_load_change: Callable[[bool], object] = lambda freed: None,
         device: torch.device = _CPU,
-        cores: AbstractContextManager[int] | None = None,
+        cores: AbstractContextManager[object] = _ALONE,
     ) -> None:
         self._device = device
         self._core = core
@@ -61,7 +62,7 @@ class EngineThread(Generic[LoadT]):
         self._step_began: float | None = None
         self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
         self._threads = threads
-        self._cores = cores or nullcontext(threads)
+        self._cores = cores
         self._on_load_change = on_load_change
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.load = core.load()
@@ -110,10 +111,7 @@ class EngineThread(Generic[LoadT]):
                         self._publish_load()
                         continue
                     self._step_began = time.monotonic()
-                    with self._cores as threads:
-                        if threads != self._threads:
-                            set_num_threads(threads)
-                            self._threads = threads
+                    with self._cores:
                         busy = self._core.step()
                     self._step_began = None
                     self._publish_load()

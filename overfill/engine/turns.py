@@ -81,24 +81,26 @@ class Turns:
         """Whether the durations of steps matter."""
         return self._itl_objective is not None
 
-    def decoded(self, seconds: float) -> None:
-        """Notes a decode step."""
+    def decoded(self, seconds: float | None) -> None:
+        """Notes a decode step. None: it replayed known tokens, so its duration says nothing of other steps."""
         self.decode_first = False
-        self._decode_steps.add(1, seconds)
+        if seconds is not None:
+            self._decode_steps.add(1, seconds)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
-        """Notes a prefill step; one that failed has computed 0 tokens."""
+        """Notes a prefill step. One that failed, or whose duration is unknown, counts as a step of 0 tokens."""
         self.decode_first = True
         if tokens:
             self._prefill_steps.add(tokens, seconds)
 
-    def chunk(self, decoding: bool, remaining: int, waited: float) -> int:
+    def chunk(self, decoding: bool, remaining: int, waited: float, *, alone: bool = True) -> int:
         """Maximum number of prompt tokens in the next prefill step.
 
         Args:
             decoding: whether answers wait for this step.
             remaining: tokens of the oldest prompt that are not computed.
             waited: seconds since that prompt arrived.
+            alone: whether no other prompt waits. Otherwise the oldest prompt gets half of a chunk that it does not fit.
         """
         longest = self._max_tokens
         if not decoding or self._itl_objective is None or longest <= MIN_CHUNK:
@@ -112,7 +114,10 @@ class Turns:
         if self._ttft_objective is not None:
 
             def first_token(chunk: int) -> float:
-                return waited + remaining * token + math.ceil(remaining / chunk) * (step + decode)
+                share = chunk if alone or remaining <= chunk else max(1, chunk // 2)
+                steps = math.ceil(remaining / share)
+                computed = remaining if share == chunk else steps * chunk
+                return waited + computed * token + steps * (step + decode)
 
             if first_token(longest) <= self._ttft_objective < first_token(tokens):
                 return longest

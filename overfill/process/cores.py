@@ -1,76 +1,64 @@
-"""Divides a machine's cores among the worker processes that compute at the moment, through a file that they share.
+"""Lets the worker processes of one machine take turns at its cores, through a file that they share.
 
-Each process has a slot in the file: its id, and whether it is in a step. A step only reads and writes memory; there is
-no lock. Two steps that begin at the same instant may both take all cores, until the next step of either.
+A step has all cores, and no other step of these workers runs meanwhile. Steps that run at once would each have threads
+that wait at barriers for one without a core. Turns are two record locks on the file, which the kernel frees when a
+process ends: who has the second one steps, and who has the first one is next. So two busy workers alternate.
 """
 
 from __future__ import annotations
 
 import fcntl
-import mmap
-import os
+import time
 from pathlib import Path
 
-_SLOTS = 64
-_SLOT = 2  # numbers of a slot, 32 bits each: process id, 1 in a step
-SIZE = 4 * _SLOT * _SLOTS
-"""Bytes of the file, at first all zero."""
+PATIENCE = 1.0
+"""Seconds after which a worker steps although another one has the turn, which may be frozen. From then on it does not
+wait, until the turn is free again."""
+
+STEP_TOKENS = 512
+"""Maximum number of prompt tokens in a step of a worker that shares cores, because answers wait for it."""
+
+_POLL = 0.001  # seconds; a lock that is waited for in the kernel cannot be given up
+_NEXT, _STEPPING = 0, 1  # bytes of the file
 
 
 class SharedCores:
-    """One process's view of the file. Use it as a context manager around each step; entering returns the threads.
+    """One process's turns. Use it as a context manager around each step.
 
     Args:
-        path: the file, of ``SIZE`` bytes.
-        threads: maximum number of threads of a step.
-        cores: cores that the processes share; None means those on which this process may run.
+        path: the file; its content does not matter.
 
     Raises:
-        OSError: the file cannot be read, is too small, or has no free slot.
+        OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path, threads: int, cores: int | None = None) -> None:
-        self._threads = threads
-        self._cores = cores or len(os.sched_getaffinity(0))
-        with path.open("r+b") as file:
-            if os.fstat(file.fileno()).st_size < SIZE:
-                raise OSError(f"{path} has fewer than {SIZE} bytes")
-            self._slots = memoryview(mmap.mmap(file.fileno(), SIZE)).cast("I")
-            fcntl.flock(file, fcntl.LOCK_EX)  # so that processes that start together take different slots
-            try:
-                self._own = self._take_slot(path)
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing does not unlock it, because the map keeps it open
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b")
+        self._patience, self._has_turn = PATIENCE, False
 
-    def _take_slot(self, path: Path) -> int:
-        for own in range(0, _SLOT * _SLOTS, _SLOT):
-            if not self._slots[own] or not _runs(self._slots[own]):
-                self._slots[own + 1] = 0
-                self._slots[own] = os.getpid()
-                return own
-        raise OSError(f"{path} has no free slot; it has {_SLOTS}")
+    def close(self) -> None:
+        self._file.close()
 
-    def __enter__(self) -> int:
-        slots = self._slots
-        slots[self._own + 1] = 1
-        computing = 1
-        for slot in range(0, _SLOT * _SLOTS, _SLOT):
-            if not slots[slot]:  # slots are taken from the first on, and never given back
-                break
-            # A process that was killed in a step has left its mark.
-            if slots[slot + 1] and slot != self._own and _runs(slots[slot]):
-                computing += 1
-        return max(1, min(self._threads, self._cores // computing))
+    def __enter__(self) -> None:
+        deadline = time.monotonic() + self._patience
+        self._has_turn = self._lock(_NEXT, deadline) and self._lock(_STEPPING, deadline)
+        self._unlock(_NEXT)
+        self._patience = PATIENCE if self._has_turn else 0.0
 
     def __exit__(self, *_: object) -> None:
-        self._slots[self._own + 1] = 0
+        if self._has_turn:
+            self._unlock(_STEPPING)
 
+    def _lock(self, byte: int, deadline: float) -> bool:
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(_POLL)
+            else:
+                return True
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    def _unlock(self, byte: int) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, byte)

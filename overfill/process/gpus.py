@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import takewhile
 from pathlib import Path
 
 _DEVICES = Path("/dev")
@@ -22,4 +23,5 @@ def gpu_count() -> int:
     if visible is None:
         return count
     # CUDA ignores everything after the first device that does not exist.
-    return min(count, len([name for name in visible.split("-1")[0].split(",") if name.strip()]))
+    names = takewhile(lambda name: name != "-1", map(str.strip, visible.split(",")))
+    return min(count, sum(map(bool, names)))

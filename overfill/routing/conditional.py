@@ -7,6 +7,7 @@ with both stages computes the prompts of its own answers that are short, or that
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.policy import PlacementRequest, Policy
@@ -51,13 +52,21 @@ class Conditional(Policy):
         self._part(worker).keys_changed(worker, added, removed)
 
     def best(self, request: PlacementRequest) -> Iterator[Worker]:
-        candidate, goes_first = self._candidate(request)
-        if candidate is not None and goes_first:
+        prefill_only, colocated = self._prefill_only.best(request), self._colocated.best(request)
+        first = next(colocated, None)
+        if first is None:
+            yield from prefill_only
+            return
+        other = next(prefill_only, None)
+        candidate, goes_first = self._candidate(request, first, other)
+        if goes_first:
             yield candidate
-        yield from self._prefill_only.best(request)
-        if candidate is not None and not goes_first:
+        if other is not None:
+            yield other
+            yield from prefill_only
+        if not goes_first:
             yield candidate
-        yield from (worker for worker in self._colocated.best(request) if worker is not candidate)
+        yield from (worker for worker in chain([first], colocated) if worker is not candidate)
 
     def placed(self, request: PlacementRequest, worker: Worker) -> int:
         return self._part(worker).placed(request, worker)
@@ -78,17 +87,18 @@ class Conditional(Policy):
     def _part(self, worker: Worker) -> PrefixAffinity:
         return self._colocated if worker.info.colocated else self._prefill_only
 
-    def _candidate(self, request: PlacementRequest) -> tuple[Worker | None, bool]:
-        """Returns the worker with both stages to try before others of its kind, and whether it goes first of all."""
-        best = next(self._colocated.best(request), None)
-        if best is None:
-            return None, False
+    def _candidate(self, request: PlacementRequest, best: Worker, other: Worker | None) -> tuple[Worker, bool]:
+        """Returns the worker with both stages to try before others of its kind, and whether it goes first of all.
+
+        Args:
+            best: the best worker with both stages.
+            other: the best worker with prefill only.
+        """
         local = None if request.decode is None else self._by_key.get(request.decode.key)
         short = 0.0 if request.decode is None else self._short.get(request.decode.info.tier, 0.0)
-        other = next(self._prefill_only.best(request), None)
         if other is None:
             stays = local is not None and self._ahead(request, local) <= self._ahead(request, best) + short
-            return local if stays else best, True
+            return local if local is not None and stays else best, True
         candidate = local or best
         ahead = self._ahead(request, candidate)
         return candidate, ahead < self._ahead(request, other) or (candidate is local and ahead <= short)

@@ -264,7 +264,7 @@ class Dispatcher:
         # Count it now, because a worker that refuses a job puts it back into the queue.
         if job.placed_at is not None and job.placed_at > job.waiting_since:
             self._tiers[job.tier].admission.departure_rate.departed()
-        if late_prefill is not None:
+        if late_prefill is not None and self._roster.prefill.get(late_prefill.id) is late_prefill:
             self._assign_prefill(job, late_prefill)  # beyond its credits if need be: the decode worker turns to it now
         if job.prefill is None:
             self._want_prefill(job)
@@ -381,7 +381,9 @@ class Dispatcher:
             self.slots_given_back += 1
         for job in _first_placed(self._overdue, SILENT_AFTER, now):
             answers = self._overdue.pop(job)
-            if job.decode is not None and job.decode.answers == answers and not job.compiles:
+            # A worker with both stages answers after its step, which may be a long chunk of a prompt.
+            may_be_late = job.compiles or (job.decode is not None and job.decode.info.colocated)
+            if job.decode is not None and job.decode.answers == answers and not may_be_late:
                 self._silent[job.decode] = now + SILENCE
         for worker, until in list(self._silent.items()):
             if now >= until:
@@ -596,6 +598,8 @@ class Dispatcher:
                 continue
             waiting = list(self.waiting()) if pool is self._roster.prefill else [*self._waiting_for(pool)]
             for job in waiting:
+                if job.decode is not None and job.decode.info.colocated and job.decode.draining:
+                    continue  # the worker prefills its own sequences while it drains
                 yield self._reject(job, Unavailable(f"no {pool.title} has reported for {absent:.0f} s"))
 
     def _waiting_for(self, pool: Pool) -> FairQueue[Job]:

@@ -243,9 +243,8 @@ class Roster:
         """
         checked = [self._checked(info) for info in infos]  # all before the first joins
         pools = [self.prefill if info.stage == PREFILL else self.decode[info.tier] for info in checked]
-        for old in self.find_all(
-            infos[0].id
-        ):  # a worker restarted with another stage or tier, whose end is not known yet
+        # A worker may have restarted with another stage or tier before its end is known.
+        for old in self.find_all(infos[0].id):
             if (pool := self.pool_of(old)) not in pools:
                 pool.remove(old)
         return tuple(pool.join(info) for pool, info in zip(pools, checked, strict=True))

@@ -270,7 +270,7 @@ class Scaler:
             self._shares = None
         first, *others = [
             PoolTarget(workers, need, note or why, inputs)
-            for (workers, note), (need, why, inputs) in zip(wanted, needs, strict=True)
+            for (workers, note), need, (_, why, inputs) in zip(wanted, scaled, needs, strict=True)
         ]
         return Targets(now, first, dict(zip(self._tiers, others, strict=True)))
 
@@ -411,9 +411,10 @@ class _Follower:
     def follow(self, now: float, state: PoolState, need: float) -> tuple[int, str]:
         """Returns the target, and the reason if it differs from the need."""
         bounds, config = self.bounds, self._config
+        least = max(0, bounds.min - math.ceil(state.colocated))  # workers with both stages count towards the minimum
         if self.target is None:
             scaled = round(state.ready - state.colocated) + state.starting
-            self.target = min(bounds.max, max(bounds.min, scaled))
+            self.target = min(bounds.max, max(least, scaled))
             self._wanted.append((now, self.target))  # keeps the initial size for ``stabilise`` seconds
         up = math.ceil(need - 1e-9)
         down = math.ceil(need * (1 + config.hysteresis) - 1e-9)
@@ -424,10 +425,10 @@ class _Follower:
             self._wanted.popleft()
         held = min(self.target, self.recent_max)
         wanted = max(up, held)
-        self.target = min(bounds.max, max(bounds.min, wanted))
+        self.target = min(bounds.max, max(least, wanted))
         if wanted > bounds.max:
             return self.target, f"maximum of the pool; {wanted} needed"
-        if wanted < bounds.min:
+        if wanted < least:
             return self.target, f"minimum of the pool; {wanted} needed"
         return self.target, "" if wanted == up else f"kept until {up} has been enough for {config.stabilise:g} s"
 

@@ -45,6 +45,7 @@ class WorkerHandle:
         codec: codec in which a decode worker requests KV.
         prefix_keys: keys of a prefill worker's prefix cache; None means that there is none.
         prefill_load: with both stages, returns the load of the prefill stage; ``load`` is then the decode stage's.
+        on_drain: called once, when a drain starts.
     """
 
     load: Callable[[], decode_pb2.WorkerLoad]
@@ -55,6 +56,7 @@ class WorkerHandle:
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
     prefix_keys: PrefixKeys | None = None
     prefill_load: Callable[[], decode_pb2.WorkerLoad] | None = None
+    on_drain: Callable[[], None] = lambda: None
 
 
 class WorkerHost:
@@ -107,6 +109,7 @@ class WorkerHost:
             log.info("draining: %d requests running", self._worker.active())
             self._stop.set()
             self._server.set_ready(False)
+            self._worker.on_drain()
             self.notify()
 
     def notify(self, *, debounce: bool = False) -> None:

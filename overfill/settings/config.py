@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
+from overfill.process.cores import STEP_TOKENS
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
@@ -239,8 +240,8 @@ class WorkerConfig(ServiceConfig):
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
     shared_cores: Path | None = Field(
         None,
-        description="file in which the workers of one machine tell each other when they compute, so that a step on the "
-        "CPU leaves the others their share of the cores; overfill up sets it",
+        description="file through which the workers of one machine take turns at its cores, a step at a time; steps of "
+        f"prompts then have at most {STEP_TOKENS} tokens; only on the CPU with native kernels; overfill up sets it",
     )
     engine: EngineChoice = Field(
         "auto",
@@ -382,7 +383,8 @@ class ColocatedConfig(DecodeConfig):
     itl_objective: float = Field(
         ITL_OBJECTIVE,
         gt=0,
-        description="target for the time between tokens, in seconds; prompts are computed in chunks that allow it",
+        description="target for the time between tokens, in seconds; prompts are computed in chunks that allow it, or "
+        "in full ones if none does",
     )
 
     @model_validator(mode="after")
@@ -391,6 +393,10 @@ class ColocatedConfig(DecodeConfig):
             raise ValueError(
                 "--engine vllm: a worker with both stages runs on OverFill's own engine; for vLLM start a worker for "
                 "each stage, as `overfill up --prefill 1 --decode 1 --engine vllm` does"
+            )
+        if self.engine_args:
+            raise ValueError(
+                "--engine-args are for vLLM, and a worker with both stages runs on OverFill's own engine: remove them"
             )
         return self
 

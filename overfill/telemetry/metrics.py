@@ -193,7 +193,11 @@ class RouterMetrics(MetricSet):
             "Changes of scaling_target_workers, by pool and direction.",
             {**pool, "direction": ("up", "down")},
         )
-        self._lost = counter("workers_lost_total", "Workers that disconnected without a drain.", pool)
+        self._lost = counter(
+            "workers_lost_total",
+            "Workers that disconnected without a drain; one with both stages counts in each.",
+            pool,
+        )
         # These series exist from the start, but not every stage with every tier.
         for stage, name in (("prefill", ""), *(("decode", name) for name in tiers)):
             self._lost.labels(stage, name)

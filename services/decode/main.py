@@ -41,7 +41,7 @@ def decode_stage(
     writers = device_executor(_WRITERS, "kv-in", served.device)
     servicer = DecodeServicer(served, hello, peers, writers, CODECS[config.codec], metrics, limits)
     add = decode_pb2_grpc.add_DecodeServicer_to_server
-    return servicer, StageService(served, servicer, add, SERVICE, metrics, peers.close)
+    return servicer, StageService(served, servicer, add, SERVICE, metrics, peers.close, servicer.on_drain)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -100,8 +100,8 @@ class SequenceSession:
         new_handoff: connects to the assigned prefill worker and creates the handoff of the prompt's KV to ``blocks``.
         time_left: returns the seconds until the request's deadline, or None without one.
         load: returns the worker's load, which a refusal reports.
-        prefill_here: returns this worker's own assignment while the router cannot assign it: it has both stages and
-            drains. Otherwise None.
+        own_assignment: returns an assignment of this very worker while it must prefill for itself: a worker with both
+            stages that drains. Otherwise None.
         metrics: counts the reservation, the handoffs and the end. None means no metrics.
 
     Attributes:
@@ -120,7 +120,7 @@ class SequenceSession:
         time_left: Callable[[], float | None],
         load: Callable[[], decode_pb2.WorkerLoad],
         metrics: DecodeMetrics | None = None,
-        prefill_here: Callable[[], decode_pb2.AssignPrefill | None] = lambda: None,
+        own_assignment: Callable[[], decode_pb2.AssignPrefill | None] = lambda: None,
     ) -> None:
         self._metrics = metrics or DecodeMetrics()
         self.start = start
@@ -131,7 +131,7 @@ class SequenceSession:
         self._tell = tell
         self._send = send
         self._new_handoff = new_handoff
-        self._prefill_here = prefill_here
+        self._own_assignment = own_assignment
         self._time_left = time_left
         self._load = load
         self._received_ns = time.monotonic_ns()
@@ -250,7 +250,7 @@ class SequenceSession:
         self._tell(decode_pb2.SequenceUpdate(reserved=reserved))
         if self.start.HasField("assign_prefill"):
             self._begin_pull(self.start.assign_prefill)
-        elif (own := self._prefill_here()) is not None:
+        elif (own := self._own_assignment()) is not None:
             self._begin_pull(own)
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
@@ -261,7 +261,7 @@ class SequenceSession:
 
     def _want_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
         """Asks the router for a prefill worker; while it would assign none, this worker takes the prompt itself."""
-        own = self._prefill_here()
+        own = self._own_assignment()
         if own is not None and own.worker_id != worker:
             self._begin_pull(own)
             return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
@@ -29,6 +30,18 @@ from services.messages import worker_load
 from services.prompt_hasher import PromptHasher
 
 
+class OwnPrefills(Protocol):
+    """The prefill stage of this worker, as its decode stage uses it."""
+
+    def fits(self, prompt_tokens: int) -> bool:
+        """True if a prompt of this length fits the full model's context and KV cache."""
+        ...
+
+    def handoff(self, session: SequenceSession) -> Handoff:
+        """Returns the prefill of the session's prompt into the blocks that the session holds now."""
+        ...
+
+
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     """Serves Serve and Describe. The process sets ``engine`` and ``host`` before the server starts.
 
@@ -37,7 +50,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         codec: encoding in which KV is requested unless the request names another.
 
     Attributes:
-        prefill_here: makes the handoff of a prompt that this worker prefills itself; None without the prefill stage.
+        own_prefills: the prefill stage of this worker; None without one.
     """
 
     engine: EnginePort
@@ -61,7 +74,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._hello = hello
         self._peers = peers
         self._executor = executor
-        self.prefill_here: Callable[[SequenceSession], Handoff] | None = None
+        self.own_prefills: OwnPrefills | None = None
         self._sessions: dict[str, SequenceSession] = {}
 
     @property
@@ -156,20 +169,27 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             served.time_left,
             lambda: worker_load(self.engine.load, self._half.store.block_size),
             self._metrics,
-            self._own_assignment,
+            lambda: self._own_assignment(len(sequence.prompt)),
         )
 
     @asynccontextmanager
     async def _new_handoff(self, target: decode_pb2.AssignPrefill, session: SequenceSession) -> AsyncIterator[Handoff]:
         itself = (target.worker_id, target.incarnation) == (self._hello.worker_id, self._hello.incarnation)
-        if itself and self.prefill_here is not None:
-            yield self.prefill_here(session)
+        if itself and self.own_prefills is not None:
+            yield self.own_prefills.handoff(session)
             return
         async with self._peers.use(target) as peer:
             yield self._new_pull(peer, session)
 
-    def _own_assignment(self) -> decode_pb2.AssignPrefill | None:
-        if self.prefill_here is None or not self.host.draining:
+    def on_drain(self) -> None:
+        """Lets sequences that wait for a prefill worker turn to this one: routers assign none that drains."""
+        for session in self._sessions.values():
+            if (own := self._own_assignment(len(session.sequence.prompt))) is not None:
+                session.inbox.put_nowait(own)  # ignored unless the session waits for one
+
+    def _own_assignment(self, prompt_tokens: int) -> decode_pb2.AssignPrefill | None:
+        """Returns an assignment of this worker, while it drains and if it can prefill such a prompt."""
+        if self.own_prefills is None or not self.host.draining or not self.own_prefills.fits(prompt_tokens):
             return None
         return decode_pb2.AssignPrefill(worker_id=self._hello.worker_id, incarnation=self._hello.incarnation)
 

@@ -72,8 +72,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return admin_pb2.StatusResponse(process=self._process(), activity=self._activity(True))
         # Look up all channels before the first await: a worker may leave while others are being queried.
         known = self._roster.workers()
-        asked = {w.id: asyncio.ensure_future(self._ask(self._stub(w), w.id)) for w in known}
-        answers = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+        stubs = {w.id: self._stub(w) for w in known}  # a worker with both stages is asked once
+        answers = dict(
+            zip(stubs, await asyncio.gather(*[self._ask(stub, id) for id, stub in stubs.items()]), strict=True)
+        )
         return await self._response([_with_process(_listed(w), answers[w.id]) for w in known])
 
     async def known(self) -> admin_pb2.StatusResponse:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import (
@@ -26,8 +27,15 @@ from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2, prefill_pb2
 from services.decode.sequence_session import SequenceSession
+from services.hosting import EnginePort
 from services.messages import logprobs_to_proto
 from services.prompt_hasher import PromptHasher
+
+
+class PrefillStage(Protocol):
+    """The servicer of this worker's prefill stage."""
+
+    engine: EnginePort
 
 
 class LocalPrefills:
@@ -35,16 +43,28 @@ class LocalPrefills:
 
     Args:
         full: the full model's half.
-        send: sends a message to the engine.
+        stage: the prefill stage, which has the engine.
         metrics: counts the prompts, as for prompts of other workers.
+
+    Attributes:
+        events: events of each prompt that is being computed, by its id.
     """
 
-    def __init__(self, full: ServedHalf, send: Callable[[object], None], metrics: PrefillMetrics) -> None:
+    def __init__(self, full: ServedHalf, stage: PrefillStage, metrics: PrefillMetrics) -> None:
+        self.metrics = metrics
+        self.events: dict[str, asyncio.Queue[PrefillEvent | DecodeEvent]] = {}
         self._full = full
-        self._send = send
-        self._metrics = metrics
+        self._stage = stage
         self._hasher = PromptHasher(full.blocks_of)
-        self._events: dict[str, asyncio.Queue[PrefillEvent | DecodeEvent]] = {}
+
+    def send(self, message: object) -> None:
+        """Sends a message to the engine."""
+        self._stage.engine.send(message)
+
+    def fits(self, prompt_tokens: int) -> bool:
+        """True if a prompt of this length fits the full model's context and KV cache."""
+        held = self._stage.engine.load.blocks_total * self._full.store.block_size
+        return prompt_tokens <= min(held, self._full.max_model_len)
 
     def handoff(self, session: SequenceSession) -> LocalPrefill:
         """Returns the prefill of the session's prompt into the blocks that the session holds now."""
@@ -53,7 +73,7 @@ class LocalPrefills:
     def on_events(self, events: Iterable[PrefillEvent | DecodeEvent]) -> None:
         """Passes engine events to their prompts. Call it on the event loop."""
         for event in events:
-            if queue := self._events.get(event.id):
+            if queue := self.events.get(event.id):
                 queue.put_nowait(event)
 
     async def sequence(self, session: SequenceSession) -> PrefillSequence:
@@ -99,7 +119,7 @@ class LocalPrefill:
             DeadlineExceeded: ``timeout`` seconds have passed.
             InvalidRequest, InternalError: the full model cannot compute the prompt.
         """
-        with self._prefills._metrics.prompt():
+        with self._prefills.metrics.prompt():
             try:
                 async with asyncio.timeout(timeout):
                     await self._run(on_first_token)
@@ -110,25 +130,26 @@ class LocalPrefill:
     async def _run(self, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)
-        events = prefills._events[sequence.id] = asyncio.Queue()
+        events = prefills.events[sequence.id] = asyncio.Queue()
         computed = False
         try:
-            prefills._send(PrefillHere(sequence, session.sequence.id, session.held_tokens))
+            prefills.send(PrefillHere(sequence, session.sequence.id, session.held_tokens))
             queue_ns = scheduled_ns = 0
             while not computed:
                 match await events.get():
                     case PrefillScheduled(cached_tokens=cached, time_ns=scheduled_ns):
                         queue_ns = scheduled_ns - self.stats.started_ns
                         self.stats.cached_tokens = cached
-                        prefills._metrics.scheduled(queue_ns / 1e9)
+                        prefills.metrics.scheduled(queue_ns / 1e9)
                         tracing.current().past("prefill.queue", self.stats.started_ns, scheduled_ns)
                         tracing.current().set(cached_tokens=cached)
                     case PromptComputed(first=first, time_ns=now):
                         computed = True
-                        prefills._metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
+                        received = time.monotonic_ns()
+                        self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None:
-                            received = time.monotonic_ns()
+                            prefills.metrics.computed((now - scheduled_ns) / 1e9)
                             self.stats.first_token_ns = received - self.stats.started_ns
                             token = prefill_pb2.FirstToken(
                                 token_id=first.token_id,
@@ -144,7 +165,7 @@ class LocalPrefill:
                     case _:
                         pass
         finally:
-            del prefills._events[sequence.id]
+            del prefills.events[sequence.id]
             if not computed:
                 sequence.cancelled = True  # ends a running step between two layers
-                prefills._send(Release(sequence.id))
+                prefills.send(Release(sequence.id))

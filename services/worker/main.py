@@ -25,8 +25,8 @@ async def serve(config: ColocatedConfig, on_ready: OnReady = lambda host: None) 
     of_decode = DecodeMetrics(beside=of_prefill)
     prefill, prefill_service = prefill_stage(config, full, hello, of_prefill)
     decode, decode_service = decode_stage(config, decoder, hello, of_decode)
-    here = LocalPrefills(full, lambda message: decode.engine.send(message), of_prefill)
-    decode.prefill_here = here.handoff
+    here = LocalPrefills(full, prefill, of_prefill)
+    decode.own_prefills = here
 
     def on_decode_events(events: Sequence[Any]) -> None:  # of sequences, and of prompts that are prefilled here
         here.on_events(events)

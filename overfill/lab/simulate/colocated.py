@@ -57,5 +57,6 @@ class SimTurns:
         if oldest is None:
             return False
         waited = self._clock.now - oldest.submitted
-        self._prefill.begin_step(self._turns.chunk(self._decode.runnable, oldest.left, waited))
+        chunk = self._turns.chunk(self._decode.runnable, oldest.left, waited, alone=self._prefill.oldest_is_alone)
+        self._prefill.begin_step(chunk)
         return True

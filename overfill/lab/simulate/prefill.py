@@ -87,6 +87,11 @@ class SimPrefill:
         return next(iter(self._running.values()), None)
 
     @property
+    def oldest_is_alone(self) -> bool:
+        """True if no other prompt shares the step of the oldest."""
+        return len(self._running) == 1
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

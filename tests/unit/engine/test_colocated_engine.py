@@ -398,7 +398,7 @@ def test_each_step_runs_one_engine_and_the_turns_limit_its_tokens():
     asked = []
 
     class Short(Turns):
-        def chunk(self, decoding, remaining, waited):
+        def chunk(self, decoding, remaining, waited, *, alone):
             asked.append((decoding, remaining, waited >= 0))
             return 3 if decoding else 8
 
@@ -450,11 +450,16 @@ def test_an_engine_thread_drives_both_stages():
     assert engine.load.decode.blocks_used == 0
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_requests_lose_no_block_and_get_right_answers(seed):
+def test_random_requests_lose_no_block_and_get_right_answers():
     """Local and remote prompts share small pools; a quarter of them is cancelled, and sequences are preempted."""
+    assert sum(map(run_randomly, range(20))) > 100, "preemptions, or the test proves little"
+
+
+def run_randomly(seed):
+    """Returns how many sequences were preempted."""
     chance = random.Random(seed)
-    worker = Worker(prefill_blocks=9, decode_blocks=9, max_tokens=6)
+    worker = Worker(prefill_blocks=9, decode_blocks=7, max_tokens=6)
+    preempted = 0
     live, answers, number, taken = {}, {}, 0, 0
     for turn in range(400):
         if turn < 250 and chance.random() < 0.2:
@@ -464,7 +469,7 @@ def test_random_requests_lose_no_block_and_get_right_answers(seed):
                 live[f"remote {number}"] = None
                 worker.handle(Submit(PrefillSequence(f"remote {number}", prompt, GREEDY)))
             else:
-                sequence = DecodeSequence(f"{number}", prompt, [], GREEDY, StopRule(frozenset(), 8))
+                sequence = DecodeSequence(f"{number}", prompt, [], GREEDY, StopRule(frozenset(), 12))
                 live[sequence.id] = sequence
                 worker.handle(Reserve(sequence))
         worker.step()
@@ -478,6 +483,7 @@ def test_random_requests_lose_no_block_and_get_right_answers(seed):
                 case Reserved():
                     worker.prefill(sequence, f"prompt of {id}/{taken}", sample_first_token=not sequence.emitted)
                 case Preempted():
+                    preempted += 1
                     worker.handle(Yielded(id))
                 case PromptComputed(first=first):
                     assert worker.kv(sequence) == kv_of(sequence.prompt)
@@ -494,7 +500,8 @@ def test_random_requests_lose_no_block_and_get_right_answers(seed):
     assert answers
     for sequence in answers.values():
         last = sequence.prompt[-1]
-        assert sequence.emitted == [last + i for i in range(1, 9)]
+        assert sequence.emitted == [last + i for i in range(1, 13)]
     worker.handle(*(Release(id) for id in live))
     worker.run()
     worker.assert_empty()
+    return preempted

@@ -4,7 +4,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import torch
 
 from overfill.engine import thread
 from overfill.engine.sequence import EngineLoad
@@ -82,18 +81,18 @@ def test_a_lost_block_ends_the_engine(core):
     assert not engine.alive
 
 
-def test_each_step_has_the_threads_that_the_machine_has_left(core):
-    found, left = [], [2, 1, 3]
+def test_each_step_is_a_turn_at_the_cores(core):
+    found, left = [], [1, 2, 3]
 
     class Cores:
         def __enter__(self):
-            return left.pop(0)
+            found.append("begin")
 
         def __exit__(self, *_):
             found.append("end")
 
     def step():
-        found.append(torch.get_num_threads())
+        found.append(left.pop(0))
         return bool(left)
 
     core.step = step
@@ -102,4 +101,4 @@ def test_each_step_has_the_threads_that_the_machine_has_left(core):
     engine.send("work")
     assert core.checked.acquire(timeout=10)
     engine.stop()
-    assert found == [2, "end", 1, "end", 3, "end"]
+    assert found == ["begin", 1, "end", "begin", 2, "end", "begin", 3, "end"]

@@ -96,3 +96,19 @@ def test_one_slow_step_changes_little():
     turns = measured(itl=0.1)
     turns.decoded(0.2)
     assert 60 < turns.chunk(True, 5000, 0.0) < 80
+
+
+def test_the_oldest_prompt_gets_half_of_a_chunk_while_others_wait():
+    turns = measured(ttft=2.0, itl=0.1)
+    alone = [turns.chunk(True, 1500, waited) == MAX for waited in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    shared = [turns.chunk(True, 1500, waited, alone=False) == MAX for waited in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    assert shared != alone
+    assert shared.index(True) < (alone.index(True) if True in alone else len(alone)), "it is hurried earlier"
+
+
+def test_a_replay_says_nothing_of_the_next_decode_step():
+    turns = measured(itl=0.1)
+    before = turns.chunk(True, 5000, 0.0)
+    turns.decoded(None)
+    assert turns.chunk(True, 5000, 0.0) == before
+    assert not turns.decode_first

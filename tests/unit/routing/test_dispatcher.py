@@ -419,6 +419,38 @@ def test_a_token_ends_the_wait_for_a_prefill_slot(roster, dispatcher, add_worker
     check(dispatcher, 0.0)
 
 
+def test_a_worker_with_both_stages_may_answer_late(roster, dispatcher, both, make_report):
+    """It answers after its step, which may be a long chunk of a prompt."""
+    workers = both("b")
+    a, b = job("a"), job("b")
+    dispatcher.submit(a, 0.0)
+    assert placed(dispatcher.poll(0.0)) == [("a", "b")]
+    for now in (1.0, SILENT_AFTER + 1):
+        for worker in workers:
+            roster.pool_of(worker).report(worker, make_report(), now)
+        dispatcher.poll(now)
+    dispatcher.submit(b, SILENT_AFTER + 1)
+    assert placed(dispatcher.poll(SILENT_AFTER + 1)) == [("b", "b")]
+
+
+def test_a_draining_worker_with_both_stages_keeps_the_requests_that_it_prefills_itself(
+    roster, add_worker, both, make_report
+):
+    dispatcher = Dispatcher(roster, absent_after=5.0)
+    workers = both("b")
+    a = job("a")
+    dispatcher.submit(a, 0.0)
+    dispatcher.poll(0.0)
+    for now in (0.0, 6.0, 12.0):
+        for worker in workers:
+            roster.pool_of(worker).report(worker, make_report(draining=True), now)
+        if not now:
+            dispatcher.reserved(a)
+        assert dispatcher.poll(now) == [], "no other worker prefills, and it needs none"
+    dispatcher.prefill_done(a, 12.0)
+    assert dispatcher.num_waiting == 0
+
+
 def test_preempted_sequences_get_prefill_slots_before_new_ones(roster, dispatcher, add_worker):
     add_worker(roster, "d0")
     p0 = add_worker(roster, "p0", PREFILL, credits=2)

@@ -181,10 +181,10 @@ def test_workers_with_both_stages_take_their_part_of_the_need():
     assert (alone.decode, alone.prefill) == (5, math.ceil(alone.prefill_pool.need))
     beside = targets(20.0, 2)
     assert beside.decode == 3
-    assert beside.decode_pools[DEFAULT_TIER].need == pytest.approx(5), "the need of the whole pool"
-    assert beside.prefill == math.ceil(beside.prefill_pool.need - 2)
+    assert beside.decode_pools[DEFAULT_TIER].need == pytest.approx(3), "the need of workers with one stage"
+    assert beside.prefill == math.ceil(beside.prefill_pool.need) < alone.prefill
     enough = targets(40.0, 9)
-    assert enough.decode == 1, "the pool's minimum"
+    assert (enough.decode, enough.decode_pools[DEFAULT_TIER].need) == (0, 0), "they count towards the minimum"
 
 
 def test_workers_with_both_stages_are_not_of_the_size_that_a_pool_starts_with():

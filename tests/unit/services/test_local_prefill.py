@@ -1,6 +1,7 @@
 """A prompt that is prefilled in the process that writes its answer. The engine is scripted."""
 
 import asyncio
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,15 @@ import pytest
 from overfill.engine.sequence import (
     ChunkComputed,
     DecodeSequence,
+    Preempted,
     PrefillHere,
     PrefillScheduled,
     PromptComputed,
     Release,
+    Reserved,
     SequenceFailed,
     StopRule,
+    Yielded,
 )
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
 from overfill.kv.keys import PromptBlocks
@@ -21,6 +25,7 @@ from overfill.model.sampling import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2, decode_pb2
+from services.decode.sequence_session import SequenceSession
 from services.worker.local_prefill import LocalPrefills
 
 
@@ -31,10 +36,15 @@ class Prefilling:
         self.sent, self.first_tokens, self.in_place = [], [], 0
         config = SimpleNamespace(eos_token_ids=(9,))
         full = SimpleNamespace(
-            blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 4, None, namespace), config=config, grammars=None
+            blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 4, None, namespace),
+            config=config,
+            grammars=None,
+            store=SimpleNamespace(block_size=4),
+            max_model_len=30,
         )
         self.metrics = PrefillMetrics()
-        self.prefills = LocalPrefills(full, self.sent.append, self.metrics)
+        engine = SimpleNamespace(send=self.sent.append, load=SimpleNamespace(blocks_total=5))
+        self.prefills = LocalPrefills(full, SimpleNamespace(engine=engine), self.metrics)
         sampling = common_pb2.SamplingParams(temperature=0, seed=3)
         start = decode_pb2.StartDecode(sampling=sampling, sample_index=2, cache_namespace="tenant")
         sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4))
@@ -120,3 +130,35 @@ async def test_the_deadline_ends_a_prefill():
         await prefilling.task
     assert prefilling.sent[1:] == [Release(here.sequence.id)]
     assert prefilling.outcome("deadline") == 1
+
+
+async def test_a_preempted_session_stops_its_local_prefill_before_it_gives_the_blocks_back():
+    """The engine handles messages in order, so it copies nothing into blocks that another sequence has."""
+    prefilling, told = Prefilling(), []
+
+    @asynccontextmanager
+    async def here(target, session):
+        yield prefilling.prefills.handoff(session)
+
+    sequence = DecodeSequence("d", [1, 2, 3], [], SamplingParams(temperature=0), StopRule(frozenset(), 4))
+    start = decode_pb2.StartDecode(sampling=common_pb2.SamplingParams(temperature=0, seed=3))
+    start.assign_prefill.worker_id = "w"
+    session = SequenceSession(
+        start, sequence, asyncio.Queue(), told.append, prefilling.sent.append, here, lambda: None, decode_pb2.WorkerLoad
+    )
+    running = asyncio.ensure_future(session.run())
+    session.inbox.put_nowait(Reserved("d", [0], 0))
+    while not any(isinstance(message, PrefillHere) for message in prefilling.sent):
+        await asyncio.sleep(0.001)
+    prompt = prefilling.sent[-1].sequence
+    session.inbox.put_nowait(Preempted("d"))
+    while prefilling.sent[-1] != Yielded("d"):
+        await asyncio.sleep(0.001)
+    assert prefilling.sent[-2:] == [Release(prompt.id), Yielded("d")]
+    running.cancel()
+    await asyncio.wait([running])
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(20, True), (21, False)])
+def test_only_a_prompt_that_the_full_models_cache_holds_fits(tokens, fits):
+    assert Prefilling().prefills.fits(tokens) == fits

@@ -212,7 +212,7 @@ async def test_a_draining_worker_with_both_stages_prefills_its_own_sequences(tri
     """No router assigns it a prompt any more, and it may be the only one that prefills."""
     harness = SessionHarness()
     own = decode_pb2.AssignPrefill(worker_id="d")
-    harness.session._prefill_here = lambda: own
+    harness.session._own_assignment = lambda: own
     harness.session.start.assign_prefill.worker_id = tried
     task = asyncio.ensure_future(harness.session.run())
     await settle()
@@ -234,7 +234,7 @@ async def test_a_draining_worker_with_both_stages_prefills_its_own_sequences(tri
 
 async def test_a_draining_worker_with_both_stages_waits_for_no_assignment():
     harness = SessionHarness()
-    harness.session._prefill_here = lambda: decode_pb2.AssignPrefill(worker_id="d")
+    harness.session._own_assignment = lambda: decode_pb2.AssignPrefill(worker_id="d")
     task = asyncio.ensure_future(harness.session.run())
     await settle()
     (pull,) = harness.pulls
@@ -242,3 +242,11 @@ async def test_a_draining_worker_with_both_stages_waits_for_no_assignment():
     pull.let_go.set()
     task.cancel()
     await asyncio.wait([task])
+
+
+async def test_a_session_that_waits_when_its_worker_begins_to_drain_takes_the_workers_own_assignment(harness):
+    assert [update.WhichOneof("message") for update in harness.told] == ["reserved"], "it waits for the router"
+    harness.session.inbox.put_nowait(decode_pb2.AssignPrefill(worker_id="d"))  # as ``DecodeServicer.on_drain`` does
+    await settle()
+    (pull,) = harness.pulls
+    assert pull.running
