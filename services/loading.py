@@ -14,7 +14,6 @@ from overfill.engine.device import resolve_device, use_device
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.model.manifest import Half, Pair
-from overfill.model.native.library import unavailable_reason
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
 from overfill.process.cores import STEP_TOKENS
@@ -60,9 +59,9 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
 
 
 def shares_cores(config: WorkerConfig) -> bool:
-    """True if a worker takes turns with others at the cores. Without native kernels, steps are too long for that."""
+    """True if a worker takes turns with others at the cores."""
     on_cpu = resolve_device(config.device).type == "cpu"
-    return config.shared_cores is not None and on_cpu and config.engine != "vllm" and not unavailable_reason()
+    return config.shared_cores is not None and on_cpu and config.engine != "vllm"
 
 
 def _load_pair(config: WorkerConfig) -> Pair:

@@ -241,7 +241,7 @@ class WorkerConfig(ServiceConfig):
     shared_cores: Path | None = Field(
         None,
         description="file through which the workers of one machine take turns at its cores, a step at a time; steps of "
-        f"prompts then have at most {STEP_TOKENS} tokens; only on the CPU with native kernels; overfill up sets it",
+        f"prompts then have at most {STEP_TOKENS} tokens; only on the CPU, with OverFill's engine; overfill up sets it",
     )
     engine: EngineChoice = Field(
         "auto",
