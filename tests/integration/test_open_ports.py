@@ -63,8 +63,8 @@ def own_address():
 @pytest.mark.parametrize(
     ("arguments", "least"),
     [
-        # Three ports of gRPC, one of HTTP, and one of metrics for each process.
-        (["--no-ray"], 7),
+        # Two ports of gRPC, one of HTTP, and one of metrics for each process.
+        (["--no-ray"], 5),
         pytest.param(["--mock"], 10, marks=pytest.mark.slow),  # on Ray, as by default, including Ray's own processes
     ],
     ids=["processes", "ray"],

@@ -51,7 +51,8 @@ class Stack:
     def status(self) -> SimpleNamespace:
         tiers = [None, *self.tiers]  # the first process is the prefill worker
         workers = [
-            SimpleNamespace(id=p.id, process=p, tier=t or None) for p, t in zip(self.processes, tiers, strict=False)
+            SimpleNamespace(id=p.id, stage=p.stage, process=p, tier=t or None)
+            for p, t in zip(self.processes, tiers, strict=False)
         ]
         return SimpleNamespace(workers=workers)
 
