@@ -1,4 +1,4 @@
-"""Hosts an engine in a worker process, whatever its stages: thread, servers, signals, exit codes."""
+"""Hosts an engine in a worker process with one stage or both: thread, servers, signals, exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
-from services.loading import shares_cores
+from services.loading import file_of_turns
 from services.messages import worker_load
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,8 @@ async def serve_stages(
         import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop, device = asyncio.get_running_loop(), stages[0].served.device
-    cores = SharedCores(config.shared_cores) if config.shared_cores and shares_cores(config) else None
+    file = file_of_turns(config)
+    cores = None if file is None else SharedCores(file)
     engine = EngineThread(
         core,
         "engine",

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from overfill.engine.device import resolve_device, use_device
@@ -52,16 +53,18 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
     )
     if half == "full" and isinstance(config, PrefillConfig | ColocatedConfig):
         tokens = config.max_num_batched_tokens
-        options = replace(options, max_num_batched_tokens=min(tokens, STEP_TOKENS) if shares_cores(config) else tokens)
+        if file_of_turns(config) is not None:
+            tokens = min(tokens, STEP_TOKENS)
+        options = replace(options, max_num_batched_tokens=tokens)
     if half == "decoder" and isinstance(config, DecodeConfig):
         options = replace(options, kv_cache_dtype=config.kv_cache_dtype)
     return options
 
 
-def shares_cores(config: WorkerConfig) -> bool:
-    """True if a worker takes turns with others at the cores."""
+def file_of_turns(config: WorkerConfig) -> Path | None:
+    """Returns the file through which the worker takes turns at the cores; None if it takes none."""
     on_cpu = resolve_device(config.device).type == "cpu"
-    return config.shared_cores is not None and on_cpu and config.engine != "vllm"
+    return config.shared_cores if on_cpu and config.engine != "vllm" else None
 
 
 def _load_pair(config: WorkerConfig) -> Pair:

@@ -6,13 +6,14 @@ import math
 import os
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import EngineLoad
 from overfill.model.sampling import SampledToken
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 from overfill.version import __version__
 
 _STAGES = {"full": common_pb2.STAGE_PREFILL, "decoder": common_pb2.STAGE_DECODE}
@@ -56,6 +57,16 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
         kv_blocks_cached=load.blocks_cached,
         prefix_tokens_looked_up=load.prefix_tokens_looked_up,
         prefix_tokens_found=load.prefix_tokens_found,
+    )
+
+
+def first_token_to_proto(token: SampledToken, scheduled_ns: int, sampled_ns: int) -> prefill_pb2.FirstToken:
+    """Converts the full model's token. The times are when its prompt was scheduled and when it was sampled."""
+    return prefill_pb2.FirstToken(
+        token_id=token.token_id,
+        logprobs=logprobs_to_proto(token),
+        compute_ns=sampled_ns - scheduled_ns,
+        return_ns=time.monotonic_ns() - sampled_ns,
     )
 
 

@@ -25,7 +25,7 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.errors import InternalError, InvalidRequest, Overloaded
+from overfill.errors import Overloaded
 from overfill.model.processors import new_processor
 from overfill.model.sampling import SampledToken
 
@@ -141,11 +141,8 @@ class OfflineRun:
                 self._start(self._prompts.pop(id), first)
             case TokenSampled(id=id, token=token, finish=finish):
                 self._accept(self._requests[id], token, finish)
-            case SequenceFailed(error=InvalidRequest() as error):
-                raise error
-            case SequenceFailed(id=id, error=error):
-                stage = "prefill" if id in self._prompts else "decode"
-                raise InternalError(f"{stage} failed: {error}") from error
+            case SequenceFailed(id=id):
+                event.raise_for("prefill" if id in self._prompts else "decode")
             case _:
                 pass
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
+from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.tensors import DeviceEvent
 from overfill.model.processors import LogitProcessor
@@ -213,6 +215,15 @@ class SequenceFailed:
 
     id: str
     error: Exception
+
+    def raise_for(self, stage: str) -> NoReturn:
+        """Raises the error of the request: ``error`` if the request is invalid, or else InternalError.
+
+        Every worker would fail an invalid request.
+        """
+        if isinstance(self.error, InvalidRequest):
+            raise self.error
+        raise InternalError(f"{stage} failed: {self.error}") from self.error
 
 
 PrefillEvent = PrefillScheduled | LayerStarted | KvWritten | ChunkComputed | PromptComputed | SequenceFailed

@@ -1,8 +1,10 @@
 """Lets the worker processes of one machine take turns at its cores, through a file that they share.
 
 A step has all cores, and no other step of these workers runs meanwhile. Steps that run at once would each have threads
-that wait at barriers for one without a core. Turns are two record locks on the file, which the kernel frees when a
-process ends: who has the second one steps, and who has the first one is next. So two busy workers alternate.
+that wait at barriers for one without a core.
+
+Turns are two record locks on the file. The process that holds the second lock steps, and the one that holds the first
+lock is next, so two busy workers alternate. The kernel frees the locks of a process that ends.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class SharedCores:
         self._patience, self._has_turn = PATIENCE, False
 
     def close(self) -> None:
+        """Closes the file, which frees the turn."""
         self._file.close()
 
     def __enter__(self) -> None:

@@ -138,7 +138,8 @@ class PoolTarget:
 
     Attributes:
         workers: number of workers with this stage only, draining ones excluded.
-        need: predicted need of all workers, before rounding, hysteresis and bounds.
+        need: predicted need of such workers, before rounding, hysteresis and bounds. Workers with both stages have met
+            their part of the pool's need.
         reason: short explanation of the decision.
         inputs: every number that the decision used, by name.
     """

@@ -28,7 +28,6 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import (
     Incompatible,
-    InternalError,
     InvalidRequest,
     OverfillError,
     Overloaded,
@@ -226,10 +225,8 @@ class SequenceSession:
                 self._send(Yielded(self.sequence.id))
             case TokenSampled():
                 return await self._on_token(item)
-            case SequenceFailed(error=InvalidRequest() as failure):
-                raise failure  # the request is invalid, so every worker would fail it
-            case SequenceFailed(error=failure):
-                raise InternalError(f"decode failed: {failure}") from failure
+            case SequenceFailed():
+                item.raise_for("decode")
             case decode_pb2.Evict():
                 raise Unavailable(f"evicted by the router: {item.reason}")
             case Exception():

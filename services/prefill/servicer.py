@@ -25,7 +25,6 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import (
     Incompatible,
-    InternalError,
     InvalidRequest,
     OverfillError,
     Overloaded,
@@ -50,7 +49,7 @@ from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from services.hosting import EnginePort
-from services.messages import logprobs_to_proto
+from services.messages import first_token_to_proto
 from services.prompt_hasher import PromptHasher
 
 
@@ -336,17 +335,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             case PromptComputed(first=first, time_ns=now) if first is not None:
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
-                token = prefill_pb2.FirstToken(
-                    token_id=first.token_id,
-                    logprobs=logprobs_to_proto(first),
-                    compute_ns=now - lease.scheduled_ns,
-                    return_ns=time.monotonic_ns() - now,
-                )
+                token = first_token_to_proto(first, lease.scheduled_ns, now)
                 return prefill_pb2.PrefillResponse(first_token=token)
-            case SequenceFailed(error=InvalidRequest() as error):
-                raise error
-            case SequenceFailed(error=error):
-                raise InternalError(f"prefill failed: {error}") from error
+            case SequenceFailed():
+                event.raise_for("prefill")
             case _:
                 return None
 

@@ -19,16 +19,16 @@ from overfill.engine.sequence import (
     Release,
     SequenceFailed,
 )
-from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
+from overfill.errors import DeadlineExceeded
 from overfill.kv.receiver import FirstTokenArrived, PullStats
 from overfill.model.processors import prepare_processor
 from overfill.request.params import SamplingParams
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
-from overfill.v1 import common_pb2, prefill_pb2
+from overfill.v1 import common_pb2
 from services.decode.sequence_session import SequenceSession
 from services.hosting import EnginePort
-from services.messages import logprobs_to_proto
+from services.messages import first_token_to_proto
 from services.prompt_hasher import PromptHasher
 
 
@@ -151,17 +151,10 @@ class LocalPrefill:
                         if first is not None:
                             prefills.metrics.computed((now - scheduled_ns) / 1e9)
                             self.stats.first_token_ns = received - self.stats.started_ns
-                            token = prefill_pb2.FirstToken(
-                                token_id=first.token_id,
-                                logprobs=logprobs_to_proto(first),
-                                compute_ns=now - scheduled_ns,
-                                return_ns=received - now,
-                            )
+                            token = first_token_to_proto(first, scheduled_ns, now)
                             on_first_token(FirstTokenArrived(token, queue_ns, received))
-                    case SequenceFailed(error=InvalidRequest() as error):
-                        raise error
-                    case SequenceFailed(error=error):
-                        raise InternalError(f"prefill failed: {error}") from error
+                    case SequenceFailed() as failed:
+                        failed.raise_for("prefill")
                     case _:
                         pass
         finally:

@@ -23,6 +23,17 @@ from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
 from overfill.model.manifest import Half, Pair
 from overfill.request.params import Grammar, SamplingParams
 
+
+def fail_next_step_of(runner: Any) -> None:
+    """Lets the next step of a ``ModelRunner`` fail, once."""
+
+    def fail(*arguments: object) -> None:
+        del runner.next_tokens
+        raise RuntimeError("the model failed")
+
+    runner.next_tokens = fail
+
+
 BLOCK_SIZE = 32
 """A block size that every engine has."""
 MAX_NUM_SEQS = 8

@@ -7,6 +7,7 @@ from typing import Any
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
+from engine_conformance import fail_next_step_of
 from engine_drivers import LocalDecodeDriver
 
 from overfill.engine import prefill as prefill_engine
@@ -57,13 +58,7 @@ class Colocated:
     def fail_next_step(cls, core: EngineCore) -> None:
         assert isinstance(core, OneStage)
         engine = core.engine
-        runner = (engine._prefill if core._half == "full" else engine._decode)._runner
-
-        def fail(*arguments: object) -> None:
-            del runner.next_tokens
-            raise RuntimeError("the model failed")
-
-        runner.next_tokens = fail
+        fail_next_step_of((engine._prefill if core._half == "full" else engine._decode)._runner)
 
 
 class TestDecode(Colocated, decode.DecodeConformance):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
+from engine_conformance import fail_next_step_of
 
 from overfill.engine import prefill as prefill_engine
 from overfill.engine.decode import DecodeEngine
@@ -24,13 +25,7 @@ class OverFill:
     @classmethod
     def fail_next_step(cls, core: EngineCore) -> None:
         assert isinstance(core, DecodeEngine | PrefillEngine)
-        runner = core._runner
-
-        def fail(*arguments: object) -> None:
-            del runner.next_tokens
-            raise RuntimeError("the model failed")
-
-        runner.next_tokens = fail
+        fail_next_step_of(core._runner)
 
 
 class TestDecode(OverFill, decode.DecodeConformance):

@@ -119,7 +119,7 @@ async def test_a_cancelled_prefill_stops_the_engine_before_the_sequence_gives_it
         await prefilling.task
     assert here.sequence.cancelled
     assert prefilling.sent[1:] == [Release(here.sequence.id)]
-    prefilling.prefills.on_events([PromptComputed(here.sequence.id, None, 1)])  # too late: nobody listens
+    prefilling.prefills.on_events([PromptComputed(here.sequence.id, None, 1)])  # too late: the prompt has ended
     assert prefilling.in_place == 0
 
 
