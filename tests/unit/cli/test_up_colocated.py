@@ -125,6 +125,22 @@ def test_its_format_is_told_to_the_routers(monkeypatch: pytest.MonkeyPatch) -> N
     assert [str(tier) for tier in plan().tiers] == ["default=/p:1,quantize=int8"]
 
 
+def test_a_format_that_only_some_workers_of_a_tier_would_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
+    both = "OVERFILL_WORKER_QUANTIZE and OVERFILL_DECODE_QUANTIZE"
+    with pytest.raises(click.UsageError, match=rf"worker-0 has quantize \(default\), and decode-0 has int8; .* {both}"):
+        plan(prefill=1, decode=1)
+    with pytest.raises(click.UsageError, match=both):
+        plan("a=p:1", "b=q", prefill=1)
+    assert plan("a=p:0", "b=q", prefill=1).decode[0].quantize == "int8", "no worker of the tier b has both stages"
+    assert plan("a=p:1,quantize=none", prefill=1).tiers[0].quantize == "none", "the tier decides for all its workers"
+    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    assert [str(tier) for tier in plan(prefill=1, decode=1).tiers] == ["default=/p:2,quantize=int8"]
+    monkeypatch.setenv("OVERFILL_WORKER_KV_CACHE_DTYPE", "int8")
+    with pytest.raises(click.UsageError, match="OVERFILL_WORKER_KV_CACHE_DTYPE and OVERFILL_DECODE_KV_CACHE_DTYPE"):
+        plan(prefill=1, decode=1)
+
+
 def test_drain_counts_the_requests_of_both_stages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
