@@ -22,7 +22,7 @@ _CODECS = frozenset(common_pb2.KvCodec.values())
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class CheckedRequest:
     """A checked request that the router can run.
 
     Attributes:
@@ -57,7 +57,7 @@ class GenerationRequest:
 
 def validate_generate(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int
-) -> GenerationRequest:
+) -> CheckedRequest:
     """Check ``request``, tokenize its prompt, and set request id, seed and ``max_tokens`` where they are missing.
 
     Args:
@@ -110,7 +110,7 @@ def validate_generate(
         start.sampling.seed = int.from_bytes(drawn[16:], "little")
     if tools is not None and sampling.grammar is not None:
         start.sampling.grammar.CopyFrom(sampling.grammar.to_proto())
-    return GenerationRequest(
+    return CheckedRequest(
         start=start,
         prompt_token_ids=prompt,
         stop=stop,

@@ -14,7 +14,6 @@ from pydantic import SecretStr, ValidationError
 
 from overfill.cli.up_tiers import with_colocated, worker_settings
 from overfill.settings.config import (
-    SEPARATORS,
     SERVICES,
     ColocatedConfig,
     DecodeConfig,
@@ -23,6 +22,7 @@ from overfill.settings.config import (
     read_checked,
 )
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
+from overfill.settings.reader import SEPARATORS
 from overfill.settings.tiers import TierSpec, default_tier
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")

@@ -91,10 +91,11 @@ def up_command(
 
     if tiers:
         check_replaced("pair", "decode", "max_decode")
-    chosen = count_workers(
-        colocated, prefill, decode, bool(tiers),
+    count = partial(
+        count_workers, colocated, prefill, decode, bool(tiers),
         {**settings, "mock": mock, "address": address, "max_prefill": max_prefill, "max_decode": max_decode},
     )  # fmt: skip
+    chosen = count()
     with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
         # Report wrong settings and ports in use before preparing a pair, which can take minutes.
         request = StackRequest(
@@ -116,13 +117,17 @@ def up_command(
             check_ports(planned, metrics=not on_ray)
             if not mock and "vllm" in {worker.config.engine for worker in planned.workers}:
                 require_vllm()
-        if chosen.why:
-            _note(chosen.why)
         with show_progress() as report:
             if tiers:
                 request = replace(request, tiers=resolve_tiers(tiers, report))
             else:
-                request = replace(request, pair=resolve_pair(pair, report))
+                folder = resolve_pair(pair, report)
+                chosen = count(folder)  # again, because only the pair tells whether vLLM can run it
+                request = replace(
+                    request, pair=folder, prefill=chosen.prefill, decode=chosen.decode, colocated=chosen.colocated
+                )
+        if chosen.why:
+            _note(chosen.why)
         plan = make_plan(replace(request, apart=address is not None))
         if not mock:
             check_engines(plan, here=address is None)

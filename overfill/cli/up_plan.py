@@ -22,8 +22,8 @@ from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback, reachable
 from overfill.rpc.certificates import NAME, RoleFiles, role_files
 from overfill.rpc.tls import ClientTls
-from overfill.settings.config import RouterConfig, ServiceConfig
-from overfill.settings.config_file import BadConfigFile, flag_name
+from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
+from overfill.settings.config_file import BadConfigFile, field_name, flag_name
 from overfill.settings.tiers import TierSpec, default_tier
 from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerStage
 
@@ -110,7 +110,8 @@ def make_plan(request: StackRequest) -> StackPlan:
 
     Raises:
         click.UsageError: two servers would use the same port, certificates are given twice, a tier has a wrong
-            setting, or the host is open to other machines without certificates or API keys.
+            setting or workers with different formats, or the host is open to other machines without certificates or
+            API keys.
         CertificatesError: the folder lacks a certificate.
     """
     settings = dict(request.settings) | {"pair": request.default_tier[1].pair}
@@ -208,13 +209,32 @@ def _with_formats(plan: StackPlan, request: StackRequest) -> StackPlan:
     """Returns the plan with routers that know the formats in which each tier's workers run its decoder.
 
     Workers may have these settings from the file or a variable, and routers refuse workers that differ from the tier.
+    Raises click.UsageError if the workers of a tier differ from each other.
     """
+    for tier in request.expected_tiers:
+        _check_formats(tier.name, plan.of_tier(tier.name))
     formats = {tier.name: plan.of_tier(tier.name)[0].decoder_settings for tier in request.expected_tiers}
     if not request.tiers and all("quantize" not in format for format in formats.values()):
         return plan
     told = tuple(replace(tier, settings={**tier.settings, **formats[tier.name]}) for tier in request.expected_tiers)
     routers = tuple(router.model_copy(update={"decoders": told}) for router in plan.routers)
     return replace(plan, routers=routers)
+
+
+def _check_formats(tier: str, workers: Sequence[DecodeConfig]) -> None:
+    """Raises click.UsageError unless all workers of a tier run its decoder in the same format."""
+    first = workers[0]
+    for other in workers[1:]:
+        ours, theirs = first.decoder_settings, other.decoder_settings
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                values = [one.get(name, "(default)") for one in (ours, theirs)]
+                variables = [worker.variable(field_name(name)) for worker in (first, other)]
+                raise click.UsageError(
+                    f"tier {tier}: {first.worker_id} has {name} {values[0]}, and {other.worker_id} has {values[1]}; "
+                    f"routers refuse workers of one tier that differ: set both {variables[0]} and {variables[1]}, or "
+                    f"{name} under common in the file of --config"
+                )
 
 
 def _routers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import click
 
+from overfill.engine.choice import vllm_installed
+from overfill.model.manifest import Half, Pair
 from overfill.process.gpus import gpu_count
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, read_checked
 
@@ -34,18 +35,26 @@ class WorkerCounts:
 
 
 def count_workers(
-    colocated: int | None, prefill: int | None, decode: int | None, tiers: bool, options: Mapping[str, Any]
+    colocated: int | None,
+    prefill: int | None,
+    decode: int | None,
+    tiers: bool,
+    options: Mapping[str, Any],
+    pair: Path | None = None,
 ) -> WorkerCounts:
     """Returns how many workers to start; None means that the user has not given a number.
 
     Without any number, one machine with at most one GPU gets one worker with both stages, because two processes would
-    share its cores or its GPU. Options and settings that are for one stage keep the stages apart.
+    share its cores or its GPU. Options and settings that are for one stage keep the stages apart, and so does vLLM, if
+    it can run the pair.
 
     Args:
         tiers: the user names tiers.
         options: the other options of ``overfill up`` by parameter; None for those that are not given.
+        pair: the pair's folder; None while the pair is not prepared, and vLLM then counts as able to run it.
 
     Raises:
+        InvalidPair: the folder holds no pair.
         click.UsageError: a stage would have no worker, or an option conflicts with --colocated.
     """
     if colocated:
@@ -60,15 +69,18 @@ def count_workers(
         )
     if tiers or any(number is not None for number in (colocated, prefill, decode)):
         return WorkerCounts(0, prefill or 1, decode or 1)
-    if apart := next(_reasons_for_two(options), ""):
+    unable = _half_only_for_overfill(options, pair)
+    if apart := next(_reasons_for_two(options, vllm=not unable), ""):
         return WorkerCounts(
             0, 1, 1, f"one prefill and one decode worker, because {apart} ({_GUIDE}); for both stages in one worker, "
             "give --colocated"
         )  # fmt: skip
+    which = "which is fastest on one machine"
+    if unable:
+        which = f"on OverFill's own engine, because vLLM cannot run the pair's {unable}"
     return WorkerCounts(
-        1, 0, 0, f"one worker with both stages, which is fastest on one machine ({_GUIDE}); for a worker per stage, "
-        "give --prefill 1 --decode 1"
-    )  # fmt: skip
+        1, 0, 0, f"one worker with both stages, {which} ({_GUIDE}); for a worker per stage, give --prefill 1 --decode 1"
+    )
 
 
 def _check_colocated(options: Mapping[str, Any]) -> None:
@@ -90,8 +102,8 @@ def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str,
             )
 
 
-def _reasons_for_two(options: Mapping[str, Any]) -> Iterator[str]:
-    """Yields why each stage should have a worker of its own, after "because"."""
+def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]:
+    """Yields why each stage should have a worker of its own, after "because". ``vllm``: auto may choose vLLM."""
     for name in ("address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
         if options.get(name) is not None:
             yield f"{_flag(name)} is given"
@@ -106,16 +118,40 @@ def _reasons_for_two(options: Mapping[str, Any]) -> Iterator[str]:
             if os.environ.get(variable):
                 yield f"{variable} is set"
 
-    def value(name: str) -> str:
-        found = options.get(name) or os.environ.get(ColocatedConfig.variable(name))
-        return str(found or ColocatedConfig.file_values(file).get(name, ("", "auto"))[1])
-
-    engine, device = value("engine"), value("device")
-    gpus = gpu_count() if device in ("auto", "cuda") else 0 if device == "cpu" else 1
-    if engine == "vllm" or (engine == "auto" and gpus and importlib.util.find_spec("vllm") is not None):
+    engine, gpus = _setting(options, "engine"), _gpus(options)
+    if engine == "vllm" or (engine == "auto" and vllm and gpus and vllm_installed()):
         yield "vLLM runs each stage in a process of its own"
     if gpus > 1:
         yield f"this machine has {gpus} GPUs"
+
+
+def _half_only_for_overfill(options: Mapping[str, Any], folder: Path | None) -> str:
+    """Returns the half of the pair that keeps the engine auto from vLLM; empty if none does.
+
+    If OverFill's own engine cannot run both halves, vLLM has to run the other one.
+    """
+    if folder is None or _setting(options, "engine") != "auto" or not _gpus(options) or not vllm_installed():
+        return ""
+    pair = Pair.load(folder)
+    if (quantize := _setting(options, "quantize")) != "auto":
+        pair = pair.with_quantize("int8" if quantize == "int8" else "none")
+    halves: dict[Half, str] = {"full": "full model", "decoder": "decoder"}
+    if not all("overfill" in pair.engines(half) for half in halves):
+        return ""
+    return next((name for half, name in halves.items() if "vllm" not in pair.engines(half)), "")
+
+
+def _setting(options: Mapping[str, Any], name: str) -> str:
+    """Returns a setting that a worker with both stages would have; "auto" if nothing sets it."""
+    path: Path | None = options.get("config")
+    found = options.get(name) or os.environ.get(ColocatedConfig.variable(name))
+    file = None if found or path is None else read_checked(path)
+    return str(found or ColocatedConfig.file_values(file).get(name, ("", "auto"))[1])
+
+
+def _gpus(options: Mapping[str, Any]) -> int:
+    device = _setting(options, "device")
+    return gpu_count() if device in ("auto", "cuda") else 0 if device == "cpu" else 1
 
 
 def _flag(name: str) -> str:

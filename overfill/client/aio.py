@@ -245,12 +245,16 @@ class AsyncClient:
 
     async def status(self, *, timeout: float | None = 10.0) -> StackStatus:
         """Status of the router and of every worker it knows. At a worker's own address, status of that worker."""
+        reached = ""
 
         def start(address: str, timeout: float | None) -> Any:
+            nonlocal reached
+            reached = address
             stub = admin_pb2_grpc.AdminStub(self._channels[address])
             return stub.Status(admin_pb2.StatusRequest(), timeout=timeout, metadata=self._metadata)
 
-        return StackStatus.from_proto(await self._unary(start, timeout))
+        message = await self._unary(start, timeout)
+        return StackStatus.from_proto(message).reached_at(reached)
 
     async def drain(self, worker_id: str, *, timeout: float | None = 10.0) -> None:
         """Drain a worker: it accepts no new requests, and exits once its requests have finished or moved.

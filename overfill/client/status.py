@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from overfill.request.names import CODEC_NAMES
+from overfill.rpc.addresses import instead_of_wildcard, target_host
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
 
 Stage = Literal["router", "prefill", "decode", "unspecified"]
@@ -315,6 +316,24 @@ class StackStatus:
             pools=pools,
             routers=tuple(RouterStatus.from_proto(router) for router in message.routers),
             tiers=tiers,
+        )
+
+    def reached_at(self, address: str) -> StackStatus:
+        """This status with addresses that a client can use, where the process listens on a wildcard such as 0.0.0.0.
+
+        Args:
+            address: Address at which the client has reached the process.
+        """
+        process, host = self.process, target_host(address)
+        wildcard = process.address != (process.address and instead_of_wildcard(process.address, host))
+        return replace(
+            self,
+            process=replace(
+                process,
+                address=address if wildcard else process.address,
+                metrics_address=process.metrics_address and instead_of_wildcard(process.metrics_address, host),
+            ),
+            http_address=self.http_address and instead_of_wildcard(self.http_address, host),
         )
 
 

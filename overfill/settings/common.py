@@ -8,32 +8,20 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.process.permissions import refusal
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
+from overfill.settings.reader import SettingsReader
 from overfill.settings.values import LogLevel, PairName, Port
 from overfill.telemetry.logs import LogFormat
 
 
-class CommonSettings(BaseSettings):
+class CommonSettings(SettingsReader):
     """Settings of every service."""
 
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        protected_namespaces=(),
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        env_ignore_empty=True,
-    )
-    program: ClassVar[str]
-    section: ClassVar[str]
-    """Section of this service in a settings file."""
     rpcs: ClassVar[Mapping[str, Rule]] = WORKER_RPCS
     """Access rules of this service's RPCs."""
 

@@ -1,25 +1,17 @@
-"""Settings of the services: one frozen class each, read from flags, environment variables and a file. No torch.
+"""Settings of the services: one frozen class each, with a field per setting. No torch.
 
-Declaring a field adds a setting. For instance, ``kv_memory`` of a prefill worker is the flag ``--kv-memory``, the
-variable ``OVERFILL_PREFILL_KV_MEMORY``, and the key ``kv-memory`` under ``prefill`` or ``common`` in the file that
-``--config`` names. The first of these that sets it wins: flag, variable, the service's section, ``common``, default.
-
-All values are checked once, here; messages name the flag, variable or key. Services never read the environment.
+``settings.reader`` says how a field becomes a flag, a variable and a key of a file.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
@@ -32,8 +24,8 @@ from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
 from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
-from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, nearest, read_config_file
-from overfill.settings.renamed import old_names, rename_fields, rename_keys, rename_service_flags, warn
+from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, read_config_file
+from overfill.settings.renamed import rename_keys
 from overfill.settings.tiers import (
     TierOrder,
     Tiers,
@@ -52,169 +44,13 @@ UP_KEYS = (
 
 TTFT_OBJECTIVE, ITL_OBJECTIVE = 2.0, 0.1  # defaults, in seconds
 
-SEPARATORS = {"decoders": ";", "brownout": " > "}
-"""Separators of the settings with several values that are not separated by commas."""
-
-_from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
-"""Values from the file, which ``parse`` passes to the class that it instantiates."""
-
-
-def _flags(settings: Mapping[str, object]) -> list[str]:
-    return [f"--{flag_name(name)}={value}" for name, value in settings.items()]
-
 
 class ServiceConfig(CommonSettings):
-    """Reads a service's settings from flags, environment variables and a settings file.
-
-    A subclass adds the program's name, its section of the file and the prefix of its environment variables.
-    """
+    """Settings of one service of a stack."""
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # pydantic-settings puts flags in front of all of these.
-        earlier = InitSettingsSource(settings_cls, cls._earlier_variables())
-        return init_settings, env_settings, earlier, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
-
-    @classmethod
-    def parse(cls, argv: Sequence[str] | None = None) -> Self:
-        """Returns the settings from flags (None means ``sys.argv[1:]``), variables, file and defaults, in this order.
-
-        When a flag, variable or key is unknown or has a bad value, prints what to change on stderr and exits with 2.
-        """
-        args = rename_service_flags(sys.argv[1:] if argv is None else argv, cls.model_fields)
-        unknown = sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables())
-        if unknown:
-            cls._exit("; ".join(f"{name}: no such setting; {nearest(name, cls.variables())}" for name in unknown))
-        try:
-            file = cls.find_file(args)
-            values = cls.file_values(file)
-        except BadConfigFile as error:
-            cls._exit(str(error))
-        token = _from_file.set({name: value for name, (_, value) in values.items()})
-        try:
-            return cls(_cli_parse_args=args, _cli_prog_name=cls.program)  # type: ignore[call-arg]
-        except ValidationError as error:
-            cls._exit("; ".join(cls.explain(error, cls.origins(args))))
-        finally:
-            _from_file.reset(token)
-
-    @classmethod
-    def variables(cls) -> dict[str, str]:
-        """Returns environment variable -> field; earlier names come first."""
-        names = {**dict(old_names(cls.model_fields)), **{name: name for name in cls.model_fields}}
-        return {cls.variable(name): field for name, field in names.items()}
-
-    @classmethod
-    def variable(cls, name: str) -> str:
-        """Returns the environment variable of the field ``name``."""
-        return f"{cls.model_config['env_prefix']}{name}".upper()
-
-    @classmethod
-    def _earlier_variables(cls) -> dict[str, Any]:
-        """Returns field -> value for fields that a variable's earlier name sets, and warns of each."""
-        values: dict[str, Any] = {}
-        for old, new in old_names(cls.model_fields):
-            if value := os.environ.get(cls.variable(old)):
-                warn(cls.variable(old), cls.variable(new))
-                values[new] = value
-        return values
-
-    @classmethod
-    def find_file(cls, argv: Sequence[str]) -> ConfigFile | None:
-        """Reads the file that ``--config`` or its variable names, and checks its keys. Raises BadConfigFile."""
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        finder.add_argument("--config")
-        try:
-            path = finder.parse_known_args(argv)[0].config
-        except argparse.ArgumentError:
-            return None  # --config without a value: the real parser reports it
-        path = path or os.environ.get(f"{cls.model_config['env_prefix']}CONFIG")
-        return read_checked(Path(path)) if path else None
-
-    @classmethod
-    def file_values(cls, file: ConfigFile | None) -> dict[str, tuple[str, Any]]:
-        """Returns field -> (``section.key``, value) for the fields of this service that the file sets."""
-        return {} if file is None else file.values(cls.section, cls.model_fields)
-
-    @classmethod
-    def origins(cls, argv: Sequence[str]) -> dict[str, str]:
-        """Returns field -> origin of its value: a flag, a variable, or ``FILE: KEY``; omits fields with defaults.
-
-        Raises:
-            BadConfigFile: as ``find_file``.
-        """
-        file = cls.find_file(argv)
-        found = {name: f"{file.path}: {key}" for name, (key, _) in cls.file_values(file).items()} if file else {}
-        found |= {name: variable for variable, name in cls.variables().items() if os.environ.get(variable)}
-        given = {argument.partition("=")[0] for argument in rename_service_flags(argv, cls.model_fields)}
-        return found | {name: flag for name in cls.model_fields if (flag := f"--{flag_name(name)}") in given}
-
-    @classmethod
-    def _is_ours(cls, variable: str) -> bool:
-        return variable.startswith(cls.model_config["env_prefix"])
-
-    def to_argv(self) -> list[str]:
-        """Returns flags from which ``parse`` makes equal settings in an empty environment; omits defaults."""
-        return _flags(self.settings())
-
-    def settings(self) -> dict[str, str]:
-        """Returns field -> value as text, from which ``of`` makes equal settings; omits defaults."""
-        changed = {}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name != "config" and (
-                field.is_required() or value != field.default
-            ):  # --config is omitted, because its values are included
-                changed[name] = (
-                    SEPARATORS.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
-                )
-        return changed
-
-    @classmethod
-    def of(cls, settings: Mapping[str, object]) -> Self:
-        """Returns settings from fields by name; None leaves a field to its environment variable or default.
-
-        Raises:
-            ValueError: a name is unknown or a value is wrong; the message names the flag.
-        """
-        settings = rename_fields(settings, cls.model_fields)
-        if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
-            raise ValueError(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
-        argv = _flags({name: value for name, value in settings.items() if value is not None})
-        try:
-            return cls(_cli_parse_args=argv, _cli_prog_name=cls.program)  # type: ignore[call-arg]
-        except ValidationError as error:
-            raise ValueError("; ".join(cls.explain(error, cls.origins(argv)))) from error
-
-    @classmethod
-    def explain(cls, error: ValidationError, origins: Mapping[str, str], where: str = "") -> Iterator[str]:
-        """Yields one line per fault. It names the origin of the value, or ``where`` if several settings conflict."""
-        for item in error.errors():
-            message = item["msg"].removeprefix("Value error, ")
-            if not item["loc"]:
-                yield where + message
-                continue
-            name = str(item["loc"][0])
-            flag = f"--{flag_name(name)}"
-            variable = cls.variable(name)
-            if item["type"] == "missing":
-                yield f"{flag} (or {variable}) is required: {cls.model_fields[name].description}"
-                continue
-            origin = origins.get(name, flag)
-            place = f"{flag} (or {variable})" if origin in (flag, variable) else origin
-            yield f"{place}: {message}, got {item['input']!r}"
-
-    @classmethod
-    def _exit(cls, message: str) -> NoReturn:
-        print(f"{cls.program}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+    def read_file(cls, path: Path) -> ConfigFile:
+        return read_checked(path)
 
 
 class WorkerConfig(ServiceConfig):

@@ -47,10 +47,10 @@ from overfill.v1 import (
 )
 from overfill.version import __version__
 from services.router.admin import AdminServicer
-from services.router.generation import Generator
 from services.router.inference import InferenceServicer
 from services.router.port_group import Member, PortGroup
 from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
+from services.router.request_handler import RequestHandler
 from services.router.served_tiers import ServedTiers
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Router:
             lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
         )
         self._exporter: MetricsServer | None = None
-        self._generator = Generator(
+        self._handler = RequestHandler(
             ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
             self.roster,
@@ -148,7 +148,7 @@ class Router:
         self._join_server = self._server if self._group is None else self._rpc_server(access)
         self._server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
-            InferenceServicer(self._generator),
+            InferenceServicer(self._handler),
             inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
         )
         self._registry = RegistryServicer(
@@ -255,7 +255,7 @@ class Router:
             for server in self._servers():
                 server.set_ready(False)
             if self._group is None:
-                self._generator.drain()
+                self._handler.drain()
             self._stopping.set()
 
     async def run(self) -> None:
@@ -270,10 +270,10 @@ class Router:
         leaving = None if self._group is None else asyncio.create_task(self._leave_shared_port())
         try:
             async with asyncio.timeout(self._config.grace_period):
-                await (self._generator.wait_idle() if leaving is None else asyncio.shield(leaving))
+                await (self._handler.wait_idle() if leaving is None else asyncio.shield(leaving))
         except TimeoutError:
-            self._generator.drain()
-            self._generator.abort_all(
+            self._handler.drain()
+            self._handler.abort_all(
                 ShuttingDown("the router shut down before the answer was complete; send the request again")
             )
         if leaving is not None:
@@ -338,7 +338,7 @@ class Router:
         from services.router.http.server import HttpServer
 
         self._http_api = HttpApi(
-            self._generator,
+            self._handler,
             access,
             self._config.max_request_bytes,
             self._unready,
@@ -393,7 +393,7 @@ class Router:
         return f"{stages} is ready" if unready else ""
 
     def _activity(self, histograms: bool) -> admin_pb2.Activity:
-        waiting, stats = self.dispatcher.num_waiting, self._generator.rolling_stats
+        waiting, stats = self.dispatcher.num_waiting, self._handler.rolling_stats
         now = asyncio.get_running_loop().time()
         activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
         if histograms:

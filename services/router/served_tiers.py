@@ -16,7 +16,7 @@ from overfill.v1 import inference_pb2
 
 @dataclass(frozen=True, slots=True)
 class TierChoice:
-    """The tier of one request. The fields are those of ``GenerationRequest``."""
+    """The tier of one request. The fields are those of ``CheckedRequest``."""
 
     tier: str
     fallback: str = ""

@@ -72,7 +72,7 @@ def test_a_page_that_is_allowed_asks_for_leave_without_a_key_and_then_with_one(g
     assert {"authorization", "x-stainless-os"} <= set(headers["access-control-allow-headers"].split(","))
     assert "access-control-allow-credentials" not in headers
 
-    body = json.dumps({"model": stack.router._generator.tiers.model, "prompt": "x", "max_tokens": 1})
+    body = json.dumps({"model": stack.router._handler.tiers.model, "prompt": "x", "max_tokens": 1})
     shown = {"origin": PAGE, "content-type": "application/json"}
     status, headers, _ = ask(stack, "POST", "/v1/completions", shown | {"authorization": f"Bearer {key}"}, body)
     assert (status, headers["access-control-allow-origin"]) == (200, PAGE)

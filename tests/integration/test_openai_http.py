@@ -282,7 +282,7 @@ def test_a_draining_router_says_so(tiny_pair):
         openai.OpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
     ):
         model = client.models.list().data[0].id
-        stack.router._generator.drain()
+        stack.router._handler.drain()
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model=model, messages=HI)
         assert caught.value.status_code == 503
@@ -354,19 +354,17 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
     key = {"authorization": f"Bearer {keys.create(file, 'ci', rate=2.0, concurrency=3)}"}
     with mock_stack(tiny_pair, api_keys=file) as stack:
         for n, prompts in ((3, ["x"]), (1, ["x", "y", "z"])):
-            body = json.dumps(
-                {"model": stack.router._generator.tiers.model, "prompt": prompts, "n": n, "max_tokens": 2}
-            )
+            body = json.dumps({"model": stack.router._handler.tiers.model, "prompt": prompts, "n": n, "max_tokens": 2})
             status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
             error = json.loads(answer)["error"]
             assert (status, error["param"]) == (400, "n")
             assert "API key 'ci'" in error["message"], "the error names the key by its name, not its hash"
-        name = stack.router._generator.tiers.model
+        name = stack.router._handler.tiers.model
         body = json.dumps({"model": name, "prompt": "x", "n": 2, "max_tokens": 2})
         status, _, answer = post(f"{stack.url}/v1/completions", body.encode(), key)
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
         idle(stack)
-        assert not any(usage.running for usage in stack.router._generator._key_limiter._usage.values())
+        assert not any(usage.running for usage in stack.router._handler._key_limiter._usage.values())
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")

@@ -296,11 +296,11 @@ async def test_a_stop_string_cuts_the_answer_and_cancels_the_worker(stack, clien
 
 
 async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it_cut(stack, tokenizer):
-    generator = stack.router._generator
+    handler = stack.router._handler
     request = inference_pb2.GenerateRequest(sampling=greedy(64).to_proto(), stop=["END"])
     request.token_ids.ids.extend(PROMPT)
-    checked = await generator.check(request)
-    with generator.starting() as start:
+    checked = await handler.check(request)
+    with handler.starting() as start:
         generation = start(checked, asyncio.get_running_loop().time(), None)
     with generation:
         reading = asyncio.ensure_future(generation.next())

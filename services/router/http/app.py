@@ -31,11 +31,11 @@ from overfill.telemetry import tracing
 from overfill.telemetry.metrics import CONTENT_TYPE
 from overfill.v1 import admin_pb2
 from overfill.version import __version__
-from services.router.generation import Generator
 from services.router.http import page
 from services.router.http.body import read
 from services.router.http.connection import ClientGone, Connection
 from services.router.http.generate import EventStream, RunningChoices
+from services.router.request_handler import RequestHandler
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 _PORT = re.compile(r":\d+$")
@@ -57,7 +57,7 @@ class HttpApi:
 
     def __init__(
         self,
-        generator: Generator,
+        handler: RequestHandler,
         access: AccessPolicy,
         max_body: int,
         unready: Callable[[], str],
@@ -67,7 +67,7 @@ class HttpApi:
         local: bool = True,
         allowed_origins: Sequence[str] = (),
     ) -> None:
-        self._generator = generator
+        self._handler = handler
         self._max_body = max_body
         self._unready = unready
         self._status = status
@@ -92,7 +92,7 @@ class HttpApi:
         ]
         self.routes = tuple(route.path for route in routes)
         routed = GeneratingRoutes(generating, Router(routes, redirect_slashes=False))
-        self.asgi: ASGIApp = AccessMiddleware(routed, access, generator, local, frozenset(allowed_origins))
+        self.asgi: ASGIApp = AccessMiddleware(routed, access, handler, local, frozenset(allowed_origins))
         if allowed_origins:
             # CORS wraps access control, so that a page can read refusals and a preflight needs no key. Without
             # allow_credentials, browsers send client certificates and the like for our own page only.
@@ -106,7 +106,7 @@ class HttpApi:
             )
 
     async def _models(self, request: Request) -> Response:
-        names = self._generator.tiers.listed(request.scope.get("api_key"))
+        names = self._handler.tiers.listed(request.scope.get("api_key"))
         return _json({"object": "list", "data": [self._model_json(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
@@ -125,16 +125,16 @@ class HttpApi:
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
 
     async def _generate(self, request: Request, kind: Kind, id: str, asked: ApiRequest, received: float) -> ASGIApp:
-        generator = self._generator
+        handler = self._handler
 
         def envelope(tier: str) -> Envelope:
-            tiers = generator.tiers
+            tiers = handler.tiers
             model = f"{tiers.model}:{tier}" if tiers.several else tiers.model
-            return Envelope(kind, id, model, self._pair_json(tier), tiers.fingerprint(tier), generator.tokenizer)
+            return Envelope(kind, id, model, self._pair_json(tier), tiers.fingerprint(tier), handler.tokenizer)
 
         key: ApiKey | None = request.scope.get("api_key")
         span = tracing.serve("router.request", decoded(request.scope["headers"]), route=request.scope["path"])
-        answers = RunningChoices(generator, asked, envelope, key, span)
+        answers = RunningChoices(handler, asked, envelope, key, span)
         await answers.start(received)
         if asked.stream:
             return EventStream(answers, id)
@@ -148,12 +148,12 @@ class HttpApi:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await read(request, schema.TokenizeRequest, self._max_body)
-        ids = await self._generator.tokenize(wire.tokenize(body))
-        return _json({"tokens": ids, "count": len(ids), "max_model_len": self._generator.tiers.max_model_len()})
+        ids = await self._handler.tokenize(wire.tokenize(body))
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request) -> Response:
         body = await read(request, schema.DetokenizeRequest, self._max_body)
-        return _json({"prompt": await self._generator.detokenize(wire.detokenize(body))})
+        return _json({"prompt": await self._handler.detokenize(wire.detokenize(body))})
 
     async def _health(self, request: Request) -> Response:
         if reason := self._unready():
@@ -167,19 +167,17 @@ class HttpApi:
                 "several router processes share this port, and each serves /metrics on a port of its own; "
                 "`overfill status` lists them",
             )
-        return Response(self._generator.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(self._handler.metrics.render(), media_type=CONTENT_TYPE)
 
     async def _version(self, request: Request) -> Response:
         return _json({"version": __version__, "wire_version": WIRE_VERSION})
 
     async def _stack_status(self, request: Request) -> Response:
         status = StackStatus.from_proto(await self._status())
-        return _json(
-            {"model": self._generator.tiers.model, **stack_json(status)}, headers={"cache-control": "no-store"}
-        )
+        return _json({"model": self._handler.tiers.model, **stack_json(status)}, headers={"cache-control": "no-store"})
 
     def _model_json(self, name: str) -> dict[str, Any]:
-        model = self._generator.tiers.describe(name)
+        model = self._handler.tiers.describe(name)
         return {
             "id": model.name,
             "object": "model",
@@ -190,7 +188,7 @@ class HttpApi:
         }
 
     def _pair_json(self, tier: str) -> dict[str, Any]:
-        pair = self._generator.tiers.pair(tier)
+        pair = self._handler.tiers.pair(tier)
         return {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
 
 
@@ -223,13 +221,13 @@ class AccessMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, access: AccessPolicy, generator: Generator, local: bool, origins: frozenset[str]
+        self, app: ASGIApp, access: AccessPolicy, handler: RequestHandler, local: bool, origins: frozenset[str]
     ) -> None:
         self._app = app
         self._access = access
         self._origins = origins
         self._local_names_only = local and access.keys is None
-        self._metrics = generator.metrics
+        self._metrics = handler.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status: int | None = None

@@ -19,8 +19,9 @@ from overfill.errors import OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
-from services.router.generation import Generation, Generator, choices
 from services.router.http.connection import ClientGone, Connection
+from services.router.request_handler import RequestHandler, choices
+from services.router.running_answer import RunningAnswer
 
 Write = Callable[[bytes, bool], Awaitable[None]]
 """Writes events to the client; the second argument tells whether more follow."""
@@ -35,34 +36,34 @@ class RunningChoices:
 
     def __init__(
         self,
-        generator: Generator,
+        handler: RequestHandler,
         asked: ApiRequest,
         envelope: Callable[[str], Envelope],
         key: ApiKey | None,
         span: Span,
     ) -> None:
         self._span = span
-        self._generator = generator
+        self._handler = handler
         self._asked = asked
         self._make_envelope = envelope
         self._key = key
         self._stack = ExitStack()
         self.choices: list[Choice] = []
-        self._running: list[Generation] = []
+        self._running: list[RunningAnswer] = []
         self._failure: BaseException | None = None
 
     async def start(self, received: float) -> None:
         """Queues every choice. If it raises ApiError or OverfillError, no choice runs."""
-        asked, generator = self._asked, self._generator
+        asked, handler = self._asked, self._handler
         try:
             total = len(asked.prompts) * asked.n
-            checked = [await generator.check(request, self._key, answers=total) for request in asked.prompts]
-            with generator.starting(self._key, total) as start:
+            checked = [await handler.check(request, self._key, answers=total) for request in asked.prompts]
+            with handler.starting(self._key, total) as start:
                 for prompt, request in enumerate(checked):
                     for each in choices(request, asked.n):
-                        generation = start(each, received, None)
-                        self._running.append(self._stack.enter_context(generation))
-                        self.choices.append(self._choice(prompt, generation))
+                        answer = start(each, received, None)
+                        self._running.append(self._stack.enter_context(answer))
+                        self.choices.append(self._choice(prompt, answer))
         except BaseException as error:
             self._failure = error
             self.close()
@@ -78,14 +79,14 @@ class RunningChoices:
         if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
             raise named from error
 
-    def _choice(self, prompt: int, generation: Generation) -> Choice:
+    def _choice(self, prompt: int, answer: RunningAnswer) -> Choice:
         return Choice(
             index=len(self.choices),
             envelope=self._envelope,
-            seed=generation.accepted.seed,
-            prompt_tokens=generation.accepted.prompt_tokens,
+            seed=answer.accepted.seed,
+            prompt_tokens=answer.accepted.prompt_tokens,
             logprobs=self._asked.prompts[prompt].sampling.HasField("logprobs"),
-            brownout_from=generation.accepted.brownout_from,
+            brownout_from=answer.accepted.brownout_from,
             echo=self._echo(prompt),
         )
 
@@ -101,17 +102,17 @@ class RunningChoices:
 
     async def stream(self, write: Write) -> None:
         """Writes the response as server-sent events, each choice's as soon as it has them. Raises OverfillError."""
-        await self._run_all(lambda choice, generation: self._send(choice, generation, write))
+        await self._run_all(lambda choice, answer: self._send(choice, answer, write))
 
-    async def _run_all(self, run: Callable[[Choice, Generation], Coroutine[Any, Any, None]]) -> None:
+    async def _run_all(self, run: Callable[[Choice, RunningAnswer], Coroutine[Any, Any, None]]) -> None:
         """Runs all choices at once. If one fails, cancels the others and raises its error."""
         try:
             if len(self._running) == 1:
                 await run(self.choices[0], self._running[0])
                 return
             tasks = [
-                asyncio.ensure_future(run(choice, generation))
-                for choice, generation in zip(self.choices, self._running, strict=True)
+                asyncio.ensure_future(run(choice, answer))
+                for choice, answer in zip(self.choices, self._running, strict=True)
             ]
             try:
                 await asyncio.gather(*tasks)
@@ -123,26 +124,26 @@ class RunningChoices:
             self._raise_named(error)
             raise
 
-    async def _collect(self, choice: Choice, generation: Generation) -> None:
-        while (delta := await generation.next()) is not None:
+    async def _collect(self, choice: Choice, answer: RunningAnswer) -> None:
+        while (delta := await answer.next()) is not None:
             choice.add(delta)
-        if generation.rest is not None:
-            choice.add(generation.rest)
-        choice.finished = generation.finished
+        if answer.rest is not None:
+            choice.add(answer.rest)
+        choice.finished = answer.finished
 
-    async def _send(self, choice: Choice, generation: Generation, write: Write) -> None:
+    async def _send(self, choice: Choice, answer: RunningAnswer, write: Write) -> None:
         frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
-        delta = await generation.next()
+        delta = await answer.next()
         events = self._event(choice.first())
         while delta is not None:
             events += self._delta(choice, delta, frame)
-            if events and not generation.complete:
+            if events and not answer.complete:
                 await write(events, True)
                 events = b""
-            delta = await generation.next()
-        if generation.rest is not None:
-            events += self._delta(choice, generation.rest, frame)
-        choice.finished = generation.finished
+            delta = await answer.next()
+        if answer.rest is not None:
+            events += self._delta(choice, answer.rest, frame)
+        choice.finished = answer.finished
         events += self._event(choice.last(), overfill=self._envelope.extension([choice]))
         more = any(choice.finished is None for choice in self.choices)
         await write(events if more else events + self._end(), more)
@@ -181,7 +182,7 @@ class RunningChoices:
         if self._asked.echo is None:
             return ""
         text = self._asked.echo[prompt]
-        return text if isinstance(text, str) else self._generator.tokenizer.decode(list(text))
+        return text if isinstance(text, str) else self._handler.tokenizer.decode(list(text))
 
 
 _STREAM_HEADERS = (

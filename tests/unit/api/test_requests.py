@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from overfill.api.requests import GenerationRequest, validate_generate
+from overfill.api.requests import CheckedRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.v1.common_pb2 import SamplingParams
@@ -19,7 +19,7 @@ VOCAB = 300
 
 @pytest.fixture
 def validate(byte_level_tokenizer: Tokenizer) -> Any:
-    def validate(**fields: Any) -> GenerationRequest:
+    def validate(**fields: Any) -> CheckedRequest:
         if not {"text", "token_ids", "chat", "no_prompt"} & set(fields):
             fields["token_ids"] = TokenIds(ids=[5, 6, 7])
         fields.pop("no_prompt", None)

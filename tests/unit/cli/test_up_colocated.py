@@ -125,6 +125,22 @@ def test_its_format_is_told_to_the_routers(monkeypatch: pytest.MonkeyPatch) -> N
     assert [str(tier) for tier in plan().tiers] == ["default=/p:1,quantize=int8"]
 
 
+def test_a_format_that_only_some_workers_of_a_tier_would_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
+    both = "OVERFILL_WORKER_QUANTIZE and OVERFILL_DECODE_QUANTIZE"
+    with pytest.raises(click.UsageError, match=rf"worker-0 has quantize \(default\), and decode-0 has int8; .* {both}"):
+        plan(prefill=1, decode=1)
+    with pytest.raises(click.UsageError, match=both):
+        plan("a=p:1", "b=q", prefill=1)
+    assert plan("a=p:0", "b=q", prefill=1).decode[0].quantize == "int8", "no worker of the tier b has both stages"
+    assert plan("a=p:1,quantize=none", prefill=1).tiers[0].quantize == "none", "the tier decides for all its workers"
+    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    assert [str(tier) for tier in plan(prefill=1, decode=1).tiers] == ["default=/p:2,quantize=int8"]
+    monkeypatch.setenv("OVERFILL_WORKER_KV_CACHE_DTYPE", "int8")
+    with pytest.raises(click.UsageError, match="OVERFILL_WORKER_KV_CACHE_DTYPE and OVERFILL_DECODE_KV_CACHE_DTYPE"):
+        plan(prefill=1, decode=1)
+
+
 def test_drain_counts_the_requests_of_both_stages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,14 +255,53 @@ def test_settings_of_one_stage_keep_the_stages_apart(
     assert counts(started()) == (3, 0, 0)
 
 
-def test_gpus_decide(started: Callable[..., StackPlan], machine: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("half", "named"), [("full", "full model"), ("decoder", "decoder")])
+def test_a_pair_that_vllm_cannot_run_gets_one_worker_on_overfills_engine(
+    half: str,
+    named: str,
+    started: Callable[..., StackPlan],
+    machine: Callable[..., None],
+    fresh: Callable[[], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine(1, vllm=True)
+    pair = fresh()
+    manifest = json.loads((pair / "pair.json").read_text())
+    manifest[half]["engines"] = ["overfill"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    assert counts(started("--pair", str(pair))) == ONE
+    said = f"one worker with both stages, on OverFill's own engine, because vLLM cannot run the pair's {named} (docs/"
+    assert said in capsys.readouterr().err
+    assert counts(started("--pair", str(pair), "--engine", "vllm")) == TWO, "it is refused, and not replaced"
+    machine(2, vllm=True)
+    assert counts(started("--pair", str(pair))) == TWO
+    machine(1, vllm=True)
+    manifest["full" if half == "decoder" else "decoder"]["engines"] = ["vllm"]
+    (pair / "pair.json").write_text(json.dumps(manifest))
+    assert counts(started("--pair", str(pair))) == TWO, "OverFill's engine cannot run the other half"
+
+
+def test_weights_that_are_quantised_on_load_are_not_for_vllm(
+    started: Callable[..., StackPlan],
+    machine: Callable[..., None],
+    fresh: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(1, vllm=True)
+    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    assert counts(started("--pair", str(fresh()))) == ONE
+
+
+def test_gpus_decide(
+    started: Callable[..., StackPlan], machine: Callable[..., None], fresh: Callable[[], Path]
+) -> None:
     machine(1)
     assert counts(started()) == ONE
     machine(2)
     assert counts(started()) == TWO
     assert counts(started("--device", "cpu")) == counts(started("--device", "cuda:1")) == ONE
     machine(1, vllm=True)
-    assert counts(started()) == TWO, "auto is vLLM"
+    assert counts(started("--pair", str(fresh()))) == TWO, "auto is vLLM"
     assert counts(started("--engine", "overfill")) == counts(started("--device", "cpu")) == ONE
     machine(0, vllm=True)
     assert counts(started()) == ONE

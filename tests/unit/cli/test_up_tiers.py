@@ -232,7 +232,7 @@ def test_the_engine_of_every_tier_is_checked_with_its_quantisation(
     fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = fresh()
-    monkeypatch.setattr("overfill.engine.choice._vllm_installed", lambda: True)
+    monkeypatch.setattr("overfill.engine.choice.vllm_installed", lambda: True)
     up.check_engines(plan(f"a={pair}", f"b={pair},quantize=int8", device="cpu"), here=True)
     for here in (True, False):
         with pytest.raises(UnsupportedModel, match=r"vllm cannot run the decoder in .*, quantised to int8 on load"):

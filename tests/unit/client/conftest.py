@@ -85,7 +85,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
         process.codec = common_pb2.KV_CODEC_RAW
         process.tier = "full"
         return admin_pb2.StatusResponse(
-            process=admin_pb2.ProcessStatus(id="router", stage=common_pb2.STAGE_ROUTER),
+            process=admin_pb2.ProcessStatus(id="router", stage=common_pb2.STAGE_ROUTER, address="0.0.0.0:7600"),
             workers=[
                 admin_pb2.WorkerStatus(
                     id="d0", stage=common_pb2.STAGE_DECODE, address="a", process=process, tier="full"

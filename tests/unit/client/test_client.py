@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from overfill.client import Answer, AnswerPart, AsyncClient, Client, Delta, Message, PoolStatus, SamplingParams
+from overfill.client import (
+    Answer,
+    AnswerPart,
+    AsyncClient,
+    Client,
+    Delta,
+    Message,
+    PoolStatus,
+    SamplingParams,
+    StackStatus,
+)
 from overfill.errors import (
     DeadlineExceeded,
     InternalError,
@@ -23,7 +33,7 @@ from overfill.errors import (
     ShuttingDown,
     Unavailable,
 )
-from overfill.v1 import inference_pb2
+from overfill.v1 import admin_pb2, inference_pb2
 
 
 class SyncSdk:
@@ -423,6 +433,35 @@ def test_models_and_status(sdk: Sdk, router: Any) -> None:
     assert (answering.id, answering.stage, silent.process) == ("d0", "decode", None)
     assert answering.process.load.kv_blocks_total == 8
     assert (answering.process.kv.dtype, answering.process.codec) == ("bfloat16", "raw")
+
+
+def test_status_names_the_address_that_answered(sdk: Sdk, router: Any, another_router: Any) -> None:
+    """The router says that it listens on 0.0.0.0:7600."""
+    assert sdk.run(router.address, "status").process.address == router.address
+    assert sdk.run(f"127.0.0.1:1,{another_router.address}", "status").process.address == another_router.address
+
+
+@pytest.mark.parametrize(
+    ("listens", "reached", "shown"),
+    [
+        ("0.0.0.0", "10.0.0.7:17600", ("10.0.0.7:17600", "10.0.0.7:9600", "10.0.0.7:8000")),
+        ("[::]", "[fd00::7]:7600", ("[fd00::7]:7600", "[fd00::7]:9600", "[fd00::7]:8000")),
+        ("0.0.0.0", "dns:///serve.example.org:7600", (
+            "dns:///serve.example.org:7600", "serve.example.org:9600", "serve.example.org:8000",
+        )),
+        ("0.0.0.0", "unix:/run/r.sock", ("unix:/run/r.sock", "127.0.0.1:9600", "127.0.0.1:8000")),
+        ("10.0.0.7", "127.0.0.1:17600", ("10.0.0.7:7600", "10.0.0.7:9600", "10.0.0.7:8000")),
+    ],
+)  # fmt: skip
+def test_a_wildcard_address_is_shown_as_one_that_can_be_used(
+    listens: str, reached: str, shown: tuple[str, str, str]
+) -> None:
+    process = admin_pb2.ProcessStatus(address=f"{listens}:7600", metrics_address=f"{listens}:9600")
+    message = admin_pb2.StatusResponse(process=process, http_address=f"{listens}:8000")
+    status = StackStatus.from_proto(message).reached_at(reached)
+    assert (status.process.address, status.process.metrics_address, status.http_address) == shown
+    without = StackStatus.from_proto(admin_pb2.StatusResponse()).reached_at(reached)
+    assert (without.process.address, without.process.metrics_address, without.http_address) == ("", None, None)
 
 
 def test_importing_the_sdk_loads_nothing_heavy() -> None:

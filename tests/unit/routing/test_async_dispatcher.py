@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import RESERVE_TIMEOUT, Dispatcher, Job
+from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.pool import Roster
+from overfill.routing.reservations import RESERVE_TIMEOUT
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
 

@@ -12,21 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.dispatcher import (
-    RESERVE_TIMEOUT,
-    SILENCE,
-    SILENT_AFTER,
-    Dispatcher,
-    Job,
-    JobState,
-    Placement,
-    Rejection,
-)
+from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement, Rejection
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
+from overfill.routing.reservations import RESERVE_TIMEOUT, SILENCE, SILENT_AFTER
 from overfill.routing.tier import DEFAULT_TIER, Tier
 from overfill.routing.worker import DECODE, PREFILL, STALE_AFTER, WorkerInfo
 from overfill.v1 import decode_pb2, registry_pb2
@@ -928,8 +920,8 @@ class Dispatching(RuleBasedStateMachine):
         reserving = [j for j in self.open if j.state is JobState.PLACED]
         assert all(j.prefill is None or self.now - j.placed_at < RESERVE_TIMEOUT for j in reserving)
         late = sum(self.now - j.placed_at >= RESERVE_TIMEOUT for j in reserving)
-        assert len(self.dispatcher._placed) == len(reserving) - late
-        assert all(worker.paused_until_report for worker in self.dispatcher._silent)
+        assert len(self.dispatcher.reservations.on_time) == len(reserving) - late
+        assert all(worker.paused_until_report for worker in self.dispatcher.reservations.silent(self.now))
 
     def join(self, name, incarnation):
         """Returns the worker in each of its pools."""

@@ -1,4 +1,4 @@
-"""Tests what the HTTP endpoint says about tiers, with a generator whose tiers the test scripts."""
+"""Tests what the HTTP endpoint says about tiers, with a handler whose tiers the test scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import pytest
 
-from overfill.api.requests import GenerationRequest
+from overfill.api.requests import CheckedRequest
 from overfill.errors import ModelNotFound, PermissionDenied
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.access import AccessPolicy
@@ -75,7 +75,7 @@ class FakeTiers:
         return inference_pb2.Model(name=name, max_model_len=64, tier=name.partition(":")[2] or "default")
 
 
-class FakeGenerator:
+class FakeHandler:
     """Answers with the tiers ``written_by``, or raises ``error``. Records what it was asked for in ``requests``."""
 
     tokenizer = None
@@ -88,11 +88,11 @@ class FakeGenerator:
         self.brownout_from = ""
         self.error: Exception | None = None
 
-    async def check(self, request: inference_pb2.GenerateRequest, *_: Any, answers: int) -> GenerationRequest:
+    async def check(self, request: inference_pb2.GenerateRequest, *_: Any, answers: int) -> CheckedRequest:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
-        return GenerationRequest(decode_pb2.StartDecode(), [1, 2, 3], (), False, False)
+        return CheckedRequest(decode_pb2.StartDecode(), [1, 2, 3], (), False, False)
 
     @contextmanager
     def starting(self, *_: Any) -> Iterator[Any]:
@@ -123,13 +123,13 @@ class Http:
 
 
 @pytest.fixture
-def generator() -> FakeGenerator:
-    return FakeGenerator()
+def handler() -> FakeHandler:
+    return FakeHandler()
 
 
 @pytest.fixture
-async def client(generator: Any) -> AsyncIterator[Http]:
-    api = HttpApi(generator, AccessPolicy(), 1 << 20, lambda: "", None, share_port=False)  # type: ignore[arg-type]
+async def client(handler: Any) -> AsyncIterator[Http]:
+    api = HttpApi(handler, AccessPolicy(), 1 << 20, lambda: "", None, share_port=False)  # type: ignore[arg-type]
     server = HttpServer(api.asgi, 10, None, client_certificates=False)
     address = await server.start("127.0.0.1", 0)
     yield Http(f"http://{address}")
@@ -151,22 +151,22 @@ async def test_the_models_are_listed_with_their_tiers(client: Http) -> None:
     assert one["overfill"]["pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
 
 
-async def test_the_fields_reach_the_generator_unchanged(client: Http, generator: FakeGenerator) -> None:
+async def test_the_fields_reach_the_handler_unchanged(client: Http, handler: FakeHandler) -> None:
     await ask(client, model="tiny:full", tier="full", fallback="default", allow_brownout=True)
     await client.post("/v1/completions", model="tiny", prompt=["a", "b"], tier="full")
-    seen = [(r.model, r.tier, r.fallback, r.allow_brownout) for r in generator.requests]
+    seen = [(r.model, r.tier, r.fallback, r.allow_brownout) for r in handler.requests]
     assert seen == [("tiny:full", "full", "default", True), *[("tiny", "full", "", False)] * 2]
 
 
-async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, generator: FakeGenerator) -> None:
-    generator.written_by, generator.brownout_from = ["default", "full"], "full"
+async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, handler: FakeHandler) -> None:
+    handler.written_by, handler.brownout_from = ["default", "full"], "full"
     whole = await ask(client)
     assert (whole["model"], whole["system_fingerprint"]) == ("tiny:default", "fp_dddddddddddd")
     assert whole["overfill"]["pair"]["name"] == "default-pair"
     (told,) = whole["overfill"]["choices"]
     assert (told["tier"], told["brownout_from"]) == ("full", "full")
     assert told["parts"] == [{"tier": "default", "first_index": 0}, {"tier": "full", "first_index": 1}]
-    generator.written_by = ["full"]
+    handler.written_by = ["full"]
     _, text = await client.post("/v1/completions", model="tiny", prompt="Hi", stream=True)
     chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
     assert {(chunk["model"], chunk["system_fingerprint"]) for chunk in chunks} == {("tiny:full", "fp_ffffffffffff")}
@@ -174,8 +174,8 @@ async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, genera
     assert told["parts"] == [{"tier": "full", "first_index": 0}]
 
 
-async def test_with_one_tier_answers_have_the_plain_model_name(client: Http, generator: FakeGenerator) -> None:
-    generator.tiers.several = False
+async def test_with_one_tier_answers_have_the_plain_model_name(client: Http, handler: FakeHandler) -> None:
+    handler.tiers.several = False
     answer = await ask(client)
     assert answer["model"] == "tiny"
     (told,) = answer["overfill"]["choices"]
@@ -190,9 +190,9 @@ async def test_with_one_tier_answers_have_the_plain_model_name(client: Http, gen
     ],
 )
 async def test_a_tier_that_may_not_be_used_or_does_not_exist_has_its_status(
-    client: Http, generator: FakeGenerator, error: Exception, status: int, code: str
+    client: Http, handler: FakeHandler, error: Exception, status: int, code: str
 ) -> None:
-    generator.error = error
+    handler.error = error
     refused = (await ask(client, tier="x"))["error"]
     assert (refused["code"], refused["message"]) == (code, str(error))
     assert (await client.post("/v1/completions", model="tiny:x", prompt="Hi"))[0] == status

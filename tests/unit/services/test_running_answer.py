@@ -14,8 +14,8 @@ from overfill.routing.rolling_stats import RollingStats
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router import pace
-from services.router.generation import Generation
 from services.router.pace import Pace
+from services.router.running_answer import RunningAnswer
 
 TEXT = "one two three four five six seven eight nine ten"
 
@@ -34,16 +34,26 @@ class Relay:
 
 
 class Answer:
-    """A generation of ``TEXT``, and the worker that sends its tokens."""
+    """A running answer with ``TEXT``, and the worker that sends its tokens."""
 
     def __init__(self, folder, interval=1, stops=()):
         tokenizer = Tokenizer.load(folder / "full")
         self.ids = tokenizer.encode(TEXT)
         self.relay, self.pace, self._sent = Relay(), Pace(), 0
         signals = SimpleNamespace(finished=lambda finished, now: None)
-        router = SimpleNamespace(metrics=RouterMetrics(), rolling_stats=RollingStats(), signals=signals, pace=self.pace)
         text = AnswerText(StreamDetokenizer(tokenizer), stops)
-        self.generation = Generation(router, self.relay, text, inference_pb2.Accepted(), "", interval)
+        self.running = RunningAnswer(
+            self.relay,
+            text,
+            inference_pb2.Accepted(),
+            "",
+            interval,
+            metrics=RouterMetrics(),
+            signals=signals,
+            rolling_stats=RollingStats(),
+            pace=self.pace,
+            close=lambda relay, error: relay.close(),
+        )
 
     def send(self, count):
         ids = self.ids[self._sent : self._sent + count]
@@ -55,7 +65,7 @@ class Answer:
 
     async def next(self):
         """Returns the number of tokens of the next delta; None at the end."""
-        delta = await self.generation.next()
+        delta = await self.running.next()
         return None if delta is None else len(delta.token_ids)
 
     async def waiting(self):
@@ -107,9 +117,9 @@ async def test_text_does_not_depend_on_the_interval(tiny_pair):
         for _ in answer.ids:
             answer.send(1)
         answer.end()
-        while (delta := await answer.generation.next()) is not None:
+        while (delta := await answer.running.next()) is not None:
             pieces.append(delta.text)
-        rest = answer.generation.rest
+        rest = answer.running.rest
         texts.add("".join(pieces) + (rest.text if rest else ""))
     assert texts == {TEXT}
 
@@ -117,9 +127,9 @@ async def test_text_does_not_depend_on_the_interval(tiny_pair):
 async def test_a_stop_string_ends_the_answer_before_the_interval_is_full(tiny_pair):
     answer = Answer(tiny_pair, interval=100, stops=["three"])
     answer.send(1)
-    delta = await answer.generation.next()
+    delta = await answer.running.next()
     text = delta.text
-    task = asyncio.ensure_future(answer.generation.next())
+    task = asyncio.ensure_future(answer.running.next())
     for _ in answer.ids[1:]:
         if task.done():
             break
@@ -128,8 +138,8 @@ async def test_a_stop_string_ends_the_answer_before_the_interval_is_full(tiny_pa
     text += (await task).text
     assert text == "one two "
     assert answer.relay.closed
-    assert await answer.generation.next() is None
-    assert answer.generation.finished.stop == "three"
+    assert await answer.running.next() is None
+    assert answer.running.finished.stop == "three"
 
 
 async def test_an_error_comes_after_the_tokens_before_it(tiny_pair):
@@ -183,5 +193,5 @@ async def test_a_tier_whose_tokens_were_cut_at_a_stop_string_is_no_part_of_the_a
     answer.send(len(answer.ids) - len(answer.ids) // 2)
     while await answer.next() is not None:
         pass
-    assert answer.generation.finished.stop == "two"
-    assert [part.tier for part in answer.generation.finished.parts] == ["default"]
+    assert answer.running.finished.stop == "two"
+    assert [part.tier for part in answer.running.finished.parts] == ["default"]

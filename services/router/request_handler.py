@@ -1,7 +1,4 @@
-"""Runs requests of both protocols: checks them, relays them to workers, and turns tokens into text.
-
-Each answer has its own relay.
-"""
+"""Handles the requests of both protocols: checks them, and starts an answer for each."""
 
 from __future__ import annotations
 
@@ -10,26 +7,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
 from overfill.api.priority import check_priority
-from overfill.api.requests import GenerationRequest, validate_generate
+from overfill.api.requests import CheckedRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import (
-    InvalidRequest,
-    OverfillError,
-    RequestCancelled,
-    ShuttingDown,
-)
+from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter, KeyQuota
-from overfill.routing.answer import AnswerDelta, Finish
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
@@ -38,9 +28,9 @@ from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics
-from overfill.telemetry.outcomes import outcome_of
-from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+from overfill.v1 import decode_pb2, inference_pb2
 from services.router.pace import Pace
+from services.router.running_answer import RunningAnswer
 from services.router.served_tiers import ServedTiers, TierChoice
 
 T = TypeVar("T")
@@ -49,10 +39,10 @@ LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
 
 
-class StartGeneration(Protocol):
-    """Queues a request."""
+class StartAnswer(Protocol):
+    """Queues a request and returns its answer."""
 
-    def __call__(self, checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
+    def __call__(self, checked: CheckedRequest, received: float, time_left: float | None) -> RunningAnswer:
         """
         Args:
             received: arrival time, seconds on the event loop's clock.
@@ -63,8 +53,8 @@ class StartGeneration(Protocol):
         """
 
 
-class Generator:
-    """Starts and tracks the requests to the tiers of one full model.
+class RequestHandler:
+    """Checks, starts and tracks the requests to the tiers of one full model.
 
     Args:
         tiers: the tiers, and the choice of one for each request.
@@ -126,7 +116,7 @@ class Generator:
         caller: ApiKey | None = None,
         time_left: float | None = None,
         answers: int = 1,
-    ) -> GenerationRequest:
+    ) -> CheckedRequest:
         """Validates ``request`` and returns it ready to start. Checks quotas and queues first, before any costly work.
 
         Args:
@@ -150,7 +140,7 @@ class Generator:
         caller: ApiKey | None,
         time_left: float | None,
         answers: int,
-    ) -> GenerationRequest:
+    ) -> CheckedRequest:
         size = request.ByteSize()
         self._check_size(size)
         check_priority(request.priority)
@@ -174,7 +164,7 @@ class Generator:
         return replace(checked, **asdict(choice))
 
     @contextmanager
-    def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartGeneration]:
+    def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartAnswer]:
         """Yields a function that queues a request; call it at most ``answers`` times within the block.
 
         All answers count against the key's quota together, before the first is queued. Those that are not queued
@@ -188,11 +178,11 @@ class Generator:
             with self.metrics.refusing(""):
                 self._key_limiter.acquire(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
 
-        def start(checked: GenerationRequest, received: float, time_left: float | None) -> Generation:
+        def start(checked: CheckedRequest, received: float, time_left: float | None) -> RunningAnswer:
             nonlocal left
-            generation = self._start(checked, received, time_left, caller)
+            answer = self._start(checked, received, time_left, caller)
             left -= 1
-            return generation
+            return answer
 
         try:
             yield start
@@ -201,8 +191,8 @@ class Generator:
                 self._release(caller)
 
     def _start(
-        self, checked: GenerationRequest, received: float, time_left: float | None, caller: ApiKey | None
-    ) -> Generation:
+        self, checked: CheckedRequest, received: float, time_left: float | None, caller: ApiKey | None
+    ) -> RunningAnswer:
         start, prompt, key = checked.start, checked.prompt_token_ids, _name(caller)
         prompt_tokens = len(prompt)
         logs.request_id.set(start.request_id)
@@ -251,7 +241,18 @@ class Generator:
             tier=checked.tier,
             brownout_from=checked.brownout_from,
         )
-        return Generation(self, relay, text, accepted, key, max(self._stream_interval, checked.stream_interval))
+        return RunningAnswer(
+            relay,
+            text,
+            accepted,
+            key,
+            max(self._stream_interval, checked.stream_interval),
+            metrics=self.metrics,
+            signals=self.signals,
+            rolling_stats=self.rolling_stats,
+            pace=self.pace,
+            close=self._close,
+        )
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
@@ -289,7 +290,7 @@ class Generator:
         for relay in sorted(self._running, key=lambda relay: relay.placed):
             relay.abort(error)
 
-    def close(self, relay: Relay, error: BaseException | None) -> None:
+    def _close(self, relay: Relay, error: BaseException | None) -> None:
         """Ends ``relay`` and forgets it. ``error`` is the reason, for traces, if the request is not answered."""
         relay.close(error)
         if relay in self._running:
@@ -322,150 +323,6 @@ class Generator:
             raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
 
 
-class Generation:
-    """One running answer. Call ``next`` until it returns None, within ``with``; then read ``finished``.
-
-    Attributes:
-        accepted: first message to the client.
-        rest: text held back until the end, because it might have been part of a stop string; ``finished`` has it too.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        relay: Relay,
-        text: AnswerText,
-        accepted: inference_pb2.Accepted,
-        key: str,
-        interval: int,
-    ) -> None:
-        self.accepted = accepted
-        self._key = key
-        self._interval = interval
-        self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
-        self._generator = generator
-        self._relay = relay
-        self._text = text
-        self._handed: AnswerDelta | None = None  # the delta that the caller is handing to the client
-        self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
-        self._ttft_ns: int | None = None
-        self.rest: AnswerDelta | None = None
-        self._finished: inference_pb2.Finished | None = None
-
-    @property
-    def finished(self) -> inference_pb2.Finished:
-        """The end of the answer; available after the last delta."""
-        assert self._finished is not None
-        return self._finished
-
-    @property
-    def complete(self) -> bool:
-        """True if the answer has ended well and all its tokens have been returned: ``next`` returns None at once."""
-        return self._text.stop is not None or self._relay.answer.complete
-
-    async def next(self) -> AnswerDelta | None:
-        """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
-
-        The first token and the last tokens are returned at once. A call tells that the client has the previous delta.
-
-        Raises:
-            OverfillError: the answer failed; all its tokens have been returned.
-        """
-        if self._handed is not None:
-            self._count(self._handed)
-            self._handed = None
-        if self._text.stop is not None:
-            self._finish(None)
-            return None
-        answer, pace = self._relay.answer, self._generator.pace
-        first = self._handed_at is None
-        delta: AnswerDelta | None = None
-        while True:
-            try:
-                event = await answer.next()
-            except OverfillError as error:
-                if delta is not None:
-                    break  # the next call raises the error
-                self._failure = error
-                raise
-            if isinstance(event, Finish):
-                if delta is not None:
-                    break  # the next call returns None
-                self._finish(event)
-                return None
-            part = self._text.push(event)
-            if delta is None:
-                delta = part
-            else:
-                delta.extend(part)
-            if self._text.stop is not None:
-                # Stop the worker now, before the client has read this delta.
-                self._relay.close()
-                break
-            if first:
-                break
-            if pace.paused:
-                await pace.resumed()
-            if len(delta.token_ids) >= self._interval and not answer.unread:
-                break
-        pace.writing()
-        self._handed = delta
-        return delta
-
-    def _count(self, handed: AnswerDelta) -> None:
-        generator, last, relay = self._generator, self._handed_at, self._relay
-        now = self._handed_at = asyncio.get_running_loop().time()
-        tier = relay.tier
-        generator.metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key, tier)
-        generator.rolling_stats.tokens(len(handed.token_ids), now)
-        # An answer that a client resumes has its first token already, so it has no TTFT.
-        if last is None and not relay.client_resumed:
-            self._ttft_ns = _nanoseconds_since(relay.answer.received)
-            tracing.current().event("first token")
-            if relay.answer.timing.HasField("return_path_ns"):
-                relay.answer.timing.return_path_ns += _nanoseconds_since(relay.answer.first_token_at)
-
-    def _finish(self, finish: Finish | None) -> None:
-        generator, relay, text = self._generator, self._relay, self._text
-        if finish is not None:
-            self.rest = text.finish()
-        relay.close()
-        self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
-        self._failure = None
-        generator.metrics.answered(self._finished, self._finished.parts[-1].tier)
-        tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
-        now = asyncio.get_running_loop().time()
-        generator.signals.finished(self._finished, now)
-        generator.rolling_stats.answered(self._finished, now)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._generator.close(self._relay, self._failure)
-        self._generator.metrics.ended(self._failure, self._relay.tier)
-        self._log()
-
-    def _log(self) -> None:
-        relay = self._relay
-        timing = common_pb2.Timing() if self._finished is None else self._finished.timing
-        logs.ended(
-            "router",
-            outcome_of(self._failure),
-            request_id=self.accepted.request_id,
-            prompt_tokens=self.accepted.prompt_tokens,
-            completion_tokens=self._text.num_tokens,
-            ttft=timing.ttft_ns / 1e9,
-            total=_nanoseconds_since(relay.answer.received) / 1e9,
-            prefill_worker=relay.answer.prefill_worker,
-            decode_worker=relay.decode_worker,
-            migrations=relay.answer.migrations,
-            tier=relay.tier,
-        )
-
-
 async def _run(function: Callable[..., T], *args: Any, in_thread: bool) -> T:
     """Calls ``function``, in a thread if it may take so long that other streams would notice."""
     return await asyncio.to_thread(function, *args) if in_thread else function(*args)
@@ -484,7 +341,7 @@ def _priority(asked: int, caller: ApiKey | None) -> int:
     return asked if caller is None else max(asked, caller.priority)
 
 
-def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
+def choices(checked: CheckedRequest, count: int) -> list[CheckedRequest]:
     """Returns ``count`` requests for different answers to one prompt, with the same seed."""
     requests = [checked]
     for index in range(1, count):
@@ -493,41 +350,3 @@ def choices(checked: GenerationRequest, count: int) -> list[GenerationRequest]:
         start.request_id, start.sample_index = f"{start.request_id}-{index}", index
         requests.append(replace(checked, start=start))
     return requests
-
-
-def _finished(
-    relay: Relay, text: AnswerText, rest: AnswerDelta | None, finish: Finish | None, ttft_ns: int | None
-) -> inference_pb2.Finished:
-    if finish is None:  # a stop string ended the answer before the worker did
-        finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
-    parts = relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))]
-    if text.stop is not None:
-        # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.
-        parts = parts[:1] + [part for part in parts[1:] if part.first_index < text.num_tokens]
-    reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
-    if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
-        reason = common_pb2.FINISH_REASON_TOOL_CALLS
-    finished = inference_pb2.Finished(
-        reason=reason,
-        usage=finish.usage,
-        timing=relay.answer.timing,
-        prefill_worker=relay.answer.prefill_worker,
-        decode_worker=relay.decode_worker,
-        migrations=relay.answer.migrations,
-        stop=text.stop or "",
-        rest=None if rest is None else rest.to_proto(),
-        trace=finish.trace,
-        codec=finish.codec,
-        prefill_engine=relay.answer.prefill_engine,
-        decode_engine=relay.decode_engine,
-        parts=parts,
-    )
-    finished.usage.completion_tokens = text.num_tokens
-    if ttft_ns is not None:
-        finished.timing.ttft_ns = ttft_ns
-    finished.timing.total_ns = _nanoseconds_since(relay.answer.received)
-    return finished
-
-
-def _nanoseconds_since(then: float) -> int:
-    return round((asyncio.get_running_loop().time() - then) * 1e9)

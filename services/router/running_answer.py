@@ -1,0 +1,218 @@
+"""One running answer in the router: its tokens as text, its statistics, its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from overfill.api.answer_text import AnswerText
+from overfill.errors import OverfillError, RequestCancelled
+from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.relay import Relay
+from overfill.routing.rolling_stats import RollingStats
+from overfill.routing.signals import Signals
+from overfill.telemetry import logs, tracing
+from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.outcomes import outcome_of
+from overfill.v1 import common_pb2, inference_pb2
+from services.router.pace import Pace
+
+
+class RunningAnswer:
+    """One running answer. Call ``next`` until it returns None, within ``with``; then read ``finished``.
+
+    Args:
+        relay: the request on its way through the workers.
+        text: what turns its tokens into text.
+        key: name of the API key, for metrics; empty without one.
+        interval: minimum number of tokens in a delta, except in the first and the last one.
+        close: ends the relay; called with it and with the reason if the request is not answered, else None.
+
+    Attributes:
+        accepted: first message to the client.
+        rest: text held back until the end, because it might have been part of a stop string; ``finished`` has it too.
+    """
+
+    def __init__(
+        self,
+        relay: Relay,
+        text: AnswerText,
+        accepted: inference_pb2.Accepted,
+        key: str,
+        interval: int,
+        *,
+        metrics: RouterMetrics,
+        signals: Signals,
+        rolling_stats: RollingStats,
+        pace: Pace,
+        close: Callable[[Relay, BaseException | None], None],
+    ) -> None:
+        self.accepted = accepted
+        self._key = key
+        self._interval = interval
+        self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
+        self._metrics = metrics
+        self._signals = signals
+        self._rolling_stats = rolling_stats
+        self._pace = pace
+        self._close = close
+        self._relay = relay
+        self._text = text
+        self._handed: AnswerDelta | None = None  # the delta that the caller is handing to the client
+        self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
+        self._ttft_ns: int | None = None
+        self.rest: AnswerDelta | None = None
+        self._finished: inference_pb2.Finished | None = None
+
+    @property
+    def finished(self) -> inference_pb2.Finished:
+        """The end of the answer; available after the last delta."""
+        assert self._finished is not None
+        return self._finished
+
+    @property
+    def complete(self) -> bool:
+        """True if the answer has ended well and all its tokens have been returned: ``next`` returns None at once."""
+        return self._text.stop is not None or self._relay.answer.complete
+
+    async def next(self) -> AnswerDelta | None:
+        """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
+
+        The first token and the last tokens are returned at once. A call tells that the client has the previous delta.
+
+        Raises:
+            OverfillError: the answer failed; all its tokens have been returned.
+        """
+        if self._handed is not None:
+            self._count(self._handed)
+            self._handed = None
+        if self._text.stop is not None:
+            self._finish(None)
+            return None
+        answer, pace = self._relay.answer, self._pace
+        first = self._handed_at is None
+        delta: AnswerDelta | None = None
+        while True:
+            try:
+                event = await answer.next()
+            except OverfillError as error:
+                if delta is not None:
+                    break  # the next call raises the error
+                self._failure = error
+                raise
+            if isinstance(event, Finish):
+                if delta is not None:
+                    break  # the next call returns None
+                self._finish(event)
+                return None
+            part = self._text.push(event)
+            if delta is None:
+                delta = part
+            else:
+                delta.extend(part)
+            if self._text.stop is not None:
+                # Stop the worker now, before the client has read this delta.
+                self._relay.close()
+                break
+            if first:
+                break
+            if pace.paused:
+                await pace.resumed()
+            if len(delta.token_ids) >= self._interval and not answer.unread:
+                break
+        pace.writing()
+        self._handed = delta
+        return delta
+
+    def _count(self, handed: AnswerDelta) -> None:
+        last, relay = self._handed_at, self._relay
+        now = self._handed_at = asyncio.get_running_loop().time()
+        tier = relay.tier
+        self._metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key, tier)
+        self._rolling_stats.tokens(len(handed.token_ids), now)
+        # An answer that a client resumes has its first token already, so it has no TTFT.
+        if last is None and not relay.client_resumed:
+            self._ttft_ns = _nanoseconds_since(relay.answer.received)
+            tracing.current().event("first token")
+            if relay.answer.timing.HasField("return_path_ns"):
+                relay.answer.timing.return_path_ns += _nanoseconds_since(relay.answer.first_token_at)
+
+    def _finish(self, finish: Finish | None) -> None:
+        relay, text = self._relay, self._text
+        if finish is not None:
+            self.rest = text.finish()
+        relay.close()
+        self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
+        self._failure = None
+        self._metrics.answered(self._finished, self._finished.parts[-1].tier)
+        tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
+        now = asyncio.get_running_loop().time()
+        self._signals.finished(self._finished, now)
+        self._rolling_stats.answered(self._finished, now)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close(self._relay, self._failure)
+        self._metrics.ended(self._failure, self._relay.tier)
+        self._log()
+
+    def _log(self) -> None:
+        relay = self._relay
+        timing = common_pb2.Timing() if self._finished is None else self._finished.timing
+        logs.ended(
+            "router",
+            outcome_of(self._failure),
+            request_id=self.accepted.request_id,
+            prompt_tokens=self.accepted.prompt_tokens,
+            completion_tokens=self._text.num_tokens,
+            ttft=timing.ttft_ns / 1e9,
+            total=_nanoseconds_since(relay.answer.received) / 1e9,
+            prefill_worker=relay.answer.prefill_worker,
+            decode_worker=relay.decode_worker,
+            migrations=relay.answer.migrations,
+            tier=relay.tier,
+        )
+
+
+def _finished(
+    relay: Relay, text: AnswerText, rest: AnswerDelta | None, finish: Finish | None, ttft_ns: int | None
+) -> inference_pb2.Finished:
+    if finish is None:  # a stop string ended the answer before the worker did
+        finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
+    parts = relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))]
+    if text.stop is not None:
+        # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.
+        parts = parts[:1] + [part for part in parts[1:] if part.first_index < text.num_tokens]
+    reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
+    if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
+        reason = common_pb2.FINISH_REASON_TOOL_CALLS
+    finished = inference_pb2.Finished(
+        reason=reason,
+        usage=finish.usage,
+        timing=relay.answer.timing,
+        prefill_worker=relay.answer.prefill_worker,
+        decode_worker=relay.decode_worker,
+        migrations=relay.answer.migrations,
+        stop=text.stop or "",
+        rest=None if rest is None else rest.to_proto(),
+        trace=finish.trace,
+        codec=finish.codec,
+        prefill_engine=relay.answer.prefill_engine,
+        decode_engine=relay.decode_engine,
+        parts=parts,
+    )
+    finished.usage.completion_tokens = text.num_tokens
+    if ttft_ns is not None:
+        finished.timing.ttft_ns = ttft_ns
+    finished.timing.total_ns = _nanoseconds_since(relay.answer.received)
+    return finished
+
+
+def _nanoseconds_since(then: float) -> int:
+    return round((asyncio.get_running_loop().time() - then) * 1e9)
