@@ -110,7 +110,7 @@ class Terminal:
                 break
         self._bash.kill()
         self._bash.wait()
-        self._reader.join()
+        self._reader.join(10)
         for pipe in (self._bash.stdin, self._bash.stdout):
             assert pipe is not None
             pipe.close()
