@@ -112,7 +112,7 @@ def test_names_in_the_explanation_exist(page: Path) -> None:
 
 def test_wrong_names_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("`Relay.start` calls `Relay.no_such_step`, and `overfill_no_such_total` counts it.", encoding="utf-8")
+    page.write_text("`Relay.start` calls `Relay.no_such_step`, and `overfill_no_such_total` counts.", encoding="utf-8")
     assert unknown_names(page) == ["Relay.no_such_step", "overfill_no_such_total"]
 
 
