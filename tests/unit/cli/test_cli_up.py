@@ -29,7 +29,7 @@ from overfill.cli.stack import Stack, child_environment
 from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up_plan import StackRequest, make_plan, threads_per_worker
 from overfill.errors import Unavailable, UnsupportedModel
-from overfill.settings.config import DecodeConfig, PrefillConfig
+from overfill.settings.config import DecodeConfig, PrefillConfig, ServiceConfig
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
@@ -190,6 +190,20 @@ def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytes
     assert PrefillConfig.parse(config.to_argv()) == config
     assert config.block_size == 32
     assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size is None
+
+
+def every_kind(base: type[ServiceConfig] = ServiceConfig) -> Iterator[type[ServiceConfig]]:
+    for kind in base.__subclasses__():
+        if hasattr(kind, "program"):
+            yield kind
+        yield from every_kind(kind)
+
+
+@pytest.mark.parametrize("kind", list(every_kind()))
+def test_a_child_inherits_no_variable_of_any_service(kind: type[ServiceConfig]) -> None:
+    environment = dict.fromkeys(kind.variables(), "x")
+    assert environment
+    assert not environment.keys() & child_environment(environment, threads=1).keys()
 
 
 def test_free_ports_are_different_and_no_connection_gets_them() -> None:
