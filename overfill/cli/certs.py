@@ -25,7 +25,7 @@ from overfill.errors import InvalidRequest
     help="Role to make a certificate for; repeatable.  [default: all roles]",
 )  # fmt: skip
 def certs_command(folder: Path, names: tuple[str, ...], days: float, roles: tuple[str, ...]) -> None:
-    """Make certificates for a stack in FOLDER, for `overfill up --tls FOLDER`.
+    """Make certificates for every role of a stack. `overfill up --tls FOLDER` uses them.
 
     Two certificate authorities sign them: one for the processes of the stack, the other for its users. Workers trust
     only the first. The first run makes both authorities; later runs replace the certificates, and running processes

@@ -68,7 +68,7 @@ def up_command(
     tls: Path | None,
     **settings: Any,
 ) -> int:
-    """Run a stack: router, and workers.
+    """Run a stack: routers and workers.
 
     On one machine with at most one GPU, a worker has both stages, prefill and decode. --prefill and --decode start
     workers with one stage, and --colocated more of those with both. All three together make a mixed stack.

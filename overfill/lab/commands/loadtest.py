@@ -47,7 +47,7 @@ def _kind(f: Field[Any]) -> Any:
 @_plan_options
 @click.option("--api-key", envvar=API_KEY, show_envvar=True, help="API key, if the server requires one.")
 def loadtest_command(api_key: str | None, **options: Any) -> int:
-    """Send load to a running stack or an OpenAI endpoint, and check objectives.
+    """Load a stack or an OpenAI endpoint, and check objectives.
 
     Use it to test one server against limits, with users or a trace. To compare several servers under the same load, or
     to find the rate that saturates one, use `overfill bench serve`.

@@ -253,7 +253,7 @@ def simulate_command(
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Play a trace on modelled workers in virtual time: print latencies and goodput, or size the pools.
+    """Play a trace on modelled workers: print latencies and goodput, or size the pools. Time is virtual.
 
     The router's own code places, queues and scales. A profile says how long a worker takes for its work.
     """
