@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from overfill.cli.options import Number
-from overfill.errors import InvalidRequest
+from overfill.cli.options import Number, option_errors
 
 
 @click.command("certs")
@@ -37,9 +36,7 @@ def certs_command(folder: Path, names: tuple[str, ...], days: float, roles: tupl
     from overfill.rpc import certificates
     from overfill.rpc.access import Role
 
-    try:
+    with option_errors():
         written = certificates.make(folder, names, days, [Role(role) for role in roles] or tuple(Role))
-    except InvalidRequest as error:
-        raise click.UsageError(str(error)) from error
     for path in written:
         click.echo(path)

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
+from overfill.cli.options import option_errors
 from overfill.cli.processes import tied_to_parent
-from overfill.errors import InvalidRequest
 from overfill.lab.loadtest.plan import API_KEY, LoadPlan
 from overfill.process.extras import require
 from overfill.settings.environment import GRPC_ENVIRONMENT
@@ -58,13 +58,9 @@ def loadtest_command(api_key: str | None, **options: Any) -> int:
     require("loadtest", "`overfill loadtest`", "locust")  # runs in a child process
     from overfill.lab.loadtest.workload import Workload
 
-    try:
+    with option_errors():
         plan = LoadPlan.from_options(options)
         Workload(plan)  # reports an unreadable trace before anything starts
-    except InvalidRequest as error:
-        name = error.field.replace("_", "-")
-        message = str(error).removeprefix(f"{error.field}: ")
-        raise click.UsageError(f"--{name}: {message}") from error
     return _run(plan, api_key)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import Number, RenamedFlags
+from overfill.cli.options import Number, RenamedFlags, option_errors
 from overfill.cli.output import console, print_json
+from overfill.lab.simulate.policies import DEFAULT, NAMES
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
 
 if TYPE_CHECKING:
@@ -99,7 +100,11 @@ class _Load:
     "--longest", type=click.IntRange(2), help="Maximum tokens of a prompt and its answer; longer prompts are cut."
 )
 @click.option(
-    "--arrivals", type=click.Choice(get_args(Arrivals)), default="poisson", help="Arrivals of synthetic requests."
+    "--arrivals",
+    type=click.Choice(get_args(Arrivals)),
+    default="poisson",
+    show_default=True,
+    help="Arrivals of synthetic requests.",
 )
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of a synthetic prompt."
@@ -161,7 +166,7 @@ class _Load:
     show_default=True,
     help="With --brownout: share of the requests that allow it.",
 )
-@click.option("--policy", default="default", show_default=True, help="Routing policy.")
+@click.option("--policy", type=click.Choice(NAMES), default=DEFAULT, show_default=True, help="Routing policy.")
 @click.option(
     "--prefix-cache",
     type=click.Choice(["on", "off"]),
@@ -217,6 +222,7 @@ class _Load:
     help="Plot the timeline to this file; with --brownout beside that of a run without.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@option_errors()
 def simulate_command(
     traces: tuple[str, ...],
     count: int | None,
@@ -388,7 +394,6 @@ def _size(
 def _compare(
     requests: list[TraceRequest], profile: Profile, options: SimulationOptions, objective: Objective, as_json: bool
 ) -> int:
-    from overfill.lab.simulate.policies import NAMES
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import policy_table
     from overfill.telemetry.progress import show_progress
