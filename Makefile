@@ -15,9 +15,11 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --config-settings 
 # One thread per process, because thread pools with more threads than cores are many times slower.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
+# The variable silences a notice about the next major version of MkDocs, which pyproject.toml excludes.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 PYTEST_VLLM := $(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/vllm
 
-.PHONY: help setup demo audit check test test-vllm test-images test-all images bench proto sdk dashboards chart docs
+.PHONY: help setup demo audit check test test-vllm test-images test-all images bench proto sdk dashboards chart docs docs-serve test-docs tables
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,7 +69,7 @@ audit: setup  ## Write the bill of materials; look for known vulnerabilities
 	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
 
 test: setup check  ## check, then all tests except the slow ones
-	$(PYTEST) -m "not slow and not gpu and not images" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow and not gpu and not images" -n 2 --dist loadfile --ignore tests/docs
 
 test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment of their own
 	$(PYTEST_VLLM) -m "not slow and not gpu"
@@ -75,7 +77,7 @@ test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment 
 test-images: setup .venv/.containers  ## Run the tests with containers and network namespaces; needs root
 	$(PYTEST) -m images tests/images
 
-test-all: setup check .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
+test-all: setup check .venv/.docs .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
 	$(PYTEST)
 	$(PYTEST_VLLM)
 
@@ -123,8 +125,21 @@ sdk: setup  ## Regenerate the blocking client from the asyncio one
 dashboards: setup  ## Regenerate the Grafana dashboards in deploy/helm/overfill/files
 	$(BIN)/python deploy/grafana/generate.py
 
-docs: setup  ## Regenerate docs/metrics.md and the tables of docs/map.md and docs/engines.md
-	$(BIN)/overfill metrics > docs/.metrics.md && mv docs/.metrics.md docs/metrics.md
+docs: .venv/.docs  ## Build the documentation site in build/docs; a broken link or reference fails
+	$(MKDOCS) build
+
+docs-serve: .venv/.docs  ## Show the site on http://127.0.0.1:8001 and rebuild a page when it changes
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8001
+
+test-docs: .venv/.docs  ## Run the commands that the docs show, the examples, and the checks of the built site
+	$(PYTEST) -m "not slow" tests/docs
+
+# What the site and the examples need beyond what the tests need.
+.venv/.docs: pyproject.toml .venv/.installed
+	$(BIN)/python $(INSTALL) '.[docs,examples]'
+	@touch $@
+
+tables: setup  ## Regenerate the tables of docs/project/map.md and docs/reference/engines.md
 	$(BIN)/python tests/unit/test_map.py
 	$(BIN)/python tests/unit/test_features.py
 

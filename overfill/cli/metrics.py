@@ -1,4 +1,4 @@
-"""``overfill metrics``: lists the metrics that a stack exports, as in ``docs/metrics.md``."""
+"""``overfill metrics``: lists the metrics that a stack exports, as in ``docs/reference/metrics.md``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import click
 
 _INTRODUCTION = """# Metrics
 
-Made by `overfill metrics > docs/metrics.md` from `overfill/telemetry/metrics.py`; a test compares them.
+Made by `overfill metrics > docs/reference/metrics.md` from `overfill/telemetry/metrics.py`; a test compares them.
 
 Every process serves `/metrics` on its own port, which `overfill status` shows. `--metrics-port` sets the port, and
 `--metrics-host` the address, which is loopback by default. A router also serves `/targets`: it lists all processes for
 Prometheus' `http_sd_configs`, with the labels `stage` and `worker` (`deploy/prometheus`). Each process also exports
 `process_*`: CPU, memory, open files.
 
-Seconds are measured on one host's monotonic clock. [architecture.md](architecture.md#time) explains the parts of the
-time to first token. Series with label values that are known in advance start at 0.
+Seconds are measured on one host's monotonic clock. [architecture.md](../explanation/architecture.md#time) explains
+the parts of the time to first token. Series with label values that are known in advance start at 0.
 """
 
 
@@ -28,7 +28,7 @@ def metrics_command() -> None:
 
 
 def metrics_page() -> str:
-    """Returns the text of ``docs/metrics.md``."""
+    """Returns the text of ``docs/reference/metrics.md``."""
     from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS, declared
     from overfill.telemetry.outcomes import OUTCOMES
 

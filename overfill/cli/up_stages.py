@@ -15,7 +15,7 @@ from overfill.model.manifest import Half, Pair
 from overfill.process.gpus import gpu_count
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, read_checked
 
-_GUIDE = "docs/choosing.md"
+_GUIDE = "docs/how-to/latency-or-throughput.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Every metric that the services export: names, labels, buckets. No torch; knows no service.
 
-``overfill metrics`` makes ``docs/metrics.md`` from the declarations here. A name is
+``overfill metrics`` makes ``docs/reference/metrics.md`` from the declarations here. A name is
 ``overfill_<stage>_<what>_<unit>``. A label has few values. Series of known values exist from the start, so that a rate
 includes their first increase. Numbers that an engine keeps anyway are read at each scrape.
 """
@@ -221,7 +221,7 @@ class RouterMetrics(MetricSet):
         self._read(
             "scaling_input",
             "gauge",
-            "Inputs of the scaling policy; docs/operations.md explains them.",
+            "Inputs of the scaling policy; docs/how-to/size-pools.md explains them.",
             lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
             {**pool, "input": ()},
         )

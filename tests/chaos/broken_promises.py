@@ -1,8 +1,8 @@
-"""Breaks every promise of docs/reliability.md on purpose, and checks that a test fails.
+"""Breaks every promise of docs/explanation/failure.md on purpose, and checks that a test fails.
 
 ``python tests/chaos/broken_promises.py`` copies the tree. For each promise it changes a few lines of the copy, runs the
-test of the promise, requires it to fail, and restores the lines. It prints the table of docs/reliability.md. Arguments
-select promises. This proves that each test can fail.
+test of the promise, requires it to fail, and restores the lines. It prints the table of
+docs/explanation/failure.md. Arguments select promises. This proves that each test can fail.
 """
 
 from __future__ import annotations

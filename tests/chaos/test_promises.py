@@ -1,4 +1,4 @@
-"""Every promise of docs/reliability.md can be broken, and its test then fails."""
+"""Every promise of docs/explanation/failure.md can be broken, and its test then fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_line_that_keeps_it_is_there_and_so_is_its_test(broken: Any) -> None
 
 
 def test_the_docs_tell_of_every_one() -> None:
-    text = (promises.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = (promises.ROOT / "docs" / "explanation" / "failure.md").read_text(encoding="utf-8")
     assert [b.promise for b in promises.BROKEN if f"| {b.promise} | {b.how} |" not in text] == []
 
 

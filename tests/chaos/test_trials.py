@@ -1,6 +1,6 @@
 """Faults under load: every request is answered right or refused with a reason, and no block or process is left behind.
 
-Short forms of the runs of ``overfill chaos`` in docs/reliability.md.
+Short forms of the runs of ``overfill chaos`` in docs/explanation/failure.md.
 """
 
 from __future__ import annotations

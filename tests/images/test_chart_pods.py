@@ -81,7 +81,7 @@ class Installation:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates by the script of docs/deploy.md, a file of API keys, and the key."""
+    """Certificates by the script of docs/how-to/kubernetes.md, a file of API keys, and the key."""
     made = tmp_path_factory.mktemp("chart")
     for parent in made.parents[:2]:
         parent.chmod(0o755)  # pytest's folders are closed to user 10001

@@ -1,7 +1,7 @@
 """Cases for every field of OpenAI's and vLLM's APIs: tests run them, and the table in the docs is made of them.
 
-``python tests/integration/openai_cases.py`` writes the table into ``docs/openai.md``. A test fails when the table or
-the server differs from the cases.
+``python tests/integration/openai_cases.py`` writes the table into ``docs/reference/openai.md``. A test fails when
+the table or the server differs from the cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from overfill.api.openai.schema import ChatRequest, CompletionRequest, RefusedField, Sampling, refusals
 
-DOCS = Path(__file__).parents[2] / "docs" / "openai.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "openai.md"
 BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 

@@ -32,7 +32,7 @@ METRICS = 7690
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the files of the chart's TLS secret, made by the script of docs/deploy.md."""
+    """Folder with the files of the chart's TLS secret, made by the script of docs/how-to/kubernetes.md."""
     folder = tmp_path_factory.mktemp("tls") / "tls"
     subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder], check=True, capture_output=True)
     return folder

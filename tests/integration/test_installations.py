@@ -239,6 +239,6 @@ def test_the_commands_of_a_client_work_with_the_core_only(tiny_pair: Path, tmp_p
     assert check("keys", "list", keys).startswith("ann\t")
     check("keys", "revoke", "ann", keys)
     assert "router.key" in check("certs", tmp_path / "certs")
-    assert check("metrics") == (ROOT / "docs" / "metrics.md").read_text()
+    assert check("metrics") == (ROOT / "docs" / "reference" / "metrics.md").read_text()
     assert "valid" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
     assert "max-decode" in check("config", "show")

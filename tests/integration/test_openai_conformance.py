@@ -1,4 +1,4 @@
-"""Tests that every field of OpenAI's API is listed in docs/openai.md and behaves as stated there."""
+"""Tests that every field of OpenAI's API is listed in docs/reference/openai.md and behaves as stated there."""
 
 import json
 import urllib.error

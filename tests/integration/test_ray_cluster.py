@@ -120,7 +120,7 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
         assert load.errors == []
         kept = workers(both, "decode") | workers(both, "prefill")
         one = {"min_replicas": 1, "max_replicas": 1, "downscale_delay_s": 0}
-        # According to docs/operations.md, this change alone restarts no replica.
+        # According to docs/how-to/ray.md, this change alone restarts no replica.
         config["applications"][0]["deployments"] = [{"name": "decode", "autoscaling_config": one}]
         cluster.deploy(config, tmp_path)
         wait_until(lambda: len(workers(both, "decode")) == 1, 300, "one decode worker is left")

@@ -151,7 +151,8 @@ def test_every_panel_by_tier_shows_every_tier(watched):
 
 def test_no_metric_is_missing_or_undocumented(watched):
     prometheus, _ = watched
-    documented = set(re.findall(r"^\| `(overfill_\w+)`", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE))
+    page = (ROOT / "docs/reference/metrics.md").read_text()
+    documented = set(re.findall(r"^\| `(overfill_\w+)`", page, re.MULTILINE))
     exported = {
         re.sub(r"_(bucket|sum|count|created)$", "", name) for name in prometheus.names() if name.startswith("overfill_")
     }

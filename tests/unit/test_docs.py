@@ -14,9 +14,9 @@ from overfill.cli.main import cli
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("deploy/**/*.md")]
-)
+NOTEBOOK = ROOT / "docs" / "lab"
+GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if NOTEBOOK not in page.parents]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *ROOT.glob("deploy/**/*.md")])
 # In "helm install overfill CHART", overfill is a release.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
 OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|ruff|serve) ")
@@ -35,7 +35,7 @@ PROSE = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]* [^"\n]*"|(?:#|//).*')
 def code(page: Path) -> Iterator[str]:
     """The page's code: blocks, without comments and with continued lines joined, and text between backquotes."""
     text = page.read_text(encoding="utf-8")
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from re.sub(r"\\\n\s*", " ", block).splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose))
@@ -96,7 +96,7 @@ def names_in_code() -> set[str]:
 
 def test_names_in_the_architecture_exist() -> None:
     known = names_in_code() | {"SO_REUSEPORT"}  # the system's
-    named = {name for name in code(ROOT / "docs" / "architecture.md") if NAME.fullmatch(name)}
+    named = {name for name in code(ROOT / "docs" / "explanation" / "architecture.md") if NAME.fullmatch(name)}
     assert len(named) > 100
     assert sorted(name for name in named if not known.issuperset(re.findall(r"\w+", name))) == []
 

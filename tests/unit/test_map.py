@@ -1,4 +1,4 @@
-"""``docs/map.md`` and the tree agree, every link of the docs resolves, and the notebook's index is complete.
+"""``docs/project/map.md`` and the tree agree, every link of the docs resolves, and the notebook's index is complete.
 
 ``python tests/unit/test_map.py`` writes the map's table from the docstrings of the packages.
 """
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MAP = DOCS / "map.md"
+MAP = DOCS / "project" / "map.md"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 TABLE = re.compile(r"(?<=\| package \| does \|\n\|---\|---\|\n)(?:\|.*\n)*")
 
@@ -22,15 +22,14 @@ TABLE = re.compile(r"(?<=\| package \| does \|\n\|---\|---\|\n)(?:\|.*\n)*")
 def floors() -> list[list[str]]:
     """Packages and modules of each floor, from the top, as listed by the contract in ``pyproject.toml``."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(each["layers"] for each in contracts if "docs/map.md" in each["name"])
+    layers = next(each["layers"] for each in contracts if "docs/project/map.md" in each["name"])
     return [layer.split(" | ") for layer in layers]
 
 
 def row(folder: Path) -> str:
     source = (folder / "__init__.py").read_text(encoding="utf-8")
     sentence = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0].replace("``", "`")
-    path = folder.relative_to(ROOT).as_posix()
-    return f"| [`{path.replace('/', '.')}`](../{path}) | {sentence} |\n"
+    return f"| `{folder.relative_to(ROOT).as_posix().replace('/', '.')}` | {sentence} |\n"
 
 
 def table() -> str:
@@ -49,7 +48,7 @@ def anchors(page: Path) -> set[str]:
 def test_the_map_has_the_first_line_of_every_package() -> None:
     found = TABLE.search(MAP.read_text(encoding="utf-8"))
     assert found is not None
-    assert found.group(0) == table(), "run `make docs`"
+    assert found.group(0) == table(), "run `make tables`"
 
 
 def test_every_package_has_its_sentence_and_its_floor() -> None:

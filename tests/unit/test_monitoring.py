@@ -57,13 +57,13 @@ def test_every_recorded_rule_is_used():
 
 
 def test_every_alert_has_a_runbook_and_a_test():
-    page = (ROOT / "docs/operations.md").read_text()
-    headings = re.findall(r"^#### (Overfill\w+)$", page, re.MULTILINE)
+    page = (ROOT / "docs/reference/alerts.md").read_text()
+    headings = re.findall(r"^## (Overfill\w+)$", page, re.MULTILINE)
     alerts = [rule for rule in rules(RULES) if "alert" in rule]
     assert sorted(headings) == sorted(rule["alert"] for rule in alerts)
     tests = (ROOT / "deploy/prometheus/tests/alerts_test.yml").read_text()
     for rule in alerts:
-        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+        assert rule["annotations"]["runbook"] == f"docs/reference/alerts.md#{rule['alert'].lower()}"
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert f'alertname="{rule["alert"]}"' in tests
 
@@ -81,7 +81,7 @@ def test_panels_have_a_place_a_unit_and_a_source():
 
 
 def test_runbooks_name_existing_panels():
-    page = (ROOT / "docs/operations.md").read_text()
+    page = (ROOT / "docs/reference/alerts.md").read_text()
     titles = {
         (json.loads(path.read_text())["title"].removeprefix("Overfill / "), panel["title"])
         for path in DASHBOARDS.glob("*.json")

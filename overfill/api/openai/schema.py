@@ -48,7 +48,8 @@ class RefusedField:
     """Marks a field that is refused, except with a value that has no effect.
 
     Args:
-        reason: Why the field is refused, and what to do instead. It is part of the error message and of docs/openai.md.
+        reason: Why the field is refused, and what to do instead. It is part of the error message and of
+            docs/reference/openai.md.
         neutral: Values without effect that are allowed, besides None.
     """
 

@@ -179,7 +179,7 @@ def test_one_machine_gets_one_worker_and_up_says_why(
 ) -> None:
     assert counts(started(stack)) == ONE
     err = capsys.readouterr().err
-    assert "one worker with both stages, which is fastest on one machine (docs/choosing.md)" in err
+    assert "one worker with both stages, which is fastest on one machine (docs/how-to/latency-or-throughput.md)" in err
     assert "--prefill 1 --decode 1" in err
 
 
@@ -207,7 +207,7 @@ def test_a_number_that_is_given_is_no_choice_of_up(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert counts(started(*arguments)) == expected
-    assert "docs/choosing.md" not in capsys.readouterr().err
+    assert "docs/how-to/latency-or-throughput.md" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,9 @@ def test_what_is_for_one_stage_keeps_the_stages_apart(
     arguments: list[str], why: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert counts(started(*arguments)) == TWO
-    said = f"one prefill and one decode worker, because {why} (docs/choosing.md); for both stages in one worker, give"
-    assert f"{said} --colocated" in capsys.readouterr().err
+    page = "docs/how-to/latency-or-throughput.md"
+    said = f"one prefill and one decode worker, because {why} ({page}); for both stages in one worker, give --colocated"
+    assert said in capsys.readouterr().err
 
 
 def test_settings_of_one_stage_keep_the_stages_apart(

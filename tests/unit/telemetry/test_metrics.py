@@ -30,7 +30,7 @@ from overfill.telemetry.metrics import (
 from overfill.telemetry.outcomes import OUTCOMES, outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[3] / "docs" / "reference"
 
 
 def values(metrics, name):
@@ -44,7 +44,7 @@ def values(metrics, name):
 
 
 def test_the_table_of_metrics_is_up_to_date():
-    assert (DOCS / "metrics.md").read_text() == metrics_page(), "run: overfill metrics > docs/metrics.md"
+    assert (DOCS / "metrics.md").read_text() == metrics_page(), "run: overfill metrics > docs/reference/metrics.md"
 
 
 @pytest.mark.parametrize("kind", [RouterMetrics, PrefillMetrics, DecodeMetrics])

@@ -1,6 +1,6 @@
 "use strict";
 
-// Parts of the time to first token, named and ordered like `timing` in docs/openai.md.
+// Parts of the time to first token, named and ordered like `timing` in docs/reference/openai.md.
 const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed"];
 const TIMES = { ttft: "first token", ...Object.fromEntries(PARTS.map((p) => [p, "· " + p.replaceAll("_", " ")])),
   itl: "between tokens", total: "end to end" };

@@ -35,5 +35,5 @@ def test_a_prefill_longer_than_the_transfer_hides_it():
 
 
 def test_the_guide_describes_every_link():
-    text = (Path(__file__).parents[4] / "docs" / "methodology.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[4] / "docs" / "project" / "methodology.md").read_text(encoding="utf-8")
     assert [name for name in LINKS if f"`{name}`" not in text] == []

@@ -1,0 +1,178 @@
+"""A terminal in which the steps of a page run, and the comparison of its output with the page."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+_END = "end-of-command-of-the-docs"
+# What differs between two runs: numbers, identifiers, the width of columns and bars.
+_VARIABLE = (
+    (re.compile(r"\b[0-9a-f]{8,}\b"), "0"),
+    (re.compile(r"\d[\d.,:]*"), "0"),
+    (re.compile(r"[\s━╸╺█▏─]+"), " "),
+)
+
+
+class Terminal:
+    """One bash, whose commands have no standard input. ``run`` starts one command after the other."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._bash = subprocess.Popen(
+            ["bash", "--norc", "--noprofile"],
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._text = ""
+        self._changed = threading.Condition()
+        self._status: int | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+        self._send("set -m")  # each command is a process group of its own, which ctrl-C can reach
+
+    def _send(self, text: str) -> None:
+        assert self._bash.stdin is not None
+        self._bash.stdin.write(f"{text}\n".encode())
+        self._bash.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._bash.stdout is not None
+        while chunk := os.read(self._bash.stdout.fileno(), 65536):
+            with self._changed:
+                self._text += chunk.decode(errors="replace")
+                if end := re.search(rf"{_END} (\d+)\n", self._text):
+                    self._status = int(end[1])
+                    self._text = self._text[: end.start()]
+                self._changed.notify_all()
+        with self._changed:
+            self._status = -1 if self._status is None else self._status
+            self._changed.notify_all()
+
+    def start(self, command: str) -> None:
+        with self._changed:
+            self._text, self._status = "", None
+        self._send(f"{{ {command}\n}} </dev/null; echo {_END} $?")
+
+    @property
+    def lines(self) -> list[str]:
+        """What the current command has printed, as a terminal would show it."""
+        with self._changed:
+            text = _ESCAPE.sub("", self._text)
+        lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+    def wait(self, timeout: float) -> int | None:
+        """Waits until the command ends. Returns its exit status; None after ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._status is not None, timeout)
+            return self._status
+
+    def wait_for(self, shown: Sequence[str], timeout: float) -> bool:
+        """Waits until the output has all of ``shown``, while the command runs. Returns whether it has."""
+        end = time.monotonic() + timeout
+        while not matches(shown, self.lines, whole=False):
+            with self._changed:
+                if self._status is not None or time.monotonic() > end:
+                    break
+                self._changed.wait(0.2)
+        return matches(shown, self.lines, whole=False)
+
+    def press_ctrl_c(self) -> None:
+        for child in _children(self._bash.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(os.getpgid(child), signal.SIGINT)
+
+    def close(self) -> None:
+        """Ends the terminal, with whatever still runs in it."""
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            for child in _children(self._bash.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(os.getpgid(child), stop)
+            if self.wait(20) is not None:
+                break
+        with contextlib.suppress(OSError):
+            self._send("exit")
+        self._bash.kill()
+        self._bash.wait()
+
+
+def _children(parent: int) -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def _plain(line: str) -> str:
+    for pattern, instead in _VARIABLE:
+        line = pattern.sub(instead, line)
+    return line.strip()
+
+
+def _same(shown: str, printed: str) -> bool:
+    parts = [re.escape(part.strip()) for part in _plain(shown).split("…")]
+    return re.fullmatch(r"\s*.*\s*".join(parts), _plain(printed)) is not None
+
+
+def pairs_of(shown: Sequence[str], printed: Sequence[str]) -> list[int] | None:
+    """Finds for each shown line the printed line that it stands for. None: the output is another one.
+
+    Blank lines do not count. A shown line "…" stands for any number of lines, and gets -1.
+    """
+    wanted = [(number, line) for number, line in enumerate(shown) if line.strip()]
+    given = [(number, line) for number, line in enumerate(printed) if line.strip()]
+    found = [-1] * len(shown)
+
+    def fits(at: int, start: int, gap: bool) -> bool:
+        if at == len(wanted):
+            return gap or start == len(given)
+        number, line = wanted[at]
+        if line.strip() == "…":
+            return fits(at + 1, start, True)
+        for place in range(start, len(given) if gap else min(start + 1, len(given))):
+            if _same(line, given[place][1]) and fits(at + 1, place + 1, False):
+                found[number] = given[place][0]
+                return True
+        return False
+
+    return found if fits(0, 0, False) else None
+
+
+def matches(shown: Sequence[str], printed: Sequence[str], *, whole: bool) -> bool:
+    """Says whether ``printed`` is what the page shows; with ``whole`` unset, more may follow."""
+    return pairs_of([*shown] if whole else [*shown, "…"], printed) is not None
+
+
+def updated(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
+    """Returns what the page should show: all of ``printed``, or where the page cuts, the lines that it shows."""
+    if "…" not in (line.strip() for line in shown):
+        return list(printed)
+    found = pairs_of(shown, printed)
+    if found is None:
+        return list(printed)
+    kept = {number for number, line in enumerate(shown) if found[number] < 0 or "…" in line}
+    return [line if number in kept else printed[found[number]] for number, line in enumerate(shown)]
+
+
+@contextlib.contextmanager
+def terminals(folder: Path, environment: Mapping[str, str]) -> Iterator[dict[str, Terminal]]:
+    """Yields a dictionary that the caller fills with terminals by name; ends them all."""
+    opened: dict[str, Terminal] = {}
+    try:
+        yield opened
+    finally:
+        for terminal in reversed(opened.values()):
+            terminal.close()
