@@ -224,6 +224,7 @@ def engine_options(default: EngineChoice | None, about_args: str) -> Callable[[_
     def decorate(command: _F) -> _F:
         command = click.option(
             "--engine-args",
+            metavar="JSON",
             help=f"Arguments of vLLM itself, as a JSON object of its EngineArgs by name{about_args}",
         )(command)
         for stage in ("decode", "prefill"):
