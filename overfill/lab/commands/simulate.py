@@ -145,7 +145,7 @@ class _Load:
     help="Number of workers with both stages. With them, --prefill and --decode are 0 by default.",
 )
 @click.option(
-    "--tier",
+    "--decoder",
     "tiers",
     multiple=True,
     metavar="NAME=PROFILE[:N][,SETTING=VALUE...]",
@@ -157,10 +157,10 @@ class _Load:
     "--brownout",
     default="",
     metavar="'TIER > TIER...'",
-    help="With --tier: tiers from the best to the cheapest; the next one answers when a tier would miss an objective.",
+    help="With --decoder: tiers from the best to the cheapest; the next answers when one would miss an objective.",
 )
 @click.option(
-    "--allow-brownout",
+    "--brownout-share",
     type=Number(0, 1),
     default=1.0,
     show_default=True,
@@ -240,7 +240,7 @@ def simulate_command(
     colocated: int,
     tiers: tuple[str, ...],
     brownout: str,
-    allow_brownout: float,
+    brownout_share: float,
     policy: str,
     prefix_cache: str,
     max_queue: int,
@@ -276,12 +276,14 @@ def simulate_command(
     if use_all and max_workers is None:
         raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
     if tiers and (size or compare_policies or use_all):
-        raise click.UsageError("--tier: leave out --size, --compare-policies and --use-all")
+        raise click.UsageError("--decoder: leave out --size, --compare-policies and --use-all")
     prefill, decode = _single_stage_workers(prefill, decode, colocated)
     if colocated and (size or autoscale or tiers):
-        raise click.UsageError("--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed")
+        raise click.UsageError(
+            "--colocated: leave out --size, --autoscale and --decoder; the number of workers is fixed"
+        )
     if tiers and _given("decode"):
-        raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
+        raise click.UsageError("--decode: each --decoder has its number of decode workers; leave out --decode")
     objective = Objective.parse(slo)
     made, order = _tiers(tiers, brownout)
     profile = load_profile(profile_name)
@@ -295,7 +297,7 @@ def simulate_command(
         colocated=colocated,
         tiers=made,
         brownout=order,
-        allow_brownout=allow_brownout,
+        brownout_share=brownout_share,
         slo=objective,
         policy=policy,
         scaling=_scaling(profile, objective, max_workers, use_all) if autoscale else None,
@@ -429,7 +431,7 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
 
 
 def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], tuple[str, ...]]:
-    """Reads ``--tier`` and ``--brownout``. Raises UsageError."""
+    """Reads ``--decoder`` and ``--brownout``. Raises UsageError."""
     from overfill.lab.simulate.options import SimTier
     from overfill.lab.simulate.profiles import load_profile
     from overfill.settings.tiers import TierSpec, check_tiers, parse_order
@@ -452,7 +454,7 @@ def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], 
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if tiers and not any(tier.share for tier in tiers):
-        raise click.UsageError("--tier: no request asks for any tier; give at least one a share above 0")
+        raise click.UsageError("--decoder: no request asks for any tier; give at least one a share above 0")
     return tuple(tiers), order
 
 

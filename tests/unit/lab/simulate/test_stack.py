@@ -266,7 +266,7 @@ def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
     options = {"prefill": 4, "tiers": TIERS, "max_wait": 1.0}
     refused = run(trace, **options)
     saved = run(trace, brownout=("full", "fast"), **options)
-    half = run(trace, brownout=("full", "fast"), allow_brownout=0.5, **options)
+    half = run(trace, brownout=("full", "fast"), brownout_share=0.5, **options)
     attainment = [result.attainment(OBJECTIVE) for result in (refused, half, saved)]
     assert attainment == sorted(attainment)
     assert attainment[2] > attainment[0] + 0.2
