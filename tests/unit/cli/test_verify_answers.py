@@ -1,0 +1,244 @@
+"""``overfill verify`` without a stack: a fake client answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from overfill.cli import verify
+from overfill.client import AnswerPart
+from overfill.errors import Unavailable
+from overfill.pair.hf_model import chat_token_ids, load_tokenizer
+from overfill.pair.reference import TwoStageReference, load_references
+from overfill.settings.tiers import TierSpec
+
+QUESTIONS = ["What is a bridge?", "Explain rivers.", "Count to 10."]
+MAX_TOKENS = 6
+
+
+class Stack:
+    """Answers as the reference does, unless ``tamper`` changes an answer. It has one tier, unless ``tiers`` says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reference = TwoStageReference(folder)
+        self.tiers = {"": self.reference}
+        self.tokenizer = load_tokenizer(folder / "full")
+        self.tamper: Callable[[int, SimpleNamespace], SimpleNamespace] = lambda index, answer: answer
+        self.processes = [self.process("prefill", None), self.process("decode", "raw")]
+
+    def process(self, stage: str, codec: str | None, reference: TwoStageReference | None = None) -> SimpleNamespace:
+        pair = (reference or self.reference).pair
+        model = SimpleNamespace(
+            full_digest=pair.full_digest,
+            tokenizer_digest=pair.tokenizer_digest,
+            decoder_digest=pair.decoder_digest if stage == "decode" else "",
+            decoder_quantize="",
+            kv_cache_dtype="",
+        )
+        kv = SimpleNamespace(dtype="float32")
+        return SimpleNamespace(id=f"{stage}-0", stage=stage, kv=kv, model=model, codec=codec)
+
+    def status(self) -> SimpleNamespace:
+        tiers = [None, *self.tiers]  # the first process is the prefill worker
+        workers = [
+            SimpleNamespace(id=p.id, stage=p.stage, process=p, tier=t or None)
+            for p, t in zip(self.processes, tiers, strict=False)
+        ]
+        return SimpleNamespace(workers=workers)
+
+    def generate(self, messages: list[Any], sampling: Any, tier: str) -> SimpleNamespace:
+        assert sampling.greedy
+        prompt = messages[0].content
+        ids = chat_token_ids(self.tokenizer, prompt)
+        token_ids = self.tiers[tier].generate(ids, sampling.max_tokens)
+        answer = SimpleNamespace(
+            parts=(AnswerPart(tier or "default", 0),),
+            token_ids=tuple(token_ids),
+            finish_reason="length" if len(token_ids) == sampling.max_tokens else "stop",
+            usage=SimpleNamespace(prompt_tokens=len(ids), cached_tokens=16 if tier == "fast" else 0),
+        )
+        return self.tamper(QUESTIONS.index(prompt), answer)
+
+
+@pytest.fixture
+def stack(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    stack = Stack(tiny_pair)
+
+    @contextmanager
+    def connect(*args: object) -> Iterator[Stack]:
+        yield stack
+
+    monkeypatch.setattr(verify, "connect", connect)
+    return stack
+
+
+@pytest.fixture
+def run(stack: Stack, tiny_pair: Path, tmp_path: Path) -> Callable[..., Any]:
+    file = tmp_path / "questions.jsonl"
+    rows = [{"prompt": QUESTIONS[0]}, {"question_id": 81, "turns": [QUESTIONS[1], "More."]}, {"prompt": QUESTIONS[2]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    def run(*arguments: str) -> Any:
+        command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), *arguments]
+        command += [] if any("--decoder" in argument for argument in arguments) else ["--pair", str(tiny_pair)]
+        return CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
+
+    return run
+
+
+def last_line(result: Any) -> str:
+    return str(result.stdout.splitlines()[-1])
+
+
+def test_right_answers_pass(run: Callable[..., Any]) -> None:
+    result = run()
+    assert result.return_value == 0, result.output
+    assert result.stdout == "3/3 correct (3 identical, 0 ties)\n"
+    assert last_line(run("--limit", "2", "--concurrency", "1")) == "2/2 correct (2 identical, 0 ties)"
+
+
+def changed_token(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 1:
+        answer.token_ids = (*answer.token_ids[:2], (answer.token_ids[2] + 1) % 512, *answer.token_ids[3:])
+    return answer
+
+
+def test_a_changed_token_fails_and_is_shown(stack: Stack, run: Callable[..., Any]) -> None:
+    stack.tamper = changed_token
+    result = run()
+    assert result.return_value == 1
+    assert last_line(result) == "2/3 correct (2 identical, 0 ties)"
+    assert "wrong token" in result.stdout
+    report = json.loads(run("--json").stdout)
+    assert (report["passed"], report["correct"]) == (False, 2)
+    (failure,) = report["failures"]
+    assert (failure["question"], failure["index"]) == (2, 2)
+    assert failure["margin"] > 1e-3
+
+
+def lost(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 0:
+        raise Unavailable("the router is gone")
+    return answer
+
+
+def cut_short(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 0:
+        answer.token_ids = answer.token_ids[:-1]
+    return answer
+
+
+def other_prompt(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+    if index == 0:
+        answer.usage.prompt_tokens += 1
+    return answer
+
+
+@pytest.mark.parametrize("tamper", [lost, cut_short, other_prompt])
+def test_an_answer_that_is_missing_or_not_to_this_prompt_fails(
+    tamper: Callable[..., Any], stack: Stack, run: Callable[..., Any]
+) -> None:
+    stack.tamper = tamper
+    result = run()
+    assert result.return_value == 1
+    assert last_line(result) == "2/3 correct (2 identical, 0 ties)"
+
+
+@pytest.fixture
+def tiered(stack: Stack, tiny_tiers: tuple[TierSpec, ...]) -> list[str]:
+    """Makes a stack with three tiers of it; returns the options that name them."""
+    stack.tiers = load_references(tiny_tiers)
+    stack.reference = stack.tiers["full"]
+    stack.processes = [
+        stack.process("prefill", None),
+        *(stack.process("decode", "raw", r) for r in stack.tiers.values()),
+    ]
+    return [f"--decoder={tier}" for tier in tiny_tiers]
+
+
+def test_every_tier_is_asked_and_judged_by_its_own_decoder(tiered: list[str], run: Callable[..., Any]) -> None:
+    result = run(*tiered)
+    assert result.return_value == 0, result.output
+    assert result.stdout.splitlines() == [
+        "full     3/3 correct (3 identical, 0 ties); 0 of 53 prompt tokens from the prefix cache",
+        "default  3/3 correct (3 identical, 0 ties); 0 of 53 prompt tokens from the prefix cache",
+        "fast     3/3 correct (3 identical, 0 ties); 48 of 53 prompt tokens from the prefix cache",
+        "9/9 correct (9 identical, 0 ties)",
+    ]
+    assert run(*tiered, "--tier=fast").stdout.splitlines()[1:] == ["3/3 correct (3 identical, 0 ties)"]
+
+
+def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
+    stack: Stack, tiered: list[str], run: Callable[..., Any]
+) -> None:
+    """A worker of the tier fast that runs the decoder of default, and one that says so."""
+    stack.tiers["fast"] = stack.tiers["default"]
+    report = json.loads(run(*tiered, "--json").stdout)
+    assert [(tier["tier"], tier["passed"], tier["correct"]) for tier in report["tiers"]] == [
+        ("full", True, 3), ("default", True, 3), ("fast", False, 0),
+    ]  # fmt: skip
+    assert (report["passed"], report["correct"], report["prompt_tokens"]) == (False, 6, 159)
+    assert {(row["tier"], row["problem"], row["index"]) for row in report["failures"]} == {("fast", "wrong token", 1)}
+
+    def continued(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+        answer.parts = (AnswerPart("fast", 0), AnswerPart("default", 1))
+        return answer
+
+    stack.tamper = continued
+    (row,) = json.loads(run(*tiered, "--tier=fast", "--limit=1", "--json").stdout)["failures"]
+    assert row["problem"] == "tier 'default' wrote the tokens from 1 on, which was not asked for"
+    assert run(*tiered[:2], f"{tiered[2]},fallback=default", "--tier=fast").return_value == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--decoder=a=x", "--pair=x"], "--decoder conflicts with --pair (also"),
+        (["--decoder=a=x", "--decoder=a=y"], "two tiers have the name 'a'"),
+        (["--decoder=a=x", "--tier=b"], "--tier b: give it a --decoder; tiers are a"),
+    ],
+)
+def test_tiers_that_contradict_each_other_are_bad_usage(options: list[str], says: str, tmp_path: Path) -> None:
+    file = tmp_path / "q"
+    file.write_text('{"prompt": "a"}')
+    command = ["--questions", str(file), "--max-tokens", "2", *options]
+    result = CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
+    assert isinstance(result.exception, click.UsageError)
+    assert says in str(result.exception)
+
+
+STACKS: dict[str, tuple[Callable[[Stack], object], str]] = {
+    "bfloat16": (lambda s: setattr(s.processes[1].kv, "dtype", "bfloat16"), "--dtype float32"),
+    "bfloat16 prefill": (lambda s: setattr(s.processes[0].kv, "dtype", "bfloat16"), "--dtype float32"),
+    "codec": (lambda s: setattr(s.processes[1], "codec", "int8"), "raw codec"),
+    "no decode worker": (lambda s: s.processes.pop(), "no decode worker"),
+    "other full model": (lambda s: setattr(s.processes[0].model, "full_digest", "0"), "full model differ"),
+    "other decoder": (lambda s: setattr(s.processes[1].model, "decoder_digest", "0"), "decoder differ"),
+    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not report its model"),
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_a_stack_that_cannot_be_judged_is_bad_usage(case: str, stack: Stack, run: Callable[..., Any]) -> None:
+    change, message = STACKS[case]
+    change(stack)
+    result = run()
+    assert isinstance(result.exception, click.ClickException)
+    assert result.exception.exit_code == 2
+    assert message in result.exception.message
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "{}\n", '{"prompt": 3}\n', '{"turns": []}\n', "not json\n"])
+def test_a_file_without_questions_is_bad_usage(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(content)
+    with pytest.raises(click.UsageError, match="questions"):
+        verify.read_questions(file)
