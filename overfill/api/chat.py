@@ -10,6 +10,7 @@ from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import Mode, ToolDefinition, as_openai, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
+from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -81,13 +82,25 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def chat_grammar(chat: inference_pb2.Chat) -> str | None:
-    """A Lark grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest."""
+def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> str | None:
+    """A Lark grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
+
+    Args:
+        answer: Grammar of answers that call no tools, of kind "json_object" or "json_schema"; None allows any text.
+    """
     mode, name = tool_choice(chat)
     if mode == "none":
         return None
+    schema = None
+    if answer is not None:
+        if answer.kind not in ("json_object", "json_schema"):
+            raise InvalidRequest(
+                f"sampling.grammar.{answer.kind}",
+                "cannot be combined with tools; give a JSON schema, or set the choice of tools to none",
+            )
+        schema = json.loads(answer.text) if answer.text else {"type": "object"}
     tools = [tool for tool in read_tools(chat) if name in ("", tool.name)]
-    return tools_grammar(tools, mode, single=chat.single_tool_call)
+    return tools_grammar(tools, mode, single=chat.single_tool_call, answer=schema)
 
 
 def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:

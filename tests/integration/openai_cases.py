@@ -282,6 +282,7 @@ def _response_format(ask: Ask) -> None:
     assert text(ask(response_format={"type": "json_object"}, max_tokens=3)).startswith("{")
     assert text(ask(response_format={"type": "text"})) == text(ask())
     _structural_tag(ask)
+    _tools_and_response_format(ask)
 
 
 def _tools(ask: Ask) -> None:
@@ -296,6 +297,25 @@ def _tool_choice(ask: Ask) -> None:
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["pick"]
     assert "tool_calls" not in ask(tools=[TOOL], tool_choice="none")["choices"][0]["message"]
     assert ask(tools=[TOOL], tool_choice="auto")["choices"]
+
+
+def _tools_and_response_format(ask: Ask) -> None:
+    """Without a call, an answer fits the schema; with one, it fits the tool."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"const": [17]}}}
+    fields = {"response_format": wanted, "tools": [TOOL], "max_tokens": 200}
+    assert json.loads(text(ask(**fields, tool_choice="none"))) == [17]
+    auto = [ask(**fields, seed=seed)["choices"][0]["message"] for seed in range(8)]
+    assert {message["content"] for message in auto} == {None, "[17]"}, "some answers call the tool, some do not"
+    named = {"type": "function", "function": {"name": "pick"}}
+    for message in [m for m in auto if m["content"] is None] + [
+        ask(**fields, tool_choice=choice)["choices"][0]["message"] for choice in ("required", named)
+    ]:
+        assert all(json.loads(call["function"]["arguments"])["n"] in (1, 2) for call in message["tool_calls"])
+    assert ask(response_format={"type": "json_object"}, tools=[TOOL])["choices"]
+    broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "circle"}}}
+    for choice in ("auto", "required", "none"):
+        refuses(ask, "response_format", **fields | {"response_format": broken, "tool_choice": choice})
+    refuses(ask, "structured_outputs.regex", structured_outputs={"regex": "a"}, tools=[TOOL])
 
 
 def _parallel(ask: Ask) -> None:
@@ -380,7 +400,7 @@ CHAT = [
         "response_format",
         "supported",
         "`json_object`, `json_schema`; `strict` rules out keys that the schema does not name; "
-        "what the grammar library cannot obey is 400",
+        "what the grammar library cannot obey is 400; beside `tools`, the form of answers without calls",
         check=_response_format,
     ),
     Case("safety_identifier", "ignored", "", value="x"),

@@ -65,11 +65,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     if request.logprobs:
         generate.sampling.logprobs = request.top_logprobs or 0
     _tool_choice(request, generate.chat)
-    field = _set_grammar(request, generate.sampling)
-    if request.tools and request.tool_choice != "none":
-        if field:
-            raise _invalid(field, "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
-        field = "tools"
+    field = _set_grammar(request, generate.sampling) or ("tools" if request.tools else "")
     return _api_request(request, (generate,), field)
 
 

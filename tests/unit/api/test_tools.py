@@ -103,6 +103,19 @@ def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, si
     assert not accepts(grammars, grammar, write_calls([("unknown", "{}")]))
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+@pytest.mark.parametrize("single", [True, False])
+def test_an_answer_with_a_schema_is_of_this_schema_or_calls_tools(grammars, mode, single):
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"type": "integer"}}}}}
+    grammar = tools_grammar(TOOLS, mode, single=single, answer=schema)
+    one, two = write_calls(CALLS[:1]), write_calls(CALLS)
+    assert accepts(grammars, grammar, '{"n": 1}') == (mode == "auto")
+    assert accepts(grammars, grammar, one)
+    assert accepts(grammars, grammar, two) == (not single)
+    for wrong in ("Just text.", '{"n": "x"}', f"First text.\n{one}", f'{{"n": 1}}\n{one}'):
+        assert not accepts(grammars, grammar, wrong), wrong
+
+
 @pytest.mark.parametrize(
     ("field", "tools"),
     [
@@ -154,6 +167,20 @@ def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
     assert template.knows_tools
     assert template.render([], [{"type": "function", "function": {"name": "weather"}}]) == "weather;"
     assert not ChatTemplate("{{ messages }}", {}).knows_tools
+
+
+def test_a_chat_s_grammar_has_the_schema_of_its_answers():
+    kind = inference_pb2.ToolChoice
+    tools = [inference_pb2.Tool(name="weather")]
+    schema, anything = Grammar.json_schema({"enum": [17]}), Grammar("json_object")
+    assert "17" in chat_grammar(chat(tools=tools), schema)
+    assert "answer: %json" in chat_grammar(chat(tools=tools), anything)
+    assert "17" not in chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_REQUIRED)), schema)
+    assert chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_NONE)), schema) is None
+    for other in (Grammar("regex", "a"), Grammar("lark", 'start: "a"')):
+        with pytest.raises(InvalidRequest, match="cannot be combined with tools") as caught:
+            chat_grammar(chat(tools=tools), other)
+        assert caught.value.field == f"sampling.grammar.{other.kind}"
 
 
 def test_only_a_chat_with_tools_has_a_grammar():
