@@ -338,6 +338,11 @@ def _messages(ask: Ask) -> None:
     assert count > ask()["usage"]["prompt_tokens"]
     messages[2] |= {"reasoning": "Hm.", "reasoning_content": "Hm."}
     assert ask(messages=messages)["usage"]["prompt_tokens"] == count
+    messages[2]["tool_calls"][0]["function"]["arguments"] = '{"n": "cut by max_tok'
+    assert ask(messages=messages)["usage"]["prompt_tokens"] > count
+    for content in ("", None, []):
+        for role in ("system", "user", "assistant"):
+            assert ask(messages=[*messages, {"role": role, "content": content}])["choices"]
 
 
 def _prompt(ask: Ask) -> None:
@@ -379,7 +384,8 @@ CHAT = [
     Case(
         "messages",
         "supported",
-        "text only; roles system, developer (as system), user, assistant, tool; `reasoning` is ignored",
+        "text only; roles system, developer (as system), user, assistant, tool; `reasoning` is ignored; the content "
+        "may be empty; arguments of a call that are no JSON object, as when `max_tokens` cut them, are shown as text",
         check=_messages,
     ),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),

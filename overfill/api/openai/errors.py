@@ -28,7 +28,6 @@ _PARAMS = (
     (re.compile(r"^(token_ids\.ids|text|prompt)$"), "prompt"),
     (re.compile(r"^chat$"), "messages"),
     (re.compile(r"(tools\[\d+\])\.(\w+)$"), r"\1.function.\2"),
-    (re.compile(r"(tool_calls\[\d+\])\.(arguments)$"), r"\1.function.\2"),
 )
 
 

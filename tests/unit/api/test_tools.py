@@ -1,11 +1,13 @@
 """Tests tools: how the model is told of them, which calls its grammar allows, and how calls are parsed."""
 
 import json
+import shutil
 
 import pytest
 
 from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
+from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
@@ -160,6 +162,37 @@ def test_calls_and_their_results_go_back_to_the_model(byte_level_tokenizer):
     text = byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
     assert write_calls([("weather", '{"city": "Rome"}')]) in text
     assert "<tool_response>\nsunny\n</tool_response>" in text
+
+
+def calls_of_an_assistant(*arguments):
+    calls = [{"id": f"c{n}", "name": "weather", "arguments": text} for n, text in enumerate(arguments)]
+    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Look:", "tool_calls": calls}]
+
+
+# Arguments that max_tokens has cut, and others that are no JSON object.
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "{", "[1]", '"x"', "[" * 10_000], ids=lambda text: text[:9])
+def test_arguments_that_are_no_object_go_back_to_the_model_as_they_are(byte_level_tokenizer, arguments):
+    messages = calls_of_an_assistant('{"city": "Rome"}', arguments)
+    said = write_calls([("weather", '{"city": "Rome"}'), ("weather", arguments)])
+    assert f"Look:\n{said}" in byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
+
+
+def test_a_template_that_knows_tools_gets_calls_as_objects_and_cut_calls_as_text(tmp_path, byte_level_folder):
+    shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "[{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}]{% endfor %}{% endfor %}{{ tools }}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+
+    def shown(*arguments):
+        return tokenizer.decode(encode_chat(chat(messages=calls_of_an_assistant(*arguments)), tokenizer))
+
+    cut = '{"city": "Ro'
+    assert "Look:[city=Rome][]" in shown('{"city": "Rome"}', "")
+    assert "Look:\n" + write_calls([("weather", "{}"), ("weather", cut)]) in shown("", cut)
 
 
 def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
