@@ -11,10 +11,9 @@ from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
-from overfill.request.params import MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
+from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
-MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 
