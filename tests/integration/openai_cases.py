@@ -362,7 +362,10 @@ def _messages(ask: Ask) -> None:
     ]
     count = ask(messages=messages)["usage"]["prompt_tokens"]
     assert count > ask()["usage"]["prompt_tokens"]
-    messages[2] |= {"reasoning": "Hm.", "reasoning_content": "Hm."}
+    messages[2] |= {"reasoning": "Hm.", "reasoning_content": "Hm.", "parsed": None, "annotations": [], "refusal": None}
+    messages[2]["tool_calls"][0] |= {"index": 0, "extra_content": {}}
+    messages[2]["tool_calls"][0]["function"]["parsed_arguments"] = {}
+    messages[1] |= {"cache_control": {"type": "ephemeral"}}
     assert ask(messages=messages)["usage"]["prompt_tokens"] == count
     messages[2]["tool_calls"][0]["function"]["arguments"] = '{"n": "cut by max_tok'
     assert ask(messages=messages)["usage"]["prompt_tokens"] > count
@@ -410,8 +413,8 @@ CHAT = [
     Case(
         "messages",
         "supported",
-        "text only; roles system, developer (as system), user, assistant, tool; `reasoning` is ignored; the content "
-        "may be empty; arguments of a call that are no JSON object, as when `max_tokens` cut them, are shown as text",
+        "text only; roles system, developer (as system), user, assistant, tool; the content may be empty; arguments of "
+        "a call that are no JSON object, as when `max_tokens` cut them, are shown as text; other keys are ignored",
         check=_messages,
     ),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),
@@ -453,7 +456,7 @@ CHAT = [
         "tools",
         "supported",
         "functions; calls follow a grammar, so their arguments always fit; `strict` as in `response_format`; "
-        "keys of a tool that OpenAI does not know are ignored",
+        "other keys of a tool are ignored",
         check=_tools,
     ),
     Case("top_logprobs", "supported", "0 to 20", check=_top_logprobs),

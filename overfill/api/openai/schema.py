@@ -1,6 +1,7 @@
 """The requests of OpenAI's API with vLLM's additions. Each field is supported, ignored or refused.
 
-Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI. Fields marked ``Ignored``
+Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI, but ignored inside messages
+and tools. Fields marked ``Ignored``
 have no effect on an answer. Fields marked ``RefusedField`` would have one, but are not supported.
 """
 
@@ -61,6 +62,16 @@ class Strict(BaseModel):
     """Base class that refuses unknown fields, converts no types, and allows finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Extensible(Strict):
+    """Base class that ignores unknown fields.
+
+    Messages and tools have it, as at OpenAI and vLLM: clients send back whole answers, with what they have read from
+    them, and add marks for other servers, such as ``cache_control``.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
 
 @functools.cache
@@ -217,36 +228,24 @@ class ContentPart(BaseModel):
     text: str | None = None
 
 
-class FunctionCall(Strict):
+class FunctionCall(Extensible):
     name: str
     arguments: str
 
 
-class ToolCall(Strict):
+class ToolCall(Extensible):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: Ignored
 
 
-class Message(Strict):
+class Message(Extensible):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Items[ContentPart] | None = None
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
-    name: Ignored
-    refusal: Ignored
-    annotations: Ignored
-    reasoning: Ignored  # clients send back whole answers of reasoning models
-    reasoning_content: Ignored
     audio: Annotated[Any, RefusedField("this model reads text only")] = None
     function_call: Annotated[Any, RefusedField("use 'tool_calls'")] = None
-
-
-class Extensible(Strict):
-    """Base class that ignores unknown fields, where clients add marks for other servers, such as cache_control."""
-
-    model_config = ConfigDict(extra="ignore")
 
 
 class Function(Extensible):
