@@ -83,8 +83,9 @@ def validate_generate(
         check_grammar(sampling.grammar)
     tools = chat_grammar(request.chat, sampling.grammar) if request.HasField("chat") else None
     if tools is not None:
-        sampling = replace(sampling, grammar=Grammar("lark", tools))
-        _check_tools_grammar(sampling.grammar)
+        grammar = Grammar("lark", tools)
+        _check_tools_grammar(grammar)
+        sampling = replace(sampling, grammar=grammar)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
