@@ -230,6 +230,21 @@ def test_production_s_kv_and_steps_fit_the_named_gpu(stage: str) -> None:
     assert needed <= free, f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
 
 
+def test_production_s_gpus_run_vllm_in_the_image_that_has_it() -> None:
+    rendered = pods(render("values-prod.yaml"))
+    for stage in ("prefill", "decode"):
+        (container,) = rendered[stage]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert {"--device=cuda", "--engine=vllm"} <= set(container["args"])
+        assert container["image"] == "registry.example.org/overfill/overfill-worker-vllm:0.2.0-cuda"
+        assert container["command"] == [f"overfill-{stage}"]
+        # The image's caches are in $OVERFILL_HOME of the Dockerfile, so a volume must be there.
+        variables = {one["name"]: one.get("value") for one in container["env"]}
+        assert variables["OVERFILL_HOME"] == "/var/cache/overfill"
+        assert "/var/cache/overfill" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert rendered["router"]["containers"][0]["image"].endswith("/overfill-router:0.2.0")
+
+
 def test_init_containers_get_their_pool_s_variables_and_a_revision_has_its_own_folder() -> None:
     variable = {"name": "HTTPS_PROXY", "value": "http://proxy:3128"}
     own = [f"{pool}.extraEnv[0].{key}={value}" for pool in ("router", "decode") for key, value in variable.items()]
