@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from generated_pages import PAGES
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[2]
-
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for page, source in {"project/changelog.md": "CHANGELOG.md", "project/contributing.md": "CONTRIBUTING.md"}.items():
-        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](../")
-        files.append(File.generated(config, page, content=text))
+    for path, page in PAGES.items():
+        files.append(File.generated(config, path, content=page()))
     return files

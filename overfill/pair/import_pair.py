@@ -123,7 +123,8 @@ def plan_import(
     norms and biases of a teacher; and files of torch before 1.6, which cannot be mapped.
 
     Args:
-        full, decoder: Folders of the checkpoints. The decoder may be in the format of OverFill's authors.
+        full: Folder of the full model's checkpoint.
+        decoder: Folder of the decoder's checkpoint, which may be in the format of OverFill's authors.
         layer_map: The full-model layer whose KV each decoder layer reads, or the authors' name for it. None takes what
             the checkpoint says, or maps each layer to itself.
         tokenizer: Folder of a tokenizer for both halves. None takes the full model's.

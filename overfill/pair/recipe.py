@@ -28,7 +28,9 @@ class DecoderRecipe:
     """Sizes of a decoder and the methods that make it from its full model.
 
     Args:
-        hidden_size, intermediate_size, layers: Exact as an int; a share of the full model's as a float.
+        hidden_size: Width of the residual stream: exact as an int; a share of the full model's as a float.
+        intermediate_size: Width of the MLPs, likewise.
+        layers: Number of layers, likewise.
         method: How the residual stream is narrowed: its largest channels stay, or its leading directions.
         fit: ``none`` keeps the sliced weights; ``least-squares`` fits them to the full model.
         quantize: Form of the decoder's weights in memory. The checkpoint is never quantised.

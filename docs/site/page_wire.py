@@ -1,0 +1,185 @@
+"""The page of the wire: every service, message and enum of ``proto/overfill/v1``, with the comments in the files."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto
+from grpc_tools import protoc
+from page_text import escape, table
+
+from overfill.rpc.constants import WIRE_VERSION
+
+PROTO = Path(__file__).parents[2] / "proto"
+# In the order in which a request meets them.
+_FILES = ("inference", "admin", "decode", "prefill", "kv", "registry", "common")
+
+_INTRODUCTION = f"""# gRPC API
+
+Every service, RPC, message and field of the wire, from `proto/overfill/v1/*.proto`.
+
+Clients call `Inference` and `Admin` of a router. The other services connect the processes of a stack, and their peers
+compare wire versions: this is wire {WIRE_VERSION}. [Errors](errors.md) has the statuses, and
+[the SDK](sdk.md) is a client in Python. Stubs for another language come from the files:
+
+```text
+protoc -Iproto --go_out=. --go-grpc_out=. proto/overfill/v1/*.proto
+```
+
+A router also serves the standard services `grpc.health.v1.Health` and, for `grpcurl` and the like, reflection. When it
+has API keys, each call carries one in the metadata: `authorization: Bearer KEY`.
+
+Messages in proto3 have no required fields: a field that is not sent is 0, empty or false. Where absence has a meaning of
+its own, the field is `optional`.
+"""
+
+_TYPES = {number: name.removeprefix("TYPE_").lower() for name, number in FieldDescriptorProto.Type.items()}
+# Field numbers of descriptor.proto, of which the paths of comments consist.
+_MESSAGE, _ENUM, _SERVICE, _METHOD = 4, 5, 6, 2
+_FIELD, _NESTED, _NESTED_ENUM, _ONEOF, _RESERVED, _VALUE = 2, 3, 4, 8, 9, 2
+_Path = tuple[int, ...]
+
+
+def descriptors() -> dict[str, descriptor_pb2.FileDescriptorProto]:
+    """Returns the parsed files with their comments, by name without folder and suffix."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "set"
+        files = sorted(str(file.relative_to(PROTO)) for file in PROTO.rglob("*.proto"))
+        arguments = ["protoc", f"-I{PROTO}", f"--descriptor_set_out={out}", "--include_source_info", *files]
+        if protoc.main(arguments) != 0:
+            raise ValueError("protoc cannot read the files in proto/")
+        parsed = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes())
+    return {Path(file.name).stem: file for file in parsed.file}
+
+
+def page() -> str:
+    files = descriptors()
+    names = {name for file in files.values() for name in _names(file)}
+    ordered = [*(name for name in _FILES if name in files), *sorted(files.keys() - set(_FILES))]
+    services = (
+        (f"[`{service.name}`](#{service.name.lower()})",
+         ", ".join(f"[`{each.name}`](#{service.name.lower()}{each.name.lower()})" for each in service.method),
+         f"{_prose(_File(files[name], names).head, names)}")
+        for name in ordered
+        for service in files[name].service
+    )  # fmt: skip
+    parts = [_INTRODUCTION, "## Services\n", table(("service", "RPCs", "between"), services)]
+    for name in ordered:
+        parts += _File(files[name], names).lines(name)
+    return "\n".join(parts)
+
+
+def _names(file: descriptor_pb2.FileDescriptorProto) -> Iterator[str]:
+    """Yields the names of the file's messages and enums; nested ones as ``Outer.Inner``."""
+    for message in file.message_type:
+        yield message.name
+        yield from (f"{message.name}.{each.name}" for each in (*message.nested_type, *message.enum_type))
+    yield from (enum.name for enum in file.enum_type)
+
+
+def _prose(text: str, names: Iterable[str]) -> str:
+    """Returns a comment as Markdown: names of messages and enums are links."""
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    parts = re.split(r"(`[^`]*`)", text)
+    for index in range(0, len(parts), 2):
+        linked = rf"(?<![\w.])({known})((?:\.[a-z]\w*)?)(?!\w)"
+        parts[index] = re.sub(linked, lambda m: f"[{m[1]}](#{_anchor(m[1])}){m[2]}", escape(parts[index]))
+        parts[index] = re.sub(r"(?<![\w/])(\w+_\w+(?:\[\w\])?)(?![\w/])", r"`\1`", parts[index])
+    return "".join(parts)
+
+
+def _anchor(name: str) -> str:
+    return name.replace(".", "-").lower()
+
+
+class _File:
+    """One proto file, with its comments by path."""
+
+    def __init__(self, file: descriptor_pb2.FileDescriptorProto, names: set[str]) -> None:
+        self._file = file
+        self._names = names
+        self._comments: dict[_Path, str] = {}
+        self.head = ""
+        for location in file.source_code_info.location:
+            comment = location.leading_comments or location.trailing_comments
+            self._comments[tuple(location.path)] = comment
+            if tuple(location.path) == (12,):  # the syntax, below the comment about the file
+                self.head = " ".join(comment.split())
+
+    def lines(self, name: str) -> Iterator[str]:
+        yield f"## {name}.proto {{ #{name}-proto data-toc-label='{name}.proto' }}\n"
+        yield f"{_prose(self.head, self._names)}\n"
+        for index, service in enumerate(self._file.service):
+            yield f"### {service.name} {{ #{_anchor(service.name)} }}\n"
+            yield self._text((_SERVICE, index))
+            for number, method in enumerate(service.method):
+                yield f"#### {service.name}.{method.name} {{ #{service.name.lower()}{method.name.lower()} data-toc-label='{method.name}' }}\n"
+                sent = self._type(method.input_type, "stream " if method.client_streaming else "")
+                answered = self._type(method.output_type, "stream " if method.server_streaming else "")
+                yield f"{sent} → {answered}\n"
+                yield self._text((_SERVICE, index, _METHOD, number))
+        for index, message in enumerate(self._file.message_type):
+            yield from self._message(message, message.name, (_MESSAGE, index))
+        for index, enum in enumerate(self._file.enum_type):
+            yield from self._enum(enum, enum.name, (_ENUM, index))
+
+    def _message(self, message: DescriptorProto, name: str, path: _Path) -> Iterator[str]:
+        yield f"### {name} {{ #{_anchor(name)} }}\n"
+        yield self._text(path)
+        rows = [(field.number, self._field(message, index, path)) for index, field in enumerate(message.field)]
+        texts = list(message.reserved_name)
+        for index, reserved in enumerate(message.reserved_range):
+            # The comment is that of the statement, whose path lacks the index of the range.
+            comment = self._cell((*path, _RESERVED)) or self._cell((*path, _RESERVED, index))
+            was = f"`{texts[index]}`" if index < len(texts) else ""
+            rows.append((reserved.start, (str(reserved.start), was, "reserved", comment)))
+        if rows:
+            yield table(("no.", "field", "type", "meaning"), (row for _, row in sorted(rows)))
+        else:
+            yield "No fields.\n"
+        for index, nested in enumerate(message.enum_type):
+            yield from self._enum(nested, f"{name}.{nested.name}", (*path, _NESTED_ENUM, index))
+
+    def _field(self, message: DescriptorProto, index: int, path: _Path) -> tuple[str, str, str, str]:
+        field = message.field[index]
+        entry = next((each for each in message.nested_type if field.type_name.endswith(f".{message.name}.{each.name}")), None)
+        if entry is not None and entry.options.map_entry:
+            kind = f"map of {self._kind(entry.field[0])} to {self._kind(entry.field[1])}"
+        else:
+            kind = self._kind(field)
+            if field.label == FieldDescriptorProto.LABEL_REPEATED:
+                kind = f"repeated {kind}"
+            elif field.proto3_optional:
+                kind = f"optional {kind}"
+            elif field.HasField("oneof_index"):
+                kind = f"{kind}, one of *{message.oneof_decl[field.oneof_index].name}*"
+        return str(field.number), f"`{field.name}`", kind, self._cell((*path, _FIELD, index))
+
+    def _enum(self, enum: EnumDescriptorProto, name: str, path: _Path) -> Iterator[str]:
+        yield f"### {name} {{ #{_anchor(name)} }}\n"
+        yield self._text(path)
+        yield table(
+            ("no.", "value", "meaning"),
+            (
+                (str(value.number), f"`{value.name}`", self._cell((*path, _VALUE, index)))
+                for index, value in enumerate(enum.value)
+            ),
+        )
+
+    def _kind(self, field: FieldDescriptorProto) -> str:
+        return self._type(field.type_name) if field.type_name else _TYPES[field.type]
+
+    def _type(self, full_name: str, before: str = "") -> str:
+        name = full_name.removeprefix(f".{self._file.package}.")
+        return f"{before}[{name}](#{_anchor(name)})"
+
+    def _cell(self, path: _Path) -> str:
+        return _prose(" ".join(self._comments.get(path, "").split()), self._names)
+
+    def _text(self, path: _Path) -> str:
+        paragraphs = self._comments.get(path, "").split("\n\n")
+        return "".join(f"{_prose(' '.join(each.split()), self._names)}\n\n" for each in paragraphs if each.strip())
