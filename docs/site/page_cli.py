@@ -24,6 +24,8 @@ uses an exit code in another way says so. [Errors](errors.md#exit-codes) has the
 `-h` and `--help` of every command print its help. `overfill --version` prints the version.
 """
 
+LONG_DEFAULT = 25
+"""Length in characters from which a default follows the meaning, in the wider column."""
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$", re.DOTALL)
 
 
@@ -102,6 +104,8 @@ def _row(option: click.Option) -> tuple[str, str, str, str]:
     elif option.show_default or not (option.is_flag or option.default is None):
         default = f"`{option.default}`" if _is_shown(option.default) else ""
     meaning = cell(text)
+    if len(default) > LONG_DEFAULT:
+        meaning, default = f"{meaning} Default: {default}.", ""
     if option.multiple:
         meaning += " May be repeated."
     if option.envvar and option.show_envvar:

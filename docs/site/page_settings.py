@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le
-from page_cli import value
+from page_cli import LONG_DEFAULT, value
 from page_text import cell, sentence, table
 from pydantic.fields import FieldInfo
 
@@ -123,9 +123,11 @@ def page() -> str:
         _INTRODUCTION,
         services,
         "## All services\n",
+        "In the variables, `*` stands for `ROUTER`, `PREFILL`, `DECODE` or `WORKER`.\n",
         _table(CommonSettings, common, SERVICES),
         "## All workers\n",
-        "`overfill-prefill`, `overfill-decode` and `overfill-worker` have these settings too.\n",
+        "`overfill-prefill`, `overfill-decode` and `overfill-worker` have these settings too. In the variables, `*` stands "
+        "for `PREFILL`, `DECODE` or `WORKER`.\n",
         _table(WorkerConfig, of_workers, (PrefillConfig, DecodeConfig, ColocatedConfig)),
     ]
     for kind, seen in (
@@ -150,7 +152,7 @@ def _same(name: str, kind: type[ServiceConfig], other: type[CommonSettings]) -> 
 
 def _table(declares: type[CommonSettings], names: set[str], kinds: tuple[type[ServiceConfig], ...]) -> str:
     return table(
-        ("option and variables", "value", "default", "meaning"),
+        ("option, variable", "value", "default", "meaning"),
         (
             _row(name, declares.model_fields[name], declares, kinds)
             for name in declares.model_fields
@@ -164,13 +166,13 @@ def _row(
 ) -> tuple[str, str, str, str]:
     of = [kind for kind in kinds if _same(name, kind, declares)]
     others = [kind for kind in kinds if kind not in of]
-    variables = "".join(f"<br><small>`{kind.variable(name)}`</small>" for kind in kinds)
+    variable = kinds[0].variable(name) if len(kinds) == 1 else f"OVERFILL_*_{name.upper()}"
     meaning = sentence(cell(field.description or "")) + "."
     if others:
         meaning += " Different on " + ", ".join(f"[`{kind.program}`](#{kind.program})" for kind in others) + "."
     target = kinds[0].program if len(kinds) == 1 else "all"
     anchor = f'<span id="{target}-{flag_name(name)}"></span>'
-    return f"{anchor}`--{flag_name(name)}`{variables}", _value(name, field, declares), _default(name, field), meaning
+    return f"{anchor}`--{flag_name(name)}`<br>`{variable}`", _value(name, field, declares), _default(name, field), meaning
 
 
 def _value(name: str, field: FieldInfo, declares: type[CommonSettings]) -> str:
@@ -233,13 +235,16 @@ def _table_of_up() -> str:
         keys += [f"`{kind.section}.{flag_name(field)}`" for kind, field in (of_services[each] for each in variables[1:])]
         if name == "pair":
             keys = ["`common.pair`"]
-        shown = "".join(f"<br><small>`{each}`</small>" for each in variables)
+        shown = "".join(f"<br>`{each}`" for each in variables)
         names = "/".join(f"`{each}`" for each in (*option.opts, *option.secondary_opts))
         text, _, default = (option.help or "").partition("[default: ")
         fallback = f"`{option.default}`" if isinstance(option.default, str | int) and not option.is_flag else ""
         default = cell(default.strip().removesuffix("]")) or fallback
-        rows.append((f'<span id="up-{name}"></span>{names}{shown}', "<br>".join(keys), value(option), default, cell(text)))
-    return table(("option and variables", "key", "value", "default", "meaning"), rows)
+        meaning = cell(text)
+        if len(default) > LONG_DEFAULT:
+            meaning, default = f"{meaning} Default: {default}.", ""
+        rows.append((f'<span id="up-{name}"></span>{names}{shown}', "<br>".join(keys), value(option), default, meaning))
+    return table(("option, variable", "key", "value", "default", "meaning"), rows)
 
 
 def _others_of_up() -> str:

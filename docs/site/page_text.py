@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_PLACEHOLDER = re.compile(r"(?<![`\w])(--[a-z][a-z-]*\w|\$?OVERFILL_\w+|HOST:PORT)(?![`\w])")
+_PLACEHOLDER = re.compile(r"(?<![`\w])(--[a-z][a-z-]*\w|\$?OVERFILL_\w+(?:=\w+)?|HOST:PORT)(?![`\w])")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -12,6 +12,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto,
 from grpc_tools import protoc
 from page_text import escape, table
 
+from overfill.rpc.access import RPCS
 from overfill.rpc.constants import WIRE_VERSION
 
 PROTO = Path(__file__).parents[2] / "proto"
@@ -30,8 +31,11 @@ compare wire versions: this is wire {WIRE_VERSION}. [Errors](errors.md) has the 
 protoc -Iproto --go_out=. --go-grpc_out=. proto/overfill/v1/*.proto
 ```
 
-A router also serves the standard services `grpc.health.v1.Health` and, for `grpcurl` and the like, reflection. When it
-has API keys, each call carries one in the metadata: `authorization: Bearer KEY`.
+Every process also serves the standard `grpc.health.v1.Health` and, for `grpcurl` and the like, reflection.
+
+*Callers* of an RPC are those that a process admits when it has certificates (`--tls-ca`) or API keys (`--api-keys`). A
+client then needs both, and sends the key in the metadata: `authorization: Bearer KEY`.
+[Security](../explanation/security.md) explains the rules.
 
 Messages in proto3 have no required fields: a field that is not sent is 0, empty or false. Where absence has a meaning of
 its own, the field is `optional`.
@@ -87,13 +91,21 @@ def _prose(text: str, names: Iterable[str]) -> str:
     parts = re.split(r"(`[^`]*`)", text)
     for index in range(0, len(parts), 2):
         linked = rf"(?<![\w.])({known})((?:\.[a-z]\w*)?)(?!\w)"
+        parts[index] = parts[index].replace(" -&gt; ", " → ")
         parts[index] = re.sub(linked, lambda m: f"[{m[1]}](#{_anchor(m[1])}){m[2]}", escape(parts[index]))
-        parts[index] = re.sub(r"(?<![\w/])(\w+_\w+(?:\[\w\])?)(?![\w/])", r"`\1`", parts[index])
+        parts[index] = re.sub(r"(?<![\w/])(\w+_\w+|[A-Z]{6,})(?![\w/])", r"`\1`", parts[index])
     return "".join(parts)
 
 
 def _anchor(name: str) -> str:
     return name.replace(".", "-").lower()
+
+
+def _callers(rpc: str) -> str:
+    """Returns which credentials an RPC requires."""
+    rule = RPCS[rpc]
+    roles = f"certificate of the role {' or '.join(sorted(map(str, rule.roles)))}"
+    return f"{roles}; API key with the scope {rule.scope}" if rule.scope else roles
 
 
 class _File:
@@ -122,6 +134,7 @@ class _File:
                 answered = self._type(method.output_type, "stream " if method.server_streaming else "")
                 yield f"{sent} → {answered}\n"
                 yield self._text((_SERVICE, index, _METHOD, number))
+                yield f"*Callers:* {_callers(f'/{self._file.package}.{service.name}/{method.name}')}.\n"
         for index, message in enumerate(self._file.message_type):
             yield from self._message(message, message.name, (_MESSAGE, index))
         for index, enum in enumerate(self._file.enum_type):

@@ -92,6 +92,8 @@ class ImportPlan:
     """Two halves that fit each other.
 
     Attributes:
+        full: Full model.
+        decoder: Decoder.
         layer_map: The full-model layer whose KV each decoder layer reads.
         tokenizer: Folder whose tokenizer both halves get.
         warnings: What is allowed, but may not be meant.
@@ -168,8 +170,11 @@ def write_import(
     as written.
 
     Args:
+        plan: What ``plan_import`` returned.
+        out: Folder of the new pair.
         recipe: Entry of ``pair.json`` that says where the decoder came from.
         copy: True copies the files instead of linking to them.
+        report: Called with a description, the bytes read and the bytes in total.
 
     Raises:
         InvalidPair: a weight is NaN or infinite, a tied head differs from its embedding, or a file changed meanwhile;

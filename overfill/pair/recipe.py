@@ -51,7 +51,10 @@ class DecoderRecipe:
     tail_rank: int = 96
 
     def check(self, full: Path) -> None:
-        """Checks the sizes against the checkpoint in ``full``.
+        """Checks the sizes against a full model.
+
+        Args:
+            full: Folder of its checkpoint.
 
         Raises:
             InvalidRequest: a size does not fit.
@@ -61,6 +64,9 @@ class DecoderRecipe:
 
     def sizes(self, full: ModelConfig) -> dict[str, int]:
         """Returns all sizes as numbers; ``tail_rank`` is 0 when all rows of the head stay whole.
+
+        Args:
+            full: Geometry of the full model.
 
         Raises:
             InvalidRequest: a size does not fit.
