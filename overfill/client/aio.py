@@ -145,7 +145,7 @@ class AsyncStream(AsyncIterator[Delta]):
 class AsyncClient:
     """A client of one router or several, for one event loop. Close it, or use it as an async context manager.
 
-    Example:
+    Examples:
         >>> async with AsyncClient("127.0.0.1:7600") as client:  # doctest: +SKIP
         ...     answer = await client.chat([Message("user", "Hello!")])
         ...     print(answer.text)
@@ -292,7 +292,7 @@ class AsyncClient:
         return [Model.from_proto(model) for model in response.models]
 
     async def status(self, *, timeout: float | None = 10.0) -> StackStatus:
-        """Return the status of the router and of every worker it knows. At a worker's own address, return that worker's.
+        """Return the status of the router and of every worker it knows; at a worker's own address, of that worker.
 
         Args:
             timeout: Seconds for the call; None means no limit.

@@ -101,7 +101,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Shape and dtype of the full model's KV cache: keys and values each have ``[tokens, num_kv_heads, head_dim]`` per layer.
+    """Shape and dtype of the full model's KV cache. Per layer, K and V have ``[tokens, num_kv_heads, head_dim]`` each.
 
     Attributes:
         num_layers: Layers of the full model.

@@ -146,7 +146,7 @@ class Stream(Iterator[Delta]):
 class Client:
     """A client of one router or several, safe to share between threads. Close it, or use it as a context manager.
 
-    Example:
+    Examples:
         >>> with Client("127.0.0.1:7600") as client:  # doctest: +SKIP
         ...     answer = client.chat([Message("user", "Hello!")])
         ...     print(answer.text)
@@ -293,7 +293,7 @@ class Client:
         return [Model.from_proto(model) for model in response.models]
 
     def status(self, *, timeout: float | None = 10.0) -> StackStatus:
-        """Return the status of the router and of every worker it knows. At a worker's own address, return that worker's.
+        """Return the status of the router and of every worker it knows; at a worker's own address, of that worker.
 
         Args:
             timeout: Seconds for the call; None means no limit.

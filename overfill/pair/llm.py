@@ -82,7 +82,7 @@ class LLM:
         NotEnoughMemory: The device cannot hold both halves with a KV cache.
         MissingExtra: The extra ``server`` is not installed.
 
-    Example:
+    Examples:
         >>> llm = LLM("default")  # doctest: +SKIP
         >>> llm.chat([{"role": "user", "content": "What is a KV cache?"}]).text  # doctest: +SKIP
     """

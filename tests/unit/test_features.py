@@ -1,4 +1,4 @@
-"""The table of features by engine in ``docs/reference/engines.md`` follows from the tests that ``engine_features`` names.
+"""The table of features in ``docs/reference/engines.md`` follows from the tests that ``engine_features`` names.
 
 ``python tests/unit/test_features.py`` writes the table.
 """

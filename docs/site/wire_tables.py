@@ -1,7 +1,8 @@
-"""The page of the wire: every service, message and enum of ``proto/overfill/v1``, with the comments in the files."""
+"""Every service, message and enum of ``proto/overfill/v1``, with the comments in the files."""
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto
 from grpc_tools import protoc
-from page_text import escape, table
+from table_text import escape, table
 
 from overfill.rpc.access import RPCS
 from overfill.rpc.constants import WIRE_VERSION
@@ -19,28 +20,6 @@ PROTO = Path(__file__).parents[2] / "proto"
 # In the order in which a request meets them.
 _FILES = ("inference", "admin", "decode", "prefill", "kv", "registry", "common")
 
-_INTRODUCTION = f"""# gRPC API
-
-Every service, RPC, message and field of the wire, from `proto/overfill/v1/*.proto`.
-
-Clients call `Inference` and `Admin` of a router. The other services connect the processes of a stack, and their peers
-compare wire versions: this is wire {WIRE_VERSION}. [Errors](errors.md) has the statuses, and
-[the SDK](sdk.md) is a client in Python. Stubs for another language come from the files:
-
-```text
-protoc -Iproto --go_out=. --go-grpc_out=. proto/overfill/v1/*.proto
-```
-
-Every process also serves the standard `grpc.health.v1.Health` and, for `grpcurl` and the like, reflection.
-
-*Callers* of an RPC are those that a process admits when it has certificates (`--tls-ca`) or API keys (`--api-keys`). A
-client then needs both, and sends the key in the metadata: `authorization: Bearer KEY`.
-[Security](../explanation/security.md) explains the rules.
-
-Messages in proto3 have no required fields: a field that is not sent is 0, empty or false. Where absence has a meaning of
-its own, the field is `optional`.
-"""
-
 _TYPES = {number: name.removeprefix("TYPE_").lower() for name, number in FieldDescriptorProto.Type.items()}
 # Field numbers of descriptor.proto, of which the paths of comments consist.
 _MESSAGE, _ENUM, _SERVICE, _METHOD = 4, 5, 6, 2
@@ -48,6 +27,7 @@ _FIELD, _NESTED, _NESTED_ENUM, _ONEOF, _RESERVED, _VALUE = 2, 3, 4, 8, 9, 2
 _Path = tuple[int, ...]
 
 
+@functools.cache
 def descriptors() -> dict[str, descriptor_pb2.FileDescriptorProto]:
     """Returns the parsed files with their comments, by name without folder and suffix."""
     with tempfile.TemporaryDirectory() as folder:
@@ -60,21 +40,30 @@ def descriptors() -> dict[str, descriptor_pb2.FileDescriptorProto]:
     return {Path(file.name).stem: file for file in parsed.file}
 
 
-def page() -> str:
-    files = descriptors()
-    names = {name for file in files.values() for name in _names(file)}
-    ordered = [*(name for name in _FILES if name in files), *sorted(files.keys() - set(_FILES))]
-    services = (
-        (f"[`{service.name}`](#{service.name.lower()})",
-         ", ".join(f"[`{each.name}`](#{service.name.lower()}{each.name.lower()})" for each in service.method),
-         f"{_prose(_File(files[name], names).head, names)}")
-        for name in ordered
-        for service in files[name].service
-    )  # fmt: skip
-    parts = [_INTRODUCTION, "## Services\n", table(("service", "RPCs", "between"), services)]
-    for name in ordered:
-        parts += _File(files[name], names).lines(name)
-    return "\n".join(parts)
+def services() -> str:
+    """Returns a table of the services with their RPCs, and the version of the wire."""
+    rows = (
+        (
+            f"[`{service.name}`](#{_anchor(service.name)})",
+            ", ".join(f"[`{each.name}`](#{_rpc_anchor(service.name, each.name)})" for each in service.method),
+            _prose(file.head, file.names),
+        )
+        for file in _files()
+        for service in file.services
+    )
+    return f"{table(('service', 'RPCs', 'between'), rows)}\nThis is wire {WIRE_VERSION}. Peers compare its version.\n"
+
+
+def files() -> str:
+    """Returns a section for each file."""
+    return "\n".join(line for file in _files() for line in file.lines())
+
+
+def _files() -> list[_File]:
+    parsed = descriptors()
+    names = {name for file in parsed.values() for name in _names(file)}
+    ordered = [*(name for name in _FILES if name in parsed), *sorted(parsed.keys() - set(_FILES))]
+    return [_File(name, parsed[name], names) for name in ordered]
 
 
 def _names(file: descriptor_pb2.FileDescriptorProto) -> Iterator[str]:
@@ -101,6 +90,10 @@ def _anchor(name: str) -> str:
     return name.replace(".", "-").lower()
 
 
+def _rpc_anchor(service: str, method: str) -> str:
+    return f"{service}-{method}".lower()
+
+
 def _callers(rpc: str) -> str:
     """Returns which credentials an RPC requires."""
     rule = RPCS[rpc]
@@ -111,9 +104,11 @@ def _callers(rpc: str) -> str:
 class _File:
     """One proto file, with its comments by path."""
 
-    def __init__(self, file: descriptor_pb2.FileDescriptorProto, names: set[str]) -> None:
+    def __init__(self, name: str, file: descriptor_pb2.FileDescriptorProto, names: set[str]) -> None:
+        self.names = names
+        self.services = file.service
+        self._name = name
         self._file = file
-        self._names = names
         self._comments: dict[_Path, str] = {}
         self.head = ""
         for location in file.source_code_info.location:
@@ -122,14 +117,15 @@ class _File:
             if tuple(location.path) == (12,):  # the syntax, below the comment about the file
                 self.head = " ".join(comment.split())
 
-    def lines(self, name: str) -> Iterator[str]:
-        yield f"## {name}.proto {{ #{name}-proto data-toc-label='{name}.proto' }}\n"
-        yield f"{_prose(self.head, self._names)}\n"
+    def lines(self) -> Iterator[str]:
+        yield f"## {self._name}.proto {{ #{self._name}-proto }}\n"
+        yield f"{_prose(self.head, self.names)}\n"
         for index, service in enumerate(self._file.service):
             yield f"### {service.name} {{ #{_anchor(service.name)} }}\n"
             yield self._text((_SERVICE, index))
             for number, method in enumerate(service.method):
-                yield f"#### {service.name}.{method.name} {{ #{service.name.lower()}{method.name.lower()} data-toc-label='{method.name}' }}\n"
+                attributes = f"#{_rpc_anchor(service.name, method.name)} data-toc-label='{method.name}'"
+                yield f"#### {service.name}.{method.name} {{ {attributes} }}\n"
                 sent = self._type(method.input_type, "stream " if method.client_streaming else "")
                 answered = self._type(method.output_type, "stream " if method.server_streaming else "")
                 yield f"{sent} → {answered}\n"
@@ -159,7 +155,8 @@ class _File:
 
     def _field(self, message: DescriptorProto, index: int, path: _Path) -> tuple[str, str, str, str]:
         field = message.field[index]
-        entry = next((each for each in message.nested_type if field.type_name.endswith(f".{message.name}.{each.name}")), None)
+        entries = {f".{self._file.package}.{message.name}.{each.name}": each for each in message.nested_type}
+        entry = entries.get(field.type_name)
         if entry is not None and entry.options.map_entry:
             kind = f"map of {self._kind(entry.field[0])} to {self._kind(entry.field[1])}"
         else:
@@ -191,8 +188,8 @@ class _File:
         return f"{before}[{name}](#{_anchor(name)})"
 
     def _cell(self, path: _Path) -> str:
-        return _prose(" ".join(self._comments.get(path, "").split()), self._names)
+        return _prose(" ".join(self._comments.get(path, "").split()), self.names)
 
     def _text(self, path: _Path) -> str:
         paragraphs = self._comments.get(path, "").split("\n\n")
-        return "".join(f"{_prose(' '.join(each.split()), self._names)}\n\n" for each in paragraphs if each.strip())
+        return "".join(f"{_prose(' '.join(each.split()), self.names)}\n\n" for each in paragraphs if each.strip())
