@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 
 import click
+from click_cells import default_and_meaning, value_of
+from settings_tables import value_of_setting
 from table_text import cell, table
 
 from overfill.cli.main import GROUPS, cli
-
-_LONG_DEFAULT = 25  # characters
-_DEFAULT = re.compile(r"\s*\[default: (.*)\]$", re.DOTALL)
 
 
 def overview() -> str:
@@ -51,7 +49,7 @@ def _command(command: click.Command, path: str, depth: int) -> Iterator[str]:
     yield f"```text\n{path} {' '.join(command.collect_usage_pieces(context))}\n```\n"
     options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
     if options:
-        yield table(("option", "value", "default", "meaning"), (_row(option) for option in options))
+        yield table(("option", "value", "default", "meaning"), (_row(option, path) for option in options))
     if isinstance(command, click.Group):
         for name, each in command.commands.items():
             yield from _command(each, f"{path} {name}", depth + 1)
@@ -69,49 +67,13 @@ def _help(command: click.Command) -> str:
     return "\n".join(parts)
 
 
-def _row(option: click.Option) -> tuple[str, str, str, str]:
+def _row(option: click.Option, path: str) -> tuple[str, str, str, str]:
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
     default, meaning = default_and_meaning(option)
-    if option.multiple:
+    if option.multiple and "repeat" not in meaning.lower():
         meaning += " May be repeated."
     if option.envvar and option.show_envvar:
         meaning += f" Variable: `{option.envvar}`."
-    return names, value_of(option), default, meaning
-
-
-def default_and_meaning(option: click.Option) -> tuple[str, str]:
-    """Returns the cells of an option's default and meaning. A long default follows the meaning, in the wider column."""
-    text, found = option.help or "", _DEFAULT.search(option.help or "")
-    meaning = cell(_DEFAULT.sub("", text))
-    if found is None:
-        return "required" if option.required else f"`{option.default}`" if _is_shown(option.default) else "", meaning
-    default = cell(found[1])
-    return (default, meaning) if len(default) <= _LONG_DEFAULT else ("", f"{meaning} Default: {default}.")
-
-
-def _is_shown(default: object) -> bool:
-    return isinstance(default, str | int | float) and not isinstance(default, bool) and default != ""
-
-
-def value_of(option: click.Option) -> str:
-    """Returns what may follow the option; empty for one that takes no value."""
-    if option.is_flag:
-        return ""
-    kind = option.type
-    if isinstance(kind, click.Choice):
-        return ", ".join(f"`{choice}`" for choice in kind.choices)
-    if isinstance(kind, click.IntRange | click.FloatRange):
-        what = "integer" if isinstance(kind, click.IntRange) else "number"
-        return f"{what}{_range(kind)}"
-    if isinstance(kind, click.Path | click.File):
-        return "folder" if isinstance(kind, click.Path) and not kind.file_okay else "file"
-    names = {"integer": "integer", "float": "number", "text": "text", "boolean": "boolean"}
-    return names.get(kind.name) or " or ".join(f"`{each}`" for each in kind.name.split("|"))
-
-
-def _range(kind: click.IntRange | click.FloatRange) -> str:
-    low = None if kind.min is None else f"{'above' if kind.min_open else 'at least'} {kind.min:g}"
-    high = None if kind.max is None else f"{'below' if kind.max_open else 'at most'} {kind.max:g}"
-    if low and high and not (kind.min_open or kind.max_open):
-        return f", {kind.min:g} to {kind.max:g}"
-    return "".join(f", {bound}" for bound in (low, high) if bound)
+    # `overfill up` leaves the check of a service's setting to the service, and takes any text.
+    value = value_of_setting(option) if path == "overfill up" else None
+    return names, value or value_of(option), default, meaning

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 from annotated_types import Ge, Gt, Le
-from cli_tables import default_and_meaning, value_of
+from click_cells import default_and_meaning, value_of
 from pydantic.fields import FieldInfo
 from table_text import cell, sentence, table
 
@@ -94,6 +94,13 @@ def _value(kind: type[Any], name: str) -> str:
     if first is None:
         return ", ".join(choices)
     return " or ".join([first + "".join(_bounds(field.metadata)), *choices])
+
+
+def value_of_setting(option: click.Option) -> str | None:
+    """Returns what the value of a service's setting may be; None for an option that is no setting."""
+    name = field_name(option.opts[0].removeprefix("--"))
+    kind = next((kind for kind in SERVICES if name in kind.model_fields), None)
+    return None if kind is None or option.envvar else _value(kind, name)
 
 
 def _choices(annotation: Any) -> Iterator[str]:
