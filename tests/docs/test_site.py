@@ -117,10 +117,6 @@ def test_remote_addresses_are_found() -> None:
     assert found == ["https://a.example/x.js", "//b.example/x.css", "http://c.example/x.png"]
 
 
-def test_every_part_of_a_page_is_made(site: Path) -> None:
-    assert [page.name for page in site.rglob("*.html") if "<!-- made:" in page.read_text(encoding="utf-8")] == []
-
-
 def test_every_setting_is_in_the_reference(site: Path) -> None:
     text, ids = _text(site, "settings"), _reference(site, "settings").ids
     missing = []
