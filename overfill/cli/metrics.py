@@ -24,7 +24,7 @@ token. Series with label values that are known in advance start at 0. [Alerts](a
 
 @click.command("metrics")
 def metrics_command() -> None:
-    """List every metric with its type, labels and meaning, as Markdown."""
+    """List the metrics that a stack exports: type, labels and meaning, as Markdown."""
     click.echo(metrics_page(), nl=False)
 
 
