@@ -2,7 +2,7 @@
 
 Start a stack with `overfill up`, then:
 
-    $ locust -f examples/locustfile.py --headless --users 4 --run-time 20s --stop-timeout 30s --only-summary
+    $ locust -f examples/locustfile.py --headless --users 4 --run-time 10s --stop-timeout 30s --only-summary
 
 `--host` (or LOCUST_HOST) names another router. Each kind of request has its own rows: the time to first token (TTFT),
 the time between tokens (ITL) and end to end, in milliseconds. Without `--headless`, locust shows its page on port 8089.
@@ -46,4 +46,4 @@ class Talker(ClientUser):
             messages.append(Message("user", text))
             answer = self.ask("turn", messages, sampling=SamplingParams(max_tokens=48, min_tokens=8))
             messages.append(answer.message)
-            self.wait()
+            self.wait()  # as long as wait_time says

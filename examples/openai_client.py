@@ -11,6 +11,7 @@ endpoint and is listed as supported in docs/reference/openai.md works here.
 import os
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionToolParam
 from pydantic import BaseModel, Field
 
 
@@ -19,7 +20,7 @@ class City(BaseModel):
     country: str = Field(max_length=20)
 
 
-WEATHER = {
+WEATHER: ChatCompletionToolParam = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -37,7 +38,9 @@ WEATHER = {
 def main() -> None:
     client = OpenAI(
         base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
-        api_key=os.environ.get("OPENAI_API_KEY", "none"),  # the client insists on a key; a stack without keys ignores it
+        api_key=os.environ.get(
+            "OPENAI_API_KEY", "none"
+        ),  # the client insists on a key; a stack without keys ignores it
     )
     model = client.models.list().data[0].id
 
@@ -71,7 +74,8 @@ def main() -> None:
         temperature=0,
     )
     for call in called.choices[0].message.tool_calls or ():
-        print("tool call:", call.function.name, call.function.arguments)
+        if call.type == "function":
+            print("tool call:", call.function.name, call.function.arguments)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,25 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 VARIABLES = {"$__rate_interval": "10s", "$worker": ".+", "$tier": ".+"}
 
 
-def configuration(targets_url: str) -> str:
-    path = DEPLOY / "prometheus" / "prometheus.yml"
-    config = yaml.safe_load(path.read_text())
+@contextmanager
+def prometheus(targets_url: str) -> Iterator[str]:
+    """Runs Prometheus with data in a temporary folder; yields its URL."""
+    shipped = DEPLOY / "prometheus" / "prometheus.yml"
+    config = yaml.safe_load(shipped.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(path.parent / pattern) for pattern in config["rule_files"]]
+    config["rule_files"] = [str(shipped.parent / pattern) for pattern in config["rule_files"]]
     config["scrape_configs"][0]["http_sd_configs"] = [{"url": targets_url, "refresh_interval": "1s"}]
-    return yaml.safe_dump(config)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "prometheus.yml").write_text(yaml.safe_dump(config))
+        flags = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--log.level=error"]
+        with subprocess.Popen(["prometheus", *flags, f"--web.listen-address={address}"]) as process:
+            try:
+                yield f"http://{address}"
+            finally:
+                process.terminate()
 
 
 def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -56,46 +68,28 @@ def query(url: str, expression: str) -> list[dict[str, Any]]:
     return result
 
 
-def shown(target: dict[str, Any], series: list[dict[str, Any]]) -> str:
-    """The first series of a query with their legends, in which Grafana replaces {{label}} with its value."""
-    found = []
-    for each in series[:4]:
-        legend = re.sub(r"{{(\w+)}}", lambda label: each["metric"].get(label[1], ""), target.get("legendFormat", ""))  # noqa: B023
-        found.append(f"{legend} {float(each['value'][1]):.4g}".strip())
-    return ", ".join(found or ["no data"]) + (f", … {len(series)} series" if len(series) > 4 else "")
-
-
-def wait_ready(url: str) -> None:
-    for _ in range(100):
-        try:
-            urllib.request.urlopen(f"{url}/-/ready").close()
-            return
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    sys.exit("Prometheus did not become ready within 10 s")
+def shown(series: dict[str, Any], legend: str) -> str:
+    """The value of a series after its legend, in which Grafana replaces {{label}} with the label's value."""
+    for label, value in series["metric"].items():
+        legend = legend.replace(f"{{{{{label}}}}}", value)
+    legend = re.sub(r" *{{\w+}}", "", legend)  # labels that the series does not have
+    return f"{legend} {float(series['value'][1]):.4g}".strip()
 
 
 def main(name: str) -> None:
     dashboard = json.loads((DEPLOY / "helm" / "overfill" / "files" / "dashboards" / f"{name}.json").read_text())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{probe.getsockname()[1]}"
-    with Client(ADDRESS, api_key=os.environ.get("OVERFILL_API_KEY")) as client, tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "prometheus.yml"
-        config.write_text(configuration(f"http://{client.status().process.metrics_address}/targets"))
-        command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder}/data"]
-        with subprocess.Popen([*command, f"--web.listen-address={listen}", "--log.level=error"]) as prometheus:
-            try:
-                wait_ready(f"http://{listen}")
-                end = time.monotonic() + 8  # seconds of load, in which Prometheus scrapes eight times
-                while time.monotonic() < end:
-                    client.samples("Once upon a time", 4, sampling=SamplingParams(max_tokens=32))
-                print(dashboard["title"])
-                for panel in panels(dashboard):
-                    for target in panel.get("targets", ()):
-                        print(f"  {panel['title']:<28} {shown(target, query(f'http://{listen}', target['expr']))}")
-            finally:
-                prometheus.terminate()
+    with Client(ADDRESS, api_key=os.environ.get("OVERFILL_API_KEY")) as client:
+        metrics = client.status().process.metrics_address
+        with prometheus(f"http://{metrics}/targets") as url:
+            end = time.monotonic() + 10  # seconds of load, in which Prometheus starts and scrapes
+            while time.monotonic() < end:
+                client.samples("Once upon a time", 4, sampling=SamplingParams(max_tokens=32))
+            print(dashboard["title"])
+            for panel in panels(dashboard):
+                for target in panel.get("targets", ()):
+                    found = [shown(series, target.get("legendFormat", "")) for series in query(url, target["expr"])]
+                    more = f", … {len(found)} series" if len(found) > 4 else ""
+                    print(f"  {panel['title']:<28} {', '.join(found[:4]) or 'no data'}{more}")
 
 
 if __name__ == "__main__":

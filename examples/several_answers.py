@@ -31,7 +31,7 @@ def main(question: str, n: int) -> None:
         for answer in (best, *others):
             print(f"{math.exp(mean_logprob(answer)):6.1%} per token  {answer.text.strip()!r}")
         first = (best.logprobs or ())[0]
-        print("The best answer could have begun with:")
+        print("The likeliest beginnings:")
         for token_id, logprob in first.top:
             print(f"{math.exp(logprob):6.1%}            {client.detokenize([token_id])!r}")
 

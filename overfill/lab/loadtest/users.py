@@ -1,4 +1,4 @@
-"""Locust users for gRPC and for OpenAI endpoints, and one for tasks of one's own. Importing patches the process (gevent).
+"""Locust users for gRPC, for OpenAI endpoints, and for tasks of one's own. Importing patches the process (gevent).
 
 Each answer adds three kinds of entries to locust's statistics: ``TTFT``, ``ITL`` (one per gap between two tokens) and
 ``end to end``, which also counts failures.
