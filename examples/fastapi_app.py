@@ -2,7 +2,7 @@
 
 Start a stack with `overfill up`, then:
 
-    $ uvicorn --app-dir examples fastapi_app:app --port 8080
+    $ uvicorn examples.fastapi_app:app --port 8080
 
 Ask it from another terminal:
 

@@ -20,7 +20,7 @@ GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if NOTEBOOK not in page
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *ROOT.glob("deploy/**/*.md")])
 # In "helm install overfill CHART", overfill is a release.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
-OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|ruff|serve) ")
+OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|jupyter|kubectl|locust|prometheus|ruff|serve) ")
 # Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
