@@ -16,7 +16,7 @@ Every process serves `/metrics` on its own port, which `overfill status` shows. 
 Prometheus' `http_sd_configs`, with the labels `stage` and `worker` (`deploy/prometheus`). Each process also exports
 `process_*`: CPU, memory, open files.
 
-Seconds are measured on one host's monotonic clock. [architecture.md](../explanation/architecture.md#time) explains
+Seconds are measured on one host's monotonic clock. [Life of a request](../explanation/life-of-a-request.md#time) tells
 the parts of the time to first token. Series with label values that are known in advance start at 0.
 """
 

@@ -11,7 +11,7 @@
       "eval": {...}
     }
 
-docs/explanation/pairs.md describes every field.
+docs/reference/pair-json.md describes every field.
 
 - ``layer_map[i]`` is the full-model layer whose KV decoder layer i reads. A layer may occur twice or out of order.
 - ``engines`` names the engines that can run the half. Without it, they follow from the checkpoint.

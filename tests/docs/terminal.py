@@ -38,8 +38,10 @@ class Terminal:
         self._text = ""
         self._changed = threading.Condition()
         self._status: int | None = None
-        threading.Thread(target=self._read, daemon=True).start()
-        self._send("set -m")  # each command is a process group of its own, which ctrl-C can reach
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        # Each command is a process group of its own, which ctrl-C can reach; bash itself survives it.
+        self._send("set -m; trap : INT")
 
     def _send(self, text: str) -> None:
         assert self._bash.stdin is not None
@@ -62,7 +64,7 @@ class Terminal:
     def start(self, command: str) -> None:
         with self._changed:
             self._text, self._status = "", None
-        self._send(f"{{ {command}\n}} </dev/null; echo {_END} $?")
+        self._send(f"{{ {command}\n}} </dev/null\necho {_END} $?")
 
     @property
     def lines(self) -> list[str]:
@@ -91,7 +93,10 @@ class Terminal:
         return matches(shown, self.lines, whole=False)
 
     def press_ctrl_c(self) -> None:
-        for child in _children(self._bash.pid):
+        """Interrupts the command. If bash has not started it yet, waits for that."""
+        while not (children := _children(self._bash.pid)) and self.wait(0.05) is None:
+            pass
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(os.getpgid(child), signal.SIGINT)
 
@@ -103,10 +108,12 @@ class Terminal:
                     os.killpg(os.getpgid(child), stop)
             if self.wait(20) is not None:
                 break
-        with contextlib.suppress(OSError):
-            self._send("exit")
         self._bash.kill()
         self._bash.wait()
+        self._reader.join(10)
+        for pipe in (self._bash.stdin, self._bash.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 def _children(parent: int) -> list[int]:

@@ -15,6 +15,7 @@ from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "lab"
+EXPLANATION = sorted((ROOT / "docs" / "explanation").glob("*.md"))
 GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if NOTEBOOK not in page.parents]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *ROOT.glob("deploy/**/*.md")])
 # In "helm install overfill CHART", overfill is a release.
@@ -28,6 +29,7 @@ OTHER_OPTIONS = {
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
+OTHER_NAMES = {"SO_REUSEPORT", "Origin"}  # the system's and HTTP's
 # Docstrings, strings with spaces, and comments.
 PROSE = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]* [^"\n]*"|(?:#|//).*')
 
@@ -86,6 +88,7 @@ def test_options_on_their_own_exist(page: Path) -> None:
     assert sorted(names - all_options() - OTHER_OPTIONS) == []
 
 
+@functools.cache
 def names_in_code() -> set[str]:
     """Words of the code and of the paths of its files."""
     files = [file for top in ("overfill", "services", "proto") for file in (ROOT / top).rglob("*.*")]
@@ -94,11 +97,23 @@ def names_in_code() -> set[str]:
     return words | {word for file in files for word in re.findall(r"\w+", file.relative_to(ROOT).as_posix())}
 
 
-def test_names_in_the_architecture_exist() -> None:
-    known = names_in_code() | {"SO_REUSEPORT"}  # the system's
-    named = {name for name in code(ROOT / "docs" / "explanation" / "architecture.md") if NAME.fullmatch(name)}
-    assert len(named) > 100
-    assert sorted(name for name in named if not known.issuperset(re.findall(r"\w+", name))) == []
+def unknown_names(page: Path) -> list[str]:
+    """The names in backquotes on ``page`` that neither the code nor the list of metrics has."""
+    metrics = re.findall(r"\w+", (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8"))
+    known = names_in_code() | set(metrics) | OTHER_NAMES
+    named = {name for name in code(page) if NAME.fullmatch(name)}
+    return sorted(name for name in named if not known.issuperset(re.findall(r"\w+", name)))
+
+
+@pytest.mark.parametrize("page", EXPLANATION, ids=lambda page: page.name)
+def test_names_in_the_explanation_exist(page: Path) -> None:
+    assert unknown_names(page) == []
+
+
+def test_wrong_names_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("`Relay.start` calls `Relay.no_such_step`, and `overfill_no_such_total` counts.", encoding="utf-8")
+    assert unknown_names(page) == ["Relay.no_such_step", "overfill_no_such_total"]
 
 
 def test_wrong_commands_are_found() -> None:

@@ -1,0 +1,115 @@
+"""The commands of a page are found as a reader types them, and their output is compared as a reader compares it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT, NotRun, SavedFile, Step, read
+from terminal import Terminal, matches, terminals, updated
+
+PAGE = """
+```console title="Terminal 1"
+$ serve --port 1 \\
+    --quiet
+ready on port 7600
+```
+
+<!-- not run: needs a GPU -->
+```console
+$ serve --device cuda
+```
+
+```python title="ask.py"
+print("answer")
+```
+
+- A step of a list:
+
+    <!-- output varies -->
+
+    ```console title="Terminal 2"
+    $ python ask.py
+    answer
+    ```
+
+```console
+^C
+stopped
+```
+"""
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "page.md"
+    path.write_text(PAGE)
+    return path
+
+
+def test_steps_files_and_marks_are_found_in_the_order_of_the_page(page: Path) -> None:
+    serve, gpu, saved, ask, stop = read(page)
+    assert isinstance(serve, Step)
+    assert isinstance(ask, Step)
+    assert isinstance(stop, Step)
+    assert (serve.terminal, serve.command) == ("Terminal 1", "serve --port 1 \\\n    --quiet")
+    assert (serve.output, serve.until_ctrl_c) == (["ready on port 7600"], True)
+    assert gpu == NotRun(9, ["serve --device cuda"], "needs a GPU")
+    assert saved == SavedFile("ask.py", 'print("answer")\n')
+    assert (ask.terminal, ask.output, ask.varies, ask.until_ctrl_c) == ("Terminal 2", ["answer"], True, False)
+    assert (stop.terminal, stop.command) == ("Terminal 1", "^C")
+
+
+def test_a_block_that_begins_with_output_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```console\nready\n```\n")
+    with pytest.raises(ValueError, match="line 2: a console block begins with"):
+        read(page)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        (["ready in 3.1 s"], ["ready in 12 s"], True),
+        (["ready in 3.1 s"], ["ready soon"], False),
+        (["a", "b"], ["a"], False),
+        (["a"], ["a", "b"], False),
+        (["a", "…"], ["a", "b", "c"], True),
+        (["…", "c"], ["a", "b", "c"], True),
+        (["a", "…", "c"], ["a", "c"], True),
+        (["a", "…", "d"], ["a", "b", "c"], False),
+        (["worker decode-0a1b2c3d joined"], ["worker decode-99887766 joined"], True),
+        (["Because … blue."], ["Because air scatters blue."], True),
+        (["a   b"], ["", "a b", ""], True),
+    ],
+)
+def test_output_is_compared_without_numbers_and_with_gaps(shown: list[str], printed: list[str], same: bool) -> None:
+    assert matches(shown, printed, whole=True) is same
+
+
+def test_an_update_keeps_what_the_page_leaves_out() -> None:
+    assert updated(["1 a", "…", "3 c"], ["10 a", "20 b", "30 c"]) == ["10 a", "…", "30 c"]
+    assert updated(["1 a", "3 c"], ["10 a", "20 b", "30 c"]) == ["10 a", "20 b", "30 c"]
+
+
+def test_a_terminal_keeps_its_state_reports_a_status_and_obeys_ctrl_c(tmp_path: Path) -> None:
+    with terminals(tmp_path, os.environ) as opened:
+        shell = opened["Terminal 1"] = Terminal(tmp_path, os.environ)
+        shell.start("export WHO=reader")
+        assert shell.wait(20) == 0
+        shell.start('printf "half\\rhello %s\\n" $WHO; false')
+        assert shell.wait(20) == 1
+        assert shell.lines == ["hello reader"]
+        shell.start("echo up; sleep 100")
+        assert shell.wait_for(["up"], 20)
+        assert shell.wait(0) is None
+        shell.press_ctrl_c()
+        assert shell.wait(20) == 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_in_a_console_block(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [fence for fence in ("```sh", "```bash", "```shell") if fence in text] == []
+    assert read(page) is not None
