@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -35,7 +34,10 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 
 
 class AsyncStream(AsyncIterator[Delta]):
-    """One answer while a model writes it. Iterate over it for deltas; leaving its ``with`` block cancels the rest."""
+    """One answer while a model writes it. Iterate over it for deltas.
+
+    Leaving its ``with`` block, or dropping the object, cancels the rest.
+    """
 
     def __init__(
         self,
@@ -161,11 +163,7 @@ class AsyncClient:
         Raises:
             OverfillError: any of its kinds.
         """
-        stream = self.stream(prompt, **options)
-        async with stream:
-            async for _ in stream:
-                pass
-            return stream.answer
+        return await _whole(self.stream(prompt, **options))
 
     async def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """The whole next turn of a conversation; the same as ``generate`` with a list of messages."""
@@ -190,11 +188,12 @@ class AsyncClient:
     async def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
         """``n`` different answers to one prompt, computed concurrently. The same seed gives the same ``n`` answers.
 
+        The first error is raised at once, and cancels the other answers.
+
         Raises:
             OverfillError: any of its kinds.
         """
-        each = sample_options(n, options)
-        return await run_as_tasks([partial(self.generate, prompt, **one) for one in each])
+        return await run_as_tasks(_whole, [self.stream(prompt, **one) for one in sample_options(n, options)])
 
     async def tokenize(
         self,
@@ -300,3 +299,10 @@ class AsyncClient:
                 failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None
+
+
+async def _whole(stream: AsyncStream) -> Answer:
+    async with stream:
+        async for _ in stream:
+            pass
+        return stream.answer

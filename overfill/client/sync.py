@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -36,7 +35,10 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 
 
 class Stream(Iterator[Delta]):
-    """One answer while a model writes it. Iterate over it for deltas; leaving its ``with`` block cancels the rest."""
+    """One answer while a model writes it. Iterate over it for deltas.
+
+    Leaving its ``with`` block, or dropping the object, cancels the rest.
+    """
 
     def __init__(
         self,
@@ -162,11 +164,7 @@ class Client:
         Raises:
             OverfillError: any of its kinds.
         """
-        stream = self.stream(prompt, **options)
-        with stream:
-            for _ in stream:
-                pass
-            return stream.answer
+        return _whole(self.stream(prompt, **options))
 
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """The whole next turn of a conversation; the same as ``generate`` with a list of messages."""
@@ -191,11 +189,12 @@ class Client:
     def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
         """``n`` different answers to one prompt, computed concurrently. The same seed gives the same ``n`` answers.
 
+        The first error is raised at once, and cancels the other answers.
+
         Raises:
             OverfillError: any of its kinds.
         """
-        each = sample_options(n, options)
-        return run_in_threads([partial(self.generate, prompt, **one) for one in each])
+        return run_in_threads(_whole, [self.stream(prompt, **one) for one in sample_options(n, options)])
 
     def tokenize(
         self,
@@ -301,3 +300,10 @@ class Client:
                 failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None
+
+
+def _whole(stream: Stream) -> Answer:
+    with stream:
+        for _ in stream:
+            pass
+        return stream.answer

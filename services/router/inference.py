@@ -47,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         except TimeoutError:
             if key is not None:
                 self._stalled[key.id] += 1
-                context.add_done_callback(lambda _: self._stalled.subtract([key.id]))
+                context.add_done_callback(lambda _: self._stalled.subtract([key.id]))  # type: ignore[arg-type]
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
 
     async def ListModels(

@@ -446,7 +446,7 @@ async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_
             await stack.add("p0", common_pb2.STAGE_PREFILL)
             stack.first = await stack.add("d0")
             await stack.joined("p0", "d0")
-            channel, rpc, call = await unread(stack, 1900)
+            channel, _rpc, call = await unread(stack, 1900)
             call.done(LENGTH)
             await stack.idle()
             assert stack.router._handler._running, "or the test proves nothing"
