@@ -429,14 +429,16 @@ async def test_a_client_that_stops_reading_delays_no_other(stack, client):
 async def test_a_client_that_reads_nothing_is_given_up(stack, monkeypatch):
     monkeypatch.setattr(inference, "STALLED_TIMEOUT", 0.3)
     channel, rpc, call = await unread(stack, 1900)
-    async with asyncio.timeout(20):
-        await call.ended.wait()  # although the answer has not ended
-        assert not stack.router._handler._running
-        with pytest.raises(grpc.aio.AioRpcError, match=r"the client has read nothing for 0\.3 s") as ended:
-            async for _ in rpc:
-                pass
+    try:
+        async with asyncio.timeout(20):
+            await call.ended.wait()  # although the answer has not ended
+            assert not stack.router._handler._running
+            with pytest.raises(grpc.aio.AioRpcError, match=r"the client has read nothing for 0\.3 s") as ended:
+                async for _ in rpc:
+                    pass
+    finally:
+        await channel.close(None)
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await channel.close(None)
 
 
 async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_answer(tiny_pair, monkeypatch):
