@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 _CUDA_STEP_TIMEOUT = 60.0
 """Default of ``step_timeout`` on CUDA, in seconds. There is none on the CPU, which cannot hang and may be slow."""
 
+_CUDA_FIRST_STEP_TIMEOUT = 600.0
+"""The same for an engine's first steps, which compile kernels for shapes that are new."""
+
 OnReady = Callable[[WorkerHost], object]
 """Called with the worker's host once the worker serves."""
 
@@ -116,6 +119,13 @@ class StageService:
     on_drain: Callable[[], None] = lambda: None
 
 
+def _step_timeouts(setting: float | None, device: torch.device) -> tuple[float | None, float | None]:
+    """Returns the limits of a step and of an engine's first steps, in seconds."""
+    if setting is not None or device.type != "cuda":
+        return setting, setting
+    return _CUDA_STEP_TIMEOUT, _CUDA_FIRST_STEP_TIMEOUT
+
+
 class _StagePort:
     """The engine's thread, of whose load a stage sees its own part."""
 
@@ -159,16 +169,18 @@ async def serve_stages(
     loop, device = asyncio.get_running_loop(), stages[0].served.device
     file = file_of_turns(config)
     cores = None if file is None else SharedCores(file)
+    step_timeout, first_step_timeout = _step_timeouts(config.step_timeout, device)
     engine = EngineThread(
         core,
         "engine",
         config.threads,
-        config.step_timeout or (_CUDA_STEP_TIMEOUT if device.type == "cuda" else None),
+        step_timeout,
         # Exit at once: an orderly shutdown might wait for the stuck device. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
         on_load_change=lambda freed: loop.call_soon_threadsafe(partial(host.notify, debounce=not freed)),
         device=device,
         cores=cores or nullcontext(),
+        first_step_timeout=first_step_timeout,
     )
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     for stage in stages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -37,8 +36,9 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 class AsyncStream(AsyncIterator[Delta]):
     """One answer while a model writes it, as ``AsyncClient.stream`` returns it.
 
-    Iterate over it for deltas (``Delta``). Leaving its ``with`` block cancels the rest of the answer. Each step of the
-    iteration may raise any OverfillError, whose ``produced`` holds the part of the answer that has arrived.
+    Iterate over it for deltas (``Delta``). Leaving its ``with`` block, or dropping the object, cancels the
+    rest of the answer. Each step of the iteration may raise any OverfillError, whose ``produced`` holds the part of the
+    answer that has arrived.
     """
 
     def __init__(
@@ -176,11 +176,7 @@ class AsyncClient:
             OverfillError: any of its subclasses; ``produced`` holds the part of the answer that has arrived.
             TypeError: there is no such option.
         """
-        stream = self.stream(prompt, **options)
-        async with stream:
-            async for _ in stream:
-                pass
-            return stream.answer
+        return await _whole(self.stream(prompt, **options))
 
     async def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """Answer a conversation and return its whole next turn; the same as ``generate`` with a list of messages.
@@ -229,10 +225,9 @@ class AsyncClient:
             **options: Options of each request, by name. ``sample_index`` is that of the first answer.
 
         Raises:
-            OverfillError: as ``generate``, of the first request that fails.
+            OverfillError: as ``generate``, of the first request that fails; the others are cancelled at once.
         """
-        each = sample_options(n, options)
-        return await run_as_tasks([partial(self.generate, prompt, **one) for one in each])
+        return await run_as_tasks(_whole, [self.stream(prompt, **one) for one in sample_options(n, options)])
 
     async def tokenize(
         self,
@@ -356,3 +351,10 @@ class AsyncClient:
                 failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None
+
+
+async def _whole(stream: AsyncStream) -> Answer:
+    async with stream:
+        async for _ in stream:
+            pass
+        return stream.answer

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -13,7 +14,15 @@ import grpc.aio
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.tls import ClientTls
 
+
+class Cancellable(Protocol):
+    """A stream that can be cancelled; after its end, ``cancel`` does nothing."""
+
+    def cancel(self) -> None: ...
+
+
 T = TypeVar("T")
+S = TypeVar("S", bound=Cancellable)
 
 
 class CallCancelled(grpc.RpcError):
@@ -21,10 +30,16 @@ class CallCancelled(grpc.RpcError):
 
 
 class AsyncResponses:
-    """Responses of one streaming gRPC call, for asyncio."""
+    """Responses of one streaming gRPC call, for asyncio. Dropping the object cancels the call."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
+        self._loop = asyncio.get_event_loop()
+
+    def __del__(self) -> None:
+        # gRPC's own tasks keep a call alive. The garbage collector may run in any thread.
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._call.cancel)
 
     async def read(self) -> Any | None:
         """The next response; None at the end of the stream. Raises grpc.RpcError."""
@@ -96,15 +111,31 @@ class Channels(dict[str, grpc.Channel]):
             channel.close()
 
 
-async def run_as_tasks(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Run ``calls`` concurrently on this event loop, and return their results in order."""
-    return list(await asyncio.gather(*[call() for call in calls]))
+async def run_as_tasks(read: Callable[[S], Awaitable[T]], streams: Sequence[S]) -> list[T]:
+    """``read`` each of ``streams`` concurrently on this event loop. Return the results in order.
+
+    The first error is raised at once, and the other streams are cancelled.
+    """
+    tasks = [asyncio.ensure_future(read(stream)) for stream in streams]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def run_in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Run ``calls`` concurrently, each in a thread of its own, and return their results in order."""
-    with ThreadPoolExecutor(len(calls), "overfill-samples") as pool:
-        return list(pool.map(lambda call: call(), calls))
+def run_in_threads(read: Callable[[S], T], streams: Sequence[S]) -> list[T]:
+    """``read`` each of ``streams`` concurrently, each in a thread of its own; otherwise as ``run_as_tasks``."""
+    with ThreadPoolExecutor(len(streams), "overfill-samples") as pool:
+        readings = [pool.submit(read, stream) for stream in streams]
+        try:
+            for reading in as_completed(readings):
+                reading.result()
+        finally:
+            for stream in streams:
+                stream.cancel()
+    return [reading.result() for reading in readings]
 
 
 def _task_is_cancelled() -> bool:

@@ -7,13 +7,15 @@ import math
 import operator
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias, TypedDict
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 from overfill.errors import InvalidRequest
 from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, inference_pb2
+
+T = TypeVar("T", "Message", "ToolCall")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ _MODES = {
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, Any]]"
 """Text (tokenized unchanged), token ids (used unchanged), or a chat (rendered with the chat template).
 
-A chat message may also be a mapping with the fields of ``Message``.
+A chat message may also be a mapping with the fields of ``Message``, and each of its tool calls one with those of
+``ToolCall``. With tool calls, ``content`` may be None.
 """
 
 
@@ -220,26 +223,41 @@ def check_timeout(timeout: float | None) -> None:
         raise InvalidRequest("timeout", f"must be a positive number of seconds or None, got {timeout}")
 
 
-def _message(index: int, message: Any) -> inference_pb2.ChatMessage:
+def _message(index: int, given: Any) -> inference_pb2.ChatMessage:
     field = f"chat.messages[{index}]"
-    if isinstance(message, Mapping):
-        if unknown := set(message) - {f.name for f in fields(Message)}:
-            raise InvalidRequest(
-                field, f"has unknown fields {sorted(map(str, unknown))}; known are {[f.name for f in fields(Message)]}"
-            )
-        if "role" not in message:
-            raise InvalidRequest(field, "has no role; give system, user, assistant or tool")
-        message = Message(**message)
-    if not isinstance(message, Message):
-        raise InvalidRequest(field, f"is of type {type(message).__name__}; give a Message or a mapping with its fields")
+    if isinstance(given, Mapping) and "role" not in given:
+        raise InvalidRequest(field, "has no role; give system, user, assistant or tool")
+    message = _from_mapping(field, given, Message)
+    if isinstance(message.tool_calls, str | Mapping) or not isinstance(message.tool_calls, Sequence):
+        reason = f"is of type {type(message.tool_calls).__name__}; give a sequence of tool calls"
+        raise InvalidRequest(f"{field}.tool_calls", reason)
+    content = "" if message.content is None and message.tool_calls else message.content
     return inference_pb2.ChatMessage(
         role=_text(f"{field}.role", message.role),
-        content=_text(f"{field}.content", message.content),
-        tool_calls=[
-            inference_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
-        ],
+        content=_text(f"{field}.content", content),
+        tool_calls=[_tool_call(f"{field}.tool_calls[{i}]", call) for i, call in enumerate(message.tool_calls)],
         tool_call_id=_text(f"{field}.tool_call_id", message.tool_call_id),
     )
+
+
+def _tool_call(field: str, given: Any) -> inference_pb2.ToolCall:
+    call = _from_mapping(field, given, ToolCall)
+    return inference_pb2.ToolCall(**{f.name: _text(f"{field}.{f.name}", getattr(call, f.name)) for f in fields(call)})
+
+
+def _from_mapping(field: str, given: Any, kind: type[T]) -> T:
+    """Returns ``given``, which is a ``kind`` or a mapping with its fields."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        reason = f"is of type {type(given).__name__}; give a {kind.__name__} or a mapping with its fields"
+        raise InvalidRequest(field, reason)
+    known = {f.name: f.default is MISSING for f in fields(kind)}  # whether each must be given
+    if unknown := given.keys() - known:
+        raise InvalidRequest(field, f"has unknown fields {sorted(map(str, unknown))}; known are {list(known)}")
+    if missing := [name for name, required in known.items() if required and name not in given]:
+        raise InvalidRequest(field, f"has no {', '.join(missing)}")
+    return kind(**given)
 
 
 def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None:

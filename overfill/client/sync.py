@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -38,8 +37,9 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 class Stream(Iterator[Delta]):
     """One answer while a model writes it, as ``Client.stream`` returns it.
 
-    Iterate over it for deltas (``Delta``). Leaving its ``with`` block cancels the rest of the answer. Each step of the
-    iteration may raise any OverfillError, whose ``produced`` holds the part of the answer that has arrived.
+    Iterate over it for deltas (``Delta``). Leaving its ``with`` block, or dropping the object, cancels the
+    rest of the answer. Each step of the iteration may raise any OverfillError, whose ``produced`` holds the part of the
+    answer that has arrived.
     """
 
     def __init__(
@@ -177,11 +177,7 @@ class Client:
             OverfillError: any of its subclasses; ``produced`` holds the part of the answer that has arrived.
             TypeError: there is no such option.
         """
-        stream = self.stream(prompt, **options)
-        with stream:
-            for _ in stream:
-                pass
-            return stream.answer
+        return _whole(self.stream(prompt, **options))
 
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
         """Answer a conversation and return its whole next turn; the same as ``generate`` with a list of messages.
@@ -230,10 +226,9 @@ class Client:
             **options: Options of each request, by name. ``sample_index`` is that of the first answer.
 
         Raises:
-            OverfillError: as ``generate``, of the first request that fails.
+            OverfillError: as ``generate``, of the first request that fails; the others are cancelled at once.
         """
-        each = sample_options(n, options)
-        return run_in_threads([partial(self.generate, prompt, **one) for one in each])
+        return run_in_threads(_whole, [self.stream(prompt, **one) for one in sample_options(n, options)])
 
     def tokenize(
         self,
@@ -357,3 +352,10 @@ class Client:
                 failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None
+
+
+def _whole(stream: Stream) -> Answer:
+    with stream:
+        for _ in stream:
+            pass
+        return stream.answer

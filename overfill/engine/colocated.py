@@ -87,11 +87,17 @@ class ColocatedEngine:
         self._turns = turns
         self._emit_prefill = emit_prefill
         self._emit_decode = emit_decode
+        self._stepping: PrefillEngine | DecodeEngine = decode
         self._here: dict[str, _Here] = {}  # by the prompt's id
         self._ended: list[PromptComputed | SequenceFailed] = []  # in the running step, of prompts in ``_here``
 
     def load(self) -> ColocatedLoad:
         return ColocatedLoad(self._prefill.load(), self._decode.load())
+
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """Sequences and tokens in the latest step of either engine."""
+        return self._stepping.step_shape
 
     def check(self) -> None:
         """Raises AssertionError when a block of either pool is lost or owned twice."""
@@ -126,6 +132,7 @@ class ColocatedEngine:
 
     def _step_decode(self) -> bool:
         started = time.monotonic()
+        self._stepping = self._decode
         if not self._decode.step():
             return False
         self._turns.decoded(None if self._decode.replayed_last else time.monotonic() - started)
@@ -136,6 +143,7 @@ class ColocatedEngine:
         oldest, second = (*islice(self._prefill.queue(), 2), None, None)[:2]
         remaining, waited = (0, 0.0) if oldest is None else (oldest.remaining, started - oldest.submitted)
         decoding, before = self._decode.num_running > 0, self._prefill.tokens_computed
+        self._stepping = self._prefill
         if not self._prefill.step(self._turns.chunk(decoding, remaining, waited, alone=second is None)):
             return False
         # A step that samples nothing returns before the device has computed it. Waiting for it to measure it would cost

@@ -58,6 +58,7 @@ class PrefillEngine:
 
     Attributes:
         tokens_computed: prompt tokens of all steps so far.
+        step_shape: prompts and tokens in the latest step.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class PrefillEngine:
         self._max_num_seqs = max_num_seqs
         self._emit = emit
         self.tokens_computed = 0
+        self.step_shape = (0, 0)
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
@@ -134,10 +136,11 @@ class PrefillEngine:
         if not scheduled:
             return False
         self._emit_events()
+        tokens = sum(count for _, count in scheduled)
+        self.step_shape = (len(scheduled), tokens)
         started = time.monotonic()
         try:
             self._compute(scheduled)
-            tokens = sum(count for _, count in scheduled)
             self.tokens_computed += tokens
             if self._metrics is not None:
                 self._metrics.step(time.monotonic() - started, len(scheduled), tokens)

@@ -76,6 +76,11 @@ class EngineCore(Protocol[_LoadT_co]):
         """Computes one step. Returns False when there is nothing to compute until the next message."""
         ...
 
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        """Sequences and tokens in the latest step; any thread may ask while the step runs."""
+        ...
+
     def load(self) -> _LoadT_co:
         """A snapshot of the load."""
         ...

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _ALONE: AbstractContextManager[object] = nullcontext()
+FIRST_STEPS = 100
+"""Steps of an engine that may take ``first_step_timeout``: each new shape may compile kernels."""
 _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
 
@@ -33,6 +35,7 @@ class EngineThread(Generic[LoadT]):
     Args:
         threads: number of torch's intra-op threads for this engine's steps.
         step_timeout: seconds after which a step counts as stuck in a driver or device. None means no limit.
+        first_step_timeout: as ``step_timeout``, for the first ``FIRST_STEPS`` steps; None means ``step_timeout``.
         on_stuck: called once, on another thread. A stuck engine thread can only be ended with the process.
         on_load_change: called on the engine's thread after ``load`` has changed, with True if capacity was freed, for
             which a request may be waiting.
@@ -54,10 +57,13 @@ class EngineThread(Generic[LoadT]):
         on_load_change: Callable[[bool], object] = lambda freed: None,
         device: torch.device = _CPU,
         cores: AbstractContextManager[object] = _ALONE,
+        first_step_timeout: float | None = None,
     ) -> None:
         self._device = device
         self._core = core
         self._step_timeout = step_timeout
+        self._first_step_timeout = first_step_timeout or step_timeout
+        self._num_steps = 0
         self._on_stuck = on_stuck
         self._step_began: float | None = None
         self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
@@ -70,9 +76,9 @@ class EngineThread(Generic[LoadT]):
 
     def start(self) -> None:
         self._thread.start()
-        if self._step_timeout is not None:
-            watching = threading.Thread(target=self._watch, args=(self._step_timeout,), name="watchdog", daemon=True)
-            watching.start()
+        if self._step_timeout is not None and self._first_step_timeout is not None:
+            timeouts = (self._first_step_timeout, self._step_timeout)
+            threading.Thread(target=self._watch, args=timeouts, name="watchdog", daemon=True).start()
 
     def send(self, message: object) -> None:
         """Queues a message for the core; any thread may call it, and it never blocks."""
@@ -87,12 +93,20 @@ class EngineThread(Generic[LoadT]):
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def _watch(self, timeout: float) -> None:
+    def _watch(self, first: float, others: float) -> None:
         while self.alive:
-            time.sleep(min(1.0, timeout / 4))
+            time.sleep(min(1.0, others / 4))
+            timeout = first if self._num_steps < FIRST_STEPS else others  # first: a step may end here
             began = self._step_began
             if began is not None and time.monotonic() - began > timeout:
-                log.critical("a step has taken more than %g s", timeout)
+                sequences, tokens = self._core.step_shape
+                log.critical(
+                    "a step has taken more than %g s: step %d, of %d sequences with %d tokens",
+                    timeout,
+                    self._num_steps + 1,
+                    sequences,
+                    tokens,
+                )
                 self._on_stuck()
                 return
 
@@ -114,6 +128,7 @@ class EngineThread(Generic[LoadT]):
                     with self._cores:
                         busy = self._core.step()
                     self._step_began = None
+                    self._num_steps += 1
                     self._publish_load()
                     continue
                 if message is None:

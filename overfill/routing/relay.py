@@ -84,6 +84,7 @@ class Relay:
         max_attempts: number of decode workers lost in a row, or of prefill failures in a row, after which the request
             is given up. A new token restarts both counts.
         observer: receives the failures of attempts.
+        on_close: called once when the request has ended, before the caller has read all of its answer.
 
     Attributes:
         answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost, or a
@@ -108,7 +109,9 @@ class Relay:
         block_keys: PromptKeys | None = None,
         max_attempts: int = 4,
         observer: Observer | None = None,
+        on_close: Callable[[Relay], None] = lambda relay: None,
     ) -> None:
+        self._on_close = on_close
         self._start = start
         self._dispatcher = dispatcher
         self._connector = connector
@@ -201,6 +204,7 @@ class Relay:
         finally:
             self._job.emitted = len(self.answer.emitted)
             self._dispatcher.finish(self._job)
+            self._on_close(self)
 
     def _conclude(self, end: Finish | OverfillError) -> None:
         self.answer.end(end)

@@ -195,6 +195,8 @@ class SequenceSession:
         """Handles one event. Returns True when the session is over."""
         match item:
             case Reserved(blocks=blocks, held_tokens=held):
+                # vLLM preempts without Preempted. The old blocks' pull may still await the prefill worker's last word.
+                await self._join_pull(cancel=self._wants_kv)
                 self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
                 self._announce_reservation()

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any, cast
 
 from overfill.api.keys import ApiKey
+from overfill.errors import DeadlineExceeded, Overloaded
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 from services.router.request_handler import RequestHandler
+from services.router.running_answer import STALLED_TIMEOUT
+
+MAX_STALLED = 64
+"""RPCs of one API key that may wait for a client that does not read. With more, the router refuses the key's requests.
+
+gRPC for Python cannot reset an RPC. An RPC that was given up counts as concurrent until its client reads or leaves.
+"""
 
 _Response = inference_pb2.GenerateResponse
 
@@ -19,18 +28,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, handler: RequestHandler) -> None:
         self._handler = handler
+        self._stalled: Counter[str] = Counter()  # RPCs that were given up and whose status the client has not read
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
         key = _caller()
+        if key is not None and self._stalled[key.id] >= MAX_STALLED:
+            with self._handler.metrics.refusing(""):
+                raise Overloaded(f"the client reads none of {MAX_STALLED} answers of this API key; cancel or read them")
         checked = await self._handler.check(request, key, context.time_remaining())
         with self._handler.starting(key) as start:
             answer = start(checked, received, context.time_remaining())
-        with answer:
-            await context.write(_Response(accepted=answer.accepted))
-            while (delta := await answer.next()) is not None:
-                await context.write(_Response(delta=delta.to_proto()))
-            await context.write(_Response(finished=answer.finished))
+        try:
+            with answer:
+                await _write(context, _Response(accepted=answer.accepted))
+                while (delta := await answer.next()) is not None:
+                    await _write(context, _Response(delta=delta.to_proto()))
+                await _write(context, _Response(finished=answer.finished))
+        except TimeoutError:
+            if key is not None:
+                self._stalled[key.id] += 1
+                context.add_done_callback(lambda _: self._stalled.subtract([key.id]))  # type: ignore[arg-type]
+            raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
@@ -55,3 +74,9 @@ def _caller() -> ApiKey | None:
     """The caller's API key; None when the router needs none."""
     key: Any = caller.get()  # the router has no other callers here
     return cast("ApiKey | None", key)
+
+
+async def _write(context: Context, response: _Response) -> None:
+    """Sends a message. Raises TimeoutError if the client reads nothing; its keepalive cannot tell."""
+    async with asyncio.timeout(STALLED_TIMEOUT):
+        await context.write(response)

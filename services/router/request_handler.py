@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any, Protocol, TypeVar
 
@@ -37,6 +37,9 @@ T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
+
+READ_GRACE = 5.0
+"""Seconds that a draining router gives clients to read the rest of complete answers."""
 
 
 class StartAnswer(Protocol):
@@ -101,8 +104,10 @@ class RequestHandler:
         self._stream_interval = stream_interval
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._open: set[Relay] = set()  # those that still run; their answers are in ``_running`` until they are read
+        self._all_closed, self._all_read = asyncio.Event(), asyncio.Event()
+        self._all_closed.set()
+        self._all_read.set()
         self._draining = False
 
     @property
@@ -213,6 +218,7 @@ class RequestHandler:
             block_keys=self._block_keys(prompt, start.cache_namespace),
             max_attempts=self._max_attempts,
             observer=self.metrics,
+            on_close=self._closed,
         )
         text = AnswerText(
             StreamDetokenizer(self.tokenizer, prompt if checked.continues_text else ()),
@@ -221,10 +227,12 @@ class RequestHandler:
             tool_call_id_seed=f"{start.request_id}/{start.sample_index}" if checked.calls_tools else None,
             min_tokens=start.sampling.min_tokens,
         )
+        self._open.add(relay)
+        self._all_closed.clear()
         with self.metrics.refusing(checked.tier):
             relay.start()
         self._running[relay] = caller
-        self._idle.clear()
+        self._all_read.clear()
         # The tier that was asked for is what should grow.
         self.signals.arrived(checked.brownout_from or checked.tier, prompt_tokens)
         self.metrics.accepted(prompt_tokens, key)
@@ -281,8 +289,11 @@ class RequestHandler:
         self._draining = True
 
     async def wait_idle(self) -> None:
-        """Returns once no request runs."""
-        await self._idle.wait()
+        """Returns once no request runs and all answers are read, at latest ``READ_GRACE`` after the last has run."""
+        await self._all_closed.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(READ_GRACE):
+                await self._all_read.wait()
 
     def abort_all(self, error: OverfillError) -> None:
         """Ends every running request with ``error``."""
@@ -296,7 +307,12 @@ class RequestHandler:
         if relay in self._running:
             self._release(self._running.pop(relay))
         if not self._running:
-            self._idle.set()
+            self._all_read.set()
+
+    def _closed(self, relay: Relay) -> None:
+        self._open.discard(relay)
+        if not self._open:
+            self._all_closed.set()
 
     def _deadline(self, received: float, now: float, time_left: float | None) -> float | None:
         deadline = min(received + self._max_request_time, math.inf if time_left is None else now + time_left)

@@ -38,6 +38,7 @@ from overfill.v1 import (
     inference_pb2_grpc,
     registry_pb2,
 )
+from services.router import inference, request_handler
 from services.router.app import Router
 
 STOP = common_pb2.FINISH_REASON_STOP
@@ -188,9 +189,9 @@ class Stack:
 
 
 @asynccontextmanager
-async def running(pair_folder, **config):
+async def running(pair_folder, grace_period=5, **config):
     async with AsyncExitStack() as exits:
-        router = Router(RouterConfig(pair=pair_folder, port=0, grace_period=5, **config))
+        router = Router(RouterConfig(pair=pair_folder, port=0, grace_period=grace_period, **config))
         address = await router.start()
         serving = asyncio.create_task(router.run())
         try:
@@ -387,21 +388,26 @@ async def test_a_client_that_gives_up_while_waiting_leaves_nothing_behind(stack,
     assert stack.first.calls.empty()
 
 
-async def test_a_client_that_stops_reading_delays_no_other(stack, client):
-    count = 1900
+async def unread(stack, count):
+    """Sends an answer to a client that reads none of it, but answers pings; returns its channel, RPC and sequence."""
     # A small window, so that the router's writes wait.
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     channel = grpc.aio.insecure_channel(stack.address, options=narrow)
-    stub = inference_pb2_grpc.InferenceStub(channel)
     top = common_pb2.TokenLogprobs(top_ids=range(20), top_logprobs=[-1.0] * 20)
     asked = request()
-    asked.sampling.max_tokens = count
+    asked.sampling.max_tokens = count + 1
     asked.sampling.logprobs = 20
-    slow = stub.Generate(asked)
+    rpc = inference_pb2_grpc.InferenceStub(channel).Generate(asked)
     call = await stack.first.calls.get()
     await call.reserve()
-    for index in range(count):  # some 250 kB
+    for index in range(count):  # some 130 bytes each
         call.tokens(index, [index % 500], logprobs=[top])
+    return channel, rpc, call
+
+
+async def test_a_client_that_stops_reading_delays_no_other(stack, client):
+    count = 1900
+    channel, slow, call = await unread(stack, count)
     call.done(LENGTH)
     await call.ended.wait()
 
@@ -418,6 +424,35 @@ async def test_a_client_that_stops_reading_delays_no_other(stack, client):
     assert ids == [index % 500 for index in range(count)]
     assert messages < count, "unread tokens have merged"
     await channel.close(None)
+
+
+async def test_a_client_that_reads_nothing_is_given_up(stack, monkeypatch):
+    monkeypatch.setattr(inference, "STALLED_TIMEOUT", 0.3)
+    channel, rpc, call = await unread(stack, 1900)
+    try:
+        async with asyncio.timeout(20):
+            await call.ended.wait()  # although the answer has not ended
+            assert not stack.router._handler._running
+            with pytest.raises(grpc.aio.AioRpcError, match=r"the client has read nothing for 0\.3 s") as ended:
+                async for _ in rpc:
+                    pass
+    finally:
+        await channel.close(None)
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_answer(tiny_pair, monkeypatch):
+    monkeypatch.setattr(request_handler, "READ_GRACE", 0.1)
+    async with asyncio.timeout(30):
+        async with running(tiny_pair, grace_period=60) as stack:
+            await stack.add("p0", common_pb2.STAGE_PREFILL)
+            stack.first = await stack.add("d0")
+            await stack.joined("p0", "d0")
+            channel, _rpc, call = await unread(stack, 1900)
+            call.done(LENGTH)
+            await stack.idle()
+            assert stack.router._handler._running, "or the test proves nothing"
+        await channel.close(None)
 
 
 async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):

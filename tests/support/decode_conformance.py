@@ -89,6 +89,15 @@ class DecodeConformance(_AnswerTests):
         driver.run()
         assert_right(driver, *joined)
 
+    def test_the_shape_of_a_step_is_known(self, driver):
+        decodings = [driver.reserve(Request(prompt(9, number), sampling("temperature", 6))) for number in range(3)]
+        for decoding in decodings:
+            driver.proceed(decoding)
+        driver.step()
+        assert driver.core.step_shape == (3, 3)
+        driver.run()
+        assert_right(driver, *decodings)
+
     @pytest.mark.parametrize("max_tokens", [1, 2, 3])
     def test_max_tokens_counts_the_first_token(self, driver, max_tokens):
         (decoding,) = driver.answer(Request(prompt(9), sampling("greedy", max_tokens)))

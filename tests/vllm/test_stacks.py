@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -253,3 +254,16 @@ def test_a_killed_decode_worker_s_answers_continue_on_another(both, client, refe
         for answer in answers:
             done = answer.result(60)
             assert judge(reference, prompt, done.token_ids, done.finish_reason, 200).correct
+
+
+def test_sequences_that_vllm_preempts_get_their_kv_again_and_go_on(vllm_pair, reference):
+    """Together the answers need 64 blocks; the pool has 15."""
+    settings = engines("overfill", "vllm") | {"kv_memory": "1MiB", "max_model_len": "256", "max_request_time": "60"}
+    with running_stack(vllm_pair, **settings) as (_, address), Client(address) as client:
+        asked = [[5 + number] * 40 for number in range(8)]
+        assert wrong_answers(client, reference, asked, max_tokens=200) == []
+        wait_until(lambda: idle(address), 2, "all blocks free")
+        (metrics,) = {worker.process.metrics_address for worker in client.status().workers if worker.stage == "decode"}
+        with urllib.request.urlopen(f"http://{metrics}/metrics") as page:
+            samples = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
+        assert float(samples["overfill_decode_preemptions_total"]) > 0, "or the test proves nothing"

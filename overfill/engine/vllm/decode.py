@@ -223,6 +223,7 @@ class VllmDecodeEngine(VllmEngine):
         self._early.append(Reserved(request_id, sequence.blocks, held))
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
+        super().scheduled(num_tokens, preempted)
         self._plan = plan = _Plan(dict(num_tokens), preempted=bool(preempted))
         for _ in preempted:
             self._metrics.preempted()
@@ -274,6 +275,6 @@ class VllmDecodeEngine(VllmEngine):
         events.append(TokenSampled(id, index, token if emitted else None, finish, started))
 
     def _count_step(self, started_ns: int) -> None:
-        sequences, computed = len(self._plan.num_tokens), sum(self._plan.num_tokens.values())
+        sequences, computed = self.step_shape
         sampled = len(self._plan.sampling)
         self._metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, sampled, computed - sampled)

@@ -20,6 +20,9 @@ _RECOUNT = 10.0
 class VllmEngine:
     """A vLLM engine whose requests are OverFill's sequences, by id. Subclasses are engine cores.
 
+    Attributes:
+        step_shape: sequences and tokens in the latest step that vLLM has planned.
+
     An error that a hook raises ends vLLM's step halfway, and with it the engine's thread and the worker.
     """
 
@@ -31,6 +34,7 @@ class VllmEngine:
         self._cached = 0
         self._leaked = 0
         self._counted = float("-inf")
+        self.step_shape = (0, 0)
         self.tokens_looked_up = 0
         self.tokens_found = 0
         hub.hooks = self
@@ -82,7 +86,7 @@ class VllmEngine:
         pass
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
-        pass
+        self.step_shape = (len(num_tokens), sum(num_tokens.values()))
 
     def layer_started(self, layer: int) -> None:
         pass

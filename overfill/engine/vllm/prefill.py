@@ -93,7 +93,6 @@ class VllmPrefillEngine(VllmEngine):
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
         self._chunks: list[_Chunk] = []
         self._events: list[PrefillEvent] = []  # not yet emitted
-        self._num_tokens = 0  # in the step
         self._silent = False  # vLLM has left out calls for layers
         self._next: Request | None = None  # of the first waiting prompt, once it has been made
         super().__init__(vllm)
@@ -145,7 +144,7 @@ class VllmPrefillEngine(VllmEngine):
             if (sequence := self._running.get(output.request_id)) and output.new_token_ids:
                 events.append(self._finish(sequence, output.new_token_ids, now))
         if executed:
-            self._metrics.step(time.monotonic() - started, len(self._chunks), self._num_tokens)
+            self._metrics.step(time.monotonic() - started, *self.step_shape)
         if events:
             self._emit(events)
         return executed
@@ -195,8 +194,8 @@ class VllmPrefillEngine(VllmEngine):
         if preempted or not num_tokens.keys() <= self._running.keys():
             # Before anything is computed: a stream may be reading the blocks that a prompt has lost.
             raise AssertionError("vLLM preempted a prompt, or computes one that has no lease")
+        super().scheduled(num_tokens, preempted)
         events: list[PrefillEvent] = []
-        self._num_tokens = sum(num_tokens.values())
         now = time.monotonic_ns()
         starts = {id: self._vllm.num_computed(id) for id in num_tokens}
         blocks = {id: self._vllm.blocks(id) for id in num_tokens}

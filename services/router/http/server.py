@@ -22,6 +22,7 @@ from overfill.rpc.addresses import is_loopback
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 from services.router.http.connection import Connection
+from services.router.running_answer import STALLED_TIMEOUT
 
 HEAD_TIMEOUT = 10.0
 """Seconds for the head of a request to arrive, counted from the connection or from its first byte."""
@@ -31,9 +32,6 @@ MAX_HEAD = 64 << 10
 
 IDLE_TIMEOUT = 75
 """Seconds that a connection may stay open without a request."""
-
-STALLED_TIMEOUT = 60.0
-"""Seconds after which the server drops a client that does not read its answer."""
 
 REST_TIMEOUT = 30.0
 """Seconds for the rest of a body after its answer. The server reads it, as a client reads no answer while it sends."""

@@ -175,6 +175,46 @@ async def test_leaving_the_async_block_cancels(router: Any, say: SimpleNamespace
         await asyncio.to_thread(router.abandoned.wait)
 
 
+async def test_dropping_the_stream_cancels(router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:2], "hang"]
+    async with AsyncClient(router.address) as client:
+        async for _ in client.stream("x"):
+            break
+        assert await asyncio.to_thread(router.abandoned.wait, 20)
+
+
+def test_dropping_the_blocking_stream_cancels(router: Any, say: SimpleNamespace) -> None:
+    router.script = [*say.good[:2], "hang"]
+    with Client(router.address) as client:
+        for _ in client.stream("x"):
+            break
+        assert router.abandoned.wait(20)
+
+
+def last_sample_fails(router: Any) -> None:
+    def choose() -> None:
+        failed = len(router.requests) == 3
+        router.script = [InvalidRequest("text", "is bad")] if failed else [*router.script[:1], "hang"]
+
+    router.on_request = choose
+
+
+def test_a_failed_sample_ends_the_others(router: Any) -> None:
+    last_sample_fails(router)
+    with Client(router.address) as client:
+        with pytest.raises(InvalidRequest, match="is bad"):
+            client.samples("x", 3)
+        assert router.abandoned.wait(20)
+
+
+async def test_a_failed_sample_ends_the_others_of_an_asyncio_client(router: Any) -> None:
+    last_sample_fails(router)
+    async with AsyncClient(router.address) as client:
+        with pytest.raises(InvalidRequest, match="is bad"):
+            await client.samples("x", 3)
+        assert await asyncio.to_thread(router.abandoned.wait, 20)
+
+
 async def test_cancelling_the_task_cancels_the_request(router: Any, say: SimpleNamespace) -> None:
     router.script = [*say.good[:2], "hang"]
     started = asyncio.Event()

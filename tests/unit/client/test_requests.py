@@ -9,11 +9,13 @@ from typing import Any, cast
 import pytest
 
 from overfill.client import AsyncClient, Client
-from overfill.client.requests import Message, Options, build_request, check_timeout
+from overfill.client.requests import Message, Options, ToolCall, build_request, check_timeout
 from overfill.errors import InvalidRequest
 from overfill.request.params import SamplingParams
 from overfill.rpc.addresses import split_addresses
 from overfill.v1 import inference_pb2
+
+CALL = {"id": "c1", "name": "f", "arguments": "{}"}
 
 
 def build(prompt: Any = "x", **fields: Any) -> inference_pb2.GenerateRequest:
@@ -26,6 +28,17 @@ def test_three_kinds_of_prompt() -> None:
     assert list(build((1, 2)).token_ids.ids) == [1, 2]
     chat = build([Message("system", "s"), {"role": "user", "content": "u"}]).chat
     assert [(m.role, m.content) for m in chat.messages] == [("system", "s"), ("user", "u")]
+
+
+@pytest.mark.parametrize("content", ["text", "", None])
+def test_tool_calls_may_be_mappings_and_then_content_may_be_none(content: str | None) -> None:
+    for calls in ([CALL], (ToolCall(**CALL),)):
+        given = {"role": "assistant", "content": content, "tool_calls": calls}
+        (from_mapping,) = build([given]).chat.messages
+        assert (from_mapping.role, from_mapping.content) == ("assistant", content or "")
+        (call,) = from_mapping.tool_calls
+        assert {"id": call.id, "name": call.name, "arguments": call.arguments} == CALL
+        assert list(build([Message(**given)]).chat.messages) == [from_mapping]  # type: ignore[arg-type]
 
 
 def test_all_other_arguments_are_passed_on() -> None:
@@ -55,6 +68,18 @@ def test_all_other_arguments_are_passed_on() -> None:
         ("chat.messages[0]", {"prompt": [{"role": "user", "content": "u", "name": "n"}]}),
         ("chat.messages[0].content", {"prompt": [{"role": "user", "content": None}]}),
         ("chat.messages[0].content", {"prompt": [Message("user", "\udfff")]}),
+        ("chat.messages[0].tool_calls", {"prompt": [{"role": "assistant", "tool_calls": None}]}),
+        ("chat.messages[0].tool_calls", {"prompt": [{"role": "assistant", "tool_calls": CALL}]}),
+        ("chat.messages[0].tool_calls[0]", {"prompt": [{"role": "assistant", "tool_calls": ["f"]}]}),
+        ("chat.messages[0].tool_calls[1]", {"prompt": [{"role": "assistant", "tool_calls": [CALL, {"id": "c"}]}]}),
+        (
+            "chat.messages[0].tool_calls[0]",
+            {"prompt": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {}}]}]},
+        ),
+        (
+            "chat.messages[0].tool_calls[0].arguments",
+            {"prompt": [{"role": "assistant", "tool_calls": [CALL | {"arguments": {}}]}]},
+        ),
         ("stop", {"stop": "one string"}),
         ("stop", {"stop": ["\ud800"]}),
         ("model", {"model": "\ud800"}),

@@ -23,6 +23,8 @@ class Core:
     def step(self):
         return False
 
+    step_shape = (3, 17)
+
     def load(self):
         return EngineLoad(0, 8, 0, 0)
 
@@ -102,3 +104,37 @@ def test_each_step_is_a_turn_at_the_cores(core):
     assert core.checked.acquire(timeout=10)
     engine.stop()
     assert found == ["begin", 1, "end", "begin", 2, "end", "begin", 3, "end"]
+
+
+def test_the_first_steps_of_an_engine_may_take_longer(core, monkeypatch, caplog):
+    """They may compile kernels."""
+    monkeypatch.setattr(thread, "FIRST_STEPS", 1)
+    limit, stuck, begun = 0.1, threading.Event(), []
+
+    def step():
+        begun.append(None)
+        if len(begun) == 1:
+            stuck.wait(5 * limit)
+            return True
+        assert stuck.wait(10)
+        return False
+
+    core.step = step
+    engine = EngineThread(core, "e", 1, limit, stuck.set, first_step_timeout=60.0)
+    engine.start()
+    engine.send("work")
+    assert stuck.wait(10)
+    engine.stop()
+    assert len(begun) == 2
+    assert "a step has taken more than 0.1 s: step 2, of 3 sequences with 17 tokens" in caplog.text
+
+
+def test_a_first_step_has_a_limit_too(core, caplog):
+    stuck = threading.Event()
+    core.step = lambda: not stuck.wait(10)
+    engine = EngineThread(core, "e", 1, 60.0, stuck.set, first_step_timeout=0.1)
+    engine.start()
+    engine.send("work")
+    assert stuck.wait(10)
+    engine.stop()
+    assert "more than 0.1 s: step 1" in caplog.text

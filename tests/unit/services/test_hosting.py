@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from services.hosting import _step_timeouts
 
 WORKER = """
 import asyncio, concurrent.futures, sys, threading, torch
@@ -88,3 +91,10 @@ def test_an_unexpected_failure_shows_where_and_is_exit_code_1():
     assert process.returncode == 1
     assert "in breaks" in stderr
     assert "KeyError: 'a bug'" in stderr
+
+
+def test_only_a_gpu_limits_steps_by_default_and_gives_its_first_steps_time_to_compile():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert _step_timeouts(None, cpu) == (None, None)
+    assert _step_timeouts(None, cuda) == (60.0, 600.0)
+    assert _step_timeouts(5.0, cuda) == _step_timeouts(5.0, cpu) == (5.0, 5.0)

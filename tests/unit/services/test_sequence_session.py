@@ -7,7 +7,17 @@ import pytest
 from counting import CountingRunner
 
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Release, Reserve, Start, StopRule, Yielded
+from overfill.engine.sequence import (
+    DecodeSequence,
+    DecodeState,
+    Preempted,
+    Release,
+    Reserve,
+    Reserved,
+    Start,
+    StopRule,
+    Yielded,
+)
 from overfill.errors import Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
@@ -183,6 +193,43 @@ async def test_an_error_after_the_kv_is_in_place_asks_for_no_other_prefill(harne
     pull.done.set()
     await settle()
     assert [update.WhichOneof("message") for update in harness.told] == ["reserved"]
+
+
+async def test_new_blocks_after_the_kv_was_in_place_take_the_next_assignment(harness):
+    """vLLM preempts a running sequence without ``Preempted``; its second ``Reserved`` is all that the session sees."""
+    for number in range(3):
+        harness.assign()
+        await settle()
+        assert len(harness.pulls) == number + 1, "the router holds a prefill slot for the assignment"
+        pull = harness.pulls[-1]
+        pull.on_in_place()
+        await settle()
+        assert [type(message) for message in harness.sent[1:]] == [Start] * (number + 1)
+        harness.session.inbox.put_nowait(Reserved("s", [number], 0))
+        await settle()
+        assert harness.session.blocks != [number], "the prefill worker has not said its last word"
+        pull.let_go.set()
+        pull.done.set()
+        await settle()
+        assert not pull.cancelled, "the prefill worker would count the handoff as cancelled"
+        assert harness.session.blocks == [number]
+        assert [update.WhichOneof("message") for update in harness.told] == ["reserved"] + ["need_prefill"] * (
+            number + 1
+        )
+        assert harness.told[-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_PREEMPTED
+
+
+async def test_new_blocks_give_up_a_pull_into_the_old_ones(harness):
+    harness.assign()
+    await settle()
+    harness.session.inbox.put_nowait(Reserved("s", [5], 0))
+    harness.pulls[0].let_go.set()
+    await settle()
+    assert harness.pulls[0].cancelled
+    assert harness.session.blocks == [5]
+    harness.assign()
+    await settle()
+    assert harness.pulls[1].running
 
 
 async def test_an_unrequested_assignment_is_ignored(harness):
