@@ -23,7 +23,7 @@ the parts of the time to first token. Series with label values that are known in
 
 @click.command("metrics")
 def metrics_command() -> None:
-    """List every metric with its type, labels and meaning, as Markdown."""
+    """List the metrics that a stack exports: type, labels and meaning, as Markdown."""
     click.echo(metrics_page(), nl=False)
 
 

@@ -97,7 +97,7 @@ class LLM:
             max_num_batched_tokens = token_budget
         if threads is not None:
             torch.set_num_threads(threads)
-        folder = Pair.load(resolve_pair(pair), check_digests=True)
+        loaded_pair = Pair.load(resolve_pair(pair), check_digests=True)
         self._device = resolve_device(device)
         options = EngineOptions(
             self._device,
@@ -110,10 +110,10 @@ class LLM:
             prefix_cache=prefix_cache,
         )
         with on_device(self._device):
-            self._loaded = load_colocated(folder, options, replace(options, prefix_cache=False), memory_fraction)
-        self._config = folder.full_config
+            self._loaded = load_colocated(loaded_pair, options, replace(options, prefix_cache=False), memory_fraction)
+        self._config = loaded_pair.full_config
         self.max_model_len = self._loaded.max_model_len
-        self.tokenizer = Tokenizer.load(folder.full_path)
+        self.tokenizer = Tokenizer.load(loaded_pair.full_path)
 
     def generate(
         self,

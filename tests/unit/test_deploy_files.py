@@ -285,6 +285,11 @@ def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr + done.stdout
 
 
+def test_every_service_has_a_systemd_unit() -> None:
+    units = {path.stem.rstrip("@") for path in (DEPLOY / "systemd").glob("*.service")}
+    assert units == {kind.program for kind in SERVICES}
+
+
 @pytest.mark.parametrize("unit", sorted(path.name for path in (DEPLOY / "systemd").glob("*.service")))
 def test_systemd_units(unit: str, tmp_path: Path) -> None:
     text = (DEPLOY / "systemd" / unit).read_text()
@@ -294,6 +299,7 @@ def test_systemd_units(unit: str, tmp_path: Path) -> None:
     program, *flags = command.removeprefix("ExecStart=/opt/overfill/bin/").split()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert program in scripts
+    assert program == kind.program
     assert {flag[2:].partition("=")[0] for flag in flags} <= {flag_name(field) for field in kind.model_fields}
     stop = int(next(line for line in text.splitlines() if line.startswith("TimeoutStopSec=")).partition("=")[2])
     assert stop > float(read_checked(DEPLOY / "systemd" / "overfill.yaml").sections["common"]["grace-period"])
