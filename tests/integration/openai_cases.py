@@ -616,7 +616,7 @@ def render() -> str:
     lines = []
     for title, (kind, cases) in TABLES.items():
         heading = f"`POST {title}`" if title.startswith("/") else title
-        lines += [f"### {heading}", "", "| field | | |", "|---|---|---|"]
+        lines += [f"### {heading}", "", "| field | support | notes |", "|---|---|---|"]
         lines += [
             f"| `{case.name}` | {case.status} | {_note(kind, case)} |" for case in sorted(cases, key=lambda c: c.name)
         ]

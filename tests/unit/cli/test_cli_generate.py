@@ -23,7 +23,7 @@ def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_stdout_has_the_answer_and_nothing_else(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-v", "Why is the sky blue?"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "It scatters."
+    assert captured.out == "It scatters.\n"
     for detail in ("10.0 tokens/s", "prefill compute", "unattributed", "prefill-0", "decode-0"):
         assert detail in captured.err
 

@@ -1,61 +1,58 @@
-"""Tests that each request reaches workers with the cache namespace of its own API key."""
+"""Tests what a certificate may do at a router that has API keys."""
 
-import asyncio
-from contextlib import AsyncExitStack
+from __future__ import annotations
 
-from overfill.api import keys
-from overfill.api.keys import KeyRing
-from overfill.client import AsyncClient
-from overfill.rpc.access import RPCS, AccessPolicy, caller
-from overfill.rpc.server import RpcServer
-from overfill.v1 import inference_pb2, inference_pb2_grpc
+from dataclasses import dataclass
 
+import pytest
 
-class NamespaceService(inference_pb2_grpc.InferenceServicer):
-    """Waits until all RPCs have arrived, then answers each with its namespace."""
+from overfill.errors import PermissionDenied, Unauthenticated
+from overfill.rpc.access import ROUTER_RPCS, ROUTES, AccessPolicy, Role, Rule, Scope
 
-    def __init__(self, calls):
-        self._barrier = asyncio.Barrier(calls)
-
-    async def Detokenize(self, request, context):
-        await self._barrier.wait()
-        return inference_pb2.DetokenizeResponse(text=caller.get().cache_namespace if caller.get() else "")
+INFERENCE = {path: rule for path, rule in {**ROUTER_RPCS, **ROUTES}.items() if rule.scope is Scope.INFER}
 
 
-async def namespaces(shown, access):
-    server = RpcServer(None, access=access)
-    name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-    server.add(inference_pb2_grpc.add_InferenceServicer_to_server, NamespaceService(len(shown)), name)
-    address = await server.start("127.0.0.1:0")
-    try:
-        async with AsyncExitStack() as stack:
-            clients = [await stack.enter_async_context(AsyncClient(address, api_key=key)) for key in shown]
-            return await asyncio.gather(*(client.detokenize([1]) for client in clients))
-    finally:
-        await server.stop(0)
+@dataclass(frozen=True)
+class Key:
+    name: str = "team"
+    scopes: frozenset[Scope] = frozenset({Scope.INFER})
 
 
-async def test_every_rpc_has_the_namespace_of_its_own_key(tmp_path):
-    file = tmp_path / "keys.json"
-    a, b = keys.create(file, "a"), keys.create(file, "b")
-    of_a, of_b = (key.cache_namespace for key in keys.load(file))
-    assert of_a
-    assert of_b
-    assert of_a != of_b
-    assert await namespaces([a, b, a], AccessPolicy(RPCS, KeyRing(file).find)) == [of_a, of_b, of_a]
+KEY = Key()
+WITH_KEYS = AccessPolicy(ROUTER_RPCS, {"secret": KEY}.get)
 
 
-async def test_a_new_key_of_the_same_name_is_another_tenant(tmp_path):
-    file = tmp_path / "keys.json"
-    keys.create(file, "a")
-    (before,) = keys.load(file)
-    keys.revoke(file, "a")
-    keys.create(file, "a")
-    (after,) = keys.load(file)
-    assert before.name == after.name
-    assert before.cache_namespace != after.cache_namespace
-    assert before.id != after.id
+@pytest.mark.parametrize("roles", [{Role.CLIENT}, {Role.OPERATOR}, set(Role)], ids=["client", "operator", "all"])
+@pytest.mark.parametrize("path", INFERENCE)
+def test_no_certificate_replaces_the_key_of_a_request(path: str, roles: set[Role]) -> None:
+    """Otherwise the request would have no quota, no priority and the cache namespace of no tenant."""
+    rule = INFERENCE[path]
+    for shown in (None, "wrong"):
+        with pytest.raises(Unauthenticated):
+            WITH_KEYS.check(rule, shown, frozenset(roles))
+    assert WITH_KEYS.check(rule, "secret", frozenset(roles)) is KEY
+    assert AccessPolicy(ROUTER_RPCS).check(rule, None, frozenset(roles)) is None, "a router without keys"
 
 
-async def test_without_keys_there_is_one_tenant():
-    assert await namespaces([None, None], None) == ["", ""]
+@pytest.mark.parametrize(
+    ("rule", "role"),
+    [
+        (ROUTER_RPCS["/overfill.v1.Admin/Status"], Role.OPERATOR),
+        (ROUTER_RPCS["/overfill.v1.Admin/Status"], Role.ROUTER),  # `overfill status` in a router's pod
+        (ROUTER_RPCS["/overfill.v1.Admin/Drain"], Role.OPERATOR),
+        (ROUTER_RPCS["/overfill.v1.Admin/Drain"], Role.ROUTER),
+        (ROUTER_RPCS["/overfill.v1.Registry/Join"], Role.WORKER),
+        (ROUTES["/metrics"], Role.SCRAPER),
+    ],
+)
+def test_processes_and_operators_need_no_key(rule: Rule, role: Role) -> None:
+    assert WITH_KEYS.check(rule, None, frozenset({role})) is None
+
+
+def test_a_client_s_certificate_does_not_operate_the_stack() -> None:
+    client = frozenset({Role.CLIENT})
+    for method in ("/overfill.v1.Admin/Drain", "/overfill.v1.Registry/Join"):
+        with pytest.raises(PermissionDenied, match="the caller's certificate has client"):
+            WITH_KEYS.check(ROUTER_RPCS[method], "secret", client)
+    with pytest.raises(Unauthenticated, match="API key"):
+        WITH_KEYS.check(ROUTER_RPCS["/overfill.v1.Admin/Status"], None, client)
