@@ -165,7 +165,7 @@ def matches(shown: Sequence[str], printed: Sequence[str], *, whole: bool) -> boo
 
 def updated(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
     """Returns what the page should show: all of ``printed``, or where the page cuts, the lines that it shows."""
-    if "…" not in (line.strip() for line in shown):
+    if not any("…" in line for line in shown):
         return list(printed)
     found = pairs_of(shown, printed)
     if found is None:

@@ -91,6 +91,8 @@ def test_output_is_compared_without_numbers_and_with_gaps(shown: list[str], prin
 def test_an_update_keeps_what_the_page_leaves_out() -> None:
     assert updated(["1 a", "…", "3 c"], ["10 a", "20 b", "30 c"]) == ["10 a", "…", "30 c"]
     assert updated(["1 a", "3 c"], ["10 a", "20 b", "30 c"]) == ["10 a", "20 b", "30 c"]
+    assert updated(["1 a …", "3 c"], ["10 a b", "30 c"]) == ["1 a …", "30 c"]
+    assert updated(["1 a …"], ["20 b"]) == ["20 b"]
 
 
 def test_a_terminal_keeps_its_state_reports_a_status_and_obeys_ctrl_c(tmp_path: Path) -> None:
