@@ -147,6 +147,8 @@ class WorkerHost:
         )
         await self._membership.start()
         log.info("%s serves on %s, announced as %s", self._hello.worker_id, bound, self._hello.address)
+        if not self._routers:
+            log.warning("%s joins no router and gets no requests: name routers with --routers", self._hello.worker_id)
         joining = asyncio.create_task(self._become_ready(self._membership))
         on_ready(self)
         try:

@@ -122,10 +122,11 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
     """Returns what a reader of ``page`` does, in the order of the page.
 
     Raises:
-        ValueError: a console block does not begin with a command.
+        ValueError: a console block does not begin with a command, or nobody stops an ``overfill up``.
     """
     found: list[Step | SavedFile | NotRun] = []
     running: dict[str, Step] = {}
+    started: list[Step] = []
     for block in _blocks(page.read_text(encoding="utf-8")):
         if block.language == "console":
             steps = _steps(block)
@@ -138,6 +139,11 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
                     running[step.terminal].until_ctrl_c = True
                 running[step.terminal] = step
             found += steps
+            never_ends = [step for step in steps if step.command.startswith("overfill up") and "&" not in step.command]
+            started += never_ends
         elif "." in block.title and not block.title.startswith("examples/"):
             found.append(SavedFile(block.title, "\n".join(block.lines) + "\n"))
+    for step in started:
+        if not step.until_ctrl_c:
+            raise ValueError(f"line {step.line + 1}: {step.command!r} needs a {CTRL_C} later in {step.terminal}")
     return found

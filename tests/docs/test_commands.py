@@ -41,12 +41,14 @@ def check(step: Step, terminal: Terminal) -> None:
         )
 
 
-def write(page: Path, outputs: list[tuple[Step, list[str]]]) -> None:
-    """Puts what the commands printed into the page, from its end, so that line numbers hold."""
+def write(page: Path, outputs: list[tuple[Step, list[str]]], home: Path) -> None:
+    """Puts what the commands printed into the page, with "…" for ``home``; from its end, so that line numbers hold."""
     lines = page.read_text(encoding="utf-8").splitlines()
     for step, printed in sorted(outputs, key=lambda each: each[0].first, reverse=True):
         margin = " " * step.indent
-        lines[step.first : step.last] = [f"{margin}{line}".rstrip() for line in updated(step.output, printed)]
+        lines[step.first : step.last] = [
+            f"{margin}{line}".rstrip().replace(str(home), "…") for line in updated(step.output, printed)
+        ]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -70,4 +72,4 @@ def test_the_commands_of_a_page(page: Path, sandbox: Sandbox, tally: Tally) -> N
                 if step.output:
                     printed.append((step, terminal.lines))
     if UPDATE:
-        write(page, printed)
+        write(page, printed, sandbox.home)

@@ -68,6 +68,13 @@ def test_a_block_that_begins_with_output_is_refused(tmp_path: Path) -> None:
         read(page)
 
 
+def test_a_stack_that_nobody_stops_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ overfill up\n…\n```\n")
+    with pytest.raises(ValueError, match=r"'overfill up' needs a \^C later in Terminal 1"):
+        read(page)
+
+
 @pytest.mark.parametrize(
     ("shown", "printed", "same"),
     [

@@ -72,6 +72,12 @@ async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
 
 
+async def test_a_worker_without_routers_says_that_it_gets_no_requests(caplog):
+    host = WorkerHost(RpcServer(), registry_pb2.Hello(worker_id="w"), HANDLE, routers=[], tls=None, grace=0.0)
+    assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
+    assert "w joins no router and gets no requests: name routers with --routers" in caplog.messages
+
+
 class Registry(registry_pb2_grpc.RegistryServicer):
     """Welcomes every worker."""
 
