@@ -1,1 +1,1 @@
-"""The runnable services: thin processes around the library, which never import each other."""
+"""The runnable services: thin processes around the library. Only ``worker`` and ``ray`` import other services."""

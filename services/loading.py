@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from overfill.engine.choice import why_not_vllm
 from overfill.engine.device import resolve_device, use_device
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
@@ -29,13 +30,13 @@ _Loaded = TypeVar("_Loaded")
 async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
     """Loads and warms the ``half`` of ``config.pair`` that a worker runs, in a thread. Checks the digests."""
     options = engine_options(config, half)
-    return await _in_thread(options, lambda: load_engine(config.engine, _load_pair(config), half, options))
+    return await _in_thread(options, lambda: load_engine(config.engine, _load_pair(config, half), half, options))
 
 
 async def load_both_halves_of(config: ColocatedConfig) -> LoadedColocated:
     """Loads and warms both halves of ``config.pair``, as ``load_half_of`` does."""
     full, decoder = engine_options(config, "full"), engine_options(config, "decoder")
-    return await _in_thread(full, lambda: load_colocated(_load_pair(config), full, decoder))
+    return await _in_thread(full, lambda: load_colocated(_load_pair(config, "full", "decoder"), full, decoder))
 
 
 def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
@@ -67,12 +68,16 @@ def file_of_turns(config: WorkerConfig) -> Path | None:
     return config.shared_cores if on_cpu and config.engine != "vllm" else None
 
 
-def _load_pair(config: WorkerConfig) -> Pair:
+def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
+    """Returns the worker's pair, and warns if ``auto`` does not choose vLLM on a GPU."""
     with startup.once():
         folder = resolve_pair(config.pair, log_steps(logger))
     pair = Pair.load(folder, check_digests=True)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
+    on_cuda = resolve_device(config.device).type == "cuda"
+    if config.engine == "auto" and on_cuda and (warning := why_not_vllm(pair, *halves)):
+        logger.warning("%s", warning)
     return pair
 
 

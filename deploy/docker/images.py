@@ -27,6 +27,7 @@ from base import CannotMakeBase, make_base
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = Path(__file__).parent / "Dockerfile"
 TARGETS = ("router", "prefill", "decode", "ray")
+VLLM = "worker-vllm"  # only for GPUs
 PROMETHEUS = "prometheus"
 OWN_BASE = f"overfill-base:python{sys.version_info.major}.{sys.version_info.minor}"
 PATIENCE = 60  # seconds that a registry may take
@@ -134,6 +135,16 @@ def choose_base() -> str:
     return OWN_BASE
 
 
+def choose_targets(variant: str, asked: list[str] | None, base: str) -> tuple[str, ...]:
+    """Return the targets to build: those that were asked, else all of ``variant``. Raises CannotBuild."""
+    if variant != "cuda" and VLLM in (asked or ()):
+        raise CannotBuild(f"{VLLM} is an image for GPUs: make images VARIANT=cuda")
+    if asked:
+        return tuple(asked)
+    # A registry that does not give the base does not give Prometheus either.
+    return (*TARGETS, *([VLLM] if variant == "cuda" else []), *([PROMETHEUS] if base == OWN_BASE else []))
+
+
 def _has(image: str) -> bool:
     return subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode == 0
 
@@ -176,15 +187,14 @@ def main() -> None:
     parser.add_argument("--variant", choices=("cpu", "cuda"), default="cpu", help="device of the workers")
     parser.add_argument("--base", default="", help="base image, with Python 3.11 or newer")
     parser.add_argument("--wheels", default="", help="folder with wheels that pip takes first")
-    parser.add_argument("--target", action="append", choices=(*TARGETS, PROMETHEUS), help="image to build")
+    parser.add_argument("--target", action="append", choices=(*TARGETS, VLLM, PROMETHEUS), help="image to build")
     arguments = parser.parse_args()
     try:
         check_docker()
         wheels = _wheels(arguments.wheels)
         base = arguments.base or choose_base()
-        # A registry that does not give the base does not give Prometheus either.
-        targets = arguments.target or (*TARGETS, *([PROMETHEUS] if base == OWN_BASE else []))
-        built = build_all(tuple(targets), arguments.variant, base, wheels)
+        targets = choose_targets(arguments.variant, arguments.target, base)
+        built = build_all(targets, arguments.variant, base, wheels)
         show(built, base)
         if targets[-1] == PROMETHEUS:
             print(f"\nFor deploy/compose: export OVERFILL_PROMETHEUS_IMAGE={built[-1].name}")

@@ -1,17 +1,18 @@
-"""Hooks of the documentation site: add the pages that are made from the code."""
+"""Hooks of the documentation site: add the pages, and the parts of pages, that are made from the code."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from generated import PAGES, fill
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-
-ROOT = Path(__file__).parents[2]
+from mkdocs.structure.pages import Page
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for page, source in {"project/changelog.md": "CHANGELOG.md", "project/contributing.md": "CONTRIBUTING.md"}.items():
-        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](../")
-        files.append(File.generated(config, page, content=text))
+    for path, make in PAGES.items():
+        files.append(File.generated(config, path, content=make()))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return fill(markdown)

@@ -10,6 +10,7 @@ from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import Mode, ToolDefinition, as_openai, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
+from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -81,26 +82,41 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def chat_grammar(chat: inference_pb2.Chat) -> str | None:
-    """A Lark grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest."""
+def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> str | None:
+    """A Lark grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
+
+    Args:
+        answer: Grammar of answers that call no tools, of kind "json_object" or "json_schema"; None allows any text.
+    """
     mode, name = tool_choice(chat)
     if mode == "none":
         return None
+    schema = None
+    if answer is not None:
+        if answer.kind not in ("json_object", "json_schema"):
+            raise InvalidRequest(
+                f"sampling.grammar.{answer.kind}",
+                "cannot be combined with tools; give a JSON schema, or set the choice of tools to none",
+            )
+        schema = json.loads(answer.text) if answer.text else {"type": "object"}
     tools = [tool for tool in read_tools(chat) if name in ("", tool.name)]
-    return tools_grammar(tools, mode, single=chat.single_tool_call)
+    return tools_grammar(tools, mode, single=chat.single_tool_call, answer=schema)
 
 
 def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
-    """``message`` for a template that supports tools: the arguments of calls are objects."""
+    """``message`` for a template that supports tools: the arguments of calls are objects.
+
+    When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Then all calls of the
+    message become text, as the model wrote them.
+    """
+    arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
+    if None in arguments:
+        return _plain(message)
     result: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         result["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.loads(call.arguments or "{}")},
-            }
-            for call in message.tool_calls
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": value}}
+            for call, value in zip(message.tool_calls, arguments, strict=True)
         ]
     if message.tool_call_id:
         result["tool_call_id"] = message.tool_call_id
@@ -127,12 +143,15 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
             raise InvalidRequest(
                 f"{place}.tool_calls", f"is set in a message of role {message.role!r}; only an assistant calls tools"
             )
-        if not message.content and not message.tool_calls and message.role != "tool":
-            raise InvalidRequest(f"{place}.content", "is empty")
-        for number, call in enumerate(message.tool_calls):
-            arguments = _json(f"{place}.tool_calls[{number}].arguments", call.arguments or "{}")
-            if not isinstance(arguments, dict):
-                raise InvalidRequest(f"{place}.tool_calls[{number}].arguments", "is not a JSON object")
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object in ``text``; None if it is something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _json(field: str, text: str) -> Any:

@@ -11,10 +11,9 @@ from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
-from overfill.request.params import MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
+from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
-MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 
@@ -80,15 +79,13 @@ def validate_generate(
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.check_vocab(vocab_size)
-    tools = chat_grammar(request.chat) if request.HasField("chat") else None
-    if tools is not None:
-        if sampling.grammar is not None:
-            raise InvalidRequest(
-                "sampling.grammar", "conflicts with tools, whose calls need their own grammar; leave one of them out"
-            )
-        sampling = replace(sampling, grammar=Grammar("lark", tools))
     if sampling.grammar is not None:
-        _check_grammar(sampling.grammar, tools is not None)
+        check_grammar(sampling.grammar)
+    tools = chat_grammar(request.chat, sampling.grammar) if request.HasField("chat") else None
+    if tools is not None:
+        grammar = Grammar("lark", tools)
+        _check_tools_grammar(grammar)
+        sampling = replace(sampling, grammar=grammar)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
@@ -121,12 +118,10 @@ def validate_generate(
     )
 
 
-def _check_grammar(grammar: Grammar, of_tools: bool) -> None:
+def _check_tools_grammar(grammar: Grammar) -> None:
     try:
         check_grammar(grammar)
     except InvalidRequest as error:
-        if not of_tools:
-            raise
         reason = str(error).removeprefix(f"{error.field}: ")
         raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {reason}") from error
 

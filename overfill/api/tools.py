@@ -91,12 +91,16 @@ def write_calls(calls: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}{_TAIL}" for name, arguments in calls)
 
 
-def tools_grammar(tools: Sequence[ToolDefinition], mode: Mode, *, single: bool) -> str:
+def tools_grammar(
+    tools: Sequence[ToolDefinition], mode: Mode, *, single: bool, answer: Mapping[str, Any] | None = None
+) -> str:
     """A Lark grammar of answers that call ``tools``.
 
     Args:
         mode: "auto" allows text, then calls; "required" allows calls only.
         single: Whether an answer may have at most one call.
+        answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
+            calls without text before them: a model that begins with other text could not end its answer without a call.
     """
     functions = []
     for tool in tools:
@@ -104,7 +108,9 @@ def tools_grammar(tools: Sequence[ToolDefinition], mode: Mode, *, single: bool) 
         schema = json.dumps(compact({"type": "object", **(tool.parameters or {"properties": {}})}))
         functions.append(f"{json.dumps(tool.name + _ARGUMENTS)} %json {schema}")
     more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
-    start = f"TEXT | first{more}" if mode == "auto" else f"{json.dumps(BEGIN)} body{more}"
+    start = f"{json.dumps(BEGIN)} body{more}"
+    if mode == "auto":
+        start = f"TEXT | first{more}" if answer is None else f"answer | {start}"
     lines = [
         "%llguidance {}",
         f"start: {start}",
@@ -112,7 +118,9 @@ def tools_grammar(tools: Sequence[ToolDefinition], mode: Mode, *, single: bool) 
         "function: " + " | ".join(f"function_{i}" for i in range(len(functions))),
         *(f"function_{i}: {function}" for i, function in enumerate(functions)),
     ]
-    if mode == "auto":
+    if mode == "auto" and answer is not None:
+        lines.append(f"answer: %json {json.dumps(compact(dict(answer)))}")
+    elif mode == "auto":
         lines += [
             "first: trigger body",
             f"trigger[lazy]: TEXT {json.dumps(BEGIN)}",

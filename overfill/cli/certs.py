@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from overfill.cli.options import Number
-from overfill.errors import InvalidRequest
+from overfill.cli.options import Number, option_errors
 
 
 @click.command("certs")
@@ -25,7 +24,7 @@ from overfill.errors import InvalidRequest
     help="Role to make a certificate for; repeatable.  [default: all roles]",
 )  # fmt: skip
 def certs_command(folder: Path, names: tuple[str, ...], days: float, roles: tuple[str, ...]) -> None:
-    """Make certificates for a stack in FOLDER, for `overfill up --tls FOLDER`.
+    """Make certificates for every role of a stack. `overfill up --tls FOLDER` uses them.
 
     Two certificate authorities sign them: one for the processes of the stack, the other for its users. Workers trust
     only the first. The first run makes both authorities; later runs replace the certificates, and running processes
@@ -37,9 +36,7 @@ def certs_command(folder: Path, names: tuple[str, ...], days: float, roles: tupl
     from overfill.rpc import certificates
     from overfill.rpc.access import Role
 
-    try:
+    with option_errors():
         written = certificates.make(folder, names, days, [Role(role) for role in roles] or tuple(Role))
-    except InvalidRequest as error:
-        raise click.UsageError(str(error)) from error
     for path in written:
         click.echo(path)

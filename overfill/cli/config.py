@@ -41,7 +41,7 @@ def config_group() -> None:
 
 
 @config_group.command("show", context_settings={"ignore_unknown_options": True})
-@click.argument("service", type=click.Choice(_NAMES), required=False)
+@click.argument("service", type=click.Choice(_NAMES), required=False, metavar="SERVICE")
 @click.option("--config", type=click.Path(path_type=Path), help="Settings file to read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)

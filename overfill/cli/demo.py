@@ -61,7 +61,7 @@ _NOTES = Console(stderr=True, highlight=False)
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> int:
-    """Start a stack, ask one question in each tier, and show answers, speed and the time to first token.
+    """Start a stack, ask one question in each tier, show speed and time to first token.
 
     The stack has a router, a prefill worker and a decode worker per tier on free local ports. It is stopped at the end.
     Then the full model reads each answer, and chooses a token at each place. An answer agrees with the full model

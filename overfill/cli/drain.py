@@ -32,7 +32,7 @@ def drain_command(
     tls_name: str | None,
     api_key: str | None,
 ) -> int:
-    """Take WORKER out of a running stack. It refuses new requests and exits when it is idle.
+    """Take WORKER out of a running stack without losing a request. It refuses new requests and exits when it is idle.
 
     Requests that still run after the worker's --grace-period move to another worker. Exits with 1 if WORKER has not
     left after the timeout. `overfill status` lists the workers.

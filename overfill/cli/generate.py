@@ -85,7 +85,7 @@ def generate_command(
 
     if as_json:
         print_json(dataclasses.asdict(answer))
-    elif sys.stdout.isatty():
+    else:
         click.echo()
     note_cut(answer, params)
     note_tier(answer, tier)

@@ -37,7 +37,7 @@ def health_command(
     tls_key: Path | None,
     tls_name: str | None,
 ) -> int:
-    """Ask the router or worker at ADDRESS whether it is ready, with the standard gRPC health service.
+    """Ask one process of a stack whether it is ready. The call is that of the standard gRPC health service.
 
     ADDRESS is HOST:PORT, or several separated by commas, of which the first that answers counts.  [default:
     $OVERFILL_ADDRESS, or 127.0.0.1:7600]

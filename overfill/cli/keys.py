@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from overfill.errors import InvalidRequest
+from overfill.cli.options import option_errors
 
 _SCOPES = ("infer", "status", "metrics", "admin")
 
@@ -79,7 +79,7 @@ def create_command(
     """Make a key for NAME and print it. It is printed only now, because the file keeps only its hash."""
     from overfill.api.keys import create
 
-    try:
+    with option_errors():
         key = create(
             path,
             name,
@@ -90,8 +90,6 @@ def create_command(
             tiers=tiers or None,
             allow_brownout=allow_brownout,
         )
-    except InvalidRequest as error:
-        raise click.UsageError(str(error)) from error
     click.echo(f"{name}: send this key as 'Authorization: Bearer KEY'; it is not shown again", err=True)
     click.echo(key)
 
@@ -121,7 +119,5 @@ def revoke_command(name: str, path: Path) -> None:
     """Remove the key of NAME. Running routers refuse it within two seconds."""
     from overfill.api.keys import revoke
 
-    try:
+    with option_errors():
         revoke(path, name)
-    except InvalidRequest as error:
-        raise click.UsageError(str(error)) from error

@@ -26,9 +26,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Run a stack": {
         "demo": (
             "overfill.cli.demo:demo_command",
-            "Start a stack, ask one question, show the parts of its time to first token.",
+            "Start a stack, ask one question in each tier, show speed and time to first token.",
         ),
-        "up": ("overfill.cli.up:up_command", "Run a stack: router, prefill workers and decode workers."),
+        "up": ("overfill.cli.up:up_command", "Run a stack: routers and workers."),
     },
     "Ask": {
         "generate": ("overfill.cli.generate:generate_command", "Answer one prompt; the answer streams to stdout."),
@@ -43,33 +43,45 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
         "drain": (
             "overfill.cli.drain:drain_command",
-            "Take a worker out of a running stack without losing a request.",
+            "Take WORKER out of a running stack without losing a request.",
         ),
         "config": (
             "overfill.cli.config:config_group",
-            "Show where settings come from; check a settings file.",
+            "Show where settings come from, and check a settings file.",
         ),
-        "metrics": ("overfill.cli.metrics:metrics_command", "List the metrics that a stack exports."),
+        "metrics": (
+            "overfill.cli.metrics:metrics_command",
+            "List the metrics that a stack exports: type, labels and meaning, as Markdown.",
+        ),
         "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
         "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
     },
     "Make pairs": {
-        "pair": ("overfill.cli.pair:pair_group", "Prepare, build and inspect model pairs."),
+        "pair": (
+            "overfill.cli.pair:pair_group",
+            "Prepare, build, train and judge pairs of a full model and a decoder.",
+        ),
     },
     "Measure and break": {
-        "verify": ("overfill.cli.verify:verify_command", "Check a stack's answers against plain transformers."),
-        "bench": ("overfill.lab.commands.bench:bench_group", "Measure engines, handoff, router, servers."),
+        "verify": (
+            "overfill.cli.verify:verify_command",
+            "Check a running stack's answers against plain transformers, token by token.",
+        ),
+        "bench": (
+            "overfill.lab.commands.bench:bench_group",
+            "Measure the engine, the handoff, the router, or whole servers on this machine.",
+        ),
         "loadtest": (
             "overfill.lab.commands.loadtest:loadtest_command",
-            "Load a stack with locust and check it against objectives.",
+            "Load a stack or an OpenAI endpoint, and check objectives.",
         ),
         "simulate": (
             "overfill.lab.commands.simulate:simulate_command",
-            "Play a trace on modelled workers; size pools.",
+            "Play a trace on modelled workers: print latencies and goodput, or size the pools.",
         ),
         "chaos": (
             "overfill.lab.commands.chaos:chaos_command",
-            "Break the workers of a stack under load; judge every answer.",
+            "Break a stack under load and check every answer.",
         ),
         "chaos-clients": (
             "overfill.lab.commands.chaos_clients:chaos_clients_command",

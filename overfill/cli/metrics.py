@@ -1,4 +1,4 @@
-"""``overfill metrics``: lists the metrics that a stack exports, as in ``docs/reference/metrics.md``."""
+"""``overfill metrics``: lists the metrics that a stack exports. The documentation site has the same page."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import click
 
 _INTRODUCTION = """# Metrics
 
-Made by `overfill metrics > docs/reference/metrics.md` from `overfill/telemetry/metrics.py`; a test compares them.
+Every metric that the processes of a stack export to Prometheus, with its type, labels and meaning. `overfill metrics`
+prints this page.
 
 Every process serves `/metrics` on its own port, which `overfill status` shows. `--metrics-port` sets the port, and
 `--metrics-host` the address, which is loopback by default. A router also serves `/targets`: it lists all processes for
 Prometheus' `http_sd_configs`, with the labels `stage` and `worker` (`deploy/prometheus`). Each process also exports
 `process_*`: CPU, memory, open files.
 
-Seconds are measured on one host's monotonic clock. [Life of a request](../explanation/life-of-a-request.md#time) tells
-the parts of the time to first token. Series with label values that are known in advance start at 0.
+Seconds are measured on one host's monotonic clock. [Timing](wire.md#timing) explains the parts of the time to first
+token. Series with label values that are known in advance start at 0. [Alerts](alerts.md) says which of them to watch.
 """
 
 
 @click.command("metrics")
 def metrics_command() -> None:
-    """List every metric with its type, labels and meaning, as Markdown."""
+    """List the metrics that a stack exports: type, labels and meaning, as Markdown."""
     click.echo(metrics_page(), nl=False)
 
 
 def metrics_page() -> str:
-    """Returns the text of ``docs/reference/metrics.md``."""
+    """Returns the page as Markdown, with links to pages beside it."""
     from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS, declared
     from overfill.telemetry.outcomes import OUTCOMES
 
@@ -52,4 +53,6 @@ def _label(name: str, values: Sequence[str]) -> str:
 
     if set(values) >= set(OUTCOMES[1:]):
         return f"`{name}`: an [outcome](#outcomes)"
+    if name in ("tier", "to"):
+        return f"`{name}`: name of a tier{', or empty' if '' in values else ''}"
     return f"`{name}`: {', '.join(values)}" if values else f"`{name}`"

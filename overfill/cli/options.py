@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -84,6 +85,32 @@ class Number(_Finite, click.FloatRange):
 
 class AnyNumber(_Finite, click.types.FloatParamType):
     """A finite number."""
+
+
+@contextlib.contextmanager
+def option_errors() -> Iterator[None]:
+    """Turns an InvalidRequest about an option of the current command into a click.UsageError that names its flag.
+
+    It is also a decorator of a command's function.
+    """
+    try:
+        yield
+    except InvalidRequest as error:
+        raise click.UsageError(_named(error)) from error
+
+
+def _named(error: InvalidRequest) -> str:
+    """Returns the message of ``error`` with the flag, or the argument, in place of the field, if there is one."""
+    context = click.get_current_context(silent=True)
+    params = [] if context is None else context.command.params
+    flags = {flag: flag for param in params if isinstance(param, click.Option) for flag in param.opts}
+    names = {param.name: flags.get(param.opts[0], param.human_readable_name) for param in params}
+    path = error.field.split(".")
+    for index, part in enumerate(path):
+        if name := flags.get(f"--{part.replace('_', '-')}") or names.get(part):
+            message = str(error).removeprefix(f"{error.field}: ")
+            return ": ".join([name, *filter(None, [".".join(path[index + 1 :])]), message])
+    return str(error)
 
 
 def connection_options(command: _F) -> _F:
@@ -197,6 +224,7 @@ def engine_options(default: EngineChoice | None, about_args: str) -> Callable[[_
     def decorate(command: _F) -> _F:
         command = click.option(
             "--engine-args",
+            metavar="JSON",
             help=f"Arguments of vLLM itself, as a JSON object of its EngineArgs by name{about_args}",
         )(command)
         for stage in ("decode", "prefill"):
@@ -262,13 +290,9 @@ def sampling(
     if temperature is None:
         temperature = 0.0 if greedy else DEFAULT_TEMPERATURE
     given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}
-    try:
+    with option_errors():
         return SamplingParams(
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
             seed=seed,
             max_tokens=max_tokens,
         )
-    except InvalidRequest as error:
-        name = error.field.removeprefix("sampling.")
-        message = str(error).removeprefix(f"{error.field}: ")
-        raise click.UsageError(f"--{name.replace('_', '-')}: {message}") from error

@@ -20,7 +20,8 @@ from overfill.cli.stack_plan import PlannedPool, PlannedWorker, StackPlan
 from overfill.client import Client
 from overfill.errors import OverfillError
 from overfill.settings.config import ServiceConfig
-from overfill.settings.environment import GRPC_ENVIRONMENT, SETTINGS, thread_pools
+from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
+from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 
 _POLL_SECONDS = 0.2
 _MARGIN_SECONDS = 2  # time after the grace period for a process to exit by itself
@@ -142,7 +143,7 @@ class Stack:
 
 def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """Returns ``environ`` without the services' settings, which flags carry, and with ``threads`` per thread pool."""
-    kept = {key: value for key, value in environ.items() if not key.startswith(SETTINGS)}
+    kept = {key: value for key, value in environ.items() if not key.startswith(VARIABLE_PREFIXES)}
     return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from overfill.client import ClientTls
@@ -59,12 +59,14 @@ class StackPlan:
         workers: the workers, pool by pool.
         mock: the workers compute nothing (``services.mock``), and have settings of mock workers.
         operator_tls: TLS files with which ``overfill up`` calls the routers; None means the routers' own.
+        api_key: API key with which measurements send requests; None if the routers need none.
     """
 
     routers: tuple[RouterConfig, ...]
     workers: tuple[PlannedWorker, ...]
     mock: bool = False
     operator_tls: ClientTls | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def prefill(self) -> tuple[PrefillConfig, ...]:

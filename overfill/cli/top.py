@@ -37,7 +37,7 @@ def top_command(
     api_key: str | None,
     tls_name: str,
 ) -> int:
-    """Watch both pools, the queue and the parts of the time to first token, until ctrl-C.
+    """Watch a running stack: pools, queue, parts of the time to first token. Ctrl-C ends it.
 
     Percentiles cover the answers completed in the last minute, of all routers that share the --address. Routers with
     other addresses count their own.

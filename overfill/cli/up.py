@@ -31,7 +31,7 @@ from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cli.up_stages import count_workers
-from overfill.cli.up_tiers import MAX, check_replaced, max_workers, resolve_tiers
+from overfill.cli.up_tiers import MAX, check_replaced, check_tiers_given, max_workers, resolve_tiers
 from overfill.cli.welcome import welcome
 from overfill.cluster.connection import check_installed
 from overfill.engine.choice import choose_engine, require_vllm
@@ -68,7 +68,7 @@ def up_command(
     tls: Path | None,
     **settings: Any,
 ) -> int:
-    """Run a stack: router, and workers.
+    """Run a stack: routers and workers.
 
     On one machine with at most one GPU, a worker has both stages, prefill and decode. --prefill and --decode start
     workers with one stage, and --colocated more of those with both. All three together make a mixed stack.
@@ -82,8 +82,6 @@ def up_command(
     The command stays in the foreground. Ctrl-C or SIGTERM lets running requests finish and stops the stack.
 
     A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
-    The options --colocated, --prefill, --decode, --decoder, --router, --pair, --grpc, --http, --log-dir, --config,
-    --mock and those for Ray are variables too, such as OVERFILL_UP_PREFILL and OVERFILL_UP_RAY=no.
     """
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # its processes need them
     from overfill.pair.store import resolve_pair
@@ -91,6 +89,8 @@ def up_command(
 
     if tiers:
         check_replaced("pair", "decode", "max_decode")
+    else:
+        check_tiers_given(settings)
     count = partial(
         count_workers, colocated, prefill, decode, bool(tiers),
         {**settings, "mock": mock, "address": address, "max_prefill": max_prefill, "max_decode": max_decode},

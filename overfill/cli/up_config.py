@@ -10,7 +10,7 @@ import click
 
 from overfill.cli.options import RenamedFlags
 from overfill.settings.config import SERVICES, UP_KEYS, read_checked
-from overfill.settings.config_file import COMMON, BadConfigFile, field_name, nearest
+from overfill.settings.config_file import COMMON, BadConfigFile, all_names, field_name, nearest
 
 PREFIX = "OVERFILL_UP_"
 
@@ -30,6 +30,16 @@ OWN = ("config", *UP_KEYS, *_SHARED)
 class OwnSettings(RenamedFlags):
     """A command whose own options are also variables; refuses unknown variables with its prefix."""
 
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(ctx, formatter)
+        flags = [option.opts[0] for option in self.params if option.opts[0].removeprefix("--") in OWN]
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(
+                f"The options {', '.join(flags)} are variables too, such as {_variable('prefill')} and "
+                f"{_variable('ray')}=no."
+            )
+
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         known = {_variable(name) for name in OWN}
         for option in self.params:
@@ -38,7 +48,9 @@ class OwnSettings(RenamedFlags):
                 option.envvar = [_variable(flag), *_service_variable(flag)]
         unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
         if unknown:
-            raise click.UsageError("; ".join(f"{name}: no such setting; {nearest(name, known)}" for name in unknown))
+            raise click.UsageError(
+                "; ".join(f"{name}: no such setting; {nearest(name, known, all_names('up'))}" for name in unknown)
+            )
         return super().make_context(*args, **extra)
 
 

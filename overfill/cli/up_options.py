@@ -12,6 +12,8 @@ from overfill.cli.options import ENGINE, FILE, Number, TierParam, dtype_option, 
 from overfill.cli.up_config import config_option
 from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
+from overfill.settings.allowed import fault, placeholder
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -28,6 +30,22 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
             return int(click.IntRange(0, 65535).convert(value, param, ctx))
         except click.BadParameter:
             self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
+
+
+class _Setting(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Checks the text of a service's setting as the service does."""
+
+    def __init__(self, kind: type[ServiceConfig], field: str) -> None:
+        self._field = kind.model_fields[field]
+        self.name = placeholder(field, self._field)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if wrong := value and fault(self._field, str(value)):
+            self.fail(wrong, param, ctx)
+        return str(value)
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -61,6 +79,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--pair",
+        metavar="PAIR",
         default="default",
         show_default=True,
         help="Pair to serve: default, fast, identity, or a pair's folder.",
@@ -78,10 +97,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--default-tier",
+        type=_Setting(RouterConfig, "default_tier"),
         help="Tier of requests that name none.  [default: the tier called default, or else the first]",
     ),
     click.option(
         "--brownout",
+        type=_Setting(RouterConfig, "brownout"),
         help="Tiers from the best to the cheapest, such as 'full > default > fast'. When one cannot meet its "
         "objectives, the next writes the answers of requests that allow it.  [default: none]",
     ),
@@ -106,11 +127,13 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--served-model-name",
+        type=_Setting(RouterConfig, "served_model_name"),
         help="Model names that clients may request, separated by commas; answers carry the first.  "
         "[default: the pair's name]",
     ),
     click.option(
         "--allowed-origins",
+        type=_Setting(RouterConfig, "allowed_origins"),
         help="Origins of web pages that may use the OpenAI endpoint, separated by commas, such as "
         "https://chat.example.org; or * for all.  [default: only the router's own page]",
     ),
@@ -127,6 +150,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--host",
+        type=_Setting(RouterConfig, "host"),
         help="Address to listen on; any other than loopback requires --tls and --api-keys.  [default: 127.0.0.1]",
     ),
     click.option(
@@ -140,24 +164,41 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         ", such as '{\"enforce_eager\": true}'. A stage for which --prefill-engine or --decode-engine names overfill "
         "does not get them.",
     ),
-    click.option("--device", help="Device to compute on: auto, cpu, cuda or cuda:N.  [default: auto]"),
+    click.option(
+        "--device",
+        type=_Setting(PrefillConfig, "device"),
+        help="Device to compute on: auto, cpu, cuda or cuda:N.  [default: auto]",
+    ),
     click.option(
         "--threads",
         type=click.IntRange(1),
         help="CPU threads per worker.  [default: the cores, divided among the workers of a stage]",
     ),
     click.option(
-        "--kv-memory", help="Size of the KV cache per worker, such as 512MiB.  [default: as much as fits in memory]"
+        "--kv-memory",
+        type=_Setting(PrefillConfig, "kv_memory"),
+        help="Size of the KV cache per worker, such as 512MiB.  [default: as much as fits in memory]",
     ),
     click.option(
-        "--max-model-len", help="Maximum tokens of a prompt with its answer.  [default: the model's context length]"
+        "--max-model-len",
+        type=_Setting(PrefillConfig, "max_model_len"),
+        help="Maximum tokens of a prompt with its answer.  [default: the model's context length]",
     ),
-    click.option("--max-num-seqs", help="Maximum number of sequences in one step of a worker.  [default: 64]"),
+    click.option(
+        "--max-num-seqs",
+        type=_Setting(PrefillConfig, "max_num_seqs"),
+        help="Maximum number of sequences in one step of a worker.  [default: 64]",
+    ),
     click.option(
         "--max-num-batched-tokens",
+        type=_Setting(PrefillConfig, "max_num_batched_tokens"),
         help="Maximum prompt tokens that a prefill worker computes in one step.  [default: 2048]",
     ),
-    click.option("--data-streams", help="Number of parallel connections that transfer a request's KV.  [default: 2]"),
+    click.option(
+        "--data-streams",
+        type=_Setting(DecodeConfig, "data_streams"),
+        help="Number of parallel connections that transfer a request's KV.  [default: 2]",
+    ),
     click.option(
         "--kv-codec",
         type=click.Choice(["raw", "int8", "fp8"]),
@@ -190,14 +231,20 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--max-queue",
+        type=_Setting(RouterConfig, "max_queue"),
         help="Maximum number of queued requests per router and priority; further ones are refused.  [default: 1024]",
     ),
     click.option(
         "--max-wait",
+        type=_Setting(RouterConfig, "max_wait"),
         help="Maximum expected seconds in the queue; requests that would wait longer are refused at once.  "
         "[default: each request's deadline]",
     ),
-    click.option("--grace-period", help="Seconds that running requests have to finish at shutdown.  [default: 30]"),
+    click.option(
+        "--grace-period",
+        type=_Setting(RouterConfig, "grace_period"),
+        help="Seconds that running requests have to finish at shutdown.  [default: 30]",
+    ),
     click.option(
         "--tls",
         "tls",
@@ -214,6 +261,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--tls-name", help="DNS name in the certificates.  [default: the host of each address]"),
     click.option(
         "--metrics-port",
+        type=_Setting(RouterConfig, "metrics_port"),
         help="Port of /metrics of the first router; the other processes use the next ports. 0 picks free ports; off "
         "disables /metrics.  [default: 0]",
     ),

@@ -24,6 +24,7 @@ from overfill.rpc.certificates import NAME, RoleFiles, role_files
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, field_name, flag_name
+from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec, default_tier
 from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerStage
 
@@ -106,12 +107,12 @@ class _Pool:
 
 
 def make_plan(request: StackRequest) -> StackPlan:
-    """Returns the settings of all processes. Exits with 2 if a value is wrong, as the services do.
+    """Returns the settings of all processes.
 
     Raises:
-        click.UsageError: two servers would use the same port, certificates are given twice, a tier has a wrong
-            setting or workers with different formats, or the host is open to other machines without certificates or
-            API keys.
+        click.UsageError: a value is wrong, two servers would use the same port, certificates are given twice, a tier
+            has a wrong setting or workers with different formats, or the host is open to other machines without
+            certificates or API keys.
         CertificatesError: the folder lacks a certificate.
     """
     settings = dict(request.settings) | {"pair": request.default_tier[1].pair}
@@ -360,18 +361,25 @@ def _metrics_ports(first: str | None, count: int) -> Iterator[str | None]:
 
 
 def _configure(kind: type[_Config], settings: dict[str, Any], otherwise: dict[str, Any] | None = None) -> _Config:
-    """Parses settings. ``otherwise`` has values for fields that no setting, variable or key of the file sets."""
+    """Parses settings. ``otherwise`` has values for fields that no setting, variable or key of the file sets.
+
+    Raises:
+        click.UsageError: a value is wrong.
+    """
     argv = _flags(kind, settings)
     origins = _origins(kind, argv)
     rest = {name: value for name, value in (otherwise or {}).items() if name not in origins}
-    return kind.parse(argv + _flags(kind, rest))
+    try:
+        return kind.read(argv + _flags(kind, rest))
+    except BadSettings as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
     try:
         return kind.origins(argv)
     except BadConfigFile:
-        return {}  # ``parse`` reports it
+        return {}  # ``read`` reports it
 
 
 def _flags(kind: type[ServiceConfig], settings: dict[str, Any]) -> list[str]:

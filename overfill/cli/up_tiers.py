@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from overfill.model.manifest import Pair, check_family
 from overfill.settings.config import WorkerConfig
-from overfill.settings.config_file import field_name, flag_name, nearest
+from overfill.settings.config_file import all_names, field_name, flag_name, nearest
 from overfill.settings.tiers import ROUTER_SETTINGS, TierSpec
 from overfill.telemetry.progress import Report
 
@@ -33,7 +34,8 @@ def worker_settings(tier: TierSpec, kind: type[WorkerConfig]) -> dict[str, str]:
     for name in names:
         if field_name(name) not in fields:
             known = (*ROUTER_SETTINGS, MAX, *map(flag_name, fields))
-            raise click.UsageError(f"--decoder {tier.name}: {name}: a tier has no such setting; {nearest(name, known)}")
+            hint = nearest(name, known, all_names(kind.section))
+            raise click.UsageError(f"--decoder {tier.name}: {name}: a tier has no such setting; {hint}")
     return {field_name(name): tier.settings[name] for name in names}
 
 
@@ -85,6 +87,16 @@ def check_replaced(*names: str) -> None:
             f"--decoder conflicts with {' and '.join(given)} (also in the settings file, or as a variable): each "
             f"--decoder names its own pair and number of decode workers, as NAME=PAIR:N,{MAX}=N"
         )
+
+
+def check_tiers_given(settings: Mapping[str, Any]) -> None:
+    """Raises click.UsageError if a setting names tiers; call it for a stack without --decoder."""
+    for name in ("default_tier", "brownout"):
+        if settings.get(name):
+            raise click.UsageError(
+                f"--{flag_name(name)} {settings[name]!r} names tiers, and the stack has none: add --decoder NAME=PAIR "
+                "for each tier"
+            )
 
 
 def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, ...]:

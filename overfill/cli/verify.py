@@ -99,7 +99,7 @@ def verify_command(
     tls_name: str | None,
     api_key: str | None,
 ) -> int:
-    """Check a running stack's answers, token by token, against plain transformers.
+    """Check a running stack's answers against plain transformers, token by token.
 
     Asks the questions with greedy decoding. An answer is correct if an independent reference chooses the
     same tokens. A token within 0.001 of the largest logit is a tie, which counts as the same. The last line counts

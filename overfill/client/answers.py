@@ -33,9 +33,14 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The router's reply when it accepts a request. ``seed`` and ``max_tokens`` are the values in use.
+    """The router's reply when it accepts a request.
 
     Attributes:
+        request_id: Id of the request.
+        prompt_tokens: Number of tokens in the prompt.
+        seed: Seed in use.
+        model: Name of the model.
+        max_tokens: Maximum number of tokens in the answer, in use.
         tier: Tier that will write the answer.
         brownout_from: Requested tier, if it is overloaded and ``tier`` writes the answer instead; otherwise None.
     """
@@ -51,7 +56,12 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class AnswerPart:
-    """Part of an answer that one tier wrote. It begins at token ``first_index`` and ends where the next part begins."""
+    """Part of an answer that one tier wrote. It ends where the next part begins.
+
+    Attributes:
+        tier: Name of the tier.
+        first_index: Index of the part's first token in the answer, from 0.
+    """
 
     tier: str
     first_index: int
@@ -59,7 +69,14 @@ class AnswerPart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A part of tool call number ``index`` of an answer; only its first part has ``id`` and ``name``."""
+    """A part of a tool call of an answer.
+
+    Attributes:
+        index: Number of the call in the answer, from 0.
+        id: Id of the call; empty except in its first part.
+        name: Name of the tool; empty except in the call's first part.
+        arguments: Next piece of the arguments' JSON text.
+    """
 
     index: int
     id: str
@@ -90,7 +107,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts; ``cached_tokens`` counts the prompt tokens whose KV was in a prefix cache."""
+    """Token counts of one request.
+
+    Attributes:
+        prompt_tokens: Number of tokens in the prompt.
+        completion_tokens: Number of tokens in the answer, those of ``resume_token_ids`` included.
+        cached_tokens: Number of prompt tokens whose KV came from a prefix cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -101,9 +124,18 @@ class Usage:
 class Timing:
     """Durations of the parts of one request, in seconds; None means unknown.
 
-    Each part is measured on one host's monotonic clock; none is computed as a remainder. ``ttft`` runs from the
-    request's arrival at the router until the router writes the first token to the client's stream.
-    ``handoff_exposed`` runs from the first token to the first decode step.
+    Each part is measured on one host's monotonic clock; none is computed as a remainder.
+
+    Attributes:
+        ttft: From the request's arrival at the router until it writes the first token to the client's stream.
+        router_queue: In the router: validation, tokenization, queue, and waiting for slots of both stages.
+        decode_reservation: From the decode worker's receipt of the request until it has reserved blocks.
+        prefill_queue: From the prefill worker's receipt of the prompt until it schedules the first chunk.
+        prefill_compute: From then until the prefill worker has sampled the first token.
+        return_path: Time of the first token inside each process on its way to the client.
+        handoff_exposed: From the decode worker's receipt of the first token to its first decode step.
+        decode: From the first decode step to the last token, on the last decode worker.
+        total: From the request's arrival at the router until the answer ended.
     """
 
     ttft: float | None = None
@@ -135,7 +167,13 @@ class Timing:
 class PrefillTrace:
     """A handoff as the prefill worker saw it, in seconds on its clock since it scheduled the first chunk.
 
-    ``layer_start`` and ``layer_end`` have one entry per full-model layer.
+    Attributes:
+        layer_start: Start of each full-model layer in the prompt's last chunk, by layer.
+        layer_end: End of each full-model layer in the prompt's last chunk, by layer.
+        first_kv_sent: First KV chunk passed to the transport.
+        last_kv_sent: Last KV chunk passed to the transport.
+        first_token_sent: First token passed to the transport.
+        last_ack: Every range acknowledged.
     """
 
     layer_start: tuple[float, ...]
@@ -162,6 +200,11 @@ class Trace:
     """One handoff as the decode worker saw it. Times are seconds on its clock since it asked for the handoff.
 
     Attributes:
+        first_token_received: First token received.
+        first_kv_received: First KV chunk written to the cache.
+        last_kv_received: Last KV chunk written to the cache.
+        kv_bytes: Bytes of payloads and scales received.
+        kv_chunks: Number of chunks received.
         broken_streams: Number of data streams that delivered a wrong chunk, or too few, and were restarted.
         cached_tokens: Number of prompt tokens whose KV was in the prefill worker's prefix cache.
         held_tokens: Number of prompt tokens whose KV did not travel, because the decode worker held it already.
@@ -198,9 +241,18 @@ class Answer:
     """A whole answer. It does not repeat the tokens given as ``resume_token_ids``.
 
     Attributes:
+        text: Text of the answer, without the stop string that ended it.
+        token_ids: Tokens of the answer, without the stop token that ended it.
+        logprobs: One entry per token; None means that the request did not ask for them.
         finish_reason: "stop" (a stop token or string), "length" (``max_tokens``, or the context is
             full) or "tool_calls".
+        usage: Token counts.
+        timing: Durations, as the router reports them.
+        request_id: Id of the request.
+        model: Name of the model.
         seed: Seed that the router used; with it and the tokens a request can resume or repeat the answer.
+        prefill_worker: Id of the last prefill worker.
+        decode_worker: Id of the last decode worker.
         migrations: Number of times that the sequence moved to another decode worker. Moves before the router
             that sent the last part took over are not counted.
         routers: Number of routers that sent parts of the answer; more than 1 if a router was lost or shut down.

@@ -18,7 +18,13 @@ from overfill.v1 import common_pb2, inference_pb2
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One tool call in an answer; ``arguments`` is a JSON object as text."""
+    """One tool call in an answer.
+
+    Attributes:
+        id: Id of the call, unique in the conversation.
+        name: Name of the tool.
+        arguments: Arguments, as JSON text of an object.
+    """
 
     id: str
     name: str
@@ -27,7 +33,13 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+    """A function that the model may call.
+
+    Args:
+        name: Name of the function: 1 to 64 letters, digits, ``_`` and ``-``.
+        description: What it does, for the model.
+        parameters: JSON schema of its arguments; None means that it has none.
+    """
 
     name: str
     description: str = ""
@@ -67,7 +79,7 @@ A chat message may also be a mapping with the fields of ``Message``.
 class Options(TypedDict, total=False):
     """Options of every request; all are keyword arguments, and all are optional.
 
-    Keys:
+    Attributes:
         model: Name of the model, or "NAME:TIER"; empty means the only one served.
         sampling: How tokens are sampled; None means the defaults of SamplingParams.
         stop: Strings that end the answer; the answer does not include them.

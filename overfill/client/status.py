@@ -18,8 +18,11 @@ class Model:
     """A model that a router serves.
 
     Attributes:
+        name: Name that requests may give.
         max_model_len: Maximum tokens of prompt and answer together.
-        dtype: Element type of the KV cache.
+        full_digest: SHA-256 of the full model's tensors, in hexadecimal.
+        decoder_digest: SHA-256 of the decoder's tensors.
+        dtype: Element type of the KV cache, such as "bfloat16".
         tier: Tier that answers under this name.
     """
 
@@ -37,9 +40,16 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """Load of one worker. A block holds ``block_size`` tokens and counts either as used or as cached.
+    """Load of one worker, in one of its stages.
 
     Attributes:
+        kv_blocks_used: Number of KV blocks that live requests use.
+        kv_blocks_cached: Number of other blocks that hold prefixes, and can be evicted.
+        kv_blocks_total: Number of all blocks.
+        running: Number of sequences that are computed or handed over.
+        waiting: Number of sequences accepted and not yet scheduled.
+        block_size: Tokens per block.
+        queued_tokens: Prompt tokens accepted and not yet computed; 0 on decode workers.
         prefix_tokens_looked_up: Number of prompt tokens that were given blocks since the worker started.
         prefix_tokens_found: Number of those whose KV was in the prefix cache.
     """
@@ -66,10 +76,13 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """The model pair that a worker holds.
+    """The model pair that a worker holds. Digests are SHA-256 in hexadecimal.
 
     Attributes:
+        name: Name of the model.
+        full_digest: Digest of the full model.
         decoder_digest: Digest of the decoder; empty on prefill workers.
+        tokenizer_digest: Digest of tokenizer.json.
         decoder_quantize: Format to which the decoder's weights are rounded on load, such as "int8"; empty means none.
         kv_cache_dtype: Format in which a decode worker holds KV, such as "int8"; empty means the dtype that travels.
     """
@@ -88,7 +101,16 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Shape and dtype of the full model's KV cache."""
+    """Shape and dtype of the full model's KV cache. Per layer, K and V have ``[tokens, num_kv_heads, head_dim]`` each.
+
+    Attributes:
+        num_layers: Layers of the full model.
+        num_kv_heads: KV heads per layer.
+        head_dim: Elements per head.
+        dtype: Element type in lower case, such as "bfloat16".
+        rope_type: "default", "linear", "llama3" or "yarn".
+        rope_theta: Base of the series of frequencies.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -114,7 +136,17 @@ class ProcessStatus:
     """Status that one process reports about itself.
 
     Attributes:
-        load, model, kv: None for routers.
+        id: Name of the process.
+        stage: Its role; of a worker with both stages "decode".
+        pid: Process id on its own host.
+        address: host:port at which other processes reach it.
+        ready: Whether it accepts requests; a router is ready when each stage has a ready worker.
+        draining: Whether it refuses new requests, and exits once the running ones have ended.
+        load: Load of a worker; None for routers.
+        software_version: Version of OverFill.
+        incarnation: Random number, drawn when the process started.
+        model: Pair of a worker; None for routers.
+        kv: Shape of the full model's KV; None for routers.
         codec: Codec of the KV transfers to a decode worker; None for other processes.
         metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
         engine: A worker's engine with its version, for people; None means unknown, and a router.
@@ -160,10 +192,13 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """A worker, in one of its stages, as the router knows it; ``process`` is None if the worker did not answer.
+    """A worker, in one of its stages, as the router knows it.
 
     Attributes:
+        id: Name of the worker.
         stage: The stage that this entry is about, with the load in ``process``.
+        address: host:port of the worker.
+        process: What the worker reports; None if it did not answer.
         tier: Tier of a worker that decodes; None in the entry of the prefill stage.
         colocated: Whether the worker has both stages: another entry with the same id is about the other stage.
     """
@@ -189,7 +224,13 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Percentiles of a duration over the last minute, in seconds."""
+    """Percentiles of a duration over the last minute, in seconds.
+
+    Attributes:
+        p50: Median.
+        p90: 90th percentile.
+        p99: 99th percentile.
+    """
 
     p50: float
     p90: float
@@ -223,10 +264,13 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class RouterStatus:
-    """One of the router processes that share an address; ``process`` and ``activity`` are None if it did not answer.
+    """One of the router processes that share an address.
 
     Attributes:
+        id: Name of the process.
         address: host:port of its own, at which workers join it.
+        process: What it reports; None if it did not answer.
+        activity: What it serves; None if it did not answer.
     """
 
     id: str
@@ -251,6 +295,8 @@ class PoolStatus:
     """Number of ready workers of one stage or tier, and the number with which the stack is complete.
 
     Attributes:
+        ready: Number of workers that are ready and not draining.
+        expected: Number of workers with which the stack was started.
         tier: Tier of the pool; None for a whole stage.
         brownout: Whether the tier is overloaded, so that requests that allow it go to the next tier.
     """

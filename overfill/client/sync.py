@@ -36,7 +36,11 @@ StartGenerate = Callable[[str, inference_pb2.GenerateRequest, float | None], Any
 
 
 class Stream(Iterator[Delta]):
-    """One answer while a model writes it. Iterate over it for deltas; leaving its ``with`` block cancels the rest."""
+    """One answer while a model writes it, as ``Client.stream`` returns it.
+
+    Iterate over it for deltas (``Delta``). Leaving its ``with`` block cancels the rest of the answer. Each step of the
+    iteration may raise any OverfillError, whose ``produced`` holds the part of the answer that has arrived.
+    """
 
     def __init__(
         self,
@@ -59,11 +63,14 @@ class Stream(Iterator[Delta]):
 
     @property
     def answer(self) -> Answer:
-        """The whole answer, after the last delta. Raises InternalError before that."""
+        """The whole answer, after the last delta.
+
+        Raises:
+            InternalError: the answer is not complete.
+        """
         return self._builder.answer()
 
     def __next__(self) -> Delta:
-        """Raises any OverfillError; its ``produced`` holds the part of the answer that has arrived."""
         if self._span is None:
             return self._next()
         try:
@@ -139,6 +146,11 @@ class Stream(Iterator[Delta]):
 class Client:
     """A client of one router or several, safe to share between threads. Close it, or use it as a context manager.
 
+    Examples:
+        >>> with Client("127.0.0.1:7600") as client:  # doctest: +SKIP
+        ...     answer = client.chat([Message("user", "Hello!")])
+        ...     print(answer.text)
+
     Args:
         address: ``host:port`` or ``unix:path``, or several of them separated by commas. A request goes to the first
             router that can be reached. When that router is lost, the next one continues the answer token by token.
@@ -155,12 +167,15 @@ class Client:
         self._closed = False
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
-        """A whole answer to ``prompt``: text, token ids, or a chat as a list of messages.
+        """Answer ``prompt`` and return the whole answer.
 
-        ``options`` are those of ``Options``.
+        Args:
+            prompt: Text, which is tokenized unchanged; token ids; or a chat as a list of messages.
+            **options: Options of the request, by name.
 
         Raises:
-            OverfillError: any of its kinds.
+            OverfillError: any of its subclasses; ``produced`` holds the part of the answer that has arrived.
+            TypeError: there is no such option.
         """
         stream = self.stream(prompt, **options)
         with stream:
@@ -169,12 +184,30 @@ class Client:
             return stream.answer
 
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
-        """The whole next turn of a conversation; the same as ``generate`` with a list of messages."""
+        """Answer a conversation and return its whole next turn; the same as ``generate`` with a list of messages.
+
+        Args:
+            messages: Turns so far, as ``Message`` or as mappings with its fields.
+            **options: Options of the request, by name.
+
+        Raises:
+            InvalidRequest: ``messages`` is text.
+            OverfillError: as ``generate``.
+        """
         check_messages(messages)
         return self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """An answer to ``prompt`` as a stream of deltas; arguments and errors are those of ``generate``."""
+        """Answer ``prompt`` as a stream of deltas. The call starts the request and does not wait.
+
+        Args:
+            prompt: As in ``generate``.
+            **options: Options of the request, by name.
+
+        Raises:
+            InvalidRequest: an argument is wrong. The stream itself raises all other errors, as ``generate`` does.
+            TypeError: there is no such option.
+        """
         timeout = options.get("timeout")
         check_timeout(timeout)
         span = traces.start_span()
@@ -189,10 +222,15 @@ class Client:
         return Stream(start, AddressFailover(self._addresses, timeout), builder, span)
 
     def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
-        """``n`` different answers to one prompt, computed concurrently. The same seed gives the same ``n`` answers.
+        """Answer one prompt ``n`` times, concurrently and differently. The same seed gives the same ``n`` answers.
+
+        Args:
+            prompt: As in ``generate``.
+            n: Number of answers, at least 1.
+            **options: Options of each request, by name. ``sample_index`` is that of the first answer.
 
         Raises:
-            OverfillError: any of its kinds.
+            OverfillError: as ``generate``, of the first request that fails.
         """
         each = sample_options(n, options)
         return run_in_threads([partial(self.generate, prompt, **one) for one in each])
@@ -204,9 +242,10 @@ class Client:
         special_tokens: bool = True,
         timeout: float | None = 10.0,
     ) -> list[int]:
-        """Token ids of a text or a chat.
+        """Return the token ids of a text or a chat, as ``generate`` would compute them.
 
         Args:
+            prompt: Text, or a chat as a list of messages, to which the chat template is applied.
             special_tokens: Whether a text gets the special tokens that the tokenizer adds by itself.
             timeout: Seconds for the call; None means no limit.
         """
@@ -224,7 +263,12 @@ class Client:
         return list(response.ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = 10.0) -> str:
-        """Text of token ids; special tokens have no text."""
+        """Return the text of token ids; special tokens have no text.
+
+        Args:
+            token_ids: Token ids of the served model.
+            timeout: Seconds for the call; None means no limit.
+        """
         request = inference_pb2.DetokenizeRequest(ids=token_ids)
 
         def start(address: str, timeout: float | None) -> Any:
@@ -235,7 +279,11 @@ class Client:
         return str(response.text)
 
     def models(self, *, timeout: float | None = 10.0) -> list[Model]:
-        """The models that the router serves."""
+        """Return the models that the router serves, one for each name.
+
+        Args:
+            timeout: Seconds for the call; None means no limit.
+        """
 
         def start(address: str, timeout: float | None) -> Any:
             stub = inference_pb2_grpc.InferenceStub(self._channels[address])
@@ -245,7 +293,11 @@ class Client:
         return [Model.from_proto(model) for model in response.models]
 
     def status(self, *, timeout: float | None = 10.0) -> StackStatus:
-        """Status of the router and of every worker it knows. At a worker's own address, status of that worker."""
+        """Return the status of the router and of every worker it knows; at a worker's own address, of that worker.
+
+        Args:
+            timeout: Seconds for the call; None means no limit.
+        """
         reached = ""
 
         def start(address: str, timeout: float | None) -> Any:
@@ -261,6 +313,10 @@ class Client:
         """Drain a worker: it accepts no new requests, and exits once its requests have finished or moved.
 
         Returns as soon as the worker drains; ``status`` lists the worker until it has left.
+
+        Args:
+            worker_id: Id of the worker, as ``status`` lists it.
+            timeout: Seconds for the call; None means no limit.
 
         Raises:
             InvalidRequest: the router knows no worker of this id; the message names those that it knows.

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 
 from overfill.errors import InvalidRequest
-from overfill.model.manifest import EngineName, Half, Pair
+from overfill.model.manifest import MANIFEST, EngineName, Half, Pair
 from overfill.process.extras import MissingExtra, install_line
 from overfill.settings.values import EngineChoice
 
@@ -36,6 +36,34 @@ def choose_engine(
             "engine_args", f"are for vllm, but the engine overfill runs the {model}: remove them, or choose vllm for it"
         )
     return choice
+
+
+def why_not_vllm(pair: Pair, *halves: Half) -> str:
+    """The sentence to log when ``auto`` chooses OverFill's engine on CUDA: why, and what to do. Empty if it does not.
+
+    Args:
+        halves: what the worker runs. With both, OverFill's engine is the only one.
+    """
+    if any("overfill" not in pair.engines(half) for half in halves):
+        return ""  # `choose_engine` takes vLLM, or says what is missing
+    needed = f"vLLM is not installed here: {install_line('vllm')}, or use the image overfill-worker-vllm"
+    missing = "" if vllm_installed() else needed
+    what = " and the ".join("full model" if half == "full" else "decoder" for half in halves)
+    unable = next((half for half in halves if "vllm" not in pair.engines(half)), None)
+    if unable == "decoder" and pair.quantize != "none":
+        why = f"vLLM cannot quantise the decoder to {pair.quantize} on load; --quantize none lets vLLM run it"
+    elif unable is not None:
+        why = f"{pair.folder / MANIFEST} leaves vllm out of {unable}.engines; add it there if vLLM can run the model"
+    elif len(halves) > 1:
+        why = "a worker with both stages has no other; start a worker for each stage to use vLLM"
+    elif missing:
+        why, missing = missing, ""
+    else:
+        return ""
+    also = f". Also, {missing}" if missing else ""
+    return (
+        f"--engine auto runs the {what} on OverFill's own engine, not on vLLM, the engine for GPUs, because {why}{also}"
+    )
 
 
 def require_vllm() -> None:

@@ -183,13 +183,13 @@ class DecodeEngine:
         needed = self._pool.blocks_for(sequence.num_tokens + 1)
         if sequence.prompt_blocks is None:
             sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
-        grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
-        if grant is None:
+        allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
+        if allocation is None:
             return None
-        sequence.blocks = grant.blocks
+        sequence.blocks = allocation.blocks
         sequence.computed = 0
         sequence.state = DecodeState.RECEIVING
-        return Reserved(sequence.id, grant.blocks, grant.cached_tokens)
+        return Reserved(sequence.id, allocation.blocks, allocation.cached_tokens)
 
     def _num_growing(self) -> int:
         """Number of sequences that run or will run once their KV is complete; each may need one more block."""

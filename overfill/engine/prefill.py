@@ -87,16 +87,16 @@ class PrefillEngine:
         """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``."""
         uncomputed = sum(s.remaining for s in (*self._waiting, *self._running.values()))
         return EngineLoad(
-            self._prefix.num_used,
-            self._pool.num_blocks,
-            self._num_admitted,
-            len(self._waiting),
-            uncomputed,
-            self._prefix.num_cached,
-            self._prefix.tokens_looked_up,
-            self._prefix.tokens_found,
-            sum(self._pool.blocks_for(s.remaining) for s in self._running.values()),
-            self._prefix.num_leaked,
+            blocks_used=self._prefix.num_used,
+            blocks_total=self._pool.num_blocks,
+            running=self._num_admitted,
+            waiting=len(self._waiting),
+            queued_tokens=uncomputed,
+            blocks_cached=self._prefix.num_cached,
+            prefix_tokens_looked_up=self._prefix.tokens_looked_up,
+            prefix_tokens_found=self._prefix.tokens_found,
+            blocks_reserved=sum(self._pool.blocks_for(s.remaining) for s in self._running.values()),
+            blocks_leaked=self._prefix.num_leaked,
         )
 
     @property
@@ -191,9 +191,9 @@ class PrefillEngine:
         candidates = []
         for sequence in running:
             if not _started(sequence):
-                if (grant := self._prefix.extend_cached_prefix(sequence.id)) is not None:
-                    sequence.blocks = grant.blocks
-                    sequence.computed = sequence.cached_tokens = grant.cached_tokens
+                if (allocation := self._prefix.extend_cached_prefix(sequence.id)) is not None:
+                    sequence.blocks = allocation.blocks
+                    sequence.computed = sequence.cached_tokens = allocation.cached_tokens
                 block = self._prefix.next_unpublished_key(sequence.id)
                 if block is not None and block in computing and self._prefix.may_share(sequence.id):
                     continue
@@ -216,12 +216,12 @@ class PrefillEngine:
             needed = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
                 sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
-            grant = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
-            if grant is None:
+            allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
+            if allocation is None:
                 break
             self._waiting.popleft()
-            sequence.blocks, sequence.computed = grant.blocks, grant.cached_tokens
-            sequence.cached_tokens = grant.cached_tokens
+            sequence.blocks, sequence.computed = allocation.blocks, allocation.cached_tokens
+            sequence.cached_tokens = allocation.cached_tokens
             self._running[sequence.id] = sequence
 
     def _compute(self, scheduled: list[tuple[PrefillSequence, int]]) -> None:

@@ -79,7 +79,7 @@ class PrefixCache:
         journal: records keys that are added and removed.
 
     Attributes:
-        tokens_looked_up, tokens_found: prompt tokens of all grants so far, and the cached ones among them.
+        tokens_looked_up, tokens_found: prompt tokens of all allocations so far, and the cached ones among them.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class PrefixCache:
         Call it before ``owner``'s private blocks are written or read.
 
         Returns:
-            The new grant; None if no more of the prompt is cached.
+            The new allocation; None if no more of the prompt is cached.
         """
         holder = self._holders[owner]
         begin = len(holder.path)

@@ -89,14 +89,20 @@ class Pair:
     """A full model and the decoder that answers on its KV cache.
 
     Attributes:
-        folder: absolute path; links are not resolved.
-        full_path, decoder_path: absolute paths of the checkpoints; equal if both halves are one checkpoint.
-        full_digest, decoder_digest, tokenizer_digest: lower-case hex SHA-256.
-        full_config, decoder_config: geometry of both halves.
-        full_engines, decoder_engines: names of the engines that can run each half.
-        layer_map: index of the full-model layer whose KV each decoder layer reads.
-        quantize: format of the decoder's matrices after loading; the full model is never quantised.
-        recipe, eval: how the decoder was made, and how good it is; informative, except for ``recipe["quantize"]``.
+        folder: Absolute path; links are not resolved.
+        full_path: Absolute path of the full model's checkpoint.
+        decoder_path: Absolute path of the decoder's checkpoint; equal to ``full_path`` if both halves are one.
+        full_digest: SHA-256 of the full model's tensors, in lower-case hexadecimal.
+        decoder_digest: SHA-256 of the decoder's tensors.
+        tokenizer_digest: SHA-256 of tokenizer.json.
+        full_config: Geometry of the full model.
+        decoder_config: Geometry of the decoder.
+        full_engines: Names of the engines that can run the full model.
+        decoder_engines: Names of the engines that can run the decoder.
+        layer_map: Index of the full-model layer whose KV each decoder layer reads.
+        quantize: Format of the decoder's matrices after loading; the full model is never quantised.
+        recipe: How the decoder was made; informative, except for ``recipe["quantize"]``.
+        eval: How good the decoder is; informative.
     """
 
     folder: Path
@@ -165,8 +171,9 @@ class Pair:
         """Reads a pair and checks that its files are complete and that its halves fit each other.
 
         Args:
+            folder: Folder with ``pair.json``.
             check_digests: True also reads both checkpoints (about a second per gigabyte) and compares their digests.
-            report: called with a description, the bytes read and the bytes in total.
+            report: Called with a description, the bytes read and the bytes in total.
             weights: False does not check the files of weights, which may be missing: routers do not read them.
 
         Raises:

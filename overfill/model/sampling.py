@@ -25,7 +25,8 @@ class SampledToken:
     """A sampled token.
 
     Attributes:
-        logprob: log-probability under softmax(logits), before temperature and filters. None if not requested.
+        token_id: Id of the token.
+        logprob: Natural-log probability under softmax(logits), before temperature and filters. None if not requested.
         top: (token id, logprob) of the most likely tokens, best first. None if not requested.
     """
 

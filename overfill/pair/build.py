@@ -45,7 +45,25 @@ def build_pair(
     calibration: str = "shipped",
     report: Report = silent,
 ) -> Pair:
-    """Builds a pair with ``fill_pair`` and moves it to ``out`` once it is whole; replaces an existing folder."""
+    """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
+
+    ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
+    full model itself, quantised or not: an identity pair.
+
+    Args:
+        full: Folder of the full model's checkpoint.
+        out: Folder of the new pair.
+        recipe: Sizes of the decoder, and the methods that make it.
+        conversations: Calibration text. The full model wrote the answers, or they are in its style.
+        calibration: Name of the text's source, recorded in ``pair.json``.
+        report: Called with a description of the step, its progress and its total.
+
+    Raises:
+        InvalidPair: ``full`` is not a usable checkpoint.
+        InvalidRequest: A size is out of range, or there is too little calibration text.
+        UnsupportedModel: The engine does not run ``full``, its files hold quantised weights, or plain
+            transformers could not run the decoder.
+    """
     with atomic_folder(out) as folder:
         fill_pair(folder, full, recipe, conversations, calibration=calibration, report=report)
     return Pair.load(out)
@@ -61,20 +79,9 @@ def fill_pair(
     calibration: str = "shipped",
     report: Report = silent,
 ) -> None:
-    """Fills the empty ``folder`` with a pair: the checkpoint in ``full`` and a decoder made from it.
+    """Fills the empty ``folder`` with a pair, as ``build_pair`` describes it and with its errors.
 
-    ``full/`` becomes a relative link to ``full``, and ``scores.safetensors`` keeps the scores. When the recipe has the
-    full model's own sizes, the decoder is the full model itself, quantised or not: an identity pair.
-
-    Args:
-        conversations: Calibration text. The full model wrote the answers, or they are in its style.
-        calibration: Name of the text's source, recorded in ``pair.json``.
-
-    Raises:
-        InvalidPair: ``full`` is not a usable checkpoint.
-        InvalidRequest: a size is out of range, or there is too little calibration text.
-        UnsupportedModel: the engine does not run ``full``, its files hold quantised weights, or plain
-            transformers could not run the decoder.
+    ``scores.safetensors`` keeps the scores.
     """
     config = ModelConfig.load(full)
     config.check_plain(full)

@@ -24,7 +24,7 @@ class Conversation:
     """A conversation that ends with an answer.
 
     Attributes:
-        messages: each with ``role`` and ``content``; the last one is the assistant's.
+        messages: Each with ``role`` and ``content``; the last one is the assistant's.
         finished: False when the answer was cut off at a length limit.
     """
 
@@ -54,6 +54,7 @@ def read_conversations(file: Path, field: str = "calibration") -> list[Conversat
     ``"finished": false`` beside the messages marks an answer that is cut off.
 
     Args:
+        file: File of conversations.
         field: Name of the text in error messages.
 
     Raises:
@@ -71,7 +72,11 @@ def read_conversations(file: Path, field: str = "calibration") -> list[Conversat
 
 
 def shipped_conversations(part: Literal["calibration", "held_out"]) -> list[Conversation]:
-    """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote. The parts share no question."""
+    """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote.
+
+    Args:
+        part: "calibration" for scoring and fitting, "held_out" for judging. The parts share no question.
+    """
     text = (resources.files("overfill.pair") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
     return [_conversation(line, part, part) for line in text.splitlines()]
 

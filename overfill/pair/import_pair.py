@@ -92,6 +92,8 @@ class ImportPlan:
     """Two halves that fit each other.
 
     Attributes:
+        full: Full model.
+        decoder: Decoder.
         layer_map: The full-model layer whose KV each decoder layer reads.
         tokenizer: Folder whose tokenizer both halves get.
         warnings: What is allowed, but may not be meant.
@@ -123,7 +125,8 @@ def plan_import(
     norms and biases of a teacher; and files of torch before 1.6, which cannot be mapped.
 
     Args:
-        full, decoder: Folders of the checkpoints. The decoder may be in the format of OverFill's authors.
+        full: Folder of the full model's checkpoint.
+        decoder: Folder of the decoder's checkpoint, which may be in the format of OverFill's authors.
         layer_map: The full-model layer whose KV each decoder layer reads, or the authors' name for it. None takes what
             the checkpoint says, or maps each layer to itself.
         tokenizer: Folder of a tokenizer for both halves. None takes the full model's.
@@ -167,8 +170,11 @@ def write_import(
     as written.
 
     Args:
+        plan: What ``plan_import`` returned.
+        out: Folder of the new pair.
         recipe: Entry of ``pair.json`` that says where the decoder came from.
         copy: True copies the files instead of linking to them.
+        report: Called with a description, the bytes read and the bytes in total.
 
     Raises:
         InvalidPair: a weight is NaN or infinite, a tied head differs from its embedding, or a file changed meanwhile;

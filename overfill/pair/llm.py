@@ -36,10 +36,14 @@ DEFAULT_SAMPLING = SamplingParams(temperature=0.7, max_tokens=256)
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer. ``token_ids`` and ``text`` leave out the stop id that ended it.
+    """One answer.
 
     Attributes:
-        finish_reason: "length" when ``max_tokens`` or the context's end cut the answer.
+        text: Text of the answer.
+        token_ids: Tokens of the answer, without the stop id that ended it.
+        finish_reason: "length" when ``max_tokens`` or the context's end cut the answer; otherwise "stop".
+        prompt_tokens: Number of tokens in the prompt.
+        logprobs: The same tokens with their log-probabilities; empty unless the sampling parameters ask for them.
         cached_tokens: Prompt tokens whose KV came from the prefix cache. Comparing two completions ignores it.
     """
 
@@ -59,15 +63,26 @@ class LLM:
 
     Args:
         pair: A named pair ("default", "fast", "identity") or a pair folder. A Path is always a folder.
-        dtype: Type of weights, activations and KV. None means bfloat16, or float32 on a CPU without bfloat16.
+        dtype: Type of weights, activations and KV: "float32", "bfloat16" or "float16". None means bfloat16, or float32
+            on a CPU without bfloat16.
+        device: Device to compute on: "auto", "cpu", "cuda" or "cuda:N".
         threads: Number of CPU threads. None keeps torch's setting.
         kv_memory: Bytes of each half's KV cache. None divides the free memory (on a CPU at most 1 GiB each).
         memory_fraction: Share of the free memory to use when ``kv_memory`` is None.
+        block_size: Tokens per KV block.
+        max_model_len: Maximum number of tokens of a prompt with its answer. None means the model's context length.
+        max_num_seqs: Maximum number of sequences in one step.
         max_num_batched_tokens: Maximum number of prompt tokens in one prefill step.
         prefix_cache: Keep the KV of prompts for later calls. An interrupted call empties the cache.
         token_budget: Earlier name of ``max_num_batched_tokens``, accepted with a warning until 0.3.
 
-    Example:
+    Raises:
+        InvalidPair: There is no such pair, or its files are damaged.
+        UnsupportedModel: OverFill's engine does not run one of its halves.
+        NotEnoughMemory: The device cannot hold both halves with a KV cache.
+        MissingExtra: The extra ``server`` is not installed.
+
+    Examples:
         >>> llm = LLM("default")  # doctest: +SKIP
         >>> llm.chat([{"role": "user", "content": "What is a KV cache?"}]).text  # doctest: +SKIP
     """
@@ -97,7 +112,7 @@ class LLM:
             max_num_batched_tokens = token_budget
         if threads is not None:
             torch.set_num_threads(threads)
-        folder = Pair.load(resolve_pair(pair), check_digests=True)
+        loaded_pair = Pair.load(resolve_pair(pair), check_digests=True)
         self._device = resolve_device(device)
         options = EngineOptions(
             self._device,
@@ -110,10 +125,10 @@ class LLM:
             prefix_cache=prefix_cache,
         )
         with on_device(self._device):
-            self._loaded = load_colocated(folder, options, replace(options, prefix_cache=False), memory_fraction)
-        self._config = folder.full_config
+            self._loaded = load_colocated(loaded_pair, options, replace(options, prefix_cache=False), memory_fraction)
+        self._config = loaded_pair.full_config
         self.max_model_len = self._loaded.max_model_len
-        self.tokenizer = Tokenizer.load(folder.full_path)
+        self.tokenizer = Tokenizer.load(loaded_pair.full_path)
 
     def generate(
         self,
@@ -130,6 +145,7 @@ class LLM:
             on_token: Called with the prompt's index and each token as soon as it is sampled.
 
         Raises:
+            Overloaded: the KV cache is too small for one of the requests.
             InvalidRequest: a prompt is empty, is too long or has ids outside the vocabulary; or ``sampling`` and
                 ``prompts`` differ in length.
         """
@@ -164,7 +180,15 @@ class LLM:
         return OfflineRun(self._loaded, on_token)
 
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
-        """Answers one conversation with the checkpoint's chat template; ``sampling`` is as in ``generate``."""
+        """Answers one conversation with the checkpoint's chat template.
+
+        Args:
+            messages: Turns so far, each with ``role`` and ``content``.
+            sampling: As in ``generate``.
+
+        Raises:
+            InvalidRequest, Overloaded: as ``generate``.
+        """
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
     def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> OfflineRequest:

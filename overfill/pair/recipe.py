@@ -28,7 +28,9 @@ class DecoderRecipe:
     """Sizes of a decoder and the methods that make it from its full model.
 
     Args:
-        hidden_size, intermediate_size, layers: Exact as an int; a share of the full model's as a float.
+        hidden_size: Width of the residual stream: exact as an int; a share of the full model's as a float.
+        intermediate_size: Width of the MLPs, likewise.
+        layers: Number of layers, likewise.
         method: How the residual stream is narrowed: its largest channels stay, or its leading directions.
         fit: ``none`` keeps the sliced weights; ``least-squares`` fits them to the full model.
         quantize: Form of the decoder's weights in memory. The checkpoint is never quantised.
@@ -49,7 +51,10 @@ class DecoderRecipe:
     tail_rank: int = 96
 
     def check(self, full: Path) -> None:
-        """Checks the sizes against the checkpoint in ``full``.
+        """Checks the sizes against a full model.
+
+        Args:
+            full: Folder of its checkpoint.
 
         Raises:
             InvalidRequest: a size does not fit.
@@ -59,6 +64,9 @@ class DecoderRecipe:
 
     def sizes(self, full: ModelConfig) -> dict[str, int]:
         """Returns all sizes as numbers; ``tail_rank`` is 0 when all rows of the head stay whole.
+
+        Args:
+            full: Geometry of the full model.
 
         Raises:
             InvalidRequest: a size does not fit.

@@ -59,6 +59,7 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     Args:
         name_or_path: A str is a named pair (``default``, ``fast``, ``identity``) or a path; write ``./default`` for a
             folder called ``default``. A Path is always a folder.
+        report: Called with a description of the step, its progress and its total.
         source: Source of the full model. None takes the cached one, or else the wheel.
 
     Raises:
@@ -93,6 +94,11 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
 
 def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
     """Returns the folder of a full model: a local folder, or a model of the hub, which is downloaded once.
+
+    Args:
+        folder_or_id: Folder of a Hugging Face checkpoint, or an id of the hub, such as
+            "HuggingFaceTB/SmolLM2-135M-Instruct".
+        report: As in ``resolve_pair``.
 
     Raises:
         InvalidPair: it is a file or a pair.

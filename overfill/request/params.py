@@ -12,6 +12,7 @@ from overfill.errors import InvalidRequest
 from overfill.v1 import common_pb2
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 16
 MAX_STREAM_INTERVAL = 1024
 MAX_PENALTY = 2.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0

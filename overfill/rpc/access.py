@@ -46,7 +46,7 @@ class Role(StrEnum):
     ROUTER = "router"
     WORKER = "worker"
     CLIENT = "client"  # sends requests
-    OPERATOR = "operator"  # sends requests and drains
+    OPERATOR = "operator"  # reads status, drains, and sends requests
     SCRAPER = "scraper"  # reads metrics
 
 
@@ -169,6 +169,9 @@ class AccessPolicy:
     def check(self, rule: Rule, shown: str | None, roles: frozenset[Role] | None) -> KeyHolder | None:
         """Admits the caller and returns the owner of its API key; None when no key was needed.
 
+        With API keys, a certificate alone admits no request for an answer, whatever its role: quota, priority, tier and
+        cache namespace are those of the key. The stack's secret does, because only processes of one machine have it.
+
         Args:
             shown: API key or secret that the caller sent.
             roles: roles in the caller's certificate; None if the listener does not require certificates.
@@ -186,7 +189,7 @@ class AccessPolicy:
                 has = ", ".join(sorted(roles)) or "no role (`overfill certs` makes certificates with roles)"
                 needed = " or ".join(sorted(rule.roles))
                 raise PermissionDenied(f"this call needs the role {needed}; the caller's certificate has {has}")
-            if roles & rule.roles - {Role.CLIENT} or self.keys is None:
+            if self.keys is None or (rule.scope is not Scope.INFER and roles & rule.roles - {Role.CLIENT}):
                 return None
         if rule.scope is None or self.keys is None:
             raise Unauthenticated(

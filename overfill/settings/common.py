@@ -15,7 +15,7 @@ from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessP
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.reader import SettingsReader
-from overfill.settings.values import LogLevel, PairName, Port
+from overfill.settings.values import LogLevel, PairName, Port, Url
 from overfill.telemetry.logs import LogFormat
 
 
@@ -62,9 +62,8 @@ class CommonSettings(SettingsReader):
     log_requests: Literal["on", "off"] = Field(
         "off", description="log a line at the end of each request, without prompt and answer"
     )
-    otlp_traces_endpoint: str = Field(
+    otlp_traces_endpoint: Url = Field(
         "",
-        pattern=r"^(https?://.+)?$",
         description="URL to which traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; by default "
         "$OTEL_EXPORTER_OTLP_ENDPOINT; no traces without either",
     )

@@ -34,7 +34,7 @@ from overfill.settings.tiers import (
     check_tiers,
     default_tier,
 )
-from overfill.settings.values import Addresses, Bytes, EngineArgs, EngineChoice, Names, Origins, PairName, Port
+from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
     "colocated", "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray",
@@ -70,9 +70,7 @@ class WorkerConfig(ServiceConfig):
         description="data type of weights, activations and transferred KV; must be equal on all workers; by default "
         "bfloat16, or float32 on a CPU without bfloat16 instructions",
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda or cuda:N"
-    )
+    device: Device = Field("auto", description="device to compute on: auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
     shared_cores: Path | None = Field(
         None,

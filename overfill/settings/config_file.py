@@ -16,6 +16,7 @@ This module checks only names. Each service checks its values as if they came fr
 from __future__ import annotations
 
 import difflib
+import os.path
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class ConfigFile:
         faults = []
         for section, keys in self.sections.items():
             if section not in known:
-                faults.append(f"{self.path}: {section}: unknown section; {nearest(section, known)}")
+                faults.append(f"{self.path}: {section}: unknown section; {nearest(section, known, all_names())}")
                 continue
             for key in keys:
                 if key not in known[section]:
@@ -76,7 +77,7 @@ class ConfigFile:
         elsewhere = [other for other, keys in known.items() if key in keys and other != COMMON]
         if elsewhere:
             return f"{key} is a setting of {' and '.join(elsewhere)}"
-        return nearest(key, known[section])
+        return nearest(key, known[section], all_names("" if section == COMMON else section))
 
 
 def read_config_file(path: Path) -> ConfigFile:
@@ -117,9 +118,21 @@ def _sections(path: Path, data: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns ``did you mean X?`` with the known name that is most similar to ``name``."""
-    return f"did you mean {difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]}?"
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns ``did you mean X?`` with the known name that is similar to ``name``; ``otherwise`` if none is.
+
+    A prefix that all names share, such as OVERFILL_PREFILL_, does not make them similar.
+    """
+    names = sorted(known)
+    prefix = os.path.commonprefix([name, *names])  # noqa: RUF071  # of characters, not of folders
+    rest = [each.removeprefix(prefix) for each in names]
+    similar = difflib.get_close_matches(name.removeprefix(prefix), rest, n=1, cutoff=0.6)
+    return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
+
+
+def all_names(section: str = "") -> str:
+    """Returns how to list all names of settings of a section; empty means of all sections."""
+    return f"`{' '.join(('overfill config show', section)).strip()}` lists all names"
 
 
 def field_name(key: str) -> str:

@@ -8,9 +8,6 @@ GRPC_ENVIRONMENT = {
 }
 """gRPC's settings for every process; variables of the user take precedence. gRPC reads them when it is imported."""
 
-SETTINGS = ("OVERFILL_ROUTER_", "OVERFILL_PREFILL_", "OVERFILL_DECODE_", "OVERFILL_MOCK_")
-"""Prefixes of variables that set a service. The planner of a stack reads them and passes flags to its processes."""
-
 
 def thread_pools(threads: int) -> dict[str, str]:
     """Returns variables that set the thread pools of all libraries, which read them when imported."""

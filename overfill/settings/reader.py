@@ -11,25 +11,32 @@ All values are checked once, here; messages name the flag, variable or key. Serv
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name, nearest
+from overfill.settings.allowed import describe
+from overfill.settings.config_file import BadConfigFile, ConfigFile, all_names, flag_name, nearest
+from overfill.settings.flags import read_flags
 from overfill.settings.renamed import old_names, rename_fields, rename_service_flags, warn
 
 SEPARATORS = {"decoders": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
 
 _from_file: ContextVar[Mapping[str, Any] | None] = ContextVar("_from_file", default=None)
-"""Values from the file, which ``parse`` passes to the class that it instantiates."""
+"""Values from the file, which ``read`` passes to the class that it instantiates."""
+
+
+class BadSettings(ValueError):
+    """A setting is unknown or has a bad value. The message names its flag, variable or key, and what to change."""
 
 
 def _flags(settings: Mapping[str, object]) -> list[str]:
@@ -47,9 +54,6 @@ class SettingsReader(BaseSettings):
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
         env_ignore_empty=True,
     )
     program: ClassVar[str]
@@ -65,32 +69,58 @@ class SettingsReader(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # pydantic-settings puts flags in front of all of these.
+        # ``init_settings`` are the flags.
         earlier = InitSettingsSource(settings_cls, cls._earlier_variables())
         return init_settings, env_settings, earlier, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
-        """Returns the settings from flags (None means ``sys.argv[1:]``), variables, file and defaults, in this order.
+        """Returns the settings of ``read`` from the command line; None means ``sys.argv[1:]``.
 
         When a flag, variable or key is unknown or has a bad value, prints what to change on stderr and exits with 2.
         """
-        args = rename_service_flags(sys.argv[1:] if argv is None else argv, cls.model_fields)
-        unknown = sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables())
-        if unknown:
-            cls._exit("; ".join(f"{name}: no such setting; {nearest(name, cls.variables())}" for name in unknown))
         try:
-            file = cls.find_file(args)
-            values = cls.file_values(file)
+            return cls.read(sys.argv[1:] if argv is None else argv)
+        except BadSettings as error:
+            print(f"{cls.program}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    @classmethod
+    def read(cls, argv: Sequence[str]) -> Self:
+        """Returns the settings from flags, variables, file and defaults, in this order.
+
+        Raises:
+            BadSettings: a variable or key is unknown, or a value is wrong.
+            SystemExit: ``argv`` has --help or an unknown flag.
+        """
+        args = rename_service_flags(argv, cls.model_fields)
+        if unknown := sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables()):
+            hints = (f"{name}: no such setting; {nearest(name, cls.variables(), cls._all())}" for name in unknown)
+            raise BadSettings("; ".join(hints))
+        try:
+            values = cls.file_values(cls.find_file(args))
         except BadConfigFile as error:
-            cls._exit(str(error))
+            raise BadSettings(str(error)) from error
         token = _from_file.set({name: value for name, (_, value) in values.items()})
         try:
-            return cls(_cli_parse_args=args, _cli_prog_name=cls.program)  # type: ignore[call-arg]
-        except ValidationError as error:
-            cls._exit("; ".join(cls.explain(error, cls.origins(args))))
+            return cls._made(args)
         finally:
             _from_file.reset(token)
+
+    @classmethod
+    def _made(cls, argv: Sequence[str]) -> Self:
+        """Returns the settings from flags, variables and ``_from_file``. Raises BadSettings."""
+        given: dict[str, Any] = dict(
+            read_flags(argv, cls.model_fields, cls.program, inspect.getdoc(cls) or "", SEPARATORS)
+        )
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise BadSettings("; ".join(cls.explain(error, cls.origins(argv)))) from error
+
+    @classmethod
+    def _all(cls) -> str:
+        return all_names(cls.section)
 
     @classmethod
     def variables(cls) -> dict[str, str]:
@@ -174,36 +204,31 @@ class SettingsReader(BaseSettings):
         """Returns settings from fields by name; None leaves a field to its environment variable or default.
 
         Raises:
-            ValueError: a name is unknown or a value is wrong; the message names the flag.
+            BadSettings: a name is unknown or a value is wrong; the message names the flag.
         """
         settings = rename_fields(settings, cls.model_fields)
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
-            raise ValueError(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
-        argv = _flags({name: value for name, value in settings.items() if value is not None})
-        try:
-            return cls(_cli_parse_args=argv, _cli_prog_name=cls.program)  # type: ignore[call-arg]
-        except ValidationError as error:
-            raise ValueError("; ".join(cls.explain(error, cls.origins(argv)))) from error
+            raise BadSettings(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
+        return cls._made(_flags({name: value for name, value in settings.items() if value is not None}))
 
     @classmethod
     def explain(cls, error: ValidationError, origins: Mapping[str, str], where: str = "") -> Iterator[str]:
         """Yields one line per fault. It names the origin of the value, or ``where`` if several settings conflict."""
+        seen: set[str] = set()
         for item in error.errors():
-            message = item["msg"].removeprefix("Value error, ")
             if not item["loc"]:
-                yield where + message
+                yield where + item["msg"].removeprefix("Value error, ")
                 continue
             name = str(item["loc"][0])
+            if name in seen:
+                continue  # pydantic reports each type of a union
+            seen.add(name)
+            field = cls.model_fields[name]
             flag = f"--{flag_name(name)}"
             variable = cls.variable(name)
             if item["type"] == "missing":
-                yield f"{flag} (or {variable}) is required: {cls.model_fields[name].description}"
+                yield f"{flag} (or {variable}) is required: {field.description}"
                 continue
             origin = origins.get(name, flag)
             place = f"{flag} (or {variable})" if origin in (flag, variable) else origin
-            yield f"{place}: {message}, got {item['input']!r}"
-
-    @classmethod
-    def _exit(cls, message: str) -> NoReturn:
-        print(f"{cls.program}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+            yield f"{place}: {describe(field, item['type'], item['msg'], item['input'])}"

@@ -37,9 +37,21 @@ def _check_origin(origin: str) -> str:
     return re.sub(r"^(http(?=.*:80$)|https(?=.*:443$))(://.+):\d+$", r"\1\2", origin)
 
 
+def _check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return device
+
+
+def _check_url(url: str) -> str:
+    if not re.fullmatch(r"(https?://.+)?", url):
+        raise ValueError("must be a URL such as http://127.0.0.1:4317")
+    return url
+
+
 def _check_positive(size: ByteSize) -> ByteSize:
     if size <= 0:
-        raise ValueError("must be more than 0, such as 512MiB or 2GiB")
+        raise ValueError("must be a size above 0, such as 512MiB or 4GB")
     return size
 
 
@@ -56,6 +68,8 @@ def _check_engine_args(text: str) -> str:
 
 EngineArgs = Annotated[str, AfterValidator(_check_engine_args)]
 Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
+Device = Annotated[str, AfterValidator(_check_device)]
+Url = Annotated[str, AfterValidator(_check_url)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split)]

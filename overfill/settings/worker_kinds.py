@@ -1,11 +1,11 @@
-"""The kinds of worker: the stages, the settings and the module of each."""
+"""The kinds of worker: the stages, the settings and the module of each; and the variables of every service."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
 from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
 
 WorkerStage = Literal["prefill", "decode"]
@@ -39,3 +39,9 @@ MOCK_KINDS = {
     for kind, settings in ((PREFILL, MockPrefillConfig), (DECODE, MockDecodeConfig), (COLOCATED, MockColocatedConfig))
 }
 """Kinds by name: those that compute, and those that do not (``services.mock``)."""
+
+VARIABLE_PREFIXES = tuple(
+    str(settings.model_config["env_prefix"])
+    for settings in (RouterConfig, *(kind.settings for kinds in (REAL_KINDS, MOCK_KINDS) for kind in kinds.values()))
+)
+"""Prefixes of variables that set a service. The planner of a stack reads them and passes flags to its processes."""

@@ -1,6 +1,6 @@
 """Every metric that the services export: names, labels, buckets. No torch; knows no service.
 
-``overfill metrics`` makes ``docs/reference/metrics.md`` from the declarations here. A name is
+``overfill metrics`` lists the declarations here, and so does the documentation site. A name is
 ``overfill_<stage>_<what>_<unit>``. A label has few values. Series of known values exist from the start, so that a rate
 includes their first increase. Numbers that an engine keeps anyway are read at each scrape.
 """

@@ -1,1 +1,1 @@
-"""The services as deployments of Ray Serve. Only this package imports all three services."""
+"""The services as deployments of Ray Serve. Only this package imports all four services."""

@@ -31,7 +31,7 @@ from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
-from overfill.settings.environment import SETTINGS
+from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
 
     A router reads the pairs of all tiers, and a worker one.
     """
-    for variable in [variable for variable in os.environ if variable.startswith(SETTINGS)]:
+    for variable in [variable for variable in os.environ if variable.startswith(VARIABLE_PREFIXES)]:
         del os.environ[variable]  # a replica's settings come from its arguments only
     settings = spec.settings | spec.pools[deployment].spec.settings
     form: logs.LogFormat = "json" if settings.get("log_format") == "json" else "text"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
+from overfill.api.keys import ApiKey
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
 from overfill.v1 import inference_pb2, inference_pb2_grpc
@@ -21,7 +22,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        key: Any = caller.get()  # an ApiKey: the router has no other callers here
+        key = _caller()
         checked = await self._handler.check(request, key, context.time_remaining())
         with self._handler.starting(key) as start:
             answer = start(checked, received, context.time_remaining())
@@ -35,16 +36,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
         tiers = self._handler.tiers
-        key: Any = caller.get()  # an ApiKey: the router has no other callers here
-        return inference_pb2.ListModelsResponse(models=[tiers.describe(name) for name in tiers.listed(key)])
+        key = _caller()
+        return inference_pb2.ListModelsResponse(models=[tiers.describe(name, key) for name in tiers.listed(key)])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        ids = await self._handler.tokenize(request)
+        ids = await self._handler.tokenize(request, _caller())
         return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request))
+        return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, _caller()))
+
+
+def _caller() -> ApiKey | None:
+    """The caller's API key; None when the router needs none."""
+    key: Any = caller.get()  # the router has no other callers here
+    return cast("ApiKey | None", key)

@@ -254,10 +254,10 @@ class RequestHandler:
             close=self._close,
         )
 
-    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
+    async def tokenize(self, request: inference_pb2.TokenizeRequest, caller: ApiKey | None) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
         self._check_open()
-        self.tiers.parse_model(request.model)
+        self.tiers.parse_model(request.model, caller)
         self._check_size(request.ByteSize())
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -268,10 +268,10 @@ class RequestHandler:
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
         return await _run(encode, request.text, in_thread=long)
 
-    async def detokenize(self, request: inference_pb2.DetokenizeRequest) -> str:
+    async def detokenize(self, request: inference_pb2.DetokenizeRequest, caller: ApiKey | None) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open()
-        self.tiers.parse_model(request.model)
+        self.tiers.parse_model(request.model, caller)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
         return await _run(self.tokenizer.decode, request.ids, in_thread=request.ByteSize() >= LONG_REQUEST)

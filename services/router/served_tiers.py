@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
@@ -66,9 +67,7 @@ class ServedTiers:
     def listed(self, caller: ApiKey | None) -> tuple[str, ...]:
         """The names in ``models`` that an API key may use."""
         default = self._roster.default_tier
-        return tuple(
-            name for name in self.models if caller is None or caller.may_use(self.parse_model(name) or default)
-        )
+        return tuple(name for name in self.models if _may_use(caller, self.parse_model(name) or default))
 
     def pair(self, tier: str) -> Pair:
         """The pair of a tier."""
@@ -90,10 +89,11 @@ class ServedTiers:
         capacity = self._roster.decode[tier or self._roster.default_tier].capacity_tokens
         return self._max_positions if capacity is None else min(self._max_positions, capacity)
 
-    def describe(self, name: str = "") -> inference_pb2.Model:
-        """Describes the model under one of its names, by default the first. Raises ModelNotFound."""
-        name = name or self.model
-        tier = self.parse_model(name) or self._roster.default_tier
+    def describe(self, name: str, caller: ApiKey | None) -> inference_pb2.Model:
+        """Describes the model under one of its names. Raises ModelNotFound unless the API key may use its tier."""
+        tier = self.parse_model(name, caller) or self._roster.default_tier
+        if not _may_use(caller, tier):
+            raise self._not_found(name, caller)
         worker = next(iter(self._roster.workers()), None)
         pair = self._pairs[tier]
         return inference_pb2.Model(
@@ -105,14 +105,21 @@ class ServedTiers:
             tier=tier,
         )
 
-    def parse_model(self, model: str) -> str:
-        """Returns the tier that a model name names; empty if it names none. Raises ModelNotFound."""
+    def parse_model(self, model: str, caller: ApiKey | None = None) -> str:
+        """Returns the tier that a model name names; empty if it names none.
+
+        Raises:
+            ModelNotFound: there is no such model. The message lists the models that ``caller`` may use.
+        """
         if not model or model in self._names:
             return ""
         name, _, tier = model.rpartition(":")
         if name in self._names and tier in self._pairs:
             return tier
-        raise ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {_list(self.models)}")
+        raise self._not_found(model, caller)
+
+    def _not_found(self, model: str, caller: ApiKey | None) -> ModelNotFound:
+        return ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {_list(self.listed(caller))}")
 
     def requested(self, request: inference_pb2.GenerateRequest, caller: ApiKey | None) -> TierChoice:
         """Returns the tier for which a request asks. If it has no worker, that is the one to which it falls back.
@@ -122,15 +129,15 @@ class ServedTiers:
             PermissionDenied: the API key may not use the tier.
             InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
         """
-        named, tiers = self.parse_model(request.model), self._roster.tiers
+        named, tiers = self.parse_model(request.model, caller), self._roster.tiers
+        usable = _list(name for name in tiers if _may_use(caller, name))
         if request.tier and request.tier not in tiers:
-            raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {_list(tiers)}")
+            raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {usable}")
         if named and request.tier not in ("", named):
             raise InvalidRequest("tier", f"is {request.tier!r}, but the model names the tier {named!r}: remove one")
         tier = request.tier or named or self._roster.default_tier
         if caller is not None and not caller.may_use(tier):
-            allowed = _list(name for name in tiers if caller.may_use(name))
-            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {allowed}")
+            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {usable}")
         fallback = self._fallback(tier, request.fallback, caller)
         if fallback and self._lost(tier) and not self._lost(fallback):
             # It starts there, because it would leave its own tier's queue at once.
@@ -163,9 +170,7 @@ class ServedTiers:
             admit(asked)
             return choice
 
-        def may_use(tier: str) -> bool:
-            return caller is None or caller.may_use(tier)
-
+        may_use = partial(_may_use, caller)
         chosen = brownout.choose(asked, may_use, now)
         refusal: Overloaded | None = None
         for tier in dict.fromkeys((chosen, asked, *filter(may_use, brownout.cheaper(asked)))):
@@ -186,7 +191,8 @@ class ServedTiers:
         if fallback in ("", NO_FALLBACK, tier):
             return ""
         if fallback not in tiers:
-            raise InvalidRequest("fallback", f"there is no tier {fallback[:200]!r}; tiers are {_list(tiers)}")
+            usable = _list(name for name in tiers if _may_use(caller, name))
+            raise InvalidRequest("fallback", f"there is no tier {fallback[:200]!r}; tiers are {usable}")
         if caller is None or caller.may_use(fallback):
             return fallback
         if asked:
@@ -196,6 +202,10 @@ class ServedTiers:
     def _lost(self, tier: str) -> bool:
         """True if no decode worker of the tier is alive or starting."""
         return not self._roster.decode[tier].index.present
+
+
+def _may_use(caller: ApiKey | None, tier: str) -> bool:
+    return caller is None or caller.may_use(tier)
 
 
 def _list(names: Iterable[str]) -> str:

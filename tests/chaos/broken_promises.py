@@ -224,8 +224,9 @@ BROKEN = (
         "a preempted sequence resumes with its tokens",
         "its tokens are cleared",
         "overfill/engine/decode.py",
-        "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n",
-        "        sequence.blocks = grant.blocks\n        sequence.computed = 0\n        sequence.emitted.clear()\n",
+        "        sequence.blocks = allocation.blocks\n        sequence.computed = 0\n",
+        "        sequence.blocks = allocation.blocks\n        sequence.computed = 0\n"
+        "        sequence.emitted.clear()\n",
         "tests/unit/engine/test_decode_engine.py::test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_tokens",
     ),
     Broken(

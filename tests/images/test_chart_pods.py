@@ -32,13 +32,16 @@ from overfill.pair.store import resolve_pair
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
 RELEASE = f"{PREFIX}chart"
-TLS, ANOTHER, KEYS, KEY, PAIRS = (f"{PREFIX}{name}" for name in ("tls", "another-tls", "keys", "key", "pairs"))
+TLS, CLIENT_TLS, ANOTHER, KEYS, KEY, PAIRS = (
+    f"{PREFIX}{name}" for name in ("tls", "client-tls", "another-tls", "keys", "key", "pairs")
+)
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 STARTUP = 240  # seconds
 CPU_VALUES = (
     "pair.claim.path=identity",
     f"pair.claim.name={PAIRS}",
     f"tls.secretName={TLS}",
+    f"tls.clientSecretName={CLIENT_TLS}",
     f"apiKeys.secretName={KEYS}",
     f"test.apiKeySecretName={KEY}",
     "prefill.threads=1",
@@ -101,6 +104,7 @@ def prepared(images: dict[str, str], folder: Path) -> Iterator[Cluster]:
     pair = resolve_pair("identity")
     with cluster(folder) as made:
         made.secret(TLS, **certificates(folder / "overfill"))
+        made.secret(CLIENT_TLS, **certificates(folder / "overfill", "client"))
         made.secret(KEYS, **{"keys.json": (folder / "keys.json").read_bytes()})
         made.secret(KEY, key=(folder / "key").read_bytes())
         made.claim(PAIRS, lambda volume: fill(volume, pair))
@@ -116,8 +120,9 @@ def fill(volume: Path, pair: Path) -> None:
         (volume / name).chmod(mode)
 
 
-def certificates(made: Path) -> dict[str, bytes]:
-    return {name: (made / name).read_bytes() for name in ("ca.crt", "tls.crt", "tls.key")}
+def certificates(made: Path, name: str = "tls") -> dict[str, bytes]:
+    files = {"ca.crt": "ca.crt", "tls.crt": f"{name}.crt", "tls.key": f"{name}.key"}
+    return {file: (made / source).read_bytes() for file, source in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +131,7 @@ def installed(prepared: Cluster, folder: Path) -> Installation:
     prepared.apply(objects)
     prepared.wait_ready(STARTUP)
     made = folder / "overfill"
-    tls = ClientTls(made / "ca.crt", made / "tls.crt", made / "tls.key", "overfill")
+    tls = ClientTls(made / "ca.crt", made / "client.crt", made / "client.key", "overfill")
     return Installation(prepared, objects, tls, (folder / "key").read_text(), folder)
 
 
@@ -214,7 +219,8 @@ def test_answers_are_the_reference_s(installed: Installation, capsys: pytest.Cap
     made = installed.folder / "overfill"
     arguments = [f"--questions={questions}", "--max-tokens=16", "--pair=identity", f"--api-key={installed.api_key}"]
     arguments += [
-        f"--tls-{name}={made / file}" for name, file in (("ca", "ca.crt"), ("cert", "tls.crt"), ("key", "tls.key"))
+        f"--tls-{name}={made / file}"
+        for name, file in (("ca", "ca.crt"), ("cert", "client.crt"), ("key", "client.key"))
     ]
     arguments += ["--tls-name=overfill", f"--address={installed.cluster.endpoints(RELEASE)[0]}:7600"]
     code = main(["verify", *arguments])

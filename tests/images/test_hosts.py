@@ -177,7 +177,8 @@ def test_answers_over_a_bad_link_are_those_of_the_reference(tiny_pair: Path, tmp
             tls = placed.client_tls
             arguments = [f"--questions={questions}", "--max-tokens=24", f"--pair={tiny_pair}"]
             arguments += [f"--address={placed.addresses[0]}", f"--tls-ca={tls.ca}", f"--tls-cert={tls.cert}"]
-            assert main(["verify", *arguments, f"--tls-key={tls.key}", f"--tls-name={NAME}"]) == 0
+            arguments += [f"--tls-key={tls.key}", f"--tls-name={NAME}", f"--api-key={placed.api_key}"]
+            assert main(["verify", *arguments]) == 0
         finally:
             stack.stop()
     assert capsys.readouterr().out.splitlines()[-1] == "12/12 correct (12 identical, 0 ties)"

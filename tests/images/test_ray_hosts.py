@@ -134,7 +134,9 @@ def certificates(tmp_path: Path) -> tuple[Path, Stack]:
     api_key = keys.create(folder / "api-keys.json", "load")
     for file in folder.iterdir():
         os.chown(file, USER, USER)
-    return folder, Stack(ClientTls(folder / "ca.crt", folder / "tls.crt", folder / "tls.key", "overfill"), api_key)
+    return folder, Stack(
+        ClientTls(folder / "ca.crt", folder / "client.crt", folder / "client.key", "overfill"), api_key
+    )
 
 
 @pytest.fixture

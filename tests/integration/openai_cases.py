@@ -91,10 +91,11 @@ def _max_completion_tokens(ask: Ask) -> None:
 def _stop(ask: Ask) -> None:
     whole = text(ask())
     word = whole.split()[1]
-    for stop in (word, [word, "never"]):
+    for stop in (word, [word, "never"], [*(f"never {n}" for n in range(15)), word]):
         answer = ask(stop=stop)
         assert text(answer) == whole[: whole.index(word)]
         assert answer["choices"][0]["finish_reason"] == "stop"
+    refuses(ask, "stop", stop=["x"] * 17)
 
 
 def _stream(ask: Ask) -> None:
@@ -144,6 +145,8 @@ def _logprobs(ask: Ask) -> None:
 def _top_logprobs(ask: Ask) -> None:
     scores = ask(logprobs=True, top_logprobs=4)["choices"][0]["logprobs"]["content"]
     assert all(len(score["top_logprobs"]) == 4 for score in scores)
+    for fields in ({}, {"logprobs": False}):
+        assert ask(**fields, top_logprobs=0)["choices"][0]["logprobs"] is None
 
 
 def _old_logprobs(ask: Ask) -> None:
@@ -282,11 +285,14 @@ def _response_format(ask: Ask) -> None:
     assert text(ask(response_format={"type": "json_object"}, max_tokens=3)).startswith("{")
     assert text(ask(response_format={"type": "text"})) == text(ask())
     _structural_tag(ask)
+    _tools_and_response_format(ask)
 
 
 def _tools(ask: Ask) -> None:
-    message = ask(tools=[TOOL], tool_choice="required", max_tokens=200)["choices"][0]["message"]
-    assert json.loads(message["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
+    marked = TOOL | {"cache_control": {"type": "ephemeral"}, "function": TOOL["function"] | {"x-origin": "mcp"}}
+    for tool in (TOOL, marked):
+        message = ask(tools=[tool], tool_choice="required", max_tokens=200)["choices"][0]["message"]
+        assert json.loads(message["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
 
 
 def _tool_choice(ask: Ask) -> None:
@@ -296,6 +302,46 @@ def _tool_choice(ask: Ask) -> None:
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["pick"]
     assert "tool_calls" not in ask(tools=[TOOL], tool_choice="none")["choices"][0]["message"]
     assert ask(tools=[TOOL], tool_choice="auto")["choices"]
+    _allowed_tools(ask, other)
+
+
+def _allowed_tools(ask: Ask, other: dict[str, Any]) -> None:
+    def allowing(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "tools": [other, TOOL],
+            "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}},
+        }
+
+    pick = {"type": "function", "function": {"name": "pick"}}
+    message = ask(**allowing("required", pick), max_tokens=300)["choices"][0]["message"]
+    assert {call["function"]["name"] for call in message["tool_calls"]} == {"pick"}
+    for mode in ("auto", "required"):
+        alone = ask(tools=[TOOL], tool_choice=mode, max_tokens=300)
+        limited = ask(**allowing(mode, pick), max_tokens=300)
+        assert limited["usage"] == alone["usage"], "the prompt shows the allowed tools"
+    place = "tool_choice.allowed_tools"
+    refuses(ask, f"{place}.tools[1].function.name", **allowing("auto", pick, {**pick, "function": {"name": "gone"}}))
+    refuses(ask, f"{place}.mode", **allowing("none", pick))
+    refuses(ask, f"{place}.tools", **allowing("auto"))
+
+
+def _tools_and_response_format(ask: Ask) -> None:
+    """Without a call, an answer fits the schema; with one, it fits the tool."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"const": [17]}}}
+    fields = {"response_format": wanted, "tools": [TOOL], "max_tokens": 200}
+    assert json.loads(text(ask(**fields, tool_choice="none"))) == [17]
+    auto = [ask(**fields, seed=seed)["choices"][0]["message"] for seed in range(8)]
+    assert {message["content"] for message in auto} == {None, "[17]"}, "some answers call the tool, some do not"
+    named = {"type": "function", "function": {"name": "pick"}}
+    for message in [m for m in auto if m["content"] is None] + [
+        ask(**fields, tool_choice=choice)["choices"][0]["message"] for choice in ("required", named)
+    ]:
+        assert all(json.loads(call["function"]["arguments"])["n"] in (1, 2) for call in message["tool_calls"])
+    assert ask(response_format={"type": "json_object"}, tools=[TOOL])["choices"]
+    broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "circle"}}}
+    for choice in ("auto", "required", "none"):
+        refuses(ask, "response_format", **fields | {"response_format": broken, "tool_choice": choice})
+    refuses(ask, "structured_outputs.regex", structured_outputs={"regex": "a"}, tools=[TOOL])
 
 
 def _parallel(ask: Ask) -> None:
@@ -316,8 +362,16 @@ def _messages(ask: Ask) -> None:
     ]
     count = ask(messages=messages)["usage"]["prompt_tokens"]
     assert count > ask()["usage"]["prompt_tokens"]
-    messages[2] |= {"reasoning": "Hm.", "reasoning_content": "Hm."}
+    messages[2] |= {"reasoning": "Hm.", "reasoning_content": "Hm.", "parsed": None, "annotations": [], "refusal": None}
+    messages[2]["tool_calls"][0] |= {"index": 0, "extra_content": {}}
+    messages[2]["tool_calls"][0]["function"]["parsed_arguments"] = {}
+    messages[1] |= {"cache_control": {"type": "ephemeral"}}
     assert ask(messages=messages)["usage"]["prompt_tokens"] == count
+    messages[2]["tool_calls"][0]["function"]["arguments"] = '{"n": "cut by max_tok'
+    assert ask(messages=messages)["usage"]["prompt_tokens"] > count
+    for content in ("", None, []):
+        for role in ("system", "user", "assistant"):
+            assert ask(messages=[*messages, {"role": role, "content": content}])["choices"]
 
 
 def _prompt(ask: Ask) -> None:
@@ -346,7 +400,7 @@ SHARED = [
     Case("n", "supported", "up to 128; every choice is an answer of its own under one seed", check=_n),
     Case("presence_penalty", "supported", "as `frequency_penalty`", check=_accepted(presence_penalty=1)),
     Case("seed", "supported", "the same seed gives the same answer", check=_seed),
-    Case("stop", "supported", "up to 4 strings; found wherever tokens are cut", check=_stop),
+    Case("stop", "supported", "up to 16 strings; found wherever tokens are cut", check=_stop),
     Case("stream", "supported", "server-sent events", check=_stream),
     Case("stream_options", "supported", "`include_usage`; `include_obfuscation` is ignored", check=_stream_options),
     Case("temperature", "supported", "0 to 2; 0 is greedy", check=_temperature),
@@ -359,7 +413,8 @@ CHAT = [
     Case(
         "messages",
         "supported",
-        "text only; roles system, developer (as system), user, assistant, tool; `reasoning` is ignored",
+        "text only; roles system, developer (as system), user, assistant, tool; the content may be empty; arguments of "
+        "a call that are no JSON object, as when `max_tokens` cut them, are shown as text; other keys are ignored",
         check=_messages,
     ),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),
@@ -371,30 +426,41 @@ CHAT = [
     Case("modalities", "refused", value=["text", "audio"]),
     Case("moderation", "refused", value={"model": "x"}),
     Case("parallel_tool_calls", "supported", "", check=_parallel),
-    Case("prediction", "refused", value={"type": "content", "content": "x"}),
+    Case("prediction", "ignored", "it would change no answer", value={"type": "content", "content": "x"}),
     Case("prompt_cache_key", "ignored", "", value="k"),
     Case("prompt_cache_options", "ignored", "", value={}),
     Case("prompt_cache_retention", "ignored", "", value="24h"),
-    Case("reasoning_effort", "refused", value="low"),
+    Case(
+        "reasoning_effort",
+        "ignored",
+        "models that reason have a variable in their chat template; set it with `chat_template_kwargs`",
+        value="low",
+    ),
     Case(
         "response_format",
         "supported",
         "`json_object`, `json_schema`; `strict` rules out keys that the schema does not name; "
-        "what the grammar library cannot obey is 400",
+        "what the grammar library cannot obey is 400; beside `tools`, the form of answers without calls",
         check=_response_format,
     ),
     Case("safety_identifier", "ignored", "", value="x"),
     Case("service_tier", "ignored", "", value="auto"),
     Case("store", "ignored", "nothing is stored", value=True),
-    Case("tool_choice", "supported", "`none`, `auto`, `required`, or a function", check=_tool_choice),
+    Case(
+        "tool_choice",
+        "supported",
+        "`none`, `auto`, `required`, a function, or `allowed_tools`: the prompt shows only the tools that it names",
+        check=_tool_choice,
+    ),
     Case(
         "tools",
         "supported",
-        "functions; calls follow a grammar, so their arguments always fit; `strict` as in `response_format`",
+        "functions; calls follow a grammar, so their arguments always fit; `strict` as in `response_format`; "
+        "other keys of a tool are ignored",
         check=_tools,
     ),
     Case("top_logprobs", "supported", "0 to 20", check=_top_logprobs),
-    Case("verbosity", "refused", value="low"),
+    Case("verbosity", "ignored", "ask for it in a message", value="low"),
     Case("web_search_options", "refused", value={}),
 ]
 
@@ -550,7 +616,7 @@ def render() -> str:
     lines = []
     for title, (kind, cases) in TABLES.items():
         heading = f"`POST {title}`" if title.startswith("/") else title
-        lines += [f"### {heading}", "", "| field | | |", "|---|---|---|"]
+        lines += [f"### {heading}", "", "| field | support | notes |", "|---|---|---|"]
         lines += [
             f"| `{case.name}` | {case.status} | {_note(kind, case)} |" for case in sorted(cases, key=lambda c: c.name)
         ]

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import re
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ import operators
 import promql_parser
 import pytest
 import yaml
-from charts import CHART, VALUES, helm, of_kind, pods, render, tool
+from charts import CHART, ROOT, VALUES, helm, of_kind, pods, render, tool
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
+from overfill.rpc.access import Role, roles_of
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
@@ -121,7 +125,9 @@ def test_a_wrong_field_of_an_operators_object_is_noticed(
 
 def test_production_has_every_operators_object() -> None:
     kinds = [one["kind"] for one in operators_objects("values-prod.yaml")]
-    assert sorted(kinds) == ["Certificate", "PodMonitor", *["PrometheusRule"] * 2, *["ScaledObject"] * 2]
+    assert sorted(kinds) == [
+        *["Certificate"] * 2, "PodMonitor", *["PrometheusRule"] * 2, *["ScaledObject"] * 2,
+    ]  # fmt: skip
 
 
 def test_an_unknown_field_would_be_noticed() -> None:
@@ -142,6 +148,7 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("decode.settings.prefix-cache=true", "prefix-cache"),
         ("decode.autoscaling.kind=vpa", "autoscaling/kind"),
         ("pair.source=ftp", "pair/source"),
+        ("tls.clientSecretName=mine", "only with tls.secretName"),
         ("pair.source=claim", "which claim has the pair"),
         ("pair.source=hub", "which repository has the pair"),
         ("tls.generate=false", "no certificate"),
@@ -221,6 +228,21 @@ def test_production_s_kv_and_steps_fit_the_named_gpu(stage: str) -> None:
     # 2 GiB remain for CUDA itself and for activations.
     free = DEVICES[pod["nodeSelector"]["nvidia.com/gpu.product"]] * 2**20 - (weights + 2) * 2**30
     assert needed <= free, f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
+
+
+def test_production_s_gpus_run_vllm_in_the_image_that_has_it() -> None:
+    rendered = pods(render("values-prod.yaml"))
+    for stage in ("prefill", "decode"):
+        (container,) = rendered[stage]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert {"--device=cuda", "--engine=vllm"} <= set(container["args"])
+        assert container["image"] == "registry.example.org/overfill/overfill-worker-vllm:0.2.0-cuda"
+        assert container["command"] == [f"overfill-{stage}"]
+        # The image's caches are in $OVERFILL_HOME of the Dockerfile, so a volume must be there.
+        variables = {one["name"]: one.get("value") for one in container["env"]}
+        assert variables["OVERFILL_HOME"] == "/var/cache/overfill"
+        assert "/var/cache/overfill" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert rendered["router"]["containers"][0]["image"].endswith("/overfill-router:0.2.0")
 
 
 def test_init_containers_get_their_pool_s_variables_and_a_revision_has_its_own_folder() -> None:
@@ -478,7 +500,80 @@ def test_secrets_are_referred_to() -> None:
     assert "--api-keys=/etc/overfill/keys/keys.json" in pod["containers"][0]["args"]
     secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
     assert secrets == {"tls": "overfill-tls", "keys": "overfill-api-keys"}
-    assert of_kind(render("values-prod.yaml"), "Certificate")["overfill"]["spec"]["secretName"] == "overfill-tls"
+
+
+POD_ROLES = {Role.ROUTER, Role.WORKER, Role.SCRAPER}
+
+
+def certificate(secret: dict[str, Any]) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(base64.b64decode(secret["data"]["tls.crt"]))
+
+
+def authorities(secret: dict[str, Any]) -> list[x509.Certificate]:
+    return x509.load_pem_x509_certificates(base64.b64decode(secret["data"]["ca.crt"]))
+
+
+def names_in(made: x509.Certificate) -> list[str]:
+    return made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
+
+
+def test_helm_makes_a_certificate_for_pods_and_one_for_clients() -> None:
+    secrets = of_kind(render("values.yaml"), "Secret")
+    pods_secret, client_secret = secrets["overfill-tls"], secrets["overfill-client-tls"]
+    assert roles_of(names_in(certificate(pods_secret))) == POD_ROLES
+    assert names_in(certificate(client_secret)) == ["client.role.overfill.internal"], "it cannot pose as a server"
+    processes, clients = authorities(pods_secret)
+    certificate(pods_secret).verify_directly_issued_by(processes)
+    certificate(client_secret).verify_directly_issued_by(clients)
+    assert authorities(client_secret) == [processes], "what clients trust"
+
+
+def test_cert_manager_makes_the_same_two() -> None:
+    specs = {
+        one["secretName"]: one
+        for one in (c["spec"] for c in of_kind(render("values-prod.yaml"), "Certificate").values())
+    }
+    assert specs.keys() == {"overfill-tls", "overfill-client-tls"}
+    assert roles_of(specs["overfill-tls"]["dnsNames"]) == POD_ROLES
+    assert "overfill" in specs["overfill-tls"]["dnsNames"]
+    assert specs["overfill-client-tls"]["dnsNames"] == ["client.role.overfill.internal"]
+    assert specs["overfill-client-tls"]["usages"] == ["client auth"]
+
+
+def test_the_script_makes_the_same_two(tmp_path: Path) -> None:
+    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", tmp_path / "tls"], check=True, capture_output=True)
+    roles = {}
+    for name in ("tls", "client"):
+        made = x509.load_pem_x509_certificate((tmp_path / "tls" / f"{name}.crt").read_bytes())
+        made.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "tls" / "ca.crt").read_bytes()))
+        names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        roles[name] = roles_of(names.get_values_for_type(x509.UniformResourceIdentifier))
+    assert roles == {"tls": POD_ROLES, "client": {Role.CLIENT}}
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "client_secret"),
+    [
+        ("values.yaml", (), "overfill-client-tls"),
+        ("values-prod.yaml", (), "overfill-client-tls"),
+        ("values-cpu.yaml", (), "overfill-client-tls"),
+        ("values-cpu.yaml", ("tls.clientSecretName=mine",), "mine"),
+    ],
+)
+def test_only_the_test_s_pod_has_the_client_s_certificate(
+    values: str, settings: tuple[str, ...], client_secret: str
+) -> None:
+    for component, pod in pods(render(values, *settings)).items():
+        (tls,) = (volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "tls")
+        assert tls == (client_secret if component == "test" else "overfill-tls")
+
+
+def test_notes_tell_users_to_export_the_client_s_certificate() -> None:
+    done = helm("install", "overfill", str(CHART), "--namespace=serving", "--dry-run=client")
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:")[2]
+    assert re.findall(r"get secret (\S+) -o json \\", notes) == ["overfill-client-tls"]
+    assert "--tls-cert tls.crt --tls-key tls.key" in notes
 
 
 @pytest.mark.parametrize(("values", "settings"), SETS)
@@ -626,6 +721,7 @@ async def test_an_upgrade_keeps_the_api_keys(
     await kubectl(kmock, tmp_path, "delete", "-n", "serving", "secret", deleted)
     again = await secrets_of_an_upgrade(kmock, tmp_path)
     assert again["overfill-tls"] == first["overfill-tls"]
+    assert again["overfill-client-tls"] == first["overfill-client-tls"]
     kept = {"overfill-first-key": "overfill-keys", "overfill-keys": "overfill-first-key"}[deleted]
     assert again[kept] == first[kept]
     assert again[kept]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
@@ -633,6 +729,38 @@ async def test_an_upgrade_keeps_the_api_keys(
     key = base64.b64decode(first["overfill-first-key"]["data"]["key"])
     assert entry["sha256"] == hashlib.sha256(key).hexdigest()
     assert ("overfill-first-key" in again) == (deleted != "overfill-first-key")
+
+
+async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of_the_pods(
+    kmock: kmock_package.KubernetesEmulator, tmp_path: Path
+) -> None:
+    """An earlier version of the chart made one certificate for all. A deleted secret revokes what was in it."""
+    discover(kmock)
+    first = await secrets_of_an_upgrade(kmock, tmp_path)
+    (processes, old) = authorities(first["overfill-tls"])
+    only_processes = processes.public_bytes(serialization.Encoding.PEM)
+    first["overfill-tls"]["data"]["ca.crt"] = base64.b64encode(only_processes).decode()
+    manifests = tmp_path / "objects.yaml"
+    for kept in (first, None):  # the secret of an earlier version; then one with the authority of deleted clients
+        if kept is not None:
+            manifests.write_text(yaml.safe_dump(kept["overfill-tls"]))
+            await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+        notes = await run(
+            tmp_path, "helm", "install", "overfill", str(CHART), "--namespace=serving", "--dry-run=server",
+            "--disable-openapi-validation", "--take-ownership", f"--kube-apiserver={kmock.url}",
+        )  # fmt: skip
+        assert ("WARNING: an earlier version" in notes) == (kept is not None)
+        again = await secrets_of_an_upgrade(kmock, tmp_path)
+        for file in ("tls.crt", "tls.key"):
+            assert again["overfill-tls"]["data"][file] == first["overfill-tls"]["data"][file]
+        same, clients = authorities(again["overfill-tls"])
+        assert same == processes
+        assert clients != old
+        certificate(again["overfill-client-tls"]).verify_directly_issued_by(clients)
+        assert authorities(again["overfill-client-tls"]) == [processes]
+        manifests.write_text(yaml.safe_dump(again["overfill-tls"]))
+        await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+        old = clients
 
 
 async def kubectl(kmock: kmock_package.KubernetesEmulator, folder: Path, *arguments: str) -> str:

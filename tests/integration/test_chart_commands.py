@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from stacks import wait_until
 from overfill.api import keys as keyfile
 from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child, stop
-from overfill.client import Client, ClientTls, SamplingParams
+from overfill.client import Client, ClientTls, PermissionDenied, SamplingParams, Unauthenticated
 from overfill.settings.config import SERVICES, RouterConfig
 
 PROGRAMS = {
@@ -32,9 +33,13 @@ METRICS = 7690
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the files of the chart's TLS secret, made by the script of docs/how-to/kubernetes.md."""
-    folder = tmp_path_factory.mktemp("tls") / "tls"
-    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder], check=True, capture_output=True)
+    """Folder with those of the chart's two TLS secrets, made by the script of docs/how-to/kubernetes.md."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder / "made"], check=True, capture_output=True)
+    for secret, name in (("overfill-tls", "tls"), ("overfill-client-tls", "client")):
+        (folder / secret).mkdir()
+        for file, copy in (("ca.crt", "ca.crt"), (f"{name}.crt", "tls.crt"), (f"{name}.key", "tls.key")):
+            shutil.copy(folder / "made" / file, folder / secret / copy)
     return folder
 
 
@@ -43,7 +48,8 @@ class LocalCluster:
 
     def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
         self._folder = folder
-        self._words = {"/etc/overfill/tls": str(tls), "/pair/link": str(pair), "0.0.0.0": "127.0.0.1"}
+        self._tls = tls
+        self._words = {"/pair/link": str(pair), "0.0.0.0": "127.0.0.1"}
         if keys is not None:
             self._words["/etc/overfill/keys/keys.json"] = str(keys)
         self._words["dns:///overfill-routers.serving.svc"] = "localhost"
@@ -74,6 +80,8 @@ class LocalCluster:
         return [sys.executable, "-m", *PROGRAMS[words[0]], *words[1:]], env
 
     def _here(self, component: str, word: str) -> str:
+        secret = "overfill-client-tls" if component == "test" else "overfill-tls"
+        word = word.replace("/etc/overfill/tls", str(self._tls / secret))
         for there, here in self._words.items():
             word = word.replace(there, here)
         return re.sub(r"\b(7600|7601|7602|7690|8000)\b", lambda match: str(self.port(component, int(match[1]))), word)
@@ -125,8 +133,20 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
         wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed")
         wait_until(lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined")
         assert alive_and("livenessProbe")
-        credentials = ClientTls(tls / "ca.crt", tls / "tls.crt", tls / "tls.key", "overfill")
-        with Client(f"127.0.0.1:{machine.port('', 7600)}", tls=credentials, api_key=api_key) as client:
+        address = f"127.0.0.1:{machine.port('', 7600)}"
+        of_pods, of_clients = (
+            ClientTls(folder / "ca.crt", folder / "tls.crt", folder / "tls.key", "overfill")
+            for folder in (tls / "overfill-tls", tls / "overfill-client-tls")
+        )
+        with Client(address, tls=of_pods) as pod:
+            assert pod.status().process is not None, "as the notes tell operators to ask"
+            with pytest.raises(PermissionDenied, match="client or operator"):
+                pod.generate([20, 21, 22])
+        with Client(address, tls=of_clients) as stranger, pytest.raises(Unauthenticated, match="API key"):
+            stranger.generate([20, 21, 22])
+        with Client(address, tls=of_clients, api_key=api_key) as client:
+            with pytest.raises(PermissionDenied, match="operator or router"):
+                client.drain("decode-x7")
             wait_until(lambda: {w.id for w in client.status().workers} == {"prefill-x7", "decode-x7"}, 60, "both join")
             answer = client.generate([20, 21, 22], sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
         assert len(answer.token_ids) == 4

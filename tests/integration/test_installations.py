@@ -18,6 +18,7 @@ from mocks import mock_stack
 from packaging.requirements import Requirement
 
 from overfill.cli.main import COMMANDS, EXTRAS, cli
+from overfill.cli.metrics import metrics_page
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -239,6 +240,6 @@ def test_the_commands_of_a_client_work_with_the_core_only(tiny_pair: Path, tmp_p
     assert check("keys", "list", keys).startswith("ann\t")
     check("keys", "revoke", "ann", keys)
     assert "router.key" in check("certs", tmp_path / "certs")
-    assert check("metrics") == (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    assert check("metrics") == metrics_page()
     assert "valid" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
     assert "max-decode" in check("config", "show")

@@ -230,6 +230,16 @@ def test_paths_methods_and_content_types(stack):
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, status
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/resp_1"])
+def test_the_responses_api_is_answered_with_the_way_to_chat_completions(stack, path):
+    status, _, body = post(f"{stack.url}{path}", b"{}")
+    error = json.loads(body)["error"]
+    assert (status, error["code"]) == (404, "unknown_url")
+    assert "Chat Completions" in error["message"]
+    assert 'set_default_openai_api("chat_completions")' in error["message"]
+    assert "Chat Completions" not in json.loads(post(f"{stack.url}/v1/chat", b"{}")[2])["error"]["message"]
+
+
 def test_pages_of_other_sites_cannot_have_a_browser_ask(stack, model):
     url, here = f"{stack.url}/v1/completions", stack.url.removeprefix("http://")
     body = json.dumps({"model": model, "prompt": "x", "max_tokens": 1}).encode()

@@ -140,8 +140,8 @@ class Workers:
         blocker = PrefillSequence("blocker", [0], SamplingParams())
         self.prefill_core._awaiting_release["blocker"] = blocker
         prefix = self.prefill_core._prefix
-        grant = prefix.acquire("blocker", prefix.blocks_of(blocker.prompt), self.full.pool.num_free)
-        blocker.blocks = grant.blocks
+        allocation = prefix.acquire("blocker", prefix.blocks_of(blocker.prompt), self.full.pool.num_free)
+        blocker.blocks = allocation.blocks
 
     async def _serve(self, stack, add, servicer, name):
         server = RpcServer()

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from stacks import running_stack, wait_until
 
+from overfill.cli.metrics import metrics_page
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest
 from overfill.lab.monitoring.expressions import dashboard_expressions, rule_expressions
@@ -151,8 +152,7 @@ def test_every_panel_by_tier_shows_every_tier(watched):
 
 def test_no_metric_is_missing_or_undocumented(watched):
     prometheus, _ = watched
-    page = (ROOT / "docs/reference/metrics.md").read_text()
-    documented = set(re.findall(r"^\| `(overfill_\w+)`", page, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(overfill_\w+)`", metrics_page(), re.MULTILINE))
     exported = {
         re.sub(r"_(bucket|sum|count|created)$", "", name) for name in prometheus.names() if name.startswith("overfill_")
     }

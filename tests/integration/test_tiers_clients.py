@@ -125,6 +125,12 @@ def test_a_key_may_use_its_tiers_only(tiny_pair, tmp_path):
         (listed,) = [model["id"] for model in http(f"{stack.url}/v1/models", key=key)[1]["data"]]
         name, _, tier = listed.partition(":")
         assert tier == "fast", "names that the key may not use are not listed"
+        assert http(f"{stack.url}/v1/models/{listed}", key=key)[0] == 200
+        status, told = http(f"{stack.url}/v1/models/{name}:default", key=key)
+        assert status == 404
+        assert told["error"]["message"].endswith(f"this router serves {listed!r}"), "other tiers are not named"
+        status, told = http(f"{stack.url}/tokenize", {"model": "other", "prompt": "Hi"}, key)
+        assert (status, "default" in told["error"]["message"]) == (404, False)
         status, told = http(f"{stack.url}/v1/completions", {"model": name, "prompt": "Hi"}, key)
         assert status == 403
         assert "'fast'" in told["error"]["message"]

@@ -1,6 +1,6 @@
 """The table of features by engine: which tests show that a feature works, and with which words an engine refuses it.
 
-``tests/unit/test_features.py`` checks that the tests exist and writes the table in ``docs/how-to/vllm.md``.
+``tests/unit/test_features.py`` checks that the tests exist and writes the table in ``docs/reference/engines.md``.
 ``tests/vllm/test_refusals.py`` and ``tests/unit/engine/test_choice.py`` check the words.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -69,11 +70,12 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize("target", ["router", "prefill", "decode", "ray"])
+@pytest.mark.parametrize("target", ["router", "prefill", "decode", "ray", "worker-vllm"])
 def test_images_run_without_root_and_have_health_checks(target: str) -> None:
     steps = dict(stages()[target])  # of repeated instructions, Docker uses the last
     assert steps["USER"] == "10001:10001"
-    if target == "ray":
+    if target in ("ray", "worker-vllm"):
+        assert steps["HEALTHCHECK"] == "NONE", "their probes come from KubeRay and the chart"
         return
     assert json.loads(steps["ENTRYPOINT"]) == [f"overfill-{target}"]
     port = {"router": "7600", "prefill": "7601", "decode": "7602"}[target]
@@ -96,10 +98,41 @@ def test_bases_are_pinned_and_every_file_is_in_the_context() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "extra"),
-    [("router-packages", ".[router]"), ("worker-packages", ".[worker]"), ("ray", "overfill[server]")],
+    [
+        ("router-packages", ".[router]"),
+        ("worker-packages", ".[worker]"),
+        ("vllm-packages", ".[vllm]"),
+        ("ray", "overfill[server]"),
+    ],
 )
 def test_images_are_made_of_an_extra(stage: str, extra: str) -> None:
     assert f"'{extra}'" in dict(stages()[stage])["RUN"]
+
+
+def test_vllm_s_image_has_a_compiler_and_keeps_what_is_compiled_in_the_cache() -> None:
+    """$HOME is /tmp, where the chart's pods have 1 GiB."""
+    steps = stages()["worker-vllm"]
+    assert any("apt-get install" in text and "g++" in text for name, text in steps if name == "RUN")
+    values = dict(word.partition("=")[::2] for name, text in steps if name == "ENV" for word in text.split())
+    caches = {name: value for name, value in values.items() if "CACHE" in name or "WORKSPACE" in name}
+    assert caches.keys() == {
+        "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE",
+        "TVM_FFI_CACHE_DIR", "CUDA_CACHE_PATH",
+    }  # fmt: skip
+    assert len(set(caches.values())) == len(caches)
+    assert all(value.startswith("${OVERFILL_HOME}/") for value in caches.values())
+
+
+def test_make_images_builds_vllm_s_image_for_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DEPLOY / "docker")
+    images = importlib.import_module("images")
+    both = ("router", "prefill", "decode", "ray")
+    assert images.choose_targets("cpu", None, "python:3.12") == both
+    assert images.choose_targets("cuda", None, "python:3.12") == (*both, "worker-vllm")
+    assert images.choose_targets("cuda", ["worker-vllm"], "python:3.12") == ("worker-vllm",)
+    assert set(both) | {"worker-vllm"} <= stages().keys()
+    with pytest.raises(images.CannotBuild, match="VARIANT=cuda"):
+        images.choose_targets("cpu", ["worker-vllm"], "python:3.12")
 
 
 def test_an_image_pins_the_wheels_of_a_folder_that_its_python_can_use(tmp_path: Path) -> None:
@@ -285,6 +318,11 @@ def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr + done.stdout
 
 
+def test_every_service_has_a_systemd_unit() -> None:
+    units = {path.stem.rstrip("@") for path in (DEPLOY / "systemd").glob("*.service")}
+    assert units == {kind.program for kind in SERVICES}
+
+
 @pytest.mark.parametrize("unit", sorted(path.name for path in (DEPLOY / "systemd").glob("*.service")))
 def test_systemd_units(unit: str, tmp_path: Path) -> None:
     text = (DEPLOY / "systemd" / unit).read_text()
@@ -294,6 +332,7 @@ def test_systemd_units(unit: str, tmp_path: Path) -> None:
     program, *flags = command.removeprefix("ExecStart=/opt/overfill/bin/").split()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert program in scripts
+    assert program == kind.program
     assert {flag[2:].partition("=")[0] for flag in flags} <= {flag_name(field) for field in kind.model_fields}
     stop = int(next(line for line in text.splitlines() if line.startswith("TimeoutStopSec=")).partition("=")[2])
     assert stop > float(read_checked(DEPLOY / "systemd" / "overfill.yaml").sections["common"]["grace-period"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +12,24 @@ import click
 import pytest
 
 from overfill.cli.main import cli
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig
+from overfill.cli.metrics import metrics_page
+from overfill.settings.config import RouterConfig
+from overfill.settings.mock import MockColocatedConfig
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs" / "site"))
+
+from generated import PAGES as MADE  # noqa: E402
+from generated import text_of  # noqa: E402
+
 NOTEBOOK = ROOT / "docs" / "lab"
 EXPLANATION = sorted((ROOT / "docs" / "explanation").glob("*.md"))
 GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if NOTEBOOK not in page.parents]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *ROOT.glob("deploy/**/*.md")])
-# In "helm install overfill CHART", overfill is a release.
-COMMAND = re.compile(r"(?<![\w./:-])(?<!install )overfill [^|;&#]*")
-OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|ruff|serve) ")
+REFERENCE = [ROOT / "docs" / name for name in MADE if name.startswith("reference/")]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *REFERENCE, *ROOT.glob("deploy/**/*.md")])
+# In "helm install overfill CHART", overfill is a release; in "from overfill import LLM", a package.
+COMMAND = re.compile(r"(?<![\w./:-])(?<!install )(?<!from )overfill [^|;&#]*")
+OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|protoc|ruff|serve) ")
 # Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
@@ -36,7 +45,7 @@ PROSE = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]* [^"\n]*"|(?:#|//).*')
 
 def code(page: Path) -> Iterator[str]:
     """The page's code: blocks, without comments and with continued lines joined, and text between backquotes."""
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     for block in re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from re.sub(r"\\\n\s*", " ", block).splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -55,7 +64,7 @@ def options(command: click.Command) -> set[str]:
 
 @functools.cache
 def all_options() -> frozenset[str]:
-    services = {name for config in (PrefillConfig, DecodeConfig, RouterConfig) for name in config.model_fields}
+    services = {name for config in (RouterConfig, MockColocatedConfig) for name in config.model_fields}
     return frozenset(options(cli) | {f"--{name.replace('_', '-')}" for name in services})
 
 
@@ -99,7 +108,7 @@ def names_in_code() -> set[str]:
 
 def unknown_names(page: Path) -> list[str]:
     """The names in backquotes on ``page`` that neither the code nor the list of metrics has."""
-    metrics = re.findall(r"\w+", (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8"))
+    metrics = re.findall(r"\w+", metrics_page())
     known = names_in_code() | set(metrics) | OTHER_NAMES
     named = {name for name in code(page) if NAME.fullmatch(name)}
     return sorted(name for name in named if not known.issuperset(re.findall(r"\w+", name)))

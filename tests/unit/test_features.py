@@ -1,4 +1,4 @@
-"""The table of features by engine in ``docs/how-to/vllm.md`` follows from the tests that ``engine_features`` names.
+"""The table of features in ``docs/reference/engines.md`` follows from the tests that ``engine_features`` names.
 
 ``python tests/unit/test_features.py`` writes the table.
 """
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from engine_features import FEATURES, OVERFILL_REFUSES, VLLM_REFUSES, Feature  # noqa: E402
 
-PAGE = ROOT / "docs" / "how-to" / "vllm.md"
+PAGE = ROOT / "docs" / "reference" / "engines.md"
 TABLE = re.compile(r"(?<=<!-- features -->\n).*?(?=<!-- /features -->)", re.DOTALL)
 MIXED_STACK = r"engines\('(overfill', 'vllm|vllm', 'overfill)'\)"
 SUITE = sorted((ROOT / "tests" / "support").glob("*_conformance.py"))

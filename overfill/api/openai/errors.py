@@ -21,6 +21,13 @@ from overfill.errors import (
 
 _INVALID = "invalid_request_error"
 
+_RESPONSES = "/v1/responses"
+_NO_RESPONSES = (
+    ": this server has no Responses API; it speaks Chat Completions (POST /v1/chat/completions). Switch the client: "
+    'OpenAI Agents SDK: set_default_openai_api("chat_completions"); LangChain: ChatOpenAI(use_responses_api=False); '
+    'PydanticAI: OpenAIChatModel; Vercel AI SDK: openai.chat("MODEL")'
+)
+
 # Patterns of our field paths, and the names that OpenAI has for these fields.
 _PARAMS = (
     (re.compile(r"^sampling\.max_tokens$"), "max_tokens"),
@@ -28,7 +35,6 @@ _PARAMS = (
     (re.compile(r"^(token_ids\.ids|text|prompt)$"), "prompt"),
     (re.compile(r"^chat$"), "messages"),
     (re.compile(r"(tools\[\d+\])\.(\w+)$"), r"\1.function.\2"),
-    (re.compile(r"(tool_calls\[\d+\])\.(arguments)$"), r"\1.function.\2"),
 )
 
 
@@ -61,7 +67,10 @@ class ApiError(Exception):
 
 
 def unknown_url(method: str, path: str) -> ApiError:
-    return ApiError(404, f"Invalid URL ({method} {path[:200]})", code="unknown_url")
+    message = f"Invalid URL ({method} {path[:200]})"
+    if path == _RESPONSES or path.startswith(f"{_RESPONSES}/"):
+        message += _NO_RESPONSES
+    return ApiError(404, message, code="unknown_url")
 
 
 def wrong_method(method: str, path: str) -> ApiError:

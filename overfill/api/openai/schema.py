@@ -1,6 +1,7 @@
 """The requests of OpenAI's API with vLLM's additions. Each field is supported, ignored or refused.
 
-Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI. Fields marked ``Ignored``
+Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI, but ignored inside messages
+and tools. Fields marked ``Ignored``
 have no effect on an answer. Fields marked ``RefusedField`` would have one, but are not supported.
 """
 
@@ -17,12 +18,12 @@ from overfill.api.priority import MAX_PRIORITY
 from overfill.request.params import (
     MAX_LOGPROBS,
     MAX_REPETITION_PENALTY,
+    MAX_STOPS,
     MAX_STREAM_INTERVAL,
     MIN_REPETITION_PENALTY,
 )
 
 MAX_CHOICES = 128
-MAX_STOPS = 4
 MAX_PROMPTS = 256
 INT64 = 1 << 63
 MAX_INT32 = (1 << 31) - 1
@@ -61,6 +62,16 @@ class Strict(BaseModel):
     """Base class that refuses unknown fields, converts no types, and allows finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Extensible(Strict):
+    """Base class that ignores unknown fields.
+
+    Messages and tools have it, as at OpenAI and vLLM: clients send back whole answers, with what they have read from
+    them, and add marks for other servers, such as ``cache_control``.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
 
 @functools.cache
@@ -217,40 +228,34 @@ class ContentPart(BaseModel):
     text: str | None = None
 
 
-class FunctionCall(Strict):
+class FunctionCall(Extensible):
     name: str
     arguments: str
 
 
-class ToolCall(Strict):
+class ToolCall(Extensible):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: Ignored
 
 
-class Message(Strict):
+class Message(Extensible):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Items[ContentPart] | None = None
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
-    name: Ignored
-    refusal: Ignored
-    annotations: Ignored
-    reasoning: Ignored  # clients send back whole answers of reasoning models
-    reasoning_content: Ignored
     audio: Annotated[Any, RefusedField("this model reads text only")] = None
     function_call: Annotated[Any, RefusedField("use 'tool_calls'")] = None
 
 
-class Function(Strict):
+class Function(Extensible):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class FunctionTool(Strict):
+class FunctionTool(Extensible):
     type: Literal["function"]
     function: Function
 
@@ -262,6 +267,16 @@ class NamedFunction(Strict):
 class NamedTool(Strict):
     type: Literal["function"]
     function: NamedFunction
+
+
+class ToolChoices(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[Items[NamedTool], Field(min_length=1)]
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: ToolChoices
 
 
 class Templated(Strict):
@@ -286,28 +301,25 @@ class ChatRequest(Sampling, Templated):
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     metadata: Ignored
+    prediction: Ignored
     prompt_cache_key: Ignored
     prompt_cache_options: Ignored
     prompt_cache_retention: Ignored
+    reasoning_effort: Ignored
     safety_identifier: Ignored
     service_tier: Ignored
     store: Ignored
+    verbosity: Ignored
 
     audio: Annotated[Any, RefusedField("answers are text")] = None
     function_call: Annotated[Any, RefusedField("use 'tool_choice'")] = None
     functions: Annotated[Any, RefusedField("use 'tools'")] = None
     modalities: Annotated[Any, RefusedField("answers are text; leave it out", (["text"],))] = None
     moderation: Annotated[Any, RefusedField("no moderation model is served; leave it out")] = None
-    prediction: Annotated[Any, RefusedField("leave it out: it changes no answer")] = None
-    reasoning_effort: Annotated[
-        Any,
-        RefusedField("models that reason have a variable in their chat template; set it with 'chat_template_kwargs'"),
-    ] = None
-    verbosity: Annotated[Any, RefusedField("ask for it in a message")] = None
     web_search_options: Annotated[Any, RefusedField("nothing is searched; give the model 'tools'")] = None
 
     add_special_tokens: Annotated[Any, RefusedField("the chat template writes special tokens itself", (False,))] = None

@@ -15,6 +15,8 @@ _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("items", "prefixItems", "anyOf", "oneOf")
 _SINGLE_SCHEMAS = ("items", "additionalItems", "additionalProperties", "contains")
 _OBJECT_KEYWORDS = ("properties", "patternProperties", "additionalProperties")
+_ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated"})
+_DEFINITIONS = frozenset({"$defs", "definitions"})
 _REFERRING = ("$ref", "anyOf", "oneOf")
 """Keywords by which another schema describes the same object."""
 
@@ -33,10 +35,10 @@ def forbid_additional_properties(schema: Mapping[str, Any]) -> dict[str, Any]:
     An object schema without that keyword gets ``additionalProperties: false``.
 
     Raises:
-        CannotForbid: ``schema`` uses ``allOf``, or describes an object beside ``anyOf``, ``oneOf`` or ``$ref``.
+        CannotForbid: ``schema`` describes one object by several schemas: it uses ``allOf``, except for a single schema
+            beside annotations, or it describes an object beside ``anyOf``, ``oneOf`` or ``$ref``.
     """
-    if "allOf" in schema:
-        raise CannotForbid("has 'allOf', which cannot be combined with")
+    schema = _without_all_of(schema)
     result = dict(schema)
     described = [keyword for keyword in _OBJECT_KEYWORDS if keyword in schema]
     typed = "object" in _types(schema)
@@ -56,6 +58,17 @@ def forbid_additional_properties(schema: Mapping[str, Any]) -> dict[str, Any]:
     if (described or typed) and not elsewhere and "const" not in schema and "enum" not in schema:
         result.setdefault("additionalProperties", False)
     return result
+
+
+def _without_all_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``schema`` with the single schema of its ``allOf`` put beside its annotations, which win over that schema's."""
+    if "allOf" not in schema:
+        return schema
+    beside = {keyword: value for keyword, value in schema.items() if keyword != "allOf"}
+    match schema["allOf"]:
+        case [Mapping() as only] if beside.keys() <= _ANNOTATIONS | (_DEFINITIONS - only.keys()):
+            return _without_all_of({**only, **beside})
+    raise CannotForbid("has 'allOf', which cannot be combined with")
 
 
 def _inside(part: Any) -> Any:

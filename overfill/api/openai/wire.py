@@ -60,16 +60,12 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     generate.chat.CopyFrom(_chat(request.messages, request))
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise _invalid("top_logprobs", "needs 'logprobs' to be true")
     if request.logprobs:
         generate.sampling.logprobs = request.top_logprobs or 0
     _tool_choice(request, generate.chat)
-    field = _set_grammar(request, generate.sampling)
-    if request.tools and request.tool_choice != "none":
-        if field:
-            raise _invalid(field, "cannot be combined with 'tools'; set 'tool_choice' to 'none'")
-        field = "tools"
+    field = _set_grammar(request, generate.sampling) or ("tools" if request.tools else "")
     return _api_request(request, (generate,), field)
 
 
@@ -243,12 +239,28 @@ def _tool_choice(request: schema.ChatRequest, chat: inference_pb2.Chat) -> None:
         raise _invalid("tool_choice", "is only allowed when 'tools' are given")
     if isinstance(choice, schema.NamedTool):
         chat.tool_choice.mode, chat.tool_choice.name = _Choice.MODE_REQUIRED, choice.function.name
+    elif isinstance(choice, schema.AllowedTools):
+        chat.tool_choice.mode = _MODES[choice.allowed_tools.mode]
+        _keep_tools(choice.allowed_tools.tools, chat)
     elif choice is not None:
         chat.tool_choice.mode = _MODES[choice]
     if request.parallel_tool_calls is not None and not request.tools:
         raise _invalid("parallel_tool_calls", "is only allowed when 'tools' are given")
     # As with OpenAI, a model calls a named tool once.
     chat.single_tool_call = request.parallel_tool_calls is False or isinstance(choice, schema.NamedTool)
+
+
+def _keep_tools(allowed: Sequence[schema.NamedTool], chat: inference_pb2.Chat) -> None:
+    """Remove the tools of ``chat`` that are not ``allowed``."""
+    known = {tool.name for tool in chat.tools}
+    for index, tool in enumerate(allowed):
+        if tool.function.name not in known:
+            place = f"tool_choice.allowed_tools.tools[{index}].function.name"
+            raise _invalid(place, f"is {tool.function.name[:80]!r}, which is not one of the tools")
+    names = {tool.function.name for tool in allowed}
+    kept = [tool for tool in chat.tools if tool.name in names]
+    del chat.tools[:]
+    chat.tools.extend(kept)
 
 
 def _set_grammar(request: schema.Sampling, sampling: common_pb2.SamplingParams) -> str:

@@ -76,6 +76,7 @@ class LoadGenerator:
         max_tokens: Maximum tokens of an answer.
         tiers: Tiers to ask, at random.
         fallback_share: Share of the requests that allow the next tier in ``tiers`` to go on with the answer.
+        api_key: Key that is sent with every request; None means no key.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class LoadGenerator:
         seed: int,
         tiers: Sequence[str] = (DEFAULT_TIER,),
         fallback_share: float = 0.0,
+        api_key: str | None = None,
     ) -> None:
         self._addresses = addresses
         self._tls = tls
@@ -96,6 +98,7 @@ class LoadGenerator:
         self._rng = random.Random(seed)
         self._tiers = tiers
         self._fallback_share = fallback_share
+        self._api_key = api_key
         self._numbers = itertools.count()
         self._idle: list[AsyncClient] = []
         self._running: dict[str, tuple[AsyncClient, RequestResult]] = {}
@@ -189,7 +192,9 @@ class LoadGenerator:
 
     def _connect(self, number: int) -> AsyncClient:
         first = number % len(self._addresses)
-        return AsyncClient(",".join([*self._addresses[first:], *self._addresses[:first]]), tls=self._tls)
+        return AsyncClient(
+            ",".join([*self._addresses[first:], *self._addresses[:first]]), tls=self._tls, api_key=self._api_key
+        )
 
 
 def _ending(error: OverfillError) -> Ending:

@@ -233,6 +233,7 @@ class _TrialRun:
             trial.seed,
             [tier.name for tier in stack.plan.tiers],
             trial.fallback_share,
+            stack.plan.api_key,
         )
         self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from overfill.cli.options import dtype_option
+from overfill.cli.options import dtype_option, option_errors
 from overfill.cli.output import console
 from overfill.lab.commands.bench_options import Counts, install_option, json_option, pair_option, plot_option
 
@@ -140,7 +140,8 @@ def _settings(
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
-    names = parse_peers(peers)
+    with option_errors():
+        names = parse_peers(peers)
     if install_peers:
         install_missing(names, report)
     loaded = Pair.load(resolve_pair(pair, report))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import Number, client_tls, tls_options
+from overfill.cli.options import Number, client_tls, option_errors, tls_options
 from overfill.cli.output import console
 from overfill.errors import Unavailable
 from overfill.lab.commands.bench_options import install_option, json_option, plot_option
@@ -118,6 +118,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @install_option
 @plot_option
 @json_option
+@option_errors()
 def serve_command(
     targets: tuple[str, ...],
     trace: Path | None,

@@ -217,7 +217,7 @@ def chaos_command(
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Start a stack on this machine, inject faults while it serves requests, and check every answer.
+    """Break a stack under load and check every answer. The stack is started on this machine.
 
     A fault waits for a request in its phase. It hits a process that serves this request, or the client.
     A process is killed, drained, frozen or partitioned only while another one with the target's stage is ready, or if

@@ -30,8 +30,9 @@ _MAX_DELAY = 1.0  # seconds from a kill until all KV blocks are free
 def chaos_clients_command(
     pair: str, kills: int, prefill: int, decode: int, max_tokens: int, seed: int, as_json: bool, **engines: str | None
 ) -> int:
-    """Start a stack on this machine and kill its clients one by one with SIGKILL, while they receive answers.
+    """Kill clients at random moments; time how soon their KV is free.
 
+    Starts a stack on this machine, and kills its clients one by one with SIGKILL while they receive answers.
     Exit code 0 when all KV blocks of all workers were free within one second of each kill. Exit code 1 otherwise.
     """
     from overfill.lab.faults.client_kills import kill_clients

@@ -13,15 +13,15 @@ from typing import Any
 
 import click
 
+from overfill.cli.options import Number, option_errors, tls_options
 from overfill.cli.processes import tied_to_parent
-from overfill.errors import InvalidRequest
-from overfill.lab.loadtest.plan import API_KEY, LoadPlan
+from overfill.lab.loadtest.plan import API_KEY, LoadPlan, help_of
 from overfill.process.extras import require
 from overfill.settings.environment import GRPC_ENVIRONMENT
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for f in reversed(fields(LoadPlan)):
+    for f in reversed([f for f in fields(LoadPlan) if not f.name.startswith("tls_")]):  # tls_options adds these
         repeatable = "separator" in f.metadata
         command = click.option(
             f"--{f.name.replace('_', '-')}",
@@ -29,8 +29,8 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=f.metadata["kind"] is bool,
             multiple=repeatable,
             default=() if repeatable else f.default,
-            show_default=f.default not in (None, "", False),
-            help=f.metadata["help"],
+            show_default=f.default not in (None, "") and f.default is not False,
+            help=help_of(f),
         )(command)
     return command
 
@@ -40,14 +40,17 @@ def _kind(f: Field[Any]) -> Any:
         return click.Choice(choices)
     if f.metadata["kind"] is Path:
         return click.Path(exists="output" not in f.metadata, dir_okay=False, path_type=Path)
-    return f.metadata["kind"]
+    if "minimum" in f.metadata:
+        return click.IntRange(f.metadata["minimum"])
+    return Number(f.metadata["more_than"], min_open=True) if "more_than" in f.metadata else f.metadata["kind"]
 
 
 @click.command("loadtest")
 @_plan_options
+@tls_options
 @click.option("--api-key", envvar=API_KEY, show_envvar=True, help="API key, if the server requires one.")
 def loadtest_command(api_key: str | None, **options: Any) -> int:
-    """Send load to a running stack or an OpenAI endpoint, and check objectives.
+    """Load a stack or an OpenAI endpoint, and check objectives.
 
     Use it to test one server against limits, with users or a trace. To compare several servers under the same load, or
     to find the rate that saturates one, use `overfill bench serve`.
@@ -58,13 +61,9 @@ def loadtest_command(api_key: str | None, **options: Any) -> int:
     require("loadtest", "`overfill loadtest`", "locust")  # runs in a child process
     from overfill.lab.loadtest.workload import Workload
 
-    try:
+    with option_errors():
         plan = LoadPlan.from_options(options)
         Workload(plan)  # reports an unreadable trace before anything starts
-    except InvalidRequest as error:
-        name = error.field.replace("_", "-")
-        message = str(error).removeprefix(f"{error.field}: ")
-        raise click.UsageError(f"--{name}: {message}") from error
     return _run(plan, api_key)
 
 

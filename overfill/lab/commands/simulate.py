@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import Number, RenamedFlags
+from overfill.cli.options import Number, RenamedFlags, option_errors
 from overfill.cli.output import console, print_json
+from overfill.lab.simulate.policies import DEFAULT, NAMES
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
 
 if TYPE_CHECKING:
@@ -99,7 +100,11 @@ class _Load:
     "--longest", type=click.IntRange(2), help="Maximum tokens of a prompt and its answer; longer prompts are cut."
 )
 @click.option(
-    "--arrivals", type=click.Choice(get_args(Arrivals)), default="poisson", help="Arrivals of synthetic requests."
+    "--arrivals",
+    type=click.Choice(get_args(Arrivals)),
+    default="poisson",
+    show_default=True,
+    help="Arrivals of synthetic requests.",
 )
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of a synthetic prompt."
@@ -140,7 +145,7 @@ class _Load:
     help="Number of workers with both stages. With them, --prefill and --decode are 0 by default.",
 )
 @click.option(
-    "--tier",
+    "--decoder",
     "tiers",
     multiple=True,
     metavar="NAME=PROFILE[:N][,SETTING=VALUE...]",
@@ -152,16 +157,16 @@ class _Load:
     "--brownout",
     default="",
     metavar="'TIER > TIER...'",
-    help="With --tier: tiers from the best to the cheapest; the next one answers when a tier would miss an objective.",
+    help="With --decoder: tiers from the best to the cheapest; the next answers when one would miss an objective.",
 )
 @click.option(
-    "--allow-brownout",
+    "--brownout-share",
     type=Number(0, 1),
     default=1.0,
     show_default=True,
     help="With --brownout: share of the requests that allow it.",
 )
-@click.option("--policy", default="default", show_default=True, help="Routing policy.")
+@click.option("--policy", type=click.Choice(NAMES), default=DEFAULT, show_default=True, help="Routing policy.")
 @click.option(
     "--prefix-cache",
     type=click.Choice(["on", "off"]),
@@ -217,6 +222,7 @@ class _Load:
     help="Plot the timeline to this file; with --brownout beside that of a run without.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@option_errors()
 def simulate_command(
     traces: tuple[str, ...],
     count: int | None,
@@ -234,7 +240,7 @@ def simulate_command(
     colocated: int,
     tiers: tuple[str, ...],
     brownout: str,
-    allow_brownout: float,
+    brownout_share: float,
     policy: str,
     prefix_cache: str,
     max_queue: int,
@@ -253,7 +259,7 @@ def simulate_command(
     plot: Path | None,
     as_json: bool,
 ) -> int:
-    """Play a trace on modelled workers in virtual time: print latencies and goodput, or size the pools.
+    """Play a trace on modelled workers: print latencies and goodput, or size the pools. Time is virtual.
 
     The router's own code places, queues and scales. A profile says how long a worker takes for its work.
     """
@@ -270,12 +276,14 @@ def simulate_command(
     if use_all and max_workers is None:
         raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
     if tiers and (size or compare_policies or use_all):
-        raise click.UsageError("--tier: leave out --size, --compare-policies and --use-all")
+        raise click.UsageError("--decoder: leave out --size, --compare-policies and --use-all")
     prefill, decode = _single_stage_workers(prefill, decode, colocated)
     if colocated and (size or autoscale or tiers):
-        raise click.UsageError("--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed")
+        raise click.UsageError(
+            "--colocated: leave out --size, --autoscale and --decoder; the number of workers is fixed"
+        )
     if tiers and _given("decode"):
-        raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
+        raise click.UsageError("--decode: each --decoder has its number of decode workers; leave out --decode")
     objective = Objective.parse(slo)
     made, order = _tiers(tiers, brownout)
     profile = load_profile(profile_name)
@@ -289,7 +297,7 @@ def simulate_command(
         colocated=colocated,
         tiers=made,
         brownout=order,
-        allow_brownout=allow_brownout,
+        brownout_share=brownout_share,
         slo=objective,
         policy=policy,
         scaling=_scaling(profile, objective, max_workers, use_all) if autoscale else None,
@@ -388,7 +396,6 @@ def _size(
 def _compare(
     requests: list[TraceRequest], profile: Profile, options: SimulationOptions, objective: Objective, as_json: bool
 ) -> int:
-    from overfill.lab.simulate.policies import NAMES
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import policy_table
     from overfill.telemetry.progress import show_progress
@@ -424,7 +431,7 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
 
 
 def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], tuple[str, ...]]:
-    """Reads ``--tier`` and ``--brownout``. Raises UsageError."""
+    """Reads ``--decoder`` and ``--brownout``. Raises UsageError."""
     from overfill.lab.simulate.options import SimTier
     from overfill.lab.simulate.profiles import load_profile
     from overfill.settings.tiers import TierSpec, check_tiers, parse_order
@@ -447,7 +454,7 @@ def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], 
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if tiers and not any(tier.share for tier in tiers):
-        raise click.UsageError("--tier: no request asks for any tier; give at least one a share above 0")
+        raise click.UsageError("--decoder: no request asks for any tier; give at least one a share above 0")
     return tuple(tiers), order
 
 

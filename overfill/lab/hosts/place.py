@@ -28,7 +28,7 @@ def place_on_hosts(
 ) -> Iterator[tuple[StackPlan, dict[str, Host]]]:
     """Makes a host for every process of ``plan``, and removes the hosts at the end. Starts no process.
 
-    Yields the plan with the hosts' addresses and with certificates, and name of a process -> its host.
+    Yields the plan with the hosts' addresses, certificates and an API key, and name of a process -> its host.
 
     Args:
         relayed, congestion_control: As for ``HostNetwork``.
@@ -43,15 +43,13 @@ def place_on_hosts(
     ):
         certificates.make(Path(folder))
         key_file = Path(folder) / "api-keys.json"
-        keys.create(key_file, "lab")
+        api_key = keys.create(key_file, "lab")
         addresses = {name: host.address for name, host in network.hosts.items()}
-        yield place(plan, addresses, Path(folder), key_file), network.hosts
+        yield replace(place(plan, addresses, Path(folder), key_file), api_key=api_key), network.hosts
 
 
 def place(plan: StackPlan, addresses: Mapping[str, str], folder: Path, key_file: Path) -> StackPlan:
     """Returns ``plan`` with each process at the address of its host.
-
-    Callers with the plan's ``client_tls`` need no API key, because they show an operator's certificate.
 
     Args:
         addresses: Name of a process -> address of its host.

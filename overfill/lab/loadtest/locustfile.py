@@ -22,7 +22,7 @@ from locust.runners import STATE_INIT, MasterRunner, WorkerRunner
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.loadtest.measure import measure
-from overfill.lab.loadtest.plan import LOCUST_NAMES, LoadPlan, locust_flag, locust_type
+from overfill.lab.loadtest.plan import LOCUST_NAMES, LoadPlan, help_of, locust_flag, locust_type
 from overfill.lab.loadtest.progress import Progress
 from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.shapes import users_at
@@ -79,7 +79,7 @@ def _add_options(parser: LocustArgumentParser, **_: Any) -> None:
                 locust_flag(f),
                 type=locust_type(f),
                 default=f.default if own is None else None,
-                help=f.metadata["help"] if own is None else f"Same as {own}; give only one of the two.",
+                help=help_of(f) if own is None else f"Same as {own}; give only one of the two.",
             )
 
 

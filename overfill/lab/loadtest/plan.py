@@ -27,22 +27,33 @@ def _option(default: Any, help: str, kind: type = str, **more: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """Options of a load test. A field's metadata has its help text, type and limits."""
+    """Options of a load test. A field's metadata has its help text, type and limits.
+
+    ``otherwise`` in the metadata says in words what happens without the option.
+    """
 
     target: str = _option(
         "grpc://127.0.0.1:7600", "Server: grpc://HOST:PORT (several separated by commas) or http(s)://HOST:PORT/v1."
     )
     trace: str | None = _option(
-        None, "Trace to play: Azure's CSV or Mooncake's JSON lines. By default synthetic requests.", Path
+        None, "Trace to play: Azure's CSV or Mooncake's JSON lines.", Path, otherwise="synthetic requests"
     )
-    requests: int | None = _option(None, "Number of requests; of a trace, the first ones.", int, minimum=1)
-    rate: float | None = _option(None, "Mean requests per second; scales a trace's arrival times.", float, more_than=0)
+    requests: int | None = _option(
+        None, "Number of requests; of a trace, the first ones.", int, minimum=1, otherwise="no limit"
+    )
+    rate: float | None = _option(
+        None,
+        "Mean requests per second; scales a trace's arrival times.",
+        float,
+        more_than=0,
+        otherwise="the trace's; without one, users send the next request after an answer",
+    )
     shape: Shape | None = _option(
-        None, "Load over time. By default arrivals with a trace or rate, else constant.", choices=SHAPES
+        None, "Load over time.", choices=SHAPES, otherwise="arrivals with --trace or --rate, or else constant"
     )
-    users: int = _option(4, "Maximum number of concurrent users; not for shape arrivals.", int, minimum=1)
+    users: int = _option(4, "Maximum number of concurrent users; not for --shape arrivals.", int, minimum=1)
     duration: float | None = _option(
-        None, "Duration in seconds. By default 60; for ramp and spike 120, for soak 3600.", float, more_than=0
+        None, "Duration in seconds.", float, more_than=0, otherwise="60; for ramp and spike 120, for soak 3600"
     )
     length_scale: float = _option(1.0, "Factor for the lengths of a trace's prompts and answers.", float, more_than=0)
     longest: int | None = _option(
@@ -58,16 +69,19 @@ class LoadPlan:
     timeout: float = _option(600.0, "Timeout of one request, seconds.", float, more_than=0)
     tier: str = _option(
         "",
-        "Tier of the requests, as NAME or NAME=WEIGHT; repeat it to mix tiers by weight. By default the server's.",
+        "Tier of the requests, as NAME or NAME=WEIGHT; repeat it to mix tiers by weight.",
         separator=",",
+        otherwise="the server's default tier",
     )
-    fallback: str = _option("", "Tier that continues answers whose own tier has no worker left; none waits.")
+    fallback: str = _option(
+        "", "Tier that continues answers whose own tier has no worker left; none waits.", otherwise="the tier's"
+    )
     allow_brownout: bool = _option(False, "Let the next tier answer when the requested one is overloaded.", bool)
-    model: str | None = _option(None, "Model name for an OpenAI endpoint. By default the first that it lists.")
+    model: str | None = _option(None, "Model name for an OpenAI endpoint.", otherwise="the first that it lists")
     tls_ca: str | None = _option(None, "PEM file with CA certificates to trust. For gRPC it turns TLS on.", Path)
     tls_cert: str | None = _option(None, "PEM file with the client's certificate.", Path, locust="client_tls_cert")
     tls_key: str | None = _option(None, "PEM file with the certificate's private key.", Path, locust="client_tls_key")
-    tls_name: str = _option("", "Name in the server's certificate, for gRPC. By default the host of the target.")
+    tls_name: str = _option("", "DNS name in the server's certificate, for gRPC.", otherwise="the host of --target")
     report: str | None = _option(None, "Write an HTML report with plots to this file.", Path, output=True)
     records: str | None = _option(None, "Write each request's outcome as a JSON line to this file.", Path, output=True)
 
@@ -134,7 +148,11 @@ class LoadPlan:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> LoadPlan:
         """Makes a plan from parsed options. Raises InvalidRequest."""
-        given: dict[str, Any] = {n: str(value) if isinstance(value, Path) else value for n, value in options.items()}
+        given: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in options.items()
+            if value is not None
+        }
         for f in fields(cls):
             if isinstance(value := given.get(f.name), tuple):
                 given[f.name] = f.metadata["separator"].join(value)
@@ -154,6 +172,12 @@ class LoadPlan:
         """Returns the options that differ from their defaults, as locust's arguments."""
         given = {f: getattr(self, f.name) for f in fields(self)}
         return [f"{locust_flag(f)}={value}" for f, value in given.items() if value != f.default]
+
+
+def help_of(f: Field[Any]) -> str:
+    """Returns the option's help, with what happens without it if the default does not say so."""
+    otherwise = f.metadata.get("otherwise")
+    return str(f.metadata["help"]) + (f"  [default: {otherwise}]" if otherwise else "")
 
 
 def locust_name(f: Field[Any]) -> str:

@@ -53,7 +53,7 @@ class SimulationOptions:
         colocated: Number of workers with both stages; constant.
         tiers: The tiers. Empty means one tier, of ``decode`` workers.
         brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
-        allow_brownout: Share of the requests that allow a brownout.
+        brownout_share: Share of the requests that allow a brownout.
         slo: Objective of tiers without their own.
         policy: Name of a routing policy.
         scaling: Configuration of the scaling policy. None means no scaling.
@@ -73,7 +73,7 @@ class SimulationOptions:
     colocated: int = 0
     tiers: tuple[SimTier, ...] = ()
     brownout: tuple[str, ...] = ()
-    allow_brownout: float = 1.0
+    brownout_share: float = 1.0
     slo: Objective = DEFAULT_SLO
     policy: str = "default"
     scaling: ScalingConfig | None = None

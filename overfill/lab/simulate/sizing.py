@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from overfill.errors import InvalidRequest
+from overfill.errors import OverfillError
 from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.result import SimulationResult
@@ -64,13 +64,12 @@ class SizeSearch:
         """Returns the smallest sizes, fewest prefill workers first.
 
         Raises:
-            InvalidRequest: Even ``max_workers`` workers of each kind miss the objective.
+            OverfillError: Even ``max_workers`` workers of each kind miss the objective.
         """
         workers = 1
         while self._try(workers, workers) is None:
             if workers >= self._max_workers:
-                raise InvalidRequest(
-                    "slo",
+                raise OverfillError(
                     f"{self._objective} is not met by {self._attainment:.0%} of the requests with {workers} workers "
                     "of each kind; some requests may take longer than that on an idle worker",
                 )

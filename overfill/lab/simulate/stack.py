@@ -210,7 +210,7 @@ class Simulation:
         trace = self._trace[index]
         job = make_job(f"r{index}", trace)
         request = SimRequest(trace, job, trace.blocks, asked=self._asked())
-        request.allows_brownout = self._tier_random.random() < self.options.allow_brownout
+        request.allows_brownout = self._tier_random.random() < self.options.brownout_share
         self._requests.append(request)
         if index + 1 < len(self._trace):
             self.clock.at(self._trace[index + 1].arrival, self._arrive, index + 1)

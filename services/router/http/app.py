@@ -106,11 +106,12 @@ class HttpApi:
             )
 
     async def _models(self, request: Request) -> Response:
-        names = self._handler.tiers.listed(request.scope.get("api_key"))
-        return _json({"object": "list", "data": [self._model_json(name) for name in names]})
+        caller = request.scope.get("api_key")
+        names = self._handler.tiers.listed(caller)
+        return _json({"object": "list", "data": [self._model_json(name, caller) for name in names]})
 
     async def _model(self, request: Request) -> Response:
-        return _json(self._model_json(request.path_params["model"]))
+        return _json(self._model_json(request.path_params["model"], request.scope.get("api_key")))
 
     async def _chat(self, request: Request) -> ASGIApp:
         body = await read(request, schema.ChatRequest, self._max_body)
@@ -148,12 +149,13 @@ class HttpApi:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await read(request, schema.TokenizeRequest, self._max_body)
-        ids = await self._handler.tokenize(wire.tokenize(body))
+        ids = await self._handler.tokenize(wire.tokenize(body), request.scope.get("api_key"))
         return _json({"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request) -> Response:
         body = await read(request, schema.DetokenizeRequest, self._max_body)
-        return _json({"prompt": await self._handler.detokenize(wire.detokenize(body))})
+        text = await self._handler.detokenize(wire.detokenize(body), request.scope.get("api_key"))
+        return _json({"prompt": text})
 
     async def _health(self, request: Request) -> Response:
         if reason := self._unready():
@@ -176,8 +178,8 @@ class HttpApi:
         status = StackStatus.from_proto(await self._status())
         return _json({"model": self._handler.tiers.model, **stack_json(status)}, headers={"cache-control": "no-store"})
 
-    def _model_json(self, name: str) -> dict[str, Any]:
-        model = self._handler.tiers.describe(name)
+    def _model_json(self, name: str, caller: ApiKey | None) -> dict[str, Any]:
+        model = self._handler.tiers.describe(name, caller)
         return {
             "id": model.name,
             "object": "model",

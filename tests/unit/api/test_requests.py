@@ -72,6 +72,11 @@ def test_text_and_chat_are_tokenized(validate: Any, byte_level_tokenizer: Tokeni
     assert list(validate(chat=chat).start.prompt_token_ids) == byte_level_tokenizer.encode_chat([message])
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_message_may_be_empty(validate: Any, role: str) -> None:
+    assert validate(chat=Chat(messages=[ChatMessage(role=role)])).start.prompt_token_ids
+
+
 BAD = [
     ("sampling.min_tokens", {"sampling": SamplingParams(max_tokens=4, min_tokens=5)}),
     ("sampling.min_tokens", {"sampling": SamplingParams(min_tokens=30)}),  # the context leaves 29
@@ -81,7 +86,6 @@ BAD = [
     ("prompt", {"chat": Chat()}),
     ("token_ids.ids", {"token_ids": TokenIds(ids=[1, VOCAB])}),
     ("chat.messages[1].role", {"chat": Chat(messages=[{"role": "user", "content": "a"}, {"role": "robot"}])}),
-    ("chat.messages[0].content", {"chat": Chat(messages=[{"role": "user", "content": ""}])}),
     ("stop[1]", {"stop": ["a", ""]}),
     ("stop[0]", {"stop": ["a" * 1000]}),
     ("stop", {"stop": ["a"] * 100}),

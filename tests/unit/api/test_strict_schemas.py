@@ -11,6 +11,8 @@ from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import parse
 from overfill.api.openai.schema import ChatRequest
 from overfill.api.openai.strict import CannotForbid, forbid_additional_properties
+from overfill.request.grammar import check_grammar
+from overfill.request.params import Grammar
 
 OPEN = {
     "type": "object",
@@ -79,11 +81,14 @@ NAMES_Z = {"type": "object", "properties": {"z": {"type": "integer"}}, "required
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
-        ({"allOf": [NAMES_Z]}, "has 'allOf', which cannot be combined with 'strict'"),
+        ({"allOf": [NAMES_Z, NAMES_Z]}, "has 'allOf', which cannot be combined with 'strict'"),
+        ({"type": "object", "properties": {}, "allOf": [NAMES_Z]}, "has 'allOf'"),
+        ({"allOf": [NAMES_Z | {"$defs": {}}], "$defs": {"z": NAMES_Z}}, "has 'allOf'"),
+        ({"allOf": [True]}, "has 'allOf'"),
         ({"type": "object", "properties": {"k": {}}, "anyOf": [NAMES_Z]}, "has 'anyOf' beside 'properties'"),
         ({"type": ["object", "null"], "oneOf": [NAMES_Z]}, "has 'oneOf' beside 'type'"),
         ({"$ref": "#/$defs/z", "properties": {"k": {}}, "$defs": {"z": NAMES_Z}}, "has '$ref' beside 'properties'"),
-        ({"properties": {"k": {"items": {"allOf": [NAMES_Z]}}}}, "has 'allOf'"),
+        ({"properties": {"k": {"items": {"allOf": [NAMES_Z, NAMES_Z]}}}}, "has 'allOf'"),
     ],
 )
 def test_an_object_that_several_schemas_describe_is_refused_by_name(schema, reason):
@@ -99,6 +104,19 @@ def test_an_object_that_several_schemas_describe_is_refused_by_name(schema, reas
     with pytest.raises(ApiError, match="cannot be combined with 'disable_additional_properties'"):
         asked(structured_outputs={"json": schema, "disable_additional_properties": True})
     asked(structured_outputs={"json": schema})
+
+
+def test_one_schema_in_all_of_is_taken_out():
+    """Pydantic writes a reference with a default or a title like this."""
+    reference = {"allOf": [{"$ref": "#/$defs/z", "title": "Inner"}], "default": {"z": 1}, "title": "Outer"}
+    schema = {"properties": {"k": reference}, "$defs": {"z": {"allOf": [{"allOf": [NAMES_Z]}]}}}
+    shut = NAMES_Z | {"additionalProperties": False}
+    strict = forbid_additional_properties(schema)
+    assert strict["properties"]["k"] == {"$ref": "#/$defs/z", "default": {"z": 1}, "title": "Outer"}
+    assert strict["$defs"] == {"z": shut}
+    check_grammar(Grammar.json_schema(strict))
+    root = {"allOf": [{"$ref": "#/$defs/z"}], "$defs": {"z": NAMES_Z}}
+    assert forbid_additional_properties(root) == {"$ref": "#/$defs/z", "$defs": {"z": shut}}
 
 
 def test_alternatives_and_references_are_closed_where_they_stand():

@@ -1,11 +1,13 @@
 """Tests tools: how the model is told of them, which calls its grammar allows, and how calls are parsed."""
 
 import json
+import shutil
 
 import pytest
 
 from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
+from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
@@ -103,6 +105,19 @@ def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, si
     assert not accepts(grammars, grammar, write_calls([("unknown", "{}")]))
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+@pytest.mark.parametrize("single", [True, False])
+def test_an_answer_with_a_schema_is_of_this_schema_or_calls_tools(grammars, mode, single):
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"type": "integer"}}}}}
+    grammar = tools_grammar(TOOLS, mode, single=single, answer=schema)
+    one, two = write_calls(CALLS[:1]), write_calls(CALLS)
+    assert accepts(grammars, grammar, '{"n": 1}') == (mode == "auto")
+    assert accepts(grammars, grammar, one)
+    assert accepts(grammars, grammar, two) == (not single)
+    for wrong in ("Just text.", '{"n": "x"}', f"First text.\n{one}", f'{{"n": 1}}\n{one}'):
+        assert not accepts(grammars, grammar, wrong), wrong
+
+
 @pytest.mark.parametrize(
     ("field", "tools"),
     [
@@ -149,11 +164,56 @@ def test_calls_and_their_results_go_back_to_the_model(byte_level_tokenizer):
     assert "<tool_response>\nsunny\n</tool_response>" in text
 
 
+def calls_of_an_assistant(*arguments):
+    calls = [{"id": f"c{n}", "name": "weather", "arguments": text} for n, text in enumerate(arguments)]
+    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Look:", "tool_calls": calls}]
+
+
+# Arguments that max_tokens has cut, and others that are no JSON object.
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "{", "[1]", '"x"', "[" * 10_000], ids=lambda text: text[:9])
+def test_arguments_that_are_no_object_go_back_to_the_model_as_they_are(byte_level_tokenizer, arguments):
+    messages = calls_of_an_assistant('{"city": "Rome"}', arguments)
+    said = write_calls([("weather", '{"city": "Rome"}'), ("weather", arguments)])
+    assert f"Look:\n{said}" in byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
+
+
+def test_a_template_that_knows_tools_gets_calls_as_objects_and_cut_calls_as_text(tmp_path, byte_level_folder):
+    shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "[{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}]{% endfor %}{% endfor %}{{ tools }}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+
+    def shown(*arguments):
+        return tokenizer.decode(encode_chat(chat(messages=calls_of_an_assistant(*arguments)), tokenizer))
+
+    cut = '{"city": "Ro'
+    assert "Look:[city=Rome][]" in shown('{"city": "Rome"}', "")
+    assert "Look:\n" + write_calls([("weather", "{}"), ("weather", cut)]) in shown("", cut)
+
+
 def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
     template = ChatTemplate("{% for t in tools %}{{ t.function.name }};{% endfor %}", {})
     assert template.knows_tools
     assert template.render([], [{"type": "function", "function": {"name": "weather"}}]) == "weather;"
     assert not ChatTemplate("{{ messages }}", {}).knows_tools
+
+
+def test_a_chat_s_grammar_has_the_schema_of_its_answers():
+    kind = inference_pb2.ToolChoice
+    tools = [inference_pb2.Tool(name="weather")]
+    schema, anything = Grammar.json_schema({"enum": [17]}), Grammar("json_object")
+    assert "17" in chat_grammar(chat(tools=tools), schema)
+    assert "answer: %json" in chat_grammar(chat(tools=tools), anything)
+    assert "17" not in chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_REQUIRED)), schema)
+    assert chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_NONE)), schema) is None
+    for other in (Grammar("regex", "a"), Grammar("lark", 'start: "a"')):
+        with pytest.raises(InvalidRequest, match="cannot be combined with tools") as caught:
+            chat_grammar(chat(tools=tools), other)
+        assert caught.value.field == f"sampling.grammar.{other.kind}"
 
 
 def test_only_a_chat_with_tools_has_a_grammar():

@@ -142,3 +142,8 @@ def test_up_refuses_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path.write_text("decode: {thread: 1}")
     assert main(["up", "--config", str(path)]) == 2
     assert "did you mean threads?" in capsys.readouterr().err
+
+
+def test_an_unknown_service_is_named_by_its_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "bogus"]) == 2
+    assert "Invalid value for 'SERVICE': 'bogus'" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_stdout_has_the_answer_and_nothing_else(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-v", "Why is the sky blue?"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "It scatters."
+    assert captured.out == "It scatters.\n"
     for detail in ("10.0 tokens/s", "prefill compute", "unattributed", "prefill-0", "decode-0"):
         assert detail in captured.err
 
@@ -170,7 +170,7 @@ def test_a_dash_reads_the_prompt_from_stdin(fake_client: Any, monkeypatch: pytes
 def test_json_is_one_object(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--json", "hi"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["text"] == "It scatters."
+    assert answer["text"] == "It scatters.\n"
     assert answer["timing"]["ttft"] == 0.1
     assert answer["finish_reason"] == "stop"
 
@@ -181,7 +181,7 @@ def test_an_error_in_the_middle_is_exit_1_after_the_text_so_far(
     fake_client.errors.append(Unavailable("lost every worker"))
     assert main(["generate", "hi"]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "It scatters."
+    assert captured.out == "It scatters.\n"
     assert "lost every worker" in captured.err
 
 

@@ -51,6 +51,13 @@ def test_help_groups_the_commands_under_headings(capsys: pytest.CaptureFixture[s
     assert names[:2] == ["demo", "up"]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_line_of_a_command_is_that_of_its_own_help(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.get_short_help_str(limit=200) == COMMANDS[name][1]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("overfill, version ")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+import click
 import pytest
 from rich.console import Console
 
@@ -27,9 +28,12 @@ from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child, StartFailed
 from overfill.cli.stack import Stack, child_environment
 from overfill.cli.stack_plan import StackPlan
+from overfill.cli.up_config import OWN
 from overfill.cli.up_plan import StackRequest, make_plan, threads_per_worker
 from overfill.errors import Unavailable, UnsupportedModel
-from overfill.settings.config import DecodeConfig, PrefillConfig
+from overfill.settings.allowed import allowed
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config_file import flag_name
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
@@ -192,6 +196,20 @@ def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytes
     assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size is None
 
 
+def every_kind(base: type[ServiceConfig] = ServiceConfig) -> Iterator[type[ServiceConfig]]:
+    for kind in base.__subclasses__():
+        if hasattr(kind, "program"):
+            yield kind
+        yield from every_kind(kind)
+
+
+@pytest.mark.parametrize("kind", list(every_kind()))
+def test_a_child_inherits_no_variable_of_any_service(kind: type[ServiceConfig]) -> None:
+    environment = dict.fromkeys(kind.variables(), "x")
+    assert environment
+    assert not environment.keys() & child_environment(environment, threads=1).keys()
+
+
 def test_free_ports_are_different_and_no_connection_gets_them() -> None:
     ports = free_ports("127.0.0.1", 5)
     assert len(set(ports)) == 5
@@ -226,11 +244,55 @@ def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
     assert len({port for router in routers for port in (router.port, router.http)}) == 4
 
 
-def test_wrong_settings_are_reported_before_the_pair_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["up", "--pair", "/no/such/pair", "--metrics-port", "no-port"])
-    assert caught.value.code == 2
-    assert "--metrics-port" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--max-num-seqs", "abc"), "'--max-num-seqs': must be a whole number of at least 1, got 'abc'"),
+        (("--data-streams", "65"), "'--data-streams': must be a whole number from 1 to 64, got '65'"),
+        (("--max-wait", "0"), "'--max-wait': must be a number above 0, got '0'"),
+        (("--device", "gpu"), "'--device': must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (("--kv-memory", "5XB"), "'--kv-memory': must be a size such as 512MiB or 4GB, got '5XB'"),
+        (("--metrics-port", "no"), "'--metrics-port': must be a whole number from 0 to 65535, or off, got 'no'"),
+        (("--engine-args", "x"), "--engine-args (or OVERFILL_MOCK_PREFILL_ENGINE_ARGS): expected a JSON object"),
+        (("--brownout", "a"), "'--brownout': expected tiers from the best to the cheapest"),
+        (("--brownout", "a > b"), "--brownout 'a > b' names tiers, and the stack has none: add --decoder NAME=PAIR"),
+        (("--default-tier", "a"), "--default-tier 'a' names tiers, and the stack has none: add --decoder NAME=PAIR"),
+    ],
+)
+def test_wrong_settings_are_reported_in_ups_own_name_before_the_pair_is_looked_for(
+    arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", "--mock", "--pair", "/no/such/pair", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("Usage: overfill up")
+    assert says in message
+
+
+def test_a_wrong_variable_of_a_service_is_reported_by_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OVERFILL_MOCK_PREFILL_MAX_NUM_SEQS", "0")
+    assert main(["up", "--mock", "--pair", "/no/such/pair"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("Usage: overfill up")
+    assert "OVERFILL_MOCK_PREFILL_MAX_NUM_SEQS): must be a whole number of at least 1, got '0'" in message
+
+
+def test_help_lists_every_option_that_is_a_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--help"]) == 0
+    text = re.sub(r"\s+", "", capsys.readouterr().out)
+    listed = re.search(r"Theoptions(.*)arevariablestoo", text)
+    assert listed is not None
+    assert sorted(listed[1].split(",")) == sorted({f"--{flag}" for flag in OWN})
+
+
+@pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
+def test_an_option_whose_setting_is_not_text_does_not_accept_any_text(kind: type[ServiceConfig]) -> None:
+    flags = {option.opts[0]: option for option in up.up_command.params}
+    texts = {name for name, field in kind.model_fields.items() if allowed(field) == "text"}
+    checked = {name for name in kind.model_fields if f"--{flag_name(name)}" in flags} - texts
+    assert "max_queue" in checked or "max_num_seqs" in checked
+    assert not {name for name in checked if flags[f"--{flag_name(name)}"].type is click.STRING}
 
 
 def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:

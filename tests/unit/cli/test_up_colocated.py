@@ -342,7 +342,7 @@ def test_other_workers_may_have_another_engine() -> None:
     assert [(worker.config.engine, worker.config.engine_args) for worker in made.workers] == [
         ("auto", ""), ("vllm", args), ("overfill", ""),
     ]  # fmt: skip
-    with pytest.raises(SystemExit):
+    with pytest.raises(click.UsageError, match="--engine-args are for vLLM"):
         plan(engine_args=args)
 
 

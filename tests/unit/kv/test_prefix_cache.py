@@ -20,11 +20,13 @@ def new_cache(num_blocks=8, **options):
 
 def compute(cache, owner, tokens, namespace="", num_blocks=None):
     """Computes and releases a whole prompt; returns the number of tokens that were cached."""
-    grant = cache.acquire(owner, cache.blocks_of(tokens, namespace), num_blocks or cache.pool.blocks_for(len(tokens)))
+    allocation = cache.acquire(
+        owner, cache.blocks_of(tokens, namespace), num_blocks or cache.pool.blocks_for(len(tokens))
+    )
     cache.publish(owner, len(tokens))
     cache.release(owner)
     cache.check_integrity()
-    return grant.cached_tokens
+    return allocation.cached_tokens
 
 
 def test_a_prompt_that_begins_the_same_gets_the_same_blocks():
@@ -236,20 +238,20 @@ class Machine(RuleBasedStateMachine):
         owner = str(self.number)
         wanted = self.cache.pool.blocks_for(len(tokens)) + more
         before = self.cache.num_available
-        grant = self.cache.acquire(owner, self.cache.blocks_of(tokens, namespace), wanted)
-        if grant is None:
+        allocation = self.cache.acquire(owner, self.cache.blocks_of(tokens, namespace), wanted)
+        if allocation is None:
             assert wanted > before
             return
-        assert len(grant.blocks) == len(set(grant.blocks)) == wanted
-        assert grant.cached_tokens < len(tokens)
-        for index in range(grant.cached_tokens // BLOCK):
-            assert self.written[grant.blocks[index]] == (namespace, tuple(tokens[: (index + 1) * BLOCK]))
-        fresh = grant.blocks[grant.cached_tokens // BLOCK :]
+        assert len(allocation.blocks) == len(set(allocation.blocks)) == wanted
+        assert allocation.cached_tokens < len(tokens)
+        for index in range(allocation.cached_tokens // BLOCK):
+            assert self.written[allocation.blocks[index]] == (namespace, tuple(tokens[: (index + 1) * BLOCK]))
+        fresh = allocation.blocks[allocation.cached_tokens // BLOCK :]
         for _, _, _, blocks in self.live.values():
             assert not set(fresh) & set(blocks), "a block that is in use was handed out"
         for block in fresh:
             self.written.pop(block, None)
-        self.live[owner] = [namespace, tokens, grant.cached_tokens, grant.blocks]
+        self.live[owner] = [namespace, tokens, allocation.cached_tokens, allocation.blocks]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

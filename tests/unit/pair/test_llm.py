@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_tokenizers import sentencepiece_like, write_checkpoint
 
 import overfill.request.grammar
 from overfill import LLM
+from overfill.api.tokenizer import Tokenizer
 from overfill.engine.offline import OfflineRun
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import Preempted
@@ -358,3 +360,14 @@ def test_a_least_length_that_the_context_does_not_hold_is_refused(llm):
 def test_the_earlier_name_of_max_num_batched_tokens_works_with_a_warning(folder):
     with pytest.warns(DeprecationWarning, match="use max_num_batched_tokens"):
         LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, token_budget=64)
+
+
+def test_a_completion_keeps_the_first_word_s_space(folder, tmp_path):
+    """A SentencePiece-like tokenizer has words that include their leading space."""
+    llm = new_llm(folder)
+    llm.tokenizer = tokenizer = Tokenizer.load(write_checkpoint(tmp_path, sentencepiece_like()))
+    word = tokenizer.encode("hello world")[-1]
+    forced = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logit_bias={word: 100.0})
+    assert llm.generate(["hello"], forced)[0].text == " world world"
+    # A prompt of token ids has no text to continue, so the answer is a text of its own, as over the network.
+    assert llm.generate([tokenizer.encode("hello")], forced)[0].text == "world world"

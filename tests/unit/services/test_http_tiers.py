@@ -71,7 +71,7 @@ class FakeTiers:
     def fingerprint(self, tier: str) -> str:
         return f"fp_{DIGESTS[tier][:12]}"
 
-    def describe(self, name: str) -> inference_pb2.Model:
+    def describe(self, name: str, caller: object) -> inference_pb2.Model:
         return inference_pb2.Model(name=name, max_model_len=64, tier=name.partition(":")[2] or "default")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,22 +67,40 @@ def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--kv-memory", "12XB"], "--kv-memory"),
-        (["--kv-memory", "0"], "512MiB"),
-        (["--threads", "two"], "--threads"),
-        (["--block-size", "0"], "--block-size"),
-        (["--dtype", "int8"], "--dtype"),
-        (["--device", "tpu"], "--device"),
+        (["--kv-memory", "12XB"], "--kv-memory (or OVERFILL_PREFILL_KV_MEMORY): must be a size such as 512MiB or 4GB"),
+        (["--kv-memory", "0"], "must be a size above 0, such as 512MiB"),
+        (
+            ["--threads", "two"],
+            "--threads (or OVERFILL_PREFILL_THREADS): must be a whole number of at least 1, got 'two'",
+        ),
+        (["--block-size", "0"], "BLOCK_SIZE): must be a whole number of at least 1, got '0'"),
+        (["--dtype", "int8"], "DTYPE): must be float32, bfloat16 or float16, got 'int8'"),
+        (["--device", "tpu"], "DEVICE): must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--routers", "somewhere"], "HOST:PORT"),
-        (["--port", "70000"], "--port"),
-        (["--grace-period", "-1"], "--grace-period"),
-        (["--no-such-flag", "1"], "--no-such-flag"),
-        (["--kv-mem", "1GiB"], "--kv-mem"),  # abbreviations are refused, because a new flag could make them ambiguous
-        (["stray"], "stray"),
+        (["--port", "70000"], "PORT): must be a whole number from 0 to 65535, got '70000'"),
+        (["--metrics-port", "on"], "METRICS_PORT): must be a whole number from 0 to 65535, or off, got 'on'"),
+        (["--grace-period", "-1"], "GRACE_PERIOD): must be a number of at least 0, got '-1'"),
+        (["--step-timeout", "0"], "STEP_TIMEOUT): must be a number above 0, got '0'"),
+        (
+            ["--otlp-traces-endpoint", "x"],
+            "OTLP_TRACES_ENDPOINT): must be a URL such as http://127.0.0.1:4317, got 'x'",
+        ),
+        (["--no-such-flag", "1"], "--no-such-flag: no such flag; `overfill-prefill --help` lists all flags"),
+        (["--kv-memroy=1GiB"], "--kv-memroy: no such flag; did you mean --kv-memory?"),
+        (["--kv-mem", "1GiB"], "--kv-mem:"),  # abbreviations are refused, because a new flag could make them ambiguous
+        (["--kv-memory"], "--kv-memory"),
+        (["stray"], "unexpected 'stray'"),
     ],
 )
-def test_a_wrong_flag_is_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert says in refused(PrefillConfig, ["--pair", "p", *argv], capsys)
+def test_a_wrong_flag_is_named_in_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(PrefillConfig, ["--pair", "p", *argv], capsys)
+    assert says in message
+    assert message.count("\n") == 1
+
+
+def test_a_repeated_flag_adds_values_and_an_empty_one_is_not_set() -> None:
+    config = PrefillConfig.parse(["--pair=p", "--routers=a:1", "--routers=b:2", "--kv-memory=", "--threads=1"])
+    assert (config.routers, config.kv_memory) == (("a:1", "b:2"), None)
 
 
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +225,10 @@ def test_help_names_every_flag(kind: type[ServiceConfig], capsys: pytest.Capture
     for field in kind.model_fields:
         assert f"--{field.replace('_', '-')} " in text
         assert kind.model_fields[field].description, field
+    assert "--kv-memory SIZE" in text or kind is RouterConfig
+    assert "--metrics-port N|off" in text
+    python = r"tuple\[|ByteSize|\{int|\(default:\s+(None)?\)|--\S+ (str|int|float|Path)\b"
+    assert not re.search(python, text), "Python's names of types and values"
 
 
 def test_loads_no_torch() -> None:

@@ -102,6 +102,8 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
         ("prefill:\n  kv-memroy: 1GiB", "prefill.kv-memroy: no such setting; did you mean kv-memory?"),
         ("prefill:\n  kv_memory: 1GiB", "did you mean kv-memory?"),
         ("prefil:\n  threads: 1", "prefil: unknown section; did you mean prefill?"),
+        ("prefill:\n  colour: red", "prefill.colour: no such setting; `overfill config show prefill` lists all names"),
+        ("kitchen:\n  threads: 1", "kitchen: unknown section; `overfill config show` lists all names"),
         ("common:\n  config: x.yaml", "common.config: no such setting"),
         (
             "router:\n  kv-memory: 1GiB",
@@ -173,3 +175,13 @@ def test_an_unknown_variable_names_the_nearest(
     with pytest.raises(SystemExit):
         PrefillConfig.parse(["--pair", "p"])
     assert "did you mean OVERFILL_PREFILL_KV_MEMORY?" in capsys.readouterr().err
+
+
+def test_a_variable_similar_to_none_but_for_its_prefix_gets_no_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OVERFILL_PREFILL_COLOUR", "red")
+    with pytest.raises(SystemExit):
+        PrefillConfig.parse(["--pair", "p"])
+    said = capsys.readouterr().err
+    assert "OVERFILL_PREFILL_COLOUR: no such setting; `overfill config show prefill` lists all names" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from counting import CountingRunner
@@ -12,7 +11,6 @@ from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from overfill import errors
-from overfill.cli.metrics import metrics_page
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import DecodeSequence, Release, Reserve, Reserved, Start, StopRule
 from overfill.kv.blocks import BlockPool
@@ -30,8 +28,6 @@ from overfill.telemetry.metrics import (
 from overfill.telemetry.outcomes import OUTCOMES, outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
-DOCS = Path(__file__).parents[3] / "docs" / "reference"
-
 
 def values(metrics, name):
     """Returns the samples of ``name`` by the values of their labels."""
@@ -41,10 +37,6 @@ def values(metrics, name):
         for sample in family.samples
         if sample.name == name
     }
-
-
-def test_the_table_of_metrics_is_up_to_date():
-    assert (DOCS / "metrics.md").read_text() == metrics_page(), "run: overfill metrics > docs/reference/metrics.md"
 
 
 @pytest.mark.parametrize("kind", [RouterMetrics, PrefillMetrics, DecodeMetrics])

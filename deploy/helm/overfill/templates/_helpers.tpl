@@ -171,6 +171,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{ .Values.tls.secretName | default (printf "%s-tls" (include "overfill.fullname" .)) }}
 {{- end }}
 
+{{/* Secret with the certificate of clients: that of `helm test`, and the one that the notes tell users to export. */}}
+{{- define "overfill.clientTlsSecret" -}}
+{{ .Values.tls.clientSecretName | default (printf "%s-client-tls" (include "overfill.fullname" .)) }}
+{{- end }}
+
 {{- define "overfill.checkTls" -}}
 {{- $ways := list -}}
 {{- if .Values.tls.secretName }}{{ $ways = append $ways "tls.secretName" }}{{ end -}}
@@ -178,6 +183,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if .Values.tls.generate }}{{ $ways = append $ways "tls.generate" }}{{ end -}}
 {{- if eq (len $ways) 0 }}{{ fail "no certificate: processes do not listen beyond loopback without one. Give tls.secretName, tls.certManager.enabled or tls.generate" }}{{ end -}}
 {{- if and (gt (len $ways) 1) (ne (join "," $ways) "tls.secretName,tls.generate") }}{{ fail (printf "several certificates: %s. Keep one" (join ", " $ways)) }}{{ end -}}
+{{- if and .Values.tls.clientSecretName (not .Values.tls.secretName) }}{{ fail "tls.clientSecretName: only with tls.secretName; Helm or cert-manager makes both certificates" }}{{ end -}}
 {{- end }}
 
 {{- define "overfill.keysSecret" -}}
@@ -188,12 +194,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if not (or .Values.apiKeys.secretName .Values.apiKeys.generate) }}{{ fail "no API keys: routers do not listen beyond loopback without them. Give apiKeys.secretName or apiKeys.generate" }}{{ end -}}
 {{- end }}
 
-{{/* DNS names of a certificate that Helm or cert-manager makes, as a JSON list: hosts, and all roles. */}}
+{{/*
+DNS names of the pods' certificate that Helm or cert-manager makes, as a JSON list: hosts, and the roles of pods and of
+Prometheus. Clients have a certificate of their own, because a holder of this one may act as any process of the stack.
+*/}}
 {{- define "overfill.dnsNames" -}}
 {{- $service := include "overfill.fullname" . -}}
 {{- $inside := printf "%s.%s" $service .Release.Namespace -}}
 {{- $roles := list -}}
-{{- range list "router" "worker" "client" "operator" "scraper" }}{{ $roles = append $roles (printf "%s.role.overfill.internal" .) }}{{ end -}}
+{{- range list "router" "worker" "scraper" }}{{ $roles = append $roles (printf "%s.role.overfill.internal" .) }}{{ end -}}
 {{- concat (list .Values.tls.name "localhost" $service $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside)) .Values.tls.extraDnsNames $roles | uniq | toJson -}}
 {{- end }}
 

@@ -168,7 +168,7 @@ def measure_links(
             try:
                 stack.start()
                 stack.wait_ready(threading.Event())
-                with Client(placed.addresses[0], tls=placed.client_tls) as client:
+                with Client(placed.addresses[0], tls=placed.client_tls, api_key=placed.api_key) as client:
                     for link in alike:
                         LINKS[link].apply(hosts[placed.prefill[0].worker_id])
                         _ask(client, _random_prompt(rng, pair, _WARM_TOKENS))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.simulate.options import SimTier, SimulationOptions
 from overfill.lab.simulate.policies import NAMES
 from overfill.lab.simulate.profiles import BUILT_IN, CPU
@@ -236,7 +236,7 @@ def test_an_objective_that_no_number_of_workers_meets_is_said_to_be_one():
     search = SizeSearch(
         [TraceRequest(0.0, 4000, 5)], CPU, SimulationOptions(), Objective(ttft=0.1), 0.95, max_workers=4
     )
-    with pytest.raises(InvalidRequest, match="not met by 95% of the requests with 4 workers"):
+    with pytest.raises(OverfillError, match="not met by 95% of the requests with 4 workers"):
         search.frontier()
 
 
@@ -266,7 +266,7 @@ def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
     options = {"prefill": 4, "tiers": TIERS, "max_wait": 1.0}
     refused = run(trace, **options)
     saved = run(trace, brownout=("full", "fast"), **options)
-    half = run(trace, brownout=("full", "fast"), allow_brownout=0.5, **options)
+    half = run(trace, brownout=("full", "fast"), brownout_share=0.5, **options)
     attainment = [result.attainment(OBJECTIVE) for result in (refused, half, saved)]
     assert attainment == sorted(attainment)
     assert attainment[2] > attainment[0] + 0.2

@@ -1,0 +1,204 @@
+"""Every setting of the services and of ``overfill up``, from their declarations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+import click
+from annotated_types import Ge, Gt, Le
+from click_cells import default_and_meaning, value_of
+from pydantic.fields import FieldInfo
+from table_text import cell, sentence, table
+
+from overfill.cli.up import up_command
+from overfill.settings.common import CommonSettings
+from overfill.settings.config import (
+    SERVICES,
+    UP_KEYS,
+    ColocatedConfig,
+    DecodeConfig,
+    PrefillConfig,
+    RouterConfig,
+    WorkerConfig,
+)
+from overfill.settings.config_file import field_name, flag_name
+from overfill.settings.mock import MockColocatedConfig
+from overfill.settings.reader import SEPARATORS
+from overfill.settings.renamed import REMOVED_IN, RENAMED
+
+Settings = type[CommonSettings]
+
+_COLUMNS = ("option, variable", "value", "default", "meaning")
+_ALIASES = {
+    "Port": "port",
+    "PairName": "pair",
+    "Bytes": "size",
+    "EngineArgs": "JSON object",
+    "Addresses": "addresses, separated by commas",
+    "Names": "names, separated by commas",
+    "Origins": "origins, separated by commas",
+    "Tiers": "tiers, separated by semicolons",
+    "TierOrder": "tiers, separated by `>`",
+    "int": "integer",
+    "float": "number",
+    "Path": "path",
+    "str": "text",
+}
+"""Name of a type in a declaration -> its name for people."""
+
+
+def _new_in(kind: Settings, *bases: Settings) -> list[str]:
+    """Returns the settings that ``kind`` declares, or declares differently from all ``bases``."""
+    inherited = [base.model_fields for base in bases]
+    return [
+        name
+        for name, field in kind.model_fields.items()
+        if not any(name in fields and _same(field, fields[name]) for fields in inherited)
+    ]
+
+
+def _same(field: FieldInfo, other: FieldInfo) -> bool:
+    return (field.description, field.default) == (other.description, other.default)
+
+
+def _shared(declares: Settings, names: list[str], services: tuple[Settings, ...]) -> str:
+    """Returns the table of settings that several services have."""
+    rows = []
+    for name in names:
+        field = declares.model_fields[name]
+        different = [kind.program for kind in services if not _same(kind.model_fields[name], field)]
+        note = f" Different on {', '.join(f'[`{program}`](#{program})' for program in different)}." if different else ""
+        rows.append(_row(declares, name, f"OVERFILL_*_{name.upper()}", "all", note))
+    return table(_COLUMNS, rows)
+
+
+def _own(kind: Settings, *bases: Settings) -> str:
+    """Returns the table of the settings that only one service has."""
+    return table(_COLUMNS, (_row(kind, name, kind.variable(name), kind.program) for name in _new_in(kind, *bases)))
+
+
+def _row(kind: Settings, name: str, variable: str, prefix: str, note: str = "") -> tuple[str, str, str, str]:
+    field, flag = kind.model_fields[name], flag_name(name)
+    names = f'<span id="{prefix}-{flag}"></span>`--{flag}`<br>`{variable}`'
+    return names, _value(kind, name), _default(name, field), f"{sentence(cell(field.description or ''))}.{note}"
+
+
+def _value(kind: type[Any], name: str) -> str:
+    """Returns what a value may be, such as ``port or `off` ``."""
+    declaration = next(str(each.__annotations__[name]) for each in kind.__mro__ if name in each.__annotations__)
+    field: FieldInfo = kind.model_fields[name]
+    first = _ALIASES.get(declaration.partition(" | ")[0])
+    choices = [f"`{choice}`" for choice in _choices(field.annotation)]
+    if first is None:
+        return ", ".join(choices)
+    return " or ".join([first + "".join(_bounds(field.metadata)), *choices])
+
+
+def value_of_setting(option: click.Option) -> str | None:
+    """Returns what the value of a service's setting may be; None for an option that is no setting."""
+    name = field_name(option.opts[0].removeprefix("--"))
+    kind = next((kind for kind in SERVICES if name in kind.model_fields), None)
+    return None if kind is None or option.envvar else _value(kind, name)
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """Yields the texts of the annotation's Literals."""
+    for each in get_args(annotation):
+        if isinstance(each, str):
+            yield each
+        else:
+            yield from _choices(each)
+
+
+def _bounds(metadata: list[Any]) -> Iterator[str]:
+    for each in metadata:
+        match each:
+            case Ge(ge=bound):
+                yield f", at least {bound:,}"
+            case Gt(gt=bound):
+                yield f", above {bound:,}"
+            case Le(le=bound):
+                yield f", at most {bound:,}"
+
+
+def _default(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None or field.default in ("", ()):
+        return ""
+    if isinstance(field.default, tuple):
+        return f"`{SEPARATORS.get(name, ',').join(map(str, field.default))}`"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
+
+
+def _options_of_up() -> Mapping[str, click.Option]:
+    """Returns the options of ``overfill up`` by name, with their variables."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OVERFILL_")}
+    try:
+        up_command.make_context("up", [])  # adds the variables
+    finally:
+        os.environ.update(kept)
+    return {each.opts[0].removeprefix("--"): each for each in up_command.params if isinstance(each, click.Option)}
+
+
+def _up() -> str:
+    of_services = {variable: (kind, name) for kind in SERVICES for variable, name in kind.variables().items()}
+    rows = []
+    for name, option in _options_of_up().items():
+        variables = option.envvar or []
+        if not variables or isinstance(variables, str):
+            continue
+        keys = [f"`up.{name}`"] if name in UP_KEYS else ["`common.pair`"] if name == "pair" else []
+        keys += [f"`{kind.section}.{flag_name(field)}`" for kind, field in map(of_services.__getitem__, variables[1:])]
+        names = "<br>".join(f"`{each}`" for each in (*option.opts, *option.secondary_opts, *variables))
+        default, meaning = default_and_meaning(option)
+        if keys and keys != [f"`up.{name}`"]:
+            meaning += f" Key: {' or '.join(keys)}."
+        rows.append((f'<span id="up-{name}"></span>{names}', value_of(option), default, meaning))
+    return table(_COLUMNS, rows)
+
+
+def _only_options_of_up() -> str:
+    settings = {name for kind in SERVICES for name in kind.model_fields}
+    names = [name for name, each in _options_of_up().items() if not each.envvar and field_name(name) not in settings]
+    return ", ".join(f"`--{name}`" for name in names) + ".\n"
+
+
+def _mock() -> str:
+    fields = [name for name in MockColocatedConfig.model_fields if name.startswith("mock_")]
+    rows = []
+    for name in fields:
+        field = MockColocatedConfig.model_fields[name]
+        rows.append(
+            (
+                f"`--{flag_name(name)}`",
+                _value(MockColocatedConfig, name),
+                _default(name, field),
+                f"{sentence(cell(field.description or ''))}.",
+            )
+        )
+    return table(("option", "value", "default", "meaning"), rows)
+
+
+def _renamed() -> str:
+    rows = ((f"`{flag_name(old)}`", f"`{flag_name(new)}`", REMOVED_IN) for old, new in RENAMED.items())
+    return table(("earlier", "now", "works until"), rows)
+
+
+_COMMON = list(CommonSettings.model_fields)
+_OF_WORKERS = _new_in(WorkerConfig, CommonSettings)
+TABLES: dict[str, Callable[[], str]] = {
+    "all": lambda: _shared(CommonSettings, _COMMON, SERVICES),
+    "workers": lambda: _shared(WorkerConfig, _OF_WORKERS, (PrefillConfig, DecodeConfig, ColocatedConfig)),
+    "router": lambda: _own(RouterConfig, CommonSettings),
+    "prefill": lambda: _own(PrefillConfig, WorkerConfig),
+    "decode": lambda: _own(DecodeConfig, WorkerConfig),
+    "worker": lambda: _own(ColocatedConfig, DecodeConfig),
+    "up": _up,
+    "up-only-options": _only_options_of_up,
+    "mock": _mock,
+    "renamed": _renamed,
+}
+"""Name of a table -> function that returns its Markdown."""

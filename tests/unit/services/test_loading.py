@@ -1,0 +1,75 @@
+"""Tests what a worker on a GPU says at start when it does not run vLLM."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from overfill.settings.config import ColocatedConfig, DecodeConfig
+from services import loading
+
+EXPECTED = "--engine auto runs the {} on OverFill's own engine, not on vLLM, the engine for GPUs, because "
+
+
+@pytest.fixture
+def warnings(fresh, monkeypatch, caplog):
+    """Returns a function that loads a worker's pair on a device, and returns the warnings. Loads no weights."""
+    monkeypatch.setattr(loading, "use_device", lambda device: None)
+    monkeypatch.setattr(loading, "load_engine", lambda *what: None)
+    monkeypatch.setattr(loading, "load_colocated", lambda *what: None)
+
+    async def load(kind, *flags, device="cuda", engines=("overfill", "vllm")):
+        monkeypatch.setattr(loading, "resolve_device", lambda asked: torch.device(device))
+        folder = fresh()
+        manifest = json.loads((folder / "pair.json").read_text())
+        manifest["decoder"]["engines"] = list(engines)
+        (folder / "pair.json").write_text(json.dumps(manifest))
+        config = kind.parse(["--pair", str(folder), *flags])
+        caplog.clear()
+        if isinstance(config, ColocatedConfig):
+            await loading.load_both_halves_of(config)
+        else:
+            await loading.load_half_of(config, "decoder")
+        return [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+
+    return load
+
+
+async def test_a_worker_without_vllm_says_what_to_install(with_vllm, warnings):
+    with_vllm(False)
+    (line,) = await warnings(DecodeConfig)
+    assert line.startswith(EXPECTED.format("decoder") + "vLLM is not installed here: ")
+    assert "[vllm]" in line
+    assert "the image overfill-worker-vllm" in line
+    assert "\n" not in line
+    with_vllm(True)
+    assert await warnings(DecodeConfig) == []
+
+
+async def test_a_worker_whose_half_vllm_cannot_run_says_why(with_vllm, warnings):
+    with_vllm(True)
+    (line,) = await warnings(DecodeConfig, "--quantize", "int8")
+    assert line == EXPECTED.format("decoder") + (
+        "vLLM cannot quantise the decoder to int8 on load; --quantize none lets vLLM run it"
+    )
+    (line,) = await warnings(DecodeConfig, engines=["overfill"])
+    assert "pair.json leaves vllm out of decoder.engines" in line
+    assert "not installed" not in line
+    with_vllm(False)
+    (line,) = await warnings(DecodeConfig, engines=["overfill"])
+    assert ". Also, vLLM is not installed here: " in line
+
+
+async def test_a_worker_with_both_stages_says_that_it_has_no_vllm(with_vllm, warnings):
+    with_vllm(True)
+    (line,) = await warnings(ColocatedConfig)
+    assert line.startswith(EXPECTED.format("full model and the decoder") + "a worker with both stages has no other")
+
+
+async def test_nothing_is_said_on_a_cpu_or_after_a_choice(with_vllm, warnings):
+    with_vllm(False)
+    assert await warnings(DecodeConfig, device="cpu") == []
+    assert await warnings(DecodeConfig, "--engine", "overfill") == []
+    assert await warnings(ColocatedConfig, "--engine", "overfill") == []
+    assert await warnings(DecodeConfig, engines=["vllm"]) == [], "the choice of the engine refuses it"
