@@ -123,7 +123,7 @@ class Chat:
         note_cut(answer, self._sampling)
         note_tier(answer, self._options.get("tier", ""))
         if answer.text:
-            self._messages = [*messages, Message("assistant", answer.text)]
+            self._messages = [*messages, answer.message]
         if self._verbose:
             from overfill.cli.output import answer_details, console
 

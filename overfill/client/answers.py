@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from overfill.client.requests import ToolCall
+from overfill.client.requests import Message, ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
 from overfill.request.names import CODEC_NAMES, FINISH_REASONS, FinishReason
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
@@ -292,6 +292,11 @@ class Answer:
     tier: str = ""
     parts: tuple[AnswerPart, ...] = ()
     brownout_from: str | None = None
+
+    @property
+    def message(self) -> Message:
+        """The answer, with its tool calls, as the next message of the chat."""
+        return Message("assistant", self.text, self.tool_calls)
 
 
 class AnswerBuilder:

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,11 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
         folder = Path(os.path.abspath(name_or_path))
         _check_readable(folder, MANIFEST)
         if not (folder / MANIFEST).exists():
+            if (folder / "config.json").exists():
+                raise InvalidPair(
+                    f"{str(name_or_path)!r} is a model, not a pair. Make a pair from it: "
+                    f"overfill pair build --full {shlex.quote(str(name_or_path))} --intermediate-size 0.6 --out my-pair"
+                )
             raise InvalidPair(
                 f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
                 f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"

@@ -158,3 +158,42 @@ def test_a_refusal_ends_locust_before_anything_is_sent():
     assert done.returncode == 2, done.stderr
     assert "loadtest: --tags: " in done.stderr
     assert "Shape test starting" not in done.stderr
+
+
+OWN_TASKS = """
+from locust import task
+
+from overfill.client import SamplingParams
+from overfill.lab.loadtest.users import ClientUser
+
+
+class Asker(ClientUser):
+    asked = 0
+
+    @task
+    def both(self):
+        if self.asked == 3:
+            self.environment.runner.quit()
+        self.asked += 1
+        answer = self.ask("short", [5, 6, 7], sampling=SamplingParams(max_tokens=3, ignore_eos=True))
+        assert answer.usage.completion_tokens == 3
+        self.ask("wrong", [])
+        raise AssertionError("a failed request must end the task")
+"""
+
+
+def test_tasks_of_ones_own_are_in_the_statistics(stack, tmp_path):
+    file = tmp_path / "locustfile.py"
+    file.write_text(OWN_TASKS)
+    command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--json", "--run-time=60s"]
+    host = f"--host=grpc://{stack.grpc}"
+    done = subprocess.run([*command, host], capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=False)
+    stats = {entry["name"]: entry for entry in json.loads(done.stdout)}
+    assert "AssertionError" not in done.stderr
+    counts = {name: (entry["num_requests"], entry["num_failures"]) for name, entry in stats.items()}
+    assert counts == {
+        "short TTFT": (3, 0),
+        "short ITL": (6, 0),
+        "short end to end": (3, 0),
+        "wrong end to end": (3, 3),
+    }

@@ -29,7 +29,7 @@ REFERENCE = [ROOT / "docs" / name for name in MADE if name.startswith("reference
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *REFERENCE, *ROOT.glob("deploy/**/*.md")])
 # In "helm install overfill CHART", overfill is a release; in "from overfill import LLM", a package.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )(?<!from )overfill [^|;&#]*")
-OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|kubectl|locust|prometheus|protoc|ruff|serve) ")
+OTHER_PROGRAM = re.compile(r"(?:^|[ /])(curl|docker|helm|jupyter|kubectl|locust|prometheus|protoc|ruff|serve) ")
 # Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),

@@ -170,7 +170,7 @@ def test_a_dash_reads_the_prompt_from_stdin(fake_client: Any, monkeypatch: pytes
 def test_json_is_one_object(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--json", "hi"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["text"] == "It scatters.\n"
+    assert answer["text"] == "It scatters."
     assert answer["timing"]["ttft"] == 0.1
     assert answer["finish_reason"] == "stop"
 
@@ -181,7 +181,7 @@ def test_an_error_in_the_middle_is_exit_1_after_the_text_so_far(
     fake_client.errors.append(Unavailable("lost every worker"))
     assert main(["generate", "hi"]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "It scatters.\n"
+    assert captured.out == "It scatters."
     assert "lost every worker" in captured.err
 
 

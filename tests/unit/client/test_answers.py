@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from overfill.client.answers import TTFT_PARTS, Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs
+from overfill.client.requests import Message, ToolCall
 from overfill.errors import InternalError
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
@@ -37,6 +38,13 @@ def test_deltas_add_up_to_the_answer(say: SimpleNamespace) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.cached_tokens) == (3, 3, 2)
     assert answer.client_ttft == 1
     assert answer.trace is None
+
+
+def test_the_message_of_an_answer_has_its_text_and_its_tool_calls(say: SimpleNamespace) -> None:
+    called = say.delta(0, [10], "I ask.")
+    called.delta.tool_calls.add(index=0, id="c1", name="weather", arguments="{}")
+    _, answer = fold([say.accepted(), called, say.finished()])
+    assert answer.message == Message("assistant", "I ask.", (ToolCall("c1", "weather", "{}"),))
 
 
 def test_an_answer_may_have_no_tokens(say: SimpleNamespace) -> None:

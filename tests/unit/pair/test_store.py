@@ -165,6 +165,12 @@ def test_a_folder_is_taken_as_it_is(tiny_pair: Path, downloads: Downloads, tmp_p
     assert downloads.sources == []
 
 
+def test_a_model_where_a_pair_is_expected_gets_the_command_that_makes_the_pair(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidPair, match=rf"is a model, not a pair.*overfill pair build --full {tmp_path} "):
+        store.resolve_pair(tmp_path)
+
+
 def test_a_full_model_is_a_folder_or_an_id(tiny_pair: Path, downloads: Downloads) -> None:
     assert store.resolve_model(str(tiny_pair / "full")) == tiny_pair / "full"
     for wrong in ("nothing", "../escape", "a/b/c", "./x"):
