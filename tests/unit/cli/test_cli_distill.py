@@ -53,7 +53,7 @@ def test_a_stopped_run_says_how_to_continue(tmp_path: Path, chats: str, monkeypa
     def press_ctrl_c(run: Run) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "train", press_ctrl_c)
+    monkeypatch.setattr(Run, "_run", press_ctrl_c)
     pair = make_tiny_pair(tmp_path / "pair")
     result = call(pair, "--out", tmp_path / "out", "--data", chats, "--held-out", chats, "--steps", "3")
     assert result.exit_code != 0
