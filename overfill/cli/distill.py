@@ -179,7 +179,11 @@ def _train(
             log_line=lambda line: click.echo(line, err=True),
         )
         with freed_memory_kept():
-            run.train()
+            try:
+                run.train()
+            except KeyboardInterrupt:
+                click.echo("overfill: stopped; give the same options and --resume to continue", err=True)
+                raise
     click.echo(out)
 
 

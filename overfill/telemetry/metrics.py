@@ -221,7 +221,7 @@ class RouterMetrics(MetricSet):
         self._read(
             "scaling_input",
             "gauge",
-            "Inputs of the scaling policy; docs/how-to/size-pools.md explains them.",
+            "Inputs of the scaling policy; docs/explanation/routing-and-scaling.md explains them.",
             lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
             {**pool, "input": ()},
         )

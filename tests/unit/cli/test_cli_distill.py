@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from overfill.cli import distill
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.model.manifest import Pair
+from overfill.pair.distill.train import Run
 from overfill.pair.tiny import make_tiny_pair
 
 
@@ -46,6 +47,17 @@ def test_a_pair_is_distilled_and_drawn(tmp_path: Path, chats: str) -> None:
     drawn = CliRunner().invoke(distill_plot_command, [*runs, "--out", str(tmp_path / "both.png")])
     assert drawn.exit_code == 0, drawn.output
     assert (tmp_path / "both.png").stat().st_size > 1000
+
+
+def test_a_stopped_run_says_how_to_continue(tmp_path: Path, chats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press_ctrl_c(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_run", press_ctrl_c)
+    pair = make_tiny_pair(tmp_path / "pair")
+    result = call(pair, "--out", tmp_path / "out", "--data", chats, "--held-out", chats, "--steps", "3")
+    assert result.exit_code != 0
+    assert "--resume to continue" in result.stderr
 
 
 @pytest.mark.parametrize(
