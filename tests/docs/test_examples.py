@@ -18,15 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from prometheus_client.parser import text_string_to_metric_families
 from stacks import running_stack, wait_until
 
 from overfill.cli.ports import free_ports
 from overfill.client import Client
 from overfill.pair.store import resolve_pair
+
+nbformat = pytest.importorskip("nbformat", reason="needs the extra `examples`: make test-docs")
+nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -210,7 +211,7 @@ def test_the_notebook_builds_judges_and_draws_a_pair(tiny_pair: Path, tmp_path: 
     [parameters] = [at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     given = f"FULL_MODEL, OUT = {str(tiny_pair / 'full')!r}, {str(tmp_path / 'pair')!r}"
     notebook.cells.insert(parameters + 1, nbformat.v4.new_code_cell(given))
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert [output for output in outputs if "image/png" in output.get("data", {})]
     assert "two-stage" in "".join(output.get("text", "") for output in outputs)

@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, NotRun, SavedFile, Step, read
-from terminal import Terminal, matches, terminals, updated
+from console_blocks import PAGES, ROOT, NotRun, SavedFile, Step, read
+from console_terminal import Terminal, matches, terminals, updated
 
 PAGE = """
 ```console title="Terminal 1"
-$ serve --port 1 \\
+$ server --port 1 \\
     --quiet
 ready on port 7600
 ```
 
 <!-- not run: needs a GPU -->
 ```console
-$ serve --device cuda
+$ server --device cuda
 ```
 
 ```python title="ask.py"
@@ -53,9 +53,9 @@ def test_steps_files_and_marks_are_found_in_the_order_of_the_page(page: Path) ->
     assert isinstance(serve, Step)
     assert isinstance(ask, Step)
     assert isinstance(stop, Step)
-    assert (serve.terminal, serve.command) == ("Terminal 1", "serve --port 1 \\\n    --quiet")
+    assert (serve.terminal, serve.command) == ("Terminal 1", "server --port 1 \\\n    --quiet")
     assert (serve.output, serve.until_ctrl_c) == (["ready on port 7600"], True)
-    assert gpu == NotRun(9, ["serve --device cuda"], "needs a GPU")
+    assert gpu == NotRun(9, ["server --device cuda"], "needs a GPU")
     assert saved == SavedFile("ask.py", 'print("answer")\n')
     assert (ask.terminal, ask.output, ask.varies, ask.until_ctrl_c) == ("Terminal 2", ["answer"], True, False)
     assert (stop.terminal, stop.command) == ("Terminal 1", "^C")
@@ -68,10 +68,21 @@ def test_a_block_that_begins_with_output_is_refused(tmp_path: Path) -> None:
         read(page)
 
 
-def test_a_stack_that_nobody_stops_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```console\n$ overfill up\n…\n```\n", r"'overfill up' needs a \^C later in Terminal 1"),
+        ("<!-- not run; needs a GPU -->\n```console\n$ true\n```\n", "line 1: a block's mark is"),
+        ("<!-- output varies\n-->\n```console\n$ true\n```\n", "a block's mark is"),
+        ("```console\n$ pip install vllm\n```\n", "'pip install vllm' needs a mark"),
+        ("```console\n$ cd x && docker compose up\n```\n", "needs a mark"),
+        ("<!-- output varies -->\n```console\n$ overfill up\nup\n^C\n```\n", "show the line of 'overfill up'"),
+    ],
+)
+def test_what_cannot_run_safely_is_refused(text: str, said: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```console\n$ overfill up\n…\n```\n")
-    with pytest.raises(ValueError, match=r"'overfill up' needs a \^C later in Terminal 1"):
+    page.write_text(text)
+    with pytest.raises(ValueError, match=said):
         read(page)
 
 
@@ -89,6 +100,9 @@ def test_a_stack_that_nobody_stops_is_refused(tmp_path: Path) -> None:
         (["worker decode-0a1b2c3d joined"], ["worker decode-99887766 joined"], True),
         (["Because … blue."], ["Because air scatters blue."], True),
         (["a   b"], ["", "a b", ""], True),
+        (["6/6 correct, 0 ties"], ["32/32 correct, 0 ties"], True),
+        (["6/6 correct, 0 ties"], ["5/6 correct, 0 ties"], False),
+        (["answered 24 of 24, 0 failed"], ["answered 30 of 30, 2 failed"], False),
     ],
 )
 def test_output_is_compared_without_numbers_and_with_gaps(shown: list[str], printed: list[str], same: bool) -> None:

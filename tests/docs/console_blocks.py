@@ -31,6 +31,9 @@ PAGES = [
 CTRL_C = "^C"
 _FENCE = re.compile(r"^( *)```([\w-]*)(.*)$")
 _MARK = re.compile(r"^\s*<!-- (?:not run: (?P<reason>.+?)|(?P<varies>output varies)) -->$")
+_ALMOST_A_MARK = re.compile(r"^\s*<!--\s*(?:not|output)\b|-->$")
+# Commands that change the reader's machine, or need more of it than a checkout.
+_NEVER_RUN = re.compile(r"(?:^|[;&|]\s*|\$\()(?:sudo|pip|docker|podman|kubectl|helm|apt-get|serve|make) ")
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
@@ -92,7 +95,10 @@ def _blocks(text: str) -> Iterator[_Block]:
         before = next((line for line in reversed(lines[:number]) if line.strip()), "")
         title = _TITLE.search(fence[3])
         inside = [line[indent:] for line in lines[number + 1 : end]]
-        yield _Block(fence[2], title[1] if title else "", number + 1, inside, indent, _MARK.match(before))
+        mark = _MARK.match(before)
+        if mark is None and _ALMOST_A_MARK.search(before):
+            raise ValueError(f"line {number}: a block's mark is '<!-- not run: REASON -->' or '<!-- output varies -->'")
+        yield _Block(fence[2], title[1] if title else "", number + 1, inside, indent, mark)
         number = end + 1
 
 
@@ -122,7 +128,8 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
     """Returns what a reader of ``page`` does, in the order of the page.
 
     Raises:
-        ValueError: a console block does not begin with a command, or nobody stops an ``overfill up``.
+        ValueError: a console block does not begin with a command, a mark is mistyped or missing, or nobody stops an
+            ``overfill up``.
     """
     found: list[Step | SavedFile | NotRun] = []
     running: dict[str, Step] = {}
@@ -135,6 +142,8 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
                 found.append(NotRun(block.line, commands, block.mark["reason"]))
                 continue
             for step in steps:
+                if _NEVER_RUN.search(step.command):
+                    raise ValueError(f"line {step.line + 1}: {step.command!r} needs a mark that says why it is not run")
                 if step.command == CTRL_C and step.terminal in running:
                     running[step.terminal].until_ctrl_c = True
                 running[step.terminal] = step
@@ -144,6 +153,8 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
         elif "." in block.title and not block.title.startswith("examples/"):
             found.append(SavedFile(block.title, "\n".join(block.lines) + "\n"))
     for step in started:
+        if step.varies:
+            raise ValueError(f"line {step.line + 1}: show the line of {step.command!r} to wait for, without a mark")
         if not step.until_ctrl_c:
             raise ValueError(f"line {step.line + 1}: {step.command!r} needs a {CTRL_C} later in {step.terminal}")
     return found

@@ -20,6 +20,8 @@ _VARIABLE = (
     (re.compile(r"\d[\d.,:]*"), "0"),
     (re.compile(r"[\s━╸╺█▏─]+"), " "),
 )
+_SHARE = re.compile(r"\b(\d[\d,]*)(?:/| of )(\d[\d,]*)\b")
+_NONE = re.compile(r"\b0(?= (?:failed|ties|errors)\b)")
 
 
 class Terminal:
@@ -76,6 +78,10 @@ class Terminal:
             lines.pop()
         return lines
 
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
     def wait(self, timeout: float) -> int | None:
         """Waits until the command ends. Returns its exit status; None after ``timeout`` seconds."""
         with self._changed:
@@ -124,6 +130,9 @@ def _children(parent: int) -> list[int]:
 
 
 def _plain(line: str) -> str:
+    # Whether all were right, and whether any failed, is no variable figure.
+    line = _SHARE.sub(lambda share: "all" if share[1] == share[2] else "some", line)
+    line = _NONE.sub("none", line)
     for pattern, instead in _VARIABLE:
         line = pattern.sub(instead, line)
     return line.strip()
