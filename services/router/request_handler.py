@@ -29,6 +29,7 @@ from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import decode_pb2, inference_pb2
+from services.router.limits import READ_GRACE
 from services.router.pace import Pace
 from services.router.running_answer import RunningAnswer
 from services.router.served_tiers import ServedTiers, TierChoice
@@ -37,9 +38,6 @@ T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
-
-READ_GRACE = 5.0
-"""Seconds that a draining router gives clients to read the rest of complete answers."""
 
 
 class StartAnswer(Protocol):

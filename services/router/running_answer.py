@@ -19,9 +19,6 @@ from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, inference_pb2
 from services.router.pace import Pace
 
-STALLED_TIMEOUT = 60.0
-"""Seconds after which the router drops a client that does not read its answer."""
-
 
 class RunningAnswer:
     """One running answer. Call ``next`` until it returns None, within ``with``; then read ``finished``.
