@@ -41,6 +41,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             answer = start(checked, received, context.time_remaining())
         try:
             with answer:
+                # Without it, a stall of the first message leaves gRPC unable to send a status.
+                await context.send_initial_metadata(())
                 await _write(context, _Response(accepted=answer.accepted))
                 while (delta := await answer.next()) is not None:
                     await _write(context, _Response(delta=delta.to_proto()))
