@@ -4,4 +4,4 @@ STALLED_TIMEOUT = 60.0
 """Seconds after which the router drops a client that does not read its answer."""
 
 READ_GRACE = 5.0
-"""Seconds that a draining router gives clients to read the rest of complete answers."""
+"""Seconds that a draining router waits, after the last computation, for a client to read another part of an answer."""

@@ -490,6 +490,35 @@ async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_
         await channel.close(None)
 
 
+async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(stack, monkeypatch):
+    monkeypatch.setattr(request_handler, "READ_GRACE", 100.0)
+    loop, handler = asyncio.get_running_loop(), stack.router._handler
+    real, skipped = loop.time, 0
+    monkeypatch.setattr(loop, "time", lambda: real() + skipped)
+    checked = await handler.check(request())
+    with handler.starting() as start:
+        answer = start(checked, loop.time(), None)
+    with answer:
+        reading = asyncio.ensure_future(answer.next())
+        call = await stack.first.calls.get()
+        await call.reserve()
+        call.tokens(0, [20])
+        assert await reading
+        call.tokens(1, [21])
+        call.done(LENGTH)
+        await stack.idle()
+        waiting = asyncio.ensure_future(handler.wait_idle())
+        await asyncio.sleep(0)
+        skipped += 60
+        assert await answer.next()  # tells that the client has the first delta
+        skipped += 60
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        skipped += 60
+        await waiting
+
+
 async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), timeout=0.3))
     call = await stack.first.calls.get()
