@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from overfill.client import (
     SamplingParams,
     StackStatus,
 )
+from overfill.client.concurrency import AsyncResponses
 from overfill.errors import (
     DeadlineExceeded,
     InternalError,
@@ -518,3 +520,9 @@ def test_an_option_that_does_not_exist_is_refused(sdk: Sdk, router: Any) -> None
     with pytest.raises(TypeError, match=r"no option fallbak, max_tokens; max_tokens belong in sampling=SamplingParams"):
         sdk.run(router.address, "generate", "x", max_tokens=5, fallbak="fast")
     assert router.requests == []
+
+
+def test_a_stream_outside_an_event_loop_fails_once() -> None:
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncResponses(None)
+    gc.collect()
