@@ -53,7 +53,7 @@ def main(question: str) -> None:
             result = FUNCTIONS[call.name](**json.loads(call.arguments))
             print(f"{call.name}({call.arguments}) -> {result}")
             messages.append(Message("tool", json.dumps(result), tool_call_id=call.id))
-        # Without tools, because a grammar of one's own conflicts with that of tool calls.
+        # Without tools, because with them a grammar must be a JSON schema.
         answer = client.chat(messages, sampling=SamplingParams(temperature=0, max_tokens=32, grammar=FORM))
     print(answer.text)
 

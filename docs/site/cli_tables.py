@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import click
 from click_cells import default_and_meaning, value_of
-from settings_tables import value_of_setting
 from table_text import cell, table
 
 from overfill.cli.main import GROUPS, cli
@@ -49,7 +48,7 @@ def _command(command: click.Command, path: str, depth: int) -> Iterator[str]:
     yield f"```text\n{path} {' '.join(command.collect_usage_pieces(context))}\n```\n"
     options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
     if options:
-        yield table(("option", "value", "default", "meaning"), (_row(option, path) for option in options))
+        yield table(("option", "value", "default", "meaning"), map(_row, options))
     if isinstance(command, click.Group):
         for name, each in command.commands.items():
             yield from _command(each, f"{path} {name}", depth + 1)
@@ -67,13 +66,11 @@ def _help(command: click.Command) -> str:
     return "\n".join(parts)
 
 
-def _row(option: click.Option, path: str) -> tuple[str, str, str, str]:
+def _row(option: click.Option) -> tuple[str, str, str, str]:
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
     default, meaning = default_and_meaning(option)
     if option.multiple and "repeat" not in meaning.lower():
         meaning += " May be repeated."
     if option.envvar and option.show_envvar:
         meaning += f" Variable: `{option.envvar}`."
-    # `overfill up` leaves the check of a service's setting to the service, and takes any text.
-    value = value_of_setting(option) if path == "overfill up" else None
-    return names, value or value_of(option), default, meaning
+    return names, value_of(option), default, meaning

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 
 import click
+from pydantic.fields import FieldInfo
 from table_text import cell
+
+from overfill.cli.up_options import SettingParam
+from overfill.settings.allowed import allowed
 
 _LONG_DEFAULT = 25  # characters
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$", re.DOTALL)
@@ -30,6 +34,8 @@ def value_of(option: click.Option) -> str:
     if option.is_flag:
         return ""
     kind = option.type
+    if isinstance(kind, SettingParam):
+        return value_of_setting(kind.field, kind.name)
     if isinstance(kind, click.Choice):
         return ", ".join(f"`{choice}`" for choice in kind.choices)
     if isinstance(kind, click.IntRange | click.FloatRange):
@@ -38,7 +44,17 @@ def value_of(option: click.Option) -> str:
     if isinstance(kind, click.Path | click.File):
         return "folder" if isinstance(kind, click.Path) and not kind.file_okay else "file"
     names = {"integer": "integer", "float": "number", "text": "text", "boolean": "boolean"}
-    return names.get(kind.name) or " or ".join(f"`{each}`" for each in kind.name.split("|"))
+    return names.get(kind.name) or _codes(kind.name)
+
+
+def value_of_setting(field: FieldInfo, placeholder: str) -> str:
+    """Returns what the value of a service's setting may be. A placeholder says more than that it is text."""
+    words = allowed(field)
+    return _codes(placeholder) if words == "text" and placeholder != "TEXT" else cell(words)
+
+
+def _codes(texts: str) -> str:
+    return " or ".join(f"`{each}`" for each in texts.split("|"))
 
 
 def _range(kind: click.IntRange | click.FloatRange) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Mapping
 
 import click
-from annotated_types import Ge, Gt, Le
-from click_cells import default_and_meaning, value_of
+from click_cells import default_and_meaning, value_of, value_of_setting
 from pydantic.fields import FieldInfo
 from table_text import cell, sentence, table
 
 from overfill.cli.up import up_command
+from overfill.settings.allowed import placeholder
 from overfill.settings.common import CommonSettings
 from overfill.settings.config import (
     SERVICES,
@@ -31,22 +30,6 @@ from overfill.settings.renamed import REMOVED_IN, RENAMED
 Settings = type[CommonSettings]
 
 _COLUMNS = ("option, variable", "value", "default", "meaning")
-_ALIASES = {
-    "Port": "port",
-    "PairName": "pair",
-    "Bytes": "size",
-    "EngineArgs": "JSON object",
-    "Addresses": "addresses, separated by commas",
-    "Names": "names, separated by commas",
-    "Origins": "origins, separated by commas",
-    "Tiers": "tiers, separated by semicolons",
-    "TierOrder": "tiers, separated by `>`",
-    "int": "integer",
-    "float": "number",
-    "Path": "path",
-    "str": "text",
-}
-"""Name of a type in a declaration -> its name for people."""
 
 
 def _new_in(kind: Settings, *bases: Settings) -> list[str]:
@@ -82,45 +65,12 @@ def _own(kind: Settings, *bases: Settings) -> str:
 def _row(kind: Settings, name: str, variable: str, prefix: str, note: str = "") -> tuple[str, str, str, str]:
     field, flag = kind.model_fields[name], flag_name(name)
     names = f'<span id="{prefix}-{flag}"></span>`--{flag}`<br>`{variable}`'
-    return names, _value(kind, name), _default(name, field), f"{sentence(cell(field.description or ''))}.{note}"
-
-
-def _value(kind: type[Any], name: str) -> str:
-    """Returns what a value may be, such as ``port or `off` ``."""
-    declaration = next(str(each.__annotations__[name]) for each in kind.__mro__ if name in each.__annotations__)
-    field: FieldInfo = kind.model_fields[name]
-    first = _ALIASES.get(declaration.partition(" | ")[0])
-    choices = [f"`{choice}`" for choice in _choices(field.annotation)]
-    if first is None:
-        return ", ".join(choices)
-    return " or ".join([first + "".join(_bounds(field.metadata)), *choices])
-
-
-def value_of_setting(option: click.Option) -> str | None:
-    """Returns what the value of a service's setting may be; None for an option that is no setting."""
-    name = field_name(option.opts[0].removeprefix("--"))
-    kind = next((kind for kind in SERVICES if name in kind.model_fields), None)
-    return None if kind is None or option.envvar else _value(kind, name)
-
-
-def _choices(annotation: Any) -> Iterator[str]:
-    """Yields the texts of the annotation's Literals."""
-    for each in get_args(annotation):
-        if isinstance(each, str):
-            yield each
-        else:
-            yield from _choices(each)
-
-
-def _bounds(metadata: list[Any]) -> Iterator[str]:
-    for each in metadata:
-        match each:
-            case Ge(ge=bound):
-                yield f", at least {bound:,}"
-            case Gt(gt=bound):
-                yield f", above {bound:,}"
-            case Le(le=bound):
-                yield f", at most {bound:,}"
+    return (
+        names,
+        value_of_setting(field, placeholder(name, field)),
+        _default(name, field),
+        f"{sentence(cell(field.description or ''))}.{note}",
+    )
 
 
 def _default(name: str, field: FieldInfo) -> str:
@@ -174,7 +124,7 @@ def _mock() -> str:
         rows.append(
             (
                 f"`--{flag_name(name)}`",
-                _value(MockColocatedConfig, name),
+                value_of_setting(field, placeholder(name, field)),
                 _default(name, field),
                 f"{sentence(cell(field.description or ''))}.",
             )

@@ -32,18 +32,22 @@ class _PortOrOff(click.ParamType):  # type: ignore[type-arg]  # generic from cli
             self.fail(f"{value!r} is neither a port, 0 to 65535, nor `off`", param, ctx)
 
 
-class _Setting(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Checks the text of a service's setting as the service does."""
+class SettingParam(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Checks the text of a service's setting as the service does.
+
+    Attributes:
+        field: declaration of the setting.
+    """
 
     def __init__(self, kind: type[ServiceConfig], field: str) -> None:
-        self._field = kind.model_fields[field]
-        self.name = placeholder(field, self._field)
+        self.field = kind.model_fields[field]
+        self.name = placeholder(field, self.field)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if wrong := value and fault(self._field, str(value)):
+        if wrong := value and fault(self.field, str(value)):
             self.fail(wrong, param, ctx)
         return str(value)
 
@@ -97,12 +101,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--default-tier",
-        type=_Setting(RouterConfig, "default_tier"),
+        type=SettingParam(RouterConfig, "default_tier"),
         help="Tier of requests that name none.  [default: the tier called default, or else the first]",
     ),
     click.option(
         "--brownout",
-        type=_Setting(RouterConfig, "brownout"),
+        type=SettingParam(RouterConfig, "brownout"),
         help="Tiers from the best to the cheapest, such as 'full > default > fast'. When one cannot meet its "
         "objectives, the next writes the answers of requests that allow it.  [default: none]",
     ),
@@ -127,13 +131,13 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--served-model-name",
-        type=_Setting(RouterConfig, "served_model_name"),
+        type=SettingParam(RouterConfig, "served_model_name"),
         help="Model names that clients may request, separated by commas; answers carry the first.  "
         "[default: the pair's name]",
     ),
     click.option(
         "--allowed-origins",
-        type=_Setting(RouterConfig, "allowed_origins"),
+        type=SettingParam(RouterConfig, "allowed_origins"),
         help="Origins of web pages that may use the OpenAI endpoint, separated by commas, such as "
         "https://chat.example.org; or * for all.  [default: only the router's own page]",
     ),
@@ -150,7 +154,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--host",
-        type=_Setting(RouterConfig, "host"),
+        type=SettingParam(RouterConfig, "host"),
         help="Address to listen on; any other than loopback requires --tls and --api-keys.  [default: 127.0.0.1]",
     ),
     click.option(
@@ -166,7 +170,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--device",
-        type=_Setting(PrefillConfig, "device"),
+        type=SettingParam(PrefillConfig, "device"),
         help="Device to compute on: auto, cpu, cuda or cuda:N.  [default: auto]",
     ),
     click.option(
@@ -176,27 +180,27 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--kv-memory",
-        type=_Setting(PrefillConfig, "kv_memory"),
+        type=SettingParam(PrefillConfig, "kv_memory"),
         help="Size of the KV cache per worker, such as 512MiB.  [default: as much as fits in memory]",
     ),
     click.option(
         "--max-model-len",
-        type=_Setting(PrefillConfig, "max_model_len"),
+        type=SettingParam(PrefillConfig, "max_model_len"),
         help="Maximum tokens of a prompt with its answer.  [default: the model's context length]",
     ),
     click.option(
         "--max-num-seqs",
-        type=_Setting(PrefillConfig, "max_num_seqs"),
+        type=SettingParam(PrefillConfig, "max_num_seqs"),
         help="Maximum number of sequences in one step of a worker.  [default: 64]",
     ),
     click.option(
         "--max-num-batched-tokens",
-        type=_Setting(PrefillConfig, "max_num_batched_tokens"),
+        type=SettingParam(PrefillConfig, "max_num_batched_tokens"),
         help="Maximum prompt tokens that a prefill worker computes in one step.  [default: 2048]",
     ),
     click.option(
         "--data-streams",
-        type=_Setting(DecodeConfig, "data_streams"),
+        type=SettingParam(DecodeConfig, "data_streams"),
         help="Number of parallel connections that transfer a request's KV.  [default: 2]",
     ),
     click.option(
@@ -231,18 +235,18 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--max-queue",
-        type=_Setting(RouterConfig, "max_queue"),
+        type=SettingParam(RouterConfig, "max_queue"),
         help="Maximum number of queued requests per router and priority; further ones are refused.  [default: 1024]",
     ),
     click.option(
         "--max-wait",
-        type=_Setting(RouterConfig, "max_wait"),
+        type=SettingParam(RouterConfig, "max_wait"),
         help="Maximum expected seconds in the queue; requests that would wait longer are refused at once.  "
         "[default: each request's deadline]",
     ),
     click.option(
         "--grace-period",
-        type=_Setting(RouterConfig, "grace_period"),
+        type=SettingParam(RouterConfig, "grace_period"),
         help="Seconds that running requests have to finish at shutdown.  [default: 30]",
     ),
     click.option(
@@ -261,7 +265,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--tls-name", help="DNS name in the certificates.  [default: the host of each address]"),
     click.option(
         "--metrics-port",
-        type=_Setting(RouterConfig, "metrics_port"),
+        type=SettingParam(RouterConfig, "metrics_port"),
         help="Port of /metrics of the first router; the other processes use the next ports. 0 picks free ports; off "
         "disables /metrics.  [default: 0]",
     ),

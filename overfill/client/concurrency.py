@@ -33,11 +33,14 @@ class AsyncResponses:
     """Responses of one streaming gRPC call, for asyncio. Dropping the object cancels the call."""
 
     def __init__(self, call: Any) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None  # ``__del__`` also runs if there is no running loop
+        self._loop = asyncio.get_running_loop()
         self._call = call
-        self._loop = asyncio.get_event_loop()
 
     def __del__(self) -> None:
         # gRPC's own tasks keep a call alive. The garbage collector may run in any thread.
+        if self._loop is None:
+            return
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._call.cancel)
 

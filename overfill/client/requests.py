@@ -75,7 +75,7 @@ Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
 """Text (tokenized unchanged), token ids (used unchanged), or a chat (rendered with the chat template).
 
 A chat message may also be a mapping with the fields of ``Message``, and each of its tool calls one with those of
-``ToolCall``. With tool calls, ``content`` may be None.
+``ToolCall``. An assistant's ``content`` may be None or missing.
 """
 
 
@@ -231,7 +231,9 @@ def _message(index: int, given: Any) -> inference_pb2.ChatMessage:
     if isinstance(message.tool_calls, str | Mapping) or not isinstance(message.tool_calls, Sequence):
         reason = f"is of type {type(message.tool_calls).__name__}; give a sequence of tool calls"
         raise InvalidRequest(f"{field}.tool_calls", reason)
-    content = "" if message.content is None and message.tool_calls else message.content
+    if isinstance(given, Mapping) and "content" not in given and message.role != "assistant":
+        raise InvalidRequest(f"{field}.content", f"is missing; a message of role {message.role!r} needs it")
+    content = "" if message.content is None and message.role == "assistant" else message.content
     return inference_pb2.ChatMessage(
         role=_text(f"{field}.role", message.role),
         content=_text(f"{field}.content", content),

@@ -56,6 +56,7 @@ class DecodeEngine:
 
     Attributes:
         replayed_last: True if the last step replayed known tokens.
+        step_shape: sequences and tokens in the latest step.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class DecodeEngine:
         self._emit = emit
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self.replayed_last = False
-        self._chosen: list[DecodeSequence] = []  # for the latest step
+        self.step_shape = (0, 0)
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
 
@@ -95,11 +96,6 @@ class DecodeEngine:
             blocks_reserved=sum(len(s.blocks) for s in self._sequences.values() if s.state is DecodeState.RECEIVING),
             blocks_leaked=self._prefix.num_leaked,
         )
-
-    @property
-    def step_shape(self) -> tuple[int, int]:
-        """Sequences and tokens in the latest step."""
-        return len(self._chosen), sum(len(s.pending()) for s in self._chosen)
 
     @property
     def num_running(self) -> int:
@@ -157,7 +153,7 @@ class DecodeEngine:
             self.replayed_last = False
             chosen = decodes
         if chosen:
-            self._chosen = chosen
+            self.step_shape = (len(chosen), sum(min(len(s.pending()), self._replay_budget) for s in chosen))
             events.extend(self._compute(chosen))
         if events:
             self._emit(events)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from functools import lru_cache
+
+_SCHEME = re.compile("(dns|ipv4|ipv6):(//[^/]*/)?")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -58,8 +61,9 @@ def instead_of_wildcard(address: str, host: str) -> str:
 
 def target_host(target: str) -> str:
     """Returns the host of a gRPC target, such as ``HOST:PORT`` or ``dns:///HOST:PORT``; loopback for a Unix socket."""
+    address = target[scheme.end() :] if (scheme := _SCHEME.match(target)) else target
     try:
-        return split_address(target.rpartition("/")[2])[0]
+        return split_address(address)[0]
     except ValueError:
         return "127.0.0.1"
 

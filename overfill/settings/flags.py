@@ -47,12 +47,10 @@ def _help(field: FieldInfo) -> str:
     about = field.description or ""
     if field.is_required():
         return f"{about} (required)"
-    shown = field.default not in (None, "", ())
-    return (
-        f"{about} (default: {field.default:g})"
-        if shown and isinstance(field.default, float)
-        else (f"{about} (default: {field.default})" if shown else about)
-    )
+    if field.default in (None, "", ()):
+        return about
+    default = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    return f"{about} (default: {default})"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,16 +63,13 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         namespace, unknown = self.parse_known_args(argv)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            hint = (
-                nearest(flag, known, f"`{self.prog} --help` lists all flags")
-                if flag.startswith("-")
-                else ("every value follows its flag")
-            )
-            self.error(f"{flag}: no such flag; {hint}" if flag.startswith("-") else f"unexpected {flag!r}; {hint}")
-        return namespace
+        if not unknown:
+            return namespace
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            self.error(f"unexpected {flag!r}; every value follows its flag")
+        known = [option for action in self._actions for option in action.option_strings]
+        self.error(f"{flag}: no such flag; {nearest(flag, known, f'`{self.prog} --help` lists all flags')}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

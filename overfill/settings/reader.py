@@ -98,25 +98,30 @@ class SettingsReader(BaseSettings):
             hints = (f"{name}: no such setting; {nearest(name, cls.variables(), cls._all())}" for name in unknown)
             raise BadSettings("; ".join(hints))
         try:
-            values = cls.file_values(cls.find_file(args))
+            file = cls.find_file(args)
+            values = cls.file_values(file)
         except BadConfigFile as error:
             raise BadSettings(str(error)) from error
         token = _from_file.set({name: value for name, (_, value) in values.items()})
         try:
-            return cls._made(args)
+            return cls._made(args, cls._origins_in(file, args))
         finally:
             _from_file.reset(token)
 
     @classmethod
-    def _made(cls, argv: Sequence[str]) -> Self:
-        """Returns the settings from flags, variables and ``_from_file``. Raises BadSettings."""
+    def _made(cls, argv: Sequence[str], origins: Mapping[str, str]) -> Self:
+        """Returns the settings from flags, variables and ``_from_file``. Raises BadSettings.
+
+        Args:
+            origins: field -> origin of its value, for errors.
+        """
         given: dict[str, Any] = dict(
             read_flags(argv, cls.model_fields, cls.program, inspect.getdoc(cls) or "", SEPARATORS)
         )
         try:
             return cls(**given)
         except ValidationError as error:
-            raise BadSettings("; ".join(cls.explain(error, cls.origins(argv)))) from error
+            raise BadSettings("; ".join(cls.explain(error, origins))) from error
 
     @classmethod
     def _all(cls) -> str:
@@ -172,7 +177,10 @@ class SettingsReader(BaseSettings):
         Raises:
             BadConfigFile: as ``find_file``.
         """
-        file = cls.find_file(argv)
+        return cls._origins_in(cls.find_file(argv), argv)
+
+    @classmethod
+    def _origins_in(cls, file: ConfigFile | None, argv: Sequence[str]) -> dict[str, str]:
         found = {name: f"{file.path}: {key}" for name, (key, _) in cls.file_values(file).items()} if file else {}
         found |= {name: variable for variable, name in cls.variables().items() if os.environ.get(variable)}
         given = {argument.partition("=")[0] for argument in rename_service_flags(argv, cls.model_fields)}
@@ -209,7 +217,8 @@ class SettingsReader(BaseSettings):
         settings = rename_fields(settings, cls.model_fields)
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
             raise BadSettings(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
-        return cls._made(_flags({name: value for name, value in settings.items() if value is not None}))
+        argv = _flags({name: value for name, value in settings.items() if value is not None})
+        return cls._made(argv, cls._origins_in(None, argv))
 
     @classmethod
     def explain(cls, error: ValidationError, origins: Mapping[str, str], where: str = "") -> Iterator[str]:

@@ -11,8 +11,8 @@ from overfill.errors import DeadlineExceeded, Overloaded
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
 from overfill.v1 import inference_pb2, inference_pb2_grpc
+from services.router.limits import STALLED_TIMEOUT
 from services.router.request_handler import RequestHandler
-from services.router.running_answer import STALLED_TIMEOUT
 
 MAX_STALLED = 64
 """RPCs of one API key that may wait for a client that does not read. With more, the router refuses the key's requests.
@@ -41,6 +41,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             answer = start(checked, received, context.time_remaining())
         try:
             with answer:
+                # Without it, a stall of the first message leaves gRPC unable to send a status.
+                await context.send_initial_metadata(())
                 await _write(context, _Response(accepted=answer.accepted))
                 while (delta := await answer.next()) is not None:
                     await _write(context, _Response(delta=delta.to_proto()))

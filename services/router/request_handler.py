@@ -29,6 +29,7 @@ from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import decode_pb2, inference_pb2
+from services.router.limits import READ_GRACE
 from services.router.pace import Pace
 from services.router.running_answer import RunningAnswer
 from services.router.served_tiers import ServedTiers, TierChoice
@@ -37,9 +38,6 @@ T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
-
-READ_GRACE = 5.0
-"""Seconds that a draining router gives clients to read the rest of complete answers."""
 
 
 class StartAnswer(Protocol):
@@ -108,6 +106,7 @@ class RequestHandler:
         self._all_closed, self._all_read = asyncio.Event(), asyncio.Event()
         self._all_closed.set()
         self._all_read.set()
+        self._read_at = 0.0  # time when a client had read a delta
         self._draining = False
 
     @property
@@ -259,6 +258,7 @@ class RequestHandler:
             signals=self.signals,
             rolling_stats=self.rolling_stats,
             pace=self.pace,
+            on_read=self._on_read,
             close=self._close,
         )
 
@@ -289,11 +289,17 @@ class RequestHandler:
         self._draining = True
 
     async def wait_idle(self) -> None:
-        """Returns once no request runs and all answers are read, at latest ``READ_GRACE`` after the last has run."""
+        """Returns once no request runs and all answers are read.
+
+        When the last request has run, it waits for readers only while a client reads a delta every ``READ_GRACE``.
+        """
         await self._all_closed.wait()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(READ_GRACE):
-                await self._all_read.wait()
+        now = asyncio.get_running_loop().time
+        self._read_at = now()
+        while not self._all_read.is_set() and (left := self._read_at + READ_GRACE - now()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._all_read.wait()
 
     def abort_all(self, error: OverfillError) -> None:
         """Ends every running request with ``error``."""
@@ -308,6 +314,9 @@ class RequestHandler:
             self._release(self._running.pop(relay))
         if not self._running:
             self._all_read.set()
+
+    def _on_read(self, now: float) -> None:
+        self._read_at = now
 
     def _closed(self, relay: Relay) -> None:
         self._open.discard(relay)

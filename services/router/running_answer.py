@@ -19,9 +19,6 @@ from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, inference_pb2
 from services.router.pace import Pace
 
-STALLED_TIMEOUT = 60.0
-"""Seconds after which the router drops a client that does not read its answer."""
-
 
 class RunningAnswer:
     """One running answer. Call ``next`` until it returns None, within ``with``; then read ``finished``.
@@ -31,6 +28,7 @@ class RunningAnswer:
         text: what turns its tokens into text.
         key: name of the API key, for metrics; empty without one.
         interval: minimum number of tokens in a delta, except in the first and the last one.
+        on_read: called with the event loop's time when the client has a delta.
         close: ends the relay; called with it and with the reason if the request is not answered, else None.
 
     Attributes:
@@ -50,6 +48,7 @@ class RunningAnswer:
         signals: Signals,
         rolling_stats: RollingStats,
         pace: Pace,
+        on_read: Callable[[float], None],
         close: Callable[[Relay, BaseException | None], None],
     ) -> None:
         self.accepted = accepted
@@ -60,6 +59,7 @@ class RunningAnswer:
         self._signals = signals
         self._rolling_stats = rolling_stats
         self._pace = pace
+        self._on_read = on_read
         self._close = close
         self._relay = relay
         self._text = text
@@ -132,6 +132,7 @@ class RunningAnswer:
     def _count(self, handed: AnswerDelta) -> None:
         last, relay = self._handed_at, self._relay
         now = self._handed_at = asyncio.get_running_loop().time()
+        self._on_read(now)
         tier = relay.tier
         self._metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key, tier)
         self._rolling_stats.tokens(len(handed.token_ids), now)

@@ -153,6 +153,21 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
         assert sorted(name for name in options if f">{name}<" not in section) == [], path
 
 
+@pytest.mark.parametrize("page", ["settings", "cli"])
+def test_every_option_that_takes_a_value_says_which(site: Path, page: str) -> None:
+    options = [each for _, command in _commands(cli, "overfill") for each in command.params]
+    flags = {
+        name
+        for each in options
+        if isinstance(each, click.Option) and each.is_flag
+        for name in (*each.opts, *each.secondary_opts)
+    }
+    rows = re.findall(r"<tr>\n<td>(.*)</td>\n<td>(.*)</td>", _text(site, page))
+    assert len(rows) > 50
+    without = {name for names, value in rows if not value for name in re.findall(r"(?<=>)--[a-z-]+", names)}
+    assert sorted(without - flags) == []
+
+
 def test_every_rpc_message_and_field_is_in_the_reference(site: Path) -> None:
     text, ids = _text(site, "wire"), _reference(site, "wire").ids
     files = [importlib.import_module(f"overfill.v1.{name}_pb2").DESCRIPTOR for name in PROTOS]

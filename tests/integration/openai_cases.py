@@ -369,9 +369,13 @@ def _messages(ask: Ask) -> None:
     assert ask(messages=messages)["usage"]["prompt_tokens"] == count
     messages[2]["tool_calls"][0]["function"]["arguments"] = '{"n": "cut by max_tok'
     assert ask(messages=messages)["usage"]["prompt_tokens"] > count
-    for content in ("", None, []):
+    for content in ("", []):
         for role in ("system", "user", "assistant"):
             assert ask(messages=[*messages, {"role": role, "content": content}])["choices"]
+    for empty in ({"content": None}, {}):
+        assert ask(messages=[*messages, {"role": "assistant"} | empty])["choices"]
+        for role in ("system", "developer", "user", "tool"):
+            refuses(ask, "messages[4].content", messages=[*messages, {"role": role, "tool_call_id": "c"} | empty])
 
 
 def _prompt(ask: Ask) -> None:
@@ -413,8 +417,9 @@ CHAT = [
     Case(
         "messages",
         "supported",
-        "text only; roles system, developer (as system), user, assistant, tool; the content may be empty; arguments of "
-        "a call that are no JSON object, as when `max_tokens` cut them, are shown as text; other keys are ignored",
+        "text only; roles system, developer (as system), user, assistant, tool; the content may be empty, and an "
+        "assistant's null or missing; arguments of a call that are no JSON object, as when `max_tokens` cut them, are "
+        "shown as text; other keys are ignored",
         check=_messages,
     ),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),

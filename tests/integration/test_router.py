@@ -4,11 +4,12 @@ import asyncio
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
 import pytest
 
+from overfill.api import keys
 from overfill.api.tokenizer import Tokenizer
 from overfill.client import AsyncClient
 from overfill.errors import (
@@ -441,6 +442,40 @@ async def test_a_client_that_reads_nothing_is_given_up(stack, monkeypatch):
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_a_key_whose_client_reads_no_first_message_is_refused_until_it_has_read(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "STALLED_TIMEOUT", 0.1)
+    monkeypatch.setattr(inference, "MAX_STALLED", 1)
+    file, secret = tmp_path / "keys.json", tmp_path / "secret"
+    secret.write_text("a secret of 32 characters at least")
+    metadata = [("authorization", f"Bearer {keys.create(file, 'slow')}")]
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 5)]
+    async with (
+        asyncio.timeout(30),
+        running(tiny_pair, grace_period=0, api_keys=file, stack_secret=secret) as stack,
+        grpc.aio.insecure_channel(stack.address, options=narrow) as channel,
+        open_channel(stack.address) as other,
+    ):
+        handler = stack.router._handler
+        unread = inference_pb2_grpc.InferenceStub(channel).Generate(request(), metadata=metadata)
+        await until(lambda: handler._running)
+        await until(lambda: not handler._running)
+
+        async def is_refused():
+            asking = inference_pb2_grpc.InferenceStub(other).Generate(request(), metadata=metadata)
+            with suppress(grpc.aio.AioRpcError):
+                await asking.read()
+                asking.cancel()
+            return await asking.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        assert await is_refused()
+        with pytest.raises(grpc.aio.AioRpcError, match=r"the client has read nothing for 0\.1 s") as ended:
+            async for _ in unread:
+                pass
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        while await is_refused():  # the router learns a moment later than the client that the RPC has ended
+            await asyncio.sleep(0.01)
+
+
 async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_answer(tiny_pair, monkeypatch):
     monkeypatch.setattr(request_handler, "READ_GRACE", 0.1)
     async with asyncio.timeout(30):
@@ -453,6 +488,35 @@ async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_
             await stack.idle()
             assert stack.router._handler._running, "or the test proves nothing"
         await channel.close(None)
+
+
+async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(stack, monkeypatch):
+    monkeypatch.setattr(request_handler, "READ_GRACE", 100.0)
+    loop, handler = asyncio.get_running_loop(), stack.router._handler
+    real, skipped = loop.time, 0
+    monkeypatch.setattr(loop, "time", lambda: real() + skipped)
+    checked = await handler.check(request())
+    with handler.starting() as start:
+        answer = start(checked, loop.time(), None)
+    with answer:
+        reading = asyncio.ensure_future(answer.next())
+        call = await stack.first.calls.get()
+        await call.reserve()
+        call.tokens(0, [20])
+        assert await reading
+        call.tokens(1, [21])
+        call.done(LENGTH)
+        await stack.idle()
+        waiting = asyncio.ensure_future(handler.wait_idle())
+        await asyncio.sleep(0)
+        skipped += 60
+        assert await answer.next()  # tells that the client has the first delta
+        skipped += 60
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        skipped += 60
+        await waiting
 
 
 async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):

@@ -202,6 +202,9 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
     if variables:
         chat.chat_template_kwargs = _json("chat_template_kwargs", variables)
     for index, message in enumerate(messages):
+        # This server, as OpenAI's, writes null for an assistant's content if the answer has no text.
+        if message.content is None and message.role != "assistant":
+            raise _invalid(f"messages[{index}].content", f"is missing; a message of role {message.role!r} needs it")
         made = chat.messages.add(
             role="system" if message.role == "developer" else message.role,
             content=_content(message.content, f"messages[{index}].content"),

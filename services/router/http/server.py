@@ -22,7 +22,7 @@ from overfill.rpc.addresses import is_loopback
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 from services.router.http.connection import Connection
-from services.router.running_answer import STALLED_TIMEOUT
+from services.router.limits import STALLED_TIMEOUT
 
 HEAD_TIMEOUT = 10.0
 """Seconds for the head of a request to arrive, counted from the connection or from its first byte."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from overfill.client import (
     SamplingParams,
     StackStatus,
 )
+from overfill.client.concurrency import AsyncResponses
 from overfill.errors import (
     DeadlineExceeded,
     InternalError,
@@ -489,6 +491,9 @@ def test_status_names_the_address_that_answered(sdk: Sdk, router: Any, another_r
         ("0.0.0.0", "dns:///serve.example.org:7600", (
             "dns:///serve.example.org:7600", "serve.example.org:9600", "serve.example.org:8000",
         )),
+        ("0.0.0.0", "dns:h:7600", ("dns:h:7600", "h:9600", "h:8000")),
+        ("0.0.0.0", "ipv4:10.0.0.1:7600", ("ipv4:10.0.0.1:7600", "10.0.0.1:9600", "10.0.0.1:8000")),
+        ("[::]", "ipv6:[::1]:7600", ("ipv6:[::1]:7600", "[::1]:9600", "[::1]:8000")),
         ("0.0.0.0", "unix:/run/r.sock", ("unix:/run/r.sock", "127.0.0.1:9600", "127.0.0.1:8000")),
         ("10.0.0.7", "127.0.0.1:17600", ("10.0.0.7:7600", "10.0.0.7:9600", "10.0.0.7:8000")),
     ],
@@ -515,3 +520,9 @@ def test_an_option_that_does_not_exist_is_refused(sdk: Sdk, router: Any) -> None
     with pytest.raises(TypeError, match=r"no option fallbak, max_tokens; max_tokens belong in sampling=SamplingParams"):
         sdk.run(router.address, "generate", "x", max_tokens=5, fallbak="fast")
     assert router.requests == []
+
+
+def test_a_stream_outside_an_event_loop_fails_once() -> None:
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncResponses(None)
+    gc.collect()

@@ -41,6 +41,12 @@ def test_tool_calls_may_be_mappings_and_then_content_may_be_none(content: str | 
         assert list(build([Message(**given)]).chat.messages) == [from_mapping]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rest", [{"content": None}, {}])
+def test_an_assistants_content_may_be_absent(rest: dict[str, None]) -> None:
+    (message,) = build([{"role": "assistant"} | rest]).chat.messages
+    assert (message.role, message.content) == ("assistant", "")
+
+
 def test_all_other_arguments_are_passed_on() -> None:
     sampling = SamplingParams(temperature=0.5, seed=3)
     request = build(model="m", sampling=sampling, stop=["a", "b"], request_id="r", resume_token_ids=[9], trace=True)
@@ -67,6 +73,8 @@ def test_all_other_arguments_are_passed_on() -> None:
         ("chat.messages[0]", {"prompt": [{"content": "u"}]}),
         ("chat.messages[0]", {"prompt": [{"role": "user", "content": "u", "name": "n"}]}),
         ("chat.messages[0].content", {"prompt": [{"role": "user", "content": None}]}),
+        ("chat.messages[0].content", {"prompt": [{"role": "user"}]}),
+        ("chat.messages[0].content", {"prompt": [{"role": "tool", "tool_call_id": "c"}]}),
         ("chat.messages[0].content", {"prompt": [Message("user", "\udfff")]}),
         ("chat.messages[0].tool_calls", {"prompt": [{"role": "assistant", "tool_calls": None}]}),
         ("chat.messages[0].tool_calls", {"prompt": [{"role": "assistant", "tool_calls": CALL}]}),

@@ -1,5 +1,7 @@
 """Tests the decode engine: continuous batching, preemption and resumption, without a lost block."""
 
+import gc
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -51,6 +53,17 @@ def test_an_answer_continues_after_the_first_token_until_max_tokens(runner, pool
     assert tokens(events, "a") == [11, 12, 13]
     assert events[-1].finish is FinishReason.LENGTH
     assert [e.index for e in events if isinstance(e, TokenSampled)] == [1, 2, 3]
+
+
+def test_an_idle_engine_keeps_the_shape_of_its_last_step_but_no_sequence(runner, pool, events):
+    engine = new_engine(runner, pool, events)
+    engine.handle(Reserve(sequence("ended")))
+    engine.handle(Start("ended", 10))
+    while engine.step():
+        pass
+    assert engine.step_shape == (1, 1)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is DecodeSequence and each.id == "ended"]
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(runner, pool, events):

@@ -23,6 +23,9 @@ class Context:
     def time_remaining(self):
         return None
 
+    async def send_initial_metadata(self, metadata):
+        pass
+
     async def write(self, message):
         await asyncio.Event().wait()
 

@@ -52,6 +52,7 @@ class Answer:
             signals=signals,
             rolling_stats=RollingStats(),
             pace=self.pace,
+            on_read=lambda now: None,
             close=lambda relay, error: relay.close(),
         )
 

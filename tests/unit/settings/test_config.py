@@ -11,6 +11,7 @@ import pytest
 
 from overfill.api.keys import BadKeyFile
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.reader import BadSettings
 
 KINDS = (PrefillConfig, DecodeConfig, RouterConfig)
 
@@ -243,6 +244,12 @@ def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> N
     with pytest.raises(ValueError, match="kv_memroy: no such setting; overfill-decode --help lists"):
         DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
     with pytest.raises(ValueError, match="--data-streams"):
+        DecodeConfig.of({"pair": "p", "data_streams": 0})
+
+
+def test_settings_by_name_read_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_DECODE_CONFIG", "/nowhere/overfill.yaml")
+    with pytest.raises(BadSettings, match=r"^--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})
 
 
