@@ -544,7 +544,7 @@ async def test_a_resubmitted_request_continues_after_the_clients_tokens(stack, c
     [
         ({"prompt": PROMPT, "model": "another"}, ModelNotFound),
         ({"prompt": []}, InvalidRequest),
-        ({"prompt": [{"role": "user", "content": ""}]}, InvalidRequest),
+        ({"prompt": [{"role": "robot", "content": "Hi"}]}, InvalidRequest),
         ({"prompt": [10**6]}, InvalidRequest),
         ({"prompt": list(range(100)) * 30}, PromptTooLong),
         ({"prompt": PROMPT, "sampling": SamplingParams(max_tokens=2040)}, None),
