@@ -29,6 +29,7 @@ _MIN_PER_BIN = 5
 _GROUPS = 10
 """Number of groups, by time to first token, in the plot of its parts."""
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c9c9c")
+_DUE = "when the request was to be sent, seconds since the start"
 _LINES = {50: "#1b9e77", 90: "#d95f02", 99: "#7570b3"}
 
 _STYLE = """
@@ -103,8 +104,9 @@ def _over_time(done: Sequence[Outcome]) -> Any:
                 axes.plot(*zip(*points, strict=True), color=_LINES[percentile], marker=".", label=f"p{percentile}")
         axes.set(ylabel=f"{label} (ms)", ylim=(0, None))
         axes.grid(alpha=0.3)
-    rows[0].legend(ncols=3, loc="upper right")
-    rows[-1].set_xlabel("due, seconds since the start")
+    # Above the axes, because the highest points are often the last ones.
+    rows[0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    rows[-1].set_xlabel(_DUE)
     return figure
 
 
@@ -114,12 +116,13 @@ def _parts(timed: Sequence[Outcome]) -> Any:
     places = [0.5 * (low + high) for low, high, _ in bins]
     width = max(1e-3, 0.9 * (bins[0][1] - bins[0][0]))
     _stack(left, places, [of_bin for _, _, of_bin in bins], width)
-    left.set(xlabel="due, seconds since the start", ylabel="time to first token (ms)")
+    left.set(xlabel=_DUE, ylabel="time to first token (ms)")
     ranked = sorted(timed, key=lambda outcome: outcome.ttft)
     groups = [list(group) for group in np.array_split(np.array(ranked, dtype=object), _GROUPS) if len(group)]
     _stack(right, list(range(1, len(groups) + 1)), groups, 0.9)
     right.set(xlabel="tenth of the answers, fastest first", xticks=range(1, len(groups) + 1))
-    left.legend(*right.get_legend_handles_labels(), fontsize="small")
+    handles = right.get_legend_handles_labels()
+    figure.legend(*handles, ncols=len(_COLOURS), loc="upper center", fontsize="small", frameon=False)
     return figure
 
 

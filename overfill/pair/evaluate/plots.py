@@ -87,7 +87,7 @@ def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
                     zorder=3 + index,
                 )
         axes.set(xlabel=label)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * max(measure(point) for point in points))  # no marker is cut
         axes.set_ylim(top=101)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("agreement with the full model (%)")
