@@ -26,6 +26,10 @@ class OneStage:
         self.engine = engine
         self._half = half
 
+    @property
+    def step_shape(self) -> tuple[int, int]:
+        return self.engine.step_shape
+
     def load(self) -> EngineLoad:
         load = self.engine.load()
         return load.prefill if self._half == "full" else load.decode
