@@ -94,7 +94,8 @@ class DecodeConformance(_AnswerTests):
         for decoding in decodings:
             driver.proceed(decoding)
         driver.step()
-        assert driver.core.step_shape == (3, 3)
+        # A worker that computes its prompts itself has done so in this step.
+        assert driver.core.step_shape in ((3, 3), (3, 27))
         driver.run()
         assert_right(driver, *decodings)
 
