@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,15 @@ def fill_cache(home: Path) -> None:
         shutil.copytree(cache, target, symlinks=True)
 
 
-def ports_in_use() -> list[int]:
+def ports_in_use(patience: float = 60.0) -> list[int]:
+    """Returns which of ``PORTS`` are in use, after ``patience`` seconds for a stack that is ending, as Ray's does."""
+    end = time.monotonic() + patience
+    while (used := _used_ports()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return used
+
+
+def _used_ports() -> list[int]:
     def used(port: int) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0

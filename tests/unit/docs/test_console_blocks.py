@@ -97,6 +97,7 @@ def test_what_cannot_run_safely_is_refused(text: str, said: str, tmp_path: Path)
         (["…", "c"], ["a", "b", "c"], True),
         (["a", "…", "c"], ["a", "c"], True),
         (["a", "…", "d"], ["a", "b", "c"], False),
+        (["prefill-fast-uglsbpxa ready"], ["prefill-fast-erhtvqji ready"], True),
         (["worker decode-0a1b2c3d joined"], ["worker decode-99887766 joined"], True),
         (["Because … blue."], ["Because air scatters blue."], True),
         (["a   b"], ["", "a b", ""], True),
