@@ -4,8 +4,8 @@ Start a stack with `overfill up`, then:
 
     $ python examples/openai_client.py
 
-OpenAI's variables OPENAI_BASE_URL and OPENAI_API_KEY name another endpoint and its key. Whatever works with OpenAI's
-endpoint and is listed as supported in docs/reference/openai.md works here.
+OpenAI's variables OPENAI_BASE_URL and OPENAI_API_KEY name another endpoint and its key. The page
+docs/reference/openai.md lists the fields that the stack supports.
 """
 
 import os

@@ -169,8 +169,9 @@ class AccessPolicy:
     def check(self, rule: Rule, shown: str | None, roles: frozenset[Role] | None) -> KeyHolder | None:
         """Admits the caller and returns the owner of its API key; None when no key was needed.
 
-        With API keys, a certificate alone admits no request for an answer, whatever its role: quota, priority, tier and
-        cache namespace are those of the key. The stack's secret does, because only processes of one machine have it.
+        Where API keys are configured, a request for an answer needs one beside any certificate, because quota,
+        priority, tier and cache namespace are the key's. The stack's secret replaces the key, because only processes of
+        this machine have it.
 
         Args:
             shown: API key or secret that the caller sent.

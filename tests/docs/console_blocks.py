@@ -128,8 +128,8 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
     """Returns what a reader of ``page`` does, in the order of the page.
 
     Raises:
-        ValueError: a console block does not begin with a command, a mark is mistyped or missing, or nobody stops an
-            ``overfill up``.
+        ValueError: a console block does not begin with a command; a mark is mistyped or missing; or the page has no
+            ctrl-C for an ``overfill up``.
     """
     found: list[Step | SavedFile | NotRun] = []
     running: dict[str, Step] = {}
@@ -148,8 +148,7 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
                     running[step.terminal].until_ctrl_c = True
                 running[step.terminal] = step
             found += steps
-            never_ends = [step for step in steps if step.command.startswith("overfill up") and "&" not in step.command]
-            started += never_ends
+            started += [step for step in steps if step.command.startswith("overfill up") and "&" not in step.command]
         elif "." in block.title and not block.title.startswith("examples/"):
             found.append(SavedFile(block.title, "\n".join(block.lines) + "\n"))
     for step in started:

@@ -108,7 +108,7 @@ class Terminal:
                 os.killpg(os.getpgid(child), signal.SIGINT)
 
     def close(self) -> None:
-        """Ends the terminal, with whatever still runs in it."""
+        """Ends the terminal and the processes that still run in it."""
         for stop in (signal.SIGTERM, signal.SIGKILL):
             for child in _children(self._bash.pid):
                 with contextlib.suppress(ProcessLookupError):

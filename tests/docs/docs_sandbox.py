@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from console_blocks import ROOT
+
 from overfill.process.home import home as cache_folder
 
-ROOT = Path(__file__).parents[2]
 PORTS = (7600, 8000)  # as the docs show them
 
 
