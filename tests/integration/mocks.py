@@ -54,7 +54,7 @@ def mock_stack(
     Args:
         colocated: number of workers with both stages, ``worker-0`` and so on, beside ``prefill`` and ``decode``.
         tiers: pair of each tier by name. Each tier has one decode worker, ``decode-TIER-0``; ``pair`` is for prefill.
-        decode_settings: flags of every decode worker; with ``tiers``, flags by tier.
+        decode_settings: flags of every worker that decodes; with ``tiers``, flags by tier.
         workers: flags of every mock worker.
         router: the router's flags.
     """
@@ -96,7 +96,7 @@ def mock_stack(
                     mock_worker(MockDecodeConfig.parse(_flags(settings)))
                 )
             for index in range(colocated):
-                settings = common | {"worker_id": f"worker-{index}"}
+                settings = common | {"worker_id": f"worker-{index}"} | (decode_settings or {})
                 running[f"worker-{index}"] = await stack.enter_async_context(
                     mock_worker(MockColocatedConfig.parse(_flags(settings)))
                 )

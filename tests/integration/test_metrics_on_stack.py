@@ -85,8 +85,9 @@ def test_failures_count(stack):
 
 
 def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
-    with mock_stack(tiny_pair, colocated=1) as stack, Client(stack.grpc) as client:
-        streams = [client.stream([5, 6], sampling=SamplingParams(max_tokens=2000)) for _ in range(4)]
+    steps = {"mock_step": 0.01}  # the answers last 20 s
+    with mock_stack(tiny_pair, colocated=1, decode_settings=steps) as stack, Client(stack.grpc) as client:
+        streams = [client.stream([5, 6], sampling=SamplingParams(max_tokens=2000, ignore_eos=True)) for _ in range(4)]
         for stream in streams:
             next(stream.__enter__())
         now = scrape(stack)
