@@ -131,7 +131,7 @@ docs: .venv/.docs  ## Build the documentation site in build/docs; a broken link 
 docs-serve: .venv/.docs  ## Show the site on http://127.0.0.1:8001 and rebuild a page when it changes
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8001
 
-test-docs: .venv/.docs  ## Run the commands that the docs show, the examples, and the checks of the built site
+test-docs: .venv/.docs .venv/.prometheus  ## Run the commands that the docs show, the examples, and the checks of the built site
 	$(PYTEST) -m "not slow" tests/docs
 
 # What the site and the examples need beyond what the tests need.

@@ -79,9 +79,14 @@ def ttft_table(answer: Answer) -> Table:
     return table
 
 
-def status_tables(status: StackStatus, tls: bool = False) -> RenderableType:
-    """Returns a table with a line per worker and stage. If several routers share the address, another lists these."""
-    workers = _worker_table(status, tls)
+def status_tables(status: StackStatus, tls: bool = False, wide: bool = False) -> RenderableType:
+    """Returns a table with a line per worker and stage. If several routers share the address, another lists these.
+
+    Args:
+        tls: the stack uses TLS.
+        wide: also show the address, process id and metrics address of each worker.
+    """
+    workers = _worker_table(status, tls, wide)
     return Group(_router_table(status), workers) if len(status.routers) > 1 else workers
 
 
@@ -104,17 +109,18 @@ def _router_table(status: StackStatus) -> Table:
     return table
 
 
-def _worker_table(status: StackStatus, tls: bool) -> Table:
+def _worker_table(status: StackStatus, tls: bool, wide: bool) -> Table:
     url = openai_url(status, tls)
     metrics = status.process.metrics_address
     title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
     title += f"; metrics at {metrics}" if metrics and len(status.routers) < 2 else ""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-    for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state", "address"):
+    for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state"):
         table.add_column(column)
-    for column in ("pid", "running", "waiting", "KV blocks: used", "cached", "total", "prefix hits"):
+    for column in ("running", "waiting", "KV used", "cached", "total", "prefix hits"):
         table.add_column(column, justify="right")
-    table.add_column("metrics")
+    for column in ("address", "pid", "metrics") if wide else ():
+        table.add_column(column)
     for worker in status.workers:
         row = worker_json(worker)
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
@@ -122,8 +128,9 @@ def _worker_table(status: StackStatus, tls: bool) -> Table:
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
         tier = [row["tier"] or "–"] if status.several_tiers else []
         stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
-        names = (worker.id, stage, *tier, row["engine"] or "?", worker.state, worker.address)
-        table.add_row(*names, *numbers, hits, row["metrics_address"] or "–")
+        names = (worker.id, stage, *tier, row["engine"] or "?", worker.state)
+        place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–") if wide else ()
+        table.add_row(*names, *numbers, hits, *place)
     return table
 
 
@@ -162,7 +169,7 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
 
 
 _ROUTER_NUMBERS = ("pid", "running", "waiting", "tokens_per_second", "answers_last_minute")
-_WORKER_NUMBERS = ("pid", "running", "waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")
+_WORKER_NUMBERS = ("running", "waiting", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")
 
 
 def _summary(answer: Answer) -> Table:

@@ -13,9 +13,11 @@ _ANSWER_SECONDS = 5.0
 
 @click.command("status")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--wide", is_flag=True, help="Also show the workers' addresses, process ids and metrics addresses.")
 @connection_options
 def status_command(
     as_json: bool,
+    wide: bool,
     address: str,
     tls_ca: Path | None,
     tls_cert: Path | None,
@@ -41,7 +43,7 @@ def status_command(
     if as_json:
         print_json(status_json(status, tls))
     else:
-        console().print(status_tables(status, tls))
+        console().print(status_tables(status, tls, wide))
     if not status.serving:
         click.echo(f"overfill: {stack_state(status)}", err=True)
     return 0 if status.serving else 1

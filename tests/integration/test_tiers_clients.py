@@ -104,7 +104,12 @@ def test_status_shows_each_tier(stack, client, capsys):
     assert told["tiers"]["fast"] == {"ready": 1, "expected": 1, "brownout": False}
     assert {worker["tier"] for worker in told["workers"]} == {None, "default", "fast"}
     assert main(["status", "--address", stack.grpc]) == 0
-    assert "tier" in capsys.readouterr().out
+    (address,) = {worker.address for worker in status.workers if worker.tier == "fast"}
+    table = capsys.readouterr().out
+    assert "tier" in table
+    assert address not in table
+    assert main(["status", "--wide", "--address", stack.grpc]) == 0
+    assert address in capsys.readouterr().out
     assert main(["top", "--once", "--address", stack.grpc]) == 0
     assert "decode, tier fast: mock" in capsys.readouterr().out
 
