@@ -20,7 +20,7 @@ class AddressFailover:
 
     It gives up once every address has failed since a router last accepted the request or sent a part of the answer. A
     router that says that it shuts down begins a new round: while a silent address was tried, another router may have
-    been replaced.
+    been replaced. A router that leaves is asked again once, because its address may now lead to another one.
     Routers that accept the request and then fail are tried for four rounds: a failed router may be back before the next
     one fails.
 
@@ -42,6 +42,7 @@ class AddressFailover:
         self._addresses = deque(addresses)
         self._failures = 0  # since a router last accepted the request, or said that it shuts down
         self._losses = 0  # since the last part of the answer
+        self._leave: OverfillError | None = None  # of the first router that left since the last part of the answer
         self._clock = clock
         self._deadline = None if timeout is None else clock() + timeout
 
@@ -64,20 +65,23 @@ class AddressFailover:
     def progressed(self) -> None:
         """Record that the router at ``address`` has sent a part of the answer."""
         self._failures = self._losses = 0
+        self._leave = None
 
     def next_address_or_error(self, error: grpc.RpcError) -> OverfillError | None:
         """Move to the next address after a failed call, and return None; or return the error to raise."""
         failure = from_rpc_error(error, self.address)
         # A router that shuts down may cancel the answer; this client did not. A router that answers Unavailable itself
         # is alive and has given the request up.
-        lost = isinstance(failure, ShuttingDown | RequestCancelled) or (
-            isinstance(failure, Unavailable) and not is_word_of_peer(error)
-        )
-        lost = lost or (self._shared and isinstance(failure, DeadlineExceeded))
-        self._failures = 1 if isinstance(failure, ShuttingDown) else self._failures + 1
+        leaves = isinstance(failure, ShuttingDown | RequestCancelled)
+        unreachable = isinstance(failure, Unavailable) and not is_word_of_peer(error)
+        lost = leaves or unreachable or (self._shared and isinstance(failure, DeadlineExceeded))
         self._losses += 1
-        count = len(self._addresses)
-        if not lost or self._failures >= count or self._losses >= _MAX_ROUNDS * count:
-            return failure
+        if leaves and self._leave is None:
+            self._leave, self._failures = failure, 0
+        else:
+            self._failures = 1 if isinstance(failure, ShuttingDown) else self._failures + 1
+            count = len(self._addresses)
+            if not lost or self._failures >= count or self._losses >= _MAX_ROUNDS * count:
+                return self._leave if unreachable and self._leave is not None else failure
         self._addresses.rotate(-1)
         return None

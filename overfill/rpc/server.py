@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -115,3 +117,16 @@ class RpcServer:
         self._health.close()
         if self._server is not None:
             await self._server.stop(grace)
+
+
+async def until_free(address: str) -> None:
+    """Returns once a server can listen on ``host:port``. The port is in use for a moment after a server has stopped."""
+    host, port = split_address(address)
+    bare = host.strip("[]")
+    while True:
+        try:
+            socket.create_server((bare, port), family=socket.AF_INET6 if ":" in bare else socket.AF_INET).close()
+        except OSError:
+            await asyncio.sleep(0.01)
+        else:
+            return

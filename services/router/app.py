@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import ShuttingDown
+from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.routing.admission import KeyLimiter
@@ -30,7 +30,7 @@ from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
-from overfill.rpc.server import RpcServer
+from overfill.rpc.server import RpcServer, until_free
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
@@ -61,6 +61,9 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE = 0.5
 """Seconds for the last messages to be sent after the last request has ended."""
+
+_REOPENING = 1.0
+"""Seconds in which a closed listener frees its port."""
 
 
 class Router:
@@ -144,13 +147,7 @@ class Router:
         self._metrics_access = config.metrics_access(keys)
         self._http_api: HttpApi | None = None
         self._http = None if config.http == "off" else self._http_server(access)
-        self._server = self._rpc_server(access, share_port=self._group is not None)
-        self._join_server = self._server if self._group is None else self._rpc_server(access)
-        self._server.add(
-            inference_pb2_grpc.add_InferenceServicer_to_server,
-            InferenceServicer(self._handler),
-            inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
-        )
+        self._access = access
         self._registry = RegistryServicer(
             self._id,
             self.roster,
@@ -159,11 +156,11 @@ class Router:
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage], info.tier),
         )
         self._admin = self._admin_servicer(self._others)
-        if self._group is None:
-            self._add(self._server, self._registry, self._admin)
-        else:
-            self._add(self._server, SharedPortRegistry(), self._admin)
-            self._add(self._join_server, self._registry, self._admin_servicer(lambda: ()))
+        self._servers = [self._public_server()]
+        if self._group is not None:
+            join_server = self._rpc_server()
+            self._add(join_server, self._registry, self._admin_servicer(lambda: ()))
+            self._servers.append(join_server)
 
     @staticmethod
     def _load_pair(name: str) -> Pair:
@@ -202,10 +199,10 @@ class Router:
         try:
             await self._listen()
         except BaseException:
-            await self._server.stop()
-            await self._join_server.stop()
+            for server in self._servers:
+                await server.stop()
             raise
-        for server in self._servers():
+        for server in self._servers:
             server.set_ready(True)
         logger.info("%s listens on %s", self._id, self._address)
         return self._address
@@ -213,9 +210,9 @@ class Router:
     async def _listen(self) -> None:
         config = self._config
         if self._group is not None:
-            self._join_address = await self._join_server.start(f"{config.host}:{config.join_port}")
+            self._join_address = await self._servers[1].start(f"{config.host}:{config.join_port}")
             logger.info("%s lets workers join at %s", self._id, self._join_address)
-        self._address = await self._server.start(f"{config.host}:{config.port}")
+        self._address = await self._servers[0].start(f"{config.host}:{config.port}")
         if self._http is not None:
             assert config.http != "off"
             self._http_address = await self._http.start(config.host, config.http)
@@ -240,7 +237,7 @@ class Router:
 
     @property
     def draining(self) -> bool:
-        """True once the router refuses new requests."""
+        """True once the router has begun to send clients away."""
         return self._stopping.is_set()
 
     @property
@@ -249,13 +246,11 @@ class Router:
         return self._http_address
 
     def drain(self) -> None:
-        """Refuses new requests. ``run`` returns once all running ones have ended, at latest after the grace period."""
+        """Sends clients away. ``run`` returns once all requests have ended, at latest after the grace period."""
         if not self._stopping.is_set():
             logger.info("%s drains", self._id)
-            for server in self._servers():
+            for server in self._servers:
                 server.set_ready(False)
-            if self._group is None:
-                self._handler.drain()
             self._stopping.set()
 
     async def run(self) -> None:
@@ -265,23 +260,21 @@ class Router:
             await self._stopping.wait()
         finally:
             advising.cancel()
-        # The other processes take new connections at once, so that no client is refused. Requests on connections that
-        # close are still served.
-        leaving = None if self._group is None else asyncio.create_task(self._leave_shared_port())
+        # Clients connect to other routers at once, so that none is refused. Requests on connections that close are
+        # still served.
+        leaving = asyncio.create_task(self._leave_port() if self._group is None else self._leave_shared_port())
         try:
             async with asyncio.timeout(self._config.grace_period):
-                await (self._handler.wait_idle() if leaving is None else asyncio.shield(leaving))
+                await asyncio.shield(leaving)
         except TimeoutError:
             self._handler.drain()
             self._handler.abort_all(
                 ShuttingDown("the router shut down before the answer was complete; send the request again")
             )
-        if leaving is not None:
-            await leaving
+        await leaving
         if self._http is not None:
             await self._http.stop()
-        for server in self._servers():
-            await server.stop(STOP_GRACE)
+        await asyncio.gather(*[server.stop(STOP_GRACE) for server in self._servers])
         await self._connector.close()
         if self._group is not None:
             self._group.leave()
@@ -292,16 +285,47 @@ class Router:
     async def _leave_shared_port(self) -> None:
         """Closes the listeners of the shared ports, and each connection once its answers have ended."""
         grace = self._config.grace_period + STOP_GRACE
-        await asyncio.gather(self._server.stop(grace), *([] if self._http is None else [self._http.stop()]))
+        await asyncio.gather(self._servers[0].stop(grace), *([] if self._http is None else [self._http.stop()]))
 
-    def _servers(self) -> tuple[RpcServer, ...]:
-        return (self._server,) if self._group is None else (self._server, self._join_server)
+    async def _leave_port(self) -> None:
+        """Closes each client's connection once its answers have ended; returns when all answers have.
 
-    def _rpc_server(self, access: AccessPolicy, *, share_port: bool = False) -> RpcServer:
+        A client that connects again reaches another router behind the same name, or is told that this one shuts down.
+        Workers keep their connections, and further workers can join, because answers may have to move to them.
+        """
+        if self._http is not None:
+            self._http.drain()
+        (old,) = self._servers
+        closing = asyncio.create_task(old.stop(self._config.grace_period + STOP_GRACE))
+        new = self._public_server()
+        try:
+            async with asyncio.timeout(_REOPENING):
+                await until_free(self._address)
+            await new.start(self._address)
+            self._servers.append(new)
+        except (TimeoutError, Unavailable):
+            logger.warning("%s is taken: new workers cannot join while this router drains", self._address)
+        self._handler.drain()
+        await self._handler.wait_idle()
+        await old.stop(STOP_GRACE)
+        await closing
+
+    def _public_server(self) -> RpcServer:
+        """Returns a server for clients, and without ``share_port`` also for workers, that has not started."""
+        server = self._rpc_server(share_port=self._group is not None)
+        server.add(
+            inference_pb2_grpc.add_InferenceServicer_to_server,
+            InferenceServicer(self._handler),
+            inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+        )
+        self._add(server, self._registry if self._group is None else SharedPortRegistry(), self._admin)
+        return server
+
+    def _rpc_server(self, *, share_port: bool = False) -> RpcServer:
         return RpcServer(
             self._config.server_tls(),
             self._config.max_connections,
-            access=access,
+            access=self._access,
             condition=lambda: not self._unready(),
             share_port=share_port,
         )

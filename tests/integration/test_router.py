@@ -732,8 +732,12 @@ async def test_a_draining_router_finishes_running_requests_and_refuses_new_ones(
         asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
         call = await worker.calls.get()
         stack.router.drain()
+        await until(lambda: stack.router._handler.draining)
         with pytest.raises(Unavailable, match="shutting down"):
             await client.generate(PROMPT, sampling=greedy())
+        assert (await client.status()).process.draining
+        await stack.add("d1")
+        await stack.joined("p0", "d0", "d1")
         await call.answer([20])
         assert list((await asking).token_ids) == [20]
 

@@ -3,13 +3,18 @@
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import openai
+
 from overfill.client import AsyncClient
+from overfill.lab.faults.proxy import TcpProxy
 from overfill.request.params import SamplingParams
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import RouterConfig
 from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
 from services.mock.running import mock_worker
 from services.router.app import Router
+
+IGNORE_EOS = {"ignore_eos": True, "temperature": 0}
 
 
 async def until(condition):
@@ -19,9 +24,10 @@ async def until(condition):
 
 
 @asynccontextmanager
-async def two_routers(pair, seqs):
+async def two_routers(pair, seqs, *flags):
+    flags = [f"--pair={pair}", "--port=0", "--grace-period=0", *flags]
     async with AsyncExitStack() as stack:
-        routers = [Router(RouterConfig.parse([f"--pair={pair}", "--port=0", "--grace-period=0"])) for _ in range(2)]
+        routers = [Router(RouterConfig.parse(flags)) for _ in range(2)]
         addresses = [await router.start() for router in routers]
         serving = [asyncio.create_task(router.run()) for router in routers]
         common = [f"--pair={pair}", f"--routers={','.join(addresses)}", f"--max-num-seqs={seqs}"]
@@ -54,3 +60,32 @@ async def test_a_router_that_queues_gets_credits_that_the_other_does_not_use_and
         for router in routers:
             await until(lambda r=router: r.dispatcher.num_jobs == 0)
             assert all(worker.in_flight == 0 for worker in router.roster.workers())
+
+
+async def test_a_router_that_drains_sends_its_clients_to_the_other_behind_the_same_name(tiny_pair):
+    async with AsyncExitStack() as exits:
+        flags = ("--http=0", "--grace-period=30")
+        (leaving, other), _ = await exits.enter_async_context(two_routers(tiny_pair, 8, *flags))
+        grpc = await exits.enter_async_context(TcpProxy(leaving.address))
+        http = await exits.enter_async_context(TcpProxy(leaving.http_address))
+        client = await exits.enter_async_context(AsyncClient(grpc.address))
+        url = f"http://{http.address}/v1"
+        completions = (
+            await exits.enter_async_context(openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=1))
+        ).completions
+
+        async def complete():
+            answer = await completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=3, extra_body=IGNORE_EOS)
+            assert answer.usage.completion_tokens == 3
+
+        long = asyncio.create_task(ask(client, 150))
+        await until(lambda: leaving.dispatcher.num_jobs == 1)
+        await complete()
+        grpc.forward_to(other.address)
+        http.forward_to(other.http_address)
+        leaving.drain()
+        for _ in range(10):
+            assert (await ask(client, 3)).usage.completion_tokens == 3
+            await complete()
+        assert not long.done()
+        assert (await long).usage.completion_tokens == 150

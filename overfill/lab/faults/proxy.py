@@ -30,8 +30,7 @@ class TcpProxy:
     """
 
     def __init__(self, target: str, bytes_per_second: float | None = None, port: int = 0, seed: int = 0) -> None:
-        host, _, target_port = target.rpartition(":")
-        self._target = (host, int(target_port))
+        self.forward_to(target)
         self.rate = bytes_per_second
         self.delay = self.loss = 0.0
         self._rng = random.Random(seed)
@@ -54,6 +53,11 @@ class TcpProxy:
         self._server.close()
         self.cut()
         await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def forward_to(self, target: str) -> None:
+        """Forwards new connections to ``target``. Open connections stay where they are."""
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
 
     def partition(self) -> None:
         """Stops all traffic in both directions. Connections stay open; new ones are accepted but not forwarded."""

@@ -68,12 +68,17 @@ class HttpServer:
     ) -> None:
         self._tls = tls
         self._share_port = share_port
-        protocol = type("Protocol", (_LimitedProtocol,), {"max_connections": max_connections})
+
+        class Protocol(_LimitedProtocol):
+            pass
+
+        Protocol.max_connections = max_connections
+        self._protocol = Protocol
 
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http=protocol,
+            http=self._protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -118,6 +123,12 @@ class HttpServer:
             await asyncio.sleep(0)
         return f"{host}:{listener.getsockname()[1]}"
 
+    def drain(self) -> None:
+        """Closes each connection when its answer is complete. New connections are accepted, for one answer each."""
+        self._protocol.draining = True
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
+
     async def stop(self) -> None:
         """Accepts no new connections, and closes each open one when its answer is complete."""
         if self._serving is not None:
@@ -137,6 +148,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     """One connection. Cuts off slow or oversized heads, stalled readers, and connections beyond the maximum."""
 
     max_connections = 0
+    draining = False
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0  # bytes of the head that the parser has seen
@@ -203,6 +215,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         if len(self.pipeline) < MAX_PIPELINED:
             self.flow.resume_reading()  # uvicorn pauses it for a waiting request, and then sees no disconnect
         assert self.cycle is not None
+        if self.draining:
+            self.cycle.keep_alive = False
         self.scope["overfill.connection"] = Connection(self.cycle, self._watched)  # type: ignore[typeddict-unknown-key]
 
     def on_message_complete(self) -> None:

@@ -264,6 +264,13 @@ def test_the_first_reachable_address_serves(sdk: Sdk, closed_address: str, route
     assert len(another_router.requests) == 1
 
 
+def test_an_address_whose_router_leaves_is_tried_once_more(sdk: Sdk, router: Any) -> None:
+    router.script = [ShuttingDown("draining")]
+    with pytest.raises(ShuttingDown):
+        sdk.run(router.address, "generate", "x", timeout=60)
+    assert len(router.requests) == 2
+
+
 def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
