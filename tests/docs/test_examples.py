@@ -35,10 +35,7 @@ PAGE = ROOT / "docs" / "how-to" / "examples.md"
 COMMAND = re.compile(r"^ *\$ (.+)$", re.MULTILINE)
 TIMEOUT = 120.0  # of one command, in seconds
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.timeout(1800),
-]  # the first use makes the pair: minutes, or longer on busy cores
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]  # the first use makes the pair, in minutes
 
 
 def commands(name: str) -> list[str]:

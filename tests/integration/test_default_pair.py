@@ -15,10 +15,7 @@ from overfill.pair.reference import TwoStageReference, judge, summarise
 from overfill.pair.store import resolve_pair
 from overfill.request.params import SamplingParams
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.timeout(1800),
-]  # the first use makes the pair: minutes, or longer on busy cores
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]  # the first use makes the pair, in minutes
 
 CPU = torch.device("cpu")
 TEXT = (
