@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
 from overfill.client.status_json import pool_json, router_json, worker_json
@@ -86,8 +87,18 @@ def status_tables(status: StackStatus, tls: bool = False, wide: bool = False) ->
         tls: the stack uses TLS.
         wide: also show the address, process id and metrics address of each worker.
     """
-    workers = _worker_table(status, tls, wide)
-    return Group(_router_table(status), workers) if len(status.routers) > 1 else workers
+    routers = [_router_table(status)] if len(status.routers) > 1 else []
+    # Not the table's title, which would wrap to its width.
+    return Group(*routers, Text(_headline(status, tls), style="italic"), _worker_table(status, wide))
+
+
+def _headline(status: StackStatus, tls: bool) -> str:
+    url = openai_url(status, tls)
+    metrics = status.process.metrics_address
+    parts = [f"{status.process.address}: {stack_state(status)}"]
+    parts += [f"OpenAI API at {url}"] if url else []
+    parts += [f"metrics at {metrics}"] if metrics and len(status.routers) < 2 else []
+    return "; ".join(parts)
 
 
 def _router_table(status: StackStatus) -> Table:
@@ -109,12 +120,8 @@ def _router_table(status: StackStatus) -> Table:
     return table
 
 
-def _worker_table(status: StackStatus, tls: bool, wide: bool) -> Table:
-    url = openai_url(status, tls)
-    metrics = status.process.metrics_address
-    title = f"{status.process.address}: {stack_state(status)}{f'; OpenAI API at {url}' if url else ''}"
-    title += f"; metrics at {metrics}" if metrics and len(status.routers) < 2 else ""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+def _worker_table(status: StackStatus, wide: bool) -> Table:
+    table = Table(box=None, padding=(0, 1))
     for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state"):
         table.add_column(column)
     for column in ("running", "waiting", "KV used", "cached", "total", "prefix hits"):
