@@ -2,7 +2,7 @@
 
 Every decoder and the full model itself are judged at each of ``PRECISIONS``. Pruning saves bytes and operations and
 composes with quantisation; quantisation alone saves bytes. Compare points of equal precision: the default full model
-was published in 4 bits, so that a 4-bit copy of its layers loses nothing, unlike other checkpoints.
+comes from 4-bit weights (``pair.sources``), so that a 4-bit copy of its layers loses nothing, unlike other checkpoints.
 """
 
 from __future__ import annotations
