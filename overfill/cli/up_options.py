@@ -299,8 +299,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--ttft-objective",
         type=Number(0, min_open=True),
-        help="Target for the time to first token, in seconds: for chunks of prompt in workers with both stages, scaling "
-        "metrics, autoscaling and brownout.  [default: 2]",
+        help="Target for the time to first token, in seconds: for chunks of prompt in workers with both stages, "
+        "scaling metrics, autoscaling and brownout.  [default: 2]",
     ),
     click.option(
         "--itl-objective",
