@@ -181,7 +181,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--kv-memory",
         type=SettingParam(PrefillConfig, "kv_memory"),
-        help="Size of the KV cache per worker, such as 512MiB.  [default: as much as fits in memory]",
+        help="Size of each KV cache, such as 512MiB; a worker with both stages has two.  [default: as much as fits in "
+        "memory, but at most 1GiB on a CPU]",
     ),
     click.option(
         "--max-model-len",
@@ -298,14 +299,14 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--ttft-objective",
         type=Number(0, min_open=True),
-        help="Target for the time to first token, in seconds, of scaling metrics, autoscaling and brownout.  "
-        "[default: 2]",
+        help="Target for the time to first token, in seconds: for chunks of prompt in workers with both stages, "
+        "scaling metrics, autoscaling and brownout.  [default: 2]",
     ),
     click.option(
         "--itl-objective",
         type=Number(0, min_open=True),
-        help="Target for the mean time between tokens, in seconds, of scaling metrics, autoscaling and brownout.  "
-        "[default: 0.1]",
+        help="Target for the mean time between tokens, in seconds: for chunks of prompt in workers with both stages, "
+        "scaling metrics, autoscaling and brownout.  [default: 0.1]",
     ),
     click.option(
         "--log-level",

@@ -91,7 +91,9 @@ class WorkerConfig(ServiceConfig):
         None, ge=1, description="tokens per KV block; by default 16, or what vLLM chooses for the device"
     )
     kv_memory: Bytes | None = Field(
-        None, description="size of the KV cache, such as 512MiB; by default as much as fits in memory"
+        None,
+        description="size of the KV cache, such as 512MiB; by default as much as fits in memory, but at most 1GiB on a "
+        "CPU",
     )
     max_model_len: int | None = Field(
         None, ge=2, description="maximum tokens of a prompt with its answer; by default the model's context length"
@@ -207,18 +209,21 @@ class ColocatedConfig(DecodeConfig):
         description="maximum number of prompt tokens computed in one step; less while answers need --itl-objective",
     )
     kv_memory: Bytes | None = Field(
-        None, description="size of each of the two KV caches, such as 512MiB; by default as much as fits in memory"
+        None,
+        description="size of each of the two KV caches, such as 512MiB; by default as much as fits in memory, but at "
+        "most 1GiB on a CPU",
     )
     ttft_objective: float = Field(
         TTFT_OBJECTIVE,
         gt=0,
-        description="target for the time to first token, in seconds; prompts that would miss it may delay answers",
+        description="target for the time to first token, in seconds; a prompt that meets it only with full chunks may "
+        "delay answers",
     )
     itl_objective: float = Field(
         ITL_OBJECTIVE,
         gt=0,
         description="target for the time between tokens, in seconds; prompts are computed in chunks that allow it, or "
-        "in full ones if none does",
+        "in full ones if such chunks would have fewer than 16 tokens or cost too much time per step",
     )
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 Every decoder and the full model itself are judged at each of ``PRECISIONS``. Pruning saves bytes and operations and
 composes with quantisation; quantisation alone saves bytes. Compare points of equal precision: the default full model
-was published in 4 bits, so that a 4-bit copy of its layers loses nothing, unlike other checkpoints.
+comes from 4-bit weights (``pair.sources``), so that a 4-bit copy of its layers loses nothing, unlike other checkpoints.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from overfill.telemetry.progress import Report, silent
 
 FULL = "full model"
 NOTE = (
-    "The default full model was published with 4-bit layers, and a head with more bits per weight. int4 therefore "
-    "leaves its layers as they are, and only rounding the head costs quality. Other models and pruned decoders do "
-    "lose quality at int4: compare pruned and unpruned decoders at equal precision."
+    "The named pairs' full model, as the wheel has it, has 4-bit layers, and a head with more bits per weight. int4 "
+    "therefore leaves its layers as they are, and only rounding the head costs quality. Other models and pruned "
+    "decoders do lose quality at int4: compare pruned and unpruned decoders at equal precision."
 )
 
 
