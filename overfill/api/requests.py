@@ -11,7 +11,7 @@ from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
-from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
+from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
@@ -83,9 +83,7 @@ def validate_generate(
         check_grammar(sampling.grammar)
     tools = chat_grammar(request.chat, sampling.grammar) if request.HasField("chat") else None
     if tools is not None:
-        grammar = Grammar("lark", tools)
-        _check_tools_grammar(grammar)
-        sampling = replace(sampling, grammar=grammar)
+        sampling = replace(sampling, grammar=tools)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
@@ -105,8 +103,8 @@ def validate_generate(
     start.sampling.max_tokens = max_tokens
     if sampling.seed is None:
         start.sampling.seed = int.from_bytes(drawn[16:], "little")
-    if tools is not None and sampling.grammar is not None:
-        start.sampling.grammar.CopyFrom(sampling.grammar.to_proto())
+    if tools is not None:
+        start.sampling.grammar.CopyFrom(tools.to_proto())
     return CheckedRequest(
         start=start,
         prompt_token_ids=prompt,
@@ -116,14 +114,6 @@ def validate_generate(
         priority=request.priority,
         stream_interval=request.stream_interval,
     )
-
-
-def _check_tools_grammar(grammar: Grammar) -> None:
-    try:
-        check_grammar(grammar)
-    except InvalidRequest as error:
-        reason = str(error).removeprefix(f"{error.field}: ")
-        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {reason}") from error
 
 
 def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import compact
+from overfill.request.grammar import check_grammar, compact
+from overfill.request.params import Grammar
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
@@ -33,11 +34,17 @@ Mode = Literal["auto", "none", "required"]
 
 @dataclass(frozen=True, slots=True)
 class ToolDefinition:
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments object."""
+    """A function that the model may call.
+
+    Args:
+        parameters: JSON schema of its arguments object.
+        strict: Whether a schema that a grammar cannot enforce in full is an error.
+    """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +69,9 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
             raise InvalidRequest(
                 f"{place}.name", f"is {tool.name!r}, which is another tool's name too; give each tool its own name"
             )
-        if tool.parameters.get("type", "object") != "object":
-            raise InvalidRequest(
-                f"{place}.parameters", f'has "type" {str(tool.parameters["type"])[:80]!r}; it must be "object"'
-            )
+        kind = tool.parameters.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise InvalidRequest(f"{place}.parameters", f'has "type" {str(kind)[:80]!r}; it must be "object"')
         seen.add(tool.name)
 
 
@@ -102,11 +108,7 @@ def tools_grammar(
         answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
             calls without text before them: a model that begins with other text could not end its answer without a call.
     """
-    functions = []
-    for tool in tools:
-        # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
-        schema = json.dumps(compact({"type": "object", **(tool.parameters or {"properties": {}})}))
-        functions.append(f"{json.dumps(tool.name + _ARGUMENTS)} %json {schema}")
+    functions = [f"{json.dumps(tool.name + _ARGUMENTS)} %json {json.dumps(_arguments(tool))}" for tool in tools]
     more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
     start = f"{json.dumps(BEGIN)} body{more}"
     if mode == "auto":
@@ -127,6 +129,34 @@ def tools_grammar(
             r"TEXT: /(.|\n)*/",
         ]
     return "\n".join(lines) + "\n"
+
+
+def enforceable(tool: ToolDefinition) -> ToolDefinition:
+    """``tool`` with as much of its schema as a grammar can enforce: all, all but the patterns, or that it is an object.
+
+    Raises:
+        InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.
+    """
+    # The hook sees a property named "pattern" too, but the value of that is a schema and not text.
+    no_patterns = json.loads(
+        json.dumps(tool.parameters),
+        object_hook=lambda part: {k: v for k, v in part.items() if k != "pattern" or not isinstance(v, str)},
+    )
+    for candidate in (tool, replace(tool, parameters=no_patterns)):
+        try:
+            check_grammar(Grammar.json_schema(_arguments(candidate)))
+        except InvalidRequest:
+            if tool.strict:
+                raise
+        else:
+            return candidate
+    return replace(tool, parameters={"type": "object"})
+
+
+def _arguments(tool: ToolDefinition) -> dict[str, Any]:
+    """The schema of the arguments, for llguidance."""
+    # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
+    return compact({**(tool.parameters or {"properties": {}}), "type": "object"}, lenient=not tool.strict)
 
 
 class ToolCallReader:

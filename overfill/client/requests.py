@@ -41,11 +41,14 @@ class Tool:
         name: Name of the function: 1 to 64 letters, digits, ``_`` and ``-``.
         description: What it does, for the model.
         parameters: JSON schema of its arguments; None means that it has none.
+        strict: Whether a schema that a grammar cannot enforce in full is an error. Otherwise, calls follow what it can
+            enforce.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +276,7 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
             name=_text("tools.name", tool.name),
             description=_text("tools.description", tool.description),
             parameters="" if tool.parameters is None else _json_text("tools.parameters", tool.parameters),
+            strict=tool.strict,
         )
     kind = inference_pb2.ToolChoice
     if choice in _MODES:

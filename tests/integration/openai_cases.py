@@ -293,6 +293,14 @@ def _tools(ask: Ask) -> None:
     for tool in (TOOL, marked):
         message = ask(tools=[tool], tool_choice="required", max_tokens=200)["choices"][0]["message"]
         assert json.loads(message["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
+    for strict in (False, True):
+        names = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+        function = {"name": "pack", "parameters": {"type": "object", "properties": {"names": names}}, "strict": strict}
+        fields = {"tools": [TOOL, {"type": "function", "function": function}]}
+        if strict:
+            refuses(ask, "tools[1].function.parameters", **fields)
+        else:
+            assert ask(**fields)["choices"]
 
 
 def _tool_choice(ask: Ask) -> None:
@@ -460,8 +468,8 @@ CHAT = [
     Case(
         "tools",
         "supported",
-        "functions; calls follow a grammar, so their arguments always fit; `strict` as in `response_format`; "
-        "other keys of a tool are ignored",
+        "functions; calls follow a grammar, so their arguments always parse; `strict` as in `response_format`; without "
+        "it, what the grammar library cannot obey is not enforced; other keys of a tool are ignored",
         check=_tools,
     ),
     Case("top_logprobs", "supported", "0 to 20", check=_top_logprobs),
