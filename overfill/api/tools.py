@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from overfill.api.stop import StopStrings
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar, compact
 from overfill.request.params import Grammar
@@ -160,52 +161,83 @@ def _arguments(tool: ToolDefinition) -> dict[str, Any]:
 
 
 class ToolCallReader:
-    """Separates tool calls from other text in an answer that arrives in pieces.
+    """Separates tool calls from other text in an answer that arrives in pieces, and ends that text at stop strings.
 
-    It drops white space around calls. Text that only begins like a call counts as text.
+    It drops white space around calls. Text that only begins like a call counts as text. Stop strings count in the text
+    before the first call; nothing but white space and calls follows it. A stop string that may be the beginning of a
+    call is found once more text shows that it is not.
+
+    Attributes:
+        calls: Number of complete calls.
+        stop: Stop string that ended the answer, or None. Callers push nothing after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stops: StopStrings) -> None:
         self.calls = 0
+        self.stop: str | None = None
+        self._stops = stops
         self._buffer = ""
+        self._space = ""  # white space at the end of the text so far
         self._scanner: _ObjectScanner | None = None
 
-    def push(self, text: str) -> tuple[str, list[ToolCallPart]]:
-        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls."""
+    @property
+    def has_call(self) -> bool:
+        """True once the answer has a call, complete or not."""
+        return self.calls > 0 or self._scanner is not None
+
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, list[ToolCallPart]]:
+        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls.
+
+        Args:
+            may_end: As for ``StopStrings.push``.
+        """
         self._buffer += text
         outside: list[str] = []
         parts: list[ToolCallPart] = []
-        while self._step(outside, parts):
+        while self._step(outside, parts, may_end):
             pass
         return "".join(outside), parts
 
-    def finish(self) -> str:
+    def finish(self, *, may_end: bool = True) -> str:
         """The text that was held back, at the end of the answer. Drops the rest of an incomplete call."""
         rest, self._buffer = self._buffer, ""
-        if self._scanner is not None or (self.calls and not rest.strip()):
+        if self._scanner is not None or rest.startswith(_HEAD):
             return ""
-        return rest
+        if self.calls:
+            return rest if rest.strip() else ""
+        text = self._text(rest, may_end)
+        return text if self.stop is not None else text + self._space + self._stops.finish()
 
-    def _step(self, outside: list[str], parts: list[ToolCallPart]) -> bool:
+    def _step(self, outside: list[str], parts: list[ToolCallPart], may_end: bool) -> bool:
         """Consume a part of the buffer; False if that needs more text."""
         if self._scanner is not None:
             return self._arguments(parts)
         start = self._buffer.find(_HEAD)
-        if start < 0:
-            safe = len(self._buffer) - _held(self._buffer)
-            if not self.calls:
-                outside.append(self._buffer[:safe])
-                self._buffer = self._buffer[safe:]
+        if not self.calls:
+            end = len(self._buffer) - _partial_head(self._buffer) if start < 0 else start
+            outside.append(self._text(self._buffer[:end], may_end))
+            self._buffer = self._buffer[end:]
+        elif start > 0:
+            self._buffer = self._buffer[start:]
+        if start < 0 or self.stop is not None:
             return False
-        name, separator, rest = self._buffer[start + len(_HEAD) :].partition(_ARGUMENTS)
+        outside.append((self._space + self._stops.finish()).rstrip())
+        self._space = ""
+        name, separator, rest = self._buffer[len(_HEAD) :].partition(_ARGUMENTS)
         if not separator:
             return False
-        if not self.calls:
-            outside.append(self._buffer[:start].rstrip())
         parts.append(ToolCallPart(self.calls, name=name))
         self._buffer = rest
         self._scanner = _ObjectScanner()
         return True
+
+    def _text(self, text: str, may_end: bool) -> str:
+        """What may be shown of the text after more ``text``: all but white space, which a call may follow."""
+        text, self.stop = self._stops.push(text, may_end=may_end)
+        text = self._space + text
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        return shown
 
     def _arguments(self, parts: list[ToolCallPart]) -> bool:
         assert self._scanner is not None
@@ -252,9 +284,7 @@ class _ObjectScanner:
         return len(text)
 
 
-def _held(text: str) -> int:
-    """Length of the end of ``text`` to hold back: white space and the beginning of what may become a call."""
+def _partial_head(text: str) -> int:
+    """Length of the end of ``text`` that may become the head of a call."""
     longest = min(len(text), len(_HEAD) - 1)
-    partial = next((n for n in range(longest, 0, -1) if text.endswith(_HEAD[:n])), 0)
-    before = text[: len(text) - partial]
-    return partial + len(before) - len(before.rstrip())
+    return next((n for n in range(longest, 0, -1) if text.endswith(_HEAD[:n])), 0)

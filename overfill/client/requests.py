@@ -88,7 +88,8 @@ class Options(TypedDict, total=False):
     Attributes:
         model: Name of the model, or "NAME:TIER"; empty means the only one served.
         sampling: How tokens are sampled; None means the defaults of SamplingParams.
-        stop: Strings that end the answer; the answer does not include them.
+        stop: Strings that end the answer; the answer does not include them. In an answer with tool calls, they count in
+            the text before the first call.
         timeout: Seconds for the whole request; None means no limit.
         request_id: Id of the request; empty means that the router makes one.
         resume_token_ids: Tokens of this answer that an earlier request returned; needs that request's seed.

@@ -12,6 +12,7 @@ from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
 from overfill.api.openai import schema, wire
 from overfill.api.openai.parse import parse
+from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
@@ -31,7 +32,7 @@ CALLS = [("weather", '{"city": "Köln }{ \\" ]", "days": 3}'), ("now", "{}")]
 
 def read(text, cut):
     """Pushes ``text`` in pieces of ``cut`` characters; returns the text outside and the calls."""
-    reader, outside, calls = ToolCallReader(), [], []
+    reader, outside, calls = ToolCallReader(StopStrings(())), [], []
     for start in range(0, len(text), cut):
         said, parts = reader.push(text[start : start + cut])
         outside.append(said)
@@ -61,14 +62,14 @@ def test_text_without_calls_stays_as_it_is(cut, text):
 
 
 def test_text_is_given_out_as_soon_as_it_is_certain():
-    reader = ToolCallReader()
+    reader = ToolCallReader(StopStrings(()))
     assert reader.push("Hello wor")[0] == "Hello wor"
     assert reader.push("ld <tool")[0] == "ld"
     assert reader.push("box>")[0] == " <toolbox>"
 
 
 def test_arguments_are_given_out_while_they_come():
-    reader = ToolCallReader()
+    reader = ToolCallReader(StopStrings(()))
     parts = reader.push('<tool_call>\n{"name": "weather", "arguments": {"city": "K')[1]
     assert [(part.name, part.arguments) for part in parts] == [("weather", ""), ("", '{"city": "K')]
     assert reader.calls == 0, "the call is not complete"
@@ -76,6 +77,7 @@ def test_arguments_are_given_out_while_they_come():
 
 def test_a_call_that_was_cut_short_leaves_no_text():
     assert read('Look: <tool_call>\n{"name": "weather", "arguments": {"ci', 4) == ("Look:", [("weather", '{"ci')])
+    assert read('Look: <tool_call>\n{"name": "wea', 4) == ("Look:", [])
 
 
 @pytest.fixture(scope="module")
