@@ -232,10 +232,10 @@ class ToolCallReader:
         return True
 
     def _text(self, text: str, may_end: bool) -> str:
-        """What may be shown of the text after more ``text``: all but white space, which a call may follow."""
+        """What may be shown of the text after more ``text``: white space only if no call can follow it."""
         text, self.stop = self._stops.push(text, may_end=may_end)
         text = self._space + text
-        shown = text.rstrip()
+        shown = text.rstrip() if self.stop is None else text
         self._space = text[len(shown) :]
         return shown
 

@@ -126,3 +126,13 @@ def test_the_beginning_of_a_stop_string_before_a_call_is_text(tokenizer, cuts):
     ids = tokenizer.encode(f"Let me look: EN{write_calls(CALLS)}")
     text, _, state = write(tokenizer, ids, cuts, stops=["END", "EN<tool"], calls=calls)
     assert (text, calls, state.stop) == ("Let me look: EN", CALLS, None)
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+@pytest.mark.parametrize("before", ["Hello world <", "Hello \n\n", "<tool_call>", "", "  "])
+@pytest.mark.parametrize("stop", ["STOP", "\nSTOP", "never", "\n", "<", "\n\nS"])
+def test_text_does_not_depend_on_whether_the_answer_could_have_called_tools(tokenizer, cuts, before, stop):
+    ids = tokenizer.encode(f"{before}STOP and more")
+    plain, _, plain_state = write(tokenizer, ids, cuts, [stop])
+    text, _, state = write(tokenizer, ids, cuts, [stop], calls=[])
+    assert (text, state.stop) == (plain, plain_state.stop)
