@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,7 +34,8 @@ class CheckedRequest:
         prompt_token_ids: The prompt of ``start``, in a form that Python reads four times as fast.
         stop: Non-empty stop strings.
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
-        calls_tools: Whether the answer may contain tool calls.
+        answer_digest: Digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
+            conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
         priority: Class in the queue; smaller numbers go first.
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
         tier: Tier that writes the answer.
@@ -45,7 +48,7 @@ class CheckedRequest:
     prompt_token_ids: Sequence[int]
     stop: tuple[str, ...]
     continues_text: bool
-    calls_tools: bool
+    answer_digest: str | None
     priority: int = 0
     stream_interval: int = 0
     tier: str = ""
@@ -110,10 +113,17 @@ def validate_generate(
         prompt_token_ids=prompt,
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
-        calls_tools=tools is not None,
+        answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
         priority=request.priority,
         stream_interval=request.stream_interval,
     )
+
+
+def _answer_digest(prompt: Sequence[int], sampling: common_pb2.SamplingParams, greedy: bool) -> str:
+    digest = hashlib.sha256(array("I", prompt))
+    if not greedy:  # to resume a greedy answer, clients need no seed
+        digest.update(sampling.seed.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:

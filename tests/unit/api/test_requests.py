@@ -119,6 +119,18 @@ def test_each_mistake_names_its_field(validate: Any, field: str, fields: dict[st
     assert caught.value.field == field
 
 
+def test_only_the_same_answer_has_the_same_ids_of_tool_calls(validate: Any) -> None:
+    def seed(text: str, resume: tuple[int, ...] = (), **sampling: Any) -> str:
+        chat = Chat(messages=[ChatMessage(role="user", content=text)], tools=[{"name": "f"}])
+        fields = {"request_id": "r", "sampling": SamplingParams(**sampling), "resume_token_ids": resume}
+        return str(validate(chat=chat, truncate_prompt_tokens=24, **fields).answer_digest)
+
+    assert len({seed("a", seed=1), seed("b", seed=1), seed("a", seed=2), seed("a"), seed("a")}) == 5
+    assert seed("a", seed=1) == seed("a", (9,), seed=1)
+    assert seed("a", temperature=0) == seed("a", (9,), temperature=0)
+    assert validate().answer_digest is None
+
+
 def test_resuming_a_greedy_answer_needs_no_seed(validate: Any) -> None:
     assert validate(resume_token_ids=[1], sampling=SamplingParams(temperature=0)).start.emitted_token_ids == [1]
 
