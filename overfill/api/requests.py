@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from array import array
 from collections.abc import Sequence
@@ -13,12 +14,19 @@ from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
-from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, SamplingParams, check_token_ids
+from overfill.request.params import (
+    MAX_STOPS,
+    MAX_STREAM_INTERVAL,
+    REQUEST_ID_CHARACTERS,
+    SamplingParams,
+    check_token_ids,
+)
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 
+_REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}*")
 _CODECS = frozenset(common_pb2.KvCodec.values())
 
 
@@ -70,10 +78,7 @@ def validate_generate(
         PromptTooLong: the context has no space after the prompt for an answer, ``max_tokens`` or ``min_tokens``.
         InvalidRequest: another field is wrong; ``field`` is its path in the proto.
     """
-    if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
-        raise InvalidRequest(
-            "request_id", f"has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed"
-        )
+    _check_request_id(request.request_id)
     check_priority(request.priority)
     if request.kv_codec not in _CODECS:
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
@@ -117,6 +122,13 @@ def validate_generate(
         priority=request.priority,
         stream_interval=request.stream_interval,
     )
+
+
+def _check_request_id(id: str) -> None:
+    if len(id) > MAX_REQUEST_ID_LENGTH:
+        raise InvalidRequest("request_id", f"has {len(id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed")
+    if not _REQUEST_ID.fullmatch(id):
+        raise InvalidRequest("request_id", f"is {id!r}; only letters, digits and _ . : / - are allowed")
 
 
 def _answer_digest(prompt: Sequence[int], sampling: common_pb2.SamplingParams, greedy: bool) -> str:

@@ -91,7 +91,8 @@ class Options(TypedDict, total=False):
         stop: Strings that end the answer; the answer does not include them. In an answer with tool calls, they count in
             the text before the first call.
         timeout: Seconds for the whole request; None means no limit.
-        request_id: Id of the request; empty means that the router makes one.
+        request_id: Id of the request: at most 128 letters, digits, ``_``, ``.``, ``:``, ``/`` and ``-``. Empty means
+            that the router makes one.
         resume_token_ids: Tokens of this answer that an earlier request returned; needs that request's seed.
         trace: Whether the answer has a ``trace``.
         sample_index: Number of this answer among several answers to the prompt. With one seed, each index gives a
