@@ -35,13 +35,14 @@ class AnswerText:
         min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = StopStrings(stops)
+        self._has_stops = bool(stops)
         self._tool_call_id_seed = tool_call_id_seed
         self._min_tokens = min_tokens
-        self._reader = None if tool_call_id_seed is None else ToolCallReader()
+        self._reader = None if tool_call_id_seed is None else ToolCallReader(self._stops)
         self.num_tokens = 0
         self.stop: str | None = None
-        self._read(self._take(replayed))
+        self._take(replayed)
 
     @property
     def called_tools(self) -> bool:
@@ -51,7 +52,7 @@ class AnswerText:
     def push(self, delta: AnswerDelta) -> AnswerDelta:
         """Adds its text to ``delta`` and returns it. If it sets ``stop``, it cuts the tokens after the stop string."""
         before = self.num_tokens
-        delta.text, delta.tool_calls = self._read(self._take(delta.token_ids))
+        delta.text, delta.tool_calls = self._take(delta.token_ids)
         if self.stop is not None:
             taken = self.num_tokens - before
             del delta.token_ids[taken:], delta.logprobs[taken:]
@@ -59,14 +60,13 @@ class AnswerText:
 
     def finish(self) -> AnswerDelta | None:
         """Returns a delta with the text held back so far, or None. The text may still end at a stop string."""
-        text = self._detokenizer.finish()
-        if self._stops is not None:
-            text, self.stop = self._stops.push(text, may_end=self._may_end)
-            if self.stop is None:
+        text, calls = self._read(self._detokenizer.finish())
+        if self.stop is None:
+            if self._reader is None:
                 text += self._stops.finish()
-        text, calls = self._read(text)
-        if self._reader is not None:
-            text += self._reader.finish()
+            else:
+                text += self._reader.finish(may_end=self._may_end)
+                self.stop = self._reader.stop
         if not text and not calls:
             return None
         return AnswerDelta(self.num_tokens, [], text=text, tool_calls=calls)
@@ -75,23 +75,29 @@ class AnswerText:
     def _may_end(self) -> bool:
         return self.num_tokens > self._min_tokens
 
-    def _take(self, ids: Sequence[int]) -> str:
-        if self._stops is None:
+    def _take(self, ids: Sequence[int]) -> tuple[str, Sequence[inference_pb2.ToolCallDelta]]:
+        if not self._has_stops:
             self.num_tokens += len(ids)
-            return self._detokenizer.push(ids)
-        pieces = []
-        for token in ids:
-            if self.stop is not None:
-                break
-            self.num_tokens += 1
-            piece, self.stop = self._stops.push(self._detokenizer.push([token]), may_end=self._may_end)
-            pieces.append(piece)
-        return "".join(pieces)
+            return self._read(self._detokenizer.push(ids))
+        texts: list[str] = []
+        calls: list[inference_pb2.ToolCallDelta] = []
+        taken = 0
+        while taken < len(ids) and self.stop is None:
+            # While a stop string may end the answer, go token by token to know which one does.
+            end = taken + 1 if self._reader is None or not self._reader.has_call else len(ids)
+            self.num_tokens += end - taken
+            text, parts = self._read(self._detokenizer.push(ids[taken:end]))
+            texts.append(text)
+            calls += parts
+            taken = end
+        return "".join(texts), calls
 
     def _read(self, text: str) -> tuple[str, Sequence[inference_pb2.ToolCallDelta]]:
         if self._reader is None:
+            text, self.stop = self._stops.push(text, may_end=self._may_end)
             return text, ()
-        text, parts = self._reader.push(text)
+        text, parts = self._reader.push(text, may_end=self._may_end)
+        self.stop = self._reader.stop
         return text, [self._delta(part) for part in parts]
 
     def _delta(self, part: ToolCallPart) -> inference_pb2.ToolCallDelta:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import Mode, ToolDefinition, as_openai, check_tools, describe_tools, tools_grammar, write_calls
+from overfill.api.tools import (
+    Mode,
+    ToolDefinition,
+    as_openai,
+    check_tools,
+    describe_tools,
+    enforceable,
+    tools_grammar,
+    write_calls,
+)
 from overfill.errors import InvalidRequest
+from overfill.request.grammar import check_grammar
 from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
@@ -62,8 +74,8 @@ def read_tools(chat: inference_pb2.Chat) -> list[ToolDefinition]:
         parameters: Any = _json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
         if parameters is not None and not isinstance(parameters, dict):
             raise InvalidRequest(f"chat.tools[{index}].parameters", "is not a JSON object")
-        known = ToolDefinition(tool.name, tool.description)
-        tools.append(ToolDefinition(tool.name, tool.description, parameters) if parameters else known)
+        known = ToolDefinition(tool.name, tool.description, strict=tool.strict)
+        tools.append(replace(known, parameters=parameters) if parameters else known)
     check_tools(tools)
     return tools
 
@@ -82,8 +94,10 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> str | None:
-    """A Lark grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
+def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> Grammar | None:
+    """A checked grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
+
+    Of tools that are not strict, it leaves out what llguidance cannot enforce.
 
     Args:
         answer: Grammar of answers that call no tools, of kind "json_object" or "json_schema"; None allows any text.
@@ -99,8 +113,29 @@ def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> str
                 "cannot be combined with tools; give a JSON schema, or set the choice of tools to none",
             )
         schema = json.loads(answer.text) if answer.text else {"type": "object"}
-    tools = [tool for tool in read_tools(chat) if name in ("", tool.name)]
-    return tools_grammar(tools, mode, single=chat.single_tool_call, answer=schema)
+    tools = {index: tool for index, tool in enumerate(read_tools(chat)) if name in ("", tool.name)}
+
+    def grammar() -> Grammar:
+        text = tools_grammar(list(tools.values()), mode, single=chat.single_tool_call, answer=schema)
+        check_grammar(made := Grammar("lark", text))
+        return made
+
+    with suppress(InvalidRequest):  # checks tools one by one only if it has to
+        return grammar()
+    for index, tool in tools.items():
+        try:
+            tools[index] = enforceable(tool)
+        except InvalidRequest as error:
+            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {_reason(error)}"
+            raise InvalidRequest(f"chat.tools[{index}].parameters", reason) from error
+    try:
+        return grammar()
+    except InvalidRequest as error:
+        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {_reason(error)}") from error
+
+
+def _reason(error: InvalidRequest) -> str:
+    return str(error).removeprefix(f"{error.field}: ")
 
 
 def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import secrets
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +14,19 @@ from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.grammar import check_grammar
-from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
+from overfill.request.params import (
+    MAX_STOPS,
+    MAX_STREAM_INTERVAL,
+    REQUEST_ID_CHARACTERS,
+    SamplingParams,
+    check_token_ids,
+)
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 
+_REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}*")
 _CODECS = frozenset(common_pb2.KvCodec.values())
 
 
@@ -32,7 +42,8 @@ class CheckedRequest:
         prompt_token_ids: The prompt of ``start``, in a form that Python reads four times as fast.
         stop: Non-empty stop strings.
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
-        calls_tools: Whether the answer may contain tool calls.
+        answer_digest: Digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
+            conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
         priority: Class in the queue; smaller numbers go first.
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
         tier: Tier that writes the answer.
@@ -45,7 +56,7 @@ class CheckedRequest:
     prompt_token_ids: Sequence[int]
     stop: tuple[str, ...]
     continues_text: bool
-    calls_tools: bool
+    answer_digest: str | None
     priority: int = 0
     stream_interval: int = 0
     tier: str = ""
@@ -67,10 +78,7 @@ def validate_generate(
         PromptTooLong: the context has no space after the prompt for an answer, ``max_tokens`` or ``min_tokens``.
         InvalidRequest: another field is wrong; ``field`` is its path in the proto.
     """
-    if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
-        raise InvalidRequest(
-            "request_id", f"has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed"
-        )
+    _check_request_id(request.request_id)
     check_priority(request.priority)
     if request.kv_codec not in _CODECS:
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
@@ -83,9 +91,7 @@ def validate_generate(
         check_grammar(sampling.grammar)
     tools = chat_grammar(request.chat, sampling.grammar) if request.HasField("chat") else None
     if tools is not None:
-        grammar = Grammar("lark", tools)
-        _check_tools_grammar(grammar)
-        sampling = replace(sampling, grammar=grammar)
+        sampling = replace(sampling, grammar=tools)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
@@ -105,25 +111,31 @@ def validate_generate(
     start.sampling.max_tokens = max_tokens
     if sampling.seed is None:
         start.sampling.seed = int.from_bytes(drawn[16:], "little")
-    if tools is not None and sampling.grammar is not None:
-        start.sampling.grammar.CopyFrom(sampling.grammar.to_proto())
+    if tools is not None:
+        start.sampling.grammar.CopyFrom(tools.to_proto())
     return CheckedRequest(
         start=start,
         prompt_token_ids=prompt,
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
-        calls_tools=tools is not None,
+        answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
         priority=request.priority,
         stream_interval=request.stream_interval,
     )
 
 
-def _check_tools_grammar(grammar: Grammar) -> None:
-    try:
-        check_grammar(grammar)
-    except InvalidRequest as error:
-        reason = str(error).removeprefix(f"{error.field}: ")
-        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {reason}") from error
+def _check_request_id(id: str) -> None:
+    if len(id) > MAX_REQUEST_ID_LENGTH:
+        raise InvalidRequest("request_id", f"has {len(id)} characters; at most {MAX_REQUEST_ID_LENGTH} are allowed")
+    if not _REQUEST_ID.fullmatch(id):
+        raise InvalidRequest("request_id", f"is {id!r}; only letters, digits and _ . : / - are allowed")
+
+
+def _answer_digest(prompt: Sequence[int], sampling: common_pb2.SamplingParams, greedy: bool) -> str:
+    digest = hashlib.sha256(array("I", prompt))
+    if not greedy:  # to resume a greedy answer, clients need no seed
+        digest.update(sampling.seed.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:

@@ -22,6 +22,8 @@ class StopStrings:
         Args:
             may_end: Whether a stop string that ``text`` completes ends the answer. If not, it counts as text.
         """
+        if not self._stops:  # a path that most tokens of a router take
+            return text, None
         buffer, held = self._held + text, len(self._held)
         # A match must end in the new text, because earlier calls have searched the rest.
         places = ((s, buffer.find(s, max(0, held - len(s) + 1))) for s in self._stops)

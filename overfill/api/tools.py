@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from overfill.api.stop import StopStrings
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import compact
+from overfill.request.grammar import check_grammar, compact
+from overfill.request.params import Grammar
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
@@ -33,11 +35,17 @@ Mode = Literal["auto", "none", "required"]
 
 @dataclass(frozen=True, slots=True)
 class ToolDefinition:
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments object."""
+    """A function that the model may call.
+
+    Args:
+        parameters: JSON schema of its arguments object.
+        strict: Whether a schema that a grammar cannot enforce in full is an error.
+    """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +70,9 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
             raise InvalidRequest(
                 f"{place}.name", f"is {tool.name!r}, which is another tool's name too; give each tool its own name"
             )
-        if tool.parameters.get("type", "object") != "object":
-            raise InvalidRequest(
-                f"{place}.parameters", f'has "type" {str(tool.parameters["type"])[:80]!r}; it must be "object"'
-            )
+        kind = tool.parameters.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise InvalidRequest(f"{place}.parameters", f'has "type" {str(kind)[:80]!r}; it must be "object"')
         seen.add(tool.name)
 
 
@@ -102,11 +109,7 @@ def tools_grammar(
         answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
             calls without text before them: a model that begins with other text could not end its answer without a call.
     """
-    functions = []
-    for tool in tools:
-        # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
-        schema = json.dumps(compact({"type": "object", **(tool.parameters or {"properties": {}})}))
-        functions.append(f"{json.dumps(tool.name + _ARGUMENTS)} %json {schema}")
+    functions = [f"{json.dumps(tool.name + _ARGUMENTS)} %json {json.dumps(_arguments(tool))}" for tool in tools]
     more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
     start = f"{json.dumps(BEGIN)} body{more}"
     if mode == "auto":
@@ -129,53 +132,112 @@ def tools_grammar(
     return "\n".join(lines) + "\n"
 
 
-class ToolCallReader:
-    """Separates tool calls from other text in an answer that arrives in pieces.
+def enforceable(tool: ToolDefinition) -> ToolDefinition:
+    """``tool`` with as much of its schema as a grammar can enforce: all, all but the patterns, or that it is an object.
 
-    It drops white space around calls. Text that only begins like a call counts as text.
+    Raises:
+        InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.
+    """
+    # The hook sees a property named "pattern" too, but the value of that is a schema and not text.
+    no_patterns = json.loads(
+        json.dumps(tool.parameters),
+        object_hook=lambda part: {k: v for k, v in part.items() if k != "pattern" or not isinstance(v, str)},
+    )
+    for candidate in (tool, replace(tool, parameters=no_patterns)):
+        try:
+            check_grammar(Grammar.json_schema(_arguments(candidate)))
+        except InvalidRequest:
+            if tool.strict:
+                raise
+        else:
+            return candidate
+    return replace(tool, parameters={"type": "object"})
+
+
+def _arguments(tool: ToolDefinition) -> dict[str, Any]:
+    """The schema of the arguments, for llguidance."""
+    # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
+    return compact({**(tool.parameters or {"properties": {}}), "type": "object"}, lenient=not tool.strict)
+
+
+class ToolCallReader:
+    """Separates tool calls from other text in an answer that arrives in pieces, and ends that text at stop strings.
+
+    It drops white space around calls. Text that only begins like a call counts as text. Stop strings count in the text
+    before the first call; nothing but white space and calls follows it. A stop string that may be the beginning of a
+    call is found once more text shows that it is not.
+
+    Attributes:
+        calls: Number of complete calls.
+        stop: Stop string that ended the answer, or None. Callers push nothing after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stops: StopStrings) -> None:
         self.calls = 0
+        self.stop: str | None = None
+        self._stops = stops
         self._buffer = ""
+        self._space = ""  # white space at the end of the text so far
         self._scanner: _ObjectScanner | None = None
 
-    def push(self, text: str) -> tuple[str, list[ToolCallPart]]:
-        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls."""
+    @property
+    def has_call(self) -> bool:
+        """True once the answer has a call, complete or not."""
+        return self.calls > 0 or self._scanner is not None
+
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, list[ToolCallPart]]:
+        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls.
+
+        Args:
+            may_end: As for ``StopStrings.push``.
+        """
         self._buffer += text
         outside: list[str] = []
         parts: list[ToolCallPart] = []
-        while self._step(outside, parts):
+        while self._step(outside, parts, may_end):
             pass
         return "".join(outside), parts
 
-    def finish(self) -> str:
+    def finish(self, *, may_end: bool = True) -> str:
         """The text that was held back, at the end of the answer. Drops the rest of an incomplete call."""
         rest, self._buffer = self._buffer, ""
-        if self._scanner is not None or (self.calls and not rest.strip()):
+        if self._scanner is not None or rest.startswith(_HEAD):
             return ""
-        return rest
+        if self.calls:
+            return rest if rest.strip() else ""
+        text = self._text(rest, may_end)
+        return text if self.stop is not None else text + self._space + self._stops.finish()
 
-    def _step(self, outside: list[str], parts: list[ToolCallPart]) -> bool:
+    def _step(self, outside: list[str], parts: list[ToolCallPart], may_end: bool) -> bool:
         """Consume a part of the buffer; False if that needs more text."""
         if self._scanner is not None:
             return self._arguments(parts)
         start = self._buffer.find(_HEAD)
-        if start < 0:
-            safe = len(self._buffer) - _held(self._buffer)
-            if not self.calls:
-                outside.append(self._buffer[:safe])
-                self._buffer = self._buffer[safe:]
+        if not self.calls:
+            end = len(self._buffer) - _partial_head(self._buffer) if start < 0 else start
+            outside.append(self._text(self._buffer[:end], may_end))
+            self._buffer = self._buffer[end:]
+        elif start > 0:
+            self._buffer = self._buffer[start:]
+        if start < 0 or self.stop is not None:
             return False
-        name, separator, rest = self._buffer[start + len(_HEAD) :].partition(_ARGUMENTS)
+        outside.append((self._space + self._stops.finish()).rstrip())
+        self._space = ""
+        name, separator, rest = self._buffer[len(_HEAD) :].partition(_ARGUMENTS)
         if not separator:
             return False
-        if not self.calls:
-            outside.append(self._buffer[:start].rstrip())
         parts.append(ToolCallPart(self.calls, name=name))
         self._buffer = rest
         self._scanner = _ObjectScanner()
         return True
+
+    def _text(self, text: str, may_end: bool) -> str:
+        """What may be shown of the text after more ``text``: white space only if no call can follow it."""
+        text, self.stop = self._stops.push(text, may_end=may_end)
+        text = self._space + text
+        shown = text.rstrip() if self.stop is None else text
+        self._space = text[len(shown) :]
+        return shown
 
     def _arguments(self, parts: list[ToolCallPart]) -> bool:
         assert self._scanner is not None
@@ -222,9 +284,7 @@ class _ObjectScanner:
         return len(text)
 
 
-def _held(text: str) -> int:
-    """Length of the end of ``text`` to hold back: white space and the beginning of what may become a call."""
+def _partial_head(text: str) -> int:
+    """Length of the end of ``text`` that may become the head of a call."""
     longest = min(len(text), len(_HEAD) - 1)
-    partial = next((n for n in range(longest, 0, -1) if text.endswith(_HEAD[:n])), 0)
-    before = text[: len(text) - partial]
-    return partial + len(before) - len(before.rstrip())
+    return next((n for n in range(longest, 0, -1) if text.endswith(_HEAD[:n])), 0)

@@ -41,11 +41,14 @@ class Tool:
         name: Name of the function: 1 to 64 letters, digits, ``_`` and ``-``.
         description: What it does, for the model.
         parameters: JSON schema of its arguments; None means that it has none.
+        strict: Whether a schema that a grammar cannot enforce in full is an error. Otherwise, calls follow what it can
+            enforce.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,11 @@ class Options(TypedDict, total=False):
     Attributes:
         model: Name of the model, or "NAME:TIER"; empty means the only one served.
         sampling: How tokens are sampled; None means the defaults of SamplingParams.
-        stop: Strings that end the answer; the answer does not include them.
+        stop: Strings that end the answer; the answer does not include them. In an answer with tool calls, they count in
+            the text before the first call.
         timeout: Seconds for the whole request; None means no limit.
-        request_id: Id of the request; empty means that the router makes one.
+        request_id: Id of the request: at most 128 letters, digits, ``_``, ``.``, ``:``, ``/`` and ``-``. Empty means
+            that the router makes one.
         resume_token_ids: Tokens of this answer that an earlier request returned; needs that request's seed.
         trace: Whether the answer has a ``trace``.
         sample_index: Number of this answer among several answers to the prompt. With one seed, each index gives a
@@ -273,6 +278,7 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
             name=_text("tools.name", tool.name),
             description=_text("tools.description", tool.description),
             parameters="" if tool.parameters is None else _json_text("tools.parameters", tool.parameters),
+            strict=tool.strict,
         )
     kind = inference_pb2.ToolChoice
     if choice in _MODES:

@@ -31,6 +31,9 @@ _MASK_WORD_BITS = 32
 # Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# Ignores keywords and formats that llguidance does not support, and reads oneOf as anyOf.
+_LENIENT = {"lenient": True, "coerce_one_of": True}
+
 
 class GrammarFailed(InvalidRequest):
     """llguidance cannot continue a grammar after the tokens so far, because it became too complex."""
@@ -130,9 +133,13 @@ def check_grammar(grammar: Grammar) -> None:
         log.debug("grammar: %s", message)
 
 
-def compact(schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema`` with an option that fixes the white space of JSON to that of Python's ``json.dumps``."""
-    return schema if "x-guidance" in schema else {"x-guidance": _COMPACT, **schema}
+def compact(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """``schema`` with an option that fixes the white space of JSON to that of Python's ``json.dumps``.
+
+    Args:
+        lenient: Whether the grammar ignores those constraints of the schema that llguidance does not support.
+    """
+    return {"x-guidance": _COMPACT | (_LENIENT if lenient else {}), **schema}
 
 
 def _compiled(grammar: Grammar) -> str:

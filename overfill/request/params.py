@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args
 from overfill.errors import InvalidRequest
 from overfill.v1 import common_pb2
 
+REQUEST_ID_CHARACTERS = "[A-Za-z0-9_.:/-]"
+"""Characters of request ids, as a regular expression. Line breaks and spaces could forge lines of logs."""
+
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STREAM_INTERVAL = 1024

@@ -219,11 +219,12 @@ class RequestHandler:
             observer=self.metrics,
             on_close=self._closed,
         )
+        digest = checked.answer_digest
         text = AnswerText(
             StreamDetokenizer(self.tokenizer, prompt if checked.continues_text else ()),
             checked.stop,
             replayed=start.emitted_token_ids,
-            tool_call_id_seed=f"{start.request_id}/{start.sample_index}" if checked.calls_tools else None,
+            tool_call_id_seed=digest and f"{digest}/{start.request_id}/{start.sample_index}",
             min_tokens=start.sampling.min_tokens,
         )
         self._open.add(relay)

@@ -293,6 +293,14 @@ def _tools(ask: Ask) -> None:
     for tool in (TOOL, marked):
         message = ask(tools=[tool], tool_choice="required", max_tokens=200)["choices"][0]["message"]
         assert json.loads(message["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
+    for strict in (False, True):
+        names = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+        function = {"name": "pack", "parameters": {"type": "object", "properties": {"names": names}}, "strict": strict}
+        fields = {"tools": [TOOL, {"type": "function", "function": function}]}
+        if strict:
+            refuses(ask, "tools[1].function.parameters", **fields)
+        else:
+            assert ask(**fields)["choices"]
 
 
 def _tool_choice(ask: Ask) -> None:
@@ -404,7 +412,7 @@ SHARED = [
     Case("n", "supported", "up to 128; every choice is an answer of its own under one seed", check=_n),
     Case("presence_penalty", "supported", "as `frequency_penalty`", check=_accepted(presence_penalty=1)),
     Case("seed", "supported", "the same seed gives the same answer", check=_seed),
-    Case("stop", "supported", "up to 16 strings; found wherever tokens are cut", check=_stop),
+    Case("stop", "supported", "up to 16 strings; found wherever tokens are cut, but not in tool calls", check=_stop),
     Case("stream", "supported", "server-sent events", check=_stream),
     Case("stream_options", "supported", "`include_usage`; `include_obfuscation` is ignored", check=_stream_options),
     Case("temperature", "supported", "0 to 2; 0 is greedy", check=_temperature),
@@ -460,8 +468,8 @@ CHAT = [
     Case(
         "tools",
         "supported",
-        "functions; calls follow a grammar, so their arguments always fit; `strict` as in `response_format`; "
-        "other keys of a tool are ignored",
+        "functions; calls follow a grammar, so their arguments always parse; `strict` as in `response_format`; without "
+        "it, what the grammar library cannot obey is not enforced; other keys of a tool are ignored",
         check=_tools,
     ),
     Case("top_logprobs", "supported", "0 to 20", check=_top_logprobs),

@@ -146,6 +146,20 @@ def test_request_ids_of_clients_are_kept(stack, model):
         assert headers["x-request-id"] == json.loads(answer)["id"] == id
 
 
+def test_turns_with_one_request_id_have_different_ids_of_tool_calls(stack, model):
+    """A proxy may give all requests of a trace one id."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("now", "today")]
+    fields = {"model": model, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "n": 2}
+
+    def ids(text, **more):
+        body = fields | {"messages": [{"role": "user", "content": text}]} | more
+        _, _, answer = post(f"{stack.url}/v1/chat/completions", json.dumps(body).encode(), {"x-request-id": "trace-1"})
+        return [choice["message"]["tool_calls"][0]["id"] for choice in json.loads(answer)["choices"]]
+
+    assert len({*ids("Hi", seed=1), *ids("Hi, again", seed=1), *ids("Hi", seed=2), *ids("Hi"), *ids("Hi")}) == 10
+    assert ids("Hi", seed=1) == ids("Hi", seed=1)
+
+
 @pytest.mark.parametrize(
     "field",
     [

@@ -108,4 +108,8 @@ def test_the_sdk_calls_tools(running):
             assert call.name in names
             assert call.arguments == arguments
             jsonschema.validate(json.loads(arguments), SCHEMA if call.name == "pick" else {"type": "object"})
-            assert client.chat(HI, sampling=sampling, **options).tool_calls[0].arguments == arguments
+            (again,) = client.chat(HI, sampling=sampling, **options).tool_calls
+            assert (again.arguments, again.id == call.id) == (arguments, False)
+            options |= {"request_id": answer.request_id, "resume_token_ids": answer.token_ids[:1]}
+            (resumed,) = client.chat(HI, sampling=sampling, **options).tool_calls
+            assert resumed.id == call.id

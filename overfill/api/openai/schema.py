@@ -21,6 +21,7 @@ from overfill.request.params import (
     MAX_STOPS,
     MAX_STREAM_INTERVAL,
     MIN_REPETITION_PENALTY,
+    REQUEST_ID_CHARACTERS,
 )
 
 MAX_CHOICES = 128
@@ -41,7 +42,7 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 """A list that reports only its first wrong item; a million wrong items would make a million errors."""
 
 Ids = Items[int]
-RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,100}$")]
+RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_CHARACTERS}{{1,100}}$")]
 
 
 @dataclass(frozen=True, slots=True)

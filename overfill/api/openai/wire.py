@@ -223,6 +223,7 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
             name=function.name,
             description=function.description or "",
             parameters=_json(field, parameters) if parameters else "",
+            strict=bool(function.strict),
         )
     return chat
 

@@ -23,6 +23,7 @@ from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_ur
 from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
+from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
@@ -37,7 +38,7 @@ from services.router.http.connection import ClientGone, Connection
 from services.router.http.generate import EventStream, RunningChoices
 from services.router.request_handler import RequestHandler
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
+_REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}{{1,100}}")
 _PORT = re.compile(r":\d+$")
 _CLIENT_GONE = 499  # the client has disconnected; the status is only for the metrics
 

@@ -5,6 +5,7 @@ import pytest
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
+from overfill.api.tools import write_calls
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2
 
@@ -14,9 +15,12 @@ def tokenizer(tiny_pair):
     return Tokenizer.load(tiny_pair / "full")
 
 
-def write(tokenizer, ids, cuts, stops=(), replayed=()):
-    """Pushes ``ids`` cut into batches of ``cuts`` tokens; returns the text, the token ids and the state."""
-    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed)
+def write(tokenizer, ids, cuts, stops=(), replayed=(), calls=None):
+    """Pushes ``ids`` cut into batches of ``cuts`` tokens; returns the text, the token ids and the state.
+
+    Adds tool calls to the list ``calls``; without one, the answer has none.
+    """
+    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed, None if calls is None else "seed")
     pieces, tokens, first = [], [], len(replayed)
     for start in range(0, len(ids), cuts):
         if text.stop is not None:
@@ -27,6 +31,11 @@ def write(tokenizer, ids, cuts, stops=(), replayed=()):
         assert len(delta.logprobs) == len(delta.token_ids)
         pieces.append(delta.text)
         tokens += delta.token_ids
+        for part in delta.tool_calls:
+            if part.name:
+                calls.append((part.name, ""))
+            name, arguments = calls[part.index]
+            calls[part.index] = (name, arguments + part.arguments)
     if text.stop is None:
         rest = text.finish()
         pieces.append("" if rest is None else rest.text)
@@ -89,3 +98,41 @@ def test_stop_strings_count_behind_min_tokens(tokenizer, cuts):
     assert (shown, text.stop, text.num_tokens) == ("a.b.c", ".", 6)
     client_resumed = AnswerText(StreamDetokenizer(tokenizer), ["."], ids[:3], min_tokens=4)
     assert client_resumed.push(AnswerDelta(3, ids[3:])).text == ".c"
+
+
+CALLS = [("weather", '{"city": "Paris", "days": [1]}'), ("now", "{}")]
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+@pytest.mark.parametrize("stop", ["\n", "}", "Paris", "</tool_call>", "<tool_call>", "Paris, not"])
+def test_a_stop_string_inside_or_between_calls_does_not_count(tokenizer, cuts, stop):
+    calls = []
+    text, tokens, state = write(tokenizer, ids := tokenizer.encode(write_calls(CALLS)), cuts, [stop], calls=calls)
+    assert (text, calls, state.stop, tokens) == ("", CALLS, None, ids)
+    assert state.called_tools
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+def test_a_stop_string_before_a_call_ends_the_answer(tokenizer, cuts):
+    calls = []
+    ids = tokenizer.encode(f"Let me look.END {write_calls(CALLS)}")
+    text, _, state = write(tokenizer, ids, cuts, stops=["END"], calls=calls)
+    assert (text, calls, state.stop) == ("Let me look.", [], "END")
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+def test_the_beginning_of_a_stop_string_before_a_call_is_text(tokenizer, cuts):
+    calls = []
+    ids = tokenizer.encode(f"Let me look: EN{write_calls(CALLS)}")
+    text, _, state = write(tokenizer, ids, cuts, stops=["END", "EN<tool"], calls=calls)
+    assert (text, calls, state.stop) == ("Let me look: EN", CALLS, None)
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 100])
+@pytest.mark.parametrize("before", ["Hello world <", "Hello \n\n", "<tool_call>", "", "  "])
+@pytest.mark.parametrize("stop", ["STOP", "\nSTOP", "never", "\n", "<", "\n\nS"])
+def test_text_does_not_depend_on_whether_the_answer_could_have_called_tools(tokenizer, cuts, before, stop):
+    ids = tokenizer.encode(f"{before}STOP and more")
+    plain, _, plain_state = write(tokenizer, ids, cuts, [stop])
+    text, _, state = write(tokenizer, ids, cuts, [stop], calls=[])
+    assert (text, state.stop) == (plain, plain_state.stop)

@@ -90,6 +90,10 @@ BAD = [
     ("stop[0]", {"stop": ["a" * 1000]}),
     ("stop", {"stop": ["a"] * 100}),
     ("request_id", {"request_id": "x" * 1000}),
+    ("request_id", {"request_id": "x\n2026-01-01 00:00:00,000 CRITICAL overfill.rpc: forged"}),
+    ("request_id", {"request_id": "x\n"}),
+    ("request_id", {"request_id": "x\u2028y"}),
+    ("request_id", {"request_id": "x outcome=ok"}),
     ("stream_interval", {"stream_interval": 1025}),
     ("sampling.temperature", {"sampling": SamplingParams(temperature=-1)}),
     ("sampling.temperature", {"sampling": SamplingParams(temperature=math.nan)}),
@@ -117,6 +121,18 @@ def test_each_mistake_names_its_field(validate: Any, field: str, fields: dict[st
     with pytest.raises(InvalidRequest) as caught:
         validate(**fields)
     assert caught.value.field == field
+
+
+def test_only_the_same_answer_has_the_same_ids_of_tool_calls(validate: Any) -> None:
+    def seed(text: str, resume: tuple[int, ...] = (), **sampling: Any) -> str:
+        chat = Chat(messages=[ChatMessage(role="user", content=text)], tools=[{"name": "f"}])
+        fields = {"request_id": "r", "sampling": SamplingParams(**sampling), "resume_token_ids": resume}
+        return str(validate(chat=chat, truncate_prompt_tokens=24, **fields).answer_digest)
+
+    assert len({seed("a", seed=1), seed("b", seed=1), seed("a", seed=2), seed("a"), seed("a")}) == 5
+    assert seed("a", seed=1) == seed("a", (9,), seed=1)
+    assert seed("a", temperature=0) == seed("a", (9,), temperature=0)
+    assert validate().answer_digest is None
 
 
 def test_resuming_a_greedy_answer_needs_no_seed(validate: Any) -> None:

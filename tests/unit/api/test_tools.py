@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
+from pydantic import UUID4, IPvAnyAddress, SecretStr, create_model
 
 from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
+from overfill.api.openai import schema, wire
+from overfill.api.openai.parse import parse
+from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, tools_grammar, write_calls
 from overfill.errors import InvalidRequest
@@ -26,7 +32,7 @@ CALLS = [("weather", '{"city": "Köln }{ \\" ]", "days": 3}'), ("now", "{}")]
 
 def read(text, cut):
     """Pushes ``text`` in pieces of ``cut`` characters; returns the text outside and the calls."""
-    reader, outside, calls = ToolCallReader(), [], []
+    reader, outside, calls = ToolCallReader(StopStrings(())), [], []
     for start in range(0, len(text), cut):
         said, parts = reader.push(text[start : start + cut])
         outside.append(said)
@@ -56,14 +62,14 @@ def test_text_without_calls_stays_as_it_is(cut, text):
 
 
 def test_text_is_given_out_as_soon_as_it_is_certain():
-    reader = ToolCallReader()
+    reader = ToolCallReader(StopStrings(()))
     assert reader.push("Hello wor")[0] == "Hello wor"
     assert reader.push("ld <tool")[0] == "ld"
     assert reader.push("box>")[0] == " <toolbox>"
 
 
 def test_arguments_are_given_out_while_they_come():
-    reader = ToolCallReader()
+    reader = ToolCallReader(StopStrings(()))
     parts = reader.push('<tool_call>\n{"name": "weather", "arguments": {"city": "K')[1]
     assert [(part.name, part.arguments) for part in parts] == [("weather", ""), ("", '{"city": "K')]
     assert reader.calls == 0, "the call is not complete"
@@ -71,6 +77,7 @@ def test_arguments_are_given_out_while_they_come():
 
 def test_a_call_that_was_cut_short_leaves_no_text():
     assert read('Look: <tool_call>\n{"name": "weather", "arguments": {"ci', 4) == ("Look:", [("weather", '{"ci')])
+    assert read('Look: <tool_call>\n{"name": "wea', 4) == ("Look:", [])
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +209,88 @@ def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
     assert not ChatTemplate("{{ messages }}", {}).knows_tools
 
 
+def chat_of_agent(strict, **parameters):
+    """A chat over HTTP with two tools, ``ok`` and ``f``."""
+    tools = [{"name": "ok"}, {"name": "f", "parameters": parameters, "strict": strict}]
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    body["tools"] = [{"type": "function", "function": tool} for tool in tools]
+    return wire.chat(parse(schema.ChatRequest, json.dumps(body).encode()), "id").prompts[0].chat
+
+
+def of_pydantic(kind):
+    return create_model("Arguments", a=(kind, ...)).model_json_schema()
+
+
+def of_property(**keywords):
+    return {"type": "object", "properties": {"a": keywords, "days": {"type": "integer"}}, "required": ["a"]}
+
+
+NOT_ENFORCED = {
+    "set": of_pydantic(set[str]),
+    "uuid": of_pydantic(UUID4),
+    "path": of_pydantic(Path),
+    "bytes": of_pydantic(bytes),
+    "secret": of_pydantic(SecretStr),
+    "address": of_pydantic(IPvAnyAddress),
+    "int64": of_property(type="string", format="int64"),
+    "property names": of_property(type="object", propertyNames={"minLength": 2}),
+    "not": of_property(**{"not": {"type": "null"}}),
+    "if": of_property(type="string") | {"if": {"required": ["days"]}, "then": {"required": ["a"]}},
+    "dependent": of_property(type="string") | {"dependentRequired": {"a": ["days"]}},
+    "contains": of_property(type="array", contains={"type": "string"}),
+    "unevaluated": of_property(type="string") | {"unevaluatedProperties": False},
+    "one of": of_property(oneOf=[{"type": "string"}, {"enum": ["x"]}]),
+    "look-ahead": of_property(type="string", pattern="^(?!.*--)[a-z]+$"),
+    "unknown type": of_property(type="any"),
+}
+ENFORCED = {
+    "decimal": of_pydantic(Decimal),
+    "int64": of_property(type="integer", format="int64"),
+    "null": of_property(type="integer") | {"type": ["object", "null"]},
+}
+
+
+@pytest.mark.parametrize("parameters", [*NOT_ENFORCED.values(), *ENFORCED.values()], ids=[*NOT_ENFORCED, *ENFORCED])
+def test_schemas_as_agents_send_them_are_accepted(grammars, parameters):
+    made = chat_grammar(chat_of_agent(False, **parameters)).text
+    assert accepts(grammars, made, write_calls([("ok", "{}")]))
+    assert not accepts(grammars, made, write_calls([("f", "[]")])), "arguments are an object"
+
+
+@pytest.mark.parametrize("parameters", NOT_ENFORCED.values(), ids=NOT_ENFORCED)
+def test_a_strict_tool_whose_schema_cannot_be_enforced_is_refused_by_name(parameters):
+    with pytest.raises(InvalidRequest, match="strict tool 'f' cannot be turned into a grammar") as caught:
+        chat_grammar(chat_of_agent(True, **parameters))
+    assert caught.value.field == "chat.tools[1].parameters"
+
+
+@pytest.mark.parametrize("parameters", ENFORCED.values(), ids=ENFORCED)
+def test_a_strict_tool_whose_schema_can_be_enforced_is_accepted(parameters):
+    assert chat_grammar(chat_of_agent(True, **parameters))
+
+
+@pytest.mark.parametrize("name", ["look-ahead", "unevaluated"])
+def test_what_can_be_enforced_of_a_schema_still_is(grammars, name):
+    made = chat_grammar(chat_of_agent(False, **NOT_ENFORCED[name])).text
+    for arguments, fits in ('{"a": "B--", "days": 3}', True), ('{"a": 5}', False), ('{"a": "b", "days": "x"}', False):
+        assert accepts(grammars, made, write_calls([("f", arguments)])) == fits, arguments
+
+
+def test_a_property_may_be_named_pattern(grammars):
+    parameters = {"properties": {"pattern": {"type": "string", "pattern": "(?=a)"}}, "required": ["pattern"]}
+    made = chat_grammar(chat_of_agent(False, **parameters)).text
+    assert accepts(grammars, made, write_calls([("f", '{"pattern": "a"}')]))
+    assert not accepts(grammars, made, write_calls([("f", "{}")]))
+
+
 def test_a_chat_s_grammar_has_the_schema_of_its_answers():
     kind = inference_pb2.ToolChoice
     tools = [inference_pb2.Tool(name="weather")]
-    schema, anything = Grammar.json_schema({"enum": [17]}), Grammar("json_object")
-    assert "17" in chat_grammar(chat(tools=tools), schema)
-    assert "answer: %json" in chat_grammar(chat(tools=tools), anything)
-    assert "17" not in chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_REQUIRED)), schema)
-    assert chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_NONE)), schema) is None
+    wanted, anything = Grammar.json_schema({"enum": [17]}), Grammar("json_object")
+    assert "17" in chat_grammar(chat(tools=tools), wanted).text
+    assert "answer: %json" in chat_grammar(chat(tools=tools), anything).text
+    assert "17" not in chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_REQUIRED)), wanted).text
+    assert chat_grammar(chat(tools=tools, tool_choice=kind(mode=kind.MODE_NONE)), wanted) is None
     for other in (Grammar("regex", "a"), Grammar("lark", 'start: "a"')):
         with pytest.raises(InvalidRequest, match="cannot be combined with tools") as caught:
             chat_grammar(chat(tools=tools), other)
@@ -221,10 +302,10 @@ def test_only_a_chat_with_tools_has_a_grammar():
     tool = inference_pb2.Tool(name="weather")
     assert chat_grammar(chat()) is None
     assert chat_grammar(chat(tools=[tool], tool_choice=kind(mode=kind.MODE_NONE))) is None
-    assert "TEXT" in chat_grammar(chat(tools=[tool]))
+    assert "TEXT" in chat_grammar(chat(tools=[tool])).text
     named = kind(mode=kind.MODE_REQUIRED, name="weather")
     other = inference_pb2.Tool(name="other")
-    assert "other" not in chat_grammar(chat(tools=[tool, other], tool_choice=named))
+    assert "other" not in chat_grammar(chat(tools=[tool, other], tool_choice=named)).text
     for wrong in (kind(mode=kind.MODE_REQUIRED, name="none"), kind(name="weather")):
         with pytest.raises(InvalidRequest, match="tool_choice"):
             chat_grammar(chat(tools=[tool], tool_choice=wrong))

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from overfill.client import AsyncClient, Client
-from overfill.client.requests import Message, Options, ToolCall, build_request, check_timeout
+from overfill.client.requests import Message, Options, Tool, ToolCall, build_request, check_timeout
 from overfill.errors import InvalidRequest
 from overfill.request.params import SamplingParams
 from overfill.rpc.addresses import split_addresses
@@ -56,6 +56,8 @@ def test_all_other_arguments_are_passed_on() -> None:
     assert not build().HasField("sampling")
     request = build(tier="full", fallback="fast", allow_brownout=True)
     assert (request.tier, request.fallback, request.allow_brownout) == ("full", "fast", True)
+    tools = [Tool("a", strict=True), Tool("b")]
+    assert [tool.strict for tool in build([{"role": "user", "content": "Hi"}], tools=tools).chat.tools] == [True, False]
 
 
 @pytest.mark.parametrize(
