@@ -644,7 +644,7 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
         for trigger in scaled["spec"]["triggers"]
     ]
     asked = [selector for query in queries for selector in selectors(promql_parser.parse(query))]
-    assert len(asked) == 4
+    assert len(asked) == 5
     for selector in asked:
         component = selector.name.split("_")[1]
         matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
@@ -652,6 +652,23 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
         own, other = (series_labels(objects, component) for objects in (ours, theirs))
         assert {name: own.get(name) for name in matchers} == matchers, "it finds the release's own series"
         assert {name: other.get(name) for name in matchers} != matchers, "and none of the other release"
+
+
+def test_keda_removes_no_worker_because_prometheus_has_no_series() -> None:
+    """With KEDA's default, a query without a result is 0, so that a lost scrape scales a loaded pool to its minimum."""
+    for scaled in of_kind(render("values-prod.yaml"), "ScaledObject").values():
+        for trigger in scaled["spec"]["triggers"]:
+            assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_keda_sees_requests_that_routers_do_not_give_to_workers_yet() -> None:
+    scaled = of_kind(render("values-prod.yaml"), "ScaledObject")
+    for stage in ("prefill", "decode"):
+        (needed,) = (one for one in scaled[f"overfill-{stage}"]["spec"]["triggers"] if one["name"] == "needed")
+        (selector,) = selectors(promql_parser.parse(needed["metadata"]["query"]))
+        assert selector.name == "overfill_router_scaling_needed_workers"
+        assert {one.name: one.value for one in selector.matchers.matchers}["stage"] == stage
+        assert needed["metadata"]["threshold"] == "1"
 
 
 def discover(kmock: kmock_package.KubernetesEmulator) -> None:
