@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from panels import PER_SECOND, SECONDS, SHARE, Panel, board, lines, number
 
-from boards.queries import ITL_OBJECTIVE, TTFT_OBJECTIVE, quantile, quantiles, rate, ratio, ttft_parts
+from boards.queries import ITL_OBJECTIVE, TTFT_OBJECTIVE, max_rate, quantile, quantiles, rate, ratio, ttft_parts
 
 
 def overview() -> Dashboard:
@@ -97,9 +97,9 @@ def overview() -> Dashboard:
             lines("Versions", {"{{version}} {{stage}}": "count by (version, stage) (overfill_build_info)"}),
             lines(
                 "Workers lost",
-                {"{{stage}} {{tier}}": rate("overfill_router_workers_lost_total", "stage, tier")},
+                {"{{stage}} {{tier}}": max_rate("overfill_router_workers_lost_total", "stage, tier")},
                 PER_SECOND,
-                what="Workers that left without being drained.",
+                what="Workers that left without being drained, as the router that counts most sees it.",
             ),
         ],
     }

@@ -24,6 +24,12 @@ def rate(metric: str, by: str = "", where: str = "") -> str:
     return f"{grouped} (rate({matched}[$__rate_interval]))"
 
 
+def max_rate(counter: str, by: str, where: str = "") -> str:
+    """Return the rate of ``counter`` per second in the router where it is highest, for events that all routers count."""
+    matched = f"{counter}{{{where}}}" if where else counter
+    return f"max by ({by}) (rate({matched}[$__rate_interval]))"
+
+
 def mean(histogram: str, by: str = "", where: str = "") -> str:
     return ratio(rate(f"{histogram}_sum", by, where), rate(f"{histogram}_count", by, where))
 
