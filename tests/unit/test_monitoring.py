@@ -95,6 +95,7 @@ def test_runbooks_name_existing_panels():
 def test_the_expressions_that_an_alert_compares_are_found():
     assert list(compared("a > 1")) == ["a"]
     assert list(compared("(a / b) > 1 and c < 2")) == ["(a / b)", "c"]
+    assert list(compared("absent(a == 1)")) == ["a"]
     assert list(compared("avg_over_time(x[5m]) >= 3 unless (y == 0)")) == ["avg_over_time(x[5m])", "y"]
 
 

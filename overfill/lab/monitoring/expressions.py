@@ -71,7 +71,7 @@ def rule_expressions(folder: Path) -> Iterator[Expression]:
 
 
 def compared(alert: str) -> Iterator[str]:
-    """Yield the compared sides of an alert: of ``a > 1 and b > 2``, ``a`` and ``b``.
+    """Yield the compared sides of an alert: of ``a > 1 and b > 2``, ``a`` and ``b``; of ``absent(a)``, ``a``.
 
     The alert itself has data only while it fires; these sides must always have some.
     """
@@ -86,6 +86,8 @@ def _compared(node: Any) -> Iterator[str]:
         yield from _compared(node.rhs)
     elif isinstance(node, promql_parser.BinaryExpr) and str(node.op) in _COMPARISONS:
         yield node.lhs.prettify()
+    elif isinstance(node, promql_parser.Call) and node.func.name == "absent":
+        yield from _compared(node.args[0])
     else:
         yield node.prettify()
 
