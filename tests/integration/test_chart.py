@@ -417,7 +417,7 @@ def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
         found = None
         for rule in rules:
             value = ";".join(labels.get(source, "") for source in rule.get("sourceLabels", []))
-            if rule["targetLabel"] == name and (match := re.fullmatch(rule.get("regex", "(.*)"), value)):
+            if rule.get("targetLabel") == name and (match := re.fullmatch(rule.get("regex", "(.*)"), value)):
                 found = rule.get("replacement") or match[1]
         return found
 
@@ -426,6 +426,12 @@ def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
     assert label("tier", "decode", "fast") == "fast"
     of_stage = [label("stage", one) for one in ("router", "prefill", "decode", "worker")]
     assert of_stage == ["router", "prefill", "decode", "prefill+decode"]
+
+
+def test_pods_that_do_not_run_yet_are_no_targets() -> None:
+    (monitor,) = of_kind(render("values-prod.yaml"), "PodMonitor").values()
+    first = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]
+    assert first == {"action": "keep", "sourceLabels": ["__meta_kubernetes_pod_phase"], "regex": "Running"}
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -618,7 +624,7 @@ def series_labels(objects: list[dict], component: str) -> dict[str, str]:
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     made = {"namespace": "serving"}  # added by the operator
     for rule in endpoint["relabelings"]:
-        if "sourceLabels" in rule:
+        if rule.get("action") != "keep" and "sourceLabels" in rule:
             (source,) = rule["sourceLabels"]
             made[rule["targetLabel"]] = pod.get(source, "")
     return made
