@@ -32,7 +32,7 @@ class Expression:
 
 
 def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expression]:
-    """Yield the expressions of the dashboards in ``folder``, with all workers and tiers selected."""
+    """Yield the expressions of the dashboards in ``folder``, with everything selected."""
     for path in sorted(folder.glob("*.json")):
         for panel in panels(json.loads(path.read_text())):
             for target in panel["targets"]:
@@ -49,8 +49,11 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def filled(expression: str, rate_interval: str) -> str:
-    """Replace Grafana's variables in ``expression``; ``$worker`` and ``$tier`` select all workers and tiers."""
-    return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+").replace("$tier", ".+")
+    """Replace Grafana's variables in ``expression``, so that all workers, tiers and releases are selected."""
+    values = {"__rate_interval": rate_interval, "worker": ".+", "tier": ".+", "namespace": ".*", "release": ".*"}
+    for name, value in values.items():
+        expression = expression.replace(f"${name}", value)
+    return expression
 
 
 def rules(folder: Path) -> Iterator[dict[str, Any]]:
