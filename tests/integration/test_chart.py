@@ -721,13 +721,39 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
     }
 
 
-async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
-    """Return the secrets that the chart renders while the stand-in answers its look-ups."""
+async def upgraded(kmock: kmock_package.KubernetesEmulator, folder: Path, *settings: str) -> list[dict[str, Any]]:
+    """Return the objects that the chart renders while the stand-in answers its look-ups."""
     output = await run(
         folder, "helm", "template", "overfill", str(CHART), "--namespace=serving", "--dry-run=server", "--is-upgrade",
         "--disable-openapi-validation", f"--kube-apiserver={kmock.url}",
+        *[flag for setting in settings for flag in ("--set", setting)],
     )  # fmt: skip
-    return of_kind([one for one in yaml.safe_load_all(output) if one], "Secret")
+    return [one for one in yaml.safe_load_all(output) if one]
+
+
+async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
+    return of_kind(await upgraded(kmock, folder), "Secret")
+
+
+@pytest.mark.parametrize("kind", ["hpa", "keda"])
+async def test_an_upgrade_that_turns_autoscaling_on_keeps_the_number_of_workers(
+    kind: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path
+) -> None:
+    """Kubernetes takes a Deployment whose `replicas` an upgrade removes as one of a single pod."""
+    discover(kmock)
+
+    async def replicas() -> dict[str, int | None]:
+        objects = await upgraded(kmock, tmp_path, f"decode.autoscaling.kind={kind}", "prefill.replicas=3")
+        return {name: one["spec"].get("replicas") for name, one in of_kind(objects, "Deployment").items()}
+
+    others = {"overfill-router": 2, "overfill-prefill": 3}
+    assert await replicas() == others | {"overfill-decode": None}, "the autoscaler sets it in a new release"
+    manifests = tmp_path / "objects.yaml"
+    manifests.write_text(
+        yaml.safe_dump(of_kind(render("values.yaml", "decode.replicas=6"), "Deployment")["overfill-decode"])
+    )
+    await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    assert await replicas() == others | {"overfill-decode": 6}
 
 
 @pytest.mark.parametrize("deleted", ["overfill-first-key", "overfill-keys"])
