@@ -168,6 +168,14 @@ def test_an_unknown_field_would_be_noticed() -> None:
             "worker.replicas=1,decoders.a.pair=x,decoders.b.pair=y,decoders.b.replicas=0",
             "decoders.b.replicas: at least 1",
         ),
+        (
+            "decode.autoscaling.kind=hpa,decode.autoscaling.running=59",  # 64 of 59 is within an HPA's tolerance
+            "decode.autoscaling.running: 59 is too high for max-num-seqs 64",
+        ),
+        (
+            "decode.autoscaling.kind=hpa,decoders.a.pair=x,decoders.b.pair=y,decoders.b.settings.max-num-seqs=48",
+            "decoders.b.autoscaling.running: 48 is too high for max-num-seqs 48",
+        ),
         ("decoders.A.pair=default", "'A' does not match pattern"),
         ("decoders.a.pair=default,decoders.a.replica=2", "replica"),
         ("decoders.a.pair=default,decoders.a.settings.kv-memroy=1GiB", "kv-memroy"),
@@ -177,6 +185,12 @@ def test_an_unknown_field_would_be_noticed() -> None:
 )
 def test_a_wrong_value_is_named(setting: str, says: str) -> None:
     assert says in refused(setting)
+
+
+def test_an_hpa_s_target_may_be_just_below_what_a_worker_can_run() -> None:
+    own = ("decode.autoscaling.kind=hpa", "decode.autoscaling.running=29", "decode.settings.max-num-seqs=32")
+    assert "overfill-decode" in of_kind(render("values.yaml", *own), "HorizontalPodAutoscaler")
+    assert DecodeConfig.model_fields["max_num_seqs"].default == 64, "the chart's templates have this default"
 
 
 @pytest.mark.parametrize(("values", "settings"), SETS)
