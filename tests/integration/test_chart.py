@@ -473,6 +473,24 @@ def test_ports_probes_and_services_agree(values: str) -> None:
     assert "overfill-routers" in of_kind(objects, "Service")
 
 
+def test_meshes_are_told_that_the_grpc_ports_speak_tls() -> None:
+    """Istio takes a port named grpc, or with appProtocol grpc, as plaintext HTTP/2, and would break its connections."""
+    for values in ("values.yaml", "values-colocated.yaml"):
+        for service in of_kind(render(values), "Service").values():
+            (port,) = (one for one in service["spec"]["ports"] if one["name"] == "grpc")
+            assert port["appProtocol"] == "https"
+
+
+def test_a_pool_s_runtime_class_is_that_of_its_pods_only() -> None:
+    own = ("decode.runtimeClassName=nvidia", "decoders.fast.runtimeClassName=other", "worker.runtimeClassName=third")
+    found = pods(render("values-tiers.yaml", *own, "worker.replicas=1", "decoders.default.replicas=0"))
+    classes = {name: pod.get("runtimeClassName") for name, pod in found.items()}
+    assert classes == {
+        "router": None, "prefill": None, "test": None,
+        "decode-fast": "other", "decode-full": "nvidia", "worker-default": "third",
+    }  # fmt: skip
+
+
 def test_network_policies_admit_the_stack_and_refuse_others() -> None:
     policies = of_kind(render("values-prod.yaml"), "NetworkPolicy")
 

@@ -388,6 +388,9 @@ initContainers:
 {{- with $class }}
 priorityClassName: {{ . }}
 {{- end }}
+{{- with .pool.values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
 {{- with .pool.values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
