@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,39 @@ def test_init_containers_get_their_pool_s_variables_and_a_revision_has_its_own_f
         assert arguments == ["a/b", "abc", "/pair/link"]
         assert 'folder="$OVERFILL_HOME/hub/$1/$2"' in script
         assert ("--include" in script) == (component == "router"), "routers read no weights"
+
+
+def test_no_router_pulls_the_image_of_gpu_workers_to_download_json_files() -> None:
+    gpu = "prefill.image.repository=overfill-worker-vllm"
+    for component, pod in pods(render("values.yaml", *FROM_HUB, gpu)).items():
+        if component != "test":
+            assert pod["initContainers"][0]["image"] == pod["containers"][0]["image"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "huggingface-hub>=0.34" in extras["router"], "the first version with `hf`, which the init container runs"
+
+
+@pytest.mark.parametrize(("values", "image"), [("values.yaml", "prefill"), ("values-colocated.yaml", "decode")])
+def test_a_named_pair_is_prepared_for_routers_by_an_image_with_torch_that_workers_use(values: str, image: str) -> None:
+    found = pods(render(values, "pair.source=named"))
+    assert found["router"]["initContainers"][0]["image"].partition(":")[0] == f"overfill-{image}"
+
+
+def test_a_pod_s_own_cache_holds_the_largest_documented_pair() -> None:
+    """With room for what vLLM compiles."""
+    weights = sum(gib for _, gib in HALVES.values())
+    size = yaml.safe_load((CHART / "values.yaml").read_text())["cache"]["size"]
+    assert float(size.removesuffix("Gi")) >= weights + 5
+
+
+def test_production_s_new_pods_find_what_was_compiled_before() -> None:
+    for component in ("prefill", "decode"):
+        (cache,) = (one for one in pods(render("values-prod.yaml"))[component]["volumes"] if one["name"] == "cache")
+        assert cache["persistentVolumeClaim"]["claimName"] == "overfill-cache"
+
+
+def test_production_s_routers_ask_for_little_more_than_the_core_that_they_can_use() -> None:
+    router = pods(render("values-prod.yaml"))["router"]["containers"][0]
+    assert router["resources"]["requests"]["cpu"] == "1500m"
 
 
 def test_names_may_be_asked_of_another_server() -> None:

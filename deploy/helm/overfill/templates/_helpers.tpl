@@ -322,11 +322,13 @@ Each revision of a repository has a folder of its own, because running pods read
 */}}
 {{- define "overfill.initContainers" -}}
 {{- $pair := .root.Values.pair }}
+{{- $image := .pool.values.image }}
+{{- /* A router's image can download a pair, but has no torch to prepare one with. */}}
+{{- if and (eq .pool.component "router") (eq $pair.source "named") }}{{ $image = (include "overfill.workerPools" .root | fromJsonArray | first).values.image }}{{ end }}
 {{- if ne $pair.source "claim" }}
 initContainers:
   - name: pair
-    # The prefill workers' image, because the router's image has no torch to prepare pairs with.
-    image: {{ include "overfill.image" (dict "root" .root "image" .root.Values.prefill.image) }}
+    image: {{ include "overfill.image" (dict "root" .root "image" $image) }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     {{- if eq $pair.source "named" }}
     command:
