@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.rpc.access import Role, roles_of
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
@@ -799,6 +800,30 @@ async def upgraded(kmock: kmock_package.KubernetesEmulator, folder: Path, *setti
 
 async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
     return of_kind(await upgraded(kmock, folder), "Secret")
+
+
+WIRE = "overfill.io/wire-version"
+
+
+async def test_an_upgrade_to_another_wire_version_is_refused(
+    kmock: kmock_package.KubernetesEmulator, tmp_path: Path
+) -> None:
+    """Half of the processes would refuse the other half; a second release replaces them without a loss."""
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"] == {WIRE: str(WIRE_VERSION)}
+    discover(kmock)
+    router = of_kind(render("values.yaml"), "Deployment")["overfill-router"]
+    assert router["metadata"]["annotations"] == {WIRE: str(WIRE_VERSION)}
+    manifests = tmp_path / "objects.yaml"
+
+    async def upgrade(annotations: dict[str, str]) -> None:
+        manifests.write_text(yaml.safe_dump(router | {"metadata": router["metadata"] | {"annotations": annotations}}))
+        await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+        assert of_kind(await upgraded(kmock, tmp_path), "Deployment")
+
+    await upgrade({WIRE: str(WIRE_VERSION)})
+    with pytest.raises(AssertionError, match=f"runs wire version 1, this chart {WIRE_VERSION}"):
+        await upgrade({WIRE: "1"})
+    await upgrade({})  # of a chart that did not say its wire version
 
 
 @pytest.mark.parametrize("kind", ["hpa", "keda"])

@@ -194,6 +194,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if not (or .Values.apiKeys.secretName .Values.apiKeys.generate) }}{{ fail "no API keys: routers do not listen beyond loopback without them. Give apiKeys.secretName or apiKeys.generate" }}{{ end -}}
 {{- end }}
 
+{{/* Refuses an upgrade after which half of the pods would refuse the other half. The live router's annotation tells. */}}
+{{- define "overfill.checkWire" -}}
+{{- $key := "overfill.io/wire-version" -}}
+{{- $name := printf "%s-router" (include "overfill.fullname" .) -}}
+{{- $metadata := (lookup "apps/v1" "Deployment" .Release.Namespace $name).metadata | default dict -}}
+{{- $live := index ($metadata.annotations | default dict) $key -}}
+{{- $own := index .Chart.Annotations $key -}}
+{{- if and $live (ne $live $own) }}{{ fail (printf "the release runs wire version %s, this chart %s: their processes refuse each other. Install a second release beside it (docs/how-to/upgrade.md). To lose requests instead: kubectl -n %s annotate deployment/%s %s-" $live $own .Release.Namespace $name $key) }}{{ end -}}
+{{- end }}
+
 {{/*
 DNS names of the pods' certificate that Helm or cert-manager makes, as a JSON list: hosts, and the roles of pods and of
 Prometheus. Clients have a certificate of their own, because a holder of this one may act as any process of the stack.
