@@ -30,8 +30,8 @@ from overfill.client import Client, SamplingParams
 
 ADDRESS = os.environ.get("OVERFILL_ADDRESS", "127.0.0.1:7600")
 DEPLOY = Path(__file__).parents[1] / "deploy"
-# Grafana's variables: rates need at least four scrapes, and every worker and tier is selected.
-VARIABLES = {"$__rate_interval": "10s", "$worker": ".+", "$tier": ".+"}
+# Grafana's variables: rates need at least four scrapes, and everything is selected.
+VARIABLES = {"$__rate_interval": "10s", "$worker": ".+", "$tier": ".+", "$namespace": ".*", "$release": ".*"}
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Building blocks of the dashboards: a few kinds of panels with one look. Contains no metrics."""
+"""Building blocks of the dashboards: a few kinds of panels with one look, and the choice of a release."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, timeseries
@@ -17,6 +18,12 @@ Queries = Mapping[str, str]
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="$datasource")
 WIDTH = 24  # columns of a dashboard
+
+RELEASE = 'namespace=~"$namespace", app_kubernetes_io_instance=~"$release"'
+"""Matchers of the Helm releases that are chosen on the dashboard; they match series without these labels if all are."""
+
+_SELECTOR = re.compile(r"\b(?!overfill:slo_budget:)(overfill[_:][\w:]+|process_\w+|up|ALERTS)\b({)?")
+"""Start of a selector, by the name of its metric. The objectives of overfill:slo_budget:ratio hold for all releases."""
 
 SECONDS, BYTES, BYTES_PER_SECOND, SHARE, COUNT, PER_SECOND = "s", "bytes", "Bps", "percentunit", "short", "suffix:/s"
 
@@ -95,7 +102,7 @@ def cells(title: str, buckets: str, *, what: str = "", span: int = 12, height: i
         .y_axis(axis)
         .color(colours.reverse(True).scale(heatmap_model.HeatmapColorScale.EXPONENTIAL))
     )
-    query = prometheus.Dataquery().expr(buckets).legend_format("{{le}}").range()
+    query = prometheus.Dataquery().expr(of_release(buckets)).legend_format("{{le}}").range()
     return panel.with_target(query.format(query_model.PromQueryFormat.HEATMAP).ref_id("A"))
 
 
@@ -119,7 +126,7 @@ def board(
     workers: bool = False,
     tiers: bool = False,
 ) -> dashboard.Dashboard:
-    """Return a dashboard of titled rows.
+    """Return a dashboard of titled rows, with variables for the namespace and the Helm release.
 
     Args:
         workers: Add the variable ``$worker``, with which the user selects workers.
@@ -132,10 +139,15 @@ def board(
         .keep_time(True).include_vars(True)
     )  # fmt: skip
     made = made.with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+    named = 'overfill_build_info{namespace=~"$namespace"}'
+    made = made.with_variable(_choice("namespace", "Namespace", "label_values(overfill_build_info, namespace)", ".*"))
+    made = made.with_variable(_choice("release", "Release", f"label_values({named}, app_kubernetes_io_instance)", ".*"))
     if workers:
-        made = made.with_variable(_choice("worker", "Worker", "label_values(overfill_build_info, worker)"))
+        query = f"label_values({of_release('overfill_build_info')}, worker)"
+        made = made.with_variable(_choice("worker", "Worker", query, ".+"))
     if tiers:
-        made = made.with_variable(_choice("tier", "Tier", "label_values(overfill_router_running_requests, tier)"))
+        query = f"label_values({of_release('overfill_router_running_requests')}, tier)"
+        made = made.with_variable(_choice("tier", "Tier", query, ".+"))
     ids = itertools.count(1)
     for name, panels in rows.items():
         made = made.with_row(dashboard.Row(name).id(next(ids)))
@@ -144,18 +156,24 @@ def board(
     return made
 
 
-def _choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
+def of_release(expression: str) -> str:
+    """Return the expression with all its selectors restricted to the chosen releases."""
+    return _SELECTOR.sub(lambda found: f"{found[1]}{{{RELEASE}{', ' if found[2] else '}'}", expression)
+
+
+def _choice(name: str, label: str, query: str, all_value: str) -> dashboard.QueryVariable:
     return (
         dashboard.QueryVariable(name).label(label).datasource(SOURCE)
         .query(query).refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .multi(True).include_all(True).all_value(".+")
+        .multi(True).include_all(True).all_value(all_value)
         .current(model.VariableOption(text="All", value="$__all", selected=True))
     )  # fmt: skip
 
 
 def _ask(panel, queries: Queries):
     for index, (legend, expression) in enumerate(queries.items()):
-        query = prometheus.Dataquery().expr(expression).legend_format(legend).range().ref_id(chr(ord("A") + index))
+        query = prometheus.Dataquery().expr(of_release(expression)).legend_format(legend).range()
+        query = query.ref_id(chr(ord("A") + index))
         panel = panel.with_target(query)
     return panel
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.rpc.access import Role, roles_of
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
 from overfill.telemetry.metrics import declared
@@ -168,6 +170,14 @@ def test_an_unknown_field_would_be_noticed() -> None:
             "worker.replicas=1,decoders.a.pair=x,decoders.b.pair=y,decoders.b.replicas=0",
             "decoders.b.replicas: at least 1",
         ),
+        (
+            "decode.autoscaling.kind=hpa,decode.autoscaling.running=59",  # 64 of 59 is within an HPA's tolerance
+            "decode.autoscaling.running: 59 is too high for max-num-seqs 64",
+        ),
+        (
+            "decode.autoscaling.kind=hpa,decoders.a.pair=x,decoders.b.pair=y,decoders.b.settings.max-num-seqs=48",
+            "decoders.b.autoscaling.running: 48 is too high for max-num-seqs 48",
+        ),
         ("decoders.A.pair=default", "'A' does not match pattern"),
         ("decoders.a.pair=default,decoders.a.replica=2", "replica"),
         ("decoders.a.pair=default,decoders.a.settings.kv-memroy=1GiB", "kv-memroy"),
@@ -177,6 +187,12 @@ def test_an_unknown_field_would_be_noticed() -> None:
 )
 def test_a_wrong_value_is_named(setting: str, says: str) -> None:
     assert says in refused(setting)
+
+
+def test_an_hpa_s_target_may_be_just_below_what_a_worker_can_run() -> None:
+    own = ("decode.autoscaling.kind=hpa", "decode.autoscaling.running=29", "decode.settings.max-num-seqs=32")
+    assert "overfill-decode" in of_kind(render("values.yaml", *own), "HorizontalPodAutoscaler")
+    assert DecodeConfig.model_fields["max_num_seqs"].default == 64, "the chart's templates have this default"
 
 
 @pytest.mark.parametrize(("values", "settings"), SETS)
@@ -257,6 +273,39 @@ def test_init_containers_get_their_pool_s_variables_and_a_revision_has_its_own_f
         assert arguments == ["a/b", "abc", "/pair/link"]
         assert 'folder="$OVERFILL_HOME/hub/$1/$2"' in script
         assert ("--include" in script) == (component == "router"), "routers read no weights"
+
+
+def test_no_router_pulls_the_image_of_gpu_workers_to_download_json_files() -> None:
+    gpu = "prefill.image.repository=overfill-worker-vllm"
+    for component, pod in pods(render("values.yaml", *FROM_HUB, gpu)).items():
+        if component != "test":
+            assert pod["initContainers"][0]["image"] == pod["containers"][0]["image"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "huggingface-hub>=0.34" in extras["router"], "the first version with `hf`, which the init container runs"
+
+
+@pytest.mark.parametrize(("values", "image"), [("values.yaml", "prefill"), ("values-colocated.yaml", "decode")])
+def test_a_named_pair_is_prepared_for_routers_by_an_image_with_torch_that_workers_use(values: str, image: str) -> None:
+    found = pods(render(values, "pair.source=named"))
+    assert found["router"]["initContainers"][0]["image"].partition(":")[0] == f"overfill-{image}"
+
+
+def test_a_pod_s_own_cache_holds_the_largest_documented_pair() -> None:
+    """With room for what vLLM compiles."""
+    weights = sum(gib for _, gib in HALVES.values())
+    size = yaml.safe_load((CHART / "values.yaml").read_text())["cache"]["size"]
+    assert float(size.removesuffix("Gi")) >= weights + 5
+
+
+def test_production_s_new_pods_find_what_was_compiled_before() -> None:
+    for component in ("prefill", "decode"):
+        (cache,) = (one for one in pods(render("values-prod.yaml"))[component]["volumes"] if one["name"] == "cache")
+        assert cache["persistentVolumeClaim"]["claimName"] == "overfill-cache"
+
+
+def test_production_s_routers_ask_for_little_more_than_the_core_that_they_can_use() -> None:
+    router = pods(render("values-prod.yaml"))["router"]["containers"][0]
+    assert router["resources"]["requests"]["cpu"] == "1500m"
 
 
 def test_names_may_be_asked_of_another_server() -> None:
@@ -417,7 +466,7 @@ def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
         found = None
         for rule in rules:
             value = ";".join(labels.get(source, "") for source in rule.get("sourceLabels", []))
-            if rule["targetLabel"] == name and (match := re.fullmatch(rule.get("regex", "(.*)"), value)):
+            if rule.get("targetLabel") == name and (match := re.fullmatch(rule.get("regex", "(.*)"), value)):
                 found = rule.get("replacement") or match[1]
         return found
 
@@ -426,6 +475,12 @@ def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
     assert label("tier", "decode", "fast") == "fast"
     of_stage = [label("stage", one) for one in ("router", "prefill", "decode", "worker")]
     assert of_stage == ["router", "prefill", "decode", "prefill+decode"]
+
+
+def test_pods_that_do_not_run_yet_are_no_targets() -> None:
+    (monitor,) = of_kind(render("values-prod.yaml"), "PodMonitor").values()
+    first = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]
+    assert first == {"action": "keep", "sourceLabels": ["__meta_kubernetes_pod_phase"], "regex": "Running"}
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -451,6 +506,24 @@ def test_ports_probes_and_services_agree(values: str) -> None:
         if component != "router":
             assert flags["routers"] == "dns:///overfill-routers.serving.svc:7600"
     assert "overfill-routers" in of_kind(objects, "Service")
+
+
+def test_meshes_are_told_that_the_grpc_ports_speak_tls() -> None:
+    """Istio takes a port named grpc, or with appProtocol grpc, as plaintext HTTP/2, and would break its connections."""
+    for values in ("values.yaml", "values-colocated.yaml"):
+        for service in of_kind(render(values), "Service").values():
+            (port,) = (one for one in service["spec"]["ports"] if one["name"] == "grpc")
+            assert port["appProtocol"] == "https"
+
+
+def test_a_pool_s_runtime_class_is_that_of_its_pods_only() -> None:
+    own = ("decode.runtimeClassName=nvidia", "decoders.fast.runtimeClassName=other", "worker.runtimeClassName=third")
+    found = pods(render("values-tiers.yaml", *own, "worker.replicas=1", "decoders.default.replicas=0"))
+    classes = {name: pod.get("runtimeClassName") for name, pod in found.items()}
+    assert classes == {
+        "router": None, "prefill": None, "test": None,
+        "decode-fast": "other", "decode-full": "nvidia", "worker-default": "third",
+    }  # fmt: skip
 
 
 def test_network_policies_admit_the_stack_and_refuse_others() -> None:
@@ -618,7 +691,7 @@ def series_labels(objects: list[dict], component: str) -> dict[str, str]:
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     made = {"namespace": "serving"}  # added by the operator
     for rule in endpoint["relabelings"]:
-        if "sourceLabels" in rule:
+        if rule.get("action") != "keep" and "sourceLabels" in rule:
             (source,) = rule["sourceLabels"]
             made[rule["targetLabel"]] = pod.get(source, "")
     return made
@@ -644,7 +717,7 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
         for trigger in scaled["spec"]["triggers"]
     ]
     asked = [selector for query in queries for selector in selectors(promql_parser.parse(query))]
-    assert len(asked) == 4
+    assert len(asked) == 5
     for selector in asked:
         component = selector.name.split("_")[1]
         matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
@@ -652,6 +725,23 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
         own, other = (series_labels(objects, component) for objects in (ours, theirs))
         assert {name: own.get(name) for name in matchers} == matchers, "it finds the release's own series"
         assert {name: other.get(name) for name in matchers} != matchers, "and none of the other release"
+
+
+def test_keda_removes_no_worker_because_prometheus_has_no_series() -> None:
+    """With KEDA's default, a query without a result is 0, so that a lost scrape scales a loaded pool to its minimum."""
+    for scaled in of_kind(render("values-prod.yaml"), "ScaledObject").values():
+        for trigger in scaled["spec"]["triggers"]:
+            assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_keda_sees_requests_that_routers_do_not_give_to_workers_yet() -> None:
+    scaled = of_kind(render("values-prod.yaml"), "ScaledObject")
+    for stage in ("prefill", "decode"):
+        (needed,) = (one for one in scaled[f"overfill-{stage}"]["spec"]["triggers"] if one["name"] == "needed")
+        (selector,) = selectors(promql_parser.parse(needed["metadata"]["query"]))
+        assert selector.name == "overfill_router_scaling_needed_workers"
+        assert {one.name: one.value for one in selector.matchers.matchers}["stage"] == stage
+        assert needed["metadata"]["threshold"] == "1"
 
 
 def discover(kmock: kmock_package.KubernetesEmulator) -> None:
@@ -698,13 +788,63 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
     }
 
 
-async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
-    """Return the secrets that the chart renders while the stand-in answers its look-ups."""
+async def upgraded(kmock: kmock_package.KubernetesEmulator, folder: Path, *settings: str) -> list[dict[str, Any]]:
+    """Return the objects that the chart renders while the stand-in answers its look-ups."""
     output = await run(
         folder, "helm", "template", "overfill", str(CHART), "--namespace=serving", "--dry-run=server", "--is-upgrade",
         "--disable-openapi-validation", f"--kube-apiserver={kmock.url}",
+        *[flag for setting in settings for flag in ("--set", setting)],
     )  # fmt: skip
-    return of_kind([one for one in yaml.safe_load_all(output) if one], "Secret")
+    return [one for one in yaml.safe_load_all(output) if one]
+
+
+async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
+    return of_kind(await upgraded(kmock, folder), "Secret")
+
+
+WIRE = "overfill.io/wire-version"
+
+
+async def test_an_upgrade_to_another_wire_version_is_refused(
+    kmock: kmock_package.KubernetesEmulator, tmp_path: Path
+) -> None:
+    """Half of the processes would refuse the other half; a second release replaces them without a loss."""
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"] == {WIRE: str(WIRE_VERSION)}
+    discover(kmock)
+    router = of_kind(render("values.yaml"), "Deployment")["overfill-router"]
+    assert router["metadata"]["annotations"] == {WIRE: str(WIRE_VERSION)}
+    manifests = tmp_path / "objects.yaml"
+
+    async def upgrade(annotations: dict[str, str]) -> None:
+        manifests.write_text(yaml.safe_dump(router | {"metadata": router["metadata"] | {"annotations": annotations}}))
+        await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+        assert of_kind(await upgraded(kmock, tmp_path), "Deployment")
+
+    await upgrade({WIRE: str(WIRE_VERSION)})
+    with pytest.raises(AssertionError, match=f"runs wire version 1, this chart {WIRE_VERSION}"):
+        await upgrade({WIRE: "1"})
+    await upgrade({})  # of a chart that did not say its wire version
+
+
+@pytest.mark.parametrize("kind", ["hpa", "keda"])
+async def test_an_upgrade_that_turns_autoscaling_on_keeps_the_number_of_workers(
+    kind: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path
+) -> None:
+    """Kubernetes takes a Deployment whose `replicas` an upgrade removes as one of a single pod."""
+    discover(kmock)
+
+    async def replicas() -> dict[str, int | None]:
+        objects = await upgraded(kmock, tmp_path, f"decode.autoscaling.kind={kind}", "prefill.replicas=3")
+        return {name: one["spec"].get("replicas") for name, one in of_kind(objects, "Deployment").items()}
+
+    others = {"overfill-router": 2, "overfill-prefill": 3}
+    assert await replicas() == others | {"overfill-decode": None}, "the autoscaler sets it in a new release"
+    manifests = tmp_path / "objects.yaml"
+    manifests.write_text(
+        yaml.safe_dump(of_kind(render("values.yaml", "decode.replicas=6"), "Deployment")["overfill-decode"])
+    )
+    await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    assert await replicas() == others | {"overfill-decode": 6}
 
 
 @pytest.mark.parametrize("deleted", ["overfill-first-key", "overfill-keys"])

@@ -161,6 +161,8 @@ def test_the_other_objects_beside_the_rayservice_are_strictly_valid() -> None:
     assert [policy["kind"] for policy in policies] == ["NetworkPolicy", "NetworkPolicy"]
     for one in (service, *policies):
         kubernetes_validate.validate(one, "1.34", strict=True)
+    # Istio takes grpc as plaintext HTTP/2, and the ports speak TLS.
+    assert {port["appProtocol"] for port in service["spec"]["ports"]} == {"https"}
 
 
 def rayservice_objects() -> list[Any]:

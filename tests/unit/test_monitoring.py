@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import promql_parser
 import pytest
 
 from overfill.lab.monitoring.expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
@@ -49,6 +50,51 @@ def test_every_metric_is_on_a_dashboard():
     shown = {re.sub(r"_(bucket|sum|count)$", "", n) for e in expressions() for n in names(e.text)}
     missing = {re.sub(r"_(bucket|sum|count)$", "", spec.name) for spec in declared()} - shown
     assert not missing
+
+
+RELEASE = ("namespace", "app_kubernetes_io_instance")
+"""Labels of a Helm release's series. Without Kubernetes no series has them."""
+
+
+def nodes(node):
+    yield node
+    for part in ("lhs", "rhs", "expr", "param", "vector_selector"):
+        if (below := getattr(node, part, None)) is not None:
+            yield from nodes(below)
+    for argument in getattr(node, "args", ()):
+        yield from nodes(argument)
+
+
+def test_rules_keep_releases_apart():
+    merged = []
+    for rule in rules(RULES):
+        for node in nodes(promql_parser.parse(rule["expr"])):
+            if isinstance(node, promql_parser.AggregateExpr):
+                kept = node.modifier.labels if node.modifier else ()
+                if not set(RELEASE) <= set(kept):
+                    merged.append((rule.get("alert") or rule["record"], str(node)))
+    assert merged == []
+
+
+def test_every_query_of_a_dashboard_selects_the_release():
+    wanted = {("namespace", "$namespace"), ("app_kubernetes_io_instance", "$release")}
+    without = [
+        (path.name, panel["title"], str(node))
+        for path in DASHBOARDS.glob("*.json")
+        for panel in panels(json.loads(path.read_text()))
+        for target in panel["targets"]
+        for node in nodes(promql_parser.parse(target["expr"].replace("$__rate_interval", "1m")))
+        if isinstance(node, promql_parser.VectorSelector)
+        and node.name != "overfill:slo_budget:ratio"  # the objectives hold for all releases
+        and not wanted <= {(one.name, one.value) for one in node.matchers.matchers}
+    ]
+    assert without == []
+
+
+def test_dashboards_have_a_variable_for_each_label_that_they_select_by():
+    for path in DASHBOARDS.glob("*.json"):
+        variables = {one["name"] for one in json.loads(path.read_text())["templating"]["list"]}
+        assert set(re.findall(r"=~\\?\"\$(\w+)", path.read_text())) == variables - {"datasource"}
 
 
 def test_every_recorded_rule_is_used():
@@ -95,6 +141,7 @@ def test_runbooks_name_existing_panels():
 def test_the_expressions_that_an_alert_compares_are_found():
     assert list(compared("a > 1")) == ["a"]
     assert list(compared("(a / b) > 1 and c < 2")) == ["(a / b)", "c"]
+    assert list(compared("absent(a == 1)")) == ["a"]
     assert list(compared("avg_over_time(x[5m]) >= 3 unless (y == 0)")) == ["avg_over_time(x[5m])", "y"]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from panels import PER_SECOND, SECONDS, SHARE, Panel, board, lines, number
 
-from boards.queries import ITL_OBJECTIVE, TTFT_OBJECTIVE, quantile, quantiles, rate, ratio, ttft_parts
+from boards.queries import ITL_OBJECTIVE, TTFT_OBJECTIVE, max_rate, quantile, quantiles, rate, ratio, ttft_parts
 
 
 def overview() -> Dashboard:
     ours = "overloaded|incompatible|transfer_failed|deadline|shutting_down|unavailable|internal"
     failed = rate("overfill_router_requests_total", where=f'outcome=~"{ours}"')
+    per_budget = "/ on (slo) group_left () overfill:slo_budget:ratio"
     rows: dict[str, list[Panel]] = {
         "Now": [
             number("Requests/s", rate("overfill_router_requests_total"), PER_SECOND),
@@ -60,8 +61,8 @@ def overview() -> Dashboard:
             lines(
                 "Budget burn rate",
                 {
-                    "{{slo}}, 5 m": "overfill:slo_errors:ratio_rate5m / on (slo) overfill:slo_budget:ratio",
-                    "{{slo}}, 1 h": "overfill:slo_errors:ratio_rate1h / on (slo) overfill:slo_budget:ratio",
+                    "{{slo}}, 5 m": f"overfill:slo_errors:ratio_rate5m {per_budget}",
+                    "{{slo}}, 1 h": f"overfill:slo_errors:ratio_rate1h {per_budget}",
                 },
                 limit=14.4,
                 what="At 1, the error budget lasts exactly its 30 days; alerts fire above 14.4 and 6.",
@@ -97,9 +98,9 @@ def overview() -> Dashboard:
             lines("Versions", {"{{version}} {{stage}}": "count by (version, stage) (overfill_build_info)"}),
             lines(
                 "Workers lost",
-                {"{{stage}} {{tier}}": rate("overfill_router_workers_lost_total", "stage, tier")},
+                {"{{stage}} {{tier}}": max_rate("overfill_router_workers_lost_total", "stage, tier")},
                 PER_SECOND,
-                what="Workers that left without being drained.",
+                what="Workers that left without being drained, as the router that counts most sees it.",
             ),
         ],
     }

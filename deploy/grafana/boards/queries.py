@@ -24,6 +24,12 @@ def rate(metric: str, by: str = "", where: str = "") -> str:
     return f"{grouped} (rate({matched}[$__rate_interval]))"
 
 
+def max_rate(counter: str, by: str, where: str = "") -> str:
+    """Return the rate of ``counter`` per second in the router where it is highest; for events that all count."""
+    matched = f"{counter}{{{where}}}" if where else counter
+    return f"max by ({by}) (rate({matched}[$__rate_interval]))"
+
+
 def mean(histogram: str, by: str = "", where: str = "") -> str:
     return ratio(rate(f"{histogram}_sum", by, where), rate(f"{histogram}_count", by, where))
 
@@ -39,7 +45,8 @@ def quantiles(histogram: str, where: str = "") -> dict[str, str]:
 
 def buckets(histogram: str, where: str = "") -> str:
     """Return a histogram's new observations per bucket, for a heatmap."""
-    return f"sum by (le) (increase({histogram}_bucket{{{where}}}[$__rate_interval]))"
+    matched = f"{histogram}_bucket{{{where}}}" if where else f"{histogram}_bucket"
+    return f"sum by (le) (increase({matched}[$__rate_interval]))"
 
 
 def ratio(dividend: str, divisor: str) -> str:

@@ -97,10 +97,10 @@ def router() -> Dashboard:
             lines(
                 "Scaling decisions",
                 {
-                    "{{stage}} {{tier}} {{direction}}": "sum by (stage, tier, direction) "
+                    "{{stage}} {{tier}} {{direction}}": "max by (stage, tier, direction) "
                     "(increase(overfill_router_scaling_decisions_total[15m]))",
                 },
-                what="Changes of the target within 15 minutes.",
+                what="Changes of the target within 15 minutes, in the router with most of them.",
             ),
         ],
         "What scaling goes by": [

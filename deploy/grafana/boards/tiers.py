@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from panels import PER_SECOND, SECONDS, SHARE, Panel, board, lines
 
-from boards.queries import ITL_OBJECTIVE, TIER, TTFT_OBJECTIVE, quantile, rate
+from boards.queries import ITL_OBJECTIVE, TIER, TTFT_OBJECTIVE, max_rate, quantile, rate
 
 
 def tiers() -> Dashboard:
@@ -107,9 +107,9 @@ def tiers() -> Dashboard:
             ),
             lines(
                 "Lost, by tier",
-                {"{{tier}}": rate("overfill_router_workers_lost_total", "tier", f'stage="decode", {TIER}')},
+                {"{{tier}}": max_rate("overfill_router_workers_lost_total", "tier", f'stage="decode", {TIER}')},
                 PER_SECOND,
-                what="Decode workers that disconnected without a drain.",
+                what="Decode workers that disconnected without a drain, as the router that counts most sees it.",
             ),
         ],
     }

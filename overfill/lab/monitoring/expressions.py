@@ -32,7 +32,7 @@ class Expression:
 
 
 def dashboard_expressions(folder: Path, rate_interval: str) -> Iterator[Expression]:
-    """Yield the expressions of the dashboards in ``folder``, with all workers and tiers selected."""
+    """Yield the expressions of the dashboards in ``folder``, with everything selected."""
     for path in sorted(folder.glob("*.json")):
         for panel in panels(json.loads(path.read_text())):
             for target in panel["targets"]:
@@ -49,8 +49,11 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def filled(expression: str, rate_interval: str) -> str:
-    """Replace Grafana's variables in ``expression``; ``$worker`` and ``$tier`` select all workers and tiers."""
-    return expression.replace("$__rate_interval", rate_interval).replace("$worker", ".+").replace("$tier", ".+")
+    """Replace Grafana's variables in ``expression``, so that all workers, tiers and releases are selected."""
+    values = {"__rate_interval": rate_interval, "worker": ".+", "tier": ".+", "namespace": ".*", "release": ".*"}
+    for name, value in values.items():
+        expression = expression.replace(f"${name}", value)
+    return expression
 
 
 def rules(folder: Path) -> Iterator[dict[str, Any]]:
@@ -71,7 +74,7 @@ def rule_expressions(folder: Path) -> Iterator[Expression]:
 
 
 def compared(alert: str) -> Iterator[str]:
-    """Yield the compared sides of an alert: of ``a > 1 and b > 2``, ``a`` and ``b``.
+    """Yield the compared sides of an alert: of ``a > 1 and b > 2``, ``a`` and ``b``; of ``absent(a)``, ``a``.
 
     The alert itself has data only while it fires; these sides must always have some.
     """
@@ -86,6 +89,8 @@ def _compared(node: Any) -> Iterator[str]:
         yield from _compared(node.rhs)
     elif isinstance(node, promql_parser.BinaryExpr) and str(node.op) in _COMPARISONS:
         yield node.lhs.prettify()
+    elif isinstance(node, promql_parser.Call) and node.func.name == "absent":
+        yield from _compared(node.args[0])
     else:
         yield node.prettify()
 

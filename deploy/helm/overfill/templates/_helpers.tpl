@@ -194,6 +194,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if not (or .Values.apiKeys.secretName .Values.apiKeys.generate) }}{{ fail "no API keys: routers do not listen beyond loopback without them. Give apiKeys.secretName or apiKeys.generate" }}{{ end -}}
 {{- end }}
 
+{{/* Refuses an upgrade after which half of the pods would refuse the other half. The live router's annotation tells. */}}
+{{- define "overfill.checkWire" -}}
+{{- $key := "overfill.io/wire-version" -}}
+{{- $name := printf "%s-router" (include "overfill.fullname" .) -}}
+{{- $metadata := (lookup "apps/v1" "Deployment" .Release.Namespace $name).metadata | default dict -}}
+{{- $live := index ($metadata.annotations | default dict) $key -}}
+{{- $own := index .Chart.Annotations $key -}}
+{{- if and $live (ne $live $own) }}{{ fail (printf "the release runs wire version %s, this chart %s: their processes refuse each other. Install a second release beside it (docs/how-to/upgrade.md). To lose requests instead: kubectl -n %s annotate deployment/%s %s-" $live $own .Release.Namespace $name $key) }}{{ end -}}
+{{- end }}
+
 {{/*
 DNS names of the pods' certificate that Helm or cert-manager makes, as a JSON list: hosts, and the roles of pods and of
 Prometheus. Clients have a certificate of their own, because a holder of this one may act as any process of the stack.
@@ -322,11 +332,13 @@ Each revision of a repository has a folder of its own, because running pods read
 */}}
 {{- define "overfill.initContainers" -}}
 {{- $pair := .root.Values.pair }}
+{{- $image := .pool.values.image }}
+{{- /* A router's image can download a pair, but has no torch to prepare one with. */}}
+{{- if and (eq .pool.component "router") (eq $pair.source "named") }}{{ $image = (include "overfill.workerPools" .root | fromJsonArray | first).values.image }}{{ end }}
 {{- if ne $pair.source "claim" }}
 initContainers:
   - name: pair
-    # The prefill workers' image, because the router's image has no torch to prepare pairs with.
-    image: {{ include "overfill.image" (dict "root" .root "image" .root.Values.prefill.image) }}
+    image: {{ include "overfill.image" (dict "root" .root "image" $image) }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     {{- if eq $pair.source "named" }}
     command:
@@ -387,6 +399,9 @@ initContainers:
 {{- if and (not $class) (gt (int .pool.values.priority.value) 0) }}{{ $class = printf "%s-%s-%s" .root.Release.Namespace (include "overfill.fullname" .root) .pool.name }}{{ end -}}
 {{- with $class }}
 priorityClassName: {{ . }}
+{{- end }}
+{{- with .pool.values.runtimeClassName }}
+runtimeClassName: {{ . }}
 {{- end }}
 {{- with .pool.values.nodeSelector }}
 nodeSelector:
