@@ -10,6 +10,7 @@ from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.kv.keys import PromptKeys
 from overfill.request.grammar import check_grammar
 from overfill.request.params import MAX_STOPS, MAX_STREAM_INTERVAL, Grammar, SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -33,6 +34,7 @@ class CheckedRequest:
         stop: Non-empty stop strings.
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
         calls_tools: Whether the answer may contain tool calls.
+        block_keys: Keys of the prompt's blocks, which all answers to it share; None means unknown.
         priority: Class in the queue; smaller numbers go first.
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
         tier: Tier that writes the answer.
@@ -46,6 +48,7 @@ class CheckedRequest:
     stop: tuple[str, ...]
     continues_text: bool
     calls_tools: bool
+    block_keys: PromptKeys | None = None
     priority: int = 0
     stream_interval: int = 0
     tier: str = ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.chat import encode_chat
@@ -146,7 +147,10 @@ class RequestHandler:
         arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
-        checked = await self._run(size, validate_generate, *arguments, in_thread=bool(slow))
+        # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
+        block_sizes = {worker.block_size for worker in self._roster.prefill} if size >= LONG_REQUEST else ()
+        prepare = partial(_prepare, self._root_key(caller), block_sizes)
+        checked = await self._run(size, prepare, *arguments, in_thread=bool(slow))
         longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
         if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)
@@ -184,7 +188,7 @@ class RequestHandler:
             fallback=checked.fallback,
             priority=_priority(checked.priority, caller),
             key=key,
-            block_keys=self._block_keys(prompt, start.cache_namespace),
+            block_keys=checked.block_keys,
             max_attempts=self._max_attempts,
             observer=self.metrics,
             on_close=self._closed,
@@ -301,13 +305,13 @@ class RequestHandler:
         if caller is not None:
             self._key_limiter.release(caller.id)
 
-    def _block_keys(self, prompt: Sequence[int], cache_namespace: str) -> PromptKeys | None:
-        """Returns the keys of the prompt's blocks in prefix caches; None while no prefill worker has joined."""
+    def _root_key(self, caller: ApiKey | None) -> int | None:
+        """Returns the root of the caller's keys of blocks in prefix caches; None while no prefill worker has joined."""
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
         identity = worker.info.identity
-        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, cache_namespace), prompt)
+        return root_key(identity.full_digest, identity.kv.dtype, "" if caller is None else caller.cache_namespace)
 
     async def _charged(
         self,
@@ -335,6 +339,17 @@ class RequestHandler:
             raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
 
 
+def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> CheckedRequest:
+    """Calls ``validate_generate``, and makes the prompt's keys: those for ``block_sizes`` now, others on first use."""
+    checked = validate_generate(*arguments)
+    if root is None:
+        return checked
+    keys = PromptKeys(root, checked.prompt_token_ids)
+    for size in filter(None, block_sizes):
+        keys.fill(size)
+    return replace(checked, block_keys=keys)
+
+
 def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
 
@@ -344,12 +359,11 @@ def _priority(asked: int, caller: ApiKey | None) -> int:
     return asked if caller is None else max(asked, caller.priority)
 
 
-def choices(checked: CheckedRequest, count: int) -> list[CheckedRequest]:
-    """Returns ``count`` requests for different answers to one prompt, with the same seed."""
-    requests = [checked]
+def choices(checked: CheckedRequest, count: int) -> Iterator[CheckedRequest]:
+    """Yields ``count`` requests for different answers to one prompt, with the same seed."""
+    yield checked
     for index in range(1, count):
         start = decode_pb2.StartDecode()
         start.CopyFrom(checked.start)
         start.request_id, start.sample_index = f"{start.request_id}-{index}", index
-        requests.append(replace(checked, start=start))
-    return requests
+        yield replace(checked, start=start)

@@ -61,6 +61,8 @@ class RunningChoices:
                 checked = [await handler.check(request, reservation) for request in asked.prompts]
                 for prompt, request in enumerate(checked):
                     for each in choices(request, asked.n):
+                        if self._running:
+                            await asyncio.sleep(0)  # copying a long prompt for each answer delays other streams
                         answer = handler.start(each, reservation, received, None)
                         self._running.append(self._stack.enter_context(answer))
                         self.choices.append(self._choice(prompt, answer))

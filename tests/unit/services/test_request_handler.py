@@ -11,12 +11,14 @@ import pytest
 
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, Overloaded
+from overfill.kv import keys
 from overfill.routing.admission import KeyLimiter
+from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.pool import Roster
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import inference_pb2
 from services.router.bounded_executor import BoundedExecutor
-from services.router.request_handler import LONG_REQUEST, RequestHandler
+from services.router.request_handler import LONG_REQUEST, RequestHandler, choices
 from services.router.served_tiers import ServedTiers
 
 LONG = "x" * LONG_REQUEST
@@ -26,7 +28,7 @@ DETOKENIZE = inference_pb2.DetokenizeRequest(ids=[1] * LONG_REQUEST)
 
 
 class BlockingTokenizer:
-    """A tokenizer whose calls wait for ``proceed``, and then return more tokens than the model takes."""
+    """A tokenizer whose calls wait for ``proceed``, and then return 100 tokens."""
 
     eos_token_ids = (0,)
 
@@ -37,6 +39,9 @@ class BlockingTokenizer:
         self.begun.set()
         assert self.proceed.wait(30)
         return [1] * 100
+
+    def has_text(self, token: int) -> bool:
+        return True
 
     def decode(self, ids: Any) -> str:
         self.encode("")
@@ -50,17 +55,46 @@ def tokenizer() -> Any:
     tokenizer.proceed.set()
 
 
+class Submitted(list[Any]):
+    """A dispatcher that records jobs and places none."""
+
+    def admit(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, job: Any, on_placed: Any) -> None:
+        self.append(job)
+
+    def finish(self, job: Any) -> None: ...
+
+
 @pytest.fixture
-def handler(tokenizer: BlockingTokenizer) -> RequestHandler:
-    pair: Any = SimpleNamespace(full_config=SimpleNamespace(vocab_size=100, max_positions=64))
-    roster = Roster()
+def submitted() -> Submitted:
+    return Submitted()
+
+
+def new_handler(tokenizer: Any, dispatcher: Any, max_positions: int, prefill: Any = None) -> RequestHandler:
+    pair: Any = SimpleNamespace(full_config=SimpleNamespace(vocab_size=100, max_positions=max_positions))
+    roster: Any = Roster()
     tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
-    dispatcher: Any = SimpleNamespace(admit=lambda *_, **__: None)
-    unused: Any = None
+    if prefill is not None:
+        roster = SimpleNamespace(prefill=[prefill])
+    unused: Any = SimpleNamespace(arrived=lambda *_: None)
     return RequestHandler(
-        tiers, tokenizer, roster, dispatcher, unused, RouterMetrics(), unused, KeyLimiter(),  # type: ignore[arg-type]
-        max_attempts=1, max_request_bytes=1 << 20,
+        tiers, tokenizer, roster, dispatcher, unused, RouterMetrics(), unused, KeyLimiter(), max_attempts=1,
+        max_request_bytes=1 << 20,
     )  # fmt: skip
+
+
+@pytest.fixture
+def handler(tokenizer: BlockingTokenizer, submitted: Submitted) -> RequestHandler:
+    """A handler for a model that takes fewer tokens than the tokenizer returns."""
+    return new_handler(tokenizer, submitted, 64)
+
+
+class PrefillWorker:
+    """An idle worker, as a policy sees it."""
+
+    id, block_size, queued_tokens, requests, last_placed = "p0", 16, 0, 0, 0
+    info = SimpleNamespace(identity=SimpleNamespace(full_digest="f", kv=SimpleNamespace(dtype="float32")))
 
 
 def new_key(**limits: Any) -> ApiKey:
@@ -154,3 +188,31 @@ async def test_a_cancelled_call_is_counted_until_its_thread_is_free(tokenizer: B
     with pytest.raises(asyncio.CancelledError):
         await running
     await third
+
+
+@pytest.mark.parametrize("text", ["x", LONG])
+async def test_answers_to_one_prompt_hash_its_blocks_once(
+    tokenizer: BlockingTokenizer, submitted: Submitted, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    hashed_in: list[int] = []
+    real = keys.block_key
+    monkeypatch.setattr(keys, "block_key", lambda *a: hashed_in.append(threading.get_ident()) or real(*a))
+    tokenizer.proceed.set()
+    worker: Any = PrefillWorker()
+    handler, policy = new_handler(tokenizer, submitted, 200, worker), PrefixAffinity()
+    policy.put(worker)
+    prompt = keys.PromptKeys(keys.root_key("f", "float32", ""), [1] * 100)
+    policy.keys_changed(worker, list(prompt(16)), ())
+    hashed_in.clear()
+    with handler.reserve() as reservation:
+        checked = await handler.check(inference_pb2.GenerateRequest(text=text), reservation)
+        answers = [handler.start(each, reservation, 0.0, None) for each in choices(checked, 8)]
+    for job in submitted:
+        assert next(iter(policy.best(job))) is worker
+        assert policy.placed(job, worker) == 96
+    assert len(submitted) == 8
+    assert len(hashed_in) == 100 // 16, "each block once"
+    assert (threading.get_ident() in hashed_in) is (text != LONG), "those of a long request in a thread"
+    for answer in answers:
+        with answer:
+            pass
