@@ -198,3 +198,18 @@ async def test_a_tier_that_may_not_be_used_or_does_not_exist_has_its_status(
     refused = (await ask(client, tier="x"))["error"]
     assert (refused["code"], refused["message"]) == (code, str(error))
     assert (await client.post("/v1/completions", model="tiny:x", prompt="Hi"))[0] == status
+
+
+async def test_other_streams_get_a_turn_between_the_answers_to_one_prompt(
+    client: Http, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+
+    def start(*_: Any) -> FakeGeneration:
+        turns.append("start")
+        asyncio.get_running_loop().call_soon(turns.append, "other")
+        return FakeGeneration(["default"], "")
+
+    monkeypatch.setattr(handler, "start", start)
+    assert len((await ask(client, n=3))["choices"]) == 3
+    assert turns == ["start", "other"] * 3
