@@ -13,6 +13,7 @@ from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.kv.keys import PromptKeys
 from overfill.request.grammar import check_grammar
 from overfill.request.params import (
     MAX_STOPS,
@@ -44,6 +45,7 @@ class CheckedRequest:
         continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
         answer_digest: Digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
             conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
+        block_keys: Keys of the prompt's blocks, which all answers to it share; None means unknown.
         priority: Class in the queue; smaller numbers go first.
         stream_interval: Minimum number of tokens in a message to the client that the request asks for.
         tier: Tier that writes the answer.
@@ -57,6 +59,7 @@ class CheckedRequest:
     stop: tuple[str, ...]
     continues_text: bool
     answer_digest: str | None
+    block_keys: PromptKeys | None = None
     priority: int = 0
     stream_interval: int = 0
     tier: str = ""

@@ -86,6 +86,12 @@ class PromptKeys:
                 keys.append(block_key(parent, data[index * width : (index + 1) * width]))
             yield keys[index]
 
+    def fill(self, block_size: int) -> None:
+        """Computes the keys of all blocks of ``block_size`` tokens. Call it on another thread than the event loop's."""
+        for index, _ in enumerate(self(block_size)):
+            if index % _BLOCKS_AT_ONCE == 0:
+                time.sleep(0)  # the event loop's thread may be waiting for the interpreter lock
+
 
 def _hash64(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -194,8 +194,11 @@ class KeyLimiter:
         self._usage_of = usage_of
         self._usage: dict[str, KeyUsage] = {}
 
-    def check(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
-        """Raises unless ``count`` requests of ``key`` may start together now. ``key`` is ``ApiKey.id``, not the name.
+    def acquire(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
+        """Counts ``count`` requests of ``key`` as running, all or none. Call ``release`` once for each.
+
+        Args:
+            key: ``ApiKey.id``, not the name.
 
         Raises:
             InvalidRequest: the quota never admits ``count`` requests at once.
@@ -229,11 +232,6 @@ class KeyLimiter:
                     _retry_after((count - left) / quota.rate),
                     "key_rate",
                 )
-
-    def acquire(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
-        """Counts ``count`` requests of ``key`` as running. Call ``release`` once for each. Raises as ``check``."""
-        self.check(key, quota, now, count)
-        usage = self._usage[key]
         usage.running += count
         if quota.rate is not None:
             usage.spent_until = max(usage.spent_until, now) + count / quota.rate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
@@ -23,11 +23,29 @@ MAX_PROMISES = 1 << 16
 NUM_LEAST_LOADED = 4
 """Number of least loaded workers that are compared as well, cached prefix or not."""
 
+BlockKeys: TypeAlias = Callable[[int], Iterator[int]]
+"""Returns the keys of a prompt's full blocks for a block size."""
+
 _Level: TypeAlias = "tuple[dict[Worker, None], Worker | None]"
 """The workers that have reported a block, and the worker to which a prompt with it was sent last."""
 
 _Levels: TypeAlias = "dict[int, list[_Level]]"
 """Block size -> the levels of a prompt's leading blocks of that size; without sizes of which no worker has a block."""
+
+
+class _Found:
+    """What the policy has found for one prompt, by block size.
+
+    Attributes:
+        keys: the prompt's ``block_keys``, which all answers to it share.
+        levels: see ``_Level``.
+        holders: the workers to compare.
+    """
+
+    def __init__(self, keys: BlockKeys) -> None:
+        self.keys = keys
+        self.levels: _Levels = {}
+        self.holders: dict[int, dict[Worker, None]] = {}
 
 
 class PrefixAffinity(Policy):
@@ -47,10 +65,14 @@ class PrefixAffinity(Policy):
         self._block_sizes: Counter[int] = Counter()  # number of admissible workers of each block size
         self._holders: dict[int, dict[Worker, None]] = {}
         self._promised: OrderedDict[int, Worker] = OrderedDict()
+        # For the latest prompt, so that its placement and other answers to it look up no block again. None after a
+        # change of blocks, promises or admissible workers.
+        self._found: _Found | None = None
 
     def put(self, worker: Worker) -> None:
         if self._admissible.get(worker) != worker.block_size:
             self._forget(worker)
+            self._found = None
             self._admissible[worker] = worker.block_size
             self._block_sizes[worker.block_size] += 1
         self._load.put(worker)
@@ -62,11 +84,13 @@ class PrefixAffinity(Policy):
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
         for key in removed:
             if (holders := self._holders.get(key)) is not None:
+                self._found = None
                 holders.pop(worker, None)
                 if not holders:
                     del self._holders[key]
             self._keep(key, worker)
         for key in added:
+            self._found = None
             self._holders.setdefault(key, {})[worker] = None
             self._keep(key, worker)
 
@@ -83,9 +107,12 @@ class PrefixAffinity(Policy):
         if request.block_keys is not None and worker.block_size:
             for key in islice(request.block_keys(worker.block_size), PROMISED_BLOCKS):
                 if worker not in self._holders.get(key, ()):
-                    self._promised[key] = worker
+                    if self._promised.get(key) is not worker:
+                        self._found = None
+                        self._promised[key] = worker
                     self._promised.move_to_end(key)
         while len(self._promised) > MAX_PROMISES:
+            self._found = None
             self._promised.popitem(last=False)
         return cached
 
@@ -101,7 +128,7 @@ class PrefixAffinity(Policy):
 
     def left(self, worker: Worker) -> None:
         for key in [key for key, promised in self._promised.items() if promised is worker]:
-            del self._promised[key]
+            self._keep(key, worker)
 
     def check(self, workers: Sequence[Worker]) -> None:
         self._load.check(workers)
@@ -112,9 +139,17 @@ class PrefixAffinity(Policy):
         for key, holders in self._holders.items():
             if not holders or any(key not in worker.prefix_keys for worker in holders):
                 raise AssertionError(f"block {key:x} is not on every worker listed for it")
+        if self._found is not None:
+            for size, levels in self._found.levels.items():
+                if levels != self._levels_of(self._found.keys(size)):
+                    raise AssertionError("prefix affinity: what it has found for the latest prompt is out of date")
+            for size, holders in self._found.holders.items():
+                if list(holders) != list(self._holders_of(self._found.levels[size])):
+                    raise AssertionError("prefix affinity: the holders of the latest prompt are out of date")
 
     def _forget(self, worker: Worker) -> None:
         if (size := self._admissible.pop(worker, None)) is not None:
+            self._found = None
             self._block_sizes[size] -= 1
             if not self._block_sizes[size]:
                 del self._block_sizes[size]
@@ -122,29 +157,42 @@ class PrefixAffinity(Policy):
     def _keep(self, key: int, worker: Worker) -> None:
         """Drops the promise of a block: the worker has kept or broken it."""
         if self._promised.get(key) is worker:
+            self._found = None
             del self._promised[key]
 
     def _levels(self, request: PlacementRequest, block_sizes: Iterable[int]) -> _Levels:
         """Returns, block by block, the workers that have the prompt's block, up to the first that no worker has."""
-        found: _Levels = {}
         if request.block_keys is None:
-            return found
-        for size in filter(None, block_sizes):
-            levels: list[_Level] = []
-            for key in request.block_keys(size):
-                holders, promised = self._holders.get(key, {}), self._promised.get(key)
-                if not holders and promised is None:
-                    break
-                levels.append((holders, promised))
-            if levels:
-                found[size] = levels
-        return found
+            return {}
+        found = self._found_for(request.block_keys).levels
+        for size in block_sizes:
+            if size and size not in found:
+                found[size] = self._levels_of(request.block_keys(size))
+        return {size: found[size] for size in block_sizes if found.get(size)}
+
+    def _levels_of(self, keys: Iterable[int]) -> list[_Level]:
+        levels: list[_Level] = []
+        for key in keys:
+            holders, promised = self._holders.get(key, {}), self._promised.get(key)
+            if not holders and promised is None:
+                break
+            levels.append((holders, promised))
+        return levels
+
+    def _found_for(self, keys: BlockKeys) -> _Found:
+        if self._found is None or self._found.keys is not keys:
+            self._found = _Found(keys)
+        return self._found
 
     def _choices(self, request: PlacementRequest, levels: _Levels) -> dict[Worker, None]:
         """Returns workers to compare: those with the longest cached prefixes, and the least loaded."""
         found: dict[Worker, None] = {}
-        for levels_of_size in levels.values():
-            found |= self._holders_of(levels_of_size)
+        if request.block_keys is not None:
+            known = self._found_for(request.block_keys).holders
+            for size, levels_of_size in levels.items():
+                if size not in known:
+                    known[size] = self._holders_of(levels_of_size)
+                found |= known[size]
         return found | dict.fromkeys(islice(self._load.best(request), NUM_LEAST_LOADED))
 
     def _holders_of(self, levels: list[_Level]) -> dict[Worker, None]:

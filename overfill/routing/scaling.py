@@ -38,6 +38,8 @@ SHORT_PROMPT_SHARE = 0.25
 Several prompts need that time. In the simulator, goodput was best with a quarter or less.
 """
 
+_MAX_NUM_SEQS = 64  # default of --max-num-seqs; counts until a worker has reported its own
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -64,7 +66,7 @@ class ScalingConfig:
         prefill_rate: prior for the prompt tokens per second that a prefill worker computes.
         step: prior for the cost of a decode step.
         prompt_tokens, answer_tokens: priors for the mean lengths.
-        max_batch: maximum number of sequences that a decode worker runs at once.
+        max_batch: maximum number of sequences that a decode worker runs at once. None means what the workers report.
         kv_tokens: tokens of KV that a decode worker holds, if ``PoolState`` does not say. None means no limit.
         short_window, long_window: lengths of the two windows of arrivals.
         significance: standard deviations by which the short window must exceed the long one to replace it.
@@ -85,7 +87,7 @@ class ScalingConfig:
     step: StepCost = field(default_factory=lambda: StepCost(0.01, 0.0005, 0.0))
     prompt_tokens: float = 512.0
     answer_tokens: float = 128.0
-    max_batch: int = 64
+    max_batch: int | None = None
     kv_tokens: int | None = None
     short_window: float = 10.0
     long_window: float = 60.0
@@ -98,8 +100,8 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         positive = ("ttft", "itl", "prefill_rate", "prompt_tokens", "answer_tokens", "max_batch", "short_window")
         for name in (*positive, "itl_share", "catch_up"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0; got {value}")
         if not 0.5 <= self.quantile < 1:
             raise ValueError(f"quantile must be in [0.5, 1); got {self.quantile}")
         if self.long_window < self.short_window:
@@ -118,6 +120,7 @@ class PoolState:
         waiting_tokens: prompt tokens of waiting requests that are not computed yet.
         running: requests being computed; for decode, sequences that generate tokens.
         kv_tokens: tokens of KV that one worker holds. 0 means unknown.
+        max_num_seqs: maximum number of requests that one worker runs at once. 0 means unknown.
         colocated: how many of the ready workers have both stages, so that their number is fixed. Each of several
             routers counts its share.
     """
@@ -129,6 +132,7 @@ class PoolState:
     waiting_tokens: int = 0
     running: int = 0
     kv_tokens: int = 0
+    max_num_seqs: int = 0
     colocated: float = 0
 
 
@@ -353,13 +357,15 @@ class _DecodePool:
         self.answers = AnswerLengths(config.long_window, config.prompt_tokens, config.answer_tokens)
         self.step = StepTime(config.step)
         self.follower = _Follower(config.decode, config)
+        self._max_num_seqs = _MAX_NUM_SEQS  # as last reported, also while the pool is empty
 
     def need(self, now: float, state: PoolState) -> tuple[float, str, dict[str, float]]:
         """Returns the number of workers that the pool needs, the reason, and the numbers used."""
         config, rate, answer = self._config, self.arrivals.rate(now), self.answers.shape()
         cost = self.step.cost()
         kv_tokens = state.kv_tokens or config.kv_tokens or 0
-        batch_limit = float(config.max_batch)
+        self._max_num_seqs = state.max_num_seqs or self._max_num_seqs
+        batch_limit = float(config.max_batch or self._max_num_seqs)
         if kv_tokens:
             batch_limit = min(batch_limit, max(1.0, 0.9 * kv_tokens / answer.context))
         batch = cost.batch_within(config.itl * config.itl_share, answer.context, batch_limit)

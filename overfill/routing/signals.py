@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from overfill.routing.dispatcher import Dispatcher, Job, JobState
 from overfill.routing.pool import Pool, Roster
@@ -194,6 +195,7 @@ def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) ->
             running=largest("running"),
             colocated=largest("colocated"),
             kv_tokens=largest("kv_tokens"),
+            max_num_seqs=largest("max_num_seqs"),
         )
 
     return (
@@ -231,6 +233,8 @@ def two_point_values(count: int, total: float, squares: float) -> list[int]:
 def _reported(workers: Iterable[Worker], now: float) -> dict[str, float]:
     workers = list(workers)
     loads = [worker.report.load for worker in workers if worker.report is not None]
+    # Workers differ while a setting is rolled out; the number that the pool runs at once follows the mean.
+    limits = [worker.info.max_num_seqs for worker in workers if worker.info.max_num_seqs]
     return {
         "ready": float(sum(worker.alive(now) for worker in workers)),
         "colocated": float(sum(worker.alive(now) and worker.info.colocated for worker in workers)),
@@ -239,6 +243,7 @@ def _reported(workers: Iterable[Worker], now: float) -> dict[str, float]:
         "waiting_tokens": float(sum(load.queued_tokens for load in loads)),
         "running": float(sum(load.running for load in loads)),
         "kv_tokens": float(max((load.kv_blocks_total * load.block_size for load in loads), default=0)),
+        "max_num_seqs": fmean(limits) if limits else 0.0,
     }
 
 
@@ -258,6 +263,7 @@ def _own_requests(pool: Pool, now: float) -> PoolState:
         running=sum(worker.in_flight for worker in pool),
         colocated=reported["colocated"] / max(1, routers),  # this router's share
         kv_tokens=round(reported["kv_tokens"]),
+        max_num_seqs=round(reported["max_num_seqs"]),
     )
 
 

@@ -34,6 +34,7 @@ class WorkerInfo:
     pair. 0 means unknown. ``data_addresses`` is as in ``Hello``. ``engine`` is for people; empty means unknown.
 
     Attributes:
+        max_num_seqs: maximum number of requests that the stage runs at once, of all routers; 0 means unknown.
         colocated: the worker has the other stage too, and another ``WorkerInfo`` for it.
         tier: decode workers: name of its tier; empty until the roster has found the stack's only one.
         decoder: decode workers: what decides which tokens the worker writes, by field of ``ModelIdentity``.
@@ -48,6 +49,7 @@ class WorkerInfo:
     max_model_len: int
     vocab_size: int
     startup_seconds: float = 0.0
+    max_num_seqs: int = 0
     engine: str = ""
     colocated: bool = False
     tier: str = ""
@@ -82,6 +84,7 @@ class WorkerInfo:
                 kv=KvSpec.from_proto(hello.kv),
             ),
             max_model_len=hello.max_model_len,
+            max_num_seqs=hello.max_num_seqs,
             vocab_size=hello.vocab_size,
             startup_seconds=hello.startup_seconds,
             engine=hello.engine,

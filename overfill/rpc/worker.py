@@ -68,7 +68,7 @@ class WorkerHost:
 
     Args:
         server: server with the worker's own service added, not started.
-        hello: description of the worker, without addresses and ``startup_seconds``.
+        hello: description of the worker, without addresses, ``startup_seconds`` and ``max_num_seqs``.
         worker: the worker itself.
         routers: routers to join, as for ``Membership``.
         tls: credentials to send to routers; None sends none, without TLS.
@@ -137,6 +137,7 @@ class WorkerHost:
         bound = await self._server.start(address)
         announce(self._hello, announced(bound, self._advertise))
         self._hello.startup_seconds = startup.seconds()
+        self._hello.max_num_seqs = self._worker.capacity
         self._membership = Membership(
             self._hello,
             self._routers,

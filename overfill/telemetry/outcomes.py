@@ -20,10 +20,10 @@ from overfill.errors import (
 )
 
 REFUSALS = (
-    "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "too_long", "invalid", "not_found",
-    "shutting_down", "other",
+    "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "router_busy", "too_long", "invalid",
+    "not_found", "shutting_down", "other",
 )  # fmt: skip
-"""Reasons for refusing a request. The first ones are the values of ``Overloaded.reason`` that admission sets."""
+"""Reasons for refusing a request. The first ones are the values of ``Overloaded.reason`` that the router sets."""
 
 _OUTCOMES: dict[type[BaseException], str] = {
     PromptTooLong: "too_long",

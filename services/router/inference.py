@@ -36,9 +36,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if key is not None and self._stalled[key.id] >= MAX_STALLED:
             with self._handler.metrics.refusing(""):
                 raise Overloaded(f"the client reads none of {MAX_STALLED} answers of this API key; cancel or read them")
-        checked = await self._handler.check(request, key, context.time_remaining())
-        with self._handler.starting(key) as start:
-            answer = start(checked, received, context.time_remaining())
+        with self._handler.reserve(key) as reservation:
+            checked = await self._handler.check(request, reservation, context.time_remaining())
+            answer = self._handler.start(checked, reservation, received, context.time_remaining())
         try:
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.chat import encode_chat
@@ -19,7 +20,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.request.params import check_token_ids
-from overfill.routing.admission import KeyLimiter, KeyQuota
+from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
@@ -29,6 +30,8 @@ from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import decode_pb2, inference_pb2
+from services.router.bounded_executor import BoundedExecutor
+from services.router.key_reservation import KeyReservation
 from services.router.limits import READ_GRACE
 from services.router.pace import Pace
 from services.router.running_answer import RunningAnswer
@@ -38,20 +41,6 @@ T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
-
-
-class StartAnswer(Protocol):
-    """Queues a request and returns its answer."""
-
-    def __call__(self, checked: CheckedRequest, received: float, time_left: float | None) -> RunningAnswer:
-        """
-        Args:
-            received: arrival time, seconds on the event loop's clock.
-            time_left: seconds until the deadline; None without one.
-
-        Raises:
-            PromptTooLong, Overloaded: the request cannot be queued.
-        """
 
 
 class RequestHandler:
@@ -69,6 +58,7 @@ class RequestHandler:
         tokenizer: the full model's tokenizer.
         rolling_stats: statistics of the last minute.
         pace: the turns in which streams write.
+        executor: threads for long requests.
     """
 
     def __init__(
@@ -93,6 +83,7 @@ class RequestHandler:
         self.signals = signals
         self.rolling_stats = RollingStats()
         self.pace = Pace()
+        self.executor = BoundedExecutor()
         self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
@@ -114,89 +105,72 @@ class RequestHandler:
         """True once the router refuses new requests."""
         return self._draining
 
+    def reserve(self, caller: ApiKey | None = None, answers: int = 1) -> KeyReservation:
+        """Returns the reservation in which ``answers`` answers of one client request are checked and started."""
+        return KeyReservation(self._key_limiter, caller, answers)
+
     async def check(
-        self,
-        request: inference_pb2.GenerateRequest,
-        caller: ApiKey | None = None,
-        time_left: float | None = None,
-        answers: int = 1,
+        self, request: inference_pb2.GenerateRequest, reservation: KeyReservation, time_left: float | None = None
     ) -> CheckedRequest:
-        """Validates ``request`` and returns it ready to start. Checks quotas and queues first, before any costly work.
+        """Validates ``request`` and returns it ready to start. Checks queues and takes the quota before costly work.
 
         Args:
-            caller: API key of the request; None if the router uses no keys.
             time_left: seconds until the deadline; None without one.
-            answers: number of answers to start together. Each counts as a request of the key.
 
         Raises:
             ShuttingDown, ModelNotFound, PermissionDenied, InvalidRequest, Overloaded: the request is refused.
         """
         with self.metrics.refusing(""):
             self._check_open()
-            choice = self.tiers.requested(request, caller)
+            choice = self.tiers.requested(request, reservation.caller)
         with self.metrics.refusing(choice.tier):
-            return await self._check(request, choice, caller, time_left, answers)
+            return await self._check(request, choice, reservation, time_left)
 
     async def _check(
         self,
         request: inference_pb2.GenerateRequest,
         choice: TierChoice,
-        caller: ApiKey | None,
+        reservation: KeyReservation,
         time_left: float | None,
-        answers: int,
     ) -> CheckedRequest:
-        size = request.ByteSize()
+        size, caller = request.ByteSize(), reservation.caller
         self._check_size(size)
         check_priority(request.priority)
-        if caller is not None:
-            self._key_limiter.check(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
 
         def admit(tier: str) -> None:
             self._dispatcher.admit(tier, priority, _name(caller), time_left, client_resumes=client_resumes)
 
         choice = self.tiers.admitted(choice, request, caller, admit, asyncio.get_running_loop().time())
+        reservation.take(asyncio.get_running_loop().time())
         asked = choice.brownout_from or choice.tier
         arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size)
         # Checking a grammar may be slow, also for the grammars of tools.
         slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
-        checked = await _run(validate_generate, *arguments, in_thread=bool(slow))
+        # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
+        block_sizes = {worker.block_size for worker in self._roster.prefill} if size >= LONG_REQUEST else ()
+        prepare = partial(_prepare, self._root_key(caller), block_sizes)
+        checked = await self._run(size, prepare, *arguments, in_thread=bool(slow))
         longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
         if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)
             choice = replace(choice, tier=asked, brownout_from="")
         return replace(checked, **asdict(choice))
 
-    @contextmanager
-    def starting(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[StartAnswer]:
-        """Yields a function that queues a request; call it at most ``answers`` times within the block.
+    def start(
+        self, checked: CheckedRequest, reservation: KeyReservation, received: float, time_left: float | None
+    ) -> RunningAnswer:
+        """Queues a request and returns its answer.
 
-        All answers count against the key's quota together, before the first is queued. Those that are not queued
-        within the block are released.
+        Args:
+            reservation: the one with which the request was checked.
+            received: arrival time, seconds on the event loop's clock.
+            time_left: seconds until the deadline; None without one.
 
         Raises:
-            InvalidRequest, Overloaded: the key's quota does not admit this number of answers.
+            PromptTooLong, Overloaded: the request cannot be queued.
         """
-        left = answers
-        if caller is not None:
-            with self.metrics.refusing(""):
-                self._key_limiter.acquire(caller.id, _quota(caller), asyncio.get_running_loop().time(), answers)
-
-        def start(checked: CheckedRequest, received: float, time_left: float | None) -> RunningAnswer:
-            nonlocal left
-            answer = self._start(checked, received, time_left, caller)
-            left -= 1
-            return answer
-
-        try:
-            yield start
-        finally:
-            for _ in range(left):
-                self._release(caller)
-
-    def _start(
-        self, checked: CheckedRequest, received: float, time_left: float | None, caller: ApiKey | None
-    ) -> RunningAnswer:
+        caller = reservation.caller
         start, prompt, key = checked.start, checked.prompt_token_ids, _name(caller)
         prompt_tokens = len(prompt)
         logs.request_id.set(start.request_id)
@@ -214,7 +188,7 @@ class RequestHandler:
             fallback=checked.fallback,
             priority=_priority(checked.priority, caller),
             key=key,
-            block_keys=self._block_keys(prompt, start.cache_namespace),
+            block_keys=checked.block_keys,
             max_attempts=self._max_attempts,
             observer=self.metrics,
             on_close=self._closed,
@@ -232,6 +206,7 @@ class RequestHandler:
         with self.metrics.refusing(checked.tier):
             relay.start()
         self._running[relay] = caller
+        reservation.started()
         self._all_read.clear()
         # The tier that was asked for is what should grow.
         self.signals.arrived(checked.brownout_from or checked.tier, prompt_tokens)
@@ -271,11 +246,10 @@ class RequestHandler:
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
-        long = request.ByteSize() >= LONG_REQUEST
         if kind == "chat":
-            return await _run(encode_chat, request.chat, self.tokenizer, in_thread=long)
+            return await self._charged(request, caller, encode_chat, request.chat, self.tokenizer)
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
-        return await _run(encode, request.text, in_thread=long)
+        return await self._charged(request, caller, encode, request.text)
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest, caller: ApiKey | None) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
@@ -283,7 +257,7 @@ class RequestHandler:
         self.tiers.parse_model(request.model, caller)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
-        return await _run(self.tokenizer.decode, request.ids, in_thread=request.ByteSize() >= LONG_REQUEST)
+        return await self._charged(request, caller, self.tokenizer.decode, request.ids)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -332,13 +306,30 @@ class RequestHandler:
         if caller is not None:
             self._key_limiter.release(caller.id)
 
-    def _block_keys(self, prompt: Sequence[int], cache_namespace: str) -> PromptKeys | None:
-        """Returns the keys of the prompt's blocks in prefix caches; None while no prefill worker has joined."""
+    def _root_key(self, caller: ApiKey | None) -> int | None:
+        """Returns the root of the caller's keys of blocks in prefix caches; None while no prefill worker has joined."""
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
         identity = worker.info.identity
-        return PromptKeys(root_key(identity.full_digest, identity.kv.dtype, cache_namespace), prompt)
+        return root_key(identity.full_digest, identity.kv.dtype, "" if caller is None else caller.cache_namespace)
+
+    async def _charged(
+        self,
+        request: inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest,
+        caller: ApiKey | None,
+        function: Callable[..., T],
+        *args: object,
+    ) -> T:
+        """Calls ``function`` as a request of the key. Raises Overloaded if its quota does not admit one."""
+        size = request.ByteSize()
+        with self.reserve(caller) as reservation:
+            reservation.take(asyncio.get_running_loop().time())
+            return await self._run(size, function, *args, in_thread=size >= LONG_REQUEST)
+
+    async def _run(self, size: int, function: Callable[..., T], *args: object, in_thread: bool) -> T:
+        """Calls ``function``, in a thread if it may take so long that other streams would notice."""
+        return await self.executor.run(size, function, *args) if in_thread else function(*args)
 
     def _check_open(self) -> None:
         if self._draining:
@@ -349,17 +340,19 @@ class RequestHandler:
             raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
 
 
-async def _run(function: Callable[..., T], *args: Any, in_thread: bool) -> T:
-    """Calls ``function``, in a thread if it may take so long that other streams would notice."""
-    return await asyncio.to_thread(function, *args) if in_thread else function(*args)
+def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> CheckedRequest:
+    """Calls ``validate_generate``, and makes the prompt's keys: those for ``block_sizes`` now, others on first use."""
+    checked = validate_generate(*arguments)
+    if root is None:
+        return checked
+    keys = PromptKeys(root, checked.prompt_token_ids)
+    for size in filter(None, block_sizes):
+        keys.fill(size)
+    return replace(checked, block_keys=keys)
 
 
 def _name(caller: ApiKey | None) -> str:
     return "" if caller is None else caller.name
-
-
-def _quota(caller: ApiKey) -> KeyQuota:
-    return KeyQuota(caller.name, caller.rate, caller.concurrency)
 
 
 def _priority(asked: int, caller: ApiKey | None) -> int:
@@ -367,12 +360,11 @@ def _priority(asked: int, caller: ApiKey | None) -> int:
     return asked if caller is None else max(asked, caller.priority)
 
 
-def choices(checked: CheckedRequest, count: int) -> list[CheckedRequest]:
-    """Returns ``count`` requests for different answers to one prompt, with the same seed."""
-    requests = [checked]
+def choices(checked: CheckedRequest, count: int) -> Iterator[CheckedRequest]:
+    """Yields ``count`` requests for different answers to one prompt, with the same seed."""
+    yield checked
     for index in range(1, count):
         start = decode_pb2.StartDecode()
         start.CopyFrom(checked.start)
         start.request_id, start.sample_index = f"{start.request_id}-{index}", index
-        requests.append(replace(checked, start=start))
-    return requests
+        yield replace(checked, start=start)

@@ -301,9 +301,9 @@ async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it
     handler = stack.router._handler
     request = inference_pb2.GenerateRequest(sampling=greedy(64).to_proto(), stop=["END"])
     request.token_ids.ids.extend(PROMPT)
-    checked = await handler.check(request)
-    with handler.starting() as start:
-        generation = start(checked, asyncio.get_running_loop().time(), None)
+    with handler.reserve() as reservation:
+        checked = await handler.check(request, reservation)
+        generation = handler.start(checked, reservation, asyncio.get_running_loop().time(), None)
     with generation:
         reading = asyncio.ensure_future(generation.next())
         call = await stack.first.calls.get()
@@ -495,9 +495,8 @@ async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(st
     loop, handler = asyncio.get_running_loop(), stack.router._handler
     real, skipped = loop.time, 0
     monkeypatch.setattr(loop, "time", lambda: real() + skipped)
-    checked = await handler.check(request())
-    with handler.starting() as start:
-        answer = start(checked, loop.time(), None)
+    with handler.reserve() as reservation:
+        answer = handler.start(await handler.check(request(), reservation), reservation, loop.time(), None)
     with answer:
         reading = asyncio.ensure_future(answer.next())
         call = await stack.first.calls.get()

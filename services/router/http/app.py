@@ -33,7 +33,7 @@ from overfill.telemetry.metrics import CONTENT_TYPE
 from overfill.v1 import admin_pb2
 from overfill.version import __version__
 from services.router.http import page
-from services.router.http.body import read
+from services.router.http.body import R, read
 from services.router.http.connection import ClientGone, Connection
 from services.router.http.generate import EventStream, RunningChoices
 from services.router.request_handler import RequestHandler
@@ -115,13 +115,13 @@ class HttpApi:
         return _json(self._model_json(request.path_params["model"], request.scope.get("api_key")))
 
     async def _chat(self, request: Request) -> ASGIApp:
-        body = await read(request, schema.ChatRequest, self._max_body)
+        body = await self._read(request, schema.ChatRequest)
         received = asyncio.get_running_loop().time()  # the upload is not the router's time
         id = _request_id(request, body, "chatcmpl")
         return await self._generate(request, "chat", id, wire.chat(body, id), received)
 
     async def _completions(self, request: Request) -> ASGIApp:
-        body = await read(request, schema.CompletionRequest, self._max_body)
+        body = await self._read(request, schema.CompletionRequest)
         received = asyncio.get_running_loop().time()
         id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
@@ -149,14 +149,17 @@ class HttpApi:
         return _json(whole, headers={"x-request-id": id})
 
     async def _tokenize(self, request: Request) -> Response:
-        body = await read(request, schema.TokenizeRequest, self._max_body)
+        body = await self._read(request, schema.TokenizeRequest)
         ids = await self._handler.tokenize(wire.tokenize(body), request.scope.get("api_key"))
         return _json({"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request) -> Response:
-        body = await read(request, schema.DetokenizeRequest, self._max_body)
+        body = await self._read(request, schema.DetokenizeRequest)
         text = await self._handler.detokenize(wire.detokenize(body), request.scope.get("api_key"))
         return _json({"prompt": text})
+
+    async def _read(self, request: Request, kind: type[R]) -> R:
+        return await read(request, kind, self._max_body, self._handler.executor)
 
     async def _health(self, request: Request) -> Response:
         if reason := self._unready():

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from overfill.api.openai.errors import not_json, too_large, too_slow
 from overfill.api.openai.parse import parse
+from services.router.bounded_executor import BoundedExecutor
 from services.router.http.connection import Connection
 
 R = TypeVar("R", bound=BaseModel)
@@ -24,10 +25,14 @@ _DISCARDED = 64 << 20
 """Maximum number of bytes of a refused body that are read and discarded: a client reads no answer while it sends."""
 
 
-async def read(request: Request, kind: type[R], limit: int) -> R:
+async def read(request: Request, kind: type[R], limit: int, executor: BoundedExecutor) -> R:
     """Reads the request's JSON as a ``kind``.
 
+    Args:
+        executor: threads in which long bodies are parsed.
+
     Raises:
+        Overloaded: too many long requests wait for a thread.
         ApiError: the body is too large, too slow, not JSON, or not a valid ``kind``.
         ClientDisconnect: the client has disconnected.
     """
@@ -45,7 +50,7 @@ async def read(request: Request, kind: type[R], limit: int) -> R:
             raise too_slow() from None
     if len(body) > limit:
         raise too_large(limit)
-    return parse(kind, body) if len(body) < _LONG else await asyncio.to_thread(parse, kind, body)
+    return parse(kind, body) if len(body) < _LONG else await executor.run(len(body), parse, kind, body)
 
 
 async def _bytes(request: Request, limit: int) -> bytes:

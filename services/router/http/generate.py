@@ -57,11 +57,13 @@ class RunningChoices:
         asked, handler = self._asked, self._handler
         try:
             total = len(asked.prompts) * asked.n
-            checked = [await handler.check(request, self._key, answers=total) for request in asked.prompts]
-            with handler.starting(self._key, total) as start:
+            with handler.reserve(self._key, total) as reservation:
+                checked = [await handler.check(request, reservation) for request in asked.prompts]
                 for prompt, request in enumerate(checked):
                     for each in choices(request, asked.n):
-                        answer = start(each, received, None)
+                        if self._running:
+                            await asyncio.sleep(0)  # copying a long prompt for each answer delays other streams
+                        answer = handler.start(each, reservation, received, None)
                         self._running.append(self._stack.enter_context(answer))
                         self.choices.append(self._choice(prompt, answer))
         except BaseException as error:

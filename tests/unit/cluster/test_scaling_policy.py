@@ -14,7 +14,7 @@ from overfill.cluster.policy import ScalingPolicy, latest, scaling_config
 from overfill.routing.capacity import StepCost
 from overfill.routing.signals import COUNTS
 
-STATE = ("ready", "colocated", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens")
+STATE = ("ready", "colocated", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens", "max_num_seqs")
 ZERO = dict.fromkeys(
     [
         *COUNTS,

@@ -20,14 +20,7 @@ def test_a_key_is_limited_in_rate_and_may_burst_after_a_pause():
     limits.acquire("a", two, 100.0)
     limits.acquire("a", two, 100.0)
     with pytest.raises(Overloaded):
-        limits.check("a", two, 100.0)
-
-
-def test_checking_a_quota_uses_none_of_it():
-    limits, one = KeyLimiter(), KeyQuota("a", rate=1.0, concurrency=1)
-    for _ in range(3):
-        limits.check("a", one, 0.0)
-    limits.acquire("a", one, 0.0)
+        limits.acquire("a", two, 100.0)
 
 
 def test_a_key_is_limited_in_concurrent_requests():
@@ -49,7 +42,7 @@ def test_answers_of_one_request_are_admitted_together_or_not_at_all():
             limits.acquire("a", limit, 0.0, 3)
         limits.acquire("a", limit, 0.0, 2)
         with pytest.raises(InvalidRequest, match=r"n: asks for 5 answers.* at most 4"):
-            limits.check("a", limit, 100.0, 5)
+            limits.acquire("a", limit, 100.0, 5)
         limits = KeyLimiter()
 
 
@@ -59,7 +52,7 @@ def test_an_error_names_the_key_and_not_its_hash(limit):
     limits.acquire("27fb1a0cd3f7a2b1", limit, 0.0)
     for count, error in ((1, Overloaded), (2, InvalidRequest)):
         with pytest.raises(error, match="API key 'ci'") as caught:
-            limits.check("27fb1a0cd3f7a2b1", limit, 0.0, count)
+            limits.acquire("27fb1a0cd3f7a2b1", limit, 0.0, count)
         assert "27fb1a0cd3f7a2b1" not in str(caught.value)
 
 

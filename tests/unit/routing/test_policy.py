@@ -3,7 +3,7 @@
 import pytest
 
 from overfill.kv.keys import PromptKeys
-from overfill.routing.affinity import PrefixAffinity
+from overfill.routing.affinity import PROMISED_BLOCKS, PrefixAffinity
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.job import Job
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
@@ -199,6 +199,30 @@ def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(aff
     pool.policy.placed(Job("b", 64, 10, block_keys=prompt), worker)
     pool.remove(worker)
     assert not pool.policy._promised
+
+
+def test_placing_the_answers_to_one_prompt_looks_up_its_blocks_once(affinity, make_report):
+    pool, prompt, looked_up = affinity.prefill, keys(*range(200)), []
+
+    def counted(block_size):
+        for key in prompt(block_size):
+            looked_up.append(key)
+            yield key
+
+    tell(affinity, pool.get("p1"), make_report, prompt)
+    for name in "abcd":
+        job = Job(name, 3201, 10, block_keys=counted)
+        assert pool.policy.placed(job, choose(pool, 3201, counted)) == 3200
+    assert len(looked_up) <= 200 + 4 * PROMISED_BLOCKS
+    tell(affinity, pool.get("p2"), make_report, keys(*range(201)))
+    longer = keys(*range(202))
+    for _ in range(2):
+        assert choose(pool, 3300, longer).id == "p2"
+    report = make_report()
+    report.prefix.CopyFrom(registry_pb2.PrefixDelta(removed=list(longer(16))[:201]))
+    pool.report(pool.get("p2"), report, 0.0)
+    pool.check(0.0)
+    assert choose(pool, 3300, longer).id == "p1"
 
 
 @pytest.mark.parametrize("name", DECODE_POLICIES)

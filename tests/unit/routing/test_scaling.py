@@ -79,6 +79,20 @@ def test_kv_that_does_not_fit_limits_the_batch():
     assert inputs["batch"] == pytest.approx(0.9 * 5500 / inputs["context_tokens"])
 
 
+@pytest.mark.parametrize("workers", [1, 4, 24])
+def test_full_workers_with_a_queue_need_more_workers(workers):
+    full = PoolState(ready=workers, running=32 * workers, waiting_jobs=8, max_num_seqs=32)
+    slack = replace(CONFIG, itl=10.0)  # the workers' own limit is the only one
+    scaler = Scaler(slack)
+    assert scaler.targets(0, PoolState(ready=1), {DEFAULT_TIER: full}).decode_pools[DEFAULT_TIER].need > workers
+    empty = scaler.targets(1, PoolState(ready=1), {DEFAULT_TIER: PoolState()}).decode_pools[DEFAULT_TIER]
+    assert empty.inputs["batch_limit"] == 32, "a pool that has shrunk to nothing keeps the limit"
+    chosen = Scaler(replace(slack, max_batch=16)).targets(0, PoolState(ready=1), {DEFAULT_TIER: full})
+    assert chosen.decode_pools[DEFAULT_TIER].inputs["batch_limit"] == 16
+    unknown = Scaler(slack).targets(0, PoolState(ready=1), {DEFAULT_TIER: PoolState(ready=1)})
+    assert unknown.decode_pools[DEFAULT_TIER].inputs["batch_limit"] == 64
+
+
 def test_a_step_of_load_is_followed_within_the_short_window():
     scaler, pools = Scaler(CONFIG), [1, 1]
     before = play(scaler, 120, 4, pools=pools)[-1]

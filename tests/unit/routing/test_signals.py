@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.capacity import StepCost
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.pool import Pool, Roster
@@ -13,8 +14,8 @@ from overfill.routing.scaling import Scaler, ScalingConfig
 from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
 from overfill.routing.tier import DEFAULT_TIER, Objectives, Tier
-from overfill.routing.worker import DECODE, PREFILL
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
+from overfill.v1 import common_pb2, inference_pb2, registry_pb2
 
 
 class RecordingScaler:
@@ -277,3 +278,14 @@ def test_workers_with_both_stages_are_ready_in_both_pools_and_routers_count_thei
 def test_the_numbers_of_a_router_that_does_not_know_workers_with_both_stages_are_read(signals):
     earlier = {name: value for name, value in signals.read(0.0).items() if "colocated" not in name}
     assert pool_states([earlier], [DEFAULT_TIER])[0].colocated == 0
+
+
+def test_the_batch_limit_is_what_the_workers_say(roster, signals, make_report):
+    kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
+    for name, limit in (("d0", 32), ("d1", 64), ("of an earlier version", 0)):
+        hello = registry_pb2.Hello(worker_id=name, address="a:1", stages=[DECODE], kv=kv, max_num_seqs=limit)
+        (info,) = WorkerInfo.from_hello(hello)
+        worker = roster.join(info)
+        roster.pool_of(worker).report(worker, make_report(), 0.0)
+    states = [pool_states([signals.read(0.0)] * 2, [DEFAULT_TIER]), signals.own_pools(0.0)]
+    assert [decode[DEFAULT_TIER].max_num_seqs for _, decode in states] == [48, 48]

@@ -70,6 +70,7 @@ async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     host = WorkerHost(RpcServer(), hello, HANDLE, routers=[], tls=None, grace=0.0)
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
+    assert hello.max_num_seqs == HANDLE.capacity
 
 
 async def test_a_worker_without_routers_says_that_it_gets_no_requests(caplog):

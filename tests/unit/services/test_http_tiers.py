@@ -6,8 +6,8 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -78,7 +78,7 @@ class FakeTiers:
 class FakeHandler:
     """Answers with the tiers ``written_by``, or raises ``error``. Records what it was asked for in ``requests``."""
 
-    tokenizer = None
+    tokenizer = executor = None
 
     def __init__(self) -> None:
         self.tiers = FakeTiers()
@@ -88,15 +88,17 @@ class FakeHandler:
         self.brownout_from = ""
         self.error: Exception | None = None
 
-    async def check(self, request: inference_pb2.GenerateRequest, *_: Any, answers: int) -> CheckedRequest:
+    def reserve(self, *_: Any) -> nullcontext[None]:
+        return nullcontext()
+
+    async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> CheckedRequest:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
         return CheckedRequest(decode_pb2.StartDecode(), [1, 2, 3], (), False, False)
 
-    @contextmanager
-    def starting(self, *_: Any) -> Iterator[Any]:
-        yield lambda *_: FakeGeneration(self.written_by, self.brownout_from)
+    def start(self, *_: Any) -> FakeGeneration:
+        return FakeGeneration(self.written_by, self.brownout_from)
 
 
 class Http:
@@ -196,3 +198,18 @@ async def test_a_tier_that_may_not_be_used_or_does_not_exist_has_its_status(
     refused = (await ask(client, tier="x"))["error"]
     assert (refused["code"], refused["message"]) == (code, str(error))
     assert (await client.post("/v1/completions", model="tiny:x", prompt="Hi"))[0] == status
+
+
+async def test_other_streams_get_a_turn_between_the_answers_to_one_prompt(
+    client: Http, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+
+    def start(*_: Any) -> FakeGeneration:
+        turns.append("start")
+        asyncio.get_running_loop().call_soon(turns.append, "other")
+        return FakeGeneration(["default"], "")
+
+    monkeypatch.setattr(handler, "start", start)
+    assert len((await ask(client, n=3))["choices"]) == 3
+    assert turns == ["start", "other"] * 3

@@ -44,7 +44,8 @@ async def check(*arguments):
 
 HANDLER = SimpleNamespace(
     check=check,
-    starting=lambda key: nullcontext(lambda *arguments: Answer()),
+    reserve=nullcontext,
+    start=lambda *arguments: Answer(),
     metrics=SimpleNamespace(refusing=nullcontext),
 )
 

@@ -1,0 +1,218 @@
+"""Tests what the router's checks of requests cost a key, and in which threads they run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from overfill.api.keys import ApiKey
+from overfill.errors import InvalidRequest, Overloaded
+from overfill.kv import keys
+from overfill.routing.admission import KeyLimiter
+from overfill.routing.affinity import PrefixAffinity
+from overfill.routing.pool import Roster
+from overfill.telemetry.metrics import RouterMetrics
+from overfill.v1 import inference_pb2
+from services.router.bounded_executor import BoundedExecutor
+from services.router.request_handler import LONG_REQUEST, RequestHandler, choices
+from services.router.served_tiers import ServedTiers
+
+LONG = "x" * LONG_REQUEST
+GENERATE = inference_pb2.GenerateRequest(text=LONG)
+TOKENIZE = inference_pb2.TokenizeRequest(text=LONG)
+DETOKENIZE = inference_pb2.DetokenizeRequest(ids=[1] * LONG_REQUEST)
+
+
+class BlockingTokenizer:
+    """A tokenizer whose calls wait for ``proceed``, and then return 100 tokens."""
+
+    eos_token_ids = (0,)
+
+    def __init__(self) -> None:
+        self.begun, self.proceed = threading.Event(), threading.Event()
+
+    def encode(self, text: str) -> list[int]:
+        self.begun.set()
+        assert self.proceed.wait(30)
+        return [1] * 100
+
+    def has_text(self, token: int) -> bool:
+        return True
+
+    def decode(self, ids: Any) -> str:
+        self.encode("")
+        return "text"
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    tokenizer = BlockingTokenizer()
+    yield tokenizer
+    tokenizer.proceed.set()
+
+
+class Submitted(list[Any]):
+    """A dispatcher that records jobs and places none."""
+
+    def admit(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, job: Any, on_placed: Any) -> None:
+        self.append(job)
+
+    def finish(self, job: Any) -> None: ...
+
+
+@pytest.fixture
+def submitted() -> Submitted:
+    return Submitted()
+
+
+def new_handler(tokenizer: Any, dispatcher: Any, max_positions: int, prefill: Any = None) -> RequestHandler:
+    pair: Any = SimpleNamespace(full_config=SimpleNamespace(vocab_size=100, max_positions=max_positions))
+    roster: Any = Roster()
+    tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
+    if prefill is not None:
+        roster = SimpleNamespace(prefill=[prefill])
+    unused: Any = SimpleNamespace(arrived=lambda *_: None)
+    return RequestHandler(
+        tiers, tokenizer, roster, dispatcher, unused, RouterMetrics(), unused, KeyLimiter(), max_attempts=1,
+        max_request_bytes=1 << 20,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def handler(tokenizer: BlockingTokenizer, submitted: Submitted) -> RequestHandler:
+    """A handler for a model that takes fewer tokens than the tokenizer returns."""
+    return new_handler(tokenizer, submitted, 64)
+
+
+class PrefillWorker:
+    """An idle worker, as a policy sees it."""
+
+    id, block_size, queued_tokens, requests, last_placed = "p0", 16, 0, 0, 0
+    info = SimpleNamespace(identity=SimpleNamespace(full_digest="f", kv=SimpleNamespace(dtype="float32")))
+
+
+def new_key(**limits: Any) -> ApiKey:
+    return ApiKey("ci", "0" * 64, "2026-01-01", **limits)
+
+
+async def check(handler: RequestHandler, key: ApiKey) -> None:
+    with handler.reserve(key) as reservation:
+        await handler.check(GENERATE, reservation)
+
+
+CALLS = {
+    "generate": check,
+    "tokenize": lambda handler, key: handler.tokenize(TOKENIZE, key),
+    "detokenize": lambda handler, key: handler.detokenize(DETOKENIZE, key),
+}
+
+
+@pytest.mark.parametrize("first", CALLS)
+@pytest.mark.parametrize("second", CALLS)
+async def test_a_request_counts_against_its_key_while_it_is_tokenized(
+    handler: RequestHandler, tokenizer: BlockingTokenizer, first: str, second: str
+) -> None:
+    key = new_key(concurrency=1)
+    running = asyncio.ensure_future(CALLS[first](handler, key))
+    assert await asyncio.to_thread(tokenizer.begun.wait, 30)
+    with pytest.raises(Overloaded, match="1 request running"):
+        await asyncio.wait_for(CALLS[second](handler, key), 30)
+    tokenizer.proceed.set()
+    await asyncio.gather(running, return_exceptions=True)
+    with pytest.raises(InvalidRequest, match="has 100 tokens"):  # and not Overloaded
+        await check(handler, key)
+
+
+async def test_a_refused_request_counts_against_its_key_s_rate(
+    handler: RequestHandler, tokenizer: BlockingTokenizer
+) -> None:
+    key = new_key(rate=1e-3)
+    tokenizer.proceed.set()
+    with pytest.raises(InvalidRequest, match="has 100 tokens"):
+        await check(handler, key)
+    with pytest.raises(Overloaded, match="requests per second"):
+        await check(handler, key)
+
+
+async def test_prompts_of_one_request_are_charged_once_and_together(
+    handler: RequestHandler, tokenizer: BlockingTokenizer
+) -> None:
+    key = new_key(concurrency=2)
+    tokenizer.proceed.set()
+    with handler.reserve(key, 2) as reservation:
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match="has 100 tokens"):
+                await handler.check(GENERATE, reservation)
+    with handler.reserve(key, 3) as reservation, pytest.raises(InvalidRequest, match="n: asks for 3 answers"):
+        await handler.check(GENERATE, reservation)
+
+
+async def test_too_many_or_too_large_calls_are_refused(tokenizer: BlockingTokenizer) -> None:
+    executor = BoundedExecutor(threads=1, max_calls=3, max_bytes=100)
+    running = [asyncio.ensure_future(executor.run(size, tokenizer.encode, "")) for size in (40, 40)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="2 long requests already, of 80 bytes") as caught:
+        await executor.run(30, tokenizer.encode, "")
+    assert caught.value.retry_after
+    running.append(asyncio.ensure_future(executor.run(20, tokenizer.encode, "")))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await executor.run(0, tokenizer.encode, "")
+    tokenizer.proceed.set()
+    await asyncio.gather(*running)
+    assert len(await executor.run(1000, tokenizer.encode, "")) == 100, "a large request runs alone"
+
+
+async def test_a_cancelled_call_is_counted_until_its_thread_is_free(tokenizer: BlockingTokenizer) -> None:
+    executor = BoundedExecutor(threads=1, max_calls=2)
+    running = asyncio.ensure_future(executor.run(1, tokenizer.encode, ""))
+    assert await asyncio.to_thread(tokenizer.begun.wait, 30)
+    waiting = asyncio.ensure_future(executor.run(1, tokenizer.encode, ""))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    running.cancel()
+    third = asyncio.ensure_future(executor.run(1, tokenizer.encode, ""))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await executor.run(1, tokenizer.encode, "")
+    assert not running.done()
+    tokenizer.proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await third
+
+
+@pytest.mark.parametrize("text", ["x", LONG])
+async def test_answers_to_one_prompt_hash_its_blocks_once(
+    tokenizer: BlockingTokenizer, submitted: Submitted, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    hashed_in: list[int] = []
+    real = keys.block_key
+    monkeypatch.setattr(keys, "block_key", lambda *a: hashed_in.append(threading.get_ident()) or real(*a))
+    tokenizer.proceed.set()
+    worker: Any = PrefillWorker()
+    handler, policy = new_handler(tokenizer, submitted, 200, worker), PrefixAffinity()
+    policy.put(worker)
+    prompt = keys.PromptKeys(keys.root_key("f", "float32", ""), [1] * 100)
+    policy.keys_changed(worker, list(prompt(16)), ())
+    hashed_in.clear()
+    with handler.reserve() as reservation:
+        checked = await handler.check(inference_pb2.GenerateRequest(text=text), reservation)
+        answers = [handler.start(each, reservation, 0.0, None) for each in choices(checked, 8)]
+    for job in submitted:
+        assert next(iter(policy.best(job))) is worker
+        assert policy.placed(job, worker) == 96
+    assert len(submitted) == 8
+    assert len(hashed_in) == 100 // 16, "each block once"
+    assert (threading.get_ident() in hashed_in) is (text != LONG), "those of a long request in a thread"
+    for answer in answers:
+        with answer:
+            pass
