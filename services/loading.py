@@ -75,8 +75,9 @@ def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
     pair = Pair.load(folder, check_digests=True)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
-    on_cuda = resolve_device(config.device).type == "cuda"
-    if config.engine == "auto" and on_cuda and (warning := why_not_vllm(pair, *halves)):
+    device = resolve_device(config.device)
+    on_cuda = device.type == "cuda"
+    if config.engine == "auto" and on_cuda and (warning := why_not_vllm(pair, *halves, device=str(device))):
         logger.warning("%s", warning)
     return pair
 

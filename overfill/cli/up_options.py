@@ -160,8 +160,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--engine",
         type=ENGINE,
-        help="Engine of the workers; auto is vllm on CUDA, if it is installed and can run the model, and overfill "
-        "otherwise.  [default: auto]",
+        help="Engine of the workers; auto is vllm on the first CUDA device, if it is installed and can run the model, "
+        "and overfill otherwise.  [default: auto]",
     ),
     engine_options(
         None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from overfill.engine.build import MEMORY_FRACTION, EngineParts, LoadedHalf, load_half, size_pools
-from overfill.engine.choice import choose_engine
+from overfill.engine.choice import FIRST_GPU, choose_engine
 from overfill.engine.colocated import ColocatedEngine, ColocatedEvent
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
@@ -32,8 +32,8 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         InvalidPair, UnsupportedModel: the engine cannot run the half.
         MissingExtra: the engine is not installed.
     """
-    on_cuda = options.device.type == "cuda"
-    if choose_engine(choice, pair, half, lambda: on_cuda, has_args=bool(options.engine_args)) == "vllm":
+    on_first_gpu = str(options.device) in FIRST_GPU
+    if choose_engine(choice, pair, half, lambda: on_first_gpu, has_args=bool(options.engine_args)) == "vllm":
         # The only import of this package: nothing else needs vLLM, which most installations lack.
         from overfill.engine.vllm.load import load_vllm
 

@@ -79,8 +79,8 @@ class WorkerConfig(ServiceConfig):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill or vllm; auto is vllm on CUDA, if it is installed and fits "
-        "the model, and overfill otherwise; the workers of a stack may use different engines",
+        description="engine that runs the model: overfill or vllm; auto is vllm on the first CUDA device, if it is "
+        "installed and fits the model, and overfill otherwise; the workers of a stack may use different engines",
     )
     engine_args: EngineArgs = Field(
         "",

@@ -61,6 +61,15 @@ async def test_a_worker_whose_half_vllm_cannot_run_says_why(with_vllm, warnings)
     assert ". Also, vLLM is not installed here: " in line
 
 
+async def test_a_worker_on_another_gpu_than_the_first_says_how_vllm_gets_it(with_vllm, warnings):
+    with_vllm(True)
+    assert await warnings(DecodeConfig, device="cuda:0") == []
+    (line,) = await warnings(DecodeConfig, device="cuda:1")
+    assert line == EXPECTED.format("decoder") + (
+        "vLLM takes the first GPU, and --device is cuda:1; choose the GPU with CUDA_VISIBLE_DEVICES instead"
+    )
+
+
 async def test_a_worker_with_both_stages_says_that_it_has_no_vllm(with_vllm, warnings):
     with_vllm(True)
     (line,) = await warnings(ColocatedConfig)
