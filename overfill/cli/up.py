@@ -209,6 +209,12 @@ def _check_options(options: RayOptions, plan: StackPlan, on_ray: bool) -> None:
             f"--colocated conflicts with {MAX} of a --decoder: a stack of workers with both stages has a fixed number "
             "of workers; remove one of them"
         )
+    on_cuda = not plan.mock and any(pool.config.device.startswith("cuda") for pool in plan.pools)
+    if on_cuda and options.address is not None and not options.worker_gpus:
+        raise click.UsageError(
+            "--device cuda needs --worker-gpus with --address: a worker sees no GPU unless it reserves one; give "
+            "--worker-gpus 1, or a fraction for workers that share a GPU"
+        )
     check_installed()
     for maximum, minimum, stage in (
         (options.max_prefill, len(plan.prefill), "prefill"),

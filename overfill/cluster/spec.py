@@ -76,7 +76,8 @@ class PoolSpec(_Model):
     Attributes:
         replicas: number of replicas; with ``max_replicas``, the minimum and initial number.
         max_replicas: maximum number of replicas; None means that the number is fixed.
-        num_cpus, num_gpus, resources: resources that Ray reserves for each replica. Fractions share a CPU or GPU.
+        num_cpus, num_gpus, resources: resources that Ray reserves for each replica. Fractions share a CPU or GPU. A
+            replica with ``num_gpus`` 0 sees no GPU.
         settings: settings of this deployment only.
     """
 

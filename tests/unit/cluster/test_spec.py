@@ -244,6 +244,12 @@ def test_every_replica_has_its_number_of_threads() -> None:
     assert environment(made, ROUTER)["OMP_NUM_THREADS"] == "1"
 
 
+def test_a_replica_that_reserves_no_gpu_sees_none() -> None:
+    made = spec(decode={"num_gpus": 0.5})
+    assert environment(made, PREFILL)["CUDA_VISIBLE_DEVICES"] == environment(made, ROUTER)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(made, DECODE), "Ray sets it"
+
+
 def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_something_to_decide() -> None:
     made = spec(mock=True, decode={"replicas": 2, "max_replicas": 4})
     (application,) = serve_config(made, "chat", {"ttft": 1.0})["applications"]
