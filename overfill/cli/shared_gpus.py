@@ -1,18 +1,32 @@
-"""Gives the workers of one machine its GPUs in turn."""
+"""Gives the workers of one machine its GPUs in turn, and those of one GPU a share of its memory each."""
 
 from __future__ import annotations
 
-from overfill.cli.stack_plan import StackPlan
+from collections import Counter
+from itertools import count
+
+from overfill.cli.stack_plan import PlannedWorker, StackPlan
 from overfill.process.gpus import visible_gpus
+from overfill.settings.worker_kinds import WorkerSettings
 
 
-def assign_gpus(plan: StackPlan) -> dict[str, str]:
-    """Returns the value of ``CUDA_VISIBLE_DEVICES`` for each worker that chooses its GPU itself, by the worker's id.
+def share_gpus(plan: StackPlan) -> tuple[StackPlan, dict[str, str]]:
+    """Returns ``plan`` with the workers' shares of their GPUs, and their values of ``CUDA_VISIBLE_DEVICES`` by id.
 
-    Without it, every one of them would take the first GPU. The result is empty on a machine without GPUs.
+    Only workers that choose their GPU themselves have a value: without it, every one of them would take the first GPU.
     """
     gpus = visible_gpus()
     if plan.mock or not gpus:
-        return {}
-    choosing = [worker.id for worker in plan.workers if worker.config.device in ("auto", "cuda")]
-    return {id: gpus[number % len(gpus)] for number, id in enumerate(choosing)}
+        return plan, {}
+    turn = count()
+    choosing = {w.id: next(turn) % len(gpus) for w in plan.workers if w.config.device in ("auto", "cuda")}
+    named = {w.id: int(w.config.device[5:]) for w in plan.workers if w.config.device.startswith("cuda:")}
+    places = choosing | named
+    workers = Counter(places.values())
+
+    def shared(worker: PlannedWorker) -> WorkerSettings:
+        if worker.id not in places or worker.config.gpu_share is not None:
+            return worker.config
+        return worker.config.model_copy(update={"gpu_share": 1 / workers[places[worker.id]]})
+
+    return plan.with_configs(shared), {id: gpus[place] for id, place in choosing.items()}

@@ -16,7 +16,7 @@ from overfill.cli import processes
 from overfill.cli.ports import check_ports
 from overfill.cli.processes import Child, StartFailed
 from overfill.cli.shared_cores import share_cores
-from overfill.cli.shared_gpus import assign_gpus
+from overfill.cli.shared_gpus import share_gpus
 from overfill.cli.stack_plan import PlannedPool, PlannedWorker, StackPlan
 from overfill.client import Client
 from overfill.errors import OverfillError
@@ -56,7 +56,7 @@ class Stack:
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.plan)
             self.plan, self._cores = share_cores(self.plan)
-        self._gpus = assign_gpus(self.plan)
+        self.plan, self._gpus = share_gpus(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += map(self._spawn_worker, self.plan.workers)

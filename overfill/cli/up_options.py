@@ -283,8 +283,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--worker-gpus",
         type=Number(0),
-        help="GPUs that Ray reserves per worker; with 0 a worker computes on the CPU.  [default: an equal share of this "
-        "machine; with --address, 0]",
+        help="GPUs that Ray reserves per worker; with 0 a worker computes on the CPU. A fraction is also its share of "
+        "the GPU's memory.  [default: an equal share of this machine; with --address, 0]",
     ),
     click.option(
         "--max-prefill",

@@ -38,7 +38,8 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         from overfill.engine.vllm.load import load_vllm
 
         return load_vllm(pair, half, options)
-    parts = size_pools([_load_half(pair, half, options)], options.kv_memory, options.max_model_len)[0]
+    loaded = _load_half(pair, half, options)
+    (parts,) = size_pools([loaded], options.kv_memory, options.max_model_len, gpu_share=options.gpu_share)
     stage = _Stage(half, parts, parts.prefix_cache(options.prefix_cache), options)
     return LoadedEngine(stage.served, stage.new_core)
 
@@ -56,11 +57,11 @@ def load_colocated(
         ValueError: an option differs that must be equal.
         InvalidRequest, NotEnoughMemory, InvalidPair, UnsupportedModel: as in ``load_engine``.
     """
-    for name in ("device", "dtype", "kv_memory", "max_model_len", "threads"):
+    for name in ("device", "dtype", "kv_memory", "gpu_share", "max_model_len", "threads"):
         if getattr(full, name) != getattr(decoder, name):
             raise ValueError(f"{name} differs: {getattr(full, name)} and {getattr(decoder, name)}")
     halves = [_load_half(pair, "full", full), _load_half(pair, "decoder", decoder)]
-    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction)
+    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction, full.gpu_share)
     stages: list[tuple[Half, EngineOptions]] = [("full", full), ("decoder", decoder)]
     return LoadedColocated(
         *(

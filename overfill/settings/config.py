@@ -93,6 +93,13 @@ class WorkerConfig(ServiceConfig):
     kv_memory: Bytes | None = Field(
         None, description="size of the KV cache, such as 512MiB; by default as much as fits in memory"
     )
+    gpu_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that this worker may use, without --kv-memory; by default all of it; "
+        "overfill up and Ray set it for workers that share a GPU",
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="maximum tokens of a prompt with its answer; by default the model's context length"
     )

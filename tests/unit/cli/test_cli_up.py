@@ -239,6 +239,29 @@ def test_workers_that_choose_no_gpu_get_none(
         assert set(gpus_of(stack).values()) == {"None"}
 
 
+def shares(names: list[str], monkeypatch: pytest.MonkeyPatch, made: StackPlan) -> dict[str, float | None]:
+    monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
+    shared, _ = shared_gpus.share_gpus(made)
+    assert all(type(w.config).parse(w.config.to_argv()) == w.config for w in shared.workers)
+    return {worker.id: worker.config.gpu_share for worker in shared.workers}
+
+
+def test_workers_of_one_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shares(["0"], monkeypatch, plan()) == {"prefill-0": 0.5, "decode-0": 0.5}
+    assert shares(["0", "1"], monkeypatch, plan(decode=2)) == {"prefill-0": 0.5, "decode-0": 1, "decode-1": 0.5}
+    assert shares(["0"], monkeypatch, plan(prefill=0, decode=0, colocated=1)) == {"worker-0": 1}
+    assert shares([], monkeypatch, plan()) == shares(["0"], monkeypatch, plan(device="cpu"))
+    assert set(shares(["0"], monkeypatch, plan(device="cpu")).values()) == {None}
+    assert set(shares(["0", "1"], monkeypatch, plan(device="cuda:1")).values()) == {0.5}
+    monkeypatch.setenv("OVERFILL_DECODE_GPU_SHARE", "0.7")
+    assert shares(["0"], monkeypatch, plan()) == {"prefill-0": 0.5, "decode-0": 0.7}
+
+
+def test_a_stack_starts_its_workers_with_their_shares(on_gpus: Callable[..., Any]) -> None:
+    with on_gpus(["0"]) as stack:
+        assert {stack.configs[name].gpu_share for name in ("prefill-0", "decode-0")} == {0.5}
+
+
 def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_PREFILL_BLOCK_SIZE", "32")
     config = plan().prefill[0]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -74,6 +75,23 @@ async def test_a_worker_with_both_stages_says_that_it_has_no_vllm(with_vllm, war
     with_vllm(True)
     (line,) = await warnings(ColocatedConfig)
     assert line.startswith(EXPECTED.format("full model and the decoder") + "a worker with both stages has no other")
+
+
+async def test_a_worker_loads_with_its_share_of_the_gpu_and_in_its_turn(with_vllm, warnings, monkeypatch):
+    with_vllm(True)
+    turns, loaded = [], []
+
+    @contextmanager
+    def turn(options):
+        turns.append(options.gpu_share)
+        yield
+        assert len(loaded) == len(turns)
+
+    monkeypatch.setattr(loading, "loading_turn", turn)
+    monkeypatch.setattr(loading, "load_engine", lambda *what: loaded.append(what))
+    await warnings(DecodeConfig, "--gpu-share", "0.25")
+    await warnings(DecodeConfig)
+    assert turns == [0.25, 1.0]
 
 
 async def test_nothing_is_said_on_a_cpu_or_after_a_choice(with_vllm, warnings):
