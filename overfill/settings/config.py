@@ -68,7 +68,7 @@ class WorkerConfig(ServiceConfig):
     dtype: DTypeName | None = Field(
         None,
         description="data type of weights, activations and transferred KV; must be equal on all workers; by default "
-        "bfloat16, or float32 on a CPU without bfloat16 instructions",
+        "bfloat16; without instructions for it float16 on a GPU, and float32 on a CPU",
     )
     device: Device = Field("auto", description="device to compute on: auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")

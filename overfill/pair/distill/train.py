@@ -84,7 +84,8 @@ class Run:
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
-        dtype = TORCH_DTYPES[native_dtype(accelerator.device)]
+        native = native_dtype(accelerator.device)
+        dtype = TORCH_DTYPES["float32" if native == "float16" else native]  # small gradients would be 0 in float16
         identity = self._identity(standalone, str(dtype))
         if accelerator.is_main_process:
             open_run_folder(self.folder, identity, resume)

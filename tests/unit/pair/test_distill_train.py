@@ -97,6 +97,15 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pai
     assert (out / "distill" / "curve.png").stat().st_size > 1000
 
 
+def test_a_device_without_bfloat16_trains_in_float32(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for native in ("float16", "float32"):
+        monkeypatch.setattr(train, "native_dtype", lambda device, native=native: native)
+        run(tiny_pair, tmp_path / native, TRAINING.model_copy(update={"steps": 1})).train()
+    assert losses(tmp_path / "float16") == losses(tmp_path / "float32")
+
+
 def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         train, "native_dtype", lambda device: "float32"
