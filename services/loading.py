@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from overfill.engine.choice import why_not_vllm
 from overfill.engine.device import resolve_device, use_device
+from overfill.engine.gpu_memory import loading_turn
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.model.manifest import Half, Pair
@@ -46,6 +47,7 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
         dtype=config.dtype,
         block_size=config.block_size,
         kv_memory=config.kv_memory,
+        gpu_share=config.gpu_share or 1.0,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache == "on",
@@ -75,8 +77,9 @@ def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
     pair = Pair.load(folder, check_digests=True)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
-    on_cuda = resolve_device(config.device).type == "cuda"
-    if config.engine == "auto" and on_cuda and (warning := why_not_vllm(pair, *halves)):
+    device = resolve_device(config.device)
+    on_cuda = device.type == "cuda"
+    if config.engine == "auto" and on_cuda and (warning := why_not_vllm(pair, *halves, device=str(device))):
         logger.warning("%s", warning)
     return pair
 
@@ -84,7 +87,8 @@ def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
 async def _in_thread(options: EngineOptions, load: Callable[[], _Loaded]) -> _Loaded:
     def run() -> _Loaded:
         use_device(options.device)
-        return load()
+        with loading_turn(options):
+            return load()
 
     # The thread ends with the loading. If it lived on, OpenMP would count its idle team beside that of the engine's
     # thread as more threads than there are cores, and let threads sleep at each barrier: 10 ms per step on two cores.

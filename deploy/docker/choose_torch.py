@@ -1,11 +1,11 @@
-"""Prints pip constraints for an image; refuses torch's CUDA build in an image for CPUs.
+"""Prints pip constraints for an image; refuses a torch that is built for another device than the image.
 
     python choose_torch.py WHEELS VARIANT >constraints.txt
 
 The constraints pin every distribution that the folder WHEELS has for this Python, so that pip takes it even if the
 index has a newer one. With VARIANT `cpu`, the program exits 1 if the torch that pip would install needs CUDA's
-libraries, which take 5 GB. Otherwise VARIANT has no effect. Runs in a new virtual environment, so it uses the
-`packaging` inside pip.
+libraries, which take 5 GB; with `cuda`, if it does not need them, because such a torch finds no GPU. Runs in a new
+virtual environment, so it uses the `packaging` inside pip.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ The index offers only torch {version}, which is built for CUDA: an image for CPU
   - put torch's CPU wheel for Python {python} into a folder, and name it: make images WHEELS=FOLDER
   - name an index with torch's CPU builds: PIP_EXTRA_INDEX_URL=URL make images
   - build images for GPUs: make images VARIANT=cuda"""
+
+CPU_BUILD = """\
+pip would install torch {version}, which is built without CUDA: the image would not use a GPU. Do one of these:
+  - remove torch's CPU wheels from the folder WHEELS, and the index with CPU builds from PIP_EXTRA_INDEX_URL
+  - build images for CPUs: make images VARIANT=cpu"""
 
 
 def constraints(wheels: Path) -> list[str]:
@@ -53,10 +58,10 @@ def chosen_torch(wheels: Path, lines: list[str]) -> tuple[str, bool]:
 def main() -> None:
     wheels, variant = Path(sys.argv[1]), sys.argv[2]
     lines = constraints(wheels)
-    if variant == "cpu":
-        version, cuda = chosen_torch(wheels, lines)
-        if cuda:
-            sys.exit(CUDA_BUILD.format(version=version, python=f"{sys.version_info.major}.{sys.version_info.minor}"))
+    version, cuda = chosen_torch(wheels, lines)
+    if cuda != (variant == "cuda"):
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        sys.exit((CUDA_BUILD if cuda else CPU_BUILD).format(version=version, python=python))
     print("\n".join(lines))
 
 

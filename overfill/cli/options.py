@@ -209,7 +209,8 @@ def dtype_option(command: _F) -> _F:
     return click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Data type of weights, activations and KV.  [default: bfloat16, or float32 on CPUs without bfloat16]",
+        help="Data type of weights, activations and KV.  [default: bfloat16; without instructions for it "
+        "float16 on a GPU, and float32 on a CPU]",
     )(command)
 
 

@@ -16,6 +16,7 @@ from overfill.cli import processes
 from overfill.cli.ports import check_ports
 from overfill.cli.processes import Child, StartFailed
 from overfill.cli.shared_cores import share_cores
+from overfill.cli.shared_gpus import share_gpus
 from overfill.cli.stack_plan import PlannedPool, PlannedWorker, StackPlan
 from overfill.client import Client
 from overfill.errors import OverfillError
@@ -45,6 +46,7 @@ class Stack:
         self._sink = sink
         self._prefixes = prefixes or {}
         self._cores: Path | None = None
+        self._gpus: dict[str, str] = {}  # by the worker's id
         self._routers: list[Child] = []
         self._workers: list[Child] = []
         self._reported: set[str] = set()
@@ -54,6 +56,7 @@ class Stack:
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.plan)
             self.plan, self._cores = share_cores(self.plan)
+        self.plan, self._gpus = share_gpus(self.plan)
         for index, config in enumerate(self.plan.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
         self._workers += map(self._spawn_worker, self.plan.workers)
@@ -130,7 +133,12 @@ class Stack:
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
         """Starts a process. ``module`` follows ``-m`` and may include a first argument."""
         command = [*self._prefixes.get(name, ()), sys.executable, "-m", *module.split(), *config.to_argv()]
-        return Child(name, command, child_environment(os.environ, threads), self._sink)
+        return Child(name, command, self._environment(name, threads), self._sink)
+
+    def _environment(self, name: str, threads: int) -> dict[str, str]:
+        """Returns the environment of a process. A worker that is started again gets the same GPU."""
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[name]} if name in self._gpus else {}
+        return child_environment(os.environ, threads) | gpu
 
     def _complete(self, router: Child, address: str) -> bool:
         try:

@@ -34,7 +34,7 @@ from overfill.cli.up_stages import count_workers
 from overfill.cli.up_tiers import MAX, check_replaced, check_tiers_given, max_workers, resolve_tiers
 from overfill.cli.welcome import welcome
 from overfill.cluster.connection import check_installed
-from overfill.engine.choice import choose_engine, require_vllm
+from overfill.engine.choice import FIRST_GPU, choose_engine, require_vllm
 from overfill.model.manifest import Half, Pair
 from overfill.process.extras import require
 from overfill.settings.config import ColocatedConfig, DecodeConfig
@@ -151,16 +151,16 @@ def check_engines(plan: StackPlan, *, here: bool) -> None:
         if isinstance(worker, DecodeConfig) and worker.quantize is not None:
             pair = pair.with_quantize(worker.quantize)
         if here:
-            on_cuda = partial(_on_cuda, worker.device)
-            choose_engine(engine, pair, half, on_cuda, has_args=bool(worker.engine_args))
+            on_first_gpu = partial(_on_first_gpu, worker.device)
+            choose_engine(engine, pair, half, on_first_gpu, has_args=bool(worker.engine_args))
         elif engine != "auto":
             pair.check_engine(half, engine)
 
 
-def _on_cuda(device: str) -> bool:
+def _on_first_gpu(device: str) -> bool:
     from overfill.engine.device import resolve_device  # imports torch, which takes seconds
 
-    return resolve_device(device).type == "cuda"
+    return str(resolve_device(device)) in FIRST_GPU
 
 
 @contextlib.contextmanager
@@ -208,6 +208,12 @@ def _check_options(options: RayOptions, plan: StackPlan, on_ray: bool) -> None:
         raise click.UsageError(
             f"--colocated conflicts with {MAX} of a --decoder: a stack of workers with both stages has a fixed number "
             "of workers; remove one of them"
+        )
+    on_cuda = not plan.mock and any(pool.config.device.startswith("cuda") for pool in plan.pools)
+    if on_cuda and options.address is not None and not options.worker_gpus:
+        raise click.UsageError(
+            "--device cuda needs --worker-gpus with --address: a worker sees no GPU unless it reserves one; give "
+            "--worker-gpus 1, or a fraction for workers that share a GPU"
         )
     check_installed()
     for maximum, minimum, stage in (

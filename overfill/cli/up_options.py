@@ -160,8 +160,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--engine",
         type=ENGINE,
-        help="Engine of the workers; auto is vllm on CUDA, if it is installed and can run the model, and overfill "
-        "otherwise.  [default: auto]",
+        help="Engine of the workers; auto is vllm on the first CUDA device, if it is installed and can run the model, "
+        "and overfill otherwise.  [default: auto]",
     ),
     engine_options(
         None,
@@ -284,7 +284,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--worker-gpus",
         type=Number(0),
-        help="GPUs that Ray reserves per worker.  [default: an equal share of this machine; with --address, 0]",
+        help="GPUs that Ray reserves per worker; with 0 a worker computes on the CPU. A fraction is also its share of "
+        "the GPU's memory.  [default: an equal share of this machine; with --address, 0]",
     ),
     click.option(
         "--max-prefill",

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from overfill.engine.choice import vllm_installed
+from overfill.engine.choice import FIRST_GPU, vllm_installed
 from overfill.model.manifest import Half, Pair
 from overfill.process.gpus import gpu_count
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, read_checked
@@ -118,10 +118,9 @@ def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]
             if os.environ.get(variable):
                 yield f"{variable} is set"
 
-    engine, gpus = _setting(options, "engine"), _gpus(options)
-    if engine == "vllm" or (engine == "auto" and vllm and gpus and vllm_installed()):
+    if _setting(options, "engine") == "vllm" or (vllm and _auto_takes_vllm(options)):
         yield "vLLM runs each stage in a process of its own"
-    if gpus > 1:
+    if (gpus := _gpus(options)) > 1:
         yield f"this machine has {gpus} GPUs"
 
 
@@ -130,7 +129,7 @@ def _half_only_for_overfill(options: Mapping[str, Any], folder: Path | None) -> 
 
     If OverFill's own engine cannot run both halves, vLLM has to run the other one.
     """
-    if folder is None or _setting(options, "engine") != "auto" or not _gpus(options) or not vllm_installed():
+    if folder is None or not _auto_takes_vllm(options):
         return ""
     pair = Pair.load(folder)
     if (quantize := _setting(options, "quantize")) != "auto":
@@ -139,6 +138,12 @@ def _half_only_for_overfill(options: Mapping[str, Any], folder: Path | None) -> 
     if not all("overfill" in pair.engines(half) for half in halves):
         return ""
     return next((name for half, name in halves.items() if "vllm" not in pair.engines(half)), "")
+
+
+def _auto_takes_vllm(options: Mapping[str, Any]) -> bool:
+    """True if the engine is auto, which is vLLM here for a half that vLLM can run."""
+    on_first_gpu = _setting(options, "device") in ("auto", *FIRST_GPU) and _gpus(options) > 0
+    return _setting(options, "engine") == "auto" and on_first_gpu and vllm_installed()
 
 
 def _setting(options: Mapping[str, Any], name: str) -> str:

@@ -67,13 +67,16 @@ def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
 def environment(spec: StackSpec, name: str) -> dict[str, str]:
     """Returns the environment of a replica's process.
 
-    It sets the thread counts, which Ray would otherwise set to the replica's share of CPUs, rounded up.
+    It sets the thread counts, which Ray would otherwise set to the replica's share of CPUs, rounded up. It hides all
+    GPUs from a replica that has reserved none: Ray no longer does, and such replicas would all take the first GPU.
     """
     threads = 1 if name == ROUTER else spec.worker_config(name).threads
+    hidden = {} if spec.pools[name].spec.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return GRPC_ENVIRONMENT | thread_pools(threads) | {
         # The replica and its service share one event loop, because grpc.aio supports one loop per process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": str(INTERVAL),
+        **hidden,
     }  # fmt: skip
 
 

@@ -76,7 +76,8 @@ class PoolSpec(_Model):
     Attributes:
         replicas: number of replicas; with ``max_replicas``, the minimum and initial number.
         max_replicas: maximum number of replicas; None means that the number is fixed.
-        num_cpus, num_gpus, resources: resources that Ray reserves for each replica. Fractions share a CPU or GPU.
+        num_cpus, num_gpus, resources: resources that Ray reserves for each replica. Fractions share a CPU or GPU, and
+            the GPU's memory. A replica with ``num_gpus`` 0 sees no GPU.
         settings: settings of this deployment only.
     """
 
@@ -325,6 +326,8 @@ class StackSpec(_Model):
         pool = self.pools[deployment]
         assert pool.kind is not None, "routers are no workers"
         own = self._placed(pool.spec, worker) | {"pair": self.default_pair}
+        if 0 < pool.spec.num_gpus < 1 and "gpu_share" not in self.settings | pool.spec.settings:
+            own["gpu_share"] = pool.spec.num_gpus
         if pool.tier:
             tier = self.decoders[pool.tier]
             objectives = {"ttft_objective": tier.ttft_objective, "itl_objective": tier.itl_objective}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.gpu_memory import free_share
 from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES
 from overfill.engine.runner import ModelRunner, Work
 from overfill.kv.blocks import BlockPool
@@ -163,8 +164,7 @@ def build_engine_parts(
 ) -> EngineParts:
     """Builds one half: calls ``load_half``, then ``size_pools``; see there for arguments and errors.
 
-    Without ``kv_memory`` the cache takes nearly all free memory of a CUDA device. When several workers share a device,
-    give each its ``kv_memory``, so that the first one leaves memory for the others.
+    Without ``kv_memory`` the cache takes nearly all free memory of a CUDA device.
     """
     loaded = load_half(
         pair,
@@ -245,6 +245,7 @@ def size_pools(
     kv_memory: int | None,
     max_model_len: int | None,
     memory_fraction: float = MEMORY_FRACTION,
+    gpu_share: float = 1.0,
 ) -> list[EngineParts]:
     """Allocates the KV cache of every half in this process, all on one device.
 
@@ -255,6 +256,7 @@ def size_pools(
             tokens (on a CPU at most 1 GiB each).
         max_model_len: maximum number of tokens of a sequence. None means as many as a cache holds.
         memory_fraction: share of the free memory that caches and steps may take when ``kv_memory`` is None.
+        gpu_share: share of a GPU's memory that this process may use when ``kv_memory`` is None.
 
     Raises:
         NotEnoughMemory: the message names both sizes and what to change.
@@ -262,6 +264,8 @@ def size_pools(
     device = halves[0].model.device
     requirements = [h.requirement for h in halves]
     free = _free_memory(device)
+    if kv_memory is None and device.type == "cuda" and gpu_share < 1:
+        free = free_share(device, gpu_share)
     if kv_memory is None:
         fitting = fit_blocks(requirements, int(free * memory_fraction))
         if device.type == "cpu":  # other programs need the machine's memory too
@@ -272,8 +276,8 @@ def size_pools(
     caches, step = memory_needed(requirements, blocks)
     if caches + step > free:
         raise NotEnoughMemory(
-            f"{_mib(caches)} of KV cache and {_mib(step)} for the largest step exceed the {_mib(free)} that are free "
-            f"on {device}; give a smaller --kv-memory, --max-model-len or --max-num-seqs"
+            f"{_mib(caches)} of KV cache and {_mib(step)} for the largest step exceed the {_mib(free)} that this "
+            f"process may still use on {device}; give a smaller --kv-memory, --max-model-len or --max-num-seqs"
         )
     advice = "give a smaller --kv-memory"
     parts = []

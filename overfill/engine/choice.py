@@ -10,14 +10,19 @@ from overfill.model.manifest import MANIFEST, EngineName, Half, Pair
 from overfill.process.extras import MissingExtra, install_line
 from overfill.settings.values import EngineChoice
 
+FIRST_GPU = ("cuda", "cuda:0")
+"""Names of the CUDA device that vLLM takes; it has no setting for another one."""
+
 
 def choose_engine(
-    choice: EngineChoice, pair: Pair, half: Half, on_cuda: Callable[[], bool], *, has_args: bool = False
+    choice: EngineChoice, pair: Pair, half: Half, on_first_gpu: Callable[[], bool], *, has_args: bool = False
 ) -> EngineName:
-    """The engine for ``half``. ``auto`` is vLLM on CUDA, where it is installed and can run the half, else OverFill's.
+    """The engine for ``half``. ``auto`` is vLLM on the first GPU, where it is installed and can run the half.
+
+    Otherwise ``auto`` is OverFill's engine.
 
     Args:
-        on_cuda: returns True if the half runs on CUDA; called only if the choice depends on it.
+        on_first_gpu: returns True if the half runs on one of ``FIRST_GPU``; called only if the choice depends on it.
         has_args: there are arguments of vLLM itself.
 
     Raises:
@@ -26,7 +31,7 @@ def choose_engine(
         InvalidRequest: there are arguments of vLLM, and OverFill's engine is chosen.
     """
     if choice == "auto":
-        choice = "vllm" if "vllm" in pair.engines(half) and vllm_installed() and on_cuda() else "overfill"
+        choice = "vllm" if "vllm" in pair.engines(half) and vllm_installed() and on_first_gpu() else "overfill"
     pair.check_engine(half, choice)
     if choice == "vllm":
         require_vllm()
@@ -38,11 +43,12 @@ def choose_engine(
     return choice
 
 
-def why_not_vllm(pair: Pair, *halves: Half) -> str:
+def why_not_vllm(pair: Pair, *halves: Half, device: str = "cuda:0") -> str:
     """The sentence to log when ``auto`` chooses OverFill's engine on CUDA: why, and what to do. Empty if it does not.
 
     Args:
         halves: what the worker runs. With both, OverFill's engine is the only one.
+        device: the CUDA device.
     """
     if any("overfill" not in pair.engines(half) for half in halves):
         return ""  # `choose_engine` takes vLLM, or says what is missing
@@ -56,6 +62,8 @@ def why_not_vllm(pair: Pair, *halves: Half) -> str:
         why = f"{pair.folder / MANIFEST} leaves vllm out of {unable}.engines; add it there if vLLM can run the model"
     elif len(halves) > 1:
         why = "a worker with both stages has no other; start a worker for each stage to use vLLM"
+    elif device not in FIRST_GPU:
+        why = f"vLLM takes the first GPU, and --device is {device}; choose the GPU with CUDA_VISIBLE_DEVICES instead"
     elif missing:
         why, missing = missing, ""
     else:

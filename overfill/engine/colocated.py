@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -79,17 +79,16 @@ class ColocatedEngine:
         emit_prefill: Callable[[list[PrefillEvent]], None],
         emit_decode: Callable[[Sequence[ColocatedEvent]], None],
     ) -> None:
-        self._prefill = new_prefill(self._take_prefill_events)
+        self._here: dict[str, _Here] = {}  # by the prompt's id
+        self._ended: list[PromptComputed | SequenceFailed] = []  # in the running step, of prompts in ``_here``
+        self._prefill = new_prefill(_PrefillEvents(self._here, self._ended, emit_prefill, emit_decode))
         self._decode = decode
         self._full = full
         self._decoder = decoder
         self._layer_map = layer_map
         self._turns = turns
-        self._emit_prefill = emit_prefill
         self._emit_decode = emit_decode
         self._stepping: PrefillEngine | DecodeEngine = decode
-        self._here: dict[str, _Here] = {}  # by the prompt's id
-        self._ended: list[PromptComputed | SequenceFailed] = []  # in the running step, of prompts in ``_here``
 
     def load(self) -> ColocatedLoad:
         return ColocatedLoad(self._prefill.load(), self._decode.load())
@@ -158,19 +157,6 @@ class ColocatedEngine:
         self._ended.clear()
         return True
 
-    def _take_prefill_events(self, events: list[PrefillEvent]) -> None:
-        """Passes on what the prefill engine emits, inside a step."""
-        for_others: list[PrefillEvent] = []
-        for event in events:
-            if event.id not in self._here:
-                for_others.append(event)
-            elif isinstance(event, PrefillScheduled):
-                self._emit_decode([event])
-            elif isinstance(event, PromptComputed | SequenceFailed):
-                self._ended.append(event)
-        if for_others:
-            self._emit_prefill(for_others)
-
     def _end(self, event: PromptComputed | SequenceFailed) -> None:
         """Ends a prompt of this worker: copies its KV and frees its blocks."""
         here = self._here.pop(event.id)
@@ -208,3 +194,29 @@ class _Here:
 
     message: PrefillHere
     blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefillEvents:
+    """Passes on what the prefill engine emits, inside a step.
+
+    It has no reference to the ``ColocatedEngine``. A reference cycle would keep the weights and the KV caches in the
+    device's memory until Python collects garbage.
+    """
+
+    here: Mapping[str, _Here]
+    ended: list[PromptComputed | SequenceFailed]
+    emit_prefill: Callable[[list[PrefillEvent]], None]
+    emit_decode: Callable[[Sequence[ColocatedEvent]], None]
+
+    def __call__(self, events: list[PrefillEvent]) -> None:
+        for_others: list[PrefillEvent] = []
+        for event in events:
+            if event.id not in self.here:
+                for_others.append(event)
+            elif isinstance(event, PrefillScheduled):
+                self.emit_decode([event])
+            elif isinstance(event, PromptComputed | SequenceFailed):
+                self.ended.append(event)
+        if for_others:
+            self.emit_prefill(for_others)

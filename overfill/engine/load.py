@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from overfill.engine.build import MEMORY_FRACTION, EngineParts, LoadedHalf, load_half, size_pools
-from overfill.engine.choice import choose_engine
+from overfill.engine.choice import FIRST_GPU, choose_engine
 from overfill.engine.colocated import ColocatedEngine, ColocatedEvent
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
@@ -32,13 +32,14 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         InvalidPair, UnsupportedModel: the engine cannot run the half.
         MissingExtra: the engine is not installed.
     """
-    on_cuda = options.device.type == "cuda"
-    if choose_engine(choice, pair, half, lambda: on_cuda, has_args=bool(options.engine_args)) == "vllm":
+    on_first_gpu = str(options.device) in FIRST_GPU
+    if choose_engine(choice, pair, half, lambda: on_first_gpu, has_args=bool(options.engine_args)) == "vllm":
         # The only import of this package: nothing else needs vLLM, which most installations lack.
         from overfill.engine.vllm.load import load_vllm
 
         return load_vllm(pair, half, options)
-    parts = size_pools([_load_half(pair, half, options)], options.kv_memory, options.max_model_len)[0]
+    loaded = _load_half(pair, half, options)
+    (parts,) = size_pools([loaded], options.kv_memory, options.max_model_len, gpu_share=options.gpu_share)
     stage = _Stage(half, parts, parts.prefix_cache(options.prefix_cache), options)
     return LoadedEngine(stage.served, stage.new_core)
 
@@ -56,11 +57,11 @@ def load_colocated(
         ValueError: an option differs that must be equal.
         InvalidRequest, NotEnoughMemory, InvalidPair, UnsupportedModel: as in ``load_engine``.
     """
-    for name in ("device", "dtype", "kv_memory", "max_model_len", "threads"):
+    for name in ("device", "dtype", "kv_memory", "gpu_share", "max_model_len", "threads"):
         if getattr(full, name) != getattr(decoder, name):
             raise ValueError(f"{name} differs: {getattr(full, name)} and {getattr(decoder, name)}")
     halves = [_load_half(pair, "full", full), _load_half(pair, "decoder", decoder)]
-    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction)
+    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction, full.gpu_share)
     stages: list[tuple[Half, EngineOptions]] = [("full", full), ("decoder", decoder)]
     return LoadedColocated(
         *(

@@ -101,6 +101,7 @@ class EngineOptions:
     Attributes:
         block_size: tokens per KV block.
         kv_memory: bytes of the KV cache.
+        gpu_share: share of a GPU's memory that this process may use, where ``kv_memory`` is None.
         max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
         threads: CPU threads of a step.
         engine_args: arguments of the engine itself, by name; vLLM only.
@@ -110,6 +111,7 @@ class EngineOptions:
     dtype: DTypeName | None = None
     block_size: int | None = None
     kv_memory: int | None = None
+    gpu_share: float = 1.0
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

@@ -63,8 +63,8 @@ class LLM:
 
     Args:
         pair: A named pair ("default", "fast", "identity") or a pair folder. A Path is always a folder.
-        dtype: Type of weights, activations and KV: "float32", "bfloat16" or "float16". None means bfloat16, or float32
-            on a CPU without bfloat16.
+        dtype: Type of weights, activations and KV: "float32", "bfloat16" or "float16". None means bfloat16.
+            On a GPU without bfloat16 instructions None means float16, on such a CPU float32.
         device: Device to compute on: "auto", "cpu", "cuda" or "cuda:N".
         threads: Number of CPU threads. None keeps torch's setting.
         kv_memory: Bytes of each half's KV cache. None divides the free memory (on a CPU at most 1 GiB each).

@@ -68,7 +68,7 @@ class WorkerConfig(ServiceConfig):
     dtype: DTypeName | None = Field(
         None,
         description="data type of weights, activations and transferred KV; must be equal on all workers; by default "
-        "bfloat16, or float32 on a CPU without bfloat16 instructions",
+        "bfloat16; without instructions for it float16 on a GPU, and float32 on a CPU",
     )
     device: Device = Field("auto", description="device to compute on: auto, cpu, cuda or cuda:N")
     threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
@@ -79,8 +79,8 @@ class WorkerConfig(ServiceConfig):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill or vllm; auto is vllm on CUDA, if it is installed and fits "
-        "the model, and overfill otherwise; the workers of a stack may use different engines",
+        description="engine that runs the model: overfill or vllm; auto is vllm on the first CUDA device, if it is "
+        "installed and fits the model, and overfill otherwise; the workers of a stack may use different engines",
     )
     engine_args: EngineArgs = Field(
         "",
@@ -94,6 +94,13 @@ class WorkerConfig(ServiceConfig):
         None,
         description="size of the KV cache, such as 512MiB; by default as much as fits in memory, but at most 1GiB on a "
         "CPU",
+    )
+    gpu_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that this worker may use, without --kv-memory; by default all of it; "
+        "overfill up and Ray set it for workers that share a GPU",
     )
     max_model_len: int | None = Field(
         None, ge=2, description="maximum tokens of a prompt with its answer; by default the model's context length"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from contextlib import contextmanager
 
 from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, child_environment
+from overfill.cli.stack import Stack
 from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client
 
@@ -36,7 +35,7 @@ class FaultyStack(Stack):
         if fault is None:
             return super()._spawn(name, module, config, threads)
         command = [sys.executable, "-m", "overfill.lab.faults.service", fault, module, *config.to_argv()]
-        return Child(name, command, child_environment(os.environ, threads), self._sink)
+        return Child(name, command, self._environment(name, threads), self._sink)
 
 
 @contextmanager

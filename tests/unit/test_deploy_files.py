@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +140,34 @@ def test_make_images_builds_vllm_s_image_for_gpus_only(monkeypatch: pytest.Monke
 def test_an_image_pins_the_wheels_of_a_folder_that_its_python_can_use(tmp_path: Path) -> None:
     for name in ("torch-2.13.0-cp27-cp27m-any.whl", "numpy-2.0+cpu-py3-none-any.whl", "my_own-1-py3-none-any.whl"):
         (tmp_path / name).touch()
-    command = [sys.executable, DEPLOY / "docker" / "choose_torch.py", tmp_path, "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["my-own==1", "numpy==2.0+cpu"]
+    done = choose_torch(tmp_path, "cuda", ["nvidia-cublas==13.1; platform_system == 'Linux'"])
+    assert done.stdout.split() == ["my-own==1", "numpy==2.0+cpu", "torch==2.0"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variant", "needs", "refused"),
+    [
+        ("cpu", ["filelock"], ""),
+        ("cpu", ["filelock", "cuda-toolkit"], "built for CUDA"),
+        ("cuda", ["filelock", "cuda-toolkit"], ""),
+        ("cuda", ["filelock", "cuda-toolkit; platform_system == 'Windows'"], "built without CUDA"),
+    ],
+)
+def test_an_image_has_the_torch_of_its_device(tmp_path: Path, variant: str, needs: list[str], refused: str) -> None:
+    done = choose_torch(tmp_path, variant, needs)
+    assert (done.returncode, refused in done.stderr) == (bool(refused), True)
+
+
+def choose_torch(wheels: Path, variant: str, needs: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs ``choose_torch.py`` where pip finds one torch, which requires ``needs``."""
+    metadata = ["Metadata-Version: 2.1", "Name: torch", "Version: 2.0", *(f"Requires-Dist: {need}" for need in needs)]
+    with zipfile.ZipFile(wheels / "torch-2.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("torch-2.0.dist-info/METADATA", "\n".join(metadata))
+        wheel.writestr("torch-2.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any")
+        wheel.writestr("torch-2.0.dist-info/RECORD", "")
+    command = [sys.executable, DEPLOY / "docker" / "choose_torch.py", wheels, variant]
+    environment = os.environ | {"PIP_NO_INDEX": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 # KubeRay

@@ -14,6 +14,7 @@ from engine_features import VLLM_REFUSES
 from overfill.engine.device import NotEnoughMemory
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineOptions
+from overfill.engine.vllm import load
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.manifest import Pair
 
@@ -77,3 +78,22 @@ def test_several_kinds_of_kv_cache_do_not_read_as_too_little_memory(
     monkeypatch.setattr(internals, "EngineCore", Core)
     with pytest.raises(UnsupportedModel, match="2 kinds of KV cache"):
         load_engine("vllm", Pair.load(vllm_pair), "decoder", OPTIONS)
+
+
+@pytest.mark.parametrize(("share", "utilization"), [(1.0, None), (0.5, 0.46 - 1 / 16)])
+def test_a_shared_gpu_is_not_taken_whole(
+    share: float, utilization: float | None, vllm_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def stop(arguments: Any, engine_args: Any) -> None:
+        asked.append(arguments.get("gpu_memory_utilization"))
+        raise InvalidRequest("pair", "enough")
+
+    monkeypatch.setattr(load, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(load, "_vllm_config", stop)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 16 << 30))
+    options = EngineOptions(device=torch.device("cuda", 0), dtype="float32", gpu_share=share)
+    with pytest.raises(InvalidRequest, match="enough"):
+        load.load_vllm(Pair.load(vllm_pair), "decoder", options)
+    assert asked == [utilization if utilization is None else pytest.approx(utilization)]

@@ -14,10 +14,10 @@ import torch
 from pydantic import ValidationError
 
 from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.gpu_memory import vllm_utilization
 from overfill.engine.protocol import (
     DEFAULT_CPU_KV_BYTES,
     REPLAY_BUDGET,
-    VLLM_GPU_SHARE,
     EngineCore,
     EngineOptions,
     LoadedEngine,
@@ -146,8 +146,8 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
             kv_connector_extra_config={"by_layer": half == "full"},
         ),
     }
-    if kv_memory is not None and options.device.type == "cuda":
-        arguments["gpu_memory_utilization"] = VLLM_GPU_SHARE
+    if (utilization := vllm_utilization(options)) is not None:
+        arguments["gpu_memory_utilization"] = utilization
     try:
         vllm = VllmCore(_vllm_config(arguments, options.engine_args))
         store = _store(vllm, spec, str(folder))

@@ -5,7 +5,6 @@ The connections are those of loopback through ``add_proxies``, or of real links 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from overfill.cli.ports import free_ports
 from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, child_environment
+from overfill.cli.stack import Stack
 from overfill.cli.stack_plan import StackPlan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
@@ -94,7 +93,7 @@ class BreakableStack(Stack):
     def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
         probed = ["-m", _PROBES, self._probes, name, module, *config.to_argv()]
         command = [*self._prefixes.get(name, ()), sys.executable, *probed]
-        environment = child_environment(os.environ, threads) | self._clocks.environment(name)
+        environment = self._environment(name, threads) | self._clocks.environment(name)
         return Child(name, command, environment, self._sink)
 
 

@@ -157,7 +157,8 @@ class NativeTransformer:
             best=None if best is None else best.data_ptr(),
         )
         callback = _HookCallback(hooks)
-        fault = self._library.ovf_forward(self._handle, byref(arguments), callback.pointer)
+        hook = library.NO_HOOK if hooks == NO_HOOKS else library.Hook(callback.call)
+        fault = self._library.ovf_forward(self._handle, byref(arguments), hook)
         if callback.raised is not None:
             raise callback.raised
         if fault is not None:
@@ -192,19 +193,20 @@ class NativeTransformer:
 
 
 class _HookCallback:
-    """Hooks as one C function. It keeps what a hook raises, because an exception cannot pass through C.
+    """Calls hooks from C. It keeps what a hook raises, because an exception cannot pass through C.
+
+    It has no reference to the C function that calls it. A cycle would keep what the hooks refer to, such as the
+    weights, until Python collects garbage.
 
     Attributes:
-        pointer: the C function; null without hooks.
         raised: the exception that aborted the step, if one did.
     """
 
     def __init__(self, hooks: LayerHooks) -> None:
         self.raised: BaseException | None = None
         self._hooks = (hooks.layer_start, hooks.kv_written)
-        self.pointer = library.NO_HOOK if hooks == NO_HOOKS else library.Hook(self._call)
 
-    def _call(self, layer: int, written: int) -> int:
+    def call(self, layer: int, written: int) -> int:
         try:
             self._hooks[written](layer)
         except BaseException as error:

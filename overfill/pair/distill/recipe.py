@@ -41,7 +41,7 @@ class Training(_Frozen):
             means the whole vocabulary. Sampling makes the loss an estimate; evaluation stays exact.
         recompute_activations: Gradient checkpointing: less memory, a third more computing.
         fused: Let torch.compile fuse the operations between matrix products. Saves a fifth of the time after a minute
-            of compiling. Without a C++ compiler, training runs unfused.
+            of compiling. Without a C++ compiler, or on a GPU without gcc and clang, training runs unfused.
         eval_steps: Steps between evaluations on held-out transcripts.
         checkpoint_steps, checkpoint_minutes: Intervals of checkpoints, whichever passes first. None means no interval
             in steps.

@@ -39,6 +39,8 @@ from overfill.telemetry.progress import Report, silent
 # Settings that a resumed run may change: they do not affect the trained weights.
 _MAY_CHANGE_ON_RESUME = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
 
+_TRITON_COMPILERS = ("gcc", "clang")  # with one of them Triton compiles what starts its kernels on a GPU
+
 LogLine = Callable[[str], None]
 
 
@@ -84,7 +86,8 @@ class Run:
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
-        dtype = TORCH_DTYPES[native_dtype(accelerator.device)]
+        native = native_dtype(accelerator.device)
+        dtype = TORCH_DTYPES["float32" if native == "float16" else native]  # small gradients would be 0 in float16
         identity = self._identity(standalone, str(dtype))
         if accelerator.is_main_process:
             open_run_folder(self.folder, identity, resume)
@@ -214,9 +217,10 @@ class Run:
         return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
 
     def _can_fuse(self) -> bool:
-        if self._accelerator.device.type != "cpu" or find_compiler() is not None:
+        names = COMPILERS if self._accelerator.device.type == "cpu" else _TRITON_COMPILERS
+        if find_compiler(names) is not None:
             return True
-        self._log_line(f"training runs unfused, which is slower: none of {', '.join(COMPILERS)} is installed")
+        self._log_line(f"training runs unfused, which is slower: none of {', '.join(names)} is installed")
         return False
 
     def _check_finite(self, loss: float, norm: float) -> None:

@@ -156,6 +156,7 @@ def test_a_start_fails_with_what_serve_says_or_when_there_is_no_room_for_long() 
         (["--no-ray", "--max-decode", "3"], "--no-ray conflicts with --max-decode"),
         (["--no-ray", "--address", "auto", "--name", "x"], "--no-ray conflicts with --address, --name"),
         (["--decode", "3", "--max-decode", "2"], "--max-decode 2 is less than --decode 3"),
+        (["--address", "auto", "--device", "cuda"], "--device cuda needs --worker-gpus with --address"),
     ],
 )
 def test_conflicting_options_are_refused(

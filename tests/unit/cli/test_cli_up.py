@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,8 @@ import click
 import pytest
 from rich.console import Console
 
+from overfill.cli import shared_gpus, up
 from overfill.cli import stack as stack_module
-from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
 from overfill.cli.ports import free_ports
@@ -57,7 +59,7 @@ class RecordingStack(Stack):
     def _spawn(self, name: str, module: str, config: Any, threads: int) -> Child:
         self.configs[name] = config
         command = [sys.executable, "-c", self._code.get(name, PATIENT)]
-        child = Child(name, command, dict(os.environ), self._sink)
+        child = Child(name, command, self._environment(name, threads), self._sink)
         self.started.append(child)
         return child
 
@@ -182,6 +184,82 @@ def test_workers_with_more_threads_than_cores_share_a_file(monkeypatch: pytest.M
     stack.start()
     stack.stop()
     assert stack.configs["prefill-0"].shared_cores is None, "each worker has cores of its own"
+
+
+def gpus_of(stack: RecordingStack) -> dict[str, str]:
+    """Returns the GPUs that each process has printed. Waits until all have."""
+    names = {child.name for child in stack.started}
+    while not names <= dict(stack.lines).keys():
+        assert all(child.returncode is None for child in stack.started)
+        time.sleep(0.01)
+    return {name: line for name, line in stack.lines if line != "up"}
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Returns a function that starts a stack on a machine with GPUs, whose processes print the GPUs that they see."""
+    code = f"import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); {PATIENT}"
+
+    @contextlib.contextmanager
+    def start(names: list[str], **settings: Any) -> Iterator[RecordingStack]:
+        monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        stack = RecordingStack(**settings)
+        stack._code = dict.fromkeys(["router-0", *(worker.id for worker in stack.plan.workers)], code)
+        stack.start()
+        try:
+            yield stack
+        finally:
+            stack.stop()
+
+    return start
+
+
+def test_workers_take_the_gpus_in_turn(on_gpus: Callable[..., Any]) -> None:
+    with on_gpus(["2", "GPU-7"], prefill=1, decode=2) as stack:
+        assert gpus_of(stack) == {"router-0": "None", "prefill-0": "2", "decode-0": "GPU-7", "decode-1": "2"}
+        old = stack.worker("decode-0")
+        os.kill(old.pid, signal.SIGKILL)
+        while old.returncode is None:
+            time.sleep(0.01)
+        stack.started.clear()
+        stack.lines.clear()
+        stack.restart("decode-0")
+        assert gpus_of(stack) == {"decode-0": "GPU-7"}
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [([], {}), (["0", "1"], {"mock": True}), (["0", "1"], {"device": "cpu"}), (["0", "1"], {"device": "cuda:1"})],
+)
+def test_workers_that_choose_no_gpu_get_none(
+    names: list[str], settings: dict[str, Any], on_gpus: Callable[..., Any]
+) -> None:
+    with on_gpus(names, **settings) as stack:
+        assert set(gpus_of(stack).values()) == {"None"}
+
+
+def shares(names: list[str], monkeypatch: pytest.MonkeyPatch, made: StackPlan) -> dict[str, float | None]:
+    monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
+    shared, _ = shared_gpus.share_gpus(made)
+    assert all(type(w.config).parse(w.config.to_argv()) == w.config for w in shared.workers)
+    return {worker.id: worker.config.gpu_share for worker in shared.workers}
+
+
+def test_workers_of_one_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shares(["0"], monkeypatch, plan()) == {"prefill-0": 0.5, "decode-0": 0.5}
+    assert shares(["0", "1"], monkeypatch, plan(decode=2)) == {"prefill-0": 0.5, "decode-0": 1, "decode-1": 0.5}
+    assert shares(["0"], monkeypatch, plan(prefill=0, decode=0, colocated=1)) == {"worker-0": 1}
+    assert shares([], monkeypatch, plan()) == shares(["0"], monkeypatch, plan(device="cpu"))
+    assert set(shares(["0"], monkeypatch, plan(device="cpu")).values()) == {None}
+    assert set(shares(["0", "1"], monkeypatch, plan(device="cuda:1")).values()) == {0.5}
+    monkeypatch.setenv("OVERFILL_DECODE_GPU_SHARE", "0.7")
+    assert shares(["0"], monkeypatch, plan()) == {"prefill-0": 0.5, "decode-0": 0.7}
+
+
+def test_a_stack_starts_its_workers_with_their_shares(on_gpus: Callable[..., Any]) -> None:
+    with on_gpus(["0"]) as stack:
+        assert {stack.configs[name].gpu_share for name in ("prefill-0", "decode-0")} == {0.5}
 
 
 def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:

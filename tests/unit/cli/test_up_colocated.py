@@ -303,6 +303,7 @@ def test_gpus_decide(
     machine(1, vllm=True)
     assert counts(started("--pair", str(fresh()))) == TWO, "auto is vLLM"
     assert counts(started("--engine", "overfill")) == counts(started("--device", "cpu")) == ONE
+    assert counts(started("--device", "cuda:1")) == ONE, "vLLM takes the first GPU only"
     machine(0, vllm=True)
     assert counts(started()) == ONE
 
@@ -386,6 +387,16 @@ def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (devices / name).touch()
     assert gpus.gpu_count() == 2
-    for visible, count in (("1", 1), ("0,1", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("GPU-8932f937", 1)):
+    assert gpus.visible_gpus() == ["0", "1"]
+    for visible, names in (
+        ("1", ["1"]),
+        ("1, 0", ["1", "0"]),
+        ("0,1,2", ["0", "1"]),
+        ("", []),
+        ("-1", []),
+        ("0,-1,1", ["0"]),
+        ("GPU-8932f937", ["GPU-8932f937"]),
+    ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert gpus.gpu_count() == count, visible
+        assert gpus.visible_gpus() == names, visible
+        assert gpus.gpu_count() == len(names), visible

@@ -244,6 +244,19 @@ def test_every_replica_has_its_number_of_threads() -> None:
     assert environment(made, ROUTER)["OMP_NUM_THREADS"] == "1"
 
 
+def test_a_replica_that_reserves_no_gpu_sees_none() -> None:
+    made = spec(decode={"num_gpus": 0.5})
+    assert environment(made, PREFILL)["CUDA_VISIBLE_DEVICES"] == environment(made, ROUTER)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(made, DECODE), "Ray sets it"
+
+
+def test_a_replica_has_the_share_of_the_memory_that_it_has_of_the_gpu() -> None:
+    made = spec(prefill={"num_gpus": 0.25}, decode={"num_gpus": 1})
+    assert (made.worker_config(PREFILL).gpu_share, made.worker_config(DECODE).gpu_share) == (0.25, None)
+    made = spec(prefill={"num_gpus": 0.25, "settings": {"gpu_share": 0.4}}, settings={"gpu_share": 0.5})
+    assert (made.worker_config(PREFILL).gpu_share, made.worker_config(DECODE).gpu_share) == (0.4, 0.5)
+
+
 def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_something_to_decide() -> None:
     made = spec(mock=True, decode={"replicas": 2, "max_replicas": 4})
     (application,) = serve_config(made, "chat", {"ttft": 1.0})["applications"]

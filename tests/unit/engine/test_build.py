@@ -1,17 +1,24 @@
 """Tests how memory is divided between caches and steps."""
 
+import fcntl
 import json
+import tempfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from overfill.engine import build
+from overfill.engine import build, gpu_memory
+from overfill.engine import load as load_module
 from overfill.engine.build import MemoryRequirement, build_engine_parts, fit_blocks, memory_needed
 from overfill.engine.device import NotEnoughMemory
-from overfill.engine.load import served_half
+from overfill.engine.load import load_engine, served_half
+from overfill.engine.protocol import VLLM_GPU_SHARE, EngineOptions
 from overfill.model.manifest import Pair
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def requirement(layers=16, longest=8192, max_num_seqs=64, activations=0):
@@ -104,6 +111,67 @@ def test_a_cache_that_fits_only_without_the_step_is_refused_with_both_numbers(pa
         NotEnoughMemory, match=r"8MiB of KV cache and \d+MiB for the largest step .* 8MiB .*--kv-memory"
     ):
         load(pair, kv_memory=8 * 2**20, max_num_seqs=64)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Replaces the numbers of a GPU of 40 MiB, of which this process has reserved 2 MiB."""
+    gpu = SimpleNamespace(total=40 * MIB, used=3 * MIB, uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * MIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu.total - gpu.used, gpu.total))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(gpu_memory, "_OVERHEAD", MIB)
+    return gpu
+
+
+def test_workers_that_share_a_gpu_leave_each_other_memory(pair, gpu, monkeypatch):
+    new_cache = build.KvCache
+    monkeypatch.setattr(build, "KvCache", lambda spec, blocks, size, device, dtype: new_cache(spec, blocks, size, CPU))
+    options = EngineOptions(CPU, dtype="float32", max_model_len=256, gpu_share=0.5)
+    loaded = load_module._load_half(pair, "full", options)
+    on_gpu = replace(loaded, model=SimpleNamespace(device=CUDA, config=loaded.model.config))
+    monkeypatch.setattr(load_module, "_load_half", lambda *what: on_gpu)
+    taken = []
+    for _ in range(2):
+        store = load_engine("overfill", pair, "full", replace(options, device=CUDA)).served.store
+        taken.append(store.num_blocks * store.block_bytes)
+        gpu.used += taken[-1]
+    assert taken[0] == taken[1] > 10 * MIB, "what is free does not matter"
+    assert taken[0] + 3 * MIB < gpu.total / 2
+    store = load_engine("overfill", pair, "full", replace(options, device=CUDA, kv_memory=3 * MIB)).served.store
+    assert store.num_blocks * store.block_bytes == 3 * MIB
+    with pytest.raises(NotEnoughMemory, match="--kv-memory"):
+        load_engine("overfill", pair, "full", replace(options, device=CUDA, gpu_share=0.05))
+
+
+def test_vllm_gets_the_same_share(gpu):
+    options = EngineOptions(CUDA)
+    assert gpu_memory.vllm_utilization(options) is None, "vLLM's default"
+    assert gpu_memory.vllm_utilization(replace(options, gpu_share=0.5)) == pytest.approx(0.46 - 1 / 40)
+    assert gpu_memory.vllm_utilization(replace(options, gpu_share=0.5, kv_memory=MIB)) == VLLM_GPU_SHARE
+    assert gpu_memory.vllm_utilization(replace(options, gpu_share=0.01)) == VLLM_GPU_SHARE
+    assert gpu_memory.vllm_utilization(EngineOptions(CPU, gpu_share=0.5)) is None
+
+
+def test_workers_that_share_a_gpu_load_one_after_the_other(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = EngineOptions(CUDA, gpu_share=0.5)
+    with gpu_memory.loading_turn(options):
+        (path,) = tmp_path.iterdir()
+        assert is_locked(path)
+        with gpu_memory.loading_turn(EngineOptions(CPU)), gpu_memory.loading_turn(EngineOptions(CUDA)):
+            pass  # alone on their devices
+    assert not is_locked(path)
+
+
+def is_locked(path):
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_an_error_about_a_cache_too_small_names_the_size_needed(pair):

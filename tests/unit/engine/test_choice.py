@@ -1,6 +1,9 @@
 """Tests which engine a half of a pair gets, and which choices are refused."""
 
+import contextlib
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +51,18 @@ def test_a_choice_that_does_not_depend_on_the_device_does_not_look_at_it(with_vl
     assert choose_engine("vllm", both, "decoder", pytest.fail) == "vllm"
     assert choose_engine("overfill", both, "decoder", pytest.fail) == "overfill"
     assert choose_engine("auto", ours, "decoder", pytest.fail) == "overfill"
+
+
+@pytest.mark.parametrize(("device", "engine"), [("cuda", "vllm"), ("cuda:0", "vllm"), ("cuda:1", "overfill")])
+def test_auto_is_not_vllm_on_another_gpu_than_the_first(with_vllm, pair, monkeypatch, device, engine):
+    with_vllm(True)
+    loaded = []
+    vllm = SimpleNamespace(load_vllm=lambda *what: loaded.append("vllm"))
+    monkeypatch.setitem(sys.modules, "overfill.engine.vllm.load", vllm)
+    monkeypatch.setattr("overfill.engine.load._load_half", lambda *what: loaded.append("overfill"))
+    with contextlib.suppress(AttributeError):  # nothing was loaded
+        load_engine("auto", pair("overfill", "vllm"), "decoder", EngineOptions(torch.device(device)))
+    assert loaded == [engine]
 
 
 def test_a_half_that_the_chosen_engine_cannot_run_is_refused_by_name(with_vllm, pair):

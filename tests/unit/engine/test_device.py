@@ -6,7 +6,7 @@ import pytest
 import torch
 from counting import CountingRunner
 
-from overfill.engine.device import device_executor, resolve_device
+from overfill.engine.device import device_executor, native_dtype, resolve_device
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import EngineLoad, KvWritten, PrefillScheduled, PrefillSequence, Submit
 from overfill.engine.thread import EngineThread
@@ -92,6 +92,14 @@ def test_threads_that_move_kv_use_the_cache_s_device(cuda):
     cuda.clear()  # thread ids are reused
     with device_executor(1, "kv", torch.device("cpu")) as executor:
         assert executor.submit(threading.get_ident).result() not in cuda
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
+)
+def test_gpus_before_ampere_compute_in_float16(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {SECOND: capability}.get)
+    assert native_dtype(SECOND) == dtype
 
 
 def test_a_cuda_device_has_a_number(cuda):

@@ -6,7 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -97,6 +97,15 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pai
     assert (out / "distill" / "curve.png").stat().st_size > 1000
 
 
+def test_a_device_without_bfloat16_trains_in_float32(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for native in ("float16", "float32"):
+        monkeypatch.setattr(train, "native_dtype", lambda device, native=native: native)
+        run(tiny_pair, tmp_path / native, TRAINING.model_copy(update={"steps": 1})).train()
+    assert losses(tmp_path / "float16") == losses(tmp_path / "float32")
+
+
 def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         train, "native_dtype", lambda device: "float32"
@@ -170,10 +179,31 @@ def test_fusing_changes_nothing_but_rounding(tiny_pair: Path, tmp_path: Path, mo
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("device", "installed", "fused"),
+    [
+        ("cuda", "gcc", True),
+        ("cuda", "clang", True),
+        ("cuda", "g++", False),
+        ("cpu", "g++", True),
+        ("cpu", "gcc", False),
+    ],
+)
+def test_fusing_needs_the_compiler_of_the_device(
+    device: str, installed: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / installed).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines: list[str] = []
+    on_device = SimpleNamespace(_accelerator=SimpleNamespace(device=torch.device(device)), _log_line=lines.append)
+    assert Run._can_fuse(cast(Run, on_device)) == fused
+    assert len(lines) == (not fused)
+
+
 def test_without_a_compiler_training_goes_on_unfused(
     tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "find_compiler", lambda: None)
+    monkeypatch.setattr(train, "find_compiler", lambda names: None)
     lines: list[str] = []
     training = TRAINING.model_copy(update={"steps": 1, "fused": True})
     run(tiny_pair, tmp_path / "out", training, log_line=lines.append).train()

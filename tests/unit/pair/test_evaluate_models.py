@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from overfill.cli.evaluate import _transcripts, compare_command, eval_command
+from overfill.engine.build import load_half
 from overfill.errors import InvalidRequest
 from overfill.model.manifest import Pair, write_manifest
 from overfill.model.transformer import Transformer
@@ -181,6 +184,23 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> N
     assert found.finished == sum(len(a) < 24 for a in answers) / len(answers)
     assert found.nll.by_position[0].first == 0
     assert len({figures.nll for figures in result.free_running.values()}) == 3  # three writers
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_one_engine_at_a_time_is_in_memory(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[object]] = []
+    alive: list[int] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        loaded = load_half(*args, **options)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    for module in ("overfill.engine.load", "overfill.pair.evaluate.evaluation"):
+        monkeypatch.setattr(f"{module}.load_half", load)
+    evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=2)
+    assert alive == [0, 1] * 4  # three writers, then the models that judge
 
 
 def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:

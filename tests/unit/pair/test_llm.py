@@ -1,6 +1,7 @@
 """``LLM``: both halves in one process give the reference's answers, in any batch and with a small cache."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -371,3 +372,19 @@ def test_a_completion_keeps_the_first_word_s_space(folder, tmp_path):
     assert llm.generate(["hello"], forced)[0].text == " world world"
     # A prompt of token ids has no text to continue, so the answer is a text of its own, as over the network.
     assert llm.generate([tokenizer.encode("hello")], forced)[0].text == "world world"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # the latter in the native library
+def test_memory_is_free_as_soon_as_nothing_refers_to_the_llm(folder, no_garbage_collection, dtype):
+    llm = new_llm(folder, dtype=dtype)
+    llm.generate(PROMPTS, GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY, on_token=_interrupt)
+    runners = [stage.parts.runner for stage in (llm._loaded._full, llm._loaded._decoder)]
+    held = [weakref.ref(tensors) for runner in runners for tensors in (runner.model, runner.cache)]
+    del runners, llm
+    assert [tensors() for tensors in held] == [None] * 4
+
+
+def _interrupt(index, token):
+    raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -61,10 +62,36 @@ async def test_a_worker_whose_half_vllm_cannot_run_says_why(with_vllm, warnings)
     assert ". Also, vLLM is not installed here: " in line
 
 
+async def test_a_worker_on_another_gpu_than_the_first_says_how_vllm_gets_it(with_vllm, warnings):
+    with_vllm(True)
+    assert await warnings(DecodeConfig, device="cuda:0") == []
+    (line,) = await warnings(DecodeConfig, device="cuda:1")
+    assert line == EXPECTED.format("decoder") + (
+        "vLLM takes the first GPU, and --device is cuda:1; choose the GPU with CUDA_VISIBLE_DEVICES instead"
+    )
+
+
 async def test_a_worker_with_both_stages_says_that_it_has_no_vllm(with_vllm, warnings):
     with_vllm(True)
     (line,) = await warnings(ColocatedConfig)
     assert line.startswith(EXPECTED.format("full model and the decoder") + "a worker with both stages has no other")
+
+
+async def test_a_worker_loads_with_its_share_of_the_gpu_and_in_its_turn(with_vllm, warnings, monkeypatch):
+    with_vllm(True)
+    turns, loaded = [], []
+
+    @contextmanager
+    def turn(options):
+        turns.append(options.gpu_share)
+        yield
+        assert len(loaded) == len(turns)
+
+    monkeypatch.setattr(loading, "loading_turn", turn)
+    monkeypatch.setattr(loading, "load_engine", lambda *what: loaded.append(what))
+    await warnings(DecodeConfig, "--gpu-share", "0.25")
+    await warnings(DecodeConfig)
+    assert turns == [0.25, 1.0]
 
 
 async def test_nothing_is_said_on_a_cpu_or_after_a_choice(with_vllm, warnings):
