@@ -436,7 +436,7 @@ class PrefillMetrics(EngineMetrics):
         )
         self._compute = self._histogram(
             "compute_seconds",
-            "Time from scheduling a prompt's first chunk to sampling its first token.",
+            "Time from scheduling a prompt's first chunk to the end of its computation, with or without a first token.",
             LATENCY_BUCKETS,
         )
         self._gauge("queued_tokens", "Accepted prompt tokens that are not computed yet.", lambda n: n.queued_tokens)

@@ -332,9 +332,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 if end <= start:
                     return None
                 return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
-            case PromptComputed(first=first, time_ns=now) if first is not None:
+            case PromptComputed(first=first, time_ns=now):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
+                if first is None:
+                    return None
                 token = first_token_to_proto(first, lease.scheduled_ns, now)
                 return prefill_pb2.PrefillResponse(first_token=token)
             case SequenceFailed():

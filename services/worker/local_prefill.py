@@ -145,11 +145,11 @@ class LocalPrefill:
                         tracing.current().set(cached_tokens=cached)
                     case PromptComputed(first=first, time_ns=now):
                         computed = True
+                        prefills.metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         received = time.monotonic_ns()
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None:
-                            prefills.metrics.computed((now - scheduled_ns) / 1e9)
                             self.stats.first_token_ns = received - self.stats.started_ns
                             token = first_token_to_proto(first, scheduled_ns, now)
                             on_first_token(FirstTokenArrived(token, queue_ns, received))
