@@ -85,6 +85,14 @@ class Handoff(Protocol):
         """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
         ...
 
+    def release(self) -> bool:
+        """Ends ``run`` early, after the first token: the rest of the KV is not needed.
+
+        Returns:
+            False if ``run`` has ended, or must be cancelled instead.
+        """
+        ...
+
 
 NewHandoff = Callable[[decode_pb2.AssignPrefill, "SequenceSession"], AbstractAsyncContextManager[Handoff]]
 
@@ -283,10 +291,10 @@ class SequenceSession:
                     self._handoff = handoff
                     try:
                         await handoff.run(self._time_left(), self.inbox.put_nowait, on_in_place)
-                        if handoff.codec:
-                            self._metrics.handed_over(handoff.codec, handoff.stats)
-                        else:
+                        if not handoff.codec:
                             self._metrics.prefilled_here()
+                        elif in_place:
+                            self._metrics.handed_over(handoff.codec, handoff.stats)
                     finally:
                         if handoff.codec:
                             self._metrics.received(handoff.codec, handoff.stats)
@@ -338,6 +346,7 @@ class SequenceSession:
             )
             self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
+            self._wants_kv = self._handoff is None or not self._handoff.release()
             await self._finish(finish)
         return finish is not None
 

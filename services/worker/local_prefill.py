@@ -127,6 +127,10 @@ class LocalPrefill:
                 raise DeadlineExceeded("the deadline passed while the prompt was computed") from None
         on_in_place()
 
+    def release(self) -> bool:
+        """Returns False: the whole prompt is computed when its first token is known."""
+        return False
+
     async def _run(self, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)

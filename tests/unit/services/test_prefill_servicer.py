@@ -11,6 +11,7 @@ import torch
 
 from overfill.engine.sequence import KvWritten, PrefillScheduled, PromptComputed, Release
 from overfill.errors import InvalidRequest, Overloaded, TransferFailed
+from overfill.kv import stall
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
@@ -129,6 +130,22 @@ async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(ben
     value = bench.servicer._metrics.registry.get_sample_value
     assert value("overfill_prefill_compute_seconds_count") == 1
     assert value("overfill_prefill_compute_seconds_sum") == 2
+
+
+async def test_kv_that_nobody_wants_does_not_stall(bench, monkeypatch):
+    monkeypatch.setattr(stall, "_INTERVAL", 0)
+    lease = computed(bench.servicer)
+    watching = asyncio.ensure_future(lease.watch_transfer(stall.TransferLimits(stall=0)))
+    with pytest.raises(TransferFailed):
+        await watching
+    lease.released = True
+    watching = asyncio.ensure_future(lease.watch_transfer(stall.TransferLimits(stall=0)))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not watching.done()
+    watching.cancel()
+    bench.servicer._end(lease)
+    await until(lambda: bench.releases)
 
 
 @pytest.mark.parametrize("layers", [(0, 0), (2,)], ids=["overlapping", "outside"])
