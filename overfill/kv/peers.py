@@ -43,6 +43,7 @@ class PrefillPeer:
     Attributes:
         link: shared memory; None means that payloads travel.
         codecs: codecs that the worker can send.
+        releases: the worker understands ``ReleaseKv``.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PrefillPeer:
         self.target = target
         self.link: ShmClient | None = None
         self.codecs: frozenset[int] = frozenset()
+        self.releases = False
         self._shm = shm
         self._control = open_channel(target.address, tls)
         # The answer to a ping waits behind KV, on a lossy link for more than KEEPALIVE_TIMEOUT. Pings on the control
@@ -85,6 +87,7 @@ class PrefillPeer:
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
         self.codecs = frozenset(described.codecs)
+        self.releases = described.releases
         if self._shm and described.HasField("shm"):
             try:
                 self.link = await ShmClient.connect(described.shm)

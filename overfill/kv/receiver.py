@@ -165,6 +165,10 @@ class PromptPull:
         self._farewell = asyncio.timeout(None)
         self._on_in_place: Callable[[], None] = lambda: None
         self._whole = asyncio.Event()  # set when all KV is written
+        self._pulling: list[asyncio.Task[None]] = []  # one task per data stream
+        self._ended = False
+        # An answer of one token needs no KV.
+        self._released = peer.releases and start.sample_first_token and start.sampling.max_tokens == 1
         self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
         self.stats = PullStats(held_tokens=held_tokens)
 
@@ -181,7 +185,7 @@ class PromptPull:
     ) -> None:
         """Runs the prefill RPC and the data streams. Returns when every range is in place and acknowledged.
 
-        If the worker freezes after it has sent everything, returns after ``_FAREWELL``.
+        If the worker freezes after it has sent everything, or after ``release``, returns after ``_FAREWELL``.
 
         Args:
             timeout: seconds left of the request's deadline.
@@ -191,6 +195,8 @@ class PromptPull:
         """
         self._on_in_place = on_in_place
         self._outgoing.put_nowait(self._start)
+        if self._released:
+            self._outgoing.put_nowait(_release())
         control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
             async with asyncio.timeout(None) as self._farewell, asyncio.TaskGroup() as group:
@@ -201,8 +207,9 @@ class PromptPull:
                     match message.WhichOneof("message"):
                         case "queued":
                             # The worker knows the transfer's id now, so that PullKv can name it.
-                            for channel, ranges in zip(self._peer.data, self._shares(), strict=False):
-                                group.create_task(self._pull(channel, ranges, timeout))
+                            shares = [] if self._released else self._shares()
+                            for channel, ranges in zip(self._peer.data, shares, strict=False):
+                                self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
                         case "scheduled":
                             queue_ns = message.scheduled.queue_ns
                             self.stats.cached_tokens = message.scheduled.cached_tokens
@@ -219,33 +226,52 @@ class PromptPull:
                 watch.cancel()
                 sending.cancel()
         except TimeoutError:
-            logger.warning("%s sent all KV but did not end the transfer within %g s", self._worker, _FAREWELL)
+            logger.warning("%s did not end the transfer within %g s of its last KV", self._worker, _FAREWELL)
         except BaseExceptionGroup as errors:
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
             if not self._has_all or not lost_peer:
                 raise _cause(errors) from errors
             # Everything is in place; it does not matter that the worker has gone.
         finally:
+            self._ended = True
             # TaskGroup has joined its tasks. The worker frees the KV when the RPC ends.
             control.cancel()
-        if self._unwritten:
+        if self._unwritten and not self._released:
             raise TransferFailed(f"prefill ended with {self._unwritten} key and value vectors missing")
         if not self._has_all:
             raise TransferFailed("prefill ended without the first token")
 
+    def release(self) -> bool:
+        """Ends ``run`` early, after the first token: stops the data streams and tells the worker, which frees the KV.
+
+        Returns:
+            False if ``run`` has ended, or must be cancelled instead: a worker of an earlier version knows no release.
+        """
+        if self._ended or not (self._has_all or self._peer.releases):
+            return False
+        if not self._has_all:
+            self._released = True
+            for task in self._pulling:
+                task.cancel()
+            self._outgoing.put_nowait(_release())
+            self._check_in_place()
+        return True
+
     async def _watch(self) -> None:
-        ready, moved = (lambda: self._ready_bytes), (lambda: self._moved_bytes)
+        ready, moved = (lambda: 0 if self._released else self._ready_bytes), (lambda: self._moved_bytes)
         await watch_transfer(self._worker, self._spec.total_bytes, self._limits, ready, moved)
 
     @property
     def _has_all(self) -> bool:
-        """Whether all KV and the first token, if requested, have arrived."""
-        return not self._unwritten and (self.stats.first_token_ns > 0 or not self._sample_first_token)
+        """Whether all KV, unless it is released, and the first token, if requested, have arrived."""
+        first_token = self.stats.first_token_ns > 0 or not self._sample_first_token
+        return first_token and (self._released or not self._unwritten)
 
     def _check_in_place(self) -> None:
         if self._has_all:
             self._farewell.reschedule(asyncio.get_running_loop().time() + _FAREWELL)
-            self._on_in_place()
+            if not self._released:
+                self._on_in_place()
 
     def _note_ready(self, token_start: int, token_end: int) -> None:
         tokens = max(0, token_end - max(token_start, self._spec.tokens[0]))
@@ -259,8 +285,12 @@ class PromptPull:
                 if message.HasField("ack"):
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._whole.wait(), _ACK_DELAY)
-                while message.HasField("ack") and not self._outgoing.empty():  # only acknowledgements follow the start
-                    message.ack.ranges.extend(self._outgoing.get_nowait().ack.ranges)
+                while message.HasField("ack") and not self._outgoing.empty():
+                    later = self._outgoing.get_nowait()
+                    if later.HasField("release"):  # acknowledgements are superfluous
+                        message = later
+                    else:
+                        message.ack.ranges.extend(later.ack.ranges)
                 await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
@@ -394,6 +424,10 @@ class _InPlace:
     range: KvRange
     size: int
     slot: int | None
+
+
+def _release() -> prefill_pb2.PrefillRequest:
+    return prefill_pb2.PrefillRequest(release=prefill_pb2.ReleaseKv())
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:

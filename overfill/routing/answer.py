@@ -79,6 +79,7 @@ class AnswerState:
         prefill_worker: id of the latest prefill worker; empty before the first.
         prefill_engines: engine of each prefill worker that was assigned to the request, by the worker's id.
         prefill_failures: number of prefill failures since the last new token.
+        ended: the end of the answer, once all its tokens have arrived; None before, and after a failure.
     """
 
     def __init__(self, emitted: Iterable[int], max_tokens: int, received: float, tier: str = DEFAULT_TIER) -> None:
@@ -93,6 +94,8 @@ class AnswerState:
         self.prefill_engines: dict[str, str] = {}
         self.prefill_failures = 0
         self._max_tokens = max_tokens
+        self._so_far = decode_pb2.DecodeDone()  # the latest that a worker has said
+        self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
         self._unread: AnswerDelta | None = None
         self._end: Finish | OverfillError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the reader, which waits for a change
@@ -111,6 +114,19 @@ class AnswerState:
     def complete(self) -> bool:
         """True if the answer has ended well and all its tokens have been returned."""
         return self._unread is None and isinstance(self._end, Finish)
+
+    @property
+    def ended(self) -> Finish | None:
+        return self._end if isinstance(self._end, Finish) else None
+
+    def done(self, reason: common_pb2.FinishReason) -> decode_pb2.DecodeDone:
+        """Returns what the worker would say if the latest token had ended the answer, as far as it is known."""
+        done = decode_pb2.DecodeDone()
+        done.CopyFrom(self._so_far)
+        done.reason = reason
+        if done.HasField("decode_ns"):
+            done.decode_ns += max(0, round((self._last_token_at - self._so_far_at) * 1e9))
+        return done
 
     @property
     def progress(self) -> str:
@@ -156,8 +172,12 @@ class AnswerState:
             if repeated != ids[: len(repeated)]:
                 raise InternalError(f"tokens from index {first} on differ from those emitted before")
             ids, logprobs = ids[len(repeated) :], logprobs[len(repeated) :]
+        if tokens.HasField("so_far"):
+            self._so_far.CopyFrom(tokens.so_far)  # a reference would keep the whole WorkerMessage
+            self._so_far_at = now
         if not ids:
             return False
+        self._last_token_at = now
         if not self.first_token_at:
             self.first_token_at = now
         self.emitted += ids

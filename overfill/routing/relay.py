@@ -156,10 +156,17 @@ class Relay:
         """True while the request is on a decode worker."""
         return self._attempt is not None
 
-    @property
-    def usage(self) -> common_pb2.Usage:
-        """Token counts so far. Only ``Finish.usage`` has ``cached_tokens``."""
-        return common_pb2.Usage(prompt_tokens=self._job.prompt_tokens, completion_tokens=len(self.answer.emitted))
+    def finish_at(self, completion_tokens: int) -> Finish:
+        """Returns the end of an answer of which only the first ``completion_tokens`` count, after ``close``.
+
+        The worker has not sent its last message, or has sent it for a longer answer. ``timing.decode_ns`` shrinks in
+        proportion.
+        """
+        finish = self.answer.ended or self._finish(self.answer.done(common_pb2.FINISH_REASON_STOP))
+        timing, gaps = self.answer.timing, len(self.answer.emitted) - 1
+        if timing.HasField("decode_ns") and gaps > 0:
+            timing.decode_ns = timing.decode_ns * max(0, completion_tokens - 1) // gaps
+        return finish
 
     def start(self) -> None:
         """Queues the request.
@@ -306,7 +313,7 @@ class Relay:
         self._losses_in_a_row = 1 if emitted > self._known else self._losses_in_a_row + 1
         self._known = emitted
         if self.answer.full:
-            self._conclude(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
+            self._conclude(self._finish(self.answer.done(common_pb2.FINISH_REASON_LENGTH)))
         elif self._losses_in_a_row >= self._max_attempts or self._losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
             progress = self.answer.progress
             gave_up = f"gave up after {self._losses} attempts; {progress}; the last failure: {error}"
@@ -324,6 +331,9 @@ class Relay:
             timing.decode_ns = done.decode_ns
         # When an assignment and a NeedPrefill cross, only the worker knows which assignment it used.
         self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
-        usage = self.usage
-        usage.cached_tokens = done.usage.cached_tokens
+        usage = common_pb2.Usage(
+            prompt_tokens=self._job.prompt_tokens,
+            completion_tokens=len(self.answer.emitted),
+            cached_tokens=done.usage.cached_tokens,
+        )
         return Finish(done.reason, usage, done.trace if done.HasField("trace") else None, done.codec)

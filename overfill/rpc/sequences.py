@@ -233,8 +233,11 @@ class OutgoingUpdates:
 
 
 def _continues(last: decode_pb2.SequenceUpdate, update: decode_pb2.SequenceUpdate) -> bool:
-    """True if ``update`` has the tokens that follow those of ``last``, in the same form, and both fit one update."""
-    if not (last.HasField("tokens") and update.HasField("tokens")):
+    """True if ``update`` has the tokens that follow those of ``last``, in the same form, and both fit one update.
+
+    An update with ``so_far`` stays separate: it concerns the handoff before its own tokens.
+    """
+    if not (last.HasField("tokens") and update.HasField("tokens")) or update.tokens.HasField("so_far"):
         return False
     count = len(last.tokens.ids)
     return (

@@ -133,10 +133,10 @@ class Tally:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Adds ``value``."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Adds ``value``, ``times`` times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def cumulative(self) -> tuple[list[tuple[str, float]], float]:
         """The number of values up to each bound, as Prometheus wants it, and the sum of all values."""

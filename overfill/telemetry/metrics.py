@@ -138,7 +138,7 @@ class RouterMetrics(MetricSet):
         )
         self._itl = self._tallies(
             "itl_seconds",
-            "Time between two messages with tokens to a client (inter-token latency).",
+            "Time per token between two messages to a client (inter-token latency), counted once per token.",
             LATENCY_BUCKETS,
             tier,
         )
@@ -276,8 +276,9 @@ class RouterMetrics(MetricSet):
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
         self._completion[tier,] += count
         self._key_tokens[self._key(key), "completion"] += count
-        if since_last is not None:
-            self._itl[tier,].observe(since_last)
+        if since_last is not None and count:
+            # One value per token: clients choose the stream interval, and must not look slow by a long one.
+            self._itl[tier,].observe(since_last / count, count)
 
     def refusing(self, tier: str) -> Refusing:
         """Counts a request as refused when the ``with`` block raises; the exception sets the outcome and the reason.
@@ -435,7 +436,7 @@ class PrefillMetrics(EngineMetrics):
         )
         self._compute = self._histogram(
             "compute_seconds",
-            "Time from scheduling a prompt's first chunk to sampling its first token.",
+            "Time from scheduling a prompt's first chunk to the end of its computation, with or without a first token.",
             LATENCY_BUCKETS,
         )
         self._gauge("queued_tokens", "Accepted prompt tokens that are not computed yet.", lambda n: n.queued_tokens)

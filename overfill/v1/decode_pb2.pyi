@@ -165,20 +165,22 @@ class NeedPrefill(_message.Message):
     def __init__(self, reason: _Optional[_Union[NeedPrefill.Reason, str]] = ..., detail: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns")
+    __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns", "so_far")
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     RETURN_NS_FIELD_NUMBER: _ClassVar[int]
+    SO_FAR_FIELD_NUMBER: _ClassVar[int]
     first_index: int
     ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     prefill_queue_ns: int
     prefill_compute_ns: int
     return_ns: int
-    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ...) -> None: ...
+    so_far: DecodeDone
+    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ..., so_far: _Optional[_Union[DecodeDone, _Mapping]] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("load", "reason")

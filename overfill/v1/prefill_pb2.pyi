@@ -12,7 +12,7 @@ class DescribePrefillRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribePrefillResponse(_message.Message):
-    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "shm", "engine")
+    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "shm", "engine", "releases")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class DescribePrefillResponse(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    RELEASES_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     software_version: str
     worker_id: str
@@ -33,7 +34,8 @@ class DescribePrefillResponse(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.KvCodec]
     shm: ShmOffer
     engine: str
-    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., engine: _Optional[str] = ...) -> None: ...
+    releases: bool
+    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., engine: _Optional[str] = ..., releases: bool = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("name", "token")
@@ -44,12 +46,14 @@ class ShmOffer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("start", "ack")
+    __slots__ = ("start", "ack", "release")
     START_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     start: StartPrefill
     ack: AckKv
-    def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ...) -> None: ...
+    release: ReleaseKv
+    def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ..., release: _Optional[_Union[ReleaseKv, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
     __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index")
@@ -86,6 +90,10 @@ class AckKv(_message.Message):
     RANGES_FIELD_NUMBER: _ClassVar[int]
     ranges: _containers.RepeatedCompositeFieldContainer[_kv_pb2.KvRange]
     def __init__(self, ranges: _Optional[_Iterable[_Union[_kv_pb2.KvRange, _Mapping]]] = ...) -> None: ...
+
+class ReleaseKv(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("queued", "scheduled", "first_token", "ready", "done")

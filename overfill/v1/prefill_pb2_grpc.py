@@ -64,7 +64,8 @@ class PrefillServicer(object):
 
     def Prefill(self, request_iterator, context):
         """Prefills one prompt. The life of this RPC is the lease on the KV that it produces: it ends when every range has been
-        acknowledged. A cancel, the deadline or a dead peer end it too. The prefill worker then frees the blocks.
+        acknowledged, or when the decode worker releases it. A cancel, the deadline or a dead peer end it too. The prefill worker
+        then frees the blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -85,6 +85,14 @@ class Handoff(Protocol):
         """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
         ...
 
+    def release(self) -> bool:
+        """Ends ``run`` early, after the first token: the rest of the KV is not needed.
+
+        Returns:
+            False if ``run`` has ended, or must be cancelled instead.
+        """
+        ...
+
 
 NewHandoff = Callable[[decode_pb2.AssignPrefill, "SequenceSession"], AbstractAsyncContextManager[Handoff]]
 
@@ -142,6 +150,7 @@ class SequenceSession:
         self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
+        self._untold = False  # True from a handoff until a token of a decode step has told the router of it
         self._reserved = self._refused = False
         self._failure: BaseException | None = None
         self._wants_kv = False
@@ -212,10 +221,10 @@ class SequenceSession:
             case PullEnded() if item.pull != self._pulls or self._pull is None:
                 pass
             case PullEnded(worker_id=worker, error=None):
-                self._note_cached_tokens()
+                self._note_handoff()
                 self._prefill_worker = worker
-                self._codec = self._handoff.codec if self._handoff is not None else self._codec
                 self._wants_kv = False
+                self._untold = True
                 self._send(Start(self.sequence.id, self._first_token))
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
@@ -282,10 +291,10 @@ class SequenceSession:
                     self._handoff = handoff
                     try:
                         await handoff.run(self._time_left(), self.inbox.put_nowait, on_in_place)
-                        if handoff.codec:
-                            self._metrics.handed_over(handoff.codec, handoff.stats)
-                        else:
+                        if not handoff.codec:
                             self._metrics.prefilled_here()
+                        elif in_place:
+                            self._metrics.handed_over(handoff.codec, handoff.stats)
                     finally:
                         if handoff.codec:
                             self._metrics.received(handoff.codec, handoff.stats)
@@ -305,15 +314,20 @@ class SequenceSession:
             await asyncio.wait([self._pull])
             self._pull = None
 
-    def _note_cached_tokens(self) -> None:
-        """Keeps the cached tokens of the first prefill. A later prefill would find the blocks that the first left."""
-        if self._cached_tokens is None and self._handoff is not None:
-            self._cached_tokens = self._handoff.stats.cached_tokens
+    def _note_handoff(self) -> None:
+        """Keeps the codec of the latest handoff, and the cached tokens of the first prefill.
+
+        A later prefill would find the blocks that the first left.
+        """
+        if self._handoff is not None:
+            self._codec = self._handoff.codec
+            if self._cached_tokens is None:
+                self._cached_tokens = self._handoff.stats.cached_tokens
 
     async def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
         if not self.wants_first_token:  # an earlier prefill of this session has sent it
             return False
-        self._note_cached_tokens()
+        self._note_handoff()
         token = arrived.token
         emitted, finish = self.sequence.stop.judge(token.token_id, 0)
         self._first_known_ns = arrived.received_ns
@@ -328,9 +342,11 @@ class SequenceSession:
                 prefill_queue_ns=arrived.queue_ns,
                 prefill_compute_ns=token.compute_ns,
                 return_ns=token.return_ns + time.monotonic_ns() - arrived.received_ns,
+                so_far=self._so_far(),
             )
             self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
+            self._wants_kv = self._handoff is None or not self._handoff.release()
             await self._finish(finish)
         return finish is not None
 
@@ -347,14 +363,17 @@ class SequenceSession:
                 ids=[event.token.token_id],
                 logprobs=[] if logprobs is None else [logprobs],
             )
+            if self._untold:
+                self._untold = False
+                tokens.so_far.CopyFrom(self._so_far())
             self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
         if event.finish is not None:
             await self._finish(event.finish)
         return event.finish is not None
 
-    async def _finish(self, reason: FinishReason) -> None:
-        done = decode_pb2.DecodeDone(
-            reason=reason.value,
+    def _so_far(self) -> decode_pb2.DecodeDone:
+        """Returns what ``DecodeDone`` would say now, without a reason."""
+        so_far = decode_pb2.DecodeDone(
             usage=common_pb2.Usage(
                 prompt_tokens=len(self.sequence.prompt),
                 completion_tokens=self._emitted,
@@ -364,14 +383,20 @@ class SequenceSession:
             codec=self._codec,
         )
         if self._first_step_ns is not None:
-            now = time.monotonic_ns()
-            done.decode_ns = now - self._first_step_ns
-            tracing.current().past("decode.steps", self._first_step_ns, now, tokens=self._emitted)
+            so_far.decode_ns = time.monotonic_ns() - self._first_step_ns
             if self._first_known_ns is not None:
-                done.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
+                so_far.handoff_exposed_ns = self._first_step_ns - self._first_known_ns
         if self.start.trace and self._handoff is not None:
-            if self._pull is not None and not self._wants_kv:
-                await asyncio.wait([self._pull])  # the prefill worker's last word has its half of the trace
+            so_far.trace.CopyFrom(self._handoff.stats.to_proto())
+        return so_far
+
+    async def _finish(self, reason: FinishReason) -> None:
+        done = self._so_far()
+        done.reason = reason.value
+        if self._first_step_ns is not None:
+            tracing.current().past("decode.steps", self._first_step_ns, time.monotonic_ns(), tokens=self._emitted)
+        if self.start.trace and self._handoff is not None and self._pull is not None and not self._wants_kv:
+            await asyncio.wait([self._pull])  # the prefill worker's last word has its half of the trace
             done.trace.CopyFrom(self._handoff.stats.to_proto())
         self._tell(decode_pb2.SequenceUpdate(done=done))
 

@@ -45,8 +45,9 @@ class _Sequence:
     prefill_worker: str = ""
     first_known: int | None = None
     first_step: int | None = None
+    untold: bool = True  # no token of a decode step has told the router of the handoff
 
-    def take(self, token: int, **timing: int) -> bool:
+    def take(self, token: int, **timing: Any) -> bool:
         """Emits ``token`` unless it is a stop token. Returns True when the sequence has ended."""
         stops = set(self.sampling.stop_token_ids)
         if not self.sampling.ignore_eos:
@@ -59,23 +60,31 @@ class _Sequence:
             first_index=len(self.emitted), ids=[token], logprobs=[] if scored is None else [scored], **timing
         )
         self.emitted.append(token)
+        if self.untold:
+            self.untold = self.first_step is None
+            tokens.so_far.CopyFrom(self._so_far())
         self.put(_Update(tokens=tokens))
         if len(self.emitted) >= self.sampling.max_tokens:  # type: ignore[operator]  # checked when accepted
             self._done(common_pb2.FINISH_REASON_LENGTH)
             return True
         return False
 
-    def _done(self, reason: common_pb2.FinishReason) -> None:
-        done = decode_pb2.DecodeDone(
-            reason=reason,
+    def _so_far(self) -> decode_pb2.DecodeDone:
+        """Returns what ``DecodeDone`` would say now, without a reason."""
+        so_far = decode_pb2.DecodeDone(
             usage=common_pb2.Usage(prompt_tokens=len(self.start.prompt_token_ids), completion_tokens=len(self.emitted)),
             prefill_worker_id=self.prefill_worker,
             codec=common_pb2.KV_CODEC_RAW,
         )
         if self.first_step is not None:
-            done.decode_ns = time.monotonic_ns() - self.first_step
+            so_far.decode_ns = time.monotonic_ns() - self.first_step
             if self.first_known is not None:
-                done.handoff_exposed_ns = self.first_step - self.first_known
+                so_far.handoff_exposed_ns = self.first_step - self.first_known
+        return so_far
+
+    def _done(self, reason: common_pb2.FinishReason) -> None:
+        done = self._so_far()
+        done.reason = reason
         self.put(_Update(done=done))
         if not self.ended.done():
             self.ended.set_result(None)

@@ -88,6 +88,7 @@ class Lease:
         self.sender = KvSender(self.spec, served.store, executor)
         self.readers: set[asyncio.Task[object]] = set()
         self.ended = False  # True once no new stream may read the blocks
+        self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
 
@@ -127,7 +128,8 @@ class Lease:
 
     async def watch_transfer(self, limits: TransferLimits) -> None:
         """Raises TransferFailed when the decode worker stops acknowledging KV although some is ready."""
-        ready, moved = (lambda: self.sender.ready_bytes), (lambda: self.sender.acknowledged_bytes)
+        sender = self.sender
+        ready, moved = (lambda: 0 if self.released else sender.ready_bytes), (lambda: sender.acknowledged_bytes)
         await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
 
     async def join_readers(self) -> None:
@@ -198,7 +200,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        description = prefill_pb2.DescribePrefillResponse(codecs=CODECS.values(), shm=self._shm_server.offer)
+        description = prefill_pb2.DescribePrefillResponse(
+            codecs=CODECS.values(), shm=self._shm_server.offer, releases=True
+        )
         return fill_description(description, self._hello)
 
     async def Prefill(
@@ -304,7 +308,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued(waiting=self.engine.load.waiting))
         computed = False
-        while not (computed and lease.sender.complete):
+        while not (computed and (lease.sender.complete or lease.released)):
             event = await lease.events.get()
             if isinstance(event, Exception):
                 raise event
@@ -332,9 +336,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 if end <= start:
                     return None
                 return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
-            case PromptComputed(first=first, time_ns=now) if first is not None:
+            case PromptComputed(first=first, time_ns=now):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
+                if first is None:
+                    return None
                 token = first_token_to_proto(first, lease.scheduled_ns, now)
                 return prefill_pb2.PrefillResponse(first_token=token)
             case SequenceFailed():
@@ -344,8 +350,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def _read_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
-            if request.WhichOneof("message") != "ack":
-                raise InvalidRequest("message", "only AckKv may follow StartPrefill")
+            kind = request.WhichOneof("message")
+            if kind == "release":
+                lease.released = True
+                return
+            if kind != "ack":
+                raise InvalidRequest("message", "only AckKv and ReleaseKv may follow StartPrefill")
             for box in request.ack.ranges:
                 lease.sender.acknowledge(KvRange.from_proto(box))
             if lease.sender.complete:

@@ -188,7 +188,7 @@ def _finished(
     relay: Relay, text: AnswerText, rest: AnswerDelta | None, finish: Finish | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
     if finish is None:  # a stop string ended the answer before the worker did
-        finish = Finish(common_pb2.FINISH_REASON_STOP, relay.usage)
+        finish = relay.finish_at(text.num_tokens)
     parts = relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))]
     if text.stop is not None:
         # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.

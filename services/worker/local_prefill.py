@@ -127,6 +127,10 @@ class LocalPrefill:
                 raise DeadlineExceeded("the deadline passed while the prompt was computed") from None
         on_in_place()
 
+    def release(self) -> bool:
+        """Returns False: the whole prompt is computed when its first token is known."""
+        return False
+
     async def _run(self, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)
@@ -145,11 +149,11 @@ class LocalPrefill:
                         tracing.current().set(cached_tokens=cached)
                     case PromptComputed(first=first, time_ns=now):
                         computed = True
+                        prefills.metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         received = time.monotonic_ns()
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None:
-                            prefills.metrics.computed((now - scheduled_ns) / 1e9)
                             self.stats.first_token_ns = received - self.stats.started_ns
                             token = first_token_to_proto(first, scheduled_ns, now)
                             on_first_token(FirstTokenArrived(token, queue_ns, received))

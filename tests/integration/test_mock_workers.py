@@ -41,6 +41,16 @@ def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
         assert {stream.answer.decode_worker for stream in streams} == {"worker-0"}
 
 
+def test_an_answer_that_a_stop_string_ends_has_its_codec_and_decode_time(tiny_pair):
+    with mock_stack(tiny_pair) as stack, Client(stack.grpc) as client:
+        whole = client.generate([5, 6, 7], sampling=LONG)
+        cut = client.generate([5, 6, 7], sampling=LONG, stop=[whole.text[40:44]])
+        assert cut.stop
+        assert cut.codec == whole.codec == "raw"
+        assert cut.timing.decode > 0
+        assert cut.timing.handoff_exposed > 0
+
+
 async def test_dropping_an_asyncio_stream_ends_its_sequence_on_the_worker(tiny_pair):
     with mock_stack(tiny_pair, decode_settings={"mock_step": 0.2}) as stack:
         async with AsyncClient(stack.grpc) as client:

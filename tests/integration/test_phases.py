@@ -23,7 +23,8 @@ from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from overfill.kv.peers import PeerPool
+from overfill.kv import receiver
+from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
@@ -308,6 +309,61 @@ async def test_max_tokens_of_one_needs_no_kv(workers, reference):
         ids, done = await workers.answer(call)
     assert ids == reference.generate(PROMPT, 1)
     assert done.reason == common_pb2.FINISH_REASON_LENGTH
+
+
+def outcomes(metrics, name):
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples if sample.name == name]
+    return {label: sample.value for sample in samples for label in sample.labels.values() if sample.value}
+
+
+@pytest.mark.parametrize("last", ["length", "stop token"])
+async def test_an_answer_that_its_first_token_ends_releases_its_kv_and_is_no_failure(
+    workers, reference, last, monkeypatch
+):
+    pulls, pull_kv = [], receiver.pull_kv
+    monkeypatch.setattr(receiver, "pull_kv", lambda *args: pulls.append(args) or pull_kv(*args))
+    (first,) = reference.generate(PROMPT, 1)
+    options = {"max_tokens": 1} if last == "length" else {"stop_token_ids": [first]}
+    async with TcpProxy(workers.target.address, 10_000) as proxy:
+        call = await workers.reserve(**options)
+        await workers.assign(call, proxy.address)
+        ids, _ = await workers.answer(call)
+        await workers.open_gates_until_empty()
+    assert ids == ([first] if last == "length" else [])
+    assert outcomes(workers.prefill._metrics, "overfill_prefill_prompts_total") == {"ok": 1}
+    assert outcomes(workers.decode._metrics, "overfill_decode_handoff_failures_total") == {}
+    assert outcomes(workers.decode._metrics, "overfill_decode_handoff_seconds_count") == {}, "most KV has not arrived"
+    assert bool(pulls) == (last == "stop token"), "one token is known beforehand to need no KV"
+
+
+async def test_a_prefill_worker_of_an_earlier_version_gets_no_release(workers, reference, monkeypatch):
+    handshake = PrefillPeer.handshake
+
+    async def handshake_of_an_earlier_version(peer, mine):
+        await handshake(peer, mine)
+        peer.releases = False
+
+    monkeypatch.setattr(PrefillPeer, "handshake", handshake_of_an_earlier_version)
+    async with TcpProxy(workers.target.address, 10_000) as proxy:
+        call = await workers.reserve(max_tokens=1)
+        await workers.assign(call, proxy.address)
+        ids, _ = await workers.answer(call)
+        await workers.open_gates_until_empty()
+    assert ids == reference.generate(PROMPT, 1)
+    assert outcomes(workers.prefill._metrics, "overfill_prefill_prompts_total") == {"cancelled": 1}
+
+
+async def test_an_answer_of_one_token_is_computed_again_elsewhere_when_its_prefill_worker_fails(workers, reference):
+    call = await workers.reserve(max_tokens=1)
+    workers.prefill_gate.open.clear()
+    await workers.assign(call)
+    await reached(workers.prefill_gate)
+    workers.prefill.end_all(Unavailable("it leaves"))
+    assert (await call.read()).need_prefill.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
+    workers.prefill_gate.open.set()
+    await workers.assign(call)
+    ids, _ = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 1)
 
 
 async def test_a_full_worker_refuses_and_says_why(workers):

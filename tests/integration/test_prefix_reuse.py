@@ -95,6 +95,22 @@ def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(stack, refe
     assert summary.passed, str(summary)
 
 
+def test_an_answer_that_a_stop_string_ends_has_the_usage_and_timing_of_one_that_its_worker_ends(stack):
+    _, client = stack
+    prompt = [20 + 11 * i % 470 for i in range(70)]
+    client.generate(prompt, sampling=GREEDY)
+    whole = client.generate(prompt, sampling=GREEDY, trace=True)
+    cut = client.generate(prompt, sampling=GREEDY, trace=True, stop=[whole.text[-8:-4]])
+    assert cut.stop
+    assert cut.usage.completion_tokens > 1
+    assert cut.usage.cached_tokens == whole.usage.cached_tokens == 64
+    assert cut.codec == whole.codec == "raw"
+    assert (cut.prefill_worker, cut.trace.held_tokens) == (whole.prefill_worker, whole.trace.held_tokens)
+    # The timing that the scaling signals read.
+    for part in ("decode", "handoff_exposed", "prefill_compute"):
+        assert getattr(cut.timing, part) > 0
+
+
 def test_without_caches_the_answers_are_the_same(stack, tiny_pair, reference):
     chats = [chat(stack[1], 7)]
     with running_stack(tiny_pair, prefix_cache="off") as (_, address), Client(address) as client:

@@ -359,6 +359,53 @@ async def test_a_worker_lost_after_the_last_token_changes_nothing(stack):
         assert (finish.reason, finish.usage.completion_tokens) == (LENGTH, 2)
 
 
+def so_far(**more):
+    usage = common_pb2.Usage(prompt_tokens=3, cached_tokens=2)
+    return decode_pb2.DecodeDone(usage=usage, codec=common_pb2.KV_CODEC_INT8, prefill_worker_id="p9", **more)
+
+
+async def answer_of_three_tokens(stack, relay):
+    """Returns the stream of an answer whose second and third token came 4 s after each other; the client read all."""
+    stream = await stack.stream()
+    await stream.accept()
+    stream.tokens(0, 6, so_far=so_far())
+    stream.tokens(1, 7, so_far=so_far(decode_ns=10**9, handoff_exposed_ns=4))
+    relay.answer.accept(decode_pb2.Tokens(first_index=2, ids=[8]), asyncio.get_running_loop().time() + 4)
+    await relay.answer.next()
+    return stream
+
+
+@pytest.mark.parametrize(("tokens", "decode"), [(3, 5.0), (2, 2.5), (1, 0.0)])
+async def test_an_answer_that_the_router_ends_has_the_usage_and_timing_that_its_worker_knew(stack, tokens, decode):
+    async with stack.request(max_tokens=9) as relay:
+        stream = await answer_of_three_tokens(stack, relay)
+        relay.close()
+        assert stream.closed
+        finish = relay.finish_at(tokens)
+        assert finish.usage.cached_tokens == 2
+        assert finish.codec == common_pb2.KV_CODEC_INT8
+        assert relay.answer.prefill_worker == "p9"
+        assert relay.answer.timing.handoff_exposed_ns == 4
+        assert relay.answer.timing.decode_ns / 1e9 == pytest.approx(decode, abs=0.1)
+
+
+async def test_an_answer_that_is_cut_after_its_end_keeps_the_worker_s_last_word(stack):
+    async with stack.request(max_tokens=9) as relay:
+        stream = await answer_of_three_tokens(stack, relay)
+        stream.done(usage=common_pb2.Usage(cached_tokens=1), decode_ns=8)
+        finish = relay.finish_at(2)
+        assert (finish.usage.cached_tokens, relay.answer.timing.decode_ns) == (1, 4)
+
+
+async def test_a_worker_lost_after_the_last_token_has_told_its_usage(stack):
+    async with stack.request(max_tokens=3) as relay:
+        stream = await answer_of_three_tokens(stack, relay)
+        stream.fail(Unavailable("gone"))
+        _, finish = await read_all(relay)
+        assert (finish.usage.cached_tokens, finish.codec) == (2, common_pb2.KV_CODEC_INT8)
+        assert relay.answer.timing.HasField("decode_ns")
+
+
 @pytest.mark.parametrize("error", [InvalidRequest("f", "bad"), DeadlineExceeded("late"), RequestCancelled("no")])
 async def test_the_requests_own_errors_are_not_retried(stack, error):
     async with stack.request() as relay:

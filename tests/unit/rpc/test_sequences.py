@@ -427,3 +427,12 @@ async def test_tokens_with_a_gap_or_of_another_form_do_not_merge() -> None:
     outgoing.put(1, tokens(2, 6))
     outgoing.put(1, Update(tokens=decode_pb2.Tokens(first_index=3, ids=[7], logprobs=[entry])))
     assert [list(update.tokens.ids) for update in outgoing.take().updates] == [[5], [6], [7]]
+
+
+async def test_tokens_merge_without_the_loss_of_what_they_say_of_the_handoff() -> None:
+    outgoing = OutgoingUpdates()
+    for index, decode_ns in enumerate([1, None, 2, None]):
+        so_far = None if decode_ns is None else decode_pb2.DecodeDone(decode_ns=decode_ns)
+        outgoing.put(1, Update(tokens=decode_pb2.Tokens(first_index=index, ids=[5], so_far=so_far)))
+    sent = [(len(update.tokens.ids), update.tokens.so_far.decode_ns) for update in outgoing.take().updates]
+    assert sent == [(2, 1), (2, 2)]

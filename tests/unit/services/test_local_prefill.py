@@ -96,6 +96,7 @@ async def test_an_answer_that_goes_on_gets_no_first_token():
     prefilling.prefills.on_events([PromptComputed(here.sequence.id, None, 1)])
     await prefilling.task
     assert (prefilling.first_tokens, prefilling.in_place) == ([], 1)
+    assert prefilling.metrics.registry.get_sample_value("overfill_prefill_compute_seconds_count") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,22 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from overfill.engine.sequence import KvWritten, PrefillScheduled, Release
+from overfill.engine.sequence import KvWritten, PrefillScheduled, PromptComputed, Release
 from overfill.errors import InvalidRequest, Overloaded, TransferFailed
+from overfill.kv import stall
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
+from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.model.sampling import SampledToken
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
 from services.prefill.servicer import PrefillServicer
 
@@ -112,6 +116,36 @@ async def test_blocks_are_released_after_the_last_read(bench):
     await until(lambda: bench.releases)
     assert bench.releases == [0]
     assert bench.servicer.active == 0
+
+
+@pytest.mark.parametrize("first", [None, SampledToken(7)], ids=["again", "first time"])
+async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(bench, first):
+    lease = bench.servicer._accept(start(), None, PROMPT)
+    lease.received_ns = scheduled_ns = time.monotonic_ns() - 2 * 10**9
+    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, scheduled_ns))
+    lease.on_event(PromptComputed(lease.sequence.id, first, scheduled_ns + 2 * 10**9))
+    lease.sender.acknowledge(KvRange(0, 2, 0, 4, 0, 1))
+    kinds = [response.WhichOneof("message") async for response in bench.servicer._serve(lease, False)]
+    assert kinds == ["queued", "scheduled", *(["first_token"] if first else []), "done"]
+    value = bench.servicer._metrics.registry.get_sample_value
+    assert value("overfill_prefill_compute_seconds_count") == 1
+    assert value("overfill_prefill_compute_seconds_sum") == 2
+
+
+async def test_kv_that_nobody_wants_does_not_stall(bench, monkeypatch):
+    monkeypatch.setattr(stall, "_INTERVAL", 0)
+    lease = computed(bench.servicer)
+    watching = asyncio.ensure_future(lease.watch_transfer(stall.TransferLimits(stall=0)))
+    with pytest.raises(TransferFailed):
+        await watching
+    lease.released = True
+    watching = asyncio.ensure_future(lease.watch_transfer(stall.TransferLimits(stall=0)))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not watching.done()
+    watching.cancel()
+    bench.servicer._end(lease)
+    await until(lambda: bench.releases)
 
 
 @pytest.mark.parametrize("layers", [(0, 0), (2,)], ids=["overlapping", "outside"])

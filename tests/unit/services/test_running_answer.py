@@ -26,11 +26,15 @@ class Relay:
     def __init__(self):
         self.answer = AnswerState((), 100, 0.0)
         self.decode_worker, self.decode_engine = "decode-0", "overfill 0.2.0"
-        self.client_resumed, self.usage, self.closed = False, common_pb2.Usage(), False
+        self.client_resumed, self.closed = False, False
         self.tier = "default"
 
     def close(self):
         self.closed = True
+
+    def finish_at(self, completion_tokens):
+        assert self.closed
+        return Finish(common_pb2.FINISH_REASON_STOP, common_pb2.Usage(cached_tokens=10 * completion_tokens))
 
 
 class Answer:
@@ -141,6 +145,7 @@ async def test_a_stop_string_ends_the_answer_before_the_interval_is_full(tiny_pa
     assert answer.relay.closed
     assert await answer.running.next() is None
     assert answer.running.finished.stop == "three"
+    assert answer.running.finished.usage.cached_tokens == 10 * answer.running.finished.usage.completion_tokens > 0
 
 
 async def test_an_error_comes_after_the_tokens_before_it(tiny_pair):

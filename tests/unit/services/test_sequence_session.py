@@ -183,6 +183,25 @@ async def test_decoding_starts_before_the_prefill_worker_has_said_its_last_word(
     assert isinstance(harness.sent[-1], Release)
 
 
+async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_ends_the_answer(harness):
+    harness.session.sequence.stop = StopRule(frozenset(), 5)
+    harness.assign()
+    await settle()
+    (pull,) = harness.pulls
+    pull.stats.cached_tokens = 2
+    pull.let_go.set()
+    pull.done.set()
+    pull.on_in_place()
+    await settle()
+    while harness.engine.step():
+        await settle()
+    *tokens, done = harness.told[1:]
+    assert [update.tokens.HasField("so_far") for update in tokens] == [True, False, False, False]
+    so_far = tokens[0].tokens.so_far
+    assert (so_far.usage.cached_tokens, so_far.codec, so_far.prefill_worker_id) == (2, common_pb2.KV_CODEC_RAW, "p")
+    assert 0 < so_far.decode_ns < done.done.decode_ns
+
+
 async def test_an_error_after_the_kv_is_in_place_asks_for_no_other_prefill(harness):
     harness.assign()
     await settle()

@@ -115,6 +115,16 @@ def test_many_keys_share_a_series():
     assert tokens["other", "prompt"] == 50
 
 
+def test_the_time_between_tokens_does_not_depend_on_the_stream_interval():
+    def exported(tokens_per_message):
+        metrics = RouterMetrics()
+        for _ in range(128 // tokens_per_message):
+            metrics.tokens(tokens_per_message, tokens_per_message / 64, "", "default")
+        return [s for f in metrics.registry.collect() if f.name == "overfill_router_itl_seconds" for s in f.samples]
+
+    assert exported(64) == exported(1)
+
+
 def test_a_tally_exports_what_a_histogram_would():
     itl, seconds = RouterMetrics(), (0.0, 0.001, 0.0012, 0.0301, 60.0, 61.0)
     histogram = Histogram("overfill_router_itl_seconds", "x", registry=None, buckets=LATENCY_BUCKETS)
