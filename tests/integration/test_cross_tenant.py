@@ -10,7 +10,7 @@ import random
 import statistics
 
 import pytest
-from stacks import loads, running_stack
+from stacks import loads, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.client import Client, SamplingParams
@@ -21,10 +21,16 @@ SAMPLING = SamplingParams(temperature=0, max_tokens=1)
 
 def probe(client, address, guess, secret):
     """Sends one guess; returns (tokens cached at prefill workers, cached tokens reported, seconds of prefill)."""
-    before = loads(address, api_key=secret)["prefill-0"].prefix_tokens_found
+
+    def load():
+        return loads(address, api_key=secret)["prefill-0"]
+
+    before = load()
     answer = client.generate(guess, sampling=SAMPLING)
-    after = loads(address, api_key=secret)["prefill-0"].prefix_tokens_found
-    return after - before, answer.usage.cached_tokens, answer.timing.prefill_compute
+    looked_up = before.prefix_tokens_looked_up
+    wait_until(lambda: load().prefix_tokens_looked_up > looked_up, 10, "the worker has reported its cache")
+    found = load().prefix_tokens_found - before.prefix_tokens_found
+    return found, answer.usage.cached_tokens, answer.timing.prefill_compute
 
 
 @pytest.mark.parametrize("with_keys", [True, False], ids=["keys", "no-keys"])
@@ -41,7 +47,7 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
         with Client(address, api_key=victim_key) as victim, Client(address, api_key=attacker_key) as attacker:
             for _ in range(10):
                 prompt = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
-                victim.generate(prompt, sampling=SAMPLING)
+                probe(victim, address, prompt, secret)
                 assert with_keys or probe(victim, address, prompt, secret)[0] > 0
                 other = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]
                 # Each guess is sent once, because the second would find the blocks of the first.
@@ -67,8 +73,6 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
 
 
 def _wait_accepted(address, key):
-    from stacks import wait_until
-
     from overfill.client import OverfillError
 
     def accepted():
