@@ -83,9 +83,11 @@ def channel_options(ping_timeout: float | None = None) -> Options:
     ]
 
 
-def server_options(share_port: bool = False) -> Options:
-    """Options of every server. With ``share_port``, other processes may listen on the same port."""
+def server_options(share_port: bool = False, max_connection_age: float | None = None) -> Options:
+    """Options of every server. ``share_port`` and ``max_connection_age`` as for ``RpcServer``."""
+    age = [] if max_connection_age is None else [("grpc.max_connection_age_ms", _milliseconds(max_connection_age))]
     return [
+        *age,
         # With SO_REUSEPORT, a second server on the same port gets half of the connections without an error.
         ("grpc.so_reuseport", int(share_port)),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_MIN_INTERVAL)),

@@ -33,6 +33,8 @@ class RpcServer:
         condition: returns True while the process can do its work. Health checks report ready only while it does. None
             means always.
         share_port: let other processes listen on the same port; the kernel divides the connections among them.
+        max_connection_age: seconds after which a connection takes no new RPCs and closes when its RPCs have ended. None
+            means no limit.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class RpcServer:
         access: AccessPolicy | None = None,
         condition: Callable[[], bool] | None = None,
         share_port: bool = False,
+        max_connection_age: float | None = None,
     ) -> None:
-        self._share_port = share_port
+        self._options = server_options(share_port, max_connection_age)
         self._tls = tls
         self._max_concurrent_rpcs = max_concurrent_rpcs
         self._access = access
@@ -84,7 +87,7 @@ class RpcServer:
             )
         server = grpc.aio.server(
             interceptors=[ErrorInterceptor(self._access, self._wants_certificates)],
-            options=server_options(self._share_port),
+            options=self._options,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )
         for add_servicer, servicer, _ in self._servicers:

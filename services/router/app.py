@@ -31,6 +31,7 @@ from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, 
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer, until_free
+from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
@@ -64,6 +65,9 @@ STOP_GRACE = 0.5
 
 _REOPENING = 1.0
 """Seconds in which a closed listener frees its port."""
+
+_REOPENED_AGE = 0.5
+"""Seconds after which a draining router closes a new connection: by then another router may be reachable."""
 
 
 class Router:
@@ -290,29 +294,30 @@ class Router:
     async def _leave_port(self) -> None:
         """Closes each client's connection once its answers have ended; returns when all answers have.
 
-        A client that connects again reaches another router behind the same name, or is told that this one shuts down.
-        Workers keep their connections, and further workers can join, because answers may have to move to them.
+        A client that connects again reaches another router behind the same name. If it reaches this one, it is told
+        that the router shuts down, and has to connect once more after ``_REOPENED_AGE``. Workers keep their
+        connections, and further workers can join, because answers may have to move to them.
         """
         if self._http is not None:
             self._http.drain()
         (old,) = self._servers
         closing = asyncio.create_task(old.stop(self._config.grace_period + STOP_GRACE))
-        new = self._public_server()
+        new = self._public_server(_REOPENED_AGE)
         try:
             async with asyncio.timeout(_REOPENING):
                 await until_free(self._address)
             await new.start(self._address)
             self._servers.append(new)
-        except (TimeoutError, Unavailable):
-            logger.warning("%s is taken: new workers cannot join while this router drains", self._address)
+        except (TimeoutError, Unavailable, TlsError) as error:
+            logger.warning("new workers cannot join at %s while this router drains: %s", self._address, error)
         self._handler.drain()
         await self._handler.wait_idle()
         await old.stop(STOP_GRACE)
         await closing
 
-    def _public_server(self) -> RpcServer:
+    def _public_server(self, max_connection_age: float | None = None) -> RpcServer:
         """Returns a server for clients, and without ``share_port`` also for workers, that has not started."""
-        server = self._rpc_server(share_port=self._group is not None)
+        server = self._rpc_server(share_port=self._group is not None, max_connection_age=max_connection_age)
         server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
             InferenceServicer(self._handler),
@@ -321,13 +326,14 @@ class Router:
         self._add(server, self._registry if self._group is None else SharedPortRegistry(), self._admin)
         return server
 
-    def _rpc_server(self, *, share_port: bool = False) -> RpcServer:
+    def _rpc_server(self, *, share_port: bool = False, max_connection_age: float | None = None) -> RpcServer:
         return RpcServer(
             self._config.server_tls(),
             self._config.max_connections,
             access=self._access,
             condition=lambda: not self._unready(),
             share_port=share_port,
+            max_connection_age=max_connection_age,
         )
 
     def _add(self, server: RpcServer, registry: registry_pb2_grpc.RegistryServicer, admin: AdminServicer) -> None:

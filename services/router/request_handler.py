@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -84,6 +84,7 @@ class RequestHandler:
         self.rolling_stats = RollingStats()
         self.pace = Pace()
         self.executor = BoundedExecutor()
+        self._grammar_executor = BoundedExecutor()
         self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
@@ -93,6 +94,8 @@ class RequestHandler:
         self._stream_interval = stream_interval
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
+        self._preparing = 0  # requests that are being checked and started
+        self._aborted = False
         self._open: set[Relay] = set()  # those that still run; their answers are in ``_running`` until they are read
         self._all_closed, self._all_read = asyncio.Event(), asyncio.Event()
         self._all_closed.set()
@@ -105,9 +108,17 @@ class RequestHandler:
         """True once the router refuses new requests."""
         return self._draining
 
-    def reserve(self, caller: ApiKey | None = None, answers: int = 1) -> KeyReservation:
-        """Returns the reservation in which ``answers`` answers of one client request are checked and started."""
-        return KeyReservation(self._key_limiter, caller, answers)
+    @contextmanager
+    def reserve(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[KeyReservation]:
+        """Yields the reservation in which ``answers`` answers of one client request are checked and started."""
+        self._preparing += 1
+        self._note_idle()
+        try:
+            with KeyReservation(self._key_limiter, caller, answers) as reservation:
+                yield reservation
+        finally:
+            self._preparing -= 1
+            self._note_idle()
 
     async def check(
         self, request: inference_pb2.GenerateRequest, reservation: KeyReservation, time_left: float | None = None
@@ -168,8 +179,10 @@ class RequestHandler:
             time_left: seconds until the deadline; None without one.
 
         Raises:
-            PromptTooLong, Overloaded: the request cannot be queued.
+            PromptTooLong, Overloaded, ShuttingDown: the request cannot be queued.
         """
+        if self._aborted:
+            raise ShuttingDown("this router is shutting down")
         caller = reservation.caller
         start, prompt, key = checked.start, checked.prompt_token_ids, _name(caller)
         prompt_tokens = len(prompt)
@@ -202,7 +215,7 @@ class RequestHandler:
             min_tokens=start.sampling.min_tokens,
         )
         self._open.add(relay)
-        self._all_closed.clear()
+        self._note_idle()
         with self.metrics.refusing(checked.tier):
             relay.start()
         self._running[relay] = caller
@@ -277,7 +290,10 @@ class RequestHandler:
                     await self._all_read.wait()
 
     def abort_all(self, error: OverfillError) -> None:
-        """Ends every running request with ``error``."""
+        """Ends every running request with ``error``, and starts no more. ``wait_idle`` then waits for nothing."""
+        self._aborted = True
+        self._note_idle()
+        self._all_read.set()
         # Ends waiting requests first: each running one that ends frees a slot, which would go to a waiting one.
         for relay in sorted(self._running, key=lambda relay: relay.placed):
             relay.abort(error)
@@ -295,8 +311,13 @@ class RequestHandler:
 
     def _closed(self, relay: Relay) -> None:
         self._open.discard(relay)
-        if not self._open:
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if self._aborted or not (self._open or self._preparing):
             self._all_closed.set()
+        else:
+            self._all_closed.clear()
 
     def _deadline(self, received: float, now: float, time_left: float | None) -> float | None:
         deadline = min(received + self._max_request_time, math.inf if time_left is None else now + time_left)
@@ -329,7 +350,11 @@ class RequestHandler:
 
     async def _run(self, size: int, function: Callable[..., T], *args: object, in_thread: bool) -> T:
         """Calls ``function``, in a thread if it may take so long that other streams would notice."""
-        return await self.executor.run(size, function, *args) if in_thread else function(*args)
+        if not in_thread:
+            return function(*args)
+        # Short requests with a grammar do not wait for long ones.
+        executor = self.executor if size >= LONG_REQUEST else self._grammar_executor
+        return await executor.run(size, function, *args)
 
     def _check_open(self) -> None:
         if self._draining:

@@ -28,6 +28,7 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.membership import Membership
 from overfill.rpc.sequences import serve_sequences
 from overfill.rpc.server import RpcServer
+from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.v1 import (
     admin_pb2,
@@ -41,6 +42,7 @@ from overfill.v1 import (
 )
 from services.router import inference, request_handler
 from services.router.app import Router
+from services.router.limits import READ_GRACE
 
 STOP = common_pb2.FINISH_REASON_STOP
 LENGTH = common_pb2.FINISH_REASON_LENGTH
@@ -759,6 +761,39 @@ async def test_a_request_that_outlives_the_grace_period_gets_a_clean_error(tiny_
             await asking
         await serving
         await call.ended.wait()
+
+
+async def test_a_drain_ends_its_answers_although_its_port_cannot_be_opened_again(tiny_pair, monkeypatch):
+    async with running(tiny_pair, grace_period=60) as stack, AsyncClient(stack.address) as client:
+        await stack.add("p0", common_pb2.STAGE_PREFILL)
+        worker = await stack.add("d0")
+        await stack.joined("p0", "d0")
+        asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
+        call = await worker.calls.get()
+
+        async def start(self, address):
+            raise TlsError("the certificate cannot be read")
+
+        monkeypatch.setattr(RpcServer, "start", start)
+        stack.router.drain()
+        await until(lambda: stack.router._handler.draining)
+        await call.answer([20])
+        assert list((await asking).token_ids) == [20]
+
+
+async def test_an_answer_that_nobody_reads_does_not_outlast_the_grace_period(tiny_pair):
+    router = Router(RouterConfig(pair=tiny_pair, port=0, grace_period=0))
+    await router.start()
+    serving = asyncio.create_task(router.run())
+    handler = router._handler
+    request = inference_pb2.GenerateRequest(sampling=greedy().to_proto())
+    request.token_ids.ids.extend(PROMPT)
+    with handler.reserve() as reservation:
+        checked = await handler.check(request, reservation)
+        answer = handler.start(checked, reservation, asyncio.get_running_loop().time(), None)
+    with answer:
+        router.drain()
+        await asyncio.wait_for(asyncio.shield(serving), 0.8 * READ_GRACE)
 
 
 async def test_the_process_drains_on_sigterm_and_exits_0(tiny_pair):

@@ -1,11 +1,13 @@
 """Tests two routers that share mock workers, on loopback."""
 
 import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import openai
+import pytest
 
 from overfill.client import AsyncClient
+from overfill.errors import ShuttingDown
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.request.params import SamplingParams
 from overfill.routing.tier import DEFAULT_TIER
@@ -89,3 +91,25 @@ async def test_a_router_that_drains_sends_its_clients_to_the_other_behind_the_sa
             await complete()
         assert not long.done()
         assert (await long).usage.completion_tokens == 150
+
+
+async def test_a_client_that_reaches_a_draining_router_again_connects_once_more(tiny_pair):
+    async with AsyncExitStack() as exits:
+        (leaving, other), _ = await exits.enter_async_context(two_routers(tiny_pair, 8, "--grace-period=30"))
+        proxy = await exits.enter_async_context(TcpProxy(leaving.address))
+        client = await exits.enter_async_context(AsyncClient(proxy.address))
+        long = asyncio.create_task(ask(client, 300))
+        await until(lambda: leaving.dispatcher.num_jobs == 1)
+        leaving.drain()
+        await until(lambda: leaving._handler.draining)
+        with pytest.raises(ShuttingDown):
+            await ask(client, 3)
+        proxy.forward_to(other.address)
+        served = None
+        while served is None and not long.done():
+            with suppress(ShuttingDown):
+                served = await ask(client, 3)
+        assert served is not None
+        for _ in range(5):
+            await ask(client, 3)
+        assert (await long).usage.completion_tokens == 300

@@ -23,6 +23,7 @@ from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_ur
 from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
+from overfill.errors import Overloaded
 from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
@@ -159,7 +160,11 @@ class HttpApi:
         return _json({"prompt": text})
 
     async def _read(self, request: Request, kind: type[R]) -> R:
-        return await read(request, kind, self._max_body, self._handler.executor)
+        try:
+            return await read(request, kind, self._max_body, self._handler.executor)
+        except Overloaded as error:
+            self._handler.metrics.refused(error)
+            raise
 
     async def _health(self, request: Request) -> Response:
         if reason := self._unready():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from overfill.api.keys import ApiKey
-from overfill.errors import InvalidRequest, Overloaded
+from overfill.errors import InvalidRequest, Overloaded, ShuttingDown
 from overfill.kv import keys
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.affinity import PrefixAffinity
@@ -216,3 +216,47 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(
     for answer in answers:
         with answer:
             pass
+
+
+async def test_a_drain_waits_for_a_request_that_is_tokenized(
+    submitted: Submitted, tokenizer: BlockingTokenizer
+) -> None:
+    handler = new_handler(tokenizer, submitted, 200)
+
+    async def begin() -> None:
+        with handler.reserve() as reservation:
+            handler.start(await handler.check(GENERATE, reservation), reservation, 0.0, None)
+
+    beginning = asyncio.ensure_future(begin())
+    assert await asyncio.to_thread(tokenizer.begun.wait, 30)
+    handler.drain()
+    idle = asyncio.ensure_future(handler.wait_idle())
+    await asyncio.sleep(0)
+    assert not idle.done()
+    tokenizer.proceed.set()
+    await beginning
+    assert len(submitted) == 1, "it was accepted before the drain"
+    assert not idle.done()
+    handler.abort_all(ShuttingDown("too late"))
+    await asyncio.wait_for(idle, 30)
+
+
+async def test_nothing_starts_once_all_is_aborted(submitted: Submitted, tokenizer: BlockingTokenizer) -> None:
+    handler = new_handler(tokenizer, submitted, 200)
+    tokenizer.proceed.set()
+    with handler.reserve() as reservation:
+        checked = await handler.check(GENERATE, reservation)
+        handler.abort_all(ShuttingDown("too late"))
+        with pytest.raises(ShuttingDown):
+            handler.start(checked, reservation, 0.0, None)
+        await asyncio.wait_for(handler.wait_idle(), 30)
+    assert not submitted
+
+
+async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer: BlockingTokenizer) -> None:
+    handler = new_handler(tokenizer, Submitted(), 200)
+    long = [asyncio.ensure_future(handler.tokenize(TOKENIZE, None)) for _ in range(8)]  # more than threads
+    assert await asyncio.to_thread(tokenizer.begun.wait, 30)
+    assert await asyncio.wait_for(handler._run(10, lambda: "checked", in_thread=True), 30) == "checked"
+    tokenizer.proceed.set()
+    await asyncio.gather(*long)
