@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,6 +29,10 @@ _HEAD = f'{BEGIN}\n{{"name": "'
 _ARGUMENTS = '", "arguments": '
 _TAIL = f"}}\n{END}"
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+# Keywords of JSON Schema whose values are objects with a schema for each name, and those whose values are not schemas.
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"enum", "const", "default", "example", "examples"})
 
 Mode = Literal["auto", "none", "required"]
 
@@ -133,17 +137,16 @@ def tools_grammar(
 
 
 def enforceable(tool: ToolDefinition) -> ToolDefinition:
-    """``tool`` with as much of its schema as a grammar can enforce: all, all but the patterns, or that it is an object.
+    """``tool`` with as much of its schema as a grammar can enforce.
+
+    That is all of it; all but the patterns that no grammar can enforce; all but the patterns; or that it is an object.
 
     Raises:
         InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.
     """
-    # The hook sees a property named "pattern" too, but the value of that is a schema and not text.
-    no_patterns = json.loads(
-        json.dumps(tool.parameters),
-        object_hook=lambda part: {k: v for k, v in part.items() if k != "pattern" or not isinstance(v, str)},
-    )
-    for candidate in (tool, replace(tool, parameters=no_patterns)):
+    choices: Sequence[Callable[[str], bool]] = (lambda _: False, _unenforceable, lambda _: True)
+    for unwanted in choices:
+        candidate = replace(tool, parameters=_without_patterns(tool.parameters, unwanted))
         try:
             check_grammar(Grammar.json_schema(_arguments(candidate)))
         except InvalidRequest:
@@ -152,6 +155,33 @@ def enforceable(tool: ToolDefinition) -> ToolDefinition:
         else:
             return candidate
     return replace(tool, parameters={"type": "object"})
+
+
+def _unenforceable(pattern: str) -> bool:
+    try:
+        check_grammar(Grammar.json_schema({"type": "string", "pattern": pattern}))
+    except InvalidRequest:
+        return True
+    return False
+
+
+def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]) -> dict[str, Any]:
+    """A copy of ``schema`` without its ``unwanted`` patterns."""
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    parts: list[Any] = [copy]
+    while parts:  # a recursive function would fail at deep schemas
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            if isinstance(pattern := part.get("pattern"), str) and unwanted(pattern):
+                del part["pattern"]
+            for keyword, value in part.items():
+                if keyword in _SCHEMAS_BY_NAME and isinstance(value, dict):
+                    parts += value.values()
+                elif keyword not in _VALUES:
+                    parts.append(value)
+    return copy
 
 
 def _arguments(tool: ToolDefinition) -> dict[str, Any]:

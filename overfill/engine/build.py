@@ -264,8 +264,10 @@ def size_pools(
     device = halves[0].model.device
     requirements = [h.requirement for h in halves]
     free = _free_memory(device)
+    larger_share = ""
     if kv_memory is None and device.type == "cuda" and gpu_share < 1:
         free = free_share(device, gpu_share)
+        larger_share = f", or a larger --gpu-share than {gpu_share:g}"
     if kv_memory is None:
         fitting = fit_blocks(requirements, int(free * memory_fraction))
         if device.type == "cpu":  # other programs need the machine's memory too
@@ -278,11 +280,12 @@ def size_pools(
         raise NotEnoughMemory(
             f"{_mib(caches)} of KV cache and {_mib(step)} for the largest step exceed the {_mib(free)} that this "
             f"process may still use on {device}; give a smaller --kv-memory, --max-model-len or --max-num-seqs"
+            f"{larger_share}"
         )
     advice = "give a smaller --kv-memory"
     parts = []
     for half, num_blocks in zip(halves, blocks, strict=True):
-        longest = _longest(half.requirement, num_blocks, max_model_len)
+        longest = _longest(half.requirement, num_blocks, max_model_len, larger_share)
         with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.requirement.block_bytes)}", device, advice):
             cache = KvCache(half.spec, num_blocks, half.requirement.block_size, device, half.kv_cache_dtype)
         log.info(
@@ -305,8 +308,12 @@ def _grammars(half: LoadedHalf) -> Grammars:
     return Grammars(pair.full_path / "tokenizer.json", vocab_size, pair.full_config.eos_token_ids)
 
 
-def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int | None) -> int:
-    """Maximum number of tokens of a sequence in a cache of ``num_blocks``."""
+def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int | None, larger_share: str) -> int:
+    """Maximum number of tokens of a sequence in a cache of ``num_blocks``.
+
+    Args:
+        larger_share: end of the error's advice, if the process has only a share of its GPU.
+    """
     capacity = num_blocks * requirement.block_size
     longest = min(requirement.longest, capacity) if max_model_len is None else max_model_len
     if capacity < max(longest, 2):
@@ -315,6 +322,7 @@ def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int
         raise NotEnoughMemory(
             f"a KV cache of {_mib(num_blocks * requirement.block_bytes)} holds {capacity} tokens, fewer than "
             f"--max-model-len {needed}; give at least --kv-memory {least}MiB, or a smaller --max-model-len"
+            f"{larger_share}"
         )
     return longest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 
 from overfill.engine.protocol import VLLM_GPU_SHARE, EngineOptions
 from overfill.process import startup
+
+log = logging.getLogger(__name__)
 
 _OVERHEAD = 1 << 30  # bytes per process that neither torch nor vLLM counts: the CUDA context, and captured graphs
 _VLLM_UTILIZATION = 0.92  # vLLM's default
@@ -56,7 +59,12 @@ def loading_turn(options: EngineOptions) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with startup.once():  # a worker that starts later, alone, does not wait
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another worker loads on %s; this one waits for its turn", options.device)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)  # frees the lock
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing frees the lock only when no child process has the descriptor
+        os.close(descriptor)

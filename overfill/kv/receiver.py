@@ -393,7 +393,7 @@ class PromptPull:
         return chunk, _InPlace(chunk.range, len(received.payload) + len(received.scales), slot)
 
     def _note_in_place(self, chunks: Sequence[_InPlace]) -> None:
-        """Counts and acknowledges ``chunks``."""
+        """Counts ``chunks``, and acknowledges them unless the KV is released."""
         if not chunks:
             return
         now = time.monotonic_ns() - self.stats.started_ns
@@ -408,8 +408,9 @@ class PromptPull:
         if not self._unwritten:
             self._whole.set()
             self._check_in_place()
-        ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
-        self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
+        if not self._released:  # a release is the last message
+            ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
+            self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
@@ -160,7 +160,7 @@ class PrefixAffinity(Policy):
             self._found = None
             del self._promised[key]
 
-    def _levels(self, request: PlacementRequest, block_sizes: Iterable[int]) -> _Levels:
+    def _levels(self, request: PlacementRequest, block_sizes: Collection[int]) -> _Levels:
         """Returns, block by block, the workers that have the prompt's block, up to the first that no worker has."""
         if request.block_keys is None:
             return {}

@@ -74,6 +74,8 @@ class AnswerState:
         received: time when the router received the request, seconds on the event loop's clock.
         first_token_at: time when its first new tokens arrived, on the same clock; 0 before.
         parts: the parts of the answer that this router's workers write, one per tier, in order; see ``enter_tier``.
+        decode_base: index of the first token that the latest decode worker computes itself; ``timing.decode_ns`` covers
+            the tokens from there on.
         timing: times known so far, without ``ttft_ns`` and ``total_ns``. ``return_path_ns`` covers the workers only.
         reservations: number of decode workers that have reserved blocks for the request, one after the other.
         prefill_worker: id of the latest prefill worker; empty before the first.
@@ -88,13 +90,14 @@ class AnswerState:
         self.first_token_at = 0.0
         self.parts: list[inference_pb2.AnswerPart] = []
         self._told_tier = tier  # the tier that the client believes to write the answer
+        self.decode_base = 1
         self.timing = common_pb2.Timing()
         self.reservations = 0
         self.prefill_worker = ""
         self.prefill_engines: dict[str, str] = {}
         self.prefill_failures = 0
         self._max_tokens = max_tokens
-        self._so_far = decode_pb2.DecodeDone()  # the latest that a worker has said
+        self._so_far = decode_pb2.DecodeDone()  # the latest that the current decode worker has said
         self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
         self._unread: AnswerDelta | None = None
         self._end: Finish | OverfillError | None = None
@@ -143,6 +146,14 @@ class AnswerState:
     def migrations(self) -> int:
         """Number of times the sequence moved to another decode worker."""
         return max(0, self.reservations - 1)
+
+    def begin_attempt(self) -> None:
+        """Notes that another decode worker continues the answer, and forgets what the one before said about its part.
+
+        The number of cached prompt tokens stays until the new worker says its own.
+        """
+        self.decode_base = max(1, len(self.emitted))  # the prefill worker samples token 0
+        self._so_far = decode_pb2.DecodeDone(usage=self._so_far.usage)
 
     def enter_tier(self, tier: str) -> None:
         """Notes that a worker of ``tier`` writes the next tokens. A part begins unless the last one is of this tier."""

@@ -160,12 +160,13 @@ class Relay:
         """Returns the end of an answer of which only the first ``completion_tokens`` count, after ``close``.
 
         The worker has not sent its last message, or has sent it for a longer answer. ``timing.decode_ns`` shrinks in
-        proportion.
+        proportion to the tokens that this worker computed.
         """
         finish = self.answer.ended or self._finish(self.answer.done(common_pb2.FINISH_REASON_STOP))
-        timing, gaps = self.answer.timing, len(self.answer.emitted) - 1
-        if timing.HasField("decode_ns") and gaps > 0:
-            timing.decode_ns = timing.decode_ns * max(0, completion_tokens - 1) // gaps
+        timing, base = self.answer.timing, self.answer.decode_base
+        computed = len(self.answer.emitted) - base
+        if timing.HasField("decode_ns") and computed > 0:
+            timing.decode_ns = timing.decode_ns * max(0, completion_tokens - base) // computed
         return finish
 
     def start(self) -> None:
@@ -256,6 +257,7 @@ class Relay:
     def _open_attempt(self, worker: Worker) -> None:
         self._opened += 1
         self.decode_worker, self.decode_engine = worker.id, worker.info.engine
+        self.answer.begin_attempt()
         self.answer.enter_tier(worker.info.tier)
         span = self._attempt_span = tracing.child(
             "router.attempt", "client", self._parent, worker=worker.id, attempt=self._opened

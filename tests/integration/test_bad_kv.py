@@ -5,6 +5,7 @@ The receiver under test pulls from a scripted prefill worker over gRPC.
 
 import asyncio
 import dataclasses
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -45,6 +46,8 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.refuse = None
         self.silent_after_queued = False
         self.hold_done = False
+        self.releases = False
+        self.received = []  # kinds of messages after the first
         self.leave_after_acks = False
         self.kv_dtype = None
         self.sends_first_token = True
@@ -65,6 +68,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             ),
             kv=kv,
             codecs=[common_pb2.KV_CODEC_RAW, common_pb2.KV_CODEC_INT8],
+            releases=self.releases,
         )
 
     async def Prefill(self, request_iterator, context):
@@ -85,6 +89,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                 yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
+                self.received.append(request.WhichOneof("message"))
                 self.acknowledged += sum(KvRange.from_proto(r).num_vectors for r in request.ack.ranges)
                 if self.acknowledged == num_vectors:
                     break
@@ -141,7 +146,7 @@ async def pull(worker):
             )
             target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
             async with pool.use(target) as peer:
-                handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)
+                handoff = run.handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)
                 run.times_in_place = 0
 
                 def count():
@@ -306,6 +311,27 @@ async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for
     assert cache.k.sum() == 2 * 6 * 2 * 4
     assert tokens[0].token.token_id == 9
     assert "did not end the transfer" in caplog.text
+
+
+async def test_a_release_is_the_last_message_even_while_chunks_are_written(pull, worker, monkeypatch):
+    monkeypatch.setattr(receiver, "_FAREWELL", 0.2)
+    monkeypatch.setattr(receiver, "_ACK_DELAY", 0.0)
+    write, writing, go_on = receiver.write_chunks, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        writing.set()
+        go_on.wait(5)
+        return write(*args)
+
+    monkeypatch.setattr(receiver, "write_chunks", slowly)
+    worker.releases = True
+    running = asyncio.ensure_future(pull())
+    assert await asyncio.to_thread(writing.wait, 5)
+    assert pull.handoff.release()
+    go_on.set()
+    await running
+    assert pull.handoff.stats.kv_chunks > 0
+    assert worker.received == ["release"]
 
 
 async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worker):

@@ -283,6 +283,39 @@ def test_a_property_may_be_named_pattern(grammars):
     assert not accepts(grammars, made, write_calls([("f", "{}")]))
 
 
+@pytest.mark.parametrize("keyword", ["enum", "const"])
+def test_values_that_look_like_schemas_stay_as_they_are(grammars, keyword):
+    value = {"pattern": "x", "properties": {"a": {"pattern": "y"}}}
+    data = {"enum": [value]} if keyword == "enum" else {"const": value}
+    parameters = of_property(**data) | {"propertyNames": {"minLength": 1}}
+    parameters["properties"]["days"] = {"type": "string", "pattern": "(?=a)"}
+    made = chat_grammar(chat_of_agent(False, **parameters)).text
+    assert accepts(grammars, made, write_calls([("f", json.dumps({"a": value}))]))
+    assert not accepts(grammars, made, write_calls([("f", '{"a": {}}')]))
+
+
+def test_a_property_may_be_named_like_a_keyword_with_values(grammars):
+    inner = {"properties": {"enum": {"type": "string", "pattern": "(?=a)"}, "days": {"type": "integer"}}}
+    made = chat_grammar(chat_of_agent(False, properties={"default": {"type": "object"} | inner})).text
+    assert accepts(grammars, made, write_calls([("f", '{"default": {"enum": "b", "days": 3}}')]))
+    assert not accepts(grammars, made, write_calls([("f", '{"default": {"enum": "b", "days": "x"}}')]))
+
+
+def test_a_pattern_that_can_be_enforced_is_enforced_beside_one_that_cannot(grammars):
+    pattern = {"type": "string", "pattern": "^[a-z]+$"}
+    parameters = {"properties": {"good": pattern, "bad": {"type": "string", "pattern": "(?=a)"}}}
+    made = chat_grammar(chat_of_agent(False, **parameters)).text
+    assert accepts(grammars, made, write_calls([("f", '{"good": "a", "bad": "B"}')]))
+    assert not accepts(grammars, made, write_calls([("f", '{"good": "A", "bad": "B"}')]))
+
+
+def test_a_pattern_that_contradicts_its_format_leaves_the_rest_of_the_schema(grammars):
+    pattern = {"type": "string", "format": "date", "pattern": "^x$"}
+    made = chat_grammar(chat_of_agent(False, properties={"a": pattern}, required=["a"])).text
+    assert accepts(grammars, made, write_calls([("f", '{"a": "2026-01-01"}')]))
+    assert not accepts(grammars, made, write_calls([("f", '{"a": 5}')]))
+
+
 def test_a_chat_s_grammar_has_the_schema_of_its_answers():
     kind = inference_pb2.ToolChoice
     tools = [inference_pb2.Tool(name="weather")]

@@ -1,8 +1,11 @@
 """Tests how memory is divided between caches and steps."""
 
+import asyncio
 import fcntl
 import json
+import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -141,8 +144,14 @@ def test_workers_that_share_a_gpu_leave_each_other_memory(pair, gpu, monkeypatch
     assert taken[0] + 3 * MIB < gpu.total / 2
     store = load_engine("overfill", pair, "full", replace(options, device=CUDA, kv_memory=3 * MIB)).served.store
     assert store.num_blocks * store.block_bytes == 3 * MIB
-    with pytest.raises(NotEnoughMemory, match="--kv-memory"):
-        load_engine("overfill", pair, "full", replace(options, device=CUDA, gpu_share=0.05))
+    small = replace(options, device=CUDA, gpu_share=0.05)
+    with pytest.raises(NotEnoughMemory, match=r"--kv-memory.*, or a larger --gpu-share than 0\.05$"):
+        load_engine("overfill", pair, "full", small)
+    with pytest.raises(NotEnoughMemory, match=r"--max-num-seqs$"):  # the share does not limit a stated cache
+        load_engine("overfill", pair, "full", replace(small, kv_memory=60 * MIB))
+    on_gpu = replace(on_gpu, requirement=replace(on_gpu.requirement, activations=9 * MIB))
+    with pytest.raises(NotEnoughMemory, match=r"exceed .*, or a larger --gpu-share than 0\.05$"):
+        load_engine("overfill", pair, "full", small)
 
 
 def test_vllm_gets_the_same_share(gpu):
@@ -163,6 +172,45 @@ def test_workers_that_share_a_gpu_load_one_after_the_other(gpu, tmp_path, monkey
         with gpu_memory.loading_turn(EngineOptions(CPU)), gpu_memory.loading_turn(EngineOptions(CUDA)):
             pass  # alone on their devices
     assert not is_locked(path)
+
+
+def test_a_child_process_does_not_keep_the_turn_to_load(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with gpu_memory.loading_turn(EngineOptions(CUDA, gpu_share=0.5)):
+        (path,) = tmp_path.iterdir()
+        (descriptor,) = [int(n) for n in os.listdir("/proc/self/fd") if target(n) == str(path)]
+        inherited = os.dup(descriptor)  # shares the lock, as a descriptor of a forked child does
+    try:
+        assert not is_locked(path)
+    finally:
+        os.close(inherited)
+
+
+def target(descriptor):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except FileNotFoundError:  # it was that of the listing
+        return None
+
+
+async def test_a_worker_that_waits_for_its_turn_to_load_says_so_once(gpu, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    caplog.set_level("INFO")
+
+    def load():
+        with gpu_memory.loading_turn(EngineOptions(CUDA, gpu_share=0.5)):
+            return len(caplog.records)
+
+    assert load() == 0
+    with ThreadPoolExecutor(1) as executor:
+        with gpu_memory.loading_turn(EngineOptions(CUDA, gpu_share=0.5)):
+            waiting = executor.submit(load)
+            async with asyncio.timeout(5):
+                while not caplog.records:
+                    await asyncio.sleep(0.005)
+            assert not waiting.done()
+        assert waiting.result() == 1
+    assert "another worker loads on" in caplog.records[0].getMessage()
 
 
 def is_locked(path):

@@ -397,6 +397,51 @@ async def test_an_answer_that_is_cut_after_its_end_keeps_the_worker_s_last_word(
         assert (finish.usage.cached_tokens, relay.answer.timing.decode_ns) == (1, 4)
 
 
+async def test_decode_time_is_divided_among_the_tokens_of_this_router_s_worker(stack):
+    async with stack.request(emitted=(5, 6), max_tokens=9) as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.tokens(2, 7, so_far=so_far(decode_ns=1))
+        stream.tokens(3, 8, 9, 10)
+        stream.done(decode_ns=8)
+        relay.finish_at(3)
+        assert relay.answer.timing.decode_ns == 2, "one of four tokens"
+
+
+@pytest.mark.parametrize(("tokens", "decode"), [(5, 8), (4, 4), (3, 0), (2, 0)])
+async def test_decode_time_is_divided_among_the_tokens_of_the_last_worker(stack, tokens, decode):
+    async with stack.request(max_tokens=9) as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.tokens(0, 6, so_far=so_far())
+        stream.tokens(1, 7, 8, so_far=so_far(decode_ns=10**9))
+        stream.fail(Unavailable("gone"))
+        stream = await stack.stream()
+        await stream.accept()
+        stream.tokens(3, 9, so_far=so_far(decode_ns=1))
+        # The worker handed the sequence over again; its decode time still began before token 3.
+        stream.tokens(4, 10, so_far=so_far(decode_ns=5))
+        stream.done(decode_ns=8)
+        relay.finish_at(tokens)
+        assert relay.answer.timing.decode_ns == decode
+
+
+async def test_what_a_lost_worker_has_told_does_not_describe_its_successor(stack):
+    async with stack.request(max_tokens=9) as relay:
+        stream = await answer_of_three_tokens(stack, relay)
+        stream.fail(Unavailable("gone"))
+        stream = await stack.stream()
+        _, prefill_worker = await stream.accept()
+        stream.tokens(3, 9)  # a worker that tells nothing
+        relay.close()
+        finish = relay.finish_at(4)
+        assert not relay.answer.timing.HasField("decode_ns")
+        assert not relay.answer.timing.HasField("handoff_exposed_ns")
+        assert relay.answer.prefill_worker == prefill_worker
+        assert finish.codec == common_pb2.KV_CODEC_UNSPECIFIED
+        assert finish.usage.cached_tokens == 2, "the best that is known"
+
+
 async def test_a_worker_lost_after_the_last_token_has_told_its_usage(stack):
     async with stack.request(max_tokens=3) as relay:
         stream = await answer_of_three_tokens(stack, relay)
