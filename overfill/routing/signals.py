@@ -58,8 +58,13 @@ class Signals:
         tokens = max(1.0, prompt_tokens * (1 - self._hit_rate))
         self._add(tier, arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
-    def finished(self, answer: inference_pb2.Finished, now: float) -> None:
-        """Counts a complete answer. ``now`` is in seconds, monotonic, in every method."""
+    def finished(self, answer: inference_pb2.Finished, now: float, decode_base: int = 1) -> None:
+        """Counts a complete answer.
+
+        Args:
+            now: seconds, monotonic, in every method.
+            decode_base: ``AnswerState.decode_base``.
+        """
         usage, timing, tier = answer.usage, answer.timing, answer.parts[-1].tier
         self._add(
             tier,
@@ -67,11 +72,12 @@ class Signals:
             finished_prompt_tokens=usage.prompt_tokens,
             finished_answer_tokens=usage.completion_tokens,
         )
-        if usage.completion_tokens > 1 and timing.decode_ns:
+        decoded = usage.completion_tokens - decode_base
+        if decoded > 0 and timing.decode_ns:
             seconds = timing.decode_ns / 1e9
             # Average over the whole decode time: at its end, the sequences beside it may all have left already.
             concurrent = self._occupancy.mean(DECODE, answer.decode_worker, now - seconds, now)
-            self._add(tier, timed=1, timed_itl_seconds=seconds / (usage.completion_tokens - 1), timed_batch=concurrent)
+            self._add(tier, timed=1, timed_itl_seconds=seconds / decoded, timed_batch=concurrent)
         computed = usage.prompt_tokens - usage.cached_tokens
         if computed > 0 and timing.prefill_compute_ns:
             # Divide the seconds by the number of prompts that shared the worker's steps.

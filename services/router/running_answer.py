@@ -153,7 +153,7 @@ class RunningAnswer:
         self._metrics.answered(self._finished, self._finished.parts[-1].tier)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         now = asyncio.get_running_loop().time()
-        self._signals.finished(self._finished, now)
+        self._signals.finished(self._finished, now, relay.answer.decode_base)
         self._rolling_stats.answered(self._finished, now)
 
     def __enter__(self) -> Self:

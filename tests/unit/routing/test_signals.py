@@ -109,6 +109,11 @@ def test_an_answer_of_one_token_gives_no_step_time(signals):
     assert signals.read(0.0)["timed"] == 0
 
 
+def test_the_step_time_of_a_moved_answer_counts_the_last_worker_s_tokens(signals):
+    signals.finished(finished(answer=11, decode=0.2), 0.0, decode_base=9)
+    assert signals.read(0.0)["timed_itl_seconds"] == pytest.approx(0.1)
+
+
 def test_waiting_jobs_are_load_of_both_stages(roster):
     dispatcher = Dispatcher(roster)
     signals = Signals(roster, dispatcher)
