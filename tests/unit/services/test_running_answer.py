@@ -44,7 +44,7 @@ class Answer:
         tokenizer = Tokenizer.load(folder / "full")
         self.ids = tokenizer.encode(TEXT)
         self.relay, self.pace, self._sent = Relay(), Pace(), 0
-        signals = SimpleNamespace(finished=lambda finished, now: None)
+        signals = SimpleNamespace(finished=lambda *_: None)
         text = AnswerText(StreamDetokenizer(tokenizer), stops)
         self.running = RunningAnswer(
             self.relay,
