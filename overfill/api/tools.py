@@ -139,7 +139,8 @@ def tools_grammar(
 def enforceable(tool: ToolDefinition) -> ToolDefinition:
     """``tool`` with as much of its schema as a grammar can enforce.
 
-    That is all of it; all but the patterns that no grammar can enforce; all but the patterns; or that it is an object.
+    Tries, in this order: the whole schema; the schema without the patterns that no grammar can enforce; the schema
+    without any pattern. If none works, the arguments are any object.
 
     Raises:
         InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.

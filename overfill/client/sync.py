@@ -349,6 +349,8 @@ class Client:
             except CallCancelled:
                 raise RequestCancelled("the client is closed") from None
             except grpc.RpcError as error:
+                if self._closed:
+                    raise RequestCancelled("the client is closed") from None
                 failure = failover.next_address_or_error(error)
                 if failure is not None:
                     raise failure from None

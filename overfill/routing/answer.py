@@ -148,7 +148,7 @@ class AnswerState:
         return max(0, self.reservations - 1)
 
     def begin_attempt(self) -> None:
-        """Notes that another decode worker continues the answer, and forgets what the one before said about its part.
+        """Notes that another decode worker continues the answer. Discards the timings of the previous worker.
 
         The number of cached prompt tokens stays until the new worker says its own.
         """

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from overfill.api.tokenizer import Tokenizer
@@ -67,7 +68,10 @@ _REOPENING = 1.0
 """Seconds in which a closed listener frees its port."""
 
 _REOPENED_AGE = 0.5
-"""Seconds after which a draining router closes a new connection: by then another router may be reachable."""
+"""Seconds after which a draining router closes a connection to its reopened port.
+
+The client then connects again, and may reach another router.
+"""
 
 
 class Router:
@@ -304,12 +308,13 @@ class Router:
         closing = asyncio.create_task(old.stop(self._config.grace_period + STOP_GRACE))
         new = self._public_server(_REOPENED_AGE)
         try:
-            async with asyncio.timeout(_REOPENING):
-                await until_free(self._address)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REOPENING):
+                    await until_free(self._address)
             await new.start(self._address)
             self._servers.append(new)
-        except (TimeoutError, Unavailable, TlsError) as error:
-            logger.warning("new workers cannot join at %s while this router drains: %s", self._address, error)
+        except (Unavailable, TlsError) as error:
+            logger.warning("new workers cannot join while this router drains: %s", error)
         self._handler.drain()
         await self._handler.wait_idle()
         await old.stop(STOP_GRACE)

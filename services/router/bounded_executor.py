@@ -1,4 +1,4 @@
-"""Threads for what would delay other streams: parsing, tokenizing and checking long requests."""
+"""Threads for work that would delay other streams: parsing, tokenizing and checking requests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BoundedExecutor:
         """
         if self._calls >= self._max_calls or (self._calls and self._bytes + size > self._max_bytes):
             raise Overloaded(
-                f"this router prepares {self._calls} long requests already, of {self._bytes} bytes together", 1.0,
+                f"this router prepares {self._calls} requests already, of {self._bytes} bytes together", 1.0,
                 "router_busy",
             )  # fmt: skip
         self._calls += 1

@@ -181,8 +181,9 @@ class RequestHandler:
         Raises:
             PromptTooLong, Overloaded, ShuttingDown: the request cannot be queued.
         """
-        if self._aborted:
-            raise ShuttingDown("this router is shutting down")
+        with self.metrics.refusing(checked.tier):
+            if self._aborted:
+                raise ShuttingDown("this router is shutting down")
         caller = reservation.caller
         start, prompt, key = checked.start, checked.prompt_token_ids, _name(caller)
         prompt_tokens = len(prompt)
@@ -277,9 +278,10 @@ class RequestHandler:
         self._draining = True
 
     async def wait_idle(self) -> None:
-        """Returns once no request runs and all answers are read.
+        """Returns once no request is prepared or runs, and clients have read all answers.
 
-        When the last request has run, it waits for readers only while a client reads a delta every ``READ_GRACE``.
+        After the last computation, it gives up when no client has read a delta for ``READ_GRACE`` seconds. After
+        ``abort_all``, it returns at once.
         """
         await self._all_closed.wait()
         now = asyncio.get_running_loop().time

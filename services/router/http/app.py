@@ -116,13 +116,13 @@ class HttpApi:
         return _json(self._model_json(request.path_params["model"], request.scope.get("api_key")))
 
     async def _chat(self, request: Request) -> ASGIApp:
-        body = await self._read(request, schema.ChatRequest)
+        body = await self._read_generation(request, schema.ChatRequest)
         received = asyncio.get_running_loop().time()  # the upload is not the router's time
         id = _request_id(request, body, "chatcmpl")
         return await self._generate(request, "chat", id, wire.chat(body, id), received)
 
     async def _completions(self, request: Request) -> ASGIApp:
-        body = await self._read(request, schema.CompletionRequest)
+        body = await self._read_generation(request, schema.CompletionRequest)
         received = asyncio.get_running_loop().time()
         id = _request_id(request, body, "cmpl")
         return await self._generate(request, "completion", id, wire.completion(body, id), received)
@@ -160,8 +160,12 @@ class HttpApi:
         return _json({"prompt": text})
 
     async def _read(self, request: Request, kind: type[R]) -> R:
+        return await read(request, kind, self._max_body, self._handler.executor)
+
+    async def _read_generation(self, request: Request, kind: type[R]) -> R:
+        """Reads a request for an answer, and counts it if it is refused because too many are read."""
         try:
-            return await read(request, kind, self._max_body, self._handler.executor)
+            return await self._read(request, kind)
         except Overloaded as error:
             self._handler.metrics.refused(error)
             raise

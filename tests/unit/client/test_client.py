@@ -6,7 +6,9 @@ import asyncio
 import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -410,6 +412,21 @@ async def test_closing_the_client_ends_the_answer_that_a_task_waits_for(
     assert caught.value.produced is not None
     assert caught.value.produced.text == "Hel"
     assert another_router.requests == []
+
+
+@pytest.mark.parametrize("two_routers", [False, True])
+def test_closing_the_blocking_client_ends_a_short_call_of_another_thread(
+    router: Any, another_router: Any, two_routers: bool
+) -> None:
+    client = Client(f"{router.address},{another_router.address}" if two_routers else router.address)
+    asked = threading.Event()
+    router.on_tokenize = asked.set
+    with ThreadPoolExecutor(1) as threads:
+        calling = threads.submit(client.tokenize, "x")
+        assert asked.wait(30)
+        client.close()
+        with pytest.raises(RequestCancelled, match="the client is closed"):
+            calling.result(30)
 
 
 async def test_closing_the_client_ends_a_short_call_that_a_task_waits_for(router: Any) -> None:
