@@ -157,7 +157,7 @@ async def test_too_many_or_too_large_calls_are_refused(tokenizer: BlockingTokeni
     executor = BoundedExecutor(threads=1, max_calls=3, max_bytes=100)
     running = [asyncio.ensure_future(executor.run(size, tokenizer.encode, "")) for size in (40, 40)]
     await asyncio.sleep(0)
-    with pytest.raises(Overloaded, match="2 long requests already, of 80 bytes") as caught:
+    with pytest.raises(Overloaded, match="2 requests already, of 80 bytes") as caught:
         await executor.run(30, tokenizer.encode, "")
     assert caught.value.retry_after
     running.append(asyncio.ensure_future(executor.run(20, tokenizer.encode, "")))
