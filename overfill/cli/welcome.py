@@ -46,10 +46,11 @@ def welcome(
         rows.append(("", _curl(plan, urls[0])))
     rows.append(("stop", "ctrl-C"))
     width = min(out.width, _BOX_WIDTH)
-    out.print(Rule("OverFill is up", align="left"), width=width)
-    for name, words in rows:
-        out.print(Text(f"{name:<7}  {words}"), soft_wrap=True)
-    out.print(Rule(), width=width)
+    with out:  # writes all lines at once, so that no log line comes in between
+        out.print(Rule("OverFill is up", align="left"), width=width)
+        for name, words in rows:
+            out.print(Text(f"{name:<7}  {words}"), soft_wrap=True)
+        out.print(Rule(), width=width)
 
 
 def _worker_rows(plan: StackPlan, describe: Callable[[PlannedPool], str]) -> list[tuple[str, str]]:

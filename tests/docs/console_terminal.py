@@ -21,6 +21,8 @@ _VARIABLE = (
     (re.compile(r"\d[\d.,:]*"), "0"),
     (re.compile(r"[\s━╸╺█▏─]+"), " "),
 )
+# Ray forwards the logs of replicas, whose lines may come between any two lines of the command.
+_FORWARDED = re.compile(r"\(ServeReplica:\S+ pid=\d+\) ")
 _SHARE = re.compile(r"\b(\d[\d,]*)(?:/| of )(\d[\d,]*)\b")
 _NONE = re.compile(r"\b0(?= (?:failed|ties|errors)\b)")
 
@@ -150,7 +152,7 @@ def pairs_of(shown: Sequence[str], printed: Sequence[str]) -> list[int] | None:
     Blank lines do not count. A shown line "…" stands for any number of lines, and gets -1.
     """
     wanted = [(number, line) for number, line in enumerate(shown) if line.strip()]
-    given = [(number, line) for number, line in enumerate(printed) if line.strip()]
+    given = [(n, line) for n, line in enumerate(printed) if line.strip() and not _FORWARDED.match(line)]
     found = [-1] * len(shown)
 
     def fits(at: int, start: int, gap: bool) -> bool:

@@ -104,6 +104,7 @@ def test_what_cannot_run_safely_is_refused(text: str, said: str, tmp_path: Path)
         (["6/6 correct, 0 ties"], ["32/32 correct, 0 ties"], True),
         (["6/6 correct, 0 ties"], ["5/6 correct, 0 ties"], False),
         (["answered 24 of 24, 0 failed"], ["answered 30 of 30, 2 failed"], False),
+        (["up", "gRPC"], ["up", "(ServeReplica:overfill:worker pid=15512) INFO joined", "gRPC"], True),
     ],
 )
 def test_output_is_compared_without_numbers_and_with_gaps(shown: list[str], printed: list[str], same: bool) -> None:
