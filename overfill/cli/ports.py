@@ -11,6 +11,7 @@ from pathlib import Path
 
 from overfill.cli.processes import StartFailed
 from overfill.cli.stack_plan import StackPlan
+from overfill.rpc.addresses import socket_host
 
 _NEAR = 100  # number of ports after a used one that are tried as a replacement
 _MAX_CHOICE = 10_000  # number of ports among which free ones are chosen
@@ -88,13 +89,12 @@ def _free_run(host: str, after: int, count: int) -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bare, family = socket_host(host)
     s = socket.socket(family)
     try:
         # As servers do, so that connections in TIME_WAIT from an earlier run do not block the port.
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((host, port))
+        s.bind((bare, port))
     except OSError:
         s.close()
         raise

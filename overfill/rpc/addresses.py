@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from functools import lru_cache
 
 _SCHEME = re.compile("(dns|ipv4|ipv6):(//[^/]*/)?")
@@ -15,6 +16,12 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal():
         raise ValueError(f"expected an address host:port, such as 127.0.0.1:7600; got {address!r}")
     return host, int(port)
+
+
+def socket_host(host: str) -> tuple[str, socket.AddressFamily]:
+    """Returns ``host`` as sockets take it, without the brackets of an IPv6 address, and its address family."""
+    bare = host.strip("[]")
+    return bare, socket.AF_INET6 if ":" in bare else socket.AF_INET
 
 
 def split_addresses(address: str) -> list[str]:

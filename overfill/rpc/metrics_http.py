@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from overfill.errors import OverfillError, Unauthenticated, Unavailable
 from overfill.rpc.access import METRICS_ROUTES, AccessPolicy, bearer, roles_of, route_rule, unknown
-from overfill.rpc.addresses import is_loopback
+from overfill.rpc.addresses import is_loopback, socket_host
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
@@ -80,8 +80,7 @@ class MetricsServer:
             start_response("404 Not Found", [("content-type", "text/plain")])
             return [b"not found; this port serves /metrics\n"]
 
-        bare = host.strip("[]")
-        family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        bare, family = socket_host(host)
         kind = type("Server", (_Server,), {"address_family": family, "tls": None if tls is None else tls.contexts()})
         try:
             self._server: WSGIServer = make_server(bare, port, app, kind, _Handler)

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from overfill.errors import Unavailable
 from overfill.rpc.access import AccessPolicy
-from overfill.rpc.addresses import is_loopback, split_address
+from overfill.rpc.addresses import is_loopback, socket_host, split_address
 from overfill.rpc.channel import server_options
 from overfill.rpc.health import Health
 from overfill.rpc.interceptors import ErrorInterceptor
@@ -125,10 +125,10 @@ class RpcServer:
 async def until_free(address: str) -> None:
     """Returns once a server can listen on ``host:port``. The port is in use for a moment after a server has stopped."""
     host, port = split_address(address)
-    bare = host.strip("[]")
+    bare, family = socket_host(host)
     while True:
         try:
-            socket.create_server((bare, port), family=socket.AF_INET6 if ":" in bare else socket.AF_INET).close()
+            socket.create_server((bare, port), family=family).close()
         except OSError:
             await asyncio.sleep(0.01)
         else:

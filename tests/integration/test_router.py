@@ -781,7 +781,7 @@ async def test_a_drain_ends_its_answers_although_its_port_cannot_be_opened_again
         assert list((await asking).token_ids) == [20]
 
 
-async def test_an_answer_that_nobody_reads_does_not_outlast_the_grace_period(tiny_pair):
+async def test_an_unread_answer_does_not_outlast_the_grace_period(tiny_pair):
     router = Router(RouterConfig(pair=tiny_pair, port=0, grace_period=0))
     await router.start()
     serving = asyncio.create_task(router.run())

@@ -18,7 +18,7 @@ from overfill.api.openai.answers import encode
 from overfill.api.openai.errors import ApiError, too_many_connections
 from overfill.errors import Unavailable
 from overfill.rpc.access import Role, roles_of
-from overfill.rpc.addresses import is_loopback
+from overfill.rpc.addresses import is_loopback, socket_host
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 from services.router.http.connection import Connection
@@ -105,14 +105,9 @@ class HttpServer:
         """
         if self._tls is None and not is_loopback(host):
             raise TlsError(f"refusing to serve HTTP on {host} in the clear: configure a TLS certificate and key")
-        bare = host.strip("[]")
+        bare, family = socket_host(host)
         try:
-            listener = socket.create_server(
-                (bare, port),
-                family=socket.AF_INET6 if ":" in bare else socket.AF_INET,
-                backlog=_BACKLOG,
-                reuse_port=self._share_port,
-            )
+            listener = socket.create_server((bare, port), family=family, backlog=_BACKLOG, reuse_port=self._share_port)
         except OSError as error:
             raise Unavailable(f"cannot serve HTTP on {host}:{port}: {error.strerror}") from error
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))

@@ -132,7 +132,7 @@ async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(ben
     assert value("overfill_prefill_compute_seconds_sum") == 2
 
 
-async def test_kv_that_nobody_wants_does_not_stall(bench, monkeypatch):
+async def test_released_kv_does_not_stall(bench, monkeypatch):
     monkeypatch.setattr(stall, "_INTERVAL", 0)
     lease = computed(bench.servicer)
     watching = asyncio.ensure_future(lease.watch_transfer(stall.TransferLimits(stall=0)))
