@@ -139,7 +139,8 @@ test-docs: .venv/.docs .venv/.prometheus  ## Run the commands that the docs show
 	$(BIN)/python $(INSTALL) '.[docs,examples]'
 	@touch $@
 
-tables: setup  ## Regenerate the tables of docs/project/map.md and docs/reference/engines.md
+tables: setup  ## Regenerate the parts of docs/ that are made from the code
+	$(BIN)/python docs/site/generated.py
 	$(BIN)/python tests/unit/test_map.py
 	$(BIN)/python tests/unit/test_features.py
 
