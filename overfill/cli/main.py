@@ -6,6 +6,7 @@ so that client commands start fast and load no torch.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -112,6 +113,9 @@ EXTRAS: dict[str, str] = {
 }
 
 
+_CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is called, not when it is listed."""
 
@@ -144,6 +148,8 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``argv`` (None means ``sys.argv[1:]``) and returns the exit code."""
     os.environ.update(GRPC_ENVIRONMENT | os.environ)
+    if sys.stdout is None:  # closed, as by `overfill status >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     try:
@@ -158,9 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
-        # The reader has closed the pipe, as in `overfill generate … | head -1`. Avoid a second error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        if error.errno != errno.EPIPE:  # the reader has closed the pipe, as in `overfill generate … | head -1`
+            where = f" {error.filename}" if error.filename else ""
+            click.echo(f"overfill: cannot write{where}: {error.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a second error at exit
         return 1
     return result if isinstance(result, int) else 0
 
