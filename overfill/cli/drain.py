@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from overfill.cli.options import Number, connect, connection_options
+
+if TYPE_CHECKING:
+    from overfill.client import StackStatus
 
 _POLL = 0.5  # seconds between checks of the worker
 
@@ -35,11 +41,21 @@ def drain_command(
     """Take WORKER out of a running stack without losing a request. It refuses new requests and exits when it is idle.
 
     Requests that still run after the worker's --grace-period move to another worker. Exits with 1 if WORKER has not
-    left after the timeout. `overfill status` lists the workers.
+    left after the timeout. `overfill status` lists the workers. If WORKER is the last one of a stage, the command says
+    so and goes on.
     """
     from rich.console import Console
 
+    from overfill.errors import PermissionDenied
+
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+        with suppress(PermissionDenied):  # a key may drain and not see the status
+            for pool in _last_of(client.status(), worker):
+                click.echo(
+                    f"overfill: {worker} is the last {pool}: requests wait for another one to join, and fail with "
+                    "UNAVAILABLE (HTTP 503) if none joins in time",
+                    err=True,
+                )
         client.drain(worker)
         deadline = time.monotonic() + timeout
         with Console(stderr=True, highlight=False).status(f"{worker} is draining") as line:
@@ -57,3 +73,13 @@ def drain_command(
         click.echo(f"{worker} is draining")
         return 0
     raise click.ClickException(f"{worker} is still draining after {timeout:g} s; see `overfill status`")
+
+
+def _last_of(status: StackStatus, worker: str) -> Iterator[str]:
+    """Yields each pool, in words, of which ``worker`` is the only ready worker."""
+    stages = [found for found in status.workers if found.id == worker]
+    others = {(other.stage, other.tier) for other in status.workers if other.id != worker and other.state == "ready"}
+    for stage in stages:
+        if (stage.stage, stage.tier) not in others:
+            tier = f" of the tier {stage.tier}" if stage.tier and status.several_tiers else ""
+            yield f"{stage.stage} worker{tier}"

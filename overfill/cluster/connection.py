@@ -96,7 +96,9 @@ class RayConnection:
                         "Ray did not start in time: this machine is too busy or too small; try again, or use --no-ray"
                     ) from error
                 if isinstance(error, OSError):
-                    raise RayUnavailable(f"Ray cannot start on this machine: {error}; mend that, or use --no-ray") from error
+                    raise RayUnavailable(
+                        f"Ray cannot start on this machine: {error}; mend that, or use --no-ray"
+                    ) from error
                 raise
         return cls(True, folder)
 

@@ -34,6 +34,7 @@ from overfill.pair.recipe import DecoderRecipe
 from overfill.process.extras import install_line
 from overfill.process.home import home
 from overfill.process.permissions import refusal
+from overfill.settings.config_file import nearest
 from overfill.telemetry.progress import Report, silent
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
                     f"{str(name_or_path)!r} is a model, not a pair. Make a pair from it: "
                     f"overfill pair build --full {shlex.quote(str(name_or_path))} --intermediate-size 0.6 --out my-pair"
                 )
+            hint = nearest(str(name_or_path), NAMED, "")
             raise InvalidPair(
                 f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
-                f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"
+                f"there is no {folder / MANIFEST}; {hint and f'{hint} If not, '}name a folder by its path, such as ./my-pair"
             )
         _check_readable(folder)
         return folder
