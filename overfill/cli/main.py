@@ -102,6 +102,7 @@ EXTRAS: dict[str, str] = {
     "pair": "pairs",
     "pair default": "server",
     "pair fast": "server",
+    "pair list": "server",
     "pair path": "server",
     "pair show": "server",
     "bench": "loadtest,server",
