@@ -45,13 +45,14 @@ def error_classes() -> str:
 
 def _constant(module: ModuleType, name: str) -> Iterator[str]:
     """Yields the section of a constant, whose docstring follows its value in the source."""
-    body = ast.parse(inspect.getsource(module)).body
+    source = inspect.getsource(module)
+    body = ast.parse(source).body
     for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
         if isinstance(node, ast.ImportFrom) and name in [each.name for each in node.names]:
             yield from _constant(importlib.import_module(str(node.module)), name)
         if not isinstance(node, ast.Assign | ast.AnnAssign) or ast.unparse(node).split()[0].strip(":") != name:
             continue
-        yield f"### {name}\n\n```python\n{ast.unparse(node)}\n```\n\n"
+        yield f"### {name}\n\n```python\n{ast.get_source_segment(source, node)}\n```\n\n"
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             yield f"{_prose(inspect.cleandoc(str(after.value.value)))}\n\n"
 
