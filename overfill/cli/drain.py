@@ -46,6 +46,7 @@ def drain_command(
     """
     from rich.console import Console
 
+    from overfill.cli.output import counted
     from overfill.errors import PermissionDenied
 
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
@@ -67,7 +68,7 @@ def drain_command(
                 loads = [stage.process.load for stage in stages if stage.process is not None and stage.process.load]
                 if loads:
                     requests = sum(load.running + load.waiting for load in loads)
-                    line.update(f"{worker} is draining: {requests} requests")
+                    line.update(f"{worker} is draining: {counted(requests, 'request')}")
                 time.sleep(_POLL)
     if timeout == 0:
         click.echo(f"{worker} is draining")

@@ -274,7 +274,7 @@ class AccessMiddleware:
             raise foreign("origin", origin, "pages of other sites may not send requests; allow with --allowed-origins")
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
-        shown = bearer(headers.get(b"authorization", b"").decode("latin-1"), page=scope["path"] == "/ui")
+        shown = bearer(headers.get(b"authorization", b"").decode("latin-1"))
         roles = scope.get("overfill.roles")
         rule = route_rule(ROUTES, scope["path"])
         if rule is None:
@@ -307,24 +307,21 @@ def _refusal(error: Exception, scope: Scope) -> Response:
         case ClientGone() | ClientDisconnect():
             return Response(status_code=_CLIENT_GONE)
         case ApiError():
-            return _error(error, scope["path"])
+            return _error(error)
         case HTTPException(status_code=405):
-            return _error(wrong_method(scope["method"], scope["path"]), scope["path"])
+            return _error(wrong_method(scope["method"], scope["path"]))
         case HTTPException():
-            return _error(unknown_url(scope["method"], scope["path"]), scope["path"])
+            return _error(unknown_url(scope["method"], scope["path"]))
         case _:
-            return _error(from_error(as_overfill_error(error)), scope["path"])
+            return _error(from_error(as_overfill_error(error)))
 
 
-def _error(error: ApiError, path: str) -> Response:
+def _error(error: ApiError) -> Response:
     headers = dict(error.headers)
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
     if trace_id := tracing.current().trace_id:
         headers["x-trace-id"] = trace_id
     if error.status == 401:
-        # For /ui a browser asks for a user name and a password, which is the key. Programs send a bearer token.
-        headers["www-authenticate"] = (
-            'Basic realm="overfill: the password is an API key"' if path == "/ui" else "Bearer"
-        )
+        headers["www-authenticate"] = "Bearer"
     return _json(error.body, error.status, headers)
