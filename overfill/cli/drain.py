@@ -51,10 +51,10 @@ def drain_command(
 
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         with suppress(PermissionDenied):  # a key may drain and not see the status
-            for pool in _last_of(client.status(), worker):
+            if pools := " and ".join(_last_of(client.status(), worker)):
                 click.echo(
-                    f"overfill: {worker} is the last {pool}: requests wait for another one to join, and fail with "
-                    "UNAVAILABLE (HTTP 503) if none joins in time",
+                    f"overfill: {worker} is {pools}: requests wait for another one to join, and fail with UNAVAILABLE "
+                    "(HTTP 503) if none joins in time",
                     err=True,
                 )
         client.drain(worker)
@@ -83,4 +83,4 @@ def _last_of(status: StackStatus, worker: str) -> Iterator[str]:
     for stage in stages:
         if (stage.stage, stage.tier) not in others:
             tier = f" of the tier {stage.tier}" if stage.tier and status.several_tiers else ""
-            yield f"{stage.stage} worker{tier}"
+            yield f"the last {stage.stage} worker{tier}"
