@@ -51,9 +51,11 @@ def drain_command(
 
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
         with suppress(PermissionDenied):  # a key may drain and not see the status
-            if pools := " and ".join(_last_of(client.status(), worker)):
+            status = client.status()
+            if pools := " and ".join(_last_of(status, worker)):
+                which = "requests without a fallback" if status.several_tiers else "requests"
                 click.echo(
-                    f"overfill: {worker} is {pools}: requests wait for another one to join, and fail with UNAVAILABLE "
+                    f"overfill: {worker} is {pools}: {which} wait for another one to join, and fail with UNAVAILABLE "
                     "(HTTP 503) if none joins in time",
                     err=True,
                 )

@@ -148,11 +148,14 @@ def test_drain_counts_the_requests_of_both_stages(
         process = SimpleNamespace(load=SimpleNamespace(running=running, waiting=1))
         return SimpleNamespace(id="worker-0", stage=stage, tier=None, process=process)
 
+    def status(workers: Any) -> Any:
+        return SimpleNamespace(workers=workers, several_tiers=False)
+
     both = (entry("prefill", 2), entry("decode", 3))
     states = [both, both, ()]
     drained: list[str] = []
     lines: list[str] = []
-    client = SimpleNamespace(drain=drained.append, status=lambda: SimpleNamespace(workers=states.pop(0)))
+    client = SimpleNamespace(drain=drained.append, status=lambda: status(states.pop(0)))
     monkeypatch.setattr("overfill.cli.drain.connect", lambda *args: contextlib.nullcontext(client))
     monkeypatch.setattr("overfill.cli.drain._POLL", 0)
     monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
