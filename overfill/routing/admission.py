@@ -213,8 +213,8 @@ class KeyLimiter:
         if before + count > max_count:
             raise InvalidRequest(
                 "n",
-                f"asks for {before + count} answers; API key {quota.name!r} may start at most {int(max_count)} at once, "
-                "and each answer counts as a request",
+                f"asks for {before + count} answers; API key {quota.name!r} may start at most {int(max_count)} "
+                "at once, and each answer counts as a request",
             )
         if quota.concurrency is not None:
             running = usage.running + usage.running_elsewhere

@@ -39,6 +39,8 @@ from services.router.key_reservation import KeyReservation
 from services.router.request_handler import RequestHandler
 
 B = TypeVar("B", bound=BaseModel)
+S = TypeVar("S", bound=schema.Sampling)
+T = TypeVar("T")
 
 _REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}{{1,100}}")
 _PORT = re.compile(r":\d+$")
@@ -186,19 +188,22 @@ class HttpApi:
         request: Request,
         caller: ApiKey | None,
         kind: Kind,
-        shape: type[B],
-        convert: Callable[[Any, str], ApiRequest],
+        shape: type[S],
+        convert: Callable[[S, str], ApiRequest],
         prefix: str,
     ) -> None:
-        handler, now = self._handler, asyncio.get_running_loop().time
+        def convert_with_id(body: S) -> tuple[ApiRequest, str]:
+            id = _request_id(request, body.request_id, prefix)
+            return convert(body, id), id
+
+        handler = self._handler
         with handler.reserve(caller) as reservation:
             try:
-                body: Any = await self._read(request, shape, reservation)
+                asked, id = await self._read(request, shape, convert_with_id, reservation)
             except Overloaded as error:
                 self._metrics.refused(error)
                 raise
-            received = now()  # the upload is not the router's time
-            id = _request_id(request, body.request_id, prefix)
+            received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
             def envelope(tier: str) -> Envelope:
                 tiers = handler.tiers
@@ -208,31 +213,33 @@ class HttpApi:
             parent = request.headers.get(tracing.TRACEPARENT.encode())
             trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
             span = tracing.serve("router.request", trace, route=request.path)
-            answers = RunningChoices(handler, convert(body, id), envelope, span)
+            answers = RunningChoices(handler, asked, envelope, span)
             await answers.start(received, reservation)
         headers = [(b"x-request-id", id.encode())]
         with answers:
-            if answers.asked.stream:
+            if asked.stream:
                 await answers.stream(request, [*headers, *self._cors.headers(request)])
             else:
                 self._json(request, await answers.whole(), headers)
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.reserve(caller) as reservation:
-            body = await self._read(request, schema.TokenizeRequest, reservation)
-            ids = await self._handler.tokenize(wire.tokenize(body), reservation)
+            asked = await self._read(request, schema.TokenizeRequest, wire.tokenize, reservation)
+            ids = await self._handler.tokenize(asked, reservation)
         self._json(request, {"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.reserve(caller) as reservation:
-            body = await self._read(request, schema.DetokenizeRequest, reservation)
-            text = await self._handler.detokenize(wire.detokenize(body), reservation)
+            asked = await self._read(request, schema.DetokenizeRequest, wire.detokenize, reservation)
+            text = await self._handler.detokenize(asked, reservation)
         self._json(request, {"prompt": text})
 
-    async def _read(self, request: Request, shape: type[B], reservation: KeyReservation) -> B:
+    async def _read(
+        self, request: Request, shape: type[B], convert: Callable[[B], T], reservation: KeyReservation
+    ) -> T:
         """Takes the quota, and then reads the body, which costs more than a refusal."""
         reservation.take(asyncio.get_running_loop().time())
-        return await read(request, shape, self._parser)
+        return await read(request, shape, convert, self._parser)
 
     async def _health(self, request: Request, caller: ApiKey | None) -> None:
         if reason := self._unready():

@@ -50,6 +50,9 @@ MAX_REST = 64 << 20
 The server reads them, because many clients read no answer while they send.
 """
 
+DISCARD_RATE = 64e6
+"""Bytes per second that all connections together discard. A client whose body is refused cannot keep the server busy."""
+
 MAX_PIPELINED = 8
 """Maximum number of requests that wait behind an answer. With more, the connection closes behind their answers."""
 
@@ -214,10 +217,21 @@ class Connection(asyncio.Protocol):
             self._pending += data
         elif self._current is None or self._receiving is self._current:
             self._parse(data)
+            if self._rest and self._receiving is not None:
+                self._wait_to_discard(len(data))
         else:
             self._pending += data
             if len(self._pending) > MAX_HEAD:
                 self._abort()  # to pause reading instead would hide a disconnect
+
+    def _wait_to_discard(self, size: int) -> None:
+        """Reads on when the server has had the time to discard the ``size`` bytes that it has just read."""
+        state, transport = self._state, self._transport
+        assert transport is not None
+        now = state.now()
+        state.discarded_until = max(now, state.discarded_until) + size / DISCARD_RATE
+        transport.pause_reading()
+        asyncio.get_running_loop().call_later(state.discarded_until - now, transport.resume_reading)
 
     def _parse(self, data: bytes) -> None:
         if self._idle:

@@ -44,7 +44,7 @@ class RunningChoices:
         envelope: Callable[[str], Envelope],
         span: Span,
     ) -> None:
-        self.asked = asked
+        self._asked = asked
         self._span = span
         self._handler = handler
         self._make_envelope = envelope
@@ -55,7 +55,7 @@ class RunningChoices:
 
     async def start(self, received: float, reservation: KeyReservation) -> None:
         """Queues every choice. If it raises ApiError or OverfillError, no choice runs."""
-        asked, handler = self.asked, self._handler
+        asked, handler = self._asked, self._handler
         try:
             with handler.metrics.refusing(""):
                 reservation.take(received, len(asked.prompts) * asked.n)
@@ -79,7 +79,7 @@ class RunningChoices:
 
     def _raise_named(self, error: BaseException) -> None:
         """Raises an error about the grammar again, with the grammar's field as the client named it."""
-        if isinstance(error, OverfillError) and (named := self.asked.with_grammar_field(error)) is not error:
+        if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
             raise named from error
 
     def _choice(self, prompt: int, answer: RunningAnswer) -> Choice:
@@ -88,7 +88,7 @@ class RunningChoices:
             envelope=self._envelope,
             seed=answer.accepted.seed,
             prompt_tokens=answer.accepted.prompt_tokens,
-            logprobs=self.asked.prompts[prompt].sampling.HasField("logprobs"),
+            logprobs=self._asked.prompts[prompt].sampling.HasField("logprobs"),
             brownout_from=answer.accepted.brownout_from,
             echo=self._echo(prompt),
         )
@@ -99,7 +99,7 @@ class RunningChoices:
         return self._envelope.wrap(
             [choice.whole() for choice in self.choices],
             chunk=False,
-            usage=answers.usage(self.choices, self.asked.n),
+            usage=answers.usage(self.choices, self._asked.n),
             overfill=self._envelope.extension(self.choices),
         )
 
@@ -149,7 +149,7 @@ class RunningChoices:
         choice.finished = answer.finished
 
     async def _send(self, choice: Choice, answer: RunningAnswer, request: Request, headers: Headers) -> None:
-        frame = None if self.asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
+        frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
         delta = await answer.next()
         if request.status is None:
             request.begin(200, headers)
@@ -177,9 +177,9 @@ class RunningChoices:
 
     def _end(self) -> bytes:
         """Returns the events after the last choice."""
-        if not self.asked.include_usage:
+        if not self._asked.include_usage:
             return answers.DONE
-        total = answers.usage(self.choices, self.asked.n)
+        total = answers.usage(self.choices, self._asked.n)
         return answers.event(self._envelope.wrap([], chunk=True, usage=total)) + answers.DONE
 
     def close(self) -> None:
@@ -188,6 +188,7 @@ class RunningChoices:
             self._stack.close()
         finally:
             self._span.end(self._failure)
+            self._failure = None  # its traceback refers to this object
 
     def __enter__(self) -> Self:
         return self
@@ -199,14 +200,14 @@ class RunningChoices:
         return b"" if choice is None else answers.event(self._chunk(choice, **more))
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-        if self.asked.continuous_usage:
-            more["usage"] = answers.usage(self.choices, self.asked.n)
-        elif self.asked.include_usage:
+        if self._asked.continuous_usage:
+            more["usage"] = answers.usage(self.choices, self._asked.n)
+        elif self._asked.include_usage:
             more["usage"] = None
         return self._envelope.wrap([choice], chunk=True, **more)
 
     def _echo(self, prompt: int) -> str:
-        if self.asked.echo is None:
+        if self._asked.echo is None:
             return ""
-        text = self.asked.echo[prompt]
+        text = self._asked.echo[prompt]
         return text if isinstance(text, str) else self._handler.tokenizer.decode(list(text))

@@ -129,7 +129,10 @@ class Request:
         if not self._received and self._error is None:
             await self._receive()
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                self._error = None  # or the traceback, which refers to this request, would be part of a circle
         parts, self._parts = self._parts or [], None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 

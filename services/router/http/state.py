@@ -12,12 +12,18 @@ from typing import Generic, TypeVar
 from overfill.errors import Overloaded
 from overfill.rpc.reload import ReloadingValue
 
+SHORT = 16 << 10
+"""Size in bytes up to which a body does not count."""
+
 C = TypeVar("C")
 R = TypeVar("R")
 
 
 class ByteBudget:
-    """Limits the bytes that bodies in receipt may hold together. Each counts with its announced length.
+    """Limits the bytes that bodies in receipt may hold together.
+
+    Each counts with its announced length, so that no body is refused that has begun. Short ones do not count: they
+    should not wait for long ones, and the limit of connections is theirs too.
 
     Args:
         total: maximum of all bodies, in bytes.
@@ -32,6 +38,8 @@ class ByteBudget:
 
     def take(self, key: str, size: int) -> None:
         """Counts ``size`` bytes as held by ``key``, which is empty without API keys. Raises Overloaded."""
+        if size <= SHORT:
+            return
         if self._sum + size > self._total:
             raise Overloaded(
                 f"this router receives request bodies of {self._sum} bytes already; its limit is {self._total}",
@@ -50,6 +58,8 @@ class ByteBudget:
 
     def release(self, key: str, size: int) -> None:
         """Ends the count of ``size`` bytes."""
+        if size <= SHORT:
+            return
         self._sum -= size
         self._held[key] -= size
         if not self._held[key]:
@@ -67,6 +77,7 @@ class ServerState(Generic[C, R]):
         max_body: maximum size of a request's body in bytes.
         budget: limit of all bodies in receipt.
         tls: the current TLS context; None means no TLS.
+        discarded_until: time until which connections have used up their rate of discarding bodies.
         draining: True once connections close behind their answers.
         open: all connections.
         none_open: set while there are none.
@@ -79,6 +90,7 @@ class ServerState(Generic[C, R]):
     max_body: int
     budget: ByteBudget
     tls: ReloadingValue[ssl.SSLContext] | None
+    discarded_until: float = 0.0
     draining: bool = False
     open: set[C] = field(default_factory=set)
     none_open: asyncio.Event = field(default_factory=asyncio.Event)

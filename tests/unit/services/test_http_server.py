@@ -317,8 +317,8 @@ async def test_tls_handshakes_count_as_connections_and_have_a_time(
 async def test_bodies_in_receipt_share_a_budget_and_a_key_has_a_part_of_it(
     start: Start, app: App, connect: Connect
 ) -> None:
-    address = await start(max_body=1000, max_bodies=4000)
-    head = b"TRACE / HTTP/1.1\r\nhost: x\r\nx-key: %b\r\ncontent-length: 900\r\n\r\n"
+    address = await start(max_body=100_000, max_bodies=400_000)
+    head = b"TRACE / HTTP/1.1\r\nhost: x\r\nx-key: %b\r\ncontent-length: 90000\r\n\r\n"
 
     async def begin(key: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await connect(address)
@@ -334,13 +334,13 @@ async def test_bodies_in_receipt_share_a_budget_and_a_key_has_a_part_of_it(
     others = [await begin(b"%d" % key) for key in range(3)]
     refused, _ = await begin(b"b")
     status, message = await answer(refused)
-    assert (status, b"its limit is 4000" in message) == (429, True)
+    assert (status, b"its limit is 400000" in message) == (429, True)
     for reader, writer in (first, *others):
-        writer.write(bytes(900))
-        assert await answer(reader) == (200, b"900")
+        writer.write(bytes(90_000))
+        assert await answer(reader) == (200, b"90000")
     reader, writer = await begin(b"b")
-    writer.write(bytes(900))
-    assert await answer(reader) == (200, b"900")
+    writer.write(bytes(90_000))
+    assert await answer(reader) == (200, b"90000")
 
 
 @pytest.mark.parametrize("length", [b"content-length: 1001", b"transfer-encoding: chunked"])
