@@ -156,7 +156,7 @@ class Choice:
             return None
         content: dict[str, Any] = {"content": delta.text} if delta.text or not delta.tool_calls else {}
         if delta.tool_calls:
-            content["tool_calls"] = [_call_delta(part) for part in delta.tool_calls]
+            content["tool_calls"] = _call_deltas(delta.tool_calls)
         return self._chunk(content, None if scores is None else {"content": scores, "refusal": None})
 
     def last(self) -> dict[str, Any]:
@@ -272,10 +272,15 @@ def _call(id: str, name: str) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
 
 
-def _call_delta(part: inference_pb2.ToolCallDelta) -> dict[str, Any]:
-    if part.name:
-        return {"index": part.index, **_call(part.id, part.name)}
-    return {"index": part.index, "function": {"arguments": part.arguments}}
+def _call_deltas(parts: Sequence[inference_pb2.ToolCallDelta]) -> list[dict[str, Any]]:
+    """``parts`` with one entry per call, as at OpenAI: some clients read only the first entry of a chunk."""
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        if part.index not in calls:
+            made = _call(part.id, part.name) if part.name else {"function": {"arguments": ""}}
+            calls[part.index] = {"index": part.index, **made}
+        calls[part.index]["function"]["arguments"] += part.arguments
+    return list(calls.values())
 
 
 def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:
