@@ -204,8 +204,9 @@ def _structured_outputs(ask: Ask) -> None:
         answer = ask(structured_outputs={"json": schema, "disable_any_whitespace": True}, max_tokens=60)
         assert json.loads(text(answer))["n"] in (1, 2)
     empty = {"type": "object", "properties": {}}
-    closed = {"json": empty, "disable_additional_properties": True}
-    assert text(ask(structured_outputs=closed)) == "{}"
+    for closed in ({}, {"disable_additional_properties": True}):
+        assert text(ask(structured_outputs={"json": empty} | closed)) == "{}"
+    assert text(ask(structured_outputs={"json": empty, "disable_additional_properties": False}, max_tokens=3)) != "{}"
     assert text(ask(structured_outputs={"json_object": True}, max_tokens=3)).startswith("{")
     assert text(ask(structured_outputs={})) == text(ask())
     refuses(ask, "structured_outputs.regex", structured_outputs={"regex": "[a-"})
@@ -276,12 +277,15 @@ def _documents(ask: Ask) -> None:
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+OPEN_SCHEMA = {name: value for name, value in SCHEMA.items() if name != "additionalProperties"}
 TOOL = {"type": "function", "function": {"name": "pick", "parameters": SCHEMA}}
 
 
 def _response_format(ask: Ask) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    assert json.loads(text(ask(response_format=wanted, max_tokens=60)))["n"] in (1, 2)
+    for strict in (False, True):
+        described = {"name": "x", "schema": OPEN_SCHEMA, "strict": strict}
+        answer = ask(response_format={"type": "json_schema", "json_schema": described}, max_tokens=60)
+        assert json.loads(text(answer)) in ({"n": 1}, {"n": 2})
     assert text(ask(response_format={"type": "json_object"}, max_tokens=3)).startswith("{")
     assert text(ask(response_format={"type": "text"})) == text(ask())
     _structural_tag(ask)
@@ -293,6 +297,9 @@ def _tools(ask: Ask) -> None:
     for tool in (TOOL, marked):
         message = ask(tools=[tool], tool_choice="required", max_tokens=200)["choices"][0]["message"]
         assert json.loads(message["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
+    open_ = {"type": "function", "function": {"name": "pick", "parameters": OPEN_SCHEMA}}
+    calls = ask(tools=[open_], tool_choice="required", max_tokens=200)["choices"][0]["message"]["tool_calls"]
+    assert all(json.loads(call["function"]["arguments"]) in ({"n": 1}, {"n": 2}) for call in calls)
     for strict in (False, True):
         names = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
         function = {"name": "pack", "parameters": {"type": "object", "properties": {"names": names}}, "strict": strict}
@@ -452,8 +459,9 @@ CHAT = [
     Case(
         "response_format",
         "supported",
-        "`json_object`, `json_schema`; `strict` rules out keys that the schema does not name; "
-        "what the grammar library cannot obey is 400; beside `tools`, the form of answers without calls",
+        "`json_object`, `json_schema`; objects have only the keys that the schema names, also without `strict`, unless "
+        "it says `additionalProperties`; what the grammar library cannot obey is 400; beside `tools`, the form of "
+        "answers without calls",
         check=_response_format,
     ),
     Case("safety_identifier", "ignored", "", value="x"),
@@ -516,7 +524,7 @@ EXTENSIONS = [
         "structured_outputs",
         "supported",
         "`json`, `regex`, `choice`, `grammar` (llguidance's dialect of Lark) or `json_object`; "
-        "`disable_additional_properties`",
+        "`disable_additional_properties`: false lets objects have keys that their schema does not name",
         check=_structured_outputs,
     ),
     Case("guided_choice", "supported", "as in `structured_outputs`", check=_guided("guided_choice", ["a", "b"], "a|b")),

@@ -48,7 +48,7 @@ def ask(url, model):
 
 
 @pytest.mark.skipif(not LIBRARIES.exists(), reason="needs instructor and LangChain: make test-all installs them")
-@pytest.mark.parametrize("library", ["instructor"])
+@pytest.mark.parametrize("library", ["instructor", "langchain"])
 def test_client_libraries_read_objects_from_tool_calls(url, model, library):
     program = Path(__file__).with_name("client_libraries.py")
     run = subprocess.run(
