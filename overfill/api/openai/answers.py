@@ -87,6 +87,7 @@ class Choice:
         brownout_from: Requested tier, if it is overloaded and another writes the answer; otherwise empty.
         echo: Text that precedes the answer.
         finished: Last message of the answer; None until it arrives.
+        cached_tokens: Number of prompt tokens that were in a prefix cache, as far as it is known before ``finished``.
     """
 
     index: int
@@ -98,6 +99,7 @@ class Choice:
     echo: str = ""
     finished: inference_pb2.Finished | None = None
     completion_tokens: int = 0
+    cached_tokens: int = 0
     _text: list[str] = field(default_factory=list)
     _scores: list[dict[str, Any]] = field(default_factory=list)
     _offset: int = 0
@@ -240,7 +242,10 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     """Token counts of all choices together. A prompt with ``n`` choices counts once."""
     prompt = sum(choice.prompt_tokens for choice in choices[::n])
     completion = sum(choice.completion_tokens for choice in choices)
-    cached = sum(choice.finished.usage.cached_tokens for choice in choices[::n] if choice.finished is not None)
+    cached = sum(
+        choice.cached_tokens if choice.finished is None else choice.finished.usage.cached_tokens
+        for choice in choices[::n]
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
