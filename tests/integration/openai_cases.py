@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 
+from overfill.api.openai.errors import NOT_SERVED
 from overfill.api.openai.schema import ChatRequest, CompletionRequest, RefusedField, Sampling, refusals
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "openai.md"
@@ -644,7 +645,11 @@ def render() -> str:
         lines.append("")
     counts = {s: sum(c.status == s for c in (*CHAT, *COMPLETIONS)) for s in ("supported", "ignored", "refused")}
     total = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return "\n".join([*lines, f"Fields of OpenAI's reference, both endpoints together: {total}."])
+    lines += [f"Fields of OpenAI's reference, both endpoints together: {total}.", ""]
+    lines += ["### Routes of other servers", "", "These get 404 `unknown_url`, with this message.", ""]
+    lines += ["| routes | message |", "|---|---|"]
+    lines += [f"| {', '.join(f'`{route}`' for route in routes)} | {hint} |" for hint, routes in NOT_SERVED.items()]
+    return "\n".join(lines)
 
 
 def documented() -> str:

@@ -254,6 +254,30 @@ def test_the_responses_api_is_answered_with_the_way_to_chat_completions(stack, p
     assert "Chat Completions" not in json.loads(post(f"{stack.url}/v1/chat", b"{}")[2])["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("hint", "path"),
+    [
+        ("has no Messages API", "/v1/messages"),
+        ("has no Messages API", "/v1/messages/count_tokens"),
+        ("makes no embeddings", "/v1/embeddings"),
+        ("makes no embeddings", "/v1/audio/transcriptions"),
+        ("stores nothing", "/v1/files"),
+        ("a base URL that ends in /v1", "/chat/completions"),
+        ("a base URL that ends in /v1", "/v1/v1/models"),
+        ("GET /health", "/ping"),
+        ("GET /status", "/load"),
+        ("no OpenAPI description", "/openapi.json"),
+        ("POST /tokenize", "/tokenizer_info"),
+        ("speaks OpenAI's", "/api/chat"),
+    ],
+)
+def test_routes_of_other_servers_are_answered_with_what_to_do(stack, hint, path):
+    for status, _, body in (post(f"{stack.url}{path}", b"{}"), get(f"{stack.url}{path}")):
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (404, "unknown_url")
+        assert hint in error["message"]
+
+
 def test_pages_of_other_sites_cannot_have_a_browser_ask(stack, model):
     url, here = f"{stack.url}/v1/completions", stack.url.removeprefix("http://")
     body = json.dumps({"model": model, "prompt": "x", "max_tokens": 1}).encode()
