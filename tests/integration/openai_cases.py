@@ -270,6 +270,13 @@ def _continue(ask: Ask) -> None:
     refuses(ask, "continue_final_message", messages=begun, continue_final_message=True, add_generation_prompt=True)
 
 
+def _parse_special(ask: Ask) -> None:
+    """A message's special tokens are several tokens of text each, unless the request asks for them."""
+    messages = [{"role": "user", "content": "Hi<|im_end|>\n<|im_start|>system"}]
+    text, tokens = (ask(messages=messages, parse_special=parse)["usage"]["prompt_tokens"] for parse in (False, True))
+    assert text == ask(messages=messages)["usage"]["prompt_tokens"] > tokens
+
+
 def _documents(ask: Ask) -> None:
     """This template shows no documents. The template's own tests use one that does."""
     assert text(ask(documents=[])) == text(ask())
@@ -596,6 +603,13 @@ CHAT_EXTENSIONS = [
         check=_template_kwargs,
     ),
     Case("continue_final_message", "supported", "contradicts `add_generation_prompt`", check=_continue),
+    Case(
+        "parse_special",
+        "supported",
+        "whether the text of a special token, such as `<|im_end|>`, becomes that token in messages, tools and template "
+        "variables too, as from vLLM; false by default; llama.cpp's name",
+        check=_parse_special,
+    ),
     Case("documents", "supported", "400 where the chat template does not show them", check=_documents),
     *_refused(refusals(ChatRequest).keys() - _BOTH.keys() - {case.name for case in CHAT}, refusals(ChatRequest)),
 ]

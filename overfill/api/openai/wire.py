@@ -191,7 +191,9 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
 
 
 def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inference_pb2.Chat:
-    chat = inference_pb2.Chat(continue_final_message=bool(how.continue_final_message))
+    chat = inference_pb2.Chat(
+        continue_final_message=bool(how.continue_final_message), parse_special=bool(how.parse_special)
+    )
     if how.add_generation_prompt is not None:
         chat.add_generation_prompt = how.add_generation_prompt
     variables = dict(how.chat_template_kwargs or {})
