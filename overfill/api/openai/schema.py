@@ -297,6 +297,7 @@ class Templated(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     documents: Annotated[Items[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    parse_special: bool | None = None  # llama.cpp's name
     chat_template: Annotated[
         Any, RefusedField("the model brings its own; 'chat_template_kwargs' sets its variables")
     ] = None

@@ -151,6 +151,7 @@ class RunningChoices:
     async def _send(self, choice: Choice, answer: RunningAnswer, request: Request, headers: Headers) -> None:
         frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
         delta = await answer.next()
+        choice.cached_tokens = answer.cached_tokens
         if request.status is None:
             request.begin(200, headers)
         events = self._event(choice.first())
