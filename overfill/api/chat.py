@@ -64,7 +64,7 @@ def template_options(chat: inference_pb2.Chat) -> TemplateOptions:
         raise InvalidRequest(field, "is not a JSON object")
     continued = chat.continue_final_message
     opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continued
-    return TemplateOptions(variables, opened, continued)
+    return TemplateOptions(variables, opened, continued, chat.parse_special)
 
 
 def read_tools(chat: inference_pb2.Chat) -> list[ToolDefinition]:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
 from overfill.api.chat_template import ChatTemplate, TemplateOptions
+from overfill.api.special_tokens import SpecialTokens
 from overfill.errors import InvalidPair, InvalidRequest
 
 _SPECIAL_TOKENS = (
@@ -67,6 +69,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self._skipped_ids = frozenset(i for i, t in added.items() if t.special)
+        self._special = SpecialTokens(backend)
         self._byte_level = "ByteLevel" in str(backend.decoder)
         # Other decoders look at a token's neighbours, for example to drop the first space of a text.
         self._joins_tokens = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
@@ -154,8 +157,16 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: TemplateOptions | None = None,
     ) -> list[int]:
-        """Token ids of a chat. Only the template adds special tokens. Arguments and errors are those of ``render``."""
-        return self._encode(self.render(messages, tools, options), add_special_tokens=False)
+        """Token ids of a chat. Only the template adds special tokens; their texts in messages and tools stay text.
+
+        Arguments and errors are those of ``render``. With ``options.parse_special``, messages add special tokens too.
+        """
+        options = options or TemplateOptions()
+        shown = None if options.parse_special else self._special.mark([messages, tools, options.variables])
+        if shown is None:
+            return self._encode(self.render(messages, tools, options), add_special_tokens=False)
+        messages, tools, variables = shown
+        return self._special.encode(self.render(messages, tools, replace(options, variables=variables)))
 
     def encode_user_opening(self) -> list[int]:
         """Token ids of a chat up to the text of the user's first message. A model continues them as the user.

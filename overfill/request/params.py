@@ -52,7 +52,10 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """A grammar of the JSON texts that ``schema`` accepts."""
+        """A grammar of the JSON texts that ``schema`` accepts.
+
+        Its objects are closed: those with ``properties`` and without ``additionalProperties`` have no other keys.
+        """
         return cls("json_schema", json.dumps(schema))
 
     def to_proto(self) -> common_pb2.Grammar:

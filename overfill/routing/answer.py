@@ -132,6 +132,11 @@ class AnswerState:
         return done
 
     @property
+    def cached_tokens(self) -> int:
+        """Number of prompt tokens that were in a prefix cache; 0 until a worker has said it."""
+        return self._so_far.usage.cached_tokens
+
+    @property
     def progress(self) -> str:
         """The number of tokens produced, as a phrase for messages."""
         count = len(self.emitted)

@@ -63,13 +63,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        ids = await self._handler.tokenize(request, _caller())
+        with self._handler.reserve(_caller()) as reservation:
+            ids = await self._handler.tokenize(request, reservation)
         return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, _caller()))
+        with self._handler.reserve(_caller()) as reservation:
+            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, reservation))
 
 
 def _caller() -> ApiKey | None:

@@ -111,8 +111,9 @@ def test_prompts_are_rendered_and_cut_as_asked() -> None:
     assert request.chat.chat_template_kwargs == '{"enable_thinking": false}'
     assert request.truncate_prompt_tokens == -1
     assert build(chat, continue_final_message=True).chat.continue_final_message
+    assert build(chat, parse_special=True).chat.parse_special
     assert not build("x").HasField("truncate_prompt_tokens")
-    for field in ("chat_template_kwargs", "continue_final_message"):
+    for field in ("chat_template_kwargs", "continue_final_message", "parse_special"):
         with pytest.raises(InvalidRequest, match="only for chats"):
             build("x", **{field: {"a": 1}})
     with pytest.raises(InvalidRequest, match="is not JSON"):
