@@ -217,8 +217,9 @@ class HttpApi:
         with answers:
             if asked.stream:
                 await answers.stream(request, [*headers, *self._cors.headers(request)])
-            else:
-                self._json(request, await answers.whole(), headers)
+                return
+            whole = await answers.whole()
+        self._json(request, whole, headers)
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.reserve(caller) as reservation:

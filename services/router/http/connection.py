@@ -51,7 +51,7 @@ The server reads them, because many clients read no answer while they send.
 """
 
 DISCARD_RATE = 64e6
-"""Bytes per second that all connections together discard. A client whose body is refused cannot keep the server busy."""
+"""Bytes per second that all connections together discard, so that refused bodies do not keep the server busy."""
 
 MAX_PIPELINED = 8
 """Maximum number of requests that wait behind an answer. With more, the connection closes behind their answers."""
