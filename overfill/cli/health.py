@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from overfill.cli.options import Number, address_option, client_tls, tls_options
-from overfill.settings.renamed import warn
 
 if TYPE_CHECKING:
     from overfill.rpc.tls import ClientTls
 
 
 @click.command("health")
-@click.argument("earlier", metavar="", required=False)
 @address_option("Address of a process of the stack, or of several, separated by commas: the first that answers counts.")
 @click.option(
     "--service", default="", help="gRPC service to ask for, such as overfill.v1.Decode.  [default: the whole process]"
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 @click.option("--live", is_flag=True, help="Exit with 0 on any answer, ready or not. For liveness probes.")
 @tls_options
 def health_command(
-    earlier: str | None,
     address: str,
     service: str,
     timeout: float,
@@ -53,9 +50,6 @@ def health_command(
     """
     from overfill.rpc.addresses import split_addresses
 
-    if earlier is not None:
-        warn("`overfill health ADDRESS`", "`overfill health --address ADDRESS`")
-        address = earlier
     tls = client_tls(tls_ca, tls_cert, tls_key, tls_name)
     try:
         addresses = split_addresses(address)

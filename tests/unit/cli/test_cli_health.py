@@ -65,11 +65,6 @@ def test_an_invalid_address_is_bad_usage(address: str, capsys: pytest.CaptureFix
     assert "address is" in capsys.readouterr().err.lower()
 
 
-def test_the_earlier_argument_still_names_the_address(full: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert main(["health", "--live", full]) == 0
-    assert "is now `overfill health --address ADDRESS`" in caplog.text
-
-
 def test_the_address_may_come_from_the_environment(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ADDRESS", f"{full},{NOBODY}")
     assert main(["health", "--live"]) == 0
