@@ -297,7 +297,11 @@ class FailedStepPrefillConformance(EngineConformance):
         except RuntimeError:
             assert driver.dead
             assert self.num_failed_steps(driver) == 1
+            assert isinstance(failing.error, RuntimeError)
+            assert failing.ended_engine
+            assert later.error is None, "it was not in the step"
             return
+        assert not failing.ended_engine
         assert self.num_failed_steps(driver) == 1
         assert isinstance(failing.error, RuntimeError)
         assert failing.computed is None
