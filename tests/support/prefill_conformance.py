@@ -299,7 +299,6 @@ class FailedStepPrefillConformance(EngineConformance):
             assert self.num_failed_steps(driver) == 1
             assert isinstance(failing.error, RuntimeError)
             assert failing.ended_engine
-            assert later.error is None, "it was not in the step"
             return
         assert not failing.ended_engine
         assert self.num_failed_steps(driver) == 1
