@@ -110,8 +110,9 @@ class ChatTemplate:
                 add_generation_prompt=options.add_generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InvalidRequest("chat.messages", f"are refused by the chat template: {error}") from error
+        except Exception as error:  # a template is code that runs on the client's values, and may raise anything
+            reason = str(error) or type(error).__name__
+            raise InvalidRequest("chat.messages", f"are refused by the chat template: {reason}") from error
         if not options.continue_final_message:
             return text
         # The text must contain the message once and unchanged; some templates repeat a message or cut it.

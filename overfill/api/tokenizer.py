@@ -119,7 +119,11 @@ class Tokenizer:
         return own if own in self.eos_token_ids else next(iter(self.eos_token_ids), None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens that the tokenizer adds."""
+        """Token ids of plain text, with the special tokens that the tokenizer adds.
+
+        Raises:
+            InvalidRequest: the text has a lone surrogate, which is not valid Unicode.
+        """
         return self._encode(text, add_special_tokens=True)
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -213,8 +217,21 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # Unlike ``encode``, the call for batches can leave out the tokens' places in the text, a fifth of the time.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError:
+            _check_unicode(text)
+            raise
         return encoding.ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            "prompt", f"is not valid Unicode: lone surrogate at character {error.start}; leave it out"
+        ) from None
 
 
 def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:

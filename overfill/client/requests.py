@@ -305,7 +305,7 @@ def _add_template_options(request: inference_pb2.GenerateRequest, options: Optio
 def _json_text(field: str, value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(field, f"is not JSON: {error}") from None
 
 

@@ -29,6 +29,7 @@ from overfill.errors import (
     PromptTooLong,
     RequestCancelled,
     ShuttingDown,
+    StepFailed,
     TransferFailed,
     Unauthenticated,
     Unavailable,
@@ -61,6 +62,7 @@ _CODES: dict[type[OverfillError], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     InternalError: grpc.StatusCode.INTERNAL,
+    StepFailed: grpc.StatusCode.INTERNAL,
 }
 _BY_NAME = {cls.__name__: cls for cls in _CODES}
 

@@ -134,3 +134,9 @@ def test_a_damaged_file_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{")
     with pytest.raises(InvalidPair, match=name):
         Tokenizer.load(folder)
+
+
+def test_a_lone_surrogate_is_named(any_tokenizer: Tokenizer) -> None:
+    for encode in (any_tokenizer.encode, any_tokenizer.encode_continuation):
+        with pytest.raises(InvalidRequest, match="lone surrogate at character 2"):
+            encode("ab\ud800")

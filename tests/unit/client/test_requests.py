@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import pytest
@@ -118,6 +119,8 @@ def test_prompts_are_rendered_and_cut_as_asked() -> None:
             build("x", **{field: {"a": 1}})
     with pytest.raises(InvalidRequest, match="is not JSON"):
         build(chat, chat_template_kwargs={"a": math.nan})
+    with pytest.raises(InvalidRequest, match=r"is not JSON: .*recursion"):
+        build(chat, chat_template_kwargs={"a": reduce(lambda inner, _: [inner], range(100_000), [])})
 
 
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])

@@ -31,6 +31,7 @@ ERRORS = [
     errors.Unavailable("gone"),
     errors.ShuttingDown("draining"),
     errors.InternalError("oops: ünïcode"),
+    errors.StepFailed("decode failed and ended its worker"),
 ]
 
 
