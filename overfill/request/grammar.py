@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 _MASK_WORD_BITS = 32
 
-# Limits of an automaton when it is compiled and at each token, because it grows while an answer is written. Of a hundred
-# realistic grammars (tests/support/realistic_grammars.py), the largest needs the number in the comment.
+# Limits of an automaton when it is compiled and at each token, because it grows while an answer is written. The comments
+# say what the largest of a hundred realistic grammars needs (tests/support/realistic_grammars.py).
 _PARSER_LIMITS = {
     "max_items_in_row": 1_200,  # 599, of 150 optional fields
     "initial_lexer_fuel": 1_000_000,  # 250,000, of 128 tools
@@ -58,8 +58,8 @@ MATCHER_BYTES = 32 << 20
 _CREDIT_PER_TOKEN, _MAX_CREDIT = 0.003, 0.15
 """CPU time that a matcher may take, in seconds: for each token, and in addition at any time.
 
-The limits above do not bound it: of an ambiguous grammar, a step with 500 items in a row takes 20 ms, and one with 1,000
-takes 600 ms. Realistic grammars take 0.1 to 0.6 ms per token. A slow one delays all answers of its batch.
+The limits above do not bound it: of an ambiguous grammar, a step with 500 items in a row takes 20 ms, and one with
+1,000 takes 600 ms. Realistic grammars take 0.1 to 0.6 ms per token. A slow one delays all answers of its batch.
 """
 
 _COSTLY = 0.05
@@ -349,8 +349,7 @@ def _compiled(grammar: Grammar) -> str:
 
 def _in_one_line(message: str) -> str:
     """The first line of llguidance's ``message``. If it ends with a colon, the line with the error follows it."""
-    lines = [line.strip() for line in message.replace("<non-verbose/>", "").strip().splitlines()] or [
-        "the grammar is not supported"
-    ]
+    message = message.replace("<non-verbose/>", "").strip()
+    lines = [line.strip() for line in message.splitlines()] or ["the grammar is not supported"]
     reason = next((line for line in lines[1:] if line.startswith("error:")), "") if lines[0].endswith(":") else ""
     return f"{lines[0]} {reason}".strip()[:500]

@@ -1,4 +1,4 @@
-"""One trial of a grammar, in a process that may die of it: compiles the grammar, walks through answers, and measures."""
+"""One trial of a grammar, in a process that may die of it: compiles the grammar, walks through an answer, measures."""
 
 from __future__ import annotations
 

@@ -25,12 +25,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from overfill.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from overfill.request.trial import Bench
 
 OK, INVALID, TOO_COMPLEX, LATE = b"O", b"I", b"C", b"L"
 """Outcomes: the function's result; JSON of field and message; why the child died; nothing, for lack of CPU."""
@@ -73,6 +70,33 @@ def _read(connection: socket.socket, length: int) -> bytes | None:
     return bytes(data)
 
 
+class Limits(Protocol):
+    """Limits of a trial; see ``overfill.request.grammar.GrammarLimits``."""
+
+    @property
+    def seconds(self) -> int: ...
+
+    @property
+    def stack_bytes(self) -> int: ...
+
+    @property
+    def trial_bytes(self) -> int: ...
+
+    @property
+    def too_much_memory(self) -> str: ...
+
+
+class Bench(Protocol):
+    """What all trials share; see ``overfill.request.trial.Bench``."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def virtual_bytes(self) -> int:
+        """Returns the size of this process's address space."""
+        ...
+
+
 @dataclass(slots=True)
 class _Child:
     number: int
@@ -112,7 +136,7 @@ class _Helper:
 
     def _start(self, number: int, body: bytes) -> None:
         name, _, argument = body.partition(b"\0")
-        function = _function(name.decode())  # imported here, so that no child imports it again
+        function = _named(name.decode())  # imported here, so that no child imports it again
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -160,10 +184,10 @@ class _Helper:
                 os.kill(child.pid, signal.SIGKILL)
 
 
-def _function(name: str) -> Callable[[bytes, Bench], bytes]:
+def _named(name: str) -> Any:
+    """Returns what ``module:attribute`` names."""
     module, _, attribute = name.partition(":")
-    function: Callable[[bytes, Bench], bytes] = getattr(importlib.import_module(module), attribute)
-    return function
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _try(bench: Bench, function: Callable[[bytes, Bench], bytes], argument: bytes, writing: int) -> NoReturn:
@@ -203,11 +227,9 @@ def _confine(bench: Bench) -> None:
 
 
 def main() -> None:
-    """Runs the helper. Its standard input is the connection to the parent; its argument says what to load."""
-    from overfill.request.trial import Bench
-
+    """Runs the helper. Its standard input is the connection to the parent; its arguments name and describe a Bench."""
     with socket.socket(fileno=0) as connection, suppress(ConnectionError):
-        bench = Bench(**json.loads(sys.argv[1]))
+        bench = _named(sys.argv[1])(**json.loads(sys.argv[2]))
         gc.freeze()  # a collection in a child would copy every page of the heap
         helper = _Helper(connection, bench)
         try:

@@ -19,6 +19,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 RUNNING, WAITING = 3, 32
 """Trials that run at once, one per key; and trials of one key that wait."""
 
+_BENCH = "overfill.request.trial:Bench"
 _MAX_VERDICT_BYTES = 16 << 20
 _VERDICT_BYTES = 300  # without its texts
 _MARGIN = 30.0
@@ -170,7 +172,7 @@ class _Helper:
         self._connection, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "overfill.request.trial_helper", bench],
+                [sys.executable, "-P", "-m", "overfill.request.trial_helper", _BENCH, bench],
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
@@ -199,10 +201,8 @@ class _Helper:
 
     def end(self) -> None:
         """Closes the connection, at which the process ends."""
-        try:
+        with suppress(OSError):  # it is closed already
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is closed already
 
     def kill(self) -> None:
         """Ends the process at once, with its trials."""
@@ -225,7 +225,7 @@ class _Helper:
 
 
 def _environment() -> dict[str, str]:
-    """Returns the helper's environment: no secrets, one thread, and one heap, of which a limit of memory can be sure."""
+    """Returns the helper's environment: no secrets, one thread, and one heap, because limits count reserved memory."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     single = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
     # Not only this process's PYTHONPATH, because a host such as Ray may have changed the path since the start.

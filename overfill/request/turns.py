@@ -22,7 +22,7 @@ class Turns:
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of the keys' next turns
 
     async def take(self, key: str) -> None:
-        """Waits for a turn. The caller ends it with ``end``. Raises Overloaded if too many of the key's callers wait."""
+        """Waits for a turn. The caller ends it with ``end``. Raises Overloaded if too many callers of the key wait."""
         queue = self._queues.get(key, deque())
         if not queue and key not in self._held and len(self._held) < self._most:
             self._held.add(key)
