@@ -46,16 +46,18 @@ class Turns:
             raise
 
     def end(self, key: str) -> None:
-        """Ends the key's turn and gives free ones to the keys that have waited longest."""
+        """Ends the key's turn and gives free turns to the keys whose last one is longest ago."""
         self._held.discard(key)
+        if key in self._queues:
+            self._queues[key] = self._queues.pop(key)
         for next_key in [*self._queues]:
             if len(self._held) >= self._most:
                 return
             if next_key in self._held:
                 continue
-            queue = self._queues.pop(next_key)
+            queue = self._queues[next_key]
             turn = queue.popleft()
-            if queue:
-                self._queues[next_key] = queue  # behind the other keys
+            if not queue:
+                del self._queues[next_key]
             self._held.add(next_key)
             turn.set_result(None)
