@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _MASK_WORD_BITS = 32
 
-# Limits of an automaton when it is compiled and at each token, because it grows while an answer is written. The comments
+# Limits of an automaton when it is compiled and at each token, because it grows while an answer is written. Comments
 # say what the largest of a hundred realistic grammars needs (tests/support/realistic_grammars.py).
 _PARSER_LIMITS = {
     "max_items_in_row": 1_200,  # 599, of 150 optional fields
