@@ -80,6 +80,10 @@ class GrammarFailed(InvalidRequest):
     """llguidance cannot continue a grammar after the tokens so far, because it became too complex."""
 
 
+class GrammarStuck(GrammarFailed):
+    """A grammar allows no token after those so far, and not the end of the answer either."""
+
+
 def _half_a_stack() -> int:
     """Returns half of the stack that a new thread of this process gets, in bytes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
@@ -282,15 +286,14 @@ class Matcher:
         if self._credit < 0:
             raise GrammarFailed(
                 "sampling.grammar",
-                "became too complex in this answer: its tokens take more than "
-                f"{_CREDIT_PER_TOKEN * 1000:g} ms of CPU time each",
+                f"is too complex: tokens of its answers take more than {_CREDIT_PER_TOKEN * 1000:g} ms of CPU time",
             )
 
     def _failure(self) -> GrammarFailed:
         reason = _in_one_line(self._matcher.get_error())
-        if self._matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex"):
-            reason = f"became too complex in this answer: {reason}"
-        return GrammarFailed("sampling.grammar", reason)
+        if reason.startswith("NoExtension"):  # the error of llguidance is this word
+            return GrammarStuck("sampling.grammar", "allows no token after the beginning of an answer that it allows")
+        return GrammarFailed("sampling.grammar", f"is too complex: {reason}")
 
 
 def available() -> bool:

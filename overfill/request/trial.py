@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, available
+from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, GrammarStuck, available
 from overfill.request.params import Grammar
 
 _TOKENS = 64
@@ -56,11 +56,13 @@ class Bench:
         compiled = time.process_time()
         until = compiled + _WALK_SHARE * self.limits.seconds
         seconds = compiled - began
-        for _ in range(_TOKENS):
+        for token in range(_TOKENS):
             try:
                 if time.process_time() > until or not matcher.advance(generator):
                     break
             except GrammarFailed as error:
+                if token and isinstance(error, GrammarStuck):  # a model may choose other tokens
+                    break
                 raise InvalidRequest(field, str(error).removeprefix(f"{error.field}: ")) from error
         if _status("VmRSS") - before > self.limits.memory:
             raise InvalidRequest(field, f"is too complex: {self.limits.too_much_memory}")
