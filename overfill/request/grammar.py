@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overfill.errors import InvalidRequest
+from overfill.request.fair_turns import FairTurns
 from overfill.request.params import Grammar
 from overfill.request.trials import Trials
-from overfill.request.turns import Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ _MASK_WORD_BITS = 32
 
 # Limits of an automaton when it is compiled and at each token, because it grows while an answer is written. Comments
 # say what the largest of a hundred realistic grammars needs (tests/support/realistic_grammars.py).
-_PARSER_LIMITS = {
+_PARSER_LIMITS: dict[str, Any] = {
     "max_items_in_row": 1_200,  # 599, of 150 optional fields
     "initial_lexer_fuel": 1_000_000,  # 250,000, of 128 tools
     "step_lexer_fuel": 100_000,  # 25,000; this takes 7 ms
@@ -143,7 +143,7 @@ class Grammars:
         self._live: weakref.WeakSet[Matcher] = weakref.WeakSet()
         # One of the threads at a time compiles a costly grammar, so that the other ones do not wait for it.
         self._compilers = ThreadPoolExecutor(2, "grammar")
-        self._costly = Turns(1, _MAX_COSTLY)
+        self._costly = FairTurns(1, _MAX_COSTLY)
         bench = {
             "tokenizer_json": str(tokenizer_json.resolve()),
             "vocab_size": vocab_size,

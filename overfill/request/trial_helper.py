@@ -70,7 +70,7 @@ def _read(connection: socket.socket, length: int) -> bytes | None:
     return bytes(data)
 
 
-class Limits(Protocol):
+class _Limits(Protocol):
     """Limits of a trial; see ``overfill.request.grammar.GrammarLimits``."""
 
     @property
@@ -86,11 +86,11 @@ class Limits(Protocol):
     def too_much_memory(self) -> str: ...
 
 
-class Bench(Protocol):
+class _Bench(Protocol):
     """What all trials share; see ``overfill.request.trial.Bench``."""
 
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> _Limits: ...
 
     def virtual_bytes(self) -> int:
         """Returns the size of this process's address space."""
@@ -108,7 +108,7 @@ class _Child:
 
 
 class _Helper:
-    def __init__(self, connection: socket.socket, bench: Bench) -> None:
+    def __init__(self, connection: socket.socket, bench: _Bench) -> None:
         self._connection = connection
         self._bench = bench
         self._children: dict[int, _Child] = {}  # by the pipe on which each replies
@@ -118,7 +118,8 @@ class _Helper:
         """Serves until the parent has ended, by whatever way: then its end of the connection is closed."""
         while True:
             wait = 0.05 if self._children else None
-            ready, _, _ = select.select([self._connection, *self._children], [], [], wait)
+            sources: list[Any] = [self._connection, *self._children]
+            ready, _, _ = select.select(sources, [], [], wait)
             for source in ready:
                 if source is self._connection:
                     frame = read_frame(self._connection)
@@ -190,7 +191,7 @@ def _named(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _try(bench: Bench, function: Callable[[bytes, Bench], bytes], argument: bytes, writing: int) -> NoReturn:
+def _try(bench: _Bench, function: Callable[[bytes, _Bench], bytes], argument: bytes, writing: int) -> NoReturn:
     """Runs a trial in a new child process, writes the reply, and ends the process."""
     try:
         _confine(bench)
@@ -211,7 +212,7 @@ def _try(bench: Bench, function: Callable[[bytes, Bench], bytes], argument: byte
         os._exit(2)
 
 
-def _confine(bench: Bench) -> None:
+def _confine(bench: _Bench) -> None:
     limits = bench.limits
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     with open(os.devnull, "w") as nowhere:

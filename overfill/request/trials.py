@@ -25,7 +25,7 @@ from typing import Any
 
 from overfill.errors import InvalidRequest, Overloaded
 from overfill.request import trial_helper
-from overfill.request.turns import Turns
+from overfill.request.fair_turns import FairTurns
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Trials:
     def __init__(self, bench: Mapping[str, Any], seconds: int) -> None:
         self._bench = json.dumps(bench)
         self._patience = trial_helper.WALL_FACTOR * seconds + _MARGIN
-        self._turns = Turns(RUNNING, WAITING)
+        self._turns = FairTurns(RUNNING, WAITING)
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._bytes = 0
         self._running: set[asyncio.Task[_Verdict]] = set()
@@ -173,7 +173,7 @@ class _Helper:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "overfill.request.trial_helper", _BENCH, bench],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
                 start_new_session=True,

@@ -17,10 +17,10 @@ import pytest
 from realistic_grammars import grammars as realistic_grammars
 
 from overfill.errors import InvalidRequest, Overloaded
+from overfill.request.fair_turns import FairTurns
 from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, Matcher
 from overfill.request.params import Grammar
 from overfill.request.trials import WAITING
-from overfill.request.turns import Turns
 
 
 def chain(links: int, how: str) -> str:
@@ -205,7 +205,7 @@ def _allows(matcher: Matcher, token: int) -> bool:
 
 
 async def test_turns_go_round_between_keys() -> None:
-    turns, order = Turns(most=2, waiting=9), []
+    turns, order = FairTurns(most=2, waiting=9), []
 
     async def use(key: str, number: int) -> None:
         await turns.take(key)
@@ -218,7 +218,7 @@ async def test_turns_go_round_between_keys() -> None:
 
 
 async def test_a_turn_that_is_granted_to_a_cancelled_caller_passes_on() -> None:
-    turns = Turns(most=1, waiting=9)
+    turns = FairTurns(most=1, waiting=9)
     await turns.take("a")
     second, third = (asyncio.ensure_future(turns.take(key)) for key in ("b", "c"))
     await asyncio.sleep(0)

@@ -8,7 +8,7 @@ from collections import deque
 from overfill.errors import Overloaded
 
 
-class Turns:
+class FairTurns:
     """Admits a few callers at a time, one per key. All callers use one event loop.
 
     Args:
