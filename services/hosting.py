@@ -238,6 +238,7 @@ async def serve_stages(
         if exporter is not None:
             exporter.close()
         for stage in stages:
+            stage.served.grammars.close()
             await stage.close()
         if cores is not None:
             cores.close()

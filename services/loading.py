@@ -52,6 +52,7 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache == "on",
         threads=config.threads,
+        grammars=config.grammar_limits(),
         engine_args=json.loads(config.engine_args or "{}"),
     )
     if half == "full" and isinstance(config, PrefillConfig | ColocatedConfig):

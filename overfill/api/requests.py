@@ -9,16 +9,16 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from overfill.api.chat import chat_grammar, encode_chat
+from overfill.api.chat import encode_chat
 from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.kv.keys import PromptKeys
-from overfill.request.grammar import check_grammar
 from overfill.request.params import (
     MAX_STOPS,
     MAX_STREAM_INTERVAL,
     REQUEST_ID_CHARACTERS,
+    Grammar,
     SamplingParams,
     check_token_ids,
 )
@@ -69,13 +69,18 @@ class CheckedRequest:
 
 
 def validate_generate(
-    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int
+    request: inference_pb2.GenerateRequest,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    vocab_size: int,
+    tools: Grammar | None = None,
 ) -> CheckedRequest:
     """Check ``request``, tokenize its prompt, and set request id, seed and ``max_tokens`` where they are missing.
 
     Args:
         max_model_len: Maximum number of tokens of prompt and answer together.
         vocab_size: Size of the vocabulary; token ids are below it.
+        tools: Result of ``tried_grammar``, which checks the request's grammars: the grammar that its tools need.
 
     Raises:
         PromptTooLong: the context has no space after the prompt for an answer, ``max_tokens`` or ``min_tokens``.
@@ -90,9 +95,6 @@ def validate_generate(
     stop = _check_stop(request.stop)
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.check_vocab(vocab_size)
-    if sampling.grammar is not None:
-        check_grammar(sampling.grammar)
-    tools = chat_grammar(request.chat, sampling.grammar) if request.HasField("chat") else None
     if tools is not None:
         sampling = replace(sampling, grammar=tools)
     prompt = _prompt_token_ids(request, tokenizer, vocab_size)

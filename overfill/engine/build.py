@@ -29,7 +29,7 @@ from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
 from overfill.process.limits import available_memory
-from overfill.request.grammar import Grammars
+from overfill.request.grammar import GrammarLimits, Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -246,6 +246,7 @@ def size_pools(
     max_model_len: int | None,
     memory_fraction: float = MEMORY_FRACTION,
     gpu_share: float = 1.0,
+    grammar_limits: GrammarLimits | None = None,
 ) -> list[EngineParts]:
     """Allocates the KV cache of every half in this process, all on one device.
 
@@ -257,6 +258,7 @@ def size_pools(
         max_model_len: maximum number of tokens of a sequence. None means as many as a cache holds.
         memory_fraction: share of the free memory that caches and steps may take when ``kv_memory`` is None.
         gpu_share: share of a GPU's memory that this process may use when ``kv_memory`` is None.
+        grammar_limits: what a client's grammar may cost; None means the defaults.
 
     Raises:
         NotEnoughMemory: the message names both sizes and what to change.
@@ -283,7 +285,7 @@ def size_pools(
             f"{larger_share}"
         )
     advice = "give a smaller --kv-memory"
-    parts = []
+    parts, grammars = [], _grammars(halves[0], grammar_limits)
     for half, num_blocks in zip(halves, blocks, strict=True):
         longest = _longest(half.requirement, num_blocks, max_model_len, larger_share)
         with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.requirement.block_bytes)}", device, advice):
@@ -293,7 +295,6 @@ def size_pools(
             *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
         )
         runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
-        grammars = _grammars(half)
         parts.append(
             EngineParts(
                 runner, pool, half.model.config, half.full_spec, half.pair, longest, grammars, half.kv_cache_dtype
@@ -302,10 +303,10 @@ def size_pools(
     return parts
 
 
-def _grammars(half: LoadedHalf) -> Grammars:
+def _grammars(half: LoadedHalf, limits: GrammarLimits | None) -> Grammars:
     # Both halves take the full model's, because a decoder's config may name other stop tokens.
     pair, vocab_size = half.pair, half.model.config.vocab_size
-    return Grammars(pair.full_path / "tokenizer.json", vocab_size, pair.full_config.eos_token_ids)
+    return Grammars(pair.full_path / "tokenizer.json", vocab_size, pair.full_config.eos_token_ids, limits)
 
 
 def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int | None, larger_share: str) -> int:

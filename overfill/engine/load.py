@@ -39,7 +39,13 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
 
         return load_vllm(pair, half, options)
     loaded = _load_half(pair, half, options)
-    (parts,) = size_pools([loaded], options.kv_memory, options.max_model_len, gpu_share=options.gpu_share)
+    (parts,) = size_pools(
+        [loaded],
+        options.kv_memory,
+        options.max_model_len,
+        gpu_share=options.gpu_share,
+        grammar_limits=options.grammars,
+    )
     stage = _Stage(half, parts, parts.prefix_cache(options.prefix_cache), options)
     return LoadedEngine(stage.served, stage.new_core)
 
@@ -61,7 +67,7 @@ def load_colocated(
         if getattr(full, name) != getattr(decoder, name):
             raise ValueError(f"{name} differs: {getattr(full, name)} and {getattr(decoder, name)}")
     halves = [_load_half(pair, "full", full), _load_half(pair, "decoder", decoder)]
-    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction, full.gpu_share)
+    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction, full.gpu_share, full.grammars)
     stages: list[tuple[Half, EngineOptions]] = [("full", full), ("decoder", decoder)]
     return LoadedColocated(
         *(

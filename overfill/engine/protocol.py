@@ -34,7 +34,7 @@ from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
-from overfill.request.grammar import Grammars
+from overfill.request.grammar import GrammarLimits, Grammars
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
@@ -105,6 +105,7 @@ class EngineOptions:
         gpu_share: share of a GPU's memory that this process may use, where ``kv_memory`` is None.
         max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
         threads: CPU threads of a step.
+        grammars: what a client's grammar may cost.
         engine_args: arguments of the engine itself, by name; vLLM only.
     """
 
@@ -119,6 +120,7 @@ class EngineOptions:
     prefix_cache: bool = True
     kv_cache_dtype: KvCacheDtype = "auto"
     threads: int = 1
+    grammars: GrammarLimits = field(default_factory=GrammarLimits)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 

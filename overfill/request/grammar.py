@@ -1,20 +1,31 @@
 """Grammars for answers: computes which tokens may come next. Wraps llguidance; no torch, no sampling.
 
-A matcher's state follows from the tokens so far, so that any worker can rebuild it from them.
+A matcher's state follows from the tokens so far, so that any worker can rebuild it from them. A client's grammar is
+tried in another process before this one compiles it; see ``overfill.request.trials``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import random
+import resource
 import threading
-from collections.abc import Iterable, Sequence
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from overfill.errors import InvalidRequest
+from overfill.request.fair_turns import FairTurns
 from overfill.request.json_schemas import close_objects
 from overfill.request.params import Grammar
+from overfill.request.trials import Trials
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,9 +36,39 @@ try:
 except ImportError:  # a worker without llguidance still serves answers without grammars
     llguidance = None  # type: ignore[assignment]
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 _MASK_WORD_BITS = 32
+
+# Limits of an automaton when it is compiled and at each token, because it grows while an answer is written. Comments
+# say what the largest of a hundred realistic grammars needs (tests/support/realistic_grammars.py).
+_PARSER_LIMITS: dict[str, Any] = {
+    "max_items_in_row": 1_200,  # 599, of 150 optional fields
+    "initial_lexer_fuel": 1_000_000,  # 250,000, of 128 tools
+    "step_lexer_fuel": 100_000,  # 25,000; this takes 7 ms
+    "step_max_items": 10_000,  # 781
+    "max_lexer_states": 50_000,  # 3,906; 0.6 kB each, and five for each character of a string with a maxLength
+    "max_grammar_size": 250_000,  # 62,500, of 128 tools
+}
+
+MATCHER_BYTES = 32 << 20
+"""Memory that a matcher may come to use while its answer is written: ``max_lexer_states`` states."""
+
+_CREDIT_PER_TOKEN, _MAX_CREDIT = 0.003, 0.15
+"""CPU time that a matcher may take, in seconds: for each token, and in addition at any time.
+
+The limits above do not bound it: of an ambiguous grammar, a step with 500 items in a row takes 20 ms, and one with
+1,000 takes 600 ms. Realistic grammars take 0.1 to 0.6 ms per token. A slow one delays all answers of its batch.
+"""
+
+_COSTLY = 0.05
+"""Seconds of CPU time from which on compiling a grammar is costly."""
+
+_MAX_COSTLY = 1024  # that wait to be compiled, of one client
+_UNLIMITED_STACK = 2 << 20  # bytes that glibc gives a thread where the limit of the stack is infinite
+_FIELD = "sampling.grammar."
 
 # Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -40,6 +81,41 @@ class GrammarFailed(InvalidRequest):
     """llguidance cannot continue a grammar after the tokens so far, because it became too complex."""
 
 
+class GrammarStuck(GrammarFailed):
+    """A grammar allows no token after those so far, and not the end of the answer either."""
+
+
+def _half_a_stack() -> int:
+    """Returns half of the stack that a new thread of this process gets, in bytes."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return (_UNLIMITED_STACK if soft == resource.RLIM_INFINITY else soft) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """What a client's grammar may cost when it is tried.
+
+    Args:
+        memory: bytes that it may take, compiled and after some tokens. Compiling it may take twice as many.
+        seconds: CPU time that the trial may take.
+        stack_bytes: stack of the trial. Half of this process's, so that what passes the trial does not overflow here.
+    """
+
+    memory: int = 64 << 20
+    seconds: int = 2
+    stack_bytes: int = field(default_factory=_half_a_stack)
+
+    @property
+    def trial_bytes(self) -> int:
+        """Bytes of address space that a trial may take in addition to the helper process's."""
+        return 2 * self.memory
+
+    @property
+    def too_much_memory(self) -> str:
+        """The reason why a grammar that exceeds ``memory`` is refused."""
+        return f"it needs more than {self.memory >> 20} MiB of memory, the limit on this server"
+
+
 class Grammars:
     """Compiles grammars for one vocabulary. Safe to share between threads.
 
@@ -49,19 +125,91 @@ class Grammars:
         tokenizer_json: Path of the checkpoint's tokenizer.json.
         vocab_size: Number of rows of the model's output head.
         eos_token_ids: Token ids that end an answer; allowed wherever the grammar allows the end.
+        limits: What a client's grammar may cost.
     """
 
-    def __init__(self, tokenizer_json: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer_json: Path,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        limits: GrammarLimits | None = None,
+    ) -> None:
+        limits = limits or GrammarLimits()
         self._path = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
         self._tokenizer: Any = None
+        self._live: weakref.WeakSet[Matcher] = weakref.WeakSet()
+        # One of the threads at a time compiles a costly grammar, so that the other ones do not wait for it.
+        self._compilers = ThreadPoolExecutor(2, "grammar")
+        self._costly = FairTurns(1, _MAX_COSTLY)
+        bench = {
+            "tokenizer_json": str(tokenizer_json.resolve()),
+            "vocab_size": vocab_size,
+            "eos_token_ids": self._eos_token_ids,
+        }
+        self._trials = Trials(bench | asdict(limits), limits.seconds)
 
     @property
     def mask_words(self) -> int:
         """Number of 32-bit words in a row of a mask."""
         return -(-self._vocab_size // _MASK_WORD_BITS)
+
+    @property
+    def live(self) -> int:
+        """Number of matchers that exist."""
+        return len(self._live)
+
+    @property
+    def helper_pid(self) -> int | None:
+        """Process id of the helper that tries grammars; None while there is none."""
+        return self._trials.helper_pid
+
+    def close(self) -> None:
+        """End the helper process that tries grammars."""
+        self._trials.close()
+
+    async def try_text(self, kind: str, text: str, key: str = "") -> float:
+        """Try a client's grammar in the helper process, unless it is a fixed one or was tried before.
+
+        Args:
+            kind, text: As for ``Grammar``, not checked.
+            key: Client, for fairness between clients.
+
+        Returns:
+            Seconds of CPU time that compiling it takes.
+
+        Raises:
+            InvalidRequest: the grammar is wrong, not supported or too complex.
+            Overloaded: it cannot be tried now.
+        """
+        if kind == "json_object":
+            return 0
+        payload = f"{kind}\0{text}".encode()
+        return float(await self._trials.run("overfill.request.trial:try_grammar", payload, _FIELD + kind, key))
+
+    async def prepare(self, grammar: Grammar, key: str, make: Callable[[], T]) -> T:
+        """Try ``grammar`` as ``try_text`` does, then call ``make``, which compiles it, in a thread for this purpose."""
+        seconds = await self.try_text(grammar.kind, grammar.text, key)
+        loop = asyncio.get_running_loop()
+        if seconds < _COSTLY:
+            return await loop.run_in_executor(self._compilers, make)
+        await self._costly.take(key)
+        call = loop.run_in_executor(self._compilers, make)
+
+        def end(call: asyncio.Future[T]) -> None:
+            self._costly.end(key)
+            if not call.cancelled():
+                call.exception()  # marks it as retrieved, so that asyncio does not log that of a cancelled request
+
+        call.add_done_callback(end)
+        return await asyncio.shield(call)  # nothing can stop the thread: its turn ends when it ends
+
+    async def run_trial(self, function: str, payload: bytes, field: str, key: str) -> bytes:
+        """What ``function`` returns for ``payload`` in a trial; see ``Trials.run``."""
+        return await self._trials.run(function, payload, field, key)
 
     def warm(self) -> None:
         """Read the tokenizer. Raises InvalidRequest if llguidance is not installed or the model has no end token."""
@@ -83,10 +231,12 @@ class Grammars:
             InvalidRequest: the grammar is wrong, too complex or not supported; or llguidance is not installed.
         """
         self.warm()
-        matcher = llguidance.LLMatcher(self._tokenizer, _compiled(grammar), log_level=0)
+        matcher = llguidance.LLMatcher(self._tokenizer, _compiled(grammar), log_level=0, limits=_limits())
         if matcher.is_error():
-            raise InvalidRequest(f"sampling.grammar.{grammar.kind}", _in_one_line(matcher.get_error()))
-        return Matcher(matcher)
+            raise InvalidRequest(_FIELD + grammar.kind, _in_one_line(matcher.get_error()))
+        made = Matcher(matcher)
+        self._live.add(made)
+        return made
 
 
 class Matcher:
@@ -94,21 +244,62 @@ class Matcher:
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
+        self._credit = _MAX_CREDIT  # seconds of CPU time
 
     def accept(self, tokens: Iterable[int]) -> None:
         """Advance past ``tokens``, which the mask allowed. Raises GrammarFailed."""
         for token in tokens:
-            if not self._matcher.consume_token(token):
-                raise GrammarFailed("sampling.grammar", _in_one_line(self._matcher.get_error()))
+            self._credit = min(_MAX_CREDIT, self._credit + _CREDIT_PER_TOKEN)
+            with self._charged():
+                accepted = self._matcher.consume_token(token)
+            if not accepted:
+                raise self._failure()
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """Write the mask of allowed next tokens into ``row``. Raises GrammarFailed.
 
         Bit ``i % 32`` of word ``i // 32`` stands for token i.
         """
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        with self._charged():
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._matcher.is_error():
-            raise GrammarFailed("sampling.grammar", _in_one_line(self._matcher.get_error()))
+            raise self._failure()
+
+    def advance(self, generator: random.Random) -> bool:
+        """Advance past a random token that the grammar allows. Returns False at the end. Raises GrammarFailed."""
+        with self._charged():
+            mask: bytes = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise self._failure()
+        rest = mask[generator.randrange(len(mask)) :].lstrip(b"\0") or mask.lstrip(b"\0")
+        if not rest or self._matcher.is_stopped():
+            return False
+        bits = [bit for bit in range(8) if rest[0] >> bit & 1]
+        self.accept([8 * (len(mask) - len(rest)) + generator.choice(bits)])
+        return True
+
+    @contextmanager
+    def _charged(self) -> Iterator[None]:
+        """Takes the CPU time of the body from the credit. Raises GrammarFailed when none is left."""
+        before = time.thread_time()
+        yield
+        self._credit -= time.thread_time() - before
+        if self._credit < 0:
+            raise GrammarFailed(
+                "sampling.grammar",
+                f"is too complex: tokens of its answers take more than {_CREDIT_PER_TOKEN * 1000:g} ms of CPU time",
+            )
+
+    def _failure(self) -> GrammarFailed:
+        reason = _in_one_line(self._matcher.get_error())
+        if reason.startswith("NoExtension"):  # the error of llguidance is this word
+            return GrammarStuck("sampling.grammar", "allows no token after the beginning of an answer that it allows")
+        return GrammarFailed("sampling.grammar", f"is too complex: {reason}")
+
+
+def available() -> bool:
+    """True if llguidance is installed in this process."""
+    return llguidance is not None
 
 
 def check_available() -> None:
@@ -123,13 +314,13 @@ def check_available() -> None:
 def check_grammar(grammar: Grammar) -> None:
     """Raise InvalidRequest if ``grammar`` is wrong or unsupported. Without llguidance, leave the check to the workers.
 
-    The check may take a second for very complex grammars; it runs without the interpreter's lock.
+    Call it in a trial only, because a grammar may crash the process.
     """
     if llguidance is None:
         return
-    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_compiled(grammar))
+    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_compiled(grammar), limits=_limits())
     if failed:
-        raise InvalidRequest(f"sampling.grammar.{grammar.kind}", _in_one_line(messages[0]))
+        raise InvalidRequest(_FIELD + grammar.kind, _in_one_line(messages[0]))
     for message in messages:
         log.debug("grammar: %s", message)
 
@@ -141,6 +332,10 @@ def compact(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
         lenient: Whether the grammar ignores those constraints of the schema that llguidance does not support.
     """
     return {"x-guidance": _COMPACT | (_LENIENT if lenient else {}), **close_objects(schema)}
+
+
+def _limits() -> Any:
+    return llguidance.LLParserLimits(**_PARSER_LIMITS, verbose_errors=False)
 
 
 def _compiled(grammar: Grammar) -> str:
@@ -158,6 +353,7 @@ def _compiled(grammar: Grammar) -> str:
 
 def _in_one_line(message: str) -> str:
     """The first line of llguidance's ``message``. If it ends with a colon, the line with the error follows it."""
-    lines = [line.strip() for line in message.strip().splitlines()] or ["the grammar is not supported"]
+    message = message.replace("<non-verbose/>", "").strip()
+    lines = [line.strip() for line in message.splitlines()] or ["the grammar is not supported"]
     reason = next((line for line in lines[1:] if line.startswith("error:")), "") if lines[0].endswith(":") else ""
     return f"{lines[0]} {reason}".strip()[:500]

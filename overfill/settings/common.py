@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.process.permissions import refusal
+from overfill.request.grammar import GrammarLimits
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.reader import SettingsReader
-from overfill.settings.values import LogLevel, PairName, Port, Url
+from overfill.settings.values import Bytes, LogLevel, PairName, Port, Url
 from overfill.telemetry.logs import LogFormat
 
 
@@ -56,6 +57,15 @@ class CommonSettings(SettingsReader):
         None,
         description="file with a secret that the processes of the stack send each other; required with --api-keys "
         "unless --tls-ca is given, so that only the stack's workers can join",
+    )
+    grammar_memory: Bytes = Field(
+        ByteSize(64 << 20),
+        description="memory that a client's grammar may take, such as 64MiB; a request with a larger one is refused",
+    )
+    grammar_seconds: int = Field(
+        2,
+        ge=1,
+        description="seconds of CPU time that a client's grammar may take; a request with a slower one is refused",
     )
     log_level: LogLevel = Field("info", description="lowest level of messages that are logged to stderr")
     log_format: LogFormat = Field("text", description="format of the log: text lines, or one JSON object per line")
@@ -106,6 +116,10 @@ class CommonSettings(SettingsReader):
         if self.tls_cert is None and self.tls_ca is None:
             return None
         return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
+
+    def grammar_limits(self) -> GrammarLimits:
+        """Returns what a client's grammar may cost."""
+        return GrammarLimits(self.grammar_memory, self.grammar_seconds)
 
     def credentials(self) -> Credentials | None:
         """Returns the credentials for calling other processes; None means no credentials and no TLS."""

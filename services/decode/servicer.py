@@ -124,7 +124,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""
         sampling = SamplingParams.from_proto(start.sampling)
         prompt = list(start.prompt_token_ids)
-        return await prepare_processor(sampling, prompt, self._half.grammars, start.eos_token_ids)
+        return await prepare_processor(
+            sampling, prompt, self._half.grammars, start.eos_token_ids, start.cache_namespace
+        )
 
     def _check_open(self, start: decode_pb2.StartDecode) -> None:
         """Raises unless the worker accepts new sequences and is the incarnation that the router means."""

@@ -181,10 +181,7 @@ class MockDecode(decode_pb2_grpc.DecodeServicer):
         start = served.start
         self._worker.check_accepts(start.expected_incarnation)
         sampling = SamplingParams.from_proto(start.sampling)
-        if sampling.grammar is not None:
-            speaker = await asyncio.to_thread(self._script.speaker, sampling, start.sample_index)
-        else:
-            speaker = self._script.speaker(sampling, start.sample_index)
+        speaker = await self._script.speaker(sampling, start.sample_index, start.cache_namespace)
         tokens = len(start.prompt_token_ids) + len(start.emitted_token_ids) + 1
         blocks = -(-tokens // self._worker.block_size)
         free = self._config.mock_kv_blocks - sum(sequence.blocks for sequence in self._sequences)

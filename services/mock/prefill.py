@@ -130,7 +130,7 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
         finally:
             self._queued_tokens -= prompt
         if start.sample_first_token:
-            speaker = await asyncio.to_thread(self._script.speaker, sampling, start.sample_index)
+            speaker = await self._script.speaker(sampling, start.sample_index, start.cache_namespace)
             token = speaker.next(())
             yield _Response(
                 first_token=prefill_pb2.FirstToken(

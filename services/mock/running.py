@@ -52,7 +52,7 @@ async def serve(config: MockConfig, on_ready: Callable[[WorkerHost], object]) ->
     folder = worker.pair.full_path
     tokenizer = Tokenizer.load(folder)
     vocab = worker.pair.full_config.vocab_size
-    grammars = Grammars(folder / "tokenizer.json", vocab, tokenizer.eos_token_ids)
+    grammars = Grammars(folder / "tokenizer.json", vocab, tokenizer.eos_token_ids, config.grammar_limits())
     script = Script(tokenizer, config.mock_answer, config.mock_answer_tokens, grammars)
     stages: list[Stage] = []
     beside = None
@@ -62,4 +62,7 @@ async def serve(config: MockConfig, on_ready: Callable[[WorkerHost], object]) ->
         beside = prefill.metrics
     if not isinstance(config, MockPrefillConfig):
         stages.append(MockDecode(config, script, worker, beside))
-    return await worker.serve(stages, on_ready)
+    try:
+        return await worker.serve(stages, on_ready)
+    finally:
+        grammars.close()

@@ -26,9 +26,12 @@ class Script:
         self.grammars = grammars
         self.end = tokenizer.end_of_answer
 
-    def speaker(self, sampling: SamplingParams, sample_index: int) -> Speaker:
-        """Creates the speaker of one answer. Slow with a grammar; raises InvalidRequest if it is not supported."""
-        matcher = None if sampling.grammar is None else self.grammars.matcher(sampling.grammar)
+    async def speaker(self, sampling: SamplingParams, sample_index: int, key: str) -> Speaker:
+        """Creates the speaker of one answer for a client. Raises what ``Grammars.prepare`` does."""
+        grammar = sampling.grammar
+        if grammar is None:
+            return Speaker(self, sampling, sample_index, None)
+        matcher = await self.grammars.prepare(grammar, key, lambda: self.grammars.matcher(grammar))
         return Speaker(self, sampling, sample_index, matcher)
 
 

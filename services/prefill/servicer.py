@@ -266,7 +266,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             return None
         sampling = SamplingParams.from_proto(start.sampling)
         prompt = list(start.prompt_token_ids)
-        return await prepare_processor(sampling, prompt, self._half.grammars, self._half.config.eos_token_ids)
+        eos_ids = self._half.config.eos_token_ids
+        return await prepare_processor(sampling, prompt, self._half.grammars, eos_ids, start.cache_namespace)
 
     def _accept(
         self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks

@@ -15,6 +15,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
+from overfill.request.grammar import Grammars
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.brownout import Brownout, Prediction, predict
@@ -136,9 +137,16 @@ class Router:
             lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
         )
         self._exporter: MetricsServer | None = None
+        self._grammars = Grammars(
+            pair.full_path / "tokenizer.json",
+            pair.full_config.vocab_size,
+            pair.full_config.eos_token_ids,
+            config.grammar_limits(),
+        )
         self._handler = RequestHandler(
             ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
+            self._grammars,
             self.roster,
             async_dispatcher,
             self._connector,
@@ -288,6 +296,7 @@ class Router:
             self._group.leave()
         if self._exporter is not None:
             self._exporter.close()
+        self._grammars.close()
         await tracing.flush()
 
     async def _leave_shared_port(self) -> None:

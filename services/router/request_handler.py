@@ -15,10 +15,12 @@ from overfill.api.chat import encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
 from overfill.api.priority import check_priority
+from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import CheckedRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
+from overfill.request.grammar import Grammars
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -48,6 +50,7 @@ class RequestHandler:
 
     Args:
         tiers: the tiers, and the choice of one for each request.
+        grammars: tries the grammars of requests.
         max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
         max_request_bytes: maximum size of a request in bytes.
         max_request_time: maximum duration of a request in seconds, even if its deadline is later.
@@ -65,6 +68,7 @@ class RequestHandler:
         self,
         tiers: ServedTiers,
         tokenizer: Tokenizer,
+        grammars: Grammars,
         roster: Roster,
         dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
@@ -85,6 +89,7 @@ class RequestHandler:
         self.pace = Pace()
         self.executor = BoundedExecutor()
         self._grammar_executor = BoundedExecutor()
+        self._grammars = grammars
         self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
@@ -155,13 +160,14 @@ class RequestHandler:
         choice = self.tiers.admitted(choice, request, caller, admit, asyncio.get_running_loop().time())
         reservation.take(asyncio.get_running_loop().time())
         asked = choice.brownout_from or choice.tier
-        arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size)
-        # Checking a grammar may be slow, also for the grammars of tools.
-        slow = request.sampling.HasField("grammar") or request.chat.tools or size >= LONG_REQUEST
+        # Parsing a grammar may be slow, also for the grammars of tools.
+        with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
+        tools = await tried_grammar(request, self._grammars, _name(caller)) if with_grammar else None
+        arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size, tools)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
         block_sizes = {worker.block_size for worker in self._roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
-        checked = await self._run(size, prepare, *arguments, in_thread=bool(slow))
+        checked = await self._run(size, prepare, *arguments, in_thread=with_grammar or size >= LONG_REQUEST)
         longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
         if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)

@@ -87,7 +87,11 @@ class LocalPrefills:
             sampling=sampling,
             sample_index=start.sample_index,
             sample_first_token=first,
-            processor=await prepare_processor(sampling, prompt, full.grammars, eos_ids) if first else None,
+            processor=(
+                await prepare_processor(sampling, prompt, full.grammars, eos_ids, start.cache_namespace)
+                if first
+                else None
+            ),
             cache_namespace=start.cache_namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
         )

@@ -9,6 +9,8 @@ import pytest
 from listening import listening, own_address
 from ray_stacks import up_on_ray
 
+from overfill.client import Client, Grammar, SamplingParams
+
 
 @pytest.mark.parametrize(
     ("arguments", "least"),
@@ -22,6 +24,8 @@ from ray_stacks import up_on_ray
 def test_nothing_listens_beyond_loopback(tiny_pair, arguments, least):
     quick = ["--dtype=float32", "--kv-memory=4MiB", "--max-model-len=512", "--threads=1", "--grace-period=1"]
     with up_on_ray(f"--pair={tiny_pair}", "--http=0", *quick, *arguments) as up:
+        with Client(f"127.0.0.1:{up.port}") as client:  # starts the helpers that try grammars
+            client.generate([20, 21], sampling=SamplingParams(max_tokens=8, grammar=Grammar("regex", "[0-9]{3}")))
         pids = [process.pid for process in up.processes()]
         found = listening(pids)
         print(f"{len(pids)} processes listen on", *sorted(f"{table} {host}:{port}" for table, host, port in found))

@@ -16,6 +16,7 @@ from engine_drivers import DecodeDriver, Decoding
 from sampled_reference import Request, assert_same_tokens
 
 from overfill.engine.sequence import FinishReason, Release, Start, Yielded
+from overfill.errors import InvalidRequest
 from overfill.model.processors import LogitProcessor
 from overfill.request.params import Grammar, SamplingParams
 
@@ -168,6 +169,22 @@ class DecodeConformance(_AnswerTests):
         answer = driver.reference.answer(whole)
         for count in (1, 3):
             assert_right(driver, *driver.answer(replace(whole, emitted=tuple(answer.ids[:count]))))
+
+    def test_a_grammar_that_becomes_too_complex_ends_its_own_answer_only(self, driver):
+        beside = [
+            driver.reserve(Request(prompt(33, n), sampling(name, 30))) for n, name in ((1, "regex"), (2, "greedy"))
+        ]
+        ambiguous = " | ".join(" ".join(["s"] * count) for count in range(2, 30))
+        grammar = Grammar("lark", f'start: s\ns: {ambiguous} | "a"\n')
+        until_complex = SamplingParams(temperature=0, max_tokens=60, min_tokens=60, grammar=grammar)
+        doomed = driver.reserve(Request(prompt(20), until_complex))
+        for decoding in (*beside, doomed):
+            driver.proceed(decoding)
+        driver.run()
+        assert isinstance(doomed.error, InvalidRequest)
+        assert "is too complex" in str(doomed.error)
+        assert len(doomed.tokens) >= 1
+        assert_right(driver, *beside)
 
     def test_replays_and_decoding_sequences_share_the_engine(self, driver):
         decoding = driver.reserve(Request(prompt(33), sampling("temperature", 30)))

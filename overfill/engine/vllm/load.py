@@ -167,7 +167,9 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         max_model_len=vllm.max_model_len - (half == "full"),
         device=options.device,
         store=store,
-        grammars=Grammars(pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids),
+        grammars=Grammars(
+            pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
+        ),
         blocks_of=partial(_blocks_of, pair.full_digest, dtype, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from overfill.api.chat import chat_grammar
 from overfill.api.requests import CheckedRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
@@ -23,7 +24,9 @@ def validate(byte_level_tokenizer: Tokenizer) -> Any:
         if not {"text", "token_ids", "chat", "no_prompt"} & set(fields):
             fields["token_ids"] = TokenIds(ids=[5, 6, 7])
         fields.pop("no_prompt", None)
-        return validate_generate(GenerateRequest(**fields), byte_level_tokenizer, MAX_MODEL_LEN, VOCAB)
+        request = GenerateRequest(**fields)
+        tools = chat_grammar(request.chat)  # of request.chat, as the router's trial makes it
+        return validate_generate(request, byte_level_tokenizer, MAX_MODEL_LEN, VOCAB, tools)
 
     return validate
 

@@ -79,7 +79,7 @@ def new_handler(tokenizer: Any, dispatcher: Any, max_positions: int, prefill: An
         roster = SimpleNamespace(prefill=[prefill])
     unused: Any = SimpleNamespace(arrived=lambda *_: None)
     return RequestHandler(
-        tiers, tokenizer, roster, dispatcher, unused, RouterMetrics(), unused, KeyLimiter(), max_attempts=1,
+        tiers, tokenizer, unused, roster, dispatcher, unused, RouterMetrics(), unused, KeyLimiter(), max_attempts=1,
         max_request_bytes=1 << 20,
     )  # fmt: skip
 

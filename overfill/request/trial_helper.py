@@ -1,0 +1,243 @@
+"""The helper process that tries clients' grammars: ``python -m overfill.request.trial_helper``.
+
+It forks a child for each trial. A grammar that exhausts memory, time or stack ends its child only. The parent starts
+this process by exec and talks to it over a pair of sockets, so it has no port. Forking is safe here and not in the
+parent: this process has one thread, and no gRPC.
+
+A frame is a number, a length and a body. The body of a request names a function ``module:name``, a zero byte, and the
+function's argument. A reply has one byte for the outcome, and a text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+from overfill.errors import InvalidRequest
+
+OK, INVALID, TOO_COMPLEX, LATE = b"O", b"I", b"C", b"L"
+"""Outcomes: the function's result; JSON of field and message; why the child died; nothing, for lack of CPU."""
+
+WALL_FACTOR = 15
+"""Seconds that a trial may last for each second of CPU time that it may take."""
+
+_HEADER = struct.Struct("!QI")
+_LOWEST_PRIORITY = 19
+_FIRST_PRIORITY = 5
+_FIRST_SECONDS = 0.2
+"""Seconds after which a trial gets the lowest priority. Usual grammars need less, also on a busy machine."""
+
+
+def write_frame(connection: socket.socket, number: int, body: bytes) -> None:
+    """Sends a frame. Raises OSError if the other side has ended."""
+    connection.sendall(_HEADER.pack(number, len(body)) + body)
+
+
+def read_frame(connection: socket.socket) -> tuple[int, bytes] | None:
+    """Returns number and body of the next frame; None if the other side has ended."""
+    header = _read(connection, _HEADER.size)
+    if header is None:
+        return None
+    number, length = _HEADER.unpack(header)
+    body = _read(connection, length)
+    return None if body is None else (number, body)
+
+
+def _read(connection: socket.socket, length: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < length:
+        try:
+            part = connection.recv(min(length - len(data), 1 << 20))
+        except ConnectionError:
+            return None
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+class _Limits(Protocol):
+    """Limits of a trial; see ``overfill.request.grammar.GrammarLimits``."""
+
+    @property
+    def seconds(self) -> int: ...
+
+    @property
+    def stack_bytes(self) -> int: ...
+
+    @property
+    def trial_bytes(self) -> int: ...
+
+    @property
+    def too_much_memory(self) -> str: ...
+
+
+class _Bench(Protocol):
+    """What all trials share; see ``overfill.request.trial.Bench``."""
+
+    @property
+    def limits(self) -> _Limits: ...
+
+    def virtual_bytes(self) -> int:
+        """Returns the size of this process's address space."""
+        ...
+
+
+@dataclass(slots=True)
+class _Child:
+    number: int
+    pid: int
+    began: float
+    reply: bytearray = field(default_factory=bytearray)
+    lowered: bool = False
+    late: bool = False
+
+
+class _Helper:
+    def __init__(self, connection: socket.socket, bench: _Bench) -> None:
+        self._connection = connection
+        self._bench = bench
+        self._children: dict[int, _Child] = {}  # by the pipe on which each replies
+        self._wall = WALL_FACTOR * bench.limits.seconds
+
+    def run(self) -> None:
+        """Serves until the parent has ended, by whatever way: then its end of the connection is closed."""
+        while True:
+            wait = 0.05 if self._children else None
+            sources: list[Any] = [self._connection, *self._children]
+            ready, _, _ = select.select(sources, [], [], wait)
+            for source in ready:
+                if source is self._connection:
+                    frame = read_frame(self._connection)
+                    if frame is None:
+                        return
+                    self._start(*frame)
+                else:
+                    self._read(source)
+            self._watch()
+
+    def stop(self) -> None:
+        """Ends the trials that still run."""
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
+
+    def _start(self, number: int, body: bytes) -> None:
+        name, _, argument = body.partition(b"\0")
+        function = _named(name.decode())  # imported here, so that no child imports it again
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            self._connection.close()
+            _try(self._bench, function, argument, writing)
+        os.close(writing)
+        self._children[reading] = _Child(number, pid, time.monotonic())
+
+    def _read(self, source: int) -> None:
+        child = self._children[source]
+        part = os.read(source, 1 << 20)
+        child.reply += part
+        if part:
+            return
+        del self._children[source]
+        os.close(source)
+        _, status = os.waitpid(child.pid, 0)
+        write_frame(self._connection, child.number, self._outcome(child, status))
+
+    def _outcome(self, child: _Child, status: int) -> bytes:
+        if child.late:
+            return LATE
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 and child.reply:
+            return bytes(child.reply)
+        limits = self._bench.limits
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        if number in (signal.SIGSEGV, signal.SIGBUS):
+            reason = "its parts are nested, or refer to each other, too deeply"
+        elif number in (signal.SIGXCPU, signal.SIGKILL):
+            reason = f"compiling it takes more than {limits.seconds} s of CPU time, the limit on this server"
+        else:  # Rust ends a process that gets no memory by SIGABRT
+            reason = limits.too_much_memory
+        return TOO_COMPLEX + reason.encode()
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        for child in self._children.values():
+            if not child.lowered and now - child.began > _FIRST_SECONDS:
+                child.lowered = True
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, child.pid, _LOWEST_PRIORITY)
+            if not child.late and now - child.began > self._wall:
+                child.late = True
+                os.kill(child.pid, signal.SIGKILL)
+
+
+def _named(name: str) -> Any:
+    """Returns what ``module:attribute`` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _try(bench: _Bench, function: Callable[[bytes, _Bench], bytes], argument: bytes, writing: int) -> NoReturn:
+    """Runs a trial in a new child process, writes the reply, and ends the process."""
+    try:
+        _confine(bench)
+        try:
+            reply = OK + function(argument, bench)
+        except InvalidRequest as error:
+            message = str(error).removeprefix(f"{error.field}: ")
+            reply = INVALID + json.dumps([error.field, message]).encode()
+        except (MemoryError, RecursionError):
+            os._exit(1)
+        rest = memoryview(reply)
+        while rest:
+            rest = rest[os.write(writing, rest) :]
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # a defect of OverFill
+    finally:
+        os._exit(2)
+
+
+def _confine(bench: _Bench) -> None:
+    limits = bench.limits
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # Rust reports there that it gets no memory
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 1))
+    most = bench.virtual_bytes() + limits.trial_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (limits.stack_bytes, hard))
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _FIRST_PRIORITY)
+
+
+def main() -> None:
+    """Runs the helper. Its standard input is the connection to the parent; its arguments name and describe a Bench."""
+    with socket.socket(fileno=0) as connection, suppress(ConnectionError):
+        bench = _named(sys.argv[1])(**json.loads(sys.argv[2]))
+        gc.freeze()  # a collection in a child would copy every page of the heap
+        helper = _Helper(connection, bench)
+        try:
+            helper.run()
+        finally:
+            helper.stop()
+
+
+if __name__ == "__main__":
+    main()

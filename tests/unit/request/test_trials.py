@@ -1,0 +1,230 @@
+"""Tests trials of clients' grammars: what ends a process ends a trial only, and no client waits for another's bombs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from realistic_grammars import grammars as realistic_grammars
+
+from overfill.errors import InvalidRequest, Overloaded
+from overfill.request.fair_turns import FairTurns
+from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, Matcher
+from overfill.request.params import Grammar
+from overfill.request.trials import WAITING
+
+
+def chain(links: int, how: str) -> str:
+    """A schema whose definitions each reference the next one."""
+    wrap: dict[str, Any] = {
+        "properties": lambda inner: {"type": "object", "properties": {"a": inner}},
+        "anyOf": lambda inner: {"anyOf": [inner, {"type": "null"}]},
+    }
+    definitions: dict[str, Any] = {f"d{i}": wrap[how]({"$ref": f"#/$defs/d{i + 1}"}) for i in range(links)}
+    return json.dumps({"$ref": "#/$defs/d0", "$defs": definitions | {f"d{links}": {"type": "string"}}})
+
+
+def rules(count: int) -> str:
+    return "start: r0\n" + "".join(f'r{i}: "a" r{i + 1}\n' for i in range(count)) + f'r{count}: "b"\n'
+
+
+PRODUCT = json.dumps({"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(1, 41)]})
+BOMBS = {
+    "references in properties": ("json_schema", chain(1500, "properties"), "refer to each other, too deeply"),
+    "references in anyOf": ("json_schema", chain(1500, "anyOf"), "refer to each other, too deeply"),
+    "rules": ("lark", rules(4000), "refer to each other, too deeply"),
+    "product of automata": ("json_schema", PRODUCT, "more than 64 MiB of memory"),
+    "multiple of a large number": ("json_schema", '{"type": "integer", "multipleOf": 4000037}', "more than 64 MiB"),
+    "nesting": ("json_schema", '{"a":' * 5000 + "1" + "}" * 5000, "at most 200 levels"),
+    "digits": ("json_schema", '{"type": "integer", "minimum": ' + "9" * 5000 + "}", "is not JSON"),
+    "no answer": (
+        "json_schema",
+        '{"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}',
+        "allows no",
+    ),
+    "not a grammar": ("lark", "start: nothing", "nothing"),
+}
+
+
+@pytest.fixture
+async def grammars(tiny_pair: Path) -> AsyncIterator[Grammars]:
+    made = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1])
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", BOMBS)
+async def test_a_bomb_is_refused_and_costs_its_trial_only(grammars: Grammars, name: str) -> None:
+    kind, text, reason = BOMBS[name]
+    with pytest.raises(InvalidRequest, match=f"^sampling.grammar.{kind}: .*{reason}"):
+        await grammars.try_text(kind, text)
+    helper = grammars.helper_pid
+    with pytest.raises(InvalidRequest, match=reason):
+        await grammars.try_text(kind, text)
+    assert await grammars.try_text("regex", "[0-9]{3}") >= 0
+    assert grammars.helper_pid == helper
+
+
+async def test_a_slow_grammar_ends_at_its_cpu_time(tiny_pair: Path) -> None:
+    limits = GrammarLimits(memory=1 << 30, seconds=1)
+    grammars = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1], limits)
+    with pytest.raises(InvalidRequest, match="takes more than 1 s of CPU time"):
+        await grammars.try_text("json_schema", PRODUCT)
+    grammars.close()
+
+
+async def test_verdicts_are_remembered(grammars: Grammars) -> None:
+    kind, text, reason = BOMBS["product of automata"]
+    await grammars.try_text("regex", "a|b")
+    with pytest.raises(InvalidRequest, match=reason):
+        await grammars.try_text(kind, text)
+    os.kill(grammars.helper_pid or 0, signal.SIGSTOP)  # no trial can end now
+    await grammars.try_text("regex", "a|b")
+    with pytest.raises(InvalidRequest, match=reason):
+        await grammars.try_text(kind, text, "another client")
+    assert await grammars.try_text("json_object", "") == 0
+
+
+async def test_bombs_of_one_client_do_not_delay_another(grammars: Grammars) -> None:
+    bombs = [
+        asyncio.ensure_future(grammars.try_text("json_schema", PRODUCT.replace("]", f', {{"maxLength": {i}}}]'), "one"))
+        for i in range(900, 905)
+    ]
+    await asyncio.sleep(0)
+    await grammars.try_text("regex", "x{5}", "other")
+    await grammars.try_text("regex", "y{5}", "other")
+    assert sum(bomb.done() for bomb in bombs) < len(bombs)
+    for bomb in bombs:
+        bomb.cancel()
+    await asyncio.wait(bombs)
+
+
+async def test_one_client_may_have_only_so_many_trials_waiting(grammars: Grammars) -> None:
+    many = [asyncio.ensure_future(grammars.try_text("regex", f"x{{{i}}}", "one")) for i in range(WAITING + 2)]
+    outcomes = await asyncio.gather(*many, return_exceptions=True)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
+    assert len(refused) == 1
+    assert len([outcome for outcome in outcomes if isinstance(outcome, float)]) == WAITING + 1
+
+
+async def test_a_dead_helper_is_replaced_and_its_trials_are_repeated(grammars: Grammars) -> None:
+    await grammars.try_text("regex", "a")
+    first = grammars.helper_pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    trial = asyncio.ensure_future(grammars.try_text("regex", "b"))
+    await asyncio.sleep(0)
+    os.kill(first, signal.SIGKILL)
+    assert await trial >= 0
+    assert grammars.helper_pid not in (None, first)
+
+
+async def test_a_cancelled_trial_goes_on_and_frees_its_turn(grammars: Grammars) -> None:
+    kind, text, reason = BOMBS["product of automata"]
+    trial = asyncio.ensure_future(grammars.try_text(kind, text, "one"))
+    waiting = asyncio.ensure_future(grammars.try_text("regex", "ab", "one"))
+    await asyncio.sleep(0)
+    trial.cancel()
+    waiting.cancel()
+    await asyncio.wait([trial, waiting])
+    assert await grammars.try_text("regex", "abc", "one") >= 0
+    os.kill(grammars.helper_pid or 0, signal.SIGSTOP)
+    with pytest.raises(InvalidRequest, match=reason):
+        await grammars.try_text(kind, text)
+
+
+async def test_the_helper_has_no_port_and_no_secrets(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERFILL_API_KEY", "hidden")
+    await grammars.try_text("regex", "a")
+    helper = psutil.Process(grammars.helper_pid)
+    assert not helper.net_connections("inet")
+    assert "hidden" not in helper.environ().values()
+    assert helper.num_threads() == 1
+
+
+PARENT = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from overfill.request.grammar import Grammars
+
+async def main():
+    grammars = Grammars(Path(sys.argv[1]), 512, [1])
+    await grammars.try_text("regex", "a")
+    trial = asyncio.ensure_future(grammars.try_text("json_schema", sys.argv[2]))
+    while not os.listdir(f"/proc/{grammars.helper_pid}/task") or trial.done():
+        await asyncio.sleep(0)
+    print(grammars.helper_pid, flush=True)
+    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    await trial
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM"])
+def test_the_helper_ends_with_its_parent(tiny_pair: Path, end: str) -> None:
+    tokenizer = str(tiny_pair / "full" / "tokenizer.json")
+    with subprocess.Popen([sys.executable, "-c", PARENT, tokenizer, PRODUCT, end], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        helper = int(parent.stdout.readline())
+        try:
+            family = [psutil.Process(helper), *psutil.Process(helper).children()]
+        except psutil.NoSuchProcess:
+            family = []
+        assert parent.wait() != 0
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+async def test_realistic_grammars_pass(grammars: Grammars) -> None:
+    made = dict(realistic_grammars())
+    assert len(made) > 90
+    for name, grammar in made.items():
+        await grammars.try_text(grammar.kind, grammar.text, name)
+
+
+def test_an_ambiguous_grammar_fails_before_its_steps_take_long(tiny_pair: Path) -> None:
+    grammars = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1])
+    matcher: Matcher = grammars.matcher(Grammar("lark", 'start: s\ns: s s | "a"\n'))
+    (a,) = (token for token in range(512) if _allows(matcher, token))
+    with pytest.raises(GrammarFailed, match="is too complex: tokens"):
+        matcher.accept([a] * 600)
+
+
+def _allows(matcher: Matcher, token: int) -> bool:
+    return bool(matcher._matcher.validate_tokens([token]))
+
+
+async def test_turns_go_round_between_keys() -> None:
+    turns, order = FairTurns(most=2, waiting=9), []
+
+    async def use(key: str, number: int) -> None:
+        await turns.take(key)
+        order.append(f"{key}{number}")
+        await asyncio.sleep(0)
+        turns.end(key)
+
+    await asyncio.gather(*[use(key, number) for key in "aaab" for number in (1,)], use("c", 1), use("b", 2))
+    assert [name[0] for name in order] == ["a", "b", "c", "a", "b", "a"]
+
+
+async def test_a_turn_that_is_granted_to_a_cancelled_caller_passes_on() -> None:
+    turns = FairTurns(most=1, waiting=9)
+    await turns.take("a")
+    second, third = (asyncio.ensure_future(turns.take(key)) for key in ("b", "c"))
+    await asyncio.sleep(0)
+    turns.end("a")
+    second.cancel()
+    await asyncio.wait([second])
+    await third
+    turns.end("c")
+    await turns.take("d")
