@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -172,7 +172,9 @@ class RequestHandler:
         if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)
             choice = replace(choice, tier=asked, brownout_from="")
-        return replace(checked, **asdict(choice))
+        checked.tier, checked.fallback = choice.tier, choice.fallback
+        checked.brownout_from, checked.fallback_from = choice.brownout_from, choice.fallback_from
+        return checked
 
     def start(
         self, checked: CheckedRequest, reservation: KeyReservation, received: float, time_left: float | None
@@ -380,7 +382,8 @@ def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> C
     keys = PromptKeys(root, checked.prompt_token_ids)
     for size in filter(None, block_sizes):
         keys.fill(size)
-    return replace(checked, block_keys=keys)
+    checked.block_keys = keys
+    return checked
 
 
 def _name(caller: ApiKey | None) -> str:
