@@ -30,6 +30,7 @@ class FakeGeneration:
 
     rest = None
     complete = False
+    cached_tokens = 0
 
     def __init__(self, tiers: list[str], brownout_from: str) -> None:
         self.accepted = inference_pb2.Accepted(
