@@ -36,8 +36,8 @@ class Grammar:
         text: The schema, regular expression or Lark grammar.
 
     Raises:
-        InvalidRequest: ``text`` is missing, or is a schema that ``read_json`` refuses. ``overfill.request.grammar``
-            checks the rest when it compiles the grammar.
+        InvalidRequest: ``text`` is missing, or is a schema that is not JSON, is nested too deeply or has a lone
+            surrogate. ``overfill.request.grammar`` checks the rest when it compiles the grammar.
     """
 
     kind: GrammarKind
