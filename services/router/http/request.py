@@ -46,8 +46,8 @@ class Request:
     """
 
     __slots__ = (
-        "_channel", "_chunked", "_error", "_head", "_modern", "_parts", "_received", "_size", "_state", "_waiter",
-        "answered", "headers", "keep_alive", "key", "method", "path", "status",
+        "_body", "_channel", "_chunked", "_error", "_head", "_modern", "_received", "_state", "_waiter", "answered",
+        "headers", "keep_alive", "key", "method", "path", "status",
     )  # fmt: skip
 
     def __init__(
@@ -71,8 +71,7 @@ class Request:
         self._channel = channel
         self._state = state
         self._modern = modern  # HTTP/1.1, else 1.0
-        self._parts: list[bytes] | None = []  # of the body; None once nothing wants it
-        self._size = 0
+        self._body: bytes | bytearray | None = b""  # what has arrived of it; None once nothing wants it
         self._received = False
         self._error: Exception | None = None  # why the rest of the body does not come
         self._waiter: asyncio.Future[None] | None = None
@@ -92,14 +91,18 @@ class Request:
 
     def add(self, data: bytes) -> bool:
         """Adds a part of the body. Returns False if nothing wants it."""
-        parts = self._parts
-        if parts is None:
+        body = self._body
+        if body is None:
             return False
-        self._size += len(data)
-        if self._size > self._state.max_body:
+        if len(body) + len(data) > self._state.max_body:
             self.fail(too_large(self._state.max_body))
             return False
-        parts.append(data)
+        if not body:
+            self._body = data
+        elif isinstance(body, bytearray):
+            body += data
+        else:  # a list of small parts would need many times their size
+            self._body = bytearray(body) + data
         return True
 
     def complete(self) -> None:
@@ -109,8 +112,8 @@ class Request:
 
     def fail(self, error: Exception) -> None:
         """Makes ``body`` raise ``error``, unless the body has been read."""
-        if self._parts is not None:
-            self._parts, self._error = None, error
+        if self._body is not None:
+            self._body, self._error = None, error
             self._wake()
 
     def _wake(self) -> None:
@@ -133,8 +136,8 @@ class Request:
                 raise self._error
             finally:
                 self._error = None  # or the traceback, which refers to this request, would be part of a circle
-        parts, self._parts = self._parts or [], None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        body, self._body = self._body or b"", None
+        return bytes(body)
 
     async def _receive(self) -> None:
         budget, limit = self._state.budget, self._state.max_body
@@ -147,7 +150,7 @@ class Request:
             self.discard()
             raise
         try:
-            if not self._size and self._modern and self.header(b"expect").lower() == "100-continue":
+            if not self._body and self._modern and self.header(b"expect").lower() == "100-continue":
                 self._channel.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -156,7 +159,7 @@ class Request:
 
     def discard(self) -> None:
         """Drops what has arrived of the body, and what will arrive."""
-        self._parts = None
+        self._body = None
 
     # The response
 
