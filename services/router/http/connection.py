@@ -39,7 +39,10 @@ IDLE_TIMEOUT = 75.0
 """Seconds that a connection may stay open without a request."""
 
 MAX_HEAD = 64 << 10
-"""Maximum size of a request's head in bytes. The same limit applies to the trailers of a body."""
+"""Maximum size of a request's head in bytes. It is also that of a body's trailers, and of one chunk's extensions."""
+
+MAX_TARGET = 16 << 10
+"""Maximum size of a request's target in bytes."""
 
 MAX_HEADERS = 256
 """Maximum number of headers of a request, and of its trailers."""
@@ -59,7 +62,7 @@ MAX_PIPELINED = 8
 _SINGLE = frozenset({b"host", b"origin", b"authorization"})
 """Headers that decide who may do what. Of two, a proxy may read another one than this server."""
 
-_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
 
 
 class Connection(asyncio.Protocol):
@@ -89,7 +92,7 @@ class Connection(asyncio.Protocol):
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_size = self._num_headers = 0
-        self._unfinished = 0  # bytes since the last part of a head that the parser has completed
+        self._unfinished = 0  # bytes since the last head or part of a body that the parser has completed
         # Requests whose head has arrived
         self._receiving: Request | None = None  # the one whose body arrives
         self._rest = 0  # number of bytes of that body that were discarded
@@ -236,8 +239,7 @@ class Connection(asyncio.Protocol):
     def _parse(self, data: bytes) -> None:
         if self._idle:
             self._await_head()
-        if self._receiving is None:
-            self._unfinished += len(data)
+        self._unfinished += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -280,6 +282,8 @@ class Connection(asyncio.Protocol):
     def on_url(self, target: bytes) -> None:
         if self._receiving is None:
             self._target += target
+            if len(self._target) > MAX_TARGET:
+                raise self._invalid(ApiError(414, f"the request target is longer than {MAX_TARGET} bytes"))
             self._count(len(target))
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -287,11 +291,13 @@ class Connection(asyncio.Protocol):
         self._count(len(name) + len(value) + 4)
         if self._receiving is not None:
             return
-        name = name.lower()
-        known = self._headers.setdefault(name, value)
-        if known is not value:
-            if name in _SINGLE:
-                raise self._invalid(ApiError(400, f"the request has several headers {name.decode('latin-1')!r}"))
+        name, value = name.lower(), value.rstrip(b" \t")  # the parser leaves tabs
+        known = self._headers.get(name)
+        if known is None:
+            self._headers[name] = value
+        elif name in _SINGLE:
+            raise self._invalid(ApiError(400, f"the request has several headers {name.decode('latin-1')!r}"))
+        else:
             self._headers[name] = known + b", " + value
 
     def on_headers_complete(self) -> None:
@@ -314,6 +320,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         assert self._receiving is not None
+        self._unfinished = 0
         if not self._receiving.add(data):
             self._rest += len(data)
             if self._rest > MAX_REST:
@@ -339,27 +346,39 @@ class Connection(asyncio.Protocol):
             raise self._invalid(ApiError(505, f"HTTP {version} is not supported; use HTTP/1.1"))
         if method == "CONNECT":
             raise self._invalid(wrong_method(method, target.decode("latin-1")))
-        encoding = headers.get(b"transfer-encoding")
-        if encoding is not None:
-            if version == "1.0":
-                raise self._invalid(ApiError(400, "HTTP/1.0 has no transfer-encoding"))
-            if encoding.lower() != b"chunked":
-                raise self._invalid(ApiError(501, "the only transfer-encoding that this server supports is chunked"))
+        if (encoding := headers.get(b"transfer-encoding")) is not None:
+            self._check_encoding(encoding.lower(), version)
         if version == "1.1" and b"host" not in headers:
             raise self._invalid(ApiError(400, "the request has no Host"))
-        if not target.startswith((b"/", b"*")):  # an absolute URL, as clients send it to proxies
-            try:
-                url = httptools.parse_url(target)
-            except httptools.HttpParserInvalidURLError:
-                raise self._invalid(ApiError(400, "the request target is not a valid URL")) from None
-            if url.userinfo is not None or not url.host:
-                raise self._invalid(ApiError(400, "the request target is not a valid URL"))
-            # RFC 9112, section 3.2.2: this host replaces that of the header.
-            headers[b"host"] = url.host if url.port is None else b"%b:%d" % (url.host, url.port)
-            target = url.path or b"/"
+        if b"#" in target:
+            raise self._invalid(ApiError(400, "the request target has a fragment"))
+        if not target.startswith(b"/") and (method, target) != ("OPTIONS", b"*"):
+            target = self._path_of_url(target)
         if not _HOST.fullmatch(headers.get(b"host", b"")):
             raise self._invalid(ApiError(400, "the request has an invalid Host"))
         return target.partition(b"?")[0]
+
+    def _check_encoding(self, encoding: bytes, version: str) -> None:
+        if version == "1.0":
+            raise self._invalid(ApiError(400, "HTTP/1.0 has no transfer-encoding"))
+        if encoding.rpartition(b",")[2].strip(b" \t") != b"chunked":
+            raise self._invalid(ApiError(400, "the last transfer-encoding is not chunked"))
+        if encoding != b"chunked":
+            raise self._invalid(ApiError(501, "the only transfer-encoding that this server supports is chunked"))
+
+    def _path_of_url(self, target: bytes) -> bytes:
+        """Returns the path of an absolute URL, as clients send it to proxies. Its host becomes that of the request."""
+        try:
+            url = httptools.parse_url(target)
+        except httptools.HttpParserInvalidURLError:
+            url = None
+        if url is None or url.schema not in (b"http", b"https") or url.userinfo is not None or not url.host:
+            raise self._invalid(ApiError(400, "the request target is not a valid URL"))
+        # RFC 9112, section 3.2.2: this host replaces that of the header.
+        host = b"[%b]" % url.host if b":" in url.host else url.host
+        self._headers[b"host"] = host if url.port is None else b"%b:%d" % (host, url.port)
+        path: bytes = url.path or b"/"
+        return path
 
     def _count(self, size: int) -> None:
         self._head_size += size
@@ -482,7 +501,9 @@ class Connection(asyncio.Protocol):
 
 def _head_too_large() -> ApiError:
     return ApiError(
-        431, f"the head of the request is larger than {MAX_HEAD} bytes, or has more than {MAX_HEADERS} headers"
+        431,
+        f"the head of the request is larger than {MAX_HEAD} bytes, or has more than {MAX_HEADERS} headers; "
+        "trailers and the extensions of a chunk have the same limits",
     )
 
 
