@@ -492,6 +492,9 @@ _closes("a NUL in a trailer", "9110 5.5", _chunked(b"0\r\na: \0\r\n\r\n"), 400)
 _closes("a trailer without a colon", "9112 5", _chunked(b"0\r\nabc\r\n\r\n"), 400)
 _closes("too many trailers", "6585 5", _chunked(b"0\r\n" + b"a: b\r\n" * 300 + b"\r\n"), 431)
 _closes("a trailer that is too long", "6585 5", _chunked(b"0\r\na: " + b"b" * 70_000 + b"\r\n\r\n"), 431)
+_closes(
+    "a chunk's extension that is too long", "9112 7.1.1", _chunked(b"1;" + b"b" * 400_000 + b"\r\nx\r\n0\r\n\r\n"), 431
+)
 
 # Connection and Upgrade
 

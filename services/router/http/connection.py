@@ -13,6 +13,7 @@ import re
 import socket
 import ssl
 from collections import deque
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -23,7 +24,7 @@ from overfill.api.openai.errors import ApiError, too_many_connections, too_slow,
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.tls import names_of
 from services.router.http.request import Request, response_head
-from services.router.http.state import ServerState
+from services.router.http.state import SHORT, ServerState
 from services.router.limits import STALLED_TIMEOUT
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,29 @@ MAX_TARGET = 16 << 10
 MAX_HEADERS = 256
 """Maximum number of headers of a request, and of its trailers."""
 
+LINGER_TIMEOUT = 2.0
+"""Seconds for which the server reads on behind the error that ends a connection.
+
+To close a socket while the client sends would destroy the answer on its way (RFC 9112, section 9.6).
+"""
+
+MIN_READ = 48 << 10
+"""Minimum number of bytes that a client must read in ``STALLED_TIMEOUT`` seconds of an answer that waits for it."""
+
 MAX_REST = 64 << 20
-"""Maximum number of bytes that the server discards of a body that it has answered early.
+"""Maximum number of bytes that the server discards of a body that it has answered early, and behind an error.
 
 The server reads them, because many clients read no answer while they send.
 """
 
+MIN_PART = 1 << 10
+"""Size in bytes with which a smaller part of a body counts, as it takes as much time. A chunk is such a part."""
+
 DISCARD_RATE = 64e6
-"""Bytes per second that all connections together discard, so that refused bodies do not keep the server busy."""
+"""Bytes per second that all connections together discard, and that each may send in small parts.
+
+So neither refused bodies nor bodies that come byte by byte keep the server busy.
+"""
 
 MAX_PIPELINED = 8
 """Maximum number of requests that wait behind an answer. With more, the connection closes behind their answers."""
@@ -73,18 +89,23 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_current", "_deadline", "_head_size", "_headers", "_idle", "_lost", "_num_headers", "_parser", "_partial",
-        "_pending", "_queue", "_receiving", "_refused", "_rest", "_stalled_until", "_state", "_target", "_task",
-        "_transport", "_unfinished", "_writable", "roles",
+        "_current", "_deadline", "_head_size", "_headers", "_idle", "_lingers", "_lost", "_num_headers", "_parser",
+        "_partial", "_pending", "_queue", "_raw", "_receiving", "_refused", "_rest", "_shaking_hands",
+        "_stalled_until", "_state", "_target", "_task", "_transport", "_unfinished", "_unpaced", "_unread", "_writable",
+        "roles",
     )  # fmt: skip
 
     def __init__(self, state: ServerState[Connection, Request]) -> None:
         self.roles: frozenset[Role] | None = None
         self._state = state
-        self._transport: asyncio.Transport | None = None  # None during the TLS handshake
+        self._raw: asyncio.Transport  # without TLS
+        self._transport: asyncio.Transport
+        self._shaking_hands = state.tls is not None
         self._deadline = state.now() + HEAD_TIMEOUT
         self._stalled_until = math.inf  # deadline of a client that does not read
+        self._unread = 0  # number of bytes that it had not read when that deadline was set
         self._idle = False  # no byte has arrived since the last answer
+        self._lingers = False  # behind the error that ends the connection
         self._lost = False
         self._parser: Any = httptools.HttpRequestParser(self)
         # The head that arrives
@@ -95,7 +116,8 @@ class Connection(asyncio.Protocol):
         self._unfinished = 0  # bytes since the last head or part of a body that the parser has completed
         # Requests whose head has arrived
         self._receiving: Request | None = None  # the one whose body arrives
-        self._rest = 0  # number of bytes of that body that were discarded
+        self._rest = 0  # number of bytes of that body, or behind an error, that were discarded
+        self._unpaced = 0  # number of bytes for which ``DISCARD_RATE`` has not been kept yet
         self._current: Request | None = None  # the one that is answered
         self._task: asyncio.Task[None] | None = None  # answers it; before the first request, does the TLS handshake
         self._queue: deque[Request] = deque()  # those that wait for its answer
@@ -111,48 +133,48 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._raw = self._transport = transport
         state = self._state
         state.open.add(self)
         state.none_open.clear()
         if len(state.open) > state.max_connections and state.idle:
-            next(iter(state.idle))._close()
+            victim = next(iter(state.idle))
+            victim._close()  # tells the client, with TLS
+            victim._abort()  # does not wait for its answer to that
         elif len(state.open) > state.max_connections:
             if state.tls is None:
-                self._transport = transport
                 self._end(too_many_connections())
+                self._close()
             else:
                 self._lose()
-                transport.abort()
+                self._abort()
             return
-        if state.tls is None:
-            self._transport = transport
-            return
-        transport.pause_reading()  # until TLS is in between
-        self._task = asyncio.get_running_loop().create_task(self._shake_hands(transport, state.tls.value))
+        if state.tls is not None:
+            transport.pause_reading()  # until TLS is in between
+            self._task = asyncio.get_running_loop().create_task(self._shake_hands(state.tls.value))
 
-    async def _shake_hands(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
-        loop = asyncio.get_running_loop()
+    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+        loop, secured = asyncio.get_running_loop(), None
         try:
             secured = await loop.start_tls(
-                transport, self, context, server_side=True, ssl_handshake_timeout=HEAD_TIMEOUT
+                self._raw, self, context, server_side=True, ssl_handshake_timeout=HEAD_TIMEOUT
             )
+            if secured is not None and context.verify_mode == ssl.CERT_REQUIRED:
+                self.roles = roles_of(names_of(secured.get_extra_info("ssl_object").getpeercert()))
         except OSError:  # the handshake failed, or the client has disconnected
             secured = None
-        except asyncio.CancelledError:  # from ``check_time`` or ``stop``
+        except asyncio.CancelledError:  # from ``connection_lost`` or ``stop``
             secured = None
         finally:
             self._task = None
-        if secured is None:
-            transport.abort()
-            self._lose()
+            if secured is None:
+                self._abort()
+                self._lose()
         if secured is None or self._lost:
             return
         self._transport = secured
-        if context.verify_mode == ssl.CERT_REQUIRED:
-            self.roles = roles_of(names_of(secured.get_extra_info("ssl_object").getpeercert()))
-        if self._pending:
-            data, self._pending = self._pending, b""
-            self._parse(data)
+        self._shaking_hands = False
+        self._parse_pending()
 
     def connection_lost(self, error: Exception | None) -> None:
         """Cancels the answer."""
@@ -164,24 +186,24 @@ class Connection(asyncio.Protocol):
     def check_time(self, now: float) -> None:
         """Ends the connection if the client has been too slow."""
         if now > self._stalled_until:
-            self._abort()
+            if self._num_unread() > self._unread - MIN_READ:
+                self._abort()
+            else:
+                self._await_reader()
         elif now <= self._deadline:
             return
-        elif self._transport is None:
-            assert self._task is not None
-            self._task.cancel()
-        elif self._transport.is_closing():  # the client does not read the last answer
+        elif self._shaking_hands:
             self._abort()
         elif self._receiving is not None and self._receiving is self._current:
             self._refuse(too_slow())
-        elif self._receiving is not None or self._idle:
+        elif self._receiving is not None or self._idle or self._lingers:
             self._close()
         else:
             self._end(ApiError(408, "the head of the request did not arrive in time", code="request_timeout"))
 
     def drain(self) -> None:
         """Closes the connection if it is idle. Others close behind their answer, as the server drains."""
-        if self._idle:
+        if self._idle or self._lingers:
             self._close()
 
     def stop(self) -> asyncio.Task[None] | None:
@@ -194,13 +216,20 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Closes behind what was written."""
         self._leave_idle()
-        self._deadline = self._state.now() + STALLED_TIMEOUT
-        if self._transport is not None:
-            self._transport.close()
+        self._deadline = math.inf
+        self._await_reader()
+        self._transport.close()
+
+    def _linger(self) -> None:
+        """Closes behind what was written, and when the client has stopped to send."""
+        with suppress(OSError):  # the client has disconnected
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+        self._lingers = True
+        self._deadline = self._state.now() + LINGER_TIMEOUT
 
     def _abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     def _lose(self) -> None:
         self._lost = True
@@ -208,33 +237,47 @@ class Connection(asyncio.Protocol):
         if not self._state.open:
             self._state.none_open.set()
         self._leave_idle()
-        self._parser = None  # it refers to the connection, which would wait for the garbage collector
+        # These refer to the connection, which would wait for the garbage collector.
+        self._parser = self._refused = None
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
         """Parses what belongs to the current request or to the next one, and keeps what came too early."""
         if self._refused is not None:
-            return
-        if self._transport is None:  # the handshake has just ended
+            self._discard(len(data))
+        elif self._shaking_hands:  # they have just ended
             self._pending += data
         elif self._current is None or self._receiving is self._current:
             self._parse(data)
-            if self._rest and self._receiving is not None:
-                self._wait_to_discard(len(data))
         else:
             self._pending += data
             if len(self._pending) > MAX_HEAD:
                 self._abort()  # to pause reading instead would hide a disconnect
+        if self._unpaced > SHORT:
+            self._pace()
 
-    def _wait_to_discard(self, size: int) -> None:
-        """Reads on when the server has had the time to discard the ``size`` bytes that it has just read."""
+    def _discard(self, size: int) -> None:
+        self._rest += size
+        self._unpaced += size
+        if self._rest > MAX_REST:
+            self._close()
+
+    def _pace(self) -> None:
+        """Reads on when ``DISCARD_RATE`` allows it."""
         state, transport = self._state, self._transport
-        assert transport is not None
         now = state.now()
-        state.discarded_until = max(now, state.discarded_until) + size / DISCARD_RATE
+        until = (max(now, state.discarded_until) if self._rest else now) + self._unpaced / DISCARD_RATE
+        if self._rest:  # a body that is wanted does not wait for those that are not
+            state.discarded_until = until
+        self._unpaced = 0
         transport.pause_reading()
-        asyncio.get_running_loop().call_later(state.discarded_until - now, transport.resume_reading)
+        asyncio.get_running_loop().call_later(until - now, transport.resume_reading)
+
+    def _parse_pending(self) -> None:
+        data, self._pending = self._pending, b""
+        if data:
+            self._parse(data)
 
     def _parse(self, data: bytes) -> None:
         if self._idle:
@@ -270,6 +313,8 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if self._receiving is not None:
             return
+        if self._transport.is_closing():
+            raise ValueError("the answer before was the last one")
         if self._idle:  # the request before was answered before its end
             self._await_head()
         self._partial = True
@@ -322,9 +367,9 @@ class Connection(asyncio.Protocol):
         assert self._receiving is not None
         self._unfinished = 0
         if not self._receiving.add(data):
-            self._rest += len(data)
-            if self._rest > MAX_REST:
-                self._close()
+            self._discard(max(len(data), MIN_PART))
+        elif len(data) < MIN_PART:
+            self._unpaced += MIN_PART
 
     def on_message_complete(self) -> None:
         request = self._receiving
@@ -333,6 +378,8 @@ class Connection(asyncio.Protocol):
             return
         self._receiving = None
         self._head_size = self._num_headers = 0  # those of trailers
+        if self._unpaced <= SHORT:  # short bodies are never paced
+            self._unpaced = 0
         request.complete()
         if request is self._current:
             self._deadline = math.inf
@@ -409,33 +456,38 @@ class Connection(asyncio.Protocol):
         finally:
             request.discard()
             self._current = self._task = None
-        if self._lost:
+            if not request.answered:
+                self._abort()
+        if not request.answered or self._lost:
             return
-        if not request.answered:
-            self._abort()
-        elif self._receiving is not request:
+        if self._receiving is not request:
             self._go_on(request)
         # Otherwise the server discards the rest of the body, and goes on at its end.
 
     def _go_on(self, last: Request) -> None:
         """Goes on to what follows ``last``, which has arrived and is answered."""
         if not last.keep_alive:
-            self._close()
+            if self._refused is None:
+                self._close()
+            else:
+                self._linger()
         elif self._queue:
             self._answer(self._queue.popleft())
+            if self._receiving is self._current:
+                self._parse_pending()
         elif self._refused is not None:
             self._end(self._refused)
         elif self._pending:
-            data, self._pending = self._pending, b""
             self._await_head()
-            self._parse(data)
+            self._parse_pending()
         elif self._partial:
             self._await_head()
         elif self._state.draining:
             self._close()
         else:
             self._idle = True
-            self._state.idle[self] = None
+            if not self._num_unread():
+                self._state.idle[self] = None
             self._deadline = self._state.now() + IDLE_TIMEOUT
 
     def _await_head(self) -> None:
@@ -445,14 +497,17 @@ class Connection(asyncio.Protocol):
     def _leave_idle(self) -> None:
         if self._idle:
             self._idle = False
-            del self._state.idle[self]
+            self._state.idle.pop(self, None)
 
     def _refuse(self, error: ApiError) -> None:
         """Answers ``error`` behind the requests that arrived before what is wrong, and then closes."""
         self._refused = error
         failed, self._receiving = self._receiving, None
         if self._current is None:
-            self._end(error) if failed is None else self._close()
+            if failed is None:
+                self._end(error)
+            else:
+                self._linger()
         elif failed is self._current:
             failed.keep_alive = False
             failed.fail(error)
@@ -463,17 +518,17 @@ class Connection(asyncio.Protocol):
     def _end(self, error: ApiError) -> None:
         """Writes ``error`` as the last response of the connection."""
         self._refused = error
-        if self._transport is not None and not self._transport.is_closing():
+        if not self._transport.is_closing():
             body = encode(error.body)
             framing = b"content-length: %d\r\nconnection: close\r\n" % len(body)
             self._transport.write(response_head(error.status, [(b"content-type", b"application/json")], framing) + body)
-            self._close()
+            self._linger()
 
     # Writing
 
     def write(self, data: bytes) -> None:
         """Writes ``data``, unless the client has disconnected."""
-        if not self._lost and self._transport is not None:
+        if not self._lost:
             self._transport.write(data)
 
     @property
@@ -489,14 +544,24 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Begins a wait for the client to read."""
         self._writable = asyncio.get_running_loop().create_future()
-        self._stalled_until = self._state.now() + STALLED_TIMEOUT
+        self._await_reader()
 
     def resume_writing(self) -> None:
         """Ends the wait."""
-        self._stalled_until = math.inf
+        if not self._transport.is_closing():
+            self._stalled_until = math.inf
         if self._writable is not None:
             self._writable.set_result(None)
             self._writable = None
+
+    def _await_reader(self) -> None:
+        self._stalled_until = self._state.now() + STALLED_TIMEOUT
+        self._unread = self._num_unread()
+
+    def _num_unread(self) -> int:
+        """Returns the number of bytes that were written, and that the client has not made room for."""
+        size = self._raw.get_write_buffer_size()
+        return size if self._transport is self._raw else size + self._transport.get_write_buffer_size()
 
 
 def _head_too_large() -> ApiError:

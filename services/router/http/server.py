@@ -17,6 +17,9 @@ from services.router.http.state import ByteBudget, ServerState
 
 _BACKLOG = 2048
 
+_ACCEPTED_AT_ONCE = 32
+"""Maximum number of connections that the event loop accepts in a row. Each has a file open before it can be refused."""
+
 _ROUND = 0.5
 """Seconds between two looks at the clocks of all connections. One timer for all costs less than one for each."""
 
@@ -82,7 +85,10 @@ class HttpServer:
         except OSError as error:
             raise Unavailable(f"cannot serve HTTP on {host}:{port}: {error.strerror}") from error
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self._state), sock=listener, backlog=_BACKLOG)
+        self._server = await loop.create_server(
+            lambda: Connection(self._state), sock=listener, backlog=_ACCEPTED_AT_ONCE
+        )
+        listener.listen(_BACKLOG)  # asyncio has one number for both
         self._check_times()
         return f"{host}:{listener.getsockname()[1]}"
 
@@ -97,18 +103,23 @@ class HttpServer:
         if self._server is None:
             return
         self._server.close()
+        self._state.max_connections = 0  # for those that have just been accepted
         self.drain()
-        if self._state.open:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._stop_grace):
-                    await self._state.none_open.wait()
+        await self._none_open(self._stop_grace)
         tasks = [task for connection in list(self._state.open) if (task := connection.stop()) is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._none_open(1.0)
         if self._timer is not None:
             self._timer.cancel()
 
+    async def _none_open(self, seconds: float) -> None:
+        if self._state.open:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._state.none_open.wait()
+
     def _check_times(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_ROUND, self._check_times)
         now = self._state.now()
         for connection in list(self._state.open):
             connection.check_time(now)
-        self._timer = asyncio.get_running_loop().call_later(_ROUND, self._check_times)

@@ -81,7 +81,7 @@ class ServerState(Generic[C, R]):
         draining: True once connections close behind their answers.
         open: all connections.
         none_open: set while there are none.
-        idle: the connections without a request, the longest idle first.
+        idle: the connections without a request whose client has read all answers, the longest idle first.
     """
 
     app: Callable[[R], Awaitable[None]]

@@ -164,7 +164,10 @@ async def test_the_rest_of_a_refused_body_has_limits(
 
 @pytest.mark.parametrize("kind", ["one line", "lines", "only line ends"])
 @pytest.mark.parametrize("when", ["first", "during an answer"])
-async def test_a_head_has_a_limit(kind: str, when: str, app: App, address: tuple[str, int], connect: Connect) -> None:
+async def test_a_head_has_a_limit(
+    kind: str, when: str, app: App, address: tuple[str, int], connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_connection, "LINGER_TIMEOUT", 0.0)
     _, writer = await connect(address)
     if when == "during an answer":
         writer.write(GET)
