@@ -185,6 +185,8 @@ async def test_a_cancelled_call_runs_the_servicers_cleanup(channel: grpc.aio.Cha
     await rpc.read()
     if name == "hang":
         await echo.hanging.wait()
+    else:
+        await rpc.read()  # before, the servicer may not have begun what it cleans up
     rpc.cancel()
     await echo.cleaned_up.wait()
 

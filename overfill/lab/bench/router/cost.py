@@ -29,6 +29,20 @@ ANSWER = 1000
 IDLE_STREAMS = 5000
 """Open streams whose memory is measured."""
 
+AT_ONCE = 64
+"""Streams that start at the same time."""
+
+_BURSTS = 5
+
+_REQUEST_CPU = 650.0
+"""Bound of the CPU of a request of one token in microseconds, when several run."""
+
+_TOKEN_CPU: dict[Protocol, float | None] = {"http": 25.0, "grpc": None}
+"""Bound of the CPU per token in microseconds, at the most streams and one event per token."""
+
+_STREAM_MEMORY: dict[Protocol, float] = {"http": 12.0, "grpc": 60.0}
+"""Bound of the memory of an open stream in KiB."""
+
 _TOKEN_CPU_RATIO: dict[Protocol, float] = {"http": 2.0, "grpc": 1.5}
 """Bound of the router's CPU per token over the peer's, at the most streams and one event per token."""
 
@@ -94,7 +108,7 @@ def measure_cost(
             pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
             beside_peers([protocol], pace, streams[-1], partial(_measure_merging, windows, streams[-1]))
         for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
-            idle = partial(_measure_memory, windows, idle_streams)
+            idle = partial(_measure_open, windows, idle_streams)
             beside_peers([protocol], SendingPace(step=_HOUR), idle_streams, idle)
     found = [one for protocol in PEERS for one in _measurements(protocol, router[protocol], bare[protocol], streams)]
     return [*found, Measurement("failed_requests", windows.failed, "requests", 0)]
@@ -106,14 +120,19 @@ def _measure_saturation(
     """Measures requests of one token, and long answers that arrive as fast as the server sends them."""
     for count in streams:
         window = windows.measure(server, 1, count)
-        into[f"request_cpu_{count}"] = _Figure(window.cpu_us(window.counts.ended), "us", 800)
+        into[f"request_cpu_{count}"] = _Figure(
+            window.cpu_us(window.counts.ended), "us", _REQUEST_CPU if count > 1 else None
+        )
+        if count == 1:
+            into["ttft_alone_p50"] = _milliseconds(np.percentile(window.counts.ttft, 50), 3.0)
+            into["ttft_alone_p95"] = _milliseconds(np.percentile(window.counts.ttft, 95))
     into["requests_per_second"] = _Figure(window.counts.ended / window.seconds, "1/s")
     into["requests_per_core"] = _Figure(window.counts.ended / window.cpu, "1/s", 1000, at_least=True)
     into["requests_cores"] = _Figure(window.cpu / window.seconds, "cores")
     into["requests_busiest_other"] = _Figure(window.busiest, "cores")
     ttft = windows.ttft(server, router["requests_per_second"].value / 2) or [float("nan")]
     for percent in (50, 99):
-        into[f"ttft_p{percent}"] = _Figure(float(np.percentile(ttft, percent)) * 1e3, "ms")
+        into[f"ttft_p{percent}"] = _milliseconds(np.percentile(ttft, percent))
     window = windows.measure(server, ANSWER, streams[-1])
     into["saturated_token_cpu"] = _Figure(window.cpu_us(window.counts.tokens), "us")
     into["saturated_tokens_per_event"] = _Figure(window.tokens_per_event, "tokens")
@@ -130,7 +149,7 @@ def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, in
         # Answers that end in the window are followed by requests, whose cost is known.
         requests = window.counts.begun * into[f"request_cpu_{count}"].value
         per_token = window.cpu_us(window.counts.tokens) - requests / max(1, window.counts.tokens)
-        into[f"token_cpu_{count}"] = _Figure(per_token, "us")
+        into[f"token_cpu_{count}"] = _Figure(per_token, "us", _TOKEN_CPU[server.protocol] if count > 1 else None)
         into[f"tokens_per_event_{count}"] = _Figure(window.tokens_per_event, "tokens")
 
 
@@ -141,11 +160,19 @@ def _measure_merging(windows: Windows, streams: int, server: Server, into: _Figu
     into["merging_tokens_per_event"] = _Figure(window.tokens_per_event, "tokens")
     gaps = window.counts.gaps or [float("nan")]
     for percent in (50, 99):
-        into[f"merging_itl_p{percent}"] = _Figure(float(np.percentile(gaps, percent)) * 1e3, "ms")
+        into[f"merging_itl_p{percent}"] = _milliseconds(np.percentile(gaps, percent))
 
 
-def _measure_memory(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
-    into["memory_per_stream"] = _Figure(windows.memory(server, streams), "KiB", 60)
+def _measure_open(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
+    """Measures streams that send nothing after the first token: their memory, and many that start at once."""
+    into["memory_per_stream"] = _Figure(windows.memory(server, streams), "KiB", _STREAM_MEMORY[server.protocol])
+    bursts = [windows.ttft_at_once(server, AT_ONCE) for _ in range(_BURSTS)]
+    into[f"ttft_{AT_ONCE}_at_once_p50"] = _milliseconds(np.median([np.median(ttft) for ttft in bursts]))
+    into[f"ttft_{AT_ONCE}_at_once_max"] = _milliseconds(np.median([max(ttft) for ttft in bursts]), 50.0)
+
+
+def _milliseconds(seconds: float | np.floating, bound: float | None = None) -> _Figure:
+    return _Figure(float(seconds) * 1e3, "ms", bound)
 
 
 def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams: Sequence[int]) -> list[Measurement]:

@@ -14,10 +14,10 @@ from overfill.lab.bench.router.load import GRPC_PATH, TOKEN_TEXT, Protocol
 from overfill.request.params import SamplingParams
 from overfill.v1 import inference_pb2
 
-_PROMPT = range(10, 74)
+_PROMPT = range(10, 139)
 """Token ids of the prompt over gRPC. The text over HTTP has about as many tokens."""
 
-_TEXT = "Some words of a prompt. " * 10
+_TEXT = "Some words of a prompt. " * 16
 
 _END = b"\n\n"
 """End of a server-sent event."""

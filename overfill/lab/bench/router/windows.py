@@ -117,6 +117,12 @@ class Windows:
             time.sleep(2 * self._seconds)
             return counts().ttft
 
+    def ttft_at_once(self, server: Server, streams: int) -> list[float]:
+        """Starts ``streams`` requests of two tokens at once. Returns the seconds to the first token of each."""
+        load = Load(server.protocol, server.address, make_request(server.protocol, server.model, 2), 2, streams)
+        with self._running(load) as counts:
+            return _wait_for_first_tokens(counts, streams)
+
     def memory(self, server: Server, streams: int) -> float:
         """KiB per open stream that has its first token and waits for the next."""
         process, request = psutil.Process(server.pid), make_request(server.protocol, server.model, 2)
@@ -175,9 +181,14 @@ def _difference(after: Received, before: Received) -> Received:
     )
 
 
-def _wait_for_first_tokens(counts: Callable[[], Received], streams: int) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while (found := counts()).begun < streams:
+def _wait_for_first_tokens(counts: Callable[[], Received], streams: int) -> list[float]:
+    """Returns the seconds to the first token of each request that has begun, once ``streams`` have."""
+    deadline, ttft = time.monotonic() + _START_SECONDS, list[float]()
+    while True:
+        found = counts()
+        ttft += found.ttft
+        if found.begun >= streams:
+            return ttft
         if time.monotonic() > deadline:
             raise Unavailable(f"only {found.begun} of {streams} streams began in {_START_SECONDS:g} s")
         time.sleep(0.05)
