@@ -89,7 +89,7 @@ class Connection(asyncio.Protocol):
         self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_size = self._num_headers = 0
-        self._unfinished = 0  # bytes since the last part of a head that the parser has completed
+        self._unfinished = 0  # bytes since the last part of a head or a body that the parser has completed
         # Requests whose head has arrived
         self._receiving: Request | None = None  # the one whose body arrives
         self._rest = 0  # number of bytes of that body that were discarded
@@ -236,8 +236,7 @@ class Connection(asyncio.Protocol):
     def _parse(self, data: bytes) -> None:
         if self._idle:
             self._await_head()
-        if self._receiving is None:
-            self._unfinished += len(data)
+        self._unfinished += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -314,6 +313,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         assert self._receiving is not None
+        self._unfinished = 0
         if not self._receiving.add(data):
             self._rest += len(data)
             if self._rest > MAX_REST:
@@ -325,7 +325,7 @@ class Connection(asyncio.Protocol):
         if self._parser.should_upgrade() and _has_body(request.headers):
             return
         self._receiving = None
-        self._head_size = self._num_headers = 0  # those of trailers
+        self._head_size = self._num_headers = self._unfinished = 0  # those of trailers
         request.complete()
         if request is self._current:
             self._deadline = math.inf
@@ -382,6 +382,7 @@ class Connection(asyncio.Protocol):
     async def _run(self, request: Request) -> None:
         try:
             await self._state.app(request)
+            await self.writable()  # or answers that the client does not read would pile up
         except asyncio.CancelledError:
             if not self._lost:
                 raise  # the server stops
