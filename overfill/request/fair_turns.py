@@ -35,14 +35,15 @@ class FairTurns:
         queue.append(turn)
         self._queues[key] = queue
         try:
-            await turn
+            # A shield, because ``end`` may pass the turn on between the task's cancellation and this task's next step.
+            await asyncio.shield(turn)
         except asyncio.CancelledError:
-            if turn.cancelled():
+            if turn.done():
+                self.end(key)
+            else:
                 queue.remove(turn)
                 if not queue:
                     del self._queues[key]
-            else:
-                self.end(key)
             raise
 
     def end(self, key: str) -> None:

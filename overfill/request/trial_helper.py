@@ -212,9 +212,14 @@ def _try(bench: _Bench, function: Callable[[bytes, _Bench], bytes], argument: by
         os._exit(2)
 
 
+def _end_with_parent() -> None:
+    """Lets the kernel kill this process when its parent ends, also while this process is stopped."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 def _confine(bench: _Bench) -> None:
     limits = bench.limits
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    _end_with_parent()
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # Rust reports there that it gets no memory
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -229,6 +234,7 @@ def _confine(bench: _Bench) -> None:
 
 def main() -> None:
     """Runs the helper. Its standard input is the connection to the parent; its arguments name and describe a Bench."""
+    _end_with_parent()
     with socket.socket(fileno=0) as connection, suppress(ConnectionError):
         bench = _named(sys.argv[1])(**json.loads(sys.argv[2]))
         gc.freeze()  # a collection in a child would copy every page of the heap

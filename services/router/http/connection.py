@@ -377,7 +377,7 @@ class Connection(asyncio.Protocol):
         if self._parser.should_upgrade() and _has_body(request.headers):
             return
         self._receiving = None
-        self._head_size = self._num_headers = 0  # those of trailers
+        self._head_size = self._num_headers = self._unfinished = 0  # those of trailers
         if self._unpaced <= SHORT:  # short bodies are never paced
             self._unpaced = 0
         request.complete()
@@ -448,6 +448,7 @@ class Connection(asyncio.Protocol):
     async def _run(self, request: Request) -> None:
         try:
             await self._state.app(request)
+            await self.writable()  # or answers that the client does not read would pile up
         except asyncio.CancelledError:
             if not self._lost:
                 raise  # the server stops

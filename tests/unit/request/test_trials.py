@@ -163,6 +163,8 @@ async def main():
     while not os.listdir(f"/proc/{grammars.helper_pid}/task") or trial.done():
         await asyncio.sleep(0)
     print(grammars.helper_pid, flush=True)
+    if sys.argv[4] == "stopped":
+        os.kill(grammars.helper_pid, signal.SIGSTOP)
     os.kill(os.getpid(), getattr(signal, sys.argv[3]))
     await trial
 
@@ -171,9 +173,11 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM"])
-def test_the_helper_ends_with_its_parent(tiny_pair: Path, end: str) -> None:
+@pytest.mark.parametrize("state", ["running", "stopped"])
+def test_the_helper_ends_with_its_parent(tiny_pair: Path, end: str, state: str) -> None:
     tokenizer = str(tiny_pair / "full" / "tokenizer.json")
-    with subprocess.Popen([sys.executable, "-c", PARENT, tokenizer, PRODUCT, end], stdout=subprocess.PIPE) as parent:
+    command = [sys.executable, "-c", PARENT, tokenizer, PRODUCT, end, state]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         helper = int(parent.stdout.readline())
         try:
@@ -228,3 +232,15 @@ async def test_a_turn_that_is_granted_to_a_cancelled_caller_passes_on() -> None:
     await third
     turns.end("c")
     await turns.take("d")
+
+
+async def test_a_turn_passes_by_a_caller_that_has_just_been_cancelled() -> None:
+    turns = FairTurns(most=1, waiting=9)
+    await turns.take("a")
+    second, third = (asyncio.ensure_future(turns.take(key)) for key in ("b", "c"))
+    await asyncio.sleep(0)
+    second.cancel()
+    turns.end("a")
+    await asyncio.wait([second])
+    assert second.cancelled()
+    await asyncio.wait_for(third, 10)

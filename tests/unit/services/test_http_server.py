@@ -28,6 +28,9 @@ PUT = b"PUT / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 PATCH = b"PATCH %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
+LONG = 32 << 20
+"""Bytes of an answer that is too long for the buffers of a connection."""
+
 PATH: ContextVar[str] = ContextVar("PATH", default="")
 
 
@@ -36,7 +39,7 @@ class App:
 
     ``PUT`` reads the body and waits for ``finish``. ``ended`` has the error of the wait. ``PATCH`` sets a context
     variable to the path. ``seen`` has the variable's values before. ``TRACE`` reads the body and answers with its
-    length, or with the error.
+    length, or with the error. ``PROPFIND`` gets an answer of ``LONG`` bytes.
     """
 
     def __init__(self) -> None:
@@ -67,6 +70,10 @@ class App:
                     request.respond(error.status, error.message.encode())
                 except Overloaded as error:
                     request.respond(429, str(error).encode())
+                return
+            case "PROPFIND":
+                self.begun.set()
+                request.respond(200, bytes(LONG))
                 return
             case "GET":
                 self.begun.set()
@@ -179,6 +186,33 @@ async def test_a_head_has_a_limit(
         for _ in range(1000 * MAX_HEAD // len(piece)):
             writer.write(piece)
             await writer.drain()
+
+
+@pytest.mark.parametrize("kind", ["trailer", "extension of a chunk"])
+async def test_what_has_no_end_behind_a_body_has_a_limit(kind: str, address: tuple[str, int], connect: Connect) -> None:
+    reader, writer = await connect(address)
+    writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n")
+    assert await answer(reader) == (401, b"no")
+    writer.write(b"0\r\na: " if kind == "trailer" else b"1;")
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            writer.write(bytes(b"a" * MAX_HEAD))
+            await writer.drain()
+
+
+async def test_answers_that_are_not_read_do_not_pile_up(app: App, address: tuple[str, int], connect: Connect) -> None:
+    reader, writer = await connect(address)
+    others_reader, others_writer = await connect(address)
+    for _ in range(2):
+        app.begun.clear()
+        writer.write(b"PROPFIND / HTTP/1.1\r\nhost: x\r\n\r\n")
+        for _ in range(3):
+            others_writer.write(POST % 0)
+            assert await answer(others_reader) == (401, b"no")
+    assert not app.begun.is_set(), "the server answers a client that has not read the answer before"
+    for _ in range(2):
+        assert await answer(reader) == (200, bytes(LONG))
+    assert app.begun.is_set()
 
 
 async def test_a_head_has_a_time(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, connect: Connect) -> None:
