@@ -137,8 +137,8 @@ class Connection(asyncio.Protocol):
         state = self._state
         state.open.add(self)
         state.none_open.clear()
-        if len(state.open) > state.max_connections and state.idle:
-            victim = next(iter(state.idle))
+        if len(state.open) > state.max_connections and state.free:
+            victim = next(iter(state.free))
             victim._close()  # tells the client, with TLS
             victim._abort()  # does not wait for its answer to that
         elif len(state.open) > state.max_connections:
@@ -149,6 +149,7 @@ class Connection(asyncio.Protocol):
                 self._lose()
                 self._abort()
             return
+        self._offer_place()
         if state.tls is not None:
             transport.pause_reading()  # until TLS is in between
             self._task = asyncio.get_running_loop().create_task(self._shake_hands(state.tls.value))
@@ -215,7 +216,7 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         """Closes behind what was written."""
-        self._leave_idle()
+        self._state.free.pop(self, None)
         self._deadline = math.inf
         self._await_reader()
         self._transport.close()
@@ -236,7 +237,7 @@ class Connection(asyncio.Protocol):
         self._state.open.discard(self)
         if not self._state.open:
             self._state.none_open.set()
-        self._leave_idle()
+        self._state.free.pop(self, None)
         # These refer to the connection, which would wait for the garbage collector.
         self._parser = self._refused = None
 
@@ -440,6 +441,7 @@ class Connection(asyncio.Protocol):
     # Answering
 
     def _answer(self, request: Request) -> None:
+        self._state.free.pop(self, None)
         self._current = request
         self._deadline = self._state.now() + BODY_TIMEOUT if self._receiving is request else math.inf
         # In the connection's context, a request would see the ids of an earlier one.
@@ -461,9 +463,10 @@ class Connection(asyncio.Protocol):
                 self._abort()
         if not request.answered or self._lost:
             return
-        if self._receiving is not request:
+        if self._receiving is request:
+            self._offer_place()  # discards the rest of the body, and goes on at its end
+        else:
             self._go_on(request)
-        # Otherwise the server discards the rest of the body, and goes on at its end.
 
     def _go_on(self, last: Request) -> None:
         """Goes on to what follows ``last``, which has arrived and is answered."""
@@ -487,18 +490,18 @@ class Connection(asyncio.Protocol):
             self._close()
         else:
             self._idle = True
-            if not self._num_unread():
-                self._state.idle[self] = None
+            self._offer_place()
             self._deadline = self._state.now() + IDLE_TIMEOUT
 
     def _await_head(self) -> None:
-        self._leave_idle()
+        self._idle = False
+        self._offer_place()
         self._deadline = self._state.now() + HEAD_TIMEOUT
 
-    def _leave_idle(self) -> None:
-        if self._idle:
-            self._idle = False
-            self._state.idle.pop(self, None)
+    def _offer_place(self) -> None:
+        """Lets a new connection take the place of this one, which has no request, unless the client still reads."""
+        if not self._num_unread():
+            self._state.free.setdefault(self)
 
     def _refuse(self, error: ApiError) -> None:
         """Answers ``error`` behind the requests that arrived before what is wrong, and then closes."""

@@ -81,7 +81,7 @@ class ServerState(Generic[C, R]):
         draining: True once connections close behind their answers.
         open: all connections.
         none_open: set while there are none.
-        idle: the connections without a request whose client has read all answers, the longest idle first.
+        free: the connections without a request whose client has read all answers, the longest without one first.
     """
 
     app: Callable[[R], Awaitable[None]]
@@ -94,4 +94,4 @@ class ServerState(Generic[C, R]):
     draining: bool = False
     open: set[C] = field(default_factory=set)
     none_open: asyncio.Event = field(default_factory=asyncio.Event)
-    idle: dict[C, None] = field(default_factory=dict)
+    free: dict[C, None] = field(default_factory=dict)

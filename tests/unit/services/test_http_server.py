@@ -293,30 +293,37 @@ async def test_a_shutdown_cancels_the_wait_for_an_answer(app: App, connect: Conn
     assert isinstance(await asyncio.wait_for(app.ended, 10), asyncio.CancelledError)
 
 
-async def test_an_idle_connection_gives_way_to_a_new_one(start: Start, app: App, connect: Connect) -> None:
+@pytest.mark.parametrize("begun", [b"", GET, b"GET / HT", POST % 9], ids=["silent", "idle", "half a head", "refused"])
+async def test_a_connection_without_a_request_gives_way_to_a_new_one(
+    begun: bytes, start: Start, app: App, connect: Connect
+) -> None:
     address = await start(max_connections=2)
     app.finish.set()
     oldest, second = [await connect(address) for _ in range(2)]
     for reader, writer in (oldest, second):
-        writer.write(GET)
-        assert await answer(reader) == (200, b"done")
+        writer.write(begun)
+        if begun == GET or begun.startswith(b"POST"):
+            await answer(reader)
     reader, writer = await connect(address)
     writer.write(GET)
     assert await answer(reader) == (200, b"done")
     assert await oldest[0].read() == b""
-    second[1].write(GET)
+    second[1].write({b"GET / HT": b"TP/1.1\r\nhost: x\r\n\r\n", POST % 9: bytes(9) + GET}.get(begun, GET))
     assert await answer(second[0]) == (200, b"done")
 
 
-async def test_connections_that_are_not_idle_do_not_give_way(start: Start, app: App, connect: Connect) -> None:
+async def test_connections_whose_requests_run_do_not_give_way(start: Start, app: App, connect: Connect) -> None:
     address = await start(max_connections=2)
     held = [await connect(address) for _ in range(2)]
+    for _, writer in held:
+        app.begun.clear()
+        writer.write(GET)
+        await app.begun.wait()
     reader, _ = await connect(address)
     assert (await answer(reader))[0] == 503
     assert await reader.read() == b""
     app.finish.set()
-    for reader, writer in held:
-        writer.write(GET)
+    for reader, _ in held:
         assert await answer(reader) == (200, b"done")
 
 
@@ -329,14 +336,13 @@ async def test_tls_handshakes_count_as_connections_and_have_a_time(
     files = certificates.role_files(tmp_path, Role.ROUTER)
     address = await start(max_connections=2, tls=ServerTls(files.cert, files.key))
     context = ssl.create_default_context(cafile=str(files.ca))
-    silent = [await connect(address) for _ in range(2)]
-    with pytest.raises((ConnectionError, ssl.SSLError)):
-        await connect(address, ssl=context)
-    for reader, _ in silent:
-        assert await asyncio.wait_for(reader.read(), 30) == b""
+    silent = [await connect(address) for _ in range(3)]
+    assert await silent[0][0].read() == b"", "the third takes the first one's place"
     reader, writer = await connect(address, ssl=context)
     writer.write(GET)
     assert await answer(reader) == (200, b"done")
+    for reader, _ in silent:
+        assert await asyncio.wait_for(reader.read(), 30) == b""
 
 
 async def test_bodies_in_receipt_share_a_budget_and_a_key_has_a_part_of_it(
