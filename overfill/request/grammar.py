@@ -10,19 +10,19 @@ import asyncio
 import json
 import logging
 import random
-import resource
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overfill.errors import InvalidRequest
 from overfill.request.fair_turns import FairTurns
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import Grammar
 from overfill.request.trials import Trials
 
@@ -66,7 +66,6 @@ _COSTLY = 0.05
 """Seconds of CPU time from which on compiling a grammar is costly."""
 
 _MAX_COSTLY = 1024  # that wait to be compiled, of one client
-_UNLIMITED_STACK = 2 << 20  # bytes that glibc gives a thread where the limit of the stack is infinite
 _FIELD = "sampling.grammar."
 
 # Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
@@ -82,37 +81,6 @@ class GrammarFailed(InvalidRequest):
 
 class GrammarStuck(GrammarFailed):
     """A grammar allows no token after those so far, and not the end of the answer either."""
-
-
-def _half_a_stack() -> int:
-    """Returns half of the stack that a new thread of this process gets, in bytes."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return (_UNLIMITED_STACK if soft == resource.RLIM_INFINITY else soft) // 2
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarLimits:
-    """What a client's grammar may cost when it is tried.
-
-    Args:
-        memory: bytes that it may take, compiled and after some tokens. Compiling it may take twice as many.
-        seconds: CPU time that the trial may take.
-        stack_bytes: stack of the trial. Half of this process's, so that what passes the trial does not overflow here.
-    """
-
-    memory: int = 64 << 20
-    seconds: int = 2
-    stack_bytes: int = field(default_factory=_half_a_stack)
-
-    @property
-    def trial_bytes(self) -> int:
-        """Bytes of address space that a trial may take in addition to the helper process's."""
-        return 2 * self.memory
-
-    @property
-    def too_much_memory(self) -> str:
-        """The reason why a grammar that exceeds ``memory`` is refused."""
-        return f"it needs more than {self.memory >> 20} MiB of memory, the limit on this server"
 
 
 class Grammars:

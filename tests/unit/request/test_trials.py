@@ -18,7 +18,8 @@ from realistic_grammars import grammars as realistic_grammars
 
 from overfill.errors import InvalidRequest, Overloaded
 from overfill.request.fair_turns import FairTurns
-from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, Matcher
+from overfill.request.grammar import GrammarFailed, Grammars, Matcher
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import Grammar
 from overfill.request.trials import WAITING
 
