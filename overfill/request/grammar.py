@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import threading
 import time
 import weakref
@@ -67,6 +68,7 @@ _COSTLY = 0.05
 
 _MAX_COSTLY = 1024  # that wait to be compiled, of one client
 _FIELD = "sampling.grammar."
+_LIMIT_WORDS = re.compile("fuel|[Tt]oo many|too big|too large|exceeds limit|recursion limit|too deeply|; max is")
 
 # Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -200,7 +202,7 @@ class Grammars:
         self.warm()
         matcher = llguidance.LLMatcher(self._tokenizer, _compiled(grammar), log_level=0, limits=_limits())
         if matcher.is_error():
-            raise InvalidRequest(_FIELD + grammar.kind, _in_one_line(matcher.get_error()))
+            raise InvalidRequest(_FIELD + grammar.kind, _reason(matcher.get_error()))
         made = Matcher(matcher)
         self._live.add(made)
         return made
@@ -287,7 +289,7 @@ def check_grammar(grammar: Grammar) -> None:
         return
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_compiled(grammar), limits=_limits())
     if failed:
-        raise InvalidRequest(_FIELD + grammar.kind, _in_one_line(messages[0]))
+        raise InvalidRequest(_FIELD + grammar.kind, _reason(messages[0]))
     for message in messages:
         log.debug("grammar: %s", message)
 
@@ -316,6 +318,12 @@ def _compiled(grammar: Grammar) -> str:
             return llguidance.LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _reason(error: str) -> str:
+    """Why llguidance refuses a grammar. It has no other sign than its words for a limit that was reached."""
+    reason = _in_one_line(error)
+    return f"is too complex: {reason}" if _LIMIT_WORDS.search(reason) else reason
 
 
 def _in_one_line(message: str) -> str:
