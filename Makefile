@@ -77,9 +77,14 @@ test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment 
 test-images: setup .venv/.containers  ## Run the tests with containers and network namespaces; needs root
 	$(PYTEST) -m images tests/images
 
-test-all: setup check .venv/.docs .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
+test-all: setup check .venv/.docs .venv/.clients .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
 	$(PYTEST)
 	$(PYTEST_VLLM)
+
+# Client libraries that tests run in processes of their own. instructor needs older releases than the tools in .venv.
+.venv/.clients: | .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/clients 'instructor>=1.17' 'langchain-openai>=1.7'
+	@touch $@
 
 # Installs Chromium for the tests of /ui if it can; without Chromium, pytest skips them.
 .venv/.browser: | .venv/.installed
@@ -139,7 +144,8 @@ test-docs: .venv/.docs .venv/.prometheus  ## Run the commands that the docs show
 	$(BIN)/python $(INSTALL) '.[docs,examples]'
 	@touch $@
 
-tables: setup  ## Regenerate the tables of docs/project/map.md and docs/reference/engines.md
+tables: setup  ## Regenerate the parts of docs/ that are made from the code
+	$(BIN)/python docs/site/generated.py
 	$(BIN)/python tests/unit/test_map.py
 	$(BIN)/python tests/unit/test_features.py
 

@@ -21,6 +21,7 @@
     │   ├── ShuttingDown      a process shuts down; another one may accept requests   UNAVAILABLE
     │   └── Unreachable       no connection to an address                             UNAVAILABLE
     └── InternalError         a fault inside OverFill                                 INTERNAL
+        └── StepFailed        a failed step with the request in it ended a worker     INTERNAL
 
 ``overfill.rpc.status`` maps them to gRPC status codes and back.
 """
@@ -146,3 +147,7 @@ class ShuttingDown(Unavailable):
 
 class InternalError(OverfillError):
     """A fault inside OverFill: the request failed, and the process continues to run."""
+
+
+class StepFailed(InternalError):
+    """A step that computed this request failed and has ended its worker. A router refuses a request after two."""

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from overfill.kv.blocks import BlockPool
 from overfill.settings.tiers import TierSpec
+
+# Tests set no limits on time: other processes may use the cores.
+settings.register_profile("overfill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("overfill")
 
 # Support modules whose failed assertions show their values, as those of test modules do.
 pytest.register_assert_rewrite("decode_conformance", "prefill_conformance", "engine_drivers", "sampled_reference")

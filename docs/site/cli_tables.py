@@ -41,8 +41,7 @@ def _anchor(path: str) -> str:
 
 
 def _command(command: click.Command, path: str, depth: int) -> Iterator[str]:
-    title = path.rpartition(" ")[2]
-    yield f"{'#' * depth} `{path}` {{ #{_anchor(path)} data-toc-label='{title}' }}\n"
+    yield f"{'#' * depth} `{path}`\n"
     yield _help(command)
     context = click.Context(command, info_name=path)
     yield f"```text\n{path} {' '.join(command.collect_usage_pieces(context))}\n```\n"

@@ -23,7 +23,7 @@ def errors_table() -> str:
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:
     """Yields a row for each class of the tree in the docstring of ``overfill.errors``, in its order."""
-    yield "[`OverfillError`][overfill.errors.OverfillError]", "", "", "Base class of the others."
+    yield "[`OverfillError`](sdk.md#overfillerror)", "", "", "Base class of the others."
     for prefix, name, short, status in _LINE.findall(errors.__doc__ or ""):
         kind: type[OverfillError] | None = getattr(errors, name, None)
         arrow = "└&nbsp;" if len(prefix) > 8 else ""
@@ -37,4 +37,4 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
         code = to_status(error).code.name
         if code != status:
             raise ValueError(f"the docstring of overfill.errors says {status} for {name}, and its status is {code}")
-        yield f"{arrow}[`{name}`][overfill.errors.{name}]", f"`{code}`", http, meaning
+        yield f"{arrow}[`{name}`](sdk.md#{name.lower()})", f"`{code}`", http, meaning

@@ -1,57 +1,55 @@
-"""What the site shows and no file has: pages, and parts of pages, that are made from the code.
+"""Parts of pages that are made from the code. ``python docs/site/generated.py`` writes them into the pages.
 
-A page holds the place of a part with ``<!-- made: NAME -->``.
+A part stands between ``<!-- made: NAME -->`` and ``<!-- /made -->``. ``tests/unit/test_docs.py``
+compares it with the code.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import cli_tables
 import errors_table
+import python_objects
 import settings_tables
 import wire_tables
 
 from overfill.cli.metrics import metrics_page
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-_MARK = re.compile(r"<!-- made: ([\w-]+) -->")
-
-
-def _file(name: str) -> str:
-    """Returns a page of the repository's root folder, with links from docs/project/."""
-    return (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](../")
-
-
-PAGES: dict[str, Callable[[], str]] = {
-    "project/changelog.md": lambda: _file("CHANGELOG.md"),
-    "project/contributing.md": lambda: _file("CONTRIBUTING.md"),
-    "reference/metrics.md": metrics_page,
-}
-"""Path below docs/ -> function that returns the page's Markdown."""
+DOCS = Path(__file__).parents[1]
+_PART = re.compile(r"(<!-- made: ([^>\n]+) -->\n).*?(?=<!-- /made -->)", re.DOTALL)
+_METRICS = DOCS / "reference" / "metrics.md"
 
 PARTS: dict[str, Callable[[], str]] = {
     "cli-overview": cli_tables.overview,
     "cli-commands": cli_tables.commands,
     "errors": errors_table.errors_table,
+    "error-classes": python_objects.error_classes,
     **{f"settings-{name}": make for name, make in settings_tables.TABLES.items()},
     "wire-services": wire_tables.services,
     "wire-files": wire_tables.files,
 }
-"""Name of a part -> function that returns its Markdown."""
+"""Name of a part -> function that returns its Markdown. A name with a dot is a Python object's."""
 
 
-def fill(markdown: str) -> str:
-    """Returns a page's Markdown with its parts. Raises KeyError for a part that does not exist."""
-    return _MARK.sub(lambda mark: PARTS[mark[1]](), markdown)
+def filled(page: Path) -> str:
+    """Returns the Markdown of a page below docs/ as it should be. Raises KeyError for a part that does not exist."""
+    return metrics_page() if page == _METRICS else _PART.sub(_part, page.read_text(encoding="utf-8"))
 
 
-@functools.cache
-def text_of(page: Path) -> str:
-    """Returns the whole Markdown of a page below docs/ or in the root folder."""
-    make = PAGES.get(page.relative_to(DOCS).as_posix()) if page.is_relative_to(DOCS) else None
-    return fill(page.read_text(encoding="utf-8")) if make is None else make()
+def _part(mark: re.Match[str]) -> str:
+    name = mark[2]
+    text = python_objects.section(name) if "." in name else PARTS[name]()
+    return f"{mark[1]}\n{text.strip()}\n\n"
+
+
+def pages() -> list[Path]:
+    """Returns the pages that have parts."""
+    return [page for page in sorted(DOCS.rglob("*.md")) if page == _METRICS or _PART.search(page.read_text("utf-8"))]
+
+
+if __name__ == "__main__":
+    for path in pages():
+        path.write_text(filled(path), encoding="utf-8")

@@ -45,7 +45,7 @@ def services() -> str:
     rows = (
         (
             f"[`{service.name}`](#{_anchor(service.name)})",
-            ", ".join(f"[`{each.name}`](#{_rpc_anchor(service.name, each.name)})" for each in service.method),
+            ", ".join(f"[`{each.name}`](#{_anchor(service.name + each.name)})" for each in service.method),
             _prose(file.head, file.names),
         )
         for file in _files()
@@ -87,11 +87,7 @@ def _prose(text: str, names: Iterable[str]) -> str:
 
 
 def _anchor(name: str) -> str:
-    return name.replace(".", "-").lower()
-
-
-def _rpc_anchor(service: str, method: str) -> str:
-    return f"{service}-{method}".lower()
+    return name.replace(".", "").lower()
 
 
 def _callers(rpc: str) -> str:
@@ -118,14 +114,13 @@ class _File:
                 self.head = " ".join(comment.split())
 
     def lines(self) -> Iterator[str]:
-        yield f"## {self._name}.proto {{ #{self._name}-proto }}\n"
+        yield f"## {self._name}.proto\n"
         yield f"{_prose(self.head, self.names)}\n"
         for index, service in enumerate(self._file.service):
-            yield f"### {service.name} {{ #{_anchor(service.name)} }}\n"
+            yield f"### {service.name}\n"
             yield self._text((_SERVICE, index))
             for number, method in enumerate(service.method):
-                attributes = f"#{_rpc_anchor(service.name, method.name)} data-toc-label='{method.name}'"
-                yield f"#### {service.name}.{method.name} {{ {attributes} }}\n"
+                yield f"#### {service.name}.{method.name}\n"
                 sent = self._type(method.input_type, "stream " if method.client_streaming else "")
                 answered = self._type(method.output_type, "stream " if method.server_streaming else "")
                 yield f"{sent} → {answered}\n"
@@ -137,7 +132,7 @@ class _File:
             yield from self._enum(enum, enum.name, (_ENUM, index))
 
     def _message(self, message: DescriptorProto, name: str, path: _Path) -> Iterator[str]:
-        yield f"### {name} {{ #{_anchor(name)} }}\n"
+        yield f"### {name}\n"
         yield self._text(path)
         rows = [(field.number, self._field(message, index, path)) for index, field in enumerate(message.field)]
         texts = list(message.reserved_name)
@@ -170,7 +165,7 @@ class _File:
         return str(field.number), f"`{field.name}`", kind, self._cell((*path, _FIELD, index))
 
     def _enum(self, enum: EnumDescriptorProto, name: str, path: _Path) -> Iterator[str]:
-        yield f"### {name} {{ #{_anchor(name)} }}\n"
+        yield f"### {name}\n"
         yield self._text(path)
         yield table(
             ("no.", "value", "meaning"),

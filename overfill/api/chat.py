@@ -22,6 +22,7 @@ from overfill.api.tools import (
 )
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar
+from overfill.request.json_text import read_json
 from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
@@ -59,19 +60,19 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
 def template_options(chat: inference_pb2.Chat) -> TemplateOptions:
     """Options for rendering ``chat``. Raises InvalidRequest."""
     field = "chat.chat_template_kwargs"
-    variables = _json(field, chat.chat_template_kwargs) if chat.chat_template_kwargs else {}
+    variables = read_json(field, chat.chat_template_kwargs) if chat.chat_template_kwargs else {}
     if not isinstance(variables, dict):
         raise InvalidRequest(field, "is not a JSON object")
     continued = chat.continue_final_message
     opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continued
-    return TemplateOptions(variables, opened, continued)
+    return TemplateOptions(variables, opened, continued, chat.parse_special)
 
 
 def read_tools(chat: inference_pb2.Chat) -> list[ToolDefinition]:
     """The tools of ``chat``, checked. Raises InvalidRequest."""
     tools = []
     for index, tool in enumerate(chat.tools):
-        parameters: Any = _json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
+        parameters: Any = read_json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
         if parameters is not None and not isinstance(parameters, dict):
             raise InvalidRequest(f"chat.tools[{index}].parameters", "is not a JSON object")
         known = ToolDefinition(tool.name, tool.description, strict=tool.strict)
@@ -141,8 +142,8 @@ def _reason(error: InvalidRequest) -> str:
 def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     """``message`` for a template that supports tools: the arguments of calls are objects.
 
-    When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Then all calls of the
-    message become text, as the model wrote them.
+    When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Models may also write lone
+    surrogates, which no text can show. Then all calls of the message become text, as the model wrote them.
     """
     arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
     if None in arguments:
@@ -183,14 +184,7 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
 def _object(text: str) -> dict[str, Any] | None:
     """The JSON object in ``text``; None if it is something else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = read_json("", text)
+    except InvalidRequest:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _json(field: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(field, f"is not JSON: {error}") from error

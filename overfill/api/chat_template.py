@@ -30,6 +30,8 @@ class TemplateOptions:
             variables that it does not use.
         add_generation_prompt: Whether the text ends with the opening of the assistant's answer.
         continue_final_message: Whether the text ends with the last message's text, as the beginning of the answer.
+        parse_special: Whether the text of a special token, such as ``<|im_end|>``, becomes that token in messages,
+            tools and variables too. Otherwise it stays text there.
 
     Raises:
         InvalidRequest: ``add_generation_prompt`` and ``continue_final_message`` are both set.
@@ -38,6 +40,7 @@ class TemplateOptions:
     variables: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    parse_special: bool = False
 
     def __post_init__(self) -> None:
         if self.add_generation_prompt and self.continue_final_message:
@@ -107,8 +110,9 @@ class ChatTemplate:
                 add_generation_prompt=options.add_generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise InvalidRequest("chat.messages", f"are refused by the chat template: {error}") from error
+        except Exception as error:  # a template is code that runs on the client's values, and may raise anything
+            reason = str(error) or type(error).__name__
+            raise InvalidRequest("chat.messages", f"are refused by the chat template: {reason}") from error
         if not options.continue_final_message:
             return text
         # The text must contain the message once and unchanged; some templates repeat a message or cut it.

@@ -31,9 +31,9 @@ _REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}*")
 _CODECS = frozenset(common_pb2.KvCodec.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CheckedRequest:
-    """A checked request that the router can run.
+    """A checked request that the router can run. ``RequestHandler`` adds what ``validate_generate`` does not know.
 
     Attributes:
         start: The request as decode workers get it. It has a prompt of at least one token, the request's id or a

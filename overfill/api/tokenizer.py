@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
 from overfill.api.chat_template import ChatTemplate, TemplateOptions
+from overfill.api.special_tokens import SpecialTokens
 from overfill.errors import InvalidPair, InvalidRequest
 
 _SPECIAL_TOKENS = (
@@ -67,6 +69,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self._skipped_ids = frozenset(i for i, t in added.items() if t.special)
+        self._special = SpecialTokens(backend)
         self._byte_level = "ByteLevel" in str(backend.decoder)
         # Other decoders look at a token's neighbours, for example to drop the first space of a text.
         self._joins_tokens = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
@@ -116,7 +119,11 @@ class Tokenizer:
         return own if own in self.eos_token_ids else next(iter(self.eos_token_ids), None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens that the tokenizer adds."""
+        """Token ids of plain text, with the special tokens that the tokenizer adds.
+
+        Raises:
+            InvalidRequest: the text has a lone surrogate, which is not valid Unicode.
+        """
         return self._encode(text, add_special_tokens=True)
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -154,8 +161,16 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: TemplateOptions | None = None,
     ) -> list[int]:
-        """Token ids of a chat. Only the template adds special tokens. Arguments and errors are those of ``render``."""
-        return self._encode(self.render(messages, tools, options), add_special_tokens=False)
+        """Token ids of a chat. Only the template adds special tokens; their texts in messages and tools stay text.
+
+        Arguments and errors are those of ``render``. With ``options.parse_special``, messages add special tokens too.
+        """
+        options = options or TemplateOptions()
+        shown = None if options.parse_special else self._special.mark([messages, tools, options.variables])
+        if shown is None:
+            return self._encode(self.render(messages, tools, options), add_special_tokens=False)
+        messages, tools, variables = shown
+        return self._special.encode(self.render(messages, tools, replace(options, variables=variables)))
 
     def encode_user_opening(self) -> list[int]:
         """Token ids of a chat up to the text of the user's first message. A model continues them as the user.
@@ -202,8 +217,21 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # Unlike ``encode``, the call for batches can leave out the tokens' places in the text, a fifth of the time.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError:
+            _check_unicode(text)
+            raise
         return encoding.ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            "prompt", f"is not valid Unicode: lone surrogate at character {error.start}; leave it out"
+        ) from None
 
 
 def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:

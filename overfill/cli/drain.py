@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from overfill.cli.options import Number, connect, connection_options
+
+if TYPE_CHECKING:
+    from overfill.client import StackStatus
 
 _POLL = 0.5  # seconds between checks of the worker
 
@@ -35,11 +41,24 @@ def drain_command(
     """Take WORKER out of a running stack without losing a request. It refuses new requests and exits when it is idle.
 
     Requests that still run after the worker's --grace-period move to another worker. Exits with 1 if WORKER has not
-    left after the timeout. `overfill status` lists the workers.
+    left after the timeout. `overfill status` lists the workers. If WORKER is the last one of a stage, the command says
+    so and goes on.
     """
     from rich.console import Console
 
+    from overfill.cli.output import counted
+    from overfill.errors import PermissionDenied
+
     with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+        with suppress(PermissionDenied):  # a key may drain and not see the status
+            status = client.status()
+            if pools := " and ".join(_last_of(status, worker)):
+                which = "requests without a fallback" if status.several_tiers else "requests"
+                click.echo(
+                    f"overfill: {worker} is {pools}: {which} wait for another one to join, and fail with UNAVAILABLE "
+                    "(HTTP 503) if none joins in time",
+                    err=True,
+                )
         client.drain(worker)
         deadline = time.monotonic() + timeout
         with Console(stderr=True, highlight=False).status(f"{worker} is draining") as line:
@@ -51,9 +70,19 @@ def drain_command(
                 loads = [stage.process.load for stage in stages if stage.process is not None and stage.process.load]
                 if loads:
                     requests = sum(load.running + load.waiting for load in loads)
-                    line.update(f"{worker} is draining: {requests} requests")
+                    line.update(f"{worker} is draining: {counted(requests, 'request')}")
                 time.sleep(_POLL)
     if timeout == 0:
         click.echo(f"{worker} is draining")
         return 0
     raise click.ClickException(f"{worker} is still draining after {timeout:g} s; see `overfill status`")
+
+
+def _last_of(status: StackStatus, worker: str) -> Iterator[str]:
+    """Yields each pool, in words, of which ``worker`` is the only ready worker."""
+    stages = [found for found in status.workers if found.id == worker]
+    others = {(other.stage, other.tier) for other in status.workers if other.id != worker and other.state == "ready"}
+    for stage in stages:
+        if (stage.stage, stage.tier) not in others:
+            tier = f" of the tier {stage.tier}" if stage.tier and status.several_tiers else ""
+            yield f"the last {stage.stage} worker{tier}"

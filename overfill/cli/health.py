@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import Number, client_tls, tls_options
+from overfill.cli.options import Number, address_option, client_tls, tls_options
 
 if TYPE_CHECKING:
     from overfill.rpc.tls import ClientTls
 
 
 @click.command("health")
-@click.argument("address", default="127.0.0.1:7600", envvar="OVERFILL_ADDRESS")
+@address_option("Address of a process of the stack, or of several, separated by commas: the first that answers counts.")
 @click.option(
     "--service", default="", help="gRPC service to ask for, such as overfill.v1.Decode.  [default: the whole process]"
 )
@@ -38,9 +38,6 @@ def health_command(
     tls_name: str | None,
 ) -> int:
     """Ask one process of a stack whether it is ready. The call is that of the standard gRPC health service.
-
-    ADDRESS is HOST:PORT, or several separated by commas, of which the first that answers counts.  [default:
-    $OVERFILL_ADDRESS, or 127.0.0.1:7600]
 
     A worker is ready when its model is loaded and a router has welcomed it. A router is ready while a prefill and a
     decode worker are ready. A draining process is not ready, but it is alive; so is one that refuses the call.
@@ -87,7 +84,11 @@ def _ask(
             status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout, wait_for_ready=False).status
         except grpc.RpcError as error:
             dead = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            hint = " (start a stack with `overfill up`, or give another ADDRESS)" if dead and last else ""
+            hint = (
+                " (start a stack with `overfill up`, or give the address of one with --address)"
+                if dead and last
+                else ""
+            )
             click.echo(f"overfill: {from_rpc_error(error, address)}{hint}", err=True)
             return not dead, live
     click.echo(health_pb2.HealthCheckResponse.ServingStatus.Name(status))

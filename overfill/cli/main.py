@@ -6,6 +6,7 @@ so that client commands start fast and load no torch.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -101,6 +102,7 @@ EXTRAS: dict[str, str] = {
     "pair": "pairs",
     "pair default": "server",
     "pair fast": "server",
+    "pair list": "server",
     "pair path": "server",
     "pair show": "server",
     "bench": "loadtest,server",
@@ -112,11 +114,24 @@ EXTRAS: dict[str, str] = {
 }
 
 
+_CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is called, not when it is listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            from overfill.settings.config_file import nearest
+
+            ctx.fail(f"no such command {name!r}; {nearest(name, COMMANDS, '`overfill --help` lists all commands')}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -144,6 +159,8 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``argv`` (None means ``sys.argv[1:]``) and returns the exit code."""
     os.environ.update(GRPC_ENVIRONMENT | os.environ)
+    if sys.stdout is None:  # closed, as by `overfill status >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     try:
@@ -158,9 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
-        # The reader has closed the pipe, as in `overfill generate … | head -1`. Avoid a second error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        if error.errno != errno.EPIPE:  # the reader has closed the pipe, as in `overfill generate … | head -1`
+            where = f" {error.filename}" if error.filename else ""
+            click.echo(f"overfill: cannot write{where}: {error.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a second error at exit
         return 1
     return result if isinstance(result, int) else 0
 

@@ -115,25 +115,25 @@ def _named(error: InvalidRequest) -> str:
 
 def connection_options(command: _F) -> _F:
     """Adds ``address``, ``api_key`` and the options of ``tls_options``: the arguments of ``connect``."""
-    command = tls_options(command)
-    for option in (
-        click.option(
-            "--api-key",
-            envvar="OVERFILL_API_KEY",
-            show_envvar=True,
-            help="API key, if the stack requires one. Prefer the variable: other users of this machine can see flags.",
-        ),
-        click.option(
-            "--address",
-            default="127.0.0.1:7600",
-            envvar="OVERFILL_ADDRESS",
-            show_default=True,
-            show_envvar=True,
-            help="Address of the stack's router, or of several, separated by commas.",
-        ),
-    ):
-        command = option(command)
-    return command
+    command = click.option(
+        "--api-key",
+        envvar="OVERFILL_API_KEY",
+        show_envvar=True,
+        help="API key, if the stack requires one. Prefer the variable: other users of this machine can see flags.",
+    )(tls_options(command))
+    return address_option("Address of the stack's router, or of several, separated by commas.")(command)
+
+
+def address_option(help: str) -> Callable[[_F], _F]:
+    """Adds ``address``."""
+    return click.option(
+        "--address",
+        default="127.0.0.1:7600",
+        envvar="OVERFILL_ADDRESS",
+        show_default=True,
+        show_envvar=True,
+        help=help,
+    )
 
 
 def tls_options(command: _F) -> _F:

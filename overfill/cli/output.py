@@ -40,6 +40,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, such as "1 answer" or "2 answers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def bar(share: float, width: int = _BAR_WIDTH) -> str:
     """Returns a horizontal bar for ``share`` of 1; a full bar has ``width`` cells."""
     eighths = round(max(0.0, min(1.0, share)) * width * 8)
@@ -190,7 +195,7 @@ def _summary(answer: Answer) -> Table:
     table.add_row("total", _milliseconds(timing.total))
     table.add_row("second token", f"waited {_milliseconds(timing.handoff_exposed)} for the handoff")
     table.add_row("seen here", f"first token after {_milliseconds(answer.client_ttft)}")
-    moved = f", moved {answer.migrations} times" if answer.migrations else ""
+    moved = f", moved {counted(answer.migrations, 'time')}" if answer.migrations else ""
     read, wrote = (f" ({engine})" if engine else "" for engine in (answer.prefill_engine, answer.decode_engine))
     table.add_row("workers", f"{answer.prefill_worker}{read} → {answer.decode_worker}{wrote}{moved}")
     if written := _tiers(answer):

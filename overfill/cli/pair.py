@@ -12,6 +12,7 @@ from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
 from overfill.cli.options import set_threads
 from overfill.cli.pair_import import import_command
+from overfill.cli.pair_list import list_command
 from overfill.cli.pair_show import show_command
 from overfill.errors import InvalidRequest
 
@@ -52,6 +53,7 @@ def pair_group() -> None:
 
 
 for _command in (
+    list_command,
     show_command,
     import_command,
     eval_command,

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from overfill.cli.output import PART_NAMES, bar
+from overfill.cli.output import PART_NAMES, bar, counted
 from overfill.client import TTFT_PARTS, Activity, StackStatus, WorkerLoad, WorkerStatus
 
 _BAR = 24
@@ -40,7 +40,9 @@ def _headline(status: StackStatus) -> Text:
         line.append("  draining", "yellow")
     if activity is not None:
         line.append(f"   running {activity.running}   waiting {activity.waiting}")
-        line.append(f"   {activity.tokens_per_second:.1f} tokens/s   {activity.answers} answers in the last minute")
+        line.append(
+            f"   {activity.tokens_per_second:.1f} tokens/s   {counted(activity.answers, 'answer')} in the last minute"
+        )
     return line
 
 

@@ -106,6 +106,8 @@ class Options(TypedDict, total=False):
         single_tool_call: Whether the answer may have at most one tool call.
         chat_template_kwargs: Variables for the chat template, such as ``{"enable_thinking": False}``; only with a chat.
         continue_final_message: Whether the answer continues the last message's text; only with a chat.
+        parse_special: Whether the text of a special token, such as ``<|im_end|>``, becomes that token in messages and
+            tools; only with a chat. Otherwise it stays text.
         truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 means as many as fit the context
             together with ``max_tokens``.
         stream_interval: Minimum number of tokens in a delta, except in the first and the last one. The router's own
@@ -132,6 +134,7 @@ class Options(TypedDict, total=False):
     single_tool_call: bool
     chat_template_kwargs: Mapping[str, Any]
     continue_final_message: bool
+    parse_special: bool
     truncate_prompt_tokens: int
     stream_interval: int
     tier: str
@@ -289,19 +292,20 @@ def _add_tools(request: inference_pb2.GenerateRequest, options: Options) -> None
 
 
 def _add_template_options(request: inference_pb2.GenerateRequest, options: Options) -> None:
-    for name in ("chat_template_kwargs", "continue_final_message"):
+    for name in ("chat_template_kwargs", "continue_final_message", "parse_special"):
         if options.get(name) and not request.HasField("chat"):
             raise InvalidRequest(name, "is only for chats; give messages as the prompt")
     if variables := options.get("chat_template_kwargs"):
         request.chat.chat_template_kwargs = _json_text("chat_template_kwargs", variables)
-    if options.get("continue_final_message"):
-        request.chat.continue_final_message = True
+    for name in ("continue_final_message", "parse_special"):
+        if options.get(name):
+            setattr(request.chat, name, True)
 
 
 def _json_text(field: str, value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(field, f"is not JSON: {error}") from None
 
 

@@ -9,6 +9,7 @@ import glob
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -68,6 +69,9 @@ class RayConnection:
         check_installed()
         os.environ |= _LOOPBACK
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if not os.access(os.path.expanduser("~"), os.W_OK):
+            # Ray would write a token into the home folder, for commands such as `ray status`.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         _sweep()
         # A short path, because paths of Unix sockets in it are limited to 107 bytes.
         folder = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir="/tmp")
@@ -90,6 +94,10 @@ class RayConnection:
                 if slow:
                     raise RayUnavailable(
                         "Ray did not start in time: this machine is too busy or too small; try again, or use --no-ray"
+                    ) from error
+                if isinstance(error, OSError):
+                    raise RayUnavailable(
+                        f"Ray cannot start on this machine: {error}; mend that, or use --no-ray"
                     ) from error
                 raise
         return cls(True, folder)

@@ -13,7 +13,8 @@ Rules that both engines keep; ``tests/support/*_conformance.py`` test them on ea
   it to a preemption asks for it again, with another ``Reserved``.
 - Emitted tokens are facts. They pass through the decoder and are neither sampled nor reported again.
 - After ``Release`` the engine uses the sequence's blocks no more, and they are free when the message is handled.
-- A step that fails ends its own sequences (``SequenceFailed``), or else the engine's thread, and with it the worker.
+- A step that fails ends its own sequences (``SequenceFailed``), and after them perhaps the engine's thread, and with it
+  the worker. What one sequence makes the sampling raise ends that sequence alone.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from overfill.errors import InternalError, InvalidRequest
+from overfill.errors import InternalError, InvalidRequest, StepFailed
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.tensors import DeviceEvent
 from overfill.model.processors import LogitProcessor
@@ -211,16 +211,23 @@ class PromptComputed:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFailed:
-    """The step that computed this sequence failed; the engine keeps running."""
+    """The step that computed this sequence failed.
+
+    Attributes:
+        ends_engine: whether the failure ends the engine, and with it the worker.
+    """
 
     id: str
     error: Exception
+    ends_engine: bool = False
 
     def raise_for(self, stage: str) -> NoReturn:
-        """Raises the error of the request: ``error`` if the request is invalid, or else InternalError.
+        """Raises the error of the request: StepFailed if the engine has ended, ``error`` if the request is invalid.
 
-        Every worker would fail an invalid request.
+        Every worker would fail an invalid request. Any other error becomes an InternalError.
         """
+        if self.ends_engine:
+            raise StepFailed(f"{stage} failed and ended its worker: {self.error}") from self.error
         if isinstance(self.error, InvalidRequest):
             raise self.error
         raise InternalError(f"{stage} failed: {self.error}") from self.error

@@ -24,6 +24,7 @@ from overfill.errors import (
     InvalidRequest,
     OverfillError,
     RequestCancelled,
+    StepFailed,
     TransferFailed,
     Unavailable,
 )
@@ -432,7 +433,8 @@ def _release() -> prefill_pb2.PrefillRequest:
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to report: first this worker's own finding, last a stream that was only cancelled."""
+    """The error to report: first the prefill worker's end, then this worker's own finding, last a cancelled stream."""
     found = [*errors.exceptions]
-    found.sort(key=lambda error: (isinstance(error, RequestCancelled), not isinstance(error, TransferFailed)))
+    last, first, second = RequestCancelled, StepFailed, TransferFailed
+    found.sort(key=lambda e: (isinstance(e, last), not isinstance(e, first), not isinstance(e, second)))
     return found[0]

@@ -7,7 +7,7 @@ replayed sequence needs nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import numpy as np
@@ -169,14 +169,32 @@ def process(
             failed[row] = error
         else:
             rows.append((row, processor))
-    _penalise(logits, [(row, p) for row, p in rows if p.params.penalised])
-    _add_bias(logits, [(row, p) for row, p in rows if p.params.logit_bias])
-    _mask(logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
-    _forbid_end(logits, [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden])
+    _change(_penalise, logits, [(row, p) for row, p in rows if p.params.penalised], failed)
+    _change(_add_bias, logits, [(row, p) for row, p in rows if p.params.logit_bias], failed)
+    _change(_mask, logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
+    _change(_forbid_end, logits, [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden], failed)
     return failed
 
 
-def _penalise(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+_Rows = Sequence[tuple[int, LogitProcessor]]
+
+
+def _change(change: Callable[[Tensor, _Rows], None], logits: Tensor, rows: _Rows, failed: dict[int, Exception]) -> None:
+    """Changes all rows at once. When that raises, changes them one by one, so that only the rows fail that raise.
+
+    A change writes into ``logits`` once, at its end, so that one that raises has changed nothing.
+    """
+    try:
+        change(logits, rows)
+    except Exception as error:
+        if len(rows) == 1:
+            failed[rows[0][0]] = error
+            return
+        for one in rows:
+            _change(change, logits, [one], failed)
+
+
+def _penalise(logits: Tensor, rows: _Rows) -> None:
     parts = [p.penalised for _, p in rows]
     sizes = [len(ids) for ids, _ in parts]
     if not sum(sizes):
@@ -197,7 +215,7 @@ def _penalise(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> Non
     logits[index, ids] = values
 
 
-def _add_bias(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+def _add_bias(logits: Tensor, rows: _Rows) -> None:
     if not rows:
         return
     parts = [p.biased for _, p in rows]
@@ -207,18 +225,14 @@ def _add_bias(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> Non
     logits[index, ids] += bias  # correct because no row has a token twice
 
 
-def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: dict[int, Exception]) -> None:
+def _mask(logits: Tensor, rows: _Rows) -> None:
     if not rows:
         return
     vocab = logits.shape[1]
     words = np.zeros((len(rows), -(-vocab // _WORD_BITS)), np.int32)
-    for line, (row, processor) in enumerate(rows):
+    for line, (_, processor) in enumerate(rows):
         assert processor.matcher is not None
-        try:
-            processor.matcher.fill(words[line])
-        except Exception as error:
-            failed[row] = error
-            words[line] = -1
+        processor.matcher.fill(words[line])
     # Numpy unpacks bits several times faster than torch does; a byte per token is cheap to move to the device.
     allowed = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
     for line, (_, processor) in enumerate(rows):
@@ -235,7 +249,7 @@ def _mask(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]], failed: di
     logits[index] = logits[index].masked_fill_(forbidden, -torch.inf)
 
 
-def _forbid_end(logits: Tensor, rows: Sequence[tuple[int, LogitProcessor]]) -> None:
+def _forbid_end(logits: Tensor, rows: _Rows) -> None:
     """Forbids the end of answers that are too short, for rows without a grammar; ``_mask`` does so for the others."""
     if not rows:
         return

@@ -94,12 +94,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def chat_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenizes ``prompt`` as one user turn of the chat template, or as plain text without a template."""
+    """Tokenizes ``prompt`` as one user turn of the chat template, or as plain text without a template.
+
+    As in the router, texts of special tokens in the prompt of a chat stay text.
+    """
+
+    def ids(text: str, **how: bool) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, **how)["input_ids"])
+
+    def render(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
     if tokenizer.chat_template is None:
         return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in prompt for token in special):
+        return ids(render(prompt))
+    # Only a whole text can be tokenized without special tokens: here, that between the template's last special token
+    # before the prompt and its first one after it.
+    before, _, after = render("probe").partition("probe")
+    text = render(prompt)
+    shown = text[len(before) : len(text) - len(after)]
+    start = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
+    end = min((after.find(token) for token in special if token in after), default=len(after))
+    turn = before[start:] + shown + after[:end]
+    return ids(before[:start]) + ids(turn, split_special_tokens=True) + ids(after[end:])
 
 
 def _replaced_config(folder: Path) -> PretrainedConfig | None:

@@ -23,8 +23,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from overfill.errors import InvalidPair
 from overfill.model.manifest import MANIFEST
@@ -34,6 +35,7 @@ from overfill.pair.recipe import DecoderRecipe
 from overfill.process.extras import install_line
 from overfill.process.home import home
 from overfill.process.permissions import refusal
+from overfill.settings.config_file import nearest
 from overfill.telemetry.progress import Report, silent
 
 if TYPE_CHECKING:
@@ -76,9 +78,11 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
                     f"{str(name_or_path)!r} is a model, not a pair. Make a pair from it: "
                     f"overfill pair build --full {shlex.quote(str(name_or_path))} --intermediate-size 0.6 --out my-pair"
                 )
+            guess = nearest(str(name_or_path), NAMED, "")
             raise InvalidPair(
                 f"{str(name_or_path)!r} is neither a named pair ({', '.join(NAMED)}) nor the folder of a pair: "
-                f"there is no {folder / MANIFEST}. Name a folder by its path, such as ./my-pair"
+                f"there is no {folder / MANIFEST}; {guess and guess + ' If not, '}name a folder by its path, such as "
+                "./my-pair"
             )
         _check_readable(folder)
         return folder
@@ -96,6 +100,31 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
                 hint = f"; run `overfill pair path {name}` where {home()} can be written"
             raise InvalidPair(f"cannot prepare the pair {name}: {error}{hint}") from error
     return _pair_folder(name)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPair:
+    """A pair that has a name here, or had one in an earlier version.
+
+    Attributes:
+        state: "outdated" means that this version does not use the pair, whose folder may be deleted.
+    """
+
+    name: str
+    folder: Path
+    state: Literal["ready", "not prepared", "damaged", "outdated"]
+
+
+def cached_pairs() -> list[CachedPair]:
+    """Returns the named pairs, then those in the cache that earlier versions made. Prepares none."""
+    named = [CachedPair(name, _pair_folder(name), _state(name)) for name in NAMED]
+    others = sorted(path.parent for path in (home() / "pairs").glob(f"*/*/{MANIFEST}"))
+    known = {pair.folder for pair in named}
+    return named + [CachedPair(folder.name, folder, "outdated") for folder in others if folder not in known]
+
+
+def _state(name: str) -> Literal["ready", "not prepared", "damaged"]:
+    return "ready" if _is_ready(name, None) else "damaged" if _pair_folder(name).exists() else "not prepared"
 
 
 def resolve_model(folder_or_id: str, report: Report = silent) -> Path:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from overfill.errors import InvalidRequest
 from overfill.request.fair_turns import FairTurns
 from overfill.request.grammar_limits import GrammarLimits
+from overfill.request.json_schemas import close_objects
 from overfill.request.params import Grammar
 from overfill.request.trials import Trials
 
@@ -295,12 +296,12 @@ def check_grammar(grammar: Grammar) -> None:
 
 
 def compact(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
-    """``schema`` with an option that fixes the white space of JSON to that of Python's ``json.dumps``.
+    """``schema`` with closed objects, and with an option that fixes the white space to that of ``json.dumps``.
 
     Args:
         lenient: Whether the grammar ignores those constraints of the schema that llguidance does not support.
     """
-    return {"x-guidance": _COMPACT | (_LENIENT if lenient else {}), **schema}
+    return {"x-guidance": _COMPACT | (_LENIENT if lenient else {}), **close_objects(schema)}
 
 
 def _limits() -> Any:

@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
 from overfill.errors import InvalidRequest
+from overfill.request.json_text import read_json
 from overfill.v1 import common_pb2
 
 REQUEST_ID_CHARACTERS = "[A-Za-z0-9_.:/-]"
@@ -35,8 +36,8 @@ class Grammar:
         text: The schema, regular expression or Lark grammar.
 
     Raises:
-        InvalidRequest: ``text`` is missing, or is a schema that is not JSON. ``overfill.request.grammar`` checks the
-            rest when it compiles the grammar.
+        InvalidRequest: ``text`` is missing, or is a schema that is not JSON, is nested too deeply or has a lone
+            surrogate. ``overfill.request.grammar`` checks the rest when it compiles the grammar.
     """
 
     kind: GrammarKind
@@ -52,7 +53,10 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """A grammar of the JSON texts that ``schema`` accepts."""
+        """A grammar of the JSON texts that ``schema`` accepts.
+
+        Its objects are closed: those with ``properties`` and without ``additionalProperties`` have no other keys.
+        """
         return cls("json_schema", json.dumps(schema))
 
     def to_proto(self) -> common_pb2.Grammar:
@@ -233,11 +237,7 @@ def check_token_ids(field: str, ids: Collection[int], vocab_size: int) -> None:
 
 
 def _check_schema(field: str, text: str) -> None:
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(field, f"is not JSON: {error}") from error
-    if not isinstance(schema, dict):
+    if not isinstance(read_json(f"sampling.{field}", text), dict):
         raise _invalid(field, "is not a JSON object")
 
 

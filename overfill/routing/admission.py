@@ -194,11 +194,12 @@ class KeyLimiter:
         self._usage_of = usage_of
         self._usage: dict[str, KeyUsage] = {}
 
-    def acquire(self, key: str, quota: KeyQuota, now: float, count: int = 1) -> None:
+    def acquire(self, key: str, quota: KeyQuota, now: float, count: int = 1, before: int = 0) -> None:
         """Counts ``count`` requests of ``key`` as running, all or none. Call ``release`` once for each.
 
         Args:
             key: ``ApiKey.id``, not the name.
+            before: number of answers to the same client request that are counted already.
 
         Raises:
             InvalidRequest: the quota never admits ``count`` requests at once.
@@ -209,11 +210,11 @@ class KeyLimiter:
             usage = self._usage[key] = self._usage_of(key)
         burst = math.inf if quota.rate is None else max(1.0, quota.rate)
         max_count = min(burst, math.inf if quota.concurrency is None else quota.concurrency)
-        if count > max_count:
+        if before + count > max_count:
             raise InvalidRequest(
                 "n",
-                f"asks for {count} answers; API key {quota.name!r} may start at most {int(max_count)} at once, "
-                "and each answer counts as a request",
+                f"asks for {before + count} answers; API key {quota.name!r} may start at most {int(max_count)} "
+                "at once, and each answer counts as a request",
             )
         if quota.concurrency is not None:
             running = usage.running + usage.running_elsewhere

@@ -96,7 +96,8 @@ class PrefixAffinity(Policy):
 
     def best(self, request: PlacementRequest) -> Iterator[Worker]:
         preferred: list[Worker] = []
-        if levels := self._levels(request, self._block_sizes):
+        # A single worker needs no comparison.
+        if len(self._admissible) > 1 and (levels := self._levels(request, self._block_sizes)):
             ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(request, levels)}
             preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.key(w), w.id))
         yield from preferred

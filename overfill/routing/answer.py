@@ -9,9 +9,12 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from overfill.errors import InternalError, OverfillError
+from overfill.errors import InternalError, InvalidRequest, OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2, kv_pb2
+
+MAX_ENDED_WORKERS = 2
+"""Number of workers that a request may end by failed steps. Lost workers that report no failed step do not count."""
 
 
 @dataclass(slots=True)
@@ -96,6 +99,7 @@ class AnswerState:
         self.prefill_worker = ""
         self.prefill_engines: dict[str, str] = {}
         self.prefill_failures = 0
+        self._ended_workers: list[str] = []  # by a failed step with the request in it, as they have said themselves
         self._max_tokens = max_tokens
         self._so_far = decode_pb2.DecodeDone()  # the latest that the current decode worker has said
         self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
@@ -132,6 +136,11 @@ class AnswerState:
         return done
 
     @property
+    def cached_tokens(self) -> int:
+        """Number of prompt tokens that were in a prefix cache; 0 until a worker has said it."""
+        return self._so_far.usage.cached_tokens
+
+    @property
     def progress(self) -> str:
         """The number of tokens produced, as a phrase for messages."""
         count = len(self.emitted)
@@ -154,6 +163,22 @@ class AnswerState:
         """
         self.decode_base = max(1, len(self.emitted))  # the prefill worker samples token 0
         self._so_far = decode_pb2.DecodeDone(usage=self._so_far.usage)
+
+    def note_ended_worker(self, worker: str, reason: str) -> InvalidRequest | None:
+        """Notes that a worker of either stage was ended by a failed step with the request in it, as it says itself.
+
+        Returns:
+            The refusal of a request that has ended ``MAX_ENDED_WORKERS`` workers: it would end all others. No client
+            repeats such a request by itself.
+        """
+        self._ended_workers.append(worker)
+        if len(self._ended_workers) < MAX_ENDED_WORKERS:
+            return None
+        return InvalidRequest(
+            "",
+            f"steps with this request in them failed and ended the workers {' and '.join(self._ended_workers)}, so it "
+            f"is not tried again; {self.progress}; the last failure: {reason}",
+        )
 
     def enter_tier(self, tier: str) -> None:
         """Notes that a worker of ``tier`` writes the next tokens. A part begins unless the last one is of this tier."""

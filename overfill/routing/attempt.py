@@ -197,6 +197,8 @@ class Attempt:
             return
         failed = need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_INCOMPATIBLE)
         if failed:
+            if need.step_failed and (refusal := self._answer.note_ended_worker(need.worker_id, need.detail)):
+                raise GaveUp(refusal)
             self._answer.prefill_failures += 1
             if self._answer.prefill_failures >= self._max_prefill_failures:
                 raise GaveUp(self._prefill_error(need))

@@ -52,11 +52,12 @@ class Conditional(Policy):
         self._part(worker).keys_changed(worker, added, removed)
 
     def best(self, request: PlacementRequest) -> Iterator[Worker]:
-        prefill_only, colocated = self._prefill_only.best(request), self._colocated.best(request)
-        first = next(colocated, None)
-        if first is None:
+        prefill_only = self._prefill_only.best(request)
+        if not self._by_key:
             yield from prefill_only
             return
+        colocated = self._colocated.best(request)
+        first = next(colocated)
         other = next(prefill_only, None)
         candidate, goes_first = self._candidate(request, first, other)
         if goes_first:

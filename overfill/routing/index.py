@@ -165,10 +165,16 @@ class Index:
         room = worker.room_tokens if credits else 0.0
         new = _Entry(_capacity(worker), not worker.draining, present, alive, credits, room)
         old = self._entries.get(worker)
-        if old != new:
+        self._entries[worker] = new
+        if old is not None and old[:4] == new[:4] and old.credits and credits:
+            # As with most placements and departures, only the load has changed.
+            self.free_credits += credits - old.credits
+            if room != old.room:
+                del self._rooms[bisect_left(self._rooms, (old.room, worker.id, worker))]
+                insort(self._rooms, (room, worker.id, worker))
+        elif old != new:
             if old is not None:
                 self._count(worker, old, -1)
-            self._entries[worker] = new
             self._count(worker, new, 1)
         if credits:
             self.policy.put(worker)

@@ -18,6 +18,7 @@ from overfill.errors import (
     InternalError,
     OverfillError,
     Overloaded,
+    StepFailed,
     TransferFailed,
     Unavailable,
 )
@@ -42,7 +43,7 @@ RETRIED = (Unavailable, InternalError, TransferFailed, Incompatible, Overloaded)
 _MAX_LOSSES_FACTOR = 8
 """Multiple of ``max_attempts``: total number of lost workers after which a request is given up.
 
-It stops a request that itself crashes the workers.
+It stops a request that itself crashes the workers, without a report of theirs.
 """
 
 
@@ -87,8 +88,9 @@ class Relay:
         on_close: called once when the request has ended, before the caller has read all of its answer.
 
     Attributes:
-        answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost, or a
-            worker's error that another worker would repeat.
+        answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost,
+            InvalidRequest if the request has ended too many by failed steps, or a worker's error that another worker
+            would repeat.
         decode_worker: id of the latest decode worker; empty before the first.
         decode_engine: its engine, for people; empty means unknown.
         client_resumed: True if the client brought the first tokens of the answer with its request.
@@ -314,8 +316,11 @@ class Relay:
         self._losses += 1
         self._losses_in_a_row = 1 if emitted > self._known else self._losses_in_a_row + 1
         self._known = emitted
+        ended = isinstance(error, StepFailed)
         if self.answer.full:
             self._conclude(self._finish(self.answer.done(common_pb2.FINISH_REASON_LENGTH)))
+        elif ended and (refusal := self.answer.note_ended_worker(self.decode_worker, str(error))):
+            self._conclude(refusal)
         elif self._losses_in_a_row >= self._max_attempts or self._losses >= _MAX_LOSSES_FACTOR * self._max_attempts:
             progress = self.answer.progress
             gave_up = f"gave up after {self._losses} attempts; {progress}; the last failure: {error}"
@@ -323,7 +328,7 @@ class Relay:
         else:
             self._job.emitted = emitted
             self._queue_span = tracing.child("router.queue", parent=self._parent)
-            self._dispatcher.lost(self._job, self._on_placed, gone=isinstance(error, Unavailable))
+            self._dispatcher.lost(self._job, self._on_placed, gone=ended or isinstance(error, Unavailable))
 
     def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
         timing = self.answer.timing

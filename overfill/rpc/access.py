@@ -13,8 +13,6 @@ If none of the three is configured, everything in the table is open. Servers all
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hmac
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -136,7 +134,7 @@ ROUTES: Mapping[str, Rule] = {
     "/metrics": _METRICS,
     "/version": _STATUS,
     "/status": _STATUS,
-    "/ui": _INFER,
+    "/ui": _OPEN,  # a page without data: it asks for the key, and sends it to the other routes
     "/": _OPEN,  # redirects to /ui
 }
 """Rules of the OpenAI endpoint's routes."""
@@ -231,22 +229,13 @@ def unknown(access: AccessPolicy, shown: str | None, roles: frozenset[Role] | No
     access.check(_UNKNOWN, shown, None)
 
 
-def bearer(header: str, *, page: bool = False) -> str | None:
+def bearer(header: str) -> str | None:
     """Returns the key or secret in an ``Authorization`` header; None when the header has neither.
 
-    For a ``page``, the password of ``Basic`` counts too, because a browser has no other way to send a key. Other routes
-    refuse ``Basic``: a browser sends it automatically, even for requests started by another site (CSRF).
+    ``Basic`` does not count: a browser sends it automatically, even for requests started by another site (CSRF).
     """
     scheme, _, rest = header.partition(" ")
-    rest = rest.strip()
-    if scheme.lower() == "bearer":
-        return rest or None
-    if page and scheme.lower() == "basic":
-        try:
-            return base64.b64decode(rest, validate=True).decode().partition(":")[2] or None
-        except (binascii.Error, ValueError):
-            return None
-    return None
+    return rest.strip() or None if scheme.lower() == "bearer" else None
 
 
 def roles_of(names: Iterable[str]) -> frozenset[Role]:

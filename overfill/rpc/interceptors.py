@@ -19,6 +19,7 @@ import grpc.aio
 from overfill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
 from overfill.rpc.access import AccessPolicy, bearer, caller, roles_of
 from overfill.rpc.constants import FIRST_MESSAGE_TIMEOUT
+from overfill.rpc.shared_timeout import SharedTimeout
 from overfill.rpc.status import to_status
 from overfill.telemetry import tracing
 
@@ -49,6 +50,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         self._access = access or AccessPolicy()
         self._certificates = certificates
         self._handlers: dict[str, Handler] = {}
+        self._first_messages = SharedTimeout()
 
     async def intercept_service(
         self,
@@ -73,7 +75,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         traced = behaviour if span is None else _traced(behaviour, span)
         make_handler = getattr(grpc, f"stream_{_arity(handler.response_streaming)}_rpc_method_handler")
         guarded: Handler = make_handler(
-            _guard(traced, handler.request_streaming, lambda context: self._admit(method, context)),
+            _guard(
+                traced, handler.request_streaming, lambda context: self._admit(method, context), self._first_messages
+            ),
             request_deserializer=_lenient(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
@@ -117,12 +121,14 @@ class _Undecodable(NamedTuple):
     reason: str
 
 
-def _guard(behaviour: Behaviour, request_streaming: bool, admit: Callable[[Context], None]) -> Behaviour:
+def _guard(
+    behaviour: Behaviour, request_streaming: bool, admit: Callable[[Context], None], limit: SharedTimeout
+) -> Behaviour:
     # A coroutine, even for a generator: it closes the generator at once, also when a write is cancelled.
     async def guarded(requests: Any, context: Context) -> Any:
         try:
             admit(context)
-            decoded = _checked_stream(requests, context) if request_streaming else await _only(context)
+            decoded = _checked_stream(requests, context, limit) if request_streaming else await _only(context, limit)
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(decoded, context)) as responses:
                     async for response in responses:
@@ -175,8 +181,8 @@ def _checked(request: Any) -> Any:
     return request
 
 
-async def _checked_stream(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-    first = await _first(context)
+async def _checked_stream(requests: AsyncIterator[Any], context: Context, limit: SharedTimeout) -> AsyncIterator[Any]:
+    first = await _first(context, limit)
     if first is grpc.aio.EOF:  # type: ignore[attr-defined]
         return
     yield _checked(first)
@@ -184,19 +190,18 @@ async def _checked_stream(requests: AsyncIterator[Any], context: Context) -> Asy
         yield _checked(request)
 
 
-async def _only(context: Context) -> Any:
+async def _only(context: Context, limit: SharedTimeout) -> Any:
     """Returns the single message of a unary request."""
-    first = await _first(context)
+    first = await _first(context, limit)
     if first is grpc.aio.EOF:  # type: ignore[attr-defined]
         raise InvalidRequest("", "the request has no message")
     return _checked(first)
 
 
-async def _first(context: Context) -> Any:
+async def _first(context: Context, limit: SharedTimeout) -> Any:
     """Returns the first message; EOF when the stream ends without one."""
     try:
-        async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT):
-            return await context.read()
+        return await limit.wait(context.read(), FIRST_MESSAGE_TIMEOUT)
     except TimeoutError:
         raise DeadlineExceeded(f"no message has arrived within {FIRST_MESSAGE_TIMEOUT:g} s") from None
 

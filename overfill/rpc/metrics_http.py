@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import ipaddress
 import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -21,11 +24,17 @@ from overfill.rpc.addresses import is_loopback, socket_host
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
 
-_CONNECTION_TIMEOUT = 10.0
-"""Seconds without a byte after which the server drops a connection."""
+HEAD_TIMEOUT = 10.0
+"""Seconds for the TLS handshake and the head of the request together, from accept on."""
+
+_ANSWER_TIMEOUT = 10.0
+"""Seconds for each write of an answer."""
 
 MAX_CONNECTIONS = 64
-"""Maximum open connections; the server closes further ones without an answer."""
+"""Maximum open connections. For a further one, the server drops the oldest, preferably one without a complete head."""
+
+MAX_HEAD = 64 << 10
+"""Maximum size of a request's head in bytes."""
 
 
 class MetricsServer:
@@ -116,27 +125,58 @@ def _admit(access: AccessPolicy, environ: dict[str, Any]) -> None:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS
     tls: ReloadingValue[ssl.SSLContext] | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._has_head: dict[socket.socket, bool] = {}  # the open connections, oldest first
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._slots.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+            self._drop_one()
+            if not self._slots.acquire(timeout=HEAD_TIMEOUT):  # until the dropped connection's thread has ended
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._has_head[request] = False
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self._slots.release()
+            self._forget(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._slots.release()
+            self._forget(request)
+
+    def head_complete(self, connection: socket.socket) -> None:
+        """Notes that ``connection`` has sent a whole head, so that it is dropped after those that have not."""
+        with self._lock:
+            if connection in self._has_head:
+                self._has_head[connection] = True
+
+    def _drop_one(self) -> None:
+        """Ends the oldest connection without a complete head; when all have one, the oldest connection.
+
+        A scraper sends its head at once, so clients that send slowly or not at all never keep it out.
+        """
+        with self._lock:
+            oldest = min(self._has_head, key=self._has_head.__getitem__, default=None)
+            if oldest is not None:
+                del self._has_head[oldest]
+                with suppress(OSError):
+                    # SSLSocket.shutdown would take away the TLS state that the connection's thread uses.
+                    socket.socket.shutdown(oldest, socket.SHUT_RDWR)
+
+    def _forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._has_head.pop(connection, None)
+        self._slots.release()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -170,12 +210,44 @@ class _Answer(io.BufferedIOBase):
         return len(data)
 
 
+class _Head(io.RawIOBase):
+    """Reads the head of a request within ``HEAD_TIMEOUT`` and ``MAX_HEAD``; the first read makes the TLS handshake.
+
+    Raises:
+        TimeoutError: the handshake and the head have taken too long.
+        LineTooLong: the head is too long, which ``BaseHTTPRequestHandler`` answers with 431.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline = time.monotonic() + HEAD_TIMEOUT
+        self._left = MAX_HEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._left <= 0:
+            raise http.client.LineTooLong("head")
+        self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))  # 0 would mean not to block
+        count = self._connection.recv_into(buffer)
+        self._left -= count
+        return count
+
+
 class _Handler(WSGIRequestHandler):
-    timeout = _CONNECTION_TIMEOUT
+    server: _Server
 
     def setup(self) -> None:
         super().setup()
+        self.rfile = io.BufferedReader(_Head(self.connection))
         self.wfile = _Answer(self.connection)
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        self.connection.settimeout(_ANSWER_TIMEOUT)
+        self.server.head_complete(self.connection)
+        return parsed
 
     def get_environ(self) -> dict[str, Any]:
         environ = super().get_environ()

@@ -29,6 +29,7 @@ from overfill.errors import (
     PromptTooLong,
     RequestCancelled,
     ShuttingDown,
+    StepFailed,
     TransferFailed,
     Unauthenticated,
     Unavailable,
@@ -61,6 +62,7 @@ _CODES: dict[type[OverfillError], grpc.StatusCode] = {
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     InternalError: grpc.StatusCode.INTERNAL,
+    StepFailed: grpc.StatusCode.INTERNAL,
 }
 _BY_NAME = {cls.__name__: cls for cls in _CODES}
 
@@ -164,6 +166,8 @@ def _from_status(code: grpc.StatusCode, message: str, status: status_pb2.Status,
 
 def _plain(message: str) -> str:
     """Rewords gRPC's message about a failed connection, so that it says what to do."""
+    if "errors resolving" in message or "DNS resolution failed" in message:
+        return "no host of this name is known here: check the name, or give the host's IP address"
     if "failed to connect to all addresses" not in message:
         return message
     if "http1.x server" in message:
@@ -175,7 +179,10 @@ def _plain(message: str) -> str:
         )
     if found := re.search("CERTIFICATE_VERIFY_FAILED: ([^:]+)", message):
         return f"its certificate is not valid for the authorities in --tls-ca: {found[1]}"
-    return "nothing listens there" if "Connection refused" in message else message
+    if "Connection refused" in message:
+        return "nothing listens there"
+    found = re.search(r" (?:error|connect): ([A-Z][\w ]+?)(?: \(\d+\))?$", message)
+    return f"cannot connect: {found[1]}" if found else message
 
 
 def _rebuilt(

@@ -343,6 +343,11 @@ class RouterConfig(ServiceConfig):
         description="target for the mean time between tokens, in seconds, for which the scaling metrics are computed",
     )
     max_request_bytes: int = Field(4 << 20, ge=1024, le=8 << 20, description="maximum size of a request, in bytes")
+    max_body_bytes: int = Field(
+        128 << 20,
+        ge=8 << 20,
+        description="maximum size of all HTTP bodies in receipt together, in bytes; an API key may hold a quarter",
+    )
     max_connections: int = Field(
         8192,
         ge=1,

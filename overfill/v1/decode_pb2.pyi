@@ -143,7 +143,7 @@ class Reserved(_message.Message):
     def __init__(self, blocks: _Optional[int] = ..., reservation_ns: _Optional[int] = ...) -> None: ...
 
 class NeedPrefill(_message.Message):
-    __slots__ = ("reason", "detail", "worker_id")
+    __slots__ = ("reason", "detail", "worker_id", "step_failed")
     class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         REASON_UNSPECIFIED: _ClassVar[NeedPrefill.Reason]
@@ -159,10 +159,12 @@ class NeedPrefill(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FAILED_FIELD_NUMBER: _ClassVar[int]
     reason: NeedPrefill.Reason
     detail: str
     worker_id: str
-    def __init__(self, reason: _Optional[_Union[NeedPrefill.Reason, str]] = ..., detail: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    step_failed: bool
+    def __init__(self, reason: _Optional[_Union[NeedPrefill.Reason, str]] = ..., detail: _Optional[str] = ..., worker_id: _Optional[str] = ..., step_failed: bool = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns", "so_far")

@@ -26,7 +26,7 @@ from overfill.v1 import common_pb2 as overfill_dot_v1_dot_common__pb2
 from overfill.v1 import kv_pb2 as overfill_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boverfill/v1/inference.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x14overfill/v1/kv.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"m\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12)\n\ntool_calls\x18\x03 \x03(\x0b\x32\x15.overfill.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\x95\x01\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.overfill.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\"\x98\x02\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.overfill.v1.ChatMessage\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.overfill.v1.Tool\x12,\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x17.overfill.v1.ToolChoice\x12\x18\n\x10single_tool_call\x18\x04 \x01(\x08\x12\x1c\n\x14\x63hat_template_kwargs\x18\x05 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x06 \x01(\x08\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x07 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"\xfc\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.overfill.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.overfill.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x18\n\x10resume_token_ids\x18\x07 \x03(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\r\n\x05trace\x18\t \x01(\x08\x12\x14\n\x0csample_index\x18\n \x01(\r\x12&\n\x08kv_codec\x18\x0b \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x10\n\x08priority\x18\x0c \x01(\x11\x12#\n\x16truncate_prompt_tokens\x18\r \x01(\x11H\x01\x88\x01\x01\x12\x17\n\x0fstream_interval\x18\x0e \x01(\r\x12\x0c\n\x04tier\x18\x0f \x01(\t\x12\x10\n\x08\x66\x61llback\x18\x10 \x01(\t\x12\x1b\n\x0e\x61llow_brownout\x18\x11 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x19\n\x17_truncate_prompt_tokensB\x11\n\x0f_allow_brownout\"\x98\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.overfill.v1.AcceptedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.overfill.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.overfill.v1.FinishedH\x00\x42\t\n\x07message\"\x8b\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x15\n\rbrownout_from\x18\x07 \x01(\t\"/\n\nAnswerPart\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\"\xc3\x01\n\x05\x44\x65lta\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.overfill.v1.TokenLogprobs\x12.\n\ntool_calls\x18\x05 \x03(\x0b\x32\x1a.overfill.v1.ToolCallDelta\x12&\n\x05parts\x18\x06 \x03(\x0b\x32\x17.overfill.v1.AnswerPart\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x96\x03\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.overfill.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.overfill.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.overfill.v1.Timing\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x12\n\nmigrations\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x01(\t\x12(\n\x05trace\x18\x08 \x01(\x0b\x32\x19.overfill.v1.HandoffTrace\x12 \n\x04rest\x18\t \x01(\x0b\x32\x12.overfill.v1.Delta\x12#\n\x05\x63odec\x18\n \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x16\n\x0eprefill_engine\x18\x0b \x01(\t\x12\x15\n\rdecode_engine\x18\x0c \x01(\t\x12&\n\x05parts\x18\r \x03(\x0b\x32\x17.overfill.v1.AnswerPart\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.overfill.v1.Model\"v\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x13\n\x0b\x66ull_digest\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x65\x63oder_digest\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0c\n\x04tier\x18\x06 \x01(\t\"x\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.overfill.v1.ChatH\x00\x12\x19\n\x11no_special_tokens\x18\x04 \x01(\x08\x42\x08\n\x06prompt\"6\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"/\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xbd\x02\n\tInference\x12I\n\x08Generate\x12\x1c.overfill.v1.GenerateRequest\x1a\x1d.overfill.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.overfill.v1.ListModelsRequest\x1a\x1f.overfill.v1.ListModelsResponse\x12G\n\x08Tokenize\x12\x1c.overfill.v1.TokenizeRequest\x1a\x1d.overfill.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.overfill.v1.DetokenizeRequest\x1a\x1f.overfill.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boverfill/v1/inference.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x14overfill/v1/kv.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"m\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12)\n\ntool_calls\x18\x03 \x03(\x0b\x32\x15.overfill.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"M\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\x0e\n\x06strict\x18\x04 \x01(\x08\"\x95\x01\n\nToolChoice\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.overfill.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\"\xaf\x02\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.overfill.v1.ChatMessage\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.overfill.v1.Tool\x12,\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x17.overfill.v1.ToolChoice\x12\x18\n\x10single_tool_call\x18\x04 \x01(\x08\x12\x1c\n\x14\x63hat_template_kwargs\x18\x05 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x06 \x01(\x08\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x07 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\rparse_special\x18\x08 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\xfc\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.overfill.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.overfill.v1.ChatH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x18\n\x10resume_token_ids\x18\x07 \x03(\r\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\r\n\x05trace\x18\t \x01(\x08\x12\x14\n\x0csample_index\x18\n \x01(\r\x12&\n\x08kv_codec\x18\x0b \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x10\n\x08priority\x18\x0c \x01(\x11\x12#\n\x16truncate_prompt_tokens\x18\r \x01(\x11H\x01\x88\x01\x01\x12\x17\n\x0fstream_interval\x18\x0e \x01(\r\x12\x0c\n\x04tier\x18\x0f \x01(\t\x12\x10\n\x08\x66\x61llback\x18\x10 \x01(\t\x12\x1b\n\x0e\x61llow_brownout\x18\x11 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x19\n\x17_truncate_prompt_tokensB\x11\n\x0f_allow_brownout\"\x98\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.overfill.v1.AcceptedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.overfill.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.overfill.v1.FinishedH\x00\x42\t\n\x07message\"\x8b\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04tier\x18\x06 \x01(\t\x12\x15\n\rbrownout_from\x18\x07 \x01(\t\"/\n\nAnswerPart\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\"\xc3\x01\n\x05\x44\x65lta\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.overfill.v1.TokenLogprobs\x12.\n\ntool_calls\x18\x05 \x03(\x0b\x32\x1a.overfill.v1.ToolCallDelta\x12&\n\x05parts\x18\x06 \x03(\x0b\x32\x17.overfill.v1.AnswerPart\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x96\x03\n\x08\x46inished\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.overfill.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.overfill.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.overfill.v1.Timing\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x12\n\nmigrations\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x01(\t\x12(\n\x05trace\x18\x08 \x01(\x0b\x32\x19.overfill.v1.HandoffTrace\x12 \n\x04rest\x18\t \x01(\x0b\x32\x12.overfill.v1.Delta\x12#\n\x05\x63odec\x18\n \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x16\n\x0eprefill_engine\x18\x0b \x01(\t\x12\x15\n\rdecode_engine\x18\x0c \x01(\t\x12&\n\x05parts\x18\r \x03(\x0b\x32\x17.overfill.v1.AnswerPart\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.overfill.v1.Model\"v\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x13\n\x0b\x66ull_digest\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x65\x63oder_digest\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0c\n\x04tier\x18\x06 \x01(\t\"x\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.overfill.v1.ChatH\x00\x12\x19\n\x11no_special_tokens\x18\x04 \x01(\x08\x42\x08\n\x06prompt\"6\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"/\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xbd\x02\n\tInference\x12I\n\x08Generate\x12\x1c.overfill.v1.GenerateRequest\x1a\x1d.overfill.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.overfill.v1.ListModelsRequest\x1a\x1f.overfill.v1.ListModelsResponse\x12G\n\x08Tokenize\x12\x1c.overfill.v1.TokenizeRequest\x1a\x1d.overfill.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.overfill.v1.DetokenizeRequest\x1a\x1f.overfill.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,35 +46,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCHOICE_MODE']._serialized_start=437
   _globals['_TOOLCHOICE_MODE']._serialized_end=514
   _globals['_CHAT']._serialized_start=517
-  _globals['_CHAT']._serialized_end=797
-  _globals['_GENERATEREQUEST']._serialized_start=800
-  _globals['_GENERATEREQUEST']._serialized_end=1308
-  _globals['_GENERATERESPONSE']._serialized_start=1311
-  _globals['_GENERATERESPONSE']._serialized_end=1463
-  _globals['_ACCEPTED']._serialized_start=1466
-  _globals['_ACCEPTED']._serialized_end=1605
-  _globals['_ANSWERPART']._serialized_start=1607
-  _globals['_ANSWERPART']._serialized_end=1654
-  _globals['_DELTA']._serialized_start=1657
-  _globals['_DELTA']._serialized_end=1852
-  _globals['_TOOLCALLDELTA']._serialized_start=1854
-  _globals['_TOOLCALLDELTA']._serialized_end=1929
-  _globals['_FINISHED']._serialized_start=1932
-  _globals['_FINISHED']._serialized_end=2338
-  _globals['_LISTMODELSREQUEST']._serialized_start=2340
-  _globals['_LISTMODELSREQUEST']._serialized_end=2359
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2361
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2417
-  _globals['_MODEL']._serialized_start=2419
-  _globals['_MODEL']._serialized_end=2537
-  _globals['_TOKENIZEREQUEST']._serialized_start=2539
-  _globals['_TOKENIZEREQUEST']._serialized_end=2659
-  _globals['_TOKENIZERESPONSE']._serialized_start=2661
-  _globals['_TOKENIZERESPONSE']._serialized_end=2715
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2717
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2764
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2766
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2800
-  _globals['_INFERENCE']._serialized_start=2803
-  _globals['_INFERENCE']._serialized_end=3120
+  _globals['_CHAT']._serialized_end=820
+  _globals['_GENERATEREQUEST']._serialized_start=823
+  _globals['_GENERATEREQUEST']._serialized_end=1331
+  _globals['_GENERATERESPONSE']._serialized_start=1334
+  _globals['_GENERATERESPONSE']._serialized_end=1486
+  _globals['_ACCEPTED']._serialized_start=1489
+  _globals['_ACCEPTED']._serialized_end=1628
+  _globals['_ANSWERPART']._serialized_start=1630
+  _globals['_ANSWERPART']._serialized_end=1677
+  _globals['_DELTA']._serialized_start=1680
+  _globals['_DELTA']._serialized_end=1875
+  _globals['_TOOLCALLDELTA']._serialized_start=1877
+  _globals['_TOOLCALLDELTA']._serialized_end=1952
+  _globals['_FINISHED']._serialized_start=1955
+  _globals['_FINISHED']._serialized_end=2361
+  _globals['_LISTMODELSREQUEST']._serialized_start=2363
+  _globals['_LISTMODELSREQUEST']._serialized_end=2382
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2384
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2440
+  _globals['_MODEL']._serialized_start=2442
+  _globals['_MODEL']._serialized_end=2560
+  _globals['_TOKENIZEREQUEST']._serialized_start=2562
+  _globals['_TOKENIZEREQUEST']._serialized_end=2682
+  _globals['_TOKENIZERESPONSE']._serialized_start=2684
+  _globals['_TOKENIZERESPONSE']._serialized_end=2738
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2740
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2787
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2789
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2823
+  _globals['_INFERENCE']._serialized_start=2826
+  _globals['_INFERENCE']._serialized_end=3143
 # @@protoc_insertion_point(module_scope)

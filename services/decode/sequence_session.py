@@ -31,6 +31,7 @@ from overfill.errors import (
     InvalidRequest,
     OverfillError,
     Overloaded,
+    StepFailed,
     Unavailable,
 )
 from overfill.kv.receiver import FirstTokenArrived, PullStats
@@ -229,7 +230,7 @@ class SequenceSession:
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
                 assert error is not None
-                self._want_prefill(_reason_for(error), str(error), worker)
+                self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
             case Preempted():
                 self._wants_kv = False
                 await self._join_pull(cancel=True)
@@ -267,13 +268,15 @@ class SequenceSession:
             self._pulls += 1
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
-    def _want_prefill(self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str) -> None:
+    def _want_prefill(
+        self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str, step_failed: bool = False
+    ) -> None:
         """Asks the router for a prefill worker; while it would assign none, this worker takes the prompt itself."""
         own = self._own_assignment()
         if own is not None and own.worker_id != worker:
             self._begin_pull(own)
             return
-        need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker)
+        need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker, step_failed=step_failed)
         self._tell(decode_pb2.SequenceUpdate(need_prefill=need))
 
     async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:

@@ -253,6 +253,7 @@ class _Peer:
         self._name = target.worker_id
         tls = worker.config.credentials()
         self._control = open_channel(target.address, tls)
+        self._stub: Any = prefill_pb2_grpc.PrefillStub(self._control)
         self._data = open_channel(data_address(target), tls)
         self._checked = False
 
@@ -279,7 +280,7 @@ class _Peer:
             cache_namespace=start.cache_namespace,
         )
         spec = TransferSpec(request.transfer_id, request.attempt, self._worker.kv, tuple(request.layers), (0, prompt))
-        call = prefill_pb2_grpc.PrefillStub(self._control).Prefill()
+        call = self._stub.Prefill()
         ended, queue_ns, pulling = False, 0, None
         try:
             await checked_write(call.write(prefill_pb2.PrefillRequest(start=request)), self._name)
@@ -312,17 +313,13 @@ class _Peer:
             call.cancel()
 
     async def _next(self, call: Any, pulling: asyncio.Task[None] | None) -> Any:
-        """Returns the next message of the control stream. Raises the data stream's error if that comes first."""
-        reading = asyncio.ensure_future(checked_response(call.read(), self._name))
+        """Returns the next message of the control stream. Raises the data stream's error if that has ended it."""
         try:
-            while not reading.done():
-                watched = {reading} if pulling is None or pulling.done() else {reading, pulling}
-                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                if pulling is not None and pulling.done():
-                    await pulling
-            return await reading
-        finally:
-            reading.cancel()
+            return await checked_response(call.read(), self._name)
+        except OverfillError:
+            if pulling is not None and pulling.done():
+                await pulling
+            raise
 
     async def _pull(self, spec: TransferSpec, call: Any) -> None:
         box = KvRange(0, len(spec.layers), *spec.tokens, 0, spec.kv.num_kv_heads)
@@ -334,7 +331,7 @@ class _Peer:
 
     async def _handshake(self) -> None:
         if not self._checked:
-            described = prefill_pb2_grpc.PrefillStub(self._control).Describe(prefill_pb2.DescribePrefillRequest())
+            described = self._stub.Describe(prefill_pb2.DescribePrefillRequest())
             answer = await checked_response(described, self._name)
             theirs = KvIdentity(
                 answer.wire_version,

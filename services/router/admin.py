@@ -90,7 +90,8 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return admin_pb2.DrainResponse()
         worker = self._roster.find(request.worker_id)
         if worker is None:
-            known = ", ".join(w.id for w in self._roster.workers()) or "none"
+            # A worker with both stages is listed once for each.
+            known = ", ".join(dict.fromkeys(w.id for w in self._roster.workers())) or "none"
             raise InvalidRequest("worker_id", f"no worker {request.worker_id!r} has joined; joined: {known}")
         drained = self._stub(worker).Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT)
         try:

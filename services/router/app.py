@@ -101,6 +101,8 @@ class Router:
         pairs = {spec.name: self._load_pair(spec.pair) for spec in config.tiers}
         check_family(pairs)
         pair = pairs[config.tiers[0].name]
+        # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         tokenizer = Tokenizer.load(pair.full_path)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
@@ -384,7 +386,6 @@ class Router:
         self._http_api = HttpApi(
             self._handler,
             access,
-            self._config.max_request_bytes,
             self._unready,
             lambda: self._admin.known(),
             share_port=self._group is not None,
@@ -392,9 +393,11 @@ class Router:
             allowed_origins=self._config.allowed_origins,
         )
         return HttpServer(
-            self._http_api.asgi,
+            self._http_api,
             self._config.max_connections,
             self._config.server_tls(),
+            max_body=self._config.max_request_bytes,
+            max_bodies=self._config.max_body_bytes,
             client_certificates=access.keys is None,  # API keys suffice, and few HTTP clients have certificates
             share_port=self._group is not None,
             stop_grace=STOP_GRACE if self._group is None else self._config.grace_period + STOP_GRACE,

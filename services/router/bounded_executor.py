@@ -61,6 +61,10 @@ class BoundedExecutor:
                     with suppress(Exception):
                         await shielded(result)
                 raise
+            finally:
+                # A traceback refers to this frame, and its locals must not refer to the exception. Such a circle would
+                # hold what the function has made, megabytes for a long request, until the garbage collector runs.
+                del call, result
         finally:
             self._calls -= 1
             self._bytes -= size

@@ -10,6 +10,7 @@ from overfill.api.keys import ApiKey
 from overfill.errors import DeadlineExceeded, Overloaded
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
+from overfill.rpc.shared_timeout import SharedTimeout
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 from services.router.limits import STALLED_TIMEOUT
 from services.router.request_handler import RequestHandler
@@ -29,6 +30,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def __init__(self, handler: RequestHandler) -> None:
         self._handler = handler
         self._stalled: Counter[str] = Counter()  # RPCs that were given up and whose status the client has not read
+        self._writes = SharedTimeout()
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
@@ -43,15 +45,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
                 await context.send_initial_metadata(())
-                await _write(context, _Response(accepted=answer.accepted))
+                await self._write(context, _Response(accepted=answer.accepted))
                 while (delta := await answer.next()) is not None:
-                    await _write(context, _Response(delta=delta.to_proto()))
-                await _write(context, _Response(finished=answer.finished))
+                    await self._write(context, _Response(delta=delta.to_proto()))
+                await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             if key is not None:
                 self._stalled[key.id] += 1
                 context.add_done_callback(lambda _: self._stalled.subtract([key.id]))  # type: ignore[arg-type]
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
+
+    async def _write(self, context: Context, response: _Response) -> None:
+        """Sends a message. Raises TimeoutError if the client reads nothing; its keepalive cannot tell."""
+        await self._writes.wait(context.write(response), STALLED_TIMEOUT)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
@@ -63,22 +69,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        ids = await self._handler.tokenize(request, _caller())
+        with self._handler.reserve(_caller()) as reservation:
+            ids = await self._handler.tokenize(request, reservation)
         return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, _caller()))
+        with self._handler.reserve(_caller()) as reservation:
+            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, reservation))
 
 
 def _caller() -> ApiKey | None:
     """The caller's API key; None when the router needs none."""
     key: Any = caller.get()  # the router has no other callers here
     return cast("ApiKey | None", key)
-
-
-async def _write(context: Context, response: _Response) -> None:
-    """Sends a message. Raises TimeoutError if the client reads nothing; its keepalive cannot tell."""
-    async with asyncio.timeout(STALLED_TIMEOUT):
-        await context.write(response)

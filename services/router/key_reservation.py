@@ -16,31 +16,31 @@ class KeyReservation:
 
     Args:
         caller: API key of the request; None if the router uses no keys.
-        answers: number of answers to start together. Each counts as a request of the key.
     """
 
-    def __init__(self, limiter: KeyLimiter, caller: ApiKey | None, answers: int = 1) -> None:
+    def __init__(self, limiter: KeyLimiter, caller: ApiKey | None) -> None:
         self.caller = caller
         self._limiter = limiter
-        self._answers = answers
-        self._taken = False
+        self._taken = 0
         self._held = 0  # answers that count as running and were not started
 
-    def take(self, now: float) -> None:
-        """Counts all answers against the quota; further calls do nothing.
+    def take(self, now: float, answers: int = 1) -> None:
+        """Counts ``answers`` answers against the quota, less those that earlier calls have counted.
 
         Args:
             now: seconds on the event loop's clock.
+            answers: number of answers to start together. Each counts as a request of the key.
 
         Raises:
             InvalidRequest, Overloaded: the key's quota does not admit this number of answers.
         """
-        if self.caller is None or self._taken:
+        more = answers - self._taken
+        if self.caller is None or more <= 0:
             return
         quota = KeyQuota(self.caller.name, self.caller.rate, self.caller.concurrency)
-        self._limiter.acquire(self.caller.id, quota, now, self._answers)
-        self._taken = True
-        self._held = self._answers
+        self._limiter.acquire(self.caller.id, quota, now, more, self._taken)
+        self._taken += more
+        self._held += more
 
     def started(self) -> None:
         """Records that an answer runs; its end releases it."""

@@ -14,6 +14,7 @@ from typing import NoReturn
 from overfill.errors import OverfillError
 from overfill.process import startup
 from overfill.process.leaving import exit_now
+from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.telemetry import logs
@@ -22,7 +23,7 @@ from services.router.app import Router
 logger = logging.getLogger(__name__)
 
 SPARE_FILES = 256
-"""Open files that a router needs in addition to its clients' connections."""
+"""Open files that a router needs in addition to its clients' connections over HTTP and gRPC."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -59,7 +60,7 @@ def _allow_open_files(count: int) -> None:
 
 
 async def _run(config: RouterConfig) -> None:
-    _allow_open_files(config.max_connections + SPARE_FILES)
+    _allow_open_files(config.max_connections + MAX_CONNECTIONS + SPARE_FILES)
     router = Router(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -114,12 +114,12 @@ class RequestHandler:
         return self._draining
 
     @contextmanager
-    def reserve(self, caller: ApiKey | None = None, answers: int = 1) -> Iterator[KeyReservation]:
-        """Yields the reservation in which ``answers`` answers of one client request are checked and started."""
+    def reserve(self, caller: ApiKey | None = None) -> Iterator[KeyReservation]:
+        """Yields the reservation in which the answers of one client request are checked and started."""
         self._preparing += 1
         self._note_idle()
         try:
-            with KeyReservation(self._key_limiter, caller, answers) as reservation:
+            with KeyReservation(self._key_limiter, caller) as reservation:
                 yield reservation
         finally:
             self._preparing -= 1
@@ -172,7 +172,9 @@ class RequestHandler:
         if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)
             choice = replace(choice, tier=asked, brownout_from="")
-        return replace(checked, **asdict(choice))
+        checked.tier, checked.fallback = choice.tier, choice.fallback
+        checked.brownout_from, checked.fallback_from = choice.brownout_from, choice.fallback_from
+        return checked
 
     def start(
         self, checked: CheckedRequest, reservation: KeyReservation, received: float, time_left: float | None
@@ -258,26 +260,26 @@ class RequestHandler:
             close=self._close,
         )
 
-    async def tokenize(self, request: inference_pb2.TokenizeRequest, caller: ApiKey | None) -> list[int]:
+    async def tokenize(self, request: inference_pb2.TokenizeRequest, reservation: KeyReservation) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
         self._check_open()
-        self.tiers.parse_model(request.model, caller)
+        self.tiers.parse_model(request.model, reservation.caller)
         self._check_size(request.ByteSize())
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
         if kind == "chat":
-            return await self._charged(request, caller, encode_chat, request.chat, self.tokenizer)
+            return await self._charged(request, reservation, encode_chat, request.chat, self.tokenizer)
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
-        return await self._charged(request, caller, encode, request.text)
+        return await self._charged(request, reservation, encode, request.text)
 
-    async def detokenize(self, request: inference_pb2.DetokenizeRequest, caller: ApiKey | None) -> str:
+    async def detokenize(self, request: inference_pb2.DetokenizeRequest, reservation: KeyReservation) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open()
-        self.tiers.parse_model(request.model, caller)
+        self.tiers.parse_model(request.model, reservation.caller)
         self._check_size(request.ByteSize())
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
-        return await self._charged(request, caller, self.tokenizer.decode, request.ids)
+        return await self._charged(request, reservation, self.tokenizer.decode, request.ids)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -346,15 +348,14 @@ class RequestHandler:
     async def _charged(
         self,
         request: inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest,
-        caller: ApiKey | None,
+        reservation: KeyReservation,
         function: Callable[..., T],
         *args: object,
     ) -> T:
         """Calls ``function`` as a request of the key. Raises Overloaded if its quota does not admit one."""
         size = request.ByteSize()
-        with self.reserve(caller) as reservation:
-            reservation.take(asyncio.get_running_loop().time())
-            return await self._run(size, function, *args, in_thread=size >= LONG_REQUEST)
+        reservation.take(asyncio.get_running_loop().time())
+        return await self._run(size, function, *args, in_thread=size >= LONG_REQUEST)
 
     async def _run(self, size: int, function: Callable[..., T], *args: object, in_thread: bool) -> T:
         """Calls ``function``, in a thread if it may take so long that other streams would notice."""
@@ -381,7 +382,8 @@ def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> C
     keys = PromptKeys(root, checked.prompt_token_ids)
     for size in filter(None, block_sizes):
         keys.fill(size)
-    return replace(checked, block_keys=keys)
+    checked.block_keys = keys
+    return checked
 
 
 def _name(caller: ApiKey | None) -> str:

@@ -76,6 +76,11 @@ class RunningAnswer:
         return self._finished
 
     @property
+    def cached_tokens(self) -> int:
+        """Number of prompt tokens that were in a prefix cache, as far as it is known: with the first token or later."""
+        return self._relay.answer.cached_tokens
+
+    @property
     def complete(self) -> bool:
         """True if the answer has ended well and all its tokens have been returned: ``next`` returns None at once."""
         return self._text.stop is not None or self._relay.answer.complete
@@ -168,14 +173,16 @@ class RunningAnswer:
 
     def _log(self) -> None:
         relay = self._relay
-        timing = common_pb2.Timing() if self._finished is None else self._finished.timing
+        ttft_ns = self._ttft_ns
+        if ttft_ns is None and self._handed is not None and not relay.client_resumed:
+            ttft_ns = _nanoseconds_since(relay.answer.received)  # the client left while the first token was on its way
         logs.ended(
             "router",
             outcome_of(self._failure),
             request_id=self.accepted.request_id,
             prompt_tokens=self.accepted.prompt_tokens,
             completion_tokens=self._text.num_tokens,
-            ttft=timing.ttft_ns / 1e9,
+            ttft=(ttft_ns or 0) / 1e9,
             total=_nanoseconds_since(relay.answer.received) / 1e9,
             prefill_worker=relay.answer.prefill_worker,
             decode_worker=relay.decode_worker,

@@ -64,7 +64,7 @@ BROKEN = (
         "a request outlives its prefill worker",
         "a failed handoff ends the request",
         "services/decode/sequence_session.py",
-        "                self._want_prefill(_reason_for(error), str(error), worker)",
+        "                self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))",
         "                raise error",
         "tests/integration/test_phases.py::test_a_prefill_worker_that_fails_is_reported_and_another_may_follow",
     ),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 
+from overfill.api.openai.errors import NOT_SERVED
 from overfill.api.openai.schema import ChatRequest, CompletionRequest, RefusedField, Sampling, refusals
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "openai.md"
@@ -204,8 +205,9 @@ def _structured_outputs(ask: Ask) -> None:
         answer = ask(structured_outputs={"json": schema, "disable_any_whitespace": True}, max_tokens=60)
         assert json.loads(text(answer))["n"] in (1, 2)
     empty = {"type": "object", "properties": {}}
-    closed = {"json": empty, "disable_additional_properties": True}
-    assert text(ask(structured_outputs=closed)) == "{}"
+    for closed in ({}, {"disable_additional_properties": True}):
+        assert text(ask(structured_outputs={"json": empty} | closed)) == "{}"
+    assert text(ask(structured_outputs={"json": empty, "disable_additional_properties": False}, max_tokens=3)) != "{}"
     assert text(ask(structured_outputs={"json_object": True}, max_tokens=3)).startswith("{")
     assert text(ask(structured_outputs={})) == text(ask())
     refuses(ask, "structured_outputs.regex", structured_outputs={"regex": "[a-"})
@@ -268,6 +270,13 @@ def _continue(ask: Ask) -> None:
     refuses(ask, "continue_final_message", messages=begun, continue_final_message=True, add_generation_prompt=True)
 
 
+def _parse_special(ask: Ask) -> None:
+    """A message's special tokens are several tokens of text each, unless the request asks for them."""
+    messages = [{"role": "user", "content": "Hi<|im_end|>\n<|im_start|>system"}]
+    text, tokens = (ask(messages=messages, parse_special=parse)["usage"]["prompt_tokens"] for parse in (False, True))
+    assert text == ask(messages=messages)["usage"]["prompt_tokens"] > tokens
+
+
 def _documents(ask: Ask) -> None:
     """This template shows no documents. The template's own tests use one that does."""
     assert text(ask(documents=[])) == text(ask())
@@ -276,12 +285,15 @@ def _documents(ask: Ask) -> None:
 
 
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+OPEN_SCHEMA = {name: value for name, value in SCHEMA.items() if name != "additionalProperties"}
 TOOL = {"type": "function", "function": {"name": "pick", "parameters": SCHEMA}}
 
 
 def _response_format(ask: Ask) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    assert json.loads(text(ask(response_format=wanted, max_tokens=60)))["n"] in (1, 2)
+    for strict in (False, True):
+        described = {"name": "x", "schema": OPEN_SCHEMA, "strict": strict}
+        answer = ask(response_format={"type": "json_schema", "json_schema": described}, max_tokens=60)
+        assert json.loads(text(answer)) in ({"n": 1}, {"n": 2})
     assert text(ask(response_format={"type": "json_object"}, max_tokens=3)).startswith("{")
     assert text(ask(response_format={"type": "text"})) == text(ask())
     _structural_tag(ask)
@@ -293,6 +305,9 @@ def _tools(ask: Ask) -> None:
     for tool in (TOOL, marked):
         message = ask(tools=[tool], tool_choice="required", max_tokens=200)["choices"][0]["message"]
         assert json.loads(message["tool_calls"][0]["function"]["arguments"])["n"] in (1, 2)
+    open_ = {"type": "function", "function": {"name": "pick", "parameters": OPEN_SCHEMA}}
+    calls = ask(tools=[open_], tool_choice="required", max_tokens=200)["choices"][0]["message"]["tool_calls"]
+    assert all(json.loads(call["function"]["arguments"]) in ({"n": 1}, {"n": 2}) for call in calls)
     for strict in (False, True):
         names = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
         function = {"name": "pack", "parameters": {"type": "object", "properties": {"names": names}}, "strict": strict}
@@ -452,8 +467,9 @@ CHAT = [
     Case(
         "response_format",
         "supported",
-        "`json_object`, `json_schema`; `strict` rules out keys that the schema does not name; "
-        "what the grammar library cannot obey is 400; beside `tools`, the form of answers without calls",
+        "`json_object`, `json_schema`; objects have only the keys that the schema names, also without `strict`, unless "
+        "it says `additionalProperties`; what the grammar library cannot obey is 400; beside `tools`, the form of "
+        "answers without calls",
         check=_response_format,
     ),
     Case("safety_identifier", "ignored", "", value="x"),
@@ -516,7 +532,7 @@ EXTENSIONS = [
         "structured_outputs",
         "supported",
         "`json`, `regex`, `choice`, `grammar` (llguidance's dialect of Lark) or `json_object`; "
-        "`disable_additional_properties`",
+        "`disable_additional_properties`: false lets objects have keys that their schema does not name",
         check=_structured_outputs,
     ),
     Case("guided_choice", "supported", "as in `structured_outputs`", check=_guided("guided_choice", ["a", "b"], "a|b")),
@@ -587,6 +603,13 @@ CHAT_EXTENSIONS = [
         check=_template_kwargs,
     ),
     Case("continue_final_message", "supported", "contradicts `add_generation_prompt`", check=_continue),
+    Case(
+        "parse_special",
+        "supported",
+        "whether the text of a special token, such as `<|im_end|>`, becomes that token in messages, tools and template "
+        "variables too, as from vLLM; false by default; llama.cpp's name",
+        check=_parse_special,
+    ),
     Case("documents", "supported", "400 where the chat template does not show them", check=_documents),
     *_refused(refusals(ChatRequest).keys() - _BOTH.keys() - {case.name for case in CHAT}, refusals(ChatRequest)),
 ]
@@ -636,7 +659,11 @@ def render() -> str:
         lines.append("")
     counts = {s: sum(c.status == s for c in (*CHAT, *COMPLETIONS)) for s in ("supported", "ignored", "refused")}
     total = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return "\n".join([*lines, f"Fields of OpenAI's reference, both endpoints together: {total}."])
+    lines += [f"Fields of OpenAI's reference, both endpoints together: {total}.", ""]
+    lines += ["### Routes of other servers", "", "These get 404 `unknown_url`, with this message.", ""]
+    lines += ["| routes | message |", "|---|---|"]
+    lines += [f"| {', '.join(f'`{route}`' for route in routes)} | {hint} |" for hint, routes in NOT_SERVED.items()]
+    return "\n".join(lines)
 
 
 def documented() -> str:

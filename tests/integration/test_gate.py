@@ -118,7 +118,7 @@ def test_every_rpc_of_running_processes_refuses_without_credentials(tiny_pair, t
             assert http(f"http://{where}/metrics", {"authorization": f"Bearer {metrics}"}) == 200
             assert http(f"http://{where}/nothing") == 401
         base = stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
-        assert {route for route, rule in ROUTES.items() if rule.open} == {"/health", "/"}
+        assert {route for route, rule in ROUTES.items() if rule.open} == {"/health", "/ui", "/"}
         for route, rule in ROUTES.items():
             path = route.replace("{model:path}", "x")
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):

@@ -138,7 +138,7 @@ REFUSED = [
     (["--config-users", '{"user_class_name": "GrpcUser", "weight": 2}'], "--config-users"),
     (["--rate=1", "--requests=1", "--spawn-rate=2"], "--spawn-rate"),
     (["--rate=1", "--requests=1", "--users=2"], "--users"),
-    (["--host=127.0.0.1:7600"], "--host"),
+    (["--host=127.0.0.1"], "--host"),
     (["OpenAiUser"], "OpenAiUser"),
 ]
 

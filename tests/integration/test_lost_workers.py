@@ -45,8 +45,8 @@ class StackProbe:
 
     def health(self):
         """Returns exit code and answer of readiness, and exit code of liveness."""
-        ready, answer = self.command("health", self.address)
-        return ready, answer.strip(), self.command("health", "--live", self.address)[0]
+        ready, answer = self.command("health", "--address", self.address)
+        return ready, answer.strip(), self.command("health", "--live", "--address", self.address)[0]
 
     def assert_serving(self, state):
         # The checks run one after another, and a worker that has just returned may show only in the later ones.

@@ -8,7 +8,9 @@ import pytest
 from mocks import mock_stack
 from stacks import idle, loads, wait_until
 
+from overfill.cli.main import main
 from overfill.client import AsyncClient, Client, SamplingParams
+from overfill.errors import InvalidRequest
 from overfill.rpc.channel import open_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
@@ -22,6 +24,8 @@ def test_a_worker_with_both_stages_answers_alone_and_is_a_member_of_both_pools(t
         workers = client.status().workers
         assert [(worker.id, worker.stage) for worker in workers] == [("worker-0", "prefill"), ("worker-0", "decode")]
         assert all(worker.info.colocated for worker in stack.router.roster.workers())
+        with pytest.raises(InvalidRequest, match=r"no worker 'nosuch' has joined; joined: worker-0$"):
+            client.drain("nosuch")
 
 
 def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
@@ -74,3 +78,13 @@ def test_a_drain_names_its_worker(tiny_pair):
             stack.call(drain("prefill-0"))
         stack.call(drain("decode-0"))
         wait_until(lambda: stack.router.roster.find("decode-0") is None, 10, "the drained worker has left")
+
+
+def test_the_drain_of_the_last_worker_of_a_stage_says_what_happens_to_requests(tiny_pair, capsys):
+    with mock_stack(tiny_pair, decode=2) as stack:
+        arguments = ["--timeout=0", f"--address={stack.grpc}"]
+        assert main(["drain", "decode-0", *arguments]) == 0
+        assert capsys.readouterr().err == ""
+        wait_until(lambda: stack.router.roster.find("decode-0") is None, 10, "the drained worker has left")
+        assert main(["drain", "decode-1", *arguments]) == 0
+        assert "decode-1 is the last decode worker: requests wait for another one to join" in capsys.readouterr().err

@@ -43,5 +43,5 @@ def test_the_next_router_is_asked_when_the_first_is_dead(alive, command, capsys)
 def test_a_frozen_router_leaves_time_for_the_next(alive, frozen, capsys):
     assert main(["status", "--address", f"{frozen},{alive}"]) == 0
     assert "prefill-0" in capsys.readouterr().out
-    assert main(["health", f"{frozen},{alive}"]) == 0
+    assert main(["health", "--address", f"{frozen},{alive}"]) == 0
     assert "SERVING" in capsys.readouterr().out

@@ -5,6 +5,9 @@ have the fields that their libraries document. Fields that a test sets are left 
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -17,18 +20,46 @@ CUTS = (1, 8, 40, 70)
 """Values of ``max_tokens`` that cut an answer before its text, in a call's name and in its arguments."""
 
 
+LIBRARIES = Path(sys.prefix) / "clients"
+"""Folder where ``make test-all`` installs instructor and LangChain."""
+SEEDS = 8
+
+
 @pytest.fixture(scope="module")
-def ask(tiny_pair):
-    with (
-        mock_stack(tiny_pair) as stack,
-        openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        model = client.models.list().data[0].id
+def url(tiny_pair):
+    with mock_stack(tiny_pair) as stack:
+        yield f"{stack.url}/v1"
+
+
+@pytest.fixture(scope="module")
+def model(url):
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        return client.models.list().data[0].id
+
+
+@pytest.fixture(scope="module")
+def ask(url, model):
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
 
         def ask(**body):
             return client.post("/chat/completions", body={"model": model} | body, cast_to=object)["choices"][0]
 
         yield ask
+
+
+@pytest.mark.skipif(not LIBRARIES.exists(), reason="needs instructor and LangChain: make test-all installs them")
+@pytest.mark.parametrize("library", ["instructor", "langchain"])
+def test_client_libraries_read_objects_from_tool_calls(url, model, library):
+    program = Path(__file__).with_name("client_libraries.py")
+    run = subprocess.run(
+        [sys.executable, program, library, url, model, str(SEEDS)],
+        env=os.environ | {"PYTHONPATH": str(LIBRARIES)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == SEEDS
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded["client"])

@@ -11,8 +11,7 @@ import psutil
 import pytest
 from mocks import mock_stack
 
-import services.router.http.body
-import services.router.http.server
+import services.router.http.connection
 
 COUNT = 1000
 LIMIT = 64 << 10  # bytes of a body
@@ -177,8 +176,8 @@ def exchange(address, data, slow):
 @pytest.fixture
 def impatient(monkeypatch):
     """Shortens the time that the server waits for the rest of a request."""
-    monkeypatch.setattr(services.router.http.server, "HEAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(services.router.http.body, "BODY_TIMEOUT", 0.5)
+    monkeypatch.setattr(services.router.http.connection, "HEAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(services.router.http.connection, "BODY_TIMEOUT", 0.5)
 
 
 def test_a_thousand_hostile_requests(tiny_pair, impatient, caplog):
@@ -216,7 +215,7 @@ def test_a_thousand_hostile_requests(tiny_pair, impatient, caplog):
         assert 431 in answered["long_head"]
 
         deadline = time.monotonic() + 20
-        while len(stack.router._http._server.server_state.connections) or stack.router.dispatcher.num_jobs:
+        while len(stack.router._http._state.open) or stack.router.dispatcher.num_jobs:
             assert time.monotonic() < deadline, "a request is still in flight"
             time.sleep(0.01)
         assert grown < 32 << 20, f"{grown >> 20} MiB were not freed"

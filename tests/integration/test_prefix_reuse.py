@@ -197,6 +197,18 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     assert stats.cached_tokens == 0
 
 
+def test_every_chunk_of_a_stream_has_the_cached_tokens(tiny_pair):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    with running_stack(tiny_pair, http=0) as (stack, _):
+        url = stack.plan.openai_urls(stack.plan.addresses)[0]
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            fields = {"model": client.models.list().data[0].id, "prompt": list(range(30, 90)), "max_tokens": 8}
+            client.completions.create(**fields)
+            chunks = list(client.completions.create(**fields, stream=True, stream_options=options))
+    assert len(chunks) > 2
+    assert {chunk.usage.prompt_tokens_details.cached_tokens for chunk in chunks} == {48}
+
+
 def test_keys_share_no_cache_over_either_protocol(tiny_pair, tmp_path):
     """No stage shares KV between keys, over gRPC or HTTP. Requests of one key share it over both."""
     file = tmp_path / "keys.json"

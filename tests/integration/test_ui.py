@@ -86,7 +86,7 @@ def test_an_answer_streams_and_its_parts_add_up(browser, stack):
     assert "Max tokens" in cut, "the page reports the limit of 40 tokens"
     facts = browser.execute_script("return document.querySelector('.facts').textContent")
     assert "tokens/s" in facts
-    assert "prefill-0 (mock) → decode-" in facts
+    assert "prefill-0 (overfill " in facts
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
@@ -114,18 +114,43 @@ def test_the_chat_asks_the_chosen_tier_and_shows_which_wrote_the_answer(browser,
         assert "tier fast" in facts
 
 
-def test_the_browser_asks_for_a_key_where_one_is_needed(browser, tiny_pair, tmp_path):
+def test_the_page_asks_for_a_key_once_where_one_is_needed(browser, tiny_pair, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "ui")
     with running_stack(tiny_pair, http=0, api_keys=file) as (stack, _):
-        url = f"{stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix('/v1')}/ui"
-        browser.get(url)
-        assert browser.execute_script("return document.getElementById('problem')") is None, "shown without a key"
-        browser.get(url.replace("://", f"://x:{key}@"))  # what the user enters in the browser's password dialog
-        browser.get(url)
-        # The password opens the page only, because other pages could make the browser send it.
-        browser.execute_script("const k = document.getElementById('key'); k.value = arguments[0];", key)
+        browser.get(f"{stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix('/v1')}/ui")
+        problem = "document.getElementById('problem').textContent"
+        until(browser, f"{problem}.startsWith('This server requires an API key')", "the page asks for a key")
+        browser.find_element("id", "key").send_keys("wrong", "\n")
+        until(browser, f"{problem} === 'The API key is not valid.'", "the page says that the key is wrong")
+        browser.find_element("id", "key").clear()
+        browser.find_element("id", "key").send_keys(key, "\n")
         until(browser, "document.querySelector('[data-worker=decode-0]') !== null", "the workers are shown")
-        until(browser, "document.getElementById('problem').textContent === ''", "nothing is the matter")
+        until(browser, f"{problem} === ''", "nothing is the matter")
         ask(browser, "Hi", most=5)
         until(browser, "document.querySelector('.details') !== null", "the answer is complete")
+        browser.refresh()
+        until(browser, "document.querySelector('[data-worker=decode-0]') !== null", "the tab has kept the key")
+
+
+def test_long_times_and_single_answers_are_readable(browser, stack):
+    browser.get(f"{stack[1]}/ui")
+    until(browser, "document.getElementById('model').textContent", "the status arrived")
+    gaps = browser.execute_script("""
+        const figures = {p50: 61234.5, p90: 612345.6, p99: 9999.9};
+        show({
+            model: "m", running: 1, waiting: 0, tokens_per_second: 1, answers_last_minute: 1, workers: [],
+            timing_ms: Object.fromEntries(Object.keys(TIMES).map((name) => [name, figures])),
+        });
+        const box = (cell) => {
+            const range = document.createRange();
+            range.selectNodeContents(cell);
+            return range.getBoundingClientRect();
+        };
+        return [...document.querySelectorAll("#times tr")].flatMap((row) =>
+            [...row.cells].slice(1).map((cell, i) => box(cell).left - box(row.cells[i]).right));
+    """)
+    assert len(gaps) > 20
+    assert min(gaps) > 4, "pixels between two figures"
+    traffic = browser.execute_script("return document.getElementById('traffic').textContent")
+    assert traffic.endswith(" 1 answer in the last minute")

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sampled_reference import Request, assert_same_tokens
 
 from overfill.engine.sequence import FinishReason, Release, Start, Yielded
 from overfill.errors import InvalidRequest
+from overfill.model.processors import LogitProcessor
 from overfill.request.params import Grammar, SamplingParams
 
 
@@ -26,6 +28,22 @@ def assert_right(driver: DecodeDriver, *decodings: Decoding) -> None:
         expected = driver.reference.answer(decoding.request)
         assert_same_tokens(decoding.tokens, expected.tokens)
         assert decoding.finish is expected.finish
+
+
+class Broken(Exception):
+    """What a broken processor raises."""
+
+
+def break_sampling(processor: LogitProcessor, part: str) -> None:
+    """Lets the part of the sampling that uses ``part`` of the processor raise."""
+
+    def fail(*arguments: object) -> None:
+        raise Broken
+
+    if part == "matcher":
+        processor.matcher = SimpleNamespace(accept=lambda tokens: None, fill=fail)
+    else:
+        processor.__class__ = type("BrokenProcessor", (LogitProcessor,), {part: property(fail)})
 
 
 class DecodeEngineConformance(EngineConformance):
@@ -98,6 +116,23 @@ class DecodeConformance(_AnswerTests):
         # A worker that computes its prompts itself has done so in this step.
         assert driver.core.step_shape in ((3, 3), (3, 27))
         driver.run()
+        assert_right(driver, *decodings)
+
+    @pytest.mark.parametrize(
+        ("name", "part"), [("repetition_penalty", "penalised"), ("logit_bias", "biased"), ("sampled_regex", "matcher")]
+    )
+    def test_what_one_sequence_makes_the_sampling_raise_fails_it_alone(self, driver, name, part):
+        names = ["greedy", name, name, "all_filters", "frequency_penalty"]
+        decodings = [driver.reserve(Request(prompt(21, n), sampling(kind, 12))) for n, kind in enumerate(names)]
+        for decoding in decodings:
+            driver.proceed(decoding)
+        driver.step()
+        poisoned = decodings.pop(1)
+        break_sampling(poisoned.sequence.processor, part)
+        driver.run()
+        assert isinstance(poisoned.error, Broken)
+        assert not poisoned.ended_engine
+        driver.release(poisoned)
         assert_right(driver, *decodings)
 
     @pytest.mark.parametrize("max_tokens", [1, 2, 3])
@@ -438,7 +473,10 @@ class FailedStepDecodeConformance(DecodeEngineConformance):
         except RuntimeError:
             assert driver.dead
             assert self.num_failed_steps(driver) == 1
+            assert all(isinstance(decoding.error, RuntimeError) and decoding.ended_engine for decoding in running)
+            assert waiting.error is None, "it was not in the step"
             return
+        assert not any(decoding.ended_engine for decoding in running)
         assert self.num_failed_steps(driver) == 1
         assert all(isinstance(decoding.error, RuntimeError) for decoding in running)
         driver.proceed(waiting)

@@ -152,6 +152,7 @@ class Decoding:
     tokens: list[SampledToken] = field(default_factory=list)
     finish: FinishReason | None = None
     error: Exception | None = None
+    ended_engine: bool = False
 
     @property
     def id(self) -> str:
@@ -324,8 +325,8 @@ class DecodeDriver(_Driver):
                 assert token is not None or finish is FinishReason.STOP
                 decoding.tokens += [token] if token is not None else []
                 decoding.finish = finish
-            case SequenceFailed(error=error):
-                decoding.error = error
+            case SequenceFailed(error=error, ends_engine=ends):
+                decoding.error, decoding.ended_engine = error, ends
 
 
 class LocalDecodeDriver(DecodeDriver):
@@ -399,6 +400,7 @@ class Prefilling:
     chunks: list[tuple[int, int]] = field(default_factory=list)
     computed: PromptComputed | None = None
     error: Exception | None = None
+    ended_engine: bool = False
     released: bool = False
 
     @property
@@ -504,5 +506,5 @@ class PrefillDriver(_Driver):
                 assert prefilling.read == [length] * len(prefilling.read), "KV was not announced"
                 assert prefilling.chunks[-1][1] == length
                 prefilling.computed = event
-            case SequenceFailed(error=error):
-                prefilling.error = error
+            case SequenceFailed(error=error, ends_engine=ends):
+                prefilling.error, prefilling.ended_engine = error, ends

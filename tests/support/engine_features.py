@@ -157,6 +157,10 @@ FEATURES = (
         "a step fails: its sequences go on elsewhere (on vLLM the worker ends too)",
         both=("test_a_failed_step_ends_its_own_prompts_or_the_worker",),
     ),
+    Feature(
+        "one sequence makes the sampling raise: it fails alone",
+        both=("test_what_one_sequence_makes_the_sampling_raise_fails_it_alone",),
+    ),
 )
 
 VLLM_REFUSES = (

@@ -297,7 +297,10 @@ class FailedStepPrefillConformance(EngineConformance):
         except RuntimeError:
             assert driver.dead
             assert self.num_failed_steps(driver) == 1
+            assert isinstance(failing.error, RuntimeError)
+            assert failing.ended_engine
             return
+        assert not failing.ended_engine
         assert self.num_failed_steps(driver) == 1
         assert isinstance(failing.error, RuntimeError)
         assert failing.computed is None

@@ -23,6 +23,23 @@ CHAT_TEMPLATE = """{{ bos_token }}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello, <b>world</b>! 你好 👋🏽"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "  two  spaces\n"},
+]
+TEMPLATES = [
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}",
+    "{% for m in messages %}\n    {% if loop.index0 == 2 %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}",
+    "{{ messages | tojson(indent=2) }}{% if add_generation_prompt %}GO{% endif %}",
+    "{% if tools is none and documents is none and not x is defined %}{{ messages[0].content }}{% endif %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{{ strftime_now('%Y') }} {{ messages[1].content | trim | upper }}",
+]
+"""Templates that use Jinja in ways of real ones, for ``CHAT``."""
+
 
 def byte_level() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())

@@ -84,7 +84,9 @@ def test_images_run_without_root_and_have_health_checks(target: str) -> None:
     assert port in steps["EXPOSE"].split()
     # A router without workers is alive but not ready, and a restart would not help.
     live = ["--live"] * (target == "router")
-    assert steps["HEALTHCHECK"].endswith(f"CMD {json.dumps(['overfill', 'health', *live, f'127.0.0.1:{port}'])}")
+    assert steps["HEALTHCHECK"].endswith(
+        f"CMD {json.dumps(['overfill', 'health', *live, '--address', f'127.0.0.1:{port}'])}"
+    )
 
 
 def test_bases_are_pinned_and_every_file_is_in_the_context() -> None:
@@ -218,7 +220,7 @@ def test_ray_s_pods_are_ready_without_serve_s_proxies() -> None:
             assert ready["httpGet"] == {"path": "/api/healthz", "port": 52365}
             continue
         program, command, *arguments = ready["exec"]["command"]
-        assert (program, command, arguments.pop()) == ("overfill", "health", "127.0.0.1:7600")
+        assert (program, command, arguments.pop()) == ("overfill", "health", "--address=127.0.0.1:7600")
         given = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"][0]["args"]["settings"]
         expected = {flag_name(name): value for name, value in given.items() if name.startswith("tls_")}
         assert dict(argument[2:].split("=") for argument in arguments) == expected

@@ -1,4 +1,7 @@
-"""Every command, option and name in code that the guides name exists. The notebook is not brought up to date."""
+"""Every command, option and name in code that the guides name exists, and what is made from the code is up to date.
+
+The notebook is not brought up to date.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,12 @@ from overfill.settings.mock import MockColocatedConfig
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "site"))
 
-from generated import PAGES as MADE  # noqa: E402
-from generated import text_of  # noqa: E402
+from generated import filled, pages  # noqa: E402
 
 NOTEBOOK = ROOT / "docs" / "lab"
 EXPLANATION = sorted((ROOT / "docs" / "explanation").glob("*.md"))
 GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if NOTEBOOK not in page.parents]
-REFERENCE = [ROOT / "docs" / name for name in MADE if name.startswith("reference/")]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *REFERENCE, *ROOT.glob("deploy/**/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *ROOT.glob("deploy/**/*.md")])
 # In "helm install overfill CHART", overfill is a release; in "from overfill import LLM", a package.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )(?<!from )overfill [^|;&#]*")
 _OTHER = "curl|docker|helm|jupyter|kubectl|locust|prometheus|protoc|ruff|serve|systemctl"
@@ -46,7 +47,7 @@ PROSE = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]* [^"\n]*"|(?:#|//).*')
 
 def code(page: Path) -> Iterator[str]:
     """The page's code: blocks, without comments and with continued lines joined, and text between backquotes."""
-    text = text_of(page)
+    text = page.read_text(encoding="utf-8")
     for block in re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from re.sub(r"\\\n\s*", " ", block).splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -113,6 +114,31 @@ def unknown_names(page: Path) -> list[str]:
     known = names_in_code() | set(metrics) | OTHER_NAMES
     named = {name for name in code(page) if NAME.fullmatch(name)}
     return sorted(name for name in named if not known.issuperset(re.findall(r"\w+", name)))
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_what_is_made_from_the_code_is_up_to_date(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == filled(page), "run `make tables`"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_is_whole_without_the_site(page: Path) -> None:
+    """A reader of the repository sees what the site shows: no page has a place that only the site's build fills."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert (
+        re.findall(r"^::: .*|^--8<--.*|\]\[\w.*?\]|\{ #.*?\}|<!-- made: .* -->\n+<!-- /made", text, re.MULTILINE) == []
+    )
+
+
+def test_the_errors_page_explains_every_code_of_the_http_endpoint() -> None:
+    files = [*(ROOT / "overfill/api/openai").glob("*.py"), *(ROOT / "services/router/http").glob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    codes = set(re.findall(r'\bcode="(\w+)"', source)) | {
+        f"foreign_{h}" for h in re.findall(r'foreign\("(\w+)"', source)
+    }
+    assert len(codes) > 15
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    assert sorted(code for code in codes if f"`{code}`" not in page) == []
 
 
 @pytest.mark.parametrize("page", EXPLANATION, ids=lambda page: page.name)

@@ -13,7 +13,7 @@ from sampled_reference import Request
 
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine
-from overfill.engine.vllm import engine
+from overfill.engine.vllm import engine, sampler
 from overfill.engine.vllm import prefill as prefill_engine
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.model.manifest import Half, Pair
@@ -73,6 +73,29 @@ class TestDecode(OnVllm, CountsLeaks, decode.DecodeConformance):
         left_out.released = True
         driver.run()
         decode.assert_right(driver, replaying, *driver.answer(left_out.request))
+
+    @pytest.mark.parametrize("part", ["process", "sample"])
+    def test_sampling_that_fails_for_all_ends_the_step_s_sequences_and_not_the_engine(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch, part: str
+    ) -> None:
+        running = [driver.reserve(Request(prompt(20, n), sampling("temperature", 9))) for n in range(2)]
+        for decoding in running:
+            driver.proceed(decoding)
+        driver.step()
+        before = self.num_failed_steps(driver)
+
+        def fail(*arguments: object) -> None:
+            raise decode.Broken
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, part, fail)
+            driver.step()
+        for decoding in running:
+            assert isinstance(decoding.error, decode.Broken)
+            assert not decoding.ended_engine
+            driver.release(decoding)
+        assert self.num_failed_steps(driver) == before + (part == "process")
+        decode.assert_right(driver, *driver.answer(running[0].request))
 
 
 class TestDecodeWithDroppedLayers(OnVllm, decode.DroppedLayersDecodeConformance):

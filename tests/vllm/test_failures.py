@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from stacks import children, idle, running_stack, wait_until
 from vllm_stacks import EAGER, GREEDY, engines, prompts, wrong_answers
 
 from overfill.client import Client, SamplingParams
+from overfill.errors import InvalidRequest
 
 
 @pytest.mark.timeout(400)  # five workers load vLLM
@@ -46,6 +48,29 @@ def test_workers_that_hang_or_fail_end_and_their_requests_continue_elsewhere(vll
 async def test_a_grammar_that_would_end_a_worker_fails_its_own_request(vllm_pair):
     with running_stack(vllm_pair, **engines("vllm", "vllm")) as (_, address):
         await assert_only_their_requests_fail(address)
+
+
+@pytest.mark.timeout(400)  # four workers load vLLM
+@pytest.mark.parametrize("stage", ["decode", "prefill"])
+def test_a_request_that_fails_every_step_ends_two_workers_and_no_more(vllm_pair, reference, stage):
+    counts = {"decode": 1, "prefill": 1} | {stage: 3}
+    faults = {f"{stage}-{number}": "poison" for number in range(3)}
+    settings = engines("vllm", "vllm") | {"max_attempts": "10"}
+    with (
+        running_stack(vllm_pair, counts["prefill"], counts["decode"], faults=faults, **settings) as (running, address),
+        Client(address) as client,
+    ):
+        workers = {name: running.worker(name) for name in faults}
+        with pytest.raises(
+            InvalidRequest, match=rf"ended the workers {stage}-\d and {stage}-\d, .*poisoned"
+        ) as refused:
+            client.generate([3, 5, 6], sampling=SamplingParams(**GREEDY, max_tokens=20), timeout=120)
+        named = set(re.findall(rf"{stage}-\d", str(refused.value)))
+        assert len(named) == 2
+        wait_until(lambda: all(workers[name].returncode == 1 for name in named), 60, "two workers have ended")
+        assert wrong_answers(client, reference, prompts(8)) == []
+        assert [name for name, worker in workers.items() if worker.returncode is None] == [*(workers.keys() - named)]
+        wait_until(lambda: idle(address), 5, "all blocks free")
 
 
 def test_sigterm_lets_running_answers_finish_and_exits_0(vllm_pair):

@@ -87,6 +87,7 @@ class Choice:
         brownout_from: Requested tier, if it is overloaded and another writes the answer; otherwise empty.
         echo: Text that precedes the answer.
         finished: Last message of the answer; None until it arrives.
+        cached_tokens: Number of prompt tokens that were in a prefix cache, as far as it is known before ``finished``.
     """
 
     index: int
@@ -98,6 +99,7 @@ class Choice:
     echo: str = ""
     finished: inference_pb2.Finished | None = None
     completion_tokens: int = 0
+    cached_tokens: int = 0
     _text: list[str] = field(default_factory=list)
     _scores: list[dict[str, Any]] = field(default_factory=list)
     _offset: int = 0
@@ -156,7 +158,7 @@ class Choice:
             return None
         content: dict[str, Any] = {"content": delta.text} if delta.text or not delta.tool_calls else {}
         if delta.tool_calls:
-            content["tool_calls"] = [_call_delta(part) for part in delta.tool_calls]
+            content["tool_calls"] = _call_deltas(delta.tool_calls)
         return self._chunk(content, None if scores is None else {"content": scores, "refusal": None})
 
     def last(self) -> dict[str, Any]:
@@ -240,7 +242,10 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     """Token counts of all choices together. A prompt with ``n`` choices counts once."""
     prompt = sum(choice.prompt_tokens for choice in choices[::n])
     completion = sum(choice.completion_tokens for choice in choices)
-    cached = sum(choice.finished.usage.cached_tokens for choice in choices[::n] if choice.finished is not None)
+    cached = sum(
+        choice.cached_tokens if choice.finished is None else choice.finished.usage.cached_tokens
+        for choice in choices[::n]
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -272,10 +277,15 @@ def _call(id: str, name: str) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
 
 
-def _call_delta(part: inference_pb2.ToolCallDelta) -> dict[str, Any]:
-    if part.name:
-        return {"index": part.index, **_call(part.id, part.name)}
-    return {"index": part.index, "function": {"arguments": part.arguments}}
+def _call_deltas(parts: Sequence[inference_pb2.ToolCallDelta]) -> list[dict[str, Any]]:
+    """``parts`` with one entry per call, as at OpenAI: some clients read only the first entry of a chunk."""
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        if part.index not in calls:
+            made = _call(part.id, part.name) if part.name else {"function": {"arguments": ""}}
+            calls[part.index] = {"index": part.index, **made}
+        calls[part.index]["function"]["arguments"] += part.arguments
+    return list(calls.values())
 
 
 def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,60 @@ from overfill.errors import (
 
 _INVALID = "invalid_request_error"
 
-_RESPONSES = "/v1/responses"
-_NO_RESPONSES = (
-    ": this server has no Responses API; it speaks Chat Completions (POST /v1/chat/completions). Switch the client: "
+NOT_SERVED: Mapping[str, Sequence[str]] = {
+    "this server has no Responses API; it speaks Chat Completions (POST /v1/chat/completions). Switch the client: "
     'OpenAI Agents SDK: set_default_openai_api("chat_completions"); LangChain: ChatOpenAI(use_responses_api=False); '
-    'PydanticAI: OpenAIChatModel; Vercel AI SDK: openai.chat("MODEL")'
-)
+    'PydanticAI: OpenAIChatModel; Vercel AI SDK: openai.chat("MODEL")': ("/v1/responses",),
+    "this server has no Messages API; it speaks Chat Completions (POST /v1/chat/completions). Choose OpenAI as the "
+    "client's provider, or put a proxy that translates in front": ("/v1/messages",),
+    "this server does not have Ollama's or TGI's API; it speaks OpenAI's (POST /v1/chat/completions)": (
+        "/api/chat",
+        "/api/generate",
+        "/api/tags",
+        "/generate",
+        "/generate_stream",
+        "/invocations",
+    ),
+    "the served model writes text; it makes no embeddings, scores, images or audio": (
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/score",
+        "/v1/moderations",
+        "/v1/images",
+        "/v1/audio",
+        "/v1/realtime",
+        "/v2/rerank",
+        "/rerank",
+        "/score",
+        "/pooling",
+        "/classify",
+    ),
+    "this server stores nothing; send each request to POST /v1/chat/completions": (
+        "/v1/assistants",
+        "/v1/batches",
+        "/v1/conversations",
+        "/v1/files",
+        "/v1/fine_tuning",
+        "/v1/threads",
+        "/v1/uploads",
+        "/v1/vector_stores",
+    ),
+    "paths begin with /v1 once; give the client a base URL that ends in /v1": (
+        "/chat/completions",
+        "/completions",
+        "/models",
+        "/v1/v1",
+    ),
+    "GET /health says whether the server can answer requests": ("/ping",),
+    "GET /status has the load of the router and its workers": ("/load", "/server_info"),
+    "there is no OpenAPI description; the page 'OpenAI API' of the reference lists every route and field": (
+        "/docs",
+        "/openapi.json",
+        "/redoc",
+    ),
+    "the tokenizer's files are in the pair's folder; POST /tokenize and /detokenize use them": ("/tokenizer_info",),
+}
+"""What the server says instead of a route that clients of OpenAI, vLLM and others ask for, and the routes."""
 
 # Patterns of our field paths, and the names that OpenAI has for these fields.
 _PARAMS = (
@@ -68,8 +117,9 @@ class ApiError(Exception):
 
 def unknown_url(method: str, path: str) -> ApiError:
     message = f"Invalid URL ({method} {path[:200]})"
-    if path == _RESPONSES or path.startswith(f"{_RESPONSES}/"):
-        message += _NO_RESPONSES
+    for hint, routes in NOT_SERVED.items():
+        if any(path == route or path.startswith(f"{route}/") for route in routes):
+            message += f": {hint}"
     return ApiError(404, message, code="unknown_url")
 
 

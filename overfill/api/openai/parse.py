@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.schema import CompletionRequest, Message, refusals
+from overfill.api.openai.schema import MAX_ITEMS, CompletionRequest, Message, refusals
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -17,6 +18,29 @@ _MAX_PROBLEMS = 1000
 """Limit on validation errors that are examined. More are only counted: describing them costs more than the request."""
 
 _BAD_JSON = "We could not parse the JSON body of your request"
+
+
+def check_items(body: bytes) -> None:
+    """Raise ApiError if ``body`` has too many messages, parts and tool calls together.
+
+    Parsing them takes a hundred times as long as this check, and holds the interpreter's lock for all that time.
+    """
+    try:
+        value = from_json(body)
+    except ValueError:
+        return  # ``parse`` says what is wrong
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list):
+        return
+    lists = [m[name] for m in messages if isinstance(m, dict) for name in ("content", "tool_calls") if name in m]
+    count = len(messages) + sum(len(items) for items in lists if isinstance(items, list))
+    if count > MAX_ITEMS:
+        raise ApiError(
+            400,
+            f"'messages' has {count} messages, parts and tool calls together; at most {MAX_ITEMS} are allowed",
+            param="messages",
+            code="invalid_value",
+        )
 
 
 def parse(kind: type[R], body: bytes) -> R:

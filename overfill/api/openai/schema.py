@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from overfill.api.priority import MAX_PRIORITY
+from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import (
+    MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_REPETITION_PENALTY,
     MAX_STOPS,
@@ -26,6 +28,12 @@ from overfill.request.params import (
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of the content of one message, and tool calls of one message
+MAX_ITEMS = 16_384  # messages with their parts and tool calls, of one request
+MAX_DOCUMENTS = 1024
+MAX_GUIDED_CHOICES = 4096
+MAX_STOP_TOKEN_IDS = 1024
 INT64 = 1 << 63
 MAX_INT32 = (1 << 31) - 1
 
@@ -42,6 +50,7 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 """A list that reports only its first wrong item; a million wrong items would make a million errors."""
 
 Ids = Items[int]
+Choices = Annotated[Items[str], Field(max_length=MAX_GUIDED_CHOICES)]
 RequestId = Annotated[str, Field(pattern=f"^{REQUEST_ID_CHARACTERS}{{1,100}}$")]
 
 
@@ -118,7 +127,7 @@ class StructuredOutputs(Strict):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: Items[str] | None = None
+    choice: Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_additional_properties: bool | None = None
@@ -133,7 +142,7 @@ class Sampling(Strict):
 
     model: str
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Count | None = None
     presence_penalty: Penalty | None = None
@@ -149,7 +158,7 @@ class Sampling(Strict):
     response_format: ResponseFormat | None = None
 
     # Extensions, with vLLM's names.
-    guided_choice: Items[str] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -159,7 +168,7 @@ class Sampling(Strict):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # smaller numbers go first
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     request_id: RequestId | None = None
-    stop_token_ids: Ids | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
     # the router's own counts if it is larger
@@ -242,8 +251,8 @@ class ToolCall(Extensible):
 
 class Message(Extensible):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Items[ContentPart] | None = None
-    tool_calls: Items[ToolCall] | None = None
+    content: str | Annotated[Items[ContentPart], Field(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[Items[ToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
     audio: Annotated[Any, RefusedField("this model reads text only")] = None
     function_call: Annotated[Any, RefusedField("use 'tool_calls'")] = None
@@ -283,11 +292,12 @@ class AllowedTools(Strict):
 class Templated(Strict):
     """Fields of every request that is rendered with the chat template."""
 
-    tools: Items[FunctionTool] | None = None
+    tools: Annotated[Items[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
-    documents: Items[dict[str, Any]] | None = None
+    documents: Annotated[Items[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    parse_special: bool | None = None  # llama.cpp's name
     chat_template: Annotated[
         Any, RefusedField("the model brings its own; 'chat_template_kwargs' sets its variables")
     ] = None
@@ -298,7 +308,7 @@ class Templated(Strict):
 class ChatRequest(Sampling, Templated):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[Items[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
@@ -357,7 +367,7 @@ class TokenizeRequest(Templated):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[Items[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
     return_token_strs: Annotated[Any, RefusedField("'/detokenize' gives the text of tokens", (False,))] = None
 

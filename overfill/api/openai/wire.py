@@ -10,8 +10,8 @@ from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.strict import CannotForbid, forbid_additional_properties
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.request.json_schemas import CannotForbid, close_objects, forbid_additional_properties
 from overfill.request.params import Grammar, GrammarKind
 from overfill.v1 import common_pb2, inference_pb2
 
@@ -191,7 +191,9 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
 
 
 def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inference_pb2.Chat:
-    chat = inference_pb2.Chat(continue_final_message=bool(how.continue_final_message))
+    chat = inference_pb2.Chat(
+        continue_final_message=bool(how.continue_final_message), parse_special=bool(how.parse_special)
+    )
     if how.add_generation_prompt is not None:
         chat.add_generation_prompt = how.add_generation_prompt
     variables = dict(how.chat_template_kwargs or {})
@@ -218,7 +220,7 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
         function = tool.function
         parameters, field = function.parameters, f"tools[{index}].function.parameters"
         if function.strict:
-            parameters = _forbid_additional(field, parameters or {"type": "object", "properties": {}}, "strict")
+            parameters = _forbid_additional(field, parameters or {"type": "object", "properties": {}})
         chat.tools.add(
             name=function.name,
             description=function.description or "",
@@ -296,7 +298,7 @@ def _response_format(request: schema.Sampling) -> _FieldGrammars:
     if described.schema_ is None:
         yield field, Grammar("json_object")
     else:
-        yield field, _schema(field, described.schema_, forbidden_by="strict" if described.strict else "")
+        yield field, _schema(request, field, described.schema_, strict=bool(described.strict))
 
 
 def _structured_outputs(request: schema.Sampling) -> _FieldGrammars:
@@ -304,8 +306,7 @@ def _structured_outputs(request: schema.Sampling) -> _FieldGrammars:
     if given is None:
         return
     if given.json_ is not None:
-        forbidden_by = "disable_additional_properties" if given.disable_additional_properties else ""
-        yield f"{field}.json", _schema(f"{field}.json", given.json_, forbidden_by)
+        yield f"{field}.json", _schema(request, f"{field}.json", given.json_)
     if given.regex is not None:
         yield f"{field}.regex", _grammar(f"{field}.regex", "regex", given.regex)
     if given.choice is not None:
@@ -318,7 +319,7 @@ def _structured_outputs(request: schema.Sampling) -> _FieldGrammars:
 
 def _guided(request: schema.Sampling) -> _FieldGrammars:
     if request.guided_json is not None:
-        yield "guided_json", _schema("guided_json", request.guided_json)
+        yield "guided_json", _schema(request, "guided_json", request.guided_json)
     if request.guided_regex is not None:
         yield "guided_regex", _grammar("guided_regex", "regex", request.guided_regex)
     if request.guided_choice is not None:
@@ -327,25 +328,22 @@ def _guided(request: schema.Sampling) -> _FieldGrammars:
         yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
 
 
-def _schema(field: str, schema: dict[str, Any] | str, forbidden_by: str = "") -> Grammar:
-    """A grammar for ``schema``.
+def _schema(request: schema.Sampling, field: str, given: dict[str, Any] | str, *, strict: bool = False) -> Grammar:
+    """A grammar for the schema that ``field`` holds."""
+    grammar = _grammar(field, "json_schema", given if isinstance(given, str) else _json(field, given))
+    if strict:
+        return Grammar.json_schema(_forbid_additional(field, json.loads(grammar.text)))
+    options = request.structured_outputs
+    if options is not None and options.disable_additional_properties is False:
+        return Grammar.json_schema(close_objects(json.loads(grammar.text), allow_more=True))
+    return grammar
 
-    Args:
-        forbidden_by: name of the option that forbids additional properties; empty means none does.
-    """
-    grammar = _grammar(field, "json_schema", schema if isinstance(schema, str) else _json(field, schema))
-    if not forbidden_by:
-        return grammar
-    return Grammar.json_schema(_forbid_additional(field, json.loads(grammar.text), forbidden_by))
 
-
-def _forbid_additional(field: str, schema: dict[str, Any], option: str) -> dict[str, Any]:
+def _forbid_additional(field: str, schema: dict[str, Any]) -> dict[str, Any]:
     try:
         return forbid_additional_properties(schema)
     except CannotForbid as error:
-        raise _invalid(field, f"{error} '{option}'; name all properties in one object") from None
-    except RecursionError:
-        raise _invalid(field, "is nested too deeply") from None
+        raise _invalid(field, f"{error} 'strict'; name all properties in one object") from None
 
 
 def _choice(field: str, texts: Sequence[str]) -> Grammar:

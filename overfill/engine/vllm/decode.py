@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from overfill.engine.runner import SamplingSpec
@@ -122,6 +122,7 @@ class VllmDecodeEngine(VllmEngine):
         if not self._changed and all(s.state is not DecodeState.RUNNING for s in self._sequences.values()):
             return False
         self._changed = False
+        self._plan = _Plan()
         started = time.monotonic_ns()
         outputs, executed = self._step()
         events: list[DecodeEvent] = []
@@ -140,6 +141,9 @@ class VllmDecodeEngine(VllmEngine):
 
     def _live(self) -> list[str]:
         return list(self._sequences)
+
+    def _planned(self) -> Iterable[str]:
+        return self._plan.num_tokens
 
     def _reserve(self, sequence: DecodeSequence) -> Refused | None:
         if len(self._sequences) >= self._max_num_seqs:

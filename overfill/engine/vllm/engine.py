@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from overfill.engine.runner import SamplingSpec
+from overfill.engine.sequence import SequenceFailed
 from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.telemetry.metrics import EngineMetrics
+
+log = logging.getLogger(__name__)
 
 _RECOUNT = 10.0
 """Seconds between counts of cached and leaked blocks while the engine is busy: a count looks at every block."""
@@ -23,10 +27,12 @@ class VllmEngine:
     Attributes:
         step_shape: sequences and tokens in the latest step that vLLM has planned.
 
-    An error that a hook raises ends vLLM's step halfway, and with it the engine's thread and the worker.
+    An error that a hook raises ends vLLM's step halfway, and with it the engine's thread and the worker. Sampling is
+    the exception: it is a step's last part, and vLLM goes on with any token.
     """
 
     _metrics: EngineMetrics
+    _emit: Callable[[list[Any]], None]
 
     def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm
@@ -56,12 +62,17 @@ class VllmEngine:
         """Ids of the sequences that vLLM may know."""
         raise NotImplementedError
 
+    def _planned(self) -> Iterable[str]:
+        """Ids of the sequences in the step, once vLLM has planned it; none before."""
+        raise NotImplementedError
+
     def _step(self) -> tuple[list[Any], bool]:
-        """Takes vLLM's step. Counts a failed one, which ends the engine's thread."""
+        """Takes vLLM's step. Counts a failed one, which ends the engine's thread, and fails the sequences in it."""
         try:
             return self._vllm.step()
-        except Exception:
+        except Exception as error:
             self._metrics.step_failed()
+            self._emit([SequenceFailed(id, error, ends_engine=True) for id in self._planned()])
             raise
 
     @property
@@ -104,7 +115,13 @@ class VllmEngine:
         pass
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        self._sampler.sample(logits, request_ids, self._specs())
+        specs = self._specs()
+        try:
+            self._sampler.sample(logits, request_ids, specs)
+        except Exception as error:
+            log.exception("sampling failed")
+            self._metrics.step_failed()
+            self._sampler.errors |= dict.fromkeys(specs, error)
 
     def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
         """How to sample for each request that gets a token in this step, and the position of the token."""

@@ -25,6 +25,9 @@ import torch
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the logits processor is for the first one
 os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1"
+# Even for one rank, torch's gloo opens a dozen listeners without authentication, by default on the address of the
+# host's name. An engine has no ranks on other hosts, so an interface that the environment names makes no sense either.
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -152,6 +152,9 @@ class VllmPrefillEngine(VllmEngine):
     def _live(self) -> list[str]:
         return [*self._running, *self._awaiting_release]
 
+    def _planned(self) -> Iterable[str]:
+        return (chunk.sequence.id for chunk in self._chunks)
+
     def _admit(self) -> None:
         """Hands waiting prompts to vLLM in order of arrival, without overtaking, while all of their blocks are free."""
         while self._waiting and len(self._running) + len(self._awaiting_release) < self._max_num_seqs:

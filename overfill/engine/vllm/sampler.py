@@ -78,7 +78,7 @@ class StepSampler:
         asked = [specs[id] for row in rows if (id := ids[row]) is not None]
         how, positions = [spec for spec, _ in asked], [position for _, position in asked]
         refused = process(own, [spec.processor for spec in how], [spec.emitted for spec in how])
-        tokens, failed = sample(own, [s.sampling for s in how], positions, [s.sample_index for s in how])
+        tokens, failed = _choose(own, how, positions)
         failed |= refused  # a refusal explains the row better than the broken logits that it causes
         for place, row in enumerate(rows):
             id = ids[row]
@@ -93,3 +93,22 @@ class StepSampler:
             chosen = [0 if place in failed else tokens[place].token_id for place in forced]
             logits[index] = -torch.inf
             logits[index, torch.tensor(chosen, device=logits.device)] = 0.0
+
+
+def _choose(
+    logits: torch.Tensor, how: Sequence[SamplingSpec], positions: Sequence[int]
+) -> tuple[list[SampledToken], dict[int, Exception]]:
+    """As ``sample``; when it raises, it is asked row by row, so that only the rows fail that make it raise."""
+    try:
+        return sample(logits, [s.sampling for s in how], positions, [s.sample_index for s in how])
+    except Exception as error:
+        if len(how) == 1:
+            return [SampledToken(0)], {0: error}
+    tokens: list[SampledToken] = []
+    failed: dict[int, Exception] = {}
+    for row, (spec, position) in enumerate(zip(how, positions, strict=True)):
+        (token,), wrong = _choose(logits[row : row + 1], [spec], [position])
+        tokens.append(token)
+        if wrong:
+            failed[row] = wrong[0]
+    return tokens, failed

@@ -29,6 +29,8 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=f.metadata["kind"] is bool,
             multiple=repeatable,
             default=() if repeatable else f.default,
+            envvar=f.metadata.get("variable"),
+            show_envvar=True,
             show_default=f.default not in (None, "") and f.default is not False,
             help=help_of(f),
         )(command)

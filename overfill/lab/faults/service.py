@@ -1,6 +1,7 @@
 """Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
 
 ``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by ``--engine=vllm``.
+``poison`` and ``share-answers`` are for vLLM only.
 
 The first three faults act after all of the service's own checks, so that only a comparison of the answers
 (``overfill verify``) can detect them. Faults are patched in memory and named on stderr.
@@ -12,6 +13,7 @@ shift-positions        every forward pass gets positions that are one too large;
                        since RoPE is relative
 hang-step              the engine's twentieth step never ends
 out-of-memory          every fifth step of the engine raises an out-of-memory error
+poison                 every step with a prompt that begins with token 3 raises an error (vLLM)
 lose-block             the last block of a released sequence is not returned to the pool
 slow-kv                each prompt's first KV is written 0.8 s late (decode)
 flip-kv-bit            in every fifth KV chunk, one bit is flipped before the chunk is checked (decode)
@@ -29,7 +31,7 @@ import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from overfill.model.transformer import Transformer
 
 _KV_DELAY = 0.8  # seconds
 _STEP_DELAY = 0.15
+_POISON = 3
 
 
 def negate_weight_row() -> None:
@@ -175,6 +178,25 @@ def slow_steps() -> None:
     _before_each_step(lambda step: time.sleep(_STEP_DELAY))
 
 
+def poison() -> None:
+    # Imported here because only a worker on vLLM has it.
+    from overfill.engine.vllm.decode import VllmDecodeEngine
+    from overfill.engine.vllm.prefill import VllmPrefillEngine
+
+    for engine in (VllmDecodeEngine, VllmPrefillEngine):
+        plan: Any = engine.scheduled
+
+        def plan_and_fail(
+            self: Any, num_tokens: Mapping[str, int], preempted: Collection[str], plan: Any = plan
+        ) -> None:
+            plan(self, num_tokens, preempted)
+            sequences = self._sequences if isinstance(self, VllmDecodeEngine) else self._running
+            if any(sequences[id].prompt[0] == _POISON for id in num_tokens):
+                raise RuntimeError("poisoned")
+
+        engine.scheduled = plan_and_fail  # type: ignore[method-assign]
+
+
 def share_answers() -> None:
     # Imported here because only a worker on vLLM has it.
     from overfill.engine.vllm import decode
@@ -200,6 +222,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "shift-positions": shift_positions,
     "hang-step": hang_step,
     "out-of-memory": run_out_of_memory,
+    "poison": poison,
     "lose-block": lose_block,
     "slow-kv": delay_kv,
     "flip-kv-bit": flip_kv_bit,

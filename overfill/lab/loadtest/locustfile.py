@@ -41,7 +41,7 @@ _EXIT_CODES = {LoadTestStatus.MET: 0, LoadTestStatus.MISSED: 1, LoadTestStatus.N
 
 _REFUSED = {
     "stop_timeout": ("--stop-timeout", "the test always waits for running requests; --timeout limits each of them"),
-    "class_picker": ("--class-picker", "--host decides which users send requests: grpc://… or http(s)://…"),
+    "class_picker": ("--class-picker", "--host decides which users send requests: HOST:PORT or http(s)://…"),
     "tags": ("--tags", "the only task has no tags"),
     "exclude_tags": ("--exclude-tags", "the only task has no tags"),
     "config_users": ("--config-users", "the options under OverFill in --help configure the users"),

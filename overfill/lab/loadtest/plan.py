@@ -12,6 +12,7 @@ from typing import Any
 from overfill.errors import InvalidRequest
 from overfill.lab.loadtest.shapes import DURATIONS, SHAPES, Shape
 from overfill.lab.traffic.run_objectives import RunObjectives
+from overfill.rpc.addresses import split_addresses
 from overfill.settings.tiers import check_tier_name
 
 API_KEY = "OVERFILL_API_KEY"
@@ -33,7 +34,9 @@ class LoadPlan:
     """
 
     target: str = _option(
-        "grpc://127.0.0.1:7600", "Server: grpc://HOST:PORT (several separated by commas) or http(s)://HOST:PORT/v1."
+        "127.0.0.1:7600",
+        "Server: HOST:PORT of a router (several separated by commas), or http(s)://HOST:PORT/v1.",
+        variable="OVERFILL_ADDRESS",
     )
     trace: str | None = _option(
         None, "Trace to play: Azure's CSV or Mooncake's JSON lines.", Path, otherwise="synthetic requests"
@@ -87,8 +90,11 @@ class LoadPlan:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest when an option is out of range or options conflict."""
-        if not self.target.startswith(("grpc://", "http://", "https://")):
-            raise InvalidRequest("target", f"{self.target!r} is neither grpc://HOST:PORT nor http(s)://HOST:PORT/v1")
+        if not self.http:
+            try:
+                split_addresses(self.address)
+            except ValueError as error:
+                raise InvalidRequest("target", str(error)) from None
         for f in fields(self):
             _check(f, getattr(self, f.name))
         if self.rate is not None and not self.open_loop:
@@ -118,7 +124,12 @@ class LoadPlan:
 
     @property
     def http(self) -> bool:
-        return not self.target.startswith("grpc://")
+        return self.target.startswith(("http://", "https://"))
+
+    @property
+    def address(self) -> str:
+        """Address of the target's gRPC port, of which ``grpc://`` may be the first part."""
+        return self.target.removeprefix("grpc://")
 
     @property
     def objectives(self) -> RunObjectives:

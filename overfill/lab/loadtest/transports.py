@@ -29,7 +29,7 @@ class GrpcTransport:
         ca, cert, key = (None if name is None else Path(name) for name in (plan.tls_ca, plan.tls_cert, plan.tls_key))
         tls = ClientTls(ca, cert, key, plan.tls_name) if ca or cert or key else None
         self._fallback, self._allow_brownout = plan.fallback, plan.allow_brownout or None
-        self._client = Client(plan.target.removeprefix("grpc://"), tls=tls, api_key=plan.api_key)
+        self._client = Client(plan.address, tls=tls, api_key=plan.api_key)
 
     def ask(
         self, prompt: Sequence[int], max_tokens: int, timeout: float, on_tokens: Callable[[int], None], tier: str

@@ -1,107 +1,576 @@
-"""What an answer needs of its client's connection beyond ASGI: its end, and cheap reads and writes."""
+"""One HTTP/1.1 connection, from accept to close: the TLS handshake, the framing of requests, and every limit.
+
+The connection knows no routes and no JSON. It hands requests to the application, one after the other, and cancels the
+application's task when the client disconnects.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
+import logging
+import math
+import re
+import socket
+import ssl
+from collections import deque
+from contextlib import suppress
+from contextvars import Context
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+import httptools
+
+from overfill.api.openai.answers import encode
+from overfill.api.openai.errors import ApiError, too_many_connections, too_slow, wrong_method
+from overfill.rpc.access import Role, roles_of
+from overfill.rpc.tls import names_of
+from services.router.http.request import Request, response_head
+from services.router.http.state import SHORT, ServerState
+from services.router.limits import STALLED_TIMEOUT
+
+logger = logging.getLogger(__name__)
+
+HEAD_TIMEOUT = 10.0
+"""Seconds for the head of a request to arrive, counted from its first byte. For the first request of a connection they
+count from accept, and include the TLS handshake."""
+
+BODY_TIMEOUT = 30.0
+"""Seconds for the body of a request to arrive, counted from the end of its head, whether it is answered or not."""
+
+IDLE_TIMEOUT = 75.0
+"""Seconds that a connection may stay open without a request."""
+
+MAX_HEAD = 64 << 10
+"""Maximum size of a request's head in bytes. It is also that of a body's trailers, and of one chunk's extensions."""
+
+MAX_TARGET = 16 << 10
+"""Maximum size of a request's target in bytes."""
+
+MAX_HEADERS = 256
+"""Maximum number of headers of a request, and of its trailers."""
+
+LINGER_TIMEOUT = 2.0
+"""Seconds for which the server reads on behind the error that ends a connection.
+
+To close a socket while the client sends would destroy the answer on its way (RFC 9112, section 9.6).
+"""
+
+MIN_READ = 48 << 10
+"""Minimum number of bytes that a client must read in ``STALLED_TIMEOUT`` seconds of an answer that waits for it."""
+
+MAX_REST = 64 << 20
+"""Maximum number of bytes that the server discards of a body that it has answered early, and behind an error.
+
+The server reads them, because many clients read no answer while they send.
+"""
+
+MIN_PART = 1 << 10
+"""Size in bytes with which a smaller part of a body counts, as it takes as much time. A chunk is such a part."""
+
+DISCARD_RATE = 64e6
+"""Bytes per second that all connections together discard, and that each may send in small parts.
+
+So neither refused bodies nor bodies that come byte by byte keep the server busy.
+"""
+
+MAX_PIPELINED = 8
+"""Maximum number of requests that wait behind an answer. With more, the connection closes behind their answers."""
+
+_SINGLE = frozenset({b"host", b"origin", b"authorization"})
+"""Headers that decide who may do what. Of two, a proxy may read another one than this server."""
+
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
 
 
-class ClientGone(Exception):
-    """The client has closed the connection."""
+class Connection(asyncio.Protocol):
+    """Serves the requests of one connection. The server calls ``check_time`` about twice a second.
 
-
-class _JoinedWrites:
-    """Stands for a transport while ``Connection.one_write`` collects what is written."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.closing = False
-
-    def write(self, part: bytes) -> None:
-        self.parts.append(part)
-
-    def close(self) -> None:
-        self.closing = True
-
-
-class Connection:
-    """The connection of one request. As a context manager, it cancels the block's task when the client disconnects.
-
-    The block then ends with ClientGone. The context manager costs a fraction of what a task that waits for ASGI's
-    ``http.disconnect`` costs.
-
-    Args:
-        cycle: the request and its answer in uvicorn.
-        watched: connections within such a block. The protocol calls ``lost`` on them when it loses the connection.
+    Attributes:
+        roles: roles in the client's certificate; None if the listener requires none.
     """
 
-    def __init__(self, cycle: RequestResponseCycle, watched: set[Connection]) -> None:
-        self._cycle = cycle
-        self._watched = watched
-        self._task: asyncio.Task[object] | None = None
-        self._cancelling = 0  # cancellations of the task from before the block
+    __slots__ = (
+        "_current", "_deadline", "_head_size", "_headers", "_idle", "_lingers", "_lost", "_num_headers", "_parser",
+        "_partial", "_pending", "_queue", "_raw", "_receiving", "_refused", "_rest", "_shaking_hands",
+        "_stalled_until", "_state", "_target", "_task", "_transport", "_unfinished", "_unpaced", "_unread", "_writable",
+        "roles",
+    )  # fmt: skip
+
+    def __init__(self, state: ServerState[Connection, Request]) -> None:
+        self.roles: frozenset[Role] | None = None
+        self._state = state
+        self._raw: asyncio.Transport  # without TLS
+        self._transport: asyncio.Transport
+        self._shaking_hands = state.tls is not None
+        self._deadline = state.now() + HEAD_TIMEOUT
+        self._stalled_until = math.inf  # deadline of a client that does not read
+        self._unread = 0  # number of bytes that it had not read when that deadline was set
+        self._idle = False  # no byte has arrived since the last answer
+        self._lingers = False  # behind the error that ends the connection
         self._lost = False
+        self._parser: Any = httptools.HttpRequestParser(self)
+        # The head that arrives
+        self._partial = False
+        self._target = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._head_size = self._num_headers = 0
+        self._unfinished = 0  # bytes since the last head or part of a body that the parser has completed
+        # Requests whose head has arrived
+        self._receiving: Request | None = None  # the one whose body arrives
+        self._rest = 0  # number of bytes of that body, or behind an error, that were discarded
+        self._unpaced = 0  # number of bytes for which ``DISCARD_RATE`` has not been kept yet
+        self._current: Request | None = None  # the one that is answered
+        self._task: asyncio.Task[None] | None = None  # answers it; before the first request, does the TLS handshake
+        self._queue: deque[Request] = deque()  # those that wait for its answer
+        # What arrived behind them
+        self._pending = b""
+        self._refused: ApiError | None = None  # answer to something that cannot be parsed; the last of the connection
+        self._writable: asyncio.Future[None] | None = None
 
-    def __enter__(self) -> None:
-        if self._cycle.transport.is_closing():
-            raise ClientGone
-        self._cycle.flow.resume_reading()  # uvicorn may have paused it for a long body, and then sees no disconnect
-        self._task = asyncio.current_task()
-        assert self._task is not None
-        self._cancelling = self._task.cancelling()
-        self._watched.add(self)
+    # From accept to close
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._watched.discard(self)
-        if not self._lost:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Counts the connection, and begins the TLS handshake."""
+        assert isinstance(transport, asyncio.Transport)
+        # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._raw = self._transport = transport
+        state = self._state
+        state.open.add(self)
+        state.none_open.clear()
+        if len(state.open) > state.max_connections and state.idle:
+            victim = next(iter(state.idle))
+            victim._close()  # tells the client, with TLS
+            victim._abort()  # does not wait for its answer to that
+        elif len(state.open) > state.max_connections:
+            if state.tls is None:
+                self._end(too_many_connections())
+                self._close()
+            else:
+                self._lose()
+                self._abort()
             return
-        assert self._task is not None
-        # A task that is also cancelled for another reason, such as a shutdown, stays cancelled.
-        if self._task.uncancel() <= self._cancelling and exc_type is asyncio.CancelledError:
-            raise ClientGone from exc
+        if state.tls is not None:
+            transport.pause_reading()  # until TLS is in between
+            self._task = asyncio.get_running_loop().create_task(self._shake_hands(state.tls.value))
 
-    def lost(self) -> None:
-        """Cancels the block. The event loop calls it between two steps of the block's task."""
-        assert self._task is not None
-        self._lost = True
-        self._cycle.disconnected = True  # uvicorn tells only the last of several pipelined requests
-        self._task.cancel()
-
-    def take_body(self) -> bytes | None:
-        """Returns the request's body if all of it has arrived; else None, and only ASGI's ``receive`` returns it."""
-        cycle = self._cycle
-        if cycle.more_body or cycle.disconnected:
-            return None
-        body, cycle.body = cycle.body, bytearray()
-        return bytes(body)
-
-    @contextmanager
-    def one_write(self) -> Iterator[None]:
-        """Joins what ASGI's ``send`` writes within the block, such as a head and an event, into one write."""
-        cycle, transport = self._cycle, self._cycle.transport
-        joined = _JoinedWrites()
-        cycle.transport = joined  # type: ignore[assignment]
+    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+        loop, secured = asyncio.get_running_loop(), None
         try:
-            yield
+            secured = await loop.start_tls(
+                self._raw, self, context, server_side=True, ssl_handshake_timeout=HEAD_TIMEOUT
+            )
+            if secured is not None and context.verify_mode == ssl.CERT_REQUIRED:
+                self.roles = roles_of(names_of(secured.get_extra_info("ssl_object").getpeercert()))
+        except OSError:  # the handshake failed, or the client has disconnected
+            secured = None
+        except asyncio.CancelledError:  # from ``connection_lost`` or ``stop``
+            secured = None
         finally:
-            cycle.transport = transport
-            transport.write(b"".join(joined.parts))
-            if joined.closing:
-                transport.close()
+            self._task = None
+            if secured is None:
+                self._abort()
+                self._lose()
+        if secured is None or self._lost:
+            return
+        self._transport = secured
+        self._shaking_hands = False
+        self._parse_pending()
 
-    def write_at_once(self, part: bytes) -> bool:
-        """Writes a part of a body that has begun, past the layers of ASGI, which cost as much as the rest of the write.
+    def connection_lost(self, error: Exception | None) -> None:
+        """Cancels the answer."""
+        self._lose()
+        if self._task is not None:
+            self._task.cancel()
+        self.resume_writing()
 
-        Returns False if only ASGI's ``send`` may write it: before the head, or when the client reads slowly or is gone.
+    def check_time(self, now: float) -> None:
+        """Ends the connection if the client has been too slow."""
+        if now > self._stalled_until:
+            if self._num_unread() > self._unread - MIN_READ:
+                self._abort()
+            else:
+                self._await_reader()
+        elif now <= self._deadline:
+            return
+        elif self._shaking_hands:
+            self._abort()
+        elif self._receiving is not None and self._receiving is self._current:
+            self._refuse(too_slow())
+        elif self._receiving is not None or self._idle or self._lingers:
+            self._close()
+        else:
+            self._end(ApiError(408, "the head of the request did not arrive in time", code="request_timeout"))
+
+    def drain(self) -> None:
+        """Closes the connection if it is idle. Others close behind their answer, as the server drains."""
+        if self._idle or self._lingers:
+            self._close()
+
+    def stop(self) -> asyncio.Task[None] | None:
+        """Ends the connection at once. Returns the task that still ends an answer."""
+        if self._task is not None:
+            self._task.cancel()
+        self._abort()
+        return self._task
+
+    def _close(self) -> None:
+        """Closes behind what was written."""
+        self._leave_idle()
+        self._deadline = math.inf
+        self._await_reader()
+        self._transport.close()
+
+    def _linger(self) -> None:
+        """Closes behind what was written, and when the client has stopped to send."""
+        with suppress(OSError):  # the client has disconnected
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+        self._lingers = True
+        self._deadline = self._state.now() + LINGER_TIMEOUT
+
+    def _abort(self) -> None:
+        self._transport.abort()
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._state.open.discard(self)
+        if not self._state.open:
+            self._state.none_open.set()
+        self._leave_idle()
+        # These refer to the connection, which would wait for the garbage collector.
+        self._parser = self._refused = None
+
+    # Reading
+
+    def data_received(self, data: bytes) -> None:
+        """Parses what belongs to the current request or to the next one, and keeps what came too early."""
+        if self._refused is not None:
+            self._discard(len(data))
+        elif self._shaking_hands:  # they have just ended
+            self._pending += data
+        elif self._current is None or self._receiving is self._current:
+            self._parse(data)
+        else:
+            self._pending += data
+            if len(self._pending) > MAX_HEAD:
+                self._abort()  # to pause reading instead would hide a disconnect
+        if self._unpaced > SHORT:
+            self._pace()
+
+    def _discard(self, size: int) -> None:
+        self._rest += size
+        self._unpaced += size
+        if self._rest > MAX_REST:
+            self._close()
+
+    def _pace(self) -> None:
+        """Reads on when ``DISCARD_RATE`` allows it."""
+        state, transport = self._state, self._transport
+        now = state.now()
+        until = (max(now, state.discarded_until) if self._rest else now) + self._unpaced / DISCARD_RATE
+        if self._rest:  # a body that is wanted does not wait for those that are not
+            state.discarded_until = until
+        self._unpaced = 0
+        transport.pause_reading()
+        asyncio.get_running_loop().call_later(until - now, transport.resume_reading)
+
+    def _parse_pending(self) -> None:
+        data, self._pending = self._pending, b""
+        if data:
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        if self._idle:
+            self._await_head()
+        self._unfinished += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._parse_behind_upgrade(data[upgrade.args[0] :])
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError):
+            self._refuse(self._refused or ApiError(400, "the request is not valid HTTP"))
+        else:
+            if self._unfinished > MAX_HEAD:
+                self._refuse(_head_too_large())
+
+    def _parse_behind_upgrade(self, data: bytes) -> None:
+        """Parses what follows a head with ``Upgrade``. This server ignores that header (RFC 9110, section 7.8).
+
+        httptools takes such a head for the end of HTTP, and skips the body. So a new parser reads the body. It first
+        gets a head that has nothing but the length of the body.
         """
-        cycle = self._cycle
-        if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
-            return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
-        return True
+        self._parser = httptools.HttpRequestParser(self)
+        if self._receiving is not None:
+            headers = self._receiving.headers
+            name = b"transfer-encoding" if b"transfer-encoding" in headers else b"content-length"
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n%b: %b\r\n\r\n" % (name, headers[name]))
+        if data:
+            self._parse(data)
+
+    # Reading: called by the parser, in this order. During a body, the first four see trailers, or the head of
+    # ``_parse_behind_upgrade``, which nothing may trust.
+
+    def on_message_begin(self) -> None:
+        if self._receiving is not None:
+            return
+        if self._transport.is_closing():
+            raise ValueError("the answer before was the last one")
+        if self._idle:  # the request before was answered before its end
+            self._await_head()
+        self._partial = True
+        self._target = b""
+        self._headers = {}
+        self._unfinished = 0
+        if len(self._queue) >= MAX_PIPELINED:
+            raise self._invalid(ApiError(400, f"more than {MAX_PIPELINED} requests wait behind an answer"))
+
+    def on_url(self, target: bytes) -> None:
+        if self._receiving is None:
+            self._target += target
+            if len(self._target) > MAX_TARGET:
+                raise self._invalid(ApiError(414, f"the request target is longer than {MAX_TARGET} bytes"))
+            self._count(len(target))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_headers += 1
+        self._count(len(name) + len(value) + 4)
+        if self._receiving is not None:
+            return
+        name, value = name.lower(), value.rstrip(b" \t")  # the parser leaves tabs
+        known = self._headers.get(name)
+        if known is None:
+            self._headers[name] = value
+        elif name in _SINGLE:
+            raise self._invalid(ApiError(400, f"the request has several headers {name.decode('latin-1')!r}"))
+        else:
+            self._headers[name] = known + b", " + value
+
+    def on_headers_complete(self) -> None:
+        self._head_size = self._num_headers = self._unfinished = 0
+        if self._receiving is not None:
+            return
+        self._partial = False
+        parser, state = self._parser, self._state
+        method, version = parser.get_method().decode("ascii"), parser.get_http_version()
+        path = self._checked_path(method, version)
+        request = Request(
+            self, state, method, path, self._headers, modern=version == "1.1", keep_alive=parser.should_keep_alive()
+        )
+        self._receiving = request
+        self._rest = 0
+        if self._current is None:
+            self._answer(request)
+        else:
+            self._queue.append(request)
+
+    def on_body(self, data: bytes) -> None:
+        assert self._receiving is not None
+        self._unfinished = 0
+        if not self._receiving.add(data):
+            self._discard(max(len(data), MIN_PART))
+        elif len(data) < MIN_PART:
+            self._unpaced += MIN_PART
+
+    def on_message_complete(self) -> None:
+        request = self._receiving
+        assert request is not None
+        if self._parser.should_upgrade() and _has_body(request.headers):
+            return
+        self._receiving = None
+        self._head_size = self._num_headers = 0  # those of trailers
+        if self._unpaced <= SHORT:  # short bodies are never paced
+            self._unpaced = 0
+        request.complete()
+        if request is self._current:
+            self._deadline = math.inf
+        elif self._current is None:  # it was answered before its end
+            self._go_on(request)
+
+    def _checked_path(self, method: str, version: str) -> bytes:
+        """Returns the path of the head that has arrived. Raises the exception of ``_invalid`` if the head is wrong."""
+        headers, target = self._headers, self._target
+        if version not in ("1.0", "1.1"):
+            raise self._invalid(ApiError(505, f"HTTP {version} is not supported; use HTTP/1.1"))
+        if method == "CONNECT":
+            raise self._invalid(wrong_method(method, target.decode("latin-1")))
+        if (encoding := headers.get(b"transfer-encoding")) is not None:
+            self._check_encoding(encoding.lower(), version)
+        if version == "1.1" and b"host" not in headers:
+            raise self._invalid(ApiError(400, "the request has no Host"))
+        if b"#" in target:
+            raise self._invalid(ApiError(400, "the request target has a fragment"))
+        if not target.startswith(b"/") and (method, target) != ("OPTIONS", b"*"):
+            target = self._path_of_url(target)
+        if not _HOST.fullmatch(headers.get(b"host", b"")):
+            raise self._invalid(ApiError(400, "the request has an invalid Host"))
+        return target.partition(b"?")[0]
+
+    def _check_encoding(self, encoding: bytes, version: str) -> None:
+        if version == "1.0":
+            raise self._invalid(ApiError(400, "HTTP/1.0 has no transfer-encoding"))
+        if encoding.rpartition(b",")[2].strip(b" \t") != b"chunked":
+            raise self._invalid(ApiError(400, "the last transfer-encoding is not chunked"))
+        if encoding != b"chunked":
+            raise self._invalid(ApiError(501, "the only transfer-encoding that this server supports is chunked"))
+
+    def _path_of_url(self, target: bytes) -> bytes:
+        """Returns the path of an absolute URL, as clients send it to proxies. Its host becomes that of the request."""
+        try:
+            url = httptools.parse_url(target)
+        except httptools.HttpParserInvalidURLError:
+            url = None
+        if url is None or url.schema not in (b"http", b"https") or url.userinfo is not None or not url.host:
+            raise self._invalid(ApiError(400, "the request target is not a valid URL"))
+        # RFC 9112, section 3.2.2: this host replaces that of the header.
+        host = b"[%b]" % url.host if b":" in url.host else url.host
+        self._headers[b"host"] = host if url.port is None else b"%b:%d" % (host, url.port)
+        path: bytes = url.path or b"/"
+        return path
+
+    def _count(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MAX_HEAD or self._num_headers > MAX_HEADERS:
+            raise self._invalid(_head_too_large())
+
+    def _invalid(self, error: ApiError) -> Exception:
+        """Returns the exception that ends the parsing, after which ``_parse`` answers with ``error``."""
+        self._refused = error
+        return ValueError(error.message)
+
+    # Answering
+
+    def _answer(self, request: Request) -> None:
+        self._current = request
+        self._deadline = self._state.now() + BODY_TIMEOUT if self._receiving is request else math.inf
+        # In the connection's context, a request would see the ids of an earlier one.
+        self._task = asyncio.get_running_loop().create_task(self._run(request), context=Context())
+
+    async def _run(self, request: Request) -> None:
+        try:
+            await self._state.app(request)
+        except asyncio.CancelledError:
+            if not self._lost:
+                raise  # the server stops
+        except Exception:
+            logger.exception("the answer to %s %s failed", request.method, request.path)
+        finally:
+            request.discard()
+            self._current = self._task = None
+            if not request.answered:
+                self._abort()
+        if not request.answered or self._lost:
+            return
+        if self._receiving is not request:
+            self._go_on(request)
+        # Otherwise the server discards the rest of the body, and goes on at its end.
+
+    def _go_on(self, last: Request) -> None:
+        """Goes on to what follows ``last``, which has arrived and is answered."""
+        if not last.keep_alive:
+            if self._refused is None:
+                self._close()
+            else:
+                self._linger()
+        elif self._queue:
+            self._answer(self._queue.popleft())
+            if self._receiving is self._current:
+                self._parse_pending()
+        elif self._refused is not None:
+            self._end(self._refused)
+        elif self._pending:
+            self._await_head()
+            self._parse_pending()
+        elif self._partial:
+            self._await_head()
+        elif self._state.draining:
+            self._close()
+        else:
+            self._idle = True
+            if not self._num_unread():
+                self._state.idle[self] = None
+            self._deadline = self._state.now() + IDLE_TIMEOUT
+
+    def _await_head(self) -> None:
+        self._leave_idle()
+        self._deadline = self._state.now() + HEAD_TIMEOUT
+
+    def _leave_idle(self) -> None:
+        if self._idle:
+            self._idle = False
+            self._state.idle.pop(self, None)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers ``error`` behind the requests that arrived before what is wrong, and then closes."""
+        self._refused = error
+        failed, self._receiving = self._receiving, None
+        if self._current is None:
+            if failed is None:
+                self._end(error)
+            else:
+                self._linger()
+        elif failed is self._current:
+            failed.keep_alive = False
+            failed.fail(error)
+            self._deadline = math.inf
+        elif failed is not None:
+            self._queue.pop()
+
+    def _end(self, error: ApiError) -> None:
+        """Writes ``error`` as the last response of the connection."""
+        self._refused = error
+        if not self._transport.is_closing():
+            body = encode(error.body)
+            framing = b"content-length: %d\r\nconnection: close\r\n" % len(body)
+            self._transport.write(response_head(error.status, [(b"content-type", b"application/json")], framing) + body)
+            self._linger()
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        """Writes ``data``, unless the client has disconnected."""
+        if not self._lost:
+            self._transport.write(data)
+
+    @property
+    def writes_wait(self) -> bool:
+        """True while the client reads more slowly than the server writes."""
+        return self._writable is not None
+
+    async def writable(self) -> None:
+        """Waits until ``writes_wait`` is False."""
+        if self._writable is not None:
+            await asyncio.shield(self._writable)
+
+    def pause_writing(self) -> None:
+        """Begins a wait for the client to read."""
+        self._writable = asyncio.get_running_loop().create_future()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        """Ends the wait."""
+        if not self._transport.is_closing():
+            self._stalled_until = math.inf
+        if self._writable is not None:
+            self._writable.set_result(None)
+            self._writable = None
+
+    def _await_reader(self) -> None:
+        self._stalled_until = self._state.now() + STALLED_TIMEOUT
+        self._unread = self._num_unread()
+
+    def _num_unread(self) -> int:
+        """Returns the number of bytes that were written, and that the client has not made room for."""
+        size = self._raw.get_write_buffer_size()
+        return size if self._transport is self._raw else size + self._transport.get_write_buffer_size()
+
+
+def _head_too_large() -> ApiError:
+    return ApiError(
+        431,
+        f"the head of the request is larger than {MAX_HEAD} bytes, or has more than {MAX_HEADERS} headers; "
+        "trailers and the extensions of a chunk have the same limits",
+    )
+
+
+def _has_body(headers: dict[bytes, bytes]) -> bool:
+    return b"transfer-encoding" in headers or int(headers.get(b"content-length", b"0")) > 0

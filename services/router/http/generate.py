@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
-from starlette.types import Receive, Scope, Send
-
-from overfill.api.keys import ApiKey
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
@@ -19,19 +16,25 @@ from overfill.errors import OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
-from services.router.http.connection import ClientGone, Connection
+from services.router.http.request import Headers, Request
+from services.router.key_reservation import KeyReservation
 from services.router.request_handler import RequestHandler, choices
 from services.router.running_answer import RunningAnswer
 
-Write = Callable[[bytes, bool], Awaitable[None]]
-"""Writes events to the client; the second argument tells whether more follow."""
+_STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
 
 
 class RunningChoices:
-    """The running choices of one request.
+    """The running choices of one request. Their context manager ends those that still run.
 
     Args:
+        asked: what the client asks for.
         envelope: makes the response's envelope for the tier that begins its first choice.
+        span: ends with the choices.
     """
 
     def __init__(
@@ -39,33 +42,31 @@ class RunningChoices:
         handler: RequestHandler,
         asked: ApiRequest,
         envelope: Callable[[str], Envelope],
-        key: ApiKey | None,
         span: Span,
     ) -> None:
+        self._asked = asked
         self._span = span
         self._handler = handler
-        self._asked = asked
         self._make_envelope = envelope
-        self._key = key
         self._stack = ExitStack()
         self.choices: list[Choice] = []
         self._running: list[RunningAnswer] = []
         self._failure: BaseException | None = None
 
-    async def start(self, received: float) -> None:
+    async def start(self, received: float, reservation: KeyReservation) -> None:
         """Queues every choice. If it raises ApiError or OverfillError, no choice runs."""
         asked, handler = self._asked, self._handler
         try:
-            total = len(asked.prompts) * asked.n
-            with handler.reserve(self._key, total) as reservation:
-                checked = [await handler.check(request, reservation) for request in asked.prompts]
-                for prompt, request in enumerate(checked):
-                    for each in choices(request, asked.n):
-                        if self._running:
-                            await asyncio.sleep(0)  # copying a long prompt for each answer delays other streams
-                        answer = handler.start(each, reservation, received, None)
-                        self._running.append(self._stack.enter_context(answer))
-                        self.choices.append(self._choice(prompt, answer))
+            with handler.metrics.refusing(""):
+                reservation.take(received, len(asked.prompts) * asked.n)
+            checked = [await handler.check(request, reservation) for request in asked.prompts]
+            for prompt, request in enumerate(checked):
+                for each in choices(request, asked.n):
+                    if self._running:
+                        await asyncio.sleep(0)  # copying a long prompt for each answer delays other streams
+                    answer = handler.start(each, reservation, received, None)
+                    self._running.append(self._stack.enter_context(answer))
+                    self.choices.append(self._choice(prompt, answer))
         except BaseException as error:
             self._failure = error
             self.close()
@@ -102,9 +103,23 @@ class RunningChoices:
             overfill=self._envelope.extension(self.choices),
         )
 
-    async def stream(self, write: Write) -> None:
-        """Writes the response as server-sent events, each choice's as soon as it has them. Raises OverfillError."""
-        await self._run_all(lambda choice, answer: self._send(choice, answer, write))
+    async def stream(self, request: Request, headers: Headers) -> None:
+        """Writes the response as server-sent events, each choice's as soon as it has them.
+
+        Raises:
+            OverfillError: an answer failed before the first event. Later errors become an event.
+        """
+        request_headers = (*_STREAM_HEADERS, *headers)
+
+        async def send(choice: Choice, answer: RunningAnswer) -> None:
+            await self._send(choice, answer, request, request_headers)
+
+        try:
+            await self._run_all(send)
+        except Exception as error:
+            if request.status is None:
+                raise
+            request.write(answers.event(from_error(as_overfill_error(error)).body), last=True)
 
     async def _run_all(self, run: Callable[[Choice, RunningAnswer], Coroutine[Any, Any, None]]) -> None:
         """Runs all choices at once. If one fails, cancels the others and raises its error."""
@@ -133,22 +148,27 @@ class RunningChoices:
             choice.add(answer.rest)
         choice.finished = answer.finished
 
-    async def _send(self, choice: Choice, answer: RunningAnswer, write: Write) -> None:
+    async def _send(self, choice: Choice, answer: RunningAnswer, request: Request, headers: Headers) -> None:
         frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
         delta = await answer.next()
+        choice.cached_tokens = answer.cached_tokens
+        if request.status is None:
+            request.begin(200, headers)
         events = self._event(choice.first())
         while delta is not None:
             events += self._delta(choice, delta, frame)
             if events and not answer.complete:
-                await write(events, True)
+                request.write(events)
                 events = b""
+                if request.writes_wait:
+                    await request.writable()
             delta = await answer.next()
         if answer.rest is not None:
             events += self._delta(choice, answer.rest, frame)
         choice.finished = answer.finished
         events += self._event(choice.last(), overfill=self._envelope.extension([choice]))
-        more = any(choice.finished is None for choice in self.choices)
-        await write(events if more else events + self._end(), more)
+        last = all(choice.finished is not None for choice in self.choices)
+        request.write(events + self._end() if last else events, last=last)
 
     def _delta(self, choice: Choice, delta: AnswerDelta, frame: EventFrame | None) -> bytes:
         """Returns the event for ``delta``; empty if the client would see nothing new, as inside a character."""
@@ -169,6 +189,13 @@ class RunningChoices:
             self._stack.close()
         finally:
             self._span.end(self._failure)
+            self._failure = None  # its traceback refers to this object
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _event(self, choice: dict[str, Any] | None, **more: Any) -> bytes:
         return b"" if choice is None else answers.event(self._chunk(choice, **more))
@@ -185,52 +212,3 @@ class RunningChoices:
             return ""
         text = self._asked.echo[prompt]
         return text if isinstance(text, str) else self._handler.tokenizer.decode(list(text))
-
-
-_STREAM_HEADERS = (
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-)
-
-
-class EventStream:
-    """Streams the choices. An error before the first event is raised, so that it becomes the response's status."""
-
-    def __init__(self, answers: RunningChoices, request_id: str) -> None:
-        self._answers = answers
-        self._headers = [*_STREAM_HEADERS, (b"x-request-id", request_id.encode("latin-1"))]
-        self._started = False
-        self._sending = asyncio.Lock()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection: Connection = scope["overfill.connection"]
-
-        async def write(events: bytes, more: bool) -> None:
-            if more and connection.write_at_once(events):
-                return
-            async with self._sending:  # the end of the response must not overtake another choice's events
-                if not self._started:
-                    self._started = True
-                    with connection.one_write():
-                        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
-                        await send({"type": "http.response.body", "body": events, "more_body": more})
-                else:
-                    await send({"type": "http.response.body", "body": events, "more_body": more})
-
-        try:
-            with connection:
-                await self._stream(write)
-        except ClientGone:
-            if not self._started:
-                raise
-        finally:
-            self._answers.close()
-
-    async def _stream(self, write: Write) -> None:
-        try:
-            await self._answers.stream(write)
-        except Exception as error:
-            if not self._started:
-                raise
-            await write(answers.event(from_error(as_overfill_error(error)).body), False)

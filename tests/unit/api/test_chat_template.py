@@ -48,6 +48,22 @@ def test_requests_cannot_set_the_servers_template_variables(template, name):
     assert caught.value.field == f"chat.chat_template_kwargs.{name}"
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ x | dictsort }}",  # AttributeError
+        "{{ x() }}",  # TypeError
+        "{{ x.a.b }}",  # UndefinedError
+        "{{ 1 // (x - 1) }}",  # ZeroDivisionError
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",  # RecursionError
+    ],
+)
+def test_whatever_a_template_raises_is_a_refusal(source):
+    with pytest.raises(InvalidRequest, match=r"are refused by the chat template: .") as caught:
+        ChatTemplate(source, {}).render([HI], options=TemplateOptions({"x": 1}))
+    assert caught.value.field == "chat.messages"
+
+
 def test_a_prompt_may_end_without_opening_an_answer(template):
     closed = template.render([HI], options=TemplateOptions(add_generation_prompt=False))
     assert template.render([HI]) == closed + "<|im_start|>assistant\n"

@@ -57,11 +57,11 @@ async def test_a_grammar_without_tools_needs_no_other(grammars: Grammars) -> Non
     ("field", "reason", "asked"),
     [
         ("sampling.grammar.json_schema", "is too complex", request(json.dumps(BOMB))),
-        ("sampling.grammar.json_schema", "is not JSON", request("[" * 5000)),
+        ("sampling.grammar.json_schema", "is nested too deeply", request("[" * 5000)),
         ("sampling.grammar.json_schema", "Unimplemented", request('{"not": {}}', tools=[tool({})])),
         ("sampling.grammar.json_schema", "Unimplemented", request('{"not": {}}', tools=[tool({})], tool_choice=NONE)),
         ("chat.tools", "is too complex", request(tools=[tool({"properties": {"a": BOMB}})])),
-        (r"chat.tools\[0\].parameters", "is not JSON", request(tools=[tool('{"a":' * 5000)])),
+        (r"chat.tools\[0\].parameters", "is nested too deeply", request(tools=[tool('{"a":' * 5000)])),
         (r"chat.tools\[0\].parameters", "strict tool 'f'", request(tools=[tool({"not": {}}, strict=True)])),
     ],
 )

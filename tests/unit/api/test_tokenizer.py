@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_tokenizers import CHAT, TEMPLATES
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidPair, InvalidRequest
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hello, <b>world</b>! 你好 👋🏽"},
-    {"role": "assistant", "content": "Hi."},
-    {"role": "user", "content": "  two  spaces\n"},
-]
 
 
 @pytest.fixture
@@ -40,17 +34,6 @@ def with_template(folder: Path) -> Callable[[str], Tokenizer]:
 def edit_json(path: Path, **changes: Any) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | changes))
-
-
-TEMPLATES = [
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}",
-    "{% for m in messages %}\n    {% if loop.index0 == 2 %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}",
-    "{{ messages | tojson(indent=2) }}{% if add_generation_prompt %}GO{% endif %}",
-    "{% if tools is none and documents is none and not x is defined %}{{ messages[0].content }}{% endif %}",
-    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "{{ strftime_now('%Y') }} {{ messages[1].content | trim | upper }}",
-]
 
 
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
@@ -151,3 +134,9 @@ def test_a_damaged_file_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{")
     with pytest.raises(InvalidPair, match=name):
         Tokenizer.load(folder)
+
+
+def test_a_lone_surrogate_is_named(any_tokenizer: Tokenizer) -> None:
+    for encode in (any_tokenizer.encode, any_tokenizer.encode_continuation):
+        with pytest.raises(InvalidRequest, match="lone surrogate at character 2"):
+            encode("ab\ud800")

@@ -200,6 +200,8 @@ def test_a_template_that_knows_tools_gets_calls_as_objects_and_cut_calls_as_text
     cut = '{"city": "Ro'
     assert "Look:[city=Rome][]" in shown('{"city": "Rome"}', "")
     assert "Look:\n" + write_calls([("weather", "{}"), ("weather", cut)]) in shown("", cut)
+    for unreadable in ('{"city": "\\ud800"}', '{"city": NaN}', '{"a":' * 300 + "1" + "}" * 300):
+        assert "Look:\n" + write_calls([("weather", unreadable)]) in shown(unreadable)
 
 
 def test_a_template_that_knows_tools_gets_them_in_openai_s_form():

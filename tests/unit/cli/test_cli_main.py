@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -103,6 +104,18 @@ def test_bad_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PROMPT" in capsys.readouterr().err
 
 
+def test_a_mistyped_name_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, says in (
+        (["helth"], "did you mean health?"),
+        (["nothing-like-it"], "`overfill --help` lists all commands"),
+        (["pair", "shwo"], "Did you mean 'show'?"),
+        (["status", "--adress=x"], "Did you mean '--address'?"),
+        (["pair", "show", "defualt"], "did you mean default?"),
+    ):
+        assert main(argv) in (1, 2)
+        assert says in capsys.readouterr().err
+
+
 def test_a_commands_exit_code_is_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         cli_main.LazyGroup, "get_command", lambda self, ctx, name: click.Command("x", callback=lambda: 1)
@@ -126,6 +139,26 @@ def test_a_closed_pipe_gives_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+@pytest.mark.parametrize("argv", [["--help"], ["metrics"]])
+def test_a_full_stdout_is_one_line_and_exit_1(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "overfill.cli.main", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "overfill: cannot write: No space left on device\n")
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    command = f"'{sys.executable}' -m overfill.cli.main metrics >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unknown_command_is_not_imported() -> None:

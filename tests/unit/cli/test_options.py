@@ -21,7 +21,7 @@ from overfill.cli.main import main
         (["bench", "serve", "--target", "foo"], "--target: 'foo' is not a target"),
         (["bench", "serve", "--slo", "bogus=1"], "--slo: 'bogus=1' is not a limit"),
         (["bench", "decode", "--peers", "bogus"], "--peers: unknown: bogus"),
-        (["loadtest", "--target", "foo"], "--target: 'foo' is neither"),
+        (["loadtest", "--target", "foo"], "--target: 'foo' has no port"),
         (["keys", "create", "no name"], "NAME: is 'no name'"),
         (["certs", "certs", "--name", "é"], "--name: 'é' is neither"),
     ],

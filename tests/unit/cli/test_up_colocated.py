@@ -144,19 +144,26 @@ def test_a_format_that_only_some_workers_of_a_tier_would_have_is_refused(monkeyp
 def test_drain_counts_the_requests_of_both_stages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def entry(running: int) -> Any:
-        return SimpleNamespace(id="worker-0", process=SimpleNamespace(load=SimpleNamespace(running=running, waiting=1)))
+    def entry(stage: str, running: int) -> Any:
+        process = SimpleNamespace(load=SimpleNamespace(running=running, waiting=1))
+        return SimpleNamespace(id="worker-0", stage=stage, tier=None, process=process)
 
-    states = [(entry(2), entry(3)), ()]
+    def status(workers: Any) -> Any:
+        return SimpleNamespace(workers=workers, several_tiers=False)
+
+    both = (entry("prefill", 2), entry("decode", 3))
+    states = [both, both, ()]
     drained: list[str] = []
     lines: list[str] = []
-    client = SimpleNamespace(drain=drained.append, status=lambda: SimpleNamespace(workers=states.pop(0)))
+    client = SimpleNamespace(drain=drained.append, status=lambda: status(states.pop(0)))
     monkeypatch.setattr("overfill.cli.drain.connect", lambda *args: contextlib.nullcontext(client))
     monkeypatch.setattr("overfill.cli.drain._POLL", 0)
     monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
     assert main(["drain", "worker-0"]) == 0
     assert (drained, lines) == (["worker-0"], ["worker-0 is draining: 7 requests"])
-    assert "worker-0 has left" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "worker-0 has left" in captured.out
+    assert "worker-0 is the last prefill worker and the last decode worker: requests wait" in captured.err
 
 
 def test_the_welcome_says_which_workers_have_both_stages() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import pytest
@@ -111,12 +112,15 @@ def test_prompts_are_rendered_and_cut_as_asked() -> None:
     assert request.chat.chat_template_kwargs == '{"enable_thinking": false}'
     assert request.truncate_prompt_tokens == -1
     assert build(chat, continue_final_message=True).chat.continue_final_message
+    assert build(chat, parse_special=True).chat.parse_special
     assert not build("x").HasField("truncate_prompt_tokens")
-    for field in ("chat_template_kwargs", "continue_final_message"):
+    for field in ("chat_template_kwargs", "continue_final_message", "parse_special"):
         with pytest.raises(InvalidRequest, match="only for chats"):
             build("x", **{field: {"a": 1}})
     with pytest.raises(InvalidRequest, match="is not JSON"):
         build(chat, chat_template_kwargs={"a": math.nan})
+    with pytest.raises(InvalidRequest, match=r"is not JSON: .*recursion"):
+        build(chat, chat_template_kwargs={"a": reduce(lambda inner, _: [inner], range(100_000), [])})
 
 
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf])

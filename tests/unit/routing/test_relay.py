@@ -14,6 +14,7 @@ from overfill.errors import (
     InvalidRequest,
     Overloaded,
     RequestCancelled,
+    StepFailed,
     TransferFailed,
     Unavailable,
 )
@@ -346,6 +347,97 @@ async def test_a_request_that_loses_worker_after_worker_is_given_up_though_it_ge
             stream.fail(InternalError("bug"))
         with pytest.raises(Unavailable, match=r"16 attempts; 16 tokens"):
             await read_all(relay)
+
+
+class Ended:
+    """Ends the workers of either stage, one after the other, as they say themselves: by a failed step of theirs."""
+
+    def __init__(self, stack):
+        self._stack = stack
+        self._stream = None
+        self.names = []
+
+    async def decode(self, error=None):
+        """Without ``error``, the worker says that its step failed."""
+        if self._stream is None:
+            self._stream = await self._stack.stream()
+            await self._stream.accept()
+        self.names.append(self._stream.worker)
+        self._stream.fail(error or StepFailed("decode failed"))
+        self._stream = None
+        await asyncio.sleep(0)
+        self._stack.report(self.names[-1])  # another process takes the worker's place
+
+    async def prefill(self, step_failed=True):
+        if self._stream is None:
+            self._stream = await self._stack.stream()
+            _, worker = await self._stream.accept()
+        else:
+            worker = (await self._stream.assigned()).worker_id
+        self.names.append(worker)
+        failed = NEED(
+            reason=NEED.REASON_PREFILL_FAILED, worker_id=worker, step_failed=step_failed, detail="prefill failed"
+        )
+        self._stream.say(need_prefill=failed)
+        self._stack.report(worker)
+
+
+@pytest.mark.parametrize("stages", ["decode decode", "prefill prefill", "prefill decode", "decode prefill"])
+async def test_a_request_whose_failed_steps_have_ended_two_workers_is_refused(stack, stages):
+    ended = Ended(stack)
+    async with stack.request(max_attempts=10) as relay:
+        for stage in stages.split():
+            await getattr(ended, stage)()
+        with pytest.raises(
+            InvalidRequest, match=r"is not tried again; 0 tokens .*: (decode|prefill) failed"
+        ) as refused:
+            await relay.answer.next()
+        assert "ended the workers {} and {},".format(*ended.names) in str(refused.value)
+        assert stack.streams.empty()
+
+
+async def test_tokens_between_two_failed_steps_do_not_save_a_request(stack):
+    async with stack.request(max_attempts=10) as relay:
+        for attempt in range(2):
+            stream = await stack.stream()
+            await stream.accept()
+            stream.tokens(attempt, 7)
+            stream.fail(StepFailed("decode failed"))
+        with pytest.raises(InvalidRequest, match="2 tokens had been produced"):
+            await read_all(relay)
+
+
+async def test_workers_that_are_lost_without_a_report_count_as_attempts_only(stack):
+    ended = Ended(stack)
+    async with stack.request(max_attempts=6) as relay:
+        await ended.decode()  # one failed step is allowed
+        for _ in range(2):
+            await ended.decode(Unavailable("killed"))
+            await ended.decode(InternalError("the step failed, and the worker goes on"))
+        await ended.decode(Unavailable("killed"))
+        with pytest.raises(Unavailable, match="gave up after 6 attempts"):
+            await relay.answer.next()
+    async with stack.request(max_attempts=4) as relay:
+        for _ in range(3):
+            await ended.prefill(step_failed=False)
+        await ended.prefill()
+        with pytest.raises(Unavailable, match="gave up after 4 failed prefills"):
+            await relay.answer.next()
+
+
+async def test_a_worker_that_a_failed_step_ended_gets_no_other_request(stack):
+    async with stack.request() as relay:
+        first = await stack.stream()
+        await first.accept()
+        first.fail(StepFailed("decode failed"))
+        second = await stack.stream()
+        assert second.worker != first.worker
+        await second.accept()
+        second.done()
+        await read_all(relay)
+    for _ in range(2):
+        async with stack.request():
+            assert (await stack.stream()).worker == second.worker, "until the first one reports again"
 
 
 async def test_a_worker_lost_after_the_last_token_changes_nothing(stack):

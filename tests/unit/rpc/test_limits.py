@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import urllib.request
 
 import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from overfill.rpc import channel as channel_module
-from overfill.rpc import interceptors, metrics_http
+from overfill.rpc import interceptors
 from overfill.rpc.channel import open_channel
-from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
 
 CHECK = "/grpc.health.v1.Health/Check"
@@ -95,26 +91,3 @@ async def test_a_server_limits_its_connections(monkeypatch: pytest.MonkeyPatch) 
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     await server.stop()
-
-
-def test_the_metrics_server_limits_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_http, "MAX_CONNECTIONS", 4)
-    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
-    host, _, port = server.address.rpartition(":")
-    try:
-        with contextlib.ExitStack() as stack:
-            held = [stack.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(5)]
-            assert held[-1].recv(10) == b"", "one too many"
-            for connection in held:
-                connection.close()
-            for _ in range(100):  # until their threads have noticed the close
-                with (
-                    contextlib.suppress(OSError),
-                    urllib.request.urlopen(f"http://{server.address}/metrics", timeout=5) as it,
-                ):
-                    assert it.status == 200
-                    break
-            else:
-                raise AssertionError("places are not given back")
-    finally:
-        server.close()

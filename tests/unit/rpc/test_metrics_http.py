@@ -1,5 +1,6 @@
 """Tests the HTTP server of a process's metrics: its pages, and where it may listen."""
 
+import contextlib
 import json
 import socket
 import ssl
@@ -11,7 +12,7 @@ import urllib.request
 import pytest
 
 from overfill import errors
-from overfill.rpc import certificates
+from overfill.rpc import certificates, metrics_http
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import instead_of_wildcard
 from overfill.rpc.metrics_http import MetricsServer
@@ -95,3 +96,99 @@ def test_a_scraper_that_disconnects_needs_no_traceback(tls, capsys):
     finally:
         server.close()
     assert capsys.readouterr().err == ""
+
+
+class Slow:
+    """A metrics server with few places, and clients that send their head slowly, over TLS or without."""
+
+    def __init__(self, stack, tls, targets=None):
+        own, self._context = tls or (None, None)
+        self.server = MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, own, targets)
+        stack.callback(self.server.close)
+        self._stack = stack
+        self._port = int(self.server.address.rpartition(":")[2])
+
+    def connect(self, said=b""):
+        """A connection that has sent ``said``, after its TLS handshake; without ``said`` it has not begun one."""
+        connection = self._stack.enter_context(socket.create_connection(("127.0.0.1", self._port), 20))
+        if said and self._context is not None:
+            connection = self._stack.enter_context(self._context.wrap_socket(connection, server_hostname="localhost"))
+        connection.sendall(said)
+        return connection
+
+    def scrape(self):
+        scheme = "http" if self._context is None else "https"
+        with urllib.request.urlopen(
+            f"{scheme}://{self.server.address}/metrics", timeout=10, context=self._context
+        ) as response:
+            return response.status
+
+
+@pytest.fixture(params=["plain", "tls"])
+def either(request):
+    """The arguments of ``tls``, or None for a server without TLS."""
+    return request.getfixturevalue("tls") if request.param == "tls" else None
+
+
+def ended(connection):
+    """True once the server has ended the connection; raises TimeoutError if it does not."""
+    try:
+        return connection.recv(100) == b""
+    except ConnectionError:
+        return True
+
+
+def test_clients_without_a_whole_head_never_keep_a_scraper_out(monkeypatch, either):
+    monkeypatch.setattr(metrics_http, "MAX_CONNECTIONS", 4)
+    with contextlib.ExitStack() as stack:
+        slow = Slow(stack, either)
+        held = [slow.connect(said) for said in (b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nX: ", b"")]
+        for oldest in held:
+            assert slow.scrape() == 200
+            slow.connect(b"G")  # takes the scraper's place
+            slow.connect(b"G")
+            assert ended(oldest)
+
+
+def test_an_answer_is_not_dropped_for_clients_without_a_whole_head(monkeypatch):
+    monkeypatch.setattr(metrics_http, "MAX_CONNECTIONS", 3)
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def targets(host):
+        asked.set()
+        assert goes_on.wait(20)
+        return []
+
+    with contextlib.ExitStack() as stack:
+        slow = Slow(stack, None, targets)
+        stack.callback(goes_on.set)
+        first = slow.connect(b"GET /targets HTTP/1.0\r\n\r\n")
+        assert asked.wait(10)
+        idle = [slow.connect() for _ in range(5)]
+        assert all(ended(connection) for connection in idle[:3])
+        goes_on.set()
+        assert first.recv(1000).startswith(b"HTTP/1.0 200")
+
+
+def test_handshake_and_head_have_one_deadline(monkeypatch, either):
+    monkeypatch.setattr(metrics_http, "HEAD_TIMEOUT", 0.5)
+    with contextlib.ExitStack() as stack:
+        connection = Slow(stack, either).connect(b"GET /metrics HTTP/1.1\r\nX: ")
+        connection.settimeout(0.1)
+        with contextlib.suppress(ConnectionError):  # the server has ended the connection
+            for _ in range(200):
+                try:
+                    assert connection.recv(100) == b""
+                    break
+                except TimeoutError:
+                    connection.sendall(b"a")
+            else:
+                raise AssertionError("each byte gives the client more time")
+
+
+def test_a_head_without_end_is_refused(monkeypatch):
+    with contextlib.ExitStack() as stack:
+        connection = Slow(stack, None).connect(b"GET /metrics HTTP/1.1\r\n")
+        line = b"X: " + b"a" * 1000 + b"\r\n"
+        connection.sendall(line * (metrics_http.MAX_HEAD // len(line) + 1))
+        assert connection.recv(100).startswith(b"HTTP/1.0 431")

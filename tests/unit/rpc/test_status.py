@@ -31,6 +31,7 @@ ERRORS = [
     errors.Unavailable("gone"),
     errors.ShuttingDown("draining"),
     errors.InternalError("oops: ünïcode"),
+    errors.StepFailed("decode failed and ended its worker"),
 ]
 
 
@@ -177,6 +178,11 @@ def test_statuses_that_grpc_made_up_name_the_peer(
             "certificate: OK",
             "its certificate is not valid for the authorities in --tls-ca: unable to get local issuer certificate",
         ),
+        (
+            "last error: FAILED_PRECONDITION: unix:/x: connect failed: addr: unix:/x error: No such file or directory",
+            "10.0.0.1:7: cannot connect: No such file or directory",
+        ),
+        ("last error: UNKNOWN: ipv4:10.0.0.1:7: connect: No route to host (113)", "cannot connect: No route to host"),
         ("last error: INTERNAL: ipv4:10.0.0.1:7 (Trying to connect an http1.x server (HTTP status 400))", "gRPC port"),
     ],
 )
@@ -185,6 +191,20 @@ def test_a_failed_connection_has_a_plain_message(details: str, says: str) -> Non
     received = from_rpc_error(FakeRpcError(grpc.StatusCode.UNAVAILABLE, message), peer="10.0.0.1:7")
     assert says in str(received)
     assert "all addresses" not in str(received)
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        "errors resolving x.invalid:7600: [field:hostname lookup error:address lookup failed for x.invalid:7600: "
+        "Domain name not found]",
+        "DNS resolution failed for x.invalid:7600: C-ares status is not ARES_SUCCESS qtype=A: Domain name not found",
+    ],
+)
+def test_a_host_that_does_not_resolve_has_a_plain_message(details: str) -> None:
+    received = from_rpc_error(FakeRpcError(grpc.StatusCode.UNAVAILABLE, details), peer="x.invalid:7600")
+    assert type(received) is errors.Unreachable
+    assert str(received).startswith("x.invalid:7600: no host of this name is known here")
 
 
 def test_damaged_details_fall_back_to_the_code() -> None:

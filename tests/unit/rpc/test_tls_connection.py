@@ -117,8 +117,8 @@ async def test_the_health_command_shows_its_certificate(certificates: Path, addr
         result = await asyncio.to_thread(CliRunner().invoke, health_command, arguments, standalone_mode=False)
         return result.return_value, result.output
 
-    assert await ask(address, *files) == (0, "SERVING\n")
-    code, output = await ask(address)
+    assert await ask("--address", address, *files) == (0, "SERVING\n")
+    code, output = await ask("--address", address)
     assert (code, "UNAVAILABLE" in output) == (1, True)
     if mutual:
-        assert (await ask(address, files[0]))[0] == 1
+        assert (await ask("--address", address, files[0]))[0] == 1

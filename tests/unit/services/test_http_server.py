@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from overfill.api.openai.errors import ApiError
+from overfill.errors import Overloaded
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
+from overfill.rpc.tls import ServerTls
+from services.router.http import connection as http_connection
 from services.router.http import server as http_server
-from services.router.http.connection import ClientGone
-from services.router.http.server import MAX_HEAD, HttpServer
+from services.router.http.connection import MAX_HEAD, MAX_PIPELINED
+from services.router.http.request import Request
+from services.router.http.server import HttpServer
 
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
@@ -21,11 +32,11 @@ PATH: ContextVar[str] = ContextVar("PATH", default="")
 
 
 class App:
-    """Refuses every request without reading its body. ``GET`` starts an answer and waits for ``finish`` within it.
+    """Refuses every request without reading its body. ``GET`` waits for ``finish`` before its answer.
 
-    ``PUT`` reads the body and waits for ``finish`` while the client is connected. ``ended`` has the error of the wait.
-    ``PATCH`` takes the body from the connection, if it has arrived, and sets a context variable to the path. ``seen``
-    has the variable's values before.
+    ``PUT`` reads the body and waits for ``finish``. ``ended`` has the error of the wait. ``PATCH`` sets a context
+    variable to the path. ``seen`` has the variable's values before. ``TRACE`` reads the body and answers with its
+    length, or with the error.
     """
 
     def __init__(self) -> None:
@@ -33,38 +44,36 @@ class App:
         self.begun, self.finish = asyncio.Event(), asyncio.Event()
         self.ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
-    async def _put(self, scope: dict, receive: Callable) -> None:
-        while (await receive())["more_body"]:
-            pass
-        try:
-            with scope["overfill.connection"]:
+    async def __call__(self, request: Request) -> None:
+        match request.method:
+            case "PUT":
+                await request.body()
+                try:
+                    self.begun.set()
+                    await self.finish.wait()
+                except BaseException as error:
+                    self.ended.set_result(error)
+                    raise
+            case "PATCH":
+                await request.body()
+                self.seen.append(PATH.get())
+                PATH.set(request.path)
+            case "TRACE":
+                request.key = request.header(b"x-key")
+                self.begun.set()
+                try:
+                    request.respond(200, b"%d" % len(await request.body()))
+                except ApiError as error:
+                    request.respond(error.status, error.message.encode())
+                except Overloaded as error:
+                    request.respond(429, str(error).encode())
+                return
+            case "GET":
                 self.begun.set()
                 await self.finish.wait()
-        except BaseException as error:
-            self.ended.set_result(error)
-            raise
-
-    async def _patch(self, scope: dict) -> None:
-        self.seen.append(PATH.get())
-        PATH.set(scope["path"])
-        while scope["overfill.connection"].take_body() is None:
-            await asyncio.sleep(0)
-        with scope["overfill.connection"]:
-            pass
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["method"] == "PUT":
-            await self._put(scope, receive)
-        if scope["method"] == "PATCH":
-            await self._patch(scope)
-        status = 200 if scope["method"] == "GET" else 401
-        body = b"done" if status == 200 else b"no"
-        headers = [(b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        if status == 200:
-            self.begun.set()
-            await self.finish.wait()
-        await send({"type": "http.response.body", "body": body})
+                request.respond(200, b"done")
+                return
+        request.respond(401, b"no")
 
 
 @pytest.fixture
@@ -72,13 +81,55 @@ async def app() -> App:
     return App()
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_ROUND", 0.01)
+
+
+Start = Callable[..., Any]
+
+
 @pytest.fixture
-async def address(app: App) -> AsyncIterator[tuple[str, int]]:
-    server = HttpServer(app, 10, None, client_certificates=False)
-    host, port = (await server.start("127.0.0.1", 0)).split(":")
-    yield host, int(port)
+async def start(app: App) -> AsyncIterator[Start]:
+    """Starts a server with the given options, and returns its address."""
+    servers = []
+
+    async def begin(max_connections: int = 10, tls: ServerTls | None = None, **options: Any) -> tuple[str, int]:
+        server = HttpServer(app, max_connections, tls, client_certificates=False, **options)
+        servers.append(server)
+        host, port = (await server.start("127.0.0.1", 0)).split(":")
+        return host, int(port)
+
+    yield begin
     app.finish.set()
-    await server.stop()
+    for server in servers:
+        await server.stop()
+
+
+@pytest.fixture
+async def address(start: Start) -> tuple[str, int]:
+    found: tuple[str, int] = await start()
+    return found
+
+
+Connect = Callable[..., Any]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    """Opens connections, and closes them after the test."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def begin(address: tuple[str, int], **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*address, **options)
+        writers.append(writer)
+        return reader, writer
+
+    yield begin
+    for writer in writers:
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
@@ -87,93 +138,120 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return int(head.split()[1]), await reader.readexactly(length)
 
 
-async def test_a_refusal_reaches_a_client_that_is_still_sending(address: tuple[str, int]) -> None:
-    reader, writer = await asyncio.open_connection(*address)
+async def test_a_refusal_reaches_a_client_that_is_still_sending(address: tuple[str, int], connect: Connect) -> None:
+    reader, writer = await connect(address)
     body = bytes(2 << 20)
     writer.write(POST % len(body))
-    for start in range(0, len(body), 1 << 16):
-        writer.write(body[start : start + (1 << 16)])
+    for begin in range(0, len(body), 1 << 16):
+        writer.write(body[begin : begin + (1 << 16)])
         await writer.drain()
     assert await answer(reader) == (401, b"no")
     writer.write(POST % 0)  # the connection can still be used
     assert await answer(reader) == (401, b"no")
-    writer.close()
 
 
 @pytest.mark.parametrize("limit", ["bytes", "seconds"])
 async def test_the_rest_of_a_refused_body_has_limits(
-    limit: str, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    limit: str, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, connect: Connect
 ) -> None:
-    monkeypatch.setattr(http_server, "MAX_REST" if limit == "bytes" else "REST_TIMEOUT", 0.01)
-    reader, writer = await asyncio.open_connection(*address)
+    monkeypatch.setattr(http_connection, "MAX_REST" if limit == "bytes" else "BODY_TIMEOUT", 0.01)
+    reader, writer = await connect(address)
     writer.write(POST % (1 << 30))
     assert await answer(reader) == (401, b"no")
     writer.write(b"x")
     assert await reader.read() == b""
-    writer.close()
 
 
-@pytest.mark.parametrize("kind", ["one line", "lines"])
-async def test_a_head_that_comes_during_an_answer_has_the_same_limit(
-    kind: str, app: App, address: tuple[str, int]
+@pytest.mark.parametrize("kind", ["one line", "lines", "only line ends"])
+@pytest.mark.parametrize("when", ["first", "during an answer"])
+async def test_a_head_has_a_limit(
+    kind: str, when: str, app: App, address: tuple[str, int], connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, writer = await asyncio.open_connection(*address)
-    writer.write(GET)
-    await app.begun.wait()
-    writer.write(b"GET / HTTP/1.1\r\n" + (b"" if kind == "lines" else b"x-long: "))
-    piece = b"a: b\r\n" * 1000 if kind == "lines" else b"a" * 6000
+    monkeypatch.setattr(http_connection, "LINGER_TIMEOUT", 0.0)
+    _, writer = await connect(address)
+    if when == "during an answer":
+        writer.write(GET)
+        await app.begun.wait()
+    piece = {"one line": b"a" * 6000, "lines": b"a: b\r\n" * 10, "only line ends": b"\r\n" * 3000}[kind]
+    if kind != "only line ends":
+        writer.write(b"GET / HTTP/1.1\r\n" + (b"x-long: " if kind == "one line" else b""))
     with pytest.raises(ConnectionError):
         for _ in range(1000 * MAX_HEAD // len(piece)):
             writer.write(piece)
             await writer.drain()
-    writer.close()
 
 
-async def test_a_head_that_comes_during_an_answer_has_the_same_time(
-    app: App, address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+async def test_a_head_has_a_time(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, connect: Connect) -> None:
+    monkeypatch.setattr(http_connection, "HEAD_TIMEOUT", 0.05)
+    reader, writer = await connect(address)
+    writer.write(POST % 0 + b"GET / HTTP/1.1\r\n")
+    assert await answer(reader) == (401, b"no")
+    assert (await answer(reader))[0] == 408
+    assert await reader.read() == b""
+
+
+async def test_requests_that_arrive_at_once_are_answered_in_order(
+    app: App, address: tuple[str, int], connect: Connect
 ) -> None:
-    monkeypatch.setattr(http_server, "HEAD_TIMEOUT", 0.01)
-    reader, writer = await asyncio.open_connection(*address)
-    writer.write(GET)
+    app.finish.set()
+    reader, writer = await connect(address)
+    writer.write(PATCH % (b"/a", 3) + b"abc" + GET + POST % 2 + b"xy" + GET)
+    assert [await answer(reader) for _ in range(4)] == [(401, b"no"), (200, b"done"), (401, b"no"), (200, b"done")]
+    writer.write(b"TRACE / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nab")
+    writer.write(b"cde" + GET)
+    assert [await answer(reader) for _ in range(2)] == [(200, b"5"), (200, b"done")]
+
+
+async def test_too_many_requests_behind_an_answer_end_the_connection(
+    app: App, address: tuple[str, int], connect: Connect
+) -> None:
+    app.finish.set()
+    reader, writer = await connect(address)
+    writer.write(GET * (MAX_PIPELINED + 5))
+    assert [await answer(reader) for _ in range(MAX_PIPELINED + 1)] == [(200, b"done")] * (MAX_PIPELINED + 1)
+    assert (await answer(reader))[0] == 400
+    assert await reader.read() == b""
+
+
+async def test_what_cannot_be_parsed_is_answered_behind_the_requests_before_it(
+    app: App, address: tuple[str, int], connect: Connect
+) -> None:
+    reader, writer = await connect(address)
+    writer.write(GET + b"what is this?\r\n\r\n")
     await app.begun.wait()
-    writer.write(b"GET / HTTP/1.1\r\n")
-    assert not (await reader.read()).endswith(b"done"), "closed before the answer ended"
-    writer.close()
+    app.finish.set()
+    assert await answer(reader) == (200, b"done")
+    assert (await answer(reader))[0] == 400
+    assert await reader.read() == b""
 
 
-@pytest.mark.parametrize("body", [b"", bytes(200_000)], ids=["small", "large enough to pause reading"])
-async def test_a_disconnect_ends_the_wait_for_an_answer(body: bytes, app: App, address: tuple[str, int]) -> None:
-    _, writer = await asyncio.open_connection(*address)
+@pytest.mark.parametrize("body", [b"", bytes(200_000)], ids=["small", "large"])
+async def test_a_disconnect_ends_the_wait_for_an_answer(
+    body: bytes, app: App, address: tuple[str, int], connect: Connect
+) -> None:
+    _, writer = await connect(address)
     writer.write(PUT % len(body) + body)
     await app.begun.wait()
     writer.close()
-    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
+    assert isinstance(await asyncio.wait_for(app.ended, 10), asyncio.CancelledError)
 
 
-async def test_a_disconnect_ends_the_wait_although_another_request_follows(app: App, address: tuple[str, int]) -> None:
-    _, writer = await asyncio.open_connection(*address)
+async def test_a_disconnect_ends_the_wait_although_another_request_follows(
+    app: App, address: tuple[str, int], connect: Connect
+) -> None:
+    _, writer = await connect(address)
     writer.write(PUT % 0 + GET)
     await app.begun.wait()
     writer.transport.abort()
     app.begun.clear()
-    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
+    assert isinstance(await asyncio.wait_for(app.ended, 10), asyncio.CancelledError)
     assert not app.begun.is_set(), "the server started the next answer"
 
 
-async def test_a_disconnect_ends_the_wait_although_another_request_came_during_it(
-    app: App, address: tuple[str, int]
+async def test_a_request_does_not_see_the_context_of_an_earlier_one(
+    app: App, address: tuple[str, int], connect: Connect
 ) -> None:
-    _, writer = await asyncio.open_connection(*address)
-    writer.write(PUT % 0)
-    await app.begun.wait()
-    writer.write(PUT % 0)
-    await asyncio.sleep(0.05)  # the server takes it in; without a pause both may arrive with the end of the connection
-    writer.transport.abort()
-    assert isinstance(await asyncio.wait_for(app.ended, 10), ClientGone)
-
-
-async def test_a_request_does_not_see_the_context_of_an_earlier_one(app: App, address: tuple[str, int]) -> None:
-    reader, writer = await asyncio.open_connection(*address)
+    reader, writer = await connect(address)
     for path, body in ((b"/a", bytes(100_000)), (b"/b", b""), (b"/c", b"")):
         writer.write(PATCH % (path, len(body)) + body)
         assert await answer(reader) == (401, b"no")
@@ -181,15 +259,131 @@ async def test_a_request_does_not_see_the_context_of_an_earlier_one(app: App, ad
     for _ in range(2):
         assert await answer(reader) == (401, b"no")
     assert app.seen == [""] * 5
-    writer.close()
 
 
-async def test_a_shutdown_cancels_the_wait_for_an_answer(app: App) -> None:
+async def test_a_shutdown_cancels_the_wait_for_an_answer(app: App, connect: Connect) -> None:
     server = HttpServer(app, 10, None, client_certificates=False, stop_grace=0.1)
     host, port = (await server.start("127.0.0.1", 0)).split(":")
-    _, writer = await asyncio.open_connection(host, int(port))
+    _, writer = await connect((host, int(port)))
     writer.write(PUT % 0)
     await app.begun.wait()
     await server.stop()
     assert isinstance(await asyncio.wait_for(app.ended, 10), asyncio.CancelledError)
-    writer.close()
+
+
+async def test_an_idle_connection_gives_way_to_a_new_one(start: Start, app: App, connect: Connect) -> None:
+    address = await start(max_connections=2)
+    app.finish.set()
+    oldest, second = [await connect(address) for _ in range(2)]
+    for reader, writer in (oldest, second):
+        writer.write(GET)
+        assert await answer(reader) == (200, b"done")
+    reader, writer = await connect(address)
+    writer.write(GET)
+    assert await answer(reader) == (200, b"done")
+    assert await oldest[0].read() == b""
+    second[1].write(GET)
+    assert await answer(second[0]) == (200, b"done")
+
+
+async def test_connections_that_are_not_idle_do_not_give_way(start: Start, app: App, connect: Connect) -> None:
+    address = await start(max_connections=2)
+    held = [await connect(address) for _ in range(2)]
+    reader, _ = await connect(address)
+    assert (await answer(reader))[0] == 503
+    assert await reader.read() == b""
+    app.finish.set()
+    for reader, writer in held:
+        writer.write(GET)
+        assert await answer(reader) == (200, b"done")
+
+
+async def test_tls_handshakes_count_as_connections_and_have_a_time(
+    start: Start, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, connect: Connect
+) -> None:
+    monkeypatch.setattr(http_connection, "HEAD_TIMEOUT", 2.0)
+    app.finish.set()
+    certificates.make(tmp_path, ["127.0.0.1"])
+    files = certificates.role_files(tmp_path, Role.ROUTER)
+    address = await start(max_connections=2, tls=ServerTls(files.cert, files.key))
+    context = ssl.create_default_context(cafile=str(files.ca))
+    silent = [await connect(address) for _ in range(2)]
+    with pytest.raises((ConnectionError, ssl.SSLError)):
+        await connect(address, ssl=context)
+    for reader, _ in silent:
+        assert await asyncio.wait_for(reader.read(), 30) == b""
+    reader, writer = await connect(address, ssl=context)
+    writer.write(GET)
+    assert await answer(reader) == (200, b"done")
+
+
+async def test_bodies_in_receipt_share_a_budget_and_a_key_has_a_part_of_it(
+    start: Start, app: App, connect: Connect
+) -> None:
+    address = await start(max_body=100_000, max_bodies=400_000)
+    head = b"TRACE / HTTP/1.1\r\nhost: x\r\nx-key: %b\r\ncontent-length: 90000\r\n\r\n"
+
+    async def begin(key: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await connect(address)
+        writer.write(head % key)
+        app.begun.clear()
+        await app.begun.wait()
+        return reader, writer
+
+    first = await begin(b"a")
+    refused, _ = await begin(b"a")
+    status, message = await answer(refused)
+    assert (status, b"for this API key" in message) == (429, True)
+    others = [await begin(b"%d" % key) for key in range(3)]
+    refused, _ = await begin(b"b")
+    status, message = await answer(refused)
+    assert (status, b"its limit is 400000" in message) == (429, True)
+    for reader, writer in (first, *others):
+        writer.write(bytes(90_000))
+        assert await answer(reader) == (200, b"90000")
+    reader, writer = await begin(b"b")
+    writer.write(bytes(90_000))
+    assert await answer(reader) == (200, b"90000")
+
+
+@pytest.mark.parametrize("length", [b"content-length: 1001", b"transfer-encoding: chunked"])
+async def test_a_body_that_is_too_large_is_refused_and_the_connection_goes_on(
+    start: Start, length: bytes, connect: Connect
+) -> None:
+    address = await start(max_body=1000)
+    reader, writer = await connect(address)
+    body = bytes(1001) if b"content" in length else b"3e9\r\n" + bytes(1001) + b"\r\n0\r\n\r\n"
+    writer.write(b"TRACE / HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n" + body)
+    status, message = await answer(reader)
+    assert (status, b"1000 bytes" in message) == (413, True)
+    writer.write(POST % 0)
+    assert await answer(reader) == (401, b"no")
+
+
+async def test_a_client_that_waits_for_leave_to_send_gets_it(address: tuple[str, int], connect: Connect) -> None:
+    reader, writer = await connect(address)
+    writer.write(b"TRACE / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"ab")
+    assert await answer(reader) == (200, b"2")
+
+
+async def test_a_drained_server_closes_connections_behind_their_answers(app: App, connect: Connect) -> None:
+    server = HttpServer(app, 10, None, client_certificates=False)
+    host, port = (await server.start("127.0.0.1", 0)).split(":")
+    idle_reader, idle_writer = await connect((host, int(port)))
+    idle_writer.write(POST % 0)
+    await answer(idle_reader)
+    reader, writer = await connect((host, int(port)))
+    writer.write(GET)
+    await app.begun.wait()
+    server.drain()
+    assert await idle_reader.read() == b""
+    app.finish.set()
+    assert b"connection: close" in await reader.readuntil(b"\r\n\r\n")
+    assert await reader.read() == b"done"
+    reader, writer = await connect((host, int(port)))  # a new connection gets one answer
+    writer.write(GET + GET)
+    assert b"connection: close" in await reader.readuntil(b"\r\n\r\n")
+    assert await reader.read() == b"done"
+    await server.stop()

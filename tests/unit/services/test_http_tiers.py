@@ -30,6 +30,7 @@ class FakeGeneration:
 
     rest = None
     complete = False
+    cached_tokens = 0
 
     def __init__(self, tiers: list[str], brownout_from: str) -> None:
         self.accepted = inference_pb2.Accepted(
@@ -88,8 +89,8 @@ class FakeHandler:
         self.brownout_from = ""
         self.error: Exception | None = None
 
-    def reserve(self, *_: Any) -> nullcontext[None]:
-        return nullcontext()
+    def reserve(self, *_: Any) -> nullcontext[SimpleNamespace]:
+        return nullcontext(SimpleNamespace(take=lambda *_: None))
 
     async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> CheckedRequest:
         self.requests.append(request)
@@ -131,8 +132,8 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 async def client(handler: Any) -> AsyncIterator[Http]:
-    api = HttpApi(handler, AccessPolicy(), 1 << 20, lambda: "", None, share_port=False)  # type: ignore[arg-type]
-    server = HttpServer(api.asgi, 10, None, client_certificates=False)
+    api = HttpApi(handler, AccessPolicy(), lambda: "", None, share_port=False)  # type: ignore[arg-type]
+    server = HttpServer(api, 10, None, client_certificates=False)
     address = await server.start("127.0.0.1", 0)
     yield Http(f"http://{address}")
     await server.stop()

@@ -106,11 +106,17 @@ async def check(handler: RequestHandler, key: ApiKey) -> None:
         await handler.check(GENERATE, reservation)
 
 
-CALLS = {
-    "generate": check,
-    "tokenize": lambda handler, key: handler.tokenize(TOKENIZE, key),
-    "detokenize": lambda handler, key: handler.detokenize(DETOKENIZE, key),
-}
+async def tokenize(handler: RequestHandler, key: ApiKey | None) -> None:
+    with handler.reserve(key) as reservation:
+        await handler.tokenize(TOKENIZE, reservation)
+
+
+async def detokenize(handler: RequestHandler, key: ApiKey) -> None:
+    with handler.reserve(key) as reservation:
+        await handler.detokenize(DETOKENIZE, reservation)
+
+
+CALLS = {"generate": check, "tokenize": tokenize, "detokenize": detokenize}
 
 
 @pytest.mark.parametrize("first", CALLS)
@@ -145,12 +151,16 @@ async def test_prompts_of_one_request_are_charged_once_and_together(
 ) -> None:
     key = new_key(concurrency=2)
     tokenizer.proceed.set()
-    with handler.reserve(key, 2) as reservation:
+    with handler.reserve(key) as reservation:
+        reservation.take(0.0)  # before the body is read, and then for all prompts
+        reservation.take(0.0, 2)
         for _ in range(2):
             with pytest.raises(InvalidRequest, match="has 100 tokens"):
                 await handler.check(GENERATE, reservation)
-    with handler.reserve(key, 3) as reservation, pytest.raises(InvalidRequest, match="n: asks for 3 answers"):
-        await handler.check(GENERATE, reservation)
+    with handler.reserve(key) as reservation:
+        reservation.take(0.0)
+        with pytest.raises(InvalidRequest, match="n: asks for 3 answers"):
+            reservation.take(0.0, 3)
 
 
 async def test_too_many_or_too_large_calls_are_refused(tokenizer: BlockingTokenizer) -> None:
@@ -255,7 +265,7 @@ async def test_nothing_starts_once_all_is_aborted(submitted: Submitted, tokenize
 
 async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer: BlockingTokenizer) -> None:
     handler = new_handler(tokenizer, Submitted(), 200)
-    long = [asyncio.ensure_future(handler.tokenize(TOKENIZE, None)) for _ in range(8)]  # more than threads
+    long = [asyncio.ensure_future(tokenize(handler, None)) for _ in range(8)]  # more than threads
     assert await asyncio.to_thread(tokenizer.begun.wait, 30)
     assert await asyncio.wait_for(handler._run(10, lambda: "checked", in_thread=True), 30) == "checked"
     tokenizer.proceed.set()

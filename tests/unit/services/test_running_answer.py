@@ -201,3 +201,34 @@ async def test_a_tier_whose_tokens_were_cut_at_a_stop_string_is_no_part_of_the_a
         pass
     assert answer.running.finished.stop == "two"
     assert [part.tier for part in answer.running.finished.parts] == ["default"]
+
+
+@pytest.mark.parametrize("reading", [True, False])
+async def test_the_log_has_the_time_to_first_token_of_an_answer_that_its_client_leaves(tiny_pair, caplog, reading):
+    """The client leaves while it waits for its second token, or before it has taken the first."""
+    answer = Answer(tiny_pair)
+    answer.relay.answer.received = asyncio.get_running_loop().time() - 1
+    with caplog.at_level("INFO", "overfill.requests"), answer.running:
+        answer.send(1)
+        assert await answer.next() == 1
+        if reading:
+            (await answer.waiting()).cancel()
+    (record,) = caplog.records
+    assert (record.outcome, record.completion_tokens) == ("cancelled", 1)
+    assert 1 <= record.ttft <= record.total
+
+
+async def test_the_log_has_no_time_to_first_token_without_tokens(tiny_pair, caplog):
+    answer = Answer(tiny_pair)
+    with caplog.at_level("INFO", "overfill.requests"), answer.running:
+        (await answer.waiting()).cancel()
+    (record,) = caplog.records
+    assert (record.completion_tokens, record.ttft) == (0, 0)
+
+
+async def test_cached_tokens_are_known_with_the_first_token(tiny_pair):
+    answer = Answer(tiny_pair)
+    assert answer.running.cached_tokens == 0
+    so_far = decode_pb2.DecodeDone(usage=common_pb2.Usage(cached_tokens=16))
+    answer.relay.answer.accept(decode_pb2.Tokens(first_index=0, ids=answer.ids[:1], so_far=so_far), 0.0)
+    assert answer.running.cached_tokens == 16

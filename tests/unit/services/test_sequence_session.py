@@ -14,11 +14,12 @@ from overfill.engine.sequence import (
     Release,
     Reserve,
     Reserved,
+    SequenceFailed,
     Start,
     StopRule,
     Yielded,
 )
-from overfill.errors import Unavailable
+from overfill.errors import InternalError, StepFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
 from overfill.request.params import SamplingParams
@@ -125,6 +126,28 @@ async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(harness):
     await settle()
     assert sequence.state is DecodeState.RECEIVING, "new blocks hold no KV yet"
     assert sequence.computed == 0
+
+
+@pytest.mark.parametrize("error", [StepFailed("prefill failed"), InternalError("bug"), Unavailable("gone")])
+async def test_the_router_learns_that_a_failed_step_has_ended_the_prefill_worker(harness, error):
+    harness.assign()
+    await settle()
+    pull = harness.pulls[0]
+    pull.error = error
+    pull.done.set()
+    pull.let_go.set()
+    await settle()
+    need = harness.told[-1].need_prefill
+    assert (need.worker_id, need.detail) == ("p", str(error))
+    assert need.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
+    assert need.step_failed == isinstance(error, StepFailed)
+
+
+async def test_the_router_learns_of_a_failed_step_of_this_worker(harness):
+    failure = SequenceFailed("s", RuntimeError("no memory"), ends_engine=True)
+    harness.session.inbox.put_nowait(failure)
+    with pytest.raises(StepFailed, match="decode failed and ended its worker: no memory"):
+        await harness.task
 
 
 async def test_a_failed_pull_that_was_given_up_asks_for_nothing(harness):

@@ -263,17 +263,17 @@ Prometheus. Clients have a certificate of their own, because a holder of this on
 {{- define "overfill.probes" -}}
 startupProbe:
   # With --live, because a router without workers is not ready, and a restart would not help.
-  exec: {command: [overfill, health, --live, "127.0.0.1:{{ .port }}"]}
+  exec: {command: [overfill, health, --live, --address, "127.0.0.1:{{ .port }}"]}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: {{ div (add (int .startupSeconds) 9) 10 }}
 readinessProbe:
-  exec: {command: [overfill, health, "127.0.0.1:{{ .port }}"]}
+  exec: {command: [overfill, health, --address, "127.0.0.1:{{ .port }}"]}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 2
 livenessProbe:
-  exec: {command: [overfill, health, --live, "127.0.0.1:{{ .port }}"]}
+  exec: {command: [overfill, health, --live, --address, "127.0.0.1:{{ .port }}"]}
   periodSeconds: 30
   timeoutSeconds: 10
   failureThreshold: 4

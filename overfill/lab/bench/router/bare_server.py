@@ -1,6 +1,6 @@
 """The peers of ``overfill bench router``: servers that send the router's bytes, and do nothing else.
 
-A peer uses the router's server library: uvicorn with httptools over HTTP, grpc.aio over gRPC. It reads a
+The peers are uvicorn with httptools over HTTP, and grpc.aio, the router's own library, over gRPC. A peer reads a
 request's ``max_tokens``, and answers with the events that were recorded from the router.
 """
 

@@ -28,7 +28,9 @@ function headers() {
 }
 
 async function problemOf(response) {
-  if (response.status === 401) return "This server requires an API key.";
+  if (response.status === 401) {
+    return $("key").value.trim() ? "The API key is not valid." : "This server requires an API key: enter it below.";
+  }
   try {
     return (await response.json()).error.message;
   } catch {
@@ -117,7 +119,7 @@ function details(reported, usage) {
   };
   facts.push(place("prefill") + " → " + place("decode"));
   if (!$("tier-field").hidden) facts.push(writers(reported));
-  if (reported.migrations) facts.push("migrated " + reported.migrations + " times");
+  if (reported.migrations) facts.push("migrated " + count(reported.migrations, "time"));
   if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
   const bar = node("div", "bar"), legend = node("ul", "legend");
   PARTS.forEach((part, i) => {
@@ -143,6 +145,8 @@ function writers(reported) {
   return reported.brownout_from ? text + ", because " + reported.brownout_from + " is overloaded" : text;
 }
 
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+const figure = (value) => (value < 10000 ? value.toFixed(1) : (value / 1000).toFixed(1) + " s"); // fits a column
 const ms = (value) => (value < 100 ? value.toFixed(1) : Math.round(value)) + " ms";
 
 function busy(on) {
@@ -172,6 +176,11 @@ $("clear").addEventListener("click", () => {
   $("prompt").focus();
 });
 $("key").addEventListener("change", () => sessionStorage.setItem("overfill-key", $("key").value));
+$("key").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return; // would send the form, whose message is empty
+  event.preventDefault();
+  $("prompt").focus();
+});
 $("key").value = sessionStorage.getItem("overfill-key") ?? "";
 
 // Workers
@@ -179,6 +188,7 @@ $("key").value = sessionStorage.getItem("overfill-key") ?? "";
 async function poll() {
   try {
     const response = await fetch("/status", { headers: headers(), signal: AbortSignal.timeout(2 * POLL_MS) });
+    $("key").classList.toggle("wrong", response.status === 401);
     if (!response.ok) throw new Error(await problemOf(response));
     show(await response.json());
     if (!tiersListed) await listTiers();
@@ -205,7 +215,7 @@ function show(status) {
   model = status.model;
   $("model").textContent = model;
   $("traffic").textContent = `${status.running} running · ${status.waiting} waiting · ` +
-    `${status.tokens_per_second.toFixed(1)} tokens/s · ${status.answers_last_minute} answers in the last minute`;
+    `${status.tokens_per_second.toFixed(1)} tokens/s · ${count(status.answers_last_minute, "answer")} in the last minute`;
   const now = Date.now(), here = new Set(status.workers.map(key));
   for (const worker of status.workers) seen.set(key(worker), { id: worker.id, stage: worker.stage, at: now });
   const gone = [...seen].filter(([entry, { at }]) => !here.has(entry) && now - at < GONE_MS);
@@ -218,7 +228,7 @@ function show(status) {
   $("times").replaceChildren(...Object.entries(TIMES).map(([name, label]) => {
     const line = node("tr"), found = status.timing_ms[name], head = node("th", "", label);
     head.scope = "row";
-    line.append(head, ...["p50", "p90", "p99"].map((mark) => node("td", "", found ? found[mark].toFixed(1) : "–")));
+    line.append(head, ...["p50", "p90", "p99"].map((mark) => node("td", "", found ? figure(found[mark]) : "–")));
     return line;
   }));
 }

@@ -19,10 +19,17 @@ def test_the_shape_follows_from_what_is_given():
     assert LoadPlan(trace="x.csv").seconds is None
 
 
+def test_a_target_without_a_scheme_is_a_router():
+    for target in ("127.0.0.1:7600", "grpc://127.0.0.1:7600"):
+        plan = LoadPlan(target=target)
+        assert (plan.http, plan.address) == (False, "127.0.0.1:7600")
+    assert LoadPlan(target="http://127.0.0.1:8000/v1").http
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"target": "127.0.0.1:7600"}, "target"),
+        ({"target": "127.0.0.1"}, "target"),
         ({"rate": 1.0, "shape": "ramp"}, "rate"),
         ({"shape": "arrivals"}, "shape"),
         ({"rate": 1.0}, "rate"),

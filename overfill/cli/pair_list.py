@@ -1,0 +1,66 @@
+"""``overfill pair list``: the named pairs and those in the cache. Prepares nothing and reads no weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from overfill.pair.store import CachedPair
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_command(as_json: bool) -> None:
+    """List the named pairs and those in the cache.
+
+    Shows each pair's state, its full model, the weights that its decoder reads per token, and its folder. Pairs in
+    folders of your own are not listed. `overfill pair path NAME` prepares a named pair.
+    """
+    from rich.table import Table
+
+    from overfill.cli.output import console, print_json
+    from overfill.pair.store import cached_pairs
+
+    pairs = [_describe(each) for each in cached_pairs()]
+    if as_json:
+        print_json(pairs)
+        return
+    table = Table(box=None, padding=(0, 1))
+    for column in ("pair", "state", "full model", "decoder reads", "folder"):
+        table.add_column(column, justify="right" if column == "decoder reads" else "left")
+    for pair in pairs:
+        full, decoder = pair["full"], pair["decoder"]
+        reads = f"{decoder['weights'] / 1e6:.0f} M ({decoder['weights'] / full['weights']:.0%})" if full else ""
+        table.add_row(pair["name"], pair["state"], full["name"] if full else "", reads, pair["folder"])
+    console().print(table)
+
+
+def _describe(cached: CachedPair) -> dict[str, Any]:
+    """Describes a pair as plain values. ``full`` and ``decoder`` are None for one that cannot be used as it is."""
+    from overfill.model.manifest import Pair
+    from overfill.pair.evaluate.costs import DecodeCost
+
+    described: dict[str, Any] = {
+        "name": cached.name,
+        "state": cached.state,
+        "folder": str(cached.folder),
+        "full": None,
+        "decoder": None,
+    }
+    if cached.state != "ready":
+        return described
+    pair = Pair.load(cached.folder, weights=False)
+    for half, path, config in (
+        ("full", pair.full_path, pair.full_config),
+        ("decoder", pair.decoder_path, pair.decoder_config),
+    ):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        described[half] = {
+            "name": path.resolve().name,
+            "path": str(path),
+            "bytes": size,
+            "weights": DecodeCost.of(config, "bf16").weights,
+        }
+    return described
