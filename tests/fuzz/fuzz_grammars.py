@@ -385,6 +385,8 @@ class Memory:
                 try:
                     self._samples[name].append(process.memory_info().rss)
                     for helper in process.children():
+                        if "overfill.request.trial_helper" not in helper.cmdline():
+                            continue  # it has not left its parent's memory yet
                         own = helper.memory_info().rss
                         self._samples[f"{name}'s helper"].append(own)
                         trials = sum(max(0, trial.memory_info().rss - own) for trial in helper.children())
