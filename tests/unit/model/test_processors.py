@@ -177,8 +177,9 @@ def test_grammars_that_cannot_be_compiled_are_refused_with_the_reason(
 
 
 async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_matcher(
-    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    grammars = Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])  # whose matchers no other test holds
     held = [grammars.matcher(DIGITS) for _ in range(3)]
     monkeypatch.setattr("overfill.model.processors.available_memory", lambda: 4 * MATCHER_BYTES - 1)
     with pytest.raises(Overloaded, match="3 answers have a grammar here"):
@@ -186,6 +187,7 @@ async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_match
     assert await prepare_processor(SamplingParams(), [], grammars, [END]) is None
     del held[:]
     assert await prepare_processor(SamplingParams(grammar=DIGITS), [], grammars, [END]) is not None
+    grammars.close()
 
 
 def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
