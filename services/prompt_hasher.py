@@ -12,7 +12,7 @@ from overfill.kv.keys import PromptBlocks
 class PromptHasher:
     """Computes the prefix-cache keys of prompts on a thread of its own, so that the event loop stays free.
 
-    It does not use asyncio's default executor, where prompts would wait behind grammars that are being compiled.
+    It does not use asyncio's default executor, where prompts would wait for other work.
 
     Args:
         blocks_of: the engine's way to hash a prompt, as in ``ServedHalf``.

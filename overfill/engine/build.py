@@ -29,7 +29,8 @@ from overfill.model.native.transformer import fastest_model
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
 from overfill.process.limits import available_memory
-from overfill.request.grammar import GrammarLimits, Grammars
+from overfill.request.grammar import Grammars
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
-from overfill.request.grammar import GrammarLimits, Grammars
+from overfill.request.grammar import Grammars
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2

@@ -10,19 +10,20 @@ import asyncio
 import json
 import logging
 import random
-import resource
+import re
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overfill.errors import InvalidRequest
 from overfill.request.fair_turns import FairTurns
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.json_schemas import close_objects
 from overfill.request.params import Grammar
 from overfill.request.trials import Trials
@@ -67,8 +68,8 @@ _COSTLY = 0.05
 """Seconds of CPU time from which on compiling a grammar is costly."""
 
 _MAX_COSTLY = 1024  # that wait to be compiled, of one client
-_UNLIMITED_STACK = 2 << 20  # bytes that glibc gives a thread where the limit of the stack is infinite
 _FIELD = "sampling.grammar."
+_LIMIT_WORDS = re.compile("fuel|[Tt]oo many|too big|too large|exceeds limit|recursion limit|too deeply|; max is")
 
 # Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -83,37 +84,6 @@ class GrammarFailed(InvalidRequest):
 
 class GrammarStuck(GrammarFailed):
     """A grammar allows no token after those so far, and not the end of the answer either."""
-
-
-def _half_a_stack() -> int:
-    """Returns half of the stack that a new thread of this process gets, in bytes."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    return (_UNLIMITED_STACK if soft == resource.RLIM_INFINITY else soft) // 2
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarLimits:
-    """What a client's grammar may cost when it is tried.
-
-    Args:
-        memory: bytes that it may take, compiled and after some tokens. Compiling it may take twice as many.
-        seconds: CPU time that the trial may take.
-        stack_bytes: stack of the trial. Half of this process's, so that what passes the trial does not overflow here.
-    """
-
-    memory: int = 64 << 20
-    seconds: int = 2
-    stack_bytes: int = field(default_factory=_half_a_stack)
-
-    @property
-    def trial_bytes(self) -> int:
-        """Bytes of address space that a trial may take in addition to the helper process's."""
-        return 2 * self.memory
-
-    @property
-    def too_much_memory(self) -> str:
-        """The reason why a grammar that exceeds ``memory`` is refused."""
-        return f"it needs more than {self.memory >> 20} MiB of memory, the limit on this server"
 
 
 class Grammars:
@@ -233,7 +203,7 @@ class Grammars:
         self.warm()
         matcher = llguidance.LLMatcher(self._tokenizer, _compiled(grammar), log_level=0, limits=_limits())
         if matcher.is_error():
-            raise InvalidRequest(_FIELD + grammar.kind, _in_one_line(matcher.get_error()))
+            raise InvalidRequest(_FIELD + grammar.kind, _reason(matcher.get_error()))
         made = Matcher(matcher)
         self._live.add(made)
         return made
@@ -320,7 +290,7 @@ def check_grammar(grammar: Grammar) -> None:
         return
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_compiled(grammar), limits=_limits())
     if failed:
-        raise InvalidRequest(_FIELD + grammar.kind, _in_one_line(messages[0]))
+        raise InvalidRequest(_FIELD + grammar.kind, _reason(messages[0]))
     for message in messages:
         log.debug("grammar: %s", message)
 
@@ -349,6 +319,12 @@ def _compiled(grammar: Grammar) -> str:
             return llguidance.LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             return llguidance.LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _reason(error: str) -> str:
+    """Why llguidance refuses a grammar. It has no other sign than its words for a limit that was reached."""
+    reason = _in_one_line(error)
+    return f"is too complex: {reason}" if _LIMIT_WORDS.search(reason) else reason
 
 
 def _in_one_line(message: str) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, GrammarStuck, available
+from overfill.request.grammar import GrammarFailed, Grammars, GrammarStuck, available
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import Grammar
 
 _TOKENS = 64

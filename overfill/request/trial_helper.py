@@ -22,12 +22,14 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from overfill.errors import InvalidRequest
+from overfill.request.grammar_limits import GrammarLimits
 
 OK, INVALID, TOO_COMPLEX, LATE = b"O", b"I", b"C", b"L"
 """Outcomes: the function's result; JSON of field and message; why the child died; nothing, for lack of CPU."""
@@ -35,6 +37,7 @@ OK, INVALID, TOO_COMPLEX, LATE = b"O", b"I", b"C", b"L"
 WALL_FACTOR = 15
 """Seconds that a trial may last for each second of CPU time that it may take."""
 
+_TOO_DEEP = "its parts are nested, or refer to each other, too deeply"
 _HEADER = struct.Struct("!QI")
 _LOWEST_PRIORITY = 19
 _FIRST_PRIORITY = 5
@@ -70,27 +73,11 @@ def _read(connection: socket.socket, length: int) -> bytes | None:
     return bytes(data)
 
 
-class _Limits(Protocol):
-    """Limits of a trial; see ``overfill.request.grammar.GrammarLimits``."""
-
-    @property
-    def seconds(self) -> int: ...
-
-    @property
-    def stack_bytes(self) -> int: ...
-
-    @property
-    def trial_bytes(self) -> int: ...
-
-    @property
-    def too_much_memory(self) -> str: ...
-
-
 class _Bench(Protocol):
     """What all trials share; see ``overfill.request.trial.Bench``."""
 
     @property
-    def limits(self) -> _Limits: ...
+    def limits(self) -> GrammarLimits: ...
 
     def virtual_bytes(self) -> int:
         """Returns the size of this process's address space."""
@@ -166,11 +153,13 @@ class _Helper:
         limits = self._bench.limits
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if number in (signal.SIGSEGV, signal.SIGBUS):
-            reason = "its parts are nested, or refer to each other, too deeply"
-        elif number in (signal.SIGXCPU, signal.SIGKILL):
-            reason = f"compiling it takes more than {limits.seconds} s of CPU time, the limit on this server"
-        else:  # Rust ends a process that gets no memory by SIGABRT
+            reason = _TOO_DEEP
+        elif number == signal.SIGXCPU:
+            reason = limits.too_slow
+        elif number:  # Rust ends a process that gets no memory by SIGABRT, and the kernel by SIGKILL
             reason = limits.too_much_memory
+        else:
+            reason = "its check failed on this server"  # a defect of OverFill, which the child has reported
         return TOO_COMPLEX + reason.encode()
 
     def _watch(self) -> None:
@@ -193,6 +182,7 @@ def _named(name: str) -> Any:
 
 def _try(bench: _Bench, function: Callable[[bytes, _Bench], bytes], argument: bytes, writing: int) -> NoReturn:
     """Runs a trial in a new child process, writes the reply, and ends the process."""
+    stderr = os.dup(2)
     try:
         _confine(bench)
         try:
@@ -200,16 +190,19 @@ def _try(bench: _Bench, function: Callable[[bytes, _Bench], bytes], argument: by
         except InvalidRequest as error:
             message = str(error).removeprefix(f"{error.field}: ")
             reply = INVALID + json.dumps([error.field, message]).encode()
-        except (MemoryError, RecursionError):
-            os._exit(1)
+        except RecursionError:
+            reply = TOO_COMPLEX + _TOO_DEEP.encode()
+        except MemoryError:
+            reply = TOO_COMPLEX + bench.limits.too_much_memory.encode()
         rest = memoryview(reply)
         while rest:
             rest = rest[os.write(writing, rest) :]
         os._exit(0)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # a defect of OverFill
+        os.dup2(stderr, 2)
+        traceback.print_exc()
     finally:
-        os._exit(2)
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -228,6 +221,8 @@ def _confine(bench: _Bench) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     _, hard = resource.getrlimit(resource.RLIMIT_STACK)
     resource.setrlimit(resource.RLIMIT_STACK, (limits.stack_bytes, hard))
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where a container's memory ends, the kernel ends a trial first
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, _FIRST_PRIORITY)
 

@@ -19,7 +19,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +151,7 @@ class Trials:
             except TimeoutError:
                 log.error("the helper process that tries grammars does not answer; it is ended")
                 assert helper is not None
-                helper.kill()
+                helper.end()
             except OSError as error:
                 log.error("the helper process that tries grammars ended: %s", error)
         raise Overloaded("new grammars cannot be checked now: the helper process ended", 1.0, "grammars")
@@ -200,12 +199,7 @@ class _Helper:
         return reply
 
     def end(self) -> None:
-        """Closes the connection, at which the process ends."""
-        with suppress(OSError):  # it is closed already
-            self._connection.shutdown(socket.SHUT_RDWR)
-
-    def kill(self) -> None:
-        """Ends the process at once, with its trials."""
+        """Ends the process at once, with its trials, even if it is stopped or does not answer."""
         self._process.kill()
 
     def _read(self) -> None:

@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, model_validator
 
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.process.permissions import refusal
-from overfill.request.grammar import GrammarLimits
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessPolicy, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls

@@ -20,8 +20,8 @@ from overfill.errors import (
 )
 
 REFUSALS = (
-    "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "router_busy", "too_long", "invalid",
-    "not_found", "shutting_down", "other",
+    "queue_full", "deadline", "max_wait", "key_rate", "key_concurrency", "router_busy", "grammars", "too_long",
+    "invalid", "not_found", "shutting_down", "other",
 )  # fmt: skip
 """Reasons for refusing a request. The first ones are the values of ``Overloaded.reason`` that the router sets."""
 

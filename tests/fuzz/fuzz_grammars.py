@@ -43,6 +43,7 @@ GROWTH = 64 << 20
 SLOWER = 2.0
 """Factor by which the fuzz may raise the other key's 95th percentile."""
 
+_MEDIAN_OF = 50  # samples of memory, of 0.2 s each
 FUZZERS = 6  # connections of the key that fuzzes
 _TRIAL_BYTES = 2 * (64 << 20)  # what a trial may take in addition to the helper process
 _TRIALS = 3  # at once
@@ -361,27 +362,33 @@ def p95(times: list[float]) -> float:
 
 
 class Memory:
-    """Resident memory of the stack's processes, and the most that each helper took with its trials, in bytes."""
+    """Resident memory of the stack's processes, and the most that each helper took with its trials, in bytes.
+
+    A process's memory goes up and down with the requests that it parses, so ``read`` returns medians of some seconds.
+    """
 
     def __init__(self, processes: dict[str, psutil.Process]) -> None:
         self.processes = processes
+        self._samples: collections.defaultdict[str, collections.deque[int]] = collections.defaultdict(
+            lambda: collections.deque(maxlen=_MEDIAN_OF)
+        )
         self.helpers: dict[str, tuple[int, int]] = {}  # name -> most of the helper, and of its trials together
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
     def read(self) -> dict[str, int]:
-        sizes = {name: process.memory_info().rss for name, process in self.processes.items()}
-        for name, process in self.processes.items():
-            for helper in process.children():
-                sizes[f"{name}'s helper"] = helper.memory_info().rss
-        return sizes
+        return {name: int(statistics.median(sizes)) for name, sizes in sorted(self._samples.items())}
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
             for name, process in self.processes.items():
                 try:
+                    self._samples[name].append(process.memory_info().rss)
                     for helper in process.children():
+                        if "overfill.request.trial_helper" not in helper.cmdline():
+                            continue  # it has not left its parent's memory yet
                         own = helper.memory_info().rss
+                        self._samples[f"{name}'s helper"].append(own)
                         trials = sum(max(0, trial.memory_info().rss - own) for trial in helper.children())
                         most, most_trials = self.helpers.get(name, (0, 0))
                         self.helpers[name] = max(most, own), max(most_trials, trials)

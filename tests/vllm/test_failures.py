@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from grammar_bombs import assert_only_their_requests_fail
 from stacks import children, idle, running_stack, wait_until
 from vllm_stacks import EAGER, GREEDY, engines, prompts, wrong_answers
 
@@ -41,6 +42,12 @@ def test_workers_that_hang_or_fail_end_and_their_requests_continue_elsewhere(vll
             assert any(causes[name] in line for line in worker.last_lines()), worker.last_lines()
         assert any(line.startswith("decode-2") and "a data stream broke" in line for line in stack.lines)
         wait_until(lambda: idle(address), 5, "all blocks free")
+
+
+@pytest.mark.timeout(400)
+async def test_a_grammar_that_would_end_a_worker_fails_its_own_request(vllm_pair):
+    with running_stack(vllm_pair, **engines("vllm", "vllm")) as (_, address):
+        await assert_only_their_requests_fail(address)
 
 
 @pytest.mark.timeout(400)  # four workers load vLLM

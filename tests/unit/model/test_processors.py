@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import overfill.request.grammar
-from overfill.errors import InvalidRequest
-from overfill.model.processors import LogitProcessor, new_processor, process
+from overfill.errors import InvalidRequest, Overloaded
+from overfill.model.processors import LogitProcessor, new_processor, prepare_processor, process
 from overfill.model.sampling import sample
-from overfill.request.grammar import GrammarFailed, Grammars
+from overfill.request.grammar import MATCHER_BYTES, GrammarFailed, Grammars
 from overfill.request.params import Grammar, SamplingParams
 
 VOCAB = 512
@@ -22,8 +23,10 @@ DIGITS = Grammar("regex", "[0-9]{3,5}")
 
 
 @pytest.fixture(scope="module")
-def grammars(tiny_pair: Path) -> Grammars:
-    return Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])
+def grammars(tiny_pair: Path) -> Iterator[Grammars]:
+    made = Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])
+    yield made
+    made.close()
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -171,6 +174,20 @@ def test_grammars_that_cannot_be_compiled_are_refused_with_the_reason(
         with pytest.raises(InvalidRequest, match=message) as caught:
             attempt()
         assert caught.value.field == f"sampling.grammar.{grammar.kind}"
+
+
+async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_matcher(
+    tiny_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])  # whose matchers no other test holds
+    held = [grammars.matcher(DIGITS) for _ in range(3)]
+    monkeypatch.setattr("overfill.model.processors.available_memory", lambda: 4 * MATCHER_BYTES - 1)
+    with pytest.raises(Overloaded, match="3 answers have a grammar here"):
+        await prepare_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
+    assert await prepare_processor(SamplingParams(), [], grammars, [END]) is None
+    del held[:]
+    assert await prepare_processor(SamplingParams(grammar=DIGITS), [], grammars, [END]) is not None
+    grammars.close()
 
 
 def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:

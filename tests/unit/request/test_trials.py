@@ -18,7 +18,8 @@ from realistic_grammars import grammars as realistic_grammars
 
 from overfill.errors import InvalidRequest, Overloaded
 from overfill.request.fair_turns import FairTurns
-from overfill.request.grammar import GrammarFailed, GrammarLimits, Grammars, Matcher
+from overfill.request.grammar import GrammarFailed, Grammars, Matcher
+from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import Grammar
 from overfill.request.trials import WAITING
 
@@ -46,6 +47,11 @@ BOMBS = {
     "multiple of a large number": ("json_schema", '{"type": "integer", "multipleOf": 4000037}', "more than 64 MiB"),
     "nesting": ("json_schema", '{"a":' * 5000 + "1" + "}" * 5000, "at most 200 levels"),
     "digits": ("json_schema", '{"type": "integer", "minimum": ' + "9" * 5000 + "}", "is not JSON"),
+    "product of terminals": (
+        "lark",
+        "start: P\nP: " + " & ".join(f"/(.*a.{{{i}}}b.*)/" for i in range(1, 25)),
+        "is too complex",
+    ),
     "no answer": (
         "json_schema",
         '{"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}',

@@ -1,0 +1,70 @@
+"""Tests the trial of a request's tools and grammar: what comes back, and the field that an error names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overfill.api.chat import chat_grammar
+from overfill.api.request_grammar import tried_grammar
+from overfill.errors import InvalidRequest
+from overfill.request.grammar import Grammars
+from overfill.v1 import common_pb2
+from overfill.v1.inference_pb2 import Chat, GenerateRequest, ToolChoice
+
+BOMB = {"type": "integer", "multipleOf": 4000037}
+NONE = ToolChoice(mode=ToolChoice.MODE_NONE)
+
+
+@pytest.fixture
+async def grammars(tiny_pair: Path) -> AsyncIterator[Grammars]:
+    made = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1])
+    yield made
+    made.close()
+
+
+def tool(schema: Any, **fields: Any) -> dict[str, Any]:
+    return {"name": "f", "parameters": schema if isinstance(schema, str) else json.dumps(schema), **fields}
+
+
+def request(schema: str = "", **chat: Any) -> GenerateRequest:
+    made = GenerateRequest(chat=Chat(**chat))
+    if schema:
+        made.sampling.grammar.json_schema = schema
+    return made
+
+
+async def test_the_grammar_of_tools_is_that_of_the_chat(grammars: Grammars) -> None:
+    asked = request(tools=[tool({"type": "object", "properties": {"a": {"type": "string"}}})])
+    assert await tried_grammar(asked, grammars) == chat_grammar(asked.chat)
+    both = request('{"type": "boolean"}', tools=[tool({})])
+    assert "answer" in (await tried_grammar(both, grammars)).text  # type: ignore[union-attr]
+
+
+async def test_a_grammar_without_tools_needs_no_other(grammars: Grammars) -> None:
+    assert await tried_grammar(request('{"type": "boolean"}'), grammars) is None
+    assert (
+        await tried_grammar(GenerateRequest(sampling={"grammar": common_pb2.Grammar(json_object=True)}), grammars)
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "reason", "asked"),
+    [
+        ("sampling.grammar.json_schema", "is too complex", request(json.dumps(BOMB))),
+        ("sampling.grammar.json_schema", "is nested too deeply", request("[" * 5000)),
+        ("sampling.grammar.json_schema", "Unimplemented", request('{"not": {}}', tools=[tool({})])),
+        ("sampling.grammar.json_schema", "Unimplemented", request('{"not": {}}', tools=[tool({})], tool_choice=NONE)),
+        ("chat.tools", "is too complex", request(tools=[tool({"properties": {"a": BOMB}})])),
+        (r"chat.tools\[0\].parameters", "is nested too deeply", request(tools=[tool('{"a":' * 5000)])),
+        (r"chat.tools\[0\].parameters", "strict tool 'f'", request(tools=[tool({"not": {}}, strict=True)])),
+    ],
+)
+async def test_errors_name_the_field(grammars: Grammars, field: str, reason: str, asked: GenerateRequest) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: .*{reason}"):
+        await tried_grammar(asked, grammars)
