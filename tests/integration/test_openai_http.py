@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 
 import openai
 import pytest
@@ -477,12 +478,14 @@ def test_rpcs_beyond_the_limit_are_refused_as_overload(tiny_pair):
 
 
 def test_connections_beyond_the_limit_are_answered_with_an_error(tiny_pair):
-    with mock_stack(tiny_pair, max_connections=2) as stack:
+    with mock_stack(tiny_pair, max_connections=2, decode_settings={"mock_step": 0.05}) as stack, ExitStack() as held:
         host, _, port = stack.url.removeprefix("http://").partition(":")
-        held = [socket.create_connection((host, int(port))) for _ in range(2)]
-        try:
-            with socket.create_connection((host, int(port))) as third:
-                assert b" 503 " in third.recv(1000).partition(b"\r\n")[0]
-        finally:
-            for connection in held:
-                connection.close()
+        model = stack.router._handler.tiers.model
+        body = json.dumps({"model": model, "prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True})
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        for _ in range(2):  # a connection without a request would give way
+            running = held.enter_context(socket.create_connection((host, int(port))))
+            running.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            assert b" 200 " in running.recv(1000).partition(b"\r\n")[0]
+        with socket.create_connection((host, int(port))) as third:
+            assert b" 503 " in third.recv(1000).partition(b"\r\n")[0]

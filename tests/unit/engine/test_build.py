@@ -248,7 +248,7 @@ def test_a_grammar_ends_with_the_full_model_s_stop_tokens(half, fresh, monkeypat
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"eos_token_id": stop}))
     given = []
-    monkeypatch.setattr(build, "Grammars", lambda file, vocab_size, eos_token_ids: given.append(eos_token_ids))
+    monkeypatch.setattr(build, "Grammars", lambda file, vocab_size, eos_token_ids, limits: given.append(eos_token_ids))
     build_engine_parts(
         Pair.load(folder),
         half,
