@@ -112,6 +112,8 @@ BAD = [
     ("sampling.max_tokens", {"sampling": SamplingParams(max_tokens=0)}),
     ("sampling.logprobs", {"sampling": SamplingParams(logprobs=21)}),
     ("sampling.stop_token_ids", {"sampling": SamplingParams(stop_token_ids=[VOCAB])}),
+    ("sampling.stop_token_ids", {"sampling": SamplingParams(stop_token_ids=[1] * 1025)}),
+    ("sampling.logit_bias", {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))}),
     ("sampling.seed", {"resume_token_ids": [1]}),
     ("resume_token_ids", {"resume_token_ids": [VOCAB], "sampling": SamplingParams(seed=1)}),
     ("resume_token_ids", {"resume_token_ids": [1, 2, 3], "sampling": SamplingParams(seed=1, max_tokens=2)}),
