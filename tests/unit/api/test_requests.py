@@ -152,6 +152,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(validate: Any
     assert caught.value.field == "prompt"
 
 
+def test_ids_are_counted_before_they_are_read(validate: Any) -> None:
+    wrong = [VOCAB] * MAX_MODEL_LEN
+    with pytest.raises(PromptTooLong, match="has 32 tokens"):
+        validate(token_ids=TokenIds(ids=wrong))
+    with pytest.raises(InvalidRequest, match="has 32 tokens"):
+        validate(resume_token_ids=wrong, sampling=SamplingParams(seed=1))
+    cut = validate(token_ids=TokenIds(ids=[*wrong, *range(MAX_MODEL_LEN)]), truncate_prompt_tokens=2)
+    assert list(cut.prompt_token_ids) == [MAX_MODEL_LEN - 2, MAX_MODEL_LEN - 1]
+
+
 def test_an_answer_that_does_not_fit_is_refused_with_both_numbers(validate: Any) -> None:
     fits = validate(sampling=SamplingParams(max_tokens=MAX_MODEL_LEN - 3))
     assert fits.start.sampling.max_tokens == MAX_MODEL_LEN - 3
