@@ -97,7 +97,7 @@ def validate_generate(
     sampling.check_vocab(vocab_size)
     if tools is not None:
         sampling = replace(sampling, grammar=tools)
-    prompt = _prompt_token_ids(request, tokenizer, vocab_size)
+    prompt = _prompt_token_ids(request, tokenizer, max_model_len, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
         prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
@@ -143,12 +143,17 @@ def _answer_digest(prompt: Sequence[int], sampling: common_pb2.SamplingParams, g
     return digest.hexdigest()
 
 
-def _prompt_token_ids(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, vocab_size: int) -> Sequence[int]:
+def _prompt_token_ids(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int
+) -> Sequence[int]:
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("prompt", "is missing: give text, token_ids or chat")
     if kind == "token_ids":
-        ids: Sequence[int] = tuple(request.token_ids.ids)
+        # No loop over millions of them holds the interpreter lock.
+        if not request.HasField("truncate_prompt_tokens"):
+            _check_room(len(request.token_ids.ids), max_model_len)
+        ids: Sequence[int] = tuple(request.token_ids.ids[-max_model_len:])
         check_token_ids("token_ids.ids", ids, vocab_size)
     elif kind == "text":
         # The tokenizer may add special tokens even to an empty text, so do not call it.
@@ -170,12 +175,7 @@ def _truncated(prompt: Sequence[int], count: int, room: int) -> Sequence[int]:
 
 
 def _resolve_max_tokens(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> int:
-    room = max_model_len - prompt_tokens
-    if room < 1:
-        raise PromptTooLong(
-            "prompt",
-            f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must also hold an answer",
-        )
+    room = _check_room(prompt_tokens, max_model_len)
     for name, asked in (("max_tokens", sampling.max_tokens), ("min_tokens", sampling.min_tokens)):
         if asked is not None and asked > room:
             raise PromptTooLong(
@@ -184,6 +184,17 @@ def _resolve_max_tokens(sampling: SamplingParams, prompt_tokens: int, max_model_
                 f"tokens; at most {room} fit",
             )
     return room if sampling.max_tokens is None else sampling.max_tokens
+
+
+def _check_room(prompt_tokens: int, max_model_len: int) -> int:
+    """Tokens that the context has left for the answer. Raises PromptTooLong if there are none."""
+    room = max_model_len - prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            "prompt",
+            f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must also hold an answer",
+        )
+    return room
 
 
 def _check_stop(stops: Sequence[str]) -> tuple[str, ...]:
@@ -200,8 +211,8 @@ def _check_stop(stops: Sequence[str]) -> tuple[str, ...]:
 def _check_resume(resume: Sequence[int], sampling: SamplingParams, max_tokens: int, vocab_size: int) -> None:
     if not resume:
         return
-    check_token_ids("resume_token_ids", resume, vocab_size)
     if len(resume) > max_tokens:
         raise InvalidRequest("resume_token_ids", f"has {len(resume)} tokens; the answer may have at most {max_tokens}")
+    check_token_ids("resume_token_ids", resume, vocab_size)
     if sampling.seed is None and not sampling.greedy:
         raise InvalidRequest("sampling.seed", "is missing; to resume a sampled answer, give the first request's seed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ MAX_PENALTY = 2.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 1024
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 
@@ -97,6 +98,7 @@ class SamplingParams:
         min_tokens: Minimum number of tokens in the answer. Until then, tokens that would end it cannot be sampled, and
             stop strings do not count. A grammar that allows only the end still ends the answer.
         stop_token_ids: Token ids that end the answer, besides the model's end-of-sequence ids; not part of the text.
+            At most 1,024.
         ignore_eos: Whether the answer continues past the model's own end-of-sequence ids.
         logprobs: Number of most likely tokens to report beside the chosen one, 0 to 20; None reports nothing.
         repetition_penalty: Divisor of positive logits and factor of negative logits, for tokens in the prompt or the
@@ -156,6 +158,7 @@ class SamplingParams:
             raise _invalid("min_tokens", f"must be at least 0, got {self.min_tokens}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _invalid("min_tokens", f"{self.min_tokens} is more than max_tokens {self.max_tokens}; lower it")
+        _check_counts(self.stop_token_ids, self.logit_bias)
         if any(t < 0 for t in self.stop_token_ids):
             raise _invalid("stop_token_ids", f"holds {min(self.stop_token_ids)}; token ids are 0 or more")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -170,8 +173,6 @@ class SamplingParams:
             value = getattr(self, name)
             if not abs(value) <= MAX_PENALTY:
                 raise _invalid(name, f"must be in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], got {value}")
-        if len(self.logit_bias) > MAX_LOGIT_BIASES:
-            raise _invalid("logit_bias", f"has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIASES} are allowed")
         for token, bias in self.logit_bias.items():
             if not abs(bias) <= MAX_LOGIT_BIAS:
                 raise _invalid("logit_bias", f"must be in [-100, 100], got {bias} for token {token}")
@@ -221,6 +222,7 @@ class SamplingParams:
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
         """The parameters in ``message``. Absent fields get the defaults above; a present zero stays zero."""
+        _check_counts(message.stop_token_ids, message.logit_bias)  # before copies of millions of them
         given = {field.name: value for field, value in message.ListFields()}  # present fields, zeros included
         given |= {"stop_token_ids": tuple(message.stop_token_ids), "logit_bias": dict(message.logit_bias)}
         if message.HasField("grammar"):
@@ -239,6 +241,14 @@ def check_token_ids(field: str, ids: Collection[int], vocab_size: int) -> None:
 def _check_schema(field: str, text: str) -> None:
     if not isinstance(read_json(f"sampling.{field}", text), dict):
         raise _invalid(field, "is not a JSON object")
+
+
+def _check_counts(stop_token_ids: Sized, logit_bias: Sized) -> None:
+    """Raise InvalidRequest if there are more of them than a real request needs. Workers read each of them too."""
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise _invalid("stop_token_ids", f"has {len(stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
+    if len(logit_bias) > MAX_LOGIT_BIASES:
+        raise _invalid("logit_bias", f"has {len(logit_bias)} entries; at most {MAX_LOGIT_BIASES} are allowed")
 
 
 def _check_finite(field: str, value: float) -> None:

@@ -140,13 +140,18 @@ def _guard(
         except Exception as error:
             if _is_of_a_gone_caller(error):
                 raise asyncio.CancelledError from None  # gRPC logs nothing for a cancelled call
-            await _abort(context, error)
+            status = to_status(error)
+        # Behind the handler of the exception, and without the request. The context keeps the exception of ``abort``,
+        # which refers to this frame and so to the context. The garbage collector would find this circle late.
+        decoded = None
+        await _abort(context, *status)
 
     return guarded
 
 
-async def _abort(context: Context, error: Exception) -> NoReturn:
-    code, message, trailing_metadata = to_status(error)
+async def _abort(
+    context: Context, code: grpc.StatusCode, message: str, trailing_metadata: tuple[tuple[str, Any], ...]
+) -> NoReturn:
     if trace_id := tracing.current().trace_id:
         trailing_metadata = (*trailing_metadata, (tracing.TRACE_ID, trace_id))
     try:

@@ -20,6 +20,7 @@ from overfill.request.params import (
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
     MAX_REPETITION_PENALTY,
+    MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
     MAX_STREAM_INTERVAL,
     MIN_REPETITION_PENALTY,
@@ -33,7 +34,6 @@ MAX_PARTS = 1024  # of the content of one message, and tool calls of one message
 MAX_ITEMS = 16_384  # messages with their parts and tool calls, of one request
 MAX_DOCUMENTS = 1024
 MAX_GUIDED_CHOICES = 4096
-MAX_STOP_TOKEN_IDS = 1024
 INT64 = 1 << 63
 MAX_INT32 = (1 << 31) - 1
 

@@ -112,6 +112,8 @@ BAD = [
     ("sampling.max_tokens", {"sampling": SamplingParams(max_tokens=0)}),
     ("sampling.logprobs", {"sampling": SamplingParams(logprobs=21)}),
     ("sampling.stop_token_ids", {"sampling": SamplingParams(stop_token_ids=[VOCAB])}),
+    ("sampling.stop_token_ids", {"sampling": SamplingParams(stop_token_ids=[1] * 1025)}),
+    ("sampling.logit_bias", {"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))}),
     ("sampling.seed", {"resume_token_ids": [1]}),
     ("resume_token_ids", {"resume_token_ids": [VOCAB], "sampling": SamplingParams(seed=1)}),
     ("resume_token_ids", {"resume_token_ids": [1, 2, 3], "sampling": SamplingParams(seed=1, max_tokens=2)}),
@@ -148,6 +150,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(validate: Any
     with pytest.raises(PromptTooLong, match=r"32 tokens.* 32 tokens") as caught:
         validate(token_ids=TokenIds(ids=[1] * MAX_MODEL_LEN))
     assert caught.value.field == "prompt"
+
+
+def test_ids_are_counted_before_they_are_read(validate: Any) -> None:
+    wrong = [VOCAB] * MAX_MODEL_LEN
+    with pytest.raises(PromptTooLong, match="has 32 tokens"):
+        validate(token_ids=TokenIds(ids=wrong))
+    with pytest.raises(InvalidRequest, match="has 32 tokens"):
+        validate(resume_token_ids=wrong, sampling=SamplingParams(seed=1))
+    cut = validate(token_ids=TokenIds(ids=[*wrong, *range(MAX_MODEL_LEN)]), truncate_prompt_tokens=2)
+    assert list(cut.prompt_token_ids) == [MAX_MODEL_LEN - 2, MAX_MODEL_LEN - 1]
 
 
 def test_an_answer_that_does_not_fit_is_refused_with_both_numbers(validate: Any) -> None:

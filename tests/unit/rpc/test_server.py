@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -343,3 +345,28 @@ def test_addresses_split() -> None:
     for bad in ("127.0.0.1", ":80", "a:b", "", "a:"):
         with pytest.raises(ValueError, match="host:port"):
             split_address(bad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_refused_call_leaves_nothing_to_the_garbage_collector(
+    kind: str, echo: Echo, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made:
+        """What a servicer makes of a request."""
+
+    freed = asyncio.Event()
+
+    async def check(message: Message) -> None:
+        made = Made()
+        weakref.finalize(made, freed.set)
+        raise errors.InvalidRequest("name", f"{made} is wrong")
+
+    monkeypatch.setattr(echo, "check", check)
+    gc.disable()
+    try:
+        with pytest.raises(errors.InvalidRequest):
+            await call(channel, kind, Message(name="a"))
+        async with asyncio.timeout(10):
+            await freed.wait()
+    finally:
+        gc.enable()
