@@ -101,7 +101,14 @@ class Admission:
         return median(self._first_tokens) if self._first_tokens else 0.0
 
     def check(
-        self, waiting: int, ahead: int, now: float, deadline: float | None, *, client_resumes: bool = False
+        self,
+        waiting: int,
+        ahead: int,
+        now: float,
+        deadline: float | None,
+        own: int = 0,
+        *,
+        client_resumes: bool = False,
     ) -> None:
         """Raises unless a new request can be admitted.
 
@@ -113,6 +120,8 @@ class Admission:
             waiting: waiting requests of its priority.
             ahead: requests that would go before it.
             now, deadline: seconds on the same clock.
+            own: waiting requests of its priority and API key; 0 without keys. A key may have as many as there are free
+                places. So one key fills at most half of the queue, and others find a place.
             client_resumes: True if the client says that it has part of the answer already.
 
         Raises:
@@ -120,10 +129,17 @@ class Admission:
         """
         wait = self.departure_rate.expected_wait(ahead)
         max_queue = self._max_queue * (2 if client_resumes else 1)
+        half = None if wait is None else wait / 2
         if waiting >= max_queue:
-            half = None if wait is None else wait / 2
             raise Overloaded(
                 f"{waiting} requests are waiting; this router queues at most {max_queue} of this priority",
+                _retry_after(half),
+                "queue_full",
+            )
+        if own and waiting + own >= max_queue:
+            raise Overloaded(
+                f"{own} requests of this API key are waiting, and {max_queue - waiting} places of {max_queue} are "
+                "free; a key may have as many as are free",
                 _retry_after(half),
                 "queue_full",
             )

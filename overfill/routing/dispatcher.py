@@ -207,7 +207,8 @@ class Dispatcher:
         """
         queue = self._tiers[tier]
         waiting, ahead = queue.jobs.waiting(priority), queue.jobs.ahead(priority, key)
-        queue.admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)
+        own = queue.jobs.waiting_of(priority, key) if key else 0
+        queue.admission.check(waiting, ahead, now, deadline, own, client_resumes=client_resumes)
 
     def submit(self, job: Job, now: float) -> None:
         """Queues a new job.

@@ -8,6 +8,7 @@ for many tokens waits behind one that asks for few. An idle key saves up no shar
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -77,7 +78,8 @@ class FairQueue(Generic[J]):
         self._order: list[tuple[Any, J]] = []
         self._positions: dict[J, tuple[Any, int]] = {}  # place in the order, tokens to reserve
         self._sorted_needs: list[int] = []
-        self._num_new: dict[int, int] = {}
+        self._num_new: Counter[int] = Counter()
+        self._num_of: Counter[tuple[int, str]] = Counter()  # the same by key too
         self._count = 0
 
     def __iter__(self) -> Iterator[J]:
@@ -105,7 +107,11 @@ class FairQueue(Generic[J]):
 
     def waiting(self, priority: int) -> int:
         """Number of waiting jobs of ``priority``, migrated ones excluded."""
-        return self._num_new.get(priority, 0)
+        return self._num_new[priority]
+
+    def waiting_of(self, priority: int, key: str) -> int:
+        """Number of waiting jobs of ``priority`` and ``key``, migrated ones excluded."""
+        return self._num_of[priority, key]
 
     def ahead(self, priority: int, key: str) -> int:
         """Number of jobs that would go before a new one."""
@@ -141,7 +147,7 @@ class FairQueue(Generic[J]):
         del self._order[bisect_left(self._order, place, key=lambda entry: entry[0])]
         del self._sorted_needs[bisect_left(self._sorted_needs, need)]
         if place[0]:
-            self._num_new[place[1]] -= 1
+            self._count_new(job, -1)
 
     def refund(self, job: J, tokens: int) -> None:
         """Refunds ``tokens`` of an ended job to its key: those charged and not used."""
@@ -153,4 +159,10 @@ class FairQueue(Generic[J]):
         insort(self._order, (place, job), key=lambda entry: entry[0])
         insort(self._sorted_needs, job.reserve_tokens)
         if not job.migrated:
-            self._num_new[job.priority] = self._num_new.get(job.priority, 0) + 1
+            self._count_new(job, 1)
+
+    def _count_new(self, job: J, change: int) -> None:
+        self._num_new[job.priority] += change
+        self._num_of[job.priority, job.key] += change
+        if not self._num_of[job.priority, job.key]:
+            del self._num_of[job.priority, job.key]

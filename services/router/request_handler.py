@@ -45,6 +45,10 @@ LONG_REQUEST = 16 << 10
 """Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
 
 
+MAX_DETOKENIZED = 262_144
+"""Maximum number of token ids that a request to detokenize may have; more would delay other streams."""
+
+
 class RequestHandler:
     """Checks, starts and tracks the requests to the tiers of one full model.
 
@@ -278,6 +282,8 @@ class RequestHandler:
         self._check_open()
         self.tiers.parse_model(request.model, reservation.caller)
         self._check_size(request.ByteSize())
+        if len(request.ids) > MAX_DETOKENIZED:
+            raise InvalidRequest("ids", f"has {len(request.ids)} ids; at most {MAX_DETOKENIZED} are allowed")
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
         return await self._charged(request, reservation, self.tokenizer.decode, request.ids)
 

@@ -137,8 +137,8 @@ class Connection(asyncio.Protocol):
         state = self._state
         state.open.add(self)
         state.none_open.clear()
-        if len(state.open) > state.max_connections and state.free:
-            victim = next(iter(state.free))
+        if len(state.open) > state.max_connections and (state.free or state.receiving):
+            victim = next(iter(state.free or state.receiving))
             victim._close()  # tells the client, with TLS
             victim._abort()  # does not wait for its answer to that
         elif len(state.open) > state.max_connections:
@@ -216,7 +216,7 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         """Closes behind what was written."""
-        self._state.free.pop(self, None)
+        self._keep_place()
         self._deadline = math.inf
         self._await_reader()
         self._transport.close()
@@ -237,7 +237,7 @@ class Connection(asyncio.Protocol):
         self._state.open.discard(self)
         if not self._state.open:
             self._state.none_open.set()
-        self._state.free.pop(self, None)
+        self._keep_place()
         # These refer to the connection, which would wait for the garbage collector.
         self._parser = self._refused = None
 
@@ -384,6 +384,7 @@ class Connection(asyncio.Protocol):
         request.complete()
         if request is self._current:
             self._deadline = math.inf
+            self._keep_place()
         elif self._current is None:  # it was answered before its end
             self._go_on(request)
 
@@ -441,9 +442,12 @@ class Connection(asyncio.Protocol):
     # Answering
 
     def _answer(self, request: Request) -> None:
-        self._state.free.pop(self, None)
+        self._keep_place()
         self._current = request
-        self._deadline = self._state.now() + BODY_TIMEOUT if self._receiving is request else math.inf
+        self._deadline = math.inf
+        if self._receiving is request:
+            self._deadline = self._state.now() + BODY_TIMEOUT
+            self._state.receiving[self] = None
         # In the connection's context, a request would see the ids of an earlier one.
         self._task = asyncio.get_running_loop().create_task(self._run(request), context=Context())
 
@@ -464,6 +468,7 @@ class Connection(asyncio.Protocol):
         if not request.answered or self._lost:
             return
         if self._receiving is request:
+            self._keep_place()
             self._offer_place()  # discards the rest of the body, and goes on at its end
         else:
             self._go_on(request)
@@ -497,6 +502,11 @@ class Connection(asyncio.Protocol):
         self._idle = False
         self._offer_place()
         self._deadline = self._state.now() + HEAD_TIMEOUT
+
+    def _keep_place(self) -> None:
+        """Keeps the place of this connection, whose request has arrived."""
+        self._state.free.pop(self, None)
+        self._state.receiving.pop(self, None)
 
     def _offer_place(self) -> None:
         """Lets a new connection take the place of this one, which has no request, unless the client still reads."""

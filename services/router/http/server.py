@@ -30,8 +30,9 @@ class HttpServer:
     Args:
         app: answers a request. The server cancels it when the client disconnects.
         max_connections: maximum number of connections, counted from accept on. For a further one, the server closes the
-            connection that has had no request for longest. If all have one, it answers the further one with an error
-            and closes it, or with TLS closes it at once.
+            connection that has had no request for longest; if all have one, that whose request has been arriving for
+            longest. If all requests have arrived, it answers the further one with an error and closes it, or with TLS
+            closes it at once.
         max_body: maximum size of a request's body in bytes.
         max_bodies: maximum size of all bodies in receipt together, in bytes. One API key may hold a quarter of it.
         tls: certificate and key. None means no TLS, which is allowed on loopback only.

@@ -82,6 +82,7 @@ class ServerState(Generic[C, R]):
         open: all connections.
         none_open: set while there are none.
         free: the connections without a request whose client has read all answers, the longest without one first.
+        receiving: the connections whose request's body arrives, the oldest first.
     """
 
     app: Callable[[R], Awaitable[None]]
@@ -95,3 +96,4 @@ class ServerState(Generic[C, R]):
     open: set[C] = field(default_factory=set)
     none_open: asyncio.Event = field(default_factory=asyncio.Event)
     free: dict[C, None] = field(default_factory=dict)
+    receiving: dict[C, None] = field(default_factory=dict)

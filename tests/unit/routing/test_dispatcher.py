@@ -476,6 +476,25 @@ def test_a_full_queue_refuses_new_requests_but_takes_resumed_ones_back(roster, d
     assert running.state is JobState.WAITING
 
 
+def test_one_key_never_fills_the_queue(roster, add_worker):
+    dispatcher = Dispatcher(roster, max_queue=8)
+    add_worker(roster, "p0", PREFILL)
+    add_worker(roster, "d0", credits=0)
+    for index in range(4):
+        dispatcher.submit(job(f"a{index}", key="a"), 0.0)
+    with pytest.raises(Overloaded, match="4 requests of this API key are waiting, and 4 places of 8 are free"):
+        dispatcher.submit(job("a4", key="a"), 0.0)
+    for index in range(2):
+        dispatcher.submit(job(f"b{index}", key="b"), 0.0)
+    with pytest.raises(Overloaded, match="2 requests of this API key"):
+        dispatcher.submit(job("b2", key="b"), 0.0)
+    dispatcher.submit(job("c", key="c"), 0.0)
+    for index in range(1):
+        dispatcher.submit(job(f"no key {index}"), 0.0)
+    with pytest.raises(Overloaded, match="8 requests are waiting"):
+        dispatcher.submit(job("no key"), 0.0)
+
+
 @pytest.mark.parametrize(
     ("prompt", "answer", "field"),
     [(200, 10, "prompt"), (100, 61, "sampling.max_tokens")],

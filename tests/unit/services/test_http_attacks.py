@@ -200,7 +200,7 @@ async def test_a_client_that_is_too_slow_leaves_nothing(kind: str, held: Held) -
             client.connection.check_time(now + round)
             await asyncio.sleep(0)
         assert parse(client.received) == {"head": [408], "body": [408], "answer": ["POST /a "]}[kind]
-        assert (state.open, dict(state.free), state.budget._sum) == (set(), {}, 0)
+        assert (state.open, {**state.free, **state.receiving}, state.budget._sum) == (set(), {}, 0)
         del client
         await asyncio.sleep(0)
         assert not [one for one in gc.get_objects() if type(one) in (Connection, Request)]

@@ -107,7 +107,12 @@ def test_answers_come_once_and_in_order_and_nothing_is_left(
         await client.until_lost()
         whole = drain_at is None and disconnect_at is None
         assert answers == (expected if whole else expected[: len(answers)])
-        assert (state.open, dict(state.free), state.budget._sum, dict(state.budget._held)) == (set(), {}, 0, {})
+        assert (state.open, {**state.free, **state.receiving}, state.budget._sum, dict(state.budget._held)) == (
+            set(),
+            {},
+            0,
+            {},
+        )
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     with patch.object(http_state, "SHORT", 0):  # each body counts

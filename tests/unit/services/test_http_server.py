@@ -312,6 +312,24 @@ async def test_a_connection_without_a_request_gives_way_to_a_new_one(
     assert await answer(second[0]) == (200, b"done")
 
 
+async def test_a_connection_whose_body_arrives_gives_way_if_all_have_requests(
+    start: Start, app: App, connect: Connect
+) -> None:
+    address = await start(max_connections=2)
+    slow = [await connect(address) for _ in range(2)]
+    for _, writer in slow:
+        app.begun.clear()
+        writer.write(b"TRACE / HTTP/1.1\r\nhost: x\r\ncontent-length: 400\r\n\r\nx")
+        await app.begun.wait()
+    reader, writer = await connect(address)
+    app.finish.set()
+    writer.write(GET)
+    assert await answer(reader) == (200, b"done")
+    assert await slow[0][0].read() == b""
+    slow[1][1].write(bytes(399))
+    assert await answer(slow[1][0]) == (200, b"400")
+
+
 async def test_connections_whose_requests_run_do_not_give_way(start: Start, app: App, connect: Connect) -> None:
     address = await start(max_connections=2)
     held = [await connect(address) for _ in range(2)]

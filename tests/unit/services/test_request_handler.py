@@ -18,7 +18,7 @@ from overfill.routing.pool import Roster
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import inference_pb2
 from services.router.bounded_executor import BoundedExecutor
-from services.router.request_handler import LONG_REQUEST, RequestHandler, choices
+from services.router.request_handler import LONG_REQUEST, MAX_DETOKENIZED, RequestHandler, choices
 from services.router.served_tiers import ServedTiers
 
 LONG = "x" * LONG_REQUEST
@@ -270,3 +270,9 @@ async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer:
     assert await asyncio.wait_for(handler._run(10, lambda: "checked", in_thread=True), 30) == "checked"
     tokenizer.proceed.set()
     await asyncio.gather(*long)
+
+
+async def test_a_request_to_detokenize_has_a_limit(handler: RequestHandler, tokenizer: BlockingTokenizer) -> None:
+    ids = inference_pb2.DetokenizeRequest(ids=[1] * (MAX_DETOKENIZED + 1))
+    with handler.reserve() as reservation, pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"):
+        await handler.detokenize(ids, reservation)
