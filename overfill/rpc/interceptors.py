@@ -2,7 +2,7 @@
 
 Servicers are asyncio: coroutines or async generators, which iterate over streamed requests. The interceptor handles
 every RPC as a request stream, as it is on the wire. So it checks the caller before it reads the message, and gives the
-caller ``FIRST_MESSAGE_TIMEOUT`` to send it.
+caller ``FIRST_MESSAGE_TIMEOUT`` to send it. What a caller has open counts against its share (``RpcShares``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from overfill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
 from overfill.rpc.access import AccessPolicy, bearer, caller, roles_of
 from overfill.rpc.constants import FIRST_MESSAGE_TIMEOUT
 from overfill.rpc.shared_timeout import SharedTimeout
+from overfill.rpc.shares import OpenRpc, RpcShares, current
 from overfill.rpc.status import to_status
 from overfill.telemetry import tracing
 
@@ -44,11 +45,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     Args:
         access: the policy; None admits every caller to every listed RPC.
         certificates: the listener requires client certificates, so roles are read from them.
+        max_rpcs: the server's limit on concurrent RPCs, of which callers have shares; None means no limit.
     """
 
-    def __init__(self, access: AccessPolicy | None = None, certificates: bool = False) -> None:
+    def __init__(
+        self, access: AccessPolicy | None = None, certificates: bool = False, max_rpcs: int | None = None
+    ) -> None:
         self._access = access or AccessPolicy()
         self._certificates = certificates
+        self._shares = RpcShares(max_rpcs)
         self._handlers: dict[str, Handler] = {}
         self._first_messages = SharedTimeout()
 
@@ -73,17 +78,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             behaviour = _unimplemented  # a method that the servicer does not override
         span = TRACED.get(method)
         traced = behaviour if span is None else _traced(behaviour, span)
+        answer = None if handler.response_streaming else handler.response_serializer or _as_it_is
         make_handler = getattr(grpc, f"stream_{_arity(handler.response_streaming)}_rpc_method_handler")
         guarded: Handler = make_handler(
             _guard(
-                traced, handler.request_streaming, lambda context: self._admit(method, context), self._first_messages
+                traced,
+                handler.request_streaming,
+                answer,
+                lambda context: self._admit(method, context),
+                self._first_messages,
             ),
             request_deserializer=_lenient(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            response_serializer=handler.response_serializer if answer is None else None,
         )
         return guarded
 
-    def _admit(self, method: str, context: Context) -> None:
+    def _admit(self, method: str, context: Context) -> OpenRpc:
         rule = self._access.rpc(method)
         if rule is None:
             raise PermissionDenied(f"{method} has no access rule on this server, so every call is refused")
@@ -91,8 +101,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         if self._certificates:
             names = context.auth_context().get("x509_subject_alternative_name", ())
             roles = roles_of(bytes(name).decode(errors="replace") for name in names)
+        key = self._access.check(rule, _shown(context), roles)
+        rpc = self._shares.open(key, not rule.open, context.peer())
+        context.add_done_callback(lambda _: rpc.end())  # type: ignore[arg-type]
         # gRPC runs the handler of an RPC in a task of its own.
-        caller.set(self._access.check(rule, _shown(context), roles))
+        caller.set(key)
+        current.set(rpc)
+        return rpc
 
 
 def _traced(behaviour: Behaviour, name: str) -> Behaviour:
@@ -122,19 +137,30 @@ class _Undecodable(NamedTuple):
 
 
 def _guard(
-    behaviour: Behaviour, request_streaming: bool, admit: Callable[[Context], None], limit: SharedTimeout
+    behaviour: Behaviour,
+    request_streaming: bool,
+    serialize: Callable[[Any], bytes] | None,
+    admit: Callable[[Context], OpenRpc],
+    limit: SharedTimeout,
 ) -> Behaviour:
+    """Wraps ``behaviour`` in what every RPC needs; ``serialize`` is None if it streams its answer."""
+
     # A coroutine, even for a generator: it closes the generator at once, also when a write is cancelled.
     async def guarded(requests: Any, context: Context) -> Any:
         try:
-            admit(context)
+            rpc = admit(context)
             decoded = _checked_stream(requests, context, limit) if request_streaming else await _only(context, limit)
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(decoded, context)) as responses:
                     async for response in responses:
                         await context.write(response)
                 return None
-            return await behaviour(decoded, context)
+            response = await behaviour(decoded, context)
+            if serialize is None:
+                return None
+            data = serialize(response)
+            rpc.answer(len(data))
+            return data
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -165,6 +191,10 @@ async def _abort(
 def _is_of_a_gone_caller(error: Exception) -> bool:
     """Returns True if gRPC could not send because the caller reset the call. The error's class is not public."""
     return type(error).__name__ == "ExecuteBatchError"
+
+
+def _as_it_is(message: bytes) -> bytes:
+    return message
 
 
 def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

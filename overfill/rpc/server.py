@@ -28,7 +28,8 @@ class RpcServer:
 
     Args:
         tls: certificate and key; None serves without TLS, on loopback only.
-        max_concurrent_rpcs: limit on concurrent RPCs; further ones end with RESOURCE_EXHAUSTED. None means no limit.
+        max_concurrent_rpcs: limit on concurrent RPCs; further ones end with RESOURCE_EXHAUSTED. Callers have shares of
+            it (``RpcShares``). None means no limit.
         access: access policy; None admits every caller to every listed RPC.
         condition: returns True while the process can do its work. Health checks report ready only while it does. None
             means always.
@@ -86,7 +87,7 @@ class RpcServer:
                 "configure a TLS certificate and key, or listen on 127.0.0.1"
             )
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(self._access, self._wants_certificates)],
+            interceptors=[ErrorInterceptor(self._access, self._wants_certificates, self._max_concurrent_rpcs)],
             options=self._options,
             maximum_concurrent_rpcs=self._max_concurrent_rpcs,
         )

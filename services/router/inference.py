@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import Any, cast
 
 from overfill.api.keys import ApiKey
-from overfill.errors import DeadlineExceeded, Overloaded
+from overfill.errors import DeadlineExceeded
+from overfill.rpc import shares
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
 from overfill.rpc.shared_timeout import SharedTimeout
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 from services.router.limits import STALLED_TIMEOUT
 from services.router.request_handler import RequestHandler
-
-MAX_STALLED = 64
-"""RPCs of one API key that may wait for a client that does not read. With more, the router refuses the key's requests.
-
-gRPC for Python cannot reset an RPC. An RPC that was given up counts as concurrent until its client reads or leaves.
-"""
 
 _Response = inference_pb2.GenerateResponse
 
@@ -29,16 +23,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, handler: RequestHandler) -> None:
         self._handler = handler
-        self._stalled: Counter[str] = Counter()  # RPCs that were given up and whose status the client has not read
         self._writes = SharedTimeout()
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        key = _caller()
-        if key is not None and self._stalled[key.id] >= MAX_STALLED:
-            with self._handler.metrics.refusing(""):
-                raise Overloaded(f"the client reads none of {MAX_STALLED} answers of this API key; cancel or read them")
-        with self._handler.reserve(key) as reservation:
+        with self._handler.reserve(_caller()) as reservation:
             checked = await self._handler.check(request, reservation, context.time_remaining())
             answer = self._handler.start(checked, reservation, received, context.time_remaining())
         try:
@@ -50,14 +39,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     await self._write(context, _Response(delta=delta.to_proto()))
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
-            if key is not None:
-                self._stalled[key.id] += 1
-                context.add_done_callback(lambda _: self._stalled.subtract([key.id]))  # type: ignore[arg-type]
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
 
     async def _write(self, context: Context, response: _Response) -> None:
         """Sends a message. Raises TimeoutError if the client reads nothing; its keepalive cannot tell."""
-        await self._writes.wait(context.write(response), STALLED_TIMEOUT)
+        try:
+            await self._writes.wait(context.write(response), STALLED_TIMEOUT)
+        except TimeoutError:
+            shares.current.get().give_up(response.ByteSize())
+            raise
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context

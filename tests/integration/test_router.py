@@ -23,6 +23,7 @@ from overfill.errors import (
 )
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
+from overfill.rpc import shares
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.membership import Membership
@@ -446,7 +447,7 @@ async def test_a_client_that_reads_nothing_is_given_up(stack, monkeypatch):
 
 async def test_a_key_whose_client_reads_no_first_message_is_refused_until_it_has_read(tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "STALLED_TIMEOUT", 0.1)
-    monkeypatch.setattr(inference, "MAX_STALLED", 1)
+    monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 1)
     file, secret = tmp_path / "keys.json", tmp_path / "secret"
     secret.write_text("a secret of 32 characters at least")
     metadata = [("authorization", f"Bearer {keys.create(file, 'slow')}")]

@@ -21,6 +21,8 @@ from overfill.errors import (
 )
 
 _INVALID = "invalid_request_error"
+_MAX_MESSAGE = 2048  # characters
+_MAX_PARAM = 200
 
 NOT_SERVED: Mapping[str, Sequence[str]] = {
     "this server has no Responses API; it speaks Chat Completions (POST /v1/chat/completions). Switch the client: "
@@ -108,11 +110,19 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """The response's JSON. It cuts what it repeats of a request, whose names may have megabytes."""
+        param = None if self.param is None else _cut(self.param, _MAX_PARAM)
+        return {
+            "error": {"message": _cut(self.message, _MAX_MESSAGE), "type": self.type, "param": param, "code": self.code}
+        }
 
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def unknown_url(method: str, path: str) -> ApiError:

@@ -37,3 +37,13 @@ def test_only_the_first_wrong_item_of_a_list_is_named(kind, fields, param, monke
 
 def test_a_great_many_problems_are_counted_not_listed():
     assert str(MANY) in explained(CompletionRequest, prompt="x", **{f"unknown_{i}": 1 for i in range(MANY)})
+
+
+@pytest.mark.parametrize("body", [{"y" * 1_000_000: 1}, {"logit_bias": {"y" * 1_000_000: "a"}}])
+def test_an_error_does_not_repeat_a_long_name(body):
+    with pytest.raises(ApiError) as caught:
+        parse(ChatRequest, json.dumps({"model": "m", "messages": [{"role": "user", "content": "a"}]} | body).encode())
+    error = caught.value.body["error"]
+    assert "yyy" in error["param"]
+    assert "yyy" in error["message"]
+    assert len(json.dumps(error)) < 2500

@@ -203,8 +203,12 @@ async def test_health_follows_set_ready(server: RpcServer, channel: grpc.aio.Cha
         assert (await stub.Check(request)).status == response.SERVING
         server.set_ready(False)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+        await stub.Check(health_pb2.HealthCheckRequest(service="nobody" + "y" * 1_000_000))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    details = caught.value.details()
+    assert details is not None
+    assert details.startswith("this server has no service 'nobodyyy")
+    assert len(details) < 200
 
 
 async def test_every_health_watcher_is_notified_and_none_delays_a_stop(

@@ -1,4 +1,4 @@
-"""Tests what a client that does not read costs: its RPCs count against its API key until they have ended."""
+"""Tests what a client that does not read costs: the message that waits for it counts against its API key."""
 
 import asyncio
 from contextlib import nullcontext
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from overfill.errors import DeadlineExceeded, Overloaded
-from overfill.rpc.access import caller
+from overfill.rpc import shares
+from overfill.rpc.shares import RpcShares
 from overfill.v1 import inference_pb2
 from services.router import inference
 from services.router.inference import InferenceServicer
@@ -15,10 +16,6 @@ from services.router.inference import InferenceServicer
 
 class Context:
     """An RPC whose client reads nothing."""
-
-    def __init__(self):
-        self.callbacks = []
-        self.add_done_callback = self.callbacks.append
 
     def time_remaining(self):
         return None
@@ -29,42 +26,33 @@ class Context:
     async def write(self, message):
         await asyncio.Event().wait()
 
-    def end(self):
-        for callback in self.callbacks:
-            callback(self)
-
 
 class Answer(nullcontext):
-    accepted = inference_pb2.Accepted()
+    accepted = inference_pb2.Accepted(request_id="x" * 50)
 
 
 async def check(*arguments):
     return None
 
 
-HANDLER = SimpleNamespace(
-    check=check,
-    reserve=nullcontext,
-    start=lambda *arguments: Answer(),
-    metrics=SimpleNamespace(refusing=nullcontext),
-)
+HANDLER = SimpleNamespace(check=check, reserve=nullcontext, start=lambda *arguments: Answer())
 
 
 async def test_a_key_whose_answers_are_not_read_is_refused_until_one_has_ended(monkeypatch):
     monkeypatch.setattr(inference, "STALLED_TIMEOUT", 0.0)
-    monkeypatch.setattr(inference, "MAX_STALLED", 2)
-    servicer = InferenceServicer(HANDLER)
+    monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 100)
+    servicer, callers = InferenceServicer(HANDLER), RpcShares(100)
 
     async def ask(key):
-        caller.set(SimpleNamespace(id=key))
-        context = Context()
+        rpc = callers.open(SimpleNamespace(name=key), True, "")
+        shares.current.set(rpc)
         with pytest.raises(DeadlineExceeded, match="has read nothing"):
-            await servicer.Generate(inference_pb2.GenerateRequest(), context)
-        return context
+            await servicer.Generate(inference_pb2.GenerateRequest(), Context())
+        return rpc
 
     first = await ask("a")
     await ask("a")
-    with pytest.raises(Overloaded, match="reads none of 2 answers"):
+    with pytest.raises(Overloaded, match=r"API key 'a' has 1\d\d bytes of answers that no client has read"):
         await ask("a")
     await ask("b")
     first.end()
