@@ -15,7 +15,7 @@ import ssl
 from collections import deque
 from contextlib import suppress
 from contextvars import Context
-from typing import Any
+from typing import Any, cast
 
 import httptools
 
@@ -90,7 +90,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_current", "_deadline", "_head_size", "_headers", "_idle", "_lingers", "_lost", "_num_headers", "_parser",
-        "_partial", "_pending", "_queue", "_raw", "_receiving", "_refused", "_rest", "_shaking_hands",
+        "_partial", "_pending", "_queue", "_receiving", "_refused", "_rest", "_shaking_hands",
         "_stalled_until", "_state", "_target", "_task", "_transport", "_unfinished", "_unpaced", "_unread", "_writable",
         "roles",
     )  # fmt: skip
@@ -98,7 +98,6 @@ class Connection(asyncio.Protocol):
     def __init__(self, state: ServerState[Connection, Request]) -> None:
         self.roles: frozenset[Role] | None = None
         self._state = state
-        self._raw: asyncio.Transport  # without TLS
         self._transport: asyncio.Transport
         self._shaking_hands = state.tls is not None
         self._deadline = state.now() + HEAD_TIMEOUT
@@ -128,54 +127,51 @@ class Connection(asyncio.Protocol):
 
     # From accept to close
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Counts the connection, and begins the TLS handshake."""
-        assert isinstance(transport, asyncio.Transport)
-        # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._raw = self._transport = transport
+    def admit(self) -> bool:
+        """Counts the connection. Returns False if there are too many, and none gives way."""
         state = self._state
         state.open.add(self)
         state.none_open.clear()
-        if len(state.open) > state.max_connections and (state.free or state.receiving):
+        if len(state.open) > state.max_connections:
+            if not state.free and not state.receiving:
+                return False
             victim = next(iter(state.free or state.receiving))
             victim._close()  # tells the client, with TLS
             victim._abort()  # does not wait for its answer to that
-        elif len(state.open) > state.max_connections:
-            if state.tls is None:
+        self._offer_place()
+        return True
+
+    def accept(self, accepted: socket.socket, context: ssl.SSLContext) -> None:
+        """Begins the TLS handshake on a socket, or closes it if there are too many connections."""
+        if not self.admit():
+            self._lose()
+            accepted.close()
+            return
+        self._task = asyncio.get_running_loop().create_task(self._shake_hands(accepted, context))
+
+    async def _shake_hands(self, accepted: socket.socket, context: ssl.SSLContext) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: self, accepted, ssl=context, ssl_handshake_timeout=HEAD_TIMEOUT)
+        except (OSError, asyncio.CancelledError):  # it failed, or took too long; or another connection takes its place
+            self._lose()
+            accepted.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins to read: behind accept, or behind the TLS handshake."""
+        self._transport = cast("asyncio.Transport", transport)  # not a subclass of it on uvloop, which Ray uses
+        # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        secured = transport.get_extra_info("ssl_object")
+        if secured is None:
+            if not self.admit():
                 self._end(too_many_connections())
                 self._close()
-            else:
-                self._lose()
-                self._abort()
-            return
-        self._offer_place()
-        if state.tls is not None:
-            transport.pause_reading()  # until TLS is in between
-            self._task = asyncio.get_running_loop().create_task(self._shake_hands(state.tls.value))
-
-    async def _shake_hands(self, context: ssl.SSLContext) -> None:
-        loop, secured = asyncio.get_running_loop(), None
-        try:
-            secured = await loop.start_tls(
-                self._raw, self, context, server_side=True, ssl_handshake_timeout=HEAD_TIMEOUT
-            )
-            if secured is not None and context.verify_mode == ssl.CERT_REQUIRED:
-                self.roles = roles_of(names_of(secured.get_extra_info("ssl_object").getpeercert()))
-        except OSError:  # the handshake failed, or the client has disconnected
-            secured = None
-        except asyncio.CancelledError:  # from ``connection_lost`` or ``stop``
-            secured = None
-        finally:
+        elif secured.context.verify_mode == ssl.CERT_REQUIRED:
+            self.roles = roles_of(names_of(secured.getpeercert()))
+        if self._shaking_hands:
             self._task = None
-            if secured is None:
-                self._abort()
-                self._lose()
-        if secured is None or self._lost:
-            return
-        self._transport = secured
-        self._shaking_hands = False
-        self._parse_pending()
+            self._shaking_hands = False
 
     def connection_lost(self, error: Exception | None) -> None:
         """Cancels the answer."""
@@ -217,9 +213,10 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Closes behind what was written."""
         self._keep_place()
-        self._deadline = math.inf
-        self._await_reader()
-        self._transport.close()
+        if not self._shaking_hands:
+            self._deadline = math.inf
+            self._await_reader()
+            self._transport.close()
 
     def _linger(self) -> None:
         """Closes behind what was written, and when the client has stopped to send."""
@@ -230,7 +227,10 @@ class Connection(asyncio.Protocol):
         self._deadline = self._state.now() + LINGER_TIMEOUT
 
     def _abort(self) -> None:
-        self._transport.abort()
+        if not self._shaking_hands:
+            self._transport.abort()
+        elif self._task is not None:
+            self._task.cancel()
 
     def _lose(self) -> None:
         self._lost = True
@@ -247,8 +247,6 @@ class Connection(asyncio.Protocol):
         """Parses what belongs to the current request or to the next one, and keeps what came too early."""
         if self._refused is not None:
             self._discard(len(data))
-        elif self._shaking_hands:  # they have just ended
-            self._pending += data
         elif self._current is None or self._receiving is self._current:
             self._parse(data)
         else:
@@ -510,7 +508,7 @@ class Connection(asyncio.Protocol):
 
     def _offer_place(self) -> None:
         """Lets a new connection take the place of this one, which has no request, unless the client still reads."""
-        if not self._num_unread():
+        if self._shaking_hands or not self._num_unread():
             self._state.free.setdefault(self)
 
     def _refuse(self, error: ApiError) -> None:
@@ -574,8 +572,7 @@ class Connection(asyncio.Protocol):
 
     def _num_unread(self) -> int:
         """Returns the number of bytes that were written, and that the client has not made room for."""
-        size = self._raw.get_write_buffer_size()
-        return size if self._transport is self._raw else size + self._transport.get_write_buffer_size()
+        return self._transport.get_write_buffer_size()
 
 
 def _head_too_large() -> ApiError:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from overfill.errors import Unavailable
 from overfill.rpc.addresses import is_loopback, socket_host
+from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError
 from services.router.http.connection import Connection
 from services.router.http.request import Request
 from services.router.http.state import ByteBudget, ServerState
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 
@@ -63,7 +68,8 @@ class HttpServer:
             ByteBudget(max_bodies, max(max_body, max_bodies // 4)),
             None if tls is None else tls.contexts(client_certificates),
         )
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._server: asyncio.Server | None = None  # without TLS
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -85,11 +91,16 @@ class HttpServer:
             listener = socket.create_server((bare, port), family=family, backlog=_BACKLOG, reuse_port=self._share_port)
         except OSError as error:
             raise Unavailable(f"cannot serve HTTP on {host}:{port}: {error.strerror}") from error
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(self._state), sock=listener, backlog=_ACCEPTED_AT_ONCE
-        )
-        listener.listen(_BACKLOG)  # asyncio has one number for both
+        self._listener = listener
+        if self._state.tls is None:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(
+                lambda: Connection(self._state), sock=listener, backlog=_ACCEPTED_AT_ONCE
+            )
+            listener.listen(_BACKLOG)  # asyncio has one number for both
+        else:
+            listener.setblocking(False)
+            self._accept_again()
         self._check_times()
         return f"{host}:{listener.getsockname()[1]}"
 
@@ -101,9 +112,13 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Accepts no new connections, and closes each open one when its answer is complete, or after the grace."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
+        else:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
         self._state.max_connections = 0  # for those that have just been accepted
         self.drain()
         await self._none_open(self._stop_grace)
@@ -112,6 +127,28 @@ class HttpServer:
         await self._none_open(1.0)
         if self._timer is not None:
             self._timer.cancel()
+
+    def _accept_again(self) -> None:
+        assert self._listener is not None
+        assert self._state.tls is not None
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener, self._state.tls)
+
+    def _accept(self, listener: socket.socket, contexts: ReloadingValue[ssl.SSLContext]) -> None:
+        """Accepts connections for TLS. asyncio's own server would show them only when their handshakes have ended."""
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                accepted, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no file or memory is free
+                logger.warning("cannot accept connections for a second: %s", error.strerror)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener)
+                loop.call_later(1.0, self._accept_again)
+                return
+            accepted.setblocking(False)
+            Connection(self._state).accept(accepted, contexts.value)
 
     async def _none_open(self, seconds: float) -> None:
         if self._state.open:
