@@ -14,6 +14,7 @@ from overfill.api.tools import (
     Mode,
     ToolDefinition,
     as_openai,
+    check_count,
     check_tools,
     describe_tools,
     enforceable,
@@ -28,6 +29,20 @@ from overfill.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
 
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of the content of one message, and tool calls of one message
+MAX_ITEMS = 16_384  # messages with their parts and tool calls, of one request
+MAX_DOCUMENTS = 1024
+
+MAX_EXPANSION = 2
+"""A chat template may make a chat this many times as long as ``added_by_template`` expects."""
+
+EXPANSION_ROOM = 1 << 20
+"""Characters that a chat template may add on top."""
+
+_ITEM = 64
+"""Characters that a template typically writes around a message, tool call or document."""
+
 _Choice = inference_pb2.ToolChoice
 
 
@@ -37,10 +52,11 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
     Raises:
         InvalidRequest: a message or tool is wrong; ``field`` names it.
     """
+    size = chat.ByteSize() + added_by_template(chat)
     _check_messages(chat.messages)
     tools = read_tools(chat)
     mode, _ = tool_choice(chat)
-    options = template_options(chat)
+    options = replace(template_options(chat), max_length=MAX_EXPANSION * size + EXPANSION_ROOM)
     if not chat.messages:
         return []
     shown = tools if mode != "none" else []
@@ -57,12 +73,44 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat(messages, options=options)
 
 
+def added_by_template(chat: inference_pb2.Chat) -> int:
+    """Estimate of the characters that a chat template adds to ``chat``.
+
+    An empty tool call takes two bytes of a request, and sixty characters of a prompt.
+
+    Raises:
+        InvalidRequest: the chat has too many messages, tool calls or tools.
+    """
+    messages, calls = chat.messages, 0
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest("chat.messages", f"has {len(messages)} messages; at most {MAX_MESSAGES} are allowed")
+    for index, message in enumerate(messages):
+        count = len(message.tool_calls)
+        if count > MAX_PARTS:
+            raise InvalidRequest(
+                f"chat.messages[{index}].tool_calls", f"has {count} tool calls; at most {MAX_PARTS} are allowed"
+            )
+        calls += count
+    items = len(messages) + calls
+    if items > MAX_ITEMS:
+        raise InvalidRequest(
+            "chat.messages", f"has {items} messages and tool calls together; at most {MAX_ITEMS} are allowed"
+        )
+    check_count(len(chat.tools))
+    variables = chat.chat_template_kwargs
+    items += variables.count(",") + variables.count("{")
+    return _ITEM * items
+
+
 def template_options(chat: inference_pb2.Chat) -> TemplateOptions:
     """Options for rendering ``chat``. Raises InvalidRequest."""
     field = "chat.chat_template_kwargs"
     variables = read_json(field, chat.chat_template_kwargs) if chat.chat_template_kwargs else {}
     if not isinstance(variables, dict):
         raise InvalidRequest(field, "is not a JSON object")
+    documents = variables.get("documents")
+    if isinstance(documents, list) and len(documents) > MAX_DOCUMENTS:
+        raise InvalidRequest("chat.documents", f"has {len(documents)} documents; at most {MAX_DOCUMENTS} are allowed")
     continued = chat.continue_final_message
     opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continued
     return TemplateOptions(variables, opened, continued, chat.parse_special)
@@ -179,6 +227,9 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
             raise InvalidRequest(
                 f"{place}.tool_calls", f"is set in a message of role {message.role!r}; only an assistant calls tools"
             )
+        for call, made in enumerate(message.tool_calls):
+            if not made.name:
+                raise InvalidRequest(f"{place}.tool_calls[{call}].name", "is empty; give the name of the called tool")
 
 
 def _object(text: str) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from overfill.errors import InvalidPair, InvalidRequest
 
+_MAX_INDENTED = 8 << 20
+"""Maximum number of characters of one indented JSON text. Nesting may make it four hundred times as long."""
+
 _END_OF_TEXT = "end of the last message 8d0b6c"
 """Marker that the renderer appends to the message to continue; it cuts the output there."""
 
@@ -30,6 +34,7 @@ class TemplateOptions:
             variables that it does not use.
         add_generation_prompt: Whether the text ends with the opening of the assistant's answer.
         continue_final_message: Whether the text ends with the last message's text, as the beginning of the answer.
+        max_length: Maximum number of characters of the text; None means no limit.
         parse_special: Whether the text of a special token, such as ``<|im_end|>``, becomes that token in messages,
             tools and variables too. Otherwise it stays text there.
 
@@ -41,6 +46,7 @@ class TemplateOptions:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     parse_special: bool = False
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.add_generation_prompt and self.continue_final_message:
@@ -93,7 +99,7 @@ class ChatTemplate:
 
         Raises:
             InvalidRequest: the template refuses these messages, with its own message; a request may not set one of the
-                variables; or the last message cannot be continued.
+                variables; the last message cannot be continued; or the text is too long.
         """
         self._check_variables(options.variables)
         shown = [dict(message) for message in messages]
@@ -102,17 +108,28 @@ class ChatTemplate:
             if not content or not isinstance(content, str):
                 raise InvalidRequest("chat.continue_final_message", "needs a last message that has text")
             shown[-1]["content"] = content + _END_OF_TEXT
+        limit = math.inf if options.max_length is None else options.max_length
+        pieces, length = [], 0
         try:
-            text = self._template.render(
+            for piece in self._template.generate(
                 {"documents": None} | dict(options.variables),
                 messages=shown,
                 tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=options.add_generation_prompt,
                 **self._special_tokens,
-            )
+            ):
+                length += len(piece)
+                if length > limit:
+                    raise InvalidRequest(
+                        "chat", f"becomes more than {limit} characters long by this model's chat template; shorten it"
+                    )
+                pieces.append(piece)
+        except InvalidRequest:
+            raise
         except Exception as error:  # a template is code that runs on the client's values, and may raise anything
             reason = str(error) or type(error).__name__
             raise InvalidRequest("chat.messages", f"are refused by the chat template: {reason}") from error
+        text = "".join(pieces)
         if not options.continue_final_message:
             return text
         # The text must contain the message once and unchanged; some templates repeat a message or cut it.
@@ -173,7 +190,18 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None:
+        return encoder.encode(value)
+    pieces, length = [], 0
+    for piece in encoder.iterencode(value):
+        length += len(piece)
+        if length > _MAX_INDENTED:
+            raise InvalidRequest(
+                "chat", f"becomes more than {_MAX_INDENTED} characters long when this model's chat template indents it"
+            )
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _raise_exception(message: str) -> NoReturn:

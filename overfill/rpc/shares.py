@@ -76,6 +76,7 @@ class RpcShares:
         Raises:
             Overloaded: the caller's share is used up.
         """
+        usages: tuple[_Usage, ...]
         if key is not None:
             usages = (self._usage(f"API key {key.name!r}", KEY_SHARE),)
         elif needs_credential:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from overfill.api.answer_text import AnswerText
-from overfill.api.chat import encode_chat
+from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
 from overfill.api.priority import check_priority
@@ -42,7 +42,10 @@ from services.router.served_tiers import ServedTiers, TierChoice
 T = TypeVar("T")
 
 LONG_REQUEST = 16 << 10
-"""Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams."""
+"""Size in bytes from which on a request is tokenized in a thread, so that it does not delay other streams.
+
+What a chat template adds to a chat counts too.
+"""
 
 
 MAX_DETOKENIZED = 262_144
@@ -153,8 +156,7 @@ class RequestHandler:
         reservation: KeyReservation,
         time_left: float | None,
     ) -> CheckedRequest:
-        size, caller = request.ByteSize(), reservation.caller
-        self._check_size(size)
+        size, caller = self._size(request), reservation.caller
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
 
@@ -268,24 +270,28 @@ class RequestHandler:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
         self._check_open()
         self.tiers.parse_model(request.model, reservation.caller)
-        self._check_size(request.ByteSize())
+        size = self._size(request)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
         if kind == "chat":
-            return await self._charged(request, reservation, encode_chat, request.chat, self.tokenizer)
+            # A template may write the JSON of tools with much more white space.
+            in_thread = bool(request.chat.tools)
+            return await self._charged(
+                size, reservation, encode_chat, request.chat, self.tokenizer, in_thread=in_thread
+            )
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
-        return await self._charged(request, reservation, encode, request.text)
+        return await self._charged(size, reservation, encode, request.text)
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest, reservation: KeyReservation) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open()
         self.tiers.parse_model(request.model, reservation.caller)
-        self._check_size(request.ByteSize())
+        size = self._size(request)
         if len(request.ids) > MAX_DETOKENIZED:
             raise InvalidRequest("ids", f"has {len(request.ids)} ids; at most {MAX_DETOKENIZED} are allowed")
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
-        return await self._charged(request, reservation, self.tokenizer.decode, request.ids)
+        return await self._charged(size, reservation, self.tokenizer.decode, request.ids)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -353,15 +359,15 @@ class RequestHandler:
 
     async def _charged(
         self,
-        request: inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest,
+        size: int,
         reservation: KeyReservation,
         function: Callable[..., T],
         *args: object,
+        in_thread: bool = False,
     ) -> T:
         """Calls ``function`` as a request of the key. Raises Overloaded if its quota does not admit one."""
-        size = request.ByteSize()
         reservation.take(asyncio.get_running_loop().time())
-        return await self._run(size, function, *args, in_thread=size >= LONG_REQUEST)
+        return await self._run(size, function, *args, in_thread=in_thread or size >= LONG_REQUEST)
 
     async def _run(self, size: int, function: Callable[..., T], *args: object, in_thread: bool) -> T:
         """Calls ``function``, in a thread if it may take so long that other streams would notice."""
@@ -375,9 +381,16 @@ class RequestHandler:
         if self._draining:
             raise ShuttingDown("this router is shutting down")
 
-    def _check_size(self, size: int) -> None:
+    def _size(
+        self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest
+    ) -> int:
+        """Returns the size of a request in bytes, with what a chat template adds to it. Raises InvalidRequest."""
+        size = request.ByteSize()
         if size > self._max_request_bytes:
             raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
+        if not isinstance(request, inference_pb2.DetokenizeRequest) and request.HasField("chat"):
+            size += added_by_template(request.chat)
+        return int(size)
 
 
 def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> CheckedRequest:

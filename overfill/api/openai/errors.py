@@ -85,7 +85,7 @@ _PARAMS = (
     (re.compile(r"^(sampling|chat)\."), ""),
     (re.compile(r"^(token_ids\.ids|text|prompt)$"), "prompt"),
     (re.compile(r"^chat$"), "messages"),
-    (re.compile(r"(tools\[\d+\])\.(\w+)$"), r"\1.function.\2"),
+    (re.compile(r"((?:tools|tool_calls)\[\d+\])\.(\w+)$"), r"\1.function.\2"),
 )
 
 

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from overfill.api.chat import MAX_ITEMS
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.schema import MAX_ITEMS, CompletionRequest, Message, refusals
+from overfill.api.openai.schema import CompletionRequest, Message, refusals
 
 R = TypeVar("R", bound=BaseModel)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from overfill.api.chat import MAX_DOCUMENTS, MAX_MESSAGES, MAX_PARTS
 from overfill.api.priority import MAX_PRIORITY
 from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import (
@@ -29,10 +30,6 @@ from overfill.request.params import (
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024  # of the content of one message, and tool calls of one message
-MAX_ITEMS = 16_384  # messages with their parts and tool calls, of one request
-MAX_DOCUMENTS = 1024
 MAX_GUIDED_CHOICES = 4096
 INT64 = 1 << 63
 MAX_INT32 = (1 << 31) - 1

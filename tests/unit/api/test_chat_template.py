@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from overfill.api import chat_template
 from overfill.api.chat import encode_chat
 from overfill.api.chat_template import ChatTemplate, TemplateOptions
 from overfill.api.requests import validate_generate
@@ -139,3 +140,14 @@ def test_only_the_end_of_a_prompt_is_kept(byte_level_tokenizer):
     for wrong in (0, -2):
         with pytest.raises(InvalidRequest, match="truncate_prompt_tokens"):
             kept(wrong)
+
+
+def test_indented_json_has_a_maximum_length(monkeypatch):
+    monkeypatch.setattr(chat_template, "_MAX_INDENTED", 1000)
+    template = ChatTemplate("{{ tools | tojson(indent=4) }}", {})
+    assert template.render([HI], [{"a": [1]}]) == json.dumps([{"a": [1]}], indent=4)
+    deep = [1] * 50
+    for _ in range(50):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="becomes more than 1000 characters long when this model's chat template"):
+        template.render([HI], [{"a": deep}])

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from overfill.api.openai.errors import ApiError
+from overfill.api.openai.errors import ApiError, from_error
 from overfill.api.openai.parse import parse
 from overfill.api.openai.schema import ChatRequest, CompletionRequest
+from overfill.errors import InvalidRequest
 
 MANY = 50_000
 
@@ -47,3 +48,15 @@ def test_an_error_does_not_repeat_a_long_name(body):
     assert "yyy" in error["param"]
     assert "yyy" in error["message"]
     assert len(json.dumps(error)) < 2500
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ("chat.messages[1].tool_calls[0].name", "messages[1].tool_calls[0].function.name"),
+        ("chat.tools[0].parameters", "tools[0].function.parameters"),
+        ("chat.messages[1].tool_calls", "messages[1].tool_calls"),
+    ],
+)
+def test_errors_have_the_names_of_the_api(field, param):
+    assert from_error(InvalidRequest(field, "is wrong")).param == param

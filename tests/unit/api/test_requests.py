@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 
-from overfill.api.chat import chat_grammar
+from overfill.api.chat import added_by_template, chat_grammar, encode_chat
+from overfill.api.chat_template import ChatTemplate
 from overfill.api.requests import CheckedRequest, validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.v1.common_pb2 import SamplingParams
-from overfill.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds
+from overfill.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
 
 MAX_MODEL_LEN = 32
 VOCAB = 300
@@ -168,3 +170,47 @@ def test_an_answer_that_does_not_fit_is_refused_with_both_numbers(validate: Any)
     with pytest.raises(PromptTooLong, match=r"30 tokens after a prompt of 3 .* 32 tokens") as caught:
         validate(sampling=SamplingParams(max_tokens=30))
     assert caught.value.field == "sampling.max_tokens"
+
+
+def called(count: int, name: str = "f") -> ChatMessage:
+    return ChatMessage(role="assistant", tool_calls=[ToolCall(name=name)] * count)
+
+
+@pytest.mark.parametrize(
+    ("chat", "field", "reason"),
+    [
+        (Chat(messages=[ChatMessage(role="user")] * 4097), "chat.messages", "4097 messages; at most 4096"),
+        (Chat(messages=[called(1025)]), "chat.messages[0].tool_calls", "1025 tool calls; at most 1024"),
+        (Chat(messages=[called(1024)] * 16), "chat.messages", "16400 messages and tool calls together; at most 16384"),
+        (Chat(messages=[called(2), called(1, "")]), "chat.messages[1].tool_calls[0].name", "is empty"),
+        (
+            Chat(messages=[ChatMessage(role="user")], chat_template_kwargs=json.dumps({"documents": [{}] * 1025})),
+            "chat.documents",
+            "1025 documents; at most 1024",
+        ),
+    ],
+)
+def test_a_chat_has_as_many_parts_as_over_http(validate: Any, chat: Chat, field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        validate(chat=chat)
+    assert caught.value.field == field
+
+
+def test_a_chat_with_too_many_tools_is_refused_before_they_are_read() -> None:
+    with pytest.raises(InvalidRequest, match="has 129 tools; at most 128"):
+        added_by_template(Chat(tools=[Tool()] * 129))
+
+
+def test_a_template_may_not_make_a_short_chat_long(
+    byte_level_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate("{% for m in messages %}{% for n in messages %}{{ m.content }}{% endfor %}{% endfor %}", {})
+    monkeypatch.setattr(byte_level_tokenizer, "_chat_template", template)
+    chat = Chat(messages=[ChatMessage(role="user", content="x" * 100)] * 200)
+    with pytest.raises(
+        InvalidRequest, match=r"becomes more than 11\d{5} characters long by this model's chat"
+    ) as caught:
+        encode_chat(chat, byte_level_tokenizer)
+    assert caught.value.field == "chat"
+    del chat.messages[100:]
+    assert len(encode_chat(chat, byte_level_tokenizer)) == 100 * 100 * 100

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from overfill.api.openai import schema
+from overfill.api.chat import MAX_ITEMS
 from overfill.api.openai.answers import encode
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import check_items
@@ -41,7 +41,7 @@ async def test_a_failed_call_leaves_no_circle_of_references() -> None:
 
 def test_messages_parts_and_tool_calls_are_counted_together_before_they_are_parsed() -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "a"}] * 63}
-    count = schema.MAX_ITEMS // 64
+    count = MAX_ITEMS // 64
     check_items(encode({"messages": [message] * count}))
     with pytest.raises(ApiError, match=f"has {64 * (count + 1)} messages, parts and tool calls together"):
         check_items(encode({"messages": [message] * (count + 1)}))

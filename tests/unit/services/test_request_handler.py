@@ -276,3 +276,19 @@ async def test_a_request_to_detokenize_has_a_limit(handler: RequestHandler, toke
     ids = inference_pb2.DetokenizeRequest(ids=[1] * (MAX_DETOKENIZED + 1))
     with handler.reserve() as reservation, pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"):
         await handler.detokenize(ids, reservation)
+
+
+async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(tokenizer: BlockingTokenizer) -> None:
+    handler, threads = new_handler(tokenizer, Submitted(), 200), []
+
+    def encode_chat(*_: Any, **__: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return [1]
+
+    tokenizer.template_knows_tools, tokenizer.encode_chat = True, encode_chat  # type: ignore[attr-defined]
+    for calls in (1, LONG_REQUEST // 64):  # of a few bytes each
+        message = inference_pb2.ChatMessage(role="assistant", tool_calls=[inference_pb2.ToolCall(name="f")] * calls)
+        request = inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=[message]))
+        with handler.reserve(None) as reservation:
+            assert await handler.tokenize(request, reservation) == [1]
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
