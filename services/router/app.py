@@ -15,6 +15,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
+from overfill.process.heap import Heap
 from overfill.request.grammar import Grammars
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -404,13 +405,15 @@ class Router:
         )
 
     async def _advise(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, heap = asyncio.get_running_loop(), Heap()
         while True:
             self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
             short = {tier: self._scaling_advisor.short_prompt(tier) for tier in self.roster.tiers}
             self.roster.prefill.policy.set_short_prompts(short)
             if self._brownout is not None:
                 self._brownout.update(loop.time())
+            if heap.has_grown():
+                await asyncio.to_thread(heap.trim)
             await asyncio.sleep(INTERVAL)
 
     def _others(self) -> list[Member]:
