@@ -20,6 +20,7 @@ from overfill.api import keys
 from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
 from overfill.rpc.constants import WIRE_VERSION
+from services.router.http import generate
 
 HI = [{"role": "user", "content": "Hi"}]
 TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
@@ -108,6 +109,30 @@ def test_stop_strings_are_left_out_and_end_the_answer(client, model):
     answer = client.completions.create(model=model, prompt="x", temperature=0, max_tokens=40, stop=["prompt"])
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text.rstrip().endswith("whole")
+
+
+def test_a_long_response_with_logprobs_is_that_of_the_stream(stack, client, model):
+    asked = {"model": model, "messages": HI, "n": 2, "max_tokens": 400, "logprobs": True, "top_logprobs": 20}
+    asked |= {"seed": 1, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**asked)
+    streamed = [[], []]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for part in chunk.choices:
+            streamed[part.index] += part.logprobs.content if part.logprobs else []
+    assert [len(choice.logprobs.content) for choice in whole.choices] == [400, 400]
+    assert [choice.logprobs.content for choice in whole.choices] == streamed
+    status, headers, _ = post(f"{stack.url}/v1/chat/completions", json.dumps(asked | asked.pop("extra_body")).encode())
+    assert (status, headers["transfer-encoding"]) == (200, "chunked")  # 1 MB
+
+
+def test_a_response_has_a_maximum_of_logprobs(client, model, monkeypatch):
+    monkeypatch.setattr(generate, "MAX_UNSTREAMED_LOGPROBS", 100)
+    asked = {"model": model, "messages": HI, "max_tokens": 40, "logprobs": True, "extra_body": {"ignore_eos": True}}
+    with pytest.raises(openai.BadRequestError, match="more than 100, those of alternatives included") as caught:
+        client.chat.completions.create(**asked, top_logprobs=2)
+    assert caught.value.param == "logprobs"
+    assert len(client.chat.completions.create(**asked, top_logprobs=1).choices[0].logprobs.content) == 40
+    assert len(list(client.chat.completions.create(**asked, top_logprobs=2, stream=True))) > 1
 
 
 def test_logprobs_of_both_endpoints(client, model):

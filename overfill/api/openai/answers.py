@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_json
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.request.names import CODEC_NAMES, FINISH_REASONS
 from overfill.routing.answer import AnswerDelta
-from overfill.v1 import inference_pb2
+from overfill.v1 import common_pb2, inference_pb2
+
+MARK = "\0"
+"""Stands for text or log-probabilities that are put into the JSON of a message later."""
+
+_PLACE = b'"logprobs":"\\u0000"'
 
 _RULED_OUT = -9999.0
 """Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
@@ -35,6 +40,14 @@ _TIMES: tuple[tuple[str, Any], ...] = tuple(
 )
 """Durations of an answer: the name in the response, and the field of ``Timing``."""
 
+_FIRST_STEP, _STEP = 16, 64
+"""Number of tokens of which the first piece and later ones hold log-probabilities. A token takes some 25 µs."""
+
+_WRITTEN = common_pb2.TokenLogprobs()
+
+_MAX_KNOWN = 1 << 15
+"""Number of tokens whose texts are kept as JSON."""
+
 Kind = Literal["chat", "completion"]
 
 
@@ -47,6 +60,7 @@ class Envelope:
         model: Name of the model; with several tiers, also of the tier that begins the first choice.
         pair: Description of that tier's pair, for the ``overfill`` object.
         fingerprint: Fingerprint of the weights; different weights have a different one.
+        tokens: The tokens of the model, as JSON.
         created: Unix time of the response, seconds.
     """
 
@@ -55,7 +69,7 @@ class Envelope:
     model: str
     pair: dict[str, Any]
     fingerprint: str
-    tokenizer: Tokenizer
+    tokens: TokenTexts
     created: int = field(default_factory=lambda: int(time.time()))
 
     def wrap(self, choices: list[dict[str, Any]], *, chunk: bool, **more: Any) -> dict[str, Any]:
@@ -101,7 +115,8 @@ class Choice:
     completion_tokens: int = 0
     cached_tokens: int = 0
     _text: list[str] = field(default_factory=list)
-    _scores: list[dict[str, Any]] = field(default_factory=list)
+    _ids: list[int] = field(default_factory=list)
+    _entries: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -113,21 +128,24 @@ class Choice:
             if part.name:
                 self._calls.append(_call(part.id, part.name))
             self._calls[-1]["function"]["arguments"] += part.arguments
-        if self.logprobs:
-            self._scores += self._score(delta)
+        self._ids += delta.token_ids[: len(delta.logprobs)]
+        self._entries += delta.logprobs
 
     def whole(self) -> dict[str, Any]:
-        """The choice for a response that is not streamed."""
+        """The choice for a response that is not streamed; ``whole_scores`` belongs to it."""
         text = "".join(self._text)
+        scores = MARK if self.logprobs else None
         if self.envelope.kind == "completion":
-            scores = _legacy(self._scores) if self.logprobs else None
             return {"index": self.index, "text": self.echo + text, "logprobs": scores, "finish_reason": self.reason}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self._calls:
             message["tool_calls"] = self._calls
             message["content"] = text or None
-        scores = {"content": self._scores, "refusal": None} if self.logprobs else None
         return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.reason}
+
+    def whole_scores(self) -> Iterator[bytes]:
+        """The JSON of the log-probabilities of the whole answer, in pieces."""
+        return self._scores(self._ids, self._entries)
 
     def first(self) -> dict[str, Any] | None:
         """The choice for a stream's first chunk, before any token; None if there is nothing to send."""
@@ -147,19 +165,24 @@ class Choice:
         return self._chunk(text if self.envelope.kind == "completion" else {"content": text}, None)
 
     def chunk(self, delta: AnswerDelta) -> dict[str, Any] | None:
-        """The choice for a chunk with ``delta``; None if it would be empty, as inside a character."""
+        """The choice for a chunk with ``delta``; None if it would be empty, as inside a character.
+
+        With log-probabilities, ``scores`` belongs to it.
+        """
         self.completion_tokens += len(delta.token_ids)
-        scores = self._score(delta) if self.logprobs else None
-        if self.envelope.kind == "completion":
-            if not delta.text and not scores:
-                return None
-            return self._chunk(delta.text, _legacy(scores) if scores is not None else None)
-        if not delta.text and not delta.tool_calls and not scores:
+        scores = MARK if self.logprobs else None
+        if not delta.text and not delta.tool_calls and not delta.logprobs:
             return None
+        if self.envelope.kind == "completion":
+            return self._chunk(delta.text, scores)
         content: dict[str, Any] = {"content": delta.text} if delta.text or not delta.tool_calls else {}
         if delta.tool_calls:
             content["tool_calls"] = _call_deltas(delta.tool_calls)
-        return self._chunk(content, None if scores is None else {"content": scores, "refusal": None})
+        return self._chunk(content, scores)
+
+    def scores(self, delta: AnswerDelta) -> Iterator[bytes]:
+        """The JSON of the log-probabilities of ``delta``, in pieces."""
+        return self._scores(delta.token_ids, delta.logprobs)
 
     def last(self) -> dict[str, Any]:
         """The choice for the last chunk, which holds the finish reason."""
@@ -199,25 +222,86 @@ class Choice:
         key = "text" if self.envelope.kind == "completion" else "delta"
         return {"index": self.index, key: content, "logprobs": scores, "finish_reason": None}
 
-    def _score(self, delta: AnswerDelta) -> list[dict[str, Any]]:
-        scores = []
-        for token, entry in zip(delta.token_ids, delta.logprobs, strict=False):
-            scored = self._scored(token, entry.logprob)
-            scored["top_logprobs"] = [
-                self._scored(other, value) for other, value in zip(entry.top_ids, entry.top_logprobs, strict=False)
-            ]
-            scored["_offset"] = self._offset
-            self._offset += len(scored["token"])
-            scores.append(scored)
+    def _scores(self, ids: Sequence[int], entries: list[common_pb2.TokenLogprobs]) -> Iterator[bytes]:
+        """Writes ``entries``, and frees them on the way: to free all at once takes as long as some hundred pieces."""
+        tokens = self.envelope.tokens
         if self.envelope.kind == "chat":
-            for scored in scores:
-                del scored["_offset"]
-        return scores
+            yield b'{"content":['
+            yield from _joined(ids, entries, tokens.score, free=True)
+            yield b'],"refusal":null}'
+            return
+        yield b'{"tokens":['
+        yield from _joined(ids, entries, lambda token, _: tokens[token].json)
+        yield b'],"token_logprobs":['
+        yield from _joined(ids, entries, lambda _, entry: _number(entry.logprob))
+        yield b'],"top_logprobs":['
+        yield from _joined(ids, entries, tokens.legacy_top, free=True)
+        yield b'],"text_offset":['
+        yield from _joined(ids, entries, self._next_offset)
+        yield b"]}"
 
-    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self.envelope.tokenizer.token_bytes(token)
-        value = logprob if math.isfinite(logprob) else _RULED_OUT
-        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+    def _next_offset(self, token: int, entry: common_pb2.TokenLogprobs) -> bytes:
+        offset = self._offset
+        self._offset += len(self.envelope.tokens[token].text)
+        return b"%d" % offset
+
+
+class TokenText(NamedTuple):
+    """A token's text, the text as JSON, and its bytes as a JSON list."""
+
+    text: str
+    json: bytes
+    bytes: bytes
+
+
+class TokenTexts(dict[int, TokenText]):
+    """The texts of tokens by id, and JSON of log-probabilities. Most tokens repeat, so their JSON is kept."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> TokenText:
+        if len(self) >= _MAX_KNOWN:
+            self.clear()
+        data = self._tokenizer.token_bytes(token)
+        text = data.decode(errors="replace")
+        self[token] = made = TokenText(text, encode_text(text), to_json(list(data)))
+        return made
+
+    def score(self, token: int, entry: common_pb2.TokenLogprobs) -> bytes:
+        """The log-probabilities at one token, as chats show them."""
+        top = b"},".join([self._scored(*pair) for pair in zip(entry.top_ids, entry.top_logprobs, strict=False)])
+        return b'%b,"top_logprobs":[%b]}' % (self._scored(token, entry.logprob), top and top + b"}")
+
+    def legacy_top(self, token: int, entry: common_pb2.TokenLogprobs) -> bytes:
+        """The likeliest tokens as ``/v1/completions`` shows them. If some have the same text, the likeliest remains."""
+        top = list(zip(entry.top_ids, entry.top_logprobs, strict=False))
+        values = {self[other].json: _number(value) for other, value in reversed(top)}
+        return b"{%b}" % b",".join([b"%b:%b" % pair for pair in values.items()])
+
+    def _scored(self, token: int, logprob: float) -> bytes:
+        _, text, data = self[token]
+        return b'{"token":%b,"logprob":%b,"bytes":%b' % (text, _number(logprob), data)
+
+
+def _number(logprob: float) -> bytes:
+    return repr(logprob if math.isfinite(logprob) else _RULED_OUT).encode()
+
+
+def _joined(
+    ids: Sequence[int],
+    entries: list[common_pb2.TokenLogprobs],
+    write: Callable[[int, common_pb2.TokenLogprobs], bytes],
+    free: bool = False,
+) -> Iterator[bytes]:
+    """The items of a JSON list, in pieces that take a millisecond or two. Replaces the written entries if ``free``."""
+    start, end = 0, _FIRST_STEP
+    while start < len(entries):
+        items = b",".join([write(*pair) for pair in zip(ids[start:end], entries[start:end], strict=False)])
+        if free:
+            entries[start:end] = [_WRITTEN] * len(entries[start:end])
+        yield b"," + items if start else items
+        start, end = end, end + _STEP
 
 
 class EventFrame:
@@ -227,11 +311,9 @@ class EventFrame:
         chunk: a chunk whose text is ``MARK``.
     """
 
-    MARK = "\0"
-
     def __init__(self, chunk: dict[str, Any]) -> None:
         # After the text, a chunk has no strings, so the last one that equals the mark is the text.
-        self._head, _, self._tail = event(chunk).rpartition(encode_text(self.MARK))
+        self._head, _, self._tail = event(chunk).rpartition(encode_text(MARK))
 
     def event(self, text: str) -> bytes:
         """Returns the bytes of the server-sent event for a chunk with ``text``."""
@@ -260,6 +342,17 @@ def encode(message: dict[str, Any]) -> bytes:
     return to_json(message)
 
 
+def pieces(message: dict[str, Any], scores: Sequence[Iterator[bytes]]) -> Iterator[bytes]:
+    """``message`` as JSON, in pieces. ``scores`` are the log-probabilities of its choices that have ``MARK``."""
+    # No text can look like the place: inside a JSON string, quotation marks are escaped.
+    head, *tails = encode(message).split(_PLACE)
+    yield head
+    for score, tail in zip(scores, tails, strict=True):
+        yield b'"logprobs":'
+        yield from score
+        yield tail
+
+
 def encode_text(text: str) -> bytes:
     """``text`` as a JSON string, as ``encode`` writes it."""
     return encode_basestring(text).encode()
@@ -286,13 +379,3 @@ def _call_deltas(parts: Sequence[inference_pb2.ToolCallDelta]) -> list[dict[str,
             calls[part.index] = {"index": part.index, **made}
         calls[part.index]["function"]["arguments"] += part.arguments
     return list(calls.values())
-
-
-def _legacy(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """``scores`` in the format of ``/v1/completions``. If tokens have the same text, the likelier one remains."""
-    return {
-        "tokens": [s["token"] for s in scores],
-        "token_logprobs": [s["logprob"] for s in scores],
-        "top_logprobs": [{t["token"]: t["logprob"] for t in reversed(s["top_logprobs"])} for s in scores],
-        "text_offset": [s["_offset"] for s in scores],
-    }

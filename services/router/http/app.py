@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, wire
-from overfill.api.openai.answers import Envelope, Kind, encode
+from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
@@ -94,6 +94,8 @@ class HttpApi:
         self._share_port = share_port
         self._cors = Cors(allowed_origins)
         self._parser = BoundedExecutor(threads=1)
+        self._tokens = TokenTexts(handler.tokenizer)
+        self._encoding = asyncio.Lock()
         self._started = int(time.time())
         routes = [
             Route("/v1/chat/completions", "POST", self._chat),
@@ -206,20 +208,24 @@ class HttpApi:
             def envelope(tier: str) -> Envelope:
                 tiers = handler.tiers
                 model = f"{tiers.model}:{tier}" if tiers.several else tiers.model
-                return Envelope(kind, id, model, self._pair_json(tier), tiers.fingerprint(tier), handler.tokenizer)
+                return Envelope(kind, id, model, self._pair_json(tier), tiers.fingerprint(tier), self._tokens)
 
             parent = request.headers.get(tracing.TRACEPARENT.encode())
             trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
             span = tracing.serve("router.request", trace, route=request.path)
-            answers = RunningChoices(handler, asked, envelope, span)
+            answers = RunningChoices(handler, asked, envelope, span, self._encoding)
             await answers.start(received, reservation)
-        headers = [(b"x-request-id", id.encode())]
+        headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         with answers:
             if asked.stream:
-                await answers.stream(request, [*headers, *self._cors.headers(request)])
+                await answers.stream(request, headers)
                 return
-            whole = await answers.whole()
-        self._json(request, whole, headers)
+            headers.append(_JSON)
+            rest = await answers.whole(request, headers)
+        if request.status is None:
+            request.respond(200, rest, headers)
+        else:
+            request.write(rest, last=True)
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.reserve(caller) as reservation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, Self
@@ -12,7 +12,7 @@ from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
 from overfill.api.openai.wire import ApiRequest
-from overfill.errors import OverfillError
+from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
@@ -28,6 +28,19 @@ _STREAM_HEADERS = (
 )
 
 
+MAX_UNSTREAMED_LOGPROBS = 1 << 21
+"""Log-probabilities of one response that is not streamed: each token has 1 and those of its alternatives.
+
+The router keeps them until all answers are complete, some 50 MiB.
+"""
+
+_SHORT = 16 << 10
+"""Size in bytes up to which a message with log-probabilities is encoded at once."""
+
+_PART = 256 << 10
+"""Size in bytes from which on a response leaves in parts."""
+
+
 class RunningChoices:
     """The running choices of one request. Their context manager ends those that still run.
 
@@ -35,6 +48,8 @@ class RunningChoices:
         asked: what the client asks for.
         envelope: makes the response's envelope for the tier that begins its first choice.
         span: ends with the choices.
+        encoding: held while a piece of many log-probabilities is encoded, so that all requests together delay other
+            tasks by one piece at a time.
     """
 
     def __init__(
@@ -43,11 +58,14 @@ class RunningChoices:
         asked: ApiRequest,
         envelope: Callable[[str], Envelope],
         span: Span,
+        encoding: asyncio.Lock,
     ) -> None:
         self._asked = asked
         self._span = span
         self._handler = handler
         self._make_envelope = envelope
+        self._encoding = encoding
+        self._logprobs = 0  # those of answers that are not streamed
         self._stack = ExitStack()
         self.choices: list[Choice] = []
         self._running: list[RunningAnswer] = []
@@ -93,15 +111,46 @@ class RunningChoices:
             echo=self._echo(prompt),
         )
 
-    async def whole(self) -> dict[str, Any]:
-        """Waits until every choice is complete; returns the response. Raises OverfillError."""
+    async def whole(self, request: Request, headers: Headers) -> bytes:
+        """Waits until every choice is complete, and begins to write the response if it is long.
+
+        Returns:
+            What remains to be written.
+
+        Raises:
+            OverfillError: an answer failed.
+        """
         await self._run_all(self._collect)
-        return self._envelope.wrap(
+        message = self._envelope.wrap(
             [choice.whole() for choice in self.choices],
             chunk=False,
             usage=answers.usage(self.choices, self._asked.n),
             overfill=self._envelope.extension(self.choices),
         )
+        pieces = answers.pieces(message, [choice.whole_scores() for choice in self.choices if choice.logprobs])
+        part, size = bytearray(), 0
+        while (piece := await self._next(pieces, size)) is not None:
+            part += piece
+            size += len(piece)
+            if len(part) >= _PART:
+                if request.status is None:
+                    request.begin(200, headers)
+                request.write(bytes(part))
+                part.clear()
+                if request.writes_wait:
+                    await request.writable()
+        return bytes(part)
+
+    async def _next(self, pieces: Iterator[bytes], size: int) -> bytes | None:
+        """Returns the next piece of a message, of which ``size`` bytes are known; None at its end.
+
+        Encodes the pieces of long messages one after the other, and lets other tasks run in between.
+        """
+        if size < _SHORT:
+            return next(pieces, None)
+        async with self._encoding:
+            await asyncio.sleep(0)
+            return next(pieces, None)
 
     async def stream(self, request: Request, headers: Headers) -> None:
         """Writes the response as server-sent events, each choice's as soon as it has them.
@@ -144,19 +193,26 @@ class RunningChoices:
     async def _collect(self, choice: Choice, answer: RunningAnswer) -> None:
         while (delta := await answer.next()) is not None:
             choice.add(delta)
+            self._logprobs += len(delta.logprobs) + sum(len(entry.top_ids) for entry in delta.logprobs)
+            if self._logprobs > MAX_UNSTREAMED_LOGPROBS:
+                raise InvalidRequest(
+                    "sampling.logprobs",
+                    f"are too many in this response: more than {MAX_UNSTREAMED_LOGPROBS}, those of alternatives "
+                    "included; ask for a stream, for fewer answers, or for fewer alternatives",
+                )
         if answer.rest is not None:
             choice.add(answer.rest)
         choice.finished = answer.finished
 
     async def _send(self, choice: Choice, answer: RunningAnswer, request: Request, headers: Headers) -> None:
-        frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(EventFrame.MARK)))
+        frame = None if self._asked.continuous_usage else EventFrame(self._chunk(choice.text(answers.MARK)))
         delta = await answer.next()
         choice.cached_tokens = answer.cached_tokens
         if request.status is None:
             request.begin(200, headers)
         events = self._event(choice.first())
         while delta is not None:
-            events += self._delta(choice, delta, frame)
+            events += await self._scored(choice, delta) if choice.logprobs else self._delta(choice, delta, frame)
             if events and not answer.complete:
                 request.write(events)
                 events = b""
@@ -164,7 +220,8 @@ class RunningChoices:
                     await request.writable()
             delta = await answer.next()
         if answer.rest is not None:
-            events += self._delta(choice, answer.rest, frame)
+            rest = answer.rest
+            events += await self._scored(choice, rest) if choice.logprobs else self._delta(choice, rest, frame)
         choice.finished = answer.finished
         events += self._event(choice.last(), overfill=self._envelope.extension([choice]))
         last = all(choice.finished is not None for choice in self.choices)
@@ -175,6 +232,17 @@ class RunningChoices:
         if frame is not None and choice.only_text(delta):
             return frame.event(delta.text)
         return self._event(choice.chunk(delta))
+
+    async def _scored(self, choice: Choice, delta: AnswerDelta) -> bytes:
+        """Returns the event for ``delta`` of a choice with log-probabilities; empty as for ``_delta``."""
+        chunk = choice.chunk(delta)
+        if chunk is None:
+            return b""
+        pieces = answers.pieces(self._chunk(chunk), [choice.scores(delta)])
+        event = bytearray(b"data: ")
+        while (piece := await self._next(pieces, len(event))) is not None:
+            event += piece
+        return bytes(event + b"\n\n")
 
     def _end(self) -> bytes:
         """Returns the events after the last choice."""

@@ -1,13 +1,106 @@
-"""Tests the chunks of a streamed answer of OpenAI's API."""
+"""Tests the answers of OpenAI's API, whole and in chunks: tool calls and log-probabilities."""
 
-from overfill.api.openai.answers import Choice, Envelope
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from overfill.api.openai import answers
+from overfill.api.openai.answers import Choice, Envelope, TokenTexts
 from overfill.routing.answer import AnswerDelta
-from overfill.v1 import inference_pb2
+from overfill.v1 import common_pb2, inference_pb2
+
+TEXTS = [b"a", b' "b"\n', "é".encode(), b"\xff", b"\0", b"a"]  # of tokens 0 to 5; others have their number
+DONE = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP)
 
 
-def choice(tokenizer=None):
-    envelope = Envelope("chat", "id", "m", {}, "fp", tokenizer)
-    return Choice(index=0, envelope=envelope, seed=1, prompt_tokens=3, logprobs=False)
+def token_bytes(token):
+    return TEXTS[token] if token < len(TEXTS) else b"%d" % token
+
+
+def choice(kind="chat", logprobs=False):
+    envelope = Envelope(kind, "id", "m", {}, "fp", TokenTexts(SimpleNamespace(token_bytes=token_bytes)))
+    return Choice(index=0, envelope=envelope, seed=1, prompt_tokens=3, logprobs=logprobs)
+
+
+def scored(tokens, first=0, text=""):
+    """A delta whose tokens have two alternatives, all with the same text as the token or another."""
+    entries = [common_pb2.TokenLogprobs(logprob=-t, top_ids=[5, 0], top_logprobs=[-1, -math.inf]) for t in tokens]
+    return AnswerDelta(first, list(tokens), entries, text)
+
+
+def shown(token, logprob):
+    data = token_bytes(token)
+    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def content(tokens):
+    top = [shown(5, -1.0), shown(0, -9999.0)]
+    return [shown(t, -float(t)) | {"top_logprobs": top} for t in tokens]
+
+
+def whole(choice, *deltas):
+    for delta in deltas:
+        choice.add(delta)
+    choice.finished = DONE
+    message = {"text": '"logprobs":"\\u0000"', "choices": [choice.whole()], "end": 1}
+    made = list(answers.pieces(message, [choice.whole_scores()]))
+    return made, json.loads(b"".join(made))
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 16, 17, 500])
+def test_a_whole_chat_has_the_log_probabilities_of_all_tokens(count):
+    half = count // 2
+    _, message = whole(choice(logprobs=True), scored(range(half), text="x"), scored(range(half, count), half))
+    assert message["text"] == '"logprobs":"\\u0000"', "text that looks like the place stays"
+    assert message["end"] == 1
+    assert message["choices"][0]["logprobs"] == {"content": content(range(count)), "refusal": None}
+
+
+@pytest.mark.parametrize("count", [0, 6, 500])
+def test_a_whole_completion_has_the_log_probabilities_of_all_tokens(count):
+    _, message = whole(choice("completion", logprobs=True), scored(range(count)))
+    texts = [token_bytes(token).decode(errors="replace") for token in range(count)]
+    assert (
+        message["choices"][0]["logprobs"]
+        == {
+            "tokens": texts,
+            "token_logprobs": [-float(token) for token in range(count)],
+            "top_logprobs": [{"a": -1.0}] * count,  # of two tokens with one text, the likelier one
+            "text_offset": [len("".join(texts[:index])) for index in range(count)],
+        }
+    )
+
+
+def test_chunks_have_the_log_probabilities_of_their_tokens():
+    for kind in ("chat", "completion"):
+        stream, offsets = choice(kind, logprobs=True), []
+        for first in (0, 3):
+            delta = scored(range(first, first + 3), first, text="x")
+            made = json.loads(b"".join(answers.pieces(stream.chunk(delta), [stream.scores(delta)])))
+            if kind == "chat":
+                assert made["delta"] == {"content": "x"}
+                assert made["logprobs"] == {"content": content(range(first, first + 3)), "refusal": None}
+            else:
+                offsets += made["logprobs"]["text_offset"]
+    assert offsets == [0, 1, 6, 7, 8, 9]
+
+
+def test_log_probabilities_come_in_small_pieces_and_are_freed_on_the_way():
+    long = choice(logprobs=True)
+    long.add(scored(range(2000)))
+    pieces = long.whole_scores()
+    (*_, last) = (next(pieces) for _ in range(10))
+    assert last.count(b'"top_logprobs"') == answers._STEP
+    assert sum(bool(entry.top_ids) for entry in long._entries) == 2000 - answers._FIRST_STEP - 8 * answers._STEP
+
+
+def test_the_texts_of_few_tokens_are_kept(monkeypatch):
+    monkeypatch.setattr(answers, "_MAX_KNOWN", 4)
+    texts = choice().envelope.tokens
+    assert [texts[token].text for token in range(10, 30)] == [str(token) for token in range(10, 30)]
+    assert len(texts) <= 4
 
 
 def part(index, name="", arguments=""):
