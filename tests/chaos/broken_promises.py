@@ -281,8 +281,8 @@ BROKEN = (
         "too much load is refused at once",
         "queues have no end",
         "overfill/routing/dispatcher.py",
-        "queue.admission.check(waiting, ahead, now, deadline, client_resumes=client_resumes)\n",
-        "del waiting, ahead, now, deadline, client_resumes\n",
+        "queue.admission.check(waiting, ahead, now, deadline, own, client_resumes=client_resumes)\n",
+        "del waiting, ahead, now, deadline, own, client_resumes\n",
         "tests/integration/test_overload.py",
     ),
     Broken(
