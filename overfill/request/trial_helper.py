@@ -102,7 +102,7 @@ class _Helper:
         self._wall = WALL_FACTOR * bench.limits.seconds
 
     def run(self) -> None:
-        """Serves until the parent has ended, by whatever way: then its end of the connection is closed."""
+        """Serves until the parent has ended. The system then closes the parent's end of the connection."""
         while True:
             wait = 0.05 if self._children else None
             sources: list[Any] = [self._connection, *self._children]

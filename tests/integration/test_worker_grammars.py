@@ -1,4 +1,4 @@
-"""Tests that workers try a grammar before their engines compile it, whatever a router lets through."""
+"""Tests that workers try a grammar before their engines compile it, although a router has let it through."""
 
 import os
 import signal
