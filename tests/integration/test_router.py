@@ -758,7 +758,8 @@ async def test_a_request_that_outlives_the_grace_period_gets_a_clean_error(tiny_
         await call.reserve()
         call.tokens(0, [20])
         router.drain()
-        with pytest.raises(Unavailable, match="shut down before the answer was complete"):
+        # The client asks once more. It may reach the port that the router has opened again, which refuses it.
+        with pytest.raises(Unavailable, match=r"shut down before the answer was complete|router is shutting down"):
             await asking
         await serving
         await call.ended.wait()

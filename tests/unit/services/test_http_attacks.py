@@ -331,7 +331,7 @@ MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 async def test_who_asks_is_decided_by_one_head(data: bytes, keys: bool, status: int) -> None:
     holder = SimpleNamespace(id="1", scopes=frozenset(Scope))
     access = AccessPolicy(keys=lambda key: holder if key == "right" else None) if keys else AccessPolicy()  # type: ignore[arg-type, return-value]
-    handler = SimpleNamespace(metrics=RouterMetrics(), tiers=SimpleNamespace(listed=lambda caller: []))
+    handler = SimpleNamespace(metrics=RouterMetrics(), tiers=SimpleNamespace(listed=lambda caller: []), tokenizer=None)
     api = HttpApi(handler, access, lambda: "", None, share_port=False)  # type: ignore[arg-type]
     client = MemoryClient(new_state(api))
     client.send(data)
