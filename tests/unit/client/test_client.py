@@ -358,7 +358,7 @@ def test_an_error_carries_the_answer_so_far(sdk: Sdk, router: Any, say: SimpleNa
     router.script = [*say.good[:2], Unavailable("gave up after 4 attempts")]
     with pytest.raises(Unavailable, match="gave up") as caught:
         sdk.run(router.address, "generate", "x")
-    assert caught.value.produced == Produced("Hel", (10,), "r1", 7)
+    assert caught.value.produced == Produced("Hel", (10,), "r1", 7, identity=AnswerIdentity())
     router.script = [say.accepted(tier="fast"), say.good[1], say.delta(5, [12])]
     with pytest.raises(InternalError) as wrong:
         sdk.run(router.address, "generate", "x")
