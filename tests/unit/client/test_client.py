@@ -362,7 +362,7 @@ def test_an_error_carries_the_answer_so_far(sdk: Sdk, router: Any, say: SimpleNa
     router.script = [say.accepted(tier="fast"), say.good[1], say.delta(5, [12])]
     with pytest.raises(InternalError) as wrong:
         sdk.run(router.address, "generate", "x")
-    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7, "fast")
+    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7, "fast", AnswerIdentity())
     router.script = [Overloaded("full")]
     with pytest.raises(Overloaded) as refused:
         sdk.run(router.address, "generate", "x")
