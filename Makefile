@@ -68,8 +68,14 @@ audit: setup  ## Write the bill of materials; look for known vulnerabilities
 	@if [ -n "$$(find .venv/sbom.json -newer pyproject.toml -mmin -1440 2>/dev/null)" ]; then exit 0; fi; \
 	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
 
-test: setup check  ## check, then all tests except the slow ones
-	$(PYTEST) -m "not slow and not gpu and not images" -n 2 --dist loadfile --ignore tests/docs
+# Four workers on two cores, because many tests wait for processes. `check` runs beside them; its output follows theirs.
+test: setup  ## check, and all tests except the slow ones
+	@checked=$$(mktemp); trap 'rm -f "$$checked"' EXIT; failed=0; \
+	$(MAKE) --no-print-directory check >"$$checked" 2>&1 & check=$$!; \
+	$(PYTEST) -m "not slow and not gpu and not images" --ignore tests/docs \
+	  -n 4 --dist loadfile --no-loadscope-reorder --durations 20 || failed=$$?; \
+	wait $$check || failed=$$?; \
+	cat "$$checked"; exit $$failed
 
 test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment of their own
 	$(PYTEST_VLLM) -m "not slow and not gpu"
