@@ -12,8 +12,9 @@ PROTOS := $(sort $(wildcard proto/overfill/v1/*.proto))
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 # Without compat, a script in the folder above a clone named overfill would import the clone's folder.
 INSTALL := -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e
-# One thread per process, because thread pools with more threads than cores are many times slower.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# One thread per process, because thread pools with more threads than cores are many times slower. Where a test asks for
+# more, its threads sleep while they wait: spinning tripled the CPU time of such tests, and made them ten times slower.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 # The variable silences a notice about the next major version of MkDocs, which pyproject.toml excludes.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
