@@ -62,9 +62,7 @@ class Child:
         self._pump = threading.Thread(target=self._read, name=f"output-{name}", daemon=True)
         self._pump.start()
 
-    def _start(
-        self, command: Sequence[str], env: Mapping[str, str], orphaned: signal.Signals
-    ) -> subprocess.Popen[str]:
+    def _start(self, command: Sequence[str], env: Mapping[str, str], orphaned: signal.Signals) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*tied_to_parent(orphaned), *command],
             env=env,
