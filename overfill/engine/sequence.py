@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from overfill.errors import InternalError, InvalidRequest, StepFailed
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.tensors import DeviceEvent
+from overfill.kv.store import DeviceEvent
 from overfill.model.processors import LogitProcessor
 from overfill.model.sampling import SampledToken
 from overfill.request.params import SamplingParams

@@ -41,7 +41,7 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, raw_chunk
 from overfill.kv.ranges import KvRange
-from overfill.kv.tensors import DeviceEvent, LayerTargets
+from overfill.kv.store import DeviceEvent, LayerTargets
 from overfill.model.processors import LogitProcessor, new_processor
 from overfill.model.sampling import SampledToken
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
