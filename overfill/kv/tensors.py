@@ -28,18 +28,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
-def record_event(device: torch.device) -> DeviceEvent | None:
-    """Records an event after all that this thread has launched on ``device`` so far; None without CUDA.
-
-    The stream is named because an event without one is recorded on the thread's current device, which may be another.
-    """
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int, device: torch.device) -> torch.Tensor:
     """Slots of tokens ``start..end`` of a sequence. [end - start], int64, on ``device``."""
     table = torch.tensor(block_table, dtype=torch.int64)

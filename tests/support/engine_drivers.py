@@ -43,7 +43,7 @@ from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, raw_chun
 from overfill.kv.ranges import KvRange
 from overfill.kv.store import DeviceEvent, LayerTargets
 from overfill.model.processors import LogitProcessor, new_processor
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 _MAX_STEPS = 2000

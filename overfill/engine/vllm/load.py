@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.device import NotEnoughMemory, native_dtype, use_threads
 from overfill.engine.gpu_memory import vllm_utilization
 from overfill.engine.protocol import (
     DEFAULT_CPU_KV_BYTES,
@@ -45,6 +45,7 @@ from overfill.kv.keys import root_key
 from overfill.kv.spec import KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Half, Pair
+from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
@@ -99,7 +100,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     """
     _check(options)
     # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if not log.isEnabledFor(logging.DEBUG):  # vLLM's news at its start fills a page
         logging.getLogger("vllm").setLevel(logging.WARNING)
@@ -170,6 +171,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         grammars=Grammars(
             pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
         ),
+        new_processor=new_processor,
         blocks_of=partial(_blocks_of, pair.full_digest, dtype, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
     )

@@ -38,7 +38,8 @@ from typing import Any
 import torch
 
 import overfill.kv.receiver
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.chunks import Chunk, TransferSpec
 from overfill.kv.keys import PromptBlocks, token_bytes

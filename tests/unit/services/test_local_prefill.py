@@ -21,7 +21,7 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
 from overfill.kv.keys import PromptBlocks
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2, decode_pb2

@@ -17,7 +17,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
 from services.prefill.servicer import PrefillServicer
 
