@@ -94,6 +94,11 @@ class ColocatedEngine:
         return ColocatedLoad(self._prefill.load(), self._decode.load())
 
     @property
+    def delay(self) -> float:
+        """Seconds until the decode engine's next step is due, while no prompt can be computed."""
+        return 0.0 if next(self._prefill.queue(), None) is not None else self._decode.delay
+
+    @property
     def step_shape(self) -> tuple[int, int]:
         """Sequences and tokens in the latest step of either engine."""
         return self._stepping.step_shape

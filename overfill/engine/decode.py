@@ -59,6 +59,8 @@ class DecodeEngine:
         step_shape: sequences and tokens in the latest step.
     """
 
+    delay = 0.0
+
     def __init__(
         self,
         runner: Runner,

@@ -110,7 +110,7 @@ class _Stage:
         self, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics | None = None
     ) -> DecodeEngine:
         parts = self.parts
-        return DecodeEngine(
+        return parts.decode_engine(
             parts.runner, parts.pool, self.options.max_num_seqs, REPLAY_BUDGET, emit, self.prefix, metrics
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from overfill.engine.decode import DecodeEngine
 from overfill.engine.protocol import NewProcessor
 from overfill.engine.work import Runner
 from overfill.kv.blocks import BlockPool
@@ -26,6 +27,7 @@ class EngineParts:
         grammars: compiler of the grammars that requests ask for.
         kv_cache_dtype: format in which this half stores KV.
         version, new_processor, codecs: as in ``ServedHalf``.
+        decode_engine: the engine of a decoder.
     """
 
     runner: Runner
@@ -39,6 +41,7 @@ class EngineParts:
     version: str
     new_processor: NewProcessor
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
+    decode_engine: type[DecodeEngine] = DecodeEngine
 
     def prefix_cache(self, enabled: bool) -> PrefixCache:
         """A prefix cache on ``pool`` that knows this model's cost of recomputing KV."""

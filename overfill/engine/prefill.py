@@ -61,6 +61,8 @@ class PrefillEngine:
         step_shape: prompts and tokens in the latest step.
     """
 
+    delay = 0.0
+
     def __init__(
         self,
         runner: Runner,

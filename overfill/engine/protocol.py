@@ -86,6 +86,11 @@ class EngineCore(Protocol[_LoadT_co]):
         ...
 
     @property
+    def delay(self) -> float:
+        """Seconds for which the next step must wait, while messages are taken. 0 for engines that compute."""
+        ...
+
+    @property
     def step_shape(self) -> tuple[int, int]:
         """Sequences and tokens in the latest step; any thread may ask while the step runs."""
         ...
@@ -114,7 +119,8 @@ class EngineOptions:
         max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
         threads: CPU threads of a step.
         grammars: what a client's grammar may cost.
-        engine_args: arguments of the engine itself, by name; vLLM only.
+        engine_args: arguments of the engine itself, by name; only vLLM and the mock engine have some.
+        device: where the engine computes; None for the mock engine, which needs no torch.
     """
 
     device: torch.device | None
@@ -130,6 +136,12 @@ class EngineOptions:
     threads: int = 1
     grammars: GrammarLimits = field(default_factory=GrammarLimits)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compute_device(self) -> torch.device:
+        """``device`` of an engine that computes."""
+        assert self.device is not None, "only the mock engine has no device"
+        return self.device
 
 
 NewProcessor = Callable[[SamplingParams, Sequence[int], Grammars, Sequence[int]], Processor | None]

@@ -116,8 +116,10 @@ class EngineThread(Generic[LoadT]):
             use_device(self._device)
             busy, checked = False, True
             while True:
+                delay = self._core.delay if busy else 0.0
+                wait = delay if busy else None if checked else _IDLE
                 try:
-                    message = self._mailbox.get(block=not busy, timeout=None if checked else _IDLE)
+                    message = self._mailbox.get(block=not busy or delay > 0, timeout=wait)
                 except queue.Empty:
                     if not busy:
                         self._core.check()
@@ -126,7 +128,7 @@ class EngineThread(Generic[LoadT]):
                         continue
                     self._step_began = time.monotonic()
                     with self._cores:
-                        busy = self._core.step()
+                        busy = self._core.step() or self._core.delay > 0
                     self._step_began = None
                     self._num_steps += 1
                     self._publish_load()

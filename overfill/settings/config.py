@@ -37,7 +37,7 @@ from overfill.settings.tiers import (
 from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
-    "colocated", "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray",
+    "colocated", "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "ray",
     "address", "name", "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
@@ -79,9 +79,9 @@ class WorkerConfig(ServiceConfig):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill, vllm, or mock, which computes nothing and plays scripts; auto is vllm "
-        "on the first CUDA device, if it is installed and fits the model, and overfill otherwise; the workers of a "
-        "stack may use different engines, except for mock",
+        description="engine that runs the model: overfill, vllm or mock, which computes nothing and plays scripts; auto is "
+        "vllm on the first CUDA device, if it is installed and fits the model, and overfill otherwise; the workers of "
+        "a stack may use different engines, except for mock",
     )
     engine_args: EngineArgs = Field(
         "",

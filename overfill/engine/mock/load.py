@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.engine.device import NotEnoughMemory
+from overfill.engine.mock.decode import MockDecodeEngine
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.mock.runner import MockRunner
 from overfill.engine.mock.script import Script
@@ -59,4 +60,5 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
         version=f"mock {__version__}",
         new_processor=script.player,
         codecs=(common_pb2.KV_CODEC_RAW,),
+        decode_engine=MockDecodeEngine,
     )

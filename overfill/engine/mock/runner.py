@@ -28,34 +28,37 @@ class MockRunner:
         self._half = half
         self._options = options
 
+    def step_seconds(self, sequences: int) -> float:
+        """Seconds of a decode step, which its engine waits."""
+        return max(_LEAST_WAIT, self._options.step + self._options.per_sequence * sequences)
+
     def run(self, works: Sequence[Work]) -> None:
-        """Waits for a step that replays known tokens."""
-        time.sleep(max(_LEAST_WAIT, self._options.step))
+        """Replays known tokens, which leaves nothing to do."""
 
     def next_tokens(
         self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """Waits for a step, and takes the token after each work that wants one from its player."""
-        options, failed = self._options, dict[int, Exception]()
+        """Takes the token after each work that wants one from its player. A step of prompts waits before."""
+        failed: dict[int, Exception] = {}
         hooks.layer_start(0)
         if self._half == "full":
-            time.sleep(max(_LEAST_WAIT, options.base + options.per_token * sum(len(work.tokens) for work in works)))
+            tokens = sum(len(work.tokens) for work in works)
+            time.sleep(max(_LEAST_WAIT, self._options.base + self._options.per_token * tokens))
             for work in works:
                 self.cache.put(work.blocks, work.tokens, work.start)
-        else:
-            time.sleep(max(_LEAST_WAIT, options.step + options.per_sequence * len(works)))
         hooks.kv_written(0)
-        tokens = []
+        sampled = []
         for row, spec in enumerate(specs):
-            player: Player = spec.processor
+            player = spec.processor
+            assert isinstance(player, Player)
             try:
                 if self._half == "decoder":
                     self._check_prompt(works[row], player.prompt)
-                tokens.append(player.next(spec.emitted, spec.sample_index))
+                sampled.append(player.next(spec.emitted, spec.sample_index))
             except Exception as error:
                 failed[row] = error
-                tokens.append(SampledToken(0))
-        return tokens, failed
+                sampled.append(SampledToken(0))
+        return sampled, failed
 
     def copy_kv(
         self,

@@ -90,7 +90,7 @@ class Player:
         self._params = params
         self._matcher = matcher
         self._mask_words = mask_words
-        self._end = end
+        self._end = None if params.ignore_eos else end
         self._seen = 0
         self._strayed = False  # True once the grammar has ruled out the script's token
         bias = params.logit_bias

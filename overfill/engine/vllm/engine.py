@@ -34,6 +34,8 @@ class VllmEngine:
     _metrics: EngineMetrics
     _emit: Callable[[list[Any]], None]
 
+    delay = 0.0
+
     def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm
         self._sampler = StepSampler()

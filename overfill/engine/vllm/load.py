@@ -110,7 +110,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     if warning := untested_warning(release):
         log.warning(warning)
     config = pair.full_config if half == "full" else pair.decoder_config
-    dtype = options.dtype or native_dtype(options.device)
+    dtype = options.dtype or native_dtype(options.compute_device)
     spec = config.kv_spec(dtype)
     folder = pair.full_path if half == "full" else pair.decoder_path
     longest = config.longest(options.max_model_len)
@@ -120,7 +120,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     else:  # every sequence gets its token beside two replays
         batched, share = options.max_num_seqs + 2 * REPLAY_BUDGET, REPLAY_BUDGET
     kv_memory = options.kv_memory
-    if kv_memory is None and options.device.type == "cpu":
+    if kv_memory is None and options.compute_device.type == "cpu":
         kv_memory = DEFAULT_CPU_KV_BYTES
     arguments: dict[str, Any] = {
         "model": str(folder),
@@ -180,7 +180,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         if half == "full":
             assert isinstance(metrics, PrefillMetrics)
             return VllmPrefillEngine(
-                vllm, options.device, options.max_num_seqs, spec.token_layer_bytes, journal, emit, metrics
+                vllm, options.compute_device, options.max_num_seqs, spec.token_layer_bytes, journal, emit, metrics
             )
         assert isinstance(metrics, DecodeMetrics)
         return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
@@ -197,14 +197,14 @@ def _check(options: EngineOptions) -> None:
         raise InvalidRequest(
             "kv_cache_dtype", f"{options.kv_cache_dtype} needs --engine overfill; vLLM stores KV as auto"
         )
-    if options.device.type == "cuda" and options.device.index not in (None, 0):
+    if options.compute_device.type == "cuda" and options.compute_device.index not in (None, 0):
         raise InvalidRequest(
-            "device", f"{options.device}: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES"
+            "device", f"{options.compute_device}: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES"
         )
-    if (options.device.type == "cpu") != current_platform.is_cpu():
+    if (options.compute_device.type == "cpu") != current_platform.is_cpu():
         raise InvalidRequest(
             "device",
-            f"{options.device.type} does not fit the installed vLLM, which computes on {current_platform.device_type}",
+            f"{options.compute_device.type} does not fit the installed vLLM, which computes on {current_platform.device_type}",
         )
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name, value in options.engine_args.items():

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -38,7 +39,7 @@ class Prefilling:
         full = SimpleNamespace(
             blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 4, None, namespace),
             config=config,
-            grammars=None,
+            prepare_processor=AsyncMock(return_value=None),
             store=SimpleNamespace(block_size=4),
             max_model_len=30,
         )
