@@ -59,8 +59,6 @@ class DecodeEngine:
         step_shape: sequences and tokens in the latest step.
     """
 
-    delay = 0.0
-
     def __init__(
         self,
         runner: Runner,
@@ -83,6 +81,11 @@ class DecodeEngine:
         self.step_shape = (0, 0)
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
+
+    @property
+    def delay(self) -> float:
+        """0: the next step is always due."""
+        return 0.0
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""

@@ -79,9 +79,9 @@ class WorkerConfig(ServiceConfig):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill, vllm or mock, which computes nothing and plays scripts; auto is "
-        "vllm on the first CUDA device, if it is installed and fits the model, and overfill otherwise; the workers of "
-        "a stack may use different engines, except for mock",
+        description="engine that runs the model: overfill or vllm, or mock, which computes nothing and plays scripts; "
+        "auto is vllm on the first CUDA device, if it is installed and fits the model, and overfill otherwise; the "
+        "workers of a stack may use different engines, except for mock",
     )
     engine_args: EngineArgs = Field(
         "",

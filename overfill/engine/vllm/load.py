@@ -201,10 +201,11 @@ def _check(options: EngineOptions) -> None:
         raise InvalidRequest(
             "device", f"{options.compute_device}: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES"
         )
-    if (options.compute_device.type == "cpu") != current_platform.is_cpu():
+    kind = options.compute_device.type
+    if (kind == "cpu") != current_platform.is_cpu():
         raise InvalidRequest(
             "device",
-            f"{options.compute_device.type} does not fit the installed vLLM, which computes on {current_platform.device_type}",
+            f"{kind} does not fit the installed vLLM, which computes on {current_platform.device_type}",
         )
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name, value in options.engine_args.items():

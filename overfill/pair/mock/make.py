@@ -68,7 +68,8 @@ def make(folder: Path) -> None:
     model = folder / "model"
     model.mkdir(exist_ok=True)
     tokenizer.save(str(model / "tokenizer.json"), pretty=False)
-    end = [tokenizer.token_to_id(text) for text in END]
+    ids = tokenizer.get_vocab()
+    end = [ids[text] for text in END]
     _write(model / "config.json", _config(end))
     _write(model / "generation_config.json", {"eos_token_id": end})
     _write(model / "tokenizer_config.json", {"eos_token": END[0], "clean_up_tokenization_spaces": False})
