@@ -104,9 +104,9 @@ def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str,
 
 def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]:
     """Yields why each stage should have a worker of its own, after "because". ``vllm``: auto may choose vLLM."""
-    mock = _setting(options, "engine") == "mock"
-    of_stages = ("address", "max_prefill", "max_decode", "prefill_engine", "decode_engine")
-    for name in of_stages if mock else (*of_stages, "engine_args"):
+    if options.get("engine") == "mock":
+        yield "--engine mock is given"
+    for name in ("address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
         if options.get(name) is not None:
             yield f"{_flag(name)} is given"
     path: Path | None = options.get("config")
@@ -120,7 +120,7 @@ def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]
 
     if _setting(options, "engine") == "vllm" or (vllm and _auto_takes_vllm(options)):
         yield "vLLM runs each stage in a process of its own"
-    if not mock and (gpus := _gpus(options)) > 1:
+    if (gpus := _gpus(options)) > 1:
         yield f"this machine has {gpus} GPUs"
 
 

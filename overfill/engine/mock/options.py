@@ -50,27 +50,27 @@ class ScriptedAnswer(BaseModel):
 
 
 class MockOptions(BaseModel):
-    """Arguments of a mock engine.
+    """Arguments of a mock engine."""
 
-    Attributes:
-        base: seconds of a prefill step, besides its tokens.
-        per_token: seconds per prompt token that is computed; cached tokens are not.
-        step: seconds of a decode step, which computes one token of every running sequence.
-        per_sequence: seconds per sequence in a decode step, besides ``step``.
-        answer: text that the answers without a script repeat.
-        answer_tokens: tokens after which such an answer ends. None means after ``answer`` once.
-        script: answers by prompt, or the JSON file with them. The last one whose ``when`` is in the prompt is played.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-    base: float = Field(0.0, ge=0)
-    per_token: float = Field(0.0, ge=0)
-    step: float = Field(0.0, ge=0)
-    per_sequence: float = Field(0.0, ge=0)
-    answer: str = Field(ANSWER, min_length=1)
-    answer_tokens: int | None = Field(None, ge=0)
-    script: tuple[ScriptedAnswer, ...] = ()
+    base: float = Field(0.0, ge=0, description="seconds of a prefill step, besides its tokens")
+    per_token: float = Field(
+        0.0, ge=0, description="seconds per prompt token that is computed; cached tokens cost nothing"
+    )
+    step: float = Field(
+        0.0, ge=0, description="seconds of a decode step, which computes one token of every running sequence"
+    )
+    per_sequence: float = Field(0.0, ge=0, description="seconds per sequence in a decode step, besides step")
+    answer: str = Field(ANSWER, min_length=1, description="text that answers without a script repeat")
+    answer_tokens: int | None = Field(
+        None, ge=0, description="tokens after which such an answer ends; by default after the text once"
+    )
+    script: tuple[ScriptedAnswer, ...] = Field(
+        (),
+        description="answers by prompt, or the path of a JSON file with them; the last one whose when is in the prompt "
+        "is played",
+    )
 
     @model_validator(mode="before")
     @classmethod
