@@ -8,20 +8,20 @@ import threading
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import services.decode.main
 import services.prefill.main
 import services.worker.main
 from overfill.engine.mock.options import MockOptions
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE
+from overfill.model.manifest import Pair
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
 from services.router.app import Router
 
 SECRET = "the secret of a mock stack"
 """With API keys, what its processes show each other."""
 
-
-_BLOCK_BYTES = 16 * 8
-"""Bytes of a KV block of the mock engine."""
 
 _SERVE = {
     PrefillConfig: services.prefill.main.serve,
@@ -53,7 +53,8 @@ async def mock_worker(kind, settings):
     arguments |= {name: settings[name] for name in settings.keys() & MockOptions.model_fields.keys()}
     flags = {name: value for name, value in settings.items() if name not in arguments}
     if (blocks := flags.pop("kv_blocks", None)) is not None:
-        flags["kv_memory"] = blocks * _BLOCK_BYTES
+        token_bytes = Pair.load(Path(settings["pair"])).full_config.kv_spec("float32").token_bytes
+        flags["kv_memory"] = blocks * DEFAULT_BLOCK_SIZE * token_bytes
     flags |= {"engine": "mock", "engine_args": json.dumps(arguments)}
     ready = asyncio.Event()
     run = MockRun(asyncio.create_task(_SERVE[kind](kind.parse(_flags(flags)), lambda host: ready.set())))

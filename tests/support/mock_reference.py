@@ -23,9 +23,11 @@ class MockReference:
         self._ids = Tokenizer.load(self.pair.full_path).encode_continuation(text)
 
     def kv(self, prompt: tuple[int, ...]) -> torch.Tensor:
-        """The KV of ``prompt``, as it travels. [2, 1, tokens, 1, 1]"""
-        halves = np.array([prompt, range(len(prompt))], np.uint32).view(np.float32)
-        return torch.from_numpy(halves.reshape(2, 1, -1, 1, 1))
+        """The KV of ``prompt``, as it travels. [2, layers, tokens, kv_heads, head_dim]"""
+        kv = self.pair.full_config.kv_spec("float32")
+        halves = np.array([prompt, range(len(prompt))], np.uint32).view(np.float32).reshape(2, 1, -1, 1, 1)
+        shape = (2, kv.num_layers, len(prompt), kv.num_kv_heads, kv.head_dim)
+        return torch.from_numpy(np.broadcast_to(halves, shape).copy())
 
     def first(self, request: Request) -> SampledToken:
         return self._token(request, 0)

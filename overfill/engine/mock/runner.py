@@ -40,13 +40,8 @@ class MockRunner:
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Takes the token after each work that wants one from its player. A step of prompts waits before."""
         failed: dict[int, Exception] = {}
-        hooks.layer_start(0)
         if self._half == "full":
-            tokens = sum(len(work.tokens) for work in works)
-            time.sleep(max(_LEAST_WAIT, self._options.base + self._options.per_token * tokens))
-            for work in works:
-                self.cache.put(work.blocks, work.tokens, work.start)
-        hooks.kv_written(0)
+            self._prefill(works, hooks)
         sampled = []
         for row, spec in enumerate(specs):
             player = spec.processor
@@ -79,6 +74,18 @@ class MockRunner:
 
     def clean_up(self, error: Exception) -> None:
         """Does nothing: a failed step leaves nothing behind."""
+
+    def _prefill(self, works: Sequence[Work], hooks: LayerHooks) -> None:
+        """Waits for the prompts' tokens, and writes their KV."""
+        hooks.layer_start(0)
+        tokens = sum(len(work.tokens) for work in works)
+        time.sleep(max(_LEAST_WAIT, self._options.base + self._options.per_token * tokens))
+        for work in works:
+            self.cache.put(work.blocks, work.tokens, work.start)
+        hooks.kv_written(0)
+        for layer in range(1, self.cache.spec.num_layers):
+            hooks.layer_start(layer)
+            hooks.kv_written(layer)
 
     def _check_prompt(self, work: Work, prompt: Sequence[int]) -> None:
         """Raises InternalError in a sequence's first step if its blocks hold other KV than that of ``prompt``."""

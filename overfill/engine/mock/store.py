@@ -1,4 +1,4 @@
-"""The KV cache of a mock engine: the key of a token is its id, and the value its position. No torch."""
+"""The KV cache of a mock engine: every key of a token is its id, and every value its position. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _ELEMENTS: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint3
 
 
 class MockKvStore:
-    """Keys and values of all blocks: one layer, one head, one element each.
+    """Ids and positions of the tokens in all blocks. What is read has the geometry and the bytes of ``spec``.
+
+    All elements of a token's keys are equal, and all of its values, so one of each is stored.
 
     Attributes:
         k, v: [num_blocks * block_size], unsigned integers of the size of ``spec.dtype``.
@@ -54,9 +56,8 @@ class MockKvStore:
     ) -> None:
         """Fills the payloads and checksums of ``chunks``; see ``KvStore``."""
         for chunk in chunks:
-            slots = self.slots(block_table, *chunk.range.tokens)
-            payload = np.frombuffer(chunk.payload, self.k.dtype).reshape(2, -1)
-            payload[0], payload[1] = self.k[slots], self.v[slots]
+            slots, elements = self.slots(block_table, *chunk.range.tokens), self._elements(chunk)
+            elements[0], elements[1] = self.k[slots, None], self.v[slots, None]
             if chunk.header:
                 chunk.checksum = digest(chunk.header, chunk.payload)
 
@@ -64,7 +65,12 @@ class MockKvStore:
         """Writes chunks up to the first damaged one and returns how many; see ``KvStore``."""
         undamaged = num_undamaged(chunks)
         for chunk in chunks[:undamaged]:
-            slots = self.slots(block_table, *chunk.range.tokens)
-            payload = np.frombuffer(chunk.payload, self.k.dtype).reshape(2, -1)
-            self.k[slots], self.v[slots] = payload[0], payload[1]
+            slots, elements = self.slots(block_table, *chunk.range.tokens), self._elements(chunk)
+            self.k[slots], self.v[slots] = elements[:, -1, :, -1]
         return undamaged
+
+    def _elements(self, chunk: Chunk) -> NDArray[Any]:
+        """The payload as [2, layers, tokens, heads * head_dim]."""
+        kv_range = chunk.range
+        shape = (2, kv_range.num_layers, kv_range.num_tokens, kv_range.num_heads * self.spec.head_dim)
+        return np.frombuffer(chunk.payload, self.k.dtype).reshape(shape)

@@ -51,11 +51,8 @@ class Mock:
 
     @classmethod
     def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
-        assert options.kv_memory is not None
-        config = pair.full_config if half == "full" else pair.decoder_config
-        num_tokens = options.kv_memory // config.kv_spec("float32").token_bytes
         arguments = {"answer": TEXT, "answer_tokens": 1 << 30}
-        options = replace(options, device=None, kv_memory=num_tokens * 8, engine_args=arguments)
+        options = replace(options, device=None, engine_args=arguments)
         loaded = load_engine("mock", pair, half, options)
         return replace(loaded, new_core=lambda *given: Waiting(loaded.new_core(*given)))  # type: ignore[arg-type]
 

@@ -18,8 +18,6 @@ from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
 
 _START_SECONDS = 60.0
-_KV_MEMORY = 64 << 20
-"""Bytes of a worker's KV cache: no request waits for blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,6 @@ def mock_stack(
     worker = [
         f"--routers={grpc}",
         f"--max-num-seqs={max_num_seqs}",
-        f"--kv-memory={_KV_MEMORY}",
         "--engine=mock",
         f"--engine-args={json.dumps(times or {})}",
         *shared,
