@@ -114,7 +114,7 @@ def test_a_grammar_lets_the_script_through_or_replaces_it_and_another_worker_goe
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"speed": 3}, "speed: is no argument of the mock engine, which has base, per_token"),
+        ({"speed": 3}, "speed: Extra inputs are not permitted; the mock engine knows base, per_token"),
         ({"step": -1}, "step: Input should be greater than or equal to 0"),
         ({"script": "/no/such/file"}, "script: cannot read /no/such/file"),
         ({"script": [{"text": "a", "tokens": [1]}]}, r"script.0: give either tokens, or text and tool_calls"),
