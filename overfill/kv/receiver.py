@@ -38,7 +38,7 @@ from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.store import KvStore
 from overfill.kv.tensors import LayerTargets
-from overfill.kv.wire import ParsedChunk, parse_message, pull_kv
+from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import checked_write, responses
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2
@@ -337,12 +337,12 @@ class PromptPull:
         call = pull_kv(channel, request, timeout)
         try:
             async for message in responses(call, self._worker):
-                in_place: list[_InPlace] = []  # filled even if a later chunk of the message is wrong
+                in_place: list[Chunk] = []  # filled even if a later chunk of the message is wrong
                 try:
                     await shielded(loop.run_in_executor(self._executor, self._write_message, message, link, in_place))
                 finally:
                     if link is not None:
-                        link.give_back([one.slot for one in in_place if one.slot is not None])
+                        link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
                     self._note_in_place(in_place)
         except InvalidRequest as error:  # it concerns this worker's ranges, not the user's request
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
@@ -351,81 +351,67 @@ class PromptPull:
             if link is not None:
                 link.end_stream(stream)
 
-    def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[_InPlace]) -> None:
+    def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
         """Writes a message's chunks up to the first wrong one and appends them to ``in_place``, even if it raises.
 
         Raises:
             TransferFailed: a chunk is wrong.
         """
-        claimed: list[tuple[Chunk, _InPlace]] = []
+        received: list[Chunk] = []
+        chunks: list[Chunk] = []  # the same ones as the store takes them
         try:
-            for received in parse_message(message):
-                claimed.append(self._claim(received, link))
+            for chunk in parse_message(message):
+                chunks.append(self._claim(chunk, link))
+                received.append(chunk)
         finally:
-            chunks = [chunk for chunk, _ in claimed]
             num_written = write_chunks(self._store, self._blocks, self._targets, chunks)
-            in_place += [one for _, one in claimed[:num_written]]
+            in_place += received[:num_written]
             for chunk in chunks[num_written:]:
                 self._coverage.remove(chunk.range)
         if num_written < len(chunks):
             raise wrong_checksum(chunks[num_written].range)
 
-    def _claim(self, received: ParsedChunk, link: ShmClient | None) -> tuple[Chunk, _InPlace]:
+    def _claim(self, received: Chunk, link: ShmClient | None) -> Chunk:
         """The chunk to write. Marks its range in the coverage first, so that no other thread writes there.
 
         The checksum of a raw chunk is compared while it is written, that of an encoded one here.
         """
-        slot = None
-        if received.head.HasField("shared"):
+        if received.slot is not None:
             if link is None:
                 raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
-            slot = received.head.shared.slot
             received.payload = link.payload(received.head.shared)
         spec, codec = self._spec.kv, self._spec.codec
         if codec == common_pb2.KV_CODEC_RAW:
             chunk = check_head(self._spec, received)
-        elif codec == self._store.codec:
-            chunk = Chunk(check(self._spec, received), received.payload, scales=received.scales)
-            check_scales(chunk.scales)
         else:
             kv_range = check(self._spec, received)
-            chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
+            if codec == self._store.codec:
+                check_scales(received.scales)
+                chunk = Chunk(kv_range, received.payload, scales=received.scales)
+            else:
+                chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
         self._coverage.add(chunk.range)
-        return chunk, _InPlace(chunk.range, len(received.payload) + len(received.scales), slot)
+        return chunk
 
-    def _note_in_place(self, chunks: Sequence[_InPlace]) -> None:
-        """Counts ``chunks``, and acknowledges them unless the KV is released."""
+    def _note_in_place(self, chunks: Sequence[Chunk]) -> None:
+        """Counts written ``chunks``, and acknowledges them unless the KV is released."""
         if not chunks:
             return
         now = time.monotonic_ns() - self.stats.started_ns
         self.stats.first_kv_ns = self.stats.first_kv_ns or now
         self.stats.last_kv_ns = now
         self.stats.kv_chunks += len(chunks)
-        for one in chunks:
-            self._unwritten -= one.range.num_vectors
-            self.stats.kv_bytes += one.size
-            self._moved_bytes += self._spec.raw_bytes(one.range)
-            self.stats.shared_bytes += one.size if one.slot is not None else 0
+        for chunk in chunks:
+            self._unwritten -= chunk.range.num_vectors
+            self.stats.kv_bytes += chunk.size
+            self._moved_bytes += self._spec.raw_bytes(chunk.range)
+            self.stats.shared_bytes += chunk.size if chunk.slot is not None else 0
         if not self._unwritten:
             self._whole.set()
             self._check_in_place()
         if not self._released:  # a release is the last message
-            ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
+            ack = prefill_pb2.AckKv(ranges=[chunk.head.range for chunk in chunks])
             self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
-
-
-@dataclass(frozen=True, slots=True)
-class _InPlace:
-    """A chunk that has been written.
-
-    Attributes:
-        size: bytes of payload and scales.
-        slot: slot of shared memory that held the payload; None means that it travelled.
-    """
-
-    range: KvRange
-    size: int
-    slot: int | None
 
 
 def _release() -> prefill_pb2.PrefillRequest:
