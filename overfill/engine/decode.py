@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
+from overfill.engine.runner import ModelRunner, Work
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -278,8 +278,7 @@ class DecodeEngine:
                 return []
             replayed = sum(len(s.pending()) - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            specs = [SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
-            sampled, refused = self._runner.next_tokens(works, specs)
+            sampled, refused = self._runner.next_tokens(works, sequences)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
+from overfill.engine.runner import ModelRunner, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -255,8 +255,7 @@ class PrefillEngine:
             if notify:
                 self._emit_events()
 
-        specs = [SamplingSpec(s.sampling, s.sample_index, s.processor) for s in sampling]
-        sampled, failed = self._runner.next_tokens(works, specs, LayerHooks(layer_start, kv_written))
+        sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()

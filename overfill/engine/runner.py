@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,40 +40,47 @@ class Work:
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
-    """How to sample the token that follows a work.
+class Sampled(Protocol):
+    """A sequence that gets a token, as far as choosing it goes.
 
     Attributes:
         sample_index: number of the answer among the request's answers.
         emitted: the answer so far, which ``processor`` reads.
     """
 
-    sampling: SamplingParams
-    sample_index: int
-    processor: LogitProcessor | None = None
-    emitted: Sequence[int] = ()
+    @property
+    def sampling(self) -> SamplingParams: ...
 
     @property
-    def plain_greedy(self) -> bool:
-        """True if the request needs the most likely token of the unchanged logits and nothing else."""
-        changed = self.processor is not None and self.processor.needed(len(self.emitted))
-        return self.sampling.greedy and not changed and self.sampling.logprobs is None
+    def sample_index(self) -> int: ...
+
+    @property
+    def processor(self) -> LogitProcessor | None: ...
+
+    @property
+    def emitted(self) -> Sequence[int]: ...
+
+
+def plain_greedy(sequence: Sampled) -> bool:
+    """True if the sequence needs the most likely token of the unchanged logits and nothing else."""
+    processor, sampling = sequence.processor, sequence.sampling
+    changed = processor is not None and processor.needed(len(sequence.emitted))
+    return sampling.greedy and not changed and sampling.logprobs is None
 
 
 def sample_next(
-    logits: torch.Tensor, works: Sequence[Work], specs: Sequence[SamplingSpec]
+    logits: torch.Tensor, works: Sequence[Work], sequences: Sequence[Sampled]
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
     """Samples a token for every row of ``logits``.
 
     Returns:
         The tokens; and row -> error for rows that failed, whose tokens are meaningless.
     """
-    if not specs:
+    if not sequences:
         return [], {}
-    refused = process(logits, [s.processor for s in specs], [s.emitted for s in specs])
+    refused = process(logits, [s.processor for s in sequences], [s.emitted for s in sequences])
     positions = [work.end for work in works if work.wants_logits]
-    tokens, failed = sample(logits, [s.sampling for s in specs], positions, [s.sample_index for s in specs])
+    tokens, failed = sample(logits, [s.sampling for s in sequences], positions, [s.sample_index for s in sequences])
     return tokens, failed | refused  # a refusal explains the row better than the broken logits that it causes
 
 
@@ -99,12 +107,12 @@ class ModelRunner:
         return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Runs one step and samples the token after each work that wants logits.
 
         Args:
-            specs: one per work that wants logits.
+            sequences: one per work that wants logits.
 
         Returns:
             The tokens; and row -> error for rows that failed, as in ``sample_next``.
@@ -112,10 +120,10 @@ class ModelRunner:
         Raises:
             ValueError: a row that is not greedy has no seed.
         """
-        if specs and all(s.plain_greedy for s in specs) and isinstance(self.model, GreedyModel):
+        if sequences and all(map(plain_greedy, sequences)) and isinstance(self.model, GreedyModel):
             tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], non_finite_errors(tokens)
-        return sample_next(self.run(works, hooks), works, specs)
+        return sample_next(self.run(works, hooks), works, sequences)
 
     def synchronize(self) -> None:
         """Waits until no earlier kernel touches the cache any more."""

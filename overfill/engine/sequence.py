@@ -118,6 +118,11 @@ class PrefillSequence:
     submitted: float = 0.0
 
     @property
+    def emitted(self) -> Sequence[int]:
+        """The answer so far: none, because a prompt is computed before it."""
+        return ()
+
+    @property
     def remaining(self) -> int:
         """Number of prompt tokens that are not computed."""
         return len(self.prompt) - self.computed
