@@ -34,12 +34,11 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
-from overfill.kv.keys import PromptBlocks
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.model.processors import LogitProcessor, prepare_processor
+from overfill.model.processors import prepare_processor
 from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.interceptors import Context
@@ -57,31 +56,17 @@ class Lease:
     """One prompt from acceptance to release: its sequence, the sender of its KV, and the streams that read it."""
 
     def __init__(
-        self,
-        start: prefill_pb2.StartPrefill,
-        served: ServedHalf,
-        executor: Executor,
-        processor: LogitProcessor | None,
-        prompt_blocks: PromptBlocks,
+        self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence, served: ServedHalf, executor: Executor
     ) -> None:
         self.spec = TransferSpec(
             start.transfer_id,
             start.attempt,
             served.kv,
             tuple(start.layers),
-            (start.already_held_tokens, len(start.prompt_token_ids)),
+            (start.already_held_tokens, len(sequence.prompt)),
             start.codec,
         )
-        self.sequence = PrefillSequence(
-            id=start.transfer_id.hex(),
-            prompt=list(start.prompt_token_ids),
-            sampling=SamplingParams.from_proto(start.sampling),
-            sample_index=start.sample_index,
-            sample_first_token=start.sample_first_token,
-            processor=processor,
-            cache_namespace=start.cache_namespace,
-            prompt_blocks=prompt_blocks,
-        )
+        self.sequence = sequence
         self.received_ns = time.monotonic_ns()
         # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
@@ -220,10 +205,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 worker=self._hello.worker_id,
                 prompt_tokens=len(first.start.prompt_token_ids),
             )
-            self._check_open(first.start)  # checked again below: compiling a grammar takes time
-            processor = await self._processor(first.start)
-            prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, first.start.cache_namespace)
-            lease = self._accept(first.start, processor, prompt_blocks)
+            self._check_open(first.start)
+            lease = self._accept(first.start, await self._parse(first.start))
             guards = [
                 asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
                 asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
@@ -260,27 +243,38 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             if slots is not None:
                 slots.writes_finished()
 
-    async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
-        """Returns the first token's logit processor. Raises InvalidRequest when its grammar is not supported."""
-        if not start.sample_first_token:
-            return None
-        sampling = SamplingParams.from_proto(start.sampling)
-        prompt = list(start.prompt_token_ids)
-        eos_ids = self._half.config.eos_token_ids
-        return await prepare_processor(sampling, prompt, self._half.grammars, eos_ids, start.cache_namespace)
+    async def _parse(self, start: prefill_pb2.StartPrefill) -> PrefillSequence:
+        """Returns the prompt that ``start`` asks for, as the engine takes it.
 
-    def _accept(
-        self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
-    ) -> Lease:
-        """Registers a lease and submits its prompt. Raises if the request is invalid or cannot be accepted now."""
-        self._check_open(start)
-        _check_start(start, self._half)
+        Raises:
+            InvalidRequest, Incompatible: a field is out of range, or the first token's grammar is not supported.
+        """
+        sampling = SamplingParams.from_proto(start.sampling)
+        _check_start(start, sampling, self._half)
+        prompt, processor = list(start.prompt_token_ids), None
+        if start.sample_first_token:
+            grammars, eos_ids = self._half.grammars, self._half.config.eos_token_ids
+            processor = await prepare_processor(sampling, prompt, grammars, eos_ids, start.cache_namespace)
+        return PrefillSequence(
+            id=start.transfer_id.hex(),
+            prompt=prompt,
+            sampling=sampling,
+            sample_index=start.sample_index,
+            sample_first_token=start.sample_first_token,
+            processor=processor,
+            cache_namespace=start.cache_namespace,
+            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+        )
+
+    def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
+        """Registers a lease and submits its prompt. Raises if it cannot be accepted now."""
+        self._check_open(start)  # again: compiling a grammar takes time
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "is in use by a running transfer")
-        lease = Lease(start, self._half, self._executor, processor, prompt_blocks)
+        lease = Lease(start, sequence, self._half, self._executor)
         self._leases[start.transfer_id] = lease
-        self._by_id[lease.sequence.id] = lease
-        self.engine.send(Submit(lease.sequence))
+        self._by_id[sequence.id] = lease
+        self.engine.send(Submit(sequence))
         return lease
 
     def _check_open(self, start: prefill_pb2.StartPrefill) -> None:
@@ -364,7 +358,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         raise Unavailable("the decode worker stopped acknowledging")
 
 
-def _check_start(start: prefill_pb2.StartPrefill, served: ServedHalf) -> None:
+def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, served: ServedHalf) -> None:
     """Raises InvalidRequest or Incompatible, which name the field, unless the request can be served."""
     if len(start.transfer_id) != TRANSFER_ID_BYTES:
         raise InvalidRequest("transfer_id", f"must have {TRANSFER_ID_BYTES} bytes; got {len(start.transfer_id)}")
@@ -383,7 +377,6 @@ def _check_start(start: prefill_pb2.StartPrefill, served: ServedHalf) -> None:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")
     if start.codec not in CODEC_NAMES:
         raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
-    sampling = SamplingParams.from_proto(start.sampling)
     sampling.check_vocab(served.config.vocab_size)
     if start.sample_first_token and sampling.seed is None and not sampling.greedy:
         raise InvalidRequest("sampling.seed", "is required between workers")

@@ -21,8 +21,6 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import DeadlineExceeded
 from overfill.kv.receiver import FirstTokenArrived, PullStats
-from overfill.model.processors import prepare_processor
-from overfill.request.params import SamplingParams
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2
@@ -77,23 +75,21 @@ class LocalPrefills:
                 queue.put_nowait(event)
 
     async def sequence(self, session: SequenceSession) -> PrefillSequence:
-        """Returns the session's prompt as the prefill engine takes it."""
-        start, prompt, full = session.start, session.sequence.prompt, self._full
-        sampling, first = SamplingParams.from_proto(start.sampling), session.wants_first_token
-        eos_ids = full.config.eos_token_ids
+        """Returns the session's prompt as the prefill engine takes it.
+
+        The full model samples the first token with the session's own processor, before the decoder uses it. Both
+        engines are on one thread.
+        """
+        answer, tenant = session.sequence, session.start.cache_namespace
         return PrefillSequence(
             id=secrets.token_hex(8),
-            prompt=prompt,
-            sampling=sampling,
-            sample_index=start.sample_index,
-            sample_first_token=first,
-            processor=(
-                await prepare_processor(sampling, prompt, full.grammars, eos_ids, start.cache_namespace)
-                if first
-                else None
-            ),
-            cache_namespace=start.cache_namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+            prompt=answer.prompt,
+            sampling=answer.sampling,
+            sample_index=answer.sample_index,
+            sample_first_token=session.wants_first_token,
+            processor=answer.processor if session.wants_first_token else None,
+            cache_namespace=tenant,
+            prompt_blocks=await self._hasher.blocks_of(answer.prompt, tenant),
         )
 
 
