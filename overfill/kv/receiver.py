@@ -41,7 +41,7 @@ from overfill.kv.tensors import LayerTargets
 from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import checked_write, responses
 from overfill.telemetry import tracing
-from overfill.v1 import common_pb2, kv_pb2, prefill_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
@@ -57,20 +57,6 @@ logger = logging.getLogger(__name__)
 def write_chunks(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
     """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
     return store.write(blocks, targets, chunks)
-
-
-@dataclass(frozen=True, slots=True)
-class FirstTokenArrived:
-    """The full model's token.
-
-    Attributes:
-        queue_ns: nanoseconds that the prompt waited in the prefill worker's queue.
-        received_ns: arrival on this process's monotonic clock.
-    """
-
-    token: prefill_pb2.FirstToken
-    queue_ns: int
-    received_ns: int
 
 
 @dataclass(slots=True)
@@ -181,7 +167,7 @@ class PromptPull:
     async def run(
         self,
         timeout: float | None,
-        on_first_token: Callable[[FirstTokenArrived], None],
+        on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None] = lambda: None,
     ) -> None:
         """Runs the prefill RPC and the data streams. Returns when every range is in place and acknowledged.
@@ -190,7 +176,8 @@ class PromptPull:
 
         Args:
             timeout: seconds left of the request's deadline.
-            on_first_token: called on the event loop, usually before the KV is complete.
+            on_first_token: called on the event loop, usually before the KV is complete. The token has the times of
+                queue and prefill; its arrival is in ``stats``.
             on_in_place: called once on the event loop when all KV is written and the first token is known. Nothing
                 writes to the blocks any more. ``run`` returns later, because the worker's last word crosses the link.
         """
@@ -205,25 +192,26 @@ class PromptPull:
                 watch = group.create_task(self._watch())
                 queue_ns = 0
                 async for message in responses(control, self._worker):
-                    match message.WhichOneof("message"):
-                        case "queued":
-                            # The worker knows the transfer's id now, so that PullKv can name it.
-                            shares = [] if self._released else self._shares()
-                            for channel, ranges in zip(self._peer.data, shares, strict=False):
-                                self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
-                        case "scheduled":
-                            queue_ns = message.scheduled.queue_ns
-                            self.stats.cached_tokens = message.scheduled.cached_tokens
-                            self._note_ready(0, message.scheduled.cached_tokens)
-                        case "first_token":
-                            now = time.monotonic_ns()
-                            self.stats.first_token_ns = now - self.stats.started_ns
-                            on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
-                            self._check_in_place()
-                        case "ready":
-                            self._note_ready(message.ready.token_start, message.ready.token_end)
-                        case "done":
-                            self.stats.prefill = message.done.trace
+                    if message.HasField("queued"):
+                        # The worker knows the transfer's id now, so that PullKv can name it.
+                        shares = [] if self._released else self._shares()
+                        for channel, ranges in zip(self._peer.data, shares, strict=False):
+                            self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
+                    if message.HasField("scheduled"):
+                        queue_ns = message.scheduled.queue_ns
+                        self.stats.cached_tokens = message.scheduled.cached_tokens
+                        self._note_ready(0, message.scheduled.cached_tokens)
+                    if message.HasField("ready"):
+                        self._note_ready(message.ready.token_start, message.ready.token_end)
+                    if message.HasField("first_token"):
+                        if len(message.first_token.ids) != 1:
+                            raise TransferFailed(f"{self._worker} sent {len(message.first_token.ids)} first tokens")
+                        self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
+                        message.first_token.prefill_queue_ns = queue_ns
+                        on_first_token(message.first_token)
+                        self._check_in_place()
+                    if message.HasField("done"):
+                        self.stats.prefill = message.done.trace
                 watch.cancel()
                 sending.cancel()
         except TimeoutError:

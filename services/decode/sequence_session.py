@@ -34,7 +34,7 @@ from overfill.errors import (
     StepFailed,
     Unavailable,
 )
-from overfill.kv.receiver import FirstTokenArrived, PullStats
+from overfill.kv.receiver import PullStats
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.rpc.sequences import ServedSequence
@@ -42,7 +42,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
-from services.messages import logprobs_to_proto
+from services.messages import tokens_to_proto
 
 _Need = decode_pb2.NeedPrefill
 
@@ -59,9 +59,8 @@ class PullEnded:
     error: OverfillError | None
 
 
-Inbox = asyncio.Queue[
-    DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception
-]
+Item = DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
+"""What may happen to a sequence; Tokens is the full model's token."""
 
 
 class Handoff(Protocol):
@@ -81,7 +80,7 @@ class Handoff(Protocol):
     async def run(
         self,
         timeout: float | None,
-        on_first_token: Callable[[FirstTokenArrived], None],
+        on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None],
     ) -> None:
         """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
@@ -145,7 +144,7 @@ class SequenceSession:
     def __init__(self, served: ServedSequence, sequence: DecodeSequence, worker: SequenceWorker) -> None:
         self.start = served.start
         self.sequence = sequence
-        self.inbox: Inbox = served.commands
+        self.inbox: asyncio.Queue[Item] = served.commands
         self.blocks: list[int] = []
         self.held_tokens = 0
         self._served = served
@@ -207,10 +206,7 @@ class SequenceSession:
             prefill_worker=self._prefill_worker,
         )
 
-    async def _handle(
-        self,
-        item: DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception,
-    ) -> bool:
+    async def _handle(self, item: Item) -> bool:
         """Handles one event. Returns True when the session is over."""
         match item:
             case Reserved(blocks=blocks, held_tokens=held):
@@ -226,7 +222,7 @@ class SequenceSession:
                 return True
             case decode_pb2.AssignPrefill():
                 self._begin_pull(item)
-            case FirstTokenArrived():
+            case decode_pb2.Tokens():
                 return await self._on_first_token(item)
             case PullEnded() if item.pull != self._pulls or self._pull is None:
                 pass
@@ -336,29 +332,22 @@ class SequenceSession:
             if self._cached_tokens is None:
                 self._cached_tokens = self._handoff.stats.cached_tokens
 
-    async def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
-        if not self.wants_first_token:  # an earlier prefill of this session has sent it
+    async def _on_first_token(self, tokens: decode_pb2.Tokens) -> bool:
+        if not self.wants_first_token or self._handoff is None:  # an earlier prefill of this session has sent it
             return False
         self._note_handoff()
-        token = arrived.token
-        emitted, finish = self.sequence.stop.judge(token.token_id, 0)
-        self._first_known_ns = arrived.received_ns
+        stats = self._handoff.stats
+        emitted, finish = self.sequence.stop.judge(tokens.ids[0], 0)
+        self._first_known_ns = stats.started_ns + stats.first_token_ns
         tracing.current().event("first token")
-        self._first_token = token.token_id
+        self._first_token = tokens.ids[0]
         if emitted:
             self._emitted = 1
-            tokens = decode_pb2.Tokens(
-                first_index=0,
-                ids=[token.token_id],
-                logprobs=[token.logprobs] if token.HasField("logprobs") else [],
-                prefill_queue_ns=arrived.queue_ns,
-                prefill_compute_ns=token.compute_ns,
-                return_ns=token.return_ns + time.monotonic_ns() - arrived.received_ns,
-                so_far=self._so_far(),
-            )
+            tokens.return_ns += time.monotonic_ns() - self._first_known_ns
+            tokens.so_far.CopyFrom(self._so_far())
             self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
-            self._wants_kv = self._handoff is None or not self._handoff.release()
+            self._wants_kv = not self._handoff.release()
             await self._finish(finish)
         return finish is not None
 
@@ -369,12 +358,7 @@ class SequenceSession:
                 self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
         if event.token is not None:
             self._emitted = event.index + 1
-            logprobs = logprobs_to_proto(event.token)
-            tokens = decode_pb2.Tokens(
-                first_index=event.index,
-                ids=[event.token.token_id],
-                logprobs=[] if logprobs is None else [logprobs],
-            )
+            tokens = tokens_to_proto(event.token, event.index)
             if self._untold:
                 self._untold = False
                 tokens.so_far.CopyFrom(self._so_far())

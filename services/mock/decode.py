@@ -286,7 +286,7 @@ class _Peer:
             await checked_write(call.write(prefill_pb2.PrefillRequest(start=request)), self._name)
             while True:
                 message = await self._next(call, pulling)
-                kind = message.WhichOneof("message") if message else None
+                kind = next((part.name for part, _ in message.ListFields()), None) if message else None
                 if kind == "queued":
                     pulling = asyncio.ensure_future(self._pull(spec, call))
                     pulling.add_done_callback(lambda task: _end_if_failed(task, call))
@@ -296,9 +296,9 @@ class _Peer:
                     sequence.first_known = time.monotonic_ns()
                     token = message.first_token
                     ended = sequence.take(
-                        token.token_id,
+                        token.ids[0],
                         prefill_queue_ns=queue_ns,
-                        prefill_compute_ns=token.compute_ns,
+                        prefill_compute_ns=token.prefill_compute_ns,
                         return_ns=token.return_ns,
                     )
                     if ended:

@@ -17,7 +17,7 @@ from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import fill_description
 from overfill.settings.mock import MockColocatedConfig, MockPrefillConfig
 from overfill.telemetry.metrics import PrefillMetrics
-from overfill.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
 from services.mock.tokens import Script
 from services.mock.worker import MockLoad, MockWorker
 
@@ -133,10 +133,9 @@ class MockPrefill(prefill_pb2_grpc.PrefillServicer):
             speaker = await self._script.speaker(sampling, start.sample_index, start.cache_namespace)
             token = speaker.next(())
             yield _Response(
-                first_token=prefill_pb2.FirstToken(
-                    token_id=token,
-                    logprobs=speaker.logprobs(token),
-                    compute_ns=time.monotonic_ns() - scheduled,
+                first_token=decode_pb2.Tokens(
+                    ids=[token],
+                    prefill_compute_ns=time.monotonic_ns() - scheduled,
                     return_ns=0,
                 )
             )

@@ -302,46 +302,52 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued(waiting=self.engine.load.waiting))
-        computed = False
-        while not (computed and (lease.sender.complete or lease.released)):
+        computed = ended = False
+        while not ended:
             event = await lease.events.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                continue
-            response = self._response(lease, event)
-            if response is not None:
+            response = prefill_pb2.PrefillResponse()
+            while True:
+                if isinstance(event, Exception):
+                    raise event
+                if event is not None:
+                    self._note(lease, event, response)
+                    computed = computed or isinstance(event, PromptComputed)
+                if lease.events.empty():
+                    break
+                event = lease.events.get_nowait()
+            ended = computed and (lease.sender.complete or lease.released)
+            if ended:
+                response.done.SetInParent()
+                if trace:
+                    response.done.trace.CopyFrom(lease.finished_trace())
+            if response.ListFields():
                 yield response
-            if isinstance(event, PromptComputed):
-                computed = True
-                lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
-        done = prefill_pb2.PrefillDone(trace=lease.finished_trace() if trace else None)
-        yield prefill_pb2.PrefillResponse(done=done)
 
-    def _response(self, lease: Lease, event: PrefillEvent) -> prefill_pb2.PrefillResponse | None:
+    def _note(self, lease: Lease, event: PrefillEvent, response: prefill_pb2.PrefillResponse) -> None:
+        """Adds an event to the next response."""
         match event:
             case PrefillScheduled(cached_tokens=cached, time_ns=now):
                 self._metrics.scheduled((now - lease.received_ns) / 1e9)
                 tracing.current().past("prefill.queue", lease.received_ns, now)
                 tracing.current().set(cached_tokens=cached)
-                scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns, cached_tokens=cached)
-                return prefill_pb2.PrefillResponse(scheduled=scheduled)
+                response.scheduled.queue_ns = now - lease.received_ns
+                response.scheduled.cached_tokens = cached
             case ChunkComputed(token_start=start, token_end=end):
                 start = max(start, lease.spec.tokens[0])
-                if end <= start:
-                    return None
-                return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
+                if end > start:
+                    if not response.HasField("ready"):
+                        response.ready.token_start = start
+                    response.ready.token_end = end
             case PromptComputed(first=first, time_ns=now):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
-                if first is None:
-                    return None
-                token = first_token_to_proto(first, lease.scheduled_ns, now)
-                return prefill_pb2.PrefillResponse(first_token=token)
+                lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
+                if first is not None:
+                    response.first_token.CopyFrom(first_token_to_proto(first, lease.scheduled_ns, now))
             case SequenceFailed():
                 event.raise_for("prefill")
             case _:
-                return None
+                pass
 
     async def _read_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:

@@ -87,7 +87,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
             if self.sends_first_token:
-                yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
+                yield prefill_pb2.PrefillResponse(first_token=decode_pb2.Tokens(ids=[9], return_ns=0))
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
                 self.received.append(request.WhichOneof("message"))
@@ -168,7 +168,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
             assert half.sum() == 6 * 2 * 4
-    assert tokens[0].token.token_id == 9
+    assert list(tokens[0].ids) == [9]
     assert worker.acknowledged == 48
     assert pull.times_in_place == 1
 
@@ -300,7 +300,7 @@ async def test_a_worker_that_leaves_after_everything_has_come_does_no_harm(pull,
     worker.leave_after_acks = True
     cache, tokens = await pull()
     assert cache.k.sum() == 2 * 6 * 2 * 4
-    assert tokens[0].token.token_id == 9
+    assert list(tokens[0].ids) == [9]
 
 
 async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for(pull, worker, monkeypatch, caplog):
@@ -310,7 +310,7 @@ async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for
         cache, tokens = await pull(timeout=60.0)
         await worker.ended.wait()
     assert cache.k.sum() == 2 * 6 * 2 * 4
-    assert tokens[0].token.token_id == 9
+    assert list(tokens[0].ids) == [9]
     assert "did not end the transfer" in caplog.text
 
 

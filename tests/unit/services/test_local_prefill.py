@@ -82,7 +82,7 @@ async def test_the_engine_gets_the_prompt_as_the_request_has_it_and_the_session_
     )
     await prefilling.task
     (first,) = prefilling.first_tokens
-    assert (first.token.token_id, first.queue_ns, first.token.compute_ns) == (7, 1000, 2000)
+    assert (list(first.ids), first.prefill_queue_ns, first.prefill_compute_ns) == ([7], 1000, 2000)
     assert prefilling.in_place == 1
     assert prefilling.handoff.stats.cached_tokens == 1
     assert prefilling.sent == [here], "the engine has freed the prompt's blocks itself"
