@@ -50,7 +50,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     ),
     "token": (
         "overfill.model.sampling:SampledToken", "overfill.engine.sequence:TokenSampled",
-        "overfill.engine.sequence:PromptComputed", "v1.Tokens", "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
+        "overfill.engine.sequence:PromptComputed", "v1.Tokens",
+        "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
         "v1.GenerateResponse",
     ),
     "chunk of KV": (
