@@ -20,7 +20,6 @@ from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
-    EngineLoad,
     Preempted,
     Refused,
     Release,
@@ -33,6 +32,7 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,6 @@ from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.runner import ModelRunner, Work
 from overfill.engine.sequence import (
     ChunkComputed,
-    EngineLoad,
     KvWritten,
     LayerStarted,
     PrefillEvent,
@@ -36,6 +35,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.tensors import record_event
 from overfill.model.transformer import LayerHooks
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from overfill.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class MockLoad:
-    """Load of a mock stage, with the fields of ``engine.sequence.EngineLoad``."""
+    """Load of a mock stage, with the fields of ``telemetry.engine_load.EngineLoad``."""
 
     blocks_used: int
     blocks_total: int

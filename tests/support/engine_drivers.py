@@ -19,7 +19,6 @@ from overfill.engine.sequence import (
     ChunkComputed,
     DecodeEvent,
     DecodeSequence,
-    EngineLoad,
     FinishReason,
     KvWritten,
     Preempted,
@@ -44,6 +43,7 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.tensors import DeviceEvent, LayerTargets
 from overfill.model.processors import LogitProcessor, new_processor
 from overfill.model.sampling import SampledToken
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 _MAX_STEPS = 2000

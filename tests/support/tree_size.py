@@ -58,8 +58,7 @@ FORMS: dict[str, tuple[str, ...]] = {
         "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "v1.KvChunk", "v1.KvRange",
     ),
     "load": (
-        "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
-        "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
+        "overfill.telemetry.engine_load:EngineLoad", "v1.WorkerLoad",
         "services.mock.worker:MockLoad",
     ),
     "stack": (

@@ -23,7 +23,6 @@ from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
-    EngineLoad,
     Refused,
     Release,
     Reserve,
@@ -37,6 +36,7 @@ from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
 from overfill.errors import InternalError
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.runner import Sampled
 from overfill.engine.sequence import (
     ChunkComputed,
-    EngineLoad,
     KvWritten,
     LayerStarted,
     PrefillEvent,
@@ -37,6 +36,7 @@ from overfill.engine.vllm.internals import Request, VllmCore
 from overfill.errors import InternalError
 from overfill.kv.journal import KeyJournal
 from overfill.kv.tensors import record_event
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
