@@ -46,6 +46,9 @@ from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
 
+_SMALL = 256 << 10
+"""Bytes of KV up to which a transfer has one data stream and no shared memory, which would cost more than they save."""
+
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
 _REPEAT_DELAY = 0.02  # seconds before the first repeat; doubled for each further one
@@ -271,7 +274,7 @@ class PromptPull:
         with suppress(OverfillError):  # the call has ended; the reader of its responses raises the reason
             while True:
                 message = await self._outgoing.get()
-                if message.HasField("ack"):
+                if message.HasField("ack") and not self._whole.is_set():
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._whole.wait(), _ACK_DELAY)
                 while message.HasField("ack") and not self._outgoing.empty():
@@ -283,16 +286,16 @@ class PromptPull:
                 await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
-        return share_among_streams(
-            self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data)
-        )
+        streams = 1 if self._spec.total_bytes <= _SMALL else len(self._peer.data)
+        return share_among_streams(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, streams)
 
     async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
         """Pulls ``ranges``. Requests the ranges that a wrong chunk or a broken stream leaves out again."""
         for repeats in itertools.count():
             error: OverfillError | None = None
             # On a repeat, payloads travel.
-            link = self._peer.link if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None
+            link = self._peer.link if repeats == 0 and self._spec.total_bytes > _SMALL else None
+            link = link if link is not None and link.alive else None
             try:
                 await self._pull_once(channel, ranges, timeout, link)
             except _REPEATABLE as failure:

@@ -28,6 +28,8 @@ _MAX_CHUNKS = 4
 """Limit on chunks per message. The cost of a message hardly depends on its size."""
 _QUICK = 0.25
 """Seconds. A stream that takes a message in less time gets a larger one next."""
+_SHORT = 32 << 10
+"""Bytes that the event loop reads itself, where no device computes them: a thread would take longer to wake up."""
 _local = threading.local()
 
 
@@ -187,7 +189,12 @@ class KvSender:
                     del sent[index][layer]
                 else:
                     sent[index][layer] = kv_range.token_end
-        return asyncio.get_running_loop().run_in_executor(self._executor, self._read_message, chosen)
+        loop = asyncio.get_running_loop()
+        if sum(self.spec.raw_bytes(chunk.range) for chunk in chosen) > _SHORT or any(self._event.values()):
+            return loop.run_in_executor(self._executor, self._read_message, chosen)
+        read: asyncio.Future[bytes] = loop.create_future()
+        read.set_result(self._read_message(chosen))
+        return read
 
     def _unsent_bytes(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:
         """Bytes of raw KV of ``ranges`` that are not sent."""

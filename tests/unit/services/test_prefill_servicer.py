@@ -44,7 +44,8 @@ class SlowCache(KvCache):
 
 
 @pytest.fixture
-async def bench():
+async def bench(monkeypatch):
+    monkeypatch.setattr("overfill.kv.sender._SHORT", 0)  # threads read, however little
     cache = SlowCache()
     parts = SimpleNamespace(
         store=cache,
