@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from overfill.engine.protocol import ServedHalf
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2

@@ -26,7 +26,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.errors import Overloaded
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 
 
 @dataclass(slots=True, eq=False)

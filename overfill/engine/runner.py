@@ -5,67 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from overfill.kv.cache import KvCache
+from overfill.engine.work import Sampled, Work, plain_greedy
+from overfill.kv.cache import KvCache, copy_sequence
 from overfill.model.batch import ForwardBatch
-from overfill.model.processors import LogitProcessor, process
-from overfill.model.sampling import SampledToken, non_finite_errors, sample
-from overfill.model.transformer import NO_HOOKS, ForwardModel, GreedyModel, LayerHooks
-from overfill.request.params import SamplingParams
+from overfill.model.processors import process
+from overfill.model.sampling import non_finite_errors, sample
+from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
+from overfill.model.transformer import ForwardModel, GreedyModel
 
 _ROW_LIFETIME = 8
 """Steps for which an unused row is kept: while replays and decode steps alternate, each skips the other's rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One sequence's part of a step: ``tokens`` at positions from ``start`` on; ``blocks`` hold the KV before them.
-
-    ``blocks`` is the same list object in all steps of a sequence and only grows. Code that replaces a block must pass a
-    new list.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-    wants_logits: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-
-class Sampled(Protocol):
-    """A sequence that gets a token, as far as choosing it goes.
-
-    Attributes:
-        sample_index: number of the answer among the request's answers.
-        emitted: the answer so far, which ``processor`` reads.
-    """
-
-    @property
-    def sampling(self) -> SamplingParams: ...
-
-    @property
-    def sample_index(self) -> int: ...
-
-    @property
-    def processor(self) -> LogitProcessor | None: ...
-
-    @property
-    def emitted(self) -> Sequence[int]: ...
-
-
-def plain_greedy(sequence: Sampled) -> bool:
-    """True if the sequence needs the most likely token of the unchanged logits and nothing else."""
-    processor, sampling = sequence.processor, sequence.sampling
-    changed = processor is not None and processor.needed(len(sequence.emitted))
-    return sampling.greedy and not changed and sampling.logprobs is None
 
 
 def sample_next(
@@ -124,6 +78,20 @@ class ModelRunner:
             tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], non_finite_errors(tokens)
         return sample_next(self.run(works, hooks), works, sequences)
+
+    def copy_kv(
+        self,
+        source: ModelRunner,
+        source_blocks: Sequence[int],
+        blocks: Sequence[int],
+        layer_map: Sequence[int],
+        num_tokens: int,
+        start: int,
+    ) -> None:
+        """Copies a sequence's KV; see ``copy_sequence``."""
+        copy_sequence(source.cache, source_blocks, self.cache, blocks, layer_map, num_tokens, start)
+        # Once released, these blocks may be written in another stream: by the receiver.
+        self.synchronize()
 
     def synchronize(self) -> None:
         """Waits until no earlier kernel touches the cache any more."""

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overfill.kv.chunks import Chunk, TransferSpec, digest, new_chunk
-from overfill.kv.codecs import encode
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.kv.shielded import shielded
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import DeviceEvent
+from overfill.kv.store import DeviceEvent, KvStore
 from overfill.kv.wire import join_chunks, lay_out_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
@@ -258,6 +256,8 @@ class KvSender:
 
     def _encode(self, chunk: Chunk) -> None:
         """Reads a chunk's KV in the transfer's codec."""
+        from overfill.kv.codecs import encode  # imports torch, which a process that sends raw KV may lack
+
         raw = _scratch()[: self.spec.raw_bytes(chunk.range)]
         self._store.read(self._block_table, [Chunk(chunk.range, raw)], self._event)
         chunk.scales, codes = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)

@@ -14,7 +14,6 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Shutti
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.model.processors import prepare_processor
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
@@ -129,8 +128,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
         prompt = list(start.prompt_token_ids)
-        grammars, tenant = self._half.grammars, start.cache_namespace
-        processor = await prepare_processor(sampling, prompt, grammars, start.eos_token_ids, tenant)
+        processor = await self._half.prepare_processor(sampling, prompt, start.eos_token_ids, start.cache_namespace)
         namespace = self._cache_namespace(start)
         return DecodeSequence(
             id=secrets.token_hex(8),

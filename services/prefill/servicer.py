@@ -38,8 +38,6 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.model.processors import prepare_processor
-from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
 from overfill.rpc.interceptors import Context
@@ -186,7 +184,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        description = prefill_pb2.DescribePrefillResponse(codecs=CODECS.values(), shm=self._shm_server.offer)
+        description = prefill_pb2.DescribePrefillResponse(codecs=self._half.codecs, shm=self._shm_server.offer)
         return fill_description(description, self._hello)
 
     async def Prefill(
@@ -252,8 +250,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         _check_start(start, sampling, self._half)
         prompt, processor = list(start.prompt_token_ids), None
         if start.sample_first_token:
-            grammars, eos_ids = self._half.grammars, self._half.config.eos_token_ids
-            processor = await prepare_processor(sampling, prompt, grammars, eos_ids, start.cache_namespace)
+            eos_ids = self._half.config.eos_token_ids
+            processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
         return PrefillSequence(
             id=start.transfer_id.hex(),
             prompt=prompt,
@@ -381,7 +379,7 @@ def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, serv
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= served.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")
-    if start.codec not in CODEC_NAMES:
+    if start.codec not in served.codecs:
         raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
     sampling.check_vocab(served.config.vocab_size)
     if start.sample_first_token and sampling.seed is None and not sampling.greedy:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from overfill.engine.runner import Sampled
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -35,6 +34,7 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
+from overfill.engine.work import Sampled
 from overfill.errors import InternalError
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics

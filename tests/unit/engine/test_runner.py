@@ -7,7 +7,7 @@ import torch
 from scheduling import GREEDY
 
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     DecodeSequence,
     Preempted,
@@ -19,6 +19,7 @@ from overfill.engine.sequence import (
     StopRule,
     Yielded,
 )
+from overfill.engine.work import Work
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
