@@ -116,7 +116,8 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
 
 
 @pytest.fixture
-async def worker():
+async def worker(monkeypatch):
+    monkeypatch.setattr(receiver, "_SMALL", 0)  # no transfer is too small for several data streams
     servicer = ScriptedPrefill()
     server = RpcServer()
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")
