@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol
 
 from overfill.request.names import CODEC_NAMES, CODECS
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metric_set import Labels, MetricSet, Sampled, Spec
 from overfill.telemetry.outcomes import OUTCOMES, REFUSALS, outcome_of, refusal_reason
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -44,31 +45,6 @@ PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
 
 MAX_KEY_SERIES = 100
 """Maximum number of API keys with their own series; further keys share the series ``other``."""
-
-
-class EngineNumbers(Protocol):
-    """Part of an engine's load (``engine.sequence.EngineLoad``) that is read at each scrape."""
-
-    @property
-    def blocks_used(self) -> int: ...
-    @property
-    def blocks_cached(self) -> int: ...
-    @property
-    def blocks_total(self) -> int: ...
-    @property
-    def blocks_reserved(self) -> int: ...
-    @property
-    def blocks_leaked(self) -> int: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def queued_tokens(self) -> int: ...
-    @property
-    def prefix_tokens_looked_up(self) -> int: ...
-    @property
-    def prefix_tokens_found(self) -> int: ...
 
 
 class PullNumbers(Protocol):
@@ -386,7 +362,7 @@ class EngineMetrics(MetricSet):
 
     def __init__(self, stage: str, beside: MetricSet | None = None) -> None:
         super().__init__(stage, beside)
-        self._load: Callable[[], EngineNumbers] | None = None
+        self._load: Callable[[], EngineLoad] | None = None
         self._step = self._histogram("step_seconds", "Duration of one step of the model.", LATENCY_BUCKETS)
         self._batch = self._histogram("batch_size", "Sequences in one step.", BATCH_BUCKETS)
         self._step_failures = self._counter(
@@ -410,11 +386,11 @@ class EngineMetrics(MetricSet):
             {"result": ("hit", "miss")},
         )
 
-    def watch(self, load: Callable[[], EngineNumbers]) -> None:
+    def watch(self, load: Callable[[], EngineLoad]) -> None:
         """Sets the function that returns the engine's load at each scrape."""
         self._load = load
 
-    def _gauge(self, what: str, help: str, value: Callable[[EngineNumbers], int]) -> None:
+    def _gauge(self, what: str, help: str, value: Callable[[EngineLoad], int]) -> None:
         def read() -> Sampled:
             return [] if self._load is None else [((), value(self._load()))]
 
@@ -561,7 +537,7 @@ class DecodeMetrics(EngineMetrics):
         self._sequences.labels(outcome_of(error)).inc()
 
 
-def _hits(load: EngineNumbers) -> Sampled:
+def _hits(load: EngineLoad) -> Sampled:
     found = load.prefix_tokens_found
     return [(("hit",), found), (("miss",), load.prefix_tokens_looked_up - found)]
 

@@ -50,17 +50,15 @@ FORMS: dict[str, tuple[str, ...]] = {
     ),
     "token": (
         "overfill.model.sampling:SampledToken", "overfill.engine.sequence:TokenSampled",
-        "overfill.engine.sequence:PromptComputed", "v1.FirstToken", "overfill.kv.receiver:FirstTokenArrived",
-        "v1.Tokens", "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
+        "overfill.engine.sequence:PromptComputed", "v1.Tokens",
+        "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
         "v1.GenerateResponse",
     ),
     "chunk of KV": (
-        "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "overfill.kv.wire:ParsedChunk",
-        "overfill.kv.wire:UnwrittenChunk", "v1.KvChunk", "v1.KvRange",
+        "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "v1.KvChunk", "v1.KvRange",
     ),
     "load": (
-        "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
-        "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
+        "overfill.telemetry.engine_load:EngineLoad", "v1.WorkerLoad",
     ),
     "stack": (
         "overfill.cli.up_plan:StackRequest", "overfill.cli.stack_plan:StackPlan", "overfill.cluster.spec:StackSpec",

@@ -44,7 +44,6 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.chunks import Chunk, TransferSpec
 from overfill.kv.keys import PromptBlocks, token_bytes
 from overfill.kv.store import KvStore, LayerTargets
-from overfill.kv.wire import ParsedChunk
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
@@ -164,7 +163,7 @@ def flip_kv_bit() -> None:
     receiver: Any = overfill.kv.receiver
     check, chunks = receiver.check_head, itertools.count(1)
 
-    def flip_and_check(spec: TransferSpec, chunk: ParsedChunk) -> Any:
+    def flip_and_check(spec: TransferSpec, chunk: Chunk) -> Any:
         if next(chunks) % 5 == 0:
             damaged = bytearray(chunk.payload)
             damaged[0] ^= 1

@@ -1,4 +1,4 @@
-"""Tests that prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
+"""Tests that long prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
 
 import asyncio
 import itertools
@@ -41,6 +41,7 @@ KV = KvSpec(2, 1, 4, "float32", RopeSpec())
 @pytest.fixture
 def hashed(monkeypatch):
     """Records the threads on which hashes are computed."""
+    monkeypatch.setattr("services.prompt_hasher._SHORT", len(PROMPT) - 1)
     threads, original = [], keys._hash64
 
     def spy(data):
