@@ -275,8 +275,8 @@ class Relay:
         )
         self._attempt.start(self._connector, worker.info, self._command(worker, span))
 
-    def _command(self, worker: Worker, span: tracing.Span) -> decode_pb2.RouterMessage:
-        command = decode_pb2.RouterMessage(start=self._start)
+    def _command(self, worker: Worker, span: tracing.Span) -> decode_pb2.SequenceCommand:
+        command = decode_pb2.SequenceCommand(start=self._start)
         start = command.start
         start.attempt = self._opened - 1
         start.expected_incarnation = worker.info.incarnation

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from overfill.api.keys import ApiKey
 from overfill.errors import DeadlineExceeded
+from overfill.routing.answer import AnswerDelta
 from overfill.rpc import shares
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
@@ -38,11 +40,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 identity = partial(self._handler.tiers.identity, prompt=checked.prompt_token_ids)
                 answer.accepted.identity.CopyFrom(identity(checked.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
+                last = None
                 while (delta := await answer.next()) is not None:
-                    message = delta.to_proto()
-                    for part in message.parts:
-                        part.identity.CopyFrom(identity(part.tier))
-                    await self._write(context, _Response(delta=message))
+                    if delta.first_index and answer.complete:
+                        last = delta  # it shares a message with the end, which is known
+                    else:
+                        await self._write(context, _Response(delta=_delta(delta, identity)))
+                if last is not None:
+                    if answer.rest is not None:
+                        last.extend(answer.rest)
+                    answer.finished.rest.CopyFrom(_delta(last, identity))
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
@@ -74,6 +81,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         with self._handler.reserve(_caller()) as reservation:
             return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, reservation))
+
+
+def _delta(delta: AnswerDelta, identity: Callable[[str], inference_pb2.AnswerIdentity]) -> inference_pb2.Delta:
+    """Converts a delta. ``identity`` returns what an answer of a tier depends on."""
+    message = delta.to_proto()
+    for part in message.parts:
+        part.identity.CopyFrom(identity(part.tier))
+    return message
 
 
 def _caller() -> ApiKey | None:

@@ -370,6 +370,34 @@ async def test_a_request_that_every_worker_drops_ends_with_the_tokens_so_far(sta
     assert caught.value.produced.token_ids == (20,)
 
 
+@pytest.mark.parametrize(
+    ("batches", "kinds"),
+    [
+        ([[20, 21, 22]], ["accepted", "delta", "finished"]),
+        ([[20], [21, 22]], ["accepted", "delta", "finished"]),
+        ([[20], [21], [22]], ["accepted", "delta", "delta", "finished"]),
+    ],
+)
+async def test_the_last_tokens_share_a_message_with_the_end(stack, stub, batches, kinds):
+    """Only the first tokens never wait for the end, because the time to first token is measured at them."""
+    answering = stub.Generate(request())
+    call = await stack.first.calls.get()
+    await call.reserve()
+    responses, first = [await answering.read()], 0
+    for ids in batches[:-1]:
+        call.tokens(first, ids)
+        responses.append(await answering.read())
+        first += len(ids)
+    call.tokens(first, batches[-1])
+    call.done()
+    while len(responses) < len(kinds):
+        responses.append(await answering.read())
+    assert await answering.read() is grpc.aio.EOF
+    assert [response.WhichOneof("message") for response in responses] == kinds
+    deltas = [r.delta for r in responses if r.HasField("delta")] + [responses[-1].finished.rest]
+    assert [i for delta in deltas for i in delta.token_ids] == [20, 21, 22]
+
+
 @pytest.mark.parametrize("phase", ["started", "reserved", "running"])
 async def test_a_client_that_gives_up_cancels_the_worker(stack, stub, phase):
     answering = stub.Generate(request())
@@ -425,9 +453,10 @@ async def test_a_client_that_stops_reading_delays_no_other(stack, client):
 
     ids, messages = [], 0
     async for response in slow:
-        if response.HasField("delta"):
-            assert response.delta.first_index == len(ids)
-            ids += response.delta.token_ids
+        delta = response.finished.rest if response.HasField("finished") else response.delta
+        if delta.token_ids:
+            assert delta.first_index == len(ids)
+            ids += delta.token_ids
             messages += 1
     assert ids == [index % 500 for index in range(count)]
     assert messages < count, "unread tokens have merged"

@@ -166,7 +166,11 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
         sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
         cache_namespace="tenant",
     )
-    serving = asyncio.create_task(servicer.Serve(stream(decode_pb2.RouterMessage(sequence=1, start=start)), None))
+    serving = asyncio.create_task(
+        servicer.Serve(
+            stream(decode_pb2.RouterMessage(commands=[decode_pb2.SequenceCommand(sequence=1, start=start)])), None
+        )
+    )
     await asyncio.wait_for(sent.wait(), timeout=10)
     serving.cancel()
     await asyncio.wait([serving])
