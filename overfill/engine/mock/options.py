@@ -66,7 +66,8 @@ class MockOptions(BaseModel):
     answer_tokens: int | None = Field(
         None,
         ge=0,
-        description="tokens of such an answer, which then begins where the seed says; by default those of the text, once",
+        description="tokens of such an answer, which then begins where the seed says; by default those of the text, "
+        "once",
     )
     script: tuple[ScriptedAnswer, ...] = Field(
         (),

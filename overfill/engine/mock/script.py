@@ -74,7 +74,8 @@ class Player:
     """
 
     __slots__ = (
-        "_begin", "_end", "_ids", "_length", "_mask_words", "_matcher", "_params", "_plain", "_seen", "_strayed", "prompt",
+        "_begin", "_end", "_ids", "_length", "_mask_words", "_matcher", "_params", "_plain", "_seen", "_strayed",
+        "prompt",
     )  # fmt: skip
 
     def __init__(
