@@ -164,7 +164,7 @@ async def serve_stages(
         on_ready: called with the host once the worker serves.
     """
     if any(router.startswith("ray:///") for router in config.routers):
-        import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
+        import overfill.stack.ray.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop, device = asyncio.get_running_loop(), stages[0].served.device
     file = file_of_turns(config)

@@ -12,7 +12,6 @@ import click
 from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
-from overfill.cli.up_tiers import with_colocated, worker_settings
 from overfill.settings.config import (
     SERVICES,
     ColocatedConfig,
@@ -24,6 +23,7 @@ from overfill.settings.config import (
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
 from overfill.settings.reader import SEPARATORS
 from overfill.settings.tiers import TierSpec, default_tier
+from overfill.stack.plan_tiers import with_colocated, worker_settings
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")
 Row = tuple[str, str, str]

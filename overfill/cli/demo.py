@@ -17,17 +17,17 @@ from overfill.cli.answering import stream_answer
 from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
-from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up import AnyStack
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_tiers import resolve_tiers, tier_pair
 from overfill.client import Answer, Client, Message, SamplingParams
-from overfill.cluster.connection import check_installed
 from overfill.model.manifest import Pair
 from overfill.process.extras import require
 from overfill.settings.tiers import TierSpec
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.plan_tiers import resolve_tiers, tier_pair
+from overfill.stack.process_runner import Stack
+from overfill.stack.processes import StackPlan
+from overfill.stack.ray.connection import check_installed
+from overfill.stack.ray.runner import RayOptions, RayStack
 
 WARM_UP = """Write one sentence about a lighthouse."""
 

@@ -22,24 +22,24 @@ import click
 from rich.console import Console
 
 from overfill.cli.output import console
-from overfill.cli.ports import check_ports
-from overfill.cli.processes import Child
-from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import PlannedPool, StackPlan
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_stages import count_workers
-from overfill.cli.up_tiers import MAX, check_replaced, check_tiers_given, max_workers, resolve_tiers
 from overfill.cli.welcome import welcome
-from overfill.cluster.connection import check_installed
 from overfill.engine.choice import FIRST_GPU, choose_engine, require_vllm
 from overfill.model.manifest import Half, Pair
 from overfill.process.extras import require
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.tiers import TierSpec
 from overfill.settings.values import EngineChoice
+from overfill.stack.child import Child
+from overfill.stack.counts import count_workers
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.plan_tiers import MAX, check_replaced, check_tiers_given, max_workers, resolve_tiers
+from overfill.stack.ports import check_ports
+from overfill.stack.process_runner import Stack
+from overfill.stack.processes import PlannedPool, StackPlan
+from overfill.stack.ray.connection import check_installed
+from overfill.stack.ray.runner import RayOptions, RayStack
 
 _WATCH_SECONDS = 0.5
 

@@ -10,10 +10,10 @@ import click
 
 from overfill.cli.options import ENGINE, FILE, Number, TierParam, dtype_option, engine_options
 from overfill.cli.up_config import config_option
-from overfill.cli.up_plan import GRPC_PORT, HTTP_PORT
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.settings.allowed import fault, placeholder
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.stack.plan import GRPC_PORT, HTTP_PORT
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

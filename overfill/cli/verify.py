@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overfill.cli.options import TIER, connect, connection_options
-from overfill.cli.up_tiers import check_replaced, resolve_tiers, tier_pair
 from overfill.errors import OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
+from overfill.stack.plan_tiers import check_replaced, resolve_tiers, tier_pair
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus

@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
-from overfill.cli.stack_plan import PlannedPool, StackPlan
+from overfill.stack.processes import PlannedPool, StackPlan
 
 _BOX_WIDTH = 80  # characters, at most
 

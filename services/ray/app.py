@@ -8,9 +8,9 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 
-from overfill.cluster.application import deployment_options
-from overfill.cluster.spec import ROUTER, StackSpec
 from overfill.rpc.addresses import is_loopback
+from overfill.stack.ray.application import deployment_options
+from overfill.stack.spec import ROUTER, StackSpec
 from services.ray.replicas import Replica, RouterReplica, WorkerReplica
 
 

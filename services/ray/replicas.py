@@ -21,8 +21,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from ray.util import get_node_ip_address
 
-from overfill.cluster import directory
-from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
@@ -32,6 +30,8 @@ from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack.ray import directory
+from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class RouterReplica(Replica):
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns the signals, which Serve passes to the application's scaling policy (``overfill.cluster.policy``)."""
+        """Returns the signals, which Serve passes to the scaling policy (``overfill.stack.ray.policy``)."""
         router: Router = self._service  # type: ignore[assignment]
         return router.signals.read(asyncio.get_running_loop().time())
 

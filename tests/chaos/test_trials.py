@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.pair.reference import load_references
 from overfill.settings.tiers import TierSpec
+from overfill.stack.plan import StackRequest, make_plan
 from overfill.telemetry.progress import silent
 
 SETTINGS = {"dtype": "float32", "kv_memory": "4MiB", "max_model_len": "512", "grace_period": 1, "max_num_seqs": 4}

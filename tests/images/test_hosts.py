@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from overfill.cli.main import main
-from overfill.cli.stack import Stack
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork, check_requirements
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.rpc.certificates import NAME
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.process_runner import Stack
 
 pytestmark = pytest.mark.images
 

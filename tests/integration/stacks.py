@@ -7,10 +7,10 @@ import threading
 import time
 from contextlib import contextmanager
 
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client
+from overfill.stack.child import Child
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.process_runner import Stack
 
 SECRET = "the secret of a stack of tests"
 """With API keys, what its processes show each other."""

@@ -13,13 +13,13 @@ import pytest
 from stacks import idle, loads, running_stack, wait_until
 from vllm_stacks import GREEDY, prompts, wrong_answers
 
-from overfill.cli.stack_plan import PlannedWorker
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import PromptTooLong, Unavailable
 from overfill.pair.llm import LLM
 from overfill.pair.reference import TwoStageReference, judge
 from overfill.settings.worker_kinds import DECODE, PREFILL
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.processes import PlannedWorker
 
 SEEDED = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, logprobs=2)
 

@@ -12,10 +12,10 @@ import pytest
 from mocks import mock_stack
 from stacks import running_stack
 
-from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
 from overfill.pair import store
 from overfill.pair.recipe import DecoderRecipe
+from overfill.stack.plan import make_plan
 
 
 @pytest.fixture

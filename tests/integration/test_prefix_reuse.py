@@ -17,8 +17,6 @@ from stacks import children, idle, loads, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
@@ -27,6 +25,8 @@ from overfill.kv.spec import KvSpec
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
+from overfill.stack.child import Child, stop
+from overfill.stack.process_runner import child_environment
 from overfill.v1 import decode_pb2, prefill_pb2
 
 BLOCK = 16

@@ -11,9 +11,9 @@ import yaml
 from ray_stacks import Load, Up, status_json
 from stacks import wait_until
 
-from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.stack.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

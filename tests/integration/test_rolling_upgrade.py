@@ -9,8 +9,8 @@ from pathlib import Path
 
 from stacks import children, idle, running_stack, wait_until
 
-from overfill.cli.stack_plan import PlannedWorker
 from overfill.client import AsyncClient, Client, SamplingParams
+from overfill.stack.processes import PlannedWorker
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
 STREAMS = 6

@@ -14,9 +14,9 @@ from stacks import children, idle, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.processes import Child
-from overfill.cli.stack import child_environment
 from overfill.client import Client, Overloaded, SamplingParams, Unavailable
+from overfill.stack.child import Child
+from overfill.stack.process_runner import child_environment
 
 TRIES = 60  # connections, of which half go to each of two processes: one gets none with probability 2^-59
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0)

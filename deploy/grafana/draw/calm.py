@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
 from overfill.lab.monitoring.prometheus import Prometheus, running_prometheus
+from overfill.stack.ports import free_ports
 
 RULES = Path(__file__).parents[2] / "helm/overfill/files/rules"
 START = 600.0  # seconds that the stack may take to be ready; the first start also prepares the pair

@@ -7,11 +7,11 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
 from overfill.errors import Unavailable
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.settings.config import PrefillConfig
+from overfill.stack.child import Child, stop
+from overfill.stack.process_runner import child_environment
 from overfill.v1 import registry_pb2
 
 _START_TIMEOUT = 120.0  # seconds

@@ -11,15 +11,15 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.settings.config import ServiceConfig
+from overfill.stack.child import Child
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import Stack
+from overfill.stack.processes import StackPlan
 
 _PROBES = "overfill.lab.chaos.probes"
 

@@ -15,7 +15,6 @@ import click
 
 from overfill.cli.options import TIER, Number, RenamedFlags, engine_options
 from overfill.cli.output import console, print_json
-from overfill.cli.up_tiers import check_replaced, resolve_tiers
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
     HOST_TARGETS,
@@ -31,9 +30,10 @@ from overfill.lab.chaos.fault_plan import (
 )
 from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
+from overfill.stack.plan_tiers import check_replaced, resolve_tiers
 
 if TYPE_CHECKING:
-    from overfill.cli.stack_plan import StackPlan
+    from overfill.stack.processes import StackPlan
     from overfill.telemetry.progress import Report
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -371,11 +371,11 @@ def prepare(
         counts: numbers of workers, by field of ``StackRequest``.
     """
     from overfill.cli.up import check_engines
-    from overfill.cli.up_plan import StackRequest, make_plan
     from overfill.pair.conversations import shipped_conversations
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair
     from overfill.pair.tiny import make_tiny_pair, make_tiny_tiers
+    from overfill.stack.plan import StackRequest, make_plan
 
     settings = {"dtype": "float32", "log_level": "error"} | settings
     folder: Path | None = None

@@ -18,11 +18,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.lab.faults.engines import engines_by_stage
+from overfill.stack.process_runner import Stack
+from overfill.stack.processes import StackPlan
 
 _FREE_TIMEOUT = 10.0  # seconds after a kill in which all blocks must be free
 _POLL = 0.01

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from overfill.api import keys
-from overfill.cli.stack_plan import StackPlan
 from overfill.lab.hosts.network import Host, HostNetwork
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
+from overfill.stack.processes import StackPlan
 
 _PORT = 7600  # of every process; each has a host of its own
 

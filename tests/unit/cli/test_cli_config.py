@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from overfill.cli import up
 from overfill.cli.config import display
 from overfill.cli.main import main
-from overfill.cli.up_plan import threads_per_worker
+from overfill.stack.plan import threads_per_worker
 
 FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}

@@ -12,10 +12,10 @@ import pytest
 
 from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.ray_stack import RayOptions, RayStack, describe, failed, progress, spec_of
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cluster.spec import StackSpec
 from overfill.settings.tiers import TierSpec
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.ray.runner import RayOptions, RayStack, describe, failed, progress, spec_of
+from overfill.stack.spec import StackSpec
 
 TWO_CORES = {"CPU": 2.0}
 

@@ -22,20 +22,21 @@ import click
 import pytest
 from rich.console import Console
 
-from overfill.cli import shared_gpus, up
-from overfill.cli import stack as stack_module
+from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child, StartFailed
-from overfill.cli.stack import Stack, child_environment
-from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up_config import OWN
-from overfill.cli.up_plan import StackRequest, make_plan, threads_per_worker
 from overfill.errors import Unavailable, UnsupportedModel
 from overfill.settings.allowed import allowed
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
+from overfill.stack import process_runner as stack_module
+from overfill.stack import shared_gpus
+from overfill.stack.child import Child, StartFailed
+from overfill.stack.plan import StackRequest, make_plan, threads_per_worker
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import Stack, child_environment
+from overfill.stack.processes import StackPlan
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
 

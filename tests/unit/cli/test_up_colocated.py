@@ -15,16 +15,17 @@ import click
 import pytest
 from rich.console import Console
 
-from overfill.cli import up, up_stages
+from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cli.welcome import welcome
 from overfill.errors import UnsupportedModel
 from overfill.process import gpus
 from overfill.settings.config import ColocatedConfig
 from overfill.settings.tiers import TierSpec
+from overfill.stack import counts as up_stages
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.process_runner import Stack
+from overfill.stack.processes import StackPlan
 
 ONE = (1, 0, 0)
 TWO = (0, 1, 1)

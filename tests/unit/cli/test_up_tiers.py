@@ -14,12 +14,12 @@ import pytest
 
 from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_tiers import resolve_tiers
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import TierSpec
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.plan_tiers import resolve_tiers
+from overfill.stack.processes import StackPlan
 from overfill.telemetry.progress import silent
 
 TIERS = ("full=identity:1", "default=default:2", "fast=fast:1,quantize=int8,kv-cache-dtype=int8,fallback=default")

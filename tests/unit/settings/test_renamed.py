@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from overfill.cli.options import RenamedFlags
-from overfill.cluster.spec import StackSpec
 from overfill.settings import renamed
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, read_checked
 from overfill.settings.config_file import BadConfigFile
+from overfill.stack.spec import StackSpec
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from overfill.cli.stack import Stack
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.engine.build import build_engine_parts
 from overfill.engine.prefill import PrefillEngine
@@ -26,6 +24,8 @@ from overfill.kv.spec import DTypeName
 from overfill.lab.bench.measurement import Measurement
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams as EngineSampling
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.process_runner import Stack
 
 MAX_EXPOSED_SHARE = 0.05
 """Upper limit of the second token's wait for KV, as a share of the prefill."""

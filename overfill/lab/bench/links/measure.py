@@ -16,9 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import PlannedWorker
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -27,6 +24,9 @@ from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.model.manifest import Pair
 from overfill.settings.worker_kinds import WorkerSettings
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.process_runner import Stack
+from overfill.stack.processes import PlannedWorker
 
 _WARM_TOKENS = 64  # of a request that is not measured, after each change of the link
 _TIMEOUT = 900.0  # seconds for one request

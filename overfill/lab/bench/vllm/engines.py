@@ -19,11 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, child_environment
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Answer, AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -31,6 +26,11 @@ from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.engine.peers.process import JsonProcess
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.model.manifest import Pair
+from overfill.stack.child import Child
+from overfill.stack.plan import StackRequest, make_plan
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import Stack, child_environment
+from overfill.stack.processes import StackPlan
 
 Log = Callable[[str, str], None]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from overfill.api import keys
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.hosts.place import place
 from overfill.rpc import certificates
+from overfill.stack.plan import StackRequest, make_plan
 
 
 def test_each_process_has_its_host_and_mutual_tls(tmp_path):

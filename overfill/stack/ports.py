@@ -9,9 +9,9 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from overfill.cli.processes import StartFailed
-from overfill.cli.stack_plan import StackPlan
 from overfill.rpc.addresses import socket_host
+from overfill.stack.child import StartFailed
+from overfill.stack.processes import StackPlan
 
 _NEAR = 100  # number of ports after a used one that are tried as a replacement
 _MAX_CHOICE = 10_000  # number of ports among which free ones are chosen

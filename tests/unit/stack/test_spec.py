@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 from shipped_config import SHIPPED, for_several_machines
 
-from overfill.cluster.application import deployment_options, environment, serve_config
-from overfill.cluster.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
 from overfill.rpc.certificates import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.stack.ray.application import deployment_options, environment, serve_config
+from overfill.stack.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
 
 HERE = WorkerPlace("decode-x1", "ray:///overfill", "10.0.0.7")
 

@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overfill.cli.ports import check_ports
-from overfill.cli.processes import StartFailed
-from overfill.cli.shared_cores import share_cores
-from overfill.cli.stack_plan import PlannedPool, StackPlan
-from overfill.cli.up_tiers import max_workers
 from overfill.client import Client
-from overfill.cluster import placement
-from overfill.cluster.connection import RayConnection
-from overfill.cluster.spec import (
+from overfill.errors import OverfillError
+from overfill.rpc.channel import open_sync_channel
+from overfill.rpc.tls import Credentials
+from overfill.settings.config import ServiceConfig, WorkerConfig
+from overfill.settings.tiers import TierSpec
+from overfill.stack.child import StartFailed
+from overfill.stack.plan_tiers import max_workers
+from overfill.stack.ports import check_ports
+from overfill.stack.processes import PlannedPool, StackPlan
+from overfill.stack.ray import placement
+from overfill.stack.ray.connection import RayConnection
+from overfill.stack.shared_cores import share_cores
+from overfill.stack.spec import (
     APPLICATION,
     COLOCATED,
     DECODE,
@@ -32,11 +37,6 @@ from overfill.cluster.spec import (
     StackSpec,
     TierPool,
 )
-from overfill.errors import OverfillError
-from overfill.rpc.channel import open_sync_channel
-from overfill.rpc.tls import Credentials
-from overfill.settings.config import ServiceConfig, WorkerConfig
-from overfill.settings.tiers import TierSpec
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL = 0.2  # seconds between checks while waiting
@@ -89,7 +89,7 @@ class RayStack:
     @property
     def addresses(self) -> tuple[str, ...]:
         """gRPC addresses of the routers."""
-        from overfill.cluster import directory
+        from overfill.stack.ray import directory
 
         return tuple(directory.addresses(self._options.name))
 
@@ -111,7 +111,7 @@ class RayStack:
             self._cluster = RayConnection.join(options.address, options.log_dir is None)
         import ray
 
-        from overfill.cluster.application import serve_config  # imports numpy
+        from overfill.stack.ray.application import serve_config  # imports numpy
 
         spec = spec_of(self.plan, options, ray.cluster_resources())
         if self._cluster.owned:

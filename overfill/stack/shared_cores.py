@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from overfill.cli.stack_plan import StackPlan
+from overfill.stack.processes import StackPlan
 
 
 def share_cores(plan: StackPlan) -> tuple[StackPlan, Path | None]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from overfill.cluster.spec import PoolSpec, StackSpec
 from overfill.errors import OverfillError
+from overfill.stack.spec import PoolSpec, StackSpec
 
 
 class NoRoom(OverfillError):

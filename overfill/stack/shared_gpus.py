@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from itertools import count
 
-from overfill.cli.stack_plan import PlannedWorker, StackPlan
 from overfill.process.gpus import visible_gpus
 from overfill.settings.worker_kinds import WorkerSettings
+from overfill.stack.processes import PlannedWorker, StackPlan
 
 
 def share_gpus(plan: StackPlan) -> tuple[StackPlan, dict[str, str]]:

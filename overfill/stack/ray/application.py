@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from overfill.cluster.policy import ScalingPolicy
-from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, PoolSpec, StackSpec, TierPool
 from overfill.routing.scaling import INTERVAL
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
+from overfill.stack.ray.policy import ScalingPolicy
+from overfill.stack.spec import DRAIN_MARGIN, ROUTER, PoolSpec, StackSpec, TierPool
 
 BUILDER = "services.ray.app:build"
-POLICY = "overfill.cluster.policy:ScalingPolicy"
+POLICY = "overfill.stack.ray.policy:ScalingPolicy"
 
 
 def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None = None) -> dict[str, Any]:
     """Returns the config that deploys ``spec`` as application ``name``.
 
     Args:
-        objectives: arguments of ``overfill.cluster.policy.ScalingPolicy``.
+        objectives: arguments of ``overfill.stack.ray.policy.ScalingPolicy``.
 
     Raises:
         ValueError: the policy does not have such an argument.

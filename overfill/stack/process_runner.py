@@ -12,17 +12,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from overfill.cli import processes
-from overfill.cli.ports import check_ports
-from overfill.cli.processes import Child, StartFailed
-from overfill.cli.shared_cores import share_cores
-from overfill.cli.shared_gpus import share_gpus
-from overfill.cli.stack_plan import PlannedPool, PlannedWorker, StackPlan
 from overfill.client import Client
 from overfill.errors import OverfillError
 from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack import child as processes
+from overfill.stack.child import Child, StartFailed
+from overfill.stack.ports import check_ports
+from overfill.stack.processes import PlannedPool, PlannedWorker, StackPlan
+from overfill.stack.shared_cores import share_cores
+from overfill.stack.shared_gpus import share_gpus
 
 _POLL_SECONDS = 0.2
 _MARGIN_SECONDS = 2  # time after the grace period for a process to exit by itself

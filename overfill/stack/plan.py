@@ -14,9 +14,6 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from overfill.cli.ports import free_ports
-from overfill.cli.stack_plan import PlannedWorker, StackPlan
-from overfill.cli.up_tiers import tier_objectives, with_colocated, worker_settings
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback, reachable
@@ -27,6 +24,9 @@ from overfill.settings.config_file import BadConfigFile, field_name, flag_name
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec, default_tier
 from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerStage
+from overfill.stack.plan_tiers import tier_objectives, with_colocated, worker_settings
+from overfill.stack.ports import free_ports
+from overfill.stack.processes import PlannedWorker, StackPlan
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)
