@@ -58,7 +58,7 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests)
     with cpu_settings(config.threads):
         asyncio.run(_serve_and_exit(serve, config))
     raise AssertionError("the process has ended")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, Field
-from pydantic_settings import SettingsConfigDict
 
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig
 
@@ -38,19 +37,19 @@ class _Decoding(BaseModel):
 class MockPrefillConfig(_Prefilling, MockFields, PrefillConfig):
     """A prefill worker that computes nothing. Each flag is also a variable: OVERFILL_MOCK_PREFILL_..."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_PREFILL_")
+    prefix = "OVERFILL_MOCK_PREFILL_"
     program = "overfill-mock-prefill"
 
 
 class MockDecodeConfig(_Decoding, MockFields, DecodeConfig):
     """A decode worker that computes nothing. Each flag is also a variable: OVERFILL_MOCK_DECODE_..."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_DECODE_")
+    prefix = "OVERFILL_MOCK_DECODE_"
     program = "overfill-mock-decode"
 
 
 class MockColocatedConfig(_Prefilling, _Decoding, MockFields, ColocatedConfig):
-    """A worker with both stages that computes nothing. Each flag is also a variable: OVERFILL_MOCK_WORKER_..."""
+    """A worker with both stages that computes nothing. Each flag is also a variable: OVERFILL_MOCK_COLOCATED_..."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_MOCK_WORKER_")
-    program = "overfill-mock-worker"
+    prefix = "OVERFILL_MOCK_COLOCATED_"
+    program = "overfill-mock-colocated"

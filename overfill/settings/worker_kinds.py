@@ -31,7 +31,7 @@ class WorkerKind:
 
 PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
 DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
-COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
+COLOCATED = WorkerKind("colocated", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
 
 REAL_KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
 MOCK_KINDS = {
@@ -41,7 +41,7 @@ MOCK_KINDS = {
 """Kinds by name: those that compute, and those that do not (``services.mock``)."""
 
 VARIABLE_PREFIXES = tuple(
-    str(settings.model_config["env_prefix"])
+    settings.prefix
     for settings in (RouterConfig, *(kind.settings for kinds in (REAL_KINDS, MOCK_KINDS) for kind in kinds.values()))
 )
 """Prefixes of variables that set a service. The planner of a stack reads them and passes flags to its processes."""

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from overfill.stack.processes import StackPlan
+from overfill.stack.placed import PlacedStack
 
 
-def share_cores(plan: StackPlan) -> tuple[StackPlan, Path | None]:
-    """Returns ``plan`` with the file in the workers' settings, and the file, which the caller removes at the end.
+def share_cores(placed: PlacedStack, folder: Path) -> PlacedStack:
+    """Returns ``placed`` with a file in ``folder`` in the workers' settings.
 
-    Returns the plan as it is, and None, if the workers compute nothing or have cores of their own.
+    Returns it as it is if the workers compute nothing or have cores of their own.
     """
-    threads = [worker.config.threads for worker in plan.workers]
-    if plan.mock or len(threads) < 2 or sum(threads) <= len(os.sched_getaffinity(0)):
-        return plan, None
-    descriptor, name = tempfile.mkstemp(prefix="overfill-cores-")
-    os.close(descriptor)
-    path = Path(name)
-    shared = {"shared_cores": path}
-    return plan.with_configs(
+    if placed.spec.mock or not are_shared(worker.config.threads for worker in placed.workers):
+        return placed
+    shared = {"shared_cores": new_file(folder)}
+    return placed.with_configs(
         lambda worker: worker.config if worker.config.shared_cores else worker.config.model_copy(update=shared)
-    ), path
+    )
+
+
+def are_shared(threads: Iterable[int]) -> bool:
+    """True if workers with these numbers of threads need to take turns at this machine's cores."""
+    counts = list(threads)
+    return len(counts) > 1 and sum(counts) > len(os.sched_getaffinity(0))
+
+
+def new_file(folder: Path) -> Path:
+    """Makes the file through which workers take turns."""
+    path = folder / "cores"
+    path.touch(0o600)
+    return path

@@ -1,60 +1,53 @@
-"""Specification of a stack on Ray: the arguments of the application builder, ``services.ray.app:build``.
+"""The one document that describes a stack. ``overfill up`` prints and reads it, and both runners start what it says.
 
-Plain data, checked here. Knows nothing about Ray; ``application.py`` makes a Serve config from it.
+Plain data, checked here. It knows nothing about how processes start: ``process_runner`` and ``ray`` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.addresses import is_wildcard
+from overfill.rpc.access import Role
+from overfill.rpc.addresses import is_wildcard, split_address
+from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
-from overfill.settings.config_file import flag_name
-from overfill.settings.renamed import rename_fields
-from overfill.settings.tiers import TierSpec, check_tier_name, default_tier
+from overfill.settings.reader import BadSettings
+from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
 from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
-"""Default name of the Serve application."""
+"""Default name of the application on Ray."""
 
-ROUTER, PREFILL, DECODE, COLOCATED = "router", "prefill", "decode", "worker"
-"""Names of the deployments. With several tiers, each has a deployment ``decode-TIER`` instead of ``decode``."""
+ROUTER, PREFILL, DECODE, COLOCATED = "router", "prefill", "decode", "colocated"
+"""Names of the pools. With several tiers, each has a pool ``decode-TIER`` instead of ``decode``."""
 
-
-def decode_deployment(tier: str) -> str:
-    """Returns the name of the deployment of a tier's decode workers; the tier is empty with one pair."""
-    return f"{DECODE}-{tier}" if tier else DECODE
-
-
-def decode_tier(deployment: str) -> str | None:
-    """Returns the tier of a deployment of decode workers, empty with one pair; None for other deployments."""
-    name, _, tier = deployment.partition("-")
-    return tier if name == DECODE else None
-
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Ends of the names of files that hold a document."""
 
 DRAIN_MARGIN = 10.0
-"""Seconds after the grace period that a replica has to exit before Ray kills it."""
-
-_FIELDS = {
-    name for kind in (RouterConfig, *(kind.settings for kind in MOCK_KINDS.values())) for name in kind.model_fields
-}
-
-Settings = Annotated[
-    dict[str, str | int | float | bool], AfterValidator(lambda settings: rename_fields(settings, _FIELDS))
-]
-"""Settings of services, by field name (``kv_memory: 512MiB``)."""
+"""Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def decode_pool(tier: str) -> str:
+    """Returns the name of the pool of a tier's decode workers; the tier is empty with one pair."""
+    return f"{DECODE}-{tier}" if tier else DECODE
+
+
+def decode_tier(pool: str) -> str | None:
+    """Returns the tier of a pool of decode workers, empty with one pair; None for other pools."""
+    name, _, tier = pool.partition("-")
+    return tier if name == DECODE else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,41 +63,11 @@ ANYWHERE = WorkerPlace("", "", "127.0.0.1")
 """Placeholder for reading a configuration without a worker."""
 
 
-class PoolSpec(_Model):
-    """Specification of one deployment.
-
-    Attributes:
-        replicas: number of replicas; with ``max_replicas``, the minimum and initial number.
-        max_replicas: maximum number of replicas; None means that the number is fixed.
-        num_cpus, num_gpus, resources: resources that Ray reserves for each replica. Fractions share a CPU or GPU, and
-            the GPU's memory. A replica with ``num_gpus`` 0 sees no GPU.
-        settings: settings of this deployment only.
-    """
-
-    replicas: int = Field(default=1, ge=1)
-    max_replicas: int | None = Field(default=None, ge=1)
-    num_cpus: float = Field(default=0.3, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)
-    settings: Settings = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
-        return self
-
-    @property
-    def max_replicas_total(self) -> int:
-        """Maximum number of replicas, not counting those that replace others."""
-        return self.max_replicas or self.replicas
-
-
 class RouterSpec(PoolSpec):
-    """Specification of the routers. Each takes the first of the ports that is free on its machine, or waits for one.
+    """The routers. Each takes the first of the ports that is free on its machine, or waits for one.
 
     Attributes:
-        ports: gRPC ports; 0 means any free one.
+        ports: gRPC ports; 0 means any free one. Plain processes share a single port.
         http_ports: ports of the OpenAI endpoint, one for each of ``ports``; empty means no endpoint.
     """
 
@@ -125,184 +88,250 @@ class RouterSpec(PoolSpec):
         return self
 
 
-class ColocatedPool(PoolSpec):
-    """Specification of the workers with both stages. They decode in the default tier, and their number is fixed."""
-
-    stages: Literal["both"] = "both"
-
-
-class TierPool(PoolSpec):
-    """Specification of a tier: a decoder, and the deployment of its decode workers.
+class StackSpec(BaseModel):
+    """A whole stack.
 
     Attributes:
-        replicas: as in ``PoolSpec``; 0 if only workers with both stages decode in the tier.
-        pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
-        fallback: tier in which answers go on when this one has no worker left; empty means that they wait.
-        ttft_objective, itl_objective: objectives of this tier, in seconds; None means the routers'.
-    """
-
-    replicas: int = Field(default=1, ge=0)
-    pair: str
-    fallback: str = ""
-    ttft_objective: float | None = Field(default=None, gt=0)
-    itl_objective: float | None = Field(default=None, gt=0)
-
-    def tier(self, name: str) -> TierSpec:
-        """Returns the tier as routers read it. Raises ValueError."""
-        check_tier_name(name)
-        own = {"fallback": self.fallback or None, "ttft-objective": self.ttft_objective}
-        own |= {"itl-objective": self.itl_objective, **{flag_name(key): v for key, v in self.settings.items()}}
-        settings = {key: str(value) for key, value in own.items() if value is not None}
-        tier = TierSpec(name, self.pair, self.replicas, settings)
-        if "," in self.pair or ";" in str(tier):
-            raise ValueError(f"decoders.{name}: neither pair nor settings may have a semicolon, nor the pair a comma")
-        return tier
-
-
-@dataclass(frozen=True, slots=True)
-class StackPool:
-    """One deployment.
-
-    Attributes:
-        kind: kind of the workers; None for routers.
-        tier: tier in which they decode; empty with one pair, and for those that do not decode.
-    """
-
-    spec: PoolSpec
-    kind: WorkerKind | None = None
-    tier: str = ""
-
-
-class StackSpec(_Model):
-    """Specification of a whole stack.
-
-    Attributes:
-        pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
-        decoders: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
-        worker: workers with both stages. With them, ``prefill`` and ``decode`` have deployments only if they are given.
+        runner: ``ray`` runs the stack on Ray Serve, which replaces lost workers; ``processes`` runs plain processes.
+        name: name of the application on Ray.
+        ray_address: Ray cluster to join, as for ``ray.init``; None starts one on this machine.
+        pair: name of a pair, or a pair's folder, which must exist on every machine of the stack.
+        tiers: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
+        router: the routers.
+        colocated: workers with both stages. With them, ``prefill`` and ``decode`` exist only if they are given.
+        prefill, decode: workers with one stage.
         mock: run workers that compute nothing (``services.mock``), for trials of everything else.
-        settings: settings for all deployments that have them.
-        log_dir: folder for one log file per replica; None means Ray's log.
-        health_check_period: seconds between checks of a replica's health service. Ray replaces a replica after three
-            failed checks in a row, or when its process has died.
+        settings: settings for all processes that have them, by field. With plain processes, ``metrics_port`` is that of
+            the first router, and the others have the next ports.
+        tls: folder with a certificate per role, as ``overfill certs`` makes it; replaces the settings of TLS.
+        new_secret: the runner makes the secret that the processes send each other.
+        log_dir: folder for one log file per process; None means stderr.
+        health_check_period: seconds between checks of a process by Ray. Ray replaces a process after three failed
+            checks in a row, or when it has died.
         health_check_timeout: seconds to wait for the answer of a check.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runner: Literal["ray", "processes"] = "ray"
+    name: str = APPLICATION
+    ray_address: str | None = None
     pair: str = "default"
+    tiers: dict[str, TierSpec] = Field(default_factory=dict)
+    router: RouterSpec = Field(default_factory=RouterSpec)
+    colocated: PoolSpec | None = None
+    prefill: PoolSpec | None = None
+    decode: PoolSpec | None = None
     mock: bool = False
-    settings: Settings = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    tls: str | None = None
+    new_secret: bool = False
     log_dir: str | None = None
     health_check_period: float = Field(default=2.0, gt=0)
     health_check_timeout: float = Field(default=10.0, gt=0)
-    router: RouterSpec = Field(default_factory=RouterSpec)
-    worker: ColocatedPool | None = None
-    prefill: PoolSpec | None = None
-    decode: PoolSpec | None = None
-    decoders: dict[str, TierPool] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
-    def _add_pools(cls, data: Any) -> Any:
-        """Without workers of both stages, each stage has a deployment."""
-        if not isinstance(data, Mapping) or data.get("worker") is not None:
+    def _complete(cls, data: Any) -> Any:
+        """Gives each stage a pool unless there are colocated workers, and each tier its name."""
+        if not isinstance(data, Mapping):
             return data
-        return {"prefill": {}, **({} if data.get("decoders") else {"decode": {}}), **data}
+        tiers = data.get("tiers") or {}
+        if isinstance(tiers, Mapping):
+            named = {name: {**one, "name": name} if isinstance(one, Mapping) else one for name, one in tiers.items()}
+            data = {**data, "tiers": named}
+        if data.get("colocated") is not None:
+            return data
+        return {"prefill": {}, **({} if tiers else {"decode": {}}), **data}
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if self.decoders and (given := sorted({"pair", "decode"} & self.model_fields_set)):
-            raise ValueError(f"decoders: each has its own pair and replicas: remove {' and '.join(given)}")
-        if self.worker is not None:
-            self._check_colocated()
-        fields = [kind.settings.model_fields for kind in self._kinds.values()]
+        if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
+            raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
+        self._check_scaling()
+        for name in self.tiers:
+            if not any(self.tier_of(pool) == name for pool in self.pools):
+                raise ValueError(
+                    f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "
+                    "tier may have none, with `colocated`"
+                )
+        for stage in ("prefill", "decode"):
+            if not self.members(stage):
+                raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
+        fields = [self.kind(name).settings.model_fields for name in self.pools]
         if unknown := sorted(self.settings.keys() - {*RouterConfig.model_fields}.union(*fields)):
             raise ValueError(
-                f"settings: {', '.join(unknown)}: no service has such a setting; see `overfill config show`"
+                f"settings: {', '.join(unknown)}: no process of this stack has such a setting; see "
+                "`overfill config show`"
             )
-        for stage in ("prefill", "decode"):
-            if not self._members(stage):
-                raise ValueError(f"{stage}: no worker has this stage; give the section, or `worker`")
         self.router_config()
-        for name in self.pools.keys() - {ROUTER}:
+        for name in self.pools:
             self.worker_config(name)
+        self._check_formats()
         return self
 
-    def _check_colocated(self) -> None:
-        if scaled := sorted(name for name, pool in self.pools.items() if pool.spec.max_replicas is not None):
+    def _check_scaling(self) -> None:
+        scaled = sorted(name for name, pool in self.pools.items() if pool.max_replicas is not None)
+        if scaled and self.colocated is not None:
             raise ValueError(
-                f"worker: a stack of workers with both stages has a fixed number of replicas: remove max_replicas of "
-                f"{' and '.join(scaled)}, or `worker`"
+                f"colocated: a stack of colocated workers has a fixed number of replicas: remove max_replicas of "
+                f"{' and '.join(scaled)}, or `colocated`"
+            )
+        if scaled and self.runner == "processes":
+            raise ValueError(f"runner processes: only Ray scales pools: remove max_replicas of {' and '.join(scaled)}")
+        routers, ports = self.router.replicas, len(self.router.ports)
+        if self.runner == "processes" and 1 < ports < routers:
+            raise ValueError(
+                f"router.ports: got {ports} for {routers} routers; give 1, which they share, or one for each"
             )
 
-    @property
-    def pools(self) -> dict[str, StackPool]:
-        """Deployments by name."""
-        pools = {ROUTER: StackPool(self.router)}
-        given: list[tuple[str, str, PoolSpec | None]] = [
-            (COLOCATED, self._default_tier, self.worker), (PREFILL, "", self.prefill), (DECODE, "", self.decode),
-            *((DECODE, tier, pool) for tier, pool in self.decoders.items() if pool.replicas),
-        ]  # fmt: skip
-        for kind, tier, spec in given:
-            if spec is not None:
-                name = decode_deployment(tier) if kind == DECODE else kind
-                pools[name] = StackPool(spec, self._kinds[kind], tier)
-        return pools
+    def _check_formats(self) -> None:
+        """Raises ValueError unless all workers of a tier run its decoder in the same format."""
+        first: dict[str, DecodeConfig] = {}
+        for name in self.pools:
+            config = self.worker_config(name)
+            if not isinstance(config, DecodeConfig):
+                continue
+            other = first.setdefault(config.tier, config)
+            ours, theirs = other.decoder_settings, config.decoder_settings
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
+                    values = [one.get(key, "(default)") for one in (ours, theirs)]
+                    variables = [worker.variable(key) for worker in (other, config)]
+                    raise ValueError(
+                        f"tier {config.tier or DEFAULT_TIER}: {other.section} workers have {key} {values[0]}, and "
+                        f"{name} workers have {values[1]}; routers refuse workers of one tier that differ: set both "
+                        f"{variables[0]} and {variables[1]}, or {key} in the settings of all"
+                    )
 
-    def _members(self, stage: WorkerStage) -> int:
-        """The initial number of workers that have the stage."""
-        return sum(pool.spec.replicas for pool in self.pools.values() if pool.kind and stage in pool.kind.stages)
+    @classmethod
+    def read(cls, data: Any) -> Self:
+        """Returns the stack of plain data. Raises BadSettings naming each fault."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise BadSettings("; ".join(dict.fromkeys(_faults(error)))) from error
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a document from a file, YAML or JSON. Raises BadSettings."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            return cls.read({} if data is None else data)
+        except OSError as error:
+            raise BadSettings(f"{path}: cannot be read: {error.strerror}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+            raise BadSettings(f"{path}: {' '.join(str(error).split())}") from error
+        except BadSettings as error:
+            raise BadSettings(f"{path}: {error}") from error
+
+    def document(self) -> dict[str, Any]:
+        """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
+        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
+        # A pool is there even if all of it is default.
+        pools = {name: data.get(name, {}) for name in (COLOCATED, PREFILL, DECODE) if getattr(self, name) is not None}
+        return data | pools
+
+    def __str__(self) -> str:
+        """The document as YAML."""
+        return yaml.safe_dump(self.document(), sort_keys=False, allow_unicode=True, width=110)
 
     @property
-    def tiers(self) -> tuple[TierSpec, ...]:
+    def pools(self) -> dict[str, PoolSpec]:
+        """The pools of workers by name, without those of no worker."""
+        given: dict[str, PoolSpec | None] = {COLOCATED: self.colocated, PREFILL: self.prefill, DECODE: self.decode}
+        given |= {decode_pool(tier): pool for tier, pool in self.tiers.items() if pool.replicas}
+        return {name: pool for name, pool in given.items() if pool is not None}
+
+    @property
+    def deployments(self) -> dict[str, PoolSpec]:
+        """All pools by name, the routers first."""
+        return {ROUTER: self.router, **self.pools}
+
+    def kind(self, pool: str) -> WorkerKind:
+        """Returns the kind of a pool's workers."""
+        return (MOCK_KINDS if self.mock else REAL_KINDS)[pool.partition("-")[0]]
+
+    def tier_of(self, pool: str) -> str | None:
+        """Returns the tier in which a pool decodes, empty with one pair; None for prefill workers."""
+        return self.default_tier if pool == COLOCATED else decode_tier(pool)
+
+    def members(self, stage: WorkerStage) -> int:
+        """Returns the initial number of workers that have the stage."""
+        return sum(pool.replicas for name, pool in self.pools.items() if stage in self.kind(name).stages)
+
+    @property
+    def told_tiers(self) -> tuple[TierSpec, ...]:
         """The tiers as routers read them; empty with one pair, unless its decoder is loaded in another format."""
         tiers = []
-        for name, pool in (self.decoders or {"": TierPool(pair=self.pair)}).items():
-            decoding = {key: one for key, one in self.pools.items() if decodes(one) and one.tier == name}
-            if not decoding:
-                raise ValueError(
-                    f"decoders.{name}.replicas: at least 1; only the default tier may have none, with `worker`"
-                )
-            count = sum(one.spec.replicas for one in decoding.values())
-            tier = replace(pool.tier(name or DEFAULT_TIER), count=count)
+        for name, tier in (self.tiers or {"": TierSpec(name=DEFAULT_TIER, pair=self.pair)}).items():
+            decoding = [pool for pool in self.pools if self.tier_of(pool) == name]
             # Shared settings count too; routers refuse workers that have others than the tier.
-            config = self.worker_config(next(iter(decoding)))
+            config = self.worker_config(decoding[0])
             format = config.decoder_settings if isinstance(config, DecodeConfig) else {}
             if name or "quantize" in format:
-                tiers.append(replace(tier, settings={**tier.settings, **format}))
+                replicas = sum(self.pools[pool].replicas for pool in decoding)
+                own = tier.model_dump(exclude={*PoolSpec.model_fields})
+                tiers.append(TierSpec(**own, replicas=replicas, settings=format))
         return tuple(tiers)
 
     @property
-    def _default_tier(self) -> str:
+    def default_tier(self) -> str:
         """Name of the default tier; empty with one pair."""
-        if not self.decoders:
+        if not self.tiers:
             return ""
         settings = self.settings | self.router.settings
-        name = default_tier([*self.decoders], str(settings.get("default_tier", "")))
+        name = default_tier([*self.tiers], str(settings.get("default_tier", "")))
         # The router's settings report a default tier that does not exist.
-        return name if name in self.decoders else next(iter(self.decoders))
+        return name if name in self.tiers else next(iter(self.tiers))
 
     @property
     def default_pair(self) -> str:
         """The default tier's pair, of which prefill workers and routers use the full model and the tokenizer."""
-        return self.decoders[self._default_tier].pair if self.decoders else self.pair
+        return self.tiers[self.default_tier].pair if self.tiers else self.pair
 
-    def with_pairs(self, resolve: Callable[[str], str]) -> StackSpec:
-        """Returns the specification with each pair replaced by ``resolve(pair)``."""
-        if not self.decoders:
+    @property
+    def pairs(self) -> set[str]:
+        """The pairs of all tiers."""
+        return {tier.pair for tier in self.tiers.values()} or {self.pair}
+
+    def with_pairs(self, resolve: Callable[[str], str]) -> Self:
+        """Returns the stack with each pair replaced by ``resolve(pair)``."""
+        if not self.tiers:
             return self.model_copy(update={"pair": resolve(self.pair)})
-        decoders = {name: pool.model_copy(update={"pair": resolve(pool.pair)}) for name, pool in self.decoders.items()}
-        return self.model_copy(update={"decoders": decoders})
+        tiers = {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in self.tiers.items()}
+        return self.model_copy(update={"tiers": tiers})
+
+    def with_secret(self, folder: Path) -> Self:
+        """Returns the stack with the path of its secret in the shared ``folder``, if the runner makes the secret."""
+        if not self.new_secret:
+            return self
+        settings = {**self.settings, "stack_secret": str(folder / "secret")}
+        return self.model_copy(update={"new_secret": False, "settings": settings})
 
     @property
     def scales(self) -> bool:
         """True if the size of a pool may change."""
-        return any(pool.spec.max_replicas is not None for pool in self.pools.values())
+        return any(pool.max_replicas is not None for pool in self.pools.values())
 
     @property
     def grace_period(self) -> float:
-        """Seconds that running requests have when a replica drains: the maximum over the deployments."""
-        workers = (self.worker_config(name) for name in self.pools if name != ROUTER)
-        return max(self.router_config().grace_period, *(config.grace_period for config in workers))
+        """Seconds that running requests have when a process drains: the maximum over the pools."""
+        return max(self.router_config().grace_period, *(self.worker_config(name).grace_period for name in self.pools))
+
+    @property
+    def model(self) -> str:
+        """Model name that clients request."""
+        names = self.router_config().served_model_name
+        return names[0] if names else Path(self.default_pair).name
+
+    def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
+        scheme = "http" if self.router_config().tls_cert is None else "https"
+        ports = dict(zip(self.router.ports, self.router.http_ports, strict=False))
+        places = map(split_address, addresses)
+        return tuple(f"{scheme}://{host}:{ports[port]}/v1" for host, port in places if port in ports)
 
     def router_config(self, index: int = 0, node_ip: str = ANYWHERE.node_ip) -> RouterConfig:
         """Returns the settings of the router on ``ports[index]``. Raises ValueError naming a wrong setting.
@@ -312,28 +341,27 @@ class StackSpec(_Model):
         """
         own = self._metrics_host(self.router, node_ip) | {
             "port": self.router.ports[index],
-            "expect_prefill": self._members("prefill"),
-            "expect_decode": self._members("decode"),
+            "expect_prefill": self.members("prefill"),
+            "expect_decode": self.members("decode"),
             "pair": self.default_pair,
-            "decoders": ";".join(map(str, self.tiers)) or None,
+            "tiers": self.told_tiers or None,
         }
         if self.router.http_ports:
             own["http"] = self.router.http_ports[index]
-        return self._configure(RouterConfig, self.router, own)
+        return self._configure(RouterConfig, self.router, own, Role.ROUTER)
 
-    def worker_config(self, deployment: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
-        """Returns the settings of a worker of ``deployment``. Raises ValueError naming a wrong setting."""
-        pool = self.pools[deployment]
-        assert pool.kind is not None, "routers are no workers"
-        own = self._placed(pool.spec, worker) | {"pair": self.default_pair}
-        if 0 < pool.spec.num_gpus < 1 and "gpu_share" not in self.settings | pool.spec.settings:
-            own["gpu_share"] = pool.spec.num_gpus
-        if pool.tier:
-            tier = self.decoders[pool.tier]
+    def worker_config(self, name: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
+        """Returns the settings of a worker of the pool ``name``. Raises ValueError naming a wrong setting."""
+        pool, kind = self.pools[name], self.kind(name)
+        own = self._placed(pool, worker) | {"pair": self.default_pair}
+        if 0 < pool.num_gpus < 1 and "gpu_share" not in self.settings | pool.settings:
+            own["gpu_share"] = pool.num_gpus
+        if self.tiers and (name_of_tier := self.tier_of(name)) is not None:
+            tier = self.tiers[name_of_tier]
             objectives = {"ttft_objective": tier.ttft_objective, "itl_objective": tier.itl_objective}
-            own |= {"pair": tier.pair, "tier": pool.tier}
-            own |= {name: value for name, value in objectives.items() if name in pool.kind.settings.model_fields}
-        return self._configure(pool.kind.settings, pool.spec, own)
+            own |= {"pair": tier.pair, "tier": name_of_tier}
+            own |= {key: value for key, value in objectives.items() if key in kind.settings.model_fields}
+        return self._configure(kind.settings, pool, own, Role.WORKER)
 
     def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:
         settings = self.settings | pool.settings
@@ -347,15 +375,22 @@ class StackSpec(_Model):
         settings = self.settings | pool.settings
         return {"metrics_host": node_ip} if is_wildcard(str(settings.get("metrics_host", ""))) else {}
 
-    @property
-    def _kinds(self) -> Mapping[str, WorkerKind]:
-        return MOCK_KINDS if self.mock else REAL_KINDS
-
-    def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object]) -> _Config:
+    def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object], role: Role) -> _Config:
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
+        if self.new_secret:  # a placeholder: the runner makes the file
+            shared["stack_secret"] = "-"
+        if self.tls is not None:
+            files = role_files(Path(self.tls), role)
+            shared |= {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
+            shared.setdefault("tls_name", NAME)
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
 
 
-def decodes(pool: StackPool) -> bool:
-    """True if the workers of the deployment decode."""
-    return pool.kind is not None and "decode" in pool.kind.stages
+def _faults(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        place = ".".join(map(str, item["loc"]))
+        yield (
+            f"{place}: {item['msg']}"
+            if place and item["type"] != "value_error"
+            else (f"{place}: " if place else "") + item["msg"].removeprefix("Value error, ")
+        )

@@ -1,4 +1,4 @@
-"""``python -m services.mock prefill|decode|worker``: a mock worker as a process."""
+"""``python -m services.mock prefill|decode|colocated``: a mock worker as a process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def main(argv: list[str]) -> int:
     kinds: dict[str, type[MockConfig]] = {
         "prefill": MockPrefillConfig,
         "decode": MockDecodeConfig,
-        "worker": MockColocatedConfig,
+        "colocated": MockColocatedConfig,
     }
     if not argv or argv[0] not in kinds:
-        print("usage: python -m services.mock prefill|decode|worker [FLAGS]; --help shows them", file=sys.stderr)
+        print("usage: python -m services.mock prefill|decode|colocated [FLAGS]; --help shows them", file=sys.stderr)
         return 2
     config = kinds[argv[0]].parse(argv[1:])
-    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests)
     try:
         return asyncio.run(serve(config, lambda host: None))
     except OverfillError as error:

@@ -59,7 +59,7 @@ def stack() -> Iterator[dict[str, str]]:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "OVERFILL_ADDRESS": address,
-            "OPENAI_BASE_URL": stack.plan.openai_urls([address])[0],
+            "OPENAI_BASE_URL": stack.spec.openai_urls([address])[0],
             "LOCUST_HOST": f"grpc://{address}",
         }
 

@@ -26,7 +26,7 @@ LONG = SamplingParams(max_tokens=300, ignore_eos=True, temperature=0)  # 15 s wi
 @contextmanager
 def shared_stack(pair, folder, **settings):
     defaults = {"routers": 2, "http": 0, "mock": True, "mock_step": "0.05"}
-    with running_stack(pair, share_port=folder / "group", **defaults | settings) as (stack, address):
+    with running_stack(pair, share_port=True, **defaults | settings) as (stack, address):
         yield stack, address
 
 
@@ -85,7 +85,7 @@ def streams_on_every_process(opened, address):
 def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, tmp_path, capsys):
     with shared_stack(tiny_pair, tmp_path, mock_step="0", served_model_name="x") as (stack, address):
         assert stack.addresses == (address,)
-        (url,) = stack.plan.openai_urls(stack.addresses)
+        (url,) = stack.spec.openai_urls(stack.addresses)
         pids = {child.pid for child in children(stack, "router")}
 
         def answers():
@@ -200,7 +200,7 @@ def test_a_process_that_drains_ends_its_answers_and_refuses_nothing(tiny_pair, t
         ExitStack() as opened,
     ):
         streams = streams_on_every_process(opened, address)
-        (url,) = stack.plan.openai_urls(stack.addresses)
+        (url,) = stack.spec.openai_urls(stack.addresses)
         clients = [opened.enter_context(Client(address)) for _ in range(6)]
         connections = [answer_over_http(url) for _ in range(6)]
         for client in clients:

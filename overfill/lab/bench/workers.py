@@ -35,8 +35,8 @@ async def prefill_worker(arguments: Sequence[str], threads: int, log: Log) -> As
         config = PrefillConfig.parse(
             [f"--routers={router}", f"--threads={threads}", "--grace-period=1", "--log-level=warning", *arguments]
         )
-        command = [sys.executable, "-m", "services.prefill.main", *config.to_argv()]
-        worker = Child("prefill", command, child_environment({}, threads), log)
+        command = [sys.executable, "-m", "services.prefill.main"]
+        worker = Child("prefill", command, child_environment({}, threads) | config.environment(), log)
         try:
             yield await _joined(registry, worker)
         finally:

@@ -78,7 +78,7 @@ class FaultInjector:
         child = self._stack.process(name)
         problem = None
         if fault.kind == "drain":
-            grace = self._stack.plan.routers[0].grace_period
+            grace = self._stack.placed.routers[0].grace_period
             if not await _wait_for_exit(child, grace + _EXIT_SLACK):
                 problem = f"{name} still ran {grace + _EXIT_SLACK:g} s after SIGTERM"
                 os.kill(child.pid, signal.SIGKILL)

@@ -1,42 +1,29 @@
-"""A stack on Ray Serve, with the same interface as one of plain processes (``stack.py``).
+"""Runs a stack on Ray Serve, with the same interface as the runner of plain processes.
 
-Both run the same plan. Ray starts the processes, watches them and replaces lost ones.
+Both start the same document. Ray starts the processes, watches them and replaces lost ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from overfill.client import Client
 from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
-from overfill.settings.config import ServiceConfig, WorkerConfig
-from overfill.settings.tiers import TierSpec
 from overfill.stack.child import StartFailed
-from overfill.stack.plan_tiers import max_workers
-from overfill.stack.ports import check_ports
-from overfill.stack.processes import PlannedPool, StackPlan
-from overfill.stack.ray import placement
+from overfill.stack.placed import operator_tls, secret_of
+from overfill.stack.ports import check_ports, fill_ports
 from overfill.stack.ray.connection import RayConnection
-from overfill.stack.shared_cores import share_cores
-from overfill.stack.spec import (
-    APPLICATION,
-    COLOCATED,
-    DECODE,
-    DRAIN_MARGIN,
-    PREFILL,
-    RouterSpec,
-    StackSpec,
-    TierPool,
-)
+from overfill.stack.shared_cores import are_shared, new_file
+from overfill.stack.shared_folder import make_shared_folder, shared_folder
+from overfill.stack.spec import DRAIN_MARGIN, StackSpec
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL = 0.2  # seconds between checks while waiting
@@ -44,41 +31,17 @@ _LOOK = 1.0  # seconds between checks of a running stack
 _MARGIN = 5.0  # seconds for Ray to notice that a replica has exited
 _ROOM_PATIENCE = 120.0  # seconds for an autoscaling cluster to add machines
 
-# Fields set per replica; metrics_port too, unless it is off.
-_OWN = {
-    "pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "metrics_port", "tier",
-    "decoders",
-}  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class RayOptions:
-    """Options of a stack on Ray.
+class RayRunner:
+    """Runs a stack as a Serve application, and calls ``report`` with a line about each change.
 
     Attributes:
-        address: address of a cluster to join, as for ``ray.init``; None starts a cluster here.
-        name: name of the Serve application.
-        worker_cpus, worker_gpus: CPUs and GPUs that Ray reserves per worker; None means an equal share of this machine.
-        max_prefill, max_decode: maximum number of workers of an autoscaled pool; None means a fixed number.
-        log_dir: folder for one log file per replica; None prints the replicas' lines here.
+        spec: the stack, with the ports of its routers from the start on.
     """
 
-    address: str | None = None
-    name: str = APPLICATION
-    worker_cpus: float | None = None
-    worker_gpus: float | None = None
-    max_prefill: int | None = None
-    max_decode: int | None = None
-    log_dir: str | None = None
-
-
-class RayStack:
-    """Runs ``plan`` as a Serve application, and calls ``report`` with a line about each change."""
-
-    def __init__(self, plan: StackPlan, options: RayOptions, report: Callable[[str], None]) -> None:
-        self.plan = plan
-        self._cores: Path | None = None
-        self._options = options
+    def __init__(self, spec: StackSpec, report: Callable[[str], None]) -> None:
+        self.spec = spec
+        self._folder = shared_folder()
         self._report = report
         self._cluster: RayConnection | None = None
         self._deployed = False
@@ -91,7 +54,7 @@ class RayStack:
         """gRPC addresses of the routers."""
         from overfill.stack.ray import directory
 
-        return tuple(directory.addresses(self._options.name))
+        return tuple(directory.addresses(self.spec.name))
 
     def start(self) -> None:
         """Starts or joins Ray and deploys the application.
@@ -101,24 +64,22 @@ class RayStack:
             NoRoom: the cluster started here is too small.
             RayUnavailable: Ray or the cluster is not available, or an application of that name already runs.
         """
-        options = self._options
-        if options.address is None:
-            check_ports(self.plan, metrics=False)  # replicas choose their metrics ports
-            self.plan, self._cores = share_cores(self.plan)
+        make_shared_folder(self._folder, self.spec)
+        show_logs = self.spec.log_dir is None
+        if self.spec.ray_address is None:
+            check_ports(self.spec)
             self._report("starting Ray on this machine")
-            self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), options.log_dir is None)
+            self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), show_logs)
         else:
-            self._cluster = RayConnection.join(options.address, options.log_dir is None)
-        import ray
-
+            self._cluster = RayConnection.join(self.spec.ray_address, show_logs)
         from overfill.stack.ray.application import serve_config  # imports numpy
 
-        spec = spec_of(self.plan, options, ray.cluster_resources())
+        self.spec = spec = self._with_files(fill_ports(self.spec))
         if self._cluster.owned:
             self._cluster.check_room(spec)
-        router = self.plan.routers[0]
+        router = spec.router_config()
         objectives = {"ttft": router.ttft_objective, "itl": router.itl_objective}
-        self._cluster.deploy(serve_config(spec, options.name, objectives))
+        self._cluster.deploy(serve_config(spec, spec.name, objectives))
         self._deployed = True
 
     def wait_ready(self, cancelled: threading.Event) -> None:
@@ -131,7 +92,7 @@ class RayStack:
         since = time.monotonic()
         reported = ""
         while not cancelled.is_set():
-            status = self._cluster.status(self._options.name)
+            status = self._cluster.status(self.spec.name)
             if status is not None:
                 if reported != (reported := progress(status)) and reported:
                     self._report(reported)
@@ -141,10 +102,19 @@ class RayStack:
                     return
             cancelled.wait(_POLL)
 
-    def describe_workers(self, pool: PlannedPool) -> str:
+    def _with_files(self, spec: StackSpec) -> StackSpec:
+        """Returns ``spec`` with the files that its processes on this machine share."""
+        threads = [spec.worker_config(name).threads for name, pool in spec.pools.items() for _ in range(pool.replicas)]
+        if spec.ray_address is None and not spec.mock and are_shared(threads) and "shared_cores" not in spec.settings:
+            shared = {**spec.settings, "shared_cores": str(new_file(self._folder))}
+            spec = spec.model_copy(update={"settings": shared})
+        return spec.with_secret(self._folder)
+
+    def describe_workers(self, pool: str) -> str:
         """Returns the number of a pool's workers, as text. `overfill status` lists their names."""
-        minimum, maximum = len(pool.workers), _maximum(self.plan, pool, self._options)
-        return f"{minimum} on Ray" if maximum is None else f"{minimum} to {maximum} on Ray"
+        workers = self.spec.pools[pool]
+        bounds = f"{workers.replicas}" if workers.max_replicas is None else f"{workers.replicas} to {workers.most}"
+        return f"{bounds} on Ray"
 
     def news(self) -> list[str]:
         """Returns lines about changes since the last call."""
@@ -152,13 +122,13 @@ class RayStack:
             return []
         self._looked_at = time.monotonic()
         try:
-            status = self._cluster.status(self._options.name)
+            status = self._cluster.status(self.spec.name)
         except Exception as error:  # Ray raises various exceptions
             self._reachable = self._cluster.alive()
             return [] if self._reachable else [f"Ray does not answer any more: {error}"]
         if status is None:
             self._reachable = False
-            return [f"the application {self._options.name} was removed from the cluster"]
+            return [f"the application {self.spec.name} was removed from the cluster"]
         lines = []
         for name, state in describe(status).items():
             if self._seen.get(name, "") not in ("", state):
@@ -175,103 +145,45 @@ class RayStack:
         """Drains the routers, removes the application, and ends the cluster if it was started here."""
         cluster = self._cluster
         if cluster is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
             return []
-        grace = self.plan.routers[0].grace_period
+        grace = self.spec.router_config().grace_period
         try:
             if self._deployed and cluster.alive():
                 self._drain_routers(grace)
-                if not cluster.remove(self._options.name, grace + DRAIN_MARGIN + _MARGIN):
-                    self._report(f"not all replicas of {self._options.name} ended in time")
+                if not cluster.remove(self.spec.name, grace + DRAIN_MARGIN + _MARGIN):
+                    self._report(f"not all replicas of {self.spec.name} ended in time")
         finally:
             cluster.close()
-            if self._cores is not None:
-                self._cores.unlink(missing_ok=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
         return []
 
     def _complete(self) -> bool:
         addresses = self.addresses
-        return len(addresses) >= len(self.plan.routers) and all(self._router_complete(a) for a in addresses)
+        return len(addresses) >= self.spec.router.replicas and all(self._router_complete(a) for a in addresses)
 
     def _router_complete(self, address: str) -> bool:
         try:
-            with Client(address, tls=self.plan.client_tls, api_key=self.plan.secret) as client:
+            with Client(address, tls=self._credentials.tls, api_key=self._credentials.secret or None) as client:
                 return client.status().complete
         except OverfillError:
             return False
 
+    @property
+    def _credentials(self) -> Credentials:
+        """What an operator shows the routers."""
+        router = self.spec.router_config()
+        return Credentials(operator_tls(self.spec) or router.client_tls(), secret_of(router) or "")
+
     def _drain_routers(self, grace: float) -> None:
         """Drains the routers first, so that running and queued requests finish while all workers are available."""
         for address in self.addresses:
-            channel = open_sync_channel(address, Credentials(self.plan.client_tls, self.plan.secret or ""))
+            channel = open_sync_channel(address, self._credentials)
             with channel, contextlib.suppress(Exception):  # a dead router has nothing to finish
                 admin_pb2_grpc.AdminStub(channel).Drain(admin_pb2.DrainRequest(), timeout=5)
         deadline = time.monotonic() + grace + _MARGIN
         while self.addresses and time.monotonic() < deadline:
             time.sleep(_POLL)
-
-
-def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -> StackSpec:
-    """Returns the specification of ``plan`` on a cluster with ``resources``."""
-    router = plan.routers[0]
-    routers = RouterSpec(
-        replicas=len(plan.routers),
-        ports=tuple(config.port for config in plan.routers),
-        http_ports=tuple(config.http for config in plan.routers if config.http != "off"),
-        settings=_settings(router),
-    )
-    most = [(pool, _maximum(plan, pool, options) or len(pool.workers)) for pool in plan.pools]
-    cpus, gpus = options.worker_cpus, options.worker_gpus
-    if options.address is None:
-        free = resources.get("CPU", 1.0) - routers.num_cpus * routers.replicas
-        cpus = placement.share(free, sum(count for _, count in most)) if cpus is None else cpus
-        on_gpus = sum(count for pool, count in most if _wants_gpu(pool.config))
-        gpus = placement.gpu_share(resources.get("GPU", 0.0), on_gpus) if gpus is None and on_gpus else gpus
-
-    def deployment(pool: PlannedPool) -> dict[str, Any]:
-        return {
-            "replicas": len(pool.workers),
-            "max_replicas": _maximum(plan, pool, options),
-            "num_cpus": float(pool.config.threads) if cpus is None else cpus,
-            "num_gpus": gpus or 0.0 if _wants_gpu(pool.config) else 0.0,
-            "settings": _settings(pool.config),
-        }
-
-    pools: dict[str, Any] = {} if plan.named_tiers else {"pair": router.pair}
-    decoders: dict[str | None, dict[str, Any]] = {}
-    for pool in plan.pools:
-        if pool.kind.name == DECODE and plan.named_tiers:
-            decoders[pool.tier] = deployment(pool)
-        else:
-            pools[pool.kind.name] = deployment(pool)
-    if plan.named_tiers:  # only workers with both stages may decode in the default tier
-        pools["decoders"] = {
-            tier.name: _tier_pool(tier, decoders.get(tier.name, {"replicas": 0})) for tier in plan.tiers
-        }
-    return StackSpec(mock=plan.mock, log_dir=options.log_dir, router=routers, **pools)
-
-
-def _maximum(plan: StackPlan, pool: PlannedPool, options: RayOptions) -> int | None:
-    """Returns the maximum number of a pool's workers; None if the number is fixed."""
-    if pool.kind.name == COLOCATED:
-        return None
-    if pool.kind.name == PREFILL:
-        return options.max_prefill
-    (tier,) = (one for one in plan.tiers if one.name == pool.tier)
-    return max_workers(tier) or options.max_decode
-
-
-def _tier_pool(tier: TierSpec, pool: dict[str, Any]) -> TierPool:
-    return TierPool(
-        pair=tier.pair,
-        fallback=tier.fallback,
-        ttft_objective=tier.seconds("ttft-objective"),
-        itl_objective=tier.seconds("itl-objective"),
-        **pool,
-    )
-
-
-def _wants_gpu(worker: WorkerConfig) -> bool:
-    return worker.device != "cpu"
 
 
 def describe(status: Any) -> dict[str, str]:
@@ -300,8 +212,3 @@ def failed(status: Any, patience_is_over: bool) -> str | None:
         if patience_is_over and "to be scheduled" in deployment.message:
             return f"the {name} replicas do not fit on the cluster: {deployment.message}"
     return None
-
-
-def _settings(config: ServiceConfig) -> dict[str, Any]:
-    settings = {name: value for name, value in config.settings().items() if name not in _OWN}
-    return settings if config.metrics_port != "off" else {**settings, "metrics_port": "off"}
