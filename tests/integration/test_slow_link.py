@@ -15,7 +15,7 @@ from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
-from overfill.pair.tiny import make_tiny_pair
+from overfill.making.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 from overfill.rpc import channel
 from overfill.rpc.constants import WIRE_VERSION
@@ -40,7 +40,7 @@ class Pull:
 
     def __init__(self, hello, data_address, prompt, executor, shm):
         self._spec = KvSpec.from_proto(hello.kv)
-        self._identity = KvIdentity(WIRE_VERSION, hello.model.full_digest, hello.model.tokenizer_digest, self._spec)
+        self._identity = KvIdentity.from_proto(WIRE_VERSION, hello.model, hello.kv)
         target = decode_pb2.AssignPrefill(
             worker_id=hello.worker_id,
             incarnation=hello.incarnation,

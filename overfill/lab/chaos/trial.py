@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import median
 
 from overfill.client import AsyncClient
-from overfill.client.status import WorkerStatus
 from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import HeldRequest, ProbeControl
@@ -29,6 +28,7 @@ from overfill.lab.chaos.memory import MemorySample, watch
 from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxies
 from overfill.lab.faults.engines import engines_by_stage
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
+from overfill.rpc.stack_status import WorkerStatus
 from overfill.stack.placed import PlacedStack
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected

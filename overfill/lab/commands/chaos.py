@@ -369,9 +369,9 @@ def prepare(
         tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
         counts: numbers of workers, by argument of ``describe``.
     """
-    from overfill.pair.conversations import shipped_conversations
+    from overfill.making.conversations import shipped_conversations
+    from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
-    from overfill.pair.tiny import make_tiny_pair, make_tiny_tiers
     from overfill.stack.describe import describe
     from overfill.stack.pairs import check_engines, resolve_pairs
     from overfill.stack.placed import place

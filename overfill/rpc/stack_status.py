@@ -1,0 +1,411 @@
+"""Status of a stack and its models, as plain dataclasses. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from overfill.request.names import CODEC_NAMES
+from overfill.rpc.addresses import instead_of_wildcard, target_host
+from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
+
+Stage = Literal["router", "prefill", "decode", "unspecified"]
+ProcessState = Literal["starting", "ready", "draining", "silent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that a router serves.
+
+    Attributes:
+        name: Name that requests may give.
+        max_model_len: Maximum tokens of prompt and answer together.
+        full_digest: SHA-256 of the full model's tensors, in hexadecimal.
+        decoder_digest: SHA-256 of the decoder's tensors.
+        dtype: Element type of the KV cache, such as "bfloat16".
+        tier: Tier that answers under this name.
+    """
+
+    name: str
+    max_model_len: int
+    full_digest: str
+    decoder_digest: str
+    dtype: str
+    tier: str = ""
+
+    @classmethod
+    def from_proto(cls, message: inference_pb2.Model) -> Model:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """Load of one worker, in one of its stages.
+
+    Attributes:
+        kv_blocks_used: Number of KV blocks that live requests use.
+        kv_blocks_cached: Number of other blocks that hold prefixes, and can be evicted.
+        kv_blocks_total: Number of all blocks.
+        running: Number of sequences that are computed or handed over.
+        waiting: Number of sequences accepted and not yet scheduled.
+        block_size: Tokens per block.
+        queued_tokens: Prompt tokens accepted and not yet computed; 0 on decode workers.
+        prefix_tokens_looked_up: Number of prompt tokens that were given blocks since the worker started.
+        prefix_tokens_found: Number of those whose KV was in the prefix cache.
+    """
+
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    running: int
+    waiting: int
+    block_size: int
+    queued_tokens: int
+    prefix_tokens_looked_up: int = 0
+    prefix_tokens_found: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of prompt tokens found in the prefix cache; None before the first prompt."""
+        return self.prefix_tokens_found / self.prefix_tokens_looked_up if self.prefix_tokens_looked_up else None
+
+    @classmethod
+    def from_proto(cls, message: decode_pb2.WorkerLoad) -> WorkerLoad:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """The model pair that a worker holds. Digests are SHA-256 in hexadecimal.
+
+    Attributes:
+        name: Name of the model.
+        full_digest: Digest of the full model.
+        decoder_digest: Digest of the decoder; empty on prefill workers.
+        tokenizer_digest: Digest of tokenizer.json.
+        decoder_quantize: Format to which the decoder's weights are rounded on load, such as "int8"; empty means none.
+        kv_cache_dtype: Format in which a decode worker holds KV, such as "int8"; empty means the dtype that travels.
+        config_digest: Digest of the full model's config.
+        decoder_config_digest: Digest of the decoder's config and layer map; empty on prefill workers.
+        reader_digest: Digest of the weights that compute prompt KV; today that of the full model.
+        reader_quantize: Format to which these weights are rounded on load; empty means none.
+        revision: Revision of the pair; empty means none.
+    """
+
+    name: str
+    full_digest: str
+    decoder_digest: str
+    tokenizer_digest: str
+    decoder_quantize: str
+    kv_cache_dtype: str
+    config_digest: str = ""
+    decoder_config_digest: str = ""
+    reader_digest: str = ""
+    reader_quantize: str = ""
+    revision: str = ""
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.ModelIdentity) -> ModelIdentity:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """Shape and dtype of the full model's KV cache. Per layer, K and V have ``[tokens, num_kv_heads, head_dim]`` each.
+
+    Attributes:
+        num_layers: Layers of the full model.
+        num_kv_heads: KV heads per layer.
+        head_dim: Elements per head.
+        dtype: Element type in lower case, such as "bfloat16".
+        rope_type: "default", "linear", "llama3" or "yarn".
+        rope_theta: Base of the series of frequencies.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    rope_type: str
+    rope_theta: float
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.KvSpec) -> KvShape:
+        return cls(
+            num_layers=message.num_layers,
+            num_kv_heads=message.num_kv_heads,
+            head_dim=message.head_dim,
+            dtype=_name(common_pb2.DType, message.dtype, "DTYPE_"),
+            rope_type=message.rope.type,
+            rope_theta=message.rope.theta,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """Status that one process reports about itself.
+
+    Attributes:
+        id: Name of the process.
+        stage: Its role; of a worker with both stages "decode".
+        pid: Process id on its own host.
+        address: host:port at which other processes reach it.
+        ready: Whether it accepts requests; a router is ready when each stage has a ready worker.
+        draining: Whether it refuses new requests, and exits once the running ones have ended.
+        load: Load of a worker; None for routers.
+        software_version: Version of OverFill.
+        incarnation: Random number, drawn when the process started.
+        model: Pair of a worker; None for routers.
+        kv: Shape of the full model's KV; None for routers.
+        codec: Codec of the KV transfers to a decode worker; None for other processes.
+        metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
+        engine: A worker's engine with its version, for people; None means unknown, and a router.
+        tier: Tier of a decode worker; None means the only one, and other processes.
+    """
+
+    id: str
+    stage: Stage
+    pid: int
+    address: str
+    ready: bool
+    draining: bool
+    load: WorkerLoad | None
+    software_version: str
+    incarnation: int
+    model: ModelIdentity | None
+    kv: KvShape | None
+    codec: str | None
+    metrics_address: str | None = None
+    engine: str | None = None
+    tier: str | None = None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
+        return cls(
+            id=message.id,
+            stage=_stage(message.stage),
+            pid=message.pid,
+            address=message.address,
+            ready=message.ready,
+            draining=message.draining,
+            load=WorkerLoad.from_proto(message.load) if message.HasField("load") else None,
+            software_version=message.software_version,
+            incarnation=message.incarnation,
+            model=ModelIdentity.from_proto(message.model) if message.HasField("model") else None,
+            kv=KvShape.from_proto(message.kv) if message.HasField("kv") else None,
+            codec=CODEC_NAMES.get(message.codec),
+            metrics_address=message.metrics_address or None,
+            engine=message.engine or None,
+            tier=message.tier or None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker, in one of its stages, as the router knows it.
+
+    Attributes:
+        id: Name of the worker.
+        stage: The stage that this entry is about, with the load in ``process``.
+        address: host:port of the worker.
+        process: What the worker reports; None if it did not answer.
+        tier: Tier of a worker that decodes; None in the entry of the prefill stage.
+        colocated: Whether the worker has both stages: another entry with the same id is about the other stage.
+    """
+
+    id: str
+    stage: Stage
+    address: str
+    process: ProcessStatus | None
+    tier: str | None = None
+    colocated: bool = False
+
+    @property
+    def state(self) -> ProcessState:
+        """The worker's state; "silent" means that it did not answer."""
+        return _state(self.process)
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
+        process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
+        stage, tier = _stage(message.stage), message.tier or None
+        return cls(message.id, stage, message.address, process, tier, message.colocated)
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Percentiles of a duration over the last minute, in seconds.
+
+    Attributes:
+        p50: Median.
+        p90: 90th percentile.
+        p99: 99th percentile.
+    """
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """Current and recent activity of one router or several.
+
+    Attributes:
+        running: Number of requests on a decode worker.
+        waiting: Number of requests that wait for a worker of either stage.
+        tokens_per_second: Tokens sent to clients per second, mean of the last 10 seconds.
+        answers: Number of answers completed in the last minute.
+        timing: Percentiles of these answers by name: the fields of ``Timing``, ``unattributed``, and ``itl``, which is
+            the mean time between an answer's tokens.
+    """
+
+    running: int
+    waiting: int
+    tokens_per_second: float
+    answers: int
+    timing: dict[str, Percentiles]
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.Activity) -> Activity:
+        timing = {t.name: Percentiles(t.p50_seconds, t.p90_seconds, t.p99_seconds) for t in message.timing}
+        return cls(message.running, message.waiting, message.tokens_per_second, message.answers, timing)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """One of the router processes that share an address.
+
+    Attributes:
+        id: Name of the process.
+        address: host:port of its own, at which workers join it.
+        process: What it reports; None if it did not answer.
+        activity: What it serves; None if it did not answer.
+    """
+
+    id: str
+    address: str
+    process: ProcessStatus | None
+    activity: Activity | None
+
+    @property
+    def state(self) -> ProcessState:
+        """The router's state: "starting" without a ready worker of each stage, "silent" if it did not answer."""
+        return _state(self.process)
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.RouterStatus) -> RouterStatus:
+        process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
+        activity = Activity.from_proto(message.activity) if message.HasField("activity") else None
+        return cls(message.id, message.address, process, activity)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """Number of ready workers of one stage or tier, and the number with which the stack is complete.
+
+    Attributes:
+        ready: Number of workers that are ready and not draining.
+        expected: Number of workers with which the stack was started.
+        tier: Tier of the pool; None for a whole stage.
+        brownout: Whether the tier is overloaded, so that requests that allow it go to the next tier.
+    """
+
+    ready: int
+    expected: int
+    tier: str | None = None
+    brownout: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StackStatus:
+    """Status of the routers at an address and their workers, or of a single worker.
+
+    A single worker reports only ``process``.
+
+    Attributes:
+        process: The process that answered.
+        workers: The router's workers, ordered by stage and id; a worker with both stages once for each.
+        complete: Whether as many workers of each stage are ready as the stack was started with.
+        http_address: host:port of the router's OpenAI endpoint; None means that it serves none.
+        activity: Activity of all router processes at the address; None for a worker.
+        pools: Worker counts by stage.
+        tiers: Worker counts of the decode stage by tier.
+        routers: The router processes that share the address, first the one that answered.
+    """
+
+    process: ProcessStatus
+    workers: tuple[WorkerStatus, ...]
+    complete: bool
+    http_address: str | None
+    activity: Activity | None = None
+    pools: dict[Stage, PoolStatus] = field(default_factory=dict)
+    routers: tuple[RouterStatus, ...] = ()
+    tiers: dict[str, PoolStatus] = field(default_factory=dict)
+
+    @property
+    def several_tiers(self) -> bool:
+        """Whether requests can choose among tiers."""
+        return len(self.tiers) > 1
+
+    @property
+    def serving(self) -> bool:
+        """Whether the stack can answer requests now: the process and a worker of each stage are ready."""
+        return self.process.ready and all(pool.ready for pool in self.pools.values())
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
+        pools: dict[Stage, PoolStatus] = {}
+        tiers: dict[str, PoolStatus] = {}
+        for pool in message.pools:
+            stage = _stage(pool.stage)
+            others = pools.get(stage, PoolStatus(0, 0))
+            pools[stage] = PoolStatus(others.ready + pool.ready, others.expected + pool.expected)
+            if pool.tier:
+                tiers[pool.tier] = PoolStatus(pool.ready, pool.expected, pool.tier, pool.brownout)
+        return cls(
+            process=ProcessStatus.from_proto(message.process),
+            workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
+            complete=message.complete,
+            http_address=message.http_address or None,
+            activity=Activity.from_proto(message.activity) if message.HasField("activity") else None,
+            pools=pools,
+            routers=tuple(RouterStatus.from_proto(router) for router in message.routers),
+            tiers=tiers,
+        )
+
+    def reached_at(self, address: str) -> StackStatus:
+        """This status with addresses that a client can use, where the process listens on a wildcard such as 0.0.0.0.
+
+        Args:
+            address: Address at which the client has reached the process.
+        """
+        process, host = self.process, target_host(address)
+        wildcard = process.address != (process.address and instead_of_wildcard(process.address, host))
+        return replace(
+            self,
+            process=replace(
+                process,
+                address=address if wildcard else process.address,
+                metrics_address=process.metrics_address and instead_of_wildcard(process.metrics_address, host),
+            ),
+            http_address=self.http_address and instead_of_wildcard(self.http_address, host),
+        )
+
+
+def _state(process: ProcessStatus | None) -> ProcessState:
+    if process is None:
+        return "silent"
+    if process.draining:
+        return "draining"
+    return "ready" if process.ready else "starting"
+
+
+def _stage(value: int) -> Stage:
+    return _name(common_pb2.Stage, value, "STAGE_")  # type: ignore[return-value]
+
+
+def _name(enum: Any, value: int, prefix: str) -> str:
+    """Lower-case name of an enum value without ``prefix``; "unspecified" for a newer peer's unknown value."""
+    name: str = enum.Name(value if value in enum.values() else 0)
+    return name.removeprefix(prefix).lower()
