@@ -31,7 +31,7 @@ class WorkerKind:
 
 PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
 DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
-COLOCATED = WorkerKind("colocated", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
+COLOCATED = WorkerKind("colocated", ("prefill", "decode"), ColocatedConfig, "services.colocated.main")
 
 REAL_KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
 MOCK_KINDS = {

@@ -76,7 +76,7 @@ def mock_stack(
         }
         decoders = [(f"decode-{index}", decode_settings or {}) for index in range(decode)]
         if tiers is not None:
-            flags = flags | {"pair": None, "decoders": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
+            flags = flags | {"pair": None, "tiers": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
             decoders = [
                 (f"decode-{name}-0", {"tier": name, "pair": folder} | (decode_settings or {}).get(name, {}))
                 for name, folder in tiers.items()

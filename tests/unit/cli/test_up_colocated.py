@@ -98,7 +98,7 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
         stack.start()
         shutil.rmtree(stack._folder)
     router = ("router-0", "services.router.main")
-    colocated = [("colocated-0", module) for module in ("services.worker.main", "services.mock colocated")]
+    colocated = [("colocated-0", module) for module in ("services.colocated.main", "services.mock colocated")]
     assert spawned == [router, colocated[0], router, colocated[1]]
 
 
