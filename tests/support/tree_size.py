@@ -61,7 +61,6 @@ FORMS: dict[str, tuple[str, ...]] = {
     "load": (
         "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
         "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
-        "services.mock.worker:MockLoad",
     ),
     "stack": ("overfill.stack.spec:StackSpec", "overfill.stack.placed:PlacedStack"),
     "pool": ("overfill.settings.tiers:PoolSpec",),
