@@ -139,7 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "router": lambda: _own(RouterConfig, CommonSettings),
     "prefill": lambda: _own(PrefillConfig, WorkerConfig),
     "decode": lambda: _own(DecodeConfig, WorkerConfig),
-    "worker": lambda: _own(ColocatedConfig, DecodeConfig),
+    "colocated": lambda: _own(ColocatedConfig, DecodeConfig),
     "up": _up,
     "up-only-options": _only_options_of_up,
     "mock": _mock,

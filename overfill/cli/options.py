@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.errors import InvalidRequest
@@ -46,7 +47,17 @@ class TierParam(click.ParamType):  # type: ignore[type-arg]  # generic from clic
 
 
 TIER = TierParam()
-"""A tier as ``overfill up --decoder`` takes it."""
+"""A tier as ``overfill up --tier`` takes it."""
+
+
+def check_replaced(*names: str) -> None:
+    """Raises click.UsageError if an option of the current command is given that --tier replaces."""
+    source = click.get_current_context().get_parameter_source
+    if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is not ParameterSource.DEFAULT]:
+        raise click.UsageError(
+            f"--tier conflicts with {' and '.join(given)} (also in the settings file, or as a variable): each --tier "
+            "names its own pair and number of decode workers, as NAME=PAIR:N,max=N"
+        )
 
 
 class RenamedFlags(click.Command):

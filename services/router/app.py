@@ -98,9 +98,9 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        pairs = {spec.name: self._load_pair(spec.pair) for spec in config.tiers}
+        pairs = {spec.name: self._load_pair(spec.pair) for spec in config.ordered_tiers}
         check_family(pairs)
-        pair = pairs[config.tiers[0].name]
+        pair = pairs[config.ordered_tiers[0].name]
         # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         tokenizer = Tokenizer.load(pair.full_path)
@@ -113,7 +113,7 @@ class Router:
         self.roster = Roster(
             # The workers choose the dtype of the KV.
             {name: value for name, value in pair.kv_identity("float32").flat().items() if name != "kv.dtype"},
-            [self._tier(spec, pairs[spec.name]) for spec in config.tiers],
+            [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers],
         )
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
         self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
@@ -187,12 +187,12 @@ class Router:
             "decoder_config_digest": pair.decoder_config_digest,
             "decoder_quantize": spec.settings.get("quantize", pair.quantize),
         }
-        if dtype := spec.settings.get("kv-cache-dtype"):
+        if dtype := spec.settings.get("kv_cache_dtype"):
             decoder["kv_cache_dtype"] = dtype
         config = self._config
         objectives = Objectives(
-            ttft=spec.seconds("ttft-objective") or config.ttft_objective,
-            itl=spec.seconds("itl-objective") or config.itl_objective,
+            ttft=spec.ttft_objective or config.ttft_objective,
+            itl=spec.itl_objective or config.itl_objective,
         )
         return Tier(spec.name, decoder, spec.fallback, objectives)
 
@@ -454,9 +454,9 @@ class Router:
             prefill,
             *(
                 admin_pb2.PoolStatus(
-                    stage=DECODE, tier=spec.name, expected=spec.count, brownout=spec.name in self._in_brownout
+                    stage=DECODE, tier=spec.name, expected=spec.replicas, brownout=spec.name in self._in_brownout
                 )
-                for spec in self._config.tiers
+                for spec in self._config.ordered_tiers
             ),
         ]
 

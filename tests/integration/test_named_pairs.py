@@ -6,13 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from mocks import mock_stack
 from stacks import running_stack
 
-from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
 from overfill.making.recipe import DecoderRecipe
 from overfill.pair import store
@@ -45,21 +43,12 @@ def answer(address):
         ).token_ids
 
 
-def test_router_and_workers_serve_a_named_pair(downloads, monkeypatch):
-    folder = store.resolve_pair("default")
-
-    def plan_by_name(*args, **options):
-        plan = make_plan(*args, **options)
-
-        def named(config):
-            return config.model_copy(update={"pair": "default"})
-
-        plan = plan.with_configs(lambda worker: named(worker.config))
-        return replace(plan, routers=tuple(map(named, plan.routers)))
-
-    monkeypatch.setattr("stacks.make_plan", plan_by_name)
-    with running_stack(folder) as (stack, address):
-        assert {config.pair for config in (*stack.plan.routers, *stack.plan.prefill, *stack.plan.decode)} == {"default"}
+def test_router_and_workers_serve_a_named_pair(downloads):
+    store.resolve_pair("default")
+    with running_stack("default") as (stack, address):
+        assert {config.pair for config in (*stack.placed.routers, *stack.placed.prefill, *stack.placed.decode)} == {
+            "default"
+        }
         assert len(answer(address)) == 4
 
 

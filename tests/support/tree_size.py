@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("overfill", "services")
 ROUTER = ("services.router.main",)
-SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.worker.main")
+SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.colocated.main")
 MIN_DUPLICATE = 6  # lines
 
 # The classes and messages that carry or describe one thing, on its way through router and workers or from flags to
@@ -60,16 +60,10 @@ FORMS: dict[str, tuple[str, ...]] = {
     "load": (
         "overfill.telemetry.engine_load:EngineLoad", "v1.WorkerLoad",
     ),
-    "stack": (
-        "overfill.cli.up_plan:StackRequest", "overfill.cli.stack_plan:StackPlan", "overfill.cluster.spec:StackSpec",
-    ),
-    "pool": (
-        "overfill.cli.up_plan:_Pool", "overfill.cli.stack_plan:PlannedPool", "overfill.cluster.spec:PoolSpec",
-        "overfill.cluster.spec:StackPool", "overfill.cluster.spec:ColocatedPool",
-    ),
+    "stack": ("overfill.stack.spec:StackSpec", "overfill.stack.placed:PlacedStack"),
+    "pool": ("overfill.settings.tiers:PoolSpec",),
     "tier": (
-        "overfill.settings.tiers:TierSpec", "overfill.cluster.spec:TierPool", "overfill.routing.tier:Tier",
-        "services.router.served_tiers:TierChoice",
+        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "services.router.served_tiers:TierChoice",
     ),
 }  # fmt: skip
 

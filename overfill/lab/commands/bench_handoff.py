@@ -29,9 +29,7 @@ _COST_ONLY = ("rounds", "shm", "kv_codec")
 @dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured requests.")
-@click.option(
-    "--shm", type=click.Choice(["on", "off"]), default="on", show_default=True, help="KV through shared memory."
-)
+@click.option("--shm/--no-shm", default=True, show_default=True, help="KV through shared memory.")
 @click.option(
     "--kv-codec",
     type=click.Choice(["raw", "int8", "fp8"]),
@@ -62,7 +60,7 @@ def handoff_command(
     dtype: DTypeName | None,
     threads: int,
     rounds: int,
-    shm: str,
+    shm: bool,
     kv_codec: str,
     timeline: bool,
     streams: int,

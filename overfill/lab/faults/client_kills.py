@@ -18,11 +18,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.lab.faults.engines import engines_by_stage
+from overfill.stack.placed import PlacedStack
+from overfill.stack.process_runner import ProcessRunner
 
 _FREE_TIMEOUT = 10.0  # seconds after a kill in which all blocks must be free
 _POLL = 0.01
@@ -48,7 +48,7 @@ class ClientKillResult:
 
 
 async def kill_clients(
-    plan: StackPlan,
+    plan: PlacedStack,
     prompts: Sequence[Sequence[int]],
     kills: int,
     max_tokens: int,
@@ -61,7 +61,7 @@ async def kill_clients(
     """
     rng = random.Random(seed)
     result = ClientKillResult()
-    stack = Stack(plan, lambda name, line: None)
+    stack = ProcessRunner(plan.spec, lambda name, line: None, placed=plan)
     try:
         stack.start()
         await asyncio.to_thread(stack.wait_ready, threading.Event())

@@ -1,6 +1,6 @@
 """Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
 
-``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by ``--engine=vllm``.
+``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by the setting ``engine``.
 ``poison`` and ``share-answers`` are for vLLM only.
 
 The first three faults act after all of the service's own checks, so that only a comparison of the answers
@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
 import runpy
 import sys
 import threading
@@ -47,6 +48,7 @@ from overfill.kv.store import KvStore, LayerTargets
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
+from overfill.settings.reader import SETTINGS
 
 _KV_DELAY = 0.8  # seconds
 _STEP_DELAY = 0.15
@@ -102,7 +104,7 @@ def shift_positions() -> None:
 def _before_each_step(act: Callable[[int], None]) -> None:
     """Calls ``act`` in every step of the engine, with the step's number from 1."""
     steps = itertools.count(1)
-    if "--engine=vllm" in sys.argv:
+    if "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, ""):
         # Imported here because only a worker on vLLM has it.
         from overfill.engine.vllm.internals import VllmCore
 

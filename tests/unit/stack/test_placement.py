@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from overfill.cluster.placement import NoRoom, check_room, gpu_share, share
-from overfill.cluster.spec import StackSpec
+from overfill.stack.ray.placement import NoRoom, check_room, gpu_share, share
+from overfill.stack.spec import StackSpec
 
 
 def spec(**fields: Any) -> StackSpec:

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from itertools import count
 
-from overfill.cli.stack_plan import PlannedWorker, StackPlan
 from overfill.process.gpus import visible_gpus
 from overfill.settings.worker_kinds import WorkerSettings
+from overfill.stack.placed import PlacedStack, PlacedWorker
 
 
-def share_gpus(plan: StackPlan) -> tuple[StackPlan, dict[str, str]]:
-    """Returns ``plan`` with the workers' shares of their GPUs, and their values of ``CUDA_VISIBLE_DEVICES`` by id.
+def share_gpus(placed: PlacedStack) -> tuple[PlacedStack, dict[str, str]]:
+    """Returns ``placed`` with the workers' shares of their GPUs, and their values of ``CUDA_VISIBLE_DEVICES`` by id.
 
     Only workers that choose their GPU themselves have a value: without it, every one of them would take the first GPU.
     """
     gpus = visible_gpus()
-    if plan.mock or not gpus:
-        return plan, {}
+    if placed.spec.mock or not gpus:
+        return placed, {}
     turn = count()
-    choosing = {w.id: next(turn) % len(gpus) for w in plan.workers if w.config.device in ("auto", "cuda")}
-    named = {w.id: int(w.config.device[5:]) for w in plan.workers if w.config.device.startswith("cuda:")}
+    choosing = {w.id: next(turn) % len(gpus) for w in placed.workers if w.config.device in ("auto", "cuda")}
+    named = {w.id: int(w.config.device[5:]) for w in placed.workers if w.config.device.startswith("cuda:")}
     places = choosing | named
     workers = Counter(places.values())
 
-    def shared(worker: PlannedWorker) -> WorkerSettings:
+    def shared(worker: PlacedWorker) -> WorkerSettings:
         if worker.id not in places or worker.config.gpu_share is not None:
             return worker.config
         return worker.config.model_copy(update={"gpu_share": 1 / workers[places[worker.id]]})
 
-    return plan.with_configs(shared), {id: gpus[place] for id, place in choosing.items()}
+    return placed.with_configs(shared), {id: gpus[place] for id, place in choosing.items()}

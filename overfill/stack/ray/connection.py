@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from overfill.cluster import placement
-from overfill.cluster.spec import StackSpec
 from overfill.errors import OverfillError
 from overfill.process.extras import install_line
 from overfill.rpc.addresses import is_loopback
+from overfill.stack.ray import placement
+from overfill.stack.spec import StackSpec
 
 _OBJECT_STORE = 80 << 20  # bytes, approximately Ray's minimum, because the stack does not use the object store
 _QUIET = {"log_level": "WARNING"}
@@ -143,7 +143,7 @@ class RayConnection:
 
     def remove(self, name: str, timeout: float) -> bool:
         """Removes the application and waits for its replicas to drain. Returns True if all ended within ``timeout``."""
-        from overfill.cluster import directory
+        from overfill.stack.ray import directory
 
         self._apply(self._others(name))
         deadline = time.monotonic() + timeout

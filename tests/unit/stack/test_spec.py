@@ -10,10 +10,11 @@ import yaml
 from pydantic import ValidationError
 from shipped_config import SHIPPED, for_several_machines
 
-from overfill.cluster.application import deployment_options, environment, serve_config
-from overfill.cluster.spec import DECODE, PREFILL, ROUTER, PoolSpec, RouterSpec, StackSpec, WorkerPlace
 from overfill.rpc.certificates import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.settings.tiers import PoolSpec
+from overfill.stack.ray.application import deployment_options, environment, serve_config
+from overfill.stack.spec import DECODE, PREFILL, ROUTER, RouterSpec, StackSpec, WorkerPlace
 
 HERE = WorkerPlace("decode-x1", "ray:///overfill", "10.0.0.7")
 
@@ -68,7 +69,7 @@ def test_routers_of_one_machine_have_ports_in_pairs() -> None:
 
 
 TIERS: dict[str, Any] = {
-    "decoders": {
+    "tiers": {
         "full": {"pair": "identity", "fallback": "fast", "num_gpus": 1},
         "fast": {
             "pair": "fast",
@@ -84,14 +85,14 @@ TIERS: dict[str, Any] = {
 
 def test_each_tier_is_a_deployment_with_its_pair_and_its_settings() -> None:
     made = StackSpec.model_validate(TIERS | {"router": {"settings": {"brownout": "full > fast"}}})
-    assert [*made.pools] == [ROUTER, PREFILL, "decode-full", "decode-fast"]
+    assert [*made.pools] == [PREFILL, "decode-full", "decode-fast"]
     fast = made.worker_config("decode-fast", HERE)
     assert isinstance(fast, DecodeConfig)
     assert (fast.tier, fast.pair, fast.quantize, fast.max_num_seqs) == ("fast", "fast", "int8", 8)
     assert made.worker_config("decode-full", HERE).pair == made.worker_config("prefill").pair == "identity"
     router = made.router_config()
     assert (router.pair, router.expect_decode, router.brownout) == ("identity", 3, ("full", "fast"))
-    assert [str(tier) for tier in router.tiers] == [
+    assert [str(tier) for tier in router.ordered_tiers] == [
         "full=identity:1,fallback=fast",
         "fast=fast:2,ttft-objective=1.0,quantize=int8",
     ]
@@ -105,25 +106,25 @@ def test_each_tier_is_a_deployment_with_its_pair_and_its_settings() -> None:
 def test_prefill_workers_and_routers_read_the_default_tiers_pair() -> None:
     made = StackSpec.model_validate(TIERS | {"router": {"settings": {"default_tier": "fast"}}})
     assert {made.worker_config("prefill").pair, made.router_config().pair, made.default_pair} == {"fast"}
-    assert made.router_config().tiers[0].name == "fast"
+    assert made.router_config().ordered_tiers[0].name == "fast"
 
 
 def test_routers_are_told_how_workers_load_their_decoders() -> None:
     made = StackSpec.model_validate(TIERS | {"settings": {"quantize": "int8"}})
-    assert [tier.settings["quantize"] for tier in made.router_config().tiers] == ["int8", "int8"]
+    assert [tier.settings["quantize"] for tier in made.router_config().ordered_tiers] == ["int8", "int8"]
     one = spec(decode={"replicas": 2, "settings": {"quantize": "int8"}})
-    assert [str(tier) for tier in one.router_config().tiers] == ["default=pair:2,quantize=int8"]
+    assert [str(tier) for tier in one.router_config().ordered_tiers] == ["default=pair:2,quantize=int8"]
     assert one.worker_config("decode").tier == ""
-    assert not spec().router_config().decoders
+    assert not spec().router_config().tiers
 
 
-BOTH: dict[str, Any] = {"worker": {"stages": "both", "replicas": 2, "settings": {"itl_objective": 0.05}}}
+BOTH: dict[str, Any] = {"colocated": {"replicas": 2, "settings": {"itl_objective": 0.05}}}
 
 
 def test_workers_with_both_stages_are_one_deployment_of_a_fixed_size() -> None:
     made = spec(**BOTH, settings={"max_num_batched_tokens": 256, "ttft_objective": 1})
-    assert [*made.pools] == [ROUTER, "worker"]
-    worker = made.worker_config("worker", HERE)
+    assert [*made.pools] == ["colocated"]
+    worker = made.worker_config("colocated", HERE)
     assert isinstance(worker, ColocatedConfig)
     assert (worker.pair, worker.tier, worker.max_num_batched_tokens) == ("pair", "", 256)
     assert (worker.ttft_objective, worker.itl_objective) == (1, 0.05)
@@ -132,34 +133,34 @@ def test_workers_with_both_stages_are_one_deployment_of_a_fixed_size() -> None:
     (application,) = serve_config(made, "chat")["applications"]
     assert "autoscaling_policy" not in application
     assert StackSpec.model_validate(application["args"]) == made
-    assert deployment_options(made, "worker")["num_replicas"] == 2
+    assert deployment_options(made, "colocated")["num_replicas"] == 2
 
 
 def test_workers_with_one_stage_beside_them_are_asked_for() -> None:
     mixed = spec(**BOTH, prefill={"replicas": 1}, decode={"replicas": 3})
-    assert [*mixed.pools] == [ROUTER, "worker", PREFILL, DECODE]
+    assert [*mixed.pools] == ["colocated", PREFILL, DECODE]
     assert (mixed.router_config().expect_prefill, mixed.router_config().expect_decode) == (3, 5)
 
 
 def test_workers_with_both_stages_decode_in_the_default_tier() -> None:
     tiers = {"full": {"pair": "identity"}, "fast": {"pair": "fast", "replicas": 0, "itl_objective": 0.2}}
-    made = StackSpec.model_validate({"decoders": tiers, **BOTH, "router": {"settings": {"default_tier": "fast"}}})
-    assert [*made.pools] == [ROUTER, "worker", "decode-full"]
-    worker = made.worker_config("worker", HERE)
+    made = StackSpec.model_validate({"tiers": tiers, **BOTH, "router": {"settings": {"default_tier": "fast"}}})
+    assert [*made.pools] == ["colocated", "decode-full"]
+    worker = made.worker_config("colocated", HERE)
     assert (worker.pair, worker.tier, worker.itl_objective) == ("fast", "fast", 0.2)  # type: ignore[union-attr]
-    assert [(tier.name, tier.count) for tier in made.router_config().tiers] == [("fast", 2), ("full", 1)]
-    with pytest.raises(ValidationError, match=r"decoders.fast.replicas: at least 1"):
-        StackSpec.model_validate({"decoders": tiers, **BOTH})
+    assert [(tier.name, tier.replicas) for tier in made.router_config().ordered_tiers] == [("fast", 2), ("full", 1)]
+    with pytest.raises(ValidationError, match=r"tiers.fast.replicas: the number of decode workers must be at least 1"):
+        StackSpec.model_validate({"tiers": tiers, **BOTH})
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"worker": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of worker"),
+        ({"colocated": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of colocated"),
         ({"decode": {"max_replicas": 3}}, r"fixed number of replicas: remove max_replicas of decode"),
-        ({"worker": {"stages": "prefill"}}, "worker.stages"),
+        ({"colocated": {"stages": "prefill"}}, "colocated.stages"),
         ({"settings": {"engine": "vllm"}}, "for vLLM start a worker for each stage"),
-        ({"worker": None, "decode": None}, "decode: no worker has this stage; give the section, or `worker`"),
+        ({"colocated": None, "decode": None}, "decode: no worker has this stage; give the section, or `colocated`"),
     ],
 )
 def test_what_workers_with_both_stages_cannot_have_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -169,7 +170,7 @@ def test_what_workers_with_both_stages_cannot_have_is_refused(fields: dict[str, 
 
 def test_a_machine_names_the_folders_of_all_pairs() -> None:
     there = StackSpec.model_validate(TIERS).with_pairs(lambda pair: f"/pairs/{pair}")
-    assert [tier.pair for tier in there.router_config().decoders] == ["/pairs/identity", "/pairs/fast"]
+    assert [tier.pair for tier in there.router_config().tiers] == ["/pairs/identity", "/pairs/fast"]
     assert there.worker_config("decode-fast").pair == "/pairs/fast"
     assert spec().with_pairs(lambda pair: f"/pairs/{pair}").worker_config("decode").pair == "/pairs/pair"
 
@@ -179,13 +180,12 @@ def test_a_machine_names_the_folders_of_all_pairs() -> None:
     [
         (
             {"pair": "p", "decode": {"replicas": 2}},
-            "decoders: each has its own pair and replicas: remove decode and pair",
+            "tiers: each has its own pair and replicas: remove decode and pair",
         ),
-        ({"decoders": {"Fast": {"pair": "p"}}}, "'Fast' cannot name a tier"),
-        ({"decoders": {"a": {"pair": "p", "fallback": "b"}}}, "there is no tier 'b'"),
-        ({"decoders": {"a": {"pair": "p,q"}}}, "decoders.a: neither pair nor settings"),
-        ({"decoders": {"a": {"pair": "p", "settings": {"quantise": "int8"}}}}, "quantise: no such setting"),
-        ({"decoders": {"a": {}}}, "decoders.a.pair"),
+        ({"tiers": {"Fast": {"pair": "p"}}}, "'Fast' cannot name a tier"),
+        ({"tiers": {"a": {"pair": "p", "fallback": "b"}}}, "there is no tier 'b'"),
+        ({"tiers": {"a": {"pair": "p", "settings": {"quantise": "int8"}}}}, "quantise: no such setting"),
+        ({"tiers": {"a": {}}}, "tiers.a.pair"),
         ({"router": {"settings": {"default_tier": "b"}}}, "--default-tier: there is no tier 'b'"),
     ],
 )
@@ -197,7 +197,7 @@ def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"settings": {"kv_memroy": "1GiB"}}, "kv_memroy: no service has such a setting"),
+        ({"settings": {"kv_memroy": "1GiB"}}, "kv_memroy: no process of this stack has such a setting"),
         (
             {"prefill": {"settings": {"data_streams": 2}}},
             "data_streams: no such setting; overfill-prefill --help lists",
@@ -276,7 +276,7 @@ def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
     (application,) = for_several_machines()["applications"]
     made = StackSpec(**application["args"])
     assert made.router_config().host == "0.0.0.0"
-    assert {given["name"] for given in application["deployments"]} == made.pools.keys()
+    assert {given["name"] for given in application["deployments"]} == made.deployments.keys()
     # Certificates name the stack, and processes connect to addresses.
     tls = made.worker_config("decode", HERE).client_tls()
     assert tls is not None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from overfill.cluster.spec import PoolSpec, StackSpec
 from overfill.errors import OverfillError
+from overfill.settings.tiers import PoolSpec
+from overfill.stack.spec import StackSpec
 
 
 class NoRoom(OverfillError):
@@ -20,7 +21,7 @@ def check_room(spec: StackSpec, machines: Sequence[Mapping[str, float]]) -> None
         machines: resources of each machine, by Ray's names (``CPU``, ``GPU``, ...).
     """
     free = [dict(machine) for machine in machines]
-    replicas = [(name, demand(pool.spec)) for name, pool in spec.pools.items() for _ in range(pool.spec.replicas)]
+    replicas = [(name, demand(pool)) for name, pool in spec.deployments.items() for _ in range(pool.replicas)]
     for name, needs in sorted(replicas, key=lambda item: sorted(item[1].values()), reverse=True):
         machine = next((m for m in free if all(m.get(key, 0.0) + 1e-9 >= n for key, n in needs.items())), None)
         if machine is None:
@@ -47,13 +48,13 @@ def gpu_share(gpus: float, workers: int) -> float:
 
 def _lacking(spec: StackSpec, machines: Sequence[Mapping[str, float]], name: str) -> str:
     total: dict[str, float] = {}
-    for pool in spec.pools.values():
-        for key, amount in demand(pool.spec).items():
-            total[key] = total.get(key, 0.0) + amount * pool.spec.replicas
+    for pool in spec.deployments.values():
+        for key, amount in demand(pool).items():
+            total[key] = total.get(key, 0.0) + amount * pool.replicas
     available = {key: sum(machine.get(key, 0.0) for machine in machines) for key in total}
     short = [key for key, amount in total.items() if amount > available[key] + 1e-9]
     if short:
         figures = ", ".join(f"{key}: {total[key]:g} needed, {available[key]:g} available" for key in short)
         return f"the cluster is too small for this stack ({figures}): start fewer workers, or reserve less for each"
-    needs = ", ".join(f"{amount:g} {key}" for key, amount in demand(spec.pools[name].spec).items())
+    needs = ", ".join(f"{amount:g} {key}" for key, amount in demand(spec.deployments[name]).items())
     return f"no machine of the cluster can hold another {name} replica, which reserves {needs}: reserve less for each"

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from overfill.cluster.spec import PREFILL, ROUTER, decode_tier
 from overfill.routing.capacity import StepCost
 from overfill.routing.scaling import INTERVAL, Bounds, PoolState, Scaler, ScalingConfig
 from overfill.routing.signals import SignalReader
 from overfill.routing.tier import DEFAULT_TIER
+from overfill.stack.spec import PREFILL, ROUTER, decode_tier
 
 
 class ScalingPolicy:

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from overfill.cluster.policy import ScalingPolicy
-from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, PoolSpec, StackSpec, TierPool
 from overfill.routing.scaling import INTERVAL
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
+from overfill.settings.tiers import PoolSpec, TierSpec
+from overfill.stack.ray.policy import ScalingPolicy
+from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec
 
 BUILDER = "services.ray.app:build"
-POLICY = "overfill.cluster.policy:ScalingPolicy"
+POLICY = "overfill.stack.ray.policy:ScalingPolicy"
 
 
 def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None = None) -> dict[str, Any]:
     """Returns the config that deploys ``spec`` as application ``name``.
 
     Args:
-        objectives: arguments of ``overfill.cluster.policy.ScalingPolicy``.
+        objectives: arguments of ``overfill.stack.ray.policy.ScalingPolicy``.
 
     Raises:
         ValueError: the policy does not have such an argument.
     """
     policy: dict[str, Any] = dict(objectives or {})
-    tiers = {tier: own for tier, pool in spec.decoders.items() if (own := _objectives(pool))}
+    tiers = {tier: own for tier, pool in spec.tiers.items() if (own := _objectives(pool))}
     if tiers:
         policy["tiers"] = tiers
     ScalingPolicy(**policy)  # check here, because an error in Serve's controller would not reach the user
@@ -35,7 +36,7 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
         "name": name,
         "import_path": BUILDER,
         "route_prefix": None,  # requests do not pass through Serve's proxies
-        "args": spec.model_dump(mode="json", exclude_defaults=True),
+        "args": spec.document(),
     }
     if spec.scales:
         application["autoscaling_policy"] = {"policy_function": POLICY, "policy_kwargs": policy}
@@ -44,7 +45,7 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
 
 def deployment_options(spec: StackSpec, name: str) -> dict[str, Any]:
     """Returns the arguments of ``serve.deployment(...).options`` for the deployment ``name``."""
-    pool = spec.pools[name].spec
+    pool = spec.deployments[name]
     options: dict[str, Any] = {
         "name": name,
         "ray_actor_options": {
@@ -71,7 +72,7 @@ def environment(spec: StackSpec, name: str) -> dict[str, str]:
     GPUs from a replica that has reserved none: Ray no longer does, and such replicas would all take the first GPU.
     """
     threads = 1 if name == ROUTER else spec.worker_config(name).threads
-    hidden = {} if spec.pools[name].spec.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    hidden = {} if spec.deployments[name].num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return GRPC_ENVIRONMENT | thread_pools(threads) | {
         # The replica and its service share one event loop, because grpc.aio supports one loop per process.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -80,7 +81,7 @@ def environment(spec: StackSpec, name: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _objectives(pool: TierPool) -> dict[str, float]:
+def _objectives(pool: TierSpec) -> dict[str, float]:
     """Returns the tier's own objectives, by setting of the scaling policy."""
     found = {"ttft": pool.ttft_objective, "itl": pool.itl_objective}
     return {name: value for name, value in found.items() if value is not None}
@@ -90,7 +91,7 @@ def _autoscaling(pool: PoolSpec) -> dict[str, Any]:
     return {
         "min_replicas": pool.replicas,
         "initial_replicas": pool.replicas,
-        "max_replicas": pool.max_replicas_total,
+        "max_replicas": pool.most,
         # No delays here, because the policy's scaler has its own.
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from overfill.engine.choice import FIRST_GPU, vllm_installed
 from overfill.model.manifest import Half, Pair
 from overfill.process.gpus import gpu_count
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, read_checked
+from overfill.settings.reader import BadSettings
 
 _GUIDE = "docs/how-to/latency-or-throughput.md"
 
@@ -55,7 +54,7 @@ def count_workers(
 
     Raises:
         InvalidPair: the folder holds no pair.
-        click.UsageError: a stage would have no worker, or an option conflicts with --colocated.
+        BadSettings: a stage would have no worker, or an option conflicts with --colocated.
     """
     if colocated:
         _check_colocated(options)
@@ -63,7 +62,7 @@ def count_workers(
         return WorkerCounts(colocated, prefill or 0, decode or 0)
     if 0 in (prefill, decode):
         stage = "prefill" if prefill == 0 else "decode"
-        raise click.UsageError(
+        raise BadSettings(
             f"--{stage} 0 leaves no worker that can {stage}: give at least 1, or --colocated for workers with both "
             "stages"
         )
@@ -86,7 +85,7 @@ def count_workers(
 def _check_colocated(options: Mapping[str, Any]) -> None:
     for name in ("max_prefill", "max_decode"):
         if options.get(name) is not None:
-            raise click.UsageError(
+            raise BadSettings(
                 f"--colocated conflicts with {_flag(name)}: a stack of workers with both stages has a fixed number of "
                 "workers; remove one of them, or give --prefill and --decode in place of --colocated"
             )
@@ -96,7 +95,7 @@ def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str,
     for name, workers in (("prefill_engine", prefill), ("decode_engine", decode or tiers)):
         if options.get(name) is not None and not workers:
             stage = name.removesuffix("_engine")
-            raise click.UsageError(
+            raise BadSettings(
                 f"{_flag(name)} is for {stage} workers, and the stack has none: workers with both stages run on "
                 f"OverFill's own engine; remove {_flag(name)}, or add --{stage} 1"
             )
@@ -106,7 +105,7 @@ def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]
     """Yields why each stage should have a worker of its own, after "because". ``vllm``: auto may choose vLLM."""
     if options.get("engine") == "mock":
         yield "--engine mock is given"
-    for name in ("address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
+    for name in ("ray_address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
         if options.get(name) is not None:
             yield f"{_flag(name)} is given"
     path: Path | None = options.get("config")
@@ -151,7 +150,7 @@ def _setting(options: Mapping[str, Any], name: str) -> str:
     path: Path | None = options.get("config")
     found = options.get(name) or os.environ.get(ColocatedConfig.variable(name))
     file = None if found or path is None else read_checked(path)
-    return str(found or ColocatedConfig.file_values(file).get(name, ("", "auto"))[1])
+    return str(found or ({} if file is None else ColocatedConfig.file_values(file)).get(name, ("", "auto"))[1])
 
 
 def _gpus(options: Mapping[str, Any]) -> int:

@@ -9,9 +9,9 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from overfill.cli.processes import StartFailed
-from overfill.cli.stack_plan import StackPlan
 from overfill.rpc.addresses import socket_host
+from overfill.stack.child import StartFailed
+from overfill.stack.spec import StackSpec
 
 _NEAR = 100  # number of ports after a used one that are tried as a replacement
 _MAX_CHOICE = 10_000  # number of ports among which free ones are chosen
@@ -49,19 +49,30 @@ def _first_ephemeral_port() -> int:
         return 49152  # the standard's (RFC 6335)
 
 
-def check_ports(plan: StackPlan, metrics: bool = True) -> None:
-    """Raises StartFailed if a port of ``plan`` is in use, naming the port and the flag of ``up`` that changes it.
+def fill_ports(spec: StackSpec) -> StackSpec:
+    """Returns ``spec`` with ports that are free now in place of those that are 0."""
+    router = spec.router
+    free = iter(free_ports(spec.router_config().host, router.ports.count(0) + router.http_ports.count(0)))
+    filled = {
+        "ports": tuple(port or next(free) for port in router.ports),
+        "http_ports": tuple(port or next(free) for port in router.http_ports),
+    }
+    return spec.model_copy(update={"router": router.model_copy(update=filled)})
 
-    Args:
-        metrics: also check the metrics ports.
+
+def check_ports(spec: StackSpec) -> None:
+    """Raises StartFailed if a port of ``spec`` is in use, naming the port and the flag of ``up`` that changes it.
+
+    Metrics ports count with plain processes only: those on Ray choose theirs.
     """
-    hosts = [(router.host, router.port) for router in plan.routers]
-    _check_free("--grpc", hosts, "or 0 to pick free ports")
-    hosts = [(router.host, router.http) for router in plan.routers if router.http != "off"]
-    _check_free("--http", hosts, "or off to disable the OpenAI endpoint")
-    processes = [*plan.routers, *(worker.config for worker in plan.workers)] if metrics else []
-    hosts = [(process.metrics_host, process.metrics_port) for process in processes if process.metrics_port != "off"]
-    _check_free("--metrics-port", hosts, "or 0 to pick free ports, or off")
+    router, config = spec.router, spec.router_config()
+    _check_free("--grpc", [(config.host, port) for port in router.ports], "or 0 to pick free ports")
+    _check_free("--http", [(config.host, port) for port in router.http_ports], "or off to disable the OpenAI endpoint")
+    if spec.runner == "processes" and config.metrics_port != "off" and config.metrics_port:
+        processes = router.replicas + sum(pool.replicas for pool in spec.pools.values())
+        first = config.metrics_port
+        hosts = [(config.metrics_host, port) for port in range(first, first + processes)]
+        _check_free("--metrics-port", hosts, "or 0 to pick free ports, or off")
 
 
 def _check_free(flag: str, servers: Sequence[tuple[str, int]], otherwise: str) -> None:

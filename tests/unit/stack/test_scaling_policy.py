@@ -9,10 +9,10 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from overfill.cluster import policy as policy_module
-from overfill.cluster.policy import ScalingPolicy, latest, scaling_config
 from overfill.routing.capacity import StepCost
 from overfill.routing.signals import COUNTS
+from overfill.stack.ray import policy as policy_module
+from overfill.stack.ray.policy import ScalingPolicy, latest, scaling_config
 
 STATE = ("ready", "colocated", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens", "max_num_seqs")
 ZERO = dict.fromkeys(
