@@ -1,4 +1,4 @@
-"""A request as the dispatcher tracks it."""
+"""What the dispatcher knows of a request."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Job:
     decode: Worker | None = None
     prefill: Worker | None = None
     late_prefill: Worker | None = field(default=None, init=False)
-    avoid: set[tuple[str, int, common_pb2.Stage]] = field(default_factory=set)
+    avoid: set[tuple[str, int, common_pb2.Stage]] = field(default_factory=set, init=False)
 
     @property
     def total_tokens(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from types import TracebackType
 from typing import Protocol
 
 from overfill.request.names import CODEC_NAMES, CODECS
@@ -225,7 +224,6 @@ class RouterMetrics(MetricSet):
             lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
             {**pool, "input": ()},
         )
-        self._refusing = {name: Refusing(self, name) for name in ("", *tiers)}
         self._keys: set[str] = set()
         self._waiting: Callable[[], Sampled] = lambda: []
         self._running: Callable[[], Sampled] = lambda: []
@@ -280,16 +278,8 @@ class RouterMetrics(MetricSet):
             # One value per token: clients choose the stream interval, and must not look slow by a long one.
             self._itl[tier,].observe(since_last / count, count)
 
-    def refusing(self, tier: str) -> Refusing:
-        """Counts a request as refused when the ``with`` block raises; the exception sets the outcome and the reason.
-
-        Args:
-            tier: tier that would write the answer; empty while that is unknown.
-        """
-        return self._refusing[tier]
-
-    def refused(self, error: BaseException, tier: str = "") -> None:
-        """Counts a request that ``error`` has refused."""
+    def refused(self, error: BaseException, tier: str) -> None:
+        """Counts a request that ``error`` has refused. ``tier`` is empty while it is unknown."""
         self.ended(error, tier)
         self._refusals.labels(refusal_reason(error), tier).inc()
 
@@ -362,23 +352,6 @@ class RouterMetrics(MetricSet):
             return "other"
         self._keys.add(key)
         return key
-
-
-class Refusing:
-    """The context manager of ``RouterMetrics.refusing``."""
-
-    def __init__(self, metrics: RouterMetrics, tier: str) -> None:
-        self._metrics = metrics
-        self._tier = tier
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if exc is not None:
-            self._metrics.refused(exc, self._tier)
 
 
 class EngineMetrics(MetricSet):

@@ -52,10 +52,12 @@ from overfill.v1 import (
 from overfill.version import __version__
 from services.router.admin import AdminServicer
 from services.router.inference import InferenceServicer
+from services.router.limits import RequestLimits
 from services.router.port_group import Member, PortGroup
 from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
 from services.router.request_handler import RequestHandler
 from services.router.served_tiers import ServedTiers
+from services.router.statistics import Statistics
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -150,16 +152,13 @@ class Router:
             ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
             self._grammars,
-            self.roster,
             async_dispatcher,
             self._connector,
-            self._metrics,
-            self.signals,
+            Statistics(self._metrics, self.signals),
             KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of),
-            max_attempts=config.max_attempts,
-            max_request_bytes=config.max_request_bytes,
-            max_request_time=config.max_request_time,
-            stream_interval=config.stream_interval,
+            RequestLimits(
+                config.max_attempts, config.max_request_bytes, config.max_request_time, config.stream_interval
+            ),
         )
         keys = config.key_ring()
         access = config.router_access(keys)
@@ -443,7 +442,7 @@ class Router:
         return f"{stages} is ready" if unready else ""
 
     def _activity(self, histograms: bool) -> admin_pb2.Activity:
-        waiting, stats = self.dispatcher.num_waiting, self._handler.rolling_stats
+        waiting, stats = self.dispatcher.num_waiting, self._handler.statistics.rolling
         now = asyncio.get_running_loop().time()
         activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
         if histograms:

@@ -27,9 +27,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        with self._handler.reserve(_caller()) as reservation:
-            checked = await self._handler.check(request, reservation, context.time_remaining())
-            answer = self._handler.start(checked, reservation, received, context.time_remaining())
+        handler = self._handler
+        with handler.hold_quota(_caller()) as hold, handler.statistics.refusing(hold):
+            answer = handler.start(await handler.check(request, hold, received, context.time_remaining()), hold)
         try:
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
@@ -59,15 +59,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        with self._handler.reserve(_caller()) as reservation:
-            ids = await self._handler.tokenize(request, reservation)
+        with self._handler.hold_quota(_caller()) as hold:
+            ids = await self._handler.tokenize(request, hold)
         return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        with self._handler.reserve(_caller()) as reservation:
-            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, reservation))
+        with self._handler.hold_quota(_caller()) as hold:
+            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, hold))
 
 
 def _caller() -> ApiKey | None:

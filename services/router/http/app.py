@@ -19,7 +19,6 @@ from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_ur
 from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
-from overfill.errors import Overloaded
 from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
 from overfill.rpc.addresses import is_loopback
@@ -35,7 +34,7 @@ from services.router.http.body import read
 from services.router.http.cors import Cors
 from services.router.http.generate import RunningChoices
 from services.router.http.request import Headers, Request
-from services.router.key_reservation import KeyReservation
+from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
 
 B = TypeVar("B", bound=BaseModel)
@@ -88,7 +87,7 @@ class HttpApi:
         self._handler = handler
         self._access = access
         self._local_names_only = local and access.keys is None
-        self._metrics = handler.metrics
+        self._metrics = handler.statistics.metrics
         self._unready = unready
         self._status = status
         self._share_port = share_port
@@ -197,12 +196,9 @@ class HttpApi:
             return convert(body, id), id
 
         handler = self._handler
-        with handler.reserve(caller) as reservation:
-            try:
-                asked, id = await self._read(request, shape, convert_with_id, reservation)
-            except Overloaded as error:
-                self._metrics.refused(error)
-                raise
+        # What is not a valid request of the API counts only as an HTTP request.
+        with handler.hold_quota(caller) as hold, handler.statistics.refusing(hold, ApiError):
+            asked, id = await self._read(request, shape, convert_with_id, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
             def envelope(tier: str) -> Envelope:
@@ -214,7 +210,7 @@ class HttpApi:
             trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
             span = tracing.serve("router.request", trace, route=request.path)
             answers = RunningChoices(handler, asked, envelope, span, self._encoding)
-            await answers.start(received, reservation)
+            await answers.start(received, hold)
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         with answers:
             if asked.stream:
@@ -228,22 +224,20 @@ class HttpApi:
             request.write(rest, last=True)
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.reserve(caller) as reservation:
-            asked = await self._read(request, schema.TokenizeRequest, wire.tokenize, reservation)
-            ids = await self._handler.tokenize(asked, reservation)
+        with self._handler.hold_quota(caller) as hold:
+            asked = await self._read(request, schema.TokenizeRequest, wire.tokenize, hold)
+            ids = await self._handler.tokenize(asked, hold)
         self._json(request, {"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.reserve(caller) as reservation:
-            asked = await self._read(request, schema.DetokenizeRequest, wire.detokenize, reservation)
-            text = await self._handler.detokenize(asked, reservation)
+        with self._handler.hold_quota(caller) as hold:
+            asked = await self._read(request, schema.DetokenizeRequest, wire.detokenize, hold)
+            text = await self._handler.detokenize(asked, hold)
         self._json(request, {"prompt": text})
 
-    async def _read(
-        self, request: Request, shape: type[B], convert: Callable[[B], T], reservation: KeyReservation
-    ) -> T:
+    async def _read(self, request: Request, shape: type[B], convert: Callable[[B], T], hold: QuotaHold) -> T:
         """Takes the quota, and then reads the body, which costs more than a refusal."""
-        reservation.take(asyncio.get_running_loop().time())
+        hold.take(asyncio.get_running_loop().time())
         return await read(request, shape, convert, self._parser)
 
     async def _health(self, request: Request, caller: ApiKey | None) -> None:

@@ -24,6 +24,7 @@ from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
+from overfill.routing.request import CheckedRequest
 from overfill.routing.stream import Receive
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
@@ -114,7 +115,8 @@ class Stack:
             emitted_token_ids=emitted,
         )
         deadline = None if timeout is None else now + timeout
-        relay = Relay(start, self.async_dispatcher, self, received=now, deadline=deadline, max_attempts=max_attempts)
+        request = CheckedRequest(start=start, prompt_token_ids=(1, 2, 3), received=now, deadline=deadline)
+        relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
         relay.start()
         try:
             yield relay
@@ -648,7 +650,7 @@ async def test_a_failure_of_an_earlier_prefill_worker_is_charged_to_that_worker(
         stack.report("p1" if first == "p0" else "p0", credits=1)
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, worker_id=first))
         await stream.assigned()
-        (failed,) = {key[0] for key in relay._job.avoid}
+        (failed,) = {key[0] for key in relay.request.avoid}
         assert failed == first
         assert stack.roster.prefill.get(first).paused_until_report
         assert second in ("p0", "p1")

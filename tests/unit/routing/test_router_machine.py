@@ -30,6 +30,7 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
+from overfill.routing.request import CheckedRequest
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
@@ -253,8 +254,10 @@ class Routing(RuleBasedStateMachine):
             eos_token_ids=(0,),
             emitted_token_ids=request.read,
         )
-        times = {"received": self.loop.now, "deadline": request.deadline}
-        relay = self.act(lambda: Relay(start, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS, **times))
+        checked = CheckedRequest(
+            start=start, prompt_token_ids=start.prompt_token_ids, received=self.loop.now, deadline=request.deadline
+        )
+        relay = self.act(lambda: Relay(checked, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS))
         try:
             self.act(relay.start)
         except (Overloaded, PromptTooLong):
