@@ -20,7 +20,7 @@ from overfill.api.openai.wire import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.request.params import REQUEST_ID_CHARACTERS
-from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
+from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.status import as_overfill_error
@@ -49,11 +49,12 @@ _JSON = (b"content-type", b"application/json")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path, or a template that ends in a placeholder, with the method and the function that answers it."""
+    """A path, or a template that ends in a placeholder, with its method, the function that answers it, and its rule."""
 
     path: str
     method: str
     answer: Callable[[Request, ApiKey | None], Awaitable[None]]
+    rule: Rule
 
 
 class HttpApi:
@@ -96,20 +97,22 @@ class HttpApi:
         self._tokens = TokenTexts(handler.tokenizer)
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
-        routes = [
-            Route("/v1/chat/completions", "POST", self._chat),
-            Route("/v1/completions", "POST", self._completions),
-            Route("/v1/models", "GET", self._models),
-            Route("/v1/models/{model:path}", "GET", self._model),
-            Route("/tokenize", "POST", self._tokenize),
-            Route("/detokenize", "POST", self._detokenize),
-            Route("/health", "GET", self._health),
-            Route("/metrics", "GET", self._render_metrics),
-            Route("/version", "GET", self._version),
-            Route("/status", "GET", self._stack_status),
-            Route("/ui", "GET", self._page),
-            Route("/", "GET", self._redirect),
-        ]
+        answers = (
+            ("/v1/chat/completions", "POST", self._chat),
+            ("/v1/completions", "POST", self._completions),
+            ("/v1/models", "GET", self._models),
+            ("/v1/models/{model:path}", "GET", self._model),
+            ("/tokenize", "POST", self._tokenize),
+            ("/detokenize", "POST", self._detokenize),
+            ("/health", "GET", self._health),
+            ("/metrics", "GET", self._render_metrics),
+            ("/version", "GET", self._version),
+            ("/status", "GET", self._stack_status),
+            ("/ui", "GET", self._page),
+            ("/", "GET", self._redirect),
+        )
+        # A path without a rule is closed, as if there were nothing.
+        routes = [Route(*answer, ROUTES[answer[0]]) for answer in answers if answer[0] in ROUTES]
         self.routes = tuple(route.path for route in routes)
         self._by_path = {route.path: route for route in routes if "{" not in route.path}
         self._by_start = {route.path.partition("{")[0]: route for route in routes if "{" in route.path}
@@ -120,8 +123,8 @@ class HttpApi:
         try:
             if self._cors.preflight(request):
                 return
-            caller = self._admit(request)
             route = self._route(request.path)
+            caller = self._admit(request, route)
             if route is None:
                 raise unknown_url(request.method, request.path)
             if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
@@ -133,11 +136,12 @@ class HttpApi:
             self._metrics.http("unknown" if route is None else route.path, request.status or _CLIENT_GONE)
 
     def _route(self, path: str) -> Route | None:
-        return self._by_path.get(path) or next(
-            (route for start, route in self._by_start.items() if path.startswith(start)), None
-        )
+        if (route := self._by_path.get(path)) is not None:
+            return route
+        templates = self._by_start.items()
+        return next((route for start, route in templates if path.startswith(start) and len(path) > len(start)), None)
 
-    def _admit(self, request: Request) -> ApiKey | None:
+    def _admit(self, request: Request, route: Route | None) -> ApiKey | None:
         host = request.header(b"host").lower()
         if b"origin" in request.headers:
             origin = request.header(b"origin")
@@ -147,11 +151,10 @@ class HttpApi:
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
         shown = bearer(request.header(b"authorization"))
-        rule = route_rule(ROUTES, request.path)
-        if rule is None:
+        if route is None:
             unknown(self._access, shown, request.roles)
-            raise unknown_url(request.method, request.path)
-        caller = cast("ApiKey | None", self._access.check(rule, shown, request.roles))  # a router has no other keys
+            return None
+        caller = cast("ApiKey | None", self._access.check(route.rule, shown, request.roles))  # it has no other keys
         if caller is not None:
             request.key = caller.id
         return caller
