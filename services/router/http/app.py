@@ -13,10 +13,10 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel
 
 from overfill.api.keys import ApiKey
-from overfill.api.openai import schema, wire
+from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
-from overfill.api.openai.wire import ApiRequest
+from overfill.api.openai.translate import ApiRequest
 from overfill.client import StackStatus
 from overfill.client.status_json import stack_json
 from overfill.request.params import REQUEST_ID_CHARACTERS
@@ -180,10 +180,10 @@ class HttpApi:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
 
     async def _chat(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "chat", schema.ChatRequest, wire.chat, "chatcmpl")
+        await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl")
 
     async def _completions(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "completion", schema.CompletionRequest, wire.completion, "cmpl")
+        await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl")
 
     async def _generate(
         self,
@@ -228,13 +228,13 @@ class HttpApi:
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:
-            asked = await self._read(request, schema.TokenizeRequest, wire.tokenize, hold)
+            asked = await self._read(request, schema.TokenizeRequest, translate.tokenize, hold)
             ids = await self._handler.tokenize(asked, hold)
         self._json(request, {"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:
-            asked = await self._read(request, schema.DetokenizeRequest, wire.detokenize, hold)
+            asked = await self._read(request, schema.DetokenizeRequest, translate.detokenize, hold)
             text = await self._handler.detokenize(asked, hold)
         self._json(request, {"prompt": text})
 

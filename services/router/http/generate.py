@@ -11,7 +11,7 @@ from typing import Any, Self
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
-from overfill.api.openai.wire import ApiRequest
+from overfill.api.openai.translate import ApiRequest
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
