@@ -22,7 +22,7 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
-from overfill.routing.answer import AnswerState, Finish
+from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.attempt import Attempt, AttemptEnd, GaveUp
 from overfill.routing.request import CheckedRequest
@@ -67,7 +67,7 @@ class Relay:
 
         relay.start()
         try:
-            while not isinstance(event := await relay.answer.next(), Finish): ...
+            while not isinstance(event := await relay.answer.next(), DecodeDone): ...
         finally:
             relay.close()
 
@@ -125,7 +125,7 @@ class Relay:
         """True while the request is on a decode worker."""
         return self._attempt is not None
 
-    def finish_at(self, completion_tokens: int) -> Finish:
+    def finish_at(self, completion_tokens: int) -> decode_pb2.DecodeDone:
         """Returns the end of an answer of which only the first ``completion_tokens`` count, after ``close``.
 
         The worker has not sent its last message, or has sent it for a longer answer. ``timing.decode_ns`` shrinks in
@@ -183,9 +183,9 @@ class Relay:
             self._dispatcher.finish(self.request)
             self._on_close(self)
 
-    def _conclude(self, end: Finish | OverfillError) -> None:
+    def _conclude(self, end: decode_pb2.DecodeDone | OverfillError) -> None:
         self.answer.end(end)
-        self.close(None if isinstance(end, Finish) else end)
+        self.close(end if isinstance(end, OverfillError) else None)
 
     def _expire(self) -> None:
         self._conclude(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
@@ -297,7 +297,7 @@ class Relay:
             self._queue_span = tracing.child("router.queue", parent=self._parent)
             self._dispatcher.lost(self.request, self._on_placed, gone=ended or isinstance(error, Unavailable))
 
-    def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
+    def _finish(self, done: decode_pb2.DecodeDone) -> decode_pb2.DecodeDone:
         timing = self.answer.timing
         if done.HasField("handoff_exposed_ns"):
             timing.handoff_exposed_ns = done.handoff_exposed_ns
@@ -305,9 +305,7 @@ class Relay:
             timing.decode_ns = done.decode_ns
         # When an assignment and a NeedPrefill cross, only the worker knows which assignment it used.
         self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
-        usage = common_pb2.Usage(
-            prompt_tokens=self.request.prompt_tokens,
-            completion_tokens=len(self.answer.emitted),
-            cached_tokens=done.usage.cached_tokens,
-        )
-        return Finish(done.reason, usage, done.trace if done.HasField("trace") else None, done.codec)
+        end = decode_pb2.DecodeDone()
+        end.CopyFrom(done)  # a reference would keep the whole WorkerMessage
+        end.usage.prompt_tokens, end.usage.completion_tokens = self.request.prompt_tokens, len(self.answer.emitted)
+        return end

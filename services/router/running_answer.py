@@ -9,11 +9,11 @@ from typing import Self
 
 from overfill.api.answer_text import AnswerText
 from overfill.errors import OverfillError, RequestCancelled
-from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.relay import Relay
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.outcomes import outcome_of
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.pace import Pace
 from services.router.statistics import Statistics
 
@@ -100,7 +100,7 @@ class RunningAnswer:
                     break  # the next call raises the error
                 self._failure = error
                 raise
-            if isinstance(event, Finish):
+            if not isinstance(event, AnswerDelta):
                 if delta is not None:
                     break  # the next call returns None
                 self._finish(event)
@@ -137,12 +137,12 @@ class RunningAnswer:
             if relay.answer.timing.HasField("return_path_ns"):
                 relay.answer.timing.return_path_ns += _nanoseconds_since(relay.answer.first_token_at)
 
-    def _finish(self, finish: Finish | None) -> None:
+    def _finish(self, end: decode_pb2.DecodeDone | None) -> None:
         relay, text = self._relay, self._text
-        if finish is not None:
+        if end is not None:
             self.rest = text.finish()
         relay.close()
-        self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
+        self._finished = _finished(relay, text, self.rest, end, self._ttft_ns)
         self._failure = None
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
         self._statistics.answered(self._finished, asyncio.get_running_loop().time(), relay.answer.decode_base)
@@ -178,30 +178,30 @@ class RunningAnswer:
 
 
 def _finished(
-    relay: Relay, text: AnswerText, rest: AnswerDelta | None, finish: Finish | None, ttft_ns: int | None
+    relay: Relay, text: AnswerText, rest: AnswerDelta | None, end: decode_pb2.DecodeDone | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
-    if finish is None:  # a stop string ended the answer before the worker did
-        finish = relay.finish_at(text.num_tokens)
+    if end is None:  # a stop string ended the answer before the worker did
+        end = relay.finish_at(text.num_tokens)
     parts = relay.answer.parts or [
         inference_pb2.AnswerPart(tier=relay.request.tier, first_index=len(relay.answer.emitted))
     ]
     if text.stop is not None:
         # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.
         parts = parts[:1] + [part for part in parts[1:] if part.first_index < text.num_tokens]
-    reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
+    reason = end.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
     if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
         reason = common_pb2.FINISH_REASON_TOOL_CALLS
     finished = inference_pb2.Finished(
         reason=reason,
-        usage=finish.usage,
+        usage=end.usage,
         timing=relay.answer.timing,
         prefill_worker=relay.answer.prefill_worker,
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
         stop=text.stop or "",
         rest=None if rest is None else rest.to_proto(),
-        trace=finish.trace,
-        codec=finish.codec,
+        trace=end.trace if end.HasField("trace") else None,
+        codec=end.codec,
         prefill_engine=relay.answer.prefill_engine,
         decode_engine=relay.decode_engine,
         parts=parts,

@@ -19,7 +19,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.routing import attempt
-from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
@@ -137,7 +137,7 @@ async def stack(add_worker, make_report):
 
 
 async def read_all(relay):
-    """Reads the answer to its end; returns batches of tokens with their first index, and the Finish."""
+    """Reads the answer to its end; returns batches of tokens with their first index, and the end."""
     batches = []
     while isinstance(event := await relay.answer.next(), AnswerDelta):
         batches.append((event.first_index, event.token_ids))
@@ -813,7 +813,10 @@ async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
         third = await stack.stream()
         await third.accept()
         third.done()
-        assert await read_all(relay) == ([], Finish(STOP, common_pb2.Usage(prompt_tokens=3)))
+        assert await read_all(relay) == (
+            [],
+            decode_pb2.DecodeDone(reason=STOP, usage=common_pb2.Usage(prompt_tokens=3)),
+        )
 
 
 async def test_an_aborted_request_ends_with_the_given_error(stack):

@@ -24,7 +24,7 @@ from overfill.errors import (
 )
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
@@ -403,7 +403,7 @@ class Routing(RuleBasedStateMachine):
         match request.end:
             case None:
                 return
-            case Finish(reason=reason, usage=usage):
+            case decode_pb2.DecodeDone(reason=reason, usage=usage):
                 assert (request.read, reason) == (request.truth, request.reason)
                 assert usage.completion_tokens == len(request.truth)
             case DeadlineExceeded():

@@ -9,7 +9,7 @@ from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import Unavailable
-from overfill.routing.answer import AnswerState, Finish
+from overfill.routing.answer import AnswerState
 from overfill.routing.request import CheckedRequest
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -36,7 +36,9 @@ class Relay:
 
     def finish_at(self, completion_tokens):
         assert self.closed
-        return Finish(common_pb2.FINISH_REASON_STOP, common_pb2.Usage(cached_tokens=10 * completion_tokens))
+        return decode_pb2.DecodeDone(
+            reason=common_pb2.FINISH_REASON_STOP, usage=common_pb2.Usage(cached_tokens=10 * completion_tokens)
+        )
 
 
 class Answer:
@@ -64,7 +66,7 @@ class Answer:
         self._sent += count
 
     def end(self):
-        self.relay.answer.end(Finish(common_pb2.FINISH_REASON_LENGTH, common_pb2.Usage()))
+        self.relay.answer.end(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
 
     async def next(self):
         """Returns the number of tokens of the next delta; None at the end."""
