@@ -246,7 +246,7 @@ class Router:
             )
             logger.info("%s serves metrics on %s", self._id, self._exporter.address)
         if self._group is not None:
-            self._group.announce(self._member())
+            self._group.announce(self.member())
 
     @property
     def address(self) -> str:
@@ -365,18 +365,7 @@ class Router:
         )
 
     def _admin_servicer(self, others: Callable[[], Sequence[Member]]) -> AdminServicer:
-        return AdminServicer(
-            self.roster,
-            self._connector,
-            self._pools,
-            self._status,
-            self.drain,
-            self._activity,
-            self._member,
-            lambda: self._http_address,
-            others,
-            self._config.credentials(),
-        )
+        return AdminServicer(self, self.roster, self._connector, others, self._config.credentials())
 
     def _http_server(self, access: AccessPolicy) -> HttpServer:
         # Import here, so that a router without the endpoint does not load its libraries.
@@ -418,14 +407,15 @@ class Router:
     def _others(self) -> list[Member]:
         return [] if self._group is None else self._group.others()
 
-    def _member(self) -> Member:
+    def member(self) -> Member:
+        """Returns this process's addresses."""
         host, port = split_address(self._join_address or self._address)
         metrics = "" if self._exporter is None else self._exporter.address
         return Member(self._id, f"{reachable(host)}:{port}", metrics)
 
     def _targets(self, host: str) -> list[dict[str, Any]]:
         """Returns all processes' metrics addresses; ``host`` is where the scraper reaches this machine."""
-        addresses = {router.id: router.metrics_address for router in (self._member(), *self._others())}
+        addresses = {router.id: router.metrics_address for router in (self.member(), *self._others())}
         routers = [
             {"targets": [instead_of_wildcard(address, host)], "labels": {"stage": "router", "worker": router}}
             for router, address in addresses.items()
@@ -441,7 +431,8 @@ class Router:
         stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in unready)
         return f"{stages} is ready" if unready else ""
 
-    def _activity(self, histograms: bool) -> admin_pb2.Activity:
+    def activity(self, histograms: bool) -> admin_pb2.Activity:
+        """Returns the rolling statistics; with True, their histograms too."""
         waiting, stats = self.dispatcher.num_waiting, self._handler.statistics.rolling
         now = asyncio.get_running_loop().time()
         activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
@@ -449,7 +440,7 @@ class Router:
             activity.histograms.extend(stats.histograms(now))
         return activity
 
-    def _pools(self) -> list[admin_pb2.PoolStatus]:
+    def pools(self) -> list[admin_pb2.PoolStatus]:
         """Returns the pools with the numbers of workers that a complete stack has."""
         prefill = admin_pb2.PoolStatus(stage=PREFILL, expected=max(1, self._config.expect_prefill))
         return [
@@ -462,7 +453,8 @@ class Router:
             ),
         ]
 
-    def _status(self) -> admin_pb2.ProcessStatus:
+    def status(self) -> admin_pb2.ProcessStatus:
+        """Returns what this process says of itself."""
         return admin_pb2.ProcessStatus(
             id=self._id,
             stage=common_pb2.STAGE_ROUTER,
