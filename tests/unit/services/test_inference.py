@@ -35,7 +35,12 @@ async def check(*arguments):
     return None
 
 
-HANDLER = SimpleNamespace(check=check, reserve=nullcontext, start=lambda *arguments: Answer())
+HANDLER = SimpleNamespace(
+    check=check,
+    hold_quota=nullcontext,
+    start=lambda *arguments: Answer(),
+    statistics=SimpleNamespace(refusing=nullcontext),
+)
 
 
 async def test_a_key_whose_answers_are_not_read_is_refused_until_one_has_ended(monkeypatch):
