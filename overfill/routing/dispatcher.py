@@ -81,7 +81,7 @@ class _TierQueue:
 
     def __init__(self, pool: Pool, max_queue: int, max_wait: float | None) -> None:
         self.pool = pool
-        self.jobs: FairQueue[Job] = FairQueue()
+        self.jobs: FairQueue = FairQueue()
         self.admission = Admission(max_queue, max_wait)
         self.last_placed = 0
 
@@ -119,7 +119,7 @@ class Dispatcher:
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()  # placed jobs without a prefill slot, for which one is kept
         self.reservations = Reservations()
-        self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
+        self._prefill_queue: FairQueue = FairQueue(fair=False)
         self._absent_since: dict[Pool, float] = {}
         self._largest: dict[Pool, float] = {}
         self._decode_placements = 0
@@ -576,7 +576,7 @@ class Dispatcher:
                     continue  # the worker prefills its own sequences while it drains
                 yield self._reject(job, Unavailable(f"no {pool.title} has reported for {absent:.0f} s"))
 
-    def _waiting_for(self, pool: Pool) -> FairQueue[Job]:
+    def _waiting_for(self, pool: Pool) -> FairQueue:
         return next(tier.jobs for tier in self._tiers.values() if tier.pool is pool)
 
     def _max_absence(self, pool: Pool) -> float:

@@ -74,7 +74,10 @@ class Job:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the sequence at its maximum length."""
+        """Tokens of the sequence at its maximum length.
+
+        They are charged to the key's share on arrival. The unused ones are refunded at the end.
+        """
         return self.prompt_tokens + self.max_tokens
 
     @property
@@ -83,11 +86,6 @@ class Job:
         return self.prompt_tokens + self.emitted + 1
 
     @property
-    def share_tokens(self) -> int:
-        """Tokens charged to the key's share on arrival. The unused ones are refunded at the end."""
-        return self.total_tokens
-
-    @property
     def used_tokens(self) -> int:
-        """Tokens of ``share_tokens`` used so far. The prompt counts from its first prefill on, answered or not."""
+        """Tokens of ``total_tokens`` used so far. The prompt counts from its first prefill on, answered or not."""
         return self.prompt_tokens + self.emitted if self.prefilled else 0

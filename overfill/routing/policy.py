@@ -10,25 +10,11 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from overfill.routing.job import Job
 from overfill.routing.worker import Worker
-
-
-class PlacementRequest(Protocol):
-    """The part of a request that a policy reads."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def decode(self) -> Worker | None:
-        """Returns the worker that writes the answer; None before it is chosen."""
-
-    @property
-    def block_keys(self) -> Callable[[int], Iterator[int]] | None:
-        """Returns the keys of the prompt's full blocks for a block size (``kv.keys``). None means unknown."""
 
 
 class Policy(ABC):
@@ -46,8 +32,8 @@ class Policy(ABC):
         """Removes a worker that is no longer admissible."""
 
     @abstractmethod
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
-        """Yields each admissible worker once, the best for ``request`` first. Do not change the policy meanwhile."""
+    def best(self, job: Job) -> Iterator[Worker]:
+        """Yields each admissible worker once, the best for ``job`` first. Do not change the policy meanwhile."""
 
     @abstractmethod
     def check(self, workers: Sequence[Worker]) -> None:
@@ -65,11 +51,11 @@ class Policy(ABC):
         """
         return
 
-    def placed(self, request: PlacementRequest, worker: Worker) -> int:
+    def placed(self, job: Job, worker: Worker) -> int:
         """Records a placement. Returns the number of prompt tokens that ``worker`` probably has in its cache."""
         return 0
 
-    def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
+    def not_computed(self, job: Job, worker: Worker) -> None:
         """Records that ``worker`` did not compute the prompt that was placed on it. The default ignores it."""
         return
 
@@ -104,7 +90,7 @@ class Ranked(Policy):
     def drop(self, worker: Worker) -> None:
         del self._order[bisect_left(self._order, self._places.pop(worker))]
 
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
+    def best(self, job: Job) -> Iterator[Worker]:
         return (worker for _, _, worker in self._order)
 
     def check(self, workers: Sequence[Worker]) -> None:
@@ -155,7 +141,7 @@ class PowerOfTwo(Policy):
             self._workers[place] = last
             self._places[last] = place
 
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
+    def best(self, job: Job) -> Iterator[Worker]:
         count = len(self._workers)
         if count > 1:
             first, second = self._random.randrange(count), self._random.randrange(count - 1)
