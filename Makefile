@@ -19,7 +19,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 PYTEST_VLLM := $(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/vllm
 
-.PHONY: help setup demo audit check test test-vllm test-images test-all images bench proto sdk dashboards chart docs docs-serve test-docs tables
+.PHONY: help setup demo audit check test test-vllm test-images test-all images bench proto sdk dashboards chart docs docs-serve test-docs tables size
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -143,6 +143,9 @@ test-docs: .venv/.docs .venv/.prometheus  ## Run the commands that the docs show
 .venv/.docs: pyproject.toml .venv/.installed
 	$(BIN)/python $(INSTALL) '.[docs,examples]'
 	@touch $@
+
+size: setup  ## Count lines, modules, forms, copies, and what a start and a request pass
+	$(ONE_THREAD) $(BIN)/python tests/support/tree_size.py --walks
 
 tables: setup  ## Regenerate the parts of docs/ that are made from the code
 	$(BIN)/python docs/site/generated.py

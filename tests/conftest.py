@@ -51,7 +51,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Imported here because torch takes seconds to import and most unit tests do not need it.
     import torch
 
-    from overfill.pair.tiny import make_tiny_pair
+    from overfill.making.tiny import make_tiny_pair
 
     torch.set_num_threads(1)
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny")
@@ -62,7 +62,7 @@ def tiny_tiers(tmp_path_factory: pytest.TempPathFactory) -> tuple[TierSpec, ...]
     """Three tiers of one tiny full model, a worker each: full, default and fast. Nearly all their tokens differ."""
     import torch
 
-    from overfill.pair.tiny import make_tiny_tiers
+    from overfill.making.tiny import make_tiny_tiers
 
     torch.set_num_threads(1)
     return make_tiny_tiers(tmp_path_factory.mktemp("tiers"))

@@ -50,7 +50,7 @@ class SpecialTokens:
         self._special_ids = frozenset(special)
 
     def mark(self, chat: Any) -> Any:
-        """A copy of ``chat`` with marks for the special tokens that its texts spell; None if they spell none.
+        """Returns a copy of ``chat`` with marks for the special tokens that its texts spell; None if they spell none.
 
         Args:
             chat: All that a template may show, of types that JSON has.
@@ -61,7 +61,7 @@ class SpecialTokens:
         return json.loads(self._in_json.sub(lambda found: self._marks[json.loads(f'"{found[0]}"')], text))
 
     def encode(self, rendered: str) -> list[int]:
-        """Token ids of a rendered chat with marks; no special tokens are added.
+        """Returns the token ids of a rendered chat with marks; adds no special tokens.
 
         Raises:
             InvalidRequest: the tokenizer has no other tokens for a special token's text.
@@ -85,9 +85,9 @@ class SpecialTokens:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of the longest of ``texts`` at a place; it matches nothing if there are none.
+    """Returns a pattern that matches the longest of ``texts`` at a place; without texts, it matches nothing.
 
-    It looks at a character of a chat once for all texts that begin alike, of which there may be hundreds.
+    Hundreds of texts may begin alike. The pattern looks at a character of a chat once for all of them.
     """
     tree: dict[str, Any] = {}
     for text in texts:

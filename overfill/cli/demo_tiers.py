@@ -17,9 +17,9 @@ from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.settings.tiers import TierSpec
 
 if TYPE_CHECKING:
-    from overfill.client.status import WorkerStatus
     from overfill.kv.spec import KvCacheDtype, Quantization
     from overfill.model.manifest import Pair
+    from overfill.rpc.stack_status import WorkerStatus
 
 TIERS = tuple(TierSpec(name, pair) for name, pair in (("full", "identity"), ("default", "default"), ("fast", "fast")))
 """The tiers of the demonstration, from the best to the cheapest."""
@@ -142,7 +142,7 @@ def figures_table(answers: Sequence[TierAnswer]) -> Table:
 
 def _costs(pair: Pair, worker: WorkerStatus, answer: Answer) -> tuple[str, int, int]:
     """Returns the precision, and the bytes of weights and of KV (on average) that one token of ``answer`` reads."""
-    from overfill.pair.evaluate.costs import kv_token_bytes, weight_bytes
+    from overfill.making.evaluate.costs import kv_token_bytes, weight_bytes
 
     process = worker.process
     assert process is not None

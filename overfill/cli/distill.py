@@ -11,7 +11,7 @@ import click
 from overfill.cli.options import AnyNumber, set_threads
 
 if TYPE_CHECKING:
-    from overfill.pair.distill.recipe import Data, Recipe
+    from overfill.making.distill.recipe import Data, Recipe
     from overfill.telemetry.progress import Report
 
 DEFAULT_RECIPE = "smollm2-fast"
@@ -116,7 +116,7 @@ def distill_command(
 
     With several GPUs: accelerate launch -m overfill.cli.main pair distill …
     """
-    from overfill.pair.distill.recipe import changed, read_recipe
+    from overfill.making.distill.recipe import changed, read_recipe
 
     recipe = read_recipe(recipe_name)
     set_threads(threads)
@@ -144,7 +144,7 @@ def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
 
     FOLDER is a distilled pair or the .run folder beside it.
     """
-    from overfill.pair.distill.plot import metrics_file, plot_runs
+    from overfill.making.distill.plot import metrics_file, plot_runs
 
     named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
     if not all(label and str(folder) != "." for label, folder in named):
@@ -157,9 +157,9 @@ def _train(
     name: str | None, recipe: Recipe, data: Data, out: Path, training: Any, *, standalone: bool, resume: bool
 ) -> None:
     from overfill.api.tokenizer import Tokenizer
+    from overfill.making.distill.data import load_data
+    from overfill.making.distill.train import Run
     from overfill.model.manifest import Pair
-    from overfill.pair.distill.data import load_data
-    from overfill.pair.distill.train import Run
     from overfill.pair.store import resolve_pair
     from overfill.process.memory import freed_memory_kept
     from overfill.telemetry.progress import show_progress
@@ -190,10 +190,10 @@ def _train(
 def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
     """Returns the pair that the recipe describes; the main process builds it in the run's folder if needed."""
     from overfill.errors import InvalidRequest
-    from overfill.pair.build import build_pair
-    from overfill.pair.calibration import calibration_text
-    from overfill.pair.distill.train import make_accelerator, run_folder
-    from overfill.pair.recipe import DecoderRecipe
+    from overfill.making.build import build_pair
+    from overfill.making.calibration import calibration_text
+    from overfill.making.distill.train import make_accelerator, run_folder
+    from overfill.making.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
 
     if recipe.full is None or recipe.decoder is None:
@@ -210,7 +210,7 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
 
 
 def _dry_run(recipe: Recipe) -> None:
-    from overfill.pair.distill.dry_run import dry_run
+    from overfill.making.distill.dry_run import dry_run
     from overfill.telemetry.progress import show_progress
 
     with tempfile.TemporaryDirectory(prefix="overfill-") as folder, show_progress() as report:

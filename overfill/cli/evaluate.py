@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from overfill.kv.spec import DTypeName
-    from overfill.pair.conversations import Transcript
+    from overfill.making.conversations import Transcript
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -85,8 +85,8 @@ def eval_command(
     its own (free-running); the figures are their likelihood under the full model and their share of repetition.
     """
     from overfill.cli.output import console, print_json
-    from overfill.pair.evaluate.evaluation import evaluate
-    from overfill.pair.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
+    from overfill.making.evaluate.evaluation import evaluate
+    from overfill.making.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
@@ -139,8 +139,8 @@ def compare_command(
     and the operations that it computes. --json prints a line of JSON per result as soon as it is known.
     """
     from overfill.cli.output import console
-    from overfill.pair.evaluate.compare import NOTE, compare
-    from overfill.pair.evaluate.evaluation_report import point_rows, write_comparison
+    from overfill.making.evaluate.compare import NOTE, compare
+    from overfill.making.evaluate.evaluation_report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
@@ -191,7 +191,7 @@ def lm_eval_command(
     The full model reads each context; the decoder writes or scores the continuation.
     """
     from overfill.cli.output import console, print_json
-    from overfill.pair.evaluate.harness import run_tasks
+    from overfill.making.evaluate.harness import run_tasks
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
@@ -221,8 +221,8 @@ def lm_eval_command(
 def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
     """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
     from overfill.api.tokenizer import Tokenizer
+    from overfill.making.conversations import encode, read_conversations, shipped_conversations
     from overfill.model.manifest import Pair
-    from overfill.pair.conversations import encode, read_conversations, shipped_conversations
 
     conversations = shipped_conversations("held_out") if data is None else read_conversations(data, "data")
     return encode(conversations[:count], Tokenizer.load(Pair.load(pair_folder).full_path))

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
-from overfill.client.status_json import pool_json, router_json, worker_json
 from overfill.routing.tier import DEFAULT_TIER
+from overfill.rpc.stack_status_json import pool_json, router_json, worker_json
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200

@@ -187,7 +187,7 @@ def build_command(
     Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
     model on a few held-out answers, and the commands to use next.
     """
-    from overfill.pair.recipe import DecoderRecipe
+    from overfill.making.recipe import DecoderRecipe
     from overfill.pair.store import resolve_model
     from overfill.telemetry.progress import show_progress
 
@@ -199,8 +199,8 @@ def build_command(
     with show_progress() as report:
         folder = resolve_model(full, report)
         set_threads(threads)
-        from overfill.pair.build import build_pair
-        from overfill.pair.calibration import calibration_text
+        from overfill.making.build import build_pair
+        from overfill.making.calibration import calibration_text
 
         recipe.check(folder)
         conversations = calibration_text(calibration, folder, tokens, report)
@@ -213,8 +213,8 @@ def build_command(
 def _agreement(pair: Pair, report: Report) -> str:
     """Measures and describes the agreement with the full model on a few held-out answers."""
     from overfill.api.tokenizer import Tokenizer
-    from overfill.pair.conversations import encode, shipped_conversations
-    from overfill.pair.evaluate.evaluation import two_stage_agreement
+    from overfill.making.conversations import encode, shipped_conversations
+    from overfill.making.evaluate.evaluation import two_stage_agreement
 
     if pair.identity:
         return "100 % of tokens: the decoder is the full model"
@@ -231,8 +231,8 @@ def _agreement(pair: Pair, report: Report) -> str:
 
 def _print_summary(pair: Pair, agreement: str) -> None:
     """Prints the built pair's figures and the next commands on stderr."""
-    from overfill.pair.evaluate.costs import DecodeCost
-    from overfill.pair.evaluate.evaluation_report import cost_line
+    from overfill.making.evaluate.costs import DecodeCost
+    from overfill.making.evaluate.evaluation_report import cost_line
 
     cost = DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16")
     path = shlex.quote(str(pair.folder))
@@ -265,9 +265,9 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
     Appends each conversation to the file as soon as it is complete.
     """
-    from overfill.pair.conversations import append_jsonl
+    from overfill.making.conversations import append_jsonl
+    from overfill.making.synthetic_data import generate_conversations
     from overfill.pair.store import resolve_model
-    from overfill.pair.synthetic_data import generate_conversations
     from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.pair.recipe import KeptLayers
+from overfill.making.recipe import KeptLayers
 
 if TYPE_CHECKING:
-    from overfill.pair.import_pair import ImportPlan
+    from overfill.making.import_pair import ImportPlan
 
 _STRATEGIES = get_args(KeptLayers)
 
@@ -79,7 +79,7 @@ def import_command(
         raise click.UsageError("--out is missing: the folder to write. To only check the halves, add --dry-run")
     if out is not None:
         _check_new(out)
-    from overfill.pair.import_pair import plan_import, write_import
+    from overfill.making.import_pair import plan_import, write_import
     from overfill.pair.store import resolve_model
     from overfill.telemetry.progress import show_progress
 

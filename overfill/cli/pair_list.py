@@ -39,8 +39,8 @@ def list_command(as_json: bool) -> None:
 
 def _describe(cached: CachedPair) -> dict[str, Any]:
     """Describes a pair as plain values. ``full`` and ``decoder`` are None for one that cannot be used as it is."""
+    from overfill.making.evaluate.costs import DecodeCost
     from overfill.model.manifest import Pair
-    from overfill.pair.evaluate.costs import DecodeCost
 
     described: dict[str, Any] = {
         "name": cached.name,

@@ -56,7 +56,7 @@ def top_command(
 def _print_lines(client: Client, interval: float | None) -> int:
     import json
 
-    from overfill.client.status_json import stack_json
+    from overfill.rpc.stack_status_json import stack_json
 
     while True:
         click.echo(json.dumps(stack_json(client.status(timeout=_ANSWER_SECONDS))))

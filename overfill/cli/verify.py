@@ -24,9 +24,9 @@ from overfill.settings.tiers import TierSpec, check_tiers
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
-    from overfill.client.status import WorkerStatus
     from overfill.model.manifest import Pair
     from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference
+    from overfill.rpc.stack_status import WorkerStatus
     from overfill.telemetry.progress import Report
 
 Tokenize = Callable[[str], list[int]]

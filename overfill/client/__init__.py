@@ -30,19 +30,6 @@ from overfill.client.answers import (
     Usage,
 )
 from overfill.client.requests import Message, Options, Prompt, Tool, ToolCall
-from overfill.client.status import (
-    Activity,
-    KvShape,
-    Model,
-    ModelIdentity,
-    Percentiles,
-    PoolStatus,
-    ProcessStatus,
-    RouterStatus,
-    StackStatus,
-    WorkerLoad,
-    WorkerStatus,
-)
 from overfill.client.sync import Client, Stream
 from overfill.errors import (
     DeadlineExceeded,
@@ -61,6 +48,19 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.request.params import Grammar, SamplingParams
+from overfill.rpc.stack_status import (
+    Activity,
+    KvShape,
+    Model,
+    ModelIdentity,
+    Percentiles,
+    PoolStatus,
+    ProcessStatus,
+    RouterStatus,
+    StackStatus,
+    WorkerLoad,
+    WorkerStatus,
+)
 from overfill.rpc.tls import ClientTls
 
 __all__ = [

@@ -24,9 +24,9 @@ from overfill.client.requests import (
     check_timeout,
     sample_options,
 )
-from overfill.client.status import Model, StackStatus
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.addresses import split_addresses
+from overfill.rpc.stack_status import Model, StackStatus
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 

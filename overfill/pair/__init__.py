@@ -1,1 +1,1 @@
-"""Finds full models, builds and caches pairs, and runs a pair in one process (``overfill.LLM``)."""
+"""Finds pairs, judges their answers, and runs a pair in one process (``overfill.LLM``)."""

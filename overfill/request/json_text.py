@@ -12,14 +12,14 @@ from overfill.errors import InvalidRequest
 MAX_JSON_DEPTH = 200
 """Maximum nesting of objects and arrays, which is also that of an HTTP body.
 
-Python's functions for JSON, and chat templates, descend recursively. Where their stack ends depends on the caller's.
+Python's functions for JSON, and chat templates, recurse. How deep they may go depends on the stack of their caller.
 """
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(field: str, text: str) -> Any:
-    """The value of ``text``. It can be written as JSON again, and as UTF-8.
+    """Returns the value of ``text``. It can be written as JSON again, and as UTF-8.
 
     Raises:
         InvalidRequest: ``text`` is not JSON, is nested more than ``MAX_JSON_DEPTH`` levels deep, or has a string with a
@@ -49,7 +49,7 @@ def _too_deep(field: str) -> InvalidRequest:
 
 
 def _depth(value: Any) -> int:
-    """Number of objects and arrays around the innermost value."""
+    """Returns the number of objects and arrays around the innermost value."""
     level, depth = [value], 0
     while level := [part for part in level if isinstance(part, dict | list)]:
         level = [inside for part in level for inside in (part.values() if isinstance(part, dict) else part)]

@@ -1,4 +1,4 @@
-"""One trial of a grammar, in a process that may die of it: compiles the grammar, walks through an answer, measures."""
+"""One trial of a grammar: compiles it, walks through an answer, and measures. The grammar may end the process."""
 
 from __future__ import annotations
 

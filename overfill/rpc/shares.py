@@ -16,7 +16,7 @@ from overfill.errors import Overloaded
 from overfill.rpc.access import KeyHolder
 
 MAX_UNREAD_BYTES = 32 << 20
-"""Bytes of answers that one API key may leave unread; without keys, that all callers together may."""
+"""Bytes of answers that one API key may leave unread. Without keys, the limit is that of all callers together."""
 
 SMALL_ANSWER = 16 << 10
 """Size in bytes up to which an unary answer does not count as unread. The limits of open RPCs bound their number."""

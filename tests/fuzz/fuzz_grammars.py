@@ -485,7 +485,7 @@ def _report(first, last, helpers, seen) -> list[str]:
 def main() -> None:
     import torch
 
-    from overfill.pair.tiny import make_tiny_pair
+    from overfill.making.tiny import make_tiny_pair
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=600.0, help="duration of the fuzz")

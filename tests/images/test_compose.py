@@ -20,12 +20,12 @@ import pytest
 from runtime import PREFIX, ROOT, docker
 
 from overfill.client import Client
-from overfill.client.status import StackStatus
 from overfill.pair.store import resolve_pair
 from overfill.process.home import home
 from overfill.request.params import SamplingParams
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
+from overfill.rpc.stack_status import StackStatus
 from overfill.rpc.tls import ClientTls
 from overfill.version import __version__
 

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from monitoring_expressions import filled, panels
+from prometheus_process import running_prometheus
 from stacks import running_stack, wait_until
 
 from overfill.client import Client, SamplingParams
-from overfill.lab.monitoring.expressions import filled, panels
-from overfill.lab.monitoring.prometheus import running_prometheus
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "deploy/helm/overfill/files"

@@ -14,8 +14,8 @@ from stacks import running_stack
 
 from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
+from overfill.making.recipe import DecoderRecipe
 from overfill.pair import store
-from overfill.pair.recipe import DecoderRecipe
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def downloads(tiny_pair, tmp_path, monkeypatch):
         shutil.copytree(tiny_pair / "full", out, dirs_exist_ok=True)
 
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("overfill.pair.sources.fetch_default", fetch)
+    monkeypatch.setattr("overfill.making.sources.fetch_default", fetch)
     monkeypatch.setattr(
         store, "NAMED", {"default": DecoderRecipe(intermediate_size=64, tokens=512), "identity": DecoderRecipe()}
     )

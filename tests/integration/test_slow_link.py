@@ -15,7 +15,7 @@ from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
 from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
-from overfill.pair.tiny import make_tiny_pair
+from overfill.making.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 from overfill.rpc import channel
 from overfill.rpc.constants import WIRE_VERSION

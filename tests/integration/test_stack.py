@@ -426,7 +426,7 @@ def overfill(*arguments):
 
 
 def test_a_prefill_worker_of_another_full_model_is_refused(address, tmp_path):
-    from overfill.pair.tiny import make_tiny_pair
+    from overfill.making.tiny import make_tiny_pair
 
     other = make_tiny_pair(tmp_path / "other", seed=1)
     refused = subprocess.run(

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from monitoring_expressions import dashboard_expressions, rule_expressions
+from prometheus_process import running_prometheus
 from stacks import running_stack, wait_until
 
 from overfill.cli.metrics import metrics_page
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest
-from overfill.lab.monitoring.expressions import dashboard_expressions, rule_expressions
-from overfill.lab.monitoring.prometheus import running_prometheus
 from overfill.settings.tiers import TierSpec
 
 ROOT = Path(__file__).parents[2]

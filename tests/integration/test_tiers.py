@@ -11,7 +11,7 @@ from mocks import mock_stack
 from overfill.api import keys
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidPair, InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
-from overfill.pair.tiny import make_tiny_pair
+from overfill.making.tiny import make_tiny_pair
 
 FIVE = SamplingParams(max_tokens=5, temperature=0)
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from overfill.lab.bench.handoff.timeline import record_timeline
+from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
-from overfill.pair.tiny import make_tiny_pair
 
 
 @pytest.fixture(scope="module")

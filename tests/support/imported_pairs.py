@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from overfill import LLM
+from overfill.making.import_pair import plan_import, write_import
 from overfill.model.manifest import Pair
-from overfill.pair.import_pair import plan_import, write_import
 from overfill.pair.reference import TwoStageReference, judge, summarise
 from overfill.request.params import SamplingParams
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,12 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         )
 
     return install
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """Objects in reference cycles stay in memory during the test."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import promql_parser
 import pytest
+from monitoring_expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
 
-from overfill.lab.monitoring.expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
 from overfill.telemetry.metrics import declared
 
 ROOT = Path(__file__).parents[2]

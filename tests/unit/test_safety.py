@@ -128,7 +128,7 @@ def test_the_loader_of_settings_makes_text_lists_and_mappings_only() -> None:
 
 
 def test_only_safetensors_are_fetched_from_a_hub() -> None:
-    from overfill.pair.sources import _CHECKPOINT_PATTERNS
+    from overfill.making.sources import _CHECKPOINT_PATTERNS
 
     assert "*.safetensors" in _CHECKPOINT_PATTERNS
     assert not [p for p in _CHECKPOINT_PATTERNS if p.endswith((".bin", ".pt", ".pth", ".ckpt", ".py", ".pkl", "*"))]

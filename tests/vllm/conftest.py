@@ -19,7 +19,7 @@ def vllm_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pair whose heads are as wide as vLLM's kernels for CPUs want them. Tests must not change it."""
     import torch
 
-    from overfill.pair.tiny import make_tiny_pair
+    from overfill.making.tiny import make_tiny_pair
 
     torch.set_num_threads(1)
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "tiny", head_dim=32)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.pair.tiny import make_tiny_pair
+from overfill.making.tiny import make_tiny_pair
 
 
 @pytest.mark.slow  # five engines load

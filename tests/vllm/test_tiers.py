@@ -7,7 +7,7 @@ from stacks import running_stack
 from tiers import check_tiers
 from vllm_stacks import EAGER, engines, prompts
 
-from overfill.pair.tiny import make_tiny_pair
+from overfill.making.tiny import make_tiny_pair
 from overfill.settings.tiers import TierSpec
 
 

@@ -19,7 +19,6 @@ from statistics import median
 
 from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient
-from overfill.client.status import WorkerStatus
 from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import HeldRequest, ProbeControl
@@ -30,6 +29,7 @@ from overfill.lab.chaos.memory import MemorySample, watch
 from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxies
 from overfill.lab.faults.engines import engines_by_stage
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
+from overfill.rpc.stack_status import WorkerStatus
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one

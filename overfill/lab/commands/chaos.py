@@ -372,10 +372,10 @@ def prepare(
     """
     from overfill.cli.up import check_engines
     from overfill.cli.up_plan import StackRequest, make_plan
-    from overfill.pair.conversations import shipped_conversations
+    from overfill.making.conversations import shipped_conversations
+    from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.store import resolve_pair
-    from overfill.pair.tiny import make_tiny_pair, make_tiny_tiers
 
     settings = {"dtype": "float32", "log_level": "error"} | settings
     folder: Path | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from overfill.client.status import WorkerStatus
+from overfill.rpc.stack_status import WorkerStatus
 
 
 def engines_by_stage(workers: Iterable[WorkerStatus]) -> dict[str, str]:

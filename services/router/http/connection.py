@@ -40,31 +40,31 @@ IDLE_TIMEOUT = 75.0
 """Seconds that a connection may stay open without a request."""
 
 LINGER_TIMEOUT = 2.0
-"""Seconds for which the server reads on behind the error that ends a connection.
+"""Seconds for which the server reads on after the error that ends a connection.
 
-To close a socket while the client sends would destroy the answer on its way (RFC 9112, section 9.6).
+If the server closed the socket while the client sends, the client would lose the answer (RFC 9112, section 9.6).
 """
 
 MIN_READ = 48 << 10
-"""Minimum number of bytes that a client must read in ``STALLED_TIMEOUT`` seconds of an answer that waits for it."""
+"""Minimum number of bytes that a client reads in ``STALLED_TIMEOUT`` seconds while an answer waits for it."""
 
 MAX_REST = 64 << 20
-"""Maximum number of bytes that the server discards of a body that it has answered early, and behind an error.
+"""Maximum number of bytes that the server discards: of a body that it has answered early, or after an error.
 
 The server reads them, because many clients read no answer while they send.
 """
 
 MIN_PART = 1 << 10
-"""Size in bytes with which a smaller part of a body counts, as it takes as much time. A chunk is such a part."""
+"""Bytes that a smaller part of a body, such as a chunk, counts as: it takes as much time as a part of this size."""
 
 DISCARD_RATE = 64e6
 """Bytes per second that all connections together discard, and that each may send in small parts.
 
-So neither refused bodies nor bodies that come byte by byte keep the server busy.
+Without this limit, refused bodies, or bodies that come byte by byte, would keep the server busy.
 """
 
 MAX_PIPELINED = 8
-"""Maximum number of requests that wait behind an answer. With more, the connection closes behind their answers."""
+"""Maximum number of requests that wait for an earlier answer. With more, the connection closes after their answers."""
 
 
 class Connection(asyncio.Protocol):
@@ -90,7 +90,7 @@ class Connection(asyncio.Protocol):
         self._stalled_until = math.inf  # deadline of a client that does not read
         self._unread = 0  # number of bytes that it had not read when that deadline was set
         self._idle = False  # no byte has arrived since the last answer
-        self._lingers = False  # behind the error that ends the connection
+        self._lingers = False  # the error that ends the connection has been written
         self._lost = False
         self._parser: Any = httptools.HttpRequestParser(self)
         # The head that arrives
@@ -99,12 +99,12 @@ class Connection(asyncio.Protocol):
         self._unfinished = 0  # bytes since the last head or part of a body that the parser has completed
         # Requests whose head has arrived
         self._receiving: Request | None = None  # the one whose body arrives
-        self._rest = 0  # number of bytes of that body, or behind an error, that were discarded
+        self._rest = 0  # number of bytes discarded, of that body or after an error
         self._unpaced = 0  # number of bytes for which ``DISCARD_RATE`` has not been kept yet
         self._current: Request | None = None  # the one that is answered
         self._task: asyncio.Task[None] | None = None  # answers it; before the first request, does the TLS handshake
         self._queue: deque[Request] = deque()  # those that wait for its answer
-        # What arrived behind them
+        # What arrived after them
         self._pending = b""
         self._refused: ApiError | None = None  # answer to something that cannot be parsed; the last of the connection
         self._writable: asyncio.Future[None] | None = None
@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
             accepted.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins to read: behind accept, or behind the TLS handshake."""
+        """Begins to read: after accept, or after the TLS handshake."""
         self._transport = cast("asyncio.Transport", transport)  # not a subclass of it on uvloop, which Ray uses
         # asyncio sets it only on sockets that it creates. Without it, an event waits 40 ms for an acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -183,7 +183,7 @@ class Connection(asyncio.Protocol):
             self._end(ApiError(408, "the head of the request did not arrive in time", code="request_timeout"))
 
     def drain(self) -> None:
-        """Closes the connection if it is idle. Others close behind their answer, as the server drains."""
+        """Closes the connection if it is idle. Others close after their answer, because the server drains."""
         if self._idle or self._lingers:
             self._close()
 
@@ -195,7 +195,7 @@ class Connection(asyncio.Protocol):
         return self._task
 
     def _close(self) -> None:
-        """Closes behind what was written."""
+        """Closes once the client has what was written."""
         self._keep_place()
         if not self._shaking_hands:
             self._deadline = math.inf
@@ -203,7 +203,7 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _linger(self) -> None:
-        """Closes behind what was written, and when the client has stopped to send."""
+        """Closes once the client has what was written, and has stopped sending."""
         with suppress(OSError):  # the client has disconnected
             if self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
         if not self._state.open:
             self._state.none_open.set()
         self._keep_place()
-        # These refer to the connection, which would wait for the garbage collector.
+        # They refer to the connection; without this, it would stay in memory until a garbage collection.
         self._parser = self._refused = None
 
     # Reading
@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
         self._head = RequestHead()
         self._unfinished = 0
         if len(self._queue) >= MAX_PIPELINED:
-            raise ApiError(400, f"more than {MAX_PIPELINED} requests wait behind an answer")
+            raise ApiError(400, f"more than {MAX_PIPELINED} requests wait for an earlier answer")
 
     def on_url(self, target: bytes) -> None:
         if self._receiving is None:
@@ -438,7 +438,7 @@ class Connection(asyncio.Protocol):
             self._state.free.setdefault(self)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers ``error`` behind the requests that arrived before what is wrong, and then closes."""
+        """Answers the requests that arrived before the fault, writes ``error``, and closes."""
         self._refused = error
         failed, self._receiving = self._receiving, None
         if self._current is None:

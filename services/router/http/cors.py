@@ -46,10 +46,11 @@ class Cors:
         if not self._origins or request.method != "OPTIONS" or asked is None or b"origin" not in request.headers:
             return False
         headers: _Headers = [(b"vary", b"Origin"), (b"content-type", b"text/plain; charset=utf-8")]
-        refused = [name for name, good in (
-            ("origin", self.allows(request.header(b"origin"))), ("method", asked in (b"GET", b"POST")),
-        ) if not good]  # fmt: skip
-        if self.allows(request.header(b"origin")):
+        allowed = self.allows(request.header(b"origin"))
+        refused = [] if allowed else ["origin"]
+        if asked not in (b"GET", b"POST"):
+            refused.append("method")
+        if allowed:
             headers += [
                 (b"access-control-allow-origin", b"*" if self._all else request.headers[b"origin"]),
                 (b"access-control-allow-methods", b"GET, POST"),

@@ -39,7 +39,7 @@ class Request:
         method: the HTTP method.
         path: decoded path, without the query.
         headers: values by name in lower case; the values of one name are joined by commas.
-        keep_alive: True if the connection stays open behind the response.
+        keep_alive: True if the connection stays open after the response.
         key: id of the API key that pays for the request's bytes; empty without one.
         status: status of the response; None before it.
         answered: True once the whole response has been written.
@@ -71,7 +71,7 @@ class Request:
         self._channel = channel
         self._state = state
         self._modern = modern  # HTTP/1.1, else 1.0
-        self._body: bytes | bytearray | None = b""  # what has arrived of it; None once nothing wants it
+        self._body: bytes | bytearray | None = b""  # what has arrived of it; None once it is unwanted
         self._received = False
         self._error: Exception | None = None  # why the rest of the body does not come
         self._waiter: asyncio.Future[None] | None = None
@@ -90,7 +90,7 @@ class Request:
     # The body, for the connection
 
     def add(self, data: bytes) -> bool:
-        """Adds a part of the body. Returns False if nothing wants it."""
+        """Adds a part of the body. Returns False if the body is unwanted."""
         body = self._body
         if body is None:
             return False

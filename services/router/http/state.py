@@ -22,8 +22,8 @@ R = TypeVar("R")
 class ByteBudget:
     """Limits the bytes that bodies in receipt may hold together.
 
-    Each counts with its announced length, so that no body is refused that has begun. Short ones do not count: they
-    should not wait for long ones, and the limit of connections is theirs too.
+    A body counts with its announced length, so that the budget never refuses a body halfway. Bodies of at most
+    ``SHORT`` bytes do not count: they should not wait for long ones, and the number of connections limits them.
 
     Args:
         total: maximum of all bodies, in bytes.
@@ -78,7 +78,7 @@ class ServerState(Generic[C, R]):
         budget: limit of all bodies in receipt.
         tls: the current TLS context; None means no TLS.
         discarded_until: time until which connections have used up their rate of discarding bodies.
-        draining: True once connections close behind their answers.
+        draining: True once connections close after their answers.
         open: all connections.
         none_open: set while there are none.
         free: the connections without a request whose client has read all answers, the longest without one first.

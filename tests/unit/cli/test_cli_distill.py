@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 
 from overfill.cli import distill
 from overfill.cli.distill import distill_command, distill_plot_command
+from overfill.making.distill.train import Run
+from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
-from overfill.pair.distill.train import Run
-from overfill.pair.tiny import make_tiny_pair
 
 
 @pytest.fixture(autouse=True)

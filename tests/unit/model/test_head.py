@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaConfig
 
 from overfill.errors import InvalidPair
+from overfill.making.distill.model import PackedModel
+from overfill.making.prune import HeadPlan
 from overfill.model.config import ModelConfig
 from overfill.model.head import head_mask_of, low_rank_factors, lower_rank, tokens_in_row_order
 from overfill.model.loading import load_int8_weights, load_weights
-from overfill.pair.distill.model import PackedModel
 from overfill.pair.hf_model import load_hf_model, round_to_int8
-from overfill.pair.prune import HeadPlan
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair, write_manifest
-from overfill.pair.tiny import make_tiny_pair
 
 Edit = Callable[[dict[str, Any]], object]
 

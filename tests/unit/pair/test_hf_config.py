@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from overfill.engine.runner import ModelRunner, Work
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.cache import KvCache
+from overfill.making.checkpoint import copy_companions, write_json, write_weights
+from overfill.making.tiny import make_tiny_pair
 from overfill.model.config import ModelConfig
 from overfill.model.transformer import Transformer
-from overfill.pair.checkpoint import copy_companions, write_json, write_weights
 from overfill.pair.hf_config import decoder_config, loadable_config
 from overfill.pair.hf_model import load_hf_model, load_tokenizer
-from overfill.pair.tiny import make_tiny_pair
 
 CPU = torch.device("cpu")
 PROMPT = torch.randint(2, 512, (30,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -15,8 +15,8 @@ from overfill.engine.offline import OfflineRun
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import Preempted
 from overfill.errors import InternalError, InvalidRequest, PromptTooLong
+from overfill.making.tiny import make_tiny_pair
 from overfill.pair.reference import TwoStageReference
-from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import Grammar, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)

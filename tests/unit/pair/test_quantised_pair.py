@@ -12,12 +12,12 @@ import torch
 from overfill.engine.build import load_half
 from overfill.errors import InvalidPair
 from overfill.lab.faults.service import negate_weight_row
+from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Half, Pair, write_manifest
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 from overfill.pair.llm import LLM
 from overfill.pair.reference import TwoStageReference
-from overfill.pair.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()

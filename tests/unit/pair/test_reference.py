@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidPair
+from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import write_manifest
 from overfill.pair.reference import (
     JudgedAnswer,
@@ -20,7 +21,6 @@ from overfill.pair.reference import (
     load_references,
     summarise,
 )
-from overfill.pair.tiny import make_tiny_pair
 from overfill.settings.tiers import TierSpec
 
 PROMPTS = torch.randint(2, 512, (4, 40), generator=torch.Generator().manual_seed(4)).tolist()

@@ -15,12 +15,12 @@ import pytest
 
 from overfill.cli.main import main
 from overfill.errors import InvalidPair
+from overfill.making.atomic import atomic_folder
+from overfill.making.recipe import DecoderRecipe
+from overfill.making.sources import SourceUnavailable
 from overfill.model.manifest import Pair
 from overfill.pair import store
-from overfill.pair.atomic import atomic_folder
 from overfill.pair.checksums import CHECKSUMS_FILE, checksums_match, record_checksums
-from overfill.pair.recipe import DecoderRecipe
-from overfill.pair.sources import SourceUnavailable
 from overfill.process.home import home
 from overfill.telemetry.progress import silent
 
@@ -50,7 +50,7 @@ class Downloads:
 def downloads(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Downloads:
     downloads = Downloads(tiny_pair / "full")
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("overfill.pair.sources.fetch_default", downloads.fetch)
+    monkeypatch.setattr("overfill.making.sources.fetch_default", downloads.fetch)
     monkeypatch.setattr(store, "NAMED", NAMED)
     return downloads
 
@@ -203,7 +203,7 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
     tmp_path: Path, downloads: Downloads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("overfill.pair.sources.fetch_from_hub", lambda model_id, *rest: asked.append(model_id))
+    monkeypatch.setattr("overfill.making.sources.fetch_from_hub", lambda model_id, *rest: asked.append(model_id))
     (tmp_path / "my-pair").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceUnavailable, match="no folder my-pair/ful, although there is my-pair"):

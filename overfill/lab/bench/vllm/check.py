@@ -10,9 +10,9 @@ from overfill.cli.verify import ask, judge_answer
 from overfill.client import Answer, Client
 from overfill.errors import OverfillError
 from overfill.lab.bench.vllm.figures import Figure
+from overfill.making.conversations import shipped_conversations
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Pair
-from overfill.pair.conversations import shipped_conversations
 from overfill.pair.hf_model import chat_token_ids, load_tokenizer
 from overfill.pair.reference import JudgedAnswer, TwoStageReference, summarise
 from overfill.routing.tier import DEFAULT_TIER

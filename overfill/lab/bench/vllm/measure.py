@@ -38,9 +38,9 @@ from overfill.lab.bench.vllm.figures import (
     mean_context,
     prompt_figures,
 )
+from overfill.making.identity_pair import identity_pair
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Pair
-from overfill.pair.identity_pair import identity_pair
 from overfill.telemetry.progress import Report
 
 _T = TypeVar("_T")

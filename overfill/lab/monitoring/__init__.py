@@ -1,1 +1,0 @@
-"""Runs the expressions of dashboards and rules against a real Prometheus."""

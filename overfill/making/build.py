@@ -1,0 +1,194 @@
+"""Build a pair folder from a full model: score, plan, cut, fit, and write the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest, UnsupportedModel
+from overfill.making.atomic import atomic_folder
+from overfill.making.checkpoint import link_relatively, write_decoder
+from overfill.making.conversations import Conversation, Transcript, encode
+from overfill.making.fit import check_enough, fit
+from overfill.making.layer_selection import choose_layers
+from overfill.making.layerwise import PackedTranscripts, fold_norms
+from overfill.making.prune import HeadPlan, Scores, make_pruning_plan, score, slice_weights
+from overfill.making.recipe import DecoderRecipe
+from overfill.making.sensitivity import measure_sensitivity
+from overfill.model.config import ModelConfig
+from overfill.model.digest import checkpoint_digest
+from overfill.model.loading import Weights, load_weights
+from overfill.model.manifest import Pair, write_manifest
+from overfill.pair.hf_config import decoder_config
+from overfill.process.memory import freed_memory_kept
+from overfill.telemetry.progress import Report, silent
+
+SCORES_FILE = "scores.safetensors"
+SHIPPED_SCORES = Path(__file__).parent / "data" / SCORES_FILE
+"""Scores of the named pairs' full model (how to renew them: CONTRIBUTING.md). They save a minute on first start."""
+SCORING_TOKENS = 6_144
+SENSITIVITY_TOKENS = 3_072
+SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds all their activations
+LAYER_TOKENS = 512
+
+
+def build_pair(
+    full: Path,
+    out: Path,
+    recipe: DecoderRecipe,
+    conversations: Sequence[Conversation],
+    *,
+    calibration: str = "shipped",
+    report: Report = silent,
+) -> Pair:
+    """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
+
+    ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
+    full model itself, quantised or not: an identity pair.
+
+    Args:
+        full: Folder of the full model's checkpoint.
+        out: Folder of the new pair.
+        recipe: Sizes of the decoder, and the methods that make it.
+        conversations: Calibration text. The full model wrote the answers, or they are in its style.
+        calibration: Name of the text's source, recorded in ``pair.json``.
+        report: Called with a description of the step, its progress and its total.
+
+    Raises:
+        InvalidPair: ``full`` is not a usable checkpoint.
+        InvalidRequest: A size is out of range, or there is too little calibration text.
+        UnsupportedModel: The engine does not run ``full``, its files hold quantised weights, or plain
+            transformers could not run the decoder.
+    """
+    with atomic_folder(out) as folder:
+        fill_pair(folder, full, recipe, conversations, calibration=calibration, report=report)
+    return Pair.load(out)
+
+
+@freed_memory_kept()
+def fill_pair(
+    folder: Path,
+    full: Path,
+    recipe: DecoderRecipe,
+    conversations: Sequence[Conversation],
+    *,
+    calibration: str = "shipped",
+    report: Report = silent,
+) -> None:
+    """Fills the empty ``folder`` with a pair, as ``build_pair`` describes it and with its errors.
+
+    ``scores.safetensors`` keeps the scores.
+    """
+    config = ModelConfig.load(full)
+    config.check_plain(full)
+    sizes = recipe.sizes(config)
+    if config.tail_rank:
+        raise UnsupportedModel(f"{full} is a decoder with a head in two parts; build from its full model")
+    link_relatively(folder / "full", full)
+    if sizes == DecoderRecipe().sizes(config):
+        write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
+        return
+    transcripts = _encode(full, config, conversations)
+    fits = recipe.fit == "least-squares"
+    packed = PackedTranscripts.of(limit_answer_tokens(transcripts, recipe.tokens))
+    if fits:
+        check_enough(packed, config, sizes)
+    # Refuses sizes that transformers cannot run, before the long steps start.
+    full_config = json.loads((full / "config.json").read_text(encoding="utf-8"))
+    decoder_config(
+        full_config,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["layers"],
+        tie_word_embeddings=False,
+    )
+    weights = _load(full, config)
+    digest = checkpoint_digest(full, report)
+    shipped = None
+    if calibration == "shipped" and SHIPPED_SCORES.exists():
+        shipped = Scores.load(SHIPPED_SCORES, digest)
+    scores = shipped or _score(weights, config, transcripts, report)
+    scores.save(folder / SCORES_FILE, digest)
+    layers = list(range(config.num_layers))
+    if sizes["layers"] < config.num_layers:
+        layers = choose_layers(
+            weights,
+            config,
+            PackedTranscripts.of(limit_answer_tokens(transcripts, LAYER_TOKENS)),
+            sizes["layers"],
+            report,
+        )
+    plan = make_pruning_plan(
+        scores,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        layers=layers,
+        method=recipe.method,
+    )
+    head = _head_plan(config, sizes, scores, transcripts)
+    decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
+    (folder / "decoder").mkdir()
+    write_decoder(folder / "decoder", full, decoder, None if head is None else head.as_config())
+    write_manifest(
+        folder,
+        recipe=recipe.as_json(
+            **sizes, calibration=calibration, fitted_on_answer_tokens=len(packed.answers) if fits else 0
+        ),
+        full_digest=digest,
+        layer_map=plan.layers,
+        report=report,
+    )
+
+
+def _head_plan(
+    config: ModelConfig, sizes: Mapping[str, int], scores: Scores, transcripts: Sequence[Transcript]
+) -> HeadPlan | None:
+    """Ranks tokens by their share of the calibration text plus the probability that the full model gives them."""
+    if sizes["head_tokens"] == config.vocab_size:
+        return None
+    text = torch.tensor([token for transcript in transcripts for token in transcript.token_ids])
+    shares = text.bincount(minlength=config.vocab_size) / len(text) + scores.token_shares
+    shares[list(config.eos_token_ids)] = 1  # cut text may lack them; end-of-sequence tokens always keep their rows
+    return HeadPlan(shares, sizes["head_tokens"], sizes["tail_rank"])
+
+
+def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:
+    small_parts = PackedTranscripts.of(limit_answer_tokens(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
+    sensitivity = measure_sensitivity(weights, config, small_parts, report)
+    return score(
+        weights, config, PackedTranscripts.of(limit_answer_tokens(transcripts, SCORING_TOKENS)), sensitivity, report
+    )
+
+
+def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
+    transcripts = encode(conversations, Tokenizer.load(full), config.max_positions)
+    if not transcripts:
+        raise InvalidRequest(
+            "calibration", "holds no answers that fit the model's context; give conversations with shorter prompts"
+        )
+    return transcripts
+
+
+def _load(full: Path, config: ModelConfig) -> Weights:
+    return fold_norms(load_weights(full, config, torch.float32, torch.device("cpu")))
+
+
+def limit_answer_tokens(transcripts: Sequence[Transcript], answer_tokens: int) -> list[Transcript]:
+    """Returns the first transcripts that together have ``answer_tokens``; the last one is cut to fit.
+
+    When all together have fewer, returns all of them.
+    """
+    taken: list[Transcript] = []
+    left = answer_tokens
+    for transcript in transcripts:
+        if left <= 0:
+            break
+        answer = len(transcript.answer)
+        end = transcript.answer_start + min(answer, left)
+        taken.append(Transcript(transcript.token_ids[:end], transcript.answer_start))
+        left -= answer
+    return taken

@@ -1,0 +1,124 @@
+"""Conversations as calibration, training and test data: read them from files and tokenize them.
+
+In a transcript, the full model reads the prompt and the decoder writes the answer. Scoring, fitting and judging
+therefore use the answer tokens only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation that ends with an answer.
+
+    Attributes:
+        messages: Each with ``role`` and ``content``; the last one is the assistant's.
+        finished: False when the answer was cut off at a length limit.
+    """
+
+    messages: tuple[Message, ...]
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """The tokens of a prompt and, from index ``answer_start``, of its answer."""
+
+    token_ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.token_ids[: self.answer_start]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return self.token_ids[self.answer_start :]
+
+
+def read_conversations(file: Path, field: str = "calibration") -> list[Conversation]:
+    """Reads JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last message an answer.
+
+    ``"finished": false`` beside the messages marks an answer that is cut off.
+
+    Args:
+        file: File of conversations.
+        field: Name of the text in error messages.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or a line has another form; the message names the line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(field, f"{file} cannot be read: {error}") from None
+    return [
+        _conversation(line, f"{file}:{number}", field)
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
+
+
+def shipped_conversations(part: Literal["calibration", "held_out"]) -> list[Conversation]:
+    """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote.
+
+    Args:
+        part: "calibration" for scoring and fitting, "held_out" for judging. The parts share no question.
+    """
+    text = (resources.files("overfill.making") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
+    return [_conversation(line, part, part) for line in text.splitlines()]
+
+
+def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
+    """Appends conversations to ``file`` in the form that ``read_conversations`` reads."""
+    with file.open("a", encoding="utf-8") as out:
+        for conversation in conversations:
+            cut = {} if conversation.finished else {"finished": False}
+            out.write(json.dumps({"messages": list(conversation.messages)} | cut, ensure_ascii=False) + "\n")
+
+
+def encode(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> list[Transcript]:
+    """Tokenizes conversations with the chat template; a finished answer ends with the end-of-sequence token.
+
+    Args:
+        max_tokens: Length limit. Longer transcripts lose the end of their answer; a transcript whose prompt alone is
+            too long is left out. None means no limit.
+
+    Raises:
+        InvalidRequest: the template refuses a conversation, or the checkpoint has no template.
+    """
+    transcripts = []
+    for conversation in conversations:
+        prompt = tokenizer.encode_chat(conversation.messages[:-1])
+        answer = tokenizer.encode_continuation(conversation.messages[-1]["content"])
+        end = [tokenizer.end_of_answer] if conversation.finished and tokenizer.end_of_answer is not None else []
+        token_ids = (*prompt, *answer, *end)[:max_tokens]
+        if len(token_ids) > len(prompt):
+            transcripts.append(Transcript(token_ids, len(prompt)))
+    return transcripts
+
+
+def _conversation(line: str, where: str, field: str) -> Conversation:
+    try:
+        row = json.loads(line)
+        messages, finished = row["messages"], row.get("finished", True)
+        texts = [(message["role"], message["content"]) for message in messages]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InvalidRequest(field, f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
+    if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for m in texts for t in m):
+        raise InvalidRequest(field, f"{where} must hold texts and end with a message of role assistant")
+    return Conversation(tuple({"role": role, "content": content} for role, content in texts), finished is not False)

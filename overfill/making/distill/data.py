@@ -1,0 +1,123 @@
+"""Load the transcripts to train and to judge on, and draw the batches of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest
+from overfill.making.conversations import (
+    Transcript,
+    encode,
+    read_conversations,
+    shipped_conversations,
+)
+from overfill.making.distill.recipe import Data
+from overfill.making.hub_data import as_conversation, load_hub
+
+Transcripts = Sequence[Transcript | None]
+"""None stands for a conversation with nothing to learn: its answer has one token, or its prompt fills the context."""
+
+
+def load_data(data: Data, tokenizer: Tokenizer) -> tuple[Transcripts, list[Transcript]]:
+    """Returns the transcripts to train on and the held-out ones.
+
+    Raises:
+        InvalidRequest: a source cannot be read or has no usable conversation.
+    """
+    training = _load(data, data.source, data.split, "calibration", tokenizer)
+    held_out_source = data.held_out or (data.source if data.held_out_split else "shipped")
+    held_out = _load(data, held_out_source, data.held_out_split or data.split, "held_out", tokenizer)
+    judged: list[Transcript] = []
+    for transcript in held_out:
+        if transcript is not None:
+            judged.append(transcript)
+        if len(judged) == data.max_held_out:
+            break
+    if not len(training) or not judged:
+        empty = data.source if not len(training) else held_out_source
+        raise InvalidRequest("data", f"{empty} holds no conversation with an answer of at least two tokens")
+    return training, judged
+
+
+def _load(
+    data: Data, source: str, split: str, part: Literal["calibration", "held_out"], tokenizer: Tokenizer
+) -> Transcripts:
+    if source == "shipped":
+        conversations = shipped_conversations(part)
+    elif Path(source).exists():
+        conversations = read_conversations(Path(source), "data")
+    elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):
+        return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
+    else:
+        raise InvalidRequest("data", f"{source} is neither `shipped`, nor a file, nor the id of a hub data set")
+    return [t for t in encode(conversations, tokenizer, data.max_tokens) if _has_answer_tokens(t)]
+
+
+def _has_answer_tokens(transcript: Transcript) -> bool:
+    return len(transcript.answer) > 1
+
+
+class HubTranscripts(Sequence[Transcript | None]):
+    """Rows of a hub data set, tokenized on access, because memory does not hold the ids of millions of rows."""
+
+    def __init__(self, rows: Any, data: Data, tokenizer: Tokenizer) -> None:
+        self._rows = rows
+        self._data = data
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Transcript | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Transcript | None]: ...
+    def __getitem__(self, index: int | slice) -> Transcript | list[Transcript | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        conversation = as_conversation(self._rows[index][self._data.column])
+        if conversation is None:
+            return None
+        try:
+            transcripts = encode([conversation], self._tokenizer, self._data.max_tokens)
+        except InvalidRequest:  # the chat template refuses this conversation; training skips it
+            return None
+        return transcripts[0] if transcripts and _has_answer_tokens(transcripts[0]) else None
+
+    def fingerprint(self) -> str:
+        return f"{self._rows._fingerprint}:{self._data.column}:{self._data.max_tokens}:{self._tokenizer.digest}"
+
+
+def digest(transcripts: Transcripts) -> str:
+    """Returns a digest of the transcripts and their order."""
+    if isinstance(transcripts, HubTranscripts):
+        return hashlib.sha256(transcripts.fingerprint().encode()).hexdigest()
+    found = hashlib.sha256()
+    for transcript in transcripts:
+        if transcript is not None:
+            found.update(np.asarray((transcript.answer_start, *transcript.token_ids), dtype="<i8").tobytes())
+    return found.hexdigest()
+
+
+def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:
+    """Yields endless batches of ``size`` out of ``count`` indices: shuffled epochs, cut into batches.
+
+    A step's batch depends only on the arguments and the step, so that a run can resume at any step.
+    """
+    position = first_step * size
+    epoch, orders = -1, np.empty(0, dtype=np.int64)
+    while True:
+        batch = []
+        for place in range(position, position + size):
+            if place // count != epoch:
+                epoch = place // count
+                orders = np.random.default_rng([seed, epoch]).permutation(count)
+            batch.append(int(orders[place % count]))
+        yield batch
+        position += size

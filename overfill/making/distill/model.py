@@ -1,0 +1,249 @@
+"""A trainable Llama-family model: the engine's arithmetic, differentiable, over packed rows.
+
+The decoder and the frozen full model both use it. Parameters are named as in Hugging Face checkpoints, so that loading
+and saving are copies. The exception is a head in two parts (``overfill.model.head``): training works on the factors of
+its low-rank part. The module knows no loss and no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+from torch.utils.checkpoint import checkpoint
+
+from overfill.errors import InvalidPair
+from overfill.making.distill.attention import Attention, attention_for
+from overfill.making.distill.packed_rows import PackedRows
+from overfill.model.config import ModelConfig
+from overfill.model.digest import list_tensors
+from overfill.model.head import low_rank_factors, tokens_in_row_order
+from overfill.model.rope import apply_rope, rope_tables
+
+KvHook = Callable[[int, Tensor, Tensor], None]
+"""Called with (layer, keys, values); keys (rotated) and values are each [T, kv_heads, D]."""
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes rotated q [T, heads, D] and k [T, kv_heads, D], and v [T, kv_heads, D]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+        self.before, self.after = before_attention, after_attention
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attention,
+        prefix: Tensor | None,
+        on_kv: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Computes one layer. [T, hidden] -> [T, hidden]"""
+        q, k, v = self.before(self, x, cos, sin)
+        if on_kv is not None:
+            on_kv(k, v)
+        return self.after(self, x, attend(q, k, v, None if prefix is None else prefix.to(k.dtype)))
+
+
+def before_attention(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+
+
+def after_attention(layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + layer.self_attn.o_proj(attended)
+    out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+    return out
+
+
+@cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    # dynamic, because the number of rows differs from pack to pack. All layers share one compilation.
+    return torch.compile(function, dynamic=True)
+
+
+class Body(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+
+
+class PackedModel(nn.Module):
+    """A trainable Llama-family model over packed rows; make one with ``load``.
+
+    Attributes:
+        save_activations: False recomputes a layer's activations in the backward pass (gradient checkpointing).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.save_activations = True
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self.model = Body(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.head_tokens, bias=False)
+        if config.tail_rank:
+            self.tail_left = nn.Parameter(torch.empty(config.vocab_size - config.head_tokens, config.tail_rank))
+            self.tail_right = nn.Parameter(torch.empty(config.tail_rank, config.hidden_size))
+            with torch.device("cpu"):  # also when the parameters are made on another device
+                self.order = tokens_in_row_order(config.vocab_size, config.head_mask)
+            self._places = self.order.argsort()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> PackedModel:
+        """Loads the checkpoint in ``folder``.
+
+        Raises:
+            InvalidPair: a tensor is missing, is unknown or has another shape; the message names it.
+            UnsupportedModel: as ``ModelConfig.load``, or the weights are quantised in the files.
+        """
+        config = ModelConfig.load(folder)
+        config.check_plain(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device).to(dtype)
+        read_parameters(model, folder)
+        return model
+
+    def fuse(self) -> None:
+        """Lets torch.compile fuse the operations between matrix products. Compiling takes about a minute."""
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.before, layer.after = _fused(before_attention), _fused(after_attention)
+
+    @property
+    def head(self) -> Tensor:
+        """The head's weights, [vocab, hidden]; a head in two parts is assembled at each access."""
+        if self.config.tail_rank:
+            stored = torch.cat([self.lm_head.weight, self.tail_left @ self.tail_right])
+            return stored[self._places.to(stored.device)]
+        tied = self.config.tie_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Returns all tensors with the names and shapes of a Hugging Face checkpoint."""
+        tensors = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("tail_")}
+        return tensors | ({"lm_head.weight": self.head.detach()} if self.config.tail_rank else {})
+
+    def forward(self, rows: PackedRows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
+        """Computes hidden states; ``head`` turns them into logits.
+
+        Args:
+            prefix: [layers, 2, sum of prefixes, kv_heads, D], keys (rotated) and values before the rows, per layer.
+                None means that ``rows`` start at their transcripts' beginning.
+            on_kv: Called with each layer's own keys and values.
+
+        Returns:
+            [T, hidden], after the last norm.
+        """
+        cos, sin = self._rotations(rows)
+        attend = attention_for(rows)
+        x = self.model.embed_tokens(rows.token_ids)
+        for index, layer in enumerate(self.model.layers):
+            here = None if prefix is None else prefix[index]
+            if on_kv is not None:
+                x = layer(x, cos, sin, attend, here, lambda k, v, i=index: on_kv(i, k, v))
+            elif self.save_activations or not torch.is_grad_enabled():
+                x = layer(x, cos, sin, attend, here)
+            else:
+                x = checkpoint(layer, x, cos, sin, attend, here, use_reentrant=False)
+        normed: Tensor = self.model.norm(x)
+        return normed
+
+    def _rotations(self, rows: PackedRows) -> tuple[Tensor, Tensor]:
+        """Returns cosine and sine at the rows' positions, each [T, head_dim / 2]; extends the tables if needed."""
+        longest = max(n + p for n, p in zip(rows.lengths, rows.prefixes, strict=True))
+        if self._tables is None or len(self._tables[0]) < longest:
+            self._tables = rope_tables(self.config.rope, self.config.head_dim, longest, rows.token_ids.device)
+        return self._tables[0][rows.positions], self._tables[1][rows.positions]
+
+
+@torch.no_grad()
+def read_parameters(model: PackedModel, folder: Path) -> None:
+    """Copies the checkpoint in ``folder`` into ``model``; skips a tied head and RoPE's frequencies."""
+    parameters = dict(model.named_parameters())
+    whole: Tensor | None = None
+    if model.config.tail_rank:
+        parameters = {name: p for name, p in parameters.items() if not name.startswith("tail_")}
+        whole = torch.empty(model.config.vocab_size, model.config.hidden_size)
+        parameters["lm_head.weight"] = nn.Parameter(whole)
+    missing = set(parameters)
+    for stored in list_tensors(folder):
+        if stored.name.endswith("rotary_emb.inv_freq") or (
+            stored.name == "lm_head.weight" and model.config.tie_embeddings
+        ):
+            continue
+        target = parameters.get(stored.name)
+        if target is None or tuple(target.shape) != stored.shape:
+            expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
+            raise InvalidPair(f"{stored.file}: {stored.name} has shape {stored.shape}; the config implies {expected}")
+        with safe_open(stored.file, framework="pt") as file:
+            target.copy_(file.get_tensor(stored.name))
+        missing.remove(stored.name)
+    if missing:
+        raise InvalidPair(f"{folder}: tensor {min(missing)} is missing")
+    if whole is not None:
+        common, rare = whole[model.order].tensor_split([model.config.head_tokens])
+        model.lm_head.weight.copy_(common)
+        for parameter, factor in zip(
+            (model.tail_left, model.tail_right),
+            low_rank_factors(rare, model.config.tail_rank),
+            strict=True,
+        ):
+            parameter.copy_(factor)

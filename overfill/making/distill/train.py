@@ -1,0 +1,321 @@
+"""Run the training: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from overfill.engine.device import native_dtype
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.kv.tensors import TORCH_DTYPES
+from overfill.making.conversations import Transcript
+from overfill.making.distill.data import Transcripts, batches, digest
+from overfill.making.distill.loss import LossWeights
+from overfill.making.distill.metrics import METRICS, Metrics
+from overfill.making.distill.model import PackedModel
+from overfill.making.distill.packed_rows import in_packs, learnt_tokens
+from overfill.making.distill.plot import plot_runs
+from overfill.making.distill.recipe import Training
+from overfill.making.distill.run_checkpoints import Checkpoints, TrainingState, write_pair
+from overfill.making.distill.run_settings import SETTINGS, open_run_folder
+from overfill.making.distill.schedule import learning_rate
+from overfill.making.distill.student import HeldOutResult, Student, evaluate
+from overfill.making.distill.teacher import LogitsForm, Teacher
+from overfill.making.distill.teacher_cache import TeacherCache
+from overfill.model.manifest import Pair
+from overfill.process.compiled import COMPILERS, find_compiler
+from overfill.process.extras import needs
+from overfill.telemetry.progress import Report, silent
+
+# Settings that a resumed run may change: they do not affect the trained weights.
+_MAY_CHANGE_ON_RESUME = {"eval_steps", "checkpoint_steps", "checkpoint_minutes"}
+
+_TRITON_COMPILERS = ("gcc", "clang")  # with one of them Triton compiles what starts its kernels on a GPU
+
+LogLine = Callable[[str], None]
+
+
+class Diverged(OverfillError):
+    """Training produced a number that is not finite; the last good checkpoint is kept."""
+
+
+def run_folder(out: Path) -> Path:
+    """Returns the folder for checkpoints, metrics and caches of the run that makes the pair ``out``."""
+    return out.with_name(f"{out.name}.run")
+
+
+class Run:
+    """One training run of the decoder of ``pair`` on ``transcripts``, judged on ``held_out``.
+
+    Args:
+        out: Pair folder to write. The run's own folder is beside it (``run_folder``).
+        standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
+        resume: Continue exactly from the last checkpoint of a run with the same settings.
+        log_line: Called with a readable line at every evaluation.
+
+    Raises:
+        InvalidRequest: the folder holds a run already, or the run to resume has other settings.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        out: Path,
+        transcripts: Transcripts,
+        held_out: list[Transcript],
+        training: Training,
+        *,
+        standalone: bool = False,
+        resume: bool = False,
+        report: Report = silent,
+        log_line: LogLine = lambda line: None,
+    ) -> None:
+        self._accelerator = accelerator = make_accelerator()
+        self._pair, self._out, self._training = pair, out, training
+        self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
+        self._report, self._log_line = report, log_line
+        self.folder = run_folder(out)
+        if training.batch_transcripts < accelerator.num_processes:
+            raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
+        native = native_dtype(accelerator.device)
+        dtype = TORCH_DTYPES["float32" if native == "float16" else native]  # small gradients would be 0 in float16
+        identity = self._identity(standalone, str(dtype))
+        if accelerator.is_main_process:
+            open_run_folder(self.folder, identity, resume)
+        report("Loading models", 0, 2)
+        full = PackedModel.load(pair.full_path, dtype, accelerator.device)
+        report("Loading models", 1, 2)
+        decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
+        decoder.save_activations = not training.recompute_activations
+        report("Loading models", 2, 2)
+        if training.fused and self._can_fuse():
+            full.fuse()
+            decoder.fuse()
+        weights = LossWeights(training.cross_entropy, training.kl, training.temperature)
+        self._student = Student(decoder, full.head, weights, standalone, dtype)
+        logits_form: LogitsForm = "none" if training.kl == 0 else "top" if training.top_tokens else "hidden"
+        self._teacher = Teacher(
+            full, pair.layer_map, with_prompt_kv=not standalone, logits_form=logits_form, top_tokens=training.top_tokens
+        )
+        self._eval_teacher = Teacher(full, pair.layer_map, with_prompt_kv=not standalone, logits_form="hidden")
+        self._cache_bytes_left = training.cache_gib * 2**30
+        self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
+        self._cache(self._teacher, transcripts, "training", identity["data"])
+        optimizer = torch.optim.AdamW(
+            decoder.parameters(),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self._model, self._optimizer = accelerator.prepare(self._student, optimizer)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints")
+        latest = self._checkpoints.latest() if resume else None
+        self._progress = self._checkpoints.load(latest, decoder, optimizer) if latest else TrainingState()
+        self._metrics = Metrics(self.folder, self._progress) if accelerator.is_main_process else None
+
+    def train(self) -> Pair:
+        """Trains to the end and writes the pair.
+
+        Raises:
+            Diverged: the loss or its gradient is not finite.
+        """
+        try:
+            self._run()
+            result = self._evaluate()
+            self._save()
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+        return self._finish(result)
+
+    def _run(self) -> None:
+        training = self._training
+        saved_at = time.monotonic()
+        if self._progress.step == 0:
+            self._evaluate()
+        order = batches(len(self._transcripts), training.batch_transcripts, training.seed, self._progress.step)
+        while (done := self._share_done()) < 1:
+            self._step(next(order), done)
+            self._report("Distilling", round(1000 * min(1.0, self._share_done())), 1000)
+            step = self._progress.step
+            if step % training.eval_steps == 0:
+                self._evaluate()
+            overdue = time.monotonic() - saved_at > 60 * training.checkpoint_minutes
+            if overdue or (training.checkpoint_steps and step % training.checkpoint_steps == 0):
+                self._save()
+                saved_at = time.monotonic()
+
+    def _share_done(self) -> float:
+        """Returns the share of the run that is done; it is the same on all processes."""
+        training, progress = self._training, self._progress
+        if training.minutes is not None:
+            return progress.seconds / (60 * training.minutes)
+        return progress.step / self._steps
+
+    @property
+    def _steps(self) -> int:
+        training = self._training
+        if training.steps is not None:
+            return training.steps
+        return math.ceil(len(self._transcripts) * (training.epochs or 0) / training.batch_transcripts)
+
+    def _step(self, batch: list[int], done: float) -> None:
+        started = time.monotonic()
+        accelerator, training = self._accelerator, self._training
+        transcripts = {i: t for i in batch if (t := self._transcripts[i]) is not None}
+        tokens = sum(map(learnt_tokens, transcripts.values()))
+        own = sorted(transcripts)[accelerator.process_index :: accelerator.num_processes]
+        idle = not own and bool(transcripts)
+        if idle:  # fewer transcripts than processes: this one contributes a gradient of 0, for which others wait
+            own = sorted(transcripts)[:1]
+        packs = list(in_packs(own, lambda i: len(transcripts[i].token_ids), training.pack_rows))
+        # Takes the rate in the middle of the step, so that neither the first nor the last step has a rate of 0.
+        half = 0.5 / self._steps if training.minutes is None else 0.0
+        rate = learning_rate(training, done + half) or training.learning_rate / 1000
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        for index, pack in enumerate(packs):
+            last = index == len(packs) - 1
+            with nullcontext() if last else accelerator.no_sync(self._model):
+                sums += self._backward({i: transcripts[i] for i in pack}, tokens, index, weight=0.0 if idle else 1.0)
+        sums = accelerator.reduce(sums, "sum") / max(tokens, 1)
+        norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
+        self._check_finite(float(sums[0]), float(norm))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        seconds = self._agree(time.monotonic() - started)
+        before = self._progress
+        self._progress = TrainingState(before.step + 1, before.tokens + tokens, before.seconds + seconds)
+        if self._metrics is not None:
+            loss, cross_entropy, kl = sums.tolist()
+            values = {"loss": loss, "ce": cross_entropy, "kl": kl, "lr": rate, "grad_norm": float(norm)}
+            self._metrics.step(self._progress, values | {"tokens_per_second": tokens / seconds})
+
+    def _backward(self, transcripts: Mapping[int, Transcript], tokens: int, pack: int, weight: float) -> Tensor:
+        """Adds ``weight`` times a pack's gradients; returns weighted loss, cross-entropy and KL, [3] float64."""
+        teacher_outputs = self._teacher(transcripts)
+        rows = self._student.rows(list(transcripts.values()))
+        draws = np.random.SeedSequence(
+            [self._training.seed, self._progress.step, self._accelerator.process_index, pack]
+        ).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(draws[0] >> np.uint64(1)))
+        sampled = self._student.sample_vocabulary(rows, teacher_outputs, self._training.sampled_tokens, generator)
+        loss, cross_entropy, kl = self._model(rows, teacher_outputs, sampled)
+        # accelerate averages the gradients over processes; the loss is a mean over the tokens of all processes.
+        self._accelerator.backward(loss * (weight * self._accelerator.num_processes / tokens))
+        return weight * torch.stack([loss.detach().double(), cross_entropy, kl])
+
+    def _can_fuse(self) -> bool:
+        names = COMPILERS if self._accelerator.device.type == "cpu" else _TRITON_COMPILERS
+        if find_compiler(names) is not None:
+            return True
+        self._log_line(f"training runs unfused, which is slower: none of {', '.join(names)} is installed")
+        return False
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        latest = self._checkpoints.latest()
+        kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint exists yet"
+        raise Diverged(
+            f"step {self._progress.step + 1}: the loss is {loss} and its gradient's norm {norm}; {kept}. Try a lower "
+            "learning rate (--learning-rate), or look for damage in the models and the data"
+        )
+
+    def _agree(self, seconds: float) -> float:
+        """Returns the main process's time on all processes, so that they stop together."""
+        from accelerate.utils import broadcast_object_list
+
+        shared = [seconds]
+        broadcast_object_list(shared)
+        return shared[0]
+
+    def _evaluate(self) -> HeldOutResult | None:
+        """Judges the decoder on the main process; returns None on the others."""
+        if self._metrics is None:
+            self._accelerator.wait_for_everyone()
+            return None
+        result = evaluate(self._student, self._eval_teacher, self._held_out, self._training.pack_rows)
+        progress = self._progress
+        if progress.step not in self._metrics.evaluated:
+            self._metrics.held_out(progress, result)
+            rate = f", {progress.tokens / progress.seconds:.0f} tokens/s" if progress.seconds else ""
+            self._log_line(
+                f"step {progress.step}, {progress.tokens:,} tokens{rate}: held-out NLL {result.nll:.3f}, "
+                f"KL {result.kl:.3f}, agreement {100 * result.agreement:.1f} %"
+            )
+        self._accelerator.wait_for_everyone()
+        return result
+
+    def _save(self) -> None:
+        if self._accelerator.is_main_process:
+            self._checkpoints.save(self._student.decoder, self._optimizer, self._progress)
+        self._accelerator.wait_for_everyone()
+
+    def _finish(self, result: HeldOutResult | None) -> Pair:
+        if self._metrics is not None and result is not None:
+            facts = {
+                **self._training.model_dump(exclude_none=True),
+                "standalone": self._student.standalone,
+                "steps_done": self._progress.step,
+                "tokens": self._progress.tokens,
+                "seconds": round(self._progress.seconds, 1),
+                "held_out": result.as_dict(),
+            }
+            plot_runs([(self._out.name, self.folder / METRICS)], self.folder / "curve.png")
+            files = [self.folder / name for name in (METRICS, "curve.png", SETTINGS)]
+            write_pair(self._out, self._pair, self._student.decoder, facts, files, self._report)
+        self._accelerator.wait_for_everyone()
+        return Pair.load(self._out)
+
+    def _identity(self, standalone: bool, dtype: str) -> dict[str, Any]:
+        """Returns all settings that determine the results."""
+        return {
+            **self._training.model_dump(exclude=_MAY_CHANGE_ON_RESUME),
+            "standalone": standalone,
+            "dtype": dtype,
+            "processes": self._accelerator.num_processes,
+            "full": self._pair.full_digest,
+            "decoder": self._pair.decoder_digest,
+            "layer_map": list(self._pair.layer_map),
+            "data": digest(self._transcripts),
+            "held_out": digest(list(self._held_out.values())),
+        }
+
+    def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str, data: str) -> None:
+        """Gives ``teacher`` a cache if it fits in ``cache_gib``. Hub data sets are never cached."""
+        if not isinstance(transcripts, list) or not teacher.columns:
+            return
+        size = sum(column.bytes(transcripts) for column in teacher.columns)
+        if size > self._cache_bytes_left:
+            self._log_line(
+                f"the {name} cache would take {size / 2**30:.1f} GiB, more than --cache-gib leaves; not caching"
+            )
+            return
+        self._cache_bytes_left -= size
+        identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
+        with self._accelerator.main_process_first():
+            teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))
+
+
+def make_accelerator() -> Any:
+    """Makes the object that manages devices and processes.
+
+    Raises:
+        MissingExtra: the package accelerate is not installed.
+    """
+    with needs("pairs", "training"):
+        from accelerate import Accelerator
+
+    return Accelerator(mixed_precision="no")

@@ -1,0 +1,163 @@
+"""Present evaluations: tables for a terminal, a report folder with plots, and figures in ``pair.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from overfill.making.evaluate.compare import NOTE, TradeoffPoint
+from overfill.making.evaluate.costs import DecodeCost
+from overfill.making.evaluate.evaluation import TITLES, Evaluation
+from overfill.making.evaluate.token_metrics import Estimate, Metric
+from overfill.model.manifest import MANIFEST, Pair
+from overfill.pair.checksums import checksums_match, update_checksum
+
+TableRows = list[list[str]]
+"""A header row and data rows, all of the same length."""
+
+
+def evaluation_rows(evaluation: Evaluation) -> TableRows:
+    """Returns one row per variant, with NLL and KL in nats per token."""
+    rows = [["", "NLL", "KL", "top-1 agreement"]]
+    if evaluation.free_running:
+        rows[0] += ["teacher perplexity", "repeated 4-grams", "mean length", "finished"]
+    for name, forced in evaluation.teacher_forced.items():
+        line = [TITLES[name], _figure(forced.nll.overall), _figure(forced.kl.overall), _share(forced.agreement.overall)]
+        if (written := evaluation.free_running.get(name)) is not None:
+            line += [f"{written.perplexity:.3f}", _share(written.repeated.overall)]
+            line += [f"{written.mean_tokens:.1f}", f"{100 * written.finished:.0f} %"]
+        rows.append(line)
+    return rows
+
+
+def position_rows(metrics: Mapping[str, Metric], percent: bool) -> TableRows:
+    """Returns one row per bucket of positions, with one column per variant."""
+    rows = [["position", *metrics]]
+    columns = [{(b.first, b.last): b.estimate for b in metric.by_position} for metric in metrics.values()]
+    for first, last in sorted({bucket for column in columns for bucket in column}):
+        estimates = [column.get((first, last)) for column in columns]
+        shown = ["" if e is None else _share(e) if percent else _figure(e) for e in estimates]
+        rows.append([str(first) if first == last else f"{first}-{last}", *shown])
+    return rows
+
+
+def point_rows(points: Sequence[TradeoffPoint]) -> TableRows:
+    """Returns one row per decoder and precision."""
+    rows = [["decoder", "precision", "MB/token", "MFLOP/token", "top-1 agreement", "NLL", "KL", "alone: agreement"]]
+    rows[0].append("alone: NLL")
+    for point in points:
+        cost = [f"{point.cost.bytes / 1e6:.1f}", f"{point.cost.flops / 1e6:.1f}"]
+        judged = [_share(point.agreement), _figure(point.nll), _figure(point.kl)]
+        alone = [_share(point.agreement_alone), _figure(point.nll_alone)]
+        rows.append([point.name, point.precision, *cost, *judged, *alone])
+    return rows
+
+
+def cost_line(full: DecodeCost, decoder: DecodeCost) -> str:
+    """Describes what a decode step reads and computes, beside the full model's."""
+    return (
+        f"A decode step reads {decoder.weights / 1e6:.1f} M weights, {decoder.bytes / 1e6:.1f} MB, for "
+        f"{decoder.flops / 1e6:.1f} MFLOP; the full model in bf16 reads {full.weights / 1e6:.1f} M, "
+        f"{full.bytes / 1e6:.1f} MB, for {full.flops / 1e6:.1f} MFLOP "
+        f"(weights {100 * decoder.weights / full.weights:.1f} %, bytes {100 * decoder.bytes / full.bytes:.1f} %)."
+    )
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Writes ``report.md``, its plots and ``evaluation.json`` into ``folder``; creates the folder if needed."""
+    from overfill.making.evaluate.plots import save_drift
+
+    folder.mkdir(parents=True, exist_ok=True)
+    forced = {TITLES[name]: figures for name, figures in evaluation.teacher_forced.items()}
+    written = {TITLES[name]: figures for name, figures in evaluation.free_running.items()}
+    agreement = {name: figures.agreement for name, figures in forced.items()}
+    nll = {name: figures.nll for name, figures in forced.items()}
+    panels = {"top-1 agreement with the full model": agreement, "NLL (nats per token)": nll}
+    save_drift(folder / "drift.png", f"{evaluation.pair}: given answers", panels)
+    parts = [
+        f"# Evaluation of the pair {evaluation.pair}",
+        f"{evaluation.transcripts} held-out conversations, {evaluation.dtype} on {evaluation.device}. NLL, KL "
+        "and agreement are over answer tokens after the first, which is always the full model's. ± is one standard "
+        "error over answers.",
+        cost_line(evaluation.full, evaluation.decoder),
+        _markdown(evaluation_rows(evaluation)),
+        "## Given answers, by position",
+        "![agreement and NLL by position](drift.png)",
+        "Top-1 agreement with the full model:",
+        _markdown(position_rows(agreement, percent=True)),
+        "NLL:",
+        _markdown(position_rows(nll, percent=False)),
+    ]
+    if written:
+        teacher = {name: figures.nll for name, figures in written.items()}
+        repeated = {name: figures.repeated for name, figures in written.items()}
+        panels = {"NLL under the full model (nats per token)": teacher, "share of repeated 4-grams": repeated}
+        save_drift(folder / "free_running.png", f"{evaluation.pair}: answers of its own, greedy", panels)
+        parts += [
+            "## Answers of its own, by position",
+            "Each variant wrote greedy answers, which the full model then scored.",
+            "![NLL under the full model by position](free_running.png)",
+            "NLL under the full model:",
+            _markdown(position_rows(teacher, percent=False)),
+            "Share of 4-grams that occurred earlier in the answer:",
+            _markdown(position_rows(repeated, percent=True)),
+        ]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def write_comparison(folder: Path, points: Sequence[TradeoffPoint]) -> None:
+    """Writes ``report.md``, its plot and ``points.jsonl`` into ``folder``; creates the folder if needed."""
+    from overfill.making.evaluate.plots import save_tradeoff
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tradeoff(folder / "tradeoff.png", points)
+    parts = [
+        "# Pruning beside plain quantisation",
+        "Decoders answer on the unquantised full model's KV of the prompt. In the columns *alone* they read the prompt "
+        "themselves; for the full model that is plain quantisation. int8 has one scale per output channel, int4 a "
+        "scale and an offset for every 32 weights; int4+int8 head keeps the output head at 8 bits, as 4-bit formats "
+        "usually do. ± is one standard error over answers.",
+        NOTE,
+        _markdown(point_rows(points)),
+        "![agreement against bytes and FLOPs](tradeoff.png)",
+    ]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(point.to_json()) + "\n" for point in points)
+    (folder / "points.jsonl").write_text(lines, encoding="utf-8")
+
+
+def save_summary(pair_folder: Path, evaluation: Evaluation) -> None:
+    """Writes the evaluation's summary into ``pair.json`` atomically; valid checksums stay valid.
+
+    Raises:
+        InvalidPair: the folder holds no pair.
+    """
+    folder = Pair.load(pair_folder).folder
+    valid = checksums_match(folder)
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    manifest["eval"] = evaluation.summary()
+    temporary = folder / f".{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, folder / MANIFEST)
+    if valid:
+        update_checksum(folder, MANIFEST)
+
+
+def _figure(estimate: Estimate) -> str:
+    return "-" if math.isnan(estimate.mean) else f"{estimate.mean:.3f} ± {estimate.standard_error:.3f}"
+
+
+def _share(estimate: Estimate) -> str:
+    if math.isnan(estimate.mean):
+        return "-"
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f} %"
+
+
+def _markdown(rows: TableRows) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,169 @@
+"""Run whole transcripts through both halves of a pair, with the services' forward pass.
+
+The engine's ``Transformer`` runs over a KV cache that holds one batch of sequences, without scheduling or padding. A
+block is one token: a token's slot is its sequence's first slot plus its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overfill.kv.cache import KvCache, copy_sequence
+from overfill.kv.codecs import quantise, restore
+from overfill.kv.spec import DTypeName, KvCacheDtype
+from overfill.kv.tensors import TORCH_DTYPES
+from overfill.making.conversations import Transcript
+from overfill.model.batch import ForwardBatch
+from overfill.model.transformer import ForwardModel
+from overfill.v1 import common_pb2
+
+BATCH_TOKENS = 1024
+"""Tokens of a batch, unless one transcript is longer. Memory holds the logits of a batch for two models at once."""
+
+
+def batches(transcripts: Sequence[Transcript], tokens: int = BATCH_TOKENS) -> Iterator[list[Transcript]]:
+    """Groups consecutive transcripts with at most ``tokens`` in total; a longer transcript is a batch of its own."""
+    batch: list[Transcript] = []
+    size = 0
+    for transcript in transcripts:
+        if batch and size + len(transcript.token_ids) > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(transcript)
+        size += len(transcript.token_ids)
+    if batch:
+        yield batch
+
+
+def cache_tokens(transcripts: Sequence[Transcript]) -> int:
+    """Returns the number of tokens in the largest of the ``batches``, which a cache must hold."""
+    return max([BATCH_TOKENS, *(len(t.token_ids) for t in transcripts)])
+
+
+@dataclass(frozen=True, slots=True)
+class _NewTokens:
+    """New tokens of one sequence, from position ``start``. The last ``num_logits`` of them get logits."""
+
+    tokens: Sequence[int]
+    start: int
+    slot: int  # slot of position 0
+    num_logits: int
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class BatchModel:
+    """A model with a KV cache for one batch of ``max_tokens`` tokens.
+
+    Raises:
+        ValueError: on use, if a batch is larger.
+    """
+
+    def __init__(self, model: ForwardModel, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
+        self.model = model
+        spec = model.config.kv_spec(_dtype_name(model.dtype))
+        self.cache = KvCache(spec, max_tokens, 1, model.device, kv_cache_dtype)
+
+    def read_all(self, batch: Sequence[Transcript], skip: int) -> Tensor:
+        """Reads prompts and answers, and predicts the answer tokens from index ``skip`` on.
+
+        Each prompt needs at least one token, and each answer at least ``skip``.
+
+        Returns:
+            [N, vocab] float32, a row per answer token without the first ``skip`` of each answer, in order.
+        """
+        slots = _slots(batch)
+        return self._forward(
+            [_NewTokens(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
+        )
+
+    def read_prompts(self, batch: Sequence[Transcript]) -> Tensor:
+        """Reads the prompts only and predicts each answer's first token. [len(batch), vocab] float32"""
+        return self._forward([_NewTokens(t.prompt, 0, slot, 1) for t, slot in zip(batch, _slots(batch), strict=True)])
+
+    def read_answers(
+        self,
+        batch: Sequence[Transcript],
+        full: BatchModel,
+        layer_map: Sequence[int],
+        codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
+    ) -> Tensor:
+        """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
+
+        Args:
+            codec: Codec that encodes and decodes the prompts' KV on its way.
+
+        Returns:
+            [N, vocab] float32, a row per answer token without the first of each answer, in order.
+        """
+        new = []
+        for transcript, slot in zip(batch, _slots(batch), strict=True):
+            start, inputs = transcript.answer_start, transcript.answer[:-1]
+            blocks = range(slot, slot + start)
+            copy_sequence(full.cache, blocks, self.cache, blocks, layer_map, start)
+            if codec != common_pb2.KV_CODEC_RAW:
+                for half in (self.cache.k, self.cache.v):
+                    prompt = half[:, slot : slot + start]
+                    prompt.copy_(restore(*quantise(prompt, codec), half.dtype))
+            if inputs:
+                new.append(_NewTokens(inputs, start, slot, len(inputs)))
+        return self._forward(new)
+
+    def _forward(self, sequences: Sequence[_NewTokens]) -> Tensor:
+        device = self.model.device
+        if not sequences:
+            return torch.empty(0, self.model.config.vocab_size, device=device)
+        ends = [s.end for s in sequences]
+        if sequences[-1].slot + ends[-1] > self.cache.num_blocks:
+            needed = sequences[-1].slot + ends[-1]
+            raise ValueError(f"the batch has {needed} tokens; the cache holds {self.cache.num_blocks}")
+        tables = torch.zeros(len(sequences), max(ends), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tables[row, : sequence.end] = torch.arange(sequence.slot, sequence.slot + sequence.end)
+        positions = torch.cat([torch.arange(s.start, s.end) for s in sequences])
+        slots = torch.cat([torch.arange(s.slot + s.start, s.slot + s.end) for s in sequences])
+        return self.model.forward(
+            ForwardBatch(
+                token_ids=torch.tensor([token for s in sequences for token in s.tokens]).to(device),
+                positions=positions.to(device),
+                slots=slots.to(device),
+                query_lens=[len(s.tokens) for s in sequences],
+                context_lens=ends,
+                block_tables=tables.to(device),
+                context_lens_device=torch.tensor(ends).to(device),
+                logits_indices=_logits_rows(sequences).to(device),
+            ),
+            self.cache,
+        )
+
+
+def target_tokens(batch: Sequence[Transcript], skip: int) -> Tensor:
+    """Returns the answer tokens without the first ``skip`` of each answer. [N] int64"""
+    return torch.tensor([token for t in batch for token in t.answer[skip:]], dtype=torch.int64)
+
+
+def _slots(batch: Sequence[Transcript]) -> list[int]:
+    slots, total = [], 0
+    for transcript in batch:
+        slots.append(total)
+        total += len(transcript.token_ids)
+    return slots
+
+
+def _logits_rows(sequences: Sequence[_NewTokens]) -> Tensor:
+    rows, end = [], 0
+    for sequence in sequences:
+        end += len(sequence.tokens)
+        rows.append(torch.arange(end - sequence.num_logits, end))
+    return torch.cat(rows)
+
+
+def _dtype_name(dtype: torch.dtype) -> DTypeName:
+    names: dict[torch.dtype, DTypeName] = {TORCH_DTYPES[name]: name for name in ("float32", "bfloat16", "float16")}
+    return names[dtype]

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from overfill.errors import InvalidRequest, UnsupportedModel
+from overfill.making.build import SCORES_FILE, build_pair, limit_answer_tokens
+from overfill.making.conversations import Conversation, Transcript
+from overfill.making.prune import Scores
+from overfill.making.recipe import DecoderRecipe, resolve_size
+from overfill.making.tiny import Architecture, make_tiny_pair
+from overfill.model.config import ModelConfig
+from overfill.model.digest import checkpoint_digest
+from overfill.model.head import tokens_in_row_order
+from overfill.model.loading import load_weights
+from overfill.model.manifest import Pair
+
+CHATS = [
+    Conversation(
+        (
+            {"role": "user", "content": f"What is {n} + {n}?"},
+            {
+                "role": "assistant",
+                "content": f"The answer to your question, {n} + {n}, is {2 * n}. Please write it.",
+            },
+        )
+    )
+    for n in range(40)
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_built_decoder_runs_in_plain_transformers(architecture: Architecture, tmp_path: Path) -> None:
+    full = make_tiny_pair(tmp_path / "tiny", architecture=architecture, identity=True) / "full"
+    recipe = DecoderRecipe(hidden_size=50, intermediate_size=0.5, layers=3)
+    pair = build_pair(full, tmp_path / "built", recipe, CHATS)
+    config = pair.decoder_config
+    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (50, 64, 3)
+    assert len(pair.layer_map) == 3
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
+    assert pair.recipe["fit"] == "least-squares"
+    assert pair.recipe["fitted_on_answer_tokens"] > 500
+    decoder = AutoModelForCausalLM.from_pretrained(pair.decoder_path)
+    assert decoder(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    scores = Scores.load(pair.folder / SCORES_FILE, checkpoint_digest(full))
+    assert scores is not None
+    assert scores.neurons.shape == (4, 128)
+    Pair.load(pair.folder, check_digests=True)
+
+
+def test_building_twice_gives_the_same_decoder(tiny_pair: Path, tmp_path: Path) -> None:
+    recipe = DecoderRecipe(intermediate_size=64)
+    one, two = (build_pair(tiny_pair / "full", tmp_path / name, recipe, CHATS) for name in ("one", "two"))
+    assert one.decoder_digest == two.decoder_digest
+
+
+def test_the_type_of_the_elements_stays(tmp_path: Path, tiny_pair: Path) -> None:
+    full = tmp_path / "bf16"
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair / "full", dtype=torch.bfloat16)
+    model.save_pretrained(full)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (tiny_pair / "full" / name).exists():
+            (full / name).write_bytes((tiny_pair / "full" / name).read_bytes())
+    pair = build_pair(full, tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
+    assert AutoModelForCausalLM.from_pretrained(pair.decoder_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_decoder_of_full_size_is_the_full_model(tiny_pair: Path, tmp_path: Path) -> None:
+    assert build_pair(tiny_pair / "full", tmp_path / "plain", DecoderRecipe(), []).identity
+    quantised = build_pair(tiny_pair / "full", tmp_path / "int8", DecoderRecipe(quantize="int8"), [])
+    assert quantised.quantize == "int8"
+    assert quantised.decoder_path == quantised.full_path
+
+
+@pytest.mark.parametrize(
+    "recipe", [DecoderRecipe(), DecoderRecipe(quantize="int8"), DecoderRecipe(intermediate_size=64)]
+)
+def test_a_full_model_that_is_stored_quantised_is_refused(
+    recipe: DecoderRecipe, tiny_pair: Path, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    shutil.copytree(tiny_pair / "full", full)
+    config = json.loads((full / "config.json").read_text())
+    (full / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModel, match="the weights are stored in fp8"):
+        build_pair(full, tmp_path / "built", recipe, CHATS)
+    assert not (tmp_path / "built").exists()
+
+
+def test_a_failed_build_leaves_nothing(tiny_pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "built"
+    for recipe, chats, message in (
+        (DecoderRecipe(intermediate_size=129), CHATS, r"intermediate_size: must be in 1\.\.128"),
+        (DecoderRecipe(intermediate_size=64), [], "calibration: holds no answers"),
+        (DecoderRecipe(intermediate_size=64), CHATS[:2], "calibration: has .* answer tokens"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            build_pair(tiny_pair / "full", out, recipe, chats)
+    assert [f.name for f in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(100, 100), (1.0, 1536), (0.5, 768), (0.55, 832), (0.001, 64), (0.99, 1536)]
+)
+def test_shares_become_multiples_of_64_and_numbers_stay(size: int | float, expected: int) -> None:
+    assert resolve_size("intermediate_size", size, 1536) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1537, 0.0, 1.5, -1])
+def test_sizes_that_do_not_fit_are_refused(size: int | float) -> None:
+    with pytest.raises(InvalidRequest, match="hidden_size"):
+        resolve_size("hidden_size", size, 1536)
+
+
+def test_calibration_text_is_cut_to_the_tokens_asked_for() -> None:
+    text = [Transcript(tuple(range(30)), 10), Transcript(tuple(range(40)), 10)]
+    assert [len(t.answer) for t in limit_answer_tokens(text, 25)] == [20, 5]
+    assert limit_answer_tokens(text, 20) == text[:1]
+    assert limit_answer_tokens(text, 1000) == text
+
+
+def test_the_config_says_what_changed_and_nothing_else(tiny_pair: Path, tmp_path: Path) -> None:
+    pair = build_pair(tiny_pair / "full", tmp_path / "built", DecoderRecipe(intermediate_size=64, fit="none"), CHATS)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (pair.full_path, pair.decoder_path))
+    assert after == before | {"intermediate_size": 64}
+    assert ModelConfig.load(pair.decoder_path).eos_token_ids == pair.full_config.eos_token_ids
+
+
+@pytest.mark.parametrize("fit", ["least-squares", "none"])
+def test_a_head_in_two_parts_is_an_ordinary_one_to_plain_transformers(fit: str, tmp_path: Path) -> None:
+    """End-of-sequence tokens keep their rows; the engine reads the two parts and computes the same."""
+    full = make_tiny_pair(tmp_path / "tiny", identity=True) / "full"
+    vocab = ModelConfig.load(full).vocab_size
+    whole, lowered = (
+        build_pair(full, tmp_path / name, DecoderRecipe(intermediate_size=64, fit=fit, **head), CHATS)
+        for name, head in (("whole", {}), ("lowered", {"head_tokens": 128, "tail_rank": 9}))
+    )
+    config = lowered.decoder_config
+    assert (config.head_tokens, config.tail_rank, config.vocab_size) == (128, 9, vocab)
+    rows = [AutoModelForCausalLM.from_pretrained(p.decoder_path).lm_head.weight.detach() for p in (whole, lowered)]
+    kept = tokens_in_row_order(vocab, config.head_mask)[:128]
+    assert set(config.eos_token_ids) < set(kept.tolist())
+    torch.testing.assert_close(rows[1][kept], rows[0][kept], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(rows[1], rows[0], atol=1e-3)
+
+    weights = load_weights(lowered.decoder_path, config, torch.float32, torch.device("cpu"))
+    assert weights.tail is not None
+    ours = torch.cat([weights.head, weights.tail.left @ weights.tail.right])[weights.tail.row_index]
+    torch.testing.assert_close(ours, rows[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 64])
+def test_a_rank_that_does_not_fit_is_refused(rank: int, tiny_pair: Path) -> None:
+    with pytest.raises(InvalidRequest, match="tail_rank"):
+        DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=rank).check(tiny_pair / "full")
+
+
+def test_a_decoder_with_such_a_head_is_no_full_model(tiny_pair: Path, tmp_path: Path) -> None:
+    recipe = DecoderRecipe(intermediate_size=64, head_tokens=128, tail_rank=9)
+    built = build_pair(tiny_pair / "full", tmp_path / "built", recipe, CHATS)
+    with pytest.raises(UnsupportedModel, match="head in two parts"):
+        build_pair(built.decoder_path, tmp_path / "again", DecoderRecipe(intermediate_size=32), CHATS)

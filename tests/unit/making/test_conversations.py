@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidPair, InvalidRequest
+from overfill.making.calibration import calibration_text
+from overfill.making.conversations import (
+    Conversation,
+    append_jsonl,
+    encode,
+    read_conversations,
+    shipped_conversations,
+)
+from overfill.making.synthetic_data import generate_conversations
+from overfill.pair.llm import Completion
+from overfill.request.params import SamplingParams
+
+
+def chat(question: str, answer: str) -> Conversation:
+    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+def test_conversations_survive_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    chats = [chat("What is 1 + 1?", "2"), chat("北京在哪里?", "In China.\nIn the north.")]
+    append_jsonl(file, chats[:1])
+    append_jsonl(file, chats[1:])
+    assert read_conversations(file) == chats
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "[]",
+        '{"messages": "text"}',
+        '{"messages": [{"role": "user", "content": "only a question"}]}',
+        '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}',
+        '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]}',
+    ],
+)
+def test_a_line_that_is_no_chat_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    append_jsonl(file, [chat("What is 1 + 1?", "2")])
+    with file.open("a") as out:
+        out.write(line + "\n")
+    with pytest.raises(InvalidRequest, match=r"chats\.jsonl:2"):
+        read_conversations(file)
+
+
+def test_a_transcript_is_the_prompt_the_answer_and_its_end(tiny_pair: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_pair / "full")
+    (transcript,) = encode([chat("How does this work?", "Step by step.")], tokenizer)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "How does this work?"}])
+    assert list(transcript.prompt) == prompt
+    assert tokenizer.decode(transcript.answer) == "Step by step."
+    assert transcript.answer[-1] in tokenizer.eos_token_ids
+    cut = encode([chat("How does this work?", "Step by step.")], tokenizer, max_tokens=len(prompt) + 2)
+    assert cut[0].token_ids == transcript.token_ids[: len(prompt) + 2]
+    assert encode([chat("How does this work?", "Step by step.")], tokenizer, max_tokens=len(prompt)) == []
+
+
+def test_shipped_parts_share_no_question() -> None:
+    calibration, held_out = (shipped_conversations(part) for part in ("calibration", "held_out"))
+    assert len(held_out) >= 30
+    questions = [c.messages[0]["content"] for c in (*calibration, *held_out)]
+    assert len(set(questions)) == len(questions)
+
+
+class Author:
+    """Replaces the engine; questions and answers depend on the seeds only."""
+
+    def __init__(self, pair: str, **_: object) -> None:
+        self.tokenizer = Tokenizer.load(Path(pair) / "full")
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
+        opening = self.tokenizer.encode_user_opening()
+        return [
+            self._question(s.seed or 0) if prompt == opening else self._answer(prompt)
+            for prompt, s in zip(prompts, sampling, strict=True)
+        ]
+
+    def _question(self, seed: int) -> Completion:
+        kinds = (f"What is {seed // 8} + 1?", f"What is {seed // 8} + 1?", "Hm?", f"How does {seed}", "\ufffd" * 20)
+        kind = min(seed % 8, 4)
+        return Completion(f"{kinds[kind]} ", [5] * 20, "length" if kind == 3 else "stop", 1)
+
+    def _answer(self, prompt: list[int]) -> Completion:
+        asked = self.tokenizer.decode(prompt)
+        tokens = 3 if "+ 1" in asked and " 1 +" in asked else 20
+        return Completion(f" It is this: {len(asked)}. ", [5] * tokens, "length", len(prompt))
+
+
+def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+
+    def write(seed: int) -> list[Conversation]:
+        return list(generate_conversations(tiny_pair / "full", 10, seed=seed))
+
+    chats = write(0)
+    # Questions 0 and 2 to 10 remain: each once, neither cut off, short nor garbled, nor answered in 3 tokens.
+    assert [c.messages[0]["content"] for c in chats] == [f"What is {n} + 1?" for n in (0, *range(2, 11))]
+    assert all(c.messages[-1]["content"].startswith("It is this") for c in chats)
+    assert write(0) == chats
+    assert write(1) != chats
+
+
+def test_a_model_that_writes_nothing_usable_is_told(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    monkeypatch.setattr(Author, "_question", lambda self, seed: Completion("?", [5], "stop", 1))
+    with pytest.raises(InvalidPair, match="only 0 of"):
+        list(generate_conversations(tiny_pair / "full", 3))
+
+
+def test_an_unknown_source_of_calibration_text_is_refused(tiny_pair: Path) -> None:
+    for source in ("nothing", "some/where.jsonl"):
+        with pytest.raises(InvalidRequest, match="calibration"):
+            calibration_text(source, tiny_pair / "full", 1000)

@@ -1,0 +1,206 @@
+"""Recipes, the data that they name, and the order of the batches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.errors import InvalidRequest, OverfillError
+from overfill.making.conversations import Transcript
+from overfill.making.distill.data import HubTranscripts, batches, digest, load_data
+from overfill.making.distill.dry_run import dry_run
+from overfill.making.distill.recipe import Data, changed, read_recipe, recipe_names
+from overfill.making.distill.teacher_cache import Column, TeacherCache
+from overfill.making.hub_data import as_conversation
+
+SIZES = {
+    "llama-3.2-3b-to-1b": (3072, 8192, 1689, 4505),
+    "llama-3.2-3b-to-1b-aligned": (3072, 8192, 1664, 4480),
+    "llama-3.1-8b-to-3b": (4096, 14336, 2334, 8171),
+    "llama-3.1-8b-to-3b-aligned": (4096, 14336, 2304, 8192),
+}
+SMALL = """
+source = "a test"
+[full]
+id = "none/none"
+hidden_size = 96
+intermediate_size = 120
+num_heads = 6
+num_kv_heads = 2
+head_dim = 16
+[decoder]
+hidden_size = 53
+intermediate_size = 71
+[training]
+epochs = 1
+learning_rate = 1e-3
+"""
+
+
+def write_chats(file: Path, count: int) -> Path:
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {i}?"},
+                {"role": "assistant", "content": "Yes. " * (i + 1)},
+            ]
+        }
+        for i in range(count)
+    ]
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return file
+
+
+def test_every_packaged_recipe_is_valid() -> None:
+    assert set(recipe_names()) == {*SIZES, "smollm2-fast"}
+    for name, sizes in SIZES.items():
+        recipe = read_recipe(name)
+        assert recipe.full is not None
+        assert recipe.decoder is not None
+        full, decoder = recipe.full, recipe.decoder
+        assert (full.hidden_size, full.intermediate_size, decoder.hidden_size, decoder.intermediate_size) == sizes
+        assert decoder.hidden_size % 128 == 0 if "aligned" in name else decoder.hidden_size % 128
+    assert read_recipe("smollm2-fast").training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("source = 'x'\n[training]\nsteps = 1\nlearning_rat = 1\n", r"training\.learning_rat: Extra inputs"),
+        ("source = 'x'\n[training]\nsteps = 0\n", r"training\.steps: Input should be greater than 0"),
+        ("source = 'x'\n[training]\n", "exactly one of steps, minutes and epochs"),
+        ("source = 'x'\n[training]\nsteps = 1\nsampled_tokens = 9\n", "sampled_tokens needs top_tokens"),
+        ("source = 'x'\n[training]\nsteps = 1\ncross_entropy = 0\nkl = 0\n", "must not both be 0"),
+        ("source = ", "is not TOML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(InvalidRequest, match=message):
+        read_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_an_unknown_recipe_names_the_packaged_ones() -> None:
+    with pytest.raises(InvalidRequest, match=r"packaged are .*smollm2-fast"):
+        read_recipe("smollm3")
+
+
+def test_options_override_a_recipe_and_a_length_replaces_the_other() -> None:
+    training = changed(read_recipe("smollm2-fast").training, steps=5, kl=None, learning_rate=1e-3)
+    assert (training.steps, training.minutes, training.kl, training.learning_rate) == (5, None, 0.7, 1e-3)
+    with pytest.raises(InvalidRequest, match="learning_rate: Input should be greater than 0"):
+        changed(training, learning_rate=-1.0)
+
+
+def test_data_is_read_from_a_file(tiny_pair: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_pair / "full")
+    file = str(write_chats(tmp_path / "chats.jsonl", 5))
+    held_out = str(write_chats(tmp_path / "held_out.jsonl", 4))
+    transcripts, judged = load_data(Data(source=file, held_out=held_out, max_held_out=3), tokenizer)
+    assert (len(transcripts), len(judged)) == (5, 3)
+    assert digest(transcripts) != digest(judged) == digest(transcripts[:3])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere.jsonl", "neither `shipped`, nor a file"), ("someone/chats", r"needs datasets, .*\[pairs\]")],
+)
+def test_data_that_cannot_be_had_is_named(
+    source: str, message: str, tiny_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OverfillError, match=message):
+        load_data(Data(source=source), Tokenizer.load(tiny_pair / "full"))
+
+
+def test_answers_of_one_token_teach_nothing(tiny_pair: Path, tmp_path: Path) -> None:
+    file = tmp_path / "empty.jsonl"
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}
+    file.write_text(json.dumps(chat) + "\n")
+    with pytest.raises(InvalidRequest, match="holds no conversation with an answer"):
+        load_data(Data(source=str(file), held_out=str(file)), Tokenizer.load(tiny_pair / "full"))
+
+
+def test_conversations_of_both_spellings_are_read_up_to_their_last_answer() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    found = as_conversation(turns)
+    assert found is not None
+    assert found.messages == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    assert as_conversation(turns[:1]) is None
+    assert as_conversation([{"role": "user", "content": None}, *turns[1:]]) is None
+    assert as_conversation(None) is None
+    assert as_conversation([None]) is None
+
+
+def test_a_hub_row_that_the_chat_template_refuses_is_skipped(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b c {i}"}]} for i in "12"
+    ]
+    tokenizer = Tokenizer.load(tiny_pair / "full")
+    encode_chat = tokenizer.encode_chat
+
+    def refuse(messages: Any) -> list[int]:
+        if not refused:
+            refused.append(messages)
+            raise InvalidRequest("messages", "roles must alternate")
+        return encode_chat(messages)
+
+    refused: list[Any] = []
+    monkeypatch.setattr(tokenizer, "encode_chat", refuse)
+    transcripts = HubTranscripts(rows, Data(source="owner/name"), tokenizer)
+    assert transcripts[0] is None
+    assert transcripts[1] is not None
+
+
+def test_batches_take_every_transcript_once_an_epoch_and_can_start_anywhere() -> None:
+    source = batches(10, 4, seed=3, first_step=0)
+    taken = [next(source) for _ in range(10)]
+    flat = [index for batch in taken for index in batch]
+    assert all(sorted(flat[start : start + 10]) == list(range(10)) for start in range(0, 40, 10))
+    assert flat[:10] != flat[10:20]
+    later = batches(10, 4, seed=3, first_step=6)
+    assert [next(later) for _ in range(4)] == taken[6:]
+    assert next(batches(10, 4, seed=4, first_step=0)) != taken[0]
+
+
+def test_the_cache_gives_back_what_it_was_given_and_forgets_when_something_changed(tmp_path: Path) -> None:
+    transcripts = [Transcript(tuple(range(n)), 2 + n % 2) for n in (5, 6, 7)]
+    columns = [Column("prefix", "prompt", (2, -1, 3), torch.float16), Column("top_ids", "learnt", (-1, 2), torch.int32)]
+    cache = TeacherCache(tmp_path, transcripts, columns, "one")
+    assert 2 not in cache
+    chosen = {2: transcripts[2], 0: transcripts[0]}
+    prompt, learnt = 3 + 3, 3 + 1
+    computed = {
+        "prefix": torch.arange(2.0 * prompt * 3).view(2, prompt, 3),
+        "top_ids": torch.arange(learnt * 2).view(-1, 2),
+    }
+    cache.write(chosen, computed)
+
+    again = TeacherCache(tmp_path, transcripts, columns, "one")
+    assert [number in again for number in range(3)] == [True, False, True]
+    assert torch.equal(again.read([2, 0])["prefix"].float(), computed["prefix"])
+    assert again.read([2])["top_ids"].tolist() == computed["top_ids"][:3].tolist()
+    assert 2 not in TeacherCache(tmp_path, transcripts, columns, "another")
+
+
+def test_a_dry_run_reloads_in_plain_transformers(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(SMALL)
+    tried = dry_run(read_recipe(str(tmp_path / "small.toml")), tmp_path / "run")
+    assert tried.shapes["mlp.gate_proj.weight"] == (71, 53)
+    assert tried.shapes["self_attn.q_proj.weight"] == (96, 53)
+    assert tried.difference < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["llama-3.2-3b-to-1b", "llama-3.1-8b-to-3b"])
+def test_the_papers_widths_pass_a_dry_run(name: str, tmp_path: Path) -> None:
+    tried = dry_run(read_recipe(name), tmp_path)
+    assert tried.shapes["mlp.down_proj.weight"] == SIZES[name][2:]
+    assert tried.difference < 1e-3

@@ -1,0 +1,337 @@
+"""Evaluations of tiny pairs against plain transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from overfill.cli.evaluate import _transcripts, compare_command, eval_command
+from overfill.engine.build import load_half
+from overfill.errors import InvalidRequest
+from overfill.making.conversations import Transcript
+from overfill.making.evaluate.compare import compare
+from overfill.making.evaluate.costs import PRECISIONS
+from overfill.making.evaluate.evaluation import Evaluation, evaluate
+from overfill.making.evaluate.evaluation_report import save_summary
+from overfill.making.evaluate.forward import batches
+from overfill.making.evaluate.free_running import judge_answers
+from overfill.making.tiny import make_tiny_pair
+from overfill.model.manifest import Pair, write_manifest
+from overfill.model.transformer import Transformer
+from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.pair.hf_model import load_hf_model
+from overfill.pair.llm import Completion
+from overfill.pair.reference import TwoStageReference, _forward
+
+_GENERATOR = torch.Generator().manual_seed(8)
+LENGTHS = ((30, 20), (5, 40), (1, 2), (700, 3), (12, 400), (40, 9))
+TRANSCRIPTS = [
+    Transcript(tuple(torch.randint(2, 512, (prompt + answer,), generator=_GENERATOR).tolist()), prompt)
+    for prompt, answer in LENGTHS
+]
+ANSWER_TOKENS = sum(answer - 1 for _, answer in LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_pair: Path) -> Evaluation:
+    return evaluate(tiny_pair, TRANSCRIPTS, free_running=False, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "identity", identity=True)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three conversations in a file."""
+    texts = [("What is a block?", "A block holds sixteen tokens."), ("And a table?", "A row."), ("Why?", "For speed.")]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    return file
+
+
+def through_int8(vectors: torch.Tensor) -> torch.Tensor:
+    scale = vectors.abs().amax(-1, keepdim=True) / 127
+    return (vectors / scale).round() * scale
+
+
+def through_fp8(vectors: torch.Tensor) -> torch.Tensor:
+    scale = vectors.abs().amax(-1, keepdim=True) / 448
+    return (vectors / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+@torch.inference_mode()
+def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str, tuple[float, float, float]]:
+    """(NLL, KL, agreement) of each variant over answer tokens 1 and up, one transcript at a time."""
+    reference = TwoStageReference(pair_folder)
+    decoder = load_hf_model(reference.pair.decoder_path)
+    full = load_hf_model(reference.pair.full_path)
+    names = ("full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone")
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+    total = 0
+    for transcript in transcripts:
+        whole = torch.tensor([transcript.token_ids[:-1]])
+        logits = {
+            "full": full(whole).logits[0, transcript.answer_start :],
+            "decoder_alone": decoder(whole).logits[0, transcript.answer_start :],
+        }
+        for name, rounded in (
+            ("two_stage", None),
+            ("two_stage_int8", through_int8),
+            ("two_stage_fp8", through_fp8),
+            ("two_stage_int8_cache", through_int8),
+        ):
+            cache, _ = reference._prefill(transcript.prompt)
+            for layer in cache.layers if rounded is not None else ():
+                layer.keys, layer.values = rounded(layer.keys), rounded(layer.values)
+                if name == "two_stage_int8_cache":  # the decoder's own KV is int8 too
+                    layer.update = partial(_update_through, layer.update, rounded)
+            logits[name] = _forward(decoder, list(transcript.answer[:-1]), transcript.answer_start, cache)
+        targets = torch.tensor(transcript.answer[1:])
+        truth = logits["full"].double().log_softmax(-1)
+        total += len(targets)
+        for name, own in logits.items():
+            q = own.double().log_softmax(-1)
+            nll = -q[torch.arange(len(targets)), targets].sum()
+            kl = (truth.exp() * (truth - q)).sum()
+            sums[name] += torch.stack([nll, kl, (truth.argmax(-1) == q.argmax(-1)).sum()])
+    return {name: tuple((values / total).tolist()) for name, values in sums.items()}
+
+
+def _update_through(update, rounded, keys, values, *args, **kwargs):
+    return update(rounded(keys), rounded(values), *args, **kwargs)
+
+
+def figures(evaluation: Evaluation) -> dict[str, tuple[float, float, float]]:
+    return {
+        name: (f.nll.overall.mean, f.kl.overall.mean, f.agreement.overall.mean)
+        for name, f in evaluation.teacher_forced.items()
+    }
+
+
+def test_figures_are_those_of_plain_transformers(tiny_pair: Path, evaluation: Evaluation) -> None:
+    expected = plain_figures(tiny_pair, TRANSCRIPTS)
+    assert figures(evaluation).keys() == expected.keys()
+    for name, values in figures(evaluation).items():
+        # The last bit of a value decides how its code is rounded.
+        close = 1e-4 if name in ("full", "two_stage", "decoder_alone") else 5e-3
+        assert values == pytest.approx(expected[name], rel=close, abs=close), name
+    assert figures(evaluation)["two_stage_int8"] != figures(evaluation)["two_stage"]
+    assert figures(evaluation)["two_stage_int8_cache"] != figures(evaluation)["two_stage_int8"]
+    assert evaluation.teacher_forced["two_stage"].kl.overall.mean > 0.1
+
+
+def test_the_layer_map_is_followed(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
+    folder = fresh()
+    write_manifest(folder, layer_map=[0, 1, 2, 2])
+    mapped = evaluate(folder, TRANSCRIPTS, free_running=False, dtype="float32")
+    assert figures(mapped)["two_stage"] == pytest.approx(plain_figures(folder, TRANSCRIPTS)["two_stage"], abs=1e-4)
+    assert figures(mapped)["two_stage"] != pytest.approx(figures(evaluation)["two_stage"], abs=1e-2)
+    assert figures(mapped)["decoder_alone"] == figures(evaluation)["decoder_alone"]
+
+
+def test_every_answer_token_but_the_first_is_counted_where_it_stands(evaluation: Evaluation) -> None:
+    for forced in evaluation.teacher_forced.values():
+        for metric in (forced.nll, forced.kl, forced.agreement):
+            assert metric.overall.count == ANSWER_TOKENS
+            counts = {b.first: b.estimate.count for b in metric.by_position}
+            assert counts[1] == len(LENGTHS)
+            assert counts[256] == 400 - 256
+            assert sum(counts.values()) == ANSWER_TOKENS
+
+
+def test_an_identity_pair_is_the_full_model(identity: Path) -> None:
+    result = evaluate(identity, TRANSCRIPTS[:3], dtype="float32", max_tokens=24)
+    for name in ("full", "two_stage", "decoder_alone"):
+        nll, kl, agreement = figures(result)[name]
+        assert agreement == 1, name
+        assert kl == pytest.approx(0, abs=1e-4)
+        assert nll == pytest.approx(figures(result)["full"][0], rel=1e-5)
+    assert result.decoder == result.full
+    full, two_stage, alone = (result.free_running[name] for name in ("full", "two_stage", "decoder_alone"))
+    assert full == two_stage == alone
+
+
+def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> None:
+    prompts = TRANSCRIPTS
+    result = evaluate(tiny_pair, prompts, dtype="float32", max_tokens=24)
+    reference = TwoStageReference(tiny_pair)
+    answers = [reference.generate(t.prompt, 24) for t in prompts]
+    written = [Transcript((*t.prompt, *answer), len(t.prompt)) for t, answer in zip(prompts, answers, strict=True)]
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for transcript in written:
+            logits = load_hf_model(tiny_pair / "full")(torch.tensor([transcript.token_ids[:-1]])).logits[0]
+            rows = logits[transcript.answer_start - 1 :].double().log_softmax(-1)
+            total -= float(rows[torch.arange(len(rows)), torch.tensor(transcript.answer)].sum())
+            count += len(rows)
+    found = result.free_running["two_stage"]
+    assert found.nll.overall.count == count
+    assert found.nll.overall.mean == pytest.approx(total / count, rel=1e-4)
+    assert found.mean_tokens == count / len(answers)
+    assert found.finished == sum(len(a) < 24 for a in answers) / len(answers)
+    assert found.nll.by_position[0].first == 0
+    assert len({figures.nll for figures in result.free_running.values()}) == 3  # three writers
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_one_engine_at_a_time_is_in_memory(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[object]] = []
+    alive: list[int] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        loaded = load_half(*args, **options)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    for module in ("overfill.engine.load", "overfill.making.evaluate.evaluation"):
+        monkeypatch.setattr(f"{module}.load_half", load)
+    evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=2)
+    assert alive == [0, 1] * 4  # three writers, then the models that judge
+
+
+def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
+    full = Transformer.load(tiny_pair / "full", torch.float32, torch.device("cpu"))
+    prompts = [(5, 6, 7)] * 3
+    answers = [
+        Completion("", [8, 9, 10, 11, 12, 13], "length", 3),
+        Completion("", [], "stop", 3),
+        Completion("", [8, 8, 8, 8, 8, 8], "length", 3),
+    ]
+    found = judge_answers(full, prompts, answers)
+    assert (found.mean_tokens, found.finished) == (4, pytest.approx(1 / 3))
+    assert (found.nll.overall.count, found.repeated.overall.count) == (12, 6)
+    assert [(b.first, b.estimate.mean) for b in found.repeated.by_position] == [(2, 0), (4, 0.5)]
+
+
+def test_batches_keep_order_and_are_bounded() -> None:
+    sizes = [[len(t.token_ids) for t in batch] for batch in batches(TRANSCRIPTS, 100)]
+    assert sizes == [[50, 45, 3], [703], [412], [49]]
+    assert [len(batch) for batch in batches(TRANSCRIPTS[3:], 100)] == [1, 1, 1]
+
+
+def test_too_short_answers_are_refused(tiny_pair: Path) -> None:
+    with pytest.raises(InvalidRequest, match="two tokens"):
+        evaluate(tiny_pair, [Transcript((5, 6), 1)], free_running=False)
+
+
+def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:
+    with pytest.raises(InvalidRequest, match="3000 tokens; the pair's context is 2048"):
+        evaluate(tiny_pair, [Transcript((5,) * 3000, 10)], free_running=False)
+
+
+def test_long_conversations_are_judged_whole(tiny_pair: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b " * 600}]}
+    file.write_text(json.dumps(chat) + "\n")
+    (transcript,) = _transcripts(tiny_pair, file, None)
+    assert len(transcript.answer) > 1024
+
+
+def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> None:
+    points = list(compare([tiny_pair], TRANSCRIPTS, dtype="float32"))
+    found = {(p.name, p.precision): p for p in points}
+    assert list(found) == [(n, p) for n in ("full model", "tiny") for p in PRECISIONS]
+    full = [found["full model", p] for p in PRECISIONS]
+    bf16, int8, *int4 = (p.agreement.mean for p in full)
+    assert bf16 > int8 > max(int4)
+    assert full[0].agreement.mean > 0.9  # random weights leave small margins
+    assert full[0].kl.mean < full[1].kl.mean < min(p.kl.mean for p in full[2:])
+    assert full[2].kl.mean != full[3].kl.mean
+    assert [p.cost.bytes for p in full] == sorted((p.cost.bytes for p in full), reverse=True)
+    assert len({p.cost.flops for p in full}) == 1
+    assert found["tiny", "bf16"].cost.flops < full[0].cost.flops
+    unrounded = plain_figures(tiny_pair, TRANSCRIPTS)
+    assert found["tiny", "bf16"].kl.mean == pytest.approx(unrounded["two_stage"][1], rel=0.05)
+    assert found["tiny", "bf16"].agreement.mean == pytest.approx(unrounded["two_stage"][2], abs=0.02)
+    assert found["tiny", "bf16"].agreement_alone.mean == pytest.approx(unrounded["decoder_alone"][2], abs=0.02)
+    assert found["tiny", "bf16"].nll_alone.mean == pytest.approx(unrounded["decoder_alone"][0], abs=0.005)
+
+
+def test_pairs_of_different_full_models_are_not_comparable(tiny_pair: Path, tmp_path: Path) -> None:
+    other = make_tiny_pair(tmp_path / "other", seed=1)
+    with pytest.raises(InvalidRequest, match="same full model"):
+        list(compare([tiny_pair, other], TRANSCRIPTS))
+
+
+def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
+    folder = fresh()
+    record_checksums(folder)
+    save_summary(folder, evaluation)
+    assert checksums_match(folder)
+    kept = Pair.load(folder, check_digests=True).eval
+    assert kept["two_stage"]["agreement"] == round(figures(evaluation)["two_stage"][2], 4)
+    assert kept["transcripts"] == len(TRANSCRIPTS)
+
+
+def test_saving_does_not_bless_a_changed_folder(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
+    folder = fresh()
+    record_checksums(folder)
+    (folder / "full" / "generation_config.json").write_text("{}")
+    save_summary(folder, evaluation)
+    assert not checksums_match(folder)
+
+
+def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: Path, tmp_path: Path) -> None:
+    folder, out = fresh(), tmp_path / "report"
+    arguments = [str(folder), "--data", str(data), "--max-tokens", "8", "--dtype", "float32", "--threads", "1"]
+    result = CliRunner().invoke(eval_command, [*arguments, "--json", "--out", str(out), "--save"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed == json.loads((out / "evaluation.json").read_text())
+    assert printed["transcripts"] == 3
+    assert printed["teacher_forced"]["two_stage"]["nll"]["by_position"][0]["count"] == 3
+    assert printed["free_running"]["decoder_alone"]["teacher_perplexity"] > 1
+    page = (out / "report.md").read_text()
+    images = re.findall(r"\]\((\S+\.png)\)", page)
+    assert images == ["drift.png", "free_running.png"]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in images)
+    assert Pair.load(folder).eval["full"]["agreement"] == 1
+
+
+def test_eval_prints_a_table(tiny_pair: Path, data: Path) -> None:
+    arguments = [str(tiny_pair), "--data", str(data), "--no-free-running", "--max-transcripts", "2"]
+    result = CliRunner().invoke(eval_command, arguments)
+    assert result.exit_code == 0, result.output
+    for text in ("full model", "two-stage", "decoder alone", "100.0 ± 0.0 %", "A decode step reads"):
+        assert text in result.stdout
+    assert "perplexity" not in result.stdout
+
+
+def test_compare_prints_json_lines_and_writes_a_plot(tiny_pair: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    result = CliRunner().invoke(compare_command, [str(tiny_pair), "--data", str(data), "--json", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["precision"] for line in lines] == [*PRECISIONS] * 2
+    assert (out / "points.jsonl").read_text() == result.stdout
+    assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert "4-bit layers" in (out / "report.md").read_text()
+
+
+def test_int8_decoders_are_judged_as_they_are_served(identity: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int8"
+    shutil.copytree(identity, folder)
+    write_manifest(folder, decoder="full", recipe={"quantize": "int8"})
+    result = evaluate(folder, TRANSCRIPTS, dtype="float32", max_tokens=8)
+    point = next(p for p in compare([identity], TRANSCRIPTS, dtype="float32") if p.precision == "int8")
+    assert figures(result)["two_stage"] == pytest.approx(
+        (point.nll.mean, point.kl.mean, point.agreement.mean), rel=1e-3
+    )
+    assert figures(result)["decoder_alone"][0] == pytest.approx(point.nll_alone.mean, rel=1e-3)
+    assert figures(result)["two_stage"][1] > 1e-3
+    assert result.decoder == point.cost
+    assert result.full.bytes > result.decoder.bytes
