@@ -34,7 +34,7 @@ def check(dispatcher: Dispatcher, now: float) -> None:
         _check_decode_queue(dispatcher, tier.jobs, tier.pool, slots, now)
 
 
-def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue[Job], pool: Pool, slots: int, now: float) -> None:
+def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue, pool: Pool, slots: int, now: float) -> None:
     holder: Job | None = None
     for job in queue:
         other = dispatcher._roster.decode.get(job.fallback, ())

@@ -241,7 +241,7 @@ BROKEN = (
         "a deadline ends a request everywhere",
         "the router ignores it",
         "overfill/routing/relay.py",
-        "self._loop.call_at(self._job.deadline, self._expire)",
+        "self._loop.call_at(self.request.deadline, self._expire)",
         "self._loop.call_at(1e12, self._expire)",
         "tests/unit/routing/test_relay.py::test_the_deadline_ends_a_request_that_waits",
     ),
