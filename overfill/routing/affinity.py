@@ -100,7 +100,7 @@ class PrefixAffinity(Policy):
         # A single worker needs no comparison.
         if len(self._admissible) > 1 and (levels := self._levels(job, self._block_sizes)):
             ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(job, levels)}
-            preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.key(w), w.id))
+            preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.rank(w), w.id))
         yield from preferred
         yield from (worker for worker in self._load.best(job) if worker not in preferred)
 

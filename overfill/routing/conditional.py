@@ -33,7 +33,7 @@ class Conditional(Policy):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._prefill_only, self._colocated = PrefixAffinity(seed), PrefixAffinity(seed)
-        self._by_key: dict[tuple[str, int], Worker] = {}  # the admissible workers with both stages
+        self._by_process: dict[tuple[str, int], Worker] = {}  # the admissible workers with both stages
         self._short: Mapping[str, float] = {}
 
     def set_short_prompts(self, tokens: Mapping[str, float]) -> None:
@@ -41,12 +41,12 @@ class Conditional(Policy):
 
     def put(self, worker: Worker) -> None:
         if worker.info.colocated:
-            self._by_key[worker.key] = worker
+            self._by_process[worker.process] = worker
         self._part(worker).put(worker)
 
     def drop(self, worker: Worker) -> None:
         if worker.info.colocated:
-            del self._by_key[worker.key]
+            del self._by_process[worker.process]
         self._part(worker).drop(worker)
 
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
@@ -54,7 +54,7 @@ class Conditional(Policy):
 
     def best(self, job: Job) -> Iterator[Worker]:
         prefill_only = self._prefill_only.best(job)
-        if not self._by_key:
+        if not self._by_process:
             yield from prefill_only
             return
         colocated = self._colocated.best(job)
@@ -83,7 +83,7 @@ class Conditional(Policy):
         colocated = [worker for worker in workers if worker.info.colocated]
         self._colocated.check(colocated)
         self._prefill_only.check([worker for worker in workers if not worker.info.colocated])
-        if self._by_key != {worker.key: worker for worker in colocated}:
+        if self._by_process != {worker.process: worker for worker in colocated}:
             raise AssertionError("conditional: its workers with both stages differ from the admissible ones")
 
     def _part(self, worker: Worker) -> PrefixAffinity:
@@ -96,7 +96,7 @@ class Conditional(Policy):
             best: the best worker with both stages.
             other: the best worker with prefill only.
         """
-        local = None if job.decode is None else self._by_key.get(job.decode.key)
+        local = None if job.decode is None else self._by_process.get(job.decode.process)
         short = 0.0 if job.decode is None else self._short.get(job.decode.info.tier, 0.0)
         if other is None:
             stays = local is not None and self._ahead(job, local) <= self._ahead(job, best) + short

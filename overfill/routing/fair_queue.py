@@ -109,7 +109,7 @@ class FairQueue:
         self._add(job, (not job.migrated, job.priority, 1, tag, self._count))
 
     def push_front(self, job: Job) -> None:
-        """Adds a job before the others of its rank: a worker refused it after it had its turn."""
+        """Adds a job before the others of its rank: a worker refused it after it had been first."""
         self._count += 1
         self._add(job, (not job.migrated, job.priority, 0, 0.0, -self._count))
 

@@ -65,7 +65,7 @@ class Policy(ABC):
 
 
 class Ranked(Policy):
-    """Orders workers by a key, the smallest first."""
+    """Orders workers by rank, the smallest first."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -74,11 +74,11 @@ class Ranked(Policy):
 
     @staticmethod
     @abstractmethod
-    def key(worker: Worker) -> Any:
-        """Returns the sort key. Workers with equal keys are ordered by id."""
+    def rank(worker: Worker) -> Any:
+        """Returns the rank. Workers of equal rank are ordered by id."""
 
     def put(self, worker: Worker) -> None:
-        place = (self.key(worker), worker.id, worker)
+        place = (self.rank(worker), worker.id, worker)
         old = self._places.get(worker)
         if old == place:
             return
@@ -94,15 +94,15 @@ class Ranked(Policy):
         return (worker for _, _, worker in self._order)
 
     def check(self, workers: Sequence[Worker]) -> None:
-        if self._order != sorted((self.key(w), w.id, w) for w in workers):
-            raise AssertionError(f"{type(self).__name__}: the order differs from the workers' keys")
+        if self._order != sorted((self.rank(w), w.id, w) for w in workers):
+            raise AssertionError(f"{type(self).__name__}: the order differs from the workers' ranks")
 
 
 class LeastLoad(Ranked):
     """Prefers the worker with the fewest queued prompt tokens, then the fewest requests, then the oldest placement."""
 
     @staticmethod
-    def key(worker: Worker) -> Any:
+    def rank(worker: Worker) -> Any:
         return worker.queued_tokens, worker.requests, worker.last_placed
 
 
@@ -110,7 +110,7 @@ class MostFreeKv(Ranked):
     """Prefers the worker with room for the most tokens; equal workers are ordered by least load."""
 
     @staticmethod
-    def key(worker: Worker) -> Any:
+    def rank(worker: Worker) -> Any:
         return -worker.room_tokens, worker.queued_tokens, worker.requests, worker.last_placed
 
 
@@ -118,7 +118,7 @@ class RoundRobin(Ranked):
     """Prefers the worker with the oldest placement."""
 
     @staticmethod
-    def key(worker: Worker) -> Any:
+    def rank(worker: Worker) -> Any:
         return worker.last_placed
 
 
@@ -146,7 +146,7 @@ class PowerOfTwo(Policy):
         if count > 1:
             first, second = self._random.randrange(count), self._random.randrange(count - 1)
             pair = [self._workers[first], self._workers[second + (second >= first)]]
-            pair.sort(key=LeastLoad.key)
+            pair.sort(key=LeastLoad.rank)
             yield from pair
             yield from (worker for worker in self._workers if worker not in pair)
         else:

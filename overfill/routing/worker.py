@@ -192,14 +192,14 @@ class Worker:
         return max(0, self._credits - self.in_flight)
 
     @property
-    def key(self) -> tuple[str, int]:
+    def process(self) -> tuple[str, int]:
         """Id and incarnation. A restarted worker counts as a different one."""
         return self.info.id, self.info.incarnation
 
     @property
     def seat(self) -> tuple[str, int, common_pb2.Stage]:
-        """``key`` and stage: one stage of a worker with both may fail while the other one serves."""
-        return *self.key, self.info.stage
+        """``process`` and stage: one stage of a worker with both may fail while the other one serves."""
+        return *self.process, self.info.stage
 
     @property
     def starting(self) -> bool:

@@ -61,7 +61,7 @@ class RequestHandler:
         tiers: as the argument.
         tokenizer: the full model's tokenizer.
         statistics: what counts the requests.
-        pace: the turns in which streams write.
+        pace: decides when streams write.
         executor: threads for long requests.
     """
 

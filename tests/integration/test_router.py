@@ -694,8 +694,8 @@ async def test_a_restarted_worker_replaces_its_old_incarnation(stack, client):
     name = stack.first.hello.worker_id
     await stack.first.kill()
     again = await stack.add(name)
-    key = (name, again.hello.incarnation)
-    await until(lambda: any(w.key == key and w.credits_left for w in stack.router.roster.workers()))
+    process = (name, again.hello.incarnation)
+    await until(lambda: any(w.process == process and w.credits_left for w in stack.router.roster.workers()))
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     call = await again.calls.get()
     await call.answer([20, 21])

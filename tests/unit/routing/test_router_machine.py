@@ -121,7 +121,7 @@ class Routing(RuleBasedStateMachine):
         super().__init__()
         self.loop = ManualLoop()
         self.roster = Roster()
-        self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.dispatcher = Dispatcher(self.roster, max_queue=6, claim_after=3.0, absent_after=8.0)
         self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.numbers = itertools.count()
         self.workers = []
@@ -215,7 +215,7 @@ class Routing(RuleBasedStateMachine):
         worker = self.pool(name).get(name)
         if worker is None or restarted:
             if worker is not None:
-                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
             worker = self.act(self.join, name, next(self.numbers) + 1)
         self.act(self.report, worker, credits, ready=ready, draining=draining)
 
@@ -223,7 +223,7 @@ class Routing(RuleBasedStateMachine):
     def worker_leaves(self, name, dies):
         if (worker := self.pool(name).get(name)) is not None:
             if dies:
-                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
             self.pool(name).remove(worker)
             self.act(self.async_dispatcher.poll)
 
@@ -423,7 +423,7 @@ class Routing(RuleBasedStateMachine):
         """With healthy workers and no more failures, every remaining request is answered."""
         for name in NAMES:
             if (worker := self.pool(name).get(name)) is not None:
-                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
             self.act(lambda name=name: self.report(self.join(name, 10**6)))
         for _ in range(400):
             if all(request.end is not None for request in self.requests.values()):
