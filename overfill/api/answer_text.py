@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.stop import StopStrings
 from overfill.api.tools import ToolCallReader
+from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
 
 
@@ -48,18 +49,16 @@ class AnswerText:
         """True if the answer has a complete tool call."""
         return self._reader is not None and self._reader.calls > 0
 
-    def push(self, delta: inference_pb2.Delta) -> inference_pb2.Delta:
+    def push(self, delta: AnswerDelta) -> AnswerDelta:
         """Adds its text to ``delta`` and returns it. If it sets ``stop``, it cuts the tokens after the stop string."""
         before = self.num_tokens
-        delta.text, calls = self._take(delta.token_ids)
-        if calls:
-            delta.tool_calls.extend(calls)
+        delta.text, delta.tool_calls = self._take(delta.token_ids)
         if self.stop is not None:
             taken = self.num_tokens - before
             del delta.token_ids[taken:], delta.logprobs[taken:]
         return delta
 
-    def finish(self) -> inference_pb2.Delta | None:
+    def finish(self) -> AnswerDelta | None:
         """Returns a delta with the text held back so far, or None. The text may still end at a stop string."""
         text, calls = self._read(self._detokenizer.finish())
         if self.stop is None:
@@ -70,7 +69,7 @@ class AnswerText:
                 self.stop = self._reader.stop
         if not text and not calls:
             return None
-        return inference_pb2.Delta(first_index=self.num_tokens, text=text, tool_calls=calls)
+        return AnswerDelta(self.num_tokens, [], text=text, tool_calls=calls)
 
     @property
     def _may_end(self) -> bool:

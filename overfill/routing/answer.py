@@ -6,7 +6,8 @@ Unread tokens merge into one delta, so a slow reader never delays the worker.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from overfill.errors import InternalError, InvalidRequest, OverfillError
 from overfill.routing.tier import DEFAULT_TIER
@@ -16,11 +17,43 @@ MAX_ENDED_WORKERS = 2
 """Number of workers that a request may end by failed steps. Lost workers that report no failed step do not count."""
 
 
-def append(delta: inference_pb2.Delta, later: inference_pb2.Delta) -> None:
-    """Appends to ``delta`` the one that follows it."""
-    first_index, text = delta.first_index, delta.text
-    delta.MergeFrom(later)  # appends the lists, and replaces the other fields
-    delta.first_index, delta.text = first_index, text + later.text
+@dataclass(slots=True)
+class AnswerDelta:
+    """The next part of an answer: its tokens, and their text once ``AnswerText.push`` has added it.
+
+    Attributes:
+        first_index: index of ``token_ids[0]`` in the answer.
+        logprobs: one entry per token id, or empty.
+        text: text that became final with these tokens.
+        tool_calls: new parts of tool calls; their text is not in ``text``.
+        parts: parts of the answer that begin with one of the tokens, if the answer changed its tier there.
+    """
+
+    first_index: int
+    token_ids: list[int]
+    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+    tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
+    parts: Sequence[inference_pb2.AnswerPart] = ()
+
+    def extend(self, later: AnswerDelta) -> None:
+        """Appends the delta that follows this one."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.text += later.text
+        self.tool_calls = [*self.tool_calls, *later.tool_calls]
+        self.parts = [*self.parts, *later.parts]
+
+    def to_proto(self) -> inference_pb2.Delta:
+        """The delta as the wire's message."""
+        return inference_pb2.Delta(
+            first_index=self.first_index,
+            token_ids=self.token_ids,
+            text=self.text,
+            logprobs=self.logprobs or None,
+            tool_calls=self.tool_calls or None,
+            parts=self.parts or None,
+        )
 
 
 class AnswerState:
@@ -61,7 +94,7 @@ class AnswerState:
         self._max_tokens = max_tokens
         self._so_far = decode_pb2.DecodeDone()  # the latest that the current decode worker has said
         self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
-        self._unread: inference_pb2.Delta | None = None
+        self._unread: AnswerDelta | None = None
         self._end: decode_pb2.DecodeDone | OverfillError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the reader, which waits for a change
 
@@ -152,7 +185,8 @@ class AnswerState:
             InternalError: a gap, a repeat that differs, more than ``max_tokens`` tokens, or log-probabilities that do
                 not match the ids. Nothing is added.
         """
-        ids, logprobs = list(tokens.ids), list(tokens.logprobs)
+        # Copies the entries: a reference to one keeps its whole WorkerMessage in memory, all sequences' tokens too.
+        ids, logprobs = list(tokens.ids), [_copy(entry) for entry in tokens.logprobs]
         known, first = len(self.emitted), tokens.first_index
         if first > known:
             raise InternalError(f"tokens {known}..{first - 1} of the answer are missing")
@@ -174,14 +208,13 @@ class AnswerState:
         if not self.first_token_at:
             self.first_token_at = now
         self.emitted += ids
-        # Copies the entries: a reference to one keeps its whole WorkerMessage in memory, all sequences' tokens too.
         if self._unread is None:
-            self._unread = inference_pb2.Delta(first_index=known, token_ids=ids, logprobs=logprobs)
+            self._unread = AnswerDelta(known, ids, logprobs)
         else:
-            self._unread.token_ids.extend(ids)
-            self._unread.logprobs.extend(logprobs)
+            self._unread.token_ids += ids
+            self._unread.logprobs += logprobs
         if self.parts and self.parts[-1].tier != self._told_tier:
-            self._unread.parts.append(self.parts[-1])
+            self._unread.parts = [*self._unread.parts, self.parts[-1]]
             self._told_tier = self.parts[-1].tier
         self._wake()
         return True
@@ -192,7 +225,7 @@ class AnswerState:
             self._end = end
             self._wake()
 
-    async def next(self) -> inference_pb2.Delta | decode_pb2.DecodeDone:
+    async def next(self) -> AnswerDelta | decode_pb2.DecodeDone:
         """Waits for unread tokens and returns them; after the last, returns the end on every call.
 
         Raises:
@@ -212,3 +245,9 @@ class AnswerState:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _copy(entry: common_pb2.TokenLogprobs) -> common_pb2.TokenLogprobs:
+    copy = common_pb2.TokenLogprobs()
+    copy.CopyFrom(entry)
+    return copy

@@ -36,7 +36,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 await context.send_initial_metadata(())
                 await self._write(context, _Response(accepted=answer.accepted))
                 while (delta := await answer.next()) is not None:
-                    await self._write(context, _Response(delta=delta))
+                    await self._write(context, _Response(delta=delta.to_proto()))
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None

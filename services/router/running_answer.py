@@ -9,7 +9,7 @@ from typing import Self
 
 from overfill.api.answer_text import AnswerText
 from overfill.errors import OverfillError, RequestCancelled
-from overfill.routing.answer import append
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.relay import Relay
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.outcomes import outcome_of
@@ -52,10 +52,10 @@ class RunningAnswer:
         self._close = close
         self._relay = relay
         self._text = text
-        self._handed: inference_pb2.Delta | None = None  # the delta that the caller is handing to the client
+        self._handed: AnswerDelta | None = None  # the delta that the caller is handing to the client
         self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
         self._ttft_ns: int | None = None
-        self.rest: inference_pb2.Delta | None = None
+        self.rest: AnswerDelta | None = None
         self._finished: inference_pb2.Finished | None = None
 
     @property
@@ -74,7 +74,7 @@ class RunningAnswer:
         """True if the answer has ended well and all its tokens have been returned: ``next`` returns None at once."""
         return self._text.stop is not None or self._relay.answer.complete
 
-    async def next(self) -> inference_pb2.Delta | None:
+    async def next(self) -> AnswerDelta | None:
         """Waits for new tokens and returns all that have arrived, or None at the end of the answer.
 
         There are at least as many as the request's ``stream_interval``. The first token and the last tokens are
@@ -91,7 +91,7 @@ class RunningAnswer:
             return None
         answer, pace = self._relay.answer, self._pace
         first = self._handed_at is None
-        delta: inference_pb2.Delta | None = None
+        delta: AnswerDelta | None = None
         while True:
             try:
                 event = await answer.next()
@@ -100,7 +100,7 @@ class RunningAnswer:
                     break  # the next call raises the error
                 self._failure = error
                 raise
-            if not isinstance(event, inference_pb2.Delta):
+            if not isinstance(event, AnswerDelta):
                 if delta is not None:
                     break  # the next call returns None
                 self._finish(event)
@@ -109,7 +109,7 @@ class RunningAnswer:
             if delta is None:
                 delta = part
             else:
-                append(delta, part)
+                delta.extend(part)
             if self._text.stop is not None:
                 # Stop the worker now, before the client has read this delta.
                 self._relay.close()
@@ -124,7 +124,7 @@ class RunningAnswer:
         self._handed = delta
         return delta
 
-    def _count(self, handed: inference_pb2.Delta) -> None:
+    def _count(self, handed: AnswerDelta) -> None:
         last, relay = self._handed_at, self._relay
         now = self._handed_at = asyncio.get_running_loop().time()
         self._on_read(now)
@@ -178,11 +178,7 @@ class RunningAnswer:
 
 
 def _finished(
-    relay: Relay,
-    text: AnswerText,
-    rest: inference_pb2.Delta | None,
-    end: decode_pb2.DecodeDone | None,
-    ttft_ns: int | None,
+    relay: Relay, text: AnswerText, rest: AnswerDelta | None, end: decode_pb2.DecodeDone | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
     if end is None:  # a stop string ended the answer before the worker did
         end = relay.finish_at(text.num_tokens)
@@ -203,7 +199,7 @@ def _finished(
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
         stop=text.stop or "",
-        rest=rest,
+        rest=None if rest is None else rest.to_proto(),
         trace=end.trace if end.HasField("trace") else None,
         codec=end.codec,
         prefill_engine=relay.answer.prefill_engine,

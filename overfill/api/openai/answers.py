@@ -13,6 +13,7 @@ from pydantic_core import to_json
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.request.names import CODEC_NAMES, FINISH_REASONS
+from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2, inference_pb2
 
 MARK = "\0"
@@ -119,7 +120,7 @@ class Choice:
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, delta: inference_pb2.Delta) -> None:
+    def add(self, delta: AnswerDelta) -> None:
         """Add ``delta`` to the whole answer."""
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)
@@ -152,7 +153,7 @@ class Choice:
             return self._chunk({"role": "assistant", "content": "", "refusal": None}, None)
         return self._chunk(self.echo, None) if self.echo else None
 
-    def only_text(self, delta: inference_pb2.Delta) -> bool:
+    def only_text(self, delta: AnswerDelta) -> bool:
         """Count the tokens of ``delta`` and return True if its chunk is ``text(delta.text)``; else do nothing."""
         if self.logprobs or delta.tool_calls or not delta.text:
             return False
@@ -163,7 +164,7 @@ class Choice:
         """The choice for a chunk with ``text`` and nothing else."""
         return self._chunk(text if self.envelope.kind == "completion" else {"content": text}, None)
 
-    def chunk(self, delta: inference_pb2.Delta) -> dict[str, Any] | None:
+    def chunk(self, delta: AnswerDelta) -> dict[str, Any] | None:
         """The choice for a chunk with ``delta``; None if it would be empty, as inside a character.
 
         With log-probabilities, ``scores`` belongs to it.
@@ -179,9 +180,9 @@ class Choice:
             content["tool_calls"] = _call_deltas(delta.tool_calls)
         return self._chunk(content, scores)
 
-    def scores(self, delta: inference_pb2.Delta) -> Iterator[bytes]:
+    def scores(self, delta: AnswerDelta) -> Iterator[bytes]:
         """The JSON of the log-probabilities of ``delta``, in pieces."""
-        return self._scores(delta.token_ids, list(delta.logprobs))
+        return self._scores(delta.token_ids, delta.logprobs)
 
     def last(self) -> dict[str, Any]:
         """The choice for the last chunk, which holds the finish reason."""

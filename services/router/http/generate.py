@@ -13,9 +13,9 @@ from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
 from overfill.api.openai.translate import ApiRequest
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
-from overfill.v1 import inference_pb2
 from services.router.http.request import Headers, Request
 from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
@@ -226,13 +226,13 @@ class RunningChoices:
         last = all(choice.finished is not None for choice in self.choices)
         request.write(events + self._end() if last else events, last=last)
 
-    def _delta(self, choice: Choice, delta: inference_pb2.Delta, frame: EventFrame | None) -> bytes:
+    def _delta(self, choice: Choice, delta: AnswerDelta, frame: EventFrame | None) -> bytes:
         """Returns the event for ``delta``; empty if the client would see nothing new, as inside a character."""
         if frame is not None and choice.only_text(delta):
             return frame.event(delta.text)
         return self._event(choice.chunk(delta))
 
-    async def _scored(self, choice: Choice, delta: inference_pb2.Delta) -> bytes:
+    async def _scored(self, choice: Choice, delta: AnswerDelta) -> bytes:
         """Returns the event for ``delta`` of a choice with log-probabilities; empty as for ``_delta``."""
         chunk = choice.chunk(delta)
         if chunk is None:

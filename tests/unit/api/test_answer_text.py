@@ -6,8 +6,8 @@ from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import write_calls
+from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2
-from overfill.v1.inference_pb2 import Delta
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def write(tokenizer, ids, cuts, stops=(), replayed=(), calls=None):
         if text.stop is not None:
             break
         logprobs = [common_pb2.TokenLogprobs(logprob=-1.0) for _ in ids[start : start + cuts]]
-        delta = text.push(Delta(first_index=first + start, token_ids=ids[start : start + cuts], logprobs=logprobs))
+        delta = text.push(AnswerDelta(first + start, list(ids[start : start + cuts]), logprobs))
         assert delta.first_index == first + start
         assert len(delta.logprobs) == len(delta.token_ids)
         pieces.append(delta.text)
@@ -74,7 +74,7 @@ def test_replayed_tokens_are_not_sent_again_but_count_for_stop_strings(tokenizer
     cut = next(i for i in range(len(ids)) if "E" in tokenizer.decode(ids[:i]))
     before, _, _ = write(tokenizer, ids[:cut], 1, stops=["END"])
     said = AnswerText(StreamDetokenizer(tokenizer), ["END"])
-    held_back = said.push(Delta(token_ids=ids[:cut])).text
+    held_back = said.push(AnswerDelta(0, list(ids[:cut]))).text
     assert held_back != before, "the E is held back"
     text, tokens, state = write(tokenizer, ids[cut:], 1, stops=["END"], replayed=ids[:cut])
     assert held_back + text == "one two "
@@ -94,10 +94,10 @@ def test_stop_strings_count_behind_min_tokens(tokenizer, cuts):
     shown = ""
     for start in range(0, len(ids), cuts):
         if text.stop is None:
-            shown += text.push(Delta(first_index=start, token_ids=ids[start : start + cuts])).text
+            shown += text.push(AnswerDelta(start, ids[start : start + cuts], [])).text
     assert (shown, text.stop, text.num_tokens) == ("a.b.c", ".", 6)
     client_resumed = AnswerText(StreamDetokenizer(tokenizer), ["."], ids[:3], min_tokens=4)
-    assert client_resumed.push(Delta(first_index=3, token_ids=ids[3:])).text == ".c"
+    assert client_resumed.push(AnswerDelta(3, ids[3:])).text == ".c"
 
 
 CALLS = [("weather", '{"city": "Paris", "days": [1]}'), ("now", "{}")]

@@ -6,7 +6,7 @@ import pytest
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
-from overfill.v1 import inference_pb2
+from overfill.routing.answer import AnswerDelta
 
 TEXTS = {
     "Arabic": "السلام عليكم، كيف حالكم اليوم؟ لغةٌ جميلة.",
@@ -61,7 +61,7 @@ def interleave(tokenizer, answers, stops, rng):
         index = rng.choice(sorted(open_))
         ids = answers[index][fed[index] : fed[index] + rng.choice([1, 1, 1, 2, 3, 8])]
         if ids and texts[index].stop is None:
-            pieces[index].append(texts[index].push(inference_pb2.Delta(first_index=fed[index], token_ids=ids)).text)
+            pieces[index].append(texts[index].push(AnswerDelta(fed[index], list(ids))).text)
             fed[index] += len(ids)
             continue
         open_.discard(index)

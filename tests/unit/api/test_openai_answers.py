@@ -8,6 +8,7 @@ import pytest
 
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, TokenTexts
+from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2, inference_pb2
 
 TEXTS = [b"a", b' "b"\n', "é".encode(), b"\xff", b"\0", b"a"]  # of tokens 0 to 5; others have their number
@@ -26,7 +27,7 @@ def choice(kind="chat", logprobs=False):
 def scored(tokens, first=0, text=""):
     """A delta whose tokens have two alternatives, all with the same text as the token or another."""
     entries = [common_pb2.TokenLogprobs(logprob=-t, top_ids=[5, 0], top_logprobs=[-1, -math.inf]) for t in tokens]
-    return inference_pb2.Delta(first_index=first, token_ids=tokens, logprobs=entries, text=text)
+    return AnswerDelta(first, list(tokens), entries, text)
 
 
 def shown(token, logprob):
@@ -109,7 +110,7 @@ def part(index, name="", arguments=""):
 def test_a_chunk_has_one_entry_per_tool_call():
     """Clients such as instructor read the first entry of a chunk only."""
     parts = [part(0, arguments="}"), part(1, "now"), part(1, arguments='{"a'), part(1, arguments='": 1')]
-    calls = choice().chunk(inference_pb2.Delta(token_ids=[7, 8], tool_calls=parts))["delta"]["tool_calls"]
+    calls = choice().chunk(AnswerDelta(0, [7, 8], tool_calls=parts))["delta"]["tool_calls"]
     assert calls == [
         {"index": 0, "function": {"arguments": "}"}},
         {"index": 1, "id": "call_1", "type": "function", "function": {"name": "now", "arguments": '{"a": 1'}},

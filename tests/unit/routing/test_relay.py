@@ -19,6 +19,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.routing import attempt
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
@@ -28,7 +29,7 @@ from overfill.routing.stream import Receive
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
 from overfill.telemetry import tracing
-from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2
 
 NEED = decode_pb2.NeedPrefill
 STOP = common_pb2.FINISH_REASON_STOP
@@ -138,7 +139,7 @@ async def stack(add_worker, make_report):
 async def read_all(relay):
     """Reads the answer to its end; returns batches of tokens with their first index, and the end."""
     batches = []
-    while isinstance(event := await relay.answer.next(), inference_pb2.Delta):
+    while isinstance(event := await relay.answer.next(), AnswerDelta):
         batches.append((event.first_index, event.token_ids))
     return batches, event
 

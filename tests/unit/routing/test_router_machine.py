@@ -24,6 +24,7 @@ from overfill.errors import (
 )
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
@@ -32,7 +33,7 @@ from overfill.routing.relay import Relay
 from overfill.routing.request import CheckedRequest
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
-from overfill.v1 import common_pb2, decode_pb2, inference_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 NEED = decode_pb2.NeedPrefill
 BLOCK = 16
@@ -156,7 +157,7 @@ class Routing(RuleBasedStateMachine):
                 except OverfillError as error:
                     request.end = error
                 else:
-                    if isinstance(event, inference_pb2.Delta):
+                    if isinstance(event, AnswerDelta):
                         assert event.first_index == len(request.read)
                         request.read += event.token_ids
                     else:

@@ -14,6 +14,7 @@ from typing import Any, Self
 import pytest
 
 from overfill.errors import ModelNotFound, PermissionDenied
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.request import CheckedRequest
 from overfill.rpc.access import AccessPolicy
 from overfill.telemetry.metrics import RouterMetrics
@@ -36,12 +37,12 @@ class FakeGeneration:
         self.accepted = inference_pb2.Accepted(
             request_id="r", prompt_tokens=3, seed=7, model="tiny", tier=tiers[0], brownout_from=brownout_from
         )
-        self._deltas = [inference_pb2.Delta(first_index=i, token_ids=[i + 1], text="ab"[i]) for i in range(2)]
+        self._deltas = [AnswerDelta(0, [1], text="a"), AnswerDelta(1, [2], text="b")]
         self.finished = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP)
         for index, tier in enumerate(tiers):
             self.finished.parts.add(tier=tier, first_index=index)
 
-    async def next(self) -> inference_pb2.Delta | None:
+    async def next(self) -> AnswerDelta | None:
         return self._deltas.pop(0) if self._deltas else None
 
     def __enter__(self) -> Self:
