@@ -21,7 +21,7 @@ from overfill.request.params import (
     SamplingParams,
     check_token_ids,
 )
-from overfill.routing.request import CheckedRequest
+from overfill.routing.job import CheckedRequest
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256

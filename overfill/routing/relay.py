@@ -25,7 +25,7 @@ from overfill.errors import (
 from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.attempt import Attempt, AttemptEnd, GaveUp
-from overfill.routing.request import CheckedRequest
+from overfill.routing.job import CheckedRequest
 from overfill.routing.stream import DecodeConnector
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing

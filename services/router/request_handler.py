@@ -24,8 +24,8 @@ from overfill.request.grammar import Grammars
 from overfill.request.params import check_token_ids
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
+from overfill.routing.job import CheckedRequest
 from overfill.routing.relay import Relay
-from overfill.routing.request import CheckedRequest
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.v1 import inference_pb2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from overfill.routing.request import CheckedRequest
+from overfill.routing.job import CheckedRequest
 from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.telemetry.metrics import RouterMetrics

@@ -41,7 +41,7 @@ MIN_DUPLICATE = 6  # lines
 FORMS: dict[str, tuple[str, ...]] = {
     "request": (
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
-        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.request:CheckedRequest",
+        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:CheckedRequest",
         "overfill.routing.relay:Relay", "overfill.routing.job:Job", "overfill.routing.policy:PlacementRequest",
         "overfill.routing.attempt:Attempt", "overfill.routing.stream:_Sequence", "v1.StartDecode",
         "overfill.rpc.sequences:ServedSequence", "services.decode.sequence_session:SequenceSession",

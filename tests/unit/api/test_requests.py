@@ -13,7 +13,7 @@ from overfill.api.chat_template import ChatTemplate
 from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
-from overfill.routing.request import CheckedRequest
+from overfill.routing.job import CheckedRequest
 from overfill.v1.common_pb2 import SamplingParams
 from overfill.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
 

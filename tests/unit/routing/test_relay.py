@@ -22,9 +22,9 @@ from overfill.routing import attempt
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.job import CheckedRequest
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
-from overfill.routing.request import CheckedRequest
 from overfill.routing.stream import Receive
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL

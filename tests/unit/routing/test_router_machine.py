@@ -28,9 +28,9 @@ from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
+from overfill.routing.job import CheckedRequest
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
-from overfill.routing.request import CheckedRequest
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2

@@ -15,7 +15,7 @@ import pytest
 
 from overfill.errors import ModelNotFound, PermissionDenied
 from overfill.routing.answer import AnswerDelta
-from overfill.routing.request import CheckedRequest
+from overfill.routing.job import CheckedRequest
 from overfill.rpc.access import AccessPolicy
 from overfill.telemetry.metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
