@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from overfill.api.chat import encode_chat
-from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.params import (
@@ -50,7 +49,6 @@ def validate_generate(
         InvalidRequest: another field is wrong; ``field`` is its path in the proto.
     """
     _check_request_id(request.request_id)
-    check_priority(request.priority)
     if request.kv_codec not in _CODECS:
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
     if request.stream_interval > MAX_STREAM_INTERVAL:

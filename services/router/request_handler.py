@@ -14,14 +14,13 @@ from overfill.api.answer_text import AnswerText
 from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
-from overfill.api.priority import check_priority
 from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.request.grammar import Grammars
-from overfill.request.params import check_token_ids
+from overfill.request.params import check_priority, check_token_ids
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.job import CheckedRequest
