@@ -294,3 +294,10 @@ async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(toke
         with handler.hold_quota(None) as hold:
             assert await handler.tokenize(request, hold) == [1]
     assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+@pytest.mark.parametrize("priority", [-3, 3])
+async def test_a_priority_out_of_range_is_refused(handler: RequestHandler, priority: int) -> None:
+    request = inference_pb2.GenerateRequest(text="x", priority=priority)
+    with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match=f"^priority: .*got {priority}$"):
+        await handler.check(request, hold, 0.0)
