@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, cast
 
 from overfill.api.keys import ApiKey
@@ -29,14 +30,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         received = asyncio.get_running_loop().time()
         handler = self._handler
         with handler.hold_quota(_caller()) as hold, handler.statistics.refusing(hold):
-            answer = handler.start(await handler.check(request, hold, received, context.time_remaining()), hold)
+            checked = await handler.check(request, hold, received, context.time_remaining())
+            answer = handler.start(checked, hold)
         try:
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
                 await context.send_initial_metadata(())
+                identity = partial(handler.tiers.identity, prompt=checked.prompt_token_ids)
+                answer.accepted.identity.CopyFrom(identity(answer.accepted.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
                 while (delta := await answer.next()) is not None:
-                    await self._write(context, _Response(delta=delta.to_proto()))
+                    message = delta.to_proto()
+                    for part in message.parts:
+                        part.identity.CopyFrom(identity(part.tier))
+                    await self._write(context, _Response(delta=message))
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None

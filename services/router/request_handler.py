@@ -147,6 +147,7 @@ class RequestHandler:
         block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
         checked = await self._run(size, prepare, *arguments, in_thread=with_grammar or size >= LONG_REQUEST)
+        self.tiers.check_resume(request, choice.fallback_from or choice.tier, checked.prompt_token_ids)
         if choice.tier != asked and checked.total_tokens > self.tiers.max_model_len(choice.tier):
             admit(asked)
             choice = replace(choice, tier=asked, brownout_from="")

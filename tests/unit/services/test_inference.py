@@ -32,10 +32,11 @@ class Answer(nullcontext):
 
 
 async def check(*arguments):
-    return None
+    return SimpleNamespace(tier="default", prompt_token_ids=())
 
 
 HANDLER = SimpleNamespace(
+    tiers=SimpleNamespace(identity=lambda tier, prompt: inference_pb2.AnswerIdentity()),
     check=check,
     hold_quota=nullcontext,
     start=lambda *arguments: Answer(),
