@@ -37,8 +37,8 @@ from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
-from overfill.telemetry.metrics import RouterMetrics
 from overfill.telemetry.progress import log_steps
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import (
     admin_pb2,
     admin_pb2_grpc,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from overfill.routing.job import CheckedRequest
 from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import inference_pb2
 from services.router.quota_hold import QuotaHold
 

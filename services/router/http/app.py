@@ -25,7 +25,7 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.stack_status_json import stack_json
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
-from overfill.telemetry.metrics import CONTENT_TYPE
+from overfill.telemetry.metric_set import CONTENT_TYPE
 from overfill.v1 import admin_pb2
 from overfill.version import __version__
 from services.router.bounded_executor import BoundedExecutor

@@ -19,7 +19,7 @@ from http_memory import MemoryClient, echo, new_state, parse
 from overfill.rpc import certificates
 from overfill.rpc.access import AccessPolicy, Role, Scope
 from overfill.rpc.tls import ServerTls
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from services.router.http import connection as http_connection
 from services.router.http import head as http_head
 from services.router.http import server as http_server

@@ -17,7 +17,7 @@ from overfill.errors import ModelNotFound, PermissionDenied
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.job import CheckedRequest
 from overfill.rpc.access import AccessPolicy
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.http.app import HttpApi
 from services.router.http.server import HttpServer

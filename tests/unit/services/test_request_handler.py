@@ -15,7 +15,7 @@ from overfill.kv import keys
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.pool import Roster
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import inference_pb2
 from services.router.bounded_executor import BoundedExecutor
 from services.router.limits import RequestLimits

@@ -11,7 +11,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import Unavailable
 from overfill.routing.answer import AnswerState
 from overfill.routing.job import CheckedRequest
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router import pace
 from services.router.pace import Pace

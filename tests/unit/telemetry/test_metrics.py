@@ -17,15 +17,10 @@ from overfill.kv.blocks import BlockPool
 from overfill.request.params import SamplingParams
 from overfill.routing.admission import Admission
 from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
-from overfill.telemetry.metrics import (
-    LATENCY_BUCKETS,
-    MAX_KEY_SERIES,
-    DecodeMetrics,
-    PrefillMetrics,
-    RouterMetrics,
-    declared,
-)
+from overfill.telemetry.metric_set import LATENCY_BUCKETS
+from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics, declared
 from overfill.telemetry.outcomes import OUTCOMES, outcome_of
+from overfill.telemetry.router_metrics import MAX_KEY_SERIES, RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 
