@@ -41,7 +41,7 @@ MIN_DUPLICATE = 6  # lines
 FORMS: dict[str, tuple[str, ...]] = {
     "request": (
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
-        "overfill.api.openai.wire:ApiRequest", "v1.GenerateRequest", "overfill.api.requests:CheckedRequest",
+        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:CheckedRequest",
         "overfill.routing.relay:Relay", "overfill.routing.job:Job", "overfill.routing.policy:PlacementRequest",
         "overfill.routing.attempt:Attempt", "overfill.routing.stream:_Sequence", "v1.StartDecode",
         "overfill.rpc.sequences:ServedSequence", "services.decode.sequence_session:SequenceSession",
@@ -63,7 +63,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "stack": ("overfill.stack.spec:StackSpec", "overfill.stack.placed:PlacedStack"),
     "pool": ("overfill.settings.tiers:PoolSpec",),
     "tier": (
-        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "services.router.served_tiers:TierChoice",
+        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "overfill.routing.tier:TierChoice",
     ),
 }  # fmt: skip
 

@@ -137,7 +137,7 @@ def watch_router(probe: Probe) -> None:
     tasks: set[asyncio.Task[None]] = set()
 
     async def hold(relay: Relay, outcome: Any) -> None:
-        await probe.hold("queued", relay._job.id)
+        await probe.hold("queued", relay.request.id)
         on_placed(relay, outcome)
 
     def start_watched(self: Relay) -> None:
@@ -146,7 +146,7 @@ def watch_router(probe: Probe) -> None:
         try:
             start(self)
             if self in starting and not self._closed:
-                probe.reached("queued", self._job.id)
+                probe.reached("queued", self.request.id)
         finally:
             starting.discard(self)
 
