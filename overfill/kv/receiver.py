@@ -54,11 +54,6 @@ _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 logger = logging.getLogger(__name__)
 
 
-def write_chunks(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
-    """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
-    return store.write(blocks, targets, chunks)
-
-
 @dataclass(frozen=True, slots=True)
 class FirstTokenArrived:
     """The full model's token.
@@ -363,7 +358,7 @@ class PromptPull:
                 claimed.append(self._claim(received, link))
         finally:
             chunks = [chunk for chunk, _ in claimed]
-            num_written = write_chunks(self._store, self._blocks, self._targets, chunks)
+            num_written = self._store.write(self._blocks, self._targets, chunks)
             in_place += [one for _, one in claimed[:num_written]]
             for chunk in chunks[num_written:]:
                 self._coverage.remove(chunk.range)

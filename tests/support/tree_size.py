@@ -395,7 +395,7 @@ def print_sizes(show: bool) -> None:
 
 def print_walks(show: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
-        from overfill.pair.tiny import make_tiny_pair
+        from overfill.making.tiny import make_tiny_pair
 
         pair = make_tiny_pair(Path(name) / "default")
         for stack, workers in (("split", ("--prefill", "1", "--decode", "1")), ("colocated", ("--colocated", "1"))):
