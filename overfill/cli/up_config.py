@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from overfill.cli.options import RenamedFlags
 from overfill.settings.config import SERVICES, UP_KEYS, read_checked
 from overfill.settings.config_file import COMMON, BadConfigFile, all_names, field_name, nearest
 
@@ -27,7 +26,7 @@ OWN = ("config", *UP_KEYS, *_SHARED)
 """Options of ``up`` with a variable ``OVERFILL_UP_…``. The others are settings of services, which have variables."""
 
 
-class OwnSettings(RenamedFlags):
+class OwnSettings(click.Command):
     """A command whose own options are also variables; refuses unknown variables with its prefix."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

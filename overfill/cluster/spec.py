@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.addresses import is_wildcard
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
-from overfill.settings.renamed import rename_fields
 from overfill.settings.tiers import TierSpec, check_tier_name, default_tier
 from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerSettings, WorkerStage
 
@@ -40,13 +39,7 @@ def decode_tier(deployment: str) -> str | None:
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a replica has to exit before Ray kills it."""
 
-_FIELDS = {
-    name for kind in (RouterConfig, *(kind.settings for kind in MOCK_KINDS.values())) for name in kind.model_fields
-}
-
-Settings = Annotated[
-    dict[str, str | int | float | bool], AfterValidator(lambda settings: rename_fields(settings, _FIELDS))
-]
+Settings = dict[str, str | int | float | bool]
 """Settings of services, by field name (``kv_memory: 512MiB``)."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -25,7 +24,6 @@ from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, read_config_file
-from overfill.settings.renamed import rename_keys
 from overfill.settings.tiers import (
     TierOrder,
     Tiers,
@@ -419,7 +417,7 @@ def read_checked(path: Path) -> ConfigFile:
     """Reads a settings file and checks that all its keys exist. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
     known = {COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS}
-    file = _with_new_keys(read_config_file(path), known)
+    file = read_config_file(path)
     file.check(known)
     # TOML has booleans, which a numeric field would accept as 0 or 1, and `off` must be written "off" there.
     faults = [
@@ -431,16 +429,3 @@ def read_checked(path: Path) -> ConfigFile:
     if faults:
         raise BadConfigFile(faults)
     return file
-
-
-def _with_new_keys(file: ConfigFile, known: Mapping[str, Collection[str]]) -> ConfigFile:
-    """Returns ``file`` with earlier keys replaced. Raises BadConfigFile when both names of a setting are present."""
-    sections, faults = {}, []
-    for section, settings in file.sections.items():
-        try:
-            sections[section] = rename_keys(section, settings, known.get(section, ()))
-        except ValueError as error:
-            faults.append(f"{file.path}: {error}")
-    if faults:
-        raise BadConfigFile(faults)
-    return ConfigFile(file.path, sections)

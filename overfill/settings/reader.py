@@ -26,7 +26,6 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from overfill.settings.allowed import describe
 from overfill.settings.config_file import BadConfigFile, ConfigFile, all_names, flag_name, nearest
 from overfill.settings.flags import read_flags
-from overfill.settings.renamed import old_names, rename_fields, rename_service_flags, warn
 
 SEPARATORS = {"decoders": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
@@ -70,8 +69,7 @@ class SettingsReader(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # ``init_settings`` are the flags.
-        earlier = InitSettingsSource(settings_cls, cls._earlier_variables())
-        return init_settings, env_settings, earlier, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
+        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(_from_file.get() or {}))
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
@@ -93,18 +91,17 @@ class SettingsReader(BaseSettings):
             BadSettings: a variable or key is unknown, or a value is wrong.
             SystemExit: ``argv`` has --help or an unknown flag.
         """
-        args = rename_service_flags(argv, cls.model_fields)
         if unknown := sorted(name for name in os.environ if cls._is_ours(name) and name not in cls.variables()):
             hints = (f"{name}: no such setting; {nearest(name, cls.variables(), cls._all())}" for name in unknown)
             raise BadSettings("; ".join(hints))
         try:
-            file = cls.find_file(args)
+            file = cls.find_file(argv)
             values = cls.file_values(file)
         except BadConfigFile as error:
             raise BadSettings(str(error)) from error
         token = _from_file.set({name: value for name, (_, value) in values.items()})
         try:
-            return cls._made(args, cls._origins_in(file, args))
+            return cls._made(argv, cls._origins_in(file, argv))
         finally:
             _from_file.reset(token)
 
@@ -129,24 +126,13 @@ class SettingsReader(BaseSettings):
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """Returns environment variable -> field; earlier names come first."""
-        names = {**dict(old_names(cls.model_fields)), **{name: name for name in cls.model_fields}}
-        return {cls.variable(name): field for name, field in names.items()}
+        """Returns environment variable -> field."""
+        return {cls.variable(name): name for name in cls.model_fields}
 
     @classmethod
     def variable(cls, name: str) -> str:
         """Returns the environment variable of the field ``name``."""
         return f"{cls.model_config['env_prefix']}{name}".upper()
-
-    @classmethod
-    def _earlier_variables(cls) -> dict[str, Any]:
-        """Returns field -> value for fields that a variable's earlier name sets, and warns of each."""
-        values: dict[str, Any] = {}
-        for old, new in old_names(cls.model_fields):
-            if value := os.environ.get(cls.variable(old)):
-                warn(cls.variable(old), cls.variable(new))
-                values[new] = value
-        return values
 
     @classmethod
     def find_file(cls, argv: Sequence[str]) -> ConfigFile | None:
@@ -183,7 +169,7 @@ class SettingsReader(BaseSettings):
     def _origins_in(cls, file: ConfigFile | None, argv: Sequence[str]) -> dict[str, str]:
         found = {name: f"{file.path}: {key}" for name, (key, _) in cls.file_values(file).items()} if file else {}
         found |= {name: variable for variable, name in cls.variables().items() if os.environ.get(variable)}
-        given = {argument.partition("=")[0] for argument in rename_service_flags(argv, cls.model_fields)}
+        given = {argument.partition("=")[0] for argument in argv}
         return found | {name: flag for name in cls.model_fields if (flag := f"--{flag_name(name)}") in given}
 
     @classmethod
@@ -214,7 +200,6 @@ class SettingsReader(BaseSettings):
         Raises:
             BadSettings: a name is unknown or a value is wrong; the message names the flag.
         """
-        settings = rename_fields(settings, cls.model_fields)
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
             raise BadSettings(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
         argv = _flags({name: value for name, value in settings.items() if value is not None})

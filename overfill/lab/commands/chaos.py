@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import TIER, Number, RenamedFlags, engine_options
+from overfill.cli.options import TIER, Number, engine_options
 from overfill.cli.output import console, print_json
 from overfill.cli.up_tiers import check_replaced, resolve_tiers
 from overfill.lab.chaos.fault_plan import (
@@ -42,17 +42,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
 
 
-@click.command(
-    "chaos",
-    cls=RenamedFlags,
-    renamed={
-        "strikes": "num-faults",
-        "rate-share": "load-fraction",
-        "from": "first-fault",
-        "abreast": "concurrent-faults",
-        "limit": "time-limit",
-    },
-)
+@click.command("chaos")
 @click.option(
     "--pair",
     default="tiny",
