@@ -123,7 +123,7 @@ class EngineParts:
         """A prefix cache on ``pool`` that knows this model's cost of recomputing KV."""
         return PrefixCache(
             self.pool,
-            (self.pair.full_digest, self.kv.dtype),
+            self.pair.kv_identity(self.kv.dtype).cache_key,
             enabled=enabled,
             attention_tokens=self.pair.full_config.attention_tokens,
         )

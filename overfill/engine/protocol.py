@@ -36,7 +36,6 @@ from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
 from overfill.request.grammar import Grammars
 from overfill.request.grammar_limits import GrammarLimits
-from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
 
@@ -155,19 +154,11 @@ class ServedHalf:
 
     @property
     def model_identity(self) -> common_pb2.ModelIdentity:
-        decodes = self.half == "decoder"
-        return common_pb2.ModelIdentity(
-            name=self.pair.name,
-            full_digest=self.pair.full_digest,
-            decoder_digest=self.pair.decoder_digest if decodes else "",
-            tokenizer_digest=self.pair.tokenizer_digest,
-            decoder_quantize=self.pair.quantize if decodes and self.pair.quantize != "none" else "",
-            kv_cache_dtype=self.kv_cache_dtype if self.kv_cache_dtype != "auto" else "",
-        )
+        return self.pair.model_identity(self.half, self.kv_cache_dtype)
 
     @property
     def kv_identity(self) -> KvIdentity:
-        return KvIdentity(WIRE_VERSION, self.pair.full_digest, self.pair.tokenizer_digest, self.kv)
+        return self.pair.kv_identity(self.kv.dtype)
 
 
 @dataclass(frozen=True, slots=True)

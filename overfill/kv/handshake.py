@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from overfill.errors import Incompatible
 from overfill.kv.spec import KvSpec
-from overfill.v1 import decode_pb2
+from overfill.v1 import common_pb2, decode_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class KvIdentity:
-    """Properties that must be equal for one worker to use another's KV."""
+    """Properties that must be equal for one worker to use another's KV. It has nothing of a decoder or an adapter.
+
+    Attributes:
+        kv: geometry of the full model's KV.
+        config_digest: digest of the full model's config (``model.config_digest``).
+        reader_digest: digest of the reader, the weights that compute prompt KV; today the full model's.
+        reader_quantize: format to which the reader's weights are rounded on load; empty means none.
+        revision: revision of the pair; no worker sets it yet.
+    """
 
     wire_version: int
     full_digest: str
     tokenizer_digest: str
     kv: KvSpec
+    config_digest: str = ""
+    reader_digest: str = ""
+    reader_quantize: str = ""
+    revision: str = ""
+
+    @classmethod
+    def from_proto(cls, wire_version: int, model: common_pb2.ModelIdentity, kv: common_pb2.KvSpec) -> KvIdentity:
+        """Returns the identity of the KV of a worker that says this of itself."""
+        return cls(
+            wire_version,
+            model.full_digest,
+            model.tokenizer_digest,
+            KvSpec.from_proto(kv),
+            model.config_digest,
+            model.reader_digest,
+            model.reader_quantize,
+            model.revision,
+        )
 
     def flat(self) -> dict[str, object]:
         """Every field by its dotted name."""
-        return {
-            "wire_version": self.wire_version,
-            "full_digest": self.full_digest,
-            "tokenizer_digest": self.tokenizer_digest,
-        } | self.kv.flat()
+        own: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kv"}
+        return own | self.kv.flat()
+
+    @property
+    def cache_key(self) -> str:
+        """What prefix caches and routers' indexes are keyed by, besides cache namespace and tokens."""
+        digests = (self.full_digest, self.config_digest, self.reader_digest, self.reader_quantize, self.kv.dtype)
+        return "\0".join(digests)
 
 
 def check_compatible(mine: KvIdentity, theirs: KvIdentity, peer: str) -> None:

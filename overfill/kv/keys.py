@@ -15,9 +15,9 @@ _BLOCKS_AT_ONCE = 128
 """Blocks that are hashed before the thread yields to others."""
 
 
-def root_key(full_digest: str, dtype: str, cache_namespace: str) -> int:
-    """The start of a chain of keys, different for each model, element type and cache namespace."""
-    return _hash64(f"{full_digest}\0{dtype}\0{cache_namespace}".encode())
+def root_key(identity: str, cache_namespace: str) -> int:
+    """The start of a chain of keys, different for each ``KvIdentity.cache_key`` and cache namespace."""
+    return _hash64(f"{identity}\0{cache_namespace}".encode())
 
 
 def block_key(parent: int, block: bytes) -> int:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, Unavailable
 from overfill.kv.handshake import KvIdentity, check_compatible, check_data_addresses, data_address
 from overfill.kv.shm import ShmClient
-from overfill.kv.spec import KvSpec
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import STALL_TIMEOUT
@@ -43,7 +42,6 @@ class PrefillPeer:
     Attributes:
         link: shared memory; None means that payloads travel.
         codecs: codecs that the worker can send.
-        releases: the worker understands ``ReleaseKv``.
     """
 
     def __init__(
@@ -52,7 +50,6 @@ class PrefillPeer:
         self.target = target
         self.link: ShmClient | None = None
         self.codecs: frozenset[int] = frozenset()
-        self.releases = False
         self._shm = shm
         self._control = open_channel(target.address, tls)
         # The answer to a ping waits behind KV, on a lossy link for more than KEEPALIVE_TIMEOUT. Pings on the control
@@ -75,19 +72,13 @@ class PrefillPeer:
             raise Unavailable(f"prefill worker {name} did not answer: {error}") from error
         if described.incarnation != self.target.incarnation:
             raise Unavailable(f"prefill worker {name} was restarted")
-        theirs = KvIdentity(
-            described.wire_version,
-            described.model.full_digest,
-            described.model.tokenizer_digest,
-            KvSpec.from_proto(described.kv),
-        )
+        theirs = KvIdentity.from_proto(described.wire_version, described.model, described.kv)
         software = f"software {described.software_version}, engine {described.engine or 'unknown'}"
         check_compatible(mine, theirs, f"prefill worker {name} ({software})")
         check_data_addresses(self.target, mine.kv)
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
         self.codecs = frozenset(described.codecs)
-        self.releases = described.releases
         if self._shm and described.HasField("shm"):
             try:
                 self.link = await ShmClient.connect(described.shm)

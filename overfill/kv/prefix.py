@@ -85,7 +85,7 @@ class PrefixCache:
     def __init__(
         self,
         pool: BlockPool,
-        identity: tuple[str, str] = ("", ""),
+        identity: str = "",
         *,
         enabled: bool = True,
         attention_tokens: float = 4096.0,
@@ -136,7 +136,7 @@ class PrefixCache:
         Args:
             cache_namespace: the prompt shares prefixes with prompts of the same namespace only.
         """
-        root = root_key(*self._identity, cache_namespace) if self._enabled else None
+        root = root_key(self._identity, cache_namespace) if self._enabled else None
         return PromptBlocks(tokens, self.pool.block_size, root, cache_namespace)
 
     def acquire(self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0) -> BlockAllocation | None:

@@ -164,7 +164,7 @@ class PromptPull:
         self._pulling: list[asyncio.Task[None]] = []  # one task per data stream
         self._ended = False
         # An answer of one token needs no KV.
-        self._released = peer.releases and start.sample_first_token and start.sampling.max_tokens == 1
+        self._released = start.sample_first_token and start.sampling.max_tokens == 1
         self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
         self.stats = PullStats(held_tokens=held_tokens)
 
@@ -241,9 +241,9 @@ class PromptPull:
         """Ends ``run`` early, after the first token: stops the data streams and tells the worker, which frees the KV.
 
         Returns:
-            False if ``run`` has ended, or must be cancelled instead: a worker of an earlier version knows no release.
+            False if ``run`` has ended.
         """
-        if self._ended or not (self._has_all or self._peer.releases):
+        if self._ended:
             return False
         if not self._has_all:
             self._released = True

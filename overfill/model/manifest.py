@@ -31,10 +31,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from overfill.errors import InvalidPair, UnsupportedModel
-from overfill.kv.spec import Quantization, RopeSpec
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization, RopeSpec
 from overfill.model.config import ModelConfig
+from overfill.model.config_digest import config_digest
 from overfill.model.digest import check_link, checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.rpc.constants import WIRE_VERSION
 from overfill.telemetry.progress import Report, silent
+from overfill.v1 import common_pb2
 
 FORMAT = "overfill-pair/1"
 MANIFEST = "pair.json"
@@ -130,6 +134,37 @@ class Pair:
         """True if the decoder computes what the full model does: the same weights, not quantised, on its own KV."""
         same_weights = self.decoder_digest == self.full_digest and self.quantize == "none"
         return same_weights and self.layer_map == tuple(range(self.full_config.num_layers))
+
+    @property
+    def config_digest(self) -> str:
+        """Digest of the full model's config."""
+        return config_digest(self.full_config)
+
+    @property
+    def decoder_config_digest(self) -> str:
+        """Digest of the decoder's config and of the layer map."""
+        return config_digest(self.decoder_config, self.layer_map)
+
+    def model_identity(self, half: Half, kv_cache_dtype: KvCacheDtype = "auto") -> common_pb2.ModelIdentity:
+        """What a worker that runs ``half`` says of its model."""
+        identity = common_pb2.ModelIdentity(
+            name=self.name,
+            full_digest=self.full_digest,
+            config_digest=self.config_digest,
+            reader_digest=self.full_digest,
+            tokenizer_digest=self.tokenizer_digest,
+            kv_cache_dtype="" if kv_cache_dtype == "auto" else kv_cache_dtype,
+        )
+        if half == "decoder":
+            identity.decoder_digest = self.decoder_digest
+            identity.decoder_config_digest = self.decoder_config_digest
+            identity.decoder_quantize = "" if self.quantize == "none" else self.quantize
+        return identity
+
+    def kv_identity(self, dtype: DTypeName) -> KvIdentity:
+        """Identity of the full model's KV with elements of ``dtype``."""
+        kv = self.full_config.kv_spec(dtype)
+        return KvIdentity.from_proto(WIRE_VERSION, self.model_identity("full"), kv.to_proto())
 
     def engines(self, half: Half) -> tuple[str, ...]:
         """Names of the engines that can run ``half``."""
@@ -229,6 +264,7 @@ def check_family(pairs: Mapping[str, Pair]) -> None:
     for name, other in others:
         for what, a, b in (
             ("full models", one.full_digest, other.full_digest),
+            ("configs of the full model", one.config_digest, other.config_digest),
             ("tokenizers", one.tokenizer_digest, other.tokenizer_digest),
         ):
             if a != b:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
-from overfill.kv.spec import DTYPE_FROM_PROTO, KvSpec
+from overfill.kv.spec import DTYPE_FROM_PROTO
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
@@ -77,12 +77,7 @@ class WorkerInfo:
             stage=stages[0],
             address=hello.address,
             data_addresses=_data_addresses(hello),
-            identity=KvIdentity(
-                wire_version=hello.wire_version,
-                full_digest=hello.model.full_digest,
-                tokenizer_digest=hello.model.tokenizer_digest,
-                kv=KvSpec.from_proto(hello.kv),
-            ),
+            identity=KvIdentity.from_proto(hello.wire_version, hello.model, hello.kv),
             max_model_len=hello.max_model_len,
             max_num_seqs=hello.max_num_seqs,
             vocab_size=hello.vocab_size,
@@ -106,6 +101,7 @@ def _stages(hello: registry_pb2.Hello) -> list[common_pb2.Stage]:
 def _decoder(model: common_pb2.ModelIdentity) -> dict[str, object]:
     return {
         "decoder_digest": model.decoder_digest,
+        "decoder_config_digest": model.decoder_config_digest,
         "decoder_quantize": model.decoder_quantize or "none",
         "kv_cache_dtype": model.kv_cache_dtype or "auto",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-WIRE_VERSION: Final = 2
+WIRE_VERSION: Final = 3
 """Version of the messages in ``proto/overfill/v1``; workers of different versions refuse each other."""
 
 CONNECT_TIMEOUT: Final = 5.0

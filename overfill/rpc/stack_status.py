@@ -85,6 +85,11 @@ class ModelIdentity:
         tokenizer_digest: Digest of tokenizer.json.
         decoder_quantize: Format to which the decoder's weights are rounded on load, such as "int8"; empty means none.
         kv_cache_dtype: Format in which a decode worker holds KV, such as "int8"; empty means the dtype that travels.
+        config_digest: Digest of the full model's config.
+        decoder_config_digest: Digest of the decoder's config and layer map; empty on prefill workers.
+        reader_digest: Digest of the weights that compute prompt KV; today that of the full model.
+        reader_quantize: Format to which these weights are rounded on load; empty means none.
+        revision: Revision of the pair; empty means none.
     """
 
     name: str
@@ -93,6 +98,11 @@ class ModelIdentity:
     tokenizer_digest: str
     decoder_quantize: str
     kv_cache_dtype: str
+    config_digest: str = ""
+    decoder_config_digest: str = ""
+    reader_digest: str = ""
+    reader_quantize: str = ""
+    revision: str = ""
 
     @classmethod
     def from_proto(cls, message: common_pb2.ModelIdentity) -> ModelIdentity:

@@ -89,20 +89,38 @@ class KvSpec(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., rope: _Optional[_Union[RopeSpec, _Mapping]] = ...) -> None: ...
 
 class ModelIdentity(_message.Message):
-    __slots__ = ("name", "full_digest", "decoder_digest", "tokenizer_digest", "decoder_quantize", "kv_cache_dtype")
+    __slots__ = ("name", "full_digest", "decoder_digest", "tokenizer_digest", "decoder_quantize", "kv_cache_dtype", "config_digest", "decoder_config_digest", "reader_digest", "reader_quantize", "revision")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FULL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DECODER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DECODER_QUANTIZE_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DECODER_CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    READER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    READER_QUANTIZE_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     name: str
     full_digest: str
     decoder_digest: str
     tokenizer_digest: str
     decoder_quantize: str
     kv_cache_dtype: str
-    def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
+    config_digest: str
+    decoder_config_digest: str
+    reader_digest: str
+    reader_quantize: str
+    revision: str
+    def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., config_digest: _Optional[str] = ..., decoder_config_digest: _Optional[str] = ..., reader_digest: _Optional[str] = ..., reader_quantize: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "digest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("json_object", "json_schema", "regex", "lark")

@@ -49,7 +49,7 @@ class RouterMessage(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., start: _Optional[_Union[StartDecode, _Mapping]] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., evict: _Optional[_Union[Evict, _Mapping]] = ..., cancel: _Optional[_Union[CancelDecode, _Mapping]] = ...) -> None: ...
 
 class StartDecode(_message.Message):
-    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec", "time_left_ns", "traceparent", "assign_prefill")
+    __slots__ = ("request_id", "attempt", "expected_incarnation", "prompt_token_ids", "emitted_token_ids", "sampling", "eos_token_ids", "cache_namespace", "trace", "sample_index", "codec", "time_left_ns", "traceparent", "assign_prefill", "answer_start", "adapter_digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,8 @@ class StartDecode(_message.Message):
     TIME_LEFT_NS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_START_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     expected_incarnation: int
@@ -78,7 +80,9 @@ class StartDecode(_message.Message):
     time_left_ns: int
     traceparent: str
     assign_prefill: AssignPrefill
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., time_left_ns: _Optional[int] = ..., traceparent: _Optional[str] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ...) -> None: ...
+    answer_start: int
+    adapter_digest: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., time_left_ns: _Optional[int] = ..., traceparent: _Optional[str] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., answer_start: _Optional[int] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
 
 class AssignPrefill(_message.Message):
     __slots__ = ("worker_id", "incarnation", "address", "data_addresses")
@@ -215,7 +219,7 @@ class WorkerLoad(_message.Message):
     def __init__(self, kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_size: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_found: _Optional[int] = ...) -> None: ...
 
 class DecodeDone(_message.Message):
-    __slots__ = ("reason", "usage", "handoff_exposed_ns", "decode_ns", "prefill_worker_id", "trace", "codec")
+    __slots__ = ("reason", "usage", "handoff_exposed_ns", "decode_ns", "prefill_worker_id", "trace", "codec", "adapter_digest")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_EXPOSED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +227,7 @@ class DecodeDone(_message.Message):
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     reason: _common_pb2.FinishReason
     usage: _common_pb2.Usage
     handoff_exposed_ns: int
@@ -230,4 +235,5 @@ class DecodeDone(_message.Message):
     prefill_worker_id: str
     trace: _kv_pb2.HandoffTrace
     codec: _common_pb2.KvCodec
-    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., handoff_exposed_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., trace: _Optional[_Union[_kv_pb2.HandoffTrace, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ...) -> None: ...
+    adapter_digest: str
+    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., handoff_exposed_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., trace: _Optional[_Union[_kv_pb2.HandoffTrace, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., adapter_digest: _Optional[str] = ...) -> None: ...

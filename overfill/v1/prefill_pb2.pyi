@@ -12,7 +12,7 @@ class DescribePrefillRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribePrefillResponse(_message.Message):
-    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "shm", "engine", "releases")
+    __slots__ = ("wire_version", "software_version", "worker_id", "incarnation", "model", "kv", "max_model_len", "codecs", "shm", "engine")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -23,7 +23,6 @@ class DescribePrefillResponse(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
-    RELEASES_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     software_version: str
     worker_id: str
@@ -34,8 +33,7 @@ class DescribePrefillResponse(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.KvCodec]
     shm: ShmOffer
     engine: str
-    releases: bool
-    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., engine: _Optional[str] = ..., releases: bool = ...) -> None: ...
+    def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.KvCodec, str]]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("name", "token")
@@ -56,7 +54,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ..., release: _Optional[_Union[ReleaseKv, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
-    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index")
+    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +68,7 @@ class StartPrefill(_message.Message):
     CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_START_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     transfer_id: bytes
@@ -83,7 +82,8 @@ class StartPrefill(_message.Message):
     cache_namespace: str
     trace: bool
     sample_index: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ...) -> None: ...
+    answer_start: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ...) -> None: ...
 
 class AckKv(_message.Message):
     __slots__ = ("ranges",)

@@ -17,7 +17,7 @@ class JoinRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "stages", "address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds", "data_addresses", "tier", "engine", "max_num_seqs")
+    __slots__ = ("worker_id", "incarnation", "stages", "address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds", "data_addresses", "tier", "engine", "max_num_seqs", "adapters")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Hello(_message.Message):
     TIER_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     stages: _containers.RepeatedScalarFieldContainer[_common_pb2.Stage]
@@ -52,10 +53,11 @@ class Hello(_message.Message):
     tier: str
     engine: str
     max_num_seqs: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, str]]] = ..., address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., tier: _Optional[str] = ..., engine: _Optional[str] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, str]]] = ..., address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., tier: _Optional[str] = ..., engine: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers", "prefill_load")
+    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers", "prefill_load", "adapters")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +65,7 @@ class Report(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LOAD_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     load: _decode_pb2.WorkerLoad
     credits: int
     ready: bool
@@ -70,7 +73,14 @@ class Report(_message.Message):
     prefix: PrefixDelta
     routers: int
     prefill_load: _decode_pb2.WorkerLoad
-    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
+    adapters: AdapterList
+    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., adapters: _Optional[_Union[AdapterList, _Mapping]] = ...) -> None: ...
+
+class AdapterList(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
 
 class PrefixDelta(_message.Message):
     __slots__ = ("added", "removed", "replaces")

@@ -18,6 +18,7 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
+from overfill.rpc import unfilled
 from overfill.rpc.interceptors import Context
 from overfill.rpc.sequences import ServedSequence, serve_sequences
 from overfill.rpc.worker import WorkerHost, fill_description
@@ -134,6 +135,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+        unfilled.check_start(start)
 
     def _cache_namespace(self, start: decode_pb2.StartDecode) -> str:
         """Returns the namespace within which prompts share cached prefixes: the codec and the tenant.

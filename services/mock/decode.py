@@ -14,7 +14,6 @@ from overfill.errors import Incompatible, InvalidRequest, OverfillError, Unavail
 from overfill.kv.chunks import TransferSpec, check
 from overfill.kv.handshake import KvIdentity, check_compatible, check_data_addresses, data_address
 from overfill.kv.ranges import KvRange
-from overfill.kv.spec import KvSpec
 from overfill.kv.wire import parse_message, pull_kv
 from overfill.request.params import SamplingParams
 from overfill.rpc.calls import checked_response, checked_write, responses
@@ -333,12 +332,7 @@ class _Peer:
         if not self._checked:
             described = self._stub.Describe(prefill_pb2.DescribePrefillRequest())
             answer = await checked_response(described, self._name)
-            theirs = KvIdentity(
-                answer.wire_version,
-                answer.model.full_digest,
-                answer.model.tokenizer_digest,
-                KvSpec.from_proto(answer.kv),
-            )
+            theirs = KvIdentity.from_proto(answer.wire_version, answer.model, answer.kv)
             check_compatible(self._worker.identity, theirs, self._name)
             check_data_addresses(self._target, self._worker.kv)
             self._checked = True

@@ -92,15 +92,10 @@ class MockWorker:
         self.block_size = config.block_size or DEFAULT_BLOCK_SIZE
         geometry = self.pair.full_config
         self.kv = geometry.kv_spec(config.dtype or "float32")
-        model = common_pb2.ModelIdentity(
-            name=self.pair.name, full_digest=self.pair.full_digest, tokenizer_digest=self.pair.tokenizer_digest
-        )
-        tier = ""
+        model, tier = self.pair.model_identity("full"), ""
         if isinstance(config, DecodeConfig):
-            tier, quantize = config.tier, config.quantize or self.pair.quantize
-            model.decoder_digest = self.pair.decoder_digest
-            model.decoder_quantize = "" if quantize == "none" else quantize
-            model.kv_cache_dtype = "" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+            tier, pair = config.tier, self.pair.with_quantize(config.quantize or self.pair.quantize)
+            model = pair.model_identity("decoder", config.kv_cache_dtype)
         self.hello = registry_pb2.Hello(
             worker_id=config.worker_id or f"mock-{config.section}-{secrets.token_hex(2)}",
             incarnation=secrets.randbits(63),
@@ -117,7 +112,7 @@ class MockWorker:
 
     @property
     def identity(self) -> KvIdentity:
-        return KvIdentity(WIRE_VERSION, self.pair.full_digest, self.pair.tokenizer_digest, self.kv)
+        return self.pair.kv_identity(self.kv.dtype)
 
     def notify(self) -> None:
         """Reports to the routers soon: the load has changed."""

@@ -42,6 +42,7 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.request.params import SamplingParams, check_token_ids
+from overfill.rpc import unfilled
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import logs, tracing
@@ -200,9 +201,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        description = prefill_pb2.DescribePrefillResponse(
-            codecs=CODECS.values(), shm=self._shm_server.offer, releases=True
-        )
+        description = prefill_pb2.DescribePrefillResponse(codecs=CODECS.values(), shm=self._shm_server.offer)
         return fill_description(description, self._hello)
 
     async def Prefill(
@@ -289,6 +288,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         if start.expected_incarnation != self._hello.incarnation:
             raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
+        unfilled.check_start(start)
         if len(self._leases) >= self._max_leases:
             raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, which is its maximum")
 

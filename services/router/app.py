@@ -31,7 +31,6 @@ from overfill.routing.tier import Objectives, Tier
 from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
-from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer, until_free
 from overfill.rpc.tls import TlsError
@@ -111,11 +110,8 @@ class Router:
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.credentials())
         self.roster = Roster(
-            {
-                "wire_version": WIRE_VERSION,
-                "full_digest": pair.full_digest,
-                "tokenizer_digest": pair.tokenizer_digest,
-            },
+            # The workers choose the dtype of the KV.
+            {name: value for name, value in pair.kv_identity("float32").flat().items() if name != "kv.dtype"},
             [self._tier(spec, pairs[spec.name]) for spec in config.tiers],
         )
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
@@ -187,6 +183,7 @@ class Router:
     def _tier(self, spec: TierSpec, pair: Pair) -> Tier:
         decoder = {
             "decoder_digest": pair.decoder_digest,
+            "decoder_config_digest": pair.decoder_config_digest,
             "decoder_quantize": spec.settings.get("quantize", pair.quantize),
         }
         if dtype := spec.settings.get("kv-cache-dtype"):

@@ -15,6 +15,7 @@ from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import PREFILL, STAGE_NAMES, Worker, WorkerInfo
+from overfill.rpc import unfilled
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.telemetry.metrics import WORKER_STATES
@@ -59,6 +60,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise InvalidRequest("hello", "must be the first message")
         check_wire_version(first.hello)
         check_fields(first.hello)
+        unfilled.check_hello(first.hello)
         infos = WorkerInfo.from_hello(first.hello)
         info, replaced = infos[0], self._streams.get(infos[0].id)
         previous = None if replaced is None else replaced.workers[0].info
@@ -89,6 +91,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "is required in every message after the first")
+                unfilled.check_report(message.report)
                 if self._streams.get(info.id) is not stream:
                     return  # the worker has joined again on another stream
                 for worker in stream.workers:

@@ -354,8 +354,7 @@ class RequestHandler:
         worker = next(iter(self._roster.prefill), None)
         if worker is None:
             return None
-        identity = worker.info.identity
-        return root_key(identity.full_digest, identity.kv.dtype, "" if caller is None else caller.cache_namespace)
+        return root_key(worker.info.identity.cache_key, "" if caller is None else caller.cache_namespace)
 
     async def _charged(
         self,

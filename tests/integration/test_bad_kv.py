@@ -46,7 +46,6 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.refuse = None
         self.silent_after_queued = False
         self.hold_done = False
-        self.releases = False
         self.received = []  # kinds of messages after the first
         self.leave_after_acks = False
         self.kv_dtype = None
@@ -68,7 +67,6 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             ),
             kv=kv,
             codecs=[common_pb2.KV_CODEC_RAW, common_pb2.KV_CODEC_INT8],
-            releases=self.releases,
         )
 
     async def Prefill(self, request_iterator, context):
@@ -324,7 +322,6 @@ async def test_a_release_is_the_last_message_even_while_chunks_are_written(pull,
         return write(*args)
 
     monkeypatch.setattr(KvCache, "write", slowly)
-    worker.releases = True
     running = asyncio.ensure_future(pull())
     assert await asyncio.to_thread(writing.wait, 5)
     assert pull.handoff.release()

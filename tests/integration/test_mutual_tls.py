@@ -21,7 +21,6 @@ from stacks import loads, running_stack, wait_until
 from overfill.api import keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.cache import KvCache
-from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
@@ -29,7 +28,6 @@ from overfill.model.manifest import Pair
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.channel import open_sync_channel
-from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
 
@@ -110,7 +108,7 @@ async def pull(tiny_pair, worker, prompt, credentials):
     peer = PrefillPeer(target, 1, credentials, shm=False)
     try:
         cache = KvCache(spec, 8, 16, torch.device("cpu"))
-        await peer.handshake(KvIdentity(WIRE_VERSION, pair.full_digest, pair.tokenizer_digest, spec))
+        await peer.handshake(pair.kv_identity("float32"))
         request = prefill_pb2.StartPrefill(
             request_id="r", prompt_token_ids=prompt, sampling=GREEDY.to_proto(), sample_first_token=True
         )

@@ -24,7 +24,7 @@ from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from overfill.kv import receiver
-from overfill.kv.peers import PeerPool, PrefillPeer
+from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
@@ -334,23 +334,6 @@ async def test_an_answer_that_its_first_token_ends_releases_its_kv_and_is_no_fai
     assert outcomes(workers.decode._metrics, "overfill_decode_handoff_failures_total") == {}
     assert outcomes(workers.decode._metrics, "overfill_decode_handoff_seconds_count") == {}, "most KV has not arrived"
     assert bool(pulls) == (last == "stop token"), "one token is known beforehand to need no KV"
-
-
-async def test_a_prefill_worker_of_an_earlier_version_gets_no_release(workers, reference, monkeypatch):
-    handshake = PrefillPeer.handshake
-
-    async def handshake_of_an_earlier_version(peer, mine):
-        await handshake(peer, mine)
-        peer.releases = False
-
-    monkeypatch.setattr(PrefillPeer, "handshake", handshake_of_an_earlier_version)
-    async with TcpProxy(workers.target.address, 10_000) as proxy:
-        call = await workers.reserve(max_tokens=1)
-        await workers.assign(call, proxy.address)
-        ids, _ = await workers.answer(call)
-        await workers.open_gates_until_empty()
-    assert ids == reference.generate(PROMPT, 1)
-    assert outcomes(workers.prefill._metrics, "overfill_prefill_prompts_total") == {"cancelled": 1}
 
 
 async def test_an_answer_of_one_token_is_computed_again_elsewhere_when_its_prefill_worker_fails(workers, reference):

@@ -118,13 +118,11 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
             wire_version=wire_version,
             software_version="9.9.9",
             engine=f"engine of {name}",
-            model=common_pb2.ModelIdentity(full_digest=pair.full_digest, tokenizer_digest=pair.tokenizer_digest),
+            model=pair.model_identity("decoder" if stage == common_pb2.STAGE_DECODE else "full"),
             kv=config.kv_spec("float32").to_proto(),
             max_model_len=config.max_positions,
             vocab_size=config.vocab_size,
         )
-        if stage == common_pb2.STAGE_DECODE:
-            self.hello.model.decoder_digest = pair.decoder_digest
         self.load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=16)
 
     async def Serve(self, requests, context):

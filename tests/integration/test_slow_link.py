@@ -40,7 +40,7 @@ class Pull:
 
     def __init__(self, hello, data_address, prompt, executor, shm):
         self._spec = KvSpec.from_proto(hello.kv)
-        self._identity = KvIdentity(WIRE_VERSION, hello.model.full_digest, hello.model.tokenizer_digest, self._spec)
+        self._identity = KvIdentity.from_proto(WIRE_VERSION, hello.model, hello.kv)
         target = decode_pb2.AssignPrefill(
             worker_id=hello.worker_id,
             incarnation=hello.incarnation,

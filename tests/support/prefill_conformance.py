@@ -37,7 +37,7 @@ def assert_computed(driver: PrefillDriver, *prompts: Prefilling) -> None:
 
 def keys_of(driver: PrefillDriver, tokens: tuple[int, ...]) -> list[int]:
     """The keys of the prompt's full blocks as a router computes them."""
-    root = root_key(driver.served.pair.full_digest, driver.served.kv.dtype, driver.namespace)
+    root = root_key(driver.served.kv_identity.cache_key, driver.namespace)
     return list(PromptKeys(root, tokens)(driver.block_size))
 
 

@@ -170,7 +170,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         grammars=Grammars(
             pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
         ),
-        blocks_of=partial(_blocks_of, pair.full_digest, dtype, vllm.block_size, options.prefix_cache),
+        blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
     )
 
@@ -281,8 +281,6 @@ def _store(vllm: VllmCore, spec: KvSpec, folder: str) -> VllmKvStore:
     return VllmKvStore(caches, layouts, vllm.block_size)
 
 
-def _blocks_of(
-    full_digest: str, dtype: str, block_size: int, enabled: bool, prompt: Any, cache_namespace: str
-) -> HashedPrompt:
-    root = root_key(full_digest, dtype, cache_namespace) if enabled else None
+def _blocks_of(identity: str, block_size: int, enabled: bool, prompt: Any, cache_namespace: str) -> HashedPrompt:
+    root = root_key(identity, cache_namespace) if enabled else None
     return HashedPrompt(prompt, block_size, root, cache_namespace)

@@ -16,7 +16,7 @@ DEFAULT = "default"
 NAMES = (DEFAULT, *get_args(PolicyName))
 """``default`` is the router's default: ``PREFILL_DEFAULT`` and ``DECODE_DEFAULT``."""
 
-_ROOT = root_key("", "", "")
+_ROOT = root_key("", "")
 
 
 def make_dispatcher(

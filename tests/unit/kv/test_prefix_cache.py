@@ -15,7 +15,7 @@ BLOCK = 4
 
 
 def new_cache(num_blocks=8, **options):
-    return PrefixCache(BlockPool(num_blocks, BLOCK), ("digest", "float32"), **options)
+    return PrefixCache(BlockPool(num_blocks, BLOCK), "digest", **options)
 
 
 def compute(cache, owner, tokens, namespace="", num_blocks=None):
@@ -152,15 +152,14 @@ def test_the_share_of_found_tokens_is_counted():
     assert (cache.tokens_looked_up, cache.tokens_found) == (18, 8)
 
 
-def test_keys_chain_and_differ_by_model_dtype_and_tenant():
-    root = root_key("digest", "float32", "")
+def test_keys_chain_and_differ_by_model_and_tenant():
+    root = root_key("digest", "")
     found = {
         root,
-        root_key("other", "float32", ""),
-        root_key("digest", "bfloat16", ""),
-        root_key("digest", "float32", "t"),
+        root_key("other", ""),
+        root_key("digest", "t"),
     }
-    assert len(found) == 4
+    assert len(found) == 3
     first = block_key(root, token_bytes([1, 2, 3, 4]))
     assert block_key(first, token_bytes([5, 6, 7, 8])) != block_key(root, token_bytes([5, 6, 7, 8]))
 
@@ -169,7 +168,7 @@ def test_a_prompts_keys_are_those_that_the_cache_reports():
     journal = KeyJournal()
     cache = new_cache(num_blocks=4, journal=journal)
     compute(cache, "a", list(range(10)))
-    told = PromptKeys(root_key("digest", "float32", ""), list(range(10)))
+    told = PromptKeys(root_key("digest", ""), list(range(10)))
     assert sorted(told(4)) == sorted(journal.feed().take().added)
     assert list(told(2))[1:2] != list(told(4))[:1], "keys depend on the block size"
     assert len(list(told(4))) == 2
@@ -189,7 +188,7 @@ def test_a_long_prompt_can_be_published_in_parts():
 def test_a_prompt_of_many_groups_has_the_keys_of_its_blocks(monkeypatch):
     monkeypatch.setattr(keys, "_BLOCKS_AT_ONCE", 3)
     made = new_cache().blocks_of(range(35))
-    assert made.keys == list(PromptKeys(root_key("digest", "float32", ""), range(35))(BLOCK))
+    assert made.keys == list(PromptKeys(root_key("digest", ""), range(35))(BLOCK))
     assert len(set(made.tokens)) == len(made.keys) == 8
 
 
@@ -200,7 +199,7 @@ def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
     early = journal.feed()
     told = early.take()
     assert told.replaces
-    key = block_key(root_key("digest", "float32", ""), token_bytes([0, 1, 2, 3]))
+    key = block_key(root_key("digest", ""), token_bytes([0, 1, 2, 3]))
     assert key in told.added
     assert len(told.added) == 2
     assert early.take() is None

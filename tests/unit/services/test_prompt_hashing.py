@@ -51,7 +51,7 @@ def hashed(monkeypatch):
 
 @pytest.fixture
 def prefix():
-    return PrefixCache(BlockPool(32, 4), ("digest", "float32"))
+    return PrefixCache(BlockPool(32, 4), "digest")
 
 
 def test_a_prefill_engine_hashes_nothing(prefix, hashed):

@@ -13,7 +13,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import kv_pb2, registry_pb2
+from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.registry import RegistryServicer
 
@@ -81,13 +81,17 @@ async def test_a_worker_whose_addresses_serve_only_a_part_of_its_kv_heads_is_ref
     assert error.field == "hello.data_addresses"
 
 
-async def test_a_worker_of_wire_version_1_is_refused_naming_both_versions():
-    address = b"127.0.0.1:50051"
-    old = changed(stages=[], wire_version=1).SerializeToString()
-    old += bytes([3 << 3, PREFILL, 5 << 3 | 2, len(address)]) + address  # stage, and data_address as a string
-    error = await refusal(registry_pb2.Hello.FromString(old))
+async def test_a_worker_of_another_wire_version_is_refused_naming_both_versions():
+    error = await refusal(changed(wire_version=WIRE_VERSION - 1))
     assert isinstance(error, Incompatible)
-    assert f"wire version 1 (software unknown); this router speaks {WIRE_VERSION}" in str(error)
+    assert f"wire version {WIRE_VERSION - 1} (software unknown); this router speaks {WIRE_VERSION}" in str(error)
+
+
+async def test_a_worker_that_sets_a_field_of_later_versions_is_refused_by_its_name():
+    adapters = [common_pb2.Adapter(name="a", digest="d")]
+    error = await refusal(changed(adapters=adapters, model=common_pb2.ModelIdentity(revision="2")))
+    assert isinstance(error, Incompatible)
+    assert error.fields == ("hello.adapters", "hello.model.revision")
 
 
 class CountingDispatcher(AsyncDispatcher):

@@ -94,7 +94,7 @@ class PrefillWorker:
     """An idle worker, as a policy sees it."""
 
     id, block_size, queued_tokens, requests, last_placed = "p0", 16, 0, 0, 0
-    info = SimpleNamespace(identity=SimpleNamespace(full_digest="f", kv=SimpleNamespace(dtype="float32")))
+    info = SimpleNamespace(identity=SimpleNamespace(cache_key="f"))
 
 
 def new_key(**limits: Any) -> ApiKey:
@@ -211,7 +211,7 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(
     worker: Any = PrefillWorker()
     handler, policy = new_handler(tokenizer, submitted, 200, worker), PrefixAffinity()
     policy.put(worker)
-    prompt = keys.PromptKeys(keys.root_key("f", "float32", ""), [1] * 100)
+    prompt = keys.PromptKeys(keys.root_key(worker.info.identity.cache_key, ""), [1] * 100)
     policy.keys_changed(worker, list(prompt(16)), ())
     hashed_in.clear()
     with handler.reserve() as reservation:
