@@ -73,8 +73,8 @@ def negate_weight_row() -> None:
 
 
 def overwrite_kv_chunk() -> None:
-    store = _kv_store()
-    write: Any = store.write
+    store: Any = _kv_store()
+    write = store.write
 
     def write_then_overwrite(
         self: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
@@ -84,7 +84,7 @@ def overwrite_kv_chunk() -> None:
         write(self, blocks, targets, zeros)
         return written
 
-    store.write = write_then_overwrite  # type: ignore[method-assign]
+    store.write = write_then_overwrite
 
 
 def _kv_store() -> type[KvStore]:
@@ -162,8 +162,8 @@ def lose_block() -> None:
 
 
 def delay_kv() -> None:
-    store = _kv_store()
-    write: Any = store.write
+    store: Any = _kv_store()
+    write = store.write
 
     def write_late(self: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
         if any(map(_starts, chunks)):
@@ -171,7 +171,7 @@ def delay_kv() -> None:
         written: int = write(self, blocks, targets, chunks)
         return written
 
-    store.write = write_late  # type: ignore[method-assign]
+    store.write = write_late
 
 
 def flip_kv_bit() -> None:
