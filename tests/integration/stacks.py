@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
 from contextlib import contextmanager
+
+from forked import Forked
 
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack
@@ -23,24 +26,35 @@ BASE = {
 }
 
 
+class ForkedChild(Child):
+    """A child that runs a module of this interpreter."""
+
+    def _start(self, command, env, orphaned):
+        assert command[:2] == [sys.executable, "-m"]
+        return Forked(command[2], command[3:], env)
+
+
 class FaultyStack(Stack):
-    """A stack whose workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
+    """A stack of forked processes. Workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
 
     def __init__(self, plan, sink, faults):
         super().__init__(plan, sink)
         self._faults = faults
 
     def _spawn(self, name, module, config, threads):
-        fault = self._faults.get(name)
-        if fault is None:
-            return super()._spawn(name, module, config, threads)
-        command = [sys.executable, "-m", "overfill.lab.faults.service", fault, module, *config.to_argv()]
-        return Child(name, command, self._environment(name, threads), self._sink)
+        faulty = ["overfill.lab.faults.service", self._faults[name]] if name in self._faults else []
+        command = [sys.executable, "-m", *faulty, *module.split(), *config.to_argv()]
+        return ForkedChild(name, command, self._environment(name, threads), self._sink)
+
+
+def mocked(**arguments):
+    """Returns the settings of workers on the mock engine, whose answers end at max_tokens only."""
+    return {"engine": "mock", "engine_args": json.dumps({"answer_tokens": 1 << 30} | arguments)}
 
 
 @contextmanager
 def running_stack(
-    pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=None,
+    pair, prefill=1, decode=1, routers=1, faults=None, http="off", tls=None, lines=None, share_port=None,
     tiers=(), colocated=0, **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
@@ -57,7 +71,6 @@ def running_stack(
             1,
             BASE | settings,
             http,
-            mock,
             tls,
             share_port=share_port,
             tiers=tiers,

@@ -251,11 +251,3 @@ def test_settings_by_name_read_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_CONFIG", "/nowhere/overfill.yaml")
     with pytest.raises(BadSettings, match=r"^--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})
-
-
-def test_earlier_names_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PrefillConfig.parse(["--pair=p", "--token-budget=512"]).max_num_batched_tokens == 512
-    monkeypatch.setenv("OVERFILL_PREFILL_TOKEN_BUDGET", "256")
-    monkeypatch.setenv("OVERFILL_PREFILL_OTLP_ENDPOINT", "http://collector:4317")
-    config = PrefillConfig.parse(["--pair=p"])
-    assert (config.max_num_batched_tokens, config.trace_endpoint()) == (256, "http://collector:4317")
