@@ -93,7 +93,6 @@ class Router:
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
-        SourceUnavailable: the full model of the named pair cannot be downloaded.
         BadKeyFile: the API keys cannot be read.
         Unavailable: the folder of ``config.share_port`` cannot be used.
     """

@@ -17,11 +17,11 @@ from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
-from overfill.client import StackStatus
 from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.stack_status import StackStatus
 from overfill.rpc.stack_status_json import stack_json
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
