@@ -247,7 +247,7 @@ def spec_of(plan: StackPlan, options: RayOptions, resources: dict[str, float]) -
         pools["decoders"] = {
             tier.name: _tier_pool(tier, decoders.get(tier.name, {"replicas": 0})) for tier in plan.tiers
         }
-    return StackSpec(mock=plan.mock, log_dir=options.log_dir, router=routers, **pools)
+    return StackSpec(log_dir=options.log_dir, router=routers, **pools)
 
 
 def _maximum(plan: StackPlan, pool: PlannedPool, options: RayOptions) -> int | None:

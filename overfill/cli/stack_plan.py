@@ -57,16 +57,19 @@ class StackPlan:
     Attributes:
         routers: settings of each router.
         workers: the workers, pool by pool.
-        mock: the workers compute nothing (``services.mock``), and have settings of mock workers.
         operator_tls: TLS files with which ``overfill up`` calls the routers; None means the routers' own.
         api_key: API key with which measurements send requests; None if the routers need none.
     """
 
     routers: tuple[RouterConfig, ...]
     workers: tuple[PlannedWorker, ...]
-    mock: bool = False
     operator_tls: ClientTls | None = None
     api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def mock(self) -> bool:
+        """True if the workers compute nothing."""
+        return any(worker.config.engine == "mock" for worker in self.workers)
 
     @property
     def prefill(self) -> tuple[PrefillConfig, ...]:

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import IO, Any, Literal, Protocol
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from overfill.cli.output import console
@@ -56,7 +57,6 @@ def up_command(
     port: int,
     http: int | Literal["off"],
     threads: int | None,
-    mock: bool,
     on_ray: bool,
     address: str | None,
     name: str,
@@ -83,9 +83,13 @@ def up_command(
 
     A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
     """
+    mock = settings.get("engine") == "mock"
     require("server", "`overfill up`", "xxhash" if mock else "torch")  # its processes need them
-    from overfill.pair.store import resolve_pair
+    from overfill.pair.store import MOCK, resolve_pair
     from overfill.telemetry.progress import show_progress
+
+    if mock and click.get_current_context().get_parameter_source("pair") is ParameterSource.DEFAULT:
+        pair = MOCK
 
     if tiers:
         check_replaced("pair", "decode", "max_decode")
@@ -93,14 +97,14 @@ def up_command(
         check_tiers_given(settings)
     count = partial(
         count_workers, colocated, prefill, decode, bool(tiers),
-        {**settings, "mock": mock, "address": address, "max_prefill": max_prefill, "max_decode": max_decode},
+        {**settings, "address": address, "max_prefill": max_prefill, "max_decode": max_decode},
     )  # fmt: skip
     chosen = count()
     with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
         # Report wrong settings and ports in use before preparing a pair, which can take minutes.
         request = StackRequest(
             None if tiers else Path(pair), chosen.prefill, chosen.decode, routers, port, threads, settings, http,
-            mock, tls, share_port=share_port, tiers=tiers, colocated=chosen.colocated,
+            tls, share_port=share_port, tiers=tiers, colocated=chosen.colocated,
         )  # fmt: skip
         planned = make_plan(request)
         options = RayOptions(
@@ -115,7 +119,7 @@ def up_command(
         _check_options(options, planned, on_ray)
         if address is None:  # on a joined cluster, processes may run on other machines
             check_ports(planned, metrics=not on_ray)
-            if not mock and "vllm" in {worker.config.engine for worker in planned.workers}:
+            if "vllm" in {worker.config.engine for worker in planned.workers}:
                 require_vllm()
         with show_progress() as report:
             if tiers:

@@ -161,7 +161,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--engine",
         type=ENGINE,
         help="Engine of the workers; auto is vllm on the first CUDA device, if it is installed and can run the model, "
-        "and overfill otherwise.  [default: auto]",
+        "and overfill otherwise; mock computes nothing and plays scripts.  [default: auto]",
     ),
     engine_options(
         None,
@@ -270,7 +270,6 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Port of /metrics of the first router; the other processes use the next ports. 0 picks free ports; off "
         "disables /metrics.  [default: 0]",
     ),
-    click.option("--mock", is_flag=True, help="Use workers that compute nothing, for trials of everything else."),
     click.option(
         "--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]"
     ),

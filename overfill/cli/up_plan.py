@@ -26,7 +26,7 @@ from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import BadConfigFile, field_name, flag_name
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec, default_tier
-from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerStage
+from overfill.settings.worker_kinds import COLOCATED, DECODE, PREFILL, WorkerKind, WorkerStage
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -45,7 +45,6 @@ class StackRequest:
         settings: fields of the settings classes. Each process gets the fields that it has; None leaves a field to its
             environment variable or default. ``prefill_engine`` and ``decode_engine`` are the ``engine`` of one stage.
         http: port of the first OpenAI endpoint; 0 picks free ones, "off" disables the endpoint.
-        mock: plan workers that compute nothing.
         tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
         apart: workers may run on several machines.
         share_port: folder through which the routers share one gRPC port and one OpenAI endpoint; None gives each router
@@ -61,7 +60,6 @@ class StackRequest:
     threads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     http: int | Literal["off"] = "off"
-    mock: bool = False
     tls: Path | None = None
     apart: bool = False
     share_port: Path | None = None
@@ -140,13 +138,12 @@ def make_plan(request: StackRequest) -> StackPlan:
         for index in range(pool.count)
     ]
     operator = None if request.tls is None else _client_tls(role_files(request.tls.absolute(), Role.OPERATOR))
-    return _with_formats(StackPlan(routers, tuple(workers), request.mock, operator), request)
+    return _with_formats(StackPlan(routers, tuple(workers), operator), request)
 
 
 def _pools(request: StackRequest, settings: Mapping[str, Any]) -> list[_Pool]:
     """Returns the pools, each with the engine and the settings that its stage or tier chooses for itself."""
-    kinds = MOCK_KINDS if request.mock else REAL_KINDS
-    colocated, prefill, decode = kinds["worker"], kinds["prefill"], kinds["decode"]
+    colocated, prefill, decode = COLOCATED, PREFILL, DECODE
     tiers = request.named_tiers
     of_tiers = [worker_settings(tier, decode.settings) for _, tier in tiers]
     of_prefill, *engines = _engines(
@@ -154,7 +151,7 @@ def _pools(request: StackRequest, settings: Mapping[str, Any]) -> list[_Pool]:
     )
     name, default = request.default_tier
     of_colocated: dict[str, Any] = worker_settings(default, colocated.settings) | tier_objectives(default)
-    if request.prefill or any(tier.count for _, tier in tiers):
+    if settings.get("engine") != "mock" and (request.prefill or any(tier.count for _, tier in tiers)):
         of_colocated["engine_args"] = None  # they are for the other workers
     return [
         _Pool(

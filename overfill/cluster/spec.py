@@ -17,7 +17,7 @@ from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.renamed import rename_fields
 from overfill.settings.tiers import TierSpec, check_tier_name, default_tier
-from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerSettings, WorkerStage
+from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
 """Default name of the Serve application."""
@@ -40,9 +40,7 @@ def decode_tier(deployment: str) -> str | None:
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a replica has to exit before Ray kills it."""
 
-_FIELDS = {
-    name for kind in (RouterConfig, *(kind.settings for kind in MOCK_KINDS.values())) for name in kind.model_fields
-}
+_FIELDS = {name for kind in (RouterConfig, *(kind.settings for kind in KINDS.values())) for name in kind.model_fields}
 
 Settings = Annotated[
     dict[str, str | int | float | bool], AfterValidator(lambda settings: rename_fields(settings, _FIELDS))
@@ -180,7 +178,6 @@ class StackSpec(_Model):
         pair: name of a pair, or a pair's folder, which must exist on every machine of the cluster.
         decoders: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
         worker: workers with both stages. With them, ``prefill`` and ``decode`` have deployments only if they are given.
-        mock: run workers that compute nothing (``services.mock``), for trials of everything else.
         settings: settings for all deployments that have them.
         log_dir: folder for one log file per replica; None means Ray's log.
         health_check_period: seconds between checks of a replica's health service. Ray replaces a replica after three
@@ -189,7 +186,6 @@ class StackSpec(_Model):
     """
 
     pair: str = "default"
-    mock: bool = False
     settings: Settings = Field(default_factory=dict)
     log_dir: str | None = None
     health_check_period: float = Field(default=2.0, gt=0)
@@ -214,7 +210,7 @@ class StackSpec(_Model):
             raise ValueError(f"decoders: each has its own pair and replicas: remove {' and '.join(given)}")
         if self.worker is not None:
             self._check_colocated()
-        fields = [kind.settings.model_fields for kind in self._kinds.values()]
+        fields = [kind.settings.model_fields for kind in KINDS.values()]
         if unknown := sorted(self.settings.keys() - {*RouterConfig.model_fields}.union(*fields)):
             raise ValueError(
                 f"settings: {', '.join(unknown)}: no service has such a setting; see `overfill config show`"
@@ -245,7 +241,7 @@ class StackSpec(_Model):
         for kind, tier, spec in given:
             if spec is not None:
                 name = decode_deployment(tier) if kind == DECODE else kind
-                pools[name] = StackPool(spec, self._kinds[kind], tier)
+                pools[name] = StackPool(spec, KINDS[kind], tier)
         return pools
 
     def _members(self, stage: WorkerStage) -> int:
@@ -346,10 +342,6 @@ class StackSpec(_Model):
         """Replaces a wildcard by the machine's address, so that routers' ``/targets`` lists addresses to connect to."""
         settings = self.settings | pool.settings
         return {"metrics_host": node_ip} if is_wildcard(str(settings.get("metrics_host", ""))) else {}
-
-    @property
-    def _kinds(self) -> Mapping[str, WorkerKind]:
-        return MOCK_KINDS if self.mock else REAL_KINDS
 
     def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object]) -> _Config:
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}

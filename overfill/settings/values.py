@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 from pydantic_settings import NoDecode
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-EngineChoice = Literal["auto", "overfill", "vllm"]
+EngineChoice = Literal["auto", "overfill", "vllm", "mock"]
 
 
 def _split(value: object) -> object:

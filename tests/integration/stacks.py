@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -38,9 +39,14 @@ class FaultyStack(Stack):
         return Child(name, command, self._environment(name, threads), self._sink)
 
 
+def mocked(**arguments):
+    """Returns the settings of workers on the mock engine, whose answers end at max_tokens only."""
+    return {"engine": "mock", "engine_args": json.dumps({"answer_tokens": 1 << 30} | arguments)}
+
+
 @contextmanager
 def running_stack(
-    pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=None,
+    pair, prefill=1, decode=1, routers=1, faults=None, http="off", tls=None, lines=None, share_port=None,
     tiers=(), colocated=0, **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
@@ -57,7 +63,6 @@ def running_stack(
             1,
             BASE | settings,
             http,
-            mock,
             tls,
             share_port=share_port,
             tiers=tiers,

@@ -61,7 +61,6 @@ FORMS: dict[str, tuple[str, ...]] = {
     "load": (
         "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
         "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
-        "services.mock.worker:MockLoad",
     ),
     "stack": (
         "overfill.cli.up_plan:StackRequest", "overfill.cli.stack_plan:StackPlan", "overfill.cluster.spec:StackSpec",

@@ -20,8 +20,8 @@ from overfill.settings.tiers import TierSpec
 TWO_CORES = {"CPU": 2.0}
 
 
-def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settings: Any) -> Any:
-    return make_plan(StackRequest(Path("pair"), 2, 3, routers, 7600, 1, settings, http or "off", mock))
+def plan(http: int | None = None, routers: int = 1, **settings: Any) -> Any:
+    return make_plan(StackRequest(Path("pair"), 2, 3, routers, 7600, 1, settings, http or "off"))
 
 
 def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
@@ -108,10 +108,11 @@ def test_workers_with_both_stages_are_a_deployment() -> None:
 
 
 def test_mock_workers_stay_mock_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_MOCK_DECODE_MOCK_STEP", "0.05")
-    made = spec_of(plan(mock=True), RayOptions(), TWO_CORES)
-    monkeypatch.delenv("OVERFILL_MOCK_DECODE_MOCK_STEP")
-    assert made.worker_config("decode").mock_step == 0.05  # type: ignore[attr-defined]
+    monkeypatch.setenv("OVERFILL_DECODE_ENGINE_ARGS", '{"step": 0.05}')
+    made = spec_of(plan(engine="mock"), RayOptions(), TWO_CORES)
+    monkeypatch.delenv("OVERFILL_DECODE_ENGINE_ARGS")
+    assert made.worker_config("decode").engine == "mock"
+    assert made.worker_config("decode").engine_args == '{"step": 0.05}'
 
 
 def status(app: str = "DEPLOYING", message: str = "", **deployments: tuple[str, dict[str, int], str]) -> Any:
@@ -197,5 +198,7 @@ def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatc
 def test_a_missing_cluster_is_reported_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    assert main(["up", "--mock", "--pair", str(tiny_pair), "--grpc", "0", "--address", f"127.0.0.1:{port}"]) == 1
+    assert (
+        main(["up", "--engine", "mock", "--pair", str(tiny_pair), "--grpc", "0", "--address", f"127.0.0.1:{port}"]) == 1
+    )
     assert f"no Ray cluster at 127.0.0.1:{port}" in capsys.readouterr().err

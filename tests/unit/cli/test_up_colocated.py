@@ -93,9 +93,8 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
     spawned: list[tuple[str, str]] = []
     monkeypatch.setattr(Stack, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module)))
     Stack(plan(), lambda name, line: None).start()
-    Stack(plan(mock=True), lambda name, line: None).start()
     router = ("router-0", "services.router.main")
-    assert spawned == [router, ("worker-0", "services.worker.main"), router, ("worker-0", "services.mock worker")]
+    assert spawned == [router, ("worker-0", "services.worker.main")]
 
 
 def test_objectives_reach_workers_with_both_stages(started: Callable[..., StackPlan], tmp_path: Path) -> None:
@@ -202,7 +201,7 @@ def test_one_machine_gets_one_worker_and_up_says_why(
         (["--colocated", "0"], TWO),
         (["--colocated", "1", "--prefill", "1", "--decode", "2"], (1, 1, 2)),
         (["--colocated", "--decode", "1"], (1, 0, 1)),
-        (["--colocated", "--mock"], ONE),
+        (["--colocated", "--engine", "mock"], ONE),
         (["--decoder", "a=p", "--decoder", "b=q"], (0, 1, 2)),
         (["--colocated", "--decoder", "a=p:0", "--decoder", "b=q"], (1, 0, 1)),
     ],
@@ -220,7 +219,7 @@ def test_a_number_that_is_given_is_no_choice_of_up(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--mock"], "--mock is given"),
+        (["--engine", "mock"], "--engine mock is given"),
         (["--address", "auto"], "--address is given"),
         (["--max-decode", "3"], "--max-decode is given"),
         (["--prefill-engine", "overfill"], "--prefill-engine is given"),
