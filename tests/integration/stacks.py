@@ -8,6 +8,8 @@ import threading
 import time
 from contextlib import contextmanager
 
+from forked import Forked
+
 from overfill.cli.processes import Child
 from overfill.cli.stack import Stack
 from overfill.cli.up_plan import StackRequest, make_plan
@@ -24,19 +26,25 @@ BASE = {
 }
 
 
+class ForkedChild(Child):
+    """A child that runs a module of this interpreter."""
+
+    def _start(self, command, env, orphaned):
+        assert command[:2] == [sys.executable, "-m"]
+        return Forked(command[2], command[3:], env)
+
+
 class FaultyStack(Stack):
-    """A stack whose workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
+    """A stack of forked processes. Workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
 
     def __init__(self, plan, sink, faults):
         super().__init__(plan, sink)
         self._faults = faults
 
     def _spawn(self, name, module, config, threads):
-        fault = self._faults.get(name)
-        if fault is None:
-            return super()._spawn(name, module, config, threads)
-        command = [sys.executable, "-m", "overfill.lab.faults.service", fault, module, *config.to_argv()]
-        return Child(name, command, self._environment(name, threads), self._sink)
+        faulty = ["overfill.lab.faults.service", self._faults[name]] if name in self._faults else []
+        command = [sys.executable, "-m", *faulty, *module.split(), *config.to_argv()]
+        return ForkedChild(name, command, self._environment(name, threads), self._sink)
 
 
 def mocked(**arguments):
