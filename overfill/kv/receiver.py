@@ -55,8 +55,6 @@ _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 logger = logging.getLogger(__name__)
 
 
-
-
 @dataclass(slots=True)
 class PullStats:
     """Measurements of one handoff. Times are nanoseconds since the request was sent."""
