@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -99,20 +100,22 @@ def locked(report: Report) -> Iterator[None]:
 
 
 def main(name: str, source: str | None = None) -> int:
-    """Prepares a pair for another process. Writes each step as a line of JSON, ``[step, done, total]``.
+    """Prepares a pair for another process. Writes each step to stdout as a line of JSON, ``[step, done, total]``.
 
-    An error is a line of JSON too: its message.
+    An error is a line of JSON too: its message. What libraries print on stdout goes to stderr.
     """
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     # Control-C ends this process without a traceback; the process that started it reports the end.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def report(step: str, done: int, total: int) -> None:
-        print(json.dumps([step, done, total]), flush=True)
+        print(json.dumps([step, done, total]), file=lines)
 
     try:
         prepare(name, cast(Source | None, source), report)
     except OverfillError as error:
-        print(json.dumps(str(error)), flush=True)
+        print(json.dumps(str(error)), file=lines)
         return 1
     return 0
 

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import NoReturn
@@ -211,3 +213,14 @@ def test_an_atomic_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -
         assert [f.name for f in target.iterdir()] == ["old"]
     assert [f.name for f in target.iterdir()] == ["new"]
     assert [f.name for f in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_a_library_prints_does_not_reach_the_process_that_asked() -> None:
+    code = (
+        "import sys; from overfill.making import named\n"
+        "def prepare(name, source, report): print('noise'); report('a step', 1, 2)\n"
+        "named.prepare = prepare\n"
+        "sys.exit(named.main('identity'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ('["a step", 1, 2]\n', "noise\n")
