@@ -59,7 +59,7 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests)
     with cpu_settings(torch_threads(config)):
         asyncio.run(_serve_and_exit(serve, config))
     raise AssertionError("the process has ended")
@@ -166,7 +166,7 @@ async def serve_stages(
         on_ready: called with the host once the worker serves.
     """
     if any(router.startswith("ray:///") for router in config.routers):
-        import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
+        import overfill.stack.ray.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop, device = asyncio.get_running_loop(), stages[0].served.device
     file = file_of_turns(config)

@@ -55,11 +55,6 @@ _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 logger = logging.getLogger(__name__)
 
 
-def write_chunks(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
-    """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
-    return store.write(blocks, targets, chunks)
-
-
 @dataclass(slots=True)
 class PullStats:
     """Measurements of one handoff. Times are nanoseconds since the request was sent."""
@@ -352,7 +347,7 @@ class PromptPull:
                 chunks.append(self._claim(chunk, link))
                 received.append(chunk)
         finally:
-            num_written = write_chunks(self._store, self._blocks, self._targets, chunks)
+            num_written = self._store.write(self._blocks, self._targets, chunks)
             in_place += received[:num_written]
             for chunk in chunks[num_written:]:
                 self._coverage.remove(chunk.range)

@@ -30,15 +30,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        with self._handler.reserve(_caller()) as reservation:
-            checked = await self._handler.check(request, reservation, context.time_remaining())
-            answer = self._handler.start(checked, reservation, received, context.time_remaining())
+        handler = self._handler
+        with handler.hold_quota(_caller()) as hold, handler.statistics.refusing(hold):
+            checked = await handler.check(request, hold, received, context.time_remaining())
+            answer = handler.start(checked, hold)
         try:
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
                 await context.send_initial_metadata(())
-                identity = partial(self._handler.tiers.identity, prompt=checked.prompt_token_ids)
-                answer.accepted.identity.CopyFrom(identity(checked.tier))
+                identity = partial(handler.tiers.identity, prompt=checked.prompt_token_ids)
+                answer.accepted.identity.CopyFrom(identity(answer.accepted.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
                 last = None
                 while (delta := await answer.next()) is not None:
@@ -72,15 +73,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        with self._handler.reserve(_caller()) as reservation:
-            ids = await self._handler.tokenize(request, reservation)
+        with self._handler.hold_quota(_caller()) as hold:
+            ids = await self._handler.tokenize(request, hold)
         return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        with self._handler.reserve(_caller()) as reservation:
-            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, reservation))
+        with self._handler.hold_quota(_caller()) as hold:
+            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, hold))
 
 
 def _delta(delta: AnswerDelta, identity: Callable[[str], inference_pb2.AnswerIdentity]) -> inference_pb2.Delta:

@@ -254,7 +254,7 @@ def run(pair, http_count, rpc_count, frame_count):
             status = client.status()
         by_id = {worker.id: worker for worker in status.workers}
         prefill, decode = by_id["prefill-0"], by_id["decode-0"]
-        http_address = stack.plan.openai_urls(stack.plan.addresses)[0].split("/")[2]
+        http_address = stack.spec.openai_urls(stack.placed.addresses)[0].split("/")[2]
         raw = _raw_status(address)
         cases = Cases(
             {

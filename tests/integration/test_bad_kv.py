@@ -274,7 +274,7 @@ async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, 
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
-    write, count = receiver.write_chunks, 0
+    write, count = KvCache.write, 0
 
     def fail_last(*args):
         nonlocal count
@@ -283,7 +283,7 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
             raise MemoryError("no room")
         return write(*args)
 
-    monkeypatch.setattr(receiver, "write_chunks", fail_last)
+    monkeypatch.setattr(KvCache, "write", fail_last)
     with pytest.raises(MemoryError):
         await pull()
 
@@ -315,14 +315,14 @@ async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for
 async def test_a_release_is_the_last_message_even_while_chunks_are_written(pull, worker, monkeypatch):
     monkeypatch.setattr(receiver, "_FAREWELL", 0.2)
     monkeypatch.setattr(receiver, "_ACK_DELAY", 0.0)
-    write, writing, go_on = receiver.write_chunks, threading.Event(), threading.Event()
+    write, writing, go_on = KvCache.write, threading.Event(), threading.Event()
 
     def slowly(*args):
         writing.set()
         go_on.wait(5)
         return write(*args)
 
-    monkeypatch.setattr(receiver, "write_chunks", slowly)
+    monkeypatch.setattr(KvCache, "write", slowly)
     running = asyncio.ensure_future(pull())
     assert await asyncio.to_thread(writing.wait, 5)
     assert pull.handoff.release()

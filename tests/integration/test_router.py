@@ -308,9 +308,9 @@ async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it
     handler = stack.router._handler
     request = inference_pb2.GenerateRequest(sampling=greedy(64).to_proto(), stop=["END"])
     request.token_ids.ids.extend(PROMPT)
-    with handler.reserve() as reservation:
-        checked = await handler.check(request, reservation)
-        generation = handler.start(checked, reservation, asyncio.get_running_loop().time(), None)
+    with handler.hold_quota() as hold:
+        checked = await handler.check(request, hold, asyncio.get_running_loop().time())
+        generation = handler.start(checked, hold)
     with generation:
         reading = asyncio.ensure_future(generation.next())
         call = await stack.first.calls.get()
@@ -531,8 +531,8 @@ async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(st
     loop, handler = asyncio.get_running_loop(), stack.router._handler
     real, skipped = loop.time, 0
     monkeypatch.setattr(loop, "time", lambda: real() + skipped)
-    with handler.reserve() as reservation:
-        answer = handler.start(await handler.check(request(), reservation), reservation, loop.time(), None)
+    with handler.hold_quota() as hold:
+        answer = handler.start(await handler.check(request(), hold, loop.time()), hold)
     with answer:
         reading = asyncio.ensure_future(answer.next())
         call = await stack.first.calls.get()
@@ -729,8 +729,8 @@ async def test_a_restarted_worker_replaces_its_old_incarnation(stack, client):
     name = stack.first.hello.worker_id
     await stack.first.kill()
     again = await stack.add(name)
-    key = (name, again.hello.incarnation)
-    await until(lambda: any(w.key == key and w.credits_left for w in stack.router.roster.workers()))
+    process = (name, again.hello.incarnation)
+    await until(lambda: any(w.process == process and w.credits_left for w in stack.router.roster.workers()))
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     call = await again.calls.get()
     await call.answer([20, 21])
@@ -825,9 +825,9 @@ async def test_an_unread_answer_does_not_outlast_the_grace_period(tiny_pair):
     handler = router._handler
     request = inference_pb2.GenerateRequest(sampling=greedy().to_proto())
     request.token_ids.ids.extend(PROMPT)
-    with handler.reserve() as reservation:
-        checked = await handler.check(request, reservation)
-        answer = handler.start(checked, reservation, asyncio.get_running_loop().time(), None)
+    with handler.hold_quota() as hold:
+        checked = await handler.check(request, hold, asyncio.get_running_loop().time())
+        answer = handler.start(checked, hold)
     with answer:
         router.drain()
         await asyncio.wait_for(asyncio.shield(serving), 0.8 * READ_GRACE)

@@ -137,7 +137,7 @@ def watch_router(probe: Probe) -> None:
     tasks: set[asyncio.Task[None]] = set()
 
     async def hold(relay: Relay, outcome: Any) -> None:
-        await probe.hold("queued", relay._job.id)
+        await probe.hold("queued", relay.request.id)
         on_placed(relay, outcome)
 
     def start_watched(self: Relay) -> None:
@@ -146,7 +146,7 @@ def watch_router(probe: Probe) -> None:
         try:
             start(self)
             if self in starting and not self._closed:
-                probe.reached("queued", self._job.id)
+                probe.reached("queued", self.request.id)
         finally:
             starting.discard(self)
 
@@ -212,7 +212,7 @@ def watch_prefill_beside_decode(probe: Probe) -> None:
 
     loaded: Any = importlib.import_module("overfill.engine.load").LoadedColocated
     scheduling = _watch_prefill_service(probe)
-    local = importlib.import_module("services.worker.local_prefill").LocalPrefills
+    local = importlib.import_module("services.colocated.local_prefill").LocalPrefills
     new_core, own_sequence, copy = loaded.new_core, local.sequence, ColocatedEngine._copy
 
     def new_core_held(self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
@@ -306,7 +306,7 @@ WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {
     "services.router.main": {"router": watch_router},
     "services.prefill.main": {"prefill": watch_prefill},
     "services.decode.main": {"decode": watch_decode},
-    "services.worker.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
+    "services.colocated.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
 }
 """Module -> the stages of its process, each with the function that watches it."""
 

@@ -374,8 +374,5 @@ def test_a_hello_says_tier_and_decoder():
     (described,) = WorkerInfo.from_hello(hello)
     assert described.tier == "fast"
     assert described.decoder == {
-        "decoder_digest": "cc",
-        "decoder_config_digest": "dd",
-        "decoder_quantize": "none",
-        "kv_cache_dtype": "auto",
-    }
+        "decoder_digest": "cc", "decoder_config_digest": "dd", "decoder_quantize": "none", "kv_cache_dtype": "auto",
+    }  # fmt: skip

@@ -26,8 +26,8 @@ from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
 from overfill.v1 import common_pb2, decode_pb2
+from services.colocated.local_prefill import LocalPrefills
 from services.decode.sequence_session import SequenceSession
-from services.worker.local_prefill import LocalPrefills
 
 
 class Prefilling:
