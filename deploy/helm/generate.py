@@ -20,7 +20,6 @@ import yaml
 
 from overfill.settings.config import SERVICES, ServiceConfig
 from overfill.settings.config_file import flag_name
-from overfill.settings.renamed import REMOVED_IN, old_names
 from overfill.settings.tiers import MAX_TIERS
 
 HELM = Path(__file__).parent
@@ -97,10 +96,6 @@ def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
                 properties[flag_name(name)] = described | {"type": "boolean"}
                 continue
             properties[flag_name(name)] = described | ({"enum": choices} if choices else {"type": ["string", "number"]})
-    for old, new in old_names(kind.model_fields):
-        if new not in MANAGED:
-            note = f"deprecated: use {flag_name(new)}; removed in {REMOVED_IN}"
-            properties[flag_name(old)] = properties[flag_name(new)] | {"description": note, "deprecated": True}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -180,8 +175,7 @@ def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
     for kind in SERVICES:
         lines += ["", f"### {kind.section}", "", "| setting | description |", "|---|---|"]
         for key, property in settings_schema(kind)["properties"].items():
-            if not property.get("deprecated"):
-                lines.append(f"| `{key}` | {_cell(property['description'])} |")
+            lines.append(f"| `{key}` | {_cell(property['description'])} |")
     return "\n".join(lines) + "\n"
 
 

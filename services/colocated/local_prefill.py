@@ -20,11 +20,10 @@ from overfill.engine.sequence import (
     SequenceFailed,
 )
 from overfill.errors import DeadlineExceeded
-from overfill.kv.receiver import FirstTokenArrived, PullStats
-from overfill.request.params import SamplingParams
+from overfill.kv.receiver import PullStats
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
-from overfill.v1 import common_pb2
+from overfill.v1 import common_pb2, decode_pb2
 from services.decode.sequence_session import SequenceSession
 from services.hosting import EnginePort
 from services.messages import first_token_to_proto
@@ -76,21 +75,21 @@ class LocalPrefills:
                 queue.put_nowait(event)
 
     async def sequence(self, session: SequenceSession) -> PrefillSequence:
-        """Returns the session's prompt as the prefill engine takes it."""
-        start, prompt, full = session.start, session.sequence.prompt, self._full
-        sampling, first = SamplingParams.from_proto(start.sampling), session.wants_first_token
-        eos_ids = full.config.eos_token_ids
+        """Returns the session's prompt as the prefill engine takes it.
+
+        The full model samples the first token with the session's own processor, before the decoder uses it. Both
+        engines are on one thread.
+        """
+        answer, tenant = session.sequence, session.start.cache_namespace
         return PrefillSequence(
             id=secrets.token_hex(8),
-            prompt=prompt,
-            sampling=sampling,
-            sample_index=start.sample_index,
-            sample_first_token=first,
-            processor=(
-                await full.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace) if first else None
-            ),
-            cache_namespace=start.cache_namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+            prompt=answer.prompt,
+            sampling=answer.sampling,
+            sample_index=answer.sample_index,
+            sample_first_token=session.wants_first_token,
+            processor=answer.processor if session.wants_first_token else None,
+            cache_namespace=tenant,
+            prompt_blocks=await self._hasher.blocks_of(answer.prompt, tenant),
         )
 
 
@@ -111,7 +110,7 @@ class LocalPrefill:
     async def run(
         self,
         timeout: float | None,
-        on_first_token: Callable[[FirstTokenArrived], None],
+        on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None],
     ) -> None:
         """Prefills the prompt; see ``Handoff``.
@@ -132,7 +131,7 @@ class LocalPrefill:
         """Returns False: the whole prompt is computed when its first token is known."""
         return False
 
-    async def _run(self, on_first_token: Callable[[FirstTokenArrived], None]) -> None:
+    async def _run(self, on_first_token: Callable[[decode_pb2.Tokens], None]) -> None:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)
         events = prefills.events[sequence.id] = asyncio.Queue()
@@ -152,12 +151,12 @@ class LocalPrefill:
                         computed = True
                         prefills.metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
-                        received = time.monotonic_ns()
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None:
-                            self.stats.first_token_ns = received - self.stats.started_ns
+                            self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
                             token = first_token_to_proto(first, scheduled_ns, now)
-                            on_first_token(FirstTokenArrived(token, queue_ns, received))
+                            token.prefill_queue_ns = queue_ns
+                            on_first_token(token)
                     case SequenceFailed() as failed:
                         failed.raise_for("prefill")
                     case _:

@@ -874,22 +874,17 @@ async def test_an_upgrade_keeps_the_api_keys(
 async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of_the_pods(
     kmock: kmock_package.KubernetesEmulator, tmp_path: Path
 ) -> None:
-    """An earlier version of the chart made one certificate for all. A deleted secret revokes what was in it."""
+    """A deleted secret revokes what was in it."""
     discover(kmock)
     first = await secrets_of_an_upgrade(kmock, tmp_path)
     (processes, old) = authorities(first["overfill-tls"])
     only_processes = processes.public_bytes(serialization.Encoding.PEM)
     first["overfill-tls"]["data"]["ca.crt"] = base64.b64encode(only_processes).decode()
     manifests = tmp_path / "objects.yaml"
-    for kept in (first, None):  # the secret of an earlier version; then one with the authority of deleted clients
+    for kept in (first, None):  # a secret without the clients' authority; then one with that of deleted clients
         if kept is not None:
             manifests.write_text(yaml.safe_dump(kept["overfill-tls"]))
             await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
-        notes = await run(
-            tmp_path, "helm", "install", "overfill", str(CHART), "--namespace=serving", "--dry-run=server",
-            "--disable-openapi-validation", "--take-ownership", f"--kube-apiserver={kmock.url}",
-        )  # fmt: skip
-        assert ("WARNING: an earlier version" in notes) == (kept is not None)
         again = await secrets_of_an_upgrade(kmock, tmp_path)
         for file in ("tls.crt", "tls.key"):
             assert again["overfill-tls"]["data"][file] == first["overfill-tls"]["data"][file]

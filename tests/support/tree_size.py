@@ -41,7 +41,7 @@ MIN_DUPLICATE = 6  # lines
 FORMS: dict[str, tuple[str, ...]] = {
     "request": (
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
-        "overfill.api.openai.wire:ApiRequest", "v1.GenerateRequest", "overfill.api.requests:CheckedRequest",
+        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:CheckedRequest",
         "overfill.routing.relay:Relay", "overfill.routing.job:Job", "overfill.routing.policy:PlacementRequest",
         "overfill.routing.attempt:Attempt", "overfill.routing.stream:_Sequence", "v1.StartDecode",
         "overfill.rpc.sequences:ServedSequence", "services.decode.sequence_session:SequenceSession",
@@ -49,23 +49,21 @@ FORMS: dict[str, tuple[str, ...]] = {
         "overfill.engine.sequence:PrefillSequence",
     ),
     "token": (
-        "overfill.model.sampling:SampledToken", "overfill.engine.sequence:TokenSampled",
-        "overfill.engine.sequence:PromptComputed", "v1.FirstToken", "overfill.kv.receiver:FirstTokenArrived",
-        "v1.Tokens", "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
+        "overfill.model.steps:SampledToken", "overfill.engine.sequence:TokenSampled",
+        "overfill.engine.sequence:PromptComputed", "v1.Tokens",
+        "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
         "v1.GenerateResponse",
     ),
     "chunk of KV": (
-        "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "overfill.kv.wire:ParsedChunk",
-        "overfill.kv.wire:UnwrittenChunk", "v1.KvChunk", "v1.KvRange",
+        "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "v1.KvChunk", "v1.KvRange",
     ),
     "load": (
-        "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
-        "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
+        "overfill.telemetry.engine_load:EngineLoad", "v1.WorkerLoad",
     ),
     "stack": ("overfill.stack.spec:StackSpec", "overfill.stack.placed:PlacedStack"),
     "pool": ("overfill.settings.tiers:PoolSpec",),
     "tier": (
-        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "services.router.served_tiers:TierChoice",
+        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "overfill.routing.tier:TierChoice",
     ),
 }  # fmt: skip
 

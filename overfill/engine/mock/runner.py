@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.mock.script import Player
 from overfill.engine.mock.store import MockKvStore
-from overfill.engine.work import SamplingSpec, Work
+from overfill.engine.work import Sampled, Work
 from overfill.errors import InternalError
 from overfill.model.manifest import Half
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 
-_LEAST_WAIT = 1e-4
-"""Minimum seconds of a step, in which the process's event loop runs."""
+_LEAST_STEP = 1e-3
+"""Minimum seconds of a decode step. With less, steps of few sequences would take the event loop's time."""
 
 
 class MockRunner:
@@ -30,26 +30,26 @@ class MockRunner:
 
     def step_seconds(self, sequences: int) -> float:
         """Seconds of a decode step, which its engine waits."""
-        return max(_LEAST_WAIT, self._options.step + self._options.per_sequence * sequences)
+        return max(_LEAST_STEP, self._options.step + self._options.per_sequence * sequences)
 
     def run(self, works: Sequence[Work]) -> None:
         """Replays known tokens, which leaves nothing to do."""
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Takes the token after each work that wants one from its player. A step of prompts waits before."""
         failed: dict[int, Exception] = {}
         if self._half == "full":
             self._prefill(works, hooks)
         sampled = []
-        for row, spec in enumerate(specs):
-            player = spec.processor
+        for row, sequence in enumerate(sequences):
+            player = sequence.processor
             assert isinstance(player, Player)
             try:
                 if self._half == "decoder":
                     self._check_prompt(works[row], player.prompt)
-                sampled.append(player.next(spec.emitted, spec.sample_index))
+                sampled.append(player.next(sequence.emitted, sequence.sample_index))
             except Exception as error:
                 failed[row] = error
                 sampled.append(SampledToken(0))
@@ -79,7 +79,7 @@ class MockRunner:
         """Waits for the prompts' tokens, and writes their KV."""
         hooks.layer_start(0)
         tokens = sum(len(work.tokens) for work in works)
-        time.sleep(max(_LEAST_WAIT, self._options.base + self._options.per_token * tokens))
+        time.sleep(self._options.base + self._options.per_token * tokens)
         for work in works:
             self.cache.put(work.blocks, work.tokens, work.start)
         hooks.kv_written(0)

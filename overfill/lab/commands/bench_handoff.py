@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from overfill.cli.options import Number, RenamedFlags, dtype_option
+from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console, print_json
 from overfill.lab.bench.measurement import print_measurements
 from overfill.lab.commands.bench_options import json_option, load_pair, log_line, pair_option
@@ -23,7 +23,7 @@ _TIMELINE_ONLY = ("streams", "bandwidth", "plot")
 _COST_ONLY = ("rounds", "shm", "kv_codec")
 
 
-@click.command("handoff", cls=RenamedFlags, short_help="Cost of a handoff for a request; the timeline of one handoff.")
+@click.command("handoff", short_help="Cost of a handoff for a request; the timeline of one handoff.")
 @pair_option
 @click.option("--tokens", type=click.IntRange(2), help="Length of a prompt.  [default: 2048; 2000 with --timeline]")
 @dtype_option

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import TIER, Number, RenamedFlags, check_replaced, engine_options
+from overfill.cli.options import TIER, Number, check_replaced, engine_options
 from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
@@ -41,17 +41,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
 
 
-@click.command(
-    "chaos",
-    cls=RenamedFlags,
-    renamed={
-        "strikes": "num-faults",
-        "rate-share": "load-fraction",
-        "from": "first-fault",
-        "abreast": "concurrent-faults",
-        "limit": "time-limit",
-    },
-)
+@click.command("chaos")
 @click.option(
     "--pair",
     default="tiny",

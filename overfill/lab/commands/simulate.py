@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import Number, RenamedFlags, option_errors
+from overfill.cli.options import Number, option_errors
 from overfill.cli.output import console, print_json
 from overfill.lab.simulate.policies import DEFAULT, NAMES
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
@@ -66,7 +66,7 @@ class _Load:
         return read_trace(Path(name), self.count)
 
 
-@click.command("simulate", cls=RenamedFlags, renamed={"share": "attainment"})
+@click.command("simulate")
 @click.option(
     "--trace",
     "traces",

@@ -8,7 +8,7 @@ from overfill.api.keys import ApiKey
 from overfill.routing.admission import KeyLimiter, KeyQuota
 
 
-class KeyReservation:
+class QuotaHold:
     """Counts the answers of one client request against its key's quota, from before the first costly work.
 
     A context manager: at its end, answers that were not started no longer count as running. They still count against
@@ -16,10 +16,15 @@ class KeyReservation:
 
     Args:
         caller: API key of the request; None if the router uses no keys.
+
+    Attributes:
+        caller: as the argument.
+        tier: tier that the request's latest answer would have; empty while it is unknown.
     """
 
     def __init__(self, limiter: KeyLimiter, caller: ApiKey | None) -> None:
         self.caller = caller
+        self.tier = ""
         self._limiter = limiter
         self._taken = 0
         self._held = 0  # answers that count as running and were not started

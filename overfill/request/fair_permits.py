@@ -1,4 +1,4 @@
-"""Fair turns at something scarce: each key has one turn at a time, and keys that wait get theirs in rotation."""
+"""Permits for something scarce: each API key has one at a time, and keys that wait get theirs in rotation."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections import deque
 from overfill.errors import Overloaded
 
 
-class FairTurns:
+class FairPermits:
     """Admits a few callers at a time, one per key. All callers use one event loop.
 
     Args:
-        most: maximum number of turns at once.
+        most: maximum number of permits at once.
         waiting: maximum number of callers of one key that wait.
     """
 
     def __init__(self, most: int, waiting: int) -> None:
         self._most, self._most_waiting = most, waiting
         self._held: set[str] = set()
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of the keys' next turns
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of the keys' next permits
 
     async def take(self, key: str) -> None:
-        """Waits for a turn. The caller ends it with ``end``. Raises Overloaded if too many callers of the key wait."""
+        """Waits for a permit, which ``release`` ends. Raises Overloaded if too many callers of the key wait."""
         queue = self._queues.get(key, deque())
         if not queue and key not in self._held and len(self._held) < self._most:
             self._held.add(key)
@@ -31,23 +31,23 @@ class FairTurns:
             raise Overloaded(
                 f"{len(queue)} new grammars of this client wait to be checked, which is the maximum", 1.0, "grammars"
             )
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        permit: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(permit)
         self._queues[key] = queue
         try:
-            # A shield, because ``end`` may pass the turn on between the task's cancellation and this task's next step.
-            await asyncio.shield(turn)
+            # A shield: ``release`` may grant the permit between the task's cancellation and this task's next step.
+            await asyncio.shield(permit)
         except asyncio.CancelledError:
-            if turn.done():
-                self.end(key)
+            if permit.done():
+                self.release(key)
             else:
-                queue.remove(turn)
+                queue.remove(permit)
                 if not queue:
                     del self._queues[key]
             raise
 
-    def end(self, key: str) -> None:
-        """Ends the key's turn and gives free turns to the keys whose last one is longest ago."""
+    def release(self, key: str) -> None:
+        """Returns the key's permit. Free ones go to the keys whose last one is longest ago."""
         self._held.discard(key)
         if key in self._queues:
             self._queues[key] = self._queues.pop(key)
@@ -57,8 +57,8 @@ class FairTurns:
             if next_key in self._held:
                 continue
             queue = self._queues[next_key]
-            turn = queue.popleft()
+            permit = queue.popleft()
             if not queue:
                 del self._queues[next_key]
             self._held.add(next_key)
-            turn.set_result(None)
+            permit.set_result(None)
