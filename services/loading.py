@@ -56,7 +56,7 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
         gpu_share=config.gpu_share or 1.0,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        prefix_cache=config.prefix_cache == "on",
+        prefix_cache=config.prefix_cache,
         threads=config.threads,
         grammars=config.grammar_limits(),
         engine_args=json.loads(config.engine_args or "{}"),

@@ -26,7 +26,6 @@ from overfill.settings.config import (
 )
 from overfill.settings.config_file import field_name, flag_name
 from overfill.settings.reader import SEPARATORS
-from overfill.settings.renamed import REMOVED_IN, RENAMED
 
 Settings = type[CommonSettings]
 
@@ -126,11 +125,6 @@ def _mock() -> str:
     return table(("argument", "default", "meaning"), rows)
 
 
-def _renamed() -> str:
-    rows = ((f"`{flag_name(old)}`", f"`{flag_name(new)}`", REMOVED_IN) for old, new in RENAMED.items())
-    return table(("earlier", "now", "works until"), rows)
-
-
 _COMMON = list(CommonSettings.model_fields)
 _OF_WORKERS = _new_in(WorkerConfig, CommonSettings)
 TABLES: dict[str, Callable[[], str]] = {
@@ -139,10 +133,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "router": lambda: _own(RouterConfig, CommonSettings),
     "prefill": lambda: _own(PrefillConfig, WorkerConfig),
     "decode": lambda: _own(DecodeConfig, WorkerConfig),
-    "worker": lambda: _own(ColocatedConfig, DecodeConfig),
+    "colocated": lambda: _own(ColocatedConfig, DecodeConfig),
     "up": _up,
     "up-only-options": _only_options_of_up,
     "mock": _mock,
-    "renamed": _renamed,
 }
 """Name of a table -> function that returns its Markdown."""

@@ -130,7 +130,7 @@ class Timing:
 
     Attributes:
         ttft: From the request's arrival at the router until it writes the first token to the client's stream.
-        router_queue: In the router: validation, tokenization, queue, and waiting for slots of both stages.
+        router_queue: In the router: validation, tokenization, queue, and waiting for workers of both stages.
         decode_reservation: From the decode worker's receipt of the request until it has reserved blocks.
         prefill_queue: From the prefill worker's receipt of the prompt until it schedules the first chunk.
         prefill_compute: From then until the prefill worker has sampled the first token.

@@ -20,7 +20,6 @@ from overfill.engine.device import on_cpu
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
     DecodeEvent,
-    EngineLoad,
     PrefillEvent,
     PrefillHere,
     PrefillScheduled,
@@ -34,23 +33,12 @@ from overfill.engine.sequence import (
 )
 from overfill.engine.turns import Turns
 from overfill.engine.work import Runner
+from overfill.telemetry.engine_load import EngineLoad
 
 log = logging.getLogger(__name__)
 
 ColocatedEvent = DecodeEvent | PrefillScheduled | PromptComputed
 """An event for the decode stage's servicer: of the decode engine, or of a prompt that is computed for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ColocatedLoad:
-    """Snapshot of both engines' loads, taken between two steps."""
-
-    prefill: EngineLoad
-    decode: EngineLoad
-
-    def freed_capacity_since(self, other: ColocatedLoad) -> bool:
-        """True if either stage has freed capacity since the snapshot ``other``."""
-        return self.prefill.freed_capacity_since(other.prefill) or self.decode.freed_capacity_since(other.decode)
 
 
 class ColocatedEngine:
@@ -90,8 +78,9 @@ class ColocatedEngine:
         self._emit_decode = emit_decode
         self._stepping: PrefillEngine | DecodeEngine = decode
 
-    def load(self) -> ColocatedLoad:
-        return ColocatedLoad(self._prefill.load(), self._decode.load())
+    def load(self) -> EngineLoad:
+        """A snapshot of the decode engine's load, with that of the prefill engine."""
+        return replace(self._decode.load(), prefill=self._prefill.load())
 
     @property
     def delay(self) -> float:

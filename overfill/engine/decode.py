@@ -19,7 +19,6 @@ from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
-    EngineLoad,
     Preempted,
     Refused,
     Release,
@@ -30,9 +29,10 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.engine.work import Runner, SamplingSpec, Work
+from overfill.engine.work import Runner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
@@ -283,8 +283,7 @@ class DecodeEngine:
                 return []
             replayed = sum(len(s.pending()) - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            specs = [SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
-            sampled, refused = self._runner.next_tokens(works, specs)
+            sampled, refused = self._runner.next_tokens(works, sequences)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)

@@ -21,7 +21,6 @@ from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.sequence import (
     ChunkComputed,
-    EngineLoad,
     KvWritten,
     LayerStarted,
     PrefillEvent,
@@ -32,10 +31,11 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
-from overfill.engine.work import Runner, SamplingSpec, Work
+from overfill.engine.work import Runner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.model.steps import LayerHooks
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -257,8 +257,7 @@ class PrefillEngine:
             if notify:
                 self._emit_events()
 
-        specs = [SamplingSpec(s.sampling, s.sample_index, s.processor) for s in sampling]
-        sampled, failed = self._runner.next_tokens(works, specs, LayerHooks(layer_start, kv_written))
+        sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()

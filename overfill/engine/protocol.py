@@ -22,11 +22,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-from typing_extensions import TypeVar
-
-from overfill.engine.sequence import EngineLoad, Processor
+from overfill.engine.sequence import Processor
 from overfill.errors import Overloaded
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
@@ -40,6 +38,7 @@ from overfill.request.grammar import MATCHER_BYTES, Grammars
 from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
 
@@ -61,19 +60,7 @@ VLLM_GPU_SHARE = 0.01
 default, 0.92, lets one engine on a GPU."""
 
 
-class EngineSnapshot(Protocol):
-    """A snapshot of a core's load."""
-
-    def freed_capacity_since(self, other: Self, /) -> bool:
-        """True if capacity was freed since the snapshot ``other``."""
-        ...
-
-
-LoadT = TypeVar("LoadT", bound=EngineSnapshot, default=EngineLoad)
-_LoadT_co = TypeVar("_LoadT_co", bound=EngineSnapshot, default=EngineLoad, covariant=True)
-
-
-class EngineCore(Protocol[_LoadT_co]):
+class EngineCore(Protocol):
     """An engine that one thread drives. It emits lists of events from ``handle`` and from ``step``."""
 
     def handle(self, message: Any) -> None:
@@ -94,8 +81,8 @@ class EngineCore(Protocol[_LoadT_co]):
         """Sequences and tokens in the latest step; any thread may ask while the step runs."""
         ...
 
-    def load(self) -> _LoadT_co:
-        """A snapshot of the load."""
+    def load(self) -> EngineLoad:
+        """A snapshot of the load; with both stages, the decode stage's, with that of the prefill stage in it."""
         ...
 
     def check(self) -> None:

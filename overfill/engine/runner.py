@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from overfill.engine.work import SamplingSpec, Work
+from overfill.engine.work import Sampled, Work, plain_greedy
 from overfill.kv.cache import KvCache, copy_sequence
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import process
@@ -23,18 +23,18 @@ _ROW_LIFETIME = 8
 
 
 def sample_next(
-    logits: torch.Tensor, works: Sequence[Work], specs: Sequence[SamplingSpec]
+    logits: torch.Tensor, works: Sequence[Work], sequences: Sequence[Sampled]
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
     """Samples a token for every row of ``logits``.
 
     Returns:
         The tokens; and row -> error for rows that failed, whose tokens are meaningless.
     """
-    if not specs:
+    if not sequences:
         return [], {}
-    refused = process(logits, [s.processor for s in specs], [s.emitted for s in specs])
+    refused = process(logits, [s.processor for s in sequences], [s.emitted for s in sequences])
     positions = [work.end for work in works if work.wants_logits]
-    tokens, failed = sample(logits, [s.sampling for s in specs], positions, [s.sample_index for s in specs])
+    tokens, failed = sample(logits, [s.sampling for s in sequences], positions, [s.sample_index for s in sequences])
     return tokens, failed | refused  # a refusal explains the row better than the broken logits that it causes
 
 
@@ -61,12 +61,12 @@ class ModelRunner:
         return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Runs one step and samples the token after each work that wants logits.
 
         Args:
-            specs: one per work that wants logits.
+            sequences: one per work that wants logits.
 
         Returns:
             The tokens; and row -> error for rows that failed, as in ``sample_next``.
@@ -74,10 +74,10 @@ class ModelRunner:
         Raises:
             ValueError: a row that is not greedy has no seed.
         """
-        if specs and all(s.plain_greedy for s in specs) and isinstance(self.model, GreedyModel):
+        if sequences and all(map(plain_greedy, sequences)) and isinstance(self.model, GreedyModel):
             tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], non_finite_errors(tokens)
-        return sample_next(self.run(works, hooks), works, specs)
+        return sample_next(self.run(works, hooks), works, sequences)
 
     def copy_kv(
         self,

@@ -59,37 +59,6 @@ class StopRule:
         return True, FinishReason.LENGTH if emitted_before + 1 >= self.max_tokens else None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """Snapshot of an engine's load, taken between two steps.
-
-    Attributes:
-        blocks_used: blocks that live sequences reference, or that the engine has promised them.
-        running, waiting: number of sequences; each engine's ``load`` defines the two.
-        queued_tokens: prompt tokens that are not computed yet.
-        blocks_cached: unreferenced blocks that hold cached prefixes.
-        prefix_tokens_looked_up, prefix_tokens_found: prompt tokens looked up in the prefix cache so far, and found.
-        blocks_reserved: used blocks that wait for their prompt's KV.
-        blocks_leaked: blocks that are neither free nor owned. This is a fault, after which the worker exits.
-    """
-
-    blocks_used: int
-    blocks_total: int
-    running: int
-    waiting: int
-    queued_tokens: int = 0
-    blocks_cached: int = 0
-    prefix_tokens_looked_up: int = 0
-    prefix_tokens_found: int = 0
-    blocks_reserved: int = 0
-    blocks_leaked: int = 0
-
-    def freed_capacity_since(self, other: EngineLoad) -> bool:
-        """True if a sequence has ended or blocks were freed since the snapshot ``other``."""
-        ended = self.running + self.waiting < other.running + other.waiting
-        return ended or self.blocks_used < other.blocks_used
-
-
 # Messages to a prefill engine ------------------------------------------------------------------------------------
 
 
@@ -119,6 +88,11 @@ class PrefillSequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     submitted: float = 0.0
+
+    @property
+    def emitted(self) -> Sequence[int]:
+        """The answer so far: none, because a prompt is computed before it."""
+        return ()
 
     @property
     def remaining(self) -> int:

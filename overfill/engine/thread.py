@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING
 
 from overfill.engine.device import use_device, use_threads
-from overfill.engine.protocol import EngineCore, LoadT
+from overfill.engine.protocol import EngineCore
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
 
 
-class EngineThread(Generic[LoadT]):
+class EngineThread:
     """Delivers messages to a core between its steps, and steps the core while it has work.
 
     After a second without work, and at the end, the thread calls the core's ``check``. A lost block ends the thread,
@@ -48,7 +48,7 @@ class EngineThread(Generic[LoadT]):
 
     def __init__(
         self,
-        core: EngineCore[LoadT],
+        core: EngineCore,
         name: str,
         threads: int | None,
         step_timeout: float | None = None,

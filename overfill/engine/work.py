@@ -36,25 +36,32 @@ class Work:
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
-    """How to sample the token that follows a work.
+class Sampled(Protocol):
+    """A sequence that gets a token, as far as choosing it goes.
 
     Attributes:
         sample_index: number of the answer among the request's answers.
         emitted: the answer so far, which ``processor`` reads.
     """
 
-    sampling: SamplingParams
-    sample_index: int
-    processor: Processor | None = None
-    emitted: Sequence[int] = ()
+    @property
+    def sampling(self) -> SamplingParams: ...
 
     @property
-    def plain_greedy(self) -> bool:
-        """True if the request needs the most likely token of the unchanged logits and nothing else."""
-        changed = self.processor is not None and self.processor.needed(len(self.emitted))
-        return self.sampling.greedy and not changed and self.sampling.logprobs is None
+    def sample_index(self) -> int: ...
+
+    @property
+    def processor(self) -> Processor | None: ...
+
+    @property
+    def emitted(self) -> Sequence[int]: ...
+
+
+def plain_greedy(sequence: Sampled) -> bool:
+    """True if the sequence needs the most likely token of the unchanged logits and nothing else."""
+    processor, sampling = sequence.processor, sequence.sampling
+    changed = processor is not None and processor.needed(len(sequence.emitted))
+    return sampling.greedy and not changed and sampling.logprobs is None
 
 
 class Runner(Protocol):
@@ -80,12 +87,12 @@ class Runner(Protocol):
         ...
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Runs one step and samples the token after each work that wants logits.
 
         Args:
-            specs: one per work that wants logits.
+            sequences: one per work that wants logits.
 
         Returns:
             The tokens; and row -> error for rows that failed, whose tokens are meaningless.

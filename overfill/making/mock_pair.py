@@ -34,8 +34,8 @@ SPECIAL = (
     "[THINK]", "[/THINK]",  # Mistral
 )  # fmt: skip
 """Special tokens, which answers do not show."""
-SHOWN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-"""Added tokens of Qwen 3 and Hermes that answers show."""
+SHOWN = ("<think>", "</think>")
+"""Added tokens of Qwen 3 that answers show. The tags of tool calls are text, as the grammar of calls has them."""
 END = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
 """Tokens that end an answer; the first one is the tokenizer's own."""
 

@@ -8,6 +8,8 @@ replayed sequence needs nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from overfill.request.grammar import Grammars, Matcher
 from overfill.request.params import SamplingParams
 
 _WORD_BITS = 32
+
+T = TypeVar("T")
 
 
 class LogitProcessor:
@@ -140,29 +144,37 @@ def process(
             failed[row] = error
         else:
             rows.append((row, processor))
-    _change(_penalise, logits, [(row, p) for row, p in rows if p.params.penalised], failed)
-    _change(_add_bias, logits, [(row, p) for row, p in rows if p.params.logit_bias], failed)
-    _change(_mask, logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
-    _change(_forbid_end, logits, [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden], failed)
+    row_by_row(partial(_penalise, logits), [(row, p) for row, p in rows if p.params.penalised], failed)
+    row_by_row(partial(_add_bias, logits), [(row, p) for row, p in rows if p.params.logit_bias], failed)
+    row_by_row(partial(_mask, logits), [(row, p) for row, p in rows if p.matcher is not None], failed)
+    row_by_row(
+        partial(_forbid_end, logits), [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden], failed
+    )
     return failed
 
 
 _Rows = Sequence[tuple[int, LogitProcessor]]
+_Failed = dict[int, Exception]
 
 
-def _change(change: Callable[[Tensor, _Rows], None], logits: Tensor, rows: _Rows, failed: dict[int, Exception]) -> None:
+def row_by_row(
+    change: Callable[[Sequence[tuple[int, T]]], None], rows: Sequence[tuple[int, T]], failed: _Failed
+) -> None:
     """Changes all rows at once. When that raises, changes them one by one, so that only the rows fail that raise.
 
-    A change writes into ``logits`` once, at its end, so that one that raises has changed nothing.
+    Args:
+        change: writes its results once, at its end, so that one that raises has changed nothing.
+        rows: each with its number.
+        failed: receives number -> error.
     """
     try:
-        change(logits, rows)
+        change(rows)
     except Exception as error:
         if len(rows) == 1:
             failed[rows[0][0]] = error
             return
         for one in rows:
-            _change(change, logits, [one], failed)
+            row_by_row(change, [one], failed)
 
 
 def _penalise(logits: Tensor, rows: _Rows) -> None:

@@ -30,11 +30,9 @@ class WorkerKind:
 
 PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
 DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
-COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
+COLOCATED = WorkerKind("colocated", ("prefill", "decode"), ColocatedConfig, "services.colocated.main")
 
 KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
 
-VARIABLE_PREFIXES = tuple(
-    str(settings.model_config["env_prefix"]) for settings in (RouterConfig, *(kind.settings for kind in KINDS.values()))
-)
+VARIABLE_PREFIXES = tuple(settings.prefix for settings in (RouterConfig, *(kind.settings for kind in KINDS.values())))
 """Prefixes of variables that set a service. The planner of a stack reads them and passes flags to its processes."""

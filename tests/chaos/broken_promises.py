@@ -229,7 +229,7 @@ BROKEN = (
     Broken(
         "a deadline ends a request everywhere",
         "the router ignores it",
-        "self._loop.call_at(self._job.deadline, ...)",
+        "self._loop.call_at(self.request.deadline, ...)",
         "self._loop.call_at(1e12, self._expire)",
         "tests/unit/routing/test_relay.py::test_the_deadline_ends_a_request_that_waits",
     ),

@@ -10,9 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import services.colocated.main
 import services.decode.main
 import services.prefill.main
-import services.worker.main
 from overfill.engine.mock.options import MockOptions
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Pair
@@ -26,7 +26,7 @@ SECRET = "the secret of a mock stack"
 _SERVE = {
     PrefillConfig: services.prefill.main.serve,
     DecodeConfig: services.decode.main.serve,
-    ColocatedConfig: services.worker.main.serve,
+    ColocatedConfig: services.colocated.main.serve,
 }
 
 
@@ -128,7 +128,7 @@ def mock_stack(
         }
         decoders = [(f"decode-{index}", decode_settings or {}) for index in range(decode)]
         if tiers is not None:
-            flags = flags | {"pair": None, "decoders": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
+            flags = flags | {"pair": None, "tiers": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
             decoders = [
                 (f"decode-{name}-0", {"tier": name, "pair": folder} | (decode_settings or {}).get(name, {}))
                 for name, folder in tiers.items()

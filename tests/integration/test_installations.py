@@ -159,7 +159,6 @@ def test_help_needs_the_core_only() -> None:
         (["demo"], "torch"),
         (["verify", "--questions", "{questions}", "--max-tokens", "4"], "torch"),
         (["chaos"], "psutil"),
-        (["chaos-clients"], "tokenizers"),
         (["pair", "build", "--full", "x", "--out", "{folder}"], "huggingface_hub"),
         (["pair", "lm-eval", "default", "--tasks", "x"], "lm_eval"),
         (["bench", "decode"], "torch"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from mocks import mock_stack
 
-from overfill.cli.ports import free_ports
+from overfill.stack.ports import free_ports
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}

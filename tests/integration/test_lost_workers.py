@@ -22,7 +22,7 @@ class StackProbe:
 
     def __init__(self, stack, address, capsys):
         self.address = address
-        self._url = stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
+        self._url = stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix("/v1")
         self._capsys = capsys
 
     def command(self, *arguments):

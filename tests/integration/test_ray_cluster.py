@@ -11,9 +11,9 @@ import yaml
 from ray_stacks import Load, Up, status_json
 from stacks import mocked, wait_until
 
-from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.stack.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -134,7 +134,7 @@ def test_a_second_stack_starts_and_stops_without_touching_the_first(cluster, con
     address = f"127.0.0.1:{config['applications'][0]['args']['router']['ports'][0]}"
     assert answers(address), "the other application runs"
     up = Up(
-        "--engine=mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--name=second", "--worker-cpus=0.1"
+        "--engine=mock", f"--pair={tiny_pair}", f"--ray-address={cluster.address}", "--name=second", "--worker-cpus=0.1"
     )
     up.wait_ready()
     assert {w["stage"] for w in status_json(up.address)["workers"]} == {"prefill", "decode"}
@@ -142,7 +142,7 @@ def test_a_second_stack_starts_and_stops_without_touching_the_first(cluster, con
     assert up.wait() == 0, "\n".join(up.lines)
     assert cluster.alive
     assert answers(address)
-    taken = Up("--engine=mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--worker-cpus=0.1")
+    taken = Up("--engine=mock", f"--pair={tiny_pair}", f"--ray-address={cluster.address}", "--worker-cpus=0.1")
     assert taken.wait() == 1
     assert "give another --name" in "\n".join(taken.lines)
     assert answers(address)

@@ -14,9 +14,9 @@ from stacks import children, idle, mocked, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.processes import Child
-from overfill.cli.stack import child_environment
 from overfill.client import Client, Overloaded, SamplingParams, Unavailable
+from overfill.stack.child import Child
+from overfill.stack.process_runner import child_environment
 
 TRIES = 60  # connections, of which half go to each of two processes: one gets none with probability 2^-59
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0)
@@ -26,7 +26,7 @@ LONG = SamplingParams(max_tokens=300, ignore_eos=True, temperature=0)  # 15 s wi
 @contextmanager
 def shared_stack(pair, folder, step=0.05, **settings):
     defaults = {"routers": 2, "http": 0} | mocked(step=step)
-    with running_stack(pair, share_port=folder / "group", **defaults | settings) as (stack, address):
+    with running_stack(pair, share_port=True, **defaults | settings) as (stack, address):
         yield stack, address
 
 
@@ -85,7 +85,7 @@ def streams_on_every_process(opened, address):
 def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, tmp_path, capsys):
     with shared_stack(tiny_pair, tmp_path, step=0, served_model_name="x") as (stack, address):
         assert stack.addresses == (address,)
-        (url,) = stack.plan.openai_urls(stack.addresses)
+        (url,) = stack.spec.openai_urls(stack.addresses)
         pids = {child.pid for child in children(stack, "router")}
 
         def answers():
@@ -207,7 +207,7 @@ def test_a_process_that_drains_ends_its_answers_and_refuses_nothing(tiny_pair, t
         ExitStack() as opened,
     ):
         streams = streams_on_every_process(opened, address)
-        (url,) = stack.plan.openai_urls(stack.addresses)
+        (url,) = stack.spec.openai_urls(stack.addresses)
         clients = [opened.enter_context(Client(address)) for _ in range(6)]
         connections = [answer_over_http(url) for _ in range(6)]
         for client in clients:

@@ -1,4 +1,4 @@
-"""Tests that `overfill up --decoder` starts workers that routers accept, each with its tier's decoder."""
+"""Tests that `overfill up --tier` starts workers that routers accept, each with its tier's decoder."""
 
 from __future__ import annotations
 

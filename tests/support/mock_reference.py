@@ -44,5 +44,5 @@ class MockReference:
         return ReferenceAnswer(tokens, finish)
 
     def _token(self, request: Request, place: int) -> SampledToken:
-        offset = 0 if request.sampling.greedy else request.sampling.seed or 0
-        return SampledToken(self._ids[(offset + request.sample_index + place) % len(self._ids)])
+        begin = 0 if request.sampling.greedy else request.sampling.seed or 0
+        return SampledToken(self._ids[(begin + request.sample_index + place) % len(self._ids)])

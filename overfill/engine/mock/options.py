@@ -64,7 +64,10 @@ class MockOptions(BaseModel):
     per_sequence: float = Field(0.0, ge=0, description="seconds per sequence in a decode step, besides step")
     answer: str = Field(ANSWER, min_length=1, description="text that answers without a script repeat")
     answer_tokens: int | None = Field(
-        None, ge=0, description="tokens after which such an answer ends; by default after the text once"
+        None,
+        ge=0,
+        description="tokens of such an answer, which then begins where the seed says; by default those of the text, "
+        "once",
     )
     script: tuple[ScriptedAnswer, ...] = Field(
         (),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.mock.script import Player
 from overfill.engine.mock.store import MockKvStore
-from overfill.engine.work import SamplingSpec, Work
+from overfill.engine.work import Sampled, Work
 from overfill.errors import InternalError
 from overfill.model.manifest import Half
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
@@ -36,20 +36,20 @@ class MockRunner:
         """Replays known tokens, which leaves nothing to do."""
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Takes the token after each work that wants one from its player. A step of prompts waits before."""
         failed: dict[int, Exception] = {}
         if self._half == "full":
             self._prefill(works, hooks)
         sampled = []
-        for row, spec in enumerate(specs):
-            player = spec.processor
+        for row, sequence in enumerate(sequences):
+            player = sequence.processor
             assert isinstance(player, Player)
             try:
                 if self._half == "decoder":
                     self._check_prompt(works[row], player.prompt)
-                sampled.append(player.next(spec.emitted, spec.sample_index))
+                sampled.append(player.next(sequence.emitted, sequence.sample_index))
             except Exception as error:
                 failed[row] = error
                 sampled.append(SampledToken(0))

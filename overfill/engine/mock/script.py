@@ -41,9 +41,12 @@ class Script:
         scripted = next((tokens for when, tokens in reversed(self._answers) if when in text), None)
         if scripted is not None:
             return Player(params, prompt, scripted, len(scripted), 0, self.end, matcher, grammars.mask_words)
-        ids = self._repeated
-        length = len(ids) if self._length is None else self._length
-        return Player(params, prompt, ids, length, params.seed or 0, self.end, matcher, grammars.mask_words)
+        ids, length, begin = self._repeated, self._length, 0
+        if length is None:
+            length = len(ids)
+        elif not params.greedy:
+            begin = params.seed or 0
+        return Player(params, prompt, ids, length, begin, self.end, matcher, grammars.mask_words)
 
     def _tokens(self, answer: ScriptedAnswer) -> list[int]:
         if answer.tokens:
@@ -62,7 +65,7 @@ class Player:
 
     Args:
         ids: the tokens, which repeat up to ``length``; after that comes ``end``.
-        seed: answers of other seeds and numbers begin at another token of ``ids``.
+        begin: index of the token with which the answer begins; answer number n of a request begins n tokens later.
         end: the token that ends an answer; None if the model has none.
         matcher: state of the request's grammar at the start of the answer.
 
@@ -71,7 +74,7 @@ class Player:
     """
 
     __slots__ = (
-        "_end", "_ids", "_length", "_mask_words", "_matcher", "_offset", "_params", "_plain", "_seen", "_strayed",
+        "_begin", "_end", "_ids", "_length", "_mask_words", "_matcher", "_params", "_plain", "_seen", "_strayed",
         "prompt",
     )  # fmt: skip
 
@@ -81,7 +84,7 @@ class Player:
         prompt: Sequence[int],
         ids: Sequence[int],
         length: int,
-        seed: int,
+        begin: int,
         end: int | None,
         matcher: Matcher | None,
         mask_words: int,
@@ -90,6 +93,7 @@ class Player:
         self._params = params
         self._matcher = matcher
         self._mask_words = mask_words
+        self._begin = begin
         self._end = None if params.ignore_eos else end
         self._seen = 0
         self._strayed = False  # True once the grammar has ruled out the script's token
@@ -97,7 +101,6 @@ class Player:
         wanted = [token for token, value in bias.items() if value == MAX_LOGIT_BIAS]
         self._ids = wanted or [token for token in ids if bias.get(token, 0) > -MAX_LOGIT_BIAS] or list(ids)
         self._length = max(length, params.min_tokens)
-        self._offset = 0 if params.greedy or not seed else seed
         self._plain = matcher is None and params.logprobs is None
 
     def next(self, emitted: Sequence[int], sample_index: int) -> SampledToken:
@@ -106,7 +109,7 @@ class Player:
         if self._plain:
             if place >= self._length and self._end is not None:
                 return SampledToken(self._end)
-            return SampledToken(self._ids[(self._offset + sample_index + place) % len(self._ids)])
+            return SampledToken(self._ids[(self._begin + sample_index + place) % len(self._ids)])
         token = self._scripted(place, sample_index)
         if self._matcher is not None:
             token = self._allowed(self._matcher, emitted, token, sample_index)
@@ -118,7 +121,7 @@ class Player:
     def _scripted(self, place: int, sample_index: int) -> int:
         if place >= self._length and self._end is not None:
             return self._end
-        return self._ids[(self._offset + sample_index + place) % len(self._ids)]
+        return self._ids[(self._begin + sample_index + place) % len(self._ids)]
 
     def _allowed(self, matcher: Matcher, emitted: Sequence[int], token: int, sample_index: int) -> int:
         """Returns ``token`` if the grammar allows it and all before it; otherwise the end, or any allowed token."""

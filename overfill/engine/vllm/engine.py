@@ -12,7 +12,7 @@ import torch
 from overfill.engine.sequence import SequenceFailed
 from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
-from overfill.engine.work import SamplingSpec
+from overfill.engine.work import Sampled
 from overfill.telemetry.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -117,14 +117,14 @@ class VllmEngine:
         pass
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        specs = self._specs()
+        sampled = self._sampled()
         try:
-            self._sampler.sample(logits, request_ids, specs)
+            self._sampler.sample(logits, request_ids, sampled)
         except Exception as error:
             log.exception("sampling failed")
             self._metrics.step_failed()
-            self._sampler.errors |= dict.fromkeys(specs, error)
+            self._sampler.errors |= dict.fromkeys(sampled, error)
 
-    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
-        """How to sample for each request that gets a token in this step, and the position of the token."""
+    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
+        """The sequences that get a token in this step, by id, and the position of the token."""
         raise NotImplementedError

@@ -10,9 +10,10 @@ import pytest
 
 from overfill.api.chat import added_by_template, chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
-from overfill.api.requests import CheckedRequest, validate_generate
+from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.routing.job import CheckedRequest
 from overfill.v1.common_pb2 import SamplingParams
 from overfill.v1.inference_pb2 import AnswerIdentity, Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
 

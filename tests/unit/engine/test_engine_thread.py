@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from overfill.engine import thread
-from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
+from overfill.telemetry.engine_load import EngineLoad
 
 
 class Core:

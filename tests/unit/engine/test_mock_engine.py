@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import write_calls
+from overfill.api.tools import ToolDefinition, tools_grammar, write_calls
 from overfill.engine.load import load_engine
 from overfill.engine.mock.options import ANSWER, MockOptions
 from overfill.engine.mock.script import Script
@@ -95,6 +96,9 @@ def test_special_tokens_of_a_text_are_tokens_and_calls_have_the_routers_format(t
     assert names[-1] == "</s>"
     ids = play(GREEDY, script=[{"text": "I read.", "tool_calls": [call]}])
     assert tokenizer.decode(ids) == "I read." + write_calls([("read", json.dumps(call["arguments"]))])
+    tool = ToolDefinition("read", parameters={"type": "object", "properties": {"path": {"type": "string"}}})
+    calling = replace(GREEDY, grammar=Grammar("lark", tools_grammar([tool], "auto", single=False)))
+    assert play(calling, script=[{"text": "I read.", "tool_calls": [call]}]) == ids
     assert play(GREEDY, script=[{"tokens": [9, 8, 7]}]) == [9, 8, 7, tokenizer.end_of_answer]
 
 

@@ -79,7 +79,8 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 
 
 @pytest.fixture
-async def worker():
+async def worker(monkeypatch):
+    monkeypatch.setattr("overfill.kv.receiver._SMALL", 0)  # no transfer is too small for shared memory
     servicer = Prefill()
     servicer.shm_server.start()
     server = RpcServer()

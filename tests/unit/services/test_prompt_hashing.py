@@ -1,4 +1,4 @@
-"""Tests that prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
+"""Tests that long prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
 
 import asyncio
 import itertools
@@ -41,6 +41,7 @@ KV = KvSpec(2, 1, 4, "float32", RopeSpec())
 @pytest.fixture
 def hashed(monkeypatch):
     """Records the threads on which hashes are computed."""
+    monkeypatch.setattr("services.prompt_hasher._SHORT", len(PROMPT) - 1)
     threads, original = [], keys._hash64
 
     def spy(data):
@@ -165,7 +166,11 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
         sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
         cache_namespace="tenant",
     )
-    serving = asyncio.create_task(servicer.Serve(stream(decode_pb2.RouterMessage(sequence=1, start=start)), None))
+    serving = asyncio.create_task(
+        servicer.Serve(
+            stream(decode_pb2.RouterMessage(commands=[decode_pb2.SequenceCommand(sequence=1, start=start)])), None
+        )
+    )
     await asyncio.wait_for(sent.wait(), timeout=10)
     serving.cancel()
     await asyncio.wait([serving])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from overfill.cluster.spec import RouterSpec, StackSpec
 from overfill.errors import Unavailable
 from overfill.rpc.server import RpcServer
+from overfill.stack.spec import RouterSpec, StackSpec
 from services.router.app import Router
 
 replicas = pytest.importorskip("services.ray.replicas", reason="needs Ray")

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.stack.child import Child, stop
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import child_environment
 
 _START_SECONDS = 60.0
 
