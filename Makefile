@@ -12,8 +12,9 @@ PROTOS := $(sort $(wildcard proto/overfill/v1/*.proto))
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 # Without compat, a script in the folder above a clone named overfill would import the clone's folder.
 INSTALL := -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e
-# One thread per process, because thread pools with more threads than cores are many times slower.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# One thread per process, because thread pools with more threads than cores are many times slower. Where a test asks for
+# more, its threads sleep while they wait: spinning tripled the CPU time of such tests, and made them ten times slower.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 # The variable silences a notice about the next major version of MkDocs, which pyproject.toml excludes.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
@@ -68,8 +69,14 @@ audit: setup  ## Write the bill of materials; look for known vulnerabilities
 	@if [ -n "$$(find .venv/sbom.json -newer pyproject.toml -mmin -1440 2>/dev/null)" ]; then exit 0; fi; \
 	$(BIN)/python deploy/supply/audit.py --sbom .venv/sbom.json || { rm -f .venv/sbom.json; exit 1; }
 
-test: setup check  ## check, then all tests except the slow ones
-	$(PYTEST) -m "not slow and not gpu and not images" -n 2 --dist loadfile --ignore tests/docs
+# Four workers on two cores, because many tests wait for processes. `check` runs beside them; its output follows theirs.
+test: setup  ## check, and all tests except the slow ones
+	@checked=$$(mktemp); trap 'rm -f "$$checked"' EXIT; failed=0; \
+	$(MAKE) --no-print-directory check >"$$checked" 2>&1 & check=$$!; \
+	$(PYTEST) -m "not slow and not gpu and not images" --ignore tests/docs \
+	  -n 4 --dist loadfile --no-loadscope-reorder --durations 20 || failed=$$?; \
+	wait $$check || failed=$$?; \
+	cat "$$checked"; exit $$failed
 
 test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment of their own
 	$(PYTEST_VLLM) -m "not slow and not gpu"

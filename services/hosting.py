@@ -12,11 +12,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-import torch
-
-from overfill.engine.device import cpu_settings
+from overfill.engine.device import cpu_settings, is_out_of_memory, on_cpu
 from overfill.engine.protocol import EngineCore, ServedHalf
 from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
@@ -33,8 +31,11 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
-from services.loading import file_of_turns
+from services.loading import file_of_turns, torch_threads
 from services.messages import worker_load
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     logs.configure(config.log_level, config.log_format, each_request=config.log_requests)
-    with cpu_settings(config.threads):
+    with cpu_settings(torch_threads(config)):
         asyncio.run(_serve_and_exit(serve, config))
     raise AssertionError("the process has ended")
 
@@ -71,10 +72,11 @@ async def _serve_and_exit(serve: Coroutine[Any, Any, int], config: WorkerConfig)
         code = await serve
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
+        else:
+            traceback.print_exc()
     exit_now(code)
 
 
@@ -119,9 +121,9 @@ class StageService:
     on_drain: Callable[[], None] = lambda: None
 
 
-def _step_timeouts(setting: float | None, device: torch.device) -> tuple[float | None, float | None]:
+def _step_timeouts(setting: float | None, device: torch.device | None) -> tuple[float | None, float | None]:
     """Returns the limits of a step and of an engine's first steps, in seconds."""
-    if setting is not None or device.type != "cuda":
+    if setting is not None or on_cpu(device):
         return setting, setting
     return _CUDA_STEP_TIMEOUT, _CUDA_FIRST_STEP_TIMEOUT
 
@@ -173,7 +175,7 @@ async def serve_stages(
     engine = EngineThread(
         core,
         "engine",
-        config.threads,
+        torch_threads(config),
         step_timeout,
         # Exit at once: an orderly shutdown might wait for the stuck device. Peers see their connections break.
         on_stuck=lambda: os._exit(1),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import EngineLoad
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 from overfill.version import __version__

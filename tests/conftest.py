@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -21,7 +22,36 @@ settings.load_profile("overfill")
 # Support modules whose failed assertions show their values, as those of test modules do.
 pytest.register_assert_rewrite("decode_conformance", "prefill_conformance", "engine_drivers", "sampled_reference")
 
+# A shell ignores SIGINT in the jobs that it starts in the background, and processes inherit that. Tests press ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The files that take longest, longest first. Workers of pytest-xdist begin with them, so that none ends alone.
+_LONGEST = (
+    "integration/test_prefix_reuse.py",
+    "integration/test_ray_stack.py",
+    "integration/test_default_pair.py",
+    "integration/test_installations.py",
+    "integration/test_openai_stack.py",
+    "integration/test_named_pairs.py",
+    "integration/test_ray_home.py",
+    "integration/test_loadtest.py",
+    "integration/test_locust_options.py",
+)
+_SUITES = ("chaos", "integration", "fuzz", "unit")  # suites that start processes wait a lot, so they come first
+
 _POOLS: weakref.WeakSet[BlockPool] = weakref.WeakSet()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    tests = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        file = item.path.relative_to(tests)
+        longest = _LONGEST.index(str(file)) if str(file) in _LONGEST else len(_LONGEST)
+        return longest, _SUITES.index(file.parts[0]) if file.parts[0] in _SUITES else len(_SUITES)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True, scope="session")

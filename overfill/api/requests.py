@@ -97,9 +97,14 @@ def validate_generate(
     sampling.check_vocab(vocab_size)
     if tools is not None:
         sampling = replace(sampling, grammar=tools)
+    if request.HasField("resume_identity"):
+        _check_room(request.resume_identity.prompt_tokens, max_model_len)
     prompt = _prompt_token_ids(request, tokenizer, max_model_len, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
-        prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
+        room = max_model_len - (sampling.max_tokens or 1)
+        if request.HasField("resume_identity"):  # another router, of another capacity, may have truncated the prompt
+            room = request.resume_identity.prompt_tokens
+        prompt = _truncated(prompt, request.truncate_prompt_tokens, room)
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed

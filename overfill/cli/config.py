@@ -195,8 +195,7 @@ def _faults_of_tier(tier: TierSpec) -> Iterator[str]:
     try:
         DecodeConfig.of({**tier_settings(tier, DecodeConfig), "pair": tier.pair})
     except BadSettings as error:
-        message = str(error).removeprefix("--")
-        yield message if message.startswith(f"tier {tier.name}: ") else f"tier {tier.name}: {message}"
+        yield f"tier {tier.name}: {str(error).removeprefix(f'--tier {tier.name}: ')}"
 
 
 @contextlib.contextmanager

@@ -237,7 +237,7 @@ def engine_options(default: EngineChoice | None, about_args: str) -> Callable[[_
         command = click.option(
             "--engine-args",
             metavar="JSON",
-            help=f"Arguments of vLLM itself, as a JSON object of its EngineArgs by name{about_args}",
+            help=f"Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name{about_args}",
         )(command)
         for stage in ("decode", "prefill"):
             command = click.option(

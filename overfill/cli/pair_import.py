@@ -38,7 +38,7 @@ class LayerMapType(click.ParamType):  # type: ignore[type-arg]  # generic from c
     "--full", required=True, metavar="FOLDER_OR_ID", help="Full model: a folder, or an id on the Hugging Face hub."
 )
 @click.option(
-    "--tier",
+    "--decoder",
     required=True,
     metavar="FOLDER_OR_ID",
     help="Decoder: a checkpoint, or a two-stage checkpoint with tensors student.….",

@@ -74,7 +74,7 @@ def up_command(
         if target is not None and target.endswith(SUFFIXES):
             spec = _read(Path(target), on_ray)
         else:
-            spec = _describe(_pair(target, pair), on_ray, options, prepare=not dry_run)
+            spec = _describe(_pair(target, pair, options["engine"]), on_ray, options, prepare=not dry_run)
     except BadSettings as error:
         raise click.UsageError(str(error)) from error
     if dry_run:
@@ -88,19 +88,23 @@ def up_command(
             return run(ProcessRunner(spec, sink), stopping, console())
 
 
-def _pair(target: str | None, pair: str) -> str:
+def _pair(target: str | None, pair: str, engine: str | None) -> str:
     """Returns the pair that the argument or the option names, a folder as an absolute path."""
+    from overfill.pair.store import MOCK
+
     if target is not None:
         if _is_given("pair"):
             raise click.UsageError(f"the argument {target!r} conflicts with --pair {pair!r}: give one of them")
         pair = target
+    if engine == "mock" and target is None and not _is_given("pair"):
+        return MOCK
     return _absolute(pair)
 
 
 def _absolute(pair: str) -> str:
-    from overfill.pair.store import NAMED
+    from overfill.pair.store import MOCK, NAMED
 
-    return pair if pair in NAMED else os.path.abspath(pair)
+    return pair if pair in (*NAMED, MOCK) else os.path.abspath(pair)
 
 
 def _is_given(name: str) -> bool:
@@ -145,7 +149,7 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
     else:
         _check_tiers_given(own)
     http, log_dir, routers, port = own.pop("http"), own.pop("log_dir"), own.pop("routers"), int(own.pop("port"))
-    mock, tls = own.pop("mock"), own.pop("tls")
+    tls = own.pop("tls")
     placement = RayPlacement(
         own.pop("ray_address"),
         *(own.pop(n) for n in ("name", "worker_cpus", "worker_gpus", "max_prefill", "max_decode")),
@@ -165,7 +169,6 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
             http="off" if http == "off" else int(http),
             share_port=not on_ray and routers > 1,
             settings=own,
-            mock=mock,
             tls=tls,
             ray=placement if on_ray else None,
             log_dir=log_dir,
@@ -193,7 +196,7 @@ def _check_here(spec: StackSpec) -> None:
     if spec.ray_address is not None:  # processes may run on other machines
         return
     check_ports(spec)
-    if not spec.mock and "vllm" in {spec.worker_config(name).engine for name in spec.pools}:
+    if "vllm" in {spec.worker_config(name).engine for name in spec.pools}:
         require_vllm()
 
 

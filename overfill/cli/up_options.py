@@ -173,7 +173,6 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Folder with a certificate per role, as `overfill certs` makes it; replaces --tls-cert, --tls-key and "
         "--tls-ca.",
     ),
-    click.option("--mock", is_flag=True, help="Use workers that compute nothing, for trials of everything else."),
     click.option(
         "--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]"
     ),

@@ -75,7 +75,11 @@ class JudgedTier:
     help="A tier of the stack, as `overfill up --tier` got it. Repeat it for each tier; it replaces --pair.",
 )
 @click.option(
-    "--tier", "chosen", multiple=True, help="Tier to ask; repeat for several.  [default: every --tier, in order]"
+    "--ask",
+    "chosen",
+    metavar="TIER",
+    multiple=True,
+    help="Tier to ask; repeat for several.  [default: every --tier, in order]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
@@ -174,7 +178,7 @@ def _check_tiers(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) 
         raise click.UsageError(f"--tier: {error}") from error
     for name in chosen:
         if name not in (known := [tier.name for tier in tiers]):
-            raise click.UsageError(f"--tier {name}: give it a --tier; tiers are {', '.join(known) or 'none'}")
+            raise click.UsageError(f"--ask {name}: give it a --tier; tiers are {', '.join(known) or 'none'}")
     return tiers or (TierSpec(name=DEFAULT_TIER, pair=pair),)
 
 

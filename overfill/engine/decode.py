@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -31,6 +30,7 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
+from overfill.engine.work import Runner, SamplingSpec, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.telemetry.metrics import DecodeMetrics
@@ -61,7 +61,7 @@ class DecodeEngine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         pool: BlockPool,
         max_num_seqs: int,
         replay_budget: int,
@@ -81,6 +81,11 @@ class DecodeEngine:
         self.step_shape = (0, 0)
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
+
+    @property
+    def delay(self) -> float:
+        """0: the next step is always due."""
+        return 0.0
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""

@@ -27,7 +27,7 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import Overloaded
 from overfill.model.processors import new_processor
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 
 
 @dataclass(slots=True, eq=False)

@@ -17,8 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -32,10 +32,10 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
+from overfill.engine.work import Runner, SamplingSpec, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.tensors import record_event
-from overfill.model.transformer import LayerHooks
+from overfill.model.steps import LayerHooks
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,11 @@ class PrefillEngine:
         step_shape: prompts and tokens in the latest step.
     """
 
+    delay = 0.0
+
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         pool: BlockPool,
         max_num_batched_tokens: int,
         max_num_seqs: int,

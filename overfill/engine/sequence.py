@@ -9,15 +9,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from overfill.errors import InternalError, InvalidRequest, StepFailed
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.tensors import DeviceEvent
-from overfill.model.processors import LogitProcessor
-from overfill.model.sampling import SampledToken
+from overfill.kv.store import DeviceEvent
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2
+
+Processor: TypeAlias = Any
+"""What an engine keeps for the sampling of one answer, as ``ServedHalf.new_processor`` makes it: penalties, bias and
+grammar, or the script that a mock engine plays."""
 
 
 class FinishReason(enum.Enum):
@@ -108,7 +111,7 @@ class PrefillSequence:
     sampling: SamplingParams
     sample_index: int = 0
     sample_first_token: bool = True
-    processor: LogitProcessor | None = None
+    processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     cancelled: bool = False
@@ -266,7 +269,7 @@ class DecodeSequence:
     sampling: SamplingParams
     stop: StopRule
     sample_index: int = 0
-    processor: LogitProcessor | None = None
+    processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     state: DecodeState = DecodeState.RECEIVING

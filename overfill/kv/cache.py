@@ -18,11 +18,10 @@ from overfill.kv.chunks import Chunk, digest, num_undamaged
 from overfill.kv.codecs import decode, encode, quantise
 from overfill.kv.native import library
 from overfill.kv.spec import SCALE_BYTES, KvCacheDtype, KvSpec
+from overfill.kv.store import DeviceEvent, LayerTargets
 from overfill.kv.tensors import (
     TORCH_DTYPES,
-    DeviceEvent,
     DeviceTensors,
-    LayerTargets,
     NumpyTensors,
     PagedTensors,
     slots_of,

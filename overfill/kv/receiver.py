@@ -29,15 +29,13 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, Chunk, TransferSpec, check, check_head, wrong_checksum
-from overfill.kv.codecs import check_scales, decode
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import LayerTargets
+from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import ParsedChunk, parse_message, pull_kv
 from overfill.rpc.calls import checked_write, responses
 from overfill.telemetry import tracing
@@ -385,9 +383,13 @@ class PromptPull:
         if codec == common_pb2.KV_CODEC_RAW:
             chunk = check_head(self._spec, received)
         elif codec == self._store.codec:
+            from overfill.kv.codecs import check_scales  # imports torch, which a process without codecs may lack
+
             chunk = Chunk(check(self._spec, received), received.payload, scales=received.scales)
             check_scales(chunk.scales)
         else:
+            from overfill.kv.codecs import decode
+
             kv_range = check(self._spec, received)
             chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
         self._coverage.add(chunk.range)

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overfill.kv.chunks import Chunk, TransferSpec, lay_out_raw, raw_chunk, seal, seal_in_place
-from overfill.kv.codecs import encode
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.kv.shielded import shielded
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import DeviceEvent
+from overfill.kv.store import DeviceEvent, KvStore
 from overfill.kv.wire import ChunkParts, join_chunks
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
@@ -253,6 +251,8 @@ class KvSender:
 
     def _encode(self, kv_range: KvRange, slot: Slot | None) -> ChunkParts:
         """A chunk in the transfer's codec."""
+        from overfill.kv.codecs import encode  # imports torch, which a process that sends raw KV may lack
+
         raw = _scratch()[: self.spec.raw_bytes(kv_range)]
         self._store.read(self._block_table, [Chunk(kv_range, raw)], self._event)
         scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)

@@ -8,16 +8,13 @@ replayed sequence needs nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from overfill.errors import Overloaded
-from overfill.process.limits import available_memory
-from overfill.request.grammar import MATCHER_BYTES, Grammars, Matcher
+from overfill.request.grammar import Grammars, Matcher
 from overfill.request.params import SamplingParams
 
 _WORD_BITS = 32
@@ -114,32 +111,6 @@ def new_processor(
         assert grammars is not None
         matcher = grammars.matcher(params.grammar)
     return LogitProcessor(params, prompt, matcher, end_ids)
-
-
-async def prepare_processor(
-    params: SamplingParams, prompt: Sequence[int], grammars: Grammars, eos_ids: Sequence[int], key: str = ""
-) -> LogitProcessor | None:
-    """Makes the processor as ``new_processor`` does. Tries a grammar first, and compiles it off the event loop.
-
-    Args:
-        key: client, for fairness between clients.
-
-    Raises:
-        InvalidRequest: the grammar is not supported for this model, or is too complex.
-        Overloaded: this process cannot try a new grammar now, or has too little memory for another one.
-    """
-    make = partial(new_processor, params, prompt, grammars, eos_ids)
-    if params.grammar is None:
-        return make()
-    needed = (grammars.live + 1) * MATCHER_BYTES
-    if (left := available_memory()) < needed:
-        raise Overloaded(
-            f"{grammars.live} answers have a grammar here, and one more might need {needed >> 20} MiB of memory with "
-            f"them; {left >> 20} MiB are left",
-            1.0,
-            "grammars",
-        )
-    return await grammars.prepare(params.grammar, key, make)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
 from overfill.model.processors import new_processor
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.pair.store import resolve_pair
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.settings.renamed import REMOVED_IN

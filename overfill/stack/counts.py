@@ -103,11 +103,11 @@ def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str,
 
 def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]:
     """Yields why each stage should have a worker of its own, after "because". ``vllm``: auto may choose vLLM."""
+    if options.get("engine") == "mock":
+        yield "--engine mock is given"
     for name in ("ray_address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
         if options.get(name) is not None:
             yield f"{_flag(name)} is given"
-    if options.get("mock"):
-        yield "--mock is given"
     path: Path | None = options.get("config")
     file = None if path is None else read_checked(path)
     for kind in (PrefillConfig, DecodeConfig):

@@ -20,7 +20,7 @@ from overfill.settings.config import RouterConfig, ServiceConfig, read_checked
 from overfill.settings.config_file import all_names, flag_name, nearest
 from overfill.settings.reader import BadSettings, Given
 from overfill.settings.tiers import TEXT_FIELDS, TierSpec, default_tier
-from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind
+from overfill.settings.worker_kinds import KINDS
 from overfill.stack.ray import placement
 from overfill.stack.spec import APPLICATION, COLOCATED, DECODE, PREFILL, RouterSpec, StackSpec, decode_pool
 
@@ -67,7 +67,6 @@ def describe(
     share_port: bool = False,
     threads: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    mock: bool = False,
     tls: Path | None = None,
     ray: RayPlacement | None = None,
     log_dir: Path | None = None,
@@ -84,7 +83,6 @@ def describe(
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each pool gets the fields that it has; None leaves a field to its
             environment variable or default. ``prefill_engine`` and ``decode_engine`` are the ``engine`` of one stage.
-        mock: workers compute nothing.
         tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
         ray: place of a stack on Ray; None means plain processes.
         log_dir: folder for one log file per process.
@@ -101,7 +99,6 @@ def describe(
         flags["threads"] = threads
     if tls is not None and _TLS - {"tls_name"} & flags.keys():
         raise BadSettings("--tls replaces --tls-cert, --tls-key and --tls-ca: remove them")
-    kinds = MOCK_KINDS if mock else REAL_KINDS
     counts = {COLOCATED: colocated, PREFILL: prefill} | (
         {decode_pool(tier.name): tier.replicas for tier in tiers} if tiers else {DECODE: decode}
     )
@@ -115,7 +112,7 @@ def describe(
 
     default = default_tier([tier.name for tier in tiers], _text(router, "default_tier")) if tiers else ""
     default_pair = next((tier.pair for tier in tiers if tier.name == default), pair)
-    own = _own_settings(flags, counts, tiers, default, kinds)
+    own = _own_settings(flags, counts, tiers, default)
     read: dict[str, dict[str, Any]] = {}
     secret = "api_keys" in router and not {"stack_secret", "tls_ca"} & router.keys()
     extra = {"stack_secret": Given("-", "")} if secret else {}
@@ -123,13 +120,13 @@ def describe(
     pair_of_router = {"pair": Given(default_pair, "--pair")}
     read["router"] = _settings(RouterConfig.made(router | extra | told | pair_of_router), tls, secret)
     for name in counts:
-        kind = kinds[name.partition("-")[0]]
+        kind = KINDS[name.partition("-")[0]]
         given = _given(kind.settings, flags | own[name], tls, Role.WORKER) | pair_of_router | extra
-        given.setdefault("threads", Given(_threads(name, counts, kinds, ray), "--threads"))
+        given.setdefault("threads", Given(_threads(name, counts, ray), "--threads"))
         read[name] = _settings(kind.settings.made(given), tls, secret)
 
     resources = _resources(counts, read, tiers, routers, ray)
-    shared = _shared(read, {name: kinds[name.partition("-")[0]].settings for name in counts} | {"router": RouterConfig})
+    shared = _shared(read, {name: KINDS[name.partition("-")[0]].settings for name in counts} | {"router": RouterConfig})
     for each in read.values():
         for key in shared:
             each.pop(key, None)
@@ -140,7 +137,6 @@ def describe(
     ports = range(port, port + places) if port else [0] * places
     data: dict[str, Any] = {
         "runner": "processes" if ray is None else "ray",
-        "mock": mock,
         "router": {
             "replicas": routers,
             "ports": [*ports],
@@ -206,10 +202,9 @@ def _own_settings(
     counts: Mapping[str, int],
     tiers: Sequence[TierSpec],
     default: str,
-    kinds: Mapping[str, WorkerKind],
 ) -> dict[str, dict[str, Any]]:
     """Returns the settings of each pool that its stage or tier chooses for itself; None takes a flag away."""
-    decode = kinds[DECODE].settings
+    decode = KINDS[DECODE].settings
     pools = {decode_pool(tier.name): tier_settings(tier, decode) for tier in tiers} if tiers else {DECODE: {}}
     of_prefill, *engines = _engines(
         flags.get("prefill_engine"), *(own.get("engine", flags.get("decode_engine")) for own in pools.values())
@@ -218,9 +213,9 @@ def _own_settings(
         name: engine | own for (name, own), engine in zip(pools.items(), engines, strict=True)
     }
     if COLOCATED in counts:
-        own = next((tier_settings(tier, kinds[COLOCATED].settings) for tier in tiers if tier.name == default), {})
+        own = next((tier_settings(tier, KINDS[COLOCATED].settings) for tier in tiers if tier.name == default), {})
         # The arguments of vLLM are for the other workers.
-        found[COLOCATED] = own | ({"engine_args": None} if len(counts) > 1 else {})
+        found[COLOCATED] = own | ({"engine_args": None} if len(counts) > 1 and flags.get("engine") != "mock" else {})
     return found
 
 
@@ -245,7 +240,7 @@ def tier_settings(tier: TierSpec, kind: type[ServiceConfig]) -> dict[str, Any]:
     return dict(tier.settings)
 
 
-def _threads(name: str, counts: Mapping[str, int], kinds: Mapping[str, WorkerKind], ray: RayPlacement | None) -> int:
+def _threads(name: str, counts: Mapping[str, int], ray: RayPlacement | None) -> int:
     """Returns the CPU threads of a pool's workers, unless they are set.
 
     All cores are divided within each stage, because the stages are rarely busy at the same time, and waiting engine
@@ -253,10 +248,10 @@ def _threads(name: str, counts: Mapping[str, int], kinds: Mapping[str, WorkerKin
     """
     if ray is not None and ray.ray_address is not None:
         return threads_per_worker(sum(counts.values()))
-    stages = kinds[name.partition("-")[0]].stages
+    stages = KINDS[name.partition("-")[0]].stages
     return threads_per_worker(
         max(
-            sum(count for other, count in counts.items() if stage in kinds[other.partition("-")[0]].stages)
+            sum(count for other, count in counts.items() if stage in KINDS[other.partition("-")[0]].stages)
             for stage in stages
         )
     )
@@ -309,7 +304,7 @@ def check_used(spec: StackSpec, config: Path | None) -> None:
     """Raises BadSettings for a variable, or a section of the file, of workers that the stack does not have."""
     file = None if config is None else read_checked(config)
     present = {spec.kind(name).name for name in spec.pools}
-    for name, kind in (MOCK_KINDS if spec.mock else REAL_KINDS).items():
+    for name, kind in KINDS.items():
         if name in present:
             continue
         unused = sorted(variable for variable in kind.settings.variables() if os.environ.get(variable))

@@ -21,7 +21,7 @@ from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
-from overfill.settings.worker_kinds import MOCK_KINDS, REAL_KINDS, WorkerKind, WorkerSettings, WorkerStage
+from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
 """Default name of the application on Ray."""
@@ -100,7 +100,6 @@ class StackSpec(BaseModel):
         router: the routers.
         colocated: workers with both stages. With them, ``prefill`` and ``decode`` exist only if they are given.
         prefill, decode: workers with one stage.
-        mock: run workers that compute nothing (``services.mock``), for trials of everything else.
         settings: settings for all processes that have them, by field. With plain processes, ``metrics_port`` is that of
             the first router, and the others have the next ports.
         tls: folder with a certificate per role, as ``overfill certs`` makes it; replaces the settings of TLS.
@@ -122,7 +121,6 @@ class StackSpec(BaseModel):
     colocated: PoolSpec | None = None
     prefill: PoolSpec | None = None
     decode: PoolSpec | None = None
-    mock: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
     tls: str | None = None
     new_secret: bool = False
@@ -245,13 +243,18 @@ class StackSpec(BaseModel):
         return {name: pool for name, pool in given.items() if pool is not None}
 
     @property
+    def mock(self) -> bool:
+        """True if the workers compute nothing."""
+        return any(self.worker_config(name).engine == "mock" for name in self.pools)
+
+    @property
     def deployments(self) -> dict[str, PoolSpec]:
         """All pools by name, the routers first."""
         return {ROUTER: self.router, **self.pools}
 
     def kind(self, pool: str) -> WorkerKind:
         """Returns the kind of a pool's workers."""
-        return (MOCK_KINDS if self.mock else REAL_KINDS)[pool.partition("-")[0]]
+        return KINDS[pool.partition("-")[0]]
 
     def tier_of(self, pool: str) -> str | None:
         """Returns the tier in which a pool decodes, empty with one pair; None for prefill workers."""

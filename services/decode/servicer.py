@@ -9,13 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
+from overfill.engine.sequence import DecodeEvent, DecodeSequence, Processor, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
@@ -121,13 +120,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         finally:
             del self._sessions[session.sequence.id]
 
-    async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
+    async def _processor(self, start: decode_pb2.StartDecode) -> Processor | None:
         """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""
         sampling = SamplingParams.from_proto(start.sampling)
         prompt = list(start.prompt_token_ids)
-        return await prepare_processor(
-            sampling, prompt, self._half.grammars, start.eos_token_ids, start.cache_namespace
-        )
+        return await self._half.prepare_processor(sampling, prompt, start.eos_token_ids, start.cache_namespace)
 
     def _check_open(self, start: decode_pb2.StartDecode) -> None:
         """Raises unless the worker accepts new sequences and is the incarnation that the router means."""
@@ -145,7 +142,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.cache_namespace}"
 
     def _accept(
-        self, served: ServedSequence, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
+        self, served: ServedSequence, processor: Processor | None, prompt_blocks: PromptBlocks
     ) -> SequenceSession:
         start = served.start
         self._check_open(start)

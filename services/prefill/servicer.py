@@ -18,6 +18,7 @@ from overfill.engine.sequence import (
     PrefillEvent,
     PrefillScheduled,
     PrefillSequence,
+    Processor,
     PromptComputed,
     Release,
     SequenceFailed,
@@ -39,8 +40,6 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.model.processors import LogitProcessor, prepare_processor
-from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
 from overfill.rpc.interceptors import Context
@@ -62,7 +61,7 @@ class Lease:
         start: prefill_pb2.StartPrefill,
         served: ServedHalf,
         executor: Executor,
-        processor: LogitProcessor | None,
+        processor: Processor | None,
         prompt_blocks: PromptBlocks,
     ) -> None:
         self.spec = TransferSpec(
@@ -201,7 +200,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        description = prefill_pb2.DescribePrefillResponse(codecs=CODECS.values(), shm=self._shm_server.offer)
+        description = prefill_pb2.DescribePrefillResponse(codecs=self._half.codecs, shm=self._shm_server.offer)
         return fill_description(description, self._hello)
 
     async def Prefill(
@@ -259,17 +258,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             if slots is not None:
                 slots.writes_finished()
 
-    async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
+    async def _processor(self, start: prefill_pb2.StartPrefill) -> Processor | None:
         """Returns the first token's logit processor. Raises InvalidRequest when its grammar is not supported."""
         if not start.sample_first_token:
             return None
         sampling = SamplingParams.from_proto(start.sampling)
         prompt = list(start.prompt_token_ids)
         eos_ids = self._half.config.eos_token_ids
-        return await prepare_processor(sampling, prompt, self._half.grammars, eos_ids, start.cache_namespace)
+        return await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
 
     def _accept(
-        self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
+        self, start: prefill_pb2.StartPrefill, processor: Processor | None, prompt_blocks: PromptBlocks
     ) -> Lease:
         """Registers a lease and submits its prompt. Raises if the request is invalid or cannot be accepted now."""
         self._check_open(start)
@@ -381,7 +380,7 @@ def _check_start(start: prefill_pb2.StartPrefill, served: ServedHalf) -> None:
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= served.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")
-    if start.codec not in CODEC_NAMES:
+    if start.codec not in served.codecs:
         raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
     sampling = SamplingParams.from_proto(start.sampling)
     sampling.check_vocab(served.config.vocab_size)

@@ -120,14 +120,10 @@ class WorkerReplica(Replica):
         spec = await _prepared(spec, deployment, place.id)
         config = spec.worker_config(deployment, place)
         # Import here, so that only this replica's service is loaded, after Ray has set its environment variables.
-        if spec.mock:
-            from services.mock.running import serve as serve_mock
-
-            await self.start(config, lambda ready: serve_mock(config, ready))  # type: ignore[arg-type]
-            return
         from overfill.engine.device import cpu_settings
+        from services.loading import torch_threads
 
-        self._cpu_settings = cpu_settings(config.threads)
+        self._cpu_settings = cpu_settings(torch_threads(config))
         self._cpu_settings.__enter__()  # for the life of the process
         service = importlib.import_module(spec.kind(deployment).module)
         await self.start(config, lambda ready: service.serve(config, ready))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, cast
 
 from overfill.api.keys import ApiKey
@@ -34,9 +35,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
                 await context.send_initial_metadata(())
+                identity = partial(self._handler.tiers.identity, prompt=checked.prompt_token_ids)
+                answer.accepted.identity.CopyFrom(identity(checked.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
                 while (delta := await answer.next()) is not None:
-                    await self._write(context, _Response(delta=delta.to_proto()))
+                    message = delta.to_proto()
+                    for part in message.parts:
+                        part.identity.CopyFrom(identity(part.tier))
+                    await self._write(context, _Response(delta=message))
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None

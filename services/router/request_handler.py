@@ -174,6 +174,7 @@ class RequestHandler:
         block_sizes = {worker.block_size for worker in self._roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
         checked = await self._run(size, prepare, *arguments, in_thread=with_grammar or size >= LONG_REQUEST)
+        self.tiers.check_resume(request, choice.fallback_from or choice.tier, checked.prompt_token_ids)
         longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
         if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
             admit(asked)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
+from overfill.kv.handshake import check_same
 from overfill.model.manifest import Pair
 from overfill.routing.brownout import Brownout
 from overfill.routing.pool import Roster
@@ -45,6 +48,7 @@ class ServedTiers:
         self._pairs = pairs
         self._roster = roster
         self._brownout = brownout
+        self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without a prompt, by tier
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
 
@@ -79,6 +83,51 @@ class ServedTiers:
         formats = (decoder.get("decoder_quantize", "none"), decoder.get("kv_cache_dtype", "auto"))
         rounded = "".join(f"-{name}" for name in formats if name not in ("none", "auto"))
         return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
+
+    def identity(self, tier: str, prompt: Sequence[int]) -> inference_pb2.AnswerIdentity:
+        """Returns what an answer of ``tier`` to the token ids ``prompt`` depends on."""
+        if tier not in self._identities:
+            self._identities[tier] = self._identity(tier)
+        identity = inference_pb2.AnswerIdentity()
+        identity.CopyFrom(self._identities[tier])
+        identity.prompt_tokens = len(prompt)
+        identity.prompt_digest = hashlib.sha256(array("I", prompt)).hexdigest()
+        return identity
+
+    def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
+        model = self._pairs[tier].model_identity("decoder")
+        identity = inference_pb2.AnswerIdentity()
+        for name in {f.name for f in identity.DESCRIPTOR.fields} & {f.name for f in model.DESCRIPTOR.fields}:
+            setattr(identity, name, getattr(model, name))
+        decoder = self._roster.tiers[tier].decoder
+        identity.decoder_quantize = _rounded(decoder.get("decoder_quantize", "none"))
+        identity.kv_cache_dtype = _rounded(decoder.get("kv_cache_dtype", "auto"))
+        return identity
+
+    def check_resume(self, request: inference_pb2.GenerateRequest, tier: str, prompt: Sequence[int]) -> None:
+        """Refuses to continue an answer that depends on something else than an answer here would.
+
+        Args:
+            tier: tier of which the client asks that it writes the rest.
+            prompt: token ids of the prompt, as this router has made them.
+
+        Raises:
+            InvalidRequest: the request has tokens of an answer and not its identity.
+            Incompatible: the identities differ; names the fields.
+        """
+        if not request.HasField("resume_identity"):
+            if request.resume_token_ids:
+                raise InvalidRequest(
+                    "resume_identity", "is missing; to resume an answer, give the identity with which it was accepted"
+                )
+            return
+        here, there = self.identity(tier, prompt), request.resume_identity
+        names = [f.name for f in here.DESCRIPTOR.fields]
+        check_same(
+            {f"resume_identity.{name}": getattr(here, name) for name in names},
+            {f"resume_identity.{name}": getattr(there, name) for name in names},
+            "this router would continue another answer",
+        )
 
     def max_model_len(self, tier: str = "") -> int:
         """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker.
@@ -202,6 +251,11 @@ class ServedTiers:
     def _lost(self, tier: str) -> bool:
         """True if no decode worker of the tier is alive or starting."""
         return not self._roster.decode[tier].index.present
+
+
+def _rounded(form: object) -> str:
+    """Returns a format in which weights or KV are rounded, as the wire has it; empty if they are not."""
+    return "" if form in ("none", "auto") else str(form)
 
 
 def _may_use(caller: ApiKey | None, tier: str) -> bool:

@@ -113,7 +113,7 @@ class Handoffs:
 def prefill_worker(tiny_pair: Path) -> Iterator[registry_pb2.Hello]:
     """Starts a real prefill worker and yields its Hello. It keeps serving after its router has stopped."""
     # Prefix cache off: with it, a prompt would be computed in other pieces, and bits would differ.
-    arguments = [f"--pair={tiny_pair}", "--dtype=float32", "--kv-memory=4MiB", "--grace-period=1", "--prefix-cache=off"]
+    arguments = [f"--pair={tiny_pair}", "--dtype=float32", "--kv-memory=4MiB", "--grace-period=1", "--no-prefix-cache"]
 
     async def start() -> tuple[Child, registry_pb2.Hello]:
         registry = ListeningRegistry()

@@ -89,7 +89,7 @@ def test_a_worker_with_both_stages_breaks_as_others_do(tiny_pair: Path) -> None:
     ]
     workers = {"prefill": 0, "decode": 2, "colocated": 1}
     report = broken(tiny_pair, faults, workers=workers, concurrent_faults=2)
-    assert {one.victim for one in report.result.injected if one.fault.target == "prefill"} == {"worker-0"}
+    assert {one.victim for one in report.result.injected if one.fault.target == "prefill"} == {"colocated-0"}
     assert report.result.migrations > 0
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 import time
 from contextlib import contextmanager
 
+from forked import Forked
+
 from overfill.client import Client
+from overfill.stack.child import Child
 from overfill.stack.describe import describe
 from overfill.stack.process_runner import ProcessRunner
 
@@ -21,8 +26,16 @@ BASE = {
 }
 
 
+class ForkedChild(Child):
+    """A child that runs a module of this interpreter."""
+
+    def _start(self, command, env, orphaned):
+        assert command[:2] == [sys.executable, "-m"]
+        return Forked(command[2], command[3:], env)
+
+
 class FaultyStack(ProcessRunner):
-    """A stack whose workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
+    """A stack of forked processes. Workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
 
     def __init__(self, spec, sink, faults):
         super().__init__(spec, sink)
@@ -32,10 +45,19 @@ class FaultyStack(ProcessRunner):
         fault = self._faults.get(name)
         return module.split() if fault is None else ["overfill.lab.faults.service", fault, *module.split()]
 
+    def _spawn(self, name, module, config, threads):
+        command = [sys.executable, "-m", *self._program(name, module)]
+        return ForkedChild(name, command, self._environment(name, config, threads), self._sink)
+
+
+def mocked(**arguments):
+    """Returns the settings of workers on the mock engine, whose answers end at max_tokens only."""
+    return {"engine": "mock", "engine_args": json.dumps({"answer_tokens": 1 << 30} | arguments)}
+
 
 @contextmanager
 def running_stack(
-    pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=False,
+    pair, prefill=1, decode=1, routers=1, faults=None, http="off", tls=None, lines=None, share_port=False,
     tiers=(), colocated=0, **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
@@ -44,7 +66,7 @@ def running_stack(
         settings["stack_secret"].write_text(SECRET)
     spec = describe(
         pair or "", prefill=prefill, decode=decode, colocated=colocated, tiers=tiers, routers=routers, http=http,
-        share_port=share_port, threads=1, settings=BASE | settings, mock=mock, tls=tls,
+        share_port=share_port, threads=1, settings=BASE | settings, tls=tls,
     )  # fmt: skip
     lines = [] if lines is None else lines
     stack = FaultyStack(spec, lambda name, line: lines.append(f"{name} | {line}"), faults or {})

@@ -155,7 +155,7 @@ def test_help_needs_the_core_only() -> None:
     [
         (["up"], "torch"),
         (["up", "--no-ray"], "torch"),
-        (["up", "--mock"], "xxhash"),
+        (["up", "--engine", "mock"], "xxhash"),
         (["demo"], "torch"),
         (["verify", "--questions", "{questions}", "--max-tokens", "4"], "torch"),
         (["chaos"], "psutil"),

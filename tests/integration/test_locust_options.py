@@ -25,7 +25,7 @@ SHORT = ["--vocab-size=512", "--prompt-tokens=8", "--output-tokens=4"]
 
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
-    with mock_stack(tiny_pair, decode_settings={"mock_step": 0.01}) as stack:
+    with mock_stack(tiny_pair, decode_settings={"step": 0.01}) as stack:
         yield stack
 
 

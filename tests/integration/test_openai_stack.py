@@ -113,5 +113,6 @@ def test_the_sdk_calls_tools(running):
             (again,) = client.chat(HI, sampling=sampling, **options).tool_calls
             assert (again.arguments, again.id == call.id) == (arguments, False)
             options |= {"request_id": answer.request_id, "resume_token_ids": answer.token_ids[:1]}
+            options |= {"resume_identity": answer.identity}
             (resumed,) = client.chat(HI, sampling=sampling, **options).tool_calls
             assert resumed.id == call.id

@@ -28,7 +28,7 @@ from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
-from overfill.model.transformer import NO_HOOKS, LayerHooks
+from overfill.model.steps import NO_HOOKS, LayerHooks
 from overfill.pair.reference import TwoStageReference
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel

@@ -11,7 +11,7 @@ import pytest
 
 from overfill.api import keys
 from overfill.api.tokenizer import Tokenizer
-from overfill.client import AsyncClient
+from overfill.client import AnswerIdentity, AsyncClient
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -23,6 +23,7 @@ from overfill.errors import (
 )
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc import shares
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
@@ -179,6 +180,11 @@ class Stack:
         await worker.serve(self.address)
         self._exits.push_async_callback(worker.kill)
         return worker
+
+    @property
+    def identity(self):
+        """What an answer to ``PROMPT`` depends on."""
+        return AnswerIdentity.from_proto(self.router._handler.tiers.identity(DEFAULT_TIER, PROMPT))
 
     async def joined(self, *names):
         """Waits until exactly these workers are available for requests."""
@@ -529,7 +535,8 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, clien
 
 
 async def test_a_resubmitted_request_continues_after_the_clients_tokens(stack, client):
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20, 21]))
+    resumed = {"resume_token_ids": [20, 21], "resume_identity": stack.identity}
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), **resumed))
     call = await stack.first.calls.get()
     assert list(call.start.emitted_token_ids) == [20, 21]
     await call.answer([22])
@@ -568,10 +575,11 @@ async def test_a_full_queue_refuses(tiny_pair):
         await until(lambda: stack.router.dispatcher.num_waiting)
         with pytest.raises(Overloaded):
             await client.generate(PROMPT, sampling=greedy())
-        resumed = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20]))
+        of_20 = {"resume_token_ids": [20], "resume_identity": stack.identity}
+        resumed = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), **of_20))
         await until(lambda: stack.router.dispatcher.num_waiting == 2)
         with pytest.raises(Overloaded):
-            await client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20])
+            await client.generate(PROMPT, sampling=greedy(), **of_20)
         waiting.cancel()
         resumed.cancel()
         await stack.idle()

@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from stacks import children, idle, running_stack, wait_until
+from stacks import children, idle, mocked, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
@@ -24,8 +24,8 @@ LONG = SamplingParams(max_tokens=300, ignore_eos=True, temperature=0)  # 15 s wi
 
 
 @contextmanager
-def shared_stack(pair, folder, **settings):
-    defaults = {"routers": 2, "http": 0, "mock": True, "mock_step": "0.05"}
+def shared_stack(pair, folder, step=0.05, **settings):
+    defaults = {"routers": 2, "http": 0} | mocked(step=step)
     with running_stack(pair, share_port=True, **defaults | settings) as (stack, address):
         yield stack, address
 
@@ -83,7 +83,7 @@ def streams_on_every_process(opened, address):
 
 
 def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, tmp_path, capsys):
-    with shared_stack(tiny_pair, tmp_path, mock_step="0", served_model_name="x") as (stack, address):
+    with shared_stack(tiny_pair, tmp_path, step=0, served_model_name="x") as (stack, address):
         assert stack.addresses == (address,)
         (url,) = stack.spec.openai_urls(stack.addresses)
         pids = {child.pid for child in children(stack, "router")}
@@ -159,7 +159,14 @@ def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, 
             finally:
                 os.kill(frozen, signal.SIGCONT)
 
-        command = [sys.executable, "-m", "services.mock", "decode", f"--pair={tiny_pair}", f"--routers={address}"]
+        command = [
+            sys.executable,
+            "-m",
+            "services.decode.main",
+            f"--pair={tiny_pair}",
+            f"--routers={address}",
+            "--engine=mock",
+        ]
         lines = []
         lost = Child("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
         wait_until(lambda: lost.returncode is not None, 60, "a worker at the shared address gives up")

@@ -86,7 +86,9 @@ def test_a_seed_repeats_a_sampled_answer_on_any_worker(client):
 def test_an_answer_can_be_resumed_with_its_tokens_and_seed(client):
     sampling = SamplingParams(temperature=1.5, seed=5, max_tokens=24, ignore_eos=True)
     whole = client.generate(prompt(3), sampling=sampling)
-    rest = client.generate(prompt(3), sampling=sampling, resume_token_ids=whole.token_ids[:9])
+    rest = client.generate(
+        prompt(3), sampling=sampling, resume_token_ids=whole.token_ids[:9], resume_identity=whole.identity
+    )
     assert rest.token_ids[-15:] == whole.token_ids[9:]
 
 

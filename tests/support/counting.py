@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from overfill.engine.runner import SamplingSpec, Work, sample_next
-from overfill.model.sampling import SampledToken
-from overfill.model.transformer import NO_HOOKS, LayerHooks
+from overfill.engine.runner import sample_next
+from overfill.engine.work import SamplingSpec, Work
+from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 
 VOCAB_SIZE = 64
 

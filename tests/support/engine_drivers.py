@@ -27,6 +27,7 @@ from overfill.engine.sequence import (
     PrefillHere,
     PrefillScheduled,
     PrefillSequence,
+    Processor,
     PromptComputed,
     Refused,
     Release,
@@ -41,9 +42,8 @@ from overfill.engine.sequence import (
 )
 from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, raw_chunk
 from overfill.kv.ranges import KvRange
-from overfill.kv.tensors import DeviceEvent, LayerTargets
-from overfill.model.processors import LogitProcessor, new_processor
-from overfill.model.sampling import SampledToken
+from overfill.kv.store import DeviceEvent, LayerTargets
+from overfill.model.steps import SampledToken
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 _MAX_STEPS = 2000
@@ -121,8 +121,8 @@ class _Driver:
     def _take(self, event: Any) -> None:
         raise NotImplementedError
 
-    def _processor(self, request: Request) -> LogitProcessor | None:
-        return new_processor(request.sampling, request.prompt, self.served.grammars, self.reference.eos_ids)
+    def _processor(self, request: Request) -> Processor | None:
+        return self.served.new_processor(request.sampling, request.prompt, self.served.grammars, self.reference.eos_ids)
 
     def _transfer(self, layers: tuple[int, ...], start: int, end: int) -> TransferSpec:
         return TransferSpec(bytes(16), 0, self.served.kv, layers, (start, end))

@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("overfill", "services")
 ROUTER = ("services.router.main",)
-SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.worker.main")
+SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.colocated.main")
 MIN_DUPLICATE = 6  # lines
 
 # The classes and messages that carry or describe one thing, on its way through router and workers or from flags to
@@ -61,18 +61,11 @@ FORMS: dict[str, tuple[str, ...]] = {
     "load": (
         "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
         "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
-        "services.mock.worker:MockLoad",
     ),
-    "stack": (
-        "overfill.stack.plan:StackRequest", "overfill.stack.processes:StackPlan", "overfill.stack.spec:StackSpec",
-    ),
-    "pool": (
-        "overfill.stack.plan:_Pool", "overfill.stack.processes:PlannedPool", "overfill.stack.spec:PoolSpec",
-        "overfill.stack.spec:StackPool", "overfill.stack.spec:ColocatedPool",
-    ),
+    "stack": ("overfill.stack.spec:StackSpec", "overfill.stack.placed:PlacedStack"),
+    "pool": ("overfill.settings.tiers:PoolSpec",),
     "tier": (
-        "overfill.settings.tiers:TierSpec", "overfill.stack.spec:TierPool", "overfill.routing.tier:Tier",
-        "services.router.served_tiers:TierChoice",
+        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "services.router.served_tiers:TierChoice",
     ),
 }  # fmt: skip
 

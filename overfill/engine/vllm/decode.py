@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -36,6 +35,7 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
+from overfill.engine.work import SamplingSpec
 from overfill.errors import InternalError
 from overfill.telemetry.metrics import DecodeMetrics
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import SequenceFailed
 from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
+from overfill.engine.work import SamplingSpec
 from overfill.telemetry.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class VllmEngine:
 
     _metrics: EngineMetrics
     _emit: Callable[[list[Any]], None]
+
+    delay = 0.0
 
     def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import (
     ChunkComputed,
     EngineLoad,
@@ -34,9 +34,9 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import Request, VllmCore
+from overfill.engine.work import SamplingSpec
 from overfill.errors import InternalError
 from overfill.kv.journal import KeyJournal
-from overfill.kv.tensors import record_event
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)

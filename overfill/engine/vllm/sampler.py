@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.vllm.internals import REQUEST_ID, hub
+from overfill.engine.work import SamplingSpec
 from overfill.model.processors import process
-from overfill.model.sampling import SampledToken, sample
+from overfill.model.sampling import sample
+from overfill.model.steps import SampledToken
 
 
 class OverfillSampler(LogitsProcessor):  # type: ignore[misc]

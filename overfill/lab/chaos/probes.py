@@ -212,7 +212,7 @@ def watch_prefill_beside_decode(probe: Probe) -> None:
 
     loaded: Any = importlib.import_module("overfill.engine.load").LoadedColocated
     scheduling = _watch_prefill_service(probe)
-    local = importlib.import_module("services.worker.local_prefill").LocalPrefills
+    local = importlib.import_module("services.colocated.local_prefill").LocalPrefills
     new_core, own_sequence, copy = loaded.new_core, local.sequence, ColocatedEngine._copy
 
     def new_core_held(self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
@@ -304,7 +304,7 @@ WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {
     "services.router.main": {"router": watch_router},
     "services.prefill.main": {"prefill": watch_prefill},
     "services.decode.main": {"decode": watch_decode},
-    "services.worker.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
+    "services.colocated.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
 }
 """Module -> the stages of its process, each with the function that watches it."""
 

@@ -39,12 +39,12 @@ from typing import Any
 import torch
 
 import overfill.kv.receiver
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.chunks import Chunk, TransferSpec
 from overfill.kv.keys import PromptBlocks, token_bytes
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import LayerTargets
+from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import ParsedChunk
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix

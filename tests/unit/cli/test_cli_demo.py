@@ -94,7 +94,7 @@ def test_every_tier_is_asked_in_turn_and_reads_its_own_weights_and_kv(answer: Ca
 
 def test_the_command_that_starts_such_a_stack_is_short() -> None:
     assert " ".join(map(_option, TIERS)) == ("--tier full=identity --tier default=default --tier fast=fast")
-    assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--tier a=/p:2,quantize=int8,max=3"
+    assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--tier a=/p:2,max=3,quantize=int8"
     assert _option(TierSpec.parse("a=/p,quantize=int8")) == "--tier a=/p,quantize=int8"
 
 

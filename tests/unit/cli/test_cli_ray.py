@@ -137,10 +137,11 @@ def test_workers_with_both_stages_are_a_deployment(machine: Machine) -> None:
 
 
 def test_mock_workers_stay_mock_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_MOCK_DECODE_MOCK_STEP", "0.05")
-    made = on_ray(mock=True)
-    monkeypatch.delenv("OVERFILL_MOCK_DECODE_MOCK_STEP")
-    assert made.worker_config("decode").mock_step == 0.05  # type: ignore[union-attr]
+    monkeypatch.setenv("OVERFILL_DECODE_ENGINE_ARGS", '{"step": 0.05}')
+    made = on_ray(engine="mock")
+    monkeypatch.delenv("OVERFILL_DECODE_ENGINE_ARGS")
+    assert made.worker_config("decode").engine == "mock"
+    assert made.worker_config("decode").engine_args == '{"step": 0.05}'
 
 
 def status(app: str = "DEPLOYING", message: str = "", **deployments: tuple[str, dict[str, int], str]) -> Any:
@@ -227,5 +228,8 @@ def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatc
 def test_a_missing_cluster_is_reported_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    assert main(["up", "--mock", "--pair", str(tiny_pair), "--grpc", "0", "--ray-address", f"127.0.0.1:{port}"]) == 1
+    assert (
+        main(["up", "--engine", "mock", "--pair", str(tiny_pair), "--grpc", "0", "--ray-address", f"127.0.0.1:{port}"])
+        == 1
+    )
     assert f"no Ray cluster at 127.0.0.1:{port}" in capsys.readouterr().err

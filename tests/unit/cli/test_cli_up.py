@@ -232,7 +232,7 @@ def test_workers_take_the_gpus_in_turn(on_gpus: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     ("names", "settings"),
-    [([], {}), (["0", "1"], {"mock": True}), (["0", "1"], {"device": "cpu"}), (["0", "1"], {"device": "cuda:1"})],
+    [([], {}), (["0", "1"], {"engine": "mock"}), (["0", "1"], {"device": "cpu"}), (["0", "1"], {"device": "cuda:1"})],
 )
 def test_workers_that_choose_no_gpu_get_none(
     names: list[str], settings: dict[str, Any], on_gpus: Callable[..., Any]
@@ -342,7 +342,7 @@ def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
 def test_wrong_settings_are_reported_in_ups_own_name_before_the_pair_is_looked_for(
     arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["up", "--mock", "--pair", "/no/such/pair", *arguments]) == 2
+    assert main(["up", "--engine", "mock", "--pair", "/no/such/pair", *arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("Usage: overfill up")
     assert says in message
@@ -351,11 +351,11 @@ def test_wrong_settings_are_reported_in_ups_own_name_before_the_pair_is_looked_f
 def test_a_wrong_variable_of_a_service_is_reported_by_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OVERFILL_MOCK_PREFILL_MAX_NUM_SEQS", "0")
-    assert main(["up", "--mock", "--pair", "/no/such/pair"]) == 2
+    monkeypatch.setenv("OVERFILL_PREFILL_MAX_NUM_SEQS", "0")
+    assert main(["up", "--engine", "mock", "--pair", "/no/such/pair"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("Usage: overfill up")
-    assert "OVERFILL_MOCK_PREFILL_MAX_NUM_SEQS): must be a whole number of at least 1, got '0'" in message
+    assert "OVERFILL_PREFILL_MAX_NUM_SEQS): must be a whole number of at least 1, got '0'" in message
 
 
 def test_help_lists_every_option_that_is_a_variable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -489,7 +489,7 @@ def test_a_pair_that_no_worker_runs_is_refused_before_anything_starts(
     assert main(arguments) == 1
     assert "the engine overfill cannot run the" in capsys.readouterr().err
     assert not started
-    assert main([*arguments, "--mock"]) == 0
+    assert main([*arguments, "--engine", "mock"]) == 0
     assert len(started) == 1
 
 

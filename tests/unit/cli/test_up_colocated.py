@@ -93,13 +93,11 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         ProcessRunner, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module))
     )
-    for mock in (False, True):
-        stack = ProcessRunner(plan(mock=mock).spec, lambda name, line: None)
-        stack.start()
-        shutil.rmtree(stack._folder)
+    stack = ProcessRunner(plan().spec, lambda name, line: None)
+    stack.start()
+    shutil.rmtree(stack._folder)
     router = ("router-0", "services.router.main")
-    colocated = [("colocated-0", module) for module in ("services.worker.main", "services.mock colocated")]
-    assert spawned == [router, colocated[0], router, colocated[1]]
+    assert spawned == [router, ("colocated-0", "services.colocated.main")]
 
 
 def test_objectives_reach_workers_with_both_stages(started: Callable[..., PlacedStack], tmp_path: Path) -> None:
@@ -208,7 +206,7 @@ def test_one_machine_gets_one_worker_and_up_says_why(
         (["--colocated", "0"], TWO),
         (["--colocated", "1", "--prefill", "1", "--decode", "2"], (1, 1, 2)),
         (["--colocated", "--decode", "1"], (1, 0, 1)),
-        (["--colocated", "--mock"], ONE),
+        (["--colocated", "--engine", "mock"], ONE),
         (["--tier", "a=p", "--tier", "b=q"], (0, 1, 2)),
         (["--colocated", "--tier", "a=p:0", "--tier", "b=q"], (1, 0, 1)),
     ],
@@ -226,7 +224,7 @@ def test_a_number_that_is_given_is_no_choice_of_up(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--mock"], "--mock is given"),
+        (["--engine", "mock"], "--engine mock is given"),
         (["--ray-address", "auto"], "--ray-address is given"),
         (["--max-decode", "3"], "--max-decode is given"),
         (["--prefill-engine", "overfill"], "--prefill-engine is given"),

@@ -7,10 +7,10 @@ import torch
 from counting import CountingRunner
 from scheduling import GREEDY
 
-from overfill.engine import colocated
 from overfill.engine.colocated import ColocatedEngine, ColocatedLoad
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     ChunkComputed,
     DecodeSequence,
@@ -45,6 +45,8 @@ LAYER_MAP = [2, 0]
 
 class WritingRunner(CountingRunner):
     """Writes KV that tells the token and the layer: token + 100 * layer, and its negative."""
+
+    copy_kv = ModelRunner.copy_kv
 
     def __init__(self, num_layers, num_blocks):
         super().__init__(num_layers, BLOCK_SIZE)
@@ -357,7 +359,7 @@ def test_a_copy_that_fails_fails_its_prompt(monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(colocated, "copy_sequence", fail)
+    monkeypatch.setattr(WritingRunner, "copy_kv", fail)
     worker.run()
     assert isinstance(worker.of(SequenceFailed, prompt.id)[0].error, torch.OutOfMemoryError)
     assert not worker.of(PromptComputed, prompt.id)

@@ -63,6 +63,8 @@ def test_the_engine_s_thread_uses_its_device(cuda):
     stepped = []
 
     class Core:
+        delay = 0.0
+
         def handle(self, message):
             stepped.append(threading.get_ident())
 

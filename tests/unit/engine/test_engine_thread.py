@@ -24,6 +24,7 @@ class Core:
         return False
 
     step_shape = (3, 17)
+    delay = 0.0
 
     def load(self):
         return EngineLoad(0, 8, 0, 0)

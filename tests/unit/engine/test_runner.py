@@ -7,8 +7,9 @@ import torch
 from scheduling import GREEDY
 
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
+from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import DecodeSequence, Preempted, Release, Reserve, Reserved, Start, StopRule, Yielded
+from overfill.engine.work import SamplingSpec, Work
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -21,12 +22,12 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
 from overfill.kv.keys import PromptBlocks
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.v1 import common_pb2, decode_pb2
+from services.colocated.local_prefill import LocalPrefills
 from services.decode.sequence_session import SequenceSession
-from services.worker.local_prefill import LocalPrefills
 
 
 class Prefilling:
@@ -38,7 +39,7 @@ class Prefilling:
         full = SimpleNamespace(
             blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 4, None, namespace),
             config=config,
-            grammars=None,
+            prepare_processor=AsyncMock(return_value=None),
             store=SimpleNamespace(block_size=4),
             max_model_len=30,
         )

@@ -17,7 +17,8 @@ from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
+from overfill.request.names import CODECS
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
 from services.prefill.servicer import PrefillServicer
 
@@ -52,6 +53,7 @@ async def bench():
         kv=KV,
         max_model_len=64,
         config=SimpleNamespace(vocab_size=64, num_layers=2),
+        codecs=tuple(CODECS.values()),
     )
     released_while_busy = []
 

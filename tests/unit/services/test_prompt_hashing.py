@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 from services.decode.servicer import DecodeServicer
@@ -126,7 +128,8 @@ def parts(prefix):
         kv=KV,
         max_model_len=64,
         config=SimpleNamespace(vocab_size=64, num_layers=2),
-        grammars=None,
+        prepare_processor=AsyncMock(return_value=None),
+        codecs=tuple(CODECS.values()),
     )
 
 

@@ -126,7 +126,7 @@ def test_faults_of_a_file_are_reported_by_key(text: str, says: str, tmp_path: Pa
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_a_boolean_is_refused_as_a_setting_of_a_service(value: str, tmp_path: Path) -> None:
-    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nmock = {value}"
+    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nray = {value}"
     told = faults(written(tmp_path, text, "overfill.toml"))
     assert len(told) == 3
     assert f'router.http: expected text or a number, such as "off" or 8000, got {value}' in told[0]

@@ -258,7 +258,7 @@ def test_a_replica_has_the_share_of_the_memory_that_it_has_of_the_gpu() -> None:
 
 
 def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_something_to_decide() -> None:
-    made = spec(mock=True, decode={"replicas": 2, "max_replicas": 4})
+    made = spec(decode={"replicas": 2, "max_replicas": 4})
     (application,) = serve_config(made, "chat", {"ttft": 1.0})["applications"]
     assert StackSpec.model_validate(application["args"]) == made
     assert application["name"] == "chat"

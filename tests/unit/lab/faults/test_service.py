@@ -13,7 +13,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.tensors import LayerTargets
+from overfill.kv.store import LayerTargets
 from overfill.lab.faults import service as faults
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Transformer

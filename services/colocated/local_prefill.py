@@ -21,7 +21,6 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import DeadlineExceeded
 from overfill.kv.receiver import FirstTokenArrived, PullStats
-from overfill.model.processors import prepare_processor
 from overfill.request.params import SamplingParams
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
@@ -88,9 +87,7 @@ class LocalPrefills:
             sample_index=start.sample_index,
             sample_first_token=first,
             processor=(
-                await prepare_processor(sampling, prompt, full.grammars, eos_ids, start.cache_namespace)
-                if first
-                else None
+                await full.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace) if first else None
             ),
             cache_namespace=start.cache_namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),

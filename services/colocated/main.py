@@ -1,4 +1,4 @@
-"""``overfill-worker``: a worker process with both stages."""
+"""``overfill-colocated``: a worker process with both stages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 from overfill.request.names import CODECS
 from overfill.settings.config import ColocatedConfig
 from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
+from services.colocated.local_prefill import LocalPrefills
 from services.decode.main import decode_stage
 from services.hosting import OnReady, on_loop, run_worker_process, serve_stages
 from services.loading import load_both_halves_of
 from services.messages import new_hello
 from services.prefill.main import prefill_stage
-from services.worker.local_prefill import LocalPrefills
 
 
 async def serve(config: ColocatedConfig, on_ready: OnReady = lambda host: None) -> int:
