@@ -20,7 +20,8 @@ from overfill.telemetry.progress import Report
 def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, ...]:
     """Returns the tiers with their pairs' folders, as ``resolve_pairs``."""
     resolved = tuple(tier.model_copy(update={"pair": str(resolve_pair(tier.pair, report))}) for tier in tiers)
-    check_family({tier.name: Pair.load(Path(tier.pair)) for tier in resolved})
+    if len(resolved) > 1:
+        check_family({tier.name: Pair.load(Path(tier.pair), weights=False) for tier in resolved})
     return resolved
 
 

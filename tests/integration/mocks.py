@@ -10,8 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import services.worker.main
-
+import services.colocated.main
 import services.decode.main
 import services.prefill.main
 from overfill.engine.mock.options import MockOptions
@@ -27,7 +26,7 @@ SECRET = "the secret of a mock stack"
 _SERVE = {
     PrefillConfig: services.prefill.main.serve,
     DecodeConfig: services.decode.main.serve,
-    ColocatedConfig: services.worker.main.serve,
+    ColocatedConfig: services.colocated.main.serve,
 }
 
 
