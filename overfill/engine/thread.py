@@ -133,10 +133,9 @@ class EngineThread:
                     self._num_steps += 1
                     self._publish_load()
                     continue
-                if message is None:
+                if not self._handle_all(message):
                     self._core.check()
                     return
-                self._core.handle(message)
                 self._publish_load()
                 busy, checked = True, False
         except BaseException as error:
@@ -145,6 +144,16 @@ class EngineThread:
             self.failure = error
         finally:
             self._core.close()
+
+    def _handle_all(self, message: object | None) -> bool:
+        """Handles ``message`` and all that have arrived. Returns False at None, which ends the thread."""
+        while message is not None:
+            self._core.handle(message)
+            try:
+                message = self._mailbox.get_nowait()
+            except queue.Empty:
+                return True
+        return False
 
     def _publish_load(self) -> None:
         load = self._core.load()

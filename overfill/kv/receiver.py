@@ -188,12 +188,11 @@ class PromptPull:
                 watch = group.create_task(self._watch())
                 queue_ns = 0
                 async for message in responses(control, self._worker):
-                    if message.HasField("queued"):
-                        # The worker knows the transfer's id now, so that PullKv can name it.
-                        shares = [] if self._released else self._shares()
+                    if message.HasField("scheduled"):
+                        # The worker has blocks now, and knows the transfer's id, so that PullKv can name it.
+                        shares = [] if self._released or self._pulling else self._shares()
                         for channel, ranges in zip(self._peer.data, shares, strict=False):
                             self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
-                    if message.HasField("scheduled"):
                         queue_ns = message.scheduled.queue_ns
                         self.stats.cached_tokens = message.scheduled.cached_tokens
                         self._note_ready(0, message.scheduled.cached_tokens)

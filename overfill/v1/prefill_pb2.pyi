@@ -97,24 +97,16 @@ class ReleaseKv(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("queued", "scheduled", "ready", "first_token", "done")
-    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("scheduled", "ready", "first_token", "done")
     SCHEDULED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
-    queued: PrefillQueued
     scheduled: PrefillScheduled
     ready: RangesReady
     first_token: _decode_pb2.Tokens
     done: PrefillDone
-    def __init__(self, queued: _Optional[_Union[PrefillQueued, _Mapping]] = ..., scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., first_token: _Optional[_Union[_decode_pb2.Tokens, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
-
-class PrefillQueued(_message.Message):
-    __slots__ = ("waiting",)
-    WAITING_FIELD_NUMBER: _ClassVar[int]
-    waiting: int
-    def __init__(self, waiting: _Optional[int] = ...) -> None: ...
+    def __init__(self, scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., first_token: _Optional[_Union[_decode_pb2.Tokens, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ("queue_ns", "cached_tokens")

@@ -299,7 +299,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self.engine.send(Release(lease.sequence.id))
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued(waiting=self.engine.load.waiting))
         computed = ended = False
         while not ended:
             event = await lease.events.get()

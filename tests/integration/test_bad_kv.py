@@ -45,7 +45,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.spoiled_pulls = 1_000
         self.pulls = 0
         self.refuse = None
-        self.silent_after_queued = False
+        self.silent = False
         self.hold_done = False
         self.received = []  # kinds of messages after the first
         self.leave_after_acks = False
@@ -79,8 +79,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             self.specs[start.transfer_id] = TransferSpec(
                 start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
             )
-            yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
-            if self.silent_after_queued:
+            if self.silent:
                 await asyncio.Event().wait()
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
@@ -345,14 +344,14 @@ async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worke
 async def test_the_deadline_ends_a_transfer_that_waits(pull, worker):
     from overfill.errors import DeadlineExceeded
 
-    worker.silent_after_queued = True
+    worker.silent = True
     with pytest.raises(DeadlineExceeded):
         await pull(timeout=0.3)
     await asyncio.wait_for(worker.ended.wait(), 5)
 
 
 async def test_cancelling_the_transfer_ends_it_on_the_worker_too(pull, worker):
-    worker.silent_after_queued = True
+    worker.silent = True
     task = asyncio.ensure_future(pull())
     while not worker.specs:
         await asyncio.sleep(0.01)

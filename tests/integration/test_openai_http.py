@@ -20,7 +20,6 @@ from overfill.api import keys
 from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.version import __version__
 from services.router.http import generate
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -153,7 +152,7 @@ def test_the_overfill_object_says_where_the_time_went(client, model):
     for index, choice in enumerate(whole.overfill["choices"]):
         assert choice["index"] == index
         assert (choice["prefill_worker"], choice["decode_worker"]) == ("prefill-0", "decode-0")
-        assert choice["prefill_engine"] == choice["decode_engine"] == f"mock {__version__}"
+        assert (choice["prefill_engine"], choice["decode_engine"]) == ("mock", "mock")
         assert (choice["migrations"], choice["codec"]) == (0, "raw")
         timing = choice["timing"]
         assert sum(timing[f"{part}_ms"] for part in TTFT_PARTS) <= timing["ttft_ms"] <= timing["total_ms"]

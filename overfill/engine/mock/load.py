@@ -16,7 +16,6 @@ from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Half, Pair
 from overfill.request.grammar import Grammars
 from overfill.v1 import common_pb2
-from overfill.version import __version__
 
 _TOKENS = 524_288
 """Tokens that the KV cache holds by default."""
@@ -56,7 +55,7 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
         max_model_len=longest,
         grammars=Grammars(pair.full_path / "tokenizer.json", config.vocab_size, eos_ids, options.grammars),
         kv_cache_dtype=options.kv_cache_dtype,
-        version=f"mock {__version__}",
+        version="mock",
         new_processor=script.player,
         codecs=(common_pb2.KV_CODEC_RAW,),
         decode_engine=MockDecodeEngine,

@@ -13,8 +13,8 @@ from overfill.errors import InternalError
 from overfill.model.manifest import Half
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 
-_LEAST_WAIT = 1e-4
-"""Minimum seconds of a step, in which the process's event loop runs."""
+_LEAST_STEP = 1e-3
+"""Minimum seconds of a decode step. With less, steps of few sequences would take the event loop's time."""
 
 
 class MockRunner:
@@ -30,7 +30,7 @@ class MockRunner:
 
     def step_seconds(self, sequences: int) -> float:
         """Seconds of a decode step, which its engine waits."""
-        return max(_LEAST_WAIT, self._options.step + self._options.per_sequence * sequences)
+        return max(_LEAST_STEP, self._options.step + self._options.per_sequence * sequences)
 
     def run(self, works: Sequence[Work]) -> None:
         """Replays known tokens, which leaves nothing to do."""
@@ -79,7 +79,7 @@ class MockRunner:
         """Waits for the prompts' tokens, and writes their KV."""
         hooks.layer_start(0)
         tokens = sum(len(work.tokens) for work in works)
-        time.sleep(max(_LEAST_WAIT, self._options.base + self._options.per_token * tokens))
+        time.sleep(self._options.base + self._options.per_token * tokens)
         for work in works:
             self.cache.put(work.blocks, work.tokens, work.start)
         hooks.kv_written(0)
