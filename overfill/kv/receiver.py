@@ -44,7 +44,7 @@ from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
 
-_SMALL = 256 << 10
+_SMALL = 64 << 10
 """Bytes of KV up to which a transfer has one data stream and no shared memory, which would cost more than they save."""
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once

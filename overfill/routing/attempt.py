@@ -125,6 +125,9 @@ class Attempt:
         elif kind == "need_prefill" and self._reserved:
             self._on_need_prefill(update.need_prefill)
         elif kind == "done" and self._reserved:
+            if update.done.adapter_digest:  # no request asks for an adapter yet
+                said = f"the decode worker says that the adapter {update.done.adapter_digest!r} wrote the answer"
+                raise GaveUp(Incompatible(said, ["adapter_digest"]))
             self._end(update.done)
         else:
             raise InternalError(f"the decode worker sent {kind or 'nothing'} out of turn")

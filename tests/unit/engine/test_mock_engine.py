@@ -146,13 +146,13 @@ def test_every_special_token_is_one_token(tokenizer):
     assert all(tokenizer.has_text(*tokenizer.encode_continuation(text)) for text in mock_pair.SHOWN)
 
 
-@pytest.mark.parametrize("service", ["prefill", "decode", "worker"])
+@pytest.mark.parametrize("service", ["prefill", "decode", "colocated"])
 def test_a_worker_on_the_mock_engine_has_no_torch(service, tmp_path):
     code = f"""
 import asyncio, sys
 from services.{service}.main import serve
 from overfill.settings.config import PrefillConfig, DecodeConfig, ColocatedConfig
-kind = {{"prefill": PrefillConfig, "decode": DecodeConfig, "worker": ColocatedConfig}}["{service}"]
+kind = {{"prefill": PrefillConfig, "decode": DecodeConfig, "colocated": ColocatedConfig}}["{service}"]
 config = kind.parse(["--pair=mock", "--engine=mock", "--port=0", "--metrics-port=off"])
 ready = lambda host: print("ready", "torch" in sys.modules, flush=True)
 async def main():

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from overfill.errors import InvalidPair, UnsupportedModel
+from overfill.errors import Incompatible, InvalidPair, UnsupportedModel
+from overfill.kv.handshake import check_compatible
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair, check_family, write_manifest
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -211,3 +212,28 @@ def test_a_worker_may_load_the_decoder_in_another_format(fresh: Callable[[], Pat
     assert int8.with_quantize("none").decoder_engines == pair.decoder_engines
     edit(folder / "pair.json", lambda manifest: manifest["decoder"].update(engines=["vllm"]))
     assert Pair.load(folder).with_quantize("int8").decoder_engines == (), "the manifest leaves OverFill's engine out"
+
+
+def with_other_epsilon(half: str, fresh: Callable[[], Path]) -> Pair:
+    folder = fresh()
+    edit(folder / half / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    return Pair.load(folder, check_digests=True)
+
+
+def test_full_models_of_different_configs_exchange_no_kv(tiny_pair: Path, fresh: Callable[[], Path]) -> None:
+    pair, other = Pair.load(tiny_pair), with_other_epsilon("full", fresh)
+    assert other.full_digest == pair.full_digest, "no tensor says it"
+    with pytest.raises(Incompatible) as caught:
+        check_compatible(pair.kv_identity("float32"), other.kv_identity("float32"), "peer")
+    assert caught.value.fields == ("config_digest",)
+    with pytest.raises(InvalidPair, match="configs of the full model"):
+        check_family({"one": pair, "two": other})
+
+
+def test_a_decoder_s_config_is_not_part_of_the_kv_s_identity(tiny_pair: Path, fresh: Callable[[], Path]) -> None:
+    pair, other = Pair.load(tiny_pair), with_other_epsilon("decoder", fresh)
+    assert other.kv_identity("float32") == pair.kv_identity("float32")
+    ours, theirs = pair.model_identity("decoder"), other.model_identity("decoder")
+    assert ours.decoder_digest == theirs.decoder_digest
+    assert ours.decoder_config_digest != theirs.decoder_config_digest
+    assert not pair.model_identity("full").decoder_config_digest

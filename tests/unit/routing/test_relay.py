@@ -279,6 +279,17 @@ async def test_a_worker_to_which_no_stream_opens_ends_the_request(stack, monkeyp
         stack.assert_nothing_in_flight()
 
 
+async def test_an_answer_that_an_adapter_wrote_without_being_asked_is_refused_by_name(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.done(adapter_digest="d")
+        with pytest.raises(Incompatible, match="adapter 'd'") as caught:
+            await relay.answer.next()
+        assert caught.value.fields == ("adapter_digest",)
+        stack.assert_nothing_in_flight()
+
+
 async def test_refusals_do_not_count_as_lost_workers(stack):
     async with stack.request(max_attempts=1) as relay:
         for _ in range(3):
