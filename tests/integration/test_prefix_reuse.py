@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from stacks import children, idle, loads, running_stack, wait_until
+from stacks import ForkedChild, children, idle, loads, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.processes import Child, stop
+from overfill.cli.processes import stop
 from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
@@ -153,7 +153,7 @@ async def worker(tiny_pair):
         "--grace-period=1",
     ]
     command = [sys.executable, "-m", "services.prefill.main", *arguments]
-    child = Child("prefill", command, child_environment({}, 1), lambda name, line: None)
+    child = ForkedChild("prefill", command, child_environment({}, 1), lambda name, line: None)
     hello = await registry.next_worker(60)
     target = decode_pb2.AssignPrefill(
         worker_id=hello.worker_id,

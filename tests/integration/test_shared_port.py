@@ -10,11 +10,10 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from stacks import children, idle, running_stack, wait_until
+from stacks import ForkedChild, children, idle, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.processes import Child
 from overfill.cli.stack import child_environment
 from overfill.client import Client, Overloaded, SamplingParams, Unavailable
 
@@ -161,7 +160,7 @@ def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, 
 
         command = [sys.executable, "-m", "services.mock", "decode", f"--pair={tiny_pair}", f"--routers={address}"]
         lines = []
-        lost = Child("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
+        lost = ForkedChild("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
         wait_until(lambda: lost.returncode is not None, 60, "a worker at the shared address gives up")
         assert "several router processes share this address" in "\n".join(lines)
 
