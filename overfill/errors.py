@@ -30,14 +30,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Produced:
     """The part of an answer that arrived before the request failed.
 
-    To continue the answer, send the request again with ``resume_token_ids=token_ids``, ``sampling.seed=seed`` and
-    ``tier=tier``.
+    To continue the answer, send the request again with ``resume_token_ids=token_ids``, ``resume_identity=identity``,
+    ``sampling.seed=seed`` and ``tier=tier``.
 
     Attributes:
         text: Text of ``token_ids``, without an incomplete character or possible stop string at the end.
@@ -45,6 +46,7 @@ class Produced:
         request_id: Id of the failed request.
         seed: Seed that the router used.
         tier: Tier that wrote the last token; empty means that the router did not say.
+        identity: What the answer depends on, an ``overfill.client.AnswerIdentity``.
     """
 
     text: str
@@ -52,6 +54,7 @@ class Produced:
     request_id: str
     seed: int
     tier: str = ""
+    identity: Any = None
 
 
 class OverfillError(Exception):

@@ -1,1 +1,1 @@
-"""The runnable services: thin processes around the library. Only ``worker`` and ``ray`` import other services."""
+"""The runnable services: thin processes around the library. Only ``colocated`` and ``ray`` import other services."""

@@ -24,9 +24,9 @@ def decode() -> NoReturn:
     _run("decode", "worker")
 
 
-def worker() -> NoReturn:
-    """Runs ``overfill-worker``."""
-    _run("worker", "worker")
+def colocated() -> NoReturn:
+    """Runs ``overfill-colocated``."""
+    _run("colocated", "worker")
 
 
 def _run(service: str, extra: str) -> NoReturn:

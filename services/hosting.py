@@ -12,13 +12,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-import torch
-
-from overfill.engine.device import cpu_settings
+from overfill.engine.device import cpu_settings, is_out_of_memory, on_cpu
 from overfill.engine.protocol import EngineCore, ServedHalf
-from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError
 from overfill.process import startup
@@ -30,11 +27,15 @@ from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import WorkerHandle, WorkerHost
 from overfill.settings.config import WorkerConfig
 from overfill.telemetry import logs, tracing
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
-from services.loading import file_of_turns
+from services.loading import file_of_turns, torch_threads
 from services.messages import worker_load
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
-    with cpu_settings(config.threads):
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests)
+    with cpu_settings(torch_threads(config)):
         asyncio.run(_serve_and_exit(serve, config))
     raise AssertionError("the process has ended")
 
@@ -71,10 +72,11 @@ async def _serve_and_exit(serve: Coroutine[Any, Any, int], config: WorkerConfig)
         code = await serve
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(f"error: {str(error).splitlines()[0]}; give a smaller --kv-memory or --max-num-seqs", file=sys.stderr)
+        else:
+            traceback.print_exc()
     exit_now(code)
 
 
@@ -119,9 +121,9 @@ class StageService:
     on_drain: Callable[[], None] = lambda: None
 
 
-def _step_timeouts(setting: float | None, device: torch.device) -> tuple[float | None, float | None]:
+def _step_timeouts(setting: float | None, device: torch.device | None) -> tuple[float | None, float | None]:
     """Returns the limits of a step and of an engine's first steps, in seconds."""
-    if setting is not None or device.type != "cuda":
+    if setting is not None or on_cpu(device):
         return setting, setting
     return _CUDA_STEP_TIMEOUT, _CUDA_FIRST_STEP_TIMEOUT
 
@@ -129,7 +131,7 @@ def _step_timeouts(setting: float | None, device: torch.device) -> tuple[float |
 class _StagePort:
     """The engine's thread, of whose load a stage sees its own part."""
 
-    def __init__(self, thread: EngineThread[Any], load: Callable[[], EngineLoad]) -> None:
+    def __init__(self, thread: EngineThread, load: Callable[[], EngineLoad]) -> None:
         self.send = thread.send
         self._load = load
 
@@ -151,7 +153,7 @@ def on_loop(on_events: Callable[[Sequence[Any]], None]) -> Callable[[Sequence[An
 async def serve_stages(
     config: WorkerConfig,
     hello: registry_pb2.Hello,
-    core: EngineCore[Any],
+    core: EngineCore,
     stages: Sequence[StageService],
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED,
     on_ready: OnReady = lambda host: None,
@@ -159,12 +161,12 @@ async def serve_stages(
     """Runs ``core`` on its thread and the stages' services on the network until drained; returns the exit code.
 
     Args:
-        stages: the worker's only stage; or prefill and decode, with a core whose load is a ``ColocatedLoad``.
+        stages: the worker's only stage; or prefill and decode, with a core whose load has both.
         codec: encoding in which a decode worker requests KV.
         on_ready: called with the host once the worker serves.
     """
     if any(router.startswith("ray:///") for router in config.routers):
-        import overfill.cluster.directory  # noqa: F401  # registers the resolver of ray:/// names
+        import overfill.stack.ray.directory  # noqa: F401  # registers the resolver of ray:/// names
     tracing.configure(config.program, hello.worker_id, __version__, config.trace_endpoint())
     loop, device = asyncio.get_running_loop(), stages[0].served.device
     file = file_of_turns(config)
@@ -173,7 +175,7 @@ async def serve_stages(
     engine = EngineThread(
         core,
         "engine",
-        config.threads,
+        torch_threads(config),
         step_timeout,
         # Exit at once: an orderly shutdown might wait for the stuck device. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
@@ -185,10 +187,8 @@ async def serve_stages(
     server = RpcServer(config.server_tls(), config.max_rpcs, access=config.access())
     for stage in stages:
         server.add(stage.add, stage.servicer, stage.name)
-    if len(stages) == 1:
-        loads: list[Callable[[], EngineLoad]] = [lambda: engine.load]
-    else:
-        loads = [lambda: engine.load.prefill, lambda: engine.load.decode]
+    loads: list[Callable[[], EngineLoad]] = [lambda: engine.load.prefill or engine.load, lambda: engine.load]
+    loads = loads[-len(stages) :]
 
     def report(stage: StageService, load: Callable[[], EngineLoad]) -> Callable[[], decode_pb2.WorkerLoad]:
         return lambda: worker_load(load(), stage.served.store.block_size)

@@ -9,19 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from overfill.engine.choice import why_not_vllm
 from overfill.engine.device import resolve_device, use_device
 from overfill.engine.gpu_memory import loading_turn
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
-from overfill.model.manifest import Half, Pair
+from overfill.model.manifest import EngineName, Half, Pair
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
 from overfill.process.cores import STEP_TOKENS
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
 from overfill.telemetry.progress import log_steps
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +40,23 @@ async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
 async def load_both_halves_of(config: ColocatedConfig) -> LoadedColocated:
     """Loads and warms both halves of ``config.pair``, as ``load_half_of`` does."""
     full, decoder = engine_options(config, "full"), engine_options(config, "decoder")
-    return await _in_thread(full, lambda: load_colocated(_load_pair(config, "full", "decoder"), full, decoder))
+    engine: EngineName = "mock" if config.engine == "mock" else "overfill"
+    return await _in_thread(
+        full, lambda: load_colocated(_load_pair(config, "full", "decoder"), full, decoder, engine=engine)
+    )
 
 
 def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
     """Returns what a worker's settings say about the engine of ``half``."""
     options = EngineOptions(
-        device=resolve_device(config.device),
+        device=device_of(config),
         dtype=config.dtype,
         block_size=config.block_size,
         kv_memory=config.kv_memory,
         gpu_share=config.gpu_share or 1.0,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        prefix_cache=config.prefix_cache == "on",
+        prefix_cache=config.prefix_cache,
         threads=config.threads,
         grammars=config.grammar_limits(),
         engine_args=json.loads(config.engine_args or "{}"),
@@ -67,21 +73,33 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
 
 def file_of_turns(config: WorkerConfig) -> Path | None:
     """Returns the file through which the worker takes turns at the cores; None if it takes none."""
-    on_cpu = resolve_device(config.device).type == "cpu"
-    return config.shared_cores if on_cpu and config.engine != "vllm" else None
+    device = device_of(config)
+    computes_on_cpu = device is not None and device.type == "cpu"
+    return config.shared_cores if computes_on_cpu and config.engine != "vllm" else None
+
+
+def device_of(config: WorkerConfig) -> torch.device | None:
+    """Returns the device of a worker's engine; None for the mock engine, which needs no torch."""
+    return None if config.engine == "mock" else resolve_device(config.device)
+
+
+def torch_threads(config: WorkerConfig) -> int | None:
+    """Returns the number of CPU threads of a worker's engine; None for the mock engine, which needs no torch."""
+    return None if config.engine == "mock" else config.threads
 
 
 def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
     """Returns the worker's pair, and warns if ``auto`` does not choose vLLM on a GPU."""
     with startup.once():
         folder = resolve_pair(config.pair, log_steps(logger))
-    pair = Pair.load(folder, check_digests=True)
+    computes = config.engine != "mock"
+    pair = Pair.load(folder, check_digests=computes, weights=computes)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
-    device = resolve_device(config.device)
-    on_cuda = device.type == "cuda"
-    if config.engine == "auto" and on_cuda and (warning := why_not_vllm(pair, *halves, device=str(device))):
-        logger.warning("%s", warning)
+    if config.engine == "auto":
+        device = resolve_device(config.device)
+        if device.type == "cuda" and (warning := why_not_vllm(pair, *halves, device=str(device))):
+            logger.warning("%s", warning)
     return pair
 
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 
 from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import EngineLoad
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
+from overfill.telemetry.engine_load import EngineLoad
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 from overfill.version import __version__
 
 _STAGES = {"full": common_pb2.STAGE_PREFILL, "decoder": common_pb2.STAGE_DECODE}
@@ -60,24 +60,21 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
     )
 
 
-def first_token_to_proto(token: SampledToken, scheduled_ns: int, sampled_ns: int) -> prefill_pb2.FirstToken:
+def first_token_to_proto(token: SampledToken, scheduled_ns: int, sampled_ns: int) -> decode_pb2.Tokens:
     """Converts the full model's token. The times are when its prompt was scheduled and when it was sampled."""
-    return prefill_pb2.FirstToken(
-        token_id=token.token_id,
-        logprobs=logprobs_to_proto(token),
-        compute_ns=sampled_ns - scheduled_ns,
-        return_ns=time.monotonic_ns() - sampled_ns,
-    )
+    tokens = tokens_to_proto(token, 0)
+    tokens.prefill_compute_ns = sampled_ns - scheduled_ns
+    tokens.return_ns = time.monotonic_ns() - sampled_ns
+    return tokens
 
 
-def logprobs_to_proto(token: SampledToken) -> common_pb2.TokenLogprobs | None:
-    """Converts a token's log-probabilities; returns None unless the request asked for them."""
-    if token.logprob is None:
-        return None
-    # Leave out tokens that a grammar rules out: their log-probability is -inf.
-    top = [(id, value) for id, value in token.top or [] if value != -math.inf]
-    return common_pb2.TokenLogprobs(
-        logprob=token.logprob,
-        top_ids=[id for id, _ in top],
-        top_logprobs=[value for _, value in top],
-    )
+def tokens_to_proto(token: SampledToken, index: int) -> decode_pb2.Tokens:
+    """Converts a token of the answer, with its log-probabilities if the request asked for them."""
+    tokens = decode_pb2.Tokens(first_index=index, ids=[token.token_id])
+    if token.logprob is not None:
+        # Leave out tokens that a grammar rules out: their log-probability is -inf.
+        top = [(id, value) for id, value in token.top or [] if value != -math.inf]
+        tokens.logprobs.add(
+            logprob=token.logprob, top_ids=[id for id, _ in top], top_logprobs=[value for _, value in top]
+        )
+    return tokens

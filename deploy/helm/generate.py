@@ -20,7 +20,6 @@ import yaml
 
 from overfill.settings.config import SERVICES, ServiceConfig
 from overfill.settings.config_file import flag_name
-from overfill.settings.renamed import REMOVED_IN, old_names
 from overfill.settings.tiers import MAX_TIERS
 
 HELM = Path(__file__).parent
@@ -30,7 +29,7 @@ ROOT = HELM.parents[1]
 MANAGED = {
     "config", "pair", "host", "port", "http", "api_keys", "stack_secret", "served_model_name", "grace_period",
     "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers",
-    "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "decoders", "tier",
+    "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 
@@ -74,7 +73,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "running": _COUNT,
     "startupSeconds": _COUNT,
     "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
-    "worker.stages": {"enum": ["both"]},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "whenUnsatisfiable": {"enum": ["ScheduleAnyway", "DoNotSchedule"]},
     "accessMode": {"enum": ["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]},
@@ -94,11 +92,10 @@ def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
             kinds = (field.annotation, *get_args(field.annotation))  # itself, or one of a union
             choices = [choice for kind in kinds for choice in get_args(kind) if isinstance(choice, str)]
             described: dict[str, Any] = {"description": field.description}
+            if field.annotation is bool:
+                properties[flag_name(name)] = described | {"type": "boolean"}
+                continue
             properties[flag_name(name)] = described | ({"enum": choices} if choices else {"type": ["string", "number"]})
-    for old, new in old_names(kind.model_fields):
-        if new not in MANAGED:
-            note = f"deprecated: use {flag_name(new)}; removed in {REMOVED_IN}"
-            properties[flag_name(old)] = properties[flag_name(new)] | {"description": note, "deprecated": True}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -125,7 +122,7 @@ def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> d
 
 
 def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of ``decoders``: a tier has the values of ``decode`` and its own."""
+    """Return the schema of ``tiers``: a tier has the values of ``decode`` and its own."""
     objective = {"type": ["number", "string"], "exclusiveMinimum": 0, "pattern": r"^\d+(\.\d+)?$"}
     own = {
         "pair": {"type": "string", "minLength": 1},
@@ -173,13 +170,12 @@ def readme(values: dict[str, Any], descriptions: dict[str, str]) -> str:
         "",
         "## Settings",
         "",
-        "Keys of `router.settings`, `prefill.settings`, `decode.settings` and `worker.settings`.",
+        "Keys of `router.settings`, `prefill.settings`, `decode.settings` and `colocated.settings`.",
     ]
     for kind in SERVICES:
         lines += ["", f"### {kind.section}", "", "| setting | description |", "|---|---|"]
         for key, property in settings_schema(kind)["properties"].items():
-            if not property.get("deprecated"):
-                lines.append(f"| `{key}` | {_cell(property['description'])} |")
+            lines.append(f"| `{key}` | {_cell(property['description'])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -193,7 +189,7 @@ def outputs() -> dict[Path, str]:
     values, descriptions = yaml.safe_load(text), dict(described(text))
     made = {"$schema": "http://json-schema.org/draft-07/schema#", **schema(values, (), descriptions)}
     made["properties"]["global"] = {"type": "object"}  # Helm's own
-    made["properties"]["decoders"] |= tiers_schema(made["properties"]["decode"])
+    made["properties"]["tiers"] |= tiers_schema(made["properties"]["decode"])
     return {
         CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
         CHART / "README.md": readme(values, descriptions),

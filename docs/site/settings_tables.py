@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 
@@ -11,6 +12,7 @@ from pydantic.fields import FieldInfo
 from table_text import cell, sentence, table
 
 from overfill.cli.up import up_command
+from overfill.engine.mock.options import MockOptions
 from overfill.settings.allowed import placeholder
 from overfill.settings.common import CommonSettings
 from overfill.settings.config import (
@@ -23,9 +25,7 @@ from overfill.settings.config import (
     WorkerConfig,
 )
 from overfill.settings.config_file import field_name, flag_name
-from overfill.settings.mock import MockColocatedConfig
 from overfill.settings.reader import SEPARATORS
-from overfill.settings.renamed import REMOVED_IN, RENAMED
 
 Settings = type[CommonSettings]
 
@@ -117,24 +117,12 @@ def _only_options_of_up() -> str:
 
 
 def _mock() -> str:
-    fields = [name for name in MockColocatedConfig.model_fields if name.startswith("mock_")]
     rows = []
-    for name in fields:
-        field = MockColocatedConfig.model_fields[name]
+    for name, field in MockOptions.model_fields.items():
         rows.append(
-            (
-                f"`--{flag_name(name)}`",
-                value_of_setting(field, placeholder(name, field)),
-                _default(name, field),
-                f"{sentence(cell(field.description or ''))}.",
-            )
+            (f"`{name}`", f"`{json.dumps(field.get_default())}`", f"{sentence(cell(field.description or ''))}.")
         )
-    return table(("option", "value", "default", "meaning"), rows)
-
-
-def _renamed() -> str:
-    rows = ((f"`{flag_name(old)}`", f"`{flag_name(new)}`", REMOVED_IN) for old, new in RENAMED.items())
-    return table(("earlier", "now", "works until"), rows)
+    return table(("argument", "default", "meaning"), rows)
 
 
 _COMMON = list(CommonSettings.model_fields)
@@ -145,10 +133,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "router": lambda: _own(RouterConfig, CommonSettings),
     "prefill": lambda: _own(PrefillConfig, WorkerConfig),
     "decode": lambda: _own(DecodeConfig, WorkerConfig),
-    "worker": lambda: _own(ColocatedConfig, DecodeConfig),
+    "colocated": lambda: _own(ColocatedConfig, DecodeConfig),
     "up": _up,
     "up-only-options": _only_options_of_up,
     "mock": _mock,
-    "renamed": _renamed,
 }
 """Name of a table -> function that returns its Markdown."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.stop import StopStrings
-from overfill.api.tools import ToolCallPart, ToolCallReader
+from overfill.api.tools import ToolCallReader
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
 
@@ -98,11 +98,8 @@ class AnswerText:
             return text, ()
         text, parts = self._reader.push(text, may_end=self._may_end)
         self.stop = self._reader.stop
-        return text, [self._delta(part) for part in parts]
-
-    def _delta(self, part: ToolCallPart) -> inference_pb2.ToolCallDelta:
-        delta = inference_pb2.ToolCallDelta(index=part.index, name=part.name, arguments=part.arguments)
-        if part.name:
-            seed = f"{self._tool_call_id_seed}/{part.index}".encode()
-            delta.id = f"call_{hashlib.sha256(seed).hexdigest()[:24]}"
-        return delta
+        for part in parts:
+            if part.name:
+                seed = f"{self._tool_call_id_seed}/{part.index}".encode()
+                part.id = f"call_{hashlib.sha256(seed).hexdigest()[:24]}"
+        return text, parts

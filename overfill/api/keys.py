@@ -28,9 +28,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from overfill.api.priority import check_priority
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.process.permissions import refusal
+from overfill.request.params import check_priority
 from overfill.rpc.access import Scope
 from overfill.rpc.reload import ReloadingValue
 

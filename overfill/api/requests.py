@@ -7,13 +7,11 @@ import re
 import secrets
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from overfill.api.chat import encode_chat
-from overfill.api.priority import check_priority
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
-from overfill.kv.keys import PromptKeys
 from overfill.request.params import (
     MAX_STOPS,
     MAX_STREAM_INTERVAL,
@@ -22,6 +20,7 @@ from overfill.request.params import (
     SamplingParams,
     check_token_ids,
 )
+from overfill.routing.job import CheckedRequest
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
@@ -29,43 +28,6 @@ MAX_REQUEST_ID_LENGTH = 128
 
 _REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}*")
 _CODECS = frozenset(common_pb2.KvCodec.values())
-
-
-@dataclass(slots=True)
-class CheckedRequest:
-    """A checked request that the router can run. ``RequestHandler`` adds what ``validate_generate`` does not know.
-
-    Attributes:
-        start: The request as decode workers get it. It has a prompt of at least one token, the request's id or a
-            random one, the model's end-of-sequence ids, and ``sampling`` with ``seed`` and ``max_tokens``. Prompt and
-            ``max_tokens`` together fit the context. ``emitted_token_ids`` are the tokens of the answer that the client
-            has, at most ``max_tokens``. If it has that many, the answer is complete and only its end message was lost.
-        prompt_token_ids: The prompt of ``start``, in a form that Python reads four times as fast.
-        stop: Non-empty stop strings.
-        continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
-        answer_digest: Digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
-            conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
-        block_keys: Keys of the prompt's blocks, which all answers to it share; None means unknown.
-        priority: Class in the queue; smaller numbers go first.
-        stream_interval: Minimum number of tokens in a message to the client that the request asks for.
-        tier: Tier that writes the answer.
-        fallback: Tier in which the answer goes on when that tier has no worker left; empty means none.
-        brownout_from: Requested tier, if ``tier`` writes the answer instead because of a brownout.
-        fallback_from: Requested tier, if it has no worker and ``tier`` is the one to which it falls back.
-    """
-
-    start: decode_pb2.StartDecode
-    prompt_token_ids: Sequence[int]
-    stop: tuple[str, ...]
-    continues_text: bool
-    answer_digest: str | None
-    block_keys: PromptKeys | None = None
-    priority: int = 0
-    stream_interval: int = 0
-    tier: str = ""
-    fallback: str = ""
-    brownout_from: str = ""
-    fallback_from: str = ""
 
 
 def validate_generate(
@@ -87,7 +49,6 @@ def validate_generate(
         InvalidRequest: another field is wrong; ``field`` is its path in the proto.
     """
     _check_request_id(request.request_id)
-    check_priority(request.priority)
     if request.kv_codec not in _CODECS:
         raise InvalidRequest("kv_codec", f"{request.kv_codec} is not a codec that this router knows")
     if request.stream_interval > MAX_STREAM_INTERVAL:
@@ -97,9 +58,14 @@ def validate_generate(
     sampling.check_vocab(vocab_size)
     if tools is not None:
         sampling = replace(sampling, grammar=tools)
+    if request.HasField("resume_identity"):
+        _check_room(request.resume_identity.prompt_tokens, max_model_len)
     prompt = _prompt_token_ids(request, tokenizer, max_model_len, vocab_size)
     if request.HasField("truncate_prompt_tokens"):
-        prompt = _truncated(prompt, request.truncate_prompt_tokens, max_model_len - (sampling.max_tokens or 1))
+        room = max_model_len - (sampling.max_tokens or 1)
+        if request.HasField("resume_identity"):  # another router, of another capacity, may have truncated the prompt
+            room = request.resume_identity.prompt_tokens
+        prompt = _truncated(prompt, request.truncate_prompt_tokens, room)
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed
@@ -124,8 +90,6 @@ def validate_generate(
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
-        priority=request.priority,
-        stream_interval=request.stream_interval,
     )
 
 

@@ -21,6 +21,7 @@ from overfill.api.stop import StopStrings
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar, compact
 from overfill.request.params import Grammar
+from overfill.v1.inference_pb2 import ToolCallDelta
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
@@ -50,15 +51,6 @@ class ToolDefinition:
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallPart:
-    """A part of tool call number ``index``: first its name, then pieces of its arguments as JSON text."""
-
-    index: int
-    name: str = ""
-    arguments: str = ""
 
 
 def check_count(count: int) -> None:
@@ -221,15 +213,15 @@ class ToolCallReader:
         """True once the answer has a call, complete or not."""
         return self.calls > 0 or self._scanner is not None
 
-    def push(self, text: str, *, may_end: bool = True) -> tuple[str, list[ToolCallPart]]:
-        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls.
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, list[ToolCallDelta]]:
+        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls, without ids.
 
         Args:
             may_end: As for ``StopStrings.push``.
         """
         self._buffer += text
         outside: list[str] = []
-        parts: list[ToolCallPart] = []
+        parts: list[ToolCallDelta] = []
         while self._step(outside, parts, may_end):
             pass
         return "".join(outside), parts
@@ -244,7 +236,7 @@ class ToolCallReader:
         text = self._text(rest, may_end)
         return text if self.stop is not None else text + self._space + self._stops.finish()
 
-    def _step(self, outside: list[str], parts: list[ToolCallPart], may_end: bool) -> bool:
+    def _step(self, outside: list[str], parts: list[ToolCallDelta], may_end: bool) -> bool:
         """Consume a part of the buffer; False if that needs more text."""
         if self._scanner is not None:
             return self._arguments(parts)
@@ -262,7 +254,7 @@ class ToolCallReader:
         name, separator, rest = self._buffer[len(_HEAD) :].partition(_ARGUMENTS)
         if not separator:
             return False
-        parts.append(ToolCallPart(self.calls, name=name))
+        parts.append(ToolCallDelta(index=self.calls, name=name))
         self._buffer = rest
         self._scanner = _ObjectScanner()
         return True
@@ -275,11 +267,11 @@ class ToolCallReader:
         self._space = text[len(shown) :]
         return shown
 
-    def _arguments(self, parts: list[ToolCallPart]) -> bool:
+    def _arguments(self, parts: list[ToolCallDelta]) -> bool:
         assert self._scanner is not None
         length = self._scanner.scan(self._buffer)
         if length:
-            parts.append(ToolCallPart(self.calls, arguments=self._buffer[:length]))
+            parts.append(ToolCallDelta(index=self.calls, arguments=self._buffer[:length]))
             self._buffer = self._buffer[length:]
         if not self._scanner.complete or len(self._buffer) < len(_TAIL):
             return False

@@ -12,7 +12,6 @@ import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
 from overfill.cli.options import (
-    RenamedFlags,
     connect,
     connection_options,
     sampling,
@@ -30,7 +29,7 @@ _COMMAND = re.compile(r"/[a-z]+")
 _HELP = "/new starts a new conversation; /exit or /quit ends; every other line is a turn"
 
 
-@click.command("chat", cls=RenamedFlags, renamed={"system": "system-prompt"})
+@click.command("chat")
 @sampling_options
 @click.option("--system-prompt", "system", help="System prompt: an instruction before the first turn.")
 @click.option("--model", default="", help="Name of the model.  [default: the stack's model]")

@@ -12,7 +12,6 @@ import click
 from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
-from overfill.cli.up_tiers import with_colocated, worker_settings
 from overfill.settings.config import (
     SERVICES,
     ColocatedConfig,
@@ -22,8 +21,9 @@ from overfill.settings.config import (
     read_checked,
 )
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
-from overfill.settings.reader import SEPARATORS
+from overfill.settings.reader import SEPARATORS, BadSettings, Given
 from overfill.settings.tiers import TierSpec, default_tier
+from overfill.stack.describe import tier_settings
 
 _NAMES = (*(kind.section for kind in SERVICES), "up")
 Row = tuple[str, str, str]
@@ -85,7 +85,7 @@ def check_command(file: Path) -> int:
 
 def _has_colocated(file: ConfigFile) -> bool:
     """False for a file with settings of workers with one stage and none of those with both."""
-    asked = "worker" in file.sections or "colocated" in file.sections.get("up", {})
+    asked = "colocated" in file.sections or "colocated" in file.sections.get("up", {})
     return asked or not {"prefill", "decode"} & file.sections.keys()
 
 
@@ -94,39 +94,41 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
         return _rows_of_up(argv)
     kind = next(kind for kind in SERVICES if kind.section == name)
     # --pair is the only required setting; the real run may get it elsewhere.
-    origins = _origins(kind, argv)
-    absent = "pair" not in origins
-    file = kind.find_file(argv)
-    if file is not None and "decoders" not in origins and (tiers := _tiers_of_up(kind, file)):
-        argv = [*argv, f"--decoders={tiers}"]
-        origins["decoders"] = f"{file.path}: up.decoder"
-    config = kind.parse([*argv, "--pair=-"] if absent else argv)
+    flags = kind.read_flags(argv)
+    try:
+        given = kind.given(flags)
+        absent = "pair" not in given
+        if "config" in given and "tiers" not in given:
+            file = read_checked(Path(given["config"].value))
+            if tiers := _tiers_of_up(kind, file):
+                given["tiers"] = Given(tiers, f"{file.path}: up.tier")
+        config = kind.made(given | ({"pair": Given("-", "")} if absent else {}))
+    except BadSettings as error:
+        raise click.UsageError(str(error)) from error
     rows = []
     for field in kind.model_fields:
-        required = absent and field == "pair" and not getattr(config, "decoders", ())
+        required = absent and field == "pair" and not getattr(config, "tiers", ())
         value = "" if absent and field == "pair" else display(getattr(config, field), SEPARATORS.get(field, ","))
-        rows.append((flag_name(field), value, "required" if required else origins.get(field, "default")))
+        rows.append(
+            (flag_name(field), value, "required" if required else given[field].origin if field in given else "default")
+        )
     return rows
 
 
 def _tiers_of_up(kind: type[ServiceConfig], file: ConfigFile) -> str:
     """Returns the tiers that `overfill up` would give to its routers; empty without any, and for other services."""
     up = file.sections.get("up", {}) if kind is RouterConfig else {}
-    given = up.get("decoder", "")
+    given = up.get("tier", "")
     texts = [text for text in given.split(";") if text.strip()] if isinstance(given, str) else [*map(str, given)]
     try:
         tiers = [TierSpec.parse(text, least=0) for text in texts]
-        first = default_tier([tier.name for tier in tiers], str(up.get("default-tier", ""))) if tiers else ""
-        return ";".join(map(str, with_colocated(tiers, first, int(up.get("colocated", 0)))))
-    except (ValueError, click.UsageError):  # reading the text as the router does reports it
+        chosen = file.values(kind.section, ["default_tier"]).get("default_tier", ("", ""))[1]
+        first = default_tier([tier.name for tier in tiers], chosen) if tiers else ""
+        colocated = int(up.get("colocated", 0))
+        counted = [one.model_copy(update={"replicas": one.replicas + colocated * (one.name == first)}) for one in tiers]
+        return ";".join(map(str, counted))
+    except ValueError:  # reading the text as the router does reports it
         return ";".join(texts)
-
-
-def _origins(kind: type[ServiceConfig], argv: list[str]) -> dict[str, str]:
-    try:
-        return kind.origins(argv)
-    except BadConfigFile as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _rows_of_up(argv: list[str]) -> list[Row]:
@@ -146,7 +148,7 @@ def _rows_of_up(argv: list[str]) -> list[Row]:
                 origin = next(name for name in option.envvar or () if os.environ.get(name))
             elif source is ParameterSource.DEFAULT_MAP:
                 origin = str(ctx.params["config"])
-            rows.append((flag, display(ctx.params[option.name or ""], ";" if flag == "decoder" else ","), origin))
+            rows.append((flag, display(ctx.params[option.name or ""], ";" if flag == "tier" else ","), origin))
         return rows
 
 
@@ -169,7 +171,7 @@ def _print_table(name: str, rows: list[Row]) -> None:
 def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
     values = kind.file_values(file)
     if tiers := _tiers_of_up(kind, file):
-        values.setdefault("decoders", ("up.decoder", tiers))
+        values.setdefault("tiers", ("up.tier", tiers))
     given: dict[str, Any] = {"pair": "-"} | {name: value for name, (_, value) in values.items()}
     origins = {name: f"{file.path}: {key}" for name, (key, _) in values.items()}
     try:
@@ -191,11 +193,9 @@ def _faults_of_up(file: Path) -> list[str]:
 
 def _faults_of_tier(tier: TierSpec) -> Iterator[str]:
     try:
-        DecodeConfig.of({**worker_settings(tier, DecodeConfig), "pair": tier.pair})
-    except click.UsageError as error:
-        yield error.format_message().removeprefix("--")
-    except ValueError as error:
-        yield f"decoder {tier.name}: {error}"
+        DecodeConfig.of({**tier_settings(tier, DecodeConfig), "pair": tier.pair})
+    except BadSettings as error:
+        yield f"tier {tier.name}: {str(error).removeprefix(f'--tier {tier.name}: ')}"
 
 
 @contextlib.contextmanager

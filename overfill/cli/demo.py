@@ -17,17 +17,17 @@ from overfill.cli.answering import stream_answer
 from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
-from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up import AnyStack
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_tiers import resolve_tiers, tier_pair
+from overfill.cli.up import Runner
 from overfill.client import Answer, Client, Message, SamplingParams
-from overfill.cluster.connection import check_installed
 from overfill.model.manifest import Pair
 from overfill.process.extras import require
 from overfill.settings.tiers import TierSpec
+from overfill.stack.describe import RayPlacement, describe
+from overfill.stack.pairs import resolve_pairs, tier_pair
+from overfill.stack.process_runner import ProcessRunner
+from overfill.stack.ray.connection import check_installed
+from overfill.stack.ray.runner import RayRunner
+from overfill.stack.spec import StackSpec
 
 WARM_UP = """Write one sentence about a lighthouse."""
 
@@ -51,7 +51,7 @@ _NOTES = Console(stderr=True, highlight=False)
 @click.command("demo")
 @click.option("--pair", help="Serve this pair alone, without tiers: default, fast, identity, or a pair's folder.")
 @click.option(
-    "--decoder",
+    "--tier",
     "tiers",
     multiple=True,
     type=TIER,
@@ -69,7 +69,7 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
     """
     require("server", "`overfill demo`", "torch")
     if tiers and pair is not None:
-        raise click.UsageError("--decoder conflicts with --pair: each --decoder names its own pair, as NAME=PAIR")
+        raise click.UsageError("--tier conflicts with --pair: each --tier names its own pair, as NAME=PAIR")
     if on_ray:
         check_installed()
     from overfill.pair.store import resolve_pair
@@ -79,23 +79,23 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
     own: dict[str, Any] = {
         "threads": len(os.sched_getaffinity(0)),
         "settings": {"log_level": "error", "grace_period": 5},
+        "ray": RayPlacement() if on_ray else None,
     }
     if pair is not None:
         with show_progress() as report:
             folder = resolve_pair(pair, report)
-        _show_pair(make_plan(StackRequest(folder, **own)), on_ray, as_json)
+        _show_pair(describe(folder, **own), as_json)
         return 0
     chosen = tiers or default_tiers()
     with show_progress() as report:
-        tiers = resolve_tiers(chosen, report)
+        spec = resolve_pairs(describe(tiers=chosen, **own), report)
     command = " ".join(["overfill up", *map(_option, chosen)])
-    pairs = {tier.name: tier_pair(tier) for tier in tiers}
-    _show_tiers(make_plan(StackRequest(None, tiers=tiers, **own)), pairs, on_ray, as_json, command)
+    _show_tiers(spec, {name: tier_pair(tier) for name, tier in spec.tiers.items()}, as_json, command)
     return 0
 
 
-def _show_pair(plan: StackPlan, on_ray: bool, as_json: bool) -> None:
-    with _running(plan, on_ray) as client:
+def _show_pair(spec: StackSpec, as_json: bool) -> None:
+    with _running(spec) as client:
         answer = _ask(client, quiet=as_json)
     if as_json:
         details = dataclasses.asdict(answer)
@@ -104,8 +104,8 @@ def _show_pair(plan: StackPlan, on_ray: bool, as_json: bool) -> None:
         _print_details(answer, "overfill up")
 
 
-def _show_tiers(plan: StackPlan, pairs: Mapping[str, Pair], on_ray: bool, as_json: bool, command: str) -> None:
-    with _running(plan, on_ray) as client:
+def _show_tiers(spec: StackSpec, pairs: Mapping[str, Pair], as_json: bool, command: str) -> None:
+    with _running(spec) as client:
         prompt_ids = client.tokenize([Message("user", QUESTION)])
         if not as_json:
             click.echo(f"{click.style(QUESTION, dim=True)}\n")
@@ -123,23 +123,24 @@ def _show_tiers(plan: StackPlan, pairs: Mapping[str, Pair], on_ray: bool, as_jso
 
 
 @contextlib.contextmanager
-def _running(plan: StackPlan, on_ray: bool) -> Iterator[Client]:
+def _running(spec: StackSpec) -> Iterator[Client]:
     """Yields a client of a new stack, each of whose tiers has answered once: that opens the connections."""
-    stack: AnyStack
-    if on_ray:
-        stack = RayStack(plan, RayOptions(), lambda line: None)
+    stack: Runner
+    if spec.runner == "ray":
+        stack = RayRunner(spec, lambda line: None)
     else:
-        stack = Stack(plan, lambda name, line: _note(f"{name} | {line}"))
+        stack = ProcessRunner(spec, lambda name, line: _note(f"{name} | {line}"))
     try:
-        where = "on Ray" if on_ray else "as plain processes"
-        number = "a decode worker" if len(plan.decode) == 1 else f"{len(plan.decode)} decode workers"
+        where = "on Ray" if spec.runner == "ray" else "as plain processes"
+        count = spec.members("decode")
+        number = "a decode worker" if count == 1 else f"{count} decode workers"
         with _NOTES.status(f"Starting a router, a prefill worker and {number} {where}"):
             stack.start()
             stack.wait_ready(threading.Event())
         with Client(stack.addresses[0]) as client:
             with _NOTES.status("Warming up: the first request also opens connections"):
                 few = SamplingParams(temperature=0, max_tokens=8)
-                for tier in plan.tiers:
+                for tier in spec.router_config().ordered_tiers:
                     client.generate([Message("user", WARM_UP)], sampling=few, tier=tier.name)
             yield client
     finally:
@@ -183,8 +184,9 @@ def _print_details(answer: Answer, command: str) -> None:
 
 def _option(tier: TierSpec) -> str:
     """Returns the option that names a tier, without a number of workers of 1."""
-    count = "" if tier.count == 1 else f":{tier.count}"
-    return f"--decoder {tier.name}={tier.pair}{count}{str(tier).removeprefix(f'{tier.name}={tier.pair}:{tier.count}')}"
+    count = "" if tier.replicas == 1 else f":{tier.replicas}"
+    start = f"{tier.name}={tier.pair}"
+    return f"--tier {start}{count}{str(tier).removeprefix(f'{start}:{tier.replicas}')}"
 
 
 def _note(line: str) -> None:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.rpc.stack_status import WorkerStatus
 
-TIERS = tuple(TierSpec(name, pair) for name, pair in (("full", "identity"), ("default", "default"), ("fast", "fast")))
+TIERS = tuple(
+    TierSpec(name=name, pair=pair) for name, pair in (("full", "identity"), ("default", "default"), ("fast", "fast"))
+)
 """The tiers of the demonstration, from the best to the cheapest."""
 
-_INT8 = {"quantize": "int8", "kv-cache-dtype": "int8"}
+_INT8 = {"quantize": "int8", "kv_cache_dtype": "int8"}
 
 _MIN_COLUMN = 30  # characters of an answer beside others; narrower terminals show one below the other
 
@@ -71,7 +73,7 @@ def default_tiers() -> tuple[TierSpec, ...]:
 
     if resolve_device("auto").type != "cpu" or unavailable_reason() is not None:
         return TIERS
-    return (TIERS[0], *(dataclasses.replace(tier, settings=_INT8) for tier in TIERS[1:]))
+    return (TIERS[0], *(tier.model_copy(update={"settings": _INT8}) for tier in TIERS[1:]))
 
 
 def ask_tiers(

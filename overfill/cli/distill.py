@@ -193,8 +193,8 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
     from overfill.making.build import build_pair
     from overfill.making.calibration import calibration_text
     from overfill.making.distill.train import make_accelerator, run_folder
+    from overfill.making.full_models import resolve_model
     from overfill.making.recipe import DecoderRecipe
-    from overfill.pair.store import resolve_model
 
     if recipe.full is None or recipe.decoder is None:
         raise InvalidRequest("pair", "this recipe has no starting pair: give one, such as `fast`, or a pair's folder")

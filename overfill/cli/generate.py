@@ -12,7 +12,6 @@ import click
 from overfill.cli.answering import note_cut, note_tier, stream_answer
 from overfill.cli.options import (
     AnyNumber,
-    RenamedFlags,
     connect,
     connection_options,
     sampling,
@@ -21,7 +20,7 @@ from overfill.cli.options import (
 )
 
 
-@click.command("generate", cls=RenamedFlags, renamed={"system": "system-prompt"})
+@click.command("generate")
 @click.argument("prompt")
 @sampling_options
 @click.option("--stop", multiple=True, help="String that ends the answer; repeatable.")

@@ -84,10 +84,6 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "overfill.lab.commands.chaos:chaos_command",
             "Break a stack under load and check every answer.",
         ),
-        "chaos-clients": (
-            "overfill.lab.commands.chaos_clients:chaos_clients_command",
-            "Kill clients at random moments; time how soon their KV is free.",
-        ),
     },
 }
 COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
@@ -98,7 +94,6 @@ EXTRAS: dict[str, str] = {
     "up": "server",
     "verify": "server",
     "chaos": "loadtest,server",
-    "chaos-clients": "server",
     "pair": "pairs",
     "pair default": "server",
     "pair fast": "server",

@@ -30,7 +30,8 @@ def metrics_command() -> None:
 
 def metrics_page() -> str:
     """Returns the page as Markdown, with links to pages beside it."""
-    from overfill.telemetry.metrics import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS, declared
+    from overfill.telemetry.metric_set import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS
+    from overfill.telemetry.metrics import declared
     from overfill.telemetry.outcomes import OUTCOMES
 
     named = {LATENCY_BUCKETS: "seconds", BATCH_BUCKETS: "batch", TOKEN_BUCKETS: "tokens"}

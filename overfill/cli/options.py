@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.errors import InvalidRequest
@@ -46,27 +47,17 @@ class TierParam(click.ParamType):  # type: ignore[type-arg]  # generic from clic
 
 
 TIER = TierParam()
-"""A tier as ``overfill up --decoder`` takes it."""
+"""A tier as ``overfill up --tier`` takes it."""
 
 
-class RenamedFlags(click.Command):
-    """A command whose flags' earlier names work with a warning: those of renamed settings, and ``renamed``.
-
-    Args:
-        renamed: earlier name -> name, both without dashes, of flags that are not settings of a service.
-    """
-
-    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **extra: Any) -> None:
-        super().__init__(*args, **extra)
-        self._renamed = dict(renamed or {})
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        from overfill.settings.config_file import field_name, flag_name
-        from overfill.settings.renamed import old_names, rename_flags
-
-        flags = [flag.removeprefix("--") for option in self.params for flag in option.opts]
-        settings = {flag_name(old): flag_name(new) for old, new in old_names([field_name(flag) for flag in flags])}
-        return super().parse_args(ctx, rename_flags(args, settings | self._renamed))
+def check_replaced(*names: str) -> None:
+    """Raises click.UsageError if an option of the current command is given that --tier replaces."""
+    source = click.get_current_context().get_parameter_source
+    if given := [f"--{name.replace('_', '-')}" for name in names if source(name) is not ParameterSource.DEFAULT]:
+        raise click.UsageError(
+            f"--tier conflicts with {' and '.join(given)} (also in the settings file, or as a variable): each --tier "
+            "names its own pair and number of decode workers, as NAME=PAIR:N,max=N"
+        )
 
 
 class _Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -226,7 +217,7 @@ def engine_options(default: EngineChoice | None, about_args: str) -> Callable[[_
         command = click.option(
             "--engine-args",
             metavar="JSON",
-            help=f"Arguments of vLLM itself, as a JSON object of its EngineArgs by name{about_args}",
+            help=f"Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name{about_args}",
         )(command)
         for stage in ("decode", "prefill"):
             command = click.option(

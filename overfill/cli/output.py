@@ -13,7 +13,8 @@ from rich.text import Text
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.stack_status_json import pool_json, router_json, worker_json
+from overfill.rpc.stack_status import RouterStatus, WorkerStatus
+from overfill.rpc.stack_status_json import pool_json
 
 _BAR_WIDTH = 30
 _PIPE_WIDTH = 200
@@ -115,7 +116,7 @@ def _router_table(status: StackStatus) -> Table:
         table.add_column(column, justify="right")
     table.add_column("metrics")
     for router in status.routers:
-        row = router_json(router)
+        row = _router_json(router)
         numbers = ("?" if row[key] is None else str(row[key]) for key in _ROUTER_NUMBERS)
         table.add_row(router.id, router.state, router.address, *numbers, row["metrics_address"] or "–")
     if status.activity is not None:
@@ -134,7 +135,7 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
     for column in ("address", "pid", "metrics") if wide else ():
         table.add_column(column)
     for worker in status.workers:
-        row = worker_json(worker)
+        row = _worker_json(worker)
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
         rate = row["prefix_hit_rate"]
         hits = "?" if rate is None else f"{100 * rate:.1f} %"
@@ -175,8 +176,48 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
         "complete": status.complete,
         "pools": {stage: pool_json(pool) for stage, pool in status.pools.items()},
         "tiers": {tier: pool_json(pool) for tier, pool in status.tiers.items()},
-        "routers": [router_json(router) for router in status.routers],
-        "workers": [worker_json(worker) for worker in status.workers],
+        "routers": [_router_json(router) for router in status.routers],
+        "workers": [_worker_json(worker) for worker in status.workers],
+    }
+
+
+def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
+    """One entry of a worker, with address and process id; the values that a silent worker does not report are null."""
+    process = worker.process
+    load = process.load if process is not None else None
+    return {
+        "id": worker.id,
+        "stage": worker.stage,
+        "colocated": worker.colocated,
+        "tier": worker.tier,
+        "engine": process.engine if process is not None else None,
+        "pid": process.pid if process is not None else None,
+        "address": worker.address,
+        "metrics_address": process.metrics_address if process is not None else None,
+        "kv_blocks_used": load.kv_blocks_used if load is not None else None,
+        "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
+        "kv_blocks_total": load.kv_blocks_total if load is not None else None,
+        "running": load.running if load is not None else None,
+        "waiting": load.waiting if load is not None else None,
+        "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
+        "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
+        "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
+    }
+
+
+def _router_json(router: RouterStatus) -> dict[str, Any]:
+    """One router process with its own activity; the values that a silent router does not report are null."""
+    process, activity = router.process, router.activity
+    return {
+        "id": router.id,
+        "pid": process.pid if process is not None else None,
+        "state": router.state,
+        "address": router.address,
+        "metrics_address": process.metrics_address if process is not None else None,
+        "running": activity.running if activity is not None else None,
+        "waiting": activity.waiting if activity is not None else None,
+        "tokens_per_second": round(activity.tokens_per_second, 2) if activity is not None else None,
+        "answers_last_minute": activity.answers if activity is not None else None,
     }
 
 

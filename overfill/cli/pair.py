@@ -187,8 +187,8 @@ def build_command(
     Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
     model on a few held-out answers, and the commands to use next.
     """
+    from overfill.making.full_models import resolve_model
     from overfill.making.recipe import DecoderRecipe
-    from overfill.pair.store import resolve_model
     from overfill.telemetry.progress import show_progress
 
     if out.exists():
@@ -266,8 +266,8 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     Appends each conversation to the file as soon as it is complete.
     """
     from overfill.making.conversations import append_jsonl
+    from overfill.making.full_models import resolve_model
     from overfill.making.synthetic_data import generate_conversations
-    from overfill.pair.store import resolve_model
     from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:

@@ -1,233 +1,252 @@
 """``overfill up``: runs a stack in the foreground, on Ray Serve or as plain processes.
 
-``up_plan`` plans the processes; ``ray_stack`` or ``stack`` runs them.
+``overfill.stack`` describes the stack and runs it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Protocol
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
+from overfill.cli.options import check_replaced
 from overfill.cli.output import console
-from overfill.cli.ports import check_ports
-from overfill.cli.processes import Child
-from overfill.cli.ray_stack import RayOptions, RayStack
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import PlannedPool, StackPlan
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_stages import count_workers
-from overfill.cli.up_tiers import MAX, check_replaced, check_tiers_given, max_workers, resolve_tiers
 from overfill.cli.welcome import welcome
-from overfill.cluster.connection import check_installed
-from overfill.engine.choice import FIRST_GPU, choose_engine, require_vllm
-from overfill.model.manifest import Half, Pair
+from overfill.engine.choice import require_vllm
 from overfill.process.extras import require
-from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
-from overfill.settings.values import EngineChoice
+from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack.child import Child
+from overfill.stack.counts import count_workers
+from overfill.stack.describe import RayPlacement, check_used, describe
+from overfill.stack.pairs import check_engines, resolve_pairs
+from overfill.stack.ports import check_ports
+from overfill.stack.process_runner import ProcessRunner
+from overfill.stack.ray.connection import check_installed
+from overfill.stack.ray.runner import RayRunner
+from overfill.stack.spec import SUFFIXES, StackSpec
 
 _WATCH_SECONDS = 0.5
+_BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}
 
 
 @click.command("up", cls=OwnSettings)
 @up_options
 def up_command(
-    colocated: int | None,
-    prefill: int | None,
-    decode: int | None,
-    tiers: tuple[TierSpec, ...],
-    routers: int,
+    target: str | None,
+    dry_run: bool,
     pair: str,
-    port: int,
-    http: int | Literal["off"],
-    threads: int | None,
-    mock: bool,
     on_ray: bool,
-    address: str | None,
-    name: str,
-    worker_cpus: float | None,
-    worker_gpus: float | None,
-    max_prefill: int | None,
-    max_decode: int | None,
-    log_dir: Path | None,
-    tls: Path | None,
-    **settings: Any,
+    **options: Any,
 ) -> int:
     """Run a stack: routers and workers.
 
-    On one machine with at most one GPU, a worker has both stages, prefill and decode. --prefill and --decode start
-    workers with one stage, and --colocated more of those with both. All three together make a mixed stack.
+    On one machine with at most one GPU, one colocated worker has both stages, prefill and decode. --prefill and
+    --decode start workers with one stage, and --colocated more colocated ones. All three together make a mixed stack.
 
     The stack runs on Ray Serve, which replaces lost workers. With --max-prefill or --max-decode, the number of workers
-    follows the load. Ray is started on this machine, unless --address names a cluster. With --no-ray, the stack runs as
-    plain processes.
+    follows the load. Ray is started on this machine, unless --ray-address names a cluster. With --no-ray, the stack
+    runs as plain processes.
 
-    With --decoder, repeated, the stack has several tiers: decoders of one full model, of which requests choose one.
+    With --tier, repeated, the stack has several tiers: decoders of one full model, of which requests choose one.
+
+    The argument is the pair to serve. If it ends in .yaml, .yml or .json, it is the document of a stack, as --dry-run
+    prints it, and the command starts what the document says.
 
     The command stays in the foreground. Ctrl-C or SIGTERM lets running requests finish and stops the stack.
 
     A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
     """
-    require("server", "`overfill up`", "xxhash" if mock else "torch")  # its processes need them
+    try:
+        if target is not None and target.endswith(SUFFIXES):
+            spec = _read(Path(target), on_ray)
+        else:
+            spec = _describe(_pair(target, pair, options["engine"]), on_ray, options, prepare=not dry_run)
+    except BadSettings as error:
+        raise click.UsageError(str(error)) from error
+    if dry_run:
+        click.echo(str(spec), nl=False)
+        return 0
+    _prepare(spec)
+    with _stop_signals() as stopping:
+        if spec.runner == "ray":
+            return run(RayRunner(spec, _note), stopping, console())
+        with _log_sink(None if spec.log_dir is None else Path(spec.log_dir)) as sink:
+            return run(ProcessRunner(spec, sink), stopping, console())
+
+
+def _pair(target: str | None, pair: str, engine: str | None) -> str:
+    """Returns the pair that the argument or the option names, a folder as an absolute path."""
+    from overfill.pair.store import MOCK
+
+    if target is not None:
+        if _is_given("pair"):
+            raise click.UsageError(f"the argument {target!r} conflicts with --pair {pair!r}: give one of them")
+        pair = target
+    if engine == "mock" and target is None and not _is_given("pair"):
+        return MOCK
+    return _absolute(pair)
+
+
+def _absolute(pair: str) -> str:
+    from overfill.pair.store import MOCK, NAMED
+
+    return pair if pair in (*NAMED, MOCK) else os.path.abspath(pair)
+
+
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (ParameterSource.DEFAULT, None)
+
+
+def _read(path: Path, on_ray: bool) -> StackSpec:
+    """Reads a document. Raises BadSettings if it is wrong, or if something else sets what it describes."""
+    given = [
+        option.opts[0]
+        for option in click.get_current_context().command.params
+        if option.name not in _BESIDE_A_DOCUMENT and _is_given(option.name or "")
+    ]
+    given += sorted(name for name, value in os.environ.items() if value and name.startswith(VARIABLE_PREFIXES))
+    if given:
+        raise BadSettings(f"{path} describes the whole stack, so {', '.join(given)} has no effect: change the document")
+    spec = StackSpec.load(path)
+    runner = "ray" if on_ray else "processes"
+    if not _is_given("on_ray") or runner == spec.runner:
+        return spec
+    return StackSpec.read({**spec.document(), "runner": runner})
+
+
+def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool) -> StackSpec:
+    """Describes the stack of the options, and says why if it chooses the kinds of workers. Raises BadSettings.
+
+    Args:
+        prepare: prepare the pair if it is missing. Without it, ``up`` knows less of a pair when it chooses.
+    """
     from overfill.pair.store import resolve_pair
     from overfill.telemetry.progress import show_progress
 
+    own = dict(options)
+    tiers: tuple[TierSpec, ...] = own.pop("tiers")
+    tiers = tuple(tier.model_copy(update={"pair": _absolute(tier.pair)}) for tier in tiers)
+    colocated, prefill, decode = own.pop("colocated"), own.pop("prefill"), own.pop("decode")
     if tiers:
         check_replaced("pair", "decode", "max_decode")
+        if _is_given("target"):
+            raise BadSettings("--tier conflicts with the argument: each --tier names its own pair, as NAME=PAIR")
     else:
-        check_tiers_given(settings)
-    count = partial(
-        count_workers, colocated, prefill, decode, bool(tiers),
-        {**settings, "mock": mock, "address": address, "max_prefill": max_prefill, "max_decode": max_decode},
-    )  # fmt: skip
-    chosen = count()
-    with _secret(settings, tls) as settings, _port_group(routers, on_ray) as share_port:
-        # Report wrong settings and ports in use before preparing a pair, which can take minutes.
-        request = StackRequest(
-            None if tiers else Path(pair), chosen.prefill, chosen.decode, routers, port, threads, settings, http,
-            mock, tls, share_port=share_port, tiers=tiers, colocated=chosen.colocated,
-        )  # fmt: skip
-        planned = make_plan(request)
-        options = RayOptions(
-            address=address,
-            name=name,
-            worker_cpus=worker_cpus,
-            worker_gpus=worker_gpus,
-            max_prefill=max_prefill,
-            max_decode=max_decode,
-            log_dir=None if log_dir is None else str(log_dir.absolute()),
+        _check_tiers_given(own)
+    http, log_dir, routers, port = own.pop("http"), own.pop("log_dir"), own.pop("routers"), int(own.pop("port"))
+    tls = own.pop("tls")
+    placement = RayPlacement(
+        own.pop("ray_address"),
+        *(own.pop(n) for n in ("name", "worker_cpus", "worker_gpus", "max_prefill", "max_decode")),
+    )
+    _check_runner(placement, tiers, colocated, on_ray)
+
+    def described(folder: Path | None) -> tuple[StackSpec, str]:
+        chosen = count_workers(colocated, prefill, decode, bool(tiers), options, folder)
+        spec = describe(
+            pair,
+            prefill=chosen.prefill,
+            decode=chosen.decode,
+            colocated=chosen.colocated,
+            tiers=tiers,
+            routers=routers,
+            port=port,
+            http="off" if http == "off" else int(http),
+            share_port=not on_ray and routers > 1,
+            settings=own,
+            tls=tls,
+            ray=placement if on_ray else None,
+            log_dir=log_dir,
         )
-        _check_options(options, planned, on_ray)
-        if address is None:  # on a joined cluster, processes may run on other machines
-            check_ports(planned, metrics=not on_ray)
-            if not mock and "vllm" in {worker.config.engine for worker in planned.workers}:
-                require_vllm()
+        return spec, chosen.why
+
+    # Reports wrong settings and ports in use before preparing a pair, which can take minutes.
+    spec, why = described(None)
+    if prepare:
+        _check_here(spec)
+    if not tiers and (prepare or Path(pair).is_dir()):
         with show_progress() as report:
-            if tiers:
-                request = replace(request, tiers=resolve_tiers(tiers, report))
-            else:
-                folder = resolve_pair(pair, report)
-                chosen = count(folder)  # again, because only the pair tells whether vLLM can run it
-                request = replace(
-                    request, pair=folder, prefill=chosen.prefill, decode=chosen.decode, colocated=chosen.colocated
-                )
-        if chosen.why:
-            _note(chosen.why)
-        plan = make_plan(replace(request, apart=address is not None))
-        if not mock:
-            check_engines(plan, here=address is None)
-        with _stop_signals() as stopping:
-            if on_ray:
-                return run(RayStack(plan, options, _note), stopping, console())
-            with _log_sink(log_dir) as sink:
-                return run(Stack(plan, sink), stopping, console())
+            spec, why = described(resolve_pair(pair, report))
+    check_used(spec, options["config"])
+    if why:
+        _note(why)
+    return spec
 
 
-def check_engines(plan: StackPlan, *, here: bool) -> None:
-    """Raises the errors of ``choose_engine`` for both stages and every tier, such as UnsupportedModel for FP8 weights.
-
-    Args:
-        here: the workers run on this machine. Others may have other devices and packages: there each worker chooses.
-    """
-    for worker, stage in ((pool.config, stage) for pool in plan.pools for stage in pool.kind.stages):
-        half: Half = "full" if stage == "prefill" else "decoder"
-        engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
-        pair = Pair.load(Path(worker.pair))
-        if isinstance(worker, DecodeConfig) and worker.quantize is not None:
-            pair = pair.with_quantize(worker.quantize)
-        if here:
-            on_first_gpu = partial(_on_first_gpu, worker.device)
-            choose_engine(engine, pair, half, on_first_gpu, has_args=bool(worker.engine_args))
-        elif engine != "auto":
-            pair.check_engine(half, engine)
-
-
-def _on_first_gpu(device: str) -> bool:
-    from overfill.engine.device import resolve_device  # imports torch, which takes seconds
-
-    return str(resolve_device(device)) in FIRST_GPU
-
-
-@contextlib.contextmanager
-def _secret(settings: dict[str, Any], tls: Path | None) -> Iterator[dict[str, Any]]:
-    """Adds a new secret to ``settings`` if there are API keys, but neither certificates nor a secret.
-
-    Without it, the router could not tell the stack's workers from clients. The secret's file is on this machine only; a
-    stack on several machines has certificates.
-    """
-    certain = tls is not None or settings.get("tls_ca") is not None
-    if certain or settings.get("api_keys") is None or settings.get("stack_secret") is not None:
-        yield settings
+def _check_here(spec: StackSpec) -> None:
+    """Raises an error if a port is in use, or if Ray or vLLM is missing that the stack needs."""
+    require("server", "`overfill up`", "xxhash" if spec.mock else "torch")  # its processes need them
+    if spec.runner == "ray":
+        check_installed()
+    if spec.ray_address is not None:  # processes may run on other machines
         return
-    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # other users cannot read it
-        path = Path(folder) / "secret"
-        path.touch(0o600)
-        path.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
-        yield settings | {"stack_secret": path}
+    check_ports(spec)
+    if "vllm" in {spec.worker_config(name).engine for name in spec.pools}:
+        require_vllm()
 
 
-@contextlib.contextmanager
-def _port_group(routers: int, on_ray: bool) -> Iterator[Path | None]:
-    """Yields a new folder through which the routers share their ports; None if each has its own.
+def _prepare(spec: StackSpec) -> None:
+    """Prepares the pairs, and raises an error if the stack cannot run here."""
+    from overfill.telemetry.progress import show_progress
 
-    Routers on Ray have their own, because Ray may place them on several machines.
-    """
-    if routers == 1 or on_ray:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="overfill-") as folder:  # other users cannot read it
-        yield Path(folder)
+    _check_here(spec)
+    with show_progress() as report:
+        prepared = resolve_pairs(spec, report)
+    if not spec.mock:
+        check_engines(prepared)
 
 
-def _check_options(options: RayOptions, plan: StackPlan, on_ray: bool) -> None:
-    """Raises click.UsageError for conflicting options, and RayUnavailable if Ray is needed but not installed."""
-    maxima = {tier.name: max_workers(tier) for tier in plan.tiers}
+def _check_tiers_given(options: dict[str, Any]) -> None:
+    """Raises BadSettings if a setting names tiers; call it for a stack without --tier."""
+    for name in ("default_tier", "brownout"):
+        if options.get(name):
+            raise BadSettings(
+                f"--{name.replace('_', '-')} {options[name]!r} names tiers, and the stack has none: add --tier "
+                "NAME=PAIR for each tier"
+            )
+
+
+def _check_runner(placement: RayPlacement, tiers: tuple[TierSpec, ...], colocated: int | None, on_ray: bool) -> None:
+    """Raises BadSettings for options that conflict with the runner."""
+    scaled = [tier.name for tier in tiers if tier.max_replicas is not None]
     if not on_ray:
-        defaults = asdict(RayOptions(log_dir=options.log_dir))
-        given = [f"--{name.replace('_', '-')}" for name, value in asdict(options).items() if value != defaults[name]]
-        given += [f"{MAX} of --decoder {name}" for name, maximum in maxima.items() if maximum is not None]
+        names = ("ray_address", "name", "worker_cpus", "worker_gpus", "max_prefill", "max_decode")
+        given = [f"--{name.replace('_', '-')}" for name in names if _is_given(name)]
+        given += [f"max of --tier {name}" for name in scaled]
         if given:
-            raise click.UsageError(f"--no-ray conflicts with {', '.join(given)}: remove one of them")
-        return
-    if plan.colocated and any(maximum is not None for maximum in maxima.values()):
-        raise click.UsageError(
-            f"--colocated conflicts with {MAX} of a --decoder: a stack of workers with both stages has a fixed number "
-            "of workers; remove one of them"
+            raise BadSettings(f"--no-ray conflicts with {', '.join(given)}: remove one of them")
+    if colocated and scaled:
+        raise BadSettings(
+            "--colocated conflicts with max of a --tier: a stack of colocated workers has a fixed number of workers; "
+            "remove one of them"
         )
-    on_cuda = not plan.mock and any(pool.config.device.startswith("cuda") for pool in plan.pools)
-    if on_cuda and options.address is not None and not options.worker_gpus:
-        raise click.UsageError(
-            "--device cuda needs --worker-gpus with --address: a worker sees no GPU unless it reserves one; give "
+    device = str(click.get_current_context().params.get("device") or "")
+    if on_ray and device.startswith("cuda") and placement.ray_address is not None and not placement.worker_gpus:
+        raise BadSettings(
+            "--device cuda needs --worker-gpus with --ray-address: a worker sees no GPU unless it reserves one; give "
             "--worker-gpus 1, or a fraction for workers that share a GPU"
         )
-    check_installed()
-    for maximum, minimum, stage in (
-        (options.max_prefill, len(plan.prefill), "prefill"),
-        (options.max_decode, len(plan.decode), "decode"),
-    ):
-        if maximum is not None and maximum < minimum:
-            raise click.UsageError(f"--max-{stage} {maximum} is less than --{stage} {minimum}: give at least {minimum}")
 
 
-class AnyStack(Protocol):
-    """Interface of a stack, of plain processes or on Ray."""
+class Runner(Protocol):
+    """Interface of both runners of a stack."""
 
-    plan: StackPlan
+    spec: StackSpec
 
     @property
     def addresses(self) -> tuple[str, ...]: ...
@@ -237,7 +256,7 @@ class AnyStack(Protocol):
 
     def start(self) -> None: ...
 
-    def describe_workers(self, pool: PlannedPool) -> str: ...
+    def describe_workers(self, pool: str) -> str: ...
 
     def wait_ready(self, cancelled: threading.Event) -> None: ...
 
@@ -246,13 +265,13 @@ class AnyStack(Protocol):
     def stop(self) -> list[Child]: ...
 
 
-def run(stack: AnyStack, stopping: threading.Event, out: Console) -> int:
+def run(stack: Runner, stopping: threading.Event, out: Console) -> int:
     """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code."""
     try:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            welcome(out, stack.plan, stack.addresses, stack.describe_workers)
+            welcome(out, stack.spec, stack.addresses, stack.describe_workers)
         while not stopping.wait(_WATCH_SECONDS):
             for line in stack.news():
                 _note(line)

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from overfill.cli.options import RenamedFlags
 from overfill.settings.config import SERVICES, UP_KEYS, read_checked
 from overfill.settings.config_file import COMMON, BadConfigFile, all_names, field_name, nearest
 
@@ -18,8 +17,7 @@ _SHARED = {
     "pair": (COMMON, "pair"),
     "grpc": ("router", "port"),
     "http": ("router", "http"),
-    "decoder": ("router", "decoders"),
-    **{name: ("router", name) for name in ("default-tier", "brownout", "ttft-objective", "itl-objective")},
+    "tier": ("router", "tiers"),
 }
 """Options of ``up`` that are also a service's setting: option -> (section, key) in the file."""
 
@@ -27,7 +25,7 @@ OWN = ("config", *UP_KEYS, *_SHARED)
 """Options of ``up`` with a variable ``OVERFILL_UP_…``. The others are settings of services, which have variables."""
 
 
-class OwnSettings(RenamedFlags):
+class OwnSettings(click.Command):
     """A command whose own options are also variables; refuses unknown variables with its prefix."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -59,7 +57,7 @@ def _variable(flag: str) -> str:
 
 
 def _service_variable(flag: str) -> list[str]:
-    """Returns the service's variable of a shared option. ``up`` must read it, because it gives the service a flag."""
+    """Returns the service's variable of a shared option. ``up`` must read it, because it has a default of its own."""
     section, key = _SHARED.get(flag, (COMMON, ""))
     return [kind.variable(field_name(key)) for kind in SERVICES if kind.section == section]
 
@@ -77,8 +75,8 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
             if option in own:
                 raise click.UsageError(f"{path}: up.{option} and {section}.{key} are one setting: remove one of them")
             own[option] = file.sections[section][key]
-    if isinstance(tiers := own.get("decoder"), str):
-        own["decoder"] = [tier for tier in tiers.split(";") if tier.strip()]
+    if isinstance(tiers := own.get("tier"), str):
+        own["tier"] = [tier for tier in tiers.split(";") if tier.strip()]
     names = {option.opts[0].removeprefix("--"): option.name for option in ctx.command.params}
     ctx.default_map = {names[key]: value for key, value in own.items()}
     return path

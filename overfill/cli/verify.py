@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.options import TIER, connect, connection_options
-from overfill.cli.up_tiers import check_replaced, resolve_tiers, tier_pair
+from overfill.cli.options import TIER, check_replaced, connect, connection_options
 from overfill.errors import OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
+from overfill.stack.pairs import resolve_tiers, tier_pair
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
@@ -68,14 +68,18 @@ class JudgedTier:
 @click.option("--max-tokens", required=True, type=click.IntRange(min=1), help="Maximum length of an answer.")
 @click.option("--pair", default="default", show_default=True, help="The pair that the stack serves.")
 @click.option(
-    "--decoder",
+    "--tier",
     "tiers",
     multiple=True,
     type=TIER,
-    help="A tier of the stack, as `overfill up --decoder` got it. Repeat it for each tier; it replaces --pair.",
+    help="A tier of the stack, as `overfill up --tier` got it. Repeat it for each tier; it replaces --pair.",
 )
 @click.option(
-    "--tier", "chosen", multiple=True, help="Tier to ask; repeat for several.  [default: every --decoder, in order]"
+    "--ask",
+    "chosen",
+    metavar="TIER",
+    multiple=True,
+    help="Tier to ask; repeat for several.  [default: every --tier, in order]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
@@ -105,7 +109,7 @@ def verify_command(
     same tokens. A token within 0.001 of the largest logit is a tie, which counts as the same. The last line counts
     correct answers.
 
-    With --decoder, asks every question in each tier, one tier after the other. A line per tier counts its correct
+    With --tier, asks every question in each tier, one tier after the other. A line per tier counts its correct
     answers, and the prompt tokens whose KV the prefix cache had. If another tier goes on with an answer, each part is
     judged by its own tier's decoder.
 
@@ -171,11 +175,11 @@ def _check_tiers(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) 
     try:
         check_tiers(tiers)
     except ValueError as error:
-        raise click.UsageError(f"--decoder: {error}") from error
+        raise click.UsageError(f"--tier: {error}") from error
     for name in chosen:
         if name not in (known := [tier.name for tier in tiers]):
-            raise click.UsageError(f"--tier {name}: give it a --decoder; tiers are {', '.join(known) or 'none'}")
-    return tiers or (TierSpec(DEFAULT_TIER, pair),)
+            raise click.UsageError(f"--ask {name}: give it a --tier; tiers are {', '.join(known) or 'none'}")
+    return tiers or (TierSpec(name=DEFAULT_TIER, pair=pair),)
 
 
 def _figures(result: JudgedTier) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:
     if not workers:
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
     if others := sorted(workers.keys() - pairs.keys()):
-        every = " ".join(f"--decoder {tier}=PAIR" for tier in sorted(workers))
+        every = " ".join(f"--tier {tier}=PAIR" for tier in sorted(workers))
         raise CannotVerify(f"the pair of tier {others[0]!r} is unknown: name the pair of every tier, {every}")
     if absent := [tier for tier in pairs if not workers[tier]]:
         raise CannotVerify(f"the stack has no decode worker of tier {absent[0]!r} that answers; see `overfill status`")
@@ -262,7 +266,7 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
     if different := [part for part in expected if expected[part] != found[part]]:
         raise CannotVerify(
             f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); name the pair that "
-            "the stack serves with --pair, or that of each tier with --decoder"
+            "the stack serves with --pair, or that of each tier with --tier"
         )
 
 

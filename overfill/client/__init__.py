@@ -29,7 +29,7 @@ from overfill.client.answers import (
     Trace,
     Usage,
 )
-from overfill.client.requests import Message, Options, Prompt, Tool, ToolCall
+from overfill.client.requests import AnswerIdentity, Message, Options, Prompt, Tool, ToolCall
 from overfill.client.sync import Client, Stream
 from overfill.errors import (
     DeadlineExceeded,
@@ -68,6 +68,7 @@ __all__ = [
     "Accepted",
     "Activity",
     "Answer",
+    "AnswerIdentity",
     "AnswerPart",
     "AsyncClient",
     "AsyncStream",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from overfill.client.requests import Message, ToolCall
+from overfill.client.requests import AnswerIdentity, Message, ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
 from overfill.request.names import CODEC_NAMES, FINISH_REASONS, FinishReason
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
@@ -43,6 +43,7 @@ class Accepted:
         max_tokens: Maximum number of tokens in the answer, in use.
         tier: Tier that will write the answer.
         brownout_from: Requested tier, if it is overloaded and ``tier`` writes the answer instead; otherwise None.
+        identity: What the answer depends on; a request that resumes it needs this.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Accepted:
     max_tokens: int
     tier: str = ""
     brownout_from: str | None = None
+    identity: AnswerIdentity = field(default_factory=AnswerIdentity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Timing:
 
     Attributes:
         ttft: From the request's arrival at the router until it writes the first token to the client's stream.
-        router_queue: In the router: validation, tokenization, queue, and waiting for slots of both stages.
+        router_queue: In the router: validation, tokenization, queue, and waiting for workers of both stages.
         decode_reservation: From the decode worker's receipt of the request until it has reserved blocks.
         prefill_queue: From the prefill worker's receipt of the prompt until it schedules the first chunk.
         prefill_compute: From then until the prefill worker has sampled the first token.
@@ -267,6 +269,7 @@ class Answer:
         parts: Parts of the answer by tier, in order. There is one, unless the answer changed its tier. The first begins
             at token 0, or after ``resume_token_ids``.
         brownout_from: Requested tier, if it was overloaded and another wrote the answer; otherwise None.
+        identity: What the last part of the answer depends on; a request that resumes the answer needs this.
     """
 
     text: str
@@ -292,6 +295,7 @@ class Answer:
     tier: str = ""
     parts: tuple[AnswerPart, ...] = ()
     brownout_from: str | None = None
+    identity: AnswerIdentity = field(default_factory=AnswerIdentity)
 
     @property
     def message(self) -> Message:
@@ -320,6 +324,7 @@ class AnswerBuilder:
         self._logprobs: list[TokenLogprobs] = []
         self._calls: list[ToolCall] = []
         self._requested_tier = ""
+        self._identity = AnswerIdentity()  # of what writes the answer now
         self._earlier_parts: list[AnswerPart] = []  # of routers before the current one
         self._untold: tuple[AnswerPart, ...] = ()  # a part that begins with the next delta, after another router's
         self._parts: list[AnswerPart] = []
@@ -336,6 +341,8 @@ class AnswerBuilder:
         rest.sampling.seed = self.accepted.seed
         rest.sampling.max_tokens = self.accepted.max_tokens
         rest.resume_token_ids.extend(self._token_ids)
+        if self.has_tokens:
+            rest.resume_identity.CopyFrom(self._identity.to_proto())
         if self._tier:
             self._pin_tier(rest)
         return rest
@@ -347,6 +354,11 @@ class AnswerBuilder:
             rest.model = rest.model.removesuffix(f":{self._requested_tier}")
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether the client has tokens of the answer, so that ``request`` asks for the rest of it."""
+        return bool(self._token_ids or self._request.resume_token_ids)
+
+    @property
     def complete(self) -> bool:
         """Whether the whole answer has arrived."""
         return self._answer is not None
@@ -356,7 +368,7 @@ class AnswerBuilder:
         if self.accepted is not None:
             accepted = self.accepted
             text, ids = "".join(self._text), tuple(self._token_ids)
-            error.produced = Produced(text, ids, accepted.request_id, accepted.seed, self._tier)
+            error.produced = Produced(text, ids, accepted.request_id, accepted.seed, self._tier, self._identity)
         return error
 
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
@@ -373,6 +385,7 @@ class AnswerBuilder:
             accepted = response.accepted
             self._routers += 1
             before = self.accepted.brownout_from if self.accepted is not None else None
+            self._identity = AnswerIdentity.from_proto(accepted.identity)
             self.accepted = Accepted(
                 accepted.request_id,
                 accepted.prompt_tokens,
@@ -381,6 +394,7 @@ class AnswerBuilder:
                 accepted.max_tokens,
                 accepted.tier,
                 before or accepted.brownout_from or None,
+                self._identity,
             )
             self._requested_tier = self._requested_tier or accepted.brownout_from or accepted.tier
             self._earlier_parts = list(self._parts)
@@ -421,6 +435,8 @@ class AnswerBuilder:
         )
         calls = tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in message.tool_calls)
         parts = _parts(message.parts)
+        if message.parts:
+            self._identity = AnswerIdentity.from_proto(message.parts[-1].identity)
         if ids:
             if not parts or parts[0].first_index != self._next_index:  # else the router has changed the tier again
                 parts = self._untold + parts
@@ -482,6 +498,7 @@ class AnswerBuilder:
             tier=self._tier,
             parts=tuple(self._parts),
             brownout_from=accepted.brownout_from,
+            identity=self._identity,
         )
 
 

@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from overfill.errors import DeadlineExceeded, OverfillError, RequestCancelled, ShuttingDown, Unavailable
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    OverfillError,
+    PromptTooLong,
+    RequestCancelled,
+    ShuttingDown,
+    Unavailable,
+)
 from overfill.rpc.status import from_rpc_error, is_word_of_peer
 
 _MAX_ROUNDS = 4
@@ -22,7 +30,8 @@ class AddressFailover:
     router that says that it shuts down begins a new round: while a silent address was tried, another router may have
     been replaced. A router that leaves is asked again once, because its address may now lead to another one.
     Routers that accept the request and then fail are tried for four rounds: a failed router may be back before the next
-    one fails.
+    one fails. A router that cannot continue the answer, because another one would come of it or the
+    prompt is too long there, is passed over.
 
     Args:
         timeout: Seconds for the whole request; None means no limit.
@@ -43,6 +52,7 @@ class AddressFailover:
         self._failures = 0  # since a router last accepted the request, or said that it shuts down
         self._losses = 0  # since the last part of the answer
         self._leave: OverfillError | None = None  # of the first router that left since the last part of the answer
+        self._refusal: OverfillError | None = None  # of the first router that cannot continue the answer
         self._clock = clock
         self._deadline = None if timeout is None else clock() + timeout
 
@@ -67,14 +77,21 @@ class AddressFailover:
         self._failures = self._losses = 0
         self._leave = None
 
-    def next_address_or_error(self, error: grpc.RpcError) -> OverfillError | None:
-        """Move to the next address after a failed call, and return None; or return the error to raise."""
+    def next_address_or_error(self, error: grpc.RpcError, continues: bool = False) -> OverfillError | None:
+        """Move to the next address after a failed call, and return None; or return the error to raise.
+
+        Args:
+            continues: Whether the call asked for the rest of an answer.
+        """
         failure = from_rpc_error(error, self.address)
+        refused = continues and isinstance(failure, Incompatible | PromptTooLong)
+        if refused and self._refusal is None:
+            self._refusal = failure
         # A router that shuts down may cancel the answer; this client did not. A router that answers Unavailable itself
         # is alive and has given the request up.
         leaves = isinstance(failure, ShuttingDown | RequestCancelled)
         unreachable = isinstance(failure, Unavailable) and not is_word_of_peer(error)
-        lost = leaves or unreachable or (self._shared and isinstance(failure, DeadlineExceeded))
+        lost = leaves or unreachable or refused or (self._shared and isinstance(failure, DeadlineExceeded))
         self._losses += 1
         if leaves and self._leave is None:
             self._leave, self._failures = failure, 0
@@ -82,6 +99,7 @@ class AddressFailover:
             self._failures = 1 if isinstance(failure, ShuttingDown) else self._failures + 1
             count = len(self._addresses)
             if not lost or self._failures >= count or self._losses >= _MAX_ROUNDS * count:
-                return self._leave if unreachable and self._leave is not None else failure
+                told = self._refusal or self._leave
+                return told if unreachable and told is not None else failure
         self._addresses.rotate(-1)
         return None

@@ -7,7 +7,7 @@ import math
 import operator
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
 from overfill.errors import InvalidRequest
@@ -68,6 +68,50 @@ class Message:
     tool_call_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerIdentity:
+    """What the tokens of an answer depend on besides its sampling: the prompt, and what reads and writes.
+
+    A router continues an answer only if every field is the same there. Digests are SHA-256 in hexadecimal.
+
+    Attributes:
+        full_digest: Digest of the full model.
+        config_digest: Digest of its config.
+        reader_digest: Digest of the weights that compute the prompt's KV; today the full model's.
+        reader_quantize: Format to which these weights are rounded on load; empty means none.
+        tokenizer_digest: Digest of tokenizer.json.
+        decoder_digest: Digest of the decoder.
+        decoder_config_digest: Digest of the decoder's config and layer map.
+        decoder_quantize: Format to which the decoder's weights are rounded on load, such as "int8"; empty means none.
+        kv_cache_dtype: Format in which decode workers hold KV, such as "int8"; empty means the dtype that travels.
+        adapter_digest: Digest of the adapter that writes; empty means none.
+        revision: Revision of the pair; empty means none.
+        prompt_tokens: Number of tokens in the prompt, after its truncation.
+        prompt_digest: Digest of the prompt's token ids, each 4 bytes, little-endian.
+    """
+
+    full_digest: str = ""
+    config_digest: str = ""
+    reader_digest: str = ""
+    reader_quantize: str = ""
+    tokenizer_digest: str = ""
+    decoder_digest: str = ""
+    decoder_config_digest: str = ""
+    decoder_quantize: str = ""
+    kv_cache_dtype: str = ""
+    adapter_digest: str = ""
+    revision: str = ""
+    prompt_tokens: int = 0
+    prompt_digest: str = ""
+
+    def to_proto(self) -> inference_pb2.AnswerIdentity:
+        return inference_pb2.AnswerIdentity(**asdict(self))
+
+    @classmethod
+    def from_proto(cls, message: inference_pb2.AnswerIdentity) -> AnswerIdentity:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
 _MODES = {
     "auto": inference_pb2.ToolChoice.MODE_AUTO,
     "none": inference_pb2.ToolChoice.MODE_NONE,
@@ -93,7 +137,10 @@ class Options(TypedDict, total=False):
         timeout: Seconds for the whole request; None means no limit.
         request_id: Id of the request: at most 128 letters, digits, ``_``, ``.``, ``:``, ``/`` and ``-``. Empty means
             that the router makes one.
-        resume_token_ids: Tokens of this answer that an earlier request returned; needs that request's seed.
+        resume_token_ids: Tokens of this answer that an earlier request returned; needs that request's seed and
+            ``resume_identity``.
+        resume_identity: ``identity`` of the answer, or of the error's ``produced``, that ``resume_token_ids`` are from.
+            A router at which the answer would depend on something else refuses it.
         trace: Whether the answer has a ``trace``.
         sample_index: Number of this answer among several answers to the prompt. With one seed, each index gives a
             different answer.
@@ -125,6 +172,7 @@ class Options(TypedDict, total=False):
     timeout: float | None
     request_id: str
     resume_token_ids: Sequence[int]
+    resume_identity: AnswerIdentity | None
     trace: bool
     sample_index: int
     kv_codec: str
@@ -171,6 +219,10 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         tier=_text("tier", options.get("tier", "")),
         fallback=_text("fallback", options.get("fallback", "")),
     )
+    if (identity := options.get("resume_identity")) is not None:
+        if not isinstance(identity, AnswerIdentity):
+            raise InvalidRequest("resume_identity", f"is of type {type(identity).__name__}; give an AnswerIdentity")
+        request.resume_identity.CopyFrom(identity.to_proto())
     if (allowed := options.get("allow_brownout")) is not None:
         request.allow_brownout = allowed
     if "truncate_prompt_tokens" in options:

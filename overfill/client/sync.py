@@ -110,7 +110,7 @@ class Stream(Iterator[Delta]):
         """Ask the next router for the rest of the answer, and return None; or return the error to raise."""
         if isinstance(error, CallCancelled):
             return RequestCancelled("the client is closed")
-        failure = self._failover.next_address_or_error(error)
+        failure = self._failover.next_address_or_error(error, self._builder.has_tokens)
         if failure is not None:
             return failure
         try:

@@ -16,22 +16,25 @@ import torch
 
 from overfill.engine.device import NotEnoughMemory, native_dtype
 from overfill.engine.gpu_memory import free_share
+from overfill.engine.parts import EngineParts
 from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
+from overfill.model.processors import new_processor
 from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
 from overfill.process.limits import available_memory
 from overfill.request.grammar import Grammars
 from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
+from overfill.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -97,36 +100,6 @@ def fit_blocks(requirements: Sequence[MemoryRequirement], available: int) -> int
         return sum(memory_needed(requirements, [num_blocks] * len(requirements)))
 
     return max(0, bisect.bisect_right(range(upper + 1), available, key=needed) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """A loaded half of a pair.
-
-    Attributes:
-        kv: geometry of the **full** model's KV in this stack's dtype, which is the KV that travels.
-        max_model_len: maximum number of tokens of prompt and answer together.
-        grammars: compiler of the grammars that requests ask for.
-        kv_cache_dtype: format in which this half stores KV.
-    """
-
-    runner: ModelRunner
-    pool: BlockPool
-    config: ModelConfig
-    kv: KvSpec
-    pair: Pair
-    max_model_len: int
-    grammars: Grammars
-    kv_cache_dtype: KvCacheDtype = "auto"
-
-    def prefix_cache(self, enabled: bool) -> PrefixCache:
-        """A prefix cache on ``pool`` that knows this model's cost of recomputing KV."""
-        return PrefixCache(
-            self.pool,
-            self.pair.kv_identity(self.kv.dtype).cache_key,
-            enabled=enabled,
-            attention_tokens=self.pair.full_config.attention_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +271,16 @@ def size_pools(
         runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
         parts.append(
             EngineParts(
-                runner, pool, half.model.config, half.full_spec, half.pair, longest, grammars, half.kv_cache_dtype
+                runner,
+                pool,
+                half.model.config,
+                half.full_spec,
+                half.pair,
+                longest,
+                grammars,
+                half.kv_cache_dtype,
+                f"overfill {__version__}",
+                new_processor,
             )
         )
     return parts

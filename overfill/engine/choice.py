@@ -32,6 +32,8 @@ def choose_engine(
     """
     if choice == "auto":
         choice = "vllm" if "vllm" in pair.engines(half) and vllm_installed() and on_first_gpu() else "overfill"
+    if choice == "mock":
+        return "mock"
     pair.check_engine(half, choice)
     if choice == "vllm":
         require_vllm()

@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from overfill.engine.decode import DecodeEngine
+from overfill.engine.device import on_cpu
 from overfill.engine.prefill import PrefillEngine
-from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     DecodeEvent,
-    EngineLoad,
     PrefillEvent,
     PrefillHere,
     PrefillScheduled,
@@ -33,24 +32,13 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.engine.turns import Turns
-from overfill.kv.cache import copy_sequence
+from overfill.engine.work import Runner
+from overfill.telemetry.engine_load import EngineLoad
 
 log = logging.getLogger(__name__)
 
 ColocatedEvent = DecodeEvent | PrefillScheduled | PromptComputed
 """An event for the decode stage's servicer: of the decode engine, or of a prompt that is computed for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ColocatedLoad:
-    """Snapshot of both engines' loads, taken between two steps."""
-
-    prefill: EngineLoad
-    decode: EngineLoad
-
-    def freed_capacity_since(self, other: ColocatedLoad) -> bool:
-        """True if either stage has freed capacity since the snapshot ``other``."""
-        return self.prefill.freed_capacity_since(other.prefill) or self.decode.freed_capacity_since(other.decode)
 
 
 class ColocatedEngine:
@@ -62,7 +50,7 @@ class ColocatedEngine:
     Args:
         new_prefill: makes the prefill engine from the function that takes its events.
         full, decoder: the engines' runners.
-        layer_map: as in ``copy_sequence``.
+        layer_map: as in ``Runner.copy_kv``.
         emit_prefill: takes the events of prompts that other workers asked for.
         emit_decode: takes the events of decode sequences, and of prompts that are computed for them: when one is
             scheduled, when its KV is copied, and when it failed.
@@ -72,8 +60,8 @@ class ColocatedEngine:
         self,
         new_prefill: Callable[[Callable[[list[PrefillEvent]], None]], PrefillEngine],
         decode: DecodeEngine,
-        full: ModelRunner,
-        decoder: ModelRunner,
+        full: Runner,
+        decoder: Runner,
         layer_map: Sequence[int],
         turns: Turns,
         emit_prefill: Callable[[list[PrefillEvent]], None],
@@ -90,8 +78,14 @@ class ColocatedEngine:
         self._emit_decode = emit_decode
         self._stepping: PrefillEngine | DecodeEngine = decode
 
-    def load(self) -> ColocatedLoad:
-        return ColocatedLoad(self._prefill.load(), self._decode.load())
+    def load(self) -> EngineLoad:
+        """A snapshot of the decode engine's load, with that of the prefill engine."""
+        return replace(self._decode.load(), prefill=self._prefill.load())
+
+    @property
+    def delay(self) -> float:
+        """Seconds until the decode engine's next step is due, while no prompt can be computed."""
+        return 0.0 if next(self._prefill.queue(), None) is not None else self._decode.delay
 
     @property
     def step_shape(self) -> tuple[int, int]:
@@ -147,7 +141,7 @@ class ColocatedEngine:
             return False
         # A step that samples nothing returns before the device has computed it. Waiting for it to measure it would cost
         # the overlap of steps, which only counts while nothing decodes.
-        measured = self._turns.measures and (decoding or self._full.device.type == "cpu")
+        measured = self._turns.measures and (decoding or on_cpu(self._full.device))
         if measured:
             self._full.synchronize()
         tokens = self._prefill.tokens_computed - before if measured else 0
@@ -172,15 +166,12 @@ class ColocatedEngine:
     def _copy(self, here: _Here, computed: PromptComputed) -> PromptComputed | SequenceFailed:
         """Copies the KV of a computed prompt into its decode sequence. Returns the event that ends the prompt."""
         prompt = here.message.sequence
-        source, target = self._full.cache, self._decoder.cache
         try:
-            copy_sequence(
-                *(source, prompt.blocks, target, here.blocks, self._layer_map),
+            self._decoder.copy_kv(
+                *(self._full, prompt.blocks, here.blocks, self._layer_map),
                 num_tokens=len(prompt.prompt),
                 start=here.message.held_tokens,
             )
-            # Once released, the blocks of the target may be written in another stream: by the receiver.
-            self._decoder.synchronize()
         except Exception as error:
             log.exception("copying KV failed")
             self._decoder.clean_up(error)

@@ -15,12 +15,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
-    EngineLoad,
     Preempted,
     Refused,
     Release,
@@ -31,8 +29,10 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
+from overfill.engine.work import Runner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class DecodeEngine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         pool: BlockPool,
         max_num_seqs: int,
         replay_budget: int,
@@ -81,6 +81,11 @@ class DecodeEngine:
         self.step_shape = (0, 0)
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
+
+    @property
+    def delay(self) -> float:
+        """0: the next step is always due."""
+        return 0.0
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
@@ -278,8 +283,7 @@ class DecodeEngine:
                 return []
             replayed = sum(len(s.pending()) - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            specs = [SamplingSpec(s.sampling, s.sample_index, s.processor, s.emitted) for s in sequences]
-            sampled, refused = self._runner.next_tokens(works, specs)
+            sampled, refused = self._runner.next_tokens(works, sequences)
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)

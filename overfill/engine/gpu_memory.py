@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from overfill.engine.protocol import VLLM_GPU_SHARE, EngineOptions
 from overfill.process import startup
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ def free_share(device: torch.device, share: float) -> int:
 
     The other workers of the GPU may not have taken their shares yet.
     """
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     return max(0, min(free, int(total * share) - _OVERHEAD - torch.cuda.memory_reserved(device)))
 
@@ -35,12 +39,14 @@ def vllm_utilization(options: EngineOptions) -> float | None:
 
     vLLM starts only where that share of the GPU's memory is free. With ``kv_memory`` it does not size its cache by it.
     """
-    if options.device.type != "cuda":
+    if options.device is None or options.device.type != "cuda":
         return None
     if options.kv_memory is not None:
         return VLLM_GPU_SHARE
     if options.gpu_share == 1:
         return None
+    import torch
+
     overhead = _OVERHEAD / torch.cuda.mem_get_info(options.device)[1]
     return max(VLLM_GPU_SHARE, options.gpu_share * _VLLM_UTILIZATION - overhead)
 
@@ -51,9 +57,11 @@ def loading_turn(options: EngineOptions) -> Iterator[None]:
 
     vLLM measures the memory of its steps by the GPU's free memory, which other workers must not change meanwhile.
     """
-    if options.device.type != "cuda" or options.gpu_share == 1:
+    if options.device is None or options.device.type != "cuda" or options.gpu_share == 1:
         yield
         return
+    import torch
+
     uuid = torch.cuda.get_device_properties(options.device).uuid
     path = Path(tempfile.gettempdir()) / f"overfill-{os.getuid()}-loading-{uuid}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from overfill.engine.build import MEMORY_FRACTION, EngineParts, LoadedHalf, load_half, size_pools
 from overfill.engine.choice import FIRST_GPU, choose_engine
 from overfill.engine.colocated import ColocatedEngine, ColocatedEvent
 from overfill.engine.decode import DecodeEngine
+from overfill.engine.parts import EngineParts
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine, ServedHalf
 from overfill.engine.sequence import DecodeEvent, PrefillEvent
@@ -17,10 +17,12 @@ from overfill.engine.turns import Turns
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
-from overfill.model.manifest import Half, Pair
+from overfill.model.manifest import EngineName, Half, Pair
 from overfill.settings.values import EngineChoice
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
-from overfill.version import __version__
+
+if TYPE_CHECKING:
+    from overfill.engine.build import LoadedHalf
 
 
 def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
@@ -33,31 +35,30 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         MissingExtra: the engine is not installed.
     """
     on_first_gpu = str(options.device) in FIRST_GPU
-    if choose_engine(choice, pair, half, lambda: on_first_gpu, has_args=bool(options.engine_args)) == "vllm":
+    engine = choose_engine(choice, pair, half, lambda: on_first_gpu, has_args=bool(options.engine_args))
+    if engine == "vllm":
         # The only import of this package: nothing else needs vLLM, which most installations lack.
         from overfill.engine.vllm.load import load_vllm
 
         return load_vllm(pair, half, options)
-    loaded = _load_half(pair, half, options)
-    (parts,) = size_pools(
-        [loaded],
-        options.kv_memory,
-        options.max_model_len,
-        gpu_share=options.gpu_share,
-        grammar_limits=options.grammars,
-    )
+    (parts,) = _load_halves(engine, pair, [(half, options)])
     stage = _Stage(half, parts, parts.prefix_cache(options.prefix_cache), options)
     return LoadedEngine(stage.served, stage.new_core)
 
 
 def load_colocated(
-    pair: Pair, full: EngineOptions, decoder: EngineOptions, memory_fraction: float = MEMORY_FRACTION
+    pair: Pair,
+    full: EngineOptions,
+    decoder: EngineOptions,
+    memory_fraction: float | None = None,
+    engine: EngineName = "overfill",
 ) -> LoadedColocated:
     """Loads both halves into one process. Divides the memory that is left between their KV caches.
 
     Args:
         full, decoder: options of the two halves. Those of the device, its memory and the sequences' length are equal.
-        memory_fraction: as in ``size_pools``.
+        memory_fraction: as in ``size_pools``; None means its default.
+        engine: OverFill's or the mock.
 
     Raises:
         ValueError: an option differs that must be equal.
@@ -66,9 +67,8 @@ def load_colocated(
     for name in ("device", "dtype", "kv_memory", "gpu_share", "max_model_len", "threads"):
         if getattr(full, name) != getattr(decoder, name):
             raise ValueError(f"{name} differs: {getattr(full, name)} and {getattr(decoder, name)}")
-    halves = [_load_half(pair, "full", full), _load_half(pair, "decoder", decoder)]
-    parts = size_pools(halves, full.kv_memory, full.max_model_len, memory_fraction, full.gpu_share, full.grammars)
     stages: list[tuple[Half, EngineOptions]] = [("full", full), ("decoder", decoder)]
+    parts = _load_halves(engine, pair, stages, memory_fraction)
     return LoadedColocated(
         *(
             _Stage(half, of_half, of_half.prefix_cache(options.prefix_cache), options)
@@ -110,7 +110,7 @@ class _Stage:
         self, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics | None = None
     ) -> DecodeEngine:
         parts = self.parts
-        return DecodeEngine(
+        return parts.decode_engine(
             parts.runner, parts.pool, self.options.max_num_seqs, REPLAY_BUDGET, emit, self.prefix, metrics
         )
 
@@ -170,7 +170,7 @@ class LoadedColocated:
 def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHalf:
     """What a servicer knows of a half that OverFill's engine runs."""
     return ServedHalf(
-        engine_version=f"overfill {__version__}",
+        engine_version=parts.version,
         half=half,
         pair=parts.pair,
         config=parts.config,
@@ -180,12 +180,41 @@ def served_half(parts: EngineParts, half: Half, prefix: PrefixCache) -> ServedHa
         store=parts.runner.cache,
         grammars=parts.grammars,
         blocks_of=prefix.blocks_of,
+        new_processor=parts.new_processor,
+        codecs=parts.codecs,
         prefix_keys=prefix.journal if half == "full" else None,
         kv_cache_dtype=parts.kv_cache_dtype,
     )
 
 
+def _load_halves(
+    engine: EngineName,
+    pair: Pair,
+    halves: Sequence[tuple[Half, EngineOptions]],
+    memory_fraction: float | None = None,
+) -> list[EngineParts]:
+    if engine == "mock":
+        # Each engine's modules are imported on use: the mock's process has no torch, and no other needs the mock.
+        from overfill.engine.mock.load import load_mock
+
+        return [load_mock(pair, half, options) for half, options in halves]
+    from overfill.engine.build import MEMORY_FRACTION, size_pools
+
+    options = halves[0][1]
+    return size_pools(
+        [_load_half(pair, half, of_half) for half, of_half in halves],
+        options.kv_memory,
+        options.max_model_len,
+        memory_fraction or MEMORY_FRACTION,
+        options.gpu_share,
+        options.grammars,
+    )
+
+
 def _load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
+    from overfill.engine.build import load_half
+
+    assert options.device is not None, "only the mock engine has no device"
     return load_half(
         pair,
         half,

@@ -26,8 +26,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.errors import Overloaded
-from overfill.model.processors import new_processor
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +59,6 @@ class OfflineRun:
         loaded: LoadedColocated,
         on_token: Callable[[OfflineRequest, SampledToken], None] | None,
     ) -> None:
-        self._grammars = loaded.full.grammars
-        self._eos_ids = loaded.full.config.eos_token_ids
         self._on_token = on_token
         self._events: deque[ColocatedEvent] = deque()
         self._engine = loaded.new_core(lambda events: None, self._events.extend)
@@ -156,7 +153,7 @@ class OfflineRun:
             decode.prompt,
             decode.sampling,
             sample_first_token=first,
-            processor=new_processor(decode.sampling, decode.prompt, self._grammars, self._eos_ids) if first else None,
+            processor=decode.processor if first else None,
         )
         self._prompts[request.prefill.id] = request
         self._engine.handle(PrefillHere(request.prefill, decode.id, held_tokens))

@@ -17,11 +17,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
 from overfill.engine.sequence import (
     ChunkComputed,
-    EngineLoad,
     KvWritten,
     LayerStarted,
     PrefillEvent,
@@ -32,10 +31,11 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
+from overfill.engine.work import Runner, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
-from overfill.kv.tensors import record_event
-from overfill.model.transformer import LayerHooks
+from overfill.model.steps import LayerHooks
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,11 @@ class PrefillEngine:
         step_shape: prompts and tokens in the latest step.
     """
 
+    delay = 0.0
+
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         pool: BlockPool,
         max_num_batched_tokens: int,
         max_num_seqs: int,
@@ -255,8 +257,7 @@ class PrefillEngine:
             if notify:
                 self._emit_events()
 
-        specs = [SamplingSpec(s.sampling, s.sample_index, s.processor) for s in sampling]
-        sampled, failed = self._runner.next_tokens(works, specs, LayerHooks(layer_start, kv_written))
+        sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         now = time.monotonic_ns()

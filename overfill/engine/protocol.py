@@ -21,12 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from typing_extensions import TypeVar
-
-from overfill.engine.sequence import EngineLoad
+from overfill.engine.sequence import Processor
+from overfill.errors import Overloaded
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
@@ -34,10 +33,17 @@ from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
-from overfill.request.grammar import Grammars
+from overfill.process.limits import available_memory
+from overfill.request.grammar import MATCHER_BYTES, Grammars
 from overfill.request.grammar_limits import GrammarLimits
+from overfill.request.names import CODECS
+from overfill.request.params import SamplingParams
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import common_pb2
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_CPU_KV_BYTES = 1 << 30
 """Size of the KV cache on a CPU by default. Other programs need the machine's memory too."""
@@ -54,19 +60,7 @@ VLLM_GPU_SHARE = 0.01
 default, 0.92, lets one engine on a GPU."""
 
 
-class EngineSnapshot(Protocol):
-    """A snapshot of a core's load."""
-
-    def freed_capacity_since(self, other: Self, /) -> bool:
-        """True if capacity was freed since the snapshot ``other``."""
-        ...
-
-
-LoadT = TypeVar("LoadT", bound=EngineSnapshot, default=EngineLoad)
-_LoadT_co = TypeVar("_LoadT_co", bound=EngineSnapshot, default=EngineLoad, covariant=True)
-
-
-class EngineCore(Protocol[_LoadT_co]):
+class EngineCore(Protocol):
     """An engine that one thread drives. It emits lists of events from ``handle`` and from ``step``."""
 
     def handle(self, message: Any) -> None:
@@ -78,12 +72,17 @@ class EngineCore(Protocol[_LoadT_co]):
         ...
 
     @property
+    def delay(self) -> float:
+        """Seconds for which the next step must wait, while messages are taken. 0 for engines that compute."""
+        ...
+
+    @property
     def step_shape(self) -> tuple[int, int]:
         """Sequences and tokens in the latest step; any thread may ask while the step runs."""
         ...
 
-    def load(self) -> _LoadT_co:
-        """A snapshot of the load."""
+    def load(self) -> EngineLoad:
+        """A snapshot of the load; with both stages, the decode stage's, with that of the prefill stage in it."""
         ...
 
     def check(self) -> None:
@@ -106,10 +105,11 @@ class EngineOptions:
         max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
         threads: CPU threads of a step.
         grammars: what a client's grammar may cost.
-        engine_args: arguments of the engine itself, by name; vLLM only.
+        engine_args: arguments of the engine itself, by name; only vLLM and the mock engine have some.
+        device: where the engine computes; None for the mock engine, which needs no torch.
     """
 
-    device: torch.device
+    device: torch.device | None
     dtype: DTypeName | None = None
     block_size: int | None = None
     kv_memory: int | None = None
@@ -122,6 +122,17 @@ class EngineOptions:
     threads: int = 1
     grammars: GrammarLimits = field(default_factory=GrammarLimits)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compute_device(self) -> torch.device:
+        """``device`` of an engine that computes."""
+        assert self.device is not None, "only the mock engine has no device"
+        return self.device
+
+
+NewProcessor = Callable[[SamplingParams, Sequence[int], Grammars, Sequence[int]], Processor | None]
+"""Makes a processor from a request's parameters, its prompt, the compiler of grammars and the model's
+end-of-sequence ids. None means that the parameters leave the logits as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,8 @@ class ServedHalf:
         grammars: compiler of the grammars that requests ask for.
         kv_cache_dtype: format in which the engine stores KV.
         blocks_of: hashes a prompt within a cache namespace; called on another thread than the engine's.
+        new_processor: makes what the engine keeps for the sampling of one answer.
+        codecs: codecs in which KV can leave the store; decode workers store it in any of them.
         prefix_keys: changes of the prefix cache; None without one.
     """
 
@@ -145,12 +158,40 @@ class ServedHalf:
     config: ModelConfig
     kv: KvSpec
     max_model_len: int
-    device: torch.device
+    device: torch.device | None
     store: KvStore
     grammars: Grammars
     blocks_of: Callable[[Sequence[int], str], PromptBlocks]
+    new_processor: NewProcessor
     prefix_keys: KeyJournal | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
+    codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
+
+    async def prepare_processor(
+        self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""
+    ) -> Processor | None:
+        """Makes an answer's processor. Tries a grammar first, and compiles it off the event loop.
+
+        Args:
+            eos_ids: the model's end-of-sequence ids.
+            key: client, for fairness between clients.
+
+        Raises:
+            InvalidRequest: the grammar is not supported for this model, or is too complex.
+            Overloaded: this process cannot try a new grammar now, or has too little memory for another one.
+        """
+        make = partial(self.new_processor, params, prompt, self.grammars, eos_ids)
+        if params.grammar is None:
+            return make()
+        needed = (self.grammars.live + 1) * MATCHER_BYTES
+        if (left := available_memory()) < needed:
+            raise Overloaded(
+                f"{self.grammars.live} answers have a grammar here, and one more might need {needed >> 20} MiB of "
+                f"memory with them; {left >> 20} MiB are left",
+                1.0,
+                "grammars",
+            )
+        return await self.grammars.prepare(params.grammar, key, make)
 
     @property
     def model_identity(self) -> common_pb2.ModelIdentity:

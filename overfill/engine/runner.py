@@ -10,69 +10,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from overfill.kv.cache import KvCache
+from overfill.engine.work import Sampled, Work, plain_greedy
+from overfill.kv.cache import KvCache, copy_sequence
 from overfill.model.batch import ForwardBatch
-from overfill.model.processors import LogitProcessor, process
-from overfill.model.sampling import SampledToken, non_finite_errors, sample
-from overfill.model.transformer import NO_HOOKS, ForwardModel, GreedyModel, LayerHooks
-from overfill.request.params import SamplingParams
+from overfill.model.processors import process
+from overfill.model.sampling import non_finite_errors, sample
+from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
+from overfill.model.transformer import ForwardModel, GreedyModel
 
 _ROW_LIFETIME = 8
 """Steps for which an unused row is kept: while replays and decode steps alternate, each skips the other's rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One sequence's part of a step: ``tokens`` at positions from ``start`` on; ``blocks`` hold the KV before them.
-
-    ``blocks`` is the same list object in all steps of a sequence and only grows. Code that replaces a block must pass a
-    new list.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-    wants_logits: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
-    """How to sample the token that follows a work.
-
-    Attributes:
-        sample_index: number of the answer among the request's answers.
-        emitted: the answer so far, which ``processor`` reads.
-    """
-
-    sampling: SamplingParams
-    sample_index: int
-    processor: LogitProcessor | None = None
-    emitted: Sequence[int] = ()
-
-    @property
-    def plain_greedy(self) -> bool:
-        """True if the request needs the most likely token of the unchanged logits and nothing else."""
-        changed = self.processor is not None and self.processor.needed(len(self.emitted))
-        return self.sampling.greedy and not changed and self.sampling.logprobs is None
-
-
 def sample_next(
-    logits: torch.Tensor, works: Sequence[Work], specs: Sequence[SamplingSpec]
+    logits: torch.Tensor, works: Sequence[Work], sequences: Sequence[Sampled]
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
     """Samples a token for every row of ``logits``.
 
     Returns:
         The tokens; and row -> error for rows that failed, whose tokens are meaningless.
     """
-    if not specs:
+    if not sequences:
         return [], {}
-    refused = process(logits, [s.processor for s in specs], [s.emitted for s in specs])
+    refused = process(logits, [s.processor for s in sequences], [s.emitted for s in sequences])
     positions = [work.end for work in works if work.wants_logits]
-    tokens, failed = sample(logits, [s.sampling for s in specs], positions, [s.sample_index for s in specs])
+    tokens, failed = sample(logits, [s.sampling for s in sequences], positions, [s.sample_index for s in sequences])
     return tokens, failed | refused  # a refusal explains the row better than the broken logits that it causes
 
 
@@ -99,12 +61,12 @@ class ModelRunner:
         return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Runs one step and samples the token after each work that wants logits.
 
         Args:
-            specs: one per work that wants logits.
+            sequences: one per work that wants logits.
 
         Returns:
             The tokens; and row -> error for rows that failed, as in ``sample_next``.
@@ -112,10 +74,24 @@ class ModelRunner:
         Raises:
             ValueError: a row that is not greedy has no seed.
         """
-        if specs and all(s.plain_greedy for s in specs) and isinstance(self.model, GreedyModel):
+        if sequences and all(map(plain_greedy, sequences)) and isinstance(self.model, GreedyModel):
             tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], non_finite_errors(tokens)
-        return sample_next(self.run(works, hooks), works, specs)
+        return sample_next(self.run(works, hooks), works, sequences)
+
+    def copy_kv(
+        self,
+        source: ModelRunner,
+        source_blocks: Sequence[int],
+        blocks: Sequence[int],
+        layer_map: Sequence[int],
+        num_tokens: int,
+        start: int,
+    ) -> None:
+        """Copies a sequence's KV; see ``copy_sequence``."""
+        copy_sequence(source.cache, source_blocks, self.cache, blocks, layer_map, num_tokens, start)
+        # Once released, these blocks may be written in another stream: by the receiver.
+        self.synchronize()
 
     def synchronize(self) -> None:
         """Waits until no earlier kernel touches the cache any more."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from overfill.errors import InternalError, InvalidRequest, StepFailed
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.tensors import DeviceEvent
-from overfill.model.processors import LogitProcessor
-from overfill.model.sampling import SampledToken
+from overfill.kv.store import DeviceEvent
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2
+
+Processor: TypeAlias = Any
+"""What an engine keeps for the sampling of one answer, as ``ServedHalf.new_processor`` makes it: penalties, bias and
+grammar, or the script that a mock engine plays."""
 
 
 class FinishReason(enum.Enum):
@@ -56,37 +59,6 @@ class StopRule:
         return True, FinishReason.LENGTH if emitted_before + 1 >= self.max_tokens else None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """Snapshot of an engine's load, taken between two steps.
-
-    Attributes:
-        blocks_used: blocks that live sequences reference, or that the engine has promised them.
-        running, waiting: number of sequences; each engine's ``load`` defines the two.
-        queued_tokens: prompt tokens that are not computed yet.
-        blocks_cached: unreferenced blocks that hold cached prefixes.
-        prefix_tokens_looked_up, prefix_tokens_found: prompt tokens looked up in the prefix cache so far, and found.
-        blocks_reserved: used blocks that wait for their prompt's KV.
-        blocks_leaked: blocks that are neither free nor owned. This is a fault, after which the worker exits.
-    """
-
-    blocks_used: int
-    blocks_total: int
-    running: int
-    waiting: int
-    queued_tokens: int = 0
-    blocks_cached: int = 0
-    prefix_tokens_looked_up: int = 0
-    prefix_tokens_found: int = 0
-    blocks_reserved: int = 0
-    blocks_leaked: int = 0
-
-    def freed_capacity_since(self, other: EngineLoad) -> bool:
-        """True if a sequence has ended or blocks were freed since the snapshot ``other``."""
-        ended = self.running + self.waiting < other.running + other.waiting
-        return ended or self.blocks_used < other.blocks_used
-
-
 # Messages to a prefill engine ------------------------------------------------------------------------------------
 
 
@@ -108,7 +80,7 @@ class PrefillSequence:
     sampling: SamplingParams
     sample_index: int = 0
     sample_first_token: bool = True
-    processor: LogitProcessor | None = None
+    processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     cancelled: bool = False
@@ -116,6 +88,11 @@ class PrefillSequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     submitted: float = 0.0
+
+    @property
+    def emitted(self) -> Sequence[int]:
+        """The answer so far: none, because a prompt is computed before it."""
+        return ()
 
     @property
     def remaining(self) -> int:
@@ -266,7 +243,7 @@ class DecodeSequence:
     sampling: SamplingParams
     stop: StopRule
     sample_index: int = 0
-    processor: LogitProcessor | None = None
+    processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     state: DecodeState = DecodeState.RECEIVING

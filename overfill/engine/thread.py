@@ -8,17 +8,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic
+from typing import TYPE_CHECKING
 
-import torch
-from torch import set_num_threads
+from overfill.engine.device import use_device, use_threads
+from overfill.engine.protocol import EngineCore
 
-from overfill.engine.device import use_device
-from overfill.engine.protocol import EngineCore, LoadT
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
 _ALONE: AbstractContextManager[object] = nullcontext()
 FIRST_STEPS = 100
 """Steps of an engine that may take ``first_step_timeout``: each new shape may compile kernels."""
@@ -26,20 +25,20 @@ _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
 
 
-class EngineThread(Generic[LoadT]):
+class EngineThread:
     """Delivers messages to a core between its steps, and steps the core while it has work.
 
     After a second without work, and at the end, the thread calls the core's ``check``. A lost block ends the thread,
     and with it the worker, as every broken invariant does.
 
     Args:
-        threads: number of torch's intra-op threads for this engine's steps.
+        threads: number of torch's intra-op threads for this engine's steps. None means an engine without torch.
         step_timeout: seconds after which a step counts as stuck in a driver or device. None means no limit.
         first_step_timeout: as ``step_timeout``, for the first ``FIRST_STEPS`` steps; None means ``step_timeout``.
         on_stuck: called once, on another thread. A stuck engine thread can only be ended with the process.
         on_load_change: called on the engine's thread after ``load`` has changed, with True if capacity was freed, for
             which a request may be waiting.
-        device: current device of the engine's thread.
+        device: current device of the engine's thread; None means that it needs none.
         cores: entered for each step.
 
     Attributes:
@@ -49,13 +48,13 @@ class EngineThread(Generic[LoadT]):
 
     def __init__(
         self,
-        core: EngineCore[LoadT],
+        core: EngineCore,
         name: str,
-        threads: int,
+        threads: int | None,
         step_timeout: float | None = None,
         on_stuck: Callable[[], object] = lambda: None,
         on_load_change: Callable[[bool], object] = lambda freed: None,
-        device: torch.device = _CPU,
+        device: torch.device | None = None,
         cores: AbstractContextManager[object] = _ALONE,
         first_step_timeout: float | None = None,
     ) -> None:
@@ -111,13 +110,16 @@ class EngineThread(Generic[LoadT]):
                 return
 
     def _run(self) -> None:
-        set_num_threads(self._threads)  # the function of this module's import: vLLM replaces torch's attribute
         try:
+            if self._threads is not None:
+                use_threads(self._threads)
             use_device(self._device)
             busy, checked = False, True
             while True:
+                delay = self._core.delay if busy else 0.0
+                wait = delay if busy else None if checked else _IDLE
                 try:
-                    message = self._mailbox.get(block=not busy, timeout=None if checked else _IDLE)
+                    message = self._mailbox.get(block=not busy or delay > 0, timeout=wait)
                 except queue.Empty:
                     if not busy:
                         self._core.check()
@@ -126,15 +128,14 @@ class EngineThread(Generic[LoadT]):
                         continue
                     self._step_began = time.monotonic()
                     with self._cores:
-                        busy = self._core.step()
+                        busy = self._core.step() or self._core.delay > 0
                     self._step_began = None
                     self._num_steps += 1
                     self._publish_load()
                     continue
-                if message is None:
+                if not self._handle_all(message):
                     self._core.check()
                     return
-                self._core.handle(message)
                 self._publish_load()
                 busy, checked = True, False
         except BaseException as error:
@@ -143,6 +144,16 @@ class EngineThread(Generic[LoadT]):
             self.failure = error
         finally:
             self._core.close()
+
+    def _handle_all(self, message: object | None) -> bool:
+        """Handles ``message`` and all that have arrived. Returns False at None, which ends the thread."""
+        while message is not None:
+            self._core.handle(message)
+            try:
+                message = self._mailbox.get_nowait()
+            except queue.Empty:
+                return True
+        return False
 
     def _publish_load(self) -> None:
         load = self._core.load()

@@ -14,21 +14,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from overfill.kv.chunks import Chunk, digest, num_undamaged
+from overfill.kv.chunks import Buffer, Chunk, digest, num_undamaged
 from overfill.kv.codecs import decode, encode, quantise
 from overfill.kv.native import library
 from overfill.kv.spec import SCALE_BYTES, KvCacheDtype, KvSpec
+from overfill.kv.store import DeviceEvent, LayerTargets
 from overfill.kv.tensors import (
     TORCH_DTYPES,
-    DeviceEvent,
     DeviceTensors,
-    LayerTargets,
     NumpyTensors,
     PagedTensors,
     slots_of,
     zeros,
 )
-from overfill.kv.wire import Buffer
 from overfill.v1 import common_pb2
 
 _INT8 = common_pb2.KV_CODEC_INT8

@@ -1,22 +1,24 @@
 """KV chunks: a range of a sequence's KV with its bytes, sealed by the sender and checked by the receiver.
 
-Bytes only: no sockets, no tensors. ``kv.wire`` puts chunks into messages.
+Bytes only: no sockets, no tensors. ``kv.wire`` puts chunks into messages and takes them out.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import xxhash
 
 from overfill.errors import TransferFailed
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, DTYPE_TO_PROTO, SCALE_BYTES, KvSpec
-from overfill.kv.wire import Buffer, ChunkParts, ParsedChunk, UnwrittenChunk, chunk_parts, lay_out_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2, kv_pb2
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 TRANSFER_ID_BYTES = 16
 
@@ -26,13 +28,14 @@ _HEADER = struct.Struct("<16sI6I2I2I")
 
 @dataclass(slots=True)
 class Chunk:
-    """A range and its bytes: read out of a cache or written into one.
+    """A range and its bytes: on its way out of a cache, in a message, or on its way into a cache.
 
     Attributes:
         payload: keys then values, each [layers, tokens, heads, head_dim].
         header: bytes that the checksum covers before scales and payload; empty means that there is no checksum.
         checksum: XXH3-64 of header, scales and payload.
         scales: of a payload of codes, keys' then values', each [layers, tokens, heads] float32; otherwise empty.
+        head: the message's fields besides scales, payload and checksum; empty for a chunk that does not travel.
     """
 
     range: KvRange
@@ -40,6 +43,17 @@ class Chunk:
     header: bytes = b""
     checksum: int = 0
     scales: Buffer = b""
+    head: kv_pb2.KvChunk = field(default_factory=kv_pb2.KvChunk)
+
+    @property
+    def slot(self) -> int | None:
+        """Slot of shared memory that holds the payload; None means that it travels."""
+        return self.head.shared.slot if self.head.HasField("shared") else None
+
+    @property
+    def size(self) -> int:
+        """Bytes of payload and scales."""
+        return len(self.payload) + len(self.scales)
 
 
 def digest(*parts: Buffer) -> int:
@@ -96,50 +110,38 @@ class TransferSpec:
         return 0 if self.codec == common_pb2.KV_CODEC_RAW else kv_range.num_vectors * SCALE_BYTES
 
 
-def checksum(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> int:
-    """XXH3-64 over the header struct, the scales and the payload (see ``KvChunk.checksum``)."""
-    return digest(_header(head, scales, payload), scales, payload)
-
-
-def seal(
-    spec: TransferSpec,
-    kv_range: KvRange,
-    payload: Buffer,
-    scales: Buffer = b"",
-    slot: int | None = None,
-    known: int | None = None,
-) -> ChunkParts:
-    """The encoded chunk, checksum included, for ``wire.join_chunks``.
+def new_chunk(
+    spec: TransferSpec, kv_range: KvRange, payload: Buffer = b"", scales: Buffer = b"", slot: int | None = None
+) -> Chunk:
+    """Returns a chunk of the transfer without its checksum.
 
     Args:
+        payload: payload of ``spec.payload_bytes``; empty if it is still to be attached.
         slot: slot of shared memory that holds the payload; None puts the payload into the message.
-        known: the checksum if it is computed already.
     """
-    head = _head(spec, kv_range)
-    if slot is not None:
-        head.shared.slot, head.shared.length = slot, len(payload)
-    known = checksum(head, scales, payload) if known is None else known
-    return chunk_parts(head, scales, b"" if slot is not None else payload, known)
+    shared = None if slot is None else kv_pb2.SharedPayload(slot=slot, length=spec.payload_bytes(kv_range))
+    head = kv_pb2.KvChunk(
+        transfer_id=spec.transfer_id,
+        attempt=spec.attempt,
+        range=kv_range.to_proto(),
+        dtype=DTYPE_TO_PROTO[spec.kv.dtype],
+        codec=spec.codec,
+        shared=shared,
+    )
+    return Chunk(kv_range, payload, _header(spec, kv_range), scales=scales, head=head)
 
 
-def raw_chunk(spec: TransferSpec, kv_range: KvRange, payload: memoryview) -> Chunk:
-    """A raw chunk whose ``payload`` and checksum the cache fills."""
-    return Chunk(kv_range, payload, _header(_head(spec, kv_range), b"", payload))
+def seal(spec: TransferSpec, kv_range: KvRange, payload: Buffer, scales: Buffer = b"") -> Chunk:
+    """Returns a chunk of the transfer with its checksum."""
+    chunk = new_chunk(spec, kv_range, payload, scales)
+    chunk.checksum = digest(chunk.header, scales, payload)
+    return chunk
 
 
-def lay_out_raw(spec: TransferSpec, ranges: Sequence[KvRange]) -> tuple[bytes, list[UnwrittenChunk]]:
-    """A message of raw chunks whose payloads are still to be written, then sealed by ``seal_in_place``."""
-    return lay_out_message([(_head(spec, kv_range), spec.raw_bytes(kv_range)) for kv_range in ranges])
+def check(spec: TransferSpec, received: Chunk) -> KvRange:
+    """Returns the range of a received chunk that belongs to the transfer and is undamaged.
 
-
-def seal_in_place(chunk: UnwrittenChunk, known: int | None = None) -> None:
-    """Writes the checksum of a chunk whose payload has been written; ``known`` if it is computed already."""
-    known = checksum(chunk.head, b"", chunk.payload) if known is None else known
-    chunk.checksum[:] = known.to_bytes(8, "little")
-
-
-def check(spec: TransferSpec, received: ParsedChunk) -> KvRange:
-    """The range of a received chunk that belongs to the transfer and is undamaged. ``Coverage`` checks its place.
+    ``Coverage`` checks its place.
 
     Raises:
         TransferFailed: transfer, attempt, dtype, codec, a length or the checksum is wrong; the message says which.
@@ -155,10 +157,9 @@ def wrong_checksum(kv_range: KvRange) -> TransferFailed:
     return TransferFailed(f"chunk of {kv_range} has a wrong checksum")
 
 
-def check_head(spec: TransferSpec, received: ParsedChunk) -> Chunk:
-    """The received chunk; as ``check``, without comparing the checksum."""
-    head = received.head
-    kv_range = KvRange.from_proto(head.range)
+def check_head(spec: TransferSpec, received: Chunk) -> Chunk:
+    """Sets the header of a received chunk and returns it; as ``check``, without comparing the checksum."""
+    head, kv_range = received.head, received.range
     if head.transfer_id != spec.transfer_id:
         raise TransferFailed("chunk belongs to another transfer")
     if head.attempt != spec.attempt:
@@ -177,27 +178,18 @@ def check_head(spec: TransferSpec, received: ParsedChunk) -> Chunk:
     expected = spec.scales_bytes(kv_range)
     if scales_size != expected:
         raise TransferFailed(f"chunk of {kv_range} has {scales_size} bytes of scales, its shape needs {expected}")
-    header = _header(head, received.scales, received.payload)
-    return Chunk(kv_range, received.payload, header, head.checksum, received.scales)
+    received.header = _header(spec, kv_range)
+    return received
 
 
-def _head(spec: TransferSpec, kv_range: KvRange) -> kv_pb2.KvChunk:
-    return kv_pb2.KvChunk(
-        transfer_id=spec.transfer_id,
-        attempt=spec.attempt,
-        range=kv_range.to_proto(),
-        dtype=DTYPE_TO_PROTO[spec.kv.dtype],
-        codec=spec.codec,
-    )
-
-
-def _header(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer) -> bytes:
+def _header(spec: TransferSpec, kv_range: KvRange) -> bytes:
+    """Returns the struct of ``KvChunk.checksum``."""
     return _HEADER.pack(
-        head.transfer_id,
-        head.attempt,
-        *KvRange.from_proto(head.range).as_tuple(),
-        head.dtype,
-        head.codec,
-        len(scales),
-        len(payload),
+        spec.transfer_id,
+        spec.attempt,
+        *kv_range.as_tuple(),
+        DTYPE_TO_PROTO[spec.kv.dtype],
+        spec.codec,
+        spec.scales_bytes(kv_range),
+        spec.payload_bytes(kv_range),
     )

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from overfill.errors import TransferFailed
+from overfill.kv.chunks import Buffer
 from overfill.kv.spec import DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.kv.wire import Buffer
 from overfill.v1 import common_pb2
 
 _CODES: dict[int, tuple[torch.dtype, float]] = {

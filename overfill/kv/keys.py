@@ -61,7 +61,8 @@ class PromptBlocks:
                 root = block_key(root, block)
                 self.tokens.append(block)
                 self.keys.append(root)
-            time.sleep(0)  # the engine's thread may be waiting for the interpreter lock
+            if start + step < end:
+                time.sleep(0)  # the engine's thread may be waiting for the interpreter lock
 
 
 class PromptKeys:

@@ -120,13 +120,13 @@ def share_among_streams(
 ) -> list[list[KvRange]]:
     """Divides a transfer among ``streams``, which take small groups of layers in turn.
 
-    Layers are computed in order, so that all streams have work at any time. Neighbours in a group can share a chunk if
-    the prompt is short.
+    Layers are computed in order, so that all streams have work at any time. Neighbours in a group, or in the only
+    stream, can share a chunk if the prompt is short.
 
     Returns:
         The ranges of each stream. With fewer layers than streams, there are fewer lists than ``streams``.
     """
-    size = max(1, len(layers) // (4 * streams))
+    size = max(1, len(layers) // (4 * streams)) if streams > 1 else len(layers)
     groups = [layers[i : i + size] for i in range(0, len(layers), size)]
     shares = [groups[i::streams] for i in range(min(streams, len(groups)))]
     return [[KvRange(a, b, *tokens, 0, num_heads) for group in share for a, b in runs(group)] for share in shares]

@@ -29,22 +29,23 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, Chunk, TransferSpec, check, check_head, wrong_checksum
-from overfill.kv.codecs import check_scales, decode
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import LayerTargets
-from overfill.kv.wire import ParsedChunk, parse_message, pull_kv
+from overfill.kv.store import KvStore, LayerTargets
+from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import checked_write, responses
 from overfill.telemetry import tracing
-from overfill.v1 import common_pb2, kv_pb2, prefill_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
+
+_SMALL = 256 << 10
+"""Bytes of KV up to which a transfer has one data stream and no shared memory, which would cost more than they save."""
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
@@ -52,25 +53,6 @@ _REPEAT_DELAY = 0.02  # seconds before the first repeat; doubled for each furthe
 _REPEATABLE = (TransferFailed, Unavailable, InternalError)
 
 logger = logging.getLogger(__name__)
-
-
-def write_chunks(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
-    """Writes chunks into a sequence's blocks. Returns the number of leading chunks that were written."""
-    return store.write(blocks, targets, chunks)
-
-
-@dataclass(frozen=True, slots=True)
-class FirstTokenArrived:
-    """The full model's token.
-
-    Attributes:
-        queue_ns: nanoseconds that the prompt waited in the prefill worker's queue.
-        received_ns: arrival on this process's monotonic clock.
-    """
-
-    token: prefill_pb2.FirstToken
-    queue_ns: int
-    received_ns: int
 
 
 @dataclass(slots=True)
@@ -181,7 +163,7 @@ class PromptPull:
     async def run(
         self,
         timeout: float | None,
-        on_first_token: Callable[[FirstTokenArrived], None],
+        on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None] = lambda: None,
     ) -> None:
         """Runs the prefill RPC and the data streams. Returns when every range is in place and acknowledged.
@@ -190,7 +172,8 @@ class PromptPull:
 
         Args:
             timeout: seconds left of the request's deadline.
-            on_first_token: called on the event loop, usually before the KV is complete.
+            on_first_token: called on the event loop, usually before the KV is complete. The token has the times of
+                queue and prefill; its arrival is in ``stats``.
             on_in_place: called once on the event loop when all KV is written and the first token is known. Nothing
                 writes to the blocks any more. ``run`` returns later, because the worker's last word crosses the link.
         """
@@ -205,25 +188,25 @@ class PromptPull:
                 watch = group.create_task(self._watch())
                 queue_ns = 0
                 async for message in responses(control, self._worker):
-                    match message.WhichOneof("message"):
-                        case "queued":
-                            # The worker knows the transfer's id now, so that PullKv can name it.
-                            shares = [] if self._released else self._shares()
-                            for channel, ranges in zip(self._peer.data, shares, strict=False):
-                                self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
-                        case "scheduled":
-                            queue_ns = message.scheduled.queue_ns
-                            self.stats.cached_tokens = message.scheduled.cached_tokens
-                            self._note_ready(0, message.scheduled.cached_tokens)
-                        case "first_token":
-                            now = time.monotonic_ns()
-                            self.stats.first_token_ns = now - self.stats.started_ns
-                            on_first_token(FirstTokenArrived(message.first_token, queue_ns, now))
-                            self._check_in_place()
-                        case "ready":
-                            self._note_ready(message.ready.token_start, message.ready.token_end)
-                        case "done":
-                            self.stats.prefill = message.done.trace
+                    if message.HasField("scheduled"):
+                        # The worker has blocks now, and knows the transfer's id, so that PullKv can name it.
+                        shares = [] if self._released or self._pulling else self._shares()
+                        for channel, ranges in zip(self._peer.data, shares, strict=False):
+                            self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
+                        queue_ns = message.scheduled.queue_ns
+                        self.stats.cached_tokens = message.scheduled.cached_tokens
+                        self._note_ready(0, message.scheduled.cached_tokens)
+                    if message.HasField("ready"):
+                        self._note_ready(message.ready.token_start, message.ready.token_end)
+                    if message.HasField("first_token"):
+                        if len(message.first_token.ids) != 1:
+                            raise TransferFailed(f"{self._worker} sent {len(message.first_token.ids)} first tokens")
+                        self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
+                        message.first_token.prefill_queue_ns = queue_ns
+                        on_first_token(message.first_token)
+                        self._check_in_place()
+                    if message.HasField("done"):
+                        self.stats.prefill = message.done.trace
                 watch.cancel()
                 sending.cancel()
         except TimeoutError:
@@ -283,7 +266,7 @@ class PromptPull:
         with suppress(OverfillError):  # the call has ended; the reader of its responses raises the reason
             while True:
                 message = await self._outgoing.get()
-                if message.HasField("ack"):
+                if message.HasField("ack") and not self._whole.is_set():
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._whole.wait(), _ACK_DELAY)
                 while message.HasField("ack") and not self._outgoing.empty():
@@ -295,16 +278,16 @@ class PromptPull:
                 await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
-        return share_among_streams(
-            self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, len(self._peer.data)
-        )
+        streams = 1 if self._spec.total_bytes <= _SMALL else len(self._peer.data)
+        return share_among_streams(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, streams)
 
     async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
         """Pulls ``ranges``. Requests the ranges that a wrong chunk or a broken stream leaves out again."""
         for repeats in itertools.count():
             error: OverfillError | None = None
             # On a repeat, payloads travel.
-            link = self._peer.link if repeats == 0 and self._peer.link is not None and self._peer.link.alive else None
+            link = self._peer.link if repeats == 0 and self._spec.total_bytes > _SMALL else None
+            link = link if link is not None and link.alive else None
             try:
                 await self._pull_once(channel, ranges, timeout, link)
             except _REPEATABLE as failure:
@@ -337,12 +320,12 @@ class PromptPull:
         call = pull_kv(channel, request, timeout)
         try:
             async for message in responses(call, self._worker):
-                in_place: list[_InPlace] = []  # filled even if a later chunk of the message is wrong
+                in_place: list[Chunk] = []  # filled even if a later chunk of the message is wrong
                 try:
                     await shielded(loop.run_in_executor(self._executor, self._write_message, message, link, in_place))
                 finally:
                     if link is not None:
-                        link.give_back([one.slot for one in in_place if one.slot is not None])
+                        link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
                     self._note_in_place(in_place)
         except InvalidRequest as error:  # it concerns this worker's ranges, not the user's request
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
@@ -351,81 +334,72 @@ class PromptPull:
             if link is not None:
                 link.end_stream(stream)
 
-    def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[_InPlace]) -> None:
+    def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
         """Writes a message's chunks up to the first wrong one and appends them to ``in_place``, even if it raises.
 
         Raises:
             TransferFailed: a chunk is wrong.
         """
-        claimed: list[tuple[Chunk, _InPlace]] = []
+        received: list[Chunk] = []
+        chunks: list[Chunk] = []  # the same ones as the store takes them
         try:
-            for received in parse_message(message):
-                claimed.append(self._claim(received, link))
+            for chunk in parse_message(message):
+                chunks.append(self._claim(chunk, link))
+                received.append(chunk)
         finally:
-            chunks = [chunk for chunk, _ in claimed]
-            num_written = write_chunks(self._store, self._blocks, self._targets, chunks)
-            in_place += [one for _, one in claimed[:num_written]]
+            num_written = self._store.write(self._blocks, self._targets, chunks)
+            in_place += received[:num_written]
             for chunk in chunks[num_written:]:
                 self._coverage.remove(chunk.range)
         if num_written < len(chunks):
             raise wrong_checksum(chunks[num_written].range)
 
-    def _claim(self, received: ParsedChunk, link: ShmClient | None) -> tuple[Chunk, _InPlace]:
+    def _claim(self, received: Chunk, link: ShmClient | None) -> Chunk:
         """The chunk to write. Marks its range in the coverage first, so that no other thread writes there.
 
         The checksum of a raw chunk is compared while it is written, that of an encoded one here.
         """
-        slot = None
-        if received.head.HasField("shared"):
+        if received.slot is not None:
             if link is None:
                 raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
-            slot = received.head.shared.slot
             received.payload = link.payload(received.head.shared)
         spec, codec = self._spec.kv, self._spec.codec
         if codec == common_pb2.KV_CODEC_RAW:
             chunk = check_head(self._spec, received)
-        elif codec == self._store.codec:
-            chunk = Chunk(check(self._spec, received), received.payload, scales=received.scales)
-            check_scales(chunk.scales)
         else:
-            kv_range = check(self._spec, received)
-            chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
-        self._coverage.add(chunk.range)
-        return chunk, _InPlace(chunk.range, len(received.payload) + len(received.scales), slot)
+            from overfill.kv.codecs import (
+                check_scales,
+                decode,
+            )  # imports torch, which a process without codecs may lack
 
-    def _note_in_place(self, chunks: Sequence[_InPlace]) -> None:
-        """Counts ``chunks``, and acknowledges them unless the KV is released."""
+            kv_range = check(self._spec, received)
+            if codec == self._store.codec:
+                check_scales(received.scales)
+                chunk = Chunk(kv_range, received.payload, scales=received.scales)
+            else:
+                chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
+        self._coverage.add(chunk.range)
+        return chunk
+
+    def _note_in_place(self, chunks: Sequence[Chunk]) -> None:
+        """Counts written ``chunks``, and acknowledges them unless the KV is released."""
         if not chunks:
             return
         now = time.monotonic_ns() - self.stats.started_ns
         self.stats.first_kv_ns = self.stats.first_kv_ns or now
         self.stats.last_kv_ns = now
         self.stats.kv_chunks += len(chunks)
-        for one in chunks:
-            self._unwritten -= one.range.num_vectors
-            self.stats.kv_bytes += one.size
-            self._moved_bytes += self._spec.raw_bytes(one.range)
-            self.stats.shared_bytes += one.size if one.slot is not None else 0
+        for chunk in chunks:
+            self._unwritten -= chunk.range.num_vectors
+            self.stats.kv_bytes += chunk.size
+            self._moved_bytes += self._spec.raw_bytes(chunk.range)
+            self.stats.shared_bytes += chunk.size if chunk.slot is not None else 0
         if not self._unwritten:
             self._whole.set()
             self._check_in_place()
         if not self._released:  # a release is the last message
-            ack = prefill_pb2.AckKv(ranges=[one.range.to_proto() for one in chunks])
+            ack = prefill_pb2.AckKv(ranges=[chunk.head.range for chunk in chunks])
             self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
-
-
-@dataclass(frozen=True, slots=True)
-class _InPlace:
-    """A chunk that has been written.
-
-    Attributes:
-        size: bytes of payload and scales.
-        slot: slot of shared memory that held the payload; None means that it travelled.
-    """
-
-    range: KvRange
-    size: int
-    slot: int | None
 
 
 def _release() -> prefill_pb2.PrefillRequest:

@@ -14,13 +14,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
-from overfill.kv.chunks import Chunk, TransferSpec, lay_out_raw, raw_chunk, seal, seal_in_place
-from overfill.kv.codecs import encode
+from overfill.kv.chunks import Chunk, TransferSpec, digest, new_chunk
 from overfill.kv.ranges import Coverage, KvRange
 from overfill.kv.shielded import shielded
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import DeviceEvent
-from overfill.kv.wire import ChunkParts, join_chunks
+from overfill.kv.store import DeviceEvent, KvStore
+from overfill.kv.wire import join_chunks, lay_out_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, MAX_SHARED_PAYLOAD
 from overfill.v1 import common_pb2
 
@@ -28,6 +26,8 @@ _MAX_CHUNKS = 4
 """Limit on chunks per message. The cost of a message hardly depends on its size."""
 _QUICK = 0.25
 """Seconds. A stream that takes a message in less time gets a larger one next."""
+_SHORT = 32 << 10
+"""Bytes that the event loop reads itself, where no device computes them: a thread would take longer to wake up."""
 _local = threading.local()
 
 
@@ -174,21 +174,25 @@ class KvSender:
         largest = MAX_CHUNK_PAYLOAD if slots is None else MAX_SHARED_PAYLOAD
         while self._next_range(ranges, sent, largest) is None:
             await self._progress.wait()
-        chosen: list[tuple[KvRange, Slot | None]] = []
+        chosen: list[Chunk] = []
         max_chunks = min(max_chunks, max(1, self._unsent_bytes(ranges, sent) // (2 * largest)))
         while len(chosen) < max_chunks and (not chosen or slots is None or slots.free):
             found = self._next_range(ranges, sent, largest)
             if found is None:
                 break
-            slot = await slots.acquire() if slots is not None else None
             index, kv_range = found
+            chosen.append(await self._new_chunk(kv_range, slots))
             for layer in kv_range.layers:
                 if kv_range.token_end == ranges[index].token_end:
                     del sent[index][layer]
                 else:
                     sent[index][layer] = kv_range.token_end
-            chosen.append((kv_range, slot))
-        return asyncio.get_running_loop().run_in_executor(self._executor, self._read_message, chosen)
+        loop = asyncio.get_running_loop()
+        if sum(self.spec.raw_bytes(chunk.range) for chunk in chosen) > _SHORT or any(self._event.values()):
+            return loop.run_in_executor(self._executor, self._read_message, chosen)
+        read: asyncio.Future[bytes] = loop.create_future()
+        read.set_result(self._read_message(chosen))
+        return read
 
     def _unsent_bytes(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:
         """Bytes of raw KV of ``ranges`` that are not sent."""
@@ -228,38 +232,40 @@ class KvSender:
                 return index, KvRange(layer, last, start, end, *kv_range.heads)
         return None
 
-    def _read_message(self, chosen: Sequence[tuple[KvRange, Slot | None]]) -> bytes:
-        """A message with a chunk of each range; its payload is in the range's slot if there is one."""
+    async def _new_chunk(self, kv_range: KvRange, slots: Slots | None) -> Chunk:
+        """A chunk to read; its payload is a slot, or missing until the message is made."""
+        if slots is None:
+            return new_chunk(self.spec, kv_range)
+        slot = await slots.acquire()
+        return new_chunk(self.spec, kv_range, slot.memory[: self.spec.payload_bytes(kv_range)], slot=slot.number)
+
+    def _read_message(self, chunks: Sequence[Chunk]) -> bytes:
+        """Reads the chunks' KV and returns the message of them."""
         if not self._raw:
-            return join_chunks([self._encode(kv_range, slot) for kv_range, slot in chosen])
-        if chosen[0][1] is not None:
-            return self._read_into_slots([(kv_range, slot) for kv_range, slot in chosen if slot is not None])
-        message, unwritten = lay_out_raw(self.spec, [kv_range for kv_range, _ in chosen])
-        chunks = [raw_chunk(self.spec, r, place.payload) for (r, _), place in zip(chosen, unwritten, strict=True)]
+            for chunk in chunks:
+                self._encode(chunk)
+            return join_chunks(chunks)
+        if chunks[0].slot is not None:
+            self._store.read(self._block_table, chunks, self._event)
+            return join_chunks(chunks)
+        message, checksums = lay_out_message(chunks, [self.spec.payload_bytes(chunk.range) for chunk in chunks])
         self._store.read(self._block_table, chunks, self._event)
-        for place, chunk in zip(unwritten, chunks, strict=True):
-            seal_in_place(place, chunk.checksum)
+        for place, chunk in zip(checksums, chunks, strict=True):
+            place[:] = chunk.checksum.to_bytes(8, "little")
         return message
 
-    def _read_into_slots(self, chosen: Sequence[tuple[KvRange, Slot]]) -> bytes:
-        chunks = [raw_chunk(self.spec, r, slot.memory[: self.spec.raw_bytes(r)]) for r, slot in chosen]
-        self._store.read(self._block_table, chunks, self._event)
-        return join_chunks(
-            [
-                seal(self.spec, kv_range, chunk.payload, b"", slot.number, chunk.checksum)
-                for (kv_range, slot), chunk in zip(chosen, chunks, strict=True)
-            ]
-        )
+    def _encode(self, chunk: Chunk) -> None:
+        """Reads a chunk's KV in the transfer's codec."""
+        from overfill.kv.codecs import encode  # imports torch, which a process that sends raw KV may lack
 
-    def _encode(self, kv_range: KvRange, slot: Slot | None) -> ChunkParts:
-        """A chunk in the transfer's codec."""
-        raw = _scratch()[: self.spec.raw_bytes(kv_range)]
-        self._store.read(self._block_table, [Chunk(kv_range, raw)], self._event)
-        scales, payload = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)
-        if slot is None:
-            return seal(self.spec, kv_range, payload, scales)
-        slot.memory[: len(payload)] = payload
-        return seal(self.spec, kv_range, slot.memory[: len(payload)], scales, slot.number)
+        raw = _scratch()[: self.spec.raw_bytes(chunk.range)]
+        self._store.read(self._block_table, [Chunk(chunk.range, raw)], self._event)
+        chunk.scales, codes = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)
+        if chunk.slot is None:
+            chunk.payload = codes
+        else:
+            memoryview(chunk.payload)[:] = codes
+        chunk.checksum = digest(chunk.header, chunk.scales, codes)
 
 
 def _scratch() -> memoryview:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from overfill.kv.chunks import Chunk, digest, num_undamaged
+from overfill.kv.store import DeviceEvent, LayerTargets
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -24,22 +25,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
-DeviceEvent = torch.cuda.Event
-"""A point in a device's work. In its place, None means that the work is done, as it always is on the CPU."""
-
 _Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
-
-
-def record_event(device: torch.device) -> DeviceEvent | None:
-    """Records an event after all that this thread has launched on ``device`` so far; None without CUDA.
-
-    The stream is named because an event without one is recorded on the thread's current device, which may be another.
-    """
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int, device: torch.device) -> torch.Tensor:
@@ -61,22 +47,6 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
-
-
-class LayerTargets:
-    """For each full-model layer, the layers of a cache that store it.
-
-    Args:
-        targets: full-model layer -> cache layers; layers that are left out are stored nowhere.
-    """
-
-    def __init__(self, targets: Mapping[int, Sequence[int]]) -> None:
-        stored = [targets.get(layer, ()) for layer in range(max(targets) + 1)]
-        self.starts = np.cumsum([0, *map(len, stored)], dtype=np.int64)
-        self.targets = np.array([target for of_layer in stored for target in of_layer], dtype=np.int64)
-
-    def __getitem__(self, layer: int) -> Sequence[int]:
-        return self.targets[self.starts[layer] : self.starts[layer + 1]].tolist()  # type: ignore[no-any-return]
 
 
 class PagedTensors(ABC):

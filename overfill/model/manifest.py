@@ -45,7 +45,8 @@ MANIFEST = "pair.json"
 
 Half = Literal["full", "decoder"]
 
-EngineName = Literal["overfill", "vllm"]
+EngineName = Literal["overfill", "vllm", "mock"]
+"""The mock engine runs every pair, computes nothing and is never named in a manifest."""
 
 T = TypeVar("T")
 
@@ -285,6 +286,7 @@ def write_manifest(
     recipe: Mapping[str, Any] | None = None,
     eval: Mapping[str, Any] | None = None,
     report: Report = silent,
+    weights: bool = True,
 ) -> Pair:
     """Writes ``pair.json`` for the two checkpoints in ``folder``, and loads the pair.
 
@@ -294,6 +296,7 @@ def write_manifest(
         layer_map: one full-model layer per decoder layer. None maps each layer to itself.
         recipe, eval: entries of the manifest.
         report: called with a description, the bytes read and the bytes in total.
+        weights: as in ``Pair.load``; without weights, both digests are given.
 
     Raises:
         InvalidPair: a checkpoint is damaged, or the halves do not fit each other.
@@ -323,7 +326,7 @@ def write_manifest(
         "eval": dict(eval or {}),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return Pair.load(folder)
+    return Pair.load(folder, weights=weights)
 
 
 class _Section:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from overfill.errors import Overloaded
-from overfill.process.limits import available_memory
-from overfill.request.grammar import MATCHER_BYTES, Grammars, Matcher
+from overfill.request.grammar import Grammars, Matcher
 from overfill.request.params import SamplingParams
 
 _WORD_BITS = 32
+
+T = TypeVar("T")
 
 
 class LogitProcessor:
@@ -116,32 +117,6 @@ def new_processor(
     return LogitProcessor(params, prompt, matcher, end_ids)
 
 
-async def prepare_processor(
-    params: SamplingParams, prompt: Sequence[int], grammars: Grammars, eos_ids: Sequence[int], key: str = ""
-) -> LogitProcessor | None:
-    """Makes the processor as ``new_processor`` does. Tries a grammar first, and compiles it off the event loop.
-
-    Args:
-        key: client, for fairness between clients.
-
-    Raises:
-        InvalidRequest: the grammar is not supported for this model, or is too complex.
-        Overloaded: this process cannot try a new grammar now, or has too little memory for another one.
-    """
-    make = partial(new_processor, params, prompt, grammars, eos_ids)
-    if params.grammar is None:
-        return make()
-    needed = (grammars.live + 1) * MATCHER_BYTES
-    if (left := available_memory()) < needed:
-        raise Overloaded(
-            f"{grammars.live} answers have a grammar here, and one more might need {needed >> 20} MiB of memory with "
-            f"them; {left >> 20} MiB are left",
-            1.0,
-            "grammars",
-        )
-    return await grammars.prepare(params.grammar, key, make)
-
-
 @torch.inference_mode()
 def process(
     logits: Tensor, processors: Sequence[LogitProcessor | None], emitted: Sequence[Sequence[int]]
@@ -169,29 +144,37 @@ def process(
             failed[row] = error
         else:
             rows.append((row, processor))
-    _change(_penalise, logits, [(row, p) for row, p in rows if p.params.penalised], failed)
-    _change(_add_bias, logits, [(row, p) for row, p in rows if p.params.logit_bias], failed)
-    _change(_mask, logits, [(row, p) for row, p in rows if p.matcher is not None], failed)
-    _change(_forbid_end, logits, [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden], failed)
+    row_by_row(partial(_penalise, logits), [(row, p) for row, p in rows if p.params.penalised], failed)
+    row_by_row(partial(_add_bias, logits), [(row, p) for row, p in rows if p.params.logit_bias], failed)
+    row_by_row(partial(_mask, logits), [(row, p) for row, p in rows if p.matcher is not None], failed)
+    row_by_row(
+        partial(_forbid_end, logits), [(row, p) for row, p in rows if p.matcher is None and p.end_forbidden], failed
+    )
     return failed
 
 
 _Rows = Sequence[tuple[int, LogitProcessor]]
+_Failed = dict[int, Exception]
 
 
-def _change(change: Callable[[Tensor, _Rows], None], logits: Tensor, rows: _Rows, failed: dict[int, Exception]) -> None:
+def row_by_row(
+    change: Callable[[Sequence[tuple[int, T]]], None], rows: Sequence[tuple[int, T]], failed: _Failed
+) -> None:
     """Changes all rows at once. When that raises, changes them one by one, so that only the rows fail that raise.
 
-    A change writes into ``logits`` once, at its end, so that one that raises has changed nothing.
+    Args:
+        change: writes its results once, at its end, so that one that raises has changed nothing.
+        rows: each with its number.
+        failed: receives number -> error.
     """
     try:
-        change(logits, rows)
+        change(rows)
     except Exception as error:
         if len(rows) == 1:
             failed[rows[0][0]] = error
             return
         for one in rows:
-            _change(change, logits, [one], failed)
+            row_by_row(change, [one], failed)
 
 
 def _penalise(logits: Tensor, rows: _Rows) -> None:

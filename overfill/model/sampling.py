@@ -7,7 +7,6 @@ earlier draws. This module does not know sequences or stop rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,22 +16,8 @@ from torch import Tensor
 from overfill.errors import InternalError
 from overfill.model.native.drawing import draw
 from overfill.model.philox import uniform
+from overfill.model.steps import SampledToken
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A sampled token.
-
-    Attributes:
-        token_id: Id of the token.
-        logprob: Natural-log probability under softmax(logits), before temperature and filters. None if not requested.
-        top: (token id, logprob) of the most likely tokens, best first. None if not requested.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
 
 
 def sample(

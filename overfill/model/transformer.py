@@ -6,7 +6,7 @@ Tokens in, logits out. This module knows neither requests nor sampling; the call
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -24,29 +24,7 @@ from overfill.model.head import logits_of
 from overfill.model.loading import LayerWeights, Weights, load_int8_weights, load_weights
 from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
-
-LayerHook = Callable[[int], None]
-
-
-def _ignore(layer: int) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class LayerHooks:
-    """Functions that a forward pass calls with each layer's index. A function that raises aborts the step.
-
-    Attributes:
-        layer_start: called before a layer.
-        kv_written: called before a layer's attention, once the new keys and values are in the cache (on CUDA: once
-            their writes are queued on the current stream).
-    """
-
-    layer_start: LayerHook = _ignore
-    kv_written: LayerHook = _ignore
-
-
-NO_HOOKS = LayerHooks()
+from overfill.model.steps import NO_HOOKS, LayerHooks
 
 
 class ForwardModel(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +22,9 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Pair
 from overfill.model.processors import new_processor
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.pair.store import resolve_pair
 from overfill.request.params import SamplingParams, check_token_ids
-from overfill.settings.renamed import REMOVED_IN
 
 Prompt = str | Sequence[int]
 
@@ -74,7 +72,6 @@ class LLM:
         max_num_seqs: Maximum number of sequences in one step.
         max_num_batched_tokens: Maximum number of prompt tokens in one prefill step.
         prefix_cache: Keep the KV of prompts for later calls. An interrupted call empties the cache.
-        token_budget: Earlier name of ``max_num_batched_tokens``, accepted with a warning until 0.3.
 
     Raises:
         InvalidPair: There is no such pair, or its files are damaged.
@@ -101,15 +98,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         prefix_cache: bool = True,
-        token_budget: int | None = None,
     ) -> None:
-        if token_budget is not None:
-            warnings.warn(
-                f"LLM(token_budget=…) is deprecated and goes in {REMOVED_IN}; use max_num_batched_tokens",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            max_num_batched_tokens = token_budget
         if threads is not None:
             torch.set_num_threads(threads)
         loaded_pair = Pair.load(resolve_pair(pair), check_digests=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overfill.errors import InvalidRequest
-from overfill.request.fair_turns import FairTurns
+from overfill.request.fair_permits import FairPermits
 from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.json_schemas import close_objects
 from overfill.request.params import Grammar
@@ -114,7 +114,7 @@ class Grammars:
         self._live: weakref.WeakSet[Matcher] = weakref.WeakSet()
         # One of the threads at a time compiles a costly grammar, so that the other ones do not wait for it.
         self._compilers = ThreadPoolExecutor(2, "grammar")
-        self._costly = FairTurns(1, _MAX_COSTLY)
+        self._costly = FairPermits(1, _MAX_COSTLY)
         bench = {
             "tokenizer_json": str(tokenizer_json.resolve()),
             "vocab_size": vocab_size,
@@ -170,12 +170,12 @@ class Grammars:
         call = loop.run_in_executor(self._compilers, make)
 
         def end(call: asyncio.Future[T]) -> None:
-            self._costly.end(key)
+            self._costly.release(key)
             if not call.cancelled():
                 call.exception()  # marks it as retrieved, so that asyncio does not log that of a cancelled request
 
         call.add_done_callback(end)
-        return await asyncio.shield(call)  # nothing can stop the thread: its turn ends when it ends
+        return await asyncio.shield(call)  # nothing can stop the thread: it keeps its permit until it ends
 
     async def run_trial(self, function: str, payload: bytes, field: str, key: str) -> bytes:
         """What ``function`` returns for ``payload`` in a trial; see ``Trials.run``."""

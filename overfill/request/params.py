@@ -18,6 +18,7 @@ REQUEST_ID_CHARACTERS = "[A-Za-z0-9_.:/-]"
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STREAM_INTERVAL = 1024
+MAX_PRIORITY = 2  # priorities are classes in the queue, from -2 to 2; smaller numbers go first
 MAX_PENALTY = 2.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_LOGIT_BIAS = 100.0
@@ -228,6 +229,12 @@ class SamplingParams:
         if message.HasField("grammar"):
             given["grammar"] = Grammar.from_proto(message.grammar)
         return cls(**given)
+
+
+def check_priority(priority: int) -> None:
+    """Raise InvalidRequest if ``priority`` is not an integer in range."""
+    if not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}")
 
 
 def check_token_ids(field: str, ids: Collection[int], vocab_size: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from overfill.errors import InvalidRequest, Overloaded
 from overfill.request import trial_helper
-from overfill.request.fair_turns import FairTurns
+from overfill.request.fair_permits import FairPermits
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Trials:
     def __init__(self, bench: Mapping[str, Any], seconds: int) -> None:
         self._bench = json.dumps(bench)
         self._patience = trial_helper.WALL_FACTOR * seconds + _MARGIN
-        self._turns = FairTurns(RUNNING, WAITING)
+        self._permits = FairPermits(RUNNING, WAITING)
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._bytes = 0
         self._running: set[asyncio.Task[_Verdict]] = set()
@@ -97,8 +97,8 @@ class Trials:
         digest = hashlib.blake2b(body, digest_size=24).digest()
         verdict = self._known(digest)
         if verdict is None:
-            await self._turns.take(key)
-            # A task of its own: a trial goes on when its request is cancelled, and its turn ends with it.
+            await self._permits.take(key)
+            # A task of its own: a trial goes on when its request is cancelled, and returns its permit at its end.
             task = asyncio.ensure_future(self._try(digest, body, key))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -125,7 +125,7 @@ class Trials:
                 return verdict
             reply = await self._ask(body)
         finally:
-            self._turns.end(key)
+            self._permits.release(key)
         verdict = _Verdict(reply[:1], reply[1:])
         if verdict.outcome == trial_helper.LATE:
             return verdict

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
-from overfill.routing.policy import LeastLoad, PlacementRequest, Policy
+from overfill.routing.job import Job
+from overfill.routing.policy import LeastLoad, Policy
 from overfill.routing.worker import Worker
 
 MAX_HOLDERS = 8
@@ -94,19 +95,19 @@ class PrefixAffinity(Policy):
             self._holders.setdefault(key, {})[worker] = None
             self._keep(key, worker)
 
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
+    def best(self, job: Job) -> Iterator[Worker]:
         preferred: list[Worker] = []
         # A single worker needs no comparison.
-        if len(self._admissible) > 1 and (levels := self._levels(request, self._block_sizes)):
-            ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(request, levels)}
-            preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.key(w), w.id))
+        if len(self._admissible) > 1 and (levels := self._levels(job, self._block_sizes)):
+            ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(job, levels)}
+            preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.rank(w), w.id))
         yield from preferred
-        yield from (worker for worker in self._load.best(request) if worker not in preferred)
+        yield from (worker for worker in self._load.best(job) if worker not in preferred)
 
-    def placed(self, request: PlacementRequest, worker: Worker) -> int:
-        cached = request.prompt_tokens - self.uncached_tokens(request, worker)
-        if request.block_keys is not None and worker.block_size:
-            for key in islice(request.block_keys(worker.block_size), PROMISED_BLOCKS):
+    def placed(self, job: Job, worker: Worker) -> int:
+        cached = job.prompt_tokens - self.uncached_tokens(job, worker)
+        if job.block_keys is not None and worker.block_size:
+            for key in islice(job.block_keys(worker.block_size), PROMISED_BLOCKS):
                 if worker not in self._holders.get(key, ()):
                     if self._promised.get(key) is not worker:
                         self._found = None
@@ -117,14 +118,14 @@ class PrefixAffinity(Policy):
             self._promised.popitem(last=False)
         return cached
 
-    def uncached_tokens(self, request: PlacementRequest, worker: Worker) -> int:
+    def uncached_tokens(self, job: Job, worker: Worker) -> int:
         """Returns the number of prompt tokens that ``worker`` probably has to compute; at least 1."""
-        cached = _cached_tokens(self._levels(request, [worker.block_size]), worker)
-        return max(1, request.prompt_tokens - cached)
+        cached = _cached_tokens(self._levels(job, [worker.block_size]), worker)
+        return max(1, job.prompt_tokens - cached)
 
-    def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
-        if request.block_keys is not None and worker.block_size:
-            for key in islice(request.block_keys(worker.block_size), PROMISED_BLOCKS):
+    def not_computed(self, job: Job, worker: Worker) -> None:
+        if job.block_keys is not None and worker.block_size:
+            for key in islice(job.block_keys(worker.block_size), PROMISED_BLOCKS):
                 self._keep(key, worker)
 
     def left(self, worker: Worker) -> None:
@@ -161,14 +162,14 @@ class PrefixAffinity(Policy):
             self._found = None
             del self._promised[key]
 
-    def _levels(self, request: PlacementRequest, block_sizes: Collection[int]) -> _Levels:
+    def _levels(self, job: Job, block_sizes: Collection[int]) -> _Levels:
         """Returns, block by block, the workers that have the prompt's block, up to the first that no worker has."""
-        if request.block_keys is None:
+        if job.block_keys is None:
             return {}
-        found = self._found_for(request.block_keys).levels
+        found = self._found_for(job.block_keys).levels
         for size in block_sizes:
             if size and size not in found:
-                found[size] = self._levels_of(request.block_keys(size))
+                found[size] = self._levels_of(job.block_keys(size))
         return {size: found[size] for size in block_sizes if found.get(size)}
 
     def _levels_of(self, keys: Iterable[int]) -> list[_Level]:
@@ -185,16 +186,16 @@ class PrefixAffinity(Policy):
             self._found = _Found(keys)
         return self._found
 
-    def _choices(self, request: PlacementRequest, levels: _Levels) -> dict[Worker, None]:
+    def _choices(self, job: Job, levels: _Levels) -> dict[Worker, None]:
         """Returns workers to compare: those with the longest cached prefixes, and the least loaded."""
         found: dict[Worker, None] = {}
-        if request.block_keys is not None:
-            known = self._found_for(request.block_keys).holders
+        if job.block_keys is not None:
+            known = self._found_for(job.block_keys).holders
             for size, levels_of_size in levels.items():
                 if size not in known:
                     known[size] = self._holders_of(levels_of_size)
                 found |= known[size]
-        return found | dict.fromkeys(islice(self._load.best(request), NUM_LEAST_LOADED))
+        return found | dict.fromkeys(islice(self._load.best(job), NUM_LEAST_LOADED))
 
     def _holders_of(self, levels: list[_Level]) -> dict[Worker, None]:
         """Returns about ``MAX_HOLDERS`` admissible workers of one block size, those with the longest prefixes."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from overfill.errors import InternalError, InvalidRequest, OverfillError
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.v1 import common_pb2, decode_pb2, inference_pb2, kv_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_ENDED_WORKERS = 2
 """Number of workers that a request may end by failed steps. Lost workers that report no failed step do not count."""
@@ -56,16 +56,6 @@ class AnswerDelta:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The end of an answer. ``usage.completion_tokens`` counts all its tokens, replayed ones included."""
-
-    reason: common_pb2.FinishReason
-    usage: common_pb2.Usage
-    trace: kv_pb2.HandoffTrace | None = None
-    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
-
-
 class AnswerState:
     """The tokens of one request across its attempts. It has one writer, which never waits, and one reader.
 
@@ -84,7 +74,8 @@ class AnswerState:
         prefill_worker: id of the latest prefill worker; empty before the first.
         prefill_engines: engine of each prefill worker that was assigned to the request, by the worker's id.
         prefill_failures: number of prefill failures since the last new token.
-        ended: the end of the answer, once all its tokens have arrived; None before, and after a failure.
+        ended: the end of the answer, once all its tokens have arrived; None before, and after a failure. Its ``usage``
+            counts all tokens of the answer, replayed ones included.
     """
 
     def __init__(self, emitted: Iterable[int], max_tokens: int, received: float, tier: str = DEFAULT_TIER) -> None:
@@ -104,7 +95,7 @@ class AnswerState:
         self._so_far = decode_pb2.DecodeDone()  # the latest that the current decode worker has said
         self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
         self._unread: AnswerDelta | None = None
-        self._end: Finish | OverfillError | None = None
+        self._end: decode_pb2.DecodeDone | OverfillError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the reader, which waits for a change
 
     @property
@@ -120,11 +111,11 @@ class AnswerState:
     @property
     def complete(self) -> bool:
         """True if the answer has ended well and all its tokens have been returned."""
-        return self._unread is None and isinstance(self._end, Finish)
+        return self._unread is None and isinstance(self._end, decode_pb2.DecodeDone)
 
     @property
-    def ended(self) -> Finish | None:
-        return self._end if isinstance(self._end, Finish) else None
+    def ended(self) -> decode_pb2.DecodeDone | None:
+        return self._end if isinstance(self._end, decode_pb2.DecodeDone) else None
 
     def done(self, reason: common_pb2.FinishReason) -> decode_pb2.DecodeDone:
         """Returns what the worker would say if the latest token had ended the answer, as far as it is known."""
@@ -228,14 +219,14 @@ class AnswerState:
         self._wake()
         return True
 
-    def end(self, end: Finish | OverfillError) -> None:
+    def end(self, end: decode_pb2.DecodeDone | OverfillError) -> None:
         """Ends the answer. Only the first call has an effect."""
         if self._end is None:
             self._end = end
             self._wake()
 
-    async def next(self) -> AnswerDelta | Finish:
-        """Waits for unread tokens and returns them; after the last, returns the Finish on every call.
+    async def next(self) -> AnswerDelta | decode_pb2.DecodeDone:
+        """Waits for unread tokens and returns them; after the last, returns the end on every call.
 
         Raises:
             OverfillError: the answer failed; all earlier tokens have been returned.

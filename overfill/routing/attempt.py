@@ -78,7 +78,7 @@ class Attempt:
         self._queued = 0.0  # seconds queued in the router, for both stages
         self._reservation_ns = 0
 
-    def start(self, connector: DecodeConnector, worker: WorkerInfo, command: decode_pb2.RouterMessage) -> None:
+    def start(self, connector: DecodeConnector, worker: WorkerInfo, command: decode_pb2.SequenceCommand) -> None:
         """Opens the sequence on ``worker`` and sends ``command``, which holds StartDecode."""
         try:
             self._stream = connector.open(worker, self._receive)
@@ -144,7 +144,7 @@ class Attempt:
             self._end(GaveUp(worker))
             return
         assert self._stream is not None
-        command = decode_pb2.RouterMessage()
+        command = decode_pb2.SequenceCommand()
         self._assign(worker, command.assign_prefill)
         self._stream.send(command)
         now = _now()

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from overfill.routing.affinity import PrefixAffinity
-from overfill.routing.policy import PlacementRequest, Policy
+from overfill.routing.job import Job
+from overfill.routing.policy import Policy
 from overfill.routing.worker import Worker
 
 
@@ -32,7 +33,7 @@ class Conditional(Policy):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._prefill_only, self._colocated = PrefixAffinity(seed), PrefixAffinity(seed)
-        self._by_key: dict[tuple[str, int], Worker] = {}  # the admissible workers with both stages
+        self._by_process: dict[tuple[str, int], Worker] = {}  # the admissible workers with both stages
         self._short: Mapping[str, float] = {}
 
     def set_short_prompts(self, tokens: Mapping[str, float]) -> None:
@@ -40,26 +41,26 @@ class Conditional(Policy):
 
     def put(self, worker: Worker) -> None:
         if worker.info.colocated:
-            self._by_key[worker.key] = worker
+            self._by_process[worker.process] = worker
         self._part(worker).put(worker)
 
     def drop(self, worker: Worker) -> None:
         if worker.info.colocated:
-            del self._by_key[worker.key]
+            del self._by_process[worker.process]
         self._part(worker).drop(worker)
 
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
         self._part(worker).keys_changed(worker, added, removed)
 
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
-        prefill_only = self._prefill_only.best(request)
-        if not self._by_key:
+    def best(self, job: Job) -> Iterator[Worker]:
+        prefill_only = self._prefill_only.best(job)
+        if not self._by_process:
             yield from prefill_only
             return
-        colocated = self._colocated.best(request)
+        colocated = self._colocated.best(job)
         first = next(colocated)
         other = next(prefill_only, None)
-        candidate, goes_first = self._candidate(request, first, other)
+        candidate, goes_first = self._candidate(job, first, other)
         if goes_first:
             yield candidate
         if other is not None:
@@ -69,11 +70,11 @@ class Conditional(Policy):
             yield candidate
         yield from (worker for worker in chain([first], colocated) if worker is not candidate)
 
-    def placed(self, request: PlacementRequest, worker: Worker) -> int:
-        return self._part(worker).placed(request, worker)
+    def placed(self, job: Job, worker: Worker) -> int:
+        return self._part(worker).placed(job, worker)
 
-    def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
-        self._part(worker).not_computed(request, worker)
+    def not_computed(self, job: Job, worker: Worker) -> None:
+        self._part(worker).not_computed(job, worker)
 
     def left(self, worker: Worker) -> None:
         self._part(worker).left(worker)
@@ -82,28 +83,28 @@ class Conditional(Policy):
         colocated = [worker for worker in workers if worker.info.colocated]
         self._colocated.check(colocated)
         self._prefill_only.check([worker for worker in workers if not worker.info.colocated])
-        if self._by_key != {worker.key: worker for worker in colocated}:
+        if self._by_process != {worker.process: worker for worker in colocated}:
             raise AssertionError("conditional: its workers with both stages differ from the admissible ones")
 
     def _part(self, worker: Worker) -> PrefixAffinity:
         return self._colocated if worker.info.colocated else self._prefill_only
 
-    def _candidate(self, request: PlacementRequest, best: Worker, other: Worker | None) -> tuple[Worker, bool]:
+    def _candidate(self, job: Job, best: Worker, other: Worker | None) -> tuple[Worker, bool]:
         """Returns the worker with both stages to try before others of its kind, and whether it goes first of all.
 
         Args:
             best: the best worker with both stages.
             other: the best worker with prefill only.
         """
-        local = None if request.decode is None else self._by_key.get(request.decode.key)
-        short = 0.0 if request.decode is None else self._short.get(request.decode.info.tier, 0.0)
+        local = None if job.decode is None else self._by_process.get(job.decode.process)
+        short = 0.0 if job.decode is None else self._short.get(job.decode.info.tier, 0.0)
         if other is None:
-            stays = local is not None and self._ahead(request, local) <= self._ahead(request, best) + short
+            stays = local is not None and self._ahead(job, local) <= self._ahead(job, best) + short
             return local if local is not None and stays else best, True
         candidate = local or best
-        ahead = self._ahead(request, candidate)
-        return candidate, ahead < self._ahead(request, other) or (candidate is local and ahead <= short)
+        ahead = self._ahead(job, candidate)
+        return candidate, ahead < self._ahead(job, other) or (candidate is local and ahead <= short)
 
-    def _ahead(self, request: PlacementRequest, worker: Worker) -> int:
+    def _ahead(self, job: Job, worker: Worker) -> int:
         """Returns the prompt tokens that ``worker`` computes before the first token of the answer."""
-        return worker.queued_tokens + self._part(worker).uncached_tokens(request, worker)
+        return worker.queued_tokens + self._part(worker).uncached_tokens(job, worker)

@@ -15,10 +15,10 @@ one whose grammar the worker must compile first. A job whose decode worker does 
 watched by ``routing.reservations``.
 
 Each tier has its own pool of decode workers and its own queue for them, so a full tier does not hold up another. All
-tiers share the prefill workers. When these are the bottleneck, the tiers take turns.
+tiers share the prefill workers. When these are the bottleneck, the tiers alternate.
 
 ``routing.fair_queue`` gives the order within a tier. A small request may overtake a large one that does not fit, until
-the large one has waited ``reserve_after`` seconds. A placement does not look at every worker, nor at every waiting
+the large one has waited ``claim_after`` seconds. A placement does not look at every worker, nor at every waiting
 request: the pools' indexes and the queue show when no placement is possible. Tests check the result with
 ``routing.invariant`` by brute force.
 
@@ -81,7 +81,7 @@ class _TierQueue:
 
     def __init__(self, pool: Pool, max_queue: int, max_wait: float | None) -> None:
         self.pool = pool
-        self.jobs: FairQueue[Job] = FairQueue()
+        self.jobs: FairQueue = FairQueue()
         self.admission = Admission(max_queue, max_wait)
         self.last_placed = 0
 
@@ -93,7 +93,7 @@ class Dispatcher:
         roster: the workers. The registry adds and removes them and calls ``poll`` afterwards.
         max_queue: maximum number of jobs of one priority that wait for a decode worker of a tier; more are refused.
         max_wait: longest expected wait in seconds with which a new job is admitted. None means no limit.
-        reserve_after: seconds after which the first blocked job in a tier's order reserves capacity. No job behind it
+        claim_after: seconds after which the first blocked job in a tier's order claims capacity. No job behind it
             is then placed on a decode worker that can hold it.
         absent_after: seconds without any worker of a pool after which the jobs that wait for one are rejected. A silent
             worker that was ready does not count as present. None means the time that a replacement probably needs,
@@ -109,17 +109,17 @@ class Dispatcher:
         *,
         max_queue: int = 1024,
         max_wait: float | None = None,
-        reserve_after: float = 5.0,
+        claim_after: float = 5.0,
         absent_after: float | None = None,
     ) -> None:
         self._roster = roster
         self._tiers = {name: _TierQueue(pool, max_queue, max_wait) for name, pool in roster.decode.items()}
-        self._reserve_after = reserve_after
+        self._claim_after = claim_after
         self._absent_after = absent_after
         self._jobs: set[Job] = set()
         self._reserving: set[Job] = set()  # placed jobs without a prefill slot, for which one is kept
         self.reservations = Reservations()
-        self._prefill_queue: FairQueue[Job] = FairQueue(fair=False)
+        self._prefill_queue: FairQueue = FairQueue(fair=False)
         self._absent_since: dict[Pool, float] = {}
         self._largest: dict[Pool, float] = {}
         self._decode_placements = 0
@@ -283,7 +283,7 @@ class Dispatcher:
             job.avoid.add(job.decode.seat)
             if gone:
                 for worker in self._roster.find_all(job.decode.id):  # both stages of it, if it has both
-                    if worker.key == job.decode.key:
+                    if worker.process == job.decode.process:
                         job.avoid.add(worker.seat)
                         self._roster.pool_of(worker).pause(worker)
         self._detach(job)
@@ -457,19 +457,19 @@ class Dispatcher:
     def _placeable(self, tier: _TierQueue, now: float) -> Iterator[tuple[Job, Worker]]:
         """Yields the jobs of a tier that can be placed now, in order. The caller places each before the next."""
         pool, queue = tier.pool, tier.jobs
-        holder: Job | None = None  # the blocked job that reserves capacity
+        claimant: Job | None = None  # the blocked job that claims capacity
         for job in queue:
             if self._free_prefill_slots <= 0 or pool.index.max_room < queue.smallest_need:
                 return
-            if holder is not None and pool.index.admissible.smallest >= holder.total_tokens:
-                return  # every admissible worker is reserved for the holder
+            if claimant is not None and pool.index.admissible.smallest >= claimant.total_tokens:
+                return  # every admissible worker is claimed
             worker = None
             if self._prefill_may_come(job):
-                worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, holder)
+                worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, claimant)
             if worker is not None:
                 yield job, worker
-            elif holder is None and now - job.waiting_since >= self._reserve_after:
-                holder = job
+            elif claimant is None and now - job.waiting_since >= self._claim_after:
+                claimant = job
 
     def _prefill_may_come(self, job: Job) -> bool:
         """True if a prefill worker can take the job now. The worker is chosen once blocks are reserved."""
@@ -492,14 +492,14 @@ class Dispatcher:
         return Placement(job, worker)
 
     def _find(
-        self, pool: Pool, job: Job, tokens: int, room: int | None = None, holder: Job | None = None
+        self, pool: Pool, job: Job, tokens: int, room: int | None = None, claimant: Job | None = None
     ) -> Worker | None:
         """Returns the best admissible worker for ``job``, or None.
 
         Args:
             tokens: length of the longest sequence that the worker must be able to hold.
             room: number of tokens that must fit now. None means no condition.
-            holder: job for which the workers that can hold it are reserved.
+            claimant: job that claims the workers that can hold it.
         """
         index = pool.index
         if index.admissible.largest < tokens or (room is not None and index.max_room < room):
@@ -512,7 +512,7 @@ class Dispatcher:
                 worker.could_hold(tokens)
                 and (room is None or worker.has_room(room))
                 and (not avoid or worker.seat not in avoid)
-                and (holder is None or not worker.could_hold(holder.total_tokens))
+                and (claimant is None or not worker.could_hold(claimant.total_tokens))
             )
 
         best = pool.policy.best(job)
@@ -576,7 +576,7 @@ class Dispatcher:
                     continue  # the worker prefills its own sequences while it drains
                 yield self._reject(job, Unavailable(f"no {pool.title} has reported for {absent:.0f} s"))
 
-    def _waiting_for(self, pool: Pool) -> FairQueue[Job]:
+    def _waiting_for(self, pool: Pool) -> FairQueue:
         return next(tier.jobs for tier in self._tiers.values() if tier.pool is pool)
 
     def _max_absence(self, pool: Pool) -> float:

@@ -10,30 +10,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
+
+from overfill.routing.job import Job
 
 _MAX_KEYS = 1024  # number of finish tags from which on the queue drops past ones
-
-
-class Queueable(Protocol):
-    """The part of a job that the queue reads; only ``charged`` is written."""
-
-    migrated: bool
-    priority: int
-    key: str
-
-    charged: int
-
-    @property
-    def reserve_tokens(self) -> int:
-        """Tokens for which a worker must have room; constant while the job is in the queue."""
-
-    @property
-    def share_tokens(self) -> int:
-        """Tokens charged to the share of the job's key."""
-
-
-J = TypeVar("J", bound=Queueable)
 
 
 class VirtualClock:
@@ -65,7 +46,7 @@ class VirtualClock:
             self._finish_tags[key] -= tokens
 
 
-class FairQueue(Generic[J]):
+class FairQueue:
     """Waiting jobs, in the order in which they are placed.
 
     Args:
@@ -75,14 +56,14 @@ class FairQueue(Generic[J]):
     def __init__(self, *, fair: bool = True) -> None:
         self._fair = fair
         self._clocks: dict[int, VirtualClock] = {}
-        self._order: list[tuple[Any, J]] = []
-        self._positions: dict[J, tuple[Any, int]] = {}  # place in the order, tokens to reserve
+        self._order: list[tuple[Any, Job]] = []
+        self._positions: dict[Job, tuple[Any, int]] = {}  # place in the order, tokens to reserve
         self._sorted_needs: list[int] = []
         self._num_new: Counter[int] = Counter()
         self._num_of: Counter[tuple[int, str]] = Counter()  # the same by key too
         self._count = 0
 
-    def __iter__(self) -> Iterator[J]:
+    def __iter__(self) -> Iterator[Job]:
         """Iterates in order. The caller may remove the job that was yielded last."""
         index = 0
         while index < len(self._order):
@@ -90,7 +71,7 @@ class FairQueue(Generic[J]):
             yield entry[1]
             index += index < len(self._order) and self._order[index] is entry
 
-    def snapshot(self) -> list[J]:
+    def snapshot(self) -> list[Job]:
         """The waiting jobs, in order. Callable from any thread."""
         return [job for _, job in list(self._order)]
 
@@ -118,28 +99,28 @@ class FairQueue(Generic[J]):
         tag = self._clocks[priority].next_start_tag(key) if priority in self._clocks else 0.0
         return bisect_left(self._order, (1, priority, 1, tag, self._count + 1), key=lambda entry: entry[0])
 
-    def append(self, job: J) -> None:
+    def append(self, job: Job) -> None:
         """Adds a job behind the others of its rank."""
         self._count += 1
         tag = 0.0
         if self._fair and not job.migrated:
-            job.charged = job.share_tokens
+            job.charged = job.total_tokens
             tag = self._clocks.setdefault(job.priority, VirtualClock()).start_tag(job.key, job.charged)
         self._add(job, (not job.migrated, job.priority, 1, tag, self._count))
 
-    def push_front(self, job: J) -> None:
-        """Adds a job before the others of its rank: a worker refused it after it had its turn."""
+    def push_front(self, job: Job) -> None:
+        """Adds a job before the others of its rank: a worker refused it after it had been first."""
         self._count += 1
         self._add(job, (not job.migrated, job.priority, 0, 0.0, -self._count))
 
-    def take(self, job: J) -> None:
+    def take(self, job: Job) -> None:
         """Removes a job that goes to a worker, and advances virtual time."""
         _, priority, behind, tag, _ = self._positions[job][0]
         if self._fair and behind and not job.migrated:
             self._clocks[priority].advance_virtual_time(tag)
         self.discard(job)
 
-    def discard(self, job: J) -> None:
+    def discard(self, job: Job) -> None:
         """Removes ``job`` if it waits."""
         if job not in self._positions:
             return
@@ -149,19 +130,19 @@ class FairQueue(Generic[J]):
         if place[0]:
             self._count_new(job, -1)
 
-    def refund(self, job: J, tokens: int) -> None:
+    def refund(self, job: Job, tokens: int) -> None:
         """Refunds ``tokens`` of an ended job to its key: those charged and not used."""
         if self._fair and job.priority in self._clocks:
             self._clocks[job.priority].refund(job.key, tokens)
 
-    def _add(self, job: J, place: Any) -> None:
+    def _add(self, job: Job, place: Any) -> None:
         self._positions[job] = place, job.reserve_tokens
         insort(self._order, (place, job), key=lambda entry: entry[0])
         insort(self._sorted_needs, job.reserve_tokens)
         if not job.migrated:
             self._count_new(job, 1)
 
-    def _count_new(self, job: J, change: int) -> None:
+    def _count_new(self, job: Job, change: int) -> None:
         self._num_new[job.priority] += change
         self._num_of[job.priority, job.key] += change
         if not self._num_of[job.priority, job.key]:

@@ -34,8 +34,8 @@ def check(dispatcher: Dispatcher, now: float) -> None:
         _check_decode_queue(dispatcher, tier.jobs, tier.pool, slots, now)
 
 
-def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue[Job], pool: Pool, slots: int, now: float) -> None:
-    holder: Job | None = None
+def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue, pool: Pool, slots: int, now: float) -> None:
+    claimant: Job | None = None
     for job in queue:
         other = dispatcher._roster.decode.get(job.fallback, ())
         if any(w.alive(now) for w in other) and any(w.could_hold(job.total_tokens) for w in other if not w.draining):
@@ -44,10 +44,10 @@ def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue[Job], pool: Poo
         if slots > 0 and _prefill_choices(dispatcher._roster, job, now):
             large = _usable(pool, job, job.total_tokens, now)
             choices = [w for w in large if w.admissible(now) and w.has_room(job.reserve_tokens)]
-        if holder is not None:
-            choices = [w for w in choices if not w.could_hold(holder.total_tokens)]
-        elif now - job.waiting_since >= dispatcher._reserve_after:
-            holder = job
+        if claimant is not None:
+            choices = [w for w in choices if not w.could_hold(claimant.total_tokens)]
+        elif now - job.waiting_since >= dispatcher._claim_after:
+            claimant = job
         _require(not choices, f"{job.id} waits although a decode worker can take it")
 
 

@@ -10,25 +10,11 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from overfill.routing.job import Job
 from overfill.routing.worker import Worker
-
-
-class PlacementRequest(Protocol):
-    """The part of a request that a policy reads."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def decode(self) -> Worker | None:
-        """Returns the worker that writes the answer; None before it is chosen."""
-
-    @property
-    def block_keys(self) -> Callable[[int], Iterator[int]] | None:
-        """Returns the keys of the prompt's full blocks for a block size (``kv.keys``). None means unknown."""
 
 
 class Policy(ABC):
@@ -46,8 +32,8 @@ class Policy(ABC):
         """Removes a worker that is no longer admissible."""
 
     @abstractmethod
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
-        """Yields each admissible worker once, the best for ``request`` first. Do not change the policy meanwhile."""
+    def best(self, job: Job) -> Iterator[Worker]:
+        """Yields each admissible worker once, the best for ``job`` first. Do not change the policy meanwhile."""
 
     @abstractmethod
     def check(self, workers: Sequence[Worker]) -> None:
@@ -65,11 +51,11 @@ class Policy(ABC):
         """
         return
 
-    def placed(self, request: PlacementRequest, worker: Worker) -> int:
+    def placed(self, job: Job, worker: Worker) -> int:
         """Records a placement. Returns the number of prompt tokens that ``worker`` probably has in its cache."""
         return 0
 
-    def not_computed(self, request: PlacementRequest, worker: Worker) -> None:
+    def not_computed(self, job: Job, worker: Worker) -> None:
         """Records that ``worker`` did not compute the prompt that was placed on it. The default ignores it."""
         return
 
@@ -79,7 +65,7 @@ class Policy(ABC):
 
 
 class Ranked(Policy):
-    """Orders workers by a key, the smallest first."""
+    """Orders workers by rank, the smallest first."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -88,11 +74,11 @@ class Ranked(Policy):
 
     @staticmethod
     @abstractmethod
-    def key(worker: Worker) -> Any:
-        """Returns the sort key. Workers with equal keys are ordered by id."""
+    def rank(worker: Worker) -> Any:
+        """Returns the rank. Workers of equal rank are ordered by id."""
 
     def put(self, worker: Worker) -> None:
-        place = (self.key(worker), worker.id, worker)
+        place = (self.rank(worker), worker.id, worker)
         old = self._places.get(worker)
         if old == place:
             return
@@ -104,19 +90,19 @@ class Ranked(Policy):
     def drop(self, worker: Worker) -> None:
         del self._order[bisect_left(self._order, self._places.pop(worker))]
 
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
+    def best(self, job: Job) -> Iterator[Worker]:
         return (worker for _, _, worker in self._order)
 
     def check(self, workers: Sequence[Worker]) -> None:
-        if self._order != sorted((self.key(w), w.id, w) for w in workers):
-            raise AssertionError(f"{type(self).__name__}: the order differs from the workers' keys")
+        if self._order != sorted((self.rank(w), w.id, w) for w in workers):
+            raise AssertionError(f"{type(self).__name__}: the order differs from the workers' ranks")
 
 
 class LeastLoad(Ranked):
     """Prefers the worker with the fewest queued prompt tokens, then the fewest requests, then the oldest placement."""
 
     @staticmethod
-    def key(worker: Worker) -> Any:
+    def rank(worker: Worker) -> Any:
         return worker.queued_tokens, worker.requests, worker.last_placed
 
 
@@ -124,7 +110,7 @@ class MostFreeKv(Ranked):
     """Prefers the worker with room for the most tokens; equal workers are ordered by least load."""
 
     @staticmethod
-    def key(worker: Worker) -> Any:
+    def rank(worker: Worker) -> Any:
         return -worker.room_tokens, worker.queued_tokens, worker.requests, worker.last_placed
 
 
@@ -132,7 +118,7 @@ class RoundRobin(Ranked):
     """Prefers the worker with the oldest placement."""
 
     @staticmethod
-    def key(worker: Worker) -> Any:
+    def rank(worker: Worker) -> Any:
         return worker.last_placed
 
 
@@ -155,12 +141,12 @@ class PowerOfTwo(Policy):
             self._workers[place] = last
             self._places[last] = place
 
-    def best(self, request: PlacementRequest) -> Iterator[Worker]:
+    def best(self, job: Job) -> Iterator[Worker]:
         count = len(self._workers)
         if count > 1:
             first, second = self._random.randrange(count), self._random.randrange(count - 1)
             pair = [self._workers[first], self._workers[second + (second >= first)]]
-            pair.sort(key=LeastLoad.key)
+            pair.sort(key=LeastLoad.rank)
             yield from pair
             yield from (worker for worker in self._workers if worker not in pair)
         else:

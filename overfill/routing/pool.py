@@ -33,7 +33,7 @@ class Pool:
         self.stage = stage
         self.tier = tier
         self.index = Index(policy or LeastLoad())
-        self._startups: dict[tuple[str, int], float] = {}  # seconds, of the latest workers to join, by key
+        self._startups: dict[tuple[str, int], float] = {}  # seconds, of the latest workers to join
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
@@ -74,8 +74,8 @@ class Pool:
         worker.info = info
         worker.set_report(None)
         self._workers[info.id] = worker
-        self._startups.pop(worker.key, None)  # count a worker that joins again only once
-        self._startups[worker.key] = info.startup_seconds
+        self._startups.pop(worker.process, None)  # count a worker that joins again only once
+        self._startups[worker.process] = info.startup_seconds
         if len(self._startups) > MAX_STARTUP_TIMES:
             del self._startups[next(iter(self._startups))]
         self.index.refresh(worker)
@@ -119,7 +119,7 @@ class Pool:
             self.policy.left(worker)
             worker.prefix_keys.clear()
             if worker.in_flight:
-                self._detached[worker.key] = worker
+                self._detached[worker.process] = worker
 
     def expire(self, now: float) -> None:
         """Removes silent workers from the index. Call it before reading ``index``."""
@@ -139,7 +139,7 @@ class Pool:
         """Ends one request that ``place`` counted."""
         worker.in_flight -= 1
         if not worker.in_flight:
-            self._detached.pop(worker.key, None)
+            self._detached.pop(worker.process, None)
         self._refresh(worker)
 
     @property

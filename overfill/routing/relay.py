@@ -22,13 +22,11 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
-from overfill.kv.keys import PromptKeys
-from overfill.routing.answer import AnswerState, Finish
+from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.attempt import Attempt, AttemptEnd, GaveUp
-from overfill.routing.dispatcher import Job
+from overfill.routing.job import CheckedRequest
 from overfill.routing.stream import DecodeConnector
-from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2
@@ -69,73 +67,47 @@ class Relay:
 
         relay.start()
         try:
-            while not isinstance(event := await relay.answer.next(), Finish): ...
+            while not isinstance(event := await relay.answer.next(), DecodeDone): ...
         finally:
             relay.close()
 
     It has no task: it acts when the dispatcher has placed the request, when an attempt has ended, and at the deadline.
 
     Args:
-        start: the request as decode workers get it, with ``sampling.seed`` and ``sampling.max_tokens`` set. Its
-            ``emitted_token_ids`` are the answer tokens that the client already has, at most ``max_tokens``. Each
-            attempt sends a copy, in which it sets the fields of the attempt.
-        received: time when the router received the request, seconds on the event loop's clock.
-        deadline: seconds on the same clock, or None.
-        tier, fallback, priority, key, block_keys: see ``Job``.
+        request: the request, with its ``deadline`` on the event loop's clock.
         max_attempts: number of decode workers lost in a row, or of prefill failures in a row, after which the request
             is given up. A new token restarts both counts.
         observer: receives the failures of attempts.
         on_close: called once when the request has ended, before the caller has read all of its answer.
 
     Attributes:
+        request: as the argument.
         answer: the answer so far. Its ``next`` raises DeadlineExceeded, Unavailable if too many workers were lost,
             InvalidRequest if the request has ended too many by failed steps, or a worker's error that another worker
             would repeat.
         decode_worker: id of the latest decode worker; empty before the first.
         decode_engine: its engine, for people; empty means unknown.
-        client_resumed: True if the client brought the first tokens of the answer with its request.
     """
 
     def __init__(
         self,
-        start: decode_pb2.StartDecode,
+        request: CheckedRequest,
         dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         *,
-        received: float,
-        deadline: float | None = None,
-        tier: str = DEFAULT_TIER,
-        fallback: str = "",
-        priority: int = 0,
-        key: str = "",
-        block_keys: PromptKeys | None = None,
         max_attempts: int = 4,
         observer: Observer | None = None,
         on_close: Callable[[Relay], None] = lambda relay: None,
     ) -> None:
         self._on_close = on_close
-        self._start = start
+        self.request = request
         self._dispatcher = dispatcher
         self._connector = connector
         self._max_attempts = max_attempts
         self._observer = observer or _NoObserver()
-        self._job = Job(
-            id=start.request_id,
-            prompt_tokens=len(start.prompt_token_ids),
-            max_tokens=start.sampling.max_tokens,
-            emitted=len(start.emitted_token_ids),
-            tier=tier,
-            fallback=fallback,
-            priority=priority,
-            key=key,
-            deadline=deadline,
-            compiles=start.sampling.HasField("grammar"),
-            block_keys=block_keys,
-        )
-        self.answer = AnswerState(start.emitted_token_ids, start.sampling.max_tokens, received, tier)
+        self.answer = AnswerState(request.start.emitted_token_ids, request.max_tokens, request.received, request.tier)
         self.decode_worker = ""
         self.decode_engine = ""
-        self.client_resumed = bool(start.emitted_token_ids)
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()  # of the request's task, so that logs and spans of later attempts belong to it
         self._parent = tracing.current()
@@ -146,19 +118,14 @@ class Relay:
         self._opened = 0
         self._losses = 0  # lost workers in total
         self._losses_in_a_row = 0  # since the last new token
-        self._known = len(start.emitted_token_ids)  # tokens of the answer when a worker was lost last
-
-    @property
-    def tier(self) -> str:
-        """Tier that writes the answer now."""
-        return self._job.tier
+        self._known = request.emitted  # tokens of the answer when a worker was lost last
 
     @property
     def placed(self) -> bool:
         """True while the request is on a decode worker."""
         return self._attempt is not None
 
-    def finish_at(self, completion_tokens: int) -> Finish:
+    def finish_at(self, completion_tokens: int) -> decode_pb2.DecodeDone:
         """Returns the end of an answer of which only the first ``completion_tokens`` count, after ``close``.
 
         The worker has not sent its last message, or has sent it for a longer answer. ``timing.decode_ns`` shrinks in
@@ -181,11 +148,11 @@ class Relay:
         if self.answer.full:
             self._conclude(self._finish(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)))
             return
-        if self._job.deadline is not None:
-            self._timer = self._loop.call_at(self._job.deadline, self._expire)
+        if self.request.deadline is not None:
+            self._timer = self._loop.call_at(self.request.deadline, self._expire)
         self._queue_span = tracing.child("router.queue", parent=self._parent)
         try:
-            self._dispatcher.submit(self._job, self._on_placed)
+            self._dispatcher.submit(self.request, self._on_placed)
         except BaseException as error:
             self.close(error)
             raise
@@ -212,13 +179,13 @@ class Relay:
             self._queue_span.end(error)
             self._attempt_span.end(error)
         finally:
-            self._job.emitted = len(self.answer.emitted)
-            self._dispatcher.finish(self._job)
+            self.request.emitted = len(self.answer.emitted)
+            self._dispatcher.finish(self.request)
             self._on_close(self)
 
-    def _conclude(self, end: Finish | OverfillError) -> None:
+    def _conclude(self, end: decode_pb2.DecodeDone | OverfillError) -> None:
         self.answer.end(end)
-        self.close(None if isinstance(end, Finish) else end)
+        self.close(end if isinstance(end, OverfillError) else None)
 
     def _expire(self) -> None:
         self._conclude(DeadlineExceeded(f"the deadline passed; {self.answer.progress}"))
@@ -231,7 +198,7 @@ class Relay:
             step(argument)
         except Exception as error:
             # An empty context: the current one may be another request's.
-            Context().run(logger.error, "request %s failed in the router", self._job.id, exc_info=error)
+            Context().run(logger.error, "request %s failed in the router", self.request.id, exc_info=error)
             self._conclude(InternalError(f"the router failed: {error}"))
 
     def _on_placed(self, outcome: Worker | OverfillError) -> None:
@@ -266,7 +233,7 @@ class Relay:
         )
         self._attempt = Attempt(
             self._dispatcher,
-            self._job,
+            self.request,
             self.answer,
             self._on_end,
             max_prefill_failures=self._max_attempts,
@@ -275,16 +242,16 @@ class Relay:
         )
         self._attempt.start(self._connector, worker.info, self._command(worker, span))
 
-    def _command(self, worker: Worker, span: tracing.Span) -> decode_pb2.RouterMessage:
-        command = decode_pb2.RouterMessage(start=self._start)
+    def _command(self, worker: Worker, span: tracing.Span) -> decode_pb2.SequenceCommand:
+        command = decode_pb2.SequenceCommand(start=self.request.start)
         start = command.start
         start.attempt = self._opened - 1
         start.expected_incarnation = worker.info.incarnation
         if len(self.answer.emitted) > len(start.emitted_token_ids):
             start.emitted_token_ids[:] = self.answer.emitted
         start.traceparent = span.traceparent or self._parent.traceparent
-        if self._job.deadline is not None:
-            start.time_left_ns = max(0, round((self._job.deadline - self._loop.time()) * 1e9))
+        if self.request.deadline is not None:
+            start.time_left_ns = max(0, round((self.request.deadline - self._loop.time()) * 1e9))
         return command
 
     def _answered(self, result: decode_pb2.DecodeDone | decode_pb2.Refused) -> None:
@@ -294,9 +261,9 @@ class Relay:
         if isinstance(result, decode_pb2.DecodeDone):
             self._conclude(self._finish(result))
             return
-        self._job.emitted = len(self.answer.emitted)
+        self.request.emitted = len(self.answer.emitted)
         self._queue_span = tracing.child("router.queue", parent=self._parent)
-        self._dispatcher.refused(self._job, self._on_placed, result.load if result.HasField("load") else None)
+        self._dispatcher.refused(self.request, self._on_placed, result.load if result.HasField("load") else None)
 
     def _failed(self, failure: Exception) -> None:
         """Queues the request for another decode worker, unless another one would fail it too.
@@ -310,7 +277,7 @@ class Relay:
         if isinstance(failure, GaveUp) or not isinstance(error, RETRIED):
             self._conclude(error)
             return
-        logger.warning("request %s: decode worker %s failed: %s", self._start.request_id, self.decode_worker, error)
+        logger.warning("request %s: decode worker %s failed: %s", self.request.id, self.decode_worker, error)
         self._observer.attempt_failed(error)
         emitted = len(self.answer.emitted)
         self._losses += 1
@@ -326,11 +293,11 @@ class Relay:
             gave_up = f"gave up after {self._losses} attempts; {progress}; the last failure: {error}"
             self._conclude(Unavailable(gave_up))
         else:
-            self._job.emitted = emitted
+            self.request.emitted = emitted
             self._queue_span = tracing.child("router.queue", parent=self._parent)
-            self._dispatcher.lost(self._job, self._on_placed, gone=ended or isinstance(error, Unavailable))
+            self._dispatcher.lost(self.request, self._on_placed, gone=ended or isinstance(error, Unavailable))
 
-    def _finish(self, done: decode_pb2.DecodeDone) -> Finish:
+    def _finish(self, done: decode_pb2.DecodeDone) -> decode_pb2.DecodeDone:
         timing = self.answer.timing
         if done.HasField("handoff_exposed_ns"):
             timing.handoff_exposed_ns = done.handoff_exposed_ns
@@ -338,9 +305,7 @@ class Relay:
             timing.decode_ns = done.decode_ns
         # When an assignment and a NeedPrefill cross, only the worker knows which assignment it used.
         self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
-        usage = common_pb2.Usage(
-            prompt_tokens=self._job.prompt_tokens,
-            completion_tokens=len(self.answer.emitted),
-            cached_tokens=done.usage.cached_tokens,
-        )
-        return Finish(done.reason, usage, done.trace if done.HasField("trace") else None, done.codec)
+        end = decode_pb2.DecodeDone()
+        end.CopyFrom(done)  # a reference would keep the whole WorkerMessage
+        end.usage.prompt_tokens, end.usage.completion_tokens = self.request.prompt_tokens, len(self.answer.emitted)
+        return end

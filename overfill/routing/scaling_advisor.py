@@ -1,7 +1,7 @@
 """Runs the scaling policy on one router's own traffic, so that its metrics show how many workers that traffic needs.
 
 Needs of several routers add up. On Ray the application's policy adds up the signals instead, and decides
-(``overfill.cluster.policy``). Without Ray, KEDA or operators size the pools by the sum of the routers' needs.
+(``overfill.stack.ray.policy``). Without Ray, KEDA or operators size the pools by the sum of the routers' needs.
 """
 
 from __future__ import annotations

@@ -213,8 +213,7 @@ def pool_states(routers: Iterable[Mapping[str, float]], tiers: Iterable[str]) ->
 def _of_tier(name: str, tier: str, numbers: Mapping[str, float], tiers: Iterable[str]) -> float:
     """Returns a tier's number, or the total for the tier "".
 
-    A router with one tier reports totals only. They are those of the first of ``tiers``. A router of an earlier version
-    does not report all numbers.
+    A router with one tier reports totals only. They are those of the first of ``tiers``.
     """
     if (key := f"{name}.{tier}") in numbers:
         return numbers[key]

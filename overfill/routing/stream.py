@@ -34,6 +34,9 @@ Receive = Callable[["decode_pb2.SequenceUpdate | OverfillError"], None]
 _MESSAGE_MARGIN = 1024
 """Commands stay this many bytes below gRPC's message limit. A message above the limit ends the whole stream."""
 
+_COMMAND_OVERHEAD = 8
+"""Maximum bytes that a command takes in its message besides its own: a tag and its length."""
+
 
 _MAX_AGE = 60.0
 """Seconds after which new sequences get a new stream, so that renewed certificates reach a busy worker too."""
@@ -42,7 +45,7 @@ _MAX_AGE = 60.0
 class DecodeStream(Protocol):
     """One sequence on a decode worker."""
 
-    def send(self, command: decode_pb2.RouterMessage) -> None:
+    def send(self, command: decode_pb2.SequenceCommand) -> None:
         """Queues a command. The worker ignores one about a sequence that has ended.
 
         Raises:
@@ -155,7 +158,7 @@ class _ServeStream:
         self._call: Any = decode_pb2_grpc.DecodeStub(channel).Serve()
         self._numbers = itertools.count(1)
         self._receivers: dict[int, Receive] = {}
-        self._commands: deque[decode_pb2.RouterMessage] = deque()
+        self._commands: deque[decode_pb2.SequenceCommand] = deque()
         self._queued = asyncio.Event()
         self._retired = False
         self._began = asyncio.get_running_loop().time()
@@ -192,7 +195,7 @@ class _ServeStream:
         self._end_retired()
         return not any(command.HasField("start") for command in unsent)
 
-    def send(self, command: decode_pb2.RouterMessage) -> None:
+    def send(self, command: decode_pb2.SequenceCommand) -> None:
         self._commands.append(command)
         self._queued.set()
 
@@ -209,12 +212,22 @@ class _ServeStream:
                 while not self._commands:
                     self._queued.clear()
                     await self._queued.wait()
-                await checked_write(self._call.write(self._commands.popleft()), self._peer)
+                await checked_write(self._call.write(self._take()), self._peer)
         except OverfillError:
             pass  # the reader raises the reason
         except Exception:
             logger.exception("writing to %s failed", self._peer)
             self._call.cancel()
+
+    def _take(self) -> decode_pb2.RouterMessage:
+        """Removes the commands that are queued and fit a message, at least one, and returns the message."""
+        message, size = decode_pb2.RouterMessage(), 0
+        while self._commands:
+            size += self._commands[0].ByteSize() + _COMMAND_OVERHEAD
+            if message.commands and size > MAX_MESSAGE_BYTES:
+                break
+            message.commands.append(self._commands.popleft())
+        return message
 
     async def _read(self) -> None:
         error: OverfillError = Unavailable(f"{self._peer} ended the stream before the answer")
@@ -266,7 +279,7 @@ class _Sequence:
         self._number = stream.add(receive)
         self._closed = False
 
-    def send(self, command: decode_pb2.RouterMessage) -> None:
+    def send(self, command: decode_pb2.SequenceCommand) -> None:
         size = command.ByteSize()
         if size > MAX_MESSAGE_BYTES - _MESSAGE_MARGIN:
             raise InvalidRequest(
@@ -281,5 +294,5 @@ class _Sequence:
         self._closed = True
         if self._stream.remove(self._number):
             cancel = decode_pb2.CancelDecode()
-            self._stream.send(decode_pb2.RouterMessage(sequence=self._number, cancel=cancel))
+            self._stream.send(decode_pb2.SequenceCommand(sequence=self._number, cancel=cancel))
         self._connection.closed_sequence()

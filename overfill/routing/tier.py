@@ -13,6 +13,28 @@ NO_FALLBACK = "none"
 
 
 @dataclass(frozen=True, slots=True)
+class TierChoice:
+    """The tier of one request.
+
+    Attributes:
+        tier: tier that writes the answer.
+        fallback: tier in which the answer goes on when that tier has no worker left; empty means none.
+        brownout_from: requested tier, if ``tier`` writes the answer instead because of a brownout.
+        fallback_from: requested tier, if it has no worker and ``tier`` is the one to which it falls back.
+    """
+
+    tier: str = DEFAULT_TIER
+    fallback: str = ""
+    brownout_from: str = ""
+    fallback_from: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The tier that would write the answer without a brownout."""
+        return self.brownout_from or self.tier
+
+
+@dataclass(frozen=True, slots=True)
 class Objectives:
     """What a tier's answers should keep, in seconds: time to first token, and mean time between tokens."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
@@ -125,28 +124,18 @@ def _data_addresses(hello: registry_pb2.Hello) -> tuple[kv_pb2.DataAddress, ...]
     return tuple(hello.data_addresses)
 
 
-class _Reported(NamedTuple):
-    """The latest report in plain numbers. A placement reads them often, and a message's fields are slow to read."""
-
-    credits: int = 0
-    ready: bool = False
-    draining: bool = False
-    total_blocks: int = 0
-    used_blocks: int = 0
-    block_size: int = 0
-    requests: int = 0
-    queued_tokens: int = 0
-
-
-_NOTHING_REPORTED = _Reported()
-
-
 @dataclass(eq=False, slots=True)
 class Worker:
     """One incarnation of a worker in one pool.
 
+    ``set_report`` copies the latest report's numbers: a placement reads them often, and a message's fields are slow to
+    read. They are 0 and False before the first report.
+
     Attributes:
         report: latest report, or None before the first; ``set_report`` replaces it.
+        ready: the worker has loaded and warmed up, by its latest report.
+        draining: the worker has reported that it drains. It never takes work again.
+        block_size: tokens per block.
         reported_at: arrival time of the latest report, seconds.
         in_flight: number of requests that this router has on the worker now.
         paused_until_report: True after the worker refused or failed a request. The router places nothing on it until
@@ -169,26 +158,25 @@ class Worker:
     last_placed: int = 0
     answers: int = 0
     prefix_keys: set[int] = field(default_factory=set)
-    _reported: _Reported = _NOTHING_REPORTED
+    ready: bool = False
+    draining: bool = False
+    block_size: int = 0
+    _credits: int = 0
+    _total_blocks: int = 0
+    _used_blocks: int = 0
+    _reported_requests: int = 0
+    _reported_tokens: int = 0  # prompt tokens that are queued
 
     def set_report(self, report: registry_pb2.Report | None) -> None:
         """Replaces the latest report. The router counts the placements since then anew."""
         self.report = report
         self.placed = self.placed_tokens = self.placed_blocks = 0
-        if report is None:
-            self._reported = _NOTHING_REPORTED
-            return
+        report = report or registry_pb2.Report()
         load = report.load
-        self._reported = _Reported(
-            report.credits,
-            report.ready,
-            report.draining,
-            load.kv_blocks_total,
-            load.kv_blocks_used,
-            load.block_size,
-            load.running + load.waiting,
-            load.queued_tokens,
-        )
+        self.ready, self.draining, self._credits = report.ready, report.draining, report.credits
+        self._total_blocks, self._used_blocks = load.kv_blocks_total, load.kv_blocks_used
+        self.block_size = load.block_size
+        self._reported_requests, self._reported_tokens = load.running + load.waiting, load.queued_tokens
 
     @property
     def id(self) -> str:
@@ -197,48 +185,37 @@ class Worker:
     @property
     def credits_left(self) -> int:
         """Number of requests that this router may still place on the worker; 0 before the first report."""
-        return max(0, self._reported.credits - self.in_flight)
+        return max(0, self._credits - self.in_flight)
 
     @property
-    def key(self) -> tuple[str, int]:
+    def process(self) -> tuple[str, int]:
         """Id and incarnation. A restarted worker counts as a different one."""
         return self.info.id, self.info.incarnation
 
     @property
     def seat(self) -> tuple[str, int, common_pb2.Stage]:
-        """``key`` and stage: one stage of a worker with both may fail while the other one serves."""
-        return *self.key, self.info.stage
-
-    @property
-    def draining(self) -> bool:
-        """True once the worker has reported that it drains. It never takes work again."""
-        return self._reported.draining
+        """``process`` and stage: one stage of a worker with both may fail while the other one serves."""
+        return *self.process, self.info.stage
 
     @property
     def starting(self) -> bool:
         """True while the worker is not ready yet: its latest report says so, or none has arrived since it joined."""
-        return not self._reported.draining and not self._reported.ready
+        return not self.draining and not self.ready
 
     def alive(self, now: float) -> bool:
         """True if the worker is ready, not draining, and has reported lately. It may be full."""
-        return self._reported.ready and not self._reported.draining and now - self.reported_at <= STALE_AFTER
+        return self.ready and not self.draining and now - self.reported_at <= STALE_AFTER
 
     def admissible(self, now: float) -> bool:
         """True if the router may place another request of some size on the worker."""
         return self.alive(now) and not self.paused_until_report and self.credits_left > 0
 
     @property
-    def block_size(self) -> int:
-        """Tokens per block; 0 before the first report."""
-        return self._reported.block_size
-
-    @property
     def capacity_tokens(self) -> int | None:
         """Longest sequence that the empty worker can hold, in tokens; None before its first report."""
-        reported = self._reported
-        if not reported.total_blocks:
+        if not self._total_blocks:
             return None
-        tokens = reported.total_blocks * reported.block_size
+        tokens = self._total_blocks * self.block_size
         return min(tokens, self.info.max_model_len) if self.info.max_model_len else tokens
 
     def could_hold(self, tokens: int) -> bool:
@@ -253,22 +230,20 @@ class Worker:
     @property
     def room_tokens(self) -> float:
         """Number of tokens that fit now; infinite while that is unknown."""
-        reported = self._reported
-        if not reported.total_blocks or not reported.block_size:
+        if not self._total_blocks or not self.block_size:
             return math.inf
-        return (reported.total_blocks - reported.used_blocks - self.placed_blocks) * reported.block_size
+        return (self._total_blocks - self._used_blocks - self.placed_blocks) * self.block_size
 
     @property
     def requests(self) -> int:
         """Number of requests on the worker as far as this router knows, those of other routers included."""
-        return max(self._reported.requests + self.placed, self.in_flight)
+        return max(self._reported_requests + self.placed, self.in_flight)
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens ahead of a new request (prefill)."""
-        return self._reported.queued_tokens + (self.placed_tokens if self.info.stage == PREFILL else 0)
+        return self._reported_tokens + (self.placed_tokens if self.info.stage == PREFILL else 0)
 
     def blocks(self, tokens: int) -> int:
         """Returns the number of blocks that hold ``tokens``; 0 while the block size is unknown."""
-        block_size = self._reported.block_size
-        return -(-tokens // block_size) if block_size else 0
+        return -(-tokens // self.block_size) if self.block_size else 0

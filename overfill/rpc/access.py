@@ -204,17 +204,6 @@ class AccessPolicy:
         return key
 
 
-def route_rule(rules: Mapping[str, Rule], path: str) -> Rule | None:
-    """Returns the rule of a path, also by templates such as ``/v1/models/{model:path}``; None if no rule exists."""
-    if path in rules:
-        return None if "{" in path else rules[path]
-    for template, rule in rules.items():
-        start, placeholder, _ = template.partition("{")
-        if placeholder and path.startswith(start) and len(path) > len(start):
-            return rule
-    return None
-
-
 def unknown(access: AccessPolicy, shown: str | None, roles: frozenset[Role] | None) -> None:
     """Checks whether a caller may learn that an RPC or route does not exist.
 

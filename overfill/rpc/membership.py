@@ -412,4 +412,4 @@ async def resolve(target: str) -> set[str]:
 
 
 RESOLVERS: dict[str, Resolver] = {"dns": resolve}
-"""Scheme of ``scheme:///name`` -> its resolver. ``overfill.cluster.directory`` adds ``ray``."""
+"""Scheme of ``scheme:///name`` -> its resolver. ``overfill.stack.ray.directory`` adds ``ray``."""

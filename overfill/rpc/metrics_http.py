@@ -19,7 +19,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from overfill.errors import OverfillError, Unauthenticated, Unavailable
-from overfill.rpc.access import METRICS_ROUTES, AccessPolicy, bearer, roles_of, route_rule, unknown
+from overfill.rpc.access import METRICS_ROUTES, AccessPolicy, bearer, roles_of, unknown
 from overfill.rpc.addresses import is_loopback, socket_host
 from overfill.rpc.reload import ReloadingValue
 from overfill.rpc.tls import ServerTls, TlsError, names_of
@@ -116,7 +116,7 @@ def _local_host(connection: socket.socket) -> str:
 
 def _admit(access: AccessPolicy, environ: dict[str, Any]) -> None:
     shown, roles = bearer(environ.get("HTTP_AUTHORIZATION", "")), environ["overfill.roles"]
-    rule = route_rule(METRICS_ROUTES, environ["PATH_INFO"])
+    rule = METRICS_ROUTES.get(environ["PATH_INFO"])
     if rule is None:
         unknown(access, shown, roles)
     else:

@@ -90,7 +90,8 @@ async def serve_sequences(
     writing.add_done_callback(end_with_writer)
     try:
         async for message in messages:
-            stream.handle(message)
+            for command in message.commands:
+                stream.handle(command)
         if gone:
             raise asyncio.CancelledError  # gRPC would log that it cannot send the status
     except asyncio.CancelledError:
@@ -118,18 +119,18 @@ class _RouterStream:
         self._run = run
         self._sequences: dict[int, tuple[ServedSequence, asyncio.Task[None]]] = {}
 
-    def handle(self, message: decode_pb2.RouterMessage) -> None:
+    def handle(self, command: decode_pb2.SequenceCommand) -> None:
         """Handles one command. A command that is not allowed fails its own sequence only."""
-        kind = message.WhichOneof("message")
-        sequence, task = self._sequences.get(message.sequence, (None, None))
+        kind = command.WhichOneof("message")
+        sequence, task = self._sequences.get(command.sequence, (None, None))
         if sequence is None or task is None:
             if kind == "start":
-                self._begin(message.sequence, message.start)
+                self._begin(command.sequence, command.start)
             # Other commands are about a sequence that has ended meanwhile.
         elif kind == "assign_prefill":
-            sequence.commands.put_nowait(message.assign_prefill)
+            sequence.commands.put_nowait(command.assign_prefill)
         elif kind == "evict":
-            sequence.commands.put_nowait(message.evict)
+            sequence.commands.put_nowait(command.evict)
         elif kind == "cancel":
             task.cancel()
         else:

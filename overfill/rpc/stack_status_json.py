@@ -1,51 +1,11 @@
-"""A stack's status as JSON, in two forms: one worker with addresses, and the whole stack without. No I/O."""
+"""A stack's status as JSON without addresses, as a router and ``overfill top`` give it. No I/O."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from overfill.rpc.stack_status import PoolStatus, RouterStatus, StackStatus, WorkerStatus
-
-
-def worker_json(worker: WorkerStatus) -> dict[str, Any]:
-    """One entry of a worker, with address and process id; the values that a silent worker does not report are null."""
-    process = worker.process
-    load = process.load if process is not None else None
-    return {
-        "id": worker.id,
-        "stage": worker.stage,
-        "colocated": worker.colocated,
-        "tier": worker.tier,
-        "engine": process.engine if process is not None else None,
-        "pid": process.pid if process is not None else None,
-        "address": worker.address,
-        "metrics_address": process.metrics_address if process is not None else None,
-        "kv_blocks_used": load.kv_blocks_used if load is not None else None,
-        "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
-        "kv_blocks_total": load.kv_blocks_total if load is not None else None,
-        "running": load.running if load is not None else None,
-        "waiting": load.waiting if load is not None else None,
-        "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
-        "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
-        "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
-    }
-
-
-def router_json(router: RouterStatus) -> dict[str, Any]:
-    """One router process with its own activity; the values that a silent router does not report are null."""
-    process, activity = router.process, router.activity
-    return {
-        "id": router.id,
-        "pid": process.pid if process is not None else None,
-        "state": router.state,
-        "address": router.address,
-        "metrics_address": process.metrics_address if process is not None else None,
-        "running": activity.running if activity is not None else None,
-        "waiting": activity.waiting if activity is not None else None,
-        "tokens_per_second": round(activity.tokens_per_second, 2) if activity is not None else None,
-        "answers_last_minute": activity.answers if activity is not None else None,
-    }
+from overfill.rpc.stack_status import PoolStatus, StackStatus, WorkerStatus
 
 
 def stack_json(status: StackStatus) -> dict[str, Any]:
@@ -55,7 +15,7 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
         "router": {"id": process.id, "state": "draining" if process.draining else "ready"},
         "serving": status.serving,
         "tiers": {name: pool_json(pool) for name, pool in status.tiers.items()},
-        "workers": [_short_worker_json(worker) for worker in status.workers],
+        "workers": [_worker_json(worker) for worker in status.workers],
     }
     if activity is not None:
         result |= {
@@ -77,7 +37,7 @@ def pool_json(pool: PoolStatus) -> dict[str, Any]:
     return counts if pool.tier is None else counts | {"brownout": pool.brownout}
 
 
-def _short_worker_json(worker: WorkerStatus) -> dict[str, Any]:
+def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
     process = worker.process
     load = process.load if process is not None else None
     result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "colocated": worker.colocated}

@@ -10,7 +10,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 PLACEHOLDERS = {
-    "routers": "HOST:PORT,...", "served_model_name": "NAME,...", "decoders": "NAME=PAIR:N;...",
+    "routers": "HOST:PORT,...", "served_model_name": "NAME,...", "tiers": "NAME=PAIR:N;...",
     "brownout": "'TIER > TIER...'", "allowed_origins": "ORIGIN,...", "engine_args": "JSON", "shared_cores": "FILE",
     "share_port": "FOLDER", "device": "auto|cpu|cuda[:N]", "otlp_traces_endpoint": "URL", "pair": "PAIR",
     "host": "HOST", "metrics_host": "HOST", "default_tier": "TIER", "tier": "TIER", "advertise": "HOST[:PORT]",
@@ -73,6 +73,8 @@ def _words(kind: Any, limits: dict[str, float]) -> str:
     if get_origin(kind) is Literal:
         *others, last = map(str, get_args(kind))
         return f"{', '.join(others)} or {last}" if others else last
+    if kind is bool:
+        return "on or off"
     if kind is ByteSize:
         return "a size such as 512MiB or 4GB"
     if kind not in (int, float):
@@ -88,4 +90,4 @@ def _words(kind: Any, limits: dict[str, float]) -> str:
 def _short(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
-    return {int: "N", float: "NUMBER", ByteSize: "SIZE", Path: "FILE"}.get(kind, "TEXT")
+    return {bool: "on|off", int: "N", float: "NUMBER", ByteSize: "SIZE", Path: "FILE"}.get(kind, "TEXT")

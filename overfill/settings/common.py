@@ -69,9 +69,7 @@ class CommonSettings(SettingsReader):
     )
     log_level: LogLevel = Field("info", description="lowest level of messages that are logged to stderr")
     log_format: LogFormat = Field("text", description="format of the log: text lines, or one JSON object per line")
-    log_requests: Literal["on", "off"] = Field(
-        "off", description="log a line at the end of each request, without prompt and answer"
-    )
+    log_requests: bool = Field(False, description="log a line at the end of each request, without prompt and answer")
     otlp_traces_endpoint: Url = Field(
         "",
         description="URL to which traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; by default "

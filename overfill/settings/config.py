@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import SettingsConfigDict
 
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
@@ -25,7 +23,6 @@ from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, read_config_file
-from overfill.settings.renamed import rename_keys
 from overfill.settings.tiers import (
     TierOrder,
     Tiers,
@@ -37,8 +34,8 @@ from overfill.settings.tiers import (
 from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
 UP_KEYS = (
-    "colocated", "prefill", "decode", "decoder", "default-tier", "brownout", "router", "log-dir", "mock", "ray",
-    "address", "name", "worker-cpus", "worker-gpus", "max-prefill", "max-decode", "ttft-objective", "itl-objective",
+    "colocated", "prefill", "decode", "tier", "router", "log-dir", "ray", "ray-address", "name", "worker-cpus",
+    "worker-gpus", "max-prefill", "max-decode",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
 
@@ -79,13 +76,14 @@ class WorkerConfig(ServiceConfig):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="engine that runs the model: overfill or vllm; auto is vllm on the first CUDA device, if it is "
-        "installed and fits the model, and overfill otherwise; the workers of a stack may use different engines",
+        description="engine that runs the model: overfill or vllm, or mock, which computes nothing and plays scripts; "
+        "auto is vllm on the first CUDA device, if it is installed and fits the model, and overfill otherwise; the "
+        "workers of a stack may use different engines, except for mock",
     )
     engine_args: EngineArgs = Field(
         "",
-        description="arguments of vLLM itself, as a JSON object of its EngineArgs by name, such as "
-        "'{\"enforce_eager\": true}'; only for those that no other setting sets",
+        description="arguments of the engine itself, as a JSON object by name: of vLLM its EngineArgs that no other "
+        "setting sets, such as '{\"enforce_eager\": true}'; of the mock engine its times and scripts",
     )
     block_size: int | None = Field(
         None, ge=1, description="tokens per KV block; by default 16, or what vLLM chooses for the device"
@@ -106,11 +104,11 @@ class WorkerConfig(ServiceConfig):
         None, ge=2, description="maximum tokens of a prompt with its answer; by default the model's context length"
     )
     max_num_seqs: int = Field(64, ge=1, description="maximum number of sequences in one step")
-    shm: Literal["on", "off"] = Field(
-        "on", description="whether workers on one host exchange KV through shared memory instead of sockets"
+    shm: bool = Field(
+        True, description="exchange KV between workers of one host through shared memory instead of sockets"
     )
-    prefix_cache: Literal["on", "off"] = Field(
-        "on", description="keep the KV of prompts, while memory allows, for later prompts with the same beginning"
+    prefix_cache: bool = Field(
+        True, description="keep the KV of prompts, while memory allows, for later prompts with the same beginning"
     )
     max_transfer_time: float = Field(
         MAX_TRANSFER_TIME,
@@ -147,7 +145,7 @@ class WorkerConfig(ServiceConfig):
 class PrefillConfig(WorkerConfig):
     """Prefill worker: runs the full model. Each flag is also a variable, such as OVERFILL_PREFILL_KV_MEMORY."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_PREFILL_")
+    prefix = "OVERFILL_PREFILL_"
     program = "overfill-prefill"
     section = "prefill"
 
@@ -157,13 +155,13 @@ class PrefillConfig(WorkerConfig):
 class DecodeConfig(WorkerConfig):
     """Decode worker: runs the decoder. Each flag is also a variable, such as OVERFILL_DECODE_KV_MEMORY."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_DECODE_")
+    prefix = "OVERFILL_DECODE_"
     program = "overfill-decode"
     section = "decode"
 
     tier: str = Field(
         "",
-        description="tier to which this worker belongs, one of the routers' --decoders; empty means the only tier",
+        description="tier to which this worker belongs, one of the routers' --tiers; empty means the only tier",
     )
     quantize: Quantization | None = Field(
         None,
@@ -194,7 +192,7 @@ class DecodeConfig(WorkerConfig):
     def decoder_settings(self) -> dict[str, str]:
         """The settings of a tier that say how this worker runs the pair's decoder. Routers compare them."""
         settings = {} if self.quantize is None else {"quantize": str(self.quantize)}
-        return settings if self.kv_cache_dtype == "auto" else settings | {"kv-cache-dtype": str(self.kv_cache_dtype)}
+        return settings if self.kv_cache_dtype == "auto" else settings | {"kv_cache_dtype": str(self.kv_cache_dtype)}
 
     @property
     def codec(self) -> CodecName:
@@ -204,11 +202,11 @@ class DecodeConfig(WorkerConfig):
 
 class ColocatedConfig(DecodeConfig):
     """Worker with both stages: runs the full model and the decoder, in turn. Each flag is also a variable, such as
-    OVERFILL_WORKER_KV_MEMORY."""
+    OVERFILL_COLOCATED_KV_MEMORY."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_WORKER_")
-    program = "overfill-worker"
-    section = "worker"
+    prefix = "OVERFILL_COLOCATED_"
+    program = "overfill-colocated"
+    section = "colocated"
 
     max_num_batched_tokens: int = Field(
         2048,
@@ -240,7 +238,7 @@ class ColocatedConfig(DecodeConfig):
                 "--engine vllm: a worker with both stages runs on OverFill's own engine; for vLLM start a worker for "
                 "each stage, as `overfill up --prefill 1 --decode 1 --engine vllm` does"
             )
-        if self.engine_args:
+        if self.engine_args and self.engine != "mock":
             raise ValueError(
                 "--engine-args are for vLLM, and a worker with both stages runs on OverFill's own engine: remove them"
             )
@@ -250,7 +248,7 @@ class ColocatedConfig(DecodeConfig):
 class RouterConfig(ServiceConfig):
     """Router: clients' APIs, queue, placement. Each flag is also a variable, such as OVERFILL_ROUTER_MAX_QUEUE."""
 
-    model_config = SettingsConfigDict(env_prefix="OVERFILL_ROUTER_")
+    prefix = "OVERFILL_ROUTER_"
     program = "overfill-router"
     section = "router"
     rpcs = ROUTER_RPCS
@@ -258,7 +256,7 @@ class RouterConfig(ServiceConfig):
     pair: PairName = Field(
         "",
         description="name of a pair (default, fast, identity) or a pair's folder, of which the router reads the "
-        "tokenizer; by default that of the default tier of --decoders",
+        "tokenizer; by default that of the default tier of --tiers",
     )
     port: Port = Field(7600, description="port to listen on; 0 picks a free one")
     share_port: Path | None = Field(
@@ -275,15 +273,14 @@ class RouterConfig(ServiceConfig):
         description="model names that clients may request, separated by commas; answers carry the first; by default "
         "the pair's name",
     )
-    decoders: Tiers = Field(
+    tiers: Tiers = Field(
         (),
         description="tiers of the stack, separated by semicolons, each NAME=PAIR[:WORKERS][,SETTING=VALUE...]; the "
         "router's settings are fallback=TIER, ttft-objective and itl-objective; by default one tier, of --pair",
     )
     default_tier: str = Field(
         "",
-        description="tier of requests that name none; by default the tier called default, or else the first of "
-        "--decoders",
+        description="tier of requests that name none; by default the tier called default, or else the first of --tiers",
     )
     brownout: TierOrder = Field(
         (),
@@ -365,19 +362,19 @@ class RouterConfig(ServiceConfig):
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:
-        if not self.pair and not self.decoders:
-            pair, decoders = self.variable("pair"), self.variable("decoders")
-            raise ValueError(f"give --pair (or {pair}), or for several tiers --decoders (or {decoders})")
-        check_tiers(self.tiers, self.default_tier, self.brownout)
+        if not self.pair and not self.tiers:
+            pair, tiers = self.variable("pair"), self.variable("tiers")
+            raise ValueError(f"give --pair (or {pair}), or for several tiers --tiers (or {tiers})")
+        check_tiers(self.ordered_tiers, self.default_tier, self.brownout)
         return self
 
     @property
-    def tiers(self) -> tuple[TierSpec, ...]:
+    def ordered_tiers(self) -> tuple[TierSpec, ...]:
         """The tiers of the stack, the default one first."""
-        if not self.decoders:
-            return (TierSpec(DEFAULT_TIER, self.pair, max(1, self.expect_decode)),)
-        first = default_tier([tier.name for tier in self.decoders], self.default_tier)
-        return tuple(sorted(self.decoders, key=lambda tier: tier.name != first))
+        if not self.tiers:
+            return (TierSpec(name=DEFAULT_TIER, pair=self.pair, replicas=max(1, self.expect_decode)),)
+        first = default_tier([tier.name for tier in self.tiers], self.default_tier)
+        return tuple(sorted(self.tiers, key=lambda tier: tier.name != first))
 
     @model_validator(mode="after")
     def _check_shared_port(self) -> Self:
@@ -419,28 +416,18 @@ def read_checked(path: Path) -> ConfigFile:
     """Reads a settings file and checks that all its keys exist. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
     known = {COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS}
-    file = _with_new_keys(read_config_file(path), known)
+    file = read_config_file(path)
     file.check(known)
     # TOML has booleans, which a numeric field would accept as 0 or 1, and `off` must be written "off" there.
+    switches = {
+        flag_name(name) for kind in SERVICES for name, field in kind.model_fields.items() if field.annotation is bool
+    }
     faults = [
         f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
         for section, settings in file.sections.items()
         for key, value in settings.items()
-        if section != "up" and isinstance(value, bool)
+        if section != "up" and isinstance(value, bool) and key not in switches
     ]
     if faults:
         raise BadConfigFile(faults)
     return file
-
-
-def _with_new_keys(file: ConfigFile, known: Mapping[str, Collection[str]]) -> ConfigFile:
-    """Returns ``file`` with earlier keys replaced. Raises BadConfigFile when both names of a setting are present."""
-    sections, faults = {}, []
-    for section, settings in file.sections.items():
-        try:
-            sections[section] = rename_keys(section, settings, known.get(section, ()))
-        except ValueError as error:
-            faults.append(f"{file.path}: {error}")
-    if faults:
-        raise BadConfigFile(faults)
-    return ConfigFile(file.path, sections)

@@ -14,8 +14,8 @@ from overfill.settings.config_file import flag_name, nearest
 
 def read_flags(
     argv: Sequence[str], fields: Mapping[str, FieldInfo], program: str, about: str, separators: Mapping[str, str]
-) -> dict[str, str]:
-    """Returns field -> text of each flag in ``argv``; an empty value counts as not set.
+) -> dict[str, str | bool]:
+    """Returns field -> text of each flag in ``argv``, or a bool; an empty value counts as not set.
 
     Prints help for --help and exits with 0. Prints what is wrong with a flag on stderr and exits with 2.
 
@@ -25,6 +25,15 @@ def read_flags(
     """
     parser = _Parser(program, about)
     for name, field in fields.items():
+        if field.annotation is bool:
+            parser.add_argument(
+                f"--{flag_name(name)}",
+                dest=name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=help_of(field).replace("%", "%%"),
+            )
+            continue
         several = isinstance(field.default, tuple)
         parser.add_argument(
             f"--{flag_name(name)}",
@@ -32,25 +41,31 @@ def read_flags(
             action="append" if several else "store",
             default=argparse.SUPPRESS,
             metavar=placeholder(name, field),
-            help=_help(field).replace("%", "%%"),
+            help=help_of(field).replace("%", "%%"),
         )
     given = vars(parser.parse_args(argv))
     texts = {
         name: separators.get(name, ",").join(value) if isinstance(value, list) else value
         for name, value in given.items()
     }
-    return {name: text for name, text in texts.items() if text}
+    return {name: text for name, text in texts.items() if text != ""}
 
 
-def _help(field: FieldInfo) -> str:
+def help_of(field: FieldInfo) -> str:
     """Returns a flag's help. A default is shown if the description does not say it."""
     about = field.description or ""
     if field.is_required():
         return f"{about} (required)"
     if field.default in (None, "", ()):
         return about
-    default = f"{field.default:g}" if isinstance(field.default, float) else field.default
-    return f"{about} (default: {default})"
+    return f"{about} (default: {default_text(field)})"
+
+
+def default_text(field: FieldInfo) -> str:
+    """Returns a field's default as users write it."""
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
 class _Parser(argparse.ArgumentParser):

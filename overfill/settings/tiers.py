@@ -1,19 +1,18 @@
-"""Tiers: the decoders of a stack, each with its own pool of decode workers behind the one pool of prefill workers.
+"""Pools and tiers as users write them, in a document of a stack and in flags. No torch.
 
-All pairs of a stack have the same full model. A tier is written ``NAME=PAIR[:N][,SETTING=VALUE...]``, such as
-``fast=fast:2,quantize=int8``. ``overfill up --decoder`` and a router's ``--decoders`` read the same text. No torch.
+A tier is one of a stack's decoders, with its own pool of decode workers behind the one pool of prefill workers. All
+pairs of a stack have the same full model. As text, a tier is ``NAME=PAIR[:N][,SETTING=VALUE...]``, such as
+``fast=fast:2,quantize=int8``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator
-from pydantic_settings import NoDecode
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from overfill.kv.spec import Quantization
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
@@ -21,63 +20,109 @@ from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
 MAX_TIERS = 16
 """Maximum number of tiers of a stack: metrics have series for each."""
 
-ROUTER_SETTINGS = ("fallback", "ttft-objective", "itl-objective")
-"""Settings of a tier that routers read. All other settings are for decode workers, or for ``overfill up``."""
-
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")  # also a valid DNS label
 _SPEC = re.compile(r"(?P<name>[^=]*)=(?P<pair>[^,]+?)(:(?P<count>\d+))?(?P<settings>,.*)?", re.DOTALL)
 _NEXT_SETTING = re.compile(r",(?=[a-z][a-z0-9-]*=)")  # a comma within a JSON value starts no setting
 
+TEXT_FIELDS = {
+    "fallback": "fallback", "ttft-objective": "ttft_objective", "itl-objective": "itl_objective", "max": "max_replicas",
+}  # fmt: skip
+"""Names in a tier's text that are fields of the tier. All other names are settings of its decode workers."""
 
-@dataclass(frozen=True, slots=True)
-class TierSpec:
-    """One tier as users write it.
+
+class PoolSpec(BaseModel):
+    """A pool: equal processes of a stack.
 
     Attributes:
-        name: name of the tier.
-        pair: named pair, or a pair's folder; its decoder writes the tier's answers.
-        count: number of decode workers.
-        settings: further settings by name, in kebab-case.
+        replicas: number of processes; with ``max_replicas``, the minimum and initial number.
+        max_replicas: maximum number, on Ray; None means that the number is fixed.
+        num_cpus, num_gpus, resources: resources that Ray reserves for each process. Fractions share a CPU or GPU, and
+            the GPU's memory. A process with ``num_gpus`` 0 sees no GPU.
+        settings: settings of this pool only, by field.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    num_cpus: float = Field(default=0.3, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
+        return self
+
+    @property
+    def most(self) -> int:
+        """Maximum number of processes, not counting those that replace others."""
+        return self.max_replicas or self.replicas
+
+
+class TierSpec(PoolSpec):
+    """A tier and its pool of decode workers.
+
+    Attributes:
+        replicas: as in ``PoolSpec``; 0 if only colocated workers decode in the tier. A router counts these too.
+        name: name of the tier; in a document of a stack, the key.
+        pair: named pair, or a pair's folder; its decoder writes the tier's answers.
+        fallback: tier in which answers go on when this one has no worker left; empty means that they wait.
+        ttft_objective, itl_objective: objectives of this tier, in seconds; None means the routers'.
+    """
+
+    replicas: int = Field(default=1, ge=0)
     name: str
     pair: str
-    count: int = 1
-    settings: Mapping[str, str] = field(default_factory=dict)
+    fallback: str = ""
+    ttft_objective: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    itl_objective: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        check_tier_name(self.name)
+        return self
 
     @classmethod
-    def parse(cls, text: str, least: int = 1) -> TierSpec:
+    def parse(cls, text: str, least: int = 1) -> Self:
         """Reads ``NAME=PAIR[:N][,SETTING=VALUE...]``. Raises ValueError, also if N is less than ``least``."""
         match = _SPEC.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"{text!r}: expected NAME=PAIR, NAME=PAIR:N or NAME=PAIR:N,SETTING=VALUE")
         check_tier_name(match["name"])
-        settings: dict[str, str] = {}
+        given: dict[str, str] = {}
         for part in _NEXT_SETTING.split(match["settings"] or "")[1:]:
             name, _, value = part.partition("=")
-            if name in settings:
+            if name in given:
                 raise ValueError(f"tier {match['name']!r}: {name} is given twice")
-            settings[name] = value
-        if (match["settings"] or "").strip(",") and not settings:
+            given[name] = value
+        if (match["settings"] or "").strip(",") and not given:
             raise ValueError(f"tier {match['name']!r}: expected SETTING=VALUE after the comma in {text!r}")
         count = 1 if match["count"] is None else int(match["count"])
         if count < least:
             raise ValueError(
                 f"tier {match['name']!r}: the number of decode workers must be at least {least}, got {count}"
             )
-        spec = cls(match["name"], match["pair"], count, settings)
-        for setting in ("ttft-objective", "itl-objective"):
-            spec.seconds(setting)
-        return spec
+        own: dict[str, Any] = {TEXT_FIELDS[name]: given.pop(name) for name in [*given] if name in TEXT_FIELDS}
+        for name in ("ttft-objective", "itl-objective"):
+            if (field := TEXT_FIELDS[name]) in own:
+                own[field] = _seconds(match["name"], name, own[field])
+        if (most := own.get("max_replicas")) is not None:
+            if not most.isdecimal() or int(most) < max(count, 1):
+                raise ValueError(
+                    f"tier {match['name']!r}: max must be a number of workers of at least {max(count, 1)}, got {most!r}"
+                )
+            own["max_replicas"] = int(most)
+        settings = {name.replace("-", "_"): value for name, value in given.items()}
+        return cls(name=match["name"], pair=match["pair"], replicas=count, settings=settings, **own)
 
     def __str__(self) -> str:
-        settings = "".join(f",{name}={value}" for name, value in self.settings.items())
-        return f"{self.name}={self.pair}:{self.count}{settings}"
-
-    @property
-    def fallback(self) -> str:
-        """Tier in which an answer goes on when this tier has no worker left; empty means that it waits."""
-        return self.settings.get("fallback", "")
+        own = {name: getattr(self, field) for name, field in TEXT_FIELDS.items()}
+        own = {name: value for name, value in own.items() if value not in (None, "")}
+        own |= {name.replace("_", "-"): value for name, value in self.settings.items()}
+        return f"{self.name}={self.pair}:{self.replicas}" + "".join(f",{name}={value}" for name, value in own.items())
 
     @property
     def quantize(self) -> Quantization | None:
@@ -85,19 +130,15 @@ class TierSpec:
         value = self.settings.get("quantize")
         return None if value is None else "int8" if value == "int8" else "none"
 
-    def seconds(self, setting: str) -> float | None:
-        """The setting as seconds; None if it is not given. Raises ValueError if it is not a number above 0."""
-        if setting not in self.settings:
-            return None
-        try:
-            value = float(self.settings[setting])
-        except ValueError:
-            value = 0.0
-        if not 0 < value < math.inf:
-            raise ValueError(
-                f"tier {self.name!r}: {setting} must be a number of seconds above 0, got {self.settings[setting]!r}"
-            )
-        return value
+
+def _seconds(tier: str, name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ValueError(f"tier {tier!r}: {name} must be a number of seconds above 0, got {text!r}")
+    return value
 
 
 def check_tier_name(name: str) -> None:
@@ -148,8 +189,8 @@ def parse_order(value: object) -> object:
     return names if value.strip() else ()
 
 
-Tiers = Annotated[tuple[TierSpec, ...], NoDecode, BeforeValidator(_parse_all)]
+Tiers = Annotated[tuple[TierSpec, ...], BeforeValidator(_parse_all)]
 """Several tiers, separated by semicolons."""
 
-TierOrder = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_order)]
+TierOrder = Annotated[tuple[str, ...], BeforeValidator(parse_order)]
 """Names of tiers, separated by ``>``."""

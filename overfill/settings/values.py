@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
-from pydantic_settings import NoDecode
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PlainSerializer
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-EngineChoice = Literal["auto", "overfill", "vllm"]
+EngineChoice = Literal["auto", "overfill", "vllm", "mock"]
 
 
 def _split(value: object) -> object:
@@ -55,6 +54,10 @@ def _check_positive(size: ByteSize) -> ByteSize:
     return size
 
 
+def _short_size(size: int) -> str | int:
+    return int(size) if size % (1 << 20) else f"{size >> 20}MiB"
+
+
 def _check_engine_args(text: str) -> str:
     """Returns the JSON object in one form, so that equal settings are equal text; empty without arguments."""
     try:
@@ -67,12 +70,12 @@ def _check_engine_args(text: str) -> str:
 
 
 EngineArgs = Annotated[str, AfterValidator(_check_engine_args)]
-Bytes = Annotated[ByteSize, AfterValidator(_check_positive)]
+Bytes = Annotated[ByteSize, AfterValidator(_check_positive), PlainSerializer(_short_size, when_used="json")]
 Device = Annotated[str, AfterValidator(_check_device)]
 Url = Annotated[str, AfterValidator(_check_url)]
-Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], NoDecode, BeforeValidator(_split)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], NoDecode, BeforeValidator(_split)]
+Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 # Text, because a Path would turn the folder ./default into the name default.
 PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
-from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
 
 WorkerStage = Literal["prefill", "decode"]
 WorkerSettings = PrefillConfig | DecodeConfig
@@ -31,17 +30,9 @@ class WorkerKind:
 
 PREFILL = WorkerKind("prefill", ("prefill",), PrefillConfig, "services.prefill.main")
 DECODE = WorkerKind("decode", ("decode",), DecodeConfig, "services.decode.main")
-COLOCATED = WorkerKind("worker", ("prefill", "decode"), ColocatedConfig, "services.worker.main")
+COLOCATED = WorkerKind("colocated", ("prefill", "decode"), ColocatedConfig, "services.colocated.main")
 
-REAL_KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
-MOCK_KINDS = {
-    kind.name: WorkerKind(kind.name, kind.stages, settings, f"services.mock {kind.name}")
-    for kind, settings in ((PREFILL, MockPrefillConfig), (DECODE, MockDecodeConfig), (COLOCATED, MockColocatedConfig))
-}
-"""Kinds by name: those that compute, and those that do not (``services.mock``)."""
+KINDS = {kind.name: kind for kind in (PREFILL, DECODE, COLOCATED)}
 
-VARIABLE_PREFIXES = tuple(
-    str(settings.model_config["env_prefix"])
-    for settings in (RouterConfig, *(kind.settings for kinds in (REAL_KINDS, MOCK_KINDS) for kind in kinds.values()))
-)
+VARIABLE_PREFIXES = tuple(settings.prefix for settings in (RouterConfig, *(kind.settings for kind in KINDS.values())))
 """Prefixes of variables that set a service. The planner of a stack reads them and passes flags to its processes."""

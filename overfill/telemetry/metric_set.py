@@ -27,6 +27,22 @@ Sampled = Iterable[tuple[Sequence[str], float]]
 Counts = collections.Counter[tuple[str, ...]]
 """Numbers of events by label values. One thread adds, at a tenth of the cost of ``Counter``; any thread reads."""
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+LATENCY_BUCKETS = tuple(
+    float(f"{digit * scale:.2g}")
+    for scale, digits in (
+        (1e-4, (5, 7)),
+        *((10.0**e, (1, 1.5, 2, 3, 5, 7)) for e in range(-3, 1)),
+        (10.0, (1, 2, 3, 6)),
+    )
+    for digit in digits
+)
+"""Seconds, 0.5 ms to 60 s. Up to 10 s, each bound is at most 1.7 times the previous one."""
+
+BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0)
+TOKEN_BUCKETS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+
 _M = TypeVar("_M", Counter, Histogram)
 
 

@@ -26,7 +26,7 @@ from overfill.v1 import common_pb2 as overfill_dot_v1_dot_common__pb2
 from overfill.v1 import kv_pb2 as overfill_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18overfill/v1/decode.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x14overfill/v1/kv.proto\"\x17\n\x15\x44\x65scribeDecodeRequest\"\xf6\x01\n\x16\x44\x65scribeDecodeResponse\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12)\n\x05model\x18\x05 \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x06 \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12\x11\n\tlayer_map\x18\x07 \x03(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x0e\n\x06\x65ngine\x18\t \x01(\t\"\xdf\x01\n\rRouterMessage\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x18.overfill.v1.StartDecodeH\x00\x12\x34\n\x0e\x61ssign_prefill\x18\x03 \x01(\x0b\x32\x1a.overfill.v1.AssignPrefillH\x00\x12#\n\x05\x65vict\x18\x04 \x01(\x0b\x32\x12.overfill.v1.EvictH\x00\x12+\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x19.overfill.v1.CancelDecodeH\x00\x42\t\n\x07message\"\xe7\x03\n\x0bStartDecode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1c\n\x14\x65xpected_incarnation\x18\x03 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x05 \x03(\r\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x08 \x01(\t\x12\r\n\x05trace\x18\t \x01(\x08\x12\x14\n\x0csample_index\x18\n \x01(\r\x12#\n\x05\x63odec\x18\x0b \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x19\n\x0ctime_left_ns\x18\x0c \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x32\n\x0e\x61ssign_prefill\x18\x0e \x01(\x0b\x32\x1a.overfill.v1.AssignPrefill\x12\x19\n\x0c\x61nswer_start\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x10 \x01(\tB\x0f\n\r_time_left_nsB\x0f\n\r_answer_start\"z\n\rAssignPrefill\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x30\n\x0e\x64\x61ta_addresses\x18\x04 \x03(\x0b\x32\x18.overfill.v1.DataAddress\"\x17\n\x05\x45vict\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0c\x43\x61ncelDecode\"=\n\rWorkerMessage\x12,\n\x07updates\x18\x01 \x03(\x0b\x32\x1b.overfill.v1.SequenceUpdate\"\xb2\x02\n\x0eSequenceUpdate\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12)\n\x08reserved\x18\x02 \x01(\x0b\x32\x15.overfill.v1.ReservedH\x00\x12\x30\n\x0cneed_prefill\x18\x03 \x01(\x0b\x32\x18.overfill.v1.NeedPrefillH\x00\x12%\n\x06tokens\x18\x04 \x01(\x0b\x32\x13.overfill.v1.TokensH\x00\x12\'\n\x07refused\x18\x05 \x01(\x0b\x32\x14.overfill.v1.RefusedH\x00\x12\'\n\x04\x64one\x18\x06 \x01(\x0b\x32\x17.overfill.v1.DecodeDoneH\x00\x12-\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x1b.overfill.v1.SequenceFailedH\x00\x42\t\n\x07message\"2\n\x0eSequenceFailed\x12\x0e\n\x06status\x18\x01 \x01(\x0c\x12\x10\n\x08trace_id\x18\x02 \x01(\t\"2\n\x08Reserved\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\x16\n\x0ereservation_ns\x18\x02 \x01(\x04\"\xff\x01\n\x0bNeedPrefill\x12/\n\x06reason\x18\x01 \x01(\x0e\x32\x1f.overfill.v1.NeedPrefill.Reason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bstep_failed\x18\x04 \x01(\x08\"\x86\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_PREEMPTED\x10\x01\x12\x19\n\x15REASON_PREFILL_FAILED\x10\x02\x12\x1a\n\x16REASON_PREFILL_REFUSED\x10\x03\x12\x17\n\x13REASON_INCOMPATIBLE\x10\x04\"\x93\x02\n\x06Tokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.overfill.v1.TokenLogprobs\x12\x1d\n\x10prefill_queue_ns\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1f\n\x12prefill_compute_ns\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\treturn_ns\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\'\n\x06so_far\x18\x07 \x01(\x0b\x32\x17.overfill.v1.DecodeDoneB\x13\n\x11_prefill_queue_nsB\x15\n\x13_prefill_compute_nsB\x0c\n\n_return_ns\"@\n\x07Refused\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xe2\x01\n\nWorkerLoad\x12\x16\n\x0ekv_blocks_used\x18\x01 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x15\n\rqueued_tokens\x18\x07 \x01(\x04\x12\x1f\n\x17prefix_tokens_looked_up\x18\x08 \x01(\x04\x12\x1b\n\x13prefix_tokens_found\x18\t \x01(\x04\"\xba\x02\n\nDecodeDone\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.overfill.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.overfill.v1.Usage\x12\x1f\n\x12handoff_exposed_ns\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\tdecode_ns\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12(\n\x05trace\x18\x06 \x01(\x0b\x32\x19.overfill.v1.HandoffTrace\x12#\n\x05\x63odec\x18\x07 \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x08 \x01(\tB\x15\n\x13_handoff_exposed_nsB\x0c\n\n_decode_ns2\xa2\x01\n\x06\x44\x65\x63ode\x12S\n\x08\x44\x65scribe\x12\".overfill.v1.DescribeDecodeRequest\x1a#.overfill.v1.DescribeDecodeResponse\x12\x43\n\x05Serve\x12\x1a.overfill.v1.RouterMessage\x1a\x1a.overfill.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18overfill/v1/decode.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x14overfill/v1/kv.proto\"\x17\n\x15\x44\x65scribeDecodeRequest\"\xf6\x01\n\x16\x44\x65scribeDecodeResponse\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12)\n\x05model\x18\x05 \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x06 \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12\x11\n\tlayer_map\x18\x07 \x03(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x0e\n\x06\x65ngine\x18\t \x01(\t\"?\n\rRouterMessage\x12.\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1c.overfill.v1.SequenceCommand\"\xe1\x01\n\x0fSequenceCommand\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12)\n\x05start\x18\x02 \x01(\x0b\x32\x18.overfill.v1.StartDecodeH\x00\x12\x34\n\x0e\x61ssign_prefill\x18\x03 \x01(\x0b\x32\x1a.overfill.v1.AssignPrefillH\x00\x12#\n\x05\x65vict\x18\x04 \x01(\x0b\x32\x12.overfill.v1.EvictH\x00\x12+\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x19.overfill.v1.CancelDecodeH\x00\x42\t\n\x07message\"\xe7\x03\n\x0bStartDecode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1c\n\x14\x65xpected_incarnation\x18\x03 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x05 \x03(\r\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x08 \x01(\t\x12\r\n\x05trace\x18\t \x01(\x08\x12\x14\n\x0csample_index\x18\n \x01(\r\x12#\n\x05\x63odec\x18\x0b \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x19\n\x0ctime_left_ns\x18\x0c \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x32\n\x0e\x61ssign_prefill\x18\x0e \x01(\x0b\x32\x1a.overfill.v1.AssignPrefill\x12\x19\n\x0c\x61nswer_start\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x10 \x01(\tB\x0f\n\r_time_left_nsB\x0f\n\r_answer_start\"z\n\rAssignPrefill\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x30\n\x0e\x64\x61ta_addresses\x18\x04 \x03(\x0b\x32\x18.overfill.v1.DataAddress\"\x17\n\x05\x45vict\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x0e\n\x0c\x43\x61ncelDecode\"=\n\rWorkerMessage\x12,\n\x07updates\x18\x01 \x03(\x0b\x32\x1b.overfill.v1.SequenceUpdate\"\xb2\x02\n\x0eSequenceUpdate\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12)\n\x08reserved\x18\x02 \x01(\x0b\x32\x15.overfill.v1.ReservedH\x00\x12\x30\n\x0cneed_prefill\x18\x03 \x01(\x0b\x32\x18.overfill.v1.NeedPrefillH\x00\x12%\n\x06tokens\x18\x04 \x01(\x0b\x32\x13.overfill.v1.TokensH\x00\x12\'\n\x07refused\x18\x05 \x01(\x0b\x32\x14.overfill.v1.RefusedH\x00\x12\'\n\x04\x64one\x18\x06 \x01(\x0b\x32\x17.overfill.v1.DecodeDoneH\x00\x12-\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x1b.overfill.v1.SequenceFailedH\x00\x42\t\n\x07message\"2\n\x0eSequenceFailed\x12\x0e\n\x06status\x18\x01 \x01(\x0c\x12\x10\n\x08trace_id\x18\x02 \x01(\t\"2\n\x08Reserved\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\x16\n\x0ereservation_ns\x18\x02 \x01(\x04\"\xff\x01\n\x0bNeedPrefill\x12/\n\x06reason\x18\x01 \x01(\x0e\x32\x1f.overfill.v1.NeedPrefill.Reason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bstep_failed\x18\x04 \x01(\x08\"\x86\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_PREEMPTED\x10\x01\x12\x19\n\x15REASON_PREFILL_FAILED\x10\x02\x12\x1a\n\x16REASON_PREFILL_REFUSED\x10\x03\x12\x17\n\x13REASON_INCOMPATIBLE\x10\x04\"\x93\x02\n\x06Tokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.overfill.v1.TokenLogprobs\x12\x1d\n\x10prefill_queue_ns\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1f\n\x12prefill_compute_ns\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\treturn_ns\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\'\n\x06so_far\x18\x07 \x01(\x0b\x32\x17.overfill.v1.DecodeDoneB\x13\n\x11_prefill_queue_nsB\x15\n\x13_prefill_compute_nsB\x0c\n\n_return_ns\"@\n\x07Refused\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xe2\x01\n\nWorkerLoad\x12\x16\n\x0ekv_blocks_used\x18\x01 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x15\n\rqueued_tokens\x18\x07 \x01(\x04\x12\x1f\n\x17prefix_tokens_looked_up\x18\x08 \x01(\x04\x12\x1b\n\x13prefix_tokens_found\x18\t \x01(\x04\"\xba\x02\n\nDecodeDone\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.overfill.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.overfill.v1.Usage\x12\x1f\n\x12handoff_exposed_ns\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\tdecode_ns\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x11prefill_worker_id\x18\x05 \x01(\t\x12(\n\x05trace\x18\x06 \x01(\x0b\x32\x19.overfill.v1.HandoffTrace\x12#\n\x05\x63odec\x18\x07 \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x08 \x01(\tB\x15\n\x13_handoff_exposed_nsB\x0c\n\n_decode_ns2\xa2\x01\n\x06\x44\x65\x63ode\x12S\n\x08\x44\x65scribe\x12\".overfill.v1.DescribeDecodeRequest\x1a#.overfill.v1.DescribeDecodeResponse\x12\x43\n\x05Serve\x12\x1a.overfill.v1.RouterMessage\x1a\x1a.overfill.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,36 +37,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEDECODEREQUEST']._serialized_end=112
   _globals['_DESCRIBEDECODERESPONSE']._serialized_start=115
   _globals['_DESCRIBEDECODERESPONSE']._serialized_end=361
-  _globals['_ROUTERMESSAGE']._serialized_start=364
-  _globals['_ROUTERMESSAGE']._serialized_end=587
-  _globals['_STARTDECODE']._serialized_start=590
-  _globals['_STARTDECODE']._serialized_end=1077
-  _globals['_ASSIGNPREFILL']._serialized_start=1079
-  _globals['_ASSIGNPREFILL']._serialized_end=1201
-  _globals['_EVICT']._serialized_start=1203
-  _globals['_EVICT']._serialized_end=1226
-  _globals['_CANCELDECODE']._serialized_start=1228
-  _globals['_CANCELDECODE']._serialized_end=1242
-  _globals['_WORKERMESSAGE']._serialized_start=1244
-  _globals['_WORKERMESSAGE']._serialized_end=1305
-  _globals['_SEQUENCEUPDATE']._serialized_start=1308
-  _globals['_SEQUENCEUPDATE']._serialized_end=1614
-  _globals['_SEQUENCEFAILED']._serialized_start=1616
-  _globals['_SEQUENCEFAILED']._serialized_end=1666
-  _globals['_RESERVED']._serialized_start=1668
-  _globals['_RESERVED']._serialized_end=1718
-  _globals['_NEEDPREFILL']._serialized_start=1721
-  _globals['_NEEDPREFILL']._serialized_end=1976
-  _globals['_NEEDPREFILL_REASON']._serialized_start=1842
-  _globals['_NEEDPREFILL_REASON']._serialized_end=1976
-  _globals['_TOKENS']._serialized_start=1979
-  _globals['_TOKENS']._serialized_end=2254
-  _globals['_REFUSED']._serialized_start=2256
-  _globals['_REFUSED']._serialized_end=2320
-  _globals['_WORKERLOAD']._serialized_start=2323
-  _globals['_WORKERLOAD']._serialized_end=2549
-  _globals['_DECODEDONE']._serialized_start=2552
-  _globals['_DECODEDONE']._serialized_end=2866
-  _globals['_DECODE']._serialized_start=2869
-  _globals['_DECODE']._serialized_end=3031
+  _globals['_ROUTERMESSAGE']._serialized_start=363
+  _globals['_ROUTERMESSAGE']._serialized_end=426
+  _globals['_SEQUENCECOMMAND']._serialized_start=429
+  _globals['_SEQUENCECOMMAND']._serialized_end=654
+  _globals['_STARTDECODE']._serialized_start=657
+  _globals['_STARTDECODE']._serialized_end=1144
+  _globals['_ASSIGNPREFILL']._serialized_start=1146
+  _globals['_ASSIGNPREFILL']._serialized_end=1268
+  _globals['_EVICT']._serialized_start=1270
+  _globals['_EVICT']._serialized_end=1293
+  _globals['_CANCELDECODE']._serialized_start=1295
+  _globals['_CANCELDECODE']._serialized_end=1309
+  _globals['_WORKERMESSAGE']._serialized_start=1311
+  _globals['_WORKERMESSAGE']._serialized_end=1372
+  _globals['_SEQUENCEUPDATE']._serialized_start=1375
+  _globals['_SEQUENCEUPDATE']._serialized_end=1681
+  _globals['_SEQUENCEFAILED']._serialized_start=1683
+  _globals['_SEQUENCEFAILED']._serialized_end=1733
+  _globals['_RESERVED']._serialized_start=1735
+  _globals['_RESERVED']._serialized_end=1785
+  _globals['_NEEDPREFILL']._serialized_start=1788
+  _globals['_NEEDPREFILL']._serialized_end=2043
+  _globals['_NEEDPREFILL_REASON']._serialized_start=1909
+  _globals['_NEEDPREFILL_REASON']._serialized_end=2043
+  _globals['_TOKENS']._serialized_start=2046
+  _globals['_TOKENS']._serialized_end=2321
+  _globals['_REFUSED']._serialized_start=2323
+  _globals['_REFUSED']._serialized_end=2387
+  _globals['_WORKERLOAD']._serialized_start=2390
+  _globals['_WORKERLOAD']._serialized_end=2616
+  _globals['_DECODEDONE']._serialized_start=2619
+  _globals['_DECODEDONE']._serialized_end=2933
+  _globals['_DECODE']._serialized_start=2936
+  _globals['_DECODE']._serialized_end=3098
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,12 @@ class DescribeDecodeResponse(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., layer_map: _Optional[_Iterable[int]] = ..., max_model_len: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
+    __slots__ = ("commands",)
+    COMMANDS_FIELD_NUMBER: _ClassVar[int]
+    commands: _containers.RepeatedCompositeFieldContainer[SequenceCommand]
+    def __init__(self, commands: _Optional[_Iterable[_Union[SequenceCommand, _Mapping]]] = ...) -> None: ...
+
+class SequenceCommand(_message.Message):
     __slots__ = ("sequence", "start", "assign_prefill", "evict", "cancel")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]

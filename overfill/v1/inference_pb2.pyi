@@ -86,8 +86,38 @@ class Chat(_message.Message):
     parse_special: bool
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., single_tool_call: bool = ..., chat_template_kwargs: _Optional[str] = ..., continue_final_message: bool = ..., add_generation_prompt: bool = ..., parse_special: bool = ...) -> None: ...
 
+class AnswerIdentity(_message.Message):
+    __slots__ = ("full_digest", "config_digest", "reader_digest", "reader_quantize", "tokenizer_digest", "decoder_digest", "decoder_config_digest", "decoder_quantize", "kv_cache_dtype", "adapter_digest", "revision", "prompt_tokens", "prompt_digest")
+    FULL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    READER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    READER_QUANTIZE_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DECODER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DECODER_CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DECODER_QUANTIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    full_digest: str
+    config_digest: str
+    reader_digest: str
+    reader_quantize: str
+    tokenizer_digest: str
+    decoder_digest: str
+    decoder_config_digest: str
+    decoder_quantize: str
+    kv_cache_dtype: str
+    adapter_digest: str
+    revision: str
+    prompt_tokens: int
+    prompt_digest: str
+    def __init__(self, full_digest: _Optional[str] = ..., config_digest: _Optional[str] = ..., reader_digest: _Optional[str] = ..., reader_quantize: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., decoder_config_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., revision: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., prompt_digest: _Optional[str] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "resume_token_ids", "request_id", "trace", "sample_index", "kv_codec", "priority", "truncate_prompt_tokens", "stream_interval", "tier", "fallback", "allow_brownout")
+    __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "resume_token_ids", "request_id", "trace", "sample_index", "kv_codec", "priority", "truncate_prompt_tokens", "stream_interval", "tier", "fallback", "allow_brownout", "resume_identity")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +135,7 @@ class GenerateRequest(_message.Message):
     TIER_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
     ALLOW_BROWNOUT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_IDENTITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
@@ -122,7 +153,8 @@ class GenerateRequest(_message.Message):
     tier: str
     fallback: str
     allow_brownout: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., request_id: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., kv_codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., priority: _Optional[int] = ..., truncate_prompt_tokens: _Optional[int] = ..., stream_interval: _Optional[int] = ..., tier: _Optional[str] = ..., fallback: _Optional[str] = ..., allow_brownout: bool = ...) -> None: ...
+    resume_identity: AnswerIdentity
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., request_id: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., kv_codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., priority: _Optional[int] = ..., truncate_prompt_tokens: _Optional[int] = ..., stream_interval: _Optional[int] = ..., tier: _Optional[str] = ..., fallback: _Optional[str] = ..., allow_brownout: bool = ..., resume_identity: _Optional[_Union[AnswerIdentity, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "delta", "finished")
@@ -135,7 +167,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "seed", "max_tokens", "model", "tier", "brownout_from")
+    __slots__ = ("request_id", "prompt_tokens", "seed", "max_tokens", "model", "tier", "brownout_from", "identity")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +175,7 @@ class Accepted(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     BROWNOUT_FROM_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     seed: int
@@ -150,15 +183,18 @@ class Accepted(_message.Message):
     model: str
     tier: str
     brownout_from: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., model: _Optional[str] = ..., tier: _Optional[str] = ..., brownout_from: _Optional[str] = ...) -> None: ...
+    identity: AnswerIdentity
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., model: _Optional[str] = ..., tier: _Optional[str] = ..., brownout_from: _Optional[str] = ..., identity: _Optional[_Union[AnswerIdentity, _Mapping]] = ...) -> None: ...
 
 class AnswerPart(_message.Message):
-    __slots__ = ("tier", "first_index")
+    __slots__ = ("tier", "first_index", "identity")
     TIER_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
     tier: str
     first_index: int
-    def __init__(self, tier: _Optional[str] = ..., first_index: _Optional[int] = ...) -> None: ...
+    identity: AnswerIdentity
+    def __init__(self, tier: _Optional[str] = ..., first_index: _Optional[int] = ..., identity: _Optional[_Union[AnswerIdentity, _Mapping]] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("first_index", "token_ids", "text", "logprobs", "tool_calls", "parts")

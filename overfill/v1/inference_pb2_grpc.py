@@ -60,7 +60,7 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams one answer: Accepted, then any number of Deltas, then Finished. The RPC's deadline is the request's deadline.
+        """Streams one answer: Accepted, then any number of Deltas, then Finished with the last part. The RPC's deadline is the request's deadline.
         Errors: INVALID_ARGUMENT (with google.rpc.BadRequest, which names the field), NOT_FOUND (model),
         RESOURCE_EXHAUSTED (no capacity now, or the deadline would be missed; with google.rpc.RetryInfo), DEADLINE_EXCEEDED,
         UNAVAILABLE (workers lost).

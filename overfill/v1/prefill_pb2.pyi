@@ -1,4 +1,5 @@
 from overfill.v1 import common_pb2 as _common_pb2
+from overfill.v1 import decode_pb2 as _decode_pb2
 from overfill.v1 import kv_pb2 as _kv_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -96,24 +97,16 @@ class ReleaseKv(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("queued", "scheduled", "first_token", "ready", "done")
-    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("scheduled", "ready", "first_token", "done")
     SCHEDULED_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
-    queued: PrefillQueued
     scheduled: PrefillScheduled
-    first_token: FirstToken
     ready: RangesReady
+    first_token: _decode_pb2.Tokens
     done: PrefillDone
-    def __init__(self, queued: _Optional[_Union[PrefillQueued, _Mapping]] = ..., scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
-
-class PrefillQueued(_message.Message):
-    __slots__ = ("waiting",)
-    WAITING_FIELD_NUMBER: _ClassVar[int]
-    waiting: int
-    def __init__(self, waiting: _Optional[int] = ...) -> None: ...
+    def __init__(self, scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., first_token: _Optional[_Union[_decode_pb2.Tokens, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ("queue_ns", "cached_tokens")
@@ -122,18 +115,6 @@ class PrefillScheduled(_message.Message):
     queue_ns: int
     cached_tokens: int
     def __init__(self, queue_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
-
-class FirstToken(_message.Message):
-    __slots__ = ("token_id", "logprobs", "compute_ns", "return_ns")
-    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
-    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
-    RETURN_NS_FIELD_NUMBER: _ClassVar[int]
-    token_id: int
-    logprobs: _common_pb2.TokenLogprobs
-    compute_ns: int
-    return_ns: int
-    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ...) -> None: ...
 
 class RangesReady(_message.Message):
     __slots__ = ("token_start", "token_end")

@@ -34,14 +34,15 @@ from overfill.errors import (
     StepFailed,
     Unavailable,
 )
-from overfill.kv.receiver import FirstTokenArrived, PullStats
+from overfill.kv.receiver import PullStats
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
+from overfill.rpc.sequences import ServedSequence
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
-from services.messages import logprobs_to_proto
+from services.messages import tokens_to_proto
 
 _Need = decode_pb2.NeedPrefill
 
@@ -58,9 +59,8 @@ class PullEnded:
     error: OverfillError | None
 
 
-Inbox = asyncio.Queue[
-    DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception
-]
+Item = DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
+"""What may happen to a sequence; Tokens is the full model's token."""
 
 
 class Handoff(Protocol):
@@ -80,7 +80,7 @@ class Handoff(Protocol):
     async def run(
         self,
         timeout: float | None,
-        on_first_token: Callable[[FirstTokenArrived], None],
+        on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None],
     ) -> None:
         """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
@@ -95,55 +95,63 @@ class Handoff(Protocol):
         ...
 
 
-NewHandoff = Callable[[decode_pb2.AssignPrefill, "SequenceSession"], AbstractAsyncContextManager[Handoff]]
+class SequenceWorker(Protocol):
+    """The decode worker, as a session uses it.
+
+    Attributes:
+        metrics: counts the reservation, the handoffs and the end.
+    """
+
+    metrics: DecodeMetrics
+
+    def send(self, message: object) -> None:
+        """Sends a message to the engine."""
+        ...
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        """Returns the worker's load, which a refusal reports."""
+        ...
+
+    def new_handoff(
+        self, target: decode_pb2.AssignPrefill, session: SequenceSession
+    ) -> AbstractAsyncContextManager[Handoff]:
+        """Connects to the assigned prefill worker and makes the handoff of the prompt's KV to the session's blocks."""
+        ...
+
+    def own_assignment(self, prompt_tokens: int) -> decode_pb2.AssignPrefill | None:
+        """Returns an assignment of this very worker while it must prefill such a prompt for itself.
+
+        That is a worker with both stages that drains. Otherwise returns None.
+        """
+        ...
 
 
 class SequenceSession:
     """Runs one attempt at one sequence.
 
     Args:
-        inbox: receives the router's commands, and everything else that happens to the sequence.
-        tell: queues an update for the router.
-        send: sends a message to the engine.
-        new_handoff: connects to the assigned prefill worker and creates the handoff of the prompt's KV to ``blocks``.
-        time_left: returns the seconds until the request's deadline, or None without one.
-        load: returns the worker's load, which a refusal reports.
-        own_assignment: returns an assignment of this very worker while it must prefill for itself: a worker with both
-            stages that drains. Otherwise None.
-        metrics: counts the reservation, the handoffs and the end. None means no metrics.
+        served: the sequence's side of the router's stream. Everything that happens to the sequence goes into its queue
+            of commands.
+        sequence: the request as the engine takes it.
 
     Attributes:
+        start: the router's request.
+        inbox: the queue of commands and events.
         blocks: blocks as last reserved.
         held_tokens: number of leading prompt tokens whose KV is in ``blocks`` already.
     """
 
-    def __init__(
-        self,
-        start: decode_pb2.StartDecode,
-        sequence: DecodeSequence,
-        inbox: Inbox,
-        tell: Callable[[decode_pb2.SequenceUpdate], None],
-        send: Callable[[object], None],
-        new_handoff: NewHandoff,
-        time_left: Callable[[], float | None],
-        load: Callable[[], decode_pb2.WorkerLoad],
-        metrics: DecodeMetrics | None = None,
-        own_assignment: Callable[[], decode_pb2.AssignPrefill | None] = lambda: None,
-    ) -> None:
-        self._metrics = metrics or DecodeMetrics()
-        self.start = start
+    def __init__(self, served: ServedSequence, sequence: DecodeSequence, worker: SequenceWorker) -> None:
+        self.start = served.start
         self.sequence = sequence
-        self.inbox = inbox
+        self.inbox: asyncio.Queue[Item] = served.commands
         self.blocks: list[int] = []
         self.held_tokens = 0
-        self._tell = tell
-        self._send = send
-        self._new_handoff = new_handoff
-        self._own_assignment = own_assignment
-        self._time_left = time_left
-        self._load = load
+        self._served = served
+        self._worker = worker
+        self._metrics = worker.metrics
         self._received_ns = time.monotonic_ns()
-        self._emitted = len(start.emitted_token_ids)
+        self._emitted = len(sequence.emitted)
         self._first_token: int | None = None
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
@@ -169,7 +177,7 @@ class SequenceSession:
         Raises:
             OverfillError: the attempt failed.
         """
-        self._send(Reserve(self.sequence))
+        self._worker.send(Reserve(self.sequence))
         try:
             while not await self._handle(await self.inbox.get()):
                 pass
@@ -184,7 +192,7 @@ class SequenceSession:
                 # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
                 await shielded(self._join_pull(cancel=self._wants_kv or self._failure is not None))
             finally:
-                self._send(Release(self.sequence.id))
+                self._worker.send(Release(self.sequence.id))
                 self._log()
 
     def _log(self) -> None:
@@ -198,10 +206,7 @@ class SequenceSession:
             prefill_worker=self._prefill_worker,
         )
 
-    async def _handle(
-        self,
-        item: DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | FirstTokenArrived | PullEnded | Exception,
-    ) -> bool:
+    async def _handle(self, item: Item) -> bool:
         """Handles one event. Returns True when the session is over."""
         match item:
             case Reserved(blocks=blocks, held_tokens=held):
@@ -211,13 +216,13 @@ class SequenceSession:
                 self._wants_kv = True
                 self._announce_reservation()
             case Refused(reason=reason):
-                refused = decode_pb2.Refused(load=self._load(), reason=reason)
-                self._tell(decode_pb2.SequenceUpdate(refused=refused))
+                refused = decode_pb2.Refused(load=self._worker.load(), reason=reason)
+                self._served.put(decode_pb2.SequenceUpdate(refused=refused))
                 self._refused = True
                 return True
             case decode_pb2.AssignPrefill():
                 self._begin_pull(item)
-            case FirstTokenArrived():
+            case decode_pb2.Tokens():
                 return await self._on_first_token(item)
             case PullEnded() if item.pull != self._pulls or self._pull is None:
                 pass
@@ -226,7 +231,7 @@ class SequenceSession:
                 self._prefill_worker = worker
                 self._wants_kv = False
                 self._untold = True
-                self._send(Start(self.sequence.id, self._first_token))
+                self._worker.send(Start(self.sequence.id, self._first_token))
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
                 assert error is not None
@@ -234,7 +239,7 @@ class SequenceSession:
             case Preempted():
                 self._wants_kv = False
                 await self._join_pull(cancel=True)
-                self._send(Yielded(self.sequence.id))
+                self._worker.send(Yielded(self.sequence.id))
             case TokenSampled():
                 return await self._on_token(item)
             case SequenceFailed():
@@ -256,10 +261,10 @@ class SequenceSession:
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
-        self._tell(decode_pb2.SequenceUpdate(reserved=reserved))
+        self._served.put(decode_pb2.SequenceUpdate(reserved=reserved))
         if self.start.HasField("assign_prefill"):
             self._begin_pull(self.start.assign_prefill)
-        elif (own := self._own_assignment()) is not None:
+        elif (own := self._worker.own_assignment(len(self.sequence.prompt))) is not None:
             self._begin_pull(own)
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
@@ -272,12 +277,12 @@ class SequenceSession:
         self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str, step_failed: bool = False
     ) -> None:
         """Asks the router for a prefill worker; while it would assign none, this worker takes the prompt itself."""
-        own = self._own_assignment()
+        own = self._worker.own_assignment(len(self.sequence.prompt))
         if own is not None and own.worker_id != worker:
             self._begin_pull(own)
             return
         need = decode_pb2.NeedPrefill(reason=reason, detail=detail, worker_id=worker, step_failed=step_failed)
-        self._tell(decode_pb2.SequenceUpdate(need_prefill=need))
+        self._served.put(decode_pb2.SequenceUpdate(need_prefill=need))
 
     async def _fetch(self, target: decode_pb2.AssignPrefill, pull: int) -> None:
         """Has ``target`` prefill the prompt, and writes its KV into ``blocks``. Puts the outcome into the inbox."""
@@ -290,10 +295,10 @@ class SequenceSession:
 
         try:
             with tracing.child("decode.handoff", "client", worker=target.worker_id) as span:
-                async with self._new_handoff(target, self) as handoff:
+                async with self._worker.new_handoff(target, self) as handoff:
                     self._handoff = handoff
                     try:
-                        await handoff.run(self._time_left(), self.inbox.put_nowait, on_in_place)
+                        await handoff.run(self._served.time_left(), self.inbox.put_nowait, on_in_place)
                         if not handoff.codec:
                             self._metrics.prefilled_here()
                         elif in_place:
@@ -327,29 +332,22 @@ class SequenceSession:
             if self._cached_tokens is None:
                 self._cached_tokens = self._handoff.stats.cached_tokens
 
-    async def _on_first_token(self, arrived: FirstTokenArrived) -> bool:
-        if not self.wants_first_token:  # an earlier prefill of this session has sent it
+    async def _on_first_token(self, tokens: decode_pb2.Tokens) -> bool:
+        if not self.wants_first_token or self._handoff is None:  # an earlier prefill of this session has sent it
             return False
         self._note_handoff()
-        token = arrived.token
-        emitted, finish = self.sequence.stop.judge(token.token_id, 0)
-        self._first_known_ns = arrived.received_ns
+        stats = self._handoff.stats
+        emitted, finish = self.sequence.stop.judge(tokens.ids[0], 0)
+        self._first_known_ns = stats.started_ns + stats.first_token_ns
         tracing.current().event("first token")
-        self._first_token = token.token_id
+        self._first_token = tokens.ids[0]
         if emitted:
             self._emitted = 1
-            tokens = decode_pb2.Tokens(
-                first_index=0,
-                ids=[token.token_id],
-                logprobs=[token.logprobs] if token.HasField("logprobs") else [],
-                prefill_queue_ns=arrived.queue_ns,
-                prefill_compute_ns=token.compute_ns,
-                return_ns=token.return_ns + time.monotonic_ns() - arrived.received_ns,
-                so_far=self._so_far(),
-            )
-            self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
+            tokens.return_ns += time.monotonic_ns() - self._first_known_ns
+            tokens.so_far.CopyFrom(self._so_far())
+            self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
-            self._wants_kv = self._handoff is None or not self._handoff.release()
+            self._wants_kv = not self._handoff.release()
             await self._finish(finish)
         return finish is not None
 
@@ -360,16 +358,11 @@ class SequenceSession:
                 self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
         if event.token is not None:
             self._emitted = event.index + 1
-            logprobs = logprobs_to_proto(event.token)
-            tokens = decode_pb2.Tokens(
-                first_index=event.index,
-                ids=[event.token.token_id],
-                logprobs=[] if logprobs is None else [logprobs],
-            )
+            tokens = tokens_to_proto(event.token, event.index)
             if self._untold:
                 self._untold = False
                 tokens.so_far.CopyFrom(self._so_far())
-            self._tell(decode_pb2.SequenceUpdate(tokens=tokens))
+            self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         if event.finish is not None:
             await self._finish(event.finish)
         return event.finish is not None
@@ -401,7 +394,7 @@ class SequenceSession:
         if self.start.trace and self._handoff is not None and self._pull is not None and not self._wants_kv:
             await asyncio.wait([self._pull])  # the prefill worker's last word has its half of the trace
             done.trace.CopyFrom(self._handoff.stats.to_proto())
-        self._tell(decode_pb2.SequenceUpdate(done=done))
+        self._served.put(decode_pb2.SequenceUpdate(done=done))
 
 
 def _reason_for(error: OverfillError) -> decode_pb2.NeedPrefill.Reason:

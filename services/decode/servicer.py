@@ -11,11 +11,9 @@ from typing import Protocol
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
-from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.model.processors import LogitProcessor, prepare_processor
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
@@ -51,6 +49,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         codec: encoding in which KV is requested unless the request names another.
 
     Attributes:
+        metrics: counts reservations, handoffs and ends.
         own_prefills: the prefill stage of this worker; None without one.
     """
 
@@ -67,7 +66,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         metrics: DecodeMetrics | None = None,
         limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
-        self._metrics = metrics or DecodeMetrics()
+        self.metrics = metrics or DecodeMetrics()
         self._limits = limits
         self._half = served
         self._hasher = PromptHasher(served.blocks_of)
@@ -111,22 +110,36 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             prompt_tokens=len(start.prompt_token_ids),
             emitted_tokens=len(start.emitted_token_ids),
         )
-        self._check_open(start)  # checked again below: compiling a grammar takes time
-        processor = await self._processor(start)
-        prompt_blocks = await self._hasher.blocks_of(start.prompt_token_ids, self._cache_namespace(start))
-        session = self._accept(served, processor, prompt_blocks)
-        self._sessions[session.sequence.id] = session
+        self._check_open(start)
+        sequence = await self._parse(start)
+        self._check_open(start)  # again: compiling a grammar takes time
+        session = self._sessions[sequence.id] = SequenceSession(served, sequence, self)
         try:
             await session.run()
         finally:
-            del self._sessions[session.sequence.id]
+            del self._sessions[sequence.id]
 
-    async def _processor(self, start: decode_pb2.StartDecode) -> LogitProcessor | None:
-        """Returns the sequence's logit processor. Raises InvalidRequest when its grammar is not supported."""
+    async def _parse(self, start: decode_pb2.StartDecode) -> DecodeSequence:
+        """Returns the sequence that ``start`` asks for, as the engine takes it.
+
+        Raises:
+            InvalidRequest: a field is out of range, or the grammar is not supported.
+        """
         sampling = SamplingParams.from_proto(start.sampling)
+        self._check(start, sampling)
         prompt = list(start.prompt_token_ids)
-        return await prepare_processor(
-            sampling, prompt, self._half.grammars, start.eos_token_ids, start.cache_namespace
+        processor = await self._half.prepare_processor(sampling, prompt, start.eos_token_ids, start.cache_namespace)
+        namespace = self._cache_namespace(start)
+        return DecodeSequence(
+            id=secrets.token_hex(8),
+            prompt=prompt,
+            emitted=list(start.emitted_token_ids),
+            sampling=sampling,
+            stop=StopRule.of(sampling, start.eos_token_ids, self._half.max_model_len - len(prompt)),
+            sample_index=start.sample_index,
+            processor=processor,
+            cache_namespace=namespace,
+            prompt_blocks=await self._hasher.blocks_of(prompt, namespace),
         )
 
     def _check_open(self, start: decode_pb2.StartDecode) -> None:
@@ -144,40 +157,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """
         return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.cache_namespace}"
 
-    def _accept(
-        self, served: ServedSequence, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
-    ) -> SequenceSession:
-        start = served.start
-        self._check_open(start)
-        sampling = SamplingParams.from_proto(start.sampling)
-        self._check(start, sampling)
-        room = self._half.max_model_len - len(start.prompt_token_ids)
-        sequence = DecodeSequence(
-            id=secrets.token_hex(8),
-            prompt=list(start.prompt_token_ids),
-            emitted=list(start.emitted_token_ids),
-            sampling=sampling,
-            stop=StopRule.of(sampling, start.eos_token_ids, room),
-            sample_index=start.sample_index,
-            processor=processor,
-            cache_namespace=prompt_blocks.cache_namespace,
-            prompt_blocks=prompt_blocks,
-        )
-        return SequenceSession(
-            start,
-            sequence,
-            served.commands,
-            served.put,
-            self.engine.send,
-            self._new_handoff,
-            served.time_left,
-            lambda: worker_load(self.engine.load, self._half.store.block_size),
-            self._metrics,
-            lambda: self._own_assignment(len(sequence.prompt)),
-        )
+    def send(self, message: object) -> None:
+        """Sends a message to the engine."""
+        self.engine.send(message)
+
+    def load(self) -> decode_pb2.WorkerLoad:
+        """Returns the load of the decode stage."""
+        return worker_load(self.engine.load, self._half.store.block_size)
 
     @asynccontextmanager
-    async def _new_handoff(self, target: decode_pb2.AssignPrefill, session: SequenceSession) -> AsyncIterator[Handoff]:
+    async def new_handoff(self, target: decode_pb2.AssignPrefill, session: SequenceSession) -> AsyncIterator[Handoff]:
+        """Connects to the assigned prefill worker and yields the handoff of the prompt's KV to the session's blocks."""
         itself = (target.worker_id, target.incarnation) == (self._hello.worker_id, self._hello.incarnation)
         if itself and self.own_prefills is not None:
             yield self.own_prefills.handoff(session)
@@ -188,10 +178,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     def on_drain(self) -> None:
         """Lets sequences that wait for a prefill worker turn to this one: routers assign none that drains."""
         for session in self._sessions.values():
-            if (own := self._own_assignment(len(session.sequence.prompt))) is not None:
+            if (own := self.own_assignment(len(session.sequence.prompt))) is not None:
                 session.inbox.put_nowait(own)  # ignored unless the session waits for one
 
-    def _own_assignment(self, prompt_tokens: int) -> decode_pb2.AssignPrefill | None:
+    def own_assignment(self, prompt_tokens: int) -> decode_pb2.AssignPrefill | None:
         """Returns an assignment of this worker, while it drains and if it can prefill such a prompt."""
         if self.own_prefills is None or not self.host.draining or not self.own_prefills.fits(prompt_tokens):
             return None

@@ -34,13 +34,10 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
-from overfill.kv.keys import PromptBlocks
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.model.processors import LogitProcessor, prepare_processor
-from overfill.request.names import CODEC_NAMES, CODECS
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
 from overfill.rpc.interceptors import Context
@@ -58,31 +55,17 @@ class Lease:
     """One prompt from acceptance to release: its sequence, the sender of its KV, and the streams that read it."""
 
     def __init__(
-        self,
-        start: prefill_pb2.StartPrefill,
-        served: ServedHalf,
-        executor: Executor,
-        processor: LogitProcessor | None,
-        prompt_blocks: PromptBlocks,
+        self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence, served: ServedHalf, executor: Executor
     ) -> None:
         self.spec = TransferSpec(
             start.transfer_id,
             start.attempt,
             served.kv,
             tuple(start.layers),
-            (start.already_held_tokens, len(start.prompt_token_ids)),
+            (start.already_held_tokens, len(sequence.prompt)),
             start.codec,
         )
-        self.sequence = PrefillSequence(
-            id=start.transfer_id.hex(),
-            prompt=list(start.prompt_token_ids),
-            sampling=SamplingParams.from_proto(start.sampling),
-            sample_index=start.sample_index,
-            sample_first_token=start.sample_first_token,
-            processor=processor,
-            cache_namespace=start.cache_namespace,
-            prompt_blocks=prompt_blocks,
-        )
+        self.sequence = sequence
         self.received_ns = time.monotonic_ns()
         # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
@@ -201,7 +184,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        description = prefill_pb2.DescribePrefillResponse(codecs=CODECS.values(), shm=self._shm_server.offer)
+        description = prefill_pb2.DescribePrefillResponse(codecs=self._half.codecs, shm=self._shm_server.offer)
         return fill_description(description, self._hello)
 
     async def Prefill(
@@ -219,10 +202,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 worker=self._hello.worker_id,
                 prompt_tokens=len(first.start.prompt_token_ids),
             )
-            self._check_open(first.start)  # checked again below: compiling a grammar takes time
-            processor = await self._processor(first.start)
-            prompt_blocks = await self._hasher.blocks_of(first.start.prompt_token_ids, first.start.cache_namespace)
-            lease = self._accept(first.start, processor, prompt_blocks)
+            self._check_open(first.start)
+            lease = self._accept(first.start, await self._parse(first.start))
             guards = [
                 asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
                 asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
@@ -259,27 +240,38 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             if slots is not None:
                 slots.writes_finished()
 
-    async def _processor(self, start: prefill_pb2.StartPrefill) -> LogitProcessor | None:
-        """Returns the first token's logit processor. Raises InvalidRequest when its grammar is not supported."""
-        if not start.sample_first_token:
-            return None
-        sampling = SamplingParams.from_proto(start.sampling)
-        prompt = list(start.prompt_token_ids)
-        eos_ids = self._half.config.eos_token_ids
-        return await prepare_processor(sampling, prompt, self._half.grammars, eos_ids, start.cache_namespace)
+    async def _parse(self, start: prefill_pb2.StartPrefill) -> PrefillSequence:
+        """Returns the prompt that ``start`` asks for, as the engine takes it.
 
-    def _accept(
-        self, start: prefill_pb2.StartPrefill, processor: LogitProcessor | None, prompt_blocks: PromptBlocks
-    ) -> Lease:
-        """Registers a lease and submits its prompt. Raises if the request is invalid or cannot be accepted now."""
-        self._check_open(start)
-        _check_start(start, self._half)
+        Raises:
+            InvalidRequest, Incompatible: a field is out of range, or the first token's grammar is not supported.
+        """
+        sampling = SamplingParams.from_proto(start.sampling)
+        _check_start(start, sampling, self._half)
+        prompt, processor = list(start.prompt_token_ids), None
+        if start.sample_first_token:
+            eos_ids = self._half.config.eos_token_ids
+            processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
+        return PrefillSequence(
+            id=start.transfer_id.hex(),
+            prompt=prompt,
+            sampling=sampling,
+            sample_index=start.sample_index,
+            sample_first_token=start.sample_first_token,
+            processor=processor,
+            cache_namespace=start.cache_namespace,
+            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+        )
+
+    def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
+        """Registers a lease and submits its prompt. Raises if it cannot be accepted now."""
+        self._check_open(start)  # again: compiling a grammar takes time
         if start.transfer_id in self._leases:
             raise InvalidRequest("transfer_id", "is in use by a running transfer")
-        lease = Lease(start, self._half, self._executor, processor, prompt_blocks)
+        lease = Lease(start, sequence, self._half, self._executor)
         self._leases[start.transfer_id] = lease
-        self._by_id[lease.sequence.id] = lease
-        self.engine.send(Submit(lease.sequence))
+        self._by_id[sequence.id] = lease
+        self.engine.send(Submit(sequence))
         return lease
 
     def _check_open(self, start: prefill_pb2.StartPrefill) -> None:
@@ -307,47 +299,52 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self.engine.send(Release(lease.sequence.id))
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued(waiting=self.engine.load.waiting))
-        computed = False
-        while not (computed and (lease.sender.complete or lease.released)):
+        computed = ended = False
+        while not ended:
             event = await lease.events.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                continue
-            response = self._response(lease, event)
-            if response is not None:
+            response = prefill_pb2.PrefillResponse()
+            while True:
+                if isinstance(event, Exception):
+                    raise event
+                if event is not None:
+                    self._note(lease, event, response)
+                    computed = computed or isinstance(event, PromptComputed)
+                if lease.events.empty():
+                    break
+                event = lease.events.get_nowait()
+            ended = computed and (lease.sender.complete or lease.released)
+            if ended:
+                response.done.SetInParent()
+                if trace:
+                    response.done.trace.CopyFrom(lease.finished_trace())
+            if response.ListFields():
                 yield response
-            if isinstance(event, PromptComputed):
-                computed = True
-                lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
-        done = prefill_pb2.PrefillDone(trace=lease.finished_trace() if trace else None)
-        yield prefill_pb2.PrefillResponse(done=done)
 
-    def _response(self, lease: Lease, event: PrefillEvent) -> prefill_pb2.PrefillResponse | None:
+    def _note(self, lease: Lease, event: PrefillEvent, response: prefill_pb2.PrefillResponse) -> None:
+        """Adds an event to the next response."""
         match event:
             case PrefillScheduled(cached_tokens=cached, time_ns=now):
                 self._metrics.scheduled((now - lease.received_ns) / 1e9)
                 tracing.current().past("prefill.queue", lease.received_ns, now)
                 tracing.current().set(cached_tokens=cached)
-                scheduled = prefill_pb2.PrefillScheduled(queue_ns=now - lease.received_ns, cached_tokens=cached)
-                return prefill_pb2.PrefillResponse(scheduled=scheduled)
+                response.scheduled.queue_ns = now - lease.received_ns
+                response.scheduled.cached_tokens = cached
             case ChunkComputed(token_start=start, token_end=end):
                 start = max(start, lease.spec.tokens[0])
-                if end <= start:
-                    return None
-                return prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=start, token_end=end))
+                if end > start:
+                    if not response.HasField("ready"):
+                        response.ready.token_start = start
+                    response.ready.token_end = end
             case PromptComputed(first=first, time_ns=now):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
-                if first is None:
-                    return None
-                token = first_token_to_proto(first, lease.scheduled_ns, now)
-                return prefill_pb2.PrefillResponse(first_token=token)
+                lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
+                if first is not None:
+                    response.first_token.CopyFrom(first_token_to_proto(first, lease.scheduled_ns, now))
             case SequenceFailed():
                 event.raise_for("prefill")
             case _:
-                return None
+                pass
 
     async def _read_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
@@ -364,7 +361,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         raise Unavailable("the decode worker stopped acknowledging")
 
 
-def _check_start(start: prefill_pb2.StartPrefill, served: ServedHalf) -> None:
+def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, served: ServedHalf) -> None:
     """Raises InvalidRequest or Incompatible, which name the field, unless the request can be served."""
     if len(start.transfer_id) != TRANSFER_ID_BYTES:
         raise InvalidRequest("transfer_id", f"must have {TRANSFER_ID_BYTES} bytes; got {len(start.transfer_id)}")
@@ -381,9 +378,8 @@ def _check_start(start: prefill_pb2.StartPrefill, served: ServedHalf) -> None:
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= served.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")
-    if start.codec not in CODEC_NAMES:
+    if start.codec not in served.codecs:
         raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
-    sampling = SamplingParams.from_proto(start.sampling)
     sampling.check_vocab(served.config.vocab_size)
     if start.sample_first_token and sampling.seed is None and not sampling.greedy:
         raise InvalidRequest("sampling.seed", "is required between workers")

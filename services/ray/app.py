@@ -8,9 +8,9 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 
-from overfill.cluster.application import deployment_options
-from overfill.cluster.spec import ROUTER, StackSpec
 from overfill.rpc.addresses import is_loopback
+from overfill.stack.ray.application import deployment_options
+from overfill.stack.spec import ROUTER, StackSpec
 from services.ray.replicas import Replica, RouterReplica, WorkerReplica
 
 
@@ -21,8 +21,7 @@ def build(spec: StackSpec) -> Application:
         ValueError: the cluster has several machines, and the services would listen on loopback only.
     """
     check_reachable(str(spec.settings.get("host", "127.0.0.1")), {n["NodeManagerAddress"] for n in _alive_nodes()})
-    workers = [name for name in spec.pools if name != ROUTER]
-    pools = [_deployment(WorkerReplica, spec, name).bind(name, spec) for name in workers]
+    pools = [_deployment(WorkerReplica, spec, name).bind(name, spec) for name in spec.pools]
     return _deployment(RouterReplica, spec, ROUTER).bind(spec, *pools)
 
 

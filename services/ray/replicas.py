@@ -21,8 +21,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from ray.util import get_node_ip_address
 
-from overfill.cluster import directory
-from overfill.cluster.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
@@ -32,6 +30,8 @@ from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack.ray import directory
+from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:
@@ -120,18 +120,12 @@ class WorkerReplica(Replica):
         spec = await _prepared(spec, deployment, place.id)
         config = spec.worker_config(deployment, place)
         # Import here, so that only this replica's service is loaded, after Ray has set its environment variables.
-        if spec.mock:
-            from services.mock.running import serve as serve_mock
-
-            await self.start(config, lambda ready: serve_mock(config, ready))  # type: ignore[arg-type]
-            return
         from overfill.engine.device import cpu_settings
+        from services.loading import torch_threads
 
-        self._cpu_settings = cpu_settings(config.threads)
+        self._cpu_settings = cpu_settings(torch_threads(config))
         self._cpu_settings.__enter__()  # for the life of the process
-        kind = spec.pools[deployment].kind
-        assert kind is not None, "routers have replicas of their own"
-        service = importlib.import_module(kind.module)
+        service = importlib.import_module(spec.kind(deployment).module)
         await self.start(config, lambda ready: service.serve(config, ready))
 
     async def __del__(self) -> None:
@@ -165,7 +159,7 @@ class RouterReplica(Replica):
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns the signals, which Serve passes to the application's scaling policy (``overfill.cluster.policy``)."""
+        """Returns the signals, which Serve passes to the scaling policy (``overfill.stack.ray.policy``)."""
         router: Router = self._service  # type: ignore[assignment]
         return router.signals.read(asyncio.get_running_loop().time())
 
@@ -227,15 +221,12 @@ async def _prepared(spec: StackSpec, deployment: str, name: str) -> StackSpec:
     """
     for variable in [variable for variable in os.environ if variable.startswith(VARIABLE_PREFIXES)]:
         del os.environ[variable]  # a replica's settings come from its arguments only
-    settings = spec.settings | spec.pools[deployment].spec.settings
-    form: logs.LogFormat = "json" if settings.get("log_format") == "json" else "text"
-    each = settings.get("log_requests") == "on"
-    level = str(settings.get("log_level", "info"))
-    logs.configure(level, form, _log_handler(spec.log_dir, name), each_request=each)
+    config = spec.router_config() if deployment == ROUTER else spec.worker_config(deployment)
+    handler = _log_handler(spec.log_dir, name)
+    logs.configure(config.log_level, config.log_format, handler, each_request=config.log_requests)
     _keep_serve_local()
     with startup.once():
-        all_pairs = {spec.default_pair, *(tier.pair for tier in spec.tiers)}
-        read = all_pairs if deployment == ROUTER else {spec.worker_config(deployment).pair}
+        read = spec.pairs if deployment == ROUTER else {config.pair}
         folders = {pair: str(await asyncio.to_thread(resolve_pair, pair)) for pair in read}
     return spec.with_pairs(lambda pair: folders.get(pair, pair))
 

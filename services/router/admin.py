@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Unavailable
 from overfill.routing import rolling_stats
@@ -29,47 +29,54 @@ DRAIN_TIMEOUT = 5.0
 _LEAVING = 2.0
 
 
+class RouterProcess(Protocol):
+    """What the service asks of its router."""
+
+    @property
+    def http_address(self) -> str:
+        """Address of the OpenAI endpoint; empty without one."""
+
+    def status(self) -> admin_pb2.ProcessStatus:
+        """Returns the router's own status."""
+
+    def pools(self) -> list[admin_pb2.PoolStatus]:
+        """Returns the pools, without ``ready``."""
+
+    def activity(self, histograms: bool) -> admin_pb2.Activity:
+        """Returns the router's rolling statistics; with True, their histograms too."""
+
+    def member(self) -> Member:
+        """Returns the router's own addresses."""
+
+    def drain(self) -> None:
+        """Drains the router."""
+
+
 class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Serves Admin on the router.
 
     Args:
-        pools: returns the pools, without ``ready``.
-        process: returns the router's own status.
-        drain: drains the router.
-        activity: returns the router's rolling statistics; with True, their histograms too.
-        member: returns the router's own addresses.
-        http_address: returns the address of the OpenAI endpoint; empty without one.
         others: returns the other router processes for which this service answers too.
         credentials: credentials for calling them.
     """
 
     def __init__(
         self,
+        router: RouterProcess,
         roster: Roster,
         connector: GrpcConnector,
-        pools: Callable[[], list[admin_pb2.PoolStatus]],
-        process: Callable[[], admin_pb2.ProcessStatus],
-        drain: Callable[[], None],
-        activity: Callable[[bool], admin_pb2.Activity],
-        member: Callable[[], Member],
-        http_address: Callable[[], str] = lambda: "",
-        others: Callable[[], Sequence[Member]] = lambda: (),
-        credentials: Credentials | None = None,
+        others: Callable[[], Sequence[Member]],
+        credentials: Credentials | None,
     ) -> None:
+        self._router = router
         self._roster = roster
         self._connector = connector
-        self._pools = pools
-        self._process = process
-        self._drain = drain
-        self._activity = activity
-        self._member = member
-        self._http_address = http_address
         self._others = others
         self._credentials = credentials
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         if request.alone:
-            return admin_pb2.StatusResponse(process=self._process(), activity=self._activity(True))
+            return admin_pb2.StatusResponse(process=self._router.status(), activity=self._router.activity(True))
         # Look up all channels before the first await: a worker may leave while others are being queried.
         known = self._roster.workers()
         stubs = {w.id: self._stub(w) for w in known}  # a worker with both stages is asked once
@@ -86,7 +93,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         if not request.worker_id:
             await asyncio.gather(*[self._drain_router(other) for other in self._others()])
-            self._drain()
+            self._router.drain()
             return admin_pb2.DrainResponse()
         worker = self._roster.find(request.worker_id)
         if worker is None:
@@ -116,12 +123,12 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
         ready = Counter((w.stage, w.tier) for w in workers if w.process.ready and not w.process.draining)
-        pools = self._pools()
+        pools = self._router.pools()
         for pool in pools:
             pool.ready = ready[pool.stage, pool.tier]
-        process, member = self._process(), self._member()
+        process, member = self._router.status(), self._router.member()
         others = await asyncio.gather(*[self._ask_router(other) for other in self._others()])
-        activity = self._activity(bool(others))
+        activity = self._router.activity(bool(others))
         own = admin_pb2.RouterStatus(id=member.id, address=member.address, process=process, activity=activity)
         routers = [own, *others]
         if others:
@@ -133,7 +140,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             process=process,
             workers=workers,
             complete=all(pool.ready >= pool.expected for pool in pools),
-            http_address=self._http_address(),
+            http_address=self._router.http_address,
             activity=activity,
             pools=pools,
             routers=routers,

@@ -37,8 +37,8 @@ from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
-from overfill.telemetry.metrics import RouterMetrics
 from overfill.telemetry.progress import log_steps
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -51,10 +51,12 @@ from overfill.v1 import (
 from overfill.version import __version__
 from services.router.admin import AdminServicer
 from services.router.inference import InferenceServicer
+from services.router.limits import RequestLimits
 from services.router.port_group import Member, PortGroup
 from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
 from services.router.request_handler import RequestHandler
 from services.router.served_tiers import ServedTiers
+from services.router.statistics import Statistics
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -91,16 +93,15 @@ class Router:
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
-        SourceUnavailable: the full model of the named pair cannot be downloaded.
         BadKeyFile: the API keys cannot be read.
         Unavailable: the folder of ``config.share_port`` cannot be used.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        pairs = {spec.name: self._load_pair(spec.pair) for spec in config.tiers}
+        pairs = {spec.name: self._load_pair(spec.pair) for spec in config.ordered_tiers}
         check_family(pairs)
-        pair = pairs[config.tiers[0].name]
+        pair = pairs[config.ordered_tiers[0].name]
         # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         tokenizer = Tokenizer.load(pair.full_path)
@@ -113,7 +114,7 @@ class Router:
         self.roster = Roster(
             # The workers choose the dtype of the KV.
             {name: value for name, value in pair.kv_identity("float32").flat().items() if name != "kv.dtype"},
-            [self._tier(spec, pairs[spec.name]) for spec in config.tiers],
+            [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers],
         )
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
         self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
@@ -146,16 +147,13 @@ class Router:
             ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
             self._grammars,
-            self.roster,
             async_dispatcher,
             self._connector,
-            self._metrics,
-            self.signals,
+            Statistics(self._metrics, self.signals),
             KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of),
-            max_attempts=config.max_attempts,
-            max_request_bytes=config.max_request_bytes,
-            max_request_time=config.max_request_time,
-            stream_interval=config.stream_interval,
+            RequestLimits(
+                config.max_attempts, config.max_request_bytes, config.max_request_time, config.stream_interval
+            ),
         )
         keys = config.key_ring()
         access = config.router_access(keys)
@@ -187,12 +185,12 @@ class Router:
             "decoder_config_digest": pair.decoder_config_digest,
             "decoder_quantize": spec.settings.get("quantize", pair.quantize),
         }
-        if dtype := spec.settings.get("kv-cache-dtype"):
+        if dtype := spec.settings.get("kv_cache_dtype"):
             decoder["kv_cache_dtype"] = dtype
         config = self._config
         objectives = Objectives(
-            ttft=spec.seconds("ttft-objective") or config.ttft_objective,
-            itl=spec.seconds("itl-objective") or config.itl_objective,
+            ttft=spec.ttft_objective or config.ttft_objective,
+            itl=spec.itl_objective or config.itl_objective,
         )
         return Tier(spec.name, decoder, spec.fallback, objectives)
 
@@ -244,7 +242,7 @@ class Router:
             )
             logger.info("%s serves metrics on %s", self._id, self._exporter.address)
         if self._group is not None:
-            self._group.announce(self._member())
+            self._group.announce(self.member())
 
     @property
     def address(self) -> str:
@@ -363,18 +361,7 @@ class Router:
         )
 
     def _admin_servicer(self, others: Callable[[], Sequence[Member]]) -> AdminServicer:
-        return AdminServicer(
-            self.roster,
-            self._connector,
-            self._pools,
-            self._status,
-            self.drain,
-            self._activity,
-            self._member,
-            lambda: self._http_address,
-            others,
-            self._config.credentials(),
-        )
+        return AdminServicer(self, self.roster, self._connector, others, self._config.credentials())
 
     def _http_server(self, access: AccessPolicy) -> HttpServer:
         # Import here, so that a router without the endpoint does not load its libraries.
@@ -416,14 +403,15 @@ class Router:
     def _others(self) -> list[Member]:
         return [] if self._group is None else self._group.others()
 
-    def _member(self) -> Member:
+    def member(self) -> Member:
+        """Returns this process's addresses."""
         host, port = split_address(self._join_address or self._address)
         metrics = "" if self._exporter is None else self._exporter.address
         return Member(self._id, f"{reachable(host)}:{port}", metrics)
 
     def _targets(self, host: str) -> list[dict[str, Any]]:
         """Returns all processes' metrics addresses; ``host`` is where the scraper reaches this machine."""
-        addresses = {router.id: router.metrics_address for router in (self._member(), *self._others())}
+        addresses = {router.id: router.metrics_address for router in (self.member(), *self._others())}
         routers = [
             {"targets": [instead_of_wildcard(address, host)], "labels": {"stage": "router", "worker": router}}
             for router, address in addresses.items()
@@ -439,28 +427,30 @@ class Router:
         stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in unready)
         return f"{stages} is ready" if unready else ""
 
-    def _activity(self, histograms: bool) -> admin_pb2.Activity:
-        waiting, stats = self.dispatcher.num_waiting, self._handler.rolling_stats
+    def activity(self, histograms: bool) -> admin_pb2.Activity:
+        """Returns the rolling statistics; with True, their histograms too."""
+        waiting, stats = self.dispatcher.num_waiting, self._handler.statistics.rolling
         now = asyncio.get_running_loop().time()
         activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
         if histograms:
             activity.histograms.extend(stats.histograms(now))
         return activity
 
-    def _pools(self) -> list[admin_pb2.PoolStatus]:
+    def pools(self) -> list[admin_pb2.PoolStatus]:
         """Returns the pools with the numbers of workers that a complete stack has."""
         prefill = admin_pb2.PoolStatus(stage=PREFILL, expected=max(1, self._config.expect_prefill))
         return [
             prefill,
             *(
                 admin_pb2.PoolStatus(
-                    stage=DECODE, tier=spec.name, expected=spec.count, brownout=spec.name in self._in_brownout
+                    stage=DECODE, tier=spec.name, expected=spec.replicas, brownout=spec.name in self._in_brownout
                 )
-                for spec in self._config.tiers
+                for spec in self._config.ordered_tiers
             ),
         ]
 
-    def _status(self) -> admin_pb2.ProcessStatus:
+    def status(self) -> admin_pb2.ProcessStatus:
+        """Returns what this process says of itself."""
         return admin_pb2.ProcessStatus(
             id=self._id,
             stage=common_pb2.STAGE_ROUTER,

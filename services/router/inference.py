@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from overfill.api.keys import ApiKey
 from overfill.errors import DeadlineExceeded
+from overfill.routing.answer import AnswerDelta
 from overfill.rpc import shares
 from overfill.rpc.access import caller
 from overfill.rpc.interceptors import Context
@@ -27,16 +30,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        with self._handler.reserve(_caller()) as reservation:
-            checked = await self._handler.check(request, reservation, context.time_remaining())
-            answer = self._handler.start(checked, reservation, received, context.time_remaining())
+        handler = self._handler
+        with handler.hold_quota(_caller()) as hold, handler.statistics.refusing(hold):
+            checked = await handler.check(request, hold, received, context.time_remaining())
+            answer = handler.start(checked, hold)
         try:
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
                 await context.send_initial_metadata(())
+                identity = partial(handler.tiers.identity, prompt=checked.prompt_token_ids)
+                answer.accepted.identity.CopyFrom(identity(answer.accepted.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
+                last = None
                 while (delta := await answer.next()) is not None:
-                    await self._write(context, _Response(delta=delta.to_proto()))
+                    if delta.first_index and answer.complete:
+                        last = delta  # it shares a message with the end, which is known
+                    else:
+                        await self._write(context, _Response(delta=_delta(delta, identity)))
+                if last is not None:
+                    if answer.rest is not None:
+                        last.extend(answer.rest)
+                    answer.finished.rest.CopyFrom(_delta(last, identity))
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
@@ -59,15 +73,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        with self._handler.reserve(_caller()) as reservation:
-            ids = await self._handler.tokenize(request, reservation)
+        with self._handler.hold_quota(_caller()) as hold:
+            ids = await self._handler.tokenize(request, hold)
         return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        with self._handler.reserve(_caller()) as reservation:
-            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, reservation))
+        with self._handler.hold_quota(_caller()) as hold:
+            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, hold))
+
+
+def _delta(delta: AnswerDelta, identity: Callable[[str], inference_pb2.AnswerIdentity]) -> inference_pb2.Delta:
+    """Converts a delta. ``identity`` returns what an answer of a tier depends on."""
+    message = delta.to_proto()
+    for part in message.parts:
+        part.identity.CopyFrom(identity(part.tier))
+    return message
 
 
 def _caller() -> ApiKey | None:

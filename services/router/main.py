@@ -29,7 +29,7 @@ SPARE_FILES = 256
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a router until SIGTERM or SIGINT. Exits with 0 after draining, with 1 if it could not start."""
     config = RouterConfig.parse(argv)
-    logs.configure(config.log_level, config.log_format, each_request=config.log_requests == "on")
+    logs.configure(config.log_level, config.log_format, each_request=config.log_requests)
     asyncio.run(_serve(config))
     raise AssertionError("the process has ended")
 

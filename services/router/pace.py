@@ -17,8 +17,8 @@ MAX_PAUSE = 10e-3
 class Pace:
     """Lets streams write in rounds, with a pause after each.
 
-    When a worker's message has tokens for many streams, all of them write in one turn of the event loop: a round. The
-    loop takes one message of a worker per turn. So while the next message arrives before a round is over, messages
+    When a worker's message has tokens for many streams, all of them write in one pass of the event loop: a round. The
+    loop takes one message of a worker per pass. So while the next message arrives before a round is over, messages
     would pile up unread. In a pause the loop only reads, and a stream's tokens merge into one event.
 
     Attributes:
@@ -35,7 +35,7 @@ class Pace:
         await self._resumed.wait()
 
     def writing(self) -> None:
-        """Marks that a stream writes now. The first call begins a round, which ends with this turn of the loop."""
+        """Marks that a stream writes now. The first call begins a round, which ends with this pass of the loop."""
         if self._began is None:
             loop = asyncio.get_running_loop()
             self._began = loop.time()

@@ -18,7 +18,7 @@ from overfill.routing.worker import PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.rpc import unfilled
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.telemetry.metrics import WORKER_STATES
+from overfill.telemetry.router_metrics import WORKER_STATES
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from overfill.version import __version__
 

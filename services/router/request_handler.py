@@ -14,30 +14,27 @@ from overfill.api.answer_text import AnswerText
 from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
-from overfill.api.priority import check_priority
 from overfill.api.request_grammar import tried_grammar
-from overfill.api.requests import CheckedRequest, validate_generate
+from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.request.grammar import Grammars
-from overfill.request.params import check_token_ids
+from overfill.request.params import check_priority, check_token_ids
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.pool import Roster
+from overfill.routing.job import CheckedRequest
 from overfill.routing.relay import Relay
-from overfill.routing.rolling_stats import RollingStats
-from overfill.routing.signals import Signals
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import RouterMetrics
-from overfill.v1 import decode_pb2, inference_pb2
+from overfill.v1 import inference_pb2
 from services.router.bounded_executor import BoundedExecutor
-from services.router.key_reservation import KeyReservation
-from services.router.limits import READ_GRACE
+from services.router.limits import READ_GRACE, RequestLimits
 from services.router.pace import Pace
+from services.router.quota_hold import QuotaHold
 from services.router.running_answer import RunningAnswer
-from services.router.served_tiers import ServedTiers, TierChoice
+from services.router.served_tiers import ServedTiers
+from services.router.statistics import Statistics
 
 T = TypeVar("T")
 
@@ -58,16 +55,12 @@ class RequestHandler:
     Args:
         tiers: the tiers, and the choice of one for each request.
         grammars: tries the grammars of requests.
-        max_attempts: number of workers lost in a row, without a new token, after which a request is given up.
-        max_request_bytes: maximum size of a request in bytes.
-        max_request_time: maximum duration of a request in seconds, even if its deadline is later.
-        stream_interval: minimum number of tokens in a delta, except in the first and the last one.
 
     Attributes:
         tiers: as the argument.
         tokenizer: the full model's tokenizer.
-        rolling_stats: statistics of the last minute.
-        pace: the turns in which streams write.
+        statistics: what counts the requests.
+        pace: decides when streams write.
         executor: threads for long requests.
     """
 
@@ -76,34 +69,22 @@ class RequestHandler:
         tiers: ServedTiers,
         tokenizer: Tokenizer,
         grammars: Grammars,
-        roster: Roster,
         dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
-        metrics: RouterMetrics,
-        signals: Signals,
+        statistics: Statistics,
         key_limiter: KeyLimiter,
-        *,
-        max_attempts: int,
-        max_request_bytes: int,
-        max_request_time: float = math.inf,
-        stream_interval: int = 1,
+        limits: RequestLimits,
     ) -> None:
         self.tiers = tiers
         self.tokenizer = tokenizer
-        self.metrics = metrics
-        self.signals = signals
-        self.rolling_stats = RollingStats()
+        self.statistics = statistics
         self.pace = Pace()
         self.executor = BoundedExecutor()
         self._grammar_executor = BoundedExecutor()
         self._grammars = grammars
-        self._roster = roster
         self._dispatcher = dispatcher
         self._connector = connector
-        self._max_attempts = max_attempts
-        self._max_request_bytes = max_request_bytes
-        self._max_request_time = max_request_time
-        self._stream_interval = stream_interval
+        self._limits = limits
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
         self._preparing = 0  # requests that are being checked and started
@@ -121,155 +102,116 @@ class RequestHandler:
         return self._draining
 
     @contextmanager
-    def reserve(self, caller: ApiKey | None = None) -> Iterator[KeyReservation]:
-        """Yields the reservation in which the answers of one client request are checked and started."""
+    def hold_quota(self, caller: ApiKey | None = None) -> Iterator[QuotaHold]:
+        """Yields the hold on a key's quota with which the answers of one client request are checked and started."""
         self._preparing += 1
         self._note_idle()
         try:
-            with KeyReservation(self._key_limiter, caller) as reservation:
-                yield reservation
+            with QuotaHold(self._key_limiter, caller) as hold:
+                yield hold
         finally:
             self._preparing -= 1
             self._note_idle()
 
     async def check(
-        self, request: inference_pb2.GenerateRequest, reservation: KeyReservation, time_left: float | None = None
+        self, request: inference_pb2.GenerateRequest, hold: QuotaHold, received: float, time_left: float | None = None
     ) -> CheckedRequest:
         """Validates ``request`` and returns it ready to start. Checks queues and takes the quota before costly work.
 
         Args:
+            received: arrival time, seconds on the event loop's clock.
             time_left: seconds until the deadline; None without one.
 
         Raises:
             ShuttingDown, ModelNotFound, PermissionDenied, InvalidRequest, Overloaded: the request is refused.
         """
-        with self.metrics.refusing(""):
-            self._check_open()
-            choice = self.tiers.requested(request, reservation.caller)
-        with self.metrics.refusing(choice.tier):
-            return await self._check(request, choice, reservation, time_left)
-
-    async def _check(
-        self,
-        request: inference_pb2.GenerateRequest,
-        choice: TierChoice,
-        reservation: KeyReservation,
-        time_left: float | None,
-    ) -> CheckedRequest:
-        size, caller = self._size(request), reservation.caller
+        self._check_open()
+        caller, now = hold.caller, asyncio.get_running_loop().time()
+        choice = self.tiers.requested(request, caller)
+        hold.tier = choice.tier
+        size = self._size(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
 
         def admit(tier: str) -> None:
             self._dispatcher.admit(tier, priority, _name(caller), time_left, client_resumes=client_resumes)
 
-        choice = self.tiers.admitted(choice, request, caller, admit, asyncio.get_running_loop().time())
-        reservation.take(asyncio.get_running_loop().time())
-        asked = choice.brownout_from or choice.tier
+        choice = self.tiers.admitted(choice, request, caller, admit, now)
+        hold.take(now)
+        asked = choice.asked
         # Parsing a grammar may be slow, also for the grammars of tools.
         with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
         tools = await tried_grammar(request, self._grammars, _name(caller)) if with_grammar else None
         arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size, tools)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
-        block_sizes = {worker.block_size for worker in self._roster.prefill} if size >= LONG_REQUEST else ()
+        block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
         checked = await self._run(size, prepare, *arguments, in_thread=with_grammar or size >= LONG_REQUEST)
-        longest = len(checked.prompt_token_ids) + checked.start.sampling.max_tokens
-        if choice.tier != asked and longest > self.tiers.max_model_len(choice.tier):
+        self.tiers.check_resume(request, choice.fallback_from or choice.tier, checked.prompt_token_ids)
+        if choice.tier != asked and checked.total_tokens > self.tiers.max_model_len(choice.tier):
             admit(asked)
             choice = replace(choice, tier=asked, brownout_from="")
-        checked.tier, checked.fallback = choice.tier, choice.fallback
-        checked.brownout_from, checked.fallback_from = choice.brownout_from, choice.fallback_from
+        checked.choice, checked.tier, checked.fallback = choice, choice.tier, choice.fallback
+        hold.tier = choice.tier
+        checked.priority, checked.key = priority, _name(caller)
+        checked.stream_interval = max(self._limits.stream_interval, request.stream_interval)
+        deadline = min(received + self._limits.max_time, math.inf if time_left is None else now + time_left)
+        checked.received, checked.deadline = received, None if deadline == math.inf else deadline
+        if caller is not None:
+            checked.start.cache_namespace = caller.cache_namespace
         return checked
 
-    def start(
-        self, checked: CheckedRequest, reservation: KeyReservation, received: float, time_left: float | None
-    ) -> RunningAnswer:
-        """Queues a request and returns its answer.
-
-        Args:
-            reservation: the one with which the request was checked.
-            received: arrival time, seconds on the event loop's clock.
-            time_left: seconds until the deadline; None without one.
+    def start(self, request: CheckedRequest, hold: QuotaHold) -> RunningAnswer:
+        """Queues a request and returns its answer. ``hold`` is the one with which the request was checked.
 
         Raises:
             PromptTooLong, Overloaded, ShuttingDown: the request cannot be queued.
         """
-        with self.metrics.refusing(checked.tier):
-            if self._aborted:
-                raise ShuttingDown("this router is shutting down")
-        caller = reservation.caller
-        start, prompt, key = checked.start, checked.prompt_token_ids, _name(caller)
-        prompt_tokens = len(prompt)
-        logs.request_id.set(start.request_id)
-        tracing.current().set(request_id=start.request_id, prompt_tokens=prompt_tokens)
-        now = asyncio.get_running_loop().time()
-        if caller is not None:
-            start.cache_namespace = caller.cache_namespace
+        if self._aborted:
+            raise ShuttingDown("this router is shutting down")
+        start = request.start
+        logs.request_id.set(request.id)
+        tracing.current().set(request_id=request.id, prompt_tokens=request.prompt_tokens)
         relay = Relay(
-            start,
+            request,
             self._dispatcher,
             self._connector,
-            received=received,
-            deadline=self._deadline(received, now, time_left),
-            tier=checked.tier,
-            fallback=checked.fallback,
-            priority=_priority(checked.priority, caller),
-            key=key,
-            block_keys=checked.block_keys,
-            max_attempts=self._max_attempts,
-            observer=self.metrics,
+            max_attempts=self._limits.max_attempts,
+            observer=self.statistics.metrics,
             on_close=self._closed,
         )
-        digest = checked.answer_digest
+        digest = request.answer_digest
         text = AnswerText(
-            StreamDetokenizer(self.tokenizer, prompt if checked.continues_text else ()),
-            checked.stop,
+            StreamDetokenizer(self.tokenizer, request.prompt_token_ids if request.continues_text else ()),
+            request.stop,
             replayed=start.emitted_token_ids,
-            tool_call_id_seed=digest and f"{digest}/{start.request_id}/{start.sample_index}",
+            tool_call_id_seed=digest and f"{digest}/{request.id}/{start.sample_index}",
             min_tokens=start.sampling.min_tokens,
         )
         self._open.add(relay)
         self._note_idle()
-        with self.metrics.refusing(checked.tier):
-            relay.start()
-        self._running[relay] = caller
-        reservation.started()
+        relay.start()
+        self._running[relay] = hold.caller
+        hold.started()
         self._all_read.clear()
-        # The tier that was asked for is what should grow.
-        self.signals.arrived(checked.brownout_from or checked.tier, prompt_tokens)
-        self.metrics.accepted(prompt_tokens, key)
-        if checked.brownout_from:
-            self.metrics.brownout(checked.brownout_from, checked.tier)
-        if checked.fallback_from:
-            self.metrics.fell_back(checked.fallback_from, checked.tier)
+        self.statistics.accepted(request)
         accepted = inference_pb2.Accepted(
-            request_id=start.request_id,
-            prompt_tokens=prompt_tokens,
+            request_id=request.id,
+            prompt_tokens=request.prompt_tokens,
             seed=start.sampling.seed,
-            max_tokens=start.sampling.max_tokens,
+            max_tokens=request.max_tokens,
             model=self.tiers.model,
-            tier=checked.tier,
-            brownout_from=checked.brownout_from,
+            tier=request.choice.tier,
+            brownout_from=request.choice.brownout_from,
         )
         return RunningAnswer(
-            relay,
-            text,
-            accepted,
-            key,
-            max(self._stream_interval, checked.stream_interval),
-            metrics=self.metrics,
-            signals=self.signals,
-            rolling_stats=self.rolling_stats,
-            pace=self.pace,
-            on_read=self._on_read,
-            close=self._close,
+            relay, text, accepted, self.statistics, self.pace, on_read=self._on_read, close=self._close
         )
 
-    async def tokenize(self, request: inference_pb2.TokenizeRequest, reservation: KeyReservation) -> list[int]:
+    async def tokenize(self, request: inference_pb2.TokenizeRequest, hold: QuotaHold) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
         self._check_open()
-        self.tiers.parse_model(request.model, reservation.caller)
+        self.tiers.parse_model(request.model, hold.caller)
         size = self._size(request)
         kind = request.WhichOneof("prompt")
         if kind is None:
@@ -277,21 +219,19 @@ class RequestHandler:
         if kind == "chat":
             # A template may write the JSON of tools with much more white space.
             in_thread = bool(request.chat.tools)
-            return await self._charged(
-                size, reservation, encode_chat, request.chat, self.tokenizer, in_thread=in_thread
-            )
+            return await self._charged(size, hold, encode_chat, request.chat, self.tokenizer, in_thread=in_thread)
         encode = self.tokenizer.encode_continuation if request.no_special_tokens else self.tokenizer.encode
-        return await self._charged(size, reservation, encode, request.text)
+        return await self._charged(size, hold, encode, request.text)
 
-    async def detokenize(self, request: inference_pb2.DetokenizeRequest, reservation: KeyReservation) -> str:
+    async def detokenize(self, request: inference_pb2.DetokenizeRequest, hold: QuotaHold) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
         self._check_open()
-        self.tiers.parse_model(request.model, reservation.caller)
+        self.tiers.parse_model(request.model, hold.caller)
         size = self._size(request)
         if len(request.ids) > MAX_DETOKENIZED:
             raise InvalidRequest("ids", f"has {len(request.ids)} ids; at most {MAX_DETOKENIZED} are allowed")
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
-        return await self._charged(size, reservation, self.tokenizer.decode, request.ids)
+        return await self._charged(size, hold, self.tokenizer.decode, request.ids)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -341,17 +281,13 @@ class RequestHandler:
         else:
             self._all_closed.clear()
 
-    def _deadline(self, received: float, now: float, time_left: float | None) -> float | None:
-        deadline = min(received + self._max_request_time, math.inf if time_left is None else now + time_left)
-        return None if deadline == math.inf else deadline
-
     def _release(self, caller: ApiKey | None) -> None:
         if caller is not None:
             self._key_limiter.release(caller.id)
 
     def _root_key(self, caller: ApiKey | None) -> int | None:
         """Returns the root of the caller's keys of blocks in prefix caches; None while no prefill worker has joined."""
-        worker = next(iter(self._roster.prefill), None)
+        worker = next(iter(self.tiers.roster.prefill), None)
         if worker is None:
             return None
         return root_key(worker.info.identity.cache_key, "" if caller is None else caller.cache_namespace)
@@ -359,13 +295,13 @@ class RequestHandler:
     async def _charged(
         self,
         size: int,
-        reservation: KeyReservation,
+        hold: QuotaHold,
         function: Callable[..., T],
         *args: object,
         in_thread: bool = False,
     ) -> T:
         """Calls ``function`` as a request of the key. Raises Overloaded if its quota does not admit one."""
-        reservation.take(asyncio.get_running_loop().time())
+        hold.take(asyncio.get_running_loop().time())
         return await self._run(size, function, *args, in_thread=in_thread or size >= LONG_REQUEST)
 
     async def _run(self, size: int, function: Callable[..., T], *args: object, in_thread: bool) -> T:
@@ -385,8 +321,8 @@ class RequestHandler:
     ) -> int:
         """Returns the size of a request in bytes, with what a chat template adds to it. Raises InvalidRequest."""
         size = request.ByteSize()
-        if size > self._max_request_bytes:
-            raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._max_request_bytes}")
+        if size > self._limits.max_bytes:
+            raise InvalidRequest("", f"the request has {size} bytes; the maximum is {self._limits.max_bytes}")
         if not isinstance(request, inference_pb2.DetokenizeRequest) and request.HasField("chat"):
             size += added_by_template(request.chat)
         return int(size)
@@ -411,13 +347,3 @@ def _name(caller: ApiKey | None) -> str:
 def _priority(asked: int, caller: ApiKey | None) -> int:
     """Returns the request's priority, but not one before that of its key."""
     return asked if caller is None else max(asked, caller.priority)
-
-
-def choices(checked: CheckedRequest, count: int) -> Iterator[CheckedRequest]:
-    """Yields ``count`` requests for different answers to one prompt, with the same seed."""
-    yield checked
-    for index in range(1, count):
-        start = decode_pb2.StartDecode()
-        start.CopyFrom(checked.start)
-        start.request_id, start.sample_index = f"{start.request_id}-{index}", index
-        yield replace(checked, start=start)

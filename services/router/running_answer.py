@@ -9,15 +9,13 @@ from typing import Self
 
 from overfill.api.answer_text import AnswerText
 from overfill.errors import OverfillError, RequestCancelled
-from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.relay import Relay
-from overfill.routing.rolling_stats import RollingStats
-from overfill.routing.signals import Signals
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import RouterMetrics
 from overfill.telemetry.outcomes import outcome_of
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.pace import Pace
+from services.router.statistics import Statistics
 
 
 class RunningAnswer:
@@ -26,8 +24,7 @@ class RunningAnswer:
     Args:
         relay: the request on its way through the workers.
         text: what turns its tokens into text.
-        key: name of the API key, for metrics; empty without one.
-        interval: minimum number of tokens in a delta, except in the first and the last one.
+        statistics: counts the answer.
         on_read: called with the event loop's time when the client has a delta.
         close: ends the relay; called with it and with the reason if the request is not answered, else None.
 
@@ -41,23 +38,15 @@ class RunningAnswer:
         relay: Relay,
         text: AnswerText,
         accepted: inference_pb2.Accepted,
-        key: str,
-        interval: int,
-        *,
-        metrics: RouterMetrics,
-        signals: Signals,
-        rolling_stats: RollingStats,
+        statistics: Statistics,
         pace: Pace,
+        *,
         on_read: Callable[[float], None],
         close: Callable[[Relay, BaseException | None], None],
     ) -> None:
         self.accepted = accepted
-        self._key = key
-        self._interval = interval
         self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
-        self._metrics = metrics
-        self._signals = signals
-        self._rolling_stats = rolling_stats
+        self._statistics = statistics
         self._pace = pace
         self._on_read = on_read
         self._close = close
@@ -86,9 +75,10 @@ class RunningAnswer:
         return self._text.stop is not None or self._relay.answer.complete
 
     async def next(self) -> AnswerDelta | None:
-        """Waits for new tokens and returns all that have arrived, at least ``interval``; None at the end of the answer.
+        """Waits for new tokens and returns all that have arrived, or None at the end of the answer.
 
-        The first token and the last tokens are returned at once. A call tells that the client has the previous delta.
+        There are at least as many as the request's ``stream_interval``. The first token and the last tokens are
+        returned at once. A call tells that the client has the previous delta.
 
         Raises:
             OverfillError: the answer failed; all its tokens have been returned.
@@ -110,7 +100,7 @@ class RunningAnswer:
                     break  # the next call raises the error
                 self._failure = error
                 raise
-            if isinstance(event, Finish):
+            if not isinstance(event, AnswerDelta):
                 if delta is not None:
                     break  # the next call returns None
                 self._finish(event)
@@ -128,7 +118,7 @@ class RunningAnswer:
                 break
             if pace.paused:
                 await pace.resumed()
-            if len(delta.token_ids) >= self._interval and not answer.unread:
+            if len(delta.token_ids) >= self._relay.request.stream_interval and not answer.unread:
                 break
         pace.writing()
         self._handed = delta
@@ -138,28 +128,24 @@ class RunningAnswer:
         last, relay = self._handed_at, self._relay
         now = self._handed_at = asyncio.get_running_loop().time()
         self._on_read(now)
-        tier = relay.tier
-        self._metrics.tokens(len(handed.token_ids), None if last is None else now - last, self._key, tier)
-        self._rolling_stats.tokens(len(handed.token_ids), now)
+        since_last = None if last is None else now - last
+        self._statistics.tokens(relay.request, len(handed.token_ids), now, since_last)
         # An answer that a client resumes has its first token already, so it has no TTFT.
-        if last is None and not relay.client_resumed:
+        if last is None and not relay.request.client_resumed:
             self._ttft_ns = _nanoseconds_since(relay.answer.received)
             tracing.current().event("first token")
             if relay.answer.timing.HasField("return_path_ns"):
                 relay.answer.timing.return_path_ns += _nanoseconds_since(relay.answer.first_token_at)
 
-    def _finish(self, finish: Finish | None) -> None:
+    def _finish(self, end: decode_pb2.DecodeDone | None) -> None:
         relay, text = self._relay, self._text
-        if finish is not None:
+        if end is not None:
             self.rest = text.finish()
         relay.close()
-        self._finished = _finished(relay, text, self.rest, finish, self._ttft_ns)
+        self._finished = _finished(relay, text, self.rest, end, self._ttft_ns)
         self._failure = None
-        self._metrics.answered(self._finished, self._finished.parts[-1].tier)
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
-        now = asyncio.get_running_loop().time()
-        self._signals.finished(self._finished, now, relay.answer.decode_base)
-        self._rolling_stats.answered(self._finished, now)
+        self._statistics.answered(self._finished, asyncio.get_running_loop().time(), relay.answer.decode_base)
 
     def __enter__(self) -> Self:
         return self
@@ -168,52 +154,54 @@ class RunningAnswer:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close(self._relay, self._failure)
-        self._metrics.ended(self._failure, self._relay.tier)
+        self._statistics.ended(self._relay.request, self._failure)
         self._log()
 
     def _log(self) -> None:
         relay = self._relay
         ttft_ns = self._ttft_ns
-        if ttft_ns is None and self._handed is not None and not relay.client_resumed:
+        if ttft_ns is None and self._handed is not None and not relay.request.client_resumed:
             ttft_ns = _nanoseconds_since(relay.answer.received)  # the client left while the first token was on its way
         logs.ended(
             "router",
             outcome_of(self._failure),
-            request_id=self.accepted.request_id,
-            prompt_tokens=self.accepted.prompt_tokens,
+            request_id=relay.request.id,
+            prompt_tokens=relay.request.prompt_tokens,
             completion_tokens=self._text.num_tokens,
             ttft=(ttft_ns or 0) / 1e9,
             total=_nanoseconds_since(relay.answer.received) / 1e9,
             prefill_worker=relay.answer.prefill_worker,
             decode_worker=relay.decode_worker,
             migrations=relay.answer.migrations,
-            tier=relay.tier,
+            tier=relay.request.tier,
         )
 
 
 def _finished(
-    relay: Relay, text: AnswerText, rest: AnswerDelta | None, finish: Finish | None, ttft_ns: int | None
+    relay: Relay, text: AnswerText, rest: AnswerDelta | None, end: decode_pb2.DecodeDone | None, ttft_ns: int | None
 ) -> inference_pb2.Finished:
-    if finish is None:  # a stop string ended the answer before the worker did
-        finish = relay.finish_at(text.num_tokens)
-    parts = relay.answer.parts or [inference_pb2.AnswerPart(tier=relay.tier, first_index=len(relay.answer.emitted))]
+    if end is None:  # a stop string ended the answer before the worker did
+        end = relay.finish_at(text.num_tokens)
+    parts = relay.answer.parts or [
+        inference_pb2.AnswerPart(tier=relay.request.tier, first_index=len(relay.answer.emitted))
+    ]
     if text.stop is not None:
         # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.
         parts = parts[:1] + [part for part in parts[1:] if part.first_index < text.num_tokens]
-    reason = finish.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
+    reason = end.reason if text.stop is None else common_pb2.FINISH_REASON_STOP
     if reason == common_pb2.FINISH_REASON_STOP and text.called_tools:
         reason = common_pb2.FINISH_REASON_TOOL_CALLS
     finished = inference_pb2.Finished(
         reason=reason,
-        usage=finish.usage,
+        usage=end.usage,
         timing=relay.answer.timing,
         prefill_worker=relay.answer.prefill_worker,
         decode_worker=relay.decode_worker,
         migrations=relay.answer.migrations,
         stop=text.stop or "",
         rest=None if rest is None else rest.to_proto(),
-        trace=finish.trace,
-        codec=finish.codec,
+        trace=end.trace if end.HasField("trace") else None,
+        codec=end.codec,
         prefill_engine=relay.answer.prefill_engine,
         decode_engine=relay.decode_engine,
         parts=parts,

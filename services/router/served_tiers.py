@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
+from overfill.kv.handshake import check_same
 from overfill.model.manifest import Pair
 from overfill.routing.brownout import Brownout
 from overfill.routing.pool import Roster
-from overfill.routing.tier import NO_FALLBACK
+from overfill.routing.tier import NO_FALLBACK, TierChoice
 from overfill.v1 import inference_pb2
-
-
-@dataclass(frozen=True, slots=True)
-class TierChoice:
-    """The tier of one request. The fields are those of ``CheckedRequest``."""
-
-    tier: str
-    fallback: str = ""
-    brownout_from: str = ""
-    fallback_from: str = ""
 
 
 class ServedTiers:
@@ -35,6 +28,7 @@ class ServedTiers:
         brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
 
     Attributes:
+        roster: as the argument.
         vocab_size: number of token ids of the full model.
     """
 
@@ -43,8 +37,9 @@ class ServedTiers:
     ) -> None:
         self._names = tuple(names)
         self._pairs = pairs
-        self._roster = roster
+        self.roster = roster
         self._brownout = brownout
+        self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without a prompt, by tier
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
 
@@ -66,7 +61,7 @@ class ServedTiers:
 
     def listed(self, caller: ApiKey | None) -> tuple[str, ...]:
         """The names in ``models`` that an API key may use."""
-        default = self._roster.default_tier
+        default = self.roster.default_tier
         return tuple(name for name in self.models if _may_use(caller, self.parse_model(name) or default))
 
     def pair(self, tier: str) -> Pair:
@@ -75,10 +70,55 @@ class ServedTiers:
 
     def fingerprint(self, tier: str) -> str:
         """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
-        decoder = self._roster.tiers[tier].decoder
+        decoder = self.roster.tiers[tier].decoder
         formats = (decoder.get("decoder_quantize", "none"), decoder.get("kv_cache_dtype", "auto"))
         rounded = "".join(f"-{name}" for name in formats if name not in ("none", "auto"))
         return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
+
+    def identity(self, tier: str, prompt: Sequence[int]) -> inference_pb2.AnswerIdentity:
+        """Returns what an answer of ``tier`` to the token ids ``prompt`` depends on."""
+        if tier not in self._identities:
+            self._identities[tier] = self._identity(tier)
+        identity = inference_pb2.AnswerIdentity()
+        identity.CopyFrom(self._identities[tier])
+        identity.prompt_tokens = len(prompt)
+        identity.prompt_digest = hashlib.sha256(array("I", prompt)).hexdigest()
+        return identity
+
+    def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
+        model = self._pairs[tier].model_identity("decoder")
+        identity = inference_pb2.AnswerIdentity()
+        for name in {f.name for f in identity.DESCRIPTOR.fields} & {f.name for f in model.DESCRIPTOR.fields}:
+            setattr(identity, name, getattr(model, name))
+        decoder = self.roster.tiers[tier].decoder
+        identity.decoder_quantize = _rounded(decoder.get("decoder_quantize", "none"))
+        identity.kv_cache_dtype = _rounded(decoder.get("kv_cache_dtype", "auto"))
+        return identity
+
+    def check_resume(self, request: inference_pb2.GenerateRequest, tier: str, prompt: Sequence[int]) -> None:
+        """Refuses to continue an answer that depends on something else than an answer here would.
+
+        Args:
+            tier: tier of which the client asks that it writes the rest.
+            prompt: token ids of the prompt, as this router has made them.
+
+        Raises:
+            InvalidRequest: the request has tokens of an answer and not its identity.
+            Incompatible: the identities differ; names the fields.
+        """
+        if not request.HasField("resume_identity"):
+            if request.resume_token_ids:
+                raise InvalidRequest(
+                    "resume_identity", "is missing; to resume an answer, give the identity with which it was accepted"
+                )
+            return
+        here, there = self.identity(tier, prompt), request.resume_identity
+        names = [f.name for f in here.DESCRIPTOR.fields]
+        check_same(
+            {f"resume_identity.{name}": getattr(here, name) for name in names},
+            {f"resume_identity.{name}": getattr(there, name) for name in names},
+            "this router would continue another answer",
+        )
 
     def max_model_len(self, tier: str = "") -> int:
         """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker.
@@ -86,15 +126,15 @@ class ServedTiers:
         Args:
             tier: empty means the default tier.
         """
-        capacity = self._roster.decode[tier or self._roster.default_tier].capacity_tokens
+        capacity = self.roster.decode[tier or self.roster.default_tier].capacity_tokens
         return self._max_positions if capacity is None else min(self._max_positions, capacity)
 
     def describe(self, name: str, caller: ApiKey | None) -> inference_pb2.Model:
         """Describes the model under one of its names. Raises ModelNotFound unless the API key may use its tier."""
-        tier = self.parse_model(name, caller) or self._roster.default_tier
+        tier = self.parse_model(name, caller) or self.roster.default_tier
         if not _may_use(caller, tier):
             raise self._not_found(name, caller)
-        worker = next(iter(self._roster.workers()), None)
+        worker = next(iter(self.roster.workers()), None)
         pair = self._pairs[tier]
         return inference_pb2.Model(
             name=name,
@@ -129,13 +169,13 @@ class ServedTiers:
             PermissionDenied: the API key may not use the tier.
             InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
         """
-        named, tiers = self.parse_model(request.model, caller), self._roster.tiers
+        named, tiers = self.parse_model(request.model, caller), self.roster.tiers
         usable = _list(name for name in tiers if _may_use(caller, name))
         if request.tier and request.tier not in tiers:
             raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {usable}")
         if named and request.tier not in ("", named):
             raise InvalidRequest("tier", f"is {request.tier!r}, but the model names the tier {named!r}: remove one")
-        tier = request.tier or named or self._roster.default_tier
+        tier = request.tier or named or self.roster.default_tier
         if caller is not None and not caller.may_use(tier):
             raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {usable}")
         fallback = self._fallback(tier, request.fallback, caller)
@@ -186,7 +226,7 @@ class ServedTiers:
 
     def _fallback(self, tier: str, asked: str, caller: ApiKey | None) -> str:
         """Returns the tier to which a request of ``tier`` falls back; empty if it stays."""
-        tiers = self._roster.tiers
+        tiers = self.roster.tiers
         fallback = asked or tiers[tier].fallback
         if fallback in ("", NO_FALLBACK, tier):
             return ""
@@ -201,7 +241,12 @@ class ServedTiers:
 
     def _lost(self, tier: str) -> bool:
         """True if no decode worker of the tier is alive or starting."""
-        return not self._roster.decode[tier].index.present
+        return not self.roster.decode[tier].index.present
+
+
+def _rounded(form: object) -> str:
+    """Returns a format in which weights or KV are rounded, as the wire has it; empty if they are not."""
+    return "" if form in ("none", "auto") else str(form)
 
 
 def _may_use(caller: ApiKey | None, tier: str) -> bool:

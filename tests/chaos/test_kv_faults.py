@@ -34,8 +34,6 @@ from message_proxy import (
     Truncate,
 )
 
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
 from overfill.errors import InternalError, TransferFailed
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
@@ -45,6 +43,8 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
+from overfill.stack.child import Child, stop
+from overfill.stack.process_runner import child_environment
 from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2, registry_pb2
 
 BLOCK = 16
@@ -113,7 +113,7 @@ class Handoffs:
 def prefill_worker(tiny_pair: Path) -> Iterator[registry_pb2.Hello]:
     """Starts a real prefill worker and yields its Hello. It keeps serving after its router has stopped."""
     # Prefix cache off: with it, a prompt would be computed in other pieces, and bits would differ.
-    arguments = [f"--pair={tiny_pair}", "--dtype=float32", "--kv-memory=4MiB", "--grace-period=1", "--prefix-cache=off"]
+    arguments = [f"--pair={tiny_pair}", "--dtype=float32", "--kv-memory=4MiB", "--grace-period=1", "--no-prefix-cache"]
 
     async def start() -> tuple[Child, registry_pb2.Hello]:
         registry = ListeningRegistry()

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.pair.reference import load_references
 from overfill.settings.tiers import TierSpec
+from overfill.stack.describe import describe
+from overfill.stack.placed import place
 from overfill.telemetry.progress import silent
 
 SETTINGS = {"dtype": "float32", "kv_memory": "4MiB", "max_model_len": "512", "grace_period": 1, "max_num_seqs": 4}
@@ -38,11 +39,11 @@ def broken(
     """Runs a trial on ``of_each`` routers and workers, asserts that it passed, and returns its report.
 
     Args:
-        workers: other numbers of workers, by field of ``StackRequest``.
+        workers: other numbers of workers, by argument of ``describe``.
     """
     settings = SETTINGS | {"log_level": "error"}
     counts = {"prefill": of_each, "decode": of_each} | workers
-    plan = make_plan(StackRequest(pair, routers=of_each, threads=1, settings=settings, tiers=tiers, **counts))
+    plan = place(describe(pair or "", routers=of_each, threads=1, settings=settings, tiers=tiers, **counts))
     trial = Trial(faults, PROMPTS, requests=40, streams=8, max_tokens=MAX_TOKENS, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
     report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {})
@@ -88,7 +89,7 @@ def test_a_worker_with_both_stages_breaks_as_others_do(tiny_pair: Path) -> None:
     ]
     workers = {"prefill": 0, "decode": 2, "colocated": 1}
     report = broken(tiny_pair, faults, workers=workers, concurrent_faults=2)
-    assert {one.victim for one in report.result.injected if one.fault.target == "prefill"} == {"worker-0"}
+    assert {one.victim for one in report.result.injected if one.fault.target == "prefill"} == {"colocated-0"}
     assert report.result.migrations > 0
 
 

@@ -22,9 +22,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from stacks import running_stack, wait_until
 
-from overfill.cli.ports import free_ports
 from overfill.client import Client
 from overfill.pair.store import resolve_pair
+from overfill.stack.ports import free_ports
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `examples`: make test-docs")
 nbclient = pytest.importorskip("nbclient")
@@ -59,7 +59,7 @@ def stack() -> Iterator[dict[str, str]]:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "OVERFILL_ADDRESS": address,
-            "OPENAI_BASE_URL": stack.plan.openai_urls([address])[0],
+            "OPENAI_BASE_URL": stack.spec.openai_urls([address])[0],
             "LOCUST_HOST": f"grpc://{address}",
         }
 

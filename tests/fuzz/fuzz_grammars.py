@@ -416,7 +416,7 @@ def run(pair: Path, seconds: float, seed: int = SEED, warm: float = 60.0, *, jud
         keys = {name: api_keys.create(file, name, scopes=["infer"]) for name in ("fuzz", "other")}
         settings = {"api_keys": file}
         with running_stack(pair, http=0, **settings) as (stack, _):
-            address = stack.plan.openai_urls(stack.plan.addresses)[0].split("/")[2]
+            address = stack.spec.openai_urls(stack.placed.addresses)[0].split("/")[2]
             return _run(stack, address, keys, seconds, seed, warm, judge_times)
 
 

@@ -71,16 +71,18 @@ class Cases:
         for method, bodies in json.loads((CORPUS / "seeds.json").read_text()).items():
             kind, _ = request_type(method)
             self._seeds[method] = [json_format.ParseDict(body, kind()) for body in bodies]
-        for method in ("/overfill.v1.Decode/Serve", "/overfill.v1.Prefill/Prefill"):
-            for seed in self._seeds[method]:
-                if seed.WhichOneof("message") == "start":
-                    seed.start.expected_incarnation = facts[method.split("/")[1]]
-                elif seed.WhichOneof("message") == "assign_prefill":
-                    seed.assign_prefill.incarnation = facts["overfill.v1.Prefill"]
-                    seed.assign_prefill.address = facts["address"]
-                    seed.assign_prefill.data_addresses.add(
-                        address=facts["address"], num_kv_heads=facts["kv"].num_kv_heads
-                    )
+        commands = [each for seed in self._seeds["/overfill.v1.Decode/Serve"] for each in seed.commands]
+        for command in (*commands, *self._seeds["/overfill.v1.Prefill/Prefill"]):
+            kind = command.WhichOneof("message")
+            if kind == "start":
+                decodes = isinstance(command, decode_pb2.SequenceCommand)
+                command.start.expected_incarnation = facts["overfill.v1.Decode" if decodes else "overfill.v1.Prefill"]
+            elif kind == "assign_prefill":
+                command.assign_prefill.incarnation = facts["overfill.v1.Prefill"]
+                command.assign_prefill.address = facts["address"]
+                command.assign_prefill.data_addresses.add(
+                    address=facts["address"], num_kv_heads=facts["kv"].num_kv_heads
+                )
         for seed in self._seeds["/overfill.v1.Registry/Join"]:
             if seed.HasField("hello"):
                 seed.hello.model.CopyFrom(facts["model"])
@@ -252,7 +254,7 @@ def run(pair, http_count, rpc_count, frame_count):
             status = client.status()
         by_id = {worker.id: worker for worker in status.workers}
         prefill, decode = by_id["prefill-0"], by_id["decode-0"]
-        http_address = stack.plan.openai_urls(stack.plan.addresses)[0].split("/")[2]
+        http_address = stack.spec.openai_urls(stack.placed.addresses)[0].split("/")[2]
         raw = _raw_status(address)
         cases = Cases(
             {

@@ -39,7 +39,7 @@ def test_kv_read_beside_a_running_step_is_what_was_written():
     from overfill.kv.chunks import Chunk
     from overfill.kv.ranges import KvRange
     from overfill.kv.spec import KvSpec, RopeSpec
-    from overfill.kv.tensors import LayerTargets
+    from overfill.kv.store import LayerTargets
 
     device = torch.device("cuda")
     source = KvCache(KvSpec(2, 2, 8, "bfloat16", RopeSpec()), 8, 4, device)
@@ -60,7 +60,7 @@ def test_an_int8_cache_returns_the_same_values_as_on_the_cpu():
     from overfill.kv.chunks import Chunk
     from overfill.kv.ranges import KvRange
     from overfill.kv.spec import KvSpec, RopeSpec
-    from overfill.kv.tensors import LayerTargets
+    from overfill.kv.store import LayerTargets
 
     spec = KvSpec(2, 2, 8, "bfloat16", RopeSpec())
     k, v = torch.randn(2, 9, 2, 8).bfloat16()

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from overfill.cli.main import main
-from overfill.cli.stack import Stack
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork, check_requirements
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.rpc.certificates import NAME
+from overfill.stack.describe import describe
+from overfill.stack.placed import place
+from overfill.stack.process_runner import ProcessRunner
 
 pytestmark = pytest.mark.images
 
@@ -166,9 +167,14 @@ def test_answers_over_a_bad_link_are_those_of_the_reference(tiny_pair: Path, tmp
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in QUESTIONS), encoding="utf-8")
     lines: list[str] = []
-    plan = make_plan(StackRequest(tiny_pair, decode=2, threads=1, settings=SETTINGS))
+    plan = place(describe(tiny_pair, decode=2, threads=1, settings=SETTINGS))
     with place_on_hosts(plan) as (placed, hosts):
-        stack = Stack(placed, lambda name, line: lines.append(line), {name: host.enter for name, host in hosts.items()})
+        stack = ProcessRunner(
+            plan.spec,
+            lambda name, line: lines.append(line),
+            placed=placed,
+            prefixes={name: host.enter for name, host in hosts.items()},
+        )
         try:
             stack.start()
             stack.wait_ready(threading.Event())

@@ -1,20 +1,72 @@
-"""A router with mock workers in a thread: a fast stack without torch, for tests of the router's interfaces."""
+"""A router in a thread, with workers on the mock engine: a fast stack without models, for tests of its interfaces."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from overfill.settings.config import RouterConfig
-from overfill.settings.mock import MockColocatedConfig, MockDecodeConfig, MockPrefillConfig
-from services.mock.running import MockRun, mock_worker
+import services.colocated.main
+import services.decode.main
+import services.prefill.main
+from overfill.engine.mock.options import MockOptions
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE
+from overfill.model.manifest import Pair
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
 from services.router.app import Router
 
 SECRET = "the secret of a mock stack"
 """With API keys, what its processes show each other."""
+
+
+_SERVE = {
+    PrefillConfig: services.prefill.main.serve,
+    DecodeConfig: services.decode.main.serve,
+    ColocatedConfig: services.colocated.main.serve,
+}
+
+
+class MockRun:
+    """A worker that serves in a task."""
+
+    def __init__(self, serving):
+        self.serving = serving
+
+    async def stop(self):
+        """Leaves the routers and stops. Running requests are cut off."""
+        self.serving.cancel()
+        await asyncio.wait({self.serving})
+
+
+@asynccontextmanager
+async def mock_worker(kind, settings):
+    """Yields a worker on the mock engine that serves and has started to join its routers.
+
+    Args:
+        settings: flags of the worker, arguments of the mock engine by name, and ``kv_blocks``.
+    """
+    arguments = {"answer_tokens": 1 << 30}  # answers end at max_tokens only
+    arguments |= {name: settings[name] for name in settings.keys() & MockOptions.model_fields.keys()}
+    flags = {name: value for name, value in settings.items() if name not in arguments}
+    if (blocks := flags.pop("kv_blocks", None)) is not None:
+        token_bytes = Pair.load(Path(settings["pair"])).full_config.kv_spec("float32").token_bytes
+        flags["kv_memory"] = blocks * DEFAULT_BLOCK_SIZE * token_bytes
+    flags |= {"engine": "mock", "engine_args": json.dumps(arguments)}
+    ready = asyncio.Event()
+    run = MockRun(asyncio.create_task(_SERVE[kind](kind.parse(_flags(flags)), lambda host: ready.set())))
+    waiting = asyncio.create_task(ready.wait())
+    try:
+        await asyncio.wait({run.serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if run.serving.done():
+            run.serving.result()
+        yield run
+    finally:
+        waiting.cancel()
+        await run.stop()
 
 
 @dataclass
@@ -76,7 +128,7 @@ def mock_stack(
         }
         decoders = [(f"decode-{index}", decode_settings or {}) for index in range(decode)]
         if tiers is not None:
-            flags = flags | {"pair": None, "decoders": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
+            flags = flags | {"pair": None, "tiers": ";".join(f"{name}={folder}" for name, folder in tiers.items())}
             decoders = [
                 (f"decode-{name}-0", {"tier": name, "pair": folder} | (decode_settings or {}).get(name, {}))
                 for name, folder in tiers.items()
@@ -89,17 +141,13 @@ def mock_stack(
             common = {"pair": pair, "routers": address} | secret | (workers or {})
             for index in range(prefill):
                 settings = common | {"worker_id": f"prefill-{index}"} | (prefill_settings or {})
-                await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(_flags(settings))))
+                await stack.enter_async_context(mock_worker(PrefillConfig, settings))
             for worker_id, own in decoders:
                 settings = common | {"worker_id": worker_id} | own
-                running[worker_id] = await stack.enter_async_context(
-                    mock_worker(MockDecodeConfig.parse(_flags(settings)))
-                )
+                running[worker_id] = await stack.enter_async_context(mock_worker(DecodeConfig, settings))
             for index in range(colocated):
                 settings = common | {"worker_id": f"worker-{index}"} | (decode_settings or {})
-                running[f"worker-{index}"] = await stack.enter_async_context(
-                    mock_worker(MockColocatedConfig.parse(_flags(settings)))
-                )
+                running[f"worker-{index}"] = await stack.enter_async_context(mock_worker(ColocatedConfig, settings))
             members = prefill + len(decoders) + 2 * colocated
             while sum(worker.report is not None for worker in app.roster.workers()) < members:
                 await asyncio.sleep(0.01)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import psutil
 
-from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
+from overfill.stack.ports import free_ports
 
 
 class Up:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -9,10 +10,10 @@ from contextlib import contextmanager
 
 from forked import Forked
 
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client
+from overfill.stack.child import Child
+from overfill.stack.describe import describe
+from overfill.stack.process_runner import ProcessRunner
 
 SECRET = "the secret of a stack of tests"
 """With API keys, what its processes show each other."""
@@ -33,52 +34,47 @@ class ForkedChild(Child):
         return Forked(command[2], command[3:], env)
 
 
-class FaultyStack(Stack):
+class FaultyStack(ProcessRunner):
     """A stack of forked processes. Workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
 
-    def __init__(self, plan, sink, faults):
-        super().__init__(plan, sink)
+    def __init__(self, spec, sink, faults):
+        super().__init__(spec, sink)
         self._faults = faults
 
+    def _program(self, name, module):
+        fault = self._faults.get(name)
+        return module.split() if fault is None else ["overfill.lab.faults.service", fault, *module.split()]
+
     def _spawn(self, name, module, config, threads):
-        faulty = ["overfill.lab.faults.service", self._faults[name]] if name in self._faults else []
-        command = [sys.executable, "-m", *faulty, *module.split(), *config.to_argv()]
-        return ForkedChild(name, command, self._environment(name, threads), self._sink)
+        command = [sys.executable, "-m", *self._program(name, module)]
+        return ForkedChild(name, command, self._environment(name, config, threads), self._sink)
+
+
+def mocked(**arguments):
+    """Returns the settings of workers on the mock engine, whose answers end at max_tokens only."""
+    return {"engine": "mock", "engine_args": json.dumps({"answer_tokens": 1 << 30} | arguments)}
 
 
 @contextmanager
 def running_stack(
-    pair, prefill=1, decode=1, routers=1, faults=None, http="off", mock=False, tls=None, lines=None, share_port=None,
+    pair, prefill=1, decode=1, routers=1, faults=None, http="off", tls=None, lines=None, share_port=False,
     tiers=(), colocated=0, **settings,
 ):  # fmt: skip
     """Yields ``(stack, address)`` once every worker is ready; drains it at the end. ``lines`` receives its output."""
     if settings.get("api_keys") is not None and tls is None:
         settings["stack_secret"] = settings["api_keys"].with_name("stack-secret")
         settings["stack_secret"].write_text(SECRET)
-    plan = make_plan(
-        StackRequest(
-            pair,
-            prefill,
-            decode,
-            routers,
-            0,
-            1,
-            BASE | settings,
-            http,
-            mock,
-            tls,
-            share_port=share_port,
-            tiers=tiers,
-            colocated=colocated,
-        )
-    )
+    spec = describe(
+        pair or "", prefill=prefill, decode=decode, colocated=colocated, tiers=tiers, routers=routers, http=http,
+        share_port=share_port, threads=1, settings=BASE | settings, tls=tls,
+    )  # fmt: skip
     lines = [] if lines is None else lines
-    stack = FaultyStack(plan, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
+    stack = FaultyStack(spec, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:
         stack.lines = lines
         stack.start()
         stack.wait_ready(threading.Event())
-        yield stack, plan.addresses[0]
+        yield stack, stack.addresses[0]
     except BaseException:
         print("\n".join(lines))
         raise

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from kv_checksums import checksum
 
 from overfill import __version__
 from overfill.errors import Incompatible, Overloaded, TransferFailed, Unavailable
 from overfill.kv import receiver
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import TransferSpec, checksum, seal
+from overfill.kv.chunks import TransferSpec, seal
 from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PeerPool
@@ -44,7 +45,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.spoiled_pulls = 1_000
         self.pulls = 0
         self.refuse = None
-        self.silent_after_queued = False
+        self.silent = False
         self.hold_done = False
         self.received = []  # kinds of messages after the first
         self.leave_after_acks = False
@@ -78,13 +79,12 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             self.specs[start.transfer_id] = TransferSpec(
                 start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
             )
-            yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
-            if self.silent_after_queued:
+            if self.silent:
                 await asyncio.Event().wait()
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
             if self.sends_first_token:
-                yield prefill_pb2.PrefillResponse(first_token=prefill_pb2.FirstToken(token_id=9))
+                yield prefill_pb2.PrefillResponse(first_token=decode_pb2.Tokens(ids=[9], return_ns=0))
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
                 self.received.append(request.WhichOneof("message"))
@@ -115,7 +115,8 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
 
 
 @pytest.fixture
-async def worker():
+async def worker(monkeypatch):
+    monkeypatch.setattr(receiver, "_SMALL", 0)  # no transfer is too small for several data streams
     servicer = ScriptedPrefill()
     server = RpcServer()
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")
@@ -165,7 +166,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
             assert half.sum() == 6 * 2 * 4
-    assert tokens[0].token.token_id == 9
+    assert list(tokens[0].ids) == [9]
     assert worker.acknowledged == 48
     assert pull.times_in_place == 1
 
@@ -179,7 +180,7 @@ async def test_chunks_may_arrive_in_reverse_order(pull, worker):
 def resealed(chunk, **fields):
     for name, value in fields.items():
         setattr(chunk, name, value)
-    chunk.checksum = checksum(chunk, chunk.scales, chunk.payload)
+    chunk.checksum = checksum(chunk)
     return chunk
 
 
@@ -191,7 +192,7 @@ def flipped(chunk):
 def moved(chunk):
     chunk.range.token_start += 1
     chunk.range.token_end += 1
-    chunk.checksum = checksum(chunk, chunk.scales, chunk.payload)
+    chunk.checksum = checksum(chunk)
     return chunk
 
 
@@ -273,7 +274,7 @@ async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, 
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
-    write, count = receiver.write_chunks, 0
+    write, count = KvCache.write, 0
 
     def fail_last(*args):
         nonlocal count
@@ -282,7 +283,7 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
             raise MemoryError("no room")
         return write(*args)
 
-    monkeypatch.setattr(receiver, "write_chunks", fail_last)
+    monkeypatch.setattr(KvCache, "write", fail_last)
     with pytest.raises(MemoryError):
         await pull()
 
@@ -297,7 +298,7 @@ async def test_a_worker_that_leaves_after_everything_has_come_does_no_harm(pull,
     worker.leave_after_acks = True
     cache, tokens = await pull()
     assert cache.k.sum() == 2 * 6 * 2 * 4
-    assert tokens[0].token.token_id == 9
+    assert list(tokens[0].ids) == [9]
 
 
 async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for(pull, worker, monkeypatch, caplog):
@@ -307,21 +308,21 @@ async def test_a_worker_that_freezes_after_everything_has_come_is_not_waited_for
         cache, tokens = await pull(timeout=60.0)
         await worker.ended.wait()
     assert cache.k.sum() == 2 * 6 * 2 * 4
-    assert tokens[0].token.token_id == 9
+    assert list(tokens[0].ids) == [9]
     assert "did not end the transfer" in caplog.text
 
 
 async def test_a_release_is_the_last_message_even_while_chunks_are_written(pull, worker, monkeypatch):
     monkeypatch.setattr(receiver, "_FAREWELL", 0.2)
     monkeypatch.setattr(receiver, "_ACK_DELAY", 0.0)
-    write, writing, go_on = receiver.write_chunks, threading.Event(), threading.Event()
+    write, writing, go_on = KvCache.write, threading.Event(), threading.Event()
 
     def slowly(*args):
         writing.set()
         go_on.wait(5)
         return write(*args)
 
-    monkeypatch.setattr(receiver, "write_chunks", slowly)
+    monkeypatch.setattr(KvCache, "write", slowly)
     running = asyncio.ensure_future(pull())
     assert await asyncio.to_thread(writing.wait, 5)
     assert pull.handoff.release()
@@ -343,14 +344,14 @@ async def test_an_unknown_element_type_is_a_difference_not_a_failure(pull, worke
 async def test_the_deadline_ends_a_transfer_that_waits(pull, worker):
     from overfill.errors import DeadlineExceeded
 
-    worker.silent_after_queued = True
+    worker.silent = True
     with pytest.raises(DeadlineExceeded):
         await pull(timeout=0.3)
     await asyncio.wait_for(worker.ended.wait(), 5)
 
 
 async def test_cancelling_the_transfer_ends_it_on_the_worker_too(pull, worker):
-    worker.silent_after_queued = True
+    worker.silent = True
     task = asyncio.ensure_future(pull())
     while not worker.specs:
         await asyncio.sleep(0.01)

@@ -59,7 +59,7 @@ ALL_ON = (
 )
 TIERS = ("default", "fast", "full")
 FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")
-TWO_TIERS = ("decoders.a.pair=identity", "decoders.b.pair=fast", "decoders.b.settings.quantize=int8")
+TWO_TIERS = ("tiers.a.pair=identity", "tiers.b.pair=fast", "tiers.b.settings.quantize=int8")
 SETS = [*((values, ()) for values in VALUES)]
 SETS += [("values.yaml", settings) for settings in (ALL_ON, (*ALL_ON, *TWO_TIERS), FROM_HUB)]
 
@@ -157,32 +157,32 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("apiKeys.generate=false", "no API keys"),
         ("tls.certManager.enabled=true", "several certificates"),
         ("router.settings.share-port=/run/x", "share-port"),
-        ("router.settings.decoders=a=p", "decoders"),
+        ("router.settings.tiers=a=p", "tiers"),
         ("decode.settings.tier=a", "tier"),
-        ("decoders.a.replicas=2", "pair"),
+        ("tiers.a.replicas=2", "pair"),
         ("worker.stages=prefill", "stages"),
         ("worker.autoscaling.kind=hpa", "autoscaling"),
         (
-            "worker.replicas=1,decode.autoscaling.kind=hpa",
-            "decode: autoscaling.kind hpa conflicts with worker.replicas",
+            "colocated.replicas=1,decode.autoscaling.kind=hpa",
+            "decode: autoscaling.kind hpa conflicts with colocated.replicas",
         ),
         (
-            "worker.replicas=1,decoders.a.pair=x,decoders.b.pair=y,decoders.b.replicas=0",
-            "decoders.b.replicas: at least 1",
+            "colocated.replicas=1,tiers.a.pair=x,tiers.b.pair=y,tiers.b.replicas=0",
+            "tiers.b.replicas: at least 1",
         ),
         (
             "decode.autoscaling.kind=hpa,decode.autoscaling.running=59",  # 64 of 59 is within an HPA's tolerance
             "decode.autoscaling.running: 59 is too high for max-num-seqs 64",
         ),
         (
-            "decode.autoscaling.kind=hpa,decoders.a.pair=x,decoders.b.pair=y,decoders.b.settings.max-num-seqs=48",
-            "decoders.b.autoscaling.running: 48 is too high for max-num-seqs 48",
+            "decode.autoscaling.kind=hpa,tiers.a.pair=x,tiers.b.pair=y,tiers.b.settings.max-num-seqs=48",
+            "tiers.b.autoscaling.running: 48 is too high for max-num-seqs 48",
         ),
-        ("decoders.A.pair=default", "'A' does not match pattern"),
-        ("decoders.a.pair=default,decoders.a.replica=2", "replica"),
-        ("decoders.a.pair=default,decoders.a.settings.kv-memroy=1GiB", "kv-memroy"),
-        ("decoders.a.pair=default,router.settings.default-tier=b", "there is no tier b in decoders"),
-        ("decoders.a.pair=x;y,pair.source=claim,pair.claim.name=c", "neither pair nor settings may have a semicolon"),
+        ("tiers.A.pair=default", "'A' does not match pattern"),
+        ("tiers.a.pair=default,tiers.a.replica=2", "replica"),
+        ("tiers.a.pair=default,tiers.a.settings.kv-memroy=1GiB", "kv-memroy"),
+        ("tiers.a.pair=default,router.settings.default-tier=b", "there is no tier b in tiers"),
+        ("tiers.a.pair=x;y,pair.source=claim,pair.claim.name=c", "neither pair nor settings may have a semicolon"),
     ],
 )
 def test_a_wrong_value_is_named(setting: str, says: str) -> None:
@@ -361,23 +361,23 @@ def peers(policy: dict[str, Any]) -> dict[int, set[str]]:
 
 def test_workers_with_both_stages_are_a_pool_of_a_fixed_size() -> None:
     objects = render("values-colocated.yaml", "router.settings.itl-objective=0.05")
-    assert {*of_kind(objects, "Deployment")} == {"overfill-router", "overfill-worker"}
-    assert {*of_kind(objects, "PodDisruptionBudget")} == {"overfill-router", "overfill-worker"}
+    assert {*of_kind(objects, "Deployment")} == {"overfill-router", "overfill-colocated"}
+    assert {*of_kind(objects, "PodDisruptionBudget")} == {"overfill-router", "overfill-colocated"}
     assert not {"HorizontalPodAutoscaler", "ScaledObject"} & {one["kind"] for one in objects}
     found = pods(objects)
     (container,) = found["worker"]["containers"]
-    assert container["command"] == ["overfill-worker"]
+    assert container["command"] == ["overfill-colocated"]
     worker, router = settings_of(found["worker"], ColocatedConfig), settings_of(found["router"], RouterConfig)
     assert (worker.itl_objective, worker.kv_memory, worker.tier) == (0.05, 512 << 20, "")
     assert (router.expect_prefill, router.expect_decode) == (2, 2)
-    assert of_kind(objects, "Deployment")["overfill-worker"]["spec"]["replicas"] == 2
-    assert peers(of_kind(objects, "NetworkPolicy")["overfill-worker"]) == {7603: {"router", "worker"}}
-    assert "overfill-worker" in of_kind(objects, "Service")
-    assert "overfill-worker" not in of_kind(render("values.yaml"), "ServiceAccount")
+    assert of_kind(objects, "Deployment")["overfill-colocated"]["spec"]["replicas"] == 2
+    assert peers(of_kind(objects, "NetworkPolicy")["overfill-colocated"]) == {7603: {"router", "colocated"}}
+    assert "overfill-colocated" in of_kind(objects, "Service")
+    assert "overfill-colocated" not in of_kind(render("values.yaml"), "ServiceAccount")
 
 
 def test_other_workers_take_part_in_a_stack_of_workers_with_both_stages() -> None:
-    own = ("worker.replicas=2", "decoders.default.replicas=0", "decoders.fast.itlObjective=0.05")
+    own = ("colocated.replicas=2", "tiers.default.replicas=0", "tiers.fast.itlObjective=0.05")
     objects = render("values-tiers.yaml", *own, "worker.settings.dtype=float32")
     found = pods(objects)
     router = settings_of(found["router"], RouterConfig)
@@ -392,9 +392,9 @@ def test_other_workers_take_part_in_a_stack_of_workers_with_both_stages() -> Non
 
 
 def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
-    own = ("decoders.fast.autoscaling.kind=keda", "decoders.fast.autoscaling.minReplicas=3")
-    own += ("decoders.fast.resources.limits.memory=9Gi", "decoders.fast.itlObjective=0.05")
-    own += ("decoders.full.strategy.maxSurge=0", "decoders.full.disruptionBudget.maxUnavailable=")
+    own = ("tiers.fast.autoscaling.kind=keda", "tiers.fast.autoscaling.minReplicas=3")
+    own += ("tiers.fast.resources.limits.memory=9Gi", "tiers.fast.itlObjective=0.05")
+    own += ("tiers.full.strategy.maxSurge=0", "tiers.full.disruptionBudget.maxUnavailable=")
     objects = render("values-tiers.yaml", *own)
     found, deployments = pods(objects), of_kind(objects, "Deployment")
     router, fast = settings_of(found["router"], RouterConfig), settings_of(found["decode-fast"], DecodeConfig)
@@ -433,7 +433,7 @@ def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
 
 def test_routers_are_told_how_workers_load_the_decoder_of_one_pair() -> None:
     found = pods(render("values.yaml", "decode.settings.quantize=int8"))
-    assert "--decoders=default=/pair/link:2,quantize=int8" in found["router"]["containers"][0]["args"]
+    assert "--tiers=default=/pair/link:2,quantize=int8" in found["router"]["containers"][0]["args"]
     assert not [flag for flag in found["decode"]["containers"][0]["args"] if flag.startswith("--tier")]
 
 
@@ -441,7 +441,7 @@ def test_the_default_tiers_pair_is_that_of_prefill_workers_and_routers() -> None
     chosen = pods(render("values-tiers.yaml", "router.settings.default-tier=full"))
     for component in ("router", "prefill"):
         assert "--pair=/pair/full" in chosen[component]["containers"][0]["args"]
-    unnamed = ("decoders.b.pair=fast", "decoders.a.pair=identity")
+    unnamed = ("tiers.b.pair=fast", "tiers.a.pair=identity")
     assert pods(render("values.yaml", *unnamed))["prefill"]["initContainers"][0]["command"][4:] == [
         "identity",
         "/pair/a",
@@ -449,9 +449,9 @@ def test_the_default_tiers_pair_is_that_of_prefill_workers_and_routers() -> None
 
 
 def test_tiers_of_a_claim_and_of_the_hub_are_found() -> None:
-    claim = ("pair.source=claim", "pair.claim.name=pairs", "decoders.a.pair=x/a", "decoders.b.pair=x/b")
+    claim = ("pair.source=claim", "pair.claim.name=pairs", "tiers.a.pair=x/a", "tiers.b.pair=x/b")
     assert settings_of(pods(render("values.yaml", *claim))["decode-b"], DecodeConfig).pair == "/pair/x/b"
-    hub = ("pair.source=hub", "decoders.a.pair=org/a", "decoders.b.pair=org/b", "decoders.b.revision=v1")
+    hub = ("pair.source=hub", "tiers.a.pair=org/a", "tiers.b.pair=org/b", "tiers.b.revision=v1")
     command = pods(render("values.yaml", *hub))["router"]["initContainers"][0]["command"]
     assert command[4:] == ["org/a", "main", "/pair/a", "org/b", "v1", "/pair/b"]
 
@@ -517,8 +517,8 @@ def test_meshes_are_told_that_the_grpc_ports_speak_tls() -> None:
 
 
 def test_a_pool_s_runtime_class_is_that_of_its_pods_only() -> None:
-    own = ("decode.runtimeClassName=nvidia", "decoders.fast.runtimeClassName=other", "worker.runtimeClassName=third")
-    found = pods(render("values-tiers.yaml", *own, "worker.replicas=1", "decoders.default.replicas=0"))
+    own = ("decode.runtimeClassName=nvidia", "tiers.fast.runtimeClassName=other", "colocated.runtimeClassName=third")
+    found = pods(render("values-tiers.yaml", *own, "colocated.replicas=1", "tiers.default.replicas=0"))
     classes = {name: pod.get("runtimeClassName") for name, pod in found.items()}
     assert classes == {
         "router": None, "prefill": None, "test": None,
@@ -874,22 +874,17 @@ async def test_an_upgrade_keeps_the_api_keys(
 async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of_the_pods(
     kmock: kmock_package.KubernetesEmulator, tmp_path: Path
 ) -> None:
-    """An earlier version of the chart made one certificate for all. A deleted secret revokes what was in it."""
+    """A deleted secret revokes what was in it."""
     discover(kmock)
     first = await secrets_of_an_upgrade(kmock, tmp_path)
     (processes, old) = authorities(first["overfill-tls"])
     only_processes = processes.public_bytes(serialization.Encoding.PEM)
     first["overfill-tls"]["data"]["ca.crt"] = base64.b64encode(only_processes).decode()
     manifests = tmp_path / "objects.yaml"
-    for kept in (first, None):  # the secret of an earlier version; then one with the authority of deleted clients
+    for kept in (first, None):  # a secret without the clients' authority; then one with that of deleted clients
         if kept is not None:
             manifests.write_text(yaml.safe_dump(kept["overfill-tls"]))
             await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
-        notes = await run(
-            tmp_path, "helm", "install", "overfill", str(CHART), "--namespace=serving", "--dry-run=server",
-            "--disable-openapi-validation", "--take-ownership", f"--kube-apiserver={kmock.url}",
-        )  # fmt: skip
-        assert ("WARNING: an earlier version" in notes) == (kept is not None)
         again = await secrets_of_an_upgrade(kmock, tmp_path)
         for file in ("tls.crt", "tls.key"):
             assert again["overfill-tls"]["data"][file] == first["overfill-tls"]["data"][file]

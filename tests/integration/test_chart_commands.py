@@ -17,10 +17,10 @@ from charts import ROOT, VALUES, pods, render
 from stacks import wait_until
 
 from overfill.api import keys as keyfile
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child, stop
 from overfill.client import Client, ClientTls, PermissionDenied, SamplingParams, Unauthenticated
 from overfill.settings.config import SERVICES, RouterConfig
+from overfill.stack.child import Child, stop
+from overfill.stack.ports import free_ports
 
 PROGRAMS = {
     "overfill-router": ["services.router.main"],

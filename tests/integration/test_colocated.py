@@ -13,13 +13,13 @@ import pytest
 from stacks import idle, loads, running_stack, wait_until
 from vllm_stacks import GREEDY, prompts, wrong_answers
 
-from overfill.cli.stack_plan import PlannedWorker
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import PromptTooLong, Unavailable
 from overfill.pair.llm import LLM
 from overfill.pair.reference import TwoStageReference, judge
 from overfill.settings.worker_kinds import DECODE, PREFILL
+from overfill.stack.describe import describe
+from overfill.stack.placed import PlacedWorker, place
 
 SEEDED = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, logprobs=2)
 
@@ -30,10 +30,10 @@ def test_one_worker_answers_as_the_reference_and_frees_its_blocks(tiny_pair):
         answer = client.generate([5, 6, 7] * 9, sampling=SEEDED)
         alone = LLM(tiny_pair, dtype="float32", kv_memory=4 << 20, threads=1).generate([[5, 6, 7] * 9], SEEDED)[0]
         assert list(answer.token_ids) == alone.token_ids, "the same as without sockets, with the same seed"
-        assert (answer.prefill_worker, answer.decode_worker) == ("worker-0", "worker-0")
+        assert (answer.prefill_worker, answer.decode_worker) == ("colocated-0", "colocated-0")
         wait_until(lambda: idle(address), 5, "all blocks of both caches free")
         entries = [(w.id, w.stage) for w in client.status().workers]
-        assert entries == [("worker-0", "prefill"), ("worker-0", "decode")]
+        assert entries == [("colocated-0", "prefill"), ("colocated-0", "decode")]
 
 
 def test_a_prompt_that_does_not_fit_and_the_loss_of_the_only_worker_are_said_clearly(tiny_pair):
@@ -45,13 +45,13 @@ def test_a_prompt_that_does_not_fit_and_the_loss_of_the_only_worker_are_said_cle
         with pytest.raises(PromptTooLong, match=r"shorten the prompt|context"):
             client.generate([1] * 600, sampling=SamplingParams(**GREEDY, max_tokens=4))
         wait_until(lambda: idle(address), 5, "nothing is held for it")
-        child = stack.worker("worker-0")
+        child = stack.worker("colocated-0")
         os.kill(child.pid, signal.SIGKILL)
         wait_until(lambda: child.returncode is not None, 10, "the worker is dead")
         with pytest.raises(Unavailable, match=r"no (prefill|decode) worker has reported for"):
             client.generate([1] * 8, sampling=SamplingParams(**GREEDY, max_tokens=4))
-        stack.restart("worker-0")
-        wait_until(lambda: loads(address).keys() == {"worker-0"}, 60, "the worker is back")
+        stack.restart("colocated-0")
+        wait_until(lambda: loads(address).keys() == {"colocated-0"}, 60, "the worker is back")
         assert len(client.generate([1] * 8, sampling=SamplingParams(**GREEDY, max_tokens=4)).token_ids) == 4
 
 
@@ -104,23 +104,23 @@ def test_a_stack_grows_to_separate_pools_without_a_restart(tiny_pair):
         load = Load(address)
         try:
             wait_until(lambda: len(load.answers) > 8, 30, "one worker serves")
-            later = make_plan(StackRequest(tiny_pair, 1, 2, settings={"dtype": "float32", "kv_memory": "4MiB"}))
+            later = place(describe(tiny_pair, decode=2, settings={"dtype": "float32", "kv_memory": "4MiB"}))
             for worker in later.workers:
-                config = worker.config.model_copy(update={"routers": stack.plan.join_addresses, "max_model_len": 512})
-                stack._workers.append(stack._spawn_worker(PlannedWorker(worker.kind, config)))
+                config = worker.config.model_copy(update={"routers": stack.placed.join_addresses, "max_model_len": 512})
+                stack._workers.append(stack._spawn_worker(PlacedWorker(worker.pool, worker.kind, config)))
             wait_until(lambda: len(loads(address)) == 4, 60, "the new workers have joined")
             joined = time.monotonic()
 
             def spread():
                 pairs = load.workers(joined)
-                return {"decode-0", "decode-1", "worker-0"} <= {d for _, d in pairs} and "prefill-0" in {
+                return {"decode-0", "decode-1", "colocated-0"} <= {d for _, d in pairs} and "prefill-0" in {
                     p for p, _ in pairs
                 }
 
             wait_until(spread, 30, "requests spread over all workers")
             with Client(address) as client:
-                client.drain("worker-0")
-            child = stack.worker("worker-0")
+                client.drain("colocated-0")
+            child = stack.worker("colocated-0")
             wait_until(lambda: child.returncode is not None, 30, "the first worker has drained")
             assert child.returncode == 0
             drained = time.monotonic()

@@ -43,7 +43,7 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
         settings["api_keys"] = file
     right, wrong = [], []
     with running_stack(tiny_pair, prefix_cache="on", **settings) as (stack, address):
-        secret = stack.plan.secret
+        secret = stack.placed.secret
         with Client(address, api_key=victim_key) as victim, Client(address, api_key=attacker_key) as attacker:
             for _ in range(10):
                 prompt = [rng.randrange(20, 490) for _ in range(6 * BLOCK)]

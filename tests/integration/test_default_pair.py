@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill import LLM
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.kv.cache import KvCache
 from overfill.model.manifest import Pair
 from overfill.model.native import library

@@ -79,7 +79,7 @@ def test_every_rpc_of_running_processes_refuses_without_credentials(tiny_pair, t
     infer = keys.create(file, "infer", scopes=["infer"])
     metrics = keys.create(file, "metrics", scopes=["metrics"])
     with running_stack(tiny_pair, http=0, api_keys=file) as (stack, address):
-        secret = stack.plan.secret
+        secret = stack.placed.secret
         with Client(address, api_key=secret) as client:
             status = client.status()
         processes = {address: ROUTER_RPCS} | {worker.address: WORKER_RPCS for worker in status.workers}
@@ -117,7 +117,7 @@ def test_every_rpc_of_running_processes_refuses_without_credentials(tiny_pair, t
                 assert http(f"http://{where}{route}", {"authorization": f"Bearer {infer}"}) == 403, (where, route)
             assert http(f"http://{where}/metrics", {"authorization": f"Bearer {metrics}"}) == 200
             assert http(f"http://{where}/nothing") == 401
-        base = stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
+        base = stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix("/v1")
         assert {route for route, rule in ROUTES.items() if rule.open} == {"/health", "/ui", "/"}
         for route, rule in ROUTES.items():
             path = route.replace("{model:path}", "x")

@@ -15,7 +15,7 @@ TINY = ["--vocab-size=512", "--prompt-tokens=20", "--output-tokens=6"]
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
     with running_stack(tiny_pair, http=0) as (stack, address):
-        yield f"grpc://{address}", stack.plan.openai_urls(stack.plan.addresses)[0]
+        yield f"grpc://{address}", stack.spec.openai_urls(stack.placed.addresses)[0]
 
 
 def records(path):

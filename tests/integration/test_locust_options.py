@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from mocks import mock_stack
 
-from overfill.cli.ports import free_ports
+from overfill.stack.ports import free_ports
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
@@ -25,7 +25,7 @@ SHORT = ["--vocab-size=512", "--prompt-tokens=8", "--output-tokens=4"]
 
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
-    with mock_stack(tiny_pair, decode_settings={"mock_step": 0.01}) as stack:
+    with mock_stack(tiny_pair, decode_settings={"step": 0.01}) as stack:
         yield stack
 
 

@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from stacks import running_stack, wait_until
+from stacks import mocked, running_stack, wait_until
 
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams
@@ -22,7 +22,7 @@ class StackProbe:
 
     def __init__(self, stack, address, capsys):
         self.address = address
-        self._url = stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
+        self._url = stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix("/v1")
         self._capsys = capsys
 
     def command(self, *arguments):
@@ -74,7 +74,7 @@ def kill(stack, name):
 
 @pytest.fixture
 def probe(tiny_pair, capsys):
-    with running_stack(tiny_pair, prefill=1, decode=2, http=0, mock=True) as (stack, address):
+    with running_stack(tiny_pair, prefill=1, decode=2, http=0, **mocked()) as (stack, address):
         yield stack, StackProbe(stack, address, capsys)
 
 

@@ -7,15 +7,14 @@ import urllib.error
 import urllib.request
 
 import pytest
-from mocks import mock_stack
+from mocks import mock_stack, mock_worker
 from prometheus_client.parser import text_string_to_metric_families
 from stacks import wait_until
 
 from overfill.api import keys
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest, RequestCancelled
-from overfill.settings.mock import MockDecodeConfig
-from services.mock.running import mock_worker
+from overfill.settings.config import DecodeConfig
 
 
 def scrape(stack, key=None):
@@ -85,7 +84,7 @@ def test_failures_count(stack):
 
 
 def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
-    steps = {"mock_step": 0.01}  # the answers last 20 s
+    steps = {"step": 0.01}  # the answers last 20 s
     with mock_stack(tiny_pair, colocated=1, decode_settings=steps) as stack, Client(stack.grpc) as client:
         streams = [client.stream([5, 6], sampling=SamplingParams(max_tokens=2000, ignore_eos=True)) for _ in range(4)]
         for stream in streams:
@@ -120,8 +119,7 @@ def running_sequences(target):
 
 def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tiny_pair):
     def run(name, *, drained):
-        flags = [f"--pair={tiny_pair}", f"--routers={stack.grpc}", f"--worker-id={name}"]
-        running = mock_worker(MockDecodeConfig.parse(flags))
+        running = mock_worker(DecodeConfig, {"pair": tiny_pair, "routers": stack.grpc, "worker_id": name})
         stack.call(running.__aenter__())
         wait_until(lambda: scrape(stack)["workers", "decode", "ready", "default"] == 2, 10, f"{name} has joined")
         if drained:

@@ -1,4 +1,4 @@
-"""Tests mock workers as processes that ``overfill up --mock`` runs, and a mock worker with both stages."""
+"""Tests workers on the mock engine in a stack, with one stage or both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_worker_with_both_stages_answers_alone_and_is_a_member_of_both_pools(t
 
 def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
     with (
-        mock_stack(tiny_pair, prefill=0, colocated=1, workers={"mock_step": 0.005}) as stack,
+        mock_stack(tiny_pair, prefill=0, colocated=1, workers={"step": 0.005}) as stack,
         Client(stack.grpc) as client,
     ):
         expected = client.generate([5, 6, 7], sampling=LONG).token_ids
@@ -56,7 +56,7 @@ def test_an_answer_that_a_stop_string_ends_has_its_codec_and_decode_time(tiny_pa
 
 
 async def test_dropping_an_asyncio_stream_ends_its_sequence_on_the_worker(tiny_pair):
-    with mock_stack(tiny_pair, decode_settings={"mock_step": 0.2}) as stack:
+    with mock_stack(tiny_pair, decode_settings={"step": 0.2}) as stack:
         async with AsyncClient(stack.grpc) as client:
             async for _ in client.stream([5, 6, 7], sampling=LONG):
                 break

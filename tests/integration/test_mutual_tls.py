@@ -149,17 +149,17 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
                     client.generate(text, sampling=GREEDY)
                 context = ssl.create_default_context(cafile=certs / "ca.crt") if secured else None
                 request = urllib.request.Request(
-                    f"{stack.plan.openai_urls(stack.plan.addresses)[0]}/completions",
+                    f"{stack.spec.openai_urls(stack.placed.addresses)[0]}/completions",
                     json.dumps({"model": "tiny", "prompt": text, "max_tokens": 4}).encode(),
                     {"authorization": f"Bearer {key}", "content-type": "application/json"},
                 )
                 with urllib.request.urlopen(request, timeout=30, context=context) as response:
                     response.read()
-                with Client(address, tls=operator, api_key=None if secured else stack.plan.secret) as client:
+                with Client(address, tls=operator, api_key=None if secured else stack.placed.secret) as client:
                     return ids, next(w for w in client.status().workers if w.id == "prefill-0")
 
             ids, worker = await asyncio.to_thread(ask)
-            link = Credentials(shown(certs, Role.WORKER)) if secured else Credentials(None, stack.plan.secret)
+            link = Credentials(shown(certs, Role.WORKER)) if secured else Credentials(None, stack.placed.secret)
             cache = await pull(tiny_pair, worker, ids, link)
         blocks = cache.k[0, 0].contiguous().view(torch.uint8).numpy()
     wire = b"\0\0\0\0".join(packets)
@@ -198,7 +198,7 @@ def test_rotation_under_load_loses_no_request(tiny_pair, certs, tmp_path):
     rotations, answered, failures, stop = 5, [], [], threading.Event()
     with running_stack(tiny_pair, decode=2, http=0, tls=certs, api_keys=file, shm="off") as (stack, address):
         operator = shown(certs, Role.OPERATOR)
-        url = f"{stack.plan.openai_urls(stack.plan.addresses)[0]}/completions"
+        url = f"{stack.spec.openai_urls(stack.placed.addresses)[0]}/completions"
         http_address = url.split("/")[2]
 
         def by_grpc(kept):

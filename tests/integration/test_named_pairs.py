@@ -6,36 +6,27 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from mocks import mock_stack
 from stacks import running_stack
 
-from overfill.cli.up_plan import make_plan
 from overfill.client import Client, SamplingParams
-from overfill.making.recipe import DecoderRecipe
 from overfill.pair import store
+from overfill.pair.checksums import record_checksums
 
 
 @pytest.fixture
-def downloads(tiny_pair, tmp_path, monkeypatch):
-    """Sets an empty cache, in which named pairs are made of a tiny full model; yields the list of downloads."""
-    fetched = []
-
-    def fetch(source, out, report):
-        fetched.append(source)
-        shutil.copytree(tiny_pair / "full", out, dirs_exist_ok=True)
-
+def cache(tiny_pair, tmp_path, monkeypatch):
+    """Sets an empty cache but for a tiny full model in the place of the named pairs' one. Nothing can be downloaded."""
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("overfill.making.sources.fetch_default", fetch)
-    monkeypatch.setattr(
-        store, "NAMED", {"default": DecoderRecipe(intermediate_size=64, tokens=512), "identity": DecoderRecipe()}
-    )
-    # A folder with the name of a pair is reached as ./default only.
-    (tmp_path / "here" / "default").mkdir(parents=True)
+    for variable in ("PIP_NO_INDEX", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    shutil.copytree(tiny_pair / "full", store.model_folder("wheel"))
+    record_checksums(store.model_folder("wheel"))
+    # A folder with the name of a pair is reached as ./identity only.
+    (tmp_path / "here" / "identity").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    return fetched
 
 
 def answer(address):
@@ -45,52 +36,48 @@ def answer(address):
         ).token_ids
 
 
-def test_router_and_workers_serve_a_named_pair(downloads, monkeypatch):
-    folder = store.resolve_pair("default")
-
-    def plan_by_name(*args, **options):
-        plan = make_plan(*args, **options)
-
-        def named(config):
-            return config.model_copy(update={"pair": "default"})
-
-        plan = plan.with_configs(lambda worker: named(worker.config))
-        return replace(plan, routers=tuple(map(named, plan.routers)))
-
-    monkeypatch.setattr("stacks.make_plan", plan_by_name)
-    with running_stack(folder) as (stack, address):
-        assert {config.pair for config in (*stack.plan.routers, *stack.plan.prefill, *stack.plan.decode)} == {"default"}
+def test_router_and_workers_serve_a_named_pair(cache):
+    store.resolve_pair("identity")
+    with running_stack("identity") as (stack, address):
+        assert {config.pair for config in (*stack.placed.routers, *stack.placed.prefill, *stack.placed.decode)} == {
+            "identity"
+        }
         assert len(answer(address)) == 4
 
 
-def test_a_folder_with_the_name_of_a_pair_is_reached_by_its_path(downloads, tiny_pair):
-    os.rmdir("default")
-    shutil.copytree(tiny_pair, "default", symlinks=True)
-    with mock_stack("./default") as stack:
+def test_a_folder_with_the_name_of_a_pair_is_reached_by_its_path(cache, tiny_pair):
+    os.rmdir("identity")
+    shutil.copytree(tiny_pair, "identity", symlinks=True)
+    with mock_stack("./identity") as stack:
         assert answer(stack.grpc)
-    assert downloads == []
+    assert not store.is_ready("identity", None)
 
 
-def test_services_prepare_a_named_pair_once(downloads):
+def test_services_prepare_a_named_pair(cache):
     with mock_stack("identity") as stack:
         assert answer(stack.grpc)
-    assert downloads == ["wheel"]
+    assert store.is_ready("identity", "wheel")
 
 
-def test_a_router_without_torch_serves_a_prepared_pair_and_says_how_to_prepare_another(downloads):
+def test_a_router_without_torch_serves_a_prepared_pair_and_says_how_to_prepare_another(cache, tmp_path, monkeypatch):
     store.resolve_pair("identity")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     for name, code in (("identity", 0), ("default", 1)):
-        done = router_without_torch(name)
+        done = router_at_once(name)
         assert done.returncode == code, done.stderr
     assert "torch is not installed" in done.stderr
     assert "overfill pair path default" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def router_without_torch(pair):
+def router_at_once(pair):
     """Ends a router as soon as it serves."""
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import sys\n"
+        "assert sys.modules['torch'] is None\n"
         "from services.router import main\n"
         "async def at_once(router): sys.exit(0)\n"
         "main.Router.run = at_once\n"

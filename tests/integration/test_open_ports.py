@@ -17,7 +17,8 @@ from overfill.client import Client, Grammar, SamplingParams
     [
         # Two ports of gRPC, one of HTTP, and one of metrics for each process.
         (["--no-ray"], 5),
-        pytest.param(["--mock"], 10, marks=pytest.mark.slow),  # on Ray, as by default, including Ray's own processes
+        # On Ray, as by default, including Ray's own processes.
+        pytest.param(["--engine=mock"], 10, marks=pytest.mark.slow),
     ],
     ids=["processes", "ray"],
 )

@@ -384,7 +384,7 @@ def test_a_draining_router_says_so(tiny_pair):
 
 
 def test_a_full_queue_is_429_with_retry_after(tiny_pair):
-    slow = {"mock_step": 0.05, "max_num_seqs": 1}
+    slow = {"step": 0.05, "max_num_seqs": 1}
     with mock_stack(tiny_pair, decode_settings=slow, max_queue=1) as stack:
         with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client:
             model = client.models.list().data[0].id
@@ -490,7 +490,7 @@ def test_events_are_not_held_back_for_acknowledgements(stack):
 
 
 def test_rpcs_beyond_the_limit_are_refused_as_overload(tiny_pair):
-    slow = {"mock_step": 0.05}
+    slow = {"step": 0.05}
     with mock_stack(tiny_pair, decode_settings=slow, max_connections=4) as stack, Client(stack.grpc) as ours:
         # Each of the two workers holds an RPC, so two are left.
         running = [ours.stream("x", sampling=SamplingParams(max_tokens=200, ignore_eos=True)) for _ in range(2)]
@@ -503,7 +503,7 @@ def test_rpcs_beyond_the_limit_are_refused_as_overload(tiny_pair):
 
 
 def test_connections_beyond_the_limit_are_answered_with_an_error(tiny_pair):
-    with mock_stack(tiny_pair, max_connections=2, decode_settings={"mock_step": 0.05}) as stack, ExitStack() as held:
+    with mock_stack(tiny_pair, max_connections=2, decode_settings={"step": 0.05}) as stack, ExitStack() as held:
         host, _, port = stack.url.removeprefix("http://").partition(":")
         model = stack.router._handler.tiers.model
         body = json.dumps({"model": model, "prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True})

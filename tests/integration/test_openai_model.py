@@ -72,7 +72,7 @@ def client():
     settings = {"dtype": None, "kv_memory": "256MiB", "max_model_len": "2048", "http": 0}
     with running_stack(resolve_pair("default"), **settings) as (stack, _):
         client = openai.OpenAI(
-            base_url=stack.plan.openai_urls(stack.plan.addresses)[0], api_key="none", max_retries=0, timeout=600
+            base_url=stack.spec.openai_urls(stack.placed.addresses)[0], api_key="none", max_retries=0, timeout=600
         )
         with client:
             yield client

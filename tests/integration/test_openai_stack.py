@@ -27,7 +27,9 @@ SHAPE = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 @pytest.fixture(scope="module")
 def running(tiny_pair):
     with running_stack(tiny_pair, decode=2, http=0, max_model_len="2048") as (stack, address):
-        client = openai.OpenAI(base_url=stack.plan.openai_urls(stack.plan.addresses)[0], api_key="none", max_retries=0)
+        client = openai.OpenAI(
+            base_url=stack.spec.openai_urls(stack.placed.addresses)[0], api_key="none", max_retries=0
+        )
         with client:
             yield stack, address, client
 
@@ -111,5 +113,6 @@ def test_the_sdk_calls_tools(running):
             (again,) = client.chat(HI, sampling=sampling, **options).tool_calls
             assert (again.arguments, again.id == call.id) == (arguments, False)
             options |= {"request_id": answer.request_id, "resume_token_ids": answer.token_ids[:1]}
+            options |= {"resume_identity": answer.identity}
             (resumed,) = client.chat(HI, sampling=sampling, **options).tool_calls
             assert resumed.id == call.id

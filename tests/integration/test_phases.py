@@ -28,7 +28,7 @@ from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.model.manifest import Pair
-from overfill.model.transformer import NO_HOOKS, LayerHooks
+from overfill.model.steps import NO_HOOKS, LayerHooks
 from overfill.pair.reference import TwoStageReference
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
@@ -331,8 +331,8 @@ async def test_an_answer_that_its_first_token_ends_releases_its_kv_and_is_no_fai
         await workers.open_gates_until_empty()
     assert ids == ([first] if last == "length" else [])
     assert outcomes(workers.prefill._metrics, "overfill_prefill_prompts_total") == {"ok": 1}
-    assert outcomes(workers.decode._metrics, "overfill_decode_handoff_failures_total") == {}
-    assert outcomes(workers.decode._metrics, "overfill_decode_handoff_seconds_count") == {}, "most KV has not arrived"
+    assert outcomes(workers.decode.metrics, "overfill_decode_handoff_failures_total") == {}
+    assert outcomes(workers.decode.metrics, "overfill_decode_handoff_seconds_count") == {}, "most KV has not arrived"
     assert bool(pulls) == (last == "stop token"), "one token is known beforehand to need no KV"
 
 

@@ -17,8 +17,6 @@ from stacks import ForkedChild, children, idle, loads, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.processes import stop
-from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
@@ -27,6 +25,8 @@ from overfill.kv.spec import KvSpec
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
+from overfill.stack.child import stop
+from overfill.stack.process_runner import child_environment
 from overfill.v1 import decode_pb2, prefill_pb2
 
 BLOCK = 16
@@ -200,7 +200,7 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
 def test_every_chunk_of_a_stream_has_the_cached_tokens(tiny_pair):
     options = {"include_usage": True, "continuous_usage_stats": True}
     with running_stack(tiny_pair, http=0) as (stack, _):
-        url = stack.plan.openai_urls(stack.plan.addresses)[0]
+        url = stack.spec.openai_urls(stack.placed.addresses)[0]
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             fields = {"model": client.models.list().data[0].id, "prompt": list(range(30, 90)), "max_tokens": 8}
             client.completions.create(**fields)
@@ -215,7 +215,7 @@ def test_keys_share_no_cache_over_either_protocol(tiny_pair, tmp_path):
     a, b = keys.create(file, "a"), keys.create(file, "b")
     prompt = list(range(10, 10 + 5 * BLOCK))
     with running_stack(tiny_pair, http=0, api_keys=file) as (stack, address):
-        url = stack.plan.openai_urls(stack.plan.addresses)[0]
+        url = stack.spec.openai_urls(stack.placed.addresses)[0]
 
         def by_grpc(key):
             with Client(address, api_key=key) as client:

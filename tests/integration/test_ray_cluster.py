@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from ray_stacks import Load, Up, status_json
-from stacks import wait_until
+from stacks import mocked, wait_until
 
-from overfill.cli.ports import free_ports
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.stack.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -67,11 +67,11 @@ def config(tiny_pair):
     config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     ports = free_ports("127.0.0.1", 2)
     args = config["applications"][0]["args"]
-    args |= {"pair": str(tiny_pair), "mock": True}
-    args["settings"]["grace_period"] = 2
+    args |= {"pair": str(tiny_pair)}
+    args["settings"] |= {"grace_period": 2, "engine": "mock"}
     args["router"] |= {"replicas": 2, "ports": ports, "http_ports": []}
     args["prefill"] |= {"replicas": 2}
-    args["decode"] |= {"replicas": 2, "settings": {"mock_step": 0.05, "max_num_seqs": 8}}
+    args["decode"] |= {"replicas": 2, "settings": {"max_num_seqs": 8} | mocked(step=0.05)}
     return config
 
 
@@ -133,14 +133,16 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
 def test_a_second_stack_starts_and_stops_without_touching_the_first(cluster, config, tiny_pair):
     address = f"127.0.0.1:{config['applications'][0]['args']['router']['ports'][0]}"
     assert answers(address), "the other application runs"
-    up = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--name=second", "--worker-cpus=0.1")
+    up = Up(
+        "--engine=mock", f"--pair={tiny_pair}", f"--ray-address={cluster.address}", "--name=second", "--worker-cpus=0.1"
+    )
     up.wait_ready()
     assert {w["stage"] for w in status_json(up.address)["workers"]} == {"prefill", "decode"}
     up.interrupt()
     assert up.wait() == 0, "\n".join(up.lines)
     assert cluster.alive
     assert answers(address)
-    taken = Up("--mock", f"--pair={tiny_pair}", f"--address={cluster.address}", "--worker-cpus=0.1")
+    taken = Up("--engine=mock", f"--pair={tiny_pair}", f"--ray-address={cluster.address}", "--worker-cpus=0.1")
     assert taken.wait() == 1
     assert "give another --name" in "\n".join(taken.lines)
     assert answers(address)

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from overfill.cluster.connection import RayConnection, RayUnavailable
+from overfill.stack.ray.connection import RayConnection, RayUnavailable
 
 CODE = """
-from overfill.cluster.connection import RayConnection
+from overfill.stack.ray.connection import RayConnection
 RayConnection.start_local(1, show_logs=False).close()
 """
 
@@ -29,7 +29,7 @@ def test_an_error_of_the_system_says_what_to_do(monkeypatch):
     def full(**arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("overfill.cluster.connection._init", full)
+    monkeypatch.setattr("overfill.stack.ray.connection._init", full)
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, "restored after the test")
     with pytest.raises(RayUnavailable, match=r"No space left on device; .*--no-ray"):

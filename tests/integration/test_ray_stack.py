@@ -15,8 +15,8 @@ from stacks import loads, wait_until
 
 from overfill.client import Client, SamplingParams
 
-MOCK = ("--mock", "--grace-period=1", "--log-level=info")
-SLOW_STEPS = {"OVERFILL_MOCK_DECODE_MOCK_STEP": "0.05"}
+MOCK = ("--engine=mock", "--grace-period=1", "--log-level=info")
+SLOW_STEPS = {"OVERFILL_DECODE_ENGINE_ARGS": '{"step": 0.05, "answer_tokens": 1000000}'}
 
 
 @pytest.fixture(scope="module")

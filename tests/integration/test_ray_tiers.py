@@ -16,8 +16,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5)
 
 @pytest.mark.timeout(300)
 def test_each_tier_is_a_deployment_whose_lost_worker_is_replaced(tiny_pair):
-    tiers = (f"--decoder=full={tiny_pair}", f"--decoder=fast={tiny_pair}:2,quantize=int8", "--default-tier=fast")
-    with up_on_ray("--mock", "--grace-period=1", *tiers) as up, Client(up.address) as client:
+    tiers = (f"--tier=full={tiny_pair}", f"--tier=fast={tiny_pair}:2,quantize=int8", "--default-tier=fast")
+    with up_on_ray("--engine=mock", "--grace-period=1", *tiers) as up, Client(up.address) as client:
 
         def workers(tier):
             return {w.id: w.process.pid for w in client.status().workers if w.tier == tier and w.process is not None}

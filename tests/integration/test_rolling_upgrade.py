@@ -9,8 +9,8 @@ from pathlib import Path
 
 from stacks import children, idle, running_stack, wait_until
 
-from overfill.cli.stack_plan import PlannedWorker
 from overfill.client import AsyncClient, Client, SamplingParams
+from overfill.stack.placed import PlacedWorker
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
 STREAMS = 6
@@ -22,7 +22,7 @@ def test_every_worker_is_replaced_under_load_and_no_request_fails(tiny_pair: Pat
         load = Load(address)
         load.start()
         with Client(address) as client:
-            for worker in stack.plan.workers:
+            for worker in stack.placed.workers:
                 load.wait_for_answers(2 * STREAMS)
                 old, new = worker.id, f"{worker.id}-new"
                 stack._workers.append(stack._spawn_worker(renamed(worker, new)))
@@ -42,7 +42,7 @@ def test_every_worker_is_replaced_under_load_and_no_request_fails(tiny_pair: Pat
         assert {prompt for prompt, _ in answers} == set(range(STREAMS))
 
 
-def renamed(worker: PlannedWorker, name: str) -> PlannedWorker:
+def renamed(worker: PlacedWorker, name: str) -> PlacedWorker:
     return replace(worker, config=worker.config.model_copy(update={"worker_id": name}))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from overfill.api import keys
 from overfill.api.tokenizer import Tokenizer
-from overfill.client import AsyncClient
+from overfill.client import AnswerIdentity, AsyncClient
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -23,6 +23,7 @@ from overfill.errors import (
 )
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
+from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc import shares
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
@@ -180,6 +181,11 @@ class Stack:
         self._exits.push_async_callback(worker.kill)
         return worker
 
+    @property
+    def identity(self):
+        """What an answer to ``PROMPT`` depends on."""
+        return AnswerIdentity.from_proto(self.router._handler.tiers.identity(DEFAULT_TIER, PROMPT))
+
     async def joined(self, *names):
         """Waits until exactly these workers are available for requests."""
         await until(lambda: {w.id for w in self.router.roster.workers() if w.credits_left} == set(names))
@@ -302,9 +308,9 @@ async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it
     handler = stack.router._handler
     request = inference_pb2.GenerateRequest(sampling=greedy(64).to_proto(), stop=["END"])
     request.token_ids.ids.extend(PROMPT)
-    with handler.reserve() as reservation:
-        checked = await handler.check(request, reservation)
-        generation = handler.start(checked, reservation, asyncio.get_running_loop().time(), None)
+    with handler.hold_quota() as hold:
+        checked = await handler.check(request, hold, asyncio.get_running_loop().time())
+        generation = handler.start(checked, hold)
     with generation:
         reading = asyncio.ensure_future(generation.next())
         call = await stack.first.calls.get()
@@ -364,6 +370,34 @@ async def test_a_request_that_every_worker_drops_ends_with_the_tokens_so_far(sta
     assert caught.value.produced.token_ids == (20,)
 
 
+@pytest.mark.parametrize(
+    ("batches", "kinds"),
+    [
+        ([[20, 21, 22]], ["accepted", "delta", "finished"]),
+        ([[20], [21, 22]], ["accepted", "delta", "finished"]),
+        ([[20], [21], [22]], ["accepted", "delta", "delta", "finished"]),
+    ],
+)
+async def test_the_last_tokens_share_a_message_with_the_end(stack, stub, batches, kinds):
+    """Only the first tokens never wait for the end, because the time to first token is measured at them."""
+    answering = stub.Generate(request())
+    call = await stack.first.calls.get()
+    await call.reserve()
+    responses, first = [await answering.read()], 0
+    for ids in batches[:-1]:
+        call.tokens(first, ids)
+        responses.append(await answering.read())
+        first += len(ids)
+    call.tokens(first, batches[-1])
+    call.done()
+    while len(responses) < len(kinds):
+        responses.append(await answering.read())
+    assert await answering.read() is grpc.aio.EOF
+    assert [response.WhichOneof("message") for response in responses] == kinds
+    deltas = [r.delta for r in responses if r.HasField("delta")] + [responses[-1].finished.rest]
+    assert [i for delta in deltas for i in delta.token_ids] == [20, 21, 22]
+
+
 @pytest.mark.parametrize("phase", ["started", "reserved", "running"])
 async def test_a_client_that_gives_up_cancels_the_worker(stack, stub, phase):
     answering = stub.Generate(request())
@@ -419,9 +453,10 @@ async def test_a_client_that_stops_reading_delays_no_other(stack, client):
 
     ids, messages = [], 0
     async for response in slow:
-        if response.HasField("delta"):
-            assert response.delta.first_index == len(ids)
-            ids += response.delta.token_ids
+        delta = response.finished.rest if response.HasField("finished") else response.delta
+        if delta.token_ids:
+            assert delta.first_index == len(ids)
+            ids += delta.token_ids
             messages += 1
     assert ids == [index % 500 for index in range(count)]
     assert messages < count, "unread tokens have merged"
@@ -496,8 +531,8 @@ async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(st
     loop, handler = asyncio.get_running_loop(), stack.router._handler
     real, skipped = loop.time, 0
     monkeypatch.setattr(loop, "time", lambda: real() + skipped)
-    with handler.reserve() as reservation:
-        answer = handler.start(await handler.check(request(), reservation), reservation, loop.time(), None)
+    with handler.hold_quota() as hold:
+        answer = handler.start(await handler.check(request(), hold, loop.time()), hold)
     with answer:
         reading = asyncio.ensure_future(answer.next())
         call = await stack.first.calls.get()
@@ -529,7 +564,8 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, clien
 
 
 async def test_a_resubmitted_request_continues_after_the_clients_tokens(stack, client):
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20, 21]))
+    resumed = {"resume_token_ids": [20, 21], "resume_identity": stack.identity}
+    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), **resumed))
     call = await stack.first.calls.get()
     assert list(call.start.emitted_token_ids) == [20, 21]
     await call.answer([22])
@@ -568,10 +604,11 @@ async def test_a_full_queue_refuses(tiny_pair):
         await until(lambda: stack.router.dispatcher.num_waiting)
         with pytest.raises(Overloaded):
             await client.generate(PROMPT, sampling=greedy())
-        resumed = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20]))
+        of_20 = {"resume_token_ids": [20], "resume_identity": stack.identity}
+        resumed = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), **of_20))
         await until(lambda: stack.router.dispatcher.num_waiting == 2)
         with pytest.raises(Overloaded):
-            await client.generate(PROMPT, sampling=greedy(), resume_token_ids=[20])
+            await client.generate(PROMPT, sampling=greedy(), **of_20)
         waiting.cancel()
         resumed.cancel()
         await stack.idle()
@@ -692,8 +729,8 @@ async def test_a_restarted_worker_replaces_its_old_incarnation(stack, client):
     name = stack.first.hello.worker_id
     await stack.first.kill()
     again = await stack.add(name)
-    key = (name, again.hello.incarnation)
-    await until(lambda: any(w.key == key and w.credits_left for w in stack.router.roster.workers()))
+    process = (name, again.hello.incarnation)
+    await until(lambda: any(w.process == process and w.credits_left for w in stack.router.roster.workers()))
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
     call = await again.calls.get()
     await call.answer([20, 21])
@@ -788,9 +825,9 @@ async def test_an_unread_answer_does_not_outlast_the_grace_period(tiny_pair):
     handler = router._handler
     request = inference_pb2.GenerateRequest(sampling=greedy().to_proto())
     request.token_ids.ids.extend(PROMPT)
-    with handler.reserve() as reservation:
-        checked = await handler.check(request, reservation)
-        answer = handler.start(checked, reservation, asyncio.get_running_loop().time(), None)
+    with handler.hold_quota() as hold:
+        checked = await handler.check(request, hold, asyncio.get_running_loop().time())
+        answer = handler.start(checked, hold)
     with answer:
         router.drain()
         await asyncio.wait_for(asyncio.shield(serving), 0.8 * READ_GRACE)

@@ -36,8 +36,8 @@ def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
     wrong = "ofk-this-is-somebody-s-mistyped-key"
     said = []
     with running_stack(tiny_pair, http=0, api_keys=file, log_level="debug") as (stack, address):
-        url = stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
-        secret = stack.plan.secret
+        url = stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix("/v1")
+        secret = stack.placed.secret
         good = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3}
         for shown, scheme in (
             (key, "Bearer"),

@@ -10,12 +10,12 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from stacks import ForkedChild, children, idle, running_stack, wait_until
+from stacks import ForkedChild, children, idle, mocked, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
-from overfill.cli.stack import child_environment
 from overfill.client import Client, Overloaded, SamplingParams, Unavailable
+from overfill.stack.process_runner import child_environment
 
 TRIES = 60  # connections, of which half go to each of two processes: one gets none with probability 2^-59
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0)
@@ -23,9 +23,9 @@ LONG = SamplingParams(max_tokens=300, ignore_eos=True, temperature=0)  # 15 s wi
 
 
 @contextmanager
-def shared_stack(pair, folder, **settings):
-    defaults = {"routers": 2, "http": 0, "mock": True, "mock_step": "0.05"}
-    with running_stack(pair, share_port=folder / "group", **defaults | settings) as (stack, address):
+def shared_stack(pair, folder, step=0.05, **settings):
+    defaults = {"routers": 2, "http": 0} | mocked(step=step)
+    with running_stack(pair, share_port=True, **defaults | settings) as (stack, address):
         yield stack, address
 
 
@@ -82,9 +82,9 @@ def streams_on_every_process(opened, address):
 
 
 def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, tmp_path, capsys):
-    with shared_stack(tiny_pair, tmp_path, mock_step="0", served_model_name="x") as (stack, address):
+    with shared_stack(tiny_pair, tmp_path, step=0, served_model_name="x") as (stack, address):
         assert stack.addresses == (address,)
-        (url,) = stack.plan.openai_urls(stack.addresses)
+        (url,) = stack.spec.openai_urls(stack.addresses)
         pids = {child.pid for child in children(stack, "router")}
 
         def answers():
@@ -158,7 +158,14 @@ def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, 
             finally:
                 os.kill(frozen, signal.SIGCONT)
 
-        command = [sys.executable, "-m", "services.mock", "decode", f"--pair={tiny_pair}", f"--routers={address}"]
+        command = [
+            sys.executable,
+            "-m",
+            "services.decode.main",
+            f"--pair={tiny_pair}",
+            f"--routers={address}",
+            "--engine=mock",
+        ]
         lines = []
         lost = ForkedChild("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
         wait_until(lambda: lost.returncode is not None, 60, "a worker at the shared address gives up")
@@ -199,7 +206,7 @@ def test_a_process_that_drains_ends_its_answers_and_refuses_nothing(tiny_pair, t
         ExitStack() as opened,
     ):
         streams = streams_on_every_process(opened, address)
-        (url,) = stack.plan.openai_urls(stack.addresses)
+        (url,) = stack.spec.openai_urls(stack.addresses)
         clients = [opened.enter_context(Client(address)) for _ in range(6)]
         connections = [answer_over_http(url) for _ in range(6)]
         for client in clients:

@@ -86,7 +86,9 @@ def test_a_seed_repeats_a_sampled_answer_on_any_worker(client):
 def test_an_answer_can_be_resumed_with_its_tokens_and_seed(client):
     sampling = SamplingParams(temperature=1.5, seed=5, max_tokens=24, ignore_eos=True)
     whole = client.generate(prompt(3), sampling=sampling)
-    rest = client.generate(prompt(3), sampling=sampling, resume_token_ids=whole.token_ids[:9])
+    rest = client.generate(
+        prompt(3), sampling=sampling, resume_token_ids=whole.token_ids[:9], resume_identity=whole.identity
+    )
     assert rest.token_ids[-15:] == whole.token_ids[9:]
 
 
@@ -306,7 +308,7 @@ def test_streams_go_on_at_another_router_when_theirs_is_lost(tiny_pair):
     greedy = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
     sampled = SamplingParams(temperature=1, seed=5, max_tokens=300, ignore_eos=True)
     with running_stack(tiny_pair, routers=3, grace_period="0") as (stack, _):
-        addresses = list(stack.plan.addresses)
+        addresses = list(stack.placed.addresses)
         for lost, number in enumerate((signal.SIGTERM, signal.SIGKILL)):
             with Client(",".join(addresses[lost:])) as client:
                 expected = [client.generate(prompt(1), sampling=sampling) for sampling in (greedy, sampled)]

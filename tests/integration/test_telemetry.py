@@ -54,7 +54,7 @@ class Measured:
 @pytest.fixture(scope="module")
 def watched(tiny_pair, tmp_path_factory):
     """(Prometheus, clients' measurements), after the load has ended and Prometheus has scraped it."""
-    tiers = [TierSpec(name, str(tiny_pair)) for name in TIERS]
+    tiers = [TierSpec(name=name, pair=str(tiny_pair)) for name in TIERS]
     with running_stack(None, prefill=2, tiers=tiers, brownout=" > ".join(TIERS), http=0) as (_, address):
         with Client(address) as client:
             status = client.status()

@@ -78,7 +78,7 @@ def test_keys_may_be_limited_to_tiers(tiny_family, tmp_path):
 def test_a_request_may_decline_what_its_key_allows(tiny_family, tmp_path):
     file = tmp_path / "keys.json"
     key = keys.create(file, "browned", allow_brownout=True)
-    limits, settings = {"full": {"max_num_seqs": 1, "mock_step": 0.05}}, {"brownout": "full > fast", "max_queue": 1}
+    limits, settings = {"full": {"max_num_seqs": 1, "step": 0.05}}, {"brownout": "full > fast", "max_queue": 1}
     with (
         mock_stack(
             tiny_family["default"], tiers=tiny_family, decode_settings=limits, api_keys=file, **settings
@@ -97,7 +97,7 @@ def test_a_request_may_decline_what_its_key_allows(tiny_family, tmp_path):
 
 
 def test_an_answer_goes_on_in_another_tier_if_it_may(tiny_family):
-    slow = {"full": {"mock_step": 0.05}}
+    slow = {"full": {"step": 0.05}}
     with (
         mock_stack(tiny_family["default"], tiers=tiny_family, decode_settings=slow, absent_after=1) as stack,
         Client(stack.grpc) as client,
@@ -133,7 +133,7 @@ def test_an_answer_goes_on_in_another_tier_if_it_may(tiny_family):
 
 
 def test_a_request_for_a_tier_without_workers_is_admitted_where_it_falls_back(tiny_family):
-    limits = {"fast": {"max_num_seqs": 1, "mock_step": 0.05}}
+    limits = {"fast": {"max_num_seqs": 1, "step": 0.05}}
     with (
         mock_stack(tiny_family["default"], tiers=tiny_family, decode_settings=limits, max_queue=1) as stack,
         Client(stack.grpc) as client,
@@ -154,7 +154,7 @@ def test_a_request_for_a_tier_without_workers_is_admitted_where_it_falls_back(ti
 
 def test_overload_costs_quality_where_the_request_allows_it(tiny_family):
     small = {"max_model_len": 1000}
-    limits = {"full": {"max_num_seqs": 1, "mock_step": 0.05}, "default": small, "fast": small}
+    limits = {"full": {"max_num_seqs": 1, "step": 0.05}, "default": small, "fast": small}
     settings = {"brownout": "full > default > fast", "max_queue": 1, "ttft_objective": 0.2}
     with (
         mock_stack(tiny_family["default"], tiers=tiny_family, decode_settings=limits, **settings) as stack,

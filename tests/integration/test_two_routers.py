@@ -5,15 +5,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import openai
 import pytest
+from mocks import mock_worker
 
 from overfill.client import AsyncClient
 from overfill.errors import ShuttingDown
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.request.params import SamplingParams
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.settings.config import RouterConfig
-from overfill.settings.mock import MockDecodeConfig, MockPrefillConfig
-from services.mock.running import mock_worker
+from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig
 from services.router.app import Router
 
 IGNORE_EOS = {"ignore_eos": True, "temperature": 0}
@@ -32,10 +31,9 @@ async def two_routers(pair, seqs, *flags):
         routers = [Router(RouterConfig.parse(flags)) for _ in range(2)]
         addresses = [await router.start() for router in routers]
         serving = [asyncio.create_task(router.run()) for router in routers]
-        common = [f"--pair={pair}", f"--routers={','.join(addresses)}", f"--max-num-seqs={seqs}"]
-        await stack.enter_async_context(mock_worker(MockPrefillConfig.parse(common)))
-        step = [*common, "--mock-step=0.02"]
-        await stack.enter_async_context(mock_worker(MockDecodeConfig.parse(step)))
+        common = {"pair": pair, "routers": ",".join(addresses), "max_num_seqs": seqs}
+        await stack.enter_async_context(mock_worker(PrefillConfig, common))
+        await stack.enter_async_context(mock_worker(DecodeConfig, common | {"step": 0.02}))
         for router in routers:
             await until(lambda r=router: [w.report.routers for w in r.roster.workers() if w.report] == [2, 2])
         clients = [await stack.enter_async_context(AsyncClient(address)) for address in addresses]

@@ -40,7 +40,7 @@ def browser():
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
     with running_stack(tiny_pair, decode=2, http=0) as (stack, _):
-        yield stack, stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix("/v1")
+        yield stack, stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix("/v1")
 
 
 def until(browser, script, what, seconds=60.0):
@@ -118,7 +118,7 @@ def test_the_page_asks_for_a_key_once_where_one_is_needed(browser, tiny_pair, tm
     file = tmp_path / "keys.json"
     key = keys.create(file, "ui")
     with running_stack(tiny_pair, http=0, api_keys=file) as (stack, _):
-        browser.get(f"{stack.plan.openai_urls(stack.plan.addresses)[0].removesuffix('/v1')}/ui")
+        browser.get(f"{stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix('/v1')}/ui")
         problem = "document.getElementById('problem').textContent"
         until(browser, f"{problem}.startsWith('This server requires an API key')", "the page asks for a key")
         browser.find_element("id", "key").send_keys("wrong", "\n")

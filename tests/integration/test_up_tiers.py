@@ -1,9 +1,9 @@
-"""Tests that `overfill up --decoder` starts workers that routers accept, each with its tier's decoder."""
+"""Tests that `overfill up --tier` starts workers that routers accept, each with its tier's decoder."""
 
 from __future__ import annotations
 
 import pytest
-from stacks import running_stack
+from stacks import mocked, running_stack
 
 from overfill.client import Client, SamplingParams
 from overfill.model.manifest import Pair, write_manifest
@@ -24,7 +24,10 @@ def identity(tiny_pair, tmp_path_factory):
 def test_every_worker_runs_its_tiers_decoder(mock, tiny_pair, identity):
     texts = (f"full={identity}", f"fast={tiny_pair}:2,quantize=int8,kv-cache-dtype=int8")
     tiers = tuple(map(TierSpec.parse, texts))
-    with running_stack(None, mock=mock, tiers=tiers, default_tier="fast") as (_, address), Client(address) as client:
+    with (
+        running_stack(None, **(mocked() if mock else {}), tiers=tiers, default_tier="fast") as (_, address),
+        Client(address) as client,
+    ):
         status = client.status()
         decoders = {
             worker.id: (worker.tier, worker.process.tier, worker.process.model.decoder_digest)
@@ -47,6 +50,6 @@ def test_every_worker_runs_its_tiers_decoder(mock, tiny_pair, identity):
 
 
 def test_the_decoder_of_one_pair_may_be_loaded_in_another_format(tiny_pair):
-    with running_stack(tiny_pair, quantize="int8", mock=True) as (_, address), Client(address) as client:
+    with running_stack(tiny_pair, quantize="int8", **mocked()) as (_, address), Client(address) as client:
         (worker,) = [one for one in client.status().workers if one.stage == "decode"]
         assert (worker.id, worker.process.model.decoder_quantize) == ("decode-0", "int8")

@@ -44,7 +44,7 @@ def test_every_tier_passes_and_two_find_the_prefill_of_the_first(tiny_tiers, que
     """One tier's worker has a fault: only the answers of this tier are wrong."""
     with running_stack(None, tiers=tiny_tiers, faults={"decode-fast-0": "shift-positions"}) as (_, address):
         arguments = [f"--questions={questions}", "--max-tokens=16", f"--address={address}", "--json"]
-        assert main(["verify", *arguments, *(f"--decoder={tier}" for tier in tiny_tiers)]) == 1
+        assert main(["verify", *arguments, *(f"--tier={tier}" for tier in tiny_tiers)]) == 1
     full, default, fast = json.loads(capsys.readouterr().out)["tiers"]
     assert [full["identical"], default["identical"]] == [12, 12]
     assert fast["correct"] < 12

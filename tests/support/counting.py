@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from overfill.engine.runner import SamplingSpec, Work, sample_next
-from overfill.model.sampling import SampledToken
-from overfill.model.transformer import NO_HOOKS, LayerHooks
+from overfill.engine.runner import sample_next
+from overfill.engine.work import Sampled, Work
+from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 
 VOCAB_SIZE = 64
 
@@ -36,10 +36,10 @@ class CountingRunner:
         """Does nothing, because a failed step leaves nothing behind."""
 
     def next_tokens(
-        self, works: Sequence[Work], specs: Sequence[SamplingSpec], hooks: LayerHooks = NO_HOOKS
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
         """Runs one step and samples from its logits; takes and returns the same as ``ModelRunner.next_tokens``."""
-        return sample_next(self.run(works, hooks), works, specs)
+        return sample_next(self.run(works, hooks), works, sequences)
 
     def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
         """Runs one step; returns logits, [number of works with ``wants_logits``, VOCAB_SIZE]."""

@@ -20,7 +20,7 @@ class DecodeCall:
         self._unread: deque[decode_pb2.SequenceUpdate] = deque()
 
     async def send(self, **command: Any) -> None:
-        await self.call.write(decode_pb2.RouterMessage(sequence=1, **command))
+        await self.call.write(decode_pb2.RouterMessage(commands=[decode_pb2.SequenceCommand(sequence=1, **command)]))
 
     async def read(self) -> decode_pb2.SequenceUpdate:
         """Returns the sequence's next update."""

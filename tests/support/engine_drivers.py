@@ -19,7 +19,6 @@ from overfill.engine.sequence import (
     ChunkComputed,
     DecodeEvent,
     DecodeSequence,
-    EngineLoad,
     FinishReason,
     KvWritten,
     Preempted,
@@ -27,6 +26,7 @@ from overfill.engine.sequence import (
     PrefillHere,
     PrefillScheduled,
     PrefillSequence,
+    Processor,
     PromptComputed,
     Refused,
     Release,
@@ -39,11 +39,11 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, raw_chunk
+from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, new_chunk
 from overfill.kv.ranges import KvRange
-from overfill.kv.tensors import DeviceEvent, LayerTargets
-from overfill.model.processors import LogitProcessor, new_processor
-from overfill.model.sampling import SampledToken
+from overfill.kv.store import DeviceEvent, LayerTargets
+from overfill.model.steps import SampledToken
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 _MAX_STEPS = 2000
@@ -121,8 +121,8 @@ class _Driver:
     def _take(self, event: Any) -> None:
         raise NotImplementedError
 
-    def _processor(self, request: Request) -> LogitProcessor | None:
-        return new_processor(request.sampling, request.prompt, self.served.grammars, self.reference.eos_ids)
+    def _processor(self, request: Request) -> Processor | None:
+        return self.served.new_processor(request.sampling, request.prompt, self.served.grammars, self.reference.eos_ids)
 
     def _transfer(self, layers: tuple[int, ...], start: int, end: int) -> TransferSpec:
         return TransferSpec(bytes(16), 0, self.served.kv, layers, (start, end))
@@ -260,7 +260,7 @@ class DecodeDriver(_Driver):
             if begin == stop:
                 continue
             payload = memoryview(kv[:, layer : layer + 1, begin:stop].contiguous().numpy().tobytes())
-            chunk = raw_chunk(spec, KvRange(layer, layer + 1, begin, stop, 0, spec.kv.num_kv_heads), payload)
+            chunk = new_chunk(spec, KvRange(layer, layer + 1, begin, stop, 0, spec.kv.num_kv_heads), payload)
             chunk.checksum = digest(chunk.header, payload) ^ damaged
             chunks.append(chunk)
         written = self.served.store.write(decoding.reserved[-1].blocks, LayerTargets(targets), chunks)
@@ -477,7 +477,7 @@ class PrefillDriver(_Driver):
         heads = self.served.kv.num_kv_heads
         spec = self._transfer((layer,), start, end)
         kv_range = KvRange(layer, layer + 1, start, end, 0, heads)
-        chunk: Chunk = raw_chunk(spec, kv_range, memoryview(bytearray(spec.raw_bytes(kv_range))))
+        chunk: Chunk = new_chunk(spec, kv_range, memoryview(bytearray(spec.raw_bytes(kv_range))))
         self.served.store.read(prefilling.scheduled.blocks, [chunk], {layer: event})
         assert not is_damaged(chunk)
         found = torch.from_numpy(np.frombuffer(chunk.payload, np.float32).copy())

@@ -15,10 +15,11 @@ class Feature:
     """A row of the table.
 
     Attributes:
-        both: tests of the protocol's suite, which runs on OverFill's engine and on vLLM.
-        overfill, vllm: tests of one engine.
+        both: tests of the protocol's suite, which runs on all engines.
+        overfill, vllm, mock: tests of one engine.
         mixed: tests of a stack in which one stage has OverFill's engine and the other one vLLM. They use the fixture
             ``mixed``, or start such a stack.
+        computed: the tests compare what a model computes, so that their runs on the mock engine show nothing.
     """
 
     text: str
@@ -26,6 +27,8 @@ class Feature:
     overfill: tuple[str, ...] = ()
     vllm: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
+    mock: tuple[str, ...] = ()
+    computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ FEATURES = (
             "test_kv_and_first_token_are_the_full_model_s",
         ),
         mixed=("test_mixed_engines_answer_as_the_reference",),
+        computed=True,
     ),
     Feature(
         "KV leaves layer by layer while later layers run",
@@ -80,6 +84,7 @@ FEATURES = (
             "test_sampling_parameters_mean_the_same_on_every_engine",
             "test_a_grammar_continues_behind_emitted_tokens",
         ),
+        mock=("test_a_grammar_lets_the_script_through_or_replaces_it_and_another_worker_goes_on_alike",),
         mixed=("test_every_sampling_parameter_crosses_from_one_engine_to_the_other",),
     ),
     Feature(
@@ -132,6 +137,7 @@ FEATURES = (
         "decoders with fewer layers",
         both=("test_the_answer_continues_the_first_token_on_the_full_model_s_kv",),
         mixed=("test_an_imported_pair_with_dropped_layers",),
+        computed=True,
     ),
     Feature("a decoder in a quantised format (here int8 in compressed-tensors)", vllm=("test_an_int8_decoder",)),
     Feature(

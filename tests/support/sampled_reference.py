@@ -15,7 +15,8 @@ from overfill.engine.sequence import FinishReason, StopRule
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import write_manifest
 from overfill.model.processors import new_processor, process
-from overfill.model.sampling import SampledToken, sample
+from overfill.model.sampling import sample
+from overfill.model.steps import SampledToken
 from overfill.pair.reference import TwoStageReference, _forward
 from overfill.request.grammar import Grammars
 from overfill.request.params import SamplingParams

@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("overfill", "services")
 ROUTER = ("services.router.main",)
-SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.worker.main")
+SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.colocated.main")
 MIN_DUPLICATE = 6  # lines
 
 # The classes and messages that carry or describe one thing, on its way through router and workers or from flags to
@@ -41,7 +41,7 @@ MIN_DUPLICATE = 6  # lines
 FORMS: dict[str, tuple[str, ...]] = {
     "request": (
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
-        "overfill.api.openai.wire:ApiRequest", "v1.GenerateRequest", "overfill.api.requests:CheckedRequest",
+        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:CheckedRequest",
         "overfill.routing.relay:Relay", "overfill.routing.job:Job", "overfill.routing.policy:PlacementRequest",
         "overfill.routing.attempt:Attempt", "overfill.routing.stream:_Sequence", "v1.StartDecode",
         "overfill.rpc.sequences:ServedSequence", "services.decode.sequence_session:SequenceSession",
@@ -49,30 +49,21 @@ FORMS: dict[str, tuple[str, ...]] = {
         "overfill.engine.sequence:PrefillSequence",
     ),
     "token": (
-        "overfill.model.sampling:SampledToken", "overfill.engine.sequence:TokenSampled",
-        "overfill.engine.sequence:PromptComputed", "v1.FirstToken", "overfill.kv.receiver:FirstTokenArrived",
-        "v1.Tokens", "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
+        "overfill.model.steps:SampledToken", "overfill.engine.sequence:TokenSampled",
+        "overfill.engine.sequence:PromptComputed", "v1.Tokens",
+        "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
         "v1.GenerateResponse",
     ),
     "chunk of KV": (
-        "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "overfill.kv.wire:ParsedChunk",
-        "overfill.kv.wire:UnwrittenChunk", "v1.KvChunk", "v1.KvRange",
+        "overfill.kv.ranges:KvRange", "overfill.kv.chunks:Chunk", "v1.KvChunk", "v1.KvRange",
     ),
     "load": (
-        "overfill.engine.sequence:EngineLoad", "overfill.engine.protocol:EngineSnapshot",
-        "overfill.engine.colocated:ColocatedLoad", "overfill.telemetry.metrics:EngineNumbers", "v1.WorkerLoad",
-        "services.mock.worker:MockLoad",
+        "overfill.telemetry.engine_load:EngineLoad", "v1.WorkerLoad",
     ),
-    "stack": (
-        "overfill.cli.up_plan:StackRequest", "overfill.cli.stack_plan:StackPlan", "overfill.cluster.spec:StackSpec",
-    ),
-    "pool": (
-        "overfill.cli.up_plan:_Pool", "overfill.cli.stack_plan:PlannedPool", "overfill.cluster.spec:PoolSpec",
-        "overfill.cluster.spec:StackPool", "overfill.cluster.spec:ColocatedPool",
-    ),
+    "stack": ("overfill.stack.spec:StackSpec", "overfill.stack.placed:PlacedStack"),
+    "pool": ("overfill.settings.tiers:PoolSpec",),
     "tier": (
-        "overfill.settings.tiers:TierSpec", "overfill.cluster.spec:TierPool", "overfill.routing.tier:Tier",
-        "services.router.served_tiers:TierChoice",
+        "overfill.settings.tiers:TierSpec", "overfill.routing.tier:Tier", "overfill.routing.tier:TierChoice",
     ),
 }  # fmt: skip
 

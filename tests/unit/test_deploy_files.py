@@ -22,9 +22,9 @@ import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
 
-from overfill.cluster.spec import StackSpec
 from overfill.settings.config import SERVICES, read_checked
 from overfill.settings.config_file import flag_name
+from overfill.stack.spec import StackSpec
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -16,8 +16,7 @@ import pytest
 
 from overfill.cli.main import cli
 from overfill.cli.metrics import metrics_page
-from overfill.settings.config import RouterConfig
-from overfill.settings.mock import MockColocatedConfig
+from overfill.settings.config import ColocatedConfig, RouterConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -66,7 +65,7 @@ def options(command: click.Command) -> set[str]:
 
 @functools.cache
 def all_options() -> frozenset[str]:
-    services = {name for config in (RouterConfig, MockColocatedConfig) for name in config.model_fields}
+    services = {name for config in (RouterConfig, ColocatedConfig) for name in config.model_fields}
     return frozenset(options(cli) | {f"--{name.replace('_', '-')}" for name in services})
 
 

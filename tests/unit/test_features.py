@@ -18,6 +18,8 @@ from engine_features import FEATURES, OVERFILL_REFUSES, VLLM_REFUSES, Feature  #
 PAGE = ROOT / "docs" / "reference" / "engines.md"
 TABLE = re.compile(r"(?<=<!-- features -->\n).*?(?=<!-- /features -->)", re.DOTALL)
 MIXED_STACK = r"engines\('(overfill', 'vllm|vllm', 'overfill)'\)"
+MOCK_TESTS = ROOT / "tests" / "unit" / "engine" / "test_mock_conformance.py"
+LEFT_OUT = re.compile(r"^    (test_\w+) = None", re.MULTILINE)
 SUITE = sorted((ROOT / "tests" / "support").glob("*_conformance.py"))
 
 
@@ -37,24 +39,29 @@ def mixed_tests() -> set[str]:
 
 
 def cells(feature: Feature) -> list[str]:
-    """The row's cells for OverFill's engine, vLLM and mixed stacks."""
+    """The row's cells for OverFill's engine, vLLM, the mock engine and mixed stacks."""
     suite = bool(feature.both)
-    works = [suite or bool(feature.overfill), suite or bool(feature.vllm), bool(feature.mixed)]
+    left_out = set(LEFT_OUT.findall(MOCK_TESTS.read_text(encoding="utf-8")))
+    on_mock = suite and not feature.computed and not left_out & {*feature.both}
+    works = [suite or bool(feature.overfill), suite or bool(feature.vllm), on_mock or bool(feature.mock)]
+    works.append(bool(feature.mixed))
     return ["yes" if one else "" for one in works]
 
 
 def table() -> str:
     rows = [f"| {each.text} | {' | '.join(cells(each))} |" for each in FEATURES]
     rows += [
-        f"| {each.text} | yes | refused: \u201c{each.words}\u201d | |" for each in VLLM_REFUSES if each.other_works
+        f"| {each.text} | yes | refused: \u201c{each.words}\u201d | | |" for each in VLLM_REFUSES if each.other_works
     ]
     rows += [
-        f"| {each.text} | refused: \u201c{each.words}\u201d | yes | |" for each in OVERFILL_REFUSES if each.other_works
+        f"| {each.text} | refused: \u201c{each.words}\u201d | yes | | |"
+        for each in OVERFILL_REFUSES
+        if each.other_works
     ]
     rows += [
-        f"| {each.text} | no | refused: \u201c{each.words}\u201d | |" for each in VLLM_REFUSES if not each.other_works
+        f"| {each.text} | no | refused: \u201c{each.words}\u201d | | |" for each in VLLM_REFUSES if not each.other_works
     ]
-    head = "| feature | `overfill` | `vllm` | mixed |\n|---|---|---|---|\n"
+    head = "| feature | `overfill` | `vllm` | `mock` | mixed |\n|---|---|---|---|---|\n"
     return f"{head}{chr(10).join(rows)}\n"
 
 
@@ -63,7 +70,7 @@ def test_every_feature_has_tests_that_exist() -> None:
     own = names_of_tests(*(ROOT / "tests" / "integration").glob("*.py"), *(ROOT / "tests" / "unit").rglob("*.py"))
     for feature in FEATURES:
         assert set(feature.both) <= suite, feature.text
-        assert set(feature.overfill) <= own, feature.text
+        assert {*feature.overfill, *feature.mock} <= own, feature.text
         assert set(feature.vllm) <= on_vllm, feature.text
         assert set(feature.mixed) <= mixed_tests(), feature.text
         assert feature.both or feature.overfill or feature.vllm, feature.text

@@ -59,7 +59,7 @@ def mixed(request, vllm_pair, tmp_path_factory):
         Client(address, api_key=theirs) as other,
     ):
         yield SimpleNamespace(
-            engines=request.param, address=address, client=client, other=other, secret=stack.plan.secret
+            engines=request.param, address=address, client=client, other=other, secret=stack.placed.secret
         )
 
 

@@ -19,7 +19,7 @@ def family(vllm_pair: Path, tmp_path_factory) -> dict[str, Path]:
 
 
 def specs(family, **settings):
-    return tuple(TierSpec(name, str(pair), 1, settings.get(name, {})) for name, pair in family.items())
+    return tuple(TierSpec(name=name, pair=str(pair), settings=settings.get(name, {})) for name, pair in family.items())
 
 
 def test_every_tier_on_vllm_answers_as_its_own_reference(family):

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from overfill.api.chat import MAX_DOCUMENTS, MAX_MESSAGES, MAX_PARTS
-from overfill.api.priority import MAX_PRIORITY
 from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import (
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
+    MAX_PRIORITY,
     MAX_REPETITION_PENALTY,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,

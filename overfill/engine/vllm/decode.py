@@ -18,12 +18,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
-    EngineLoad,
     Refused,
     Release,
     Reserve,
@@ -36,7 +34,9 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
+from overfill.engine.work import Sampled
 from overfill.errors import InternalError
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,6 @@ class VllmDecodeEngine(VllmEngine):
         self._metrics = metrics
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self._asked: dict[str, DecodeSequence] = {}  # those among them that vLLM has given no blocks yet
-        self._specs_of: dict[str, SamplingSpec] = {}
         self._spoilt: dict[str, Exception] = {}  # sequences of whose prompt the decoder has computed a part
         self._early: list[DecodeEvent] = []  # events of the step that need not wait for its end
         self._plan = _Plan()
@@ -164,9 +163,6 @@ class VllmDecodeEngine(VllmEngine):
             return self._refuse(sequence.id, "blocks", reason)
         sequence.state = DecodeState.RECEIVING
         self._sequences[sequence.id] = self._asked[sequence.id] = sequence
-        self._specs_of[sequence.id] = SamplingSpec(
-            sequence.sampling, sequence.sample_index, sequence.processor, sequence.emitted
-        )
         self._vllm.add(request)
         return None
 
@@ -206,7 +202,7 @@ class VllmDecodeEngine(VllmEngine):
         """Ends a sequence in any state; its blocks are free on return."""
         if id in self._sequences:
             self._vllm.abort(id)
-            del self._sequences[id], self._specs_of[id]
+            del self._sequences[id]
             self._asked.pop(id, None)
             self._spoilt.pop(id, None)
 
@@ -250,8 +246,8 @@ class VllmDecodeEngine(VllmEngine):
         self._vllm.forget(self._vllm.blocks(request_id)[self._num_shared(sequence) :])
         return False
 
-    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
-        return {id: (self._specs_of[id], self._sequences[id].num_tokens) for id in self._plan.sampling}
+    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
+        return {id: (self._sequences[id], self._sequences[id].num_tokens) for id in self._plan.sampling}
 
     # What a step has brought
 

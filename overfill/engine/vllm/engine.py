@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import SequenceFailed
 from overfill.engine.vllm.internals import VllmCore, hub
 from overfill.engine.vllm.sampler import StepSampler
+from overfill.engine.work import Sampled
 from overfill.telemetry.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class VllmEngine:
 
     _metrics: EngineMetrics
     _emit: Callable[[list[Any]], None]
+
+    delay = 0.0
 
     def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm
@@ -115,14 +117,14 @@ class VllmEngine:
         pass
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        specs = self._specs()
+        sampled = self._sampled()
         try:
-            self._sampler.sample(logits, request_ids, specs)
+            self._sampler.sample(logits, request_ids, sampled)
         except Exception as error:
             log.exception("sampling failed")
             self._metrics.step_failed()
-            self._sampler.errors |= dict.fromkeys(specs, error)
+            self._sampler.errors |= dict.fromkeys(sampled, error)
 
-    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
-        """How to sample for each request that gets a token in this step, and the position of the token."""
+    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
+        """The sequences that get a token in this step, by id, and the position of the token."""
         raise NotImplementedError

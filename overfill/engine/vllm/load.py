@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from overfill.engine.device import NotEnoughMemory, native_dtype
+from overfill.engine.device import NotEnoughMemory, native_dtype, use_threads
 from overfill.engine.gpu_memory import vllm_utilization
 from overfill.engine.protocol import (
     DEFAULT_CPU_KV_BYTES,
@@ -45,6 +45,7 @@ from overfill.kv.keys import root_key
 from overfill.kv.spec import KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Half, Pair
+from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
@@ -99,7 +100,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     """
     _check(options)
     # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if not log.isEnabledFor(logging.DEBUG):  # vLLM's news at its start fills a page
         logging.getLogger("vllm").setLevel(logging.WARNING)
@@ -109,7 +110,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     if warning := untested_warning(release):
         log.warning(warning)
     config = pair.full_config if half == "full" else pair.decoder_config
-    dtype = options.dtype or native_dtype(options.device)
+    dtype = options.dtype or native_dtype(options.compute_device)
     spec = config.kv_spec(dtype)
     folder = pair.full_path if half == "full" else pair.decoder_path
     longest = config.longest(options.max_model_len)
@@ -119,7 +120,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     else:  # every sequence gets its token beside two replays
         batched, share = options.max_num_seqs + 2 * REPLAY_BUDGET, REPLAY_BUDGET
     kv_memory = options.kv_memory
-    if kv_memory is None and options.device.type == "cpu":
+    if kv_memory is None and options.compute_device.type == "cpu":
         kv_memory = DEFAULT_CPU_KV_BYTES
     arguments: dict[str, Any] = {
         "model": str(folder),
@@ -170,6 +171,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         grammars=Grammars(
             pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
         ),
+        new_processor=new_processor,
         blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
     )
@@ -178,7 +180,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         if half == "full":
             assert isinstance(metrics, PrefillMetrics)
             return VllmPrefillEngine(
-                vllm, options.device, options.max_num_seqs, spec.token_layer_bytes, journal, emit, metrics
+                vllm, options.compute_device, options.max_num_seqs, spec.token_layer_bytes, journal, emit, metrics
             )
         assert isinstance(metrics, DecodeMetrics)
         return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
@@ -195,14 +197,15 @@ def _check(options: EngineOptions) -> None:
         raise InvalidRequest(
             "kv_cache_dtype", f"{options.kv_cache_dtype} needs --engine overfill; vLLM stores KV as auto"
         )
-    if options.device.type == "cuda" and options.device.index not in (None, 0):
+    if options.compute_device.type == "cuda" and options.compute_device.index not in (None, 0):
         raise InvalidRequest(
-            "device", f"{options.device}: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES"
+            "device", f"{options.compute_device}: vLLM takes the first GPU; choose it with CUDA_VISIBLE_DEVICES"
         )
-    if (options.device.type == "cpu") != current_platform.is_cpu():
+    kind = options.compute_device.type
+    if (kind == "cpu") != current_platform.is_cpu():
         raise InvalidRequest(
             "device",
-            f"{options.device.type} does not fit the installed vLLM, which computes on {current_platform.device_type}",
+            f"{kind} does not fit the installed vLLM, which computes on {current_platform.device_type}",
         )
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name, value in options.engine_args.items():

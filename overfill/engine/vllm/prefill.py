@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.sequence import (
     ChunkComputed,
-    EngineLoad,
     KvWritten,
     LayerStarted,
     PrefillEvent,
@@ -34,9 +33,10 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import Request, VllmCore
+from overfill.engine.work import Sampled
 from overfill.errors import InternalError
 from overfill.kv.journal import KeyJournal
-from overfill.kv.tensors import record_event
+from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class VllmPrefillEngine(VllmEngine):
             if request is None or request.request_id != sequence.id:
                 size = self._vllm.block_size
                 hasher = block_hasher(sequence.prompt_blocks, len(sequence.prompt) // size, size)
-                request = self._next = self._vllm.new_request(sequence.id, list(sequence.prompt), 1, hasher)
+                request = self._next = self._vllm.new_request(sequence.id, sequence.prompt, 1, hasher)
             needed = self._blocks_for(sequence) - self._vllm.num_shared(request)
             if needed > self._vllm.num_free - self._num_promised():
                 break
@@ -248,13 +248,9 @@ class VllmPrefillEngine(VllmEngine):
         for key in hashes:
             self._journal.remove(key)
 
-    def _specs(self) -> Mapping[str, tuple[SamplingSpec, int]]:
+    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
         finishing = [c.sequence for c in self._chunks if c.end == len(c.sequence.prompt)]
-        return {
-            s.id: (SamplingSpec(s.sampling, s.sample_index, s.processor), len(s.prompt))
-            for s in finishing
-            if s.sample_first_token
-        }
+        return {s.id: (s, len(s.prompt)) for s in finishing if s.sample_first_token}
 
     def _unreported(self, chunk: _Chunk) -> list[PrefillEvent]:
         """Layers of a chunk for which vLLM did not call: their KV is there too, since the step is over."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from overfill.engine.runner import SamplingSpec
 from overfill.engine.vllm.internals import REQUEST_ID, hub
-from overfill.model.processors import process
-from overfill.model.sampling import SampledToken, sample
+from overfill.engine.work import Sampled, plain_greedy
+from overfill.model.processors import process, row_by_row
+from overfill.model.sampling import sample
+from overfill.model.steps import SampledToken
 
 
 class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
@@ -61,54 +62,46 @@ class StepSampler:
         self.errors: dict[str, Exception] = {}
 
     def sample(
-        self, logits: torch.Tensor, ids: Sequence[str | None], specs: Mapping[str, tuple[SamplingSpec, int]]
+        self, logits: torch.Tensor, ids: Sequence[str | None], sampled: Mapping[str, tuple[Sampled, int]]
     ) -> None:
-        """Samples for the rows whose requests are in ``specs``, and makes each token the greatest of its row.
+        """Samples for the rows whose requests are in ``sampled``, and makes each token the greatest of its row.
 
         Args:
             logits: [N, vocab] float32.
             ids: the request of each row.
-            specs: request -> how to sample, and the position of the token.
+            sampled: request -> its sequence, and the position of the token.
         """
-        rows = [row for row, id in enumerate(ids) if id in specs]
+        rows = [row for row, id in enumerate(ids) if id in sampled]
         if not rows:
             return
-        whole = len(rows) == len(logits)
-        own = logits if whole else logits[rows]
-        asked = [specs[id] for row in rows if (id := ids[row]) is not None]
-        how, positions = [spec for spec, _ in asked], [position for _, position in asked]
-        refused = process(own, [spec.processor for spec in how], [spec.emitted for spec in how])
-        tokens, failed = _choose(own, how, positions)
+        own = logits if len(rows) == len(logits) else logits[rows]
+        named = [id for row in rows if (id := ids[row]) is not None]
+        how = [sampled[id][0] for id in named]
+        tokens: dict[int, SampledToken] = {}
+        failed: dict[int, Exception] = {}
+
+        def choose(part: Sequence[tuple[int, str]]) -> None:
+            places = [place for place, _ in part]
+            chosen, wrong = sample(
+                own if len(part) == len(own) else own[places],
+                [how[place].sampling for place in places],
+                [sampled[id][1] for _, id in part],
+                [how[place].sample_index for place in places],
+            )
+            tokens.update(zip(places, chosen, strict=True))
+            failed.update({places[row]: error for row, error in wrong.items()})
+
+        refused = process(own, [s.processor for s in how], [s.emitted for s in how])
+        row_by_row(choose, list(enumerate(named)), failed)
         failed |= refused  # a refusal explains the row better than the broken logits that it causes
-        for place, row in enumerate(rows):
-            id = ids[row]
-            assert id is not None
+        for place, id in enumerate(named):
             if place in failed:
                 self.errors[id] = failed[place]
             else:
                 self.tokens[id] = tokens[place]
-        forced = [place for place, spec in enumerate(how) if place in failed or not spec.plain_greedy]
+        forced = [place for place, sequence in enumerate(how) if place in failed or not plain_greedy(sequence)]
         if forced:
             index = torch.tensor([rows[place] for place in forced], device=logits.device)
             chosen = [0 if place in failed else tokens[place].token_id for place in forced]
             logits[index] = -torch.inf
             logits[index, torch.tensor(chosen, device=logits.device)] = 0.0
-
-
-def _choose(
-    logits: torch.Tensor, how: Sequence[SamplingSpec], positions: Sequence[int]
-) -> tuple[list[SampledToken], dict[int, Exception]]:
-    """As ``sample``; when it raises, it is asked row by row, so that only the rows fail that make it raise."""
-    try:
-        return sample(logits, [s.sampling for s in how], positions, [s.sample_index for s in how])
-    except Exception as error:
-        if len(how) == 1:
-            return [SampledToken(0)], {0: error}
-    tokens: list[SampledToken] = []
-    failed: dict[int, Exception] = {}
-    for row, (spec, position) in enumerate(zip(how, positions, strict=True)):
-        (token,), wrong = _choose(logits[row : row + 1], [spec], [position])
-        tokens.append(token)
-        if wrong:
-            failed[row] = wrong[0]
-    return tokens, failed

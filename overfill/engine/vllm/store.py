@@ -13,7 +13,7 @@ import torch
 
 from overfill.engine.vllm.layout import BlockLayout
 from overfill.kv.chunks import Chunk, digest, num_undamaged
-from overfill.kv.tensors import DeviceEvent, LayerTargets
+from overfill.kv.store import DeviceEvent, LayerTargets
 from overfill.v1 import common_pb2
 
 _Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"

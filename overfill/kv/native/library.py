@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from overfill.kv.chunks import Chunk, digest, is_damaged
-from overfill.kv.tensors import DeviceEvent, LayerTargets, NumpyTensors
+from overfill.kv.store import DeviceEvent, LayerTargets
+from overfill.kv.tensors import NumpyTensors
 from overfill.process.compiled import CannotBuild, compiled_library
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
 from overfill.errors import Unavailable
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.settings.config import PrefillConfig
+from overfill.stack.child import Child, stop
+from overfill.stack.process_runner import child_environment
 from overfill.v1 import registry_pb2
 
 _START_TIMEOUT = 120.0  # seconds
@@ -35,8 +35,8 @@ async def prefill_worker(arguments: Sequence[str], threads: int, log: Log) -> As
         config = PrefillConfig.parse(
             [f"--routers={router}", f"--threads={threads}", "--grace-period=1", "--log-level=warning", *arguments]
         )
-        command = [sys.executable, "-m", "services.prefill.main", *config.to_argv()]
-        worker = Child("prefill", command, child_environment({}, threads), log)
+        command = [sys.executable, "-m", "services.prefill.main"]
+        worker = Child("prefill", command, child_environment({}, threads) | config.environment(), log)
         try:
             yield await _joined(registry, worker)
         finally:

@@ -9,11 +9,11 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 
-from overfill.cli.processes import Child
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.chaos.fault_plan import FaultName, PlannedFault
 from overfill.lab.chaos.stack import BreakableStack, Link, Links
+from overfill.stack.child import Child
 
 SILENCING: frozenset[FaultName] = frozenset({"kill", "drain", "freeze", "partition", "vanish"})
 """Faults during which the process serves nothing. Another process of its stage must be ready first."""
@@ -78,7 +78,7 @@ class FaultInjector:
         child = self._stack.process(name)
         problem = None
         if fault.kind == "drain":
-            grace = self._stack.plan.routers[0].grace_period
+            grace = self._stack.placed.routers[0].grace_period
             if not await _wait_for_exit(child, grace + _EXIT_SLACK):
                 problem = f"{name} still ran {grace + _EXIT_SLACK:g} s after SIGTERM"
                 os.kill(child.pid, signal.SIGKILL)

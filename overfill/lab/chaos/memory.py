@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from overfill.cli.processes import Child
+from overfill.stack.child import Child
 
 _INTERVAL = 2.0  # seconds between samples
 _WARM_UP = 60.0  # seconds after a process's start that are left out: pools and caches fill

@@ -137,7 +137,7 @@ def watch_router(probe: Probe) -> None:
     tasks: set[asyncio.Task[None]] = set()
 
     async def hold(relay: Relay, outcome: Any) -> None:
-        await probe.hold("queued", relay._job.id)
+        await probe.hold("queued", relay.request.id)
         on_placed(relay, outcome)
 
     def start_watched(self: Relay) -> None:
@@ -146,7 +146,7 @@ def watch_router(probe: Probe) -> None:
         try:
             start(self)
             if self in starting and not self._closed:
-                probe.reached("queued", self._job.id)
+                probe.reached("queued", self.request.id)
         finally:
             starting.discard(self)
 
@@ -212,7 +212,7 @@ def watch_prefill_beside_decode(probe: Probe) -> None:
 
     loaded: Any = importlib.import_module("overfill.engine.load").LoadedColocated
     scheduling = _watch_prefill_service(probe)
-    local = importlib.import_module("services.worker.local_prefill").LocalPrefills
+    local = importlib.import_module("services.colocated.local_prefill").LocalPrefills
     new_core, own_sequence, copy = loaded.new_core, local.sequence, ColocatedEngine._copy
 
     def new_core_held(self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
@@ -237,7 +237,7 @@ def _watch_prefill_service(probe: Probe) -> _Scheduling:
     # By name: the library never imports services.
     servicer = importlib.import_module("services.prefill.servicer").PrefillServicer
     sender: Any = overfill.kv.sender
-    accept, seal, seal_in_place = servicer._accept, sender.seal, sender.seal_in_place
+    accept, join, read = servicer._accept, sender.join_chunks, sender.KvSender._read_message
     scheduling = _Scheduling(probe)
 
     def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
@@ -245,22 +245,24 @@ def _watch_prefill_service(probe: Probe) -> _Scheduling:
         scheduling.add(lease.sequence.id, start.request_id)
         return lease
 
-    def seal_and_damage(spec: Any, box: Any, payload: Any, *rest: Any) -> Any:
-        frame = seal(spec, box, payload, *rest)
-        if isinstance(payload, memoryview):
-            damage(payload)  # a view into the frame's memory, or into shared memory
-        return frame
+    def damage(chunks: Any) -> None:
+        """Damages payloads behind their checksums: views into the message, into shared memory or of codes."""
+        for chunk in chunks:
+            if (flip := probe.flip(len(chunk.payload))) is not None:
+                memoryview(chunk.payload)[flip[0]] ^= flip[1]
 
-    def seal_in_place_and_damage(blank: Any, *rest: Any) -> None:
-        seal_in_place(blank, *rest)
-        damage(blank.payload)
+    def damage_and_join(chunks: Any) -> Any:
+        damage(chunks)
+        return join(chunks)
 
-    def damage(payload: memoryview) -> None:
-        if (flip := probe.flip(len(payload))) is not None:
-            payload[flip[0]] ^= flip[1]
+    def read_and_damage(self: Any, chunks: Any) -> Any:
+        message = read(self, chunks)
+        if self._raw and chunks[0].slot is None:  # the message was not joined
+            damage(chunks)
+        return message
 
     servicer._accept = accept_and_tell
-    sender.seal, sender.seal_in_place = seal_and_damage, seal_in_place_and_damage
+    sender.join_chunks, sender.KvSender._read_message = damage_and_join, read_and_damage
     return scheduling
 
 
@@ -304,7 +306,7 @@ WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {
     "services.router.main": {"router": watch_router},
     "services.prefill.main": {"prefill": watch_prefill},
     "services.decode.main": {"decode": watch_decode},
-    "services.worker.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
+    "services.colocated.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
 }
 """Module -> the stages of its process, each with the function that watches it."""
 

@@ -5,21 +5,20 @@ The connections are those of loopback through ``add_proxies``, or of real links 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.settings.config import ServiceConfig
+from overfill.stack.child import Child
+from overfill.stack.placed import PlacedStack
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import ProcessRunner
 
 _PROBES = "overfill.lab.chaos.probes"
 
@@ -51,28 +50,29 @@ class Links:
     hosts: dict[str, Host] = field(default_factory=dict)
 
 
-class BreakableStack(Stack):
+class BreakableStack(ProcessRunner):
     """Runs ``plan`` with probes that connect to the socket at the path ``probes``. It can restart routers too.
 
     Args:
         hosts: Process -> host on which it runs. Empty means that all run here.
     """
 
-    def __init__(self, plan: StackPlan, probes: str, clocks: Clocks, hosts: Mapping[str, Host]) -> None:
-        super().__init__(plan, lambda name, line: None, {name: host.enter for name, host in hosts.items()})
+    def __init__(self, plan: PlacedStack, probes: str, clocks: Clocks, hosts: Mapping[str, Host]) -> None:
+        prefixes = {name: host.enter for name, host in hosts.items()}
+        super().__init__(plan.spec, lambda name, line: None, placed=plan, prefixes=prefixes)
         self._probes = probes
         self._clocks = clocks
 
     @property
     def routers(self) -> list[str]:
         """The routers' names, in the order of the plan's addresses."""
-        return [f"router-{index}" for index in range(len(self.plan.routers))]
+        return [f"router-{index}" for index in range(len(self.placed.routers))]
 
     def names(self, stage: str) -> list[str]:
         """Returns the names of a stage's processes."""
         if stage == "router":
             return self.routers
-        return [worker.id for worker in self.plan.workers if stage in worker.kind.stages]
+        return [worker.id for worker in self.placed.workers if stage in worker.kind.stages]
 
     def process(self, name: str) -> Child:
         """Returns the process that currently has the name."""
@@ -87,17 +87,17 @@ class BreakableStack(Stack):
             super().restart(name)
             return
         index = self.routers.index(name)
-        config = self.plan.routers[index]
+        config = self.placed.routers[index]
         self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
 
-    def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
-        probed = ["-m", _PROBES, self._probes, name, module, *config.to_argv()]
-        command = [*self._prefixes.get(name, ()), sys.executable, *probed]
-        environment = self._environment(name, threads) | self._clocks.environment(name)
-        return Child(name, command, environment, self._sink)
+    def _program(self, name: str, module: str) -> list[str]:
+        return [_PROBES, self._probes, name, module]
+
+    def _environment(self, name: str, config: ServiceConfig, threads: int) -> dict[str, str]:
+        return super()._environment(name, config, threads) | self._clocks.environment(name)
 
 
-async def add_proxies(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tuple[StackPlan, Links]:
+async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tuple[PlacedStack, Links]:
     """Puts a proxy in front of every port of ``plan`` that listens.
 
     * Clients reach each router through one proxy.
@@ -117,12 +117,12 @@ async def add_proxies(plan: StackPlan, exits: AsyncExitStack, seed: int) -> tupl
             links.by_process[f"router-{index}"].append(proxy)
         update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
         if worker.kind.stages == ("decode",) and number % 2:
-            update["shm"] = "off"  # so that some KV travels by shared memory and some over the network
+            update["shm"] = False  # so that some KV travels by shared memory and some over the network
         updates[worker.id] = update
     return plan.with_configs(lambda worker: worker.config.model_copy(update=updates[worker.id])), links
 
 
-def add_hosts(plan: StackPlan, exits: ExitStack) -> tuple[StackPlan, Links]:
+def add_hosts(plan: PlacedStack, exits: ExitStack) -> tuple[PlacedStack, Links]:
     """Makes a host for each process of ``plan``. A process's link is that of its host. ``exits`` removes the hosts."""
     placed, hosts = exits.enter_context(place_on_hosts(plan))
     return placed, Links(placed.addresses, {name: [host] for name, host in hosts.items()}, hosts)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from overfill.cli.stack_plan import StackPlan
 from overfill.client import AsyncClient
 from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
@@ -30,6 +29,7 @@ from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxi
 from overfill.lab.faults.engines import engines_by_stage
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
 from overfill.rpc.stack_status import WorkerStatus
+from overfill.stack.placed import PlacedStack
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
@@ -178,7 +178,7 @@ class TrialResult:
 
 
 async def run_trial(
-    plan: StackPlan, trial: Trial, report: Callable[[str, int, int], None], hosts: bool = False
+    plan: PlacedStack, trial: Trial, report: Callable[[str, int, int], None], hosts: bool = False
 ) -> TrialResult:
     """Runs ``trial`` on a new stack. Call it on the main thread: children end with the thread that starts them.
 
@@ -227,13 +227,13 @@ class _TrialRun:
         self._rng = random.Random(trial.seed)
         self._load = LoadGenerator(
             links.routers,
-            stack.plan.client_tls,
+            stack.placed.client_tls,
             trial.prompts,
             trial.max_tokens,
             trial.seed,
-            [tier.name for tier in stack.plan.tiers],
+            [tier.name for tier in stack.placed.tiers],
             trial.fallback_share,
-            stack.plan.api_key,
+            stack.placed.api_key,
         )
         self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds
@@ -431,8 +431,8 @@ class _TrialRun:
     # Status of the stack
 
     async def _poll_router(self, router: str) -> None:
-        address = self._stack.plan.addresses[self._stack.routers.index(router)]
-        async with AsyncClient(address, tls=self._stack.plan.client_tls) as client:
+        address = self._stack.placed.addresses[self._stack.routers.index(router)]
+        async with AsyncClient(address, tls=self._stack.placed.client_tls) as client:
             while True:
                 asked = time.monotonic()
                 try:
@@ -448,9 +448,9 @@ class _TrialRun:
     async def _workers(self) -> list[list[WorkerStatus]]:
         """Returns each router's list of workers; an empty list for a router that does not answer."""
         found = []
-        for address in self._stack.plan.addresses:
+        for address in self._stack.placed.addresses:
             try:
-                async with AsyncClient(address, tls=self._stack.plan.client_tls) as client:
+                async with AsyncClient(address, tls=self._stack.placed.client_tls) as client:
                     found.append(list((await client.status(timeout=5)).workers))
             except OverfillError:
                 found.append([])
@@ -469,7 +469,7 @@ class _TrialRun:
         Restarted workers need this time to join, and partitioned ones to notice.
         """
         deadline = time.monotonic() + self._restart_timeout
-        expected = {(stage, worker.id) for worker in self._stack.plan.workers for stage in worker.kind.stages}
+        expected = {(stage, worker.id) for worker in self._stack.placed.workers for stage in worker.kind.stages}
         while True:
             empty = [{(w.stage, w.id) for w in seen if _is_empty(w)} for seen in await self._workers()]
             leaked = sorted({id for stage, id in expected if not all((stage, id) in found for found in empty)})

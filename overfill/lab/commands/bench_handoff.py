@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from overfill.cli.options import Number, RenamedFlags, dtype_option
+from overfill.cli.options import Number, dtype_option
 from overfill.cli.output import console, print_json
 from overfill.lab.bench.measurement import print_measurements
 from overfill.lab.commands.bench_options import json_option, load_pair, log_line, pair_option
@@ -23,15 +23,13 @@ _TIMELINE_ONLY = ("streams", "bandwidth", "plot")
 _COST_ONLY = ("rounds", "shm", "kv_codec")
 
 
-@click.command("handoff", cls=RenamedFlags, short_help="Cost of a handoff for a request; the timeline of one handoff.")
+@click.command("handoff", short_help="Cost of a handoff for a request; the timeline of one handoff.")
 @pair_option
 @click.option("--tokens", type=click.IntRange(2), help="Length of a prompt.  [default: 2048; 2000 with --timeline]")
 @dtype_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured requests.")
-@click.option(
-    "--shm", type=click.Choice(["on", "off"]), default="on", show_default=True, help="KV through shared memory."
-)
+@click.option("--shm/--no-shm", default=True, show_default=True, help="KV through shared memory.")
 @click.option(
     "--kv-codec",
     type=click.Choice(["raw", "int8", "fp8"]),
@@ -62,7 +60,7 @@ def handoff_command(
     dtype: DTypeName | None,
     threads: int,
     rounds: int,
-    shm: str,
+    shm: bool,
     kv_codec: str,
     timeline: bool,
     streams: int,

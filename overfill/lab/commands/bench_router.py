@@ -8,11 +8,11 @@ import click
 
 from overfill.cli.options import Number
 from overfill.lab.bench.measurement import print_measurements
-from overfill.lab.commands.bench_options import Counts, geometry_option, json_option, pair_folder
+from overfill.lab.commands.bench_options import Counts, json_option, pair_folder
 
 
 @click.command("router", short_help="CPU, latency, memory and overload of the router, beside bare servers.")
-@geometry_option
+@click.option("--pair", default="mock", show_default=True, help="Pair whose tokenizer and KV geometry are used.")
 @click.option(
     "--seconds", type=Number(0.5), default=2.0, show_default=True, help="Duration of each part of the measurement."
 )

@@ -14,9 +14,9 @@ import click
 
 from overfill.cli.options import dtype_option
 from overfill.cli.output import console
-from overfill.cli.processes import TAIL_LINES, StartFailed
 from overfill.errors import OverfillError
 from overfill.lab.commands.bench_options import Counts, load_pair
+from overfill.stack.child import TAIL_LINES, StartFailed
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import TIER, Number, RenamedFlags, engine_options
+from overfill.cli.options import TIER, Number, check_replaced, engine_options
 from overfill.cli.output import console, print_json
-from overfill.cli.up_tiers import check_replaced, resolve_tiers
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
     HOST_TARGETS,
@@ -33,7 +32,7 @@ from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
-    from overfill.cli.stack_plan import StackPlan
+    from overfill.stack.placed import PlacedStack
     from overfill.telemetry.progress import Report
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -42,17 +41,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
 
 
-@click.command(
-    "chaos",
-    cls=RenamedFlags,
-    renamed={
-        "strikes": "num-faults",
-        "rate-share": "load-fraction",
-        "from": "first-fault",
-        "abreast": "concurrent-faults",
-        "limit": "time-limit",
-    },
-)
+@click.command("chaos")
 @click.option(
     "--pair",
     default="tiny",
@@ -60,7 +49,7 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     help="Name of a pair, folder of a pair, or tiny (a small pair with random weights).",
 )
 @click.option(
-    "--decoder",
+    "--tier",
     "tiers",
     multiple=True,
     type=TIER,
@@ -69,7 +58,7 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
 )
 @click.option(
     "--fallback-share", type=Number(0, 1), default=0.25, show_default=True,
-    help="Share of the requests that allow the next tier to go on with their answer. Only with --decoder.",
+    help="Share of the requests that allow the next tier to go on with their answer. Only with --tier.",
 )  # fmt: skip
 @click.option(
     "--fault",
@@ -223,7 +212,7 @@ def chaos_command(
     A process is killed, drained, frozen or partitioned only while another one with the target's stage is ready, or if
     the stack has no other one.
 
-    With --decoder, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
+    With --tier, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
     that wrote it, and only requests that allow it may change their tier. A tier may lose its last worker.
 
     The same seed draws the same faults. --first-fault starts later in this sequence; --replay injects the faults of an
@@ -309,11 +298,11 @@ def _check_tiers(tiers: Sequence[TierSpec], colocated: int) -> None:
     try:
         check_tiers(tiers)
     except ValueError as error:
-        raise click.UsageError(f"--decoder: {error}") from error
-    if sum(tier.count for tier in tiers) + colocated < 2:
-        raise click.UsageError("--decoder: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
+        raise click.UsageError(f"--tier: {error}") from error
+    if sum(tier.replicas for tier in tiers) + colocated < 2:
+        raise click.UsageError("--tier: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
     if len({tier.pair == "tiny" for tier in tiers}) > 1:
-        raise click.UsageError("--decoder: all tiers have the pair tiny, or none: they share the full model")
+        raise click.UsageError("--tier: all tiers have the pair tiny, or none: they share the full model")
 
 
 def _choose_faults(
@@ -363,22 +352,22 @@ def prepare(
     exits: ExitStack,
     report: Report,
     settings: dict[str, Any],
-) -> tuple[StackPlan, list[list[int]]]:
-    """Returns the plan of a float32 stack, and prompts. ``exits`` removes the folder of tiny pairs.
+) -> tuple[PlacedStack, list[list[int]]]:
+    """Returns the processes of a float32 stack, and prompts. ``exits`` removes the folder of tiny pairs.
 
     Args:
         tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
-        counts: numbers of workers, by field of ``StackRequest``.
+        counts: numbers of workers, by argument of ``describe``.
     """
-    from overfill.cli.up import check_engines
-    from overfill.cli.up_plan import StackRequest, make_plan
     from overfill.making.conversations import shipped_conversations
     from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
-    from overfill.pair.store import resolve_pair
+    from overfill.stack.describe import describe
+    from overfill.stack.pairs import check_engines, resolve_pairs
+    from overfill.stack.placed import place
 
     settings = {"dtype": "float32", "log_level": "error"} | settings
-    folder: Path | None = None
+    folder: Path | str = pair
     if (tiers[0].pair if tiers else pair) == "tiny":
         parent = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-"))
         on_vllm = "vllm" in (settings.get("prefill_engine"), settings.get("decode_engine"))
@@ -390,14 +379,11 @@ def prepare(
             folder = make_tiny_pair(Path(parent) / "tiny", head_dim=head_dim)
         defaults = {"kv_memory": "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
         settings |= {name: value for name, value in defaults.items() if settings.get(name) is None}
-    elif tiers:
-        tiers = resolve_tiers(tiers, report)
-    else:
-        folder = resolve_pair(pair, report)
-    request = StackRequest(folder, routers=routers, threads=1, settings=settings, tiers=tuple(tiers), **counts)
-    plan = make_plan(request)
+    spec = describe(folder, routers=routers, threads=1, settings=settings, tiers=tiers, **counts)
+    spec = resolve_pairs(spec, report)
+    plan = place(spec)
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
-    check_engines(plan, here=True)
+    check_engines(spec)
     limit = plan.workers[0].config.max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import Number, RenamedFlags, option_errors
+from overfill.cli.options import Number, option_errors
 from overfill.cli.output import console, print_json
 from overfill.lab.simulate.policies import DEFAULT, NAMES
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from overfill.settings.tiers import TierSpec
 
 _POSITIVE = Number(0, min_open=True)
-_TIER_SETTINGS = ("share", "weights", "ttft-objective", "itl-objective", "max")
+_TIER_SETTINGS = ("share", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class _Load:
         return read_trace(Path(name), self.count)
 
 
-@click.command("simulate", cls=RenamedFlags, renamed={"share": "attainment"})
+@click.command("simulate")
 @click.option(
     "--trace",
     "traces",
@@ -145,7 +145,7 @@ class _Load:
     help="Number of workers with both stages. With them, --prefill and --decode are 0 by default.",
 )
 @click.option(
-    "--decoder",
+    "--tier",
     "tiers",
     multiple=True,
     metavar="NAME=PROFILE[:N][,SETTING=VALUE...]",
@@ -157,7 +157,7 @@ class _Load:
     "--brownout",
     default="",
     metavar="'TIER > TIER...'",
-    help="With --decoder: tiers from the best to the cheapest; the next answers when one would miss an objective.",
+    help="With --tier: tiers from the best to the cheapest; the next answers when one would miss an objective.",
 )
 @click.option(
     "--brownout-share",
@@ -276,14 +276,12 @@ def simulate_command(
     if use_all and max_workers is None:
         raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
     if tiers and (size or compare_policies or use_all):
-        raise click.UsageError("--decoder: leave out --size, --compare-policies and --use-all")
+        raise click.UsageError("--tier: leave out --size, --compare-policies and --use-all")
     prefill, decode = _single_stage_workers(prefill, decode, colocated)
     if colocated and (size or autoscale or tiers):
-        raise click.UsageError(
-            "--colocated: leave out --size, --autoscale and --decoder; the number of workers is fixed"
-        )
+        raise click.UsageError("--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed")
     if tiers and _given("decode"):
-        raise click.UsageError("--decode: each --decoder has its number of decode workers; leave out --decode")
+        raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
     objective = Objective.parse(slo)
     made, order = _tiers(tiers, brownout)
     profile = load_profile(profile_name)
@@ -431,7 +429,7 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
 
 
 def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], tuple[str, ...]]:
-    """Reads ``--decoder`` and ``--brownout``. Raises UsageError."""
+    """Reads ``--tier`` and ``--brownout``. Raises UsageError."""
     from overfill.lab.simulate.options import SimTier
     from overfill.lab.simulate.profiles import load_profile
     from overfill.settings.tiers import TierSpec, check_tiers, parse_order
@@ -442,19 +440,18 @@ def _tiers(texts: tuple[str, ...], brownout: str) -> tuple[tuple[SimTier, ...], 
         check_tiers(specs, brownout=order)
         tiers = []
         for spec in specs:
-            if unknown := sorted(spec.settings.keys() - _TIER_SETTINGS):
-                allowed = ", ".join(_TIER_SETTINGS)
+            if unknown := sorted({*spec.settings, *(["fallback"] if spec.fallback else [])}.difference(_TIER_SETTINGS)):
+                allowed = ", ".join((*_TIER_SETTINGS, "ttft-objective", "itl-objective", "max"))
                 raise ValueError(f"tier {spec.name!r}: {unknown[0]} is unknown; allowed are {allowed}")
             own = {name: _setting(spec, name) for name in spec.settings}
             profile = load_profile(spec.pair)
             profile = replace(profile, decode=profile.decode.with_weights(own.get("weights", 1.0)))
-            most = None if "max" not in own else max(spec.count, int(own["max"]))
-            goals = (own.get("ttft-objective"), own.get("itl-objective"))
-            tiers.append(SimTier(spec.name, profile, spec.count, most, own.get("share", 1.0), *goals))
+            goals = (spec.ttft_objective, spec.itl_objective)
+            tiers.append(SimTier(spec.name, profile, spec.replicas, spec.max_replicas, own.get("share", 1.0), *goals))
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if tiers and not any(tier.share for tier in tiers):
-        raise click.UsageError("--decoder: no request asks for any tier; give at least one a share above 0")
+        raise click.UsageError("--tier: no request asks for any tier; give at least one a share above 0")
     return tuple(tiers), order
 
 

@@ -1,6 +1,6 @@
 """Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
 
-``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by ``--engine=vllm``.
+``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by the setting ``engine``.
 ``poison`` and ``share-answers`` are for vLLM only.
 
 The first three faults act after all of the service's own checks, so that only a comparison of the answers
@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
 import runpy
 import sys
 import threading
@@ -38,16 +39,17 @@ from typing import Any
 import torch
 
 import overfill.kv.receiver
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
+from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk, TransferSpec
 from overfill.kv.keys import PromptBlocks, token_bytes
-from overfill.kv.store import KvStore
-from overfill.kv.tensors import LayerTargets
-from overfill.kv.wire import ParsedChunk
+from overfill.kv.store import KvStore, LayerTargets
 from overfill.model.batch import ForwardBatch
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
+from overfill.settings.reader import SETTINGS
 
 _KV_DELAY = 0.8  # seconds
 _STEP_DELAY = 0.15
@@ -72,17 +74,28 @@ def negate_weight_row() -> None:
 
 
 def overwrite_kv_chunk() -> None:
-    write = overfill.kv.receiver.write_chunks
+    store: Any = _kv_store()
+    write = store.write
 
     def write_then_overwrite(
-        store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
+        self: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
     ) -> int:
-        written = write(store, blocks, targets, chunks)
+        written: int = write(self, blocks, targets, chunks)
         zeros = [Chunk(c.range, bytes(len(c.payload))) for c in chunks[:written] if _starts(c)]
-        write(store, blocks, targets, zeros)
+        write(self, blocks, targets, zeros)
         return written
 
-    overfill.kv.receiver.write_chunks = write_then_overwrite
+    store.write = write_then_overwrite
+
+
+def _kv_store() -> type[KvStore]:
+    """Returns the class in which the service's engine keeps received KV."""
+    if "--engine=vllm" in sys.argv:
+        # Imported here because only a worker on vLLM has it.
+        from overfill.engine.vllm.store import VllmKvStore
+
+        return VllmKvStore
+    return KvCache
 
 
 def _starts(chunk: Chunk) -> bool:
@@ -103,7 +116,7 @@ def shift_positions() -> None:
 def _before_each_step(act: Callable[[int], None]) -> None:
     """Calls ``act`` in every step of the engine, with the step's number from 1."""
     steps = itertools.count(1)
-    if "--engine=vllm" in sys.argv:
+    if "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, ""):
         # Imported here because only a worker on vLLM has it.
         from overfill.engine.vllm.internals import VllmCore
 
@@ -150,21 +163,23 @@ def lose_block() -> None:
 
 
 def delay_kv() -> None:
-    write = overfill.kv.receiver.write_chunks
+    store: Any = _kv_store()
+    write = store.write
 
-    def write_late(store: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+    def write_late(self: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
         if any(map(_starts, chunks)):
             time.sleep(_KV_DELAY)
-        return write(store, blocks, targets, chunks)
+        written: int = write(self, blocks, targets, chunks)
+        return written
 
-    overfill.kv.receiver.write_chunks = write_late
+    store.write = write_late
 
 
 def flip_kv_bit() -> None:
     receiver: Any = overfill.kv.receiver
     check, chunks = receiver.check_head, itertools.count(1)
 
-    def flip_and_check(spec: TransferSpec, chunk: ParsedChunk) -> Any:
+    def flip_and_check(spec: TransferSpec, chunk: Chunk) -> Any:
         if next(chunks) % 5 == 0:
             damaged = bytearray(chunk.payload)
             damaged[0] ^= 1

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from overfill.api import keys
-from overfill.cli.stack_plan import StackPlan
 from overfill.lab.hosts.network import Host, HostNetwork
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
+from overfill.stack.placed import PlacedStack
 
 _PORT = 7600  # of every process; each has a host of its own
 
@@ -24,8 +24,8 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 
 @contextmanager
 def place_on_hosts(
-    plan: StackPlan, relayed: bool = True, congestion_control: str = "cubic"
-) -> Iterator[tuple[StackPlan, dict[str, Host]]]:
+    plan: PlacedStack, relayed: bool = True, congestion_control: str = "cubic"
+) -> Iterator[tuple[PlacedStack, dict[str, Host]]]:
     """Makes a host for every process of ``plan``, and removes the hosts at the end. Starts no process.
 
     Yields the plan with the hosts' addresses, certificates and an API key, and name of a process -> its host.
@@ -48,7 +48,7 @@ def place_on_hosts(
         yield replace(place(plan, addresses, Path(folder), key_file), api_key=api_key), network.hosts
 
 
-def place(plan: StackPlan, addresses: Mapping[str, str], folder: Path, key_file: Path) -> StackPlan:
+def place(plan: PlacedStack, addresses: Mapping[str, str], folder: Path, key_file: Path) -> PlacedStack:
     """Returns ``plan`` with each process at the address of its host.
 
     Args:

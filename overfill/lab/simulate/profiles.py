@@ -19,10 +19,6 @@ import numpy as np
 
 from overfill.errors import InvalidRequest
 from overfill.routing.capacity import StepCost
-from overfill.settings.renamed import warn
-
-_RENAMED = {"token_budget": "max_num_batched_tokens", "max_seqs": "max_num_seqs"}
-"""Earlier name of a field in a file -> name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,11 +270,6 @@ def _parse(kind: type[Any], document: object, where: str) -> Any:
     if not isinstance(document, Mapping):
         raise InvalidRequest(where, f"must be an object of {kind.__name__}'s fields, got {type(document).__name__}")
     known = {item.name: item for item in fields(kind)}
-    document = dict(document)
-    for old, new in _RENAMED.items():
-        if old in document and new in known and new not in document:
-            warn(f"{where}.{old}", f"{where}.{new}")
-            document[new] = document.pop(old)
     if unknown := sorted(set(document) - set(known)):
         raise InvalidRequest(f"{where}.{unknown[0]}", f"is unknown; allowed are {', '.join(known)}")
     values: dict[str, Any] = {}

@@ -22,7 +22,8 @@ from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
-from overfill.model.transformer import NO_HOOKS, ForwardModel, LayerHooks, Transformer, check_cache
+from overfill.model.steps import NO_HOOKS, LayerHooks
+from overfill.model.transformer import ForwardModel, Transformer, check_cache
 
 log = logging.getLogger(__name__)
 

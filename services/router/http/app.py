@@ -13,20 +13,19 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel
 
 from overfill.api.keys import ApiKey
-from overfill.api.openai import schema, wire
+from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
-from overfill.api.openai.wire import ApiRequest
-from overfill.client import StackStatus
-from overfill.errors import Overloaded
+from overfill.api.openai.translate import ApiRequest
 from overfill.request.params import REQUEST_ID_CHARACTERS
-from overfill.rpc.access import ROUTES, AccessPolicy, bearer, route_rule, unknown
+from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.stack_status import StackStatus
 from overfill.rpc.stack_status_json import stack_json
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
-from overfill.telemetry.metrics import CONTENT_TYPE
+from overfill.telemetry.metric_set import CONTENT_TYPE
 from overfill.v1 import admin_pb2
 from overfill.version import __version__
 from services.router.bounded_executor import BoundedExecutor
@@ -35,7 +34,7 @@ from services.router.http.body import read
 from services.router.http.cors import Cors
 from services.router.http.generate import RunningChoices
 from services.router.http.request import Headers, Request
-from services.router.key_reservation import KeyReservation
+from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
 
 B = TypeVar("B", bound=BaseModel)
@@ -50,11 +49,12 @@ _JSON = (b"content-type", b"application/json")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path, or a template that ends in a placeholder, with the method and the function that answers it."""
+    """A path, or a template that ends in a placeholder, with its method, the function that answers it, and its rule."""
 
     path: str
     method: str
     answer: Callable[[Request, ApiKey | None], Awaitable[None]]
+    rule: Rule
 
 
 class HttpApi:
@@ -88,7 +88,7 @@ class HttpApi:
         self._handler = handler
         self._access = access
         self._local_names_only = local and access.keys is None
-        self._metrics = handler.metrics
+        self._metrics = handler.statistics.metrics
         self._unready = unready
         self._status = status
         self._share_port = share_port
@@ -97,20 +97,22 @@ class HttpApi:
         self._tokens = TokenTexts(handler.tokenizer)
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
-        routes = [
-            Route("/v1/chat/completions", "POST", self._chat),
-            Route("/v1/completions", "POST", self._completions),
-            Route("/v1/models", "GET", self._models),
-            Route("/v1/models/{model:path}", "GET", self._model),
-            Route("/tokenize", "POST", self._tokenize),
-            Route("/detokenize", "POST", self._detokenize),
-            Route("/health", "GET", self._health),
-            Route("/metrics", "GET", self._render_metrics),
-            Route("/version", "GET", self._version),
-            Route("/status", "GET", self._stack_status),
-            Route("/ui", "GET", self._page),
-            Route("/", "GET", self._redirect),
-        ]
+        answers = (
+            ("/v1/chat/completions", "POST", self._chat),
+            ("/v1/completions", "POST", self._completions),
+            ("/v1/models", "GET", self._models),
+            ("/v1/models/{model:path}", "GET", self._model),
+            ("/tokenize", "POST", self._tokenize),
+            ("/detokenize", "POST", self._detokenize),
+            ("/health", "GET", self._health),
+            ("/metrics", "GET", self._render_metrics),
+            ("/version", "GET", self._version),
+            ("/status", "GET", self._stack_status),
+            ("/ui", "GET", self._page),
+            ("/", "GET", self._redirect),
+        )
+        # A path without a rule is closed, as if there were nothing.
+        routes = [Route(*answer, ROUTES[answer[0]]) for answer in answers if answer[0] in ROUTES]
         self.routes = tuple(route.path for route in routes)
         self._by_path = {route.path: route for route in routes if "{" not in route.path}
         self._by_start = {route.path.partition("{")[0]: route for route in routes if "{" in route.path}
@@ -121,8 +123,8 @@ class HttpApi:
         try:
             if self._cors.preflight(request):
                 return
-            caller = self._admit(request)
             route = self._route(request.path)
+            caller = self._admit(request, route)
             if route is None:
                 raise unknown_url(request.method, request.path)
             if request.method != route.method and (request.method, route.method) != ("HEAD", "GET"):
@@ -134,11 +136,12 @@ class HttpApi:
             self._metrics.http("unknown" if route is None else route.path, request.status or _CLIENT_GONE)
 
     def _route(self, path: str) -> Route | None:
-        return self._by_path.get(path) or next(
-            (route for start, route in self._by_start.items() if path.startswith(start)), None
-        )
+        if (route := self._by_path.get(path)) is not None:
+            return route
+        templates = self._by_start.items()
+        return next((route for start, route in templates if path.startswith(start) and len(path) > len(start)), None)
 
-    def _admit(self, request: Request) -> ApiKey | None:
+    def _admit(self, request: Request, route: Route | None) -> ApiKey | None:
         host = request.header(b"host").lower()
         if b"origin" in request.headers:
             origin = request.header(b"origin")
@@ -148,11 +151,10 @@ class HttpApi:
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
         shown = bearer(request.header(b"authorization"))
-        rule = route_rule(ROUTES, request.path)
-        if rule is None:
+        if route is None:
             unknown(self._access, shown, request.roles)
-            raise unknown_url(request.method, request.path)
-        caller = cast("ApiKey | None", self._access.check(rule, shown, request.roles))  # a router has no other keys
+            return None
+        caller = cast("ApiKey | None", self._access.check(route.rule, shown, request.roles))  # it has no other keys
         if caller is not None:
             request.key = caller.id
         return caller
@@ -178,10 +180,10 @@ class HttpApi:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
 
     async def _chat(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "chat", schema.ChatRequest, wire.chat, "chatcmpl")
+        await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl")
 
     async def _completions(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "completion", schema.CompletionRequest, wire.completion, "cmpl")
+        await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl")
 
     async def _generate(
         self,
@@ -197,12 +199,9 @@ class HttpApi:
             return convert(body, id), id
 
         handler = self._handler
-        with handler.reserve(caller) as reservation:
-            try:
-                asked, id = await self._read(request, shape, convert_with_id, reservation)
-            except Overloaded as error:
-                self._metrics.refused(error)
-                raise
+        # What is not a valid request of the API counts only as an HTTP request.
+        with handler.hold_quota(caller) as hold, handler.statistics.refusing(hold, ApiError):
+            asked, id = await self._read(request, shape, convert_with_id, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
             def envelope(tier: str) -> Envelope:
@@ -214,7 +213,7 @@ class HttpApi:
             trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
             span = tracing.serve("router.request", trace, route=request.path)
             answers = RunningChoices(handler, asked, envelope, span, self._encoding)
-            await answers.start(received, reservation)
+            await answers.start(received, hold)
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         with answers:
             if asked.stream:
@@ -228,22 +227,20 @@ class HttpApi:
             request.write(rest, last=True)
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.reserve(caller) as reservation:
-            asked = await self._read(request, schema.TokenizeRequest, wire.tokenize, reservation)
-            ids = await self._handler.tokenize(asked, reservation)
+        with self._handler.hold_quota(caller) as hold:
+            asked = await self._read(request, schema.TokenizeRequest, translate.tokenize, hold)
+            ids = await self._handler.tokenize(asked, hold)
         self._json(request, {"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.reserve(caller) as reservation:
-            asked = await self._read(request, schema.DetokenizeRequest, wire.detokenize, reservation)
-            text = await self._handler.detokenize(asked, reservation)
+        with self._handler.hold_quota(caller) as hold:
+            asked = await self._read(request, schema.DetokenizeRequest, translate.detokenize, hold)
+            text = await self._handler.detokenize(asked, hold)
         self._json(request, {"prompt": text})
 
-    async def _read(
-        self, request: Request, shape: type[B], convert: Callable[[B], T], reservation: KeyReservation
-    ) -> T:
+    async def _read(self, request: Request, shape: type[B], convert: Callable[[B], T], hold: QuotaHold) -> T:
         """Takes the quota, and then reads the body, which costs more than a refusal."""
-        reservation.take(asyncio.get_running_loop().time())
+        hold.take(asyncio.get_running_loop().time())
         return await read(request, shape, convert, self._parser)
 
     async def _health(self, request: Request, caller: ApiKey | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import socket
 import ssl
 from collections import deque
@@ -20,9 +19,10 @@ from typing import Any, cast
 import httptools
 
 from overfill.api.openai.answers import encode
-from overfill.api.openai.errors import ApiError, too_many_connections, too_slow, wrong_method
+from overfill.api.openai.errors import ApiError, too_many_connections, too_slow
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.tls import names_of
+from services.router.http.head import MAX_HEAD, RequestHead, too_large_head
 from services.router.http.request import Request, response_head
 from services.router.http.state import SHORT, ServerState
 from services.router.limits import STALLED_TIMEOUT
@@ -38,15 +38,6 @@ BODY_TIMEOUT = 30.0
 
 IDLE_TIMEOUT = 75.0
 """Seconds that a connection may stay open without a request."""
-
-MAX_HEAD = 64 << 10
-"""Maximum size of a request's head in bytes. It is also that of a body's trailers, and of one chunk's extensions."""
-
-MAX_TARGET = 16 << 10
-"""Maximum size of a request's target in bytes."""
-
-MAX_HEADERS = 256
-"""Maximum number of headers of a request, and of its trailers."""
 
 LINGER_TIMEOUT = 2.0
 """Seconds for which the server reads on after the error that ends a connection.
@@ -75,11 +66,6 @@ Without this limit, refused bodies, or bodies that come byte by byte, would keep
 MAX_PIPELINED = 8
 """Maximum number of requests that wait for an earlier answer. With more, the connection closes after their answers."""
 
-_SINGLE = frozenset({b"host", b"origin", b"authorization"})
-"""Headers that decide who may do what. If one stood twice, a proxy might obey one value and this server the other."""
-
-_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
-
 
 class Connection(asyncio.Protocol):
     """Serves the requests of one connection. The server calls ``check_time`` about twice a second.
@@ -89,9 +75,9 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_current", "_deadline", "_head_size", "_headers", "_idle", "_lingers", "_lost", "_num_headers", "_parser",
+        "_current", "_deadline", "_head", "_idle", "_lingers", "_lost", "_parser",
         "_partial", "_pending", "_queue", "_receiving", "_refused", "_rest", "_shaking_hands",
-        "_stalled_until", "_state", "_target", "_task", "_transport", "_unfinished", "_unpaced", "_unread", "_writable",
+        "_stalled_until", "_state", "_task", "_transport", "_unfinished", "_unpaced", "_unread", "_writable",
         "roles",
     )  # fmt: skip
 
@@ -109,9 +95,7 @@ class Connection(asyncio.Protocol):
         self._parser: Any = httptools.HttpRequestParser(self)
         # The head that arrives
         self._partial = False
-        self._target = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._head_size = self._num_headers = 0
+        self._head = RequestHead()  # or behind it, the trailers of the body
         self._unfinished = 0  # bytes since the last head or part of a body that the parser has completed
         # Requests whose head has arrived
         self._receiving: Request | None = None  # the one whose body arrives
@@ -286,11 +270,15 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._parse_behind_upgrade(data[upgrade.args[0] :])
-        except (httptools.HttpParserError, httptools.HttpParserCallbackError):
-            self._refuse(self._refused or ApiError(400, "the request is not valid HTTP"))
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+            cause = error.__context__  # what a method raised that the parser has called
+            if isinstance(cause, ApiError):
+                self._refuse(cause.with_traceback(None))  # or the traceback would refer to the connection
+            else:
+                self._refuse(ApiError(400, "the request is not valid HTTP"))
         else:
             if self._unfinished > MAX_HEAD:
-                self._refuse(_head_too_large())
+                self._refuse(too_large_head())
 
     def _parse_behind_upgrade(self, data: bytes) -> None:
         """Parses what follows a head with ``Upgrade``. This server ignores that header (RFC 9110, section 7.8).
@@ -317,43 +305,32 @@ class Connection(asyncio.Protocol):
         if self._idle:  # the request before was answered before its end
             self._await_head()
         self._partial = True
-        self._target = b""
-        self._headers = {}
+        self._head = RequestHead()
         self._unfinished = 0
         if len(self._queue) >= MAX_PIPELINED:
-            raise self._invalid(ApiError(400, f"more than {MAX_PIPELINED} requests wait for an earlier answer"))
+            raise ApiError(400, f"more than {MAX_PIPELINED} requests wait for an earlier answer")
 
     def on_url(self, target: bytes) -> None:
         if self._receiving is None:
-            self._target += target
-            if len(self._target) > MAX_TARGET:
-                raise self._invalid(ApiError(414, f"the request target is longer than {MAX_TARGET} bytes"))
-            self._count(len(target))
+            self._head.add_target(target)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_headers += 1
-        self._count(len(name) + len(value) + 4)
-        if self._receiving is not None:
-            return
-        name, value = name.lower(), value.rstrip(b" \t")  # the parser leaves tabs
-        known = self._headers.get(name)
-        if known is None:
-            self._headers[name] = value
-        elif name in _SINGLE:
-            raise self._invalid(ApiError(400, f"the request has several headers {name.decode('latin-1')!r}"))
+        if self._receiving is None:
+            self._head.add_header(name, value)
         else:
-            self._headers[name] = known + b", " + value
+            self._head.add_trailer(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head_size = self._num_headers = self._unfinished = 0
+        self._unfinished = 0
+        head, self._head = self._head, RequestHead()
         if self._receiving is not None:
             return
         self._partial = False
         parser, state = self._parser, self._state
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
-        path = self._checked_path(method, version)
+        path = head.path(method, version)
         request = Request(
-            self, state, method, path, self._headers, modern=version == "1.1", keep_alive=parser.should_keep_alive()
+            self, state, method, path, head.headers, modern=version == "1.1", keep_alive=parser.should_keep_alive()
         )
         self._receiving = request
         self._rest = 0
@@ -376,7 +353,7 @@ class Connection(asyncio.Protocol):
         if self._parser.should_upgrade() and _has_body(request.headers):
             return
         self._receiving = None
-        self._head_size = self._num_headers = self._unfinished = 0  # those of trailers
+        self._unfinished = 0
         if self._unpaced <= SHORT:  # short bodies are never paced
             self._unpaced = 0
         request.complete()
@@ -385,57 +362,6 @@ class Connection(asyncio.Protocol):
             self._keep_place()
         elif self._current is None:  # it was answered before its end
             self._go_on(request)
-
-    def _checked_path(self, method: str, version: str) -> bytes:
-        """Returns the path of the head that has arrived. Raises the exception of ``_invalid`` if the head is wrong."""
-        headers, target = self._headers, self._target
-        if version not in ("1.0", "1.1"):
-            raise self._invalid(ApiError(505, f"HTTP {version} is not supported; use HTTP/1.1"))
-        if method == "CONNECT":
-            raise self._invalid(wrong_method(method, target.decode("latin-1")))
-        if (encoding := headers.get(b"transfer-encoding")) is not None:
-            self._check_encoding(encoding.lower(), version)
-        if version == "1.1" and b"host" not in headers:
-            raise self._invalid(ApiError(400, "the request has no Host"))
-        if b"#" in target:
-            raise self._invalid(ApiError(400, "the request target has a fragment"))
-        if not target.startswith(b"/") and (method, target) != ("OPTIONS", b"*"):
-            target = self._path_of_url(target)
-        if not _HOST.fullmatch(headers.get(b"host", b"")):
-            raise self._invalid(ApiError(400, "the request has an invalid Host"))
-        return target.partition(b"?")[0]
-
-    def _check_encoding(self, encoding: bytes, version: str) -> None:
-        if version == "1.0":
-            raise self._invalid(ApiError(400, "HTTP/1.0 has no transfer-encoding"))
-        if encoding.rpartition(b",")[2].strip(b" \t") != b"chunked":
-            raise self._invalid(ApiError(400, "the last transfer-encoding is not chunked"))
-        if encoding != b"chunked":
-            raise self._invalid(ApiError(501, "the only transfer-encoding that this server supports is chunked"))
-
-    def _path_of_url(self, target: bytes) -> bytes:
-        """Returns the path of an absolute URL, as clients send it to proxies. Its host becomes that of the request."""
-        try:
-            url = httptools.parse_url(target)
-        except httptools.HttpParserInvalidURLError:
-            url = None
-        if url is None or url.schema not in (b"http", b"https") or url.userinfo is not None or not url.host:
-            raise self._invalid(ApiError(400, "the request target is not a valid URL"))
-        # RFC 9112, section 3.2.2: this host replaces that of the header.
-        host = b"[%b]" % url.host if b":" in url.host else url.host
-        self._headers[b"host"] = host if url.port is None else b"%b:%d" % (host, url.port)
-        path: bytes = url.path or b"/"
-        return path
-
-    def _count(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > MAX_HEAD or self._num_headers > MAX_HEADERS:
-            raise self._invalid(_head_too_large())
-
-    def _invalid(self, error: ApiError) -> Exception:
-        """Returns the exception that ends the parsing, after which ``_parse`` answers with ``error``."""
-        self._refused = error
-        return ValueError(error.message)
 
     # Answering
 
@@ -573,14 +499,6 @@ class Connection(asyncio.Protocol):
     def _num_unread(self) -> int:
         """Returns the number of bytes that were written, and that the client has not made room for."""
         return self._transport.get_write_buffer_size()
-
-
-def _head_too_large() -> ApiError:
-    return ApiError(
-        431,
-        f"the head of the request is larger than {MAX_HEAD} bytes, or has more than {MAX_HEADERS} headers; "
-        "trailers and the extensions of a chunk have the same limits",
-    )
 
 
 def _has_body(headers: dict[bytes, bytes]) -> bool:

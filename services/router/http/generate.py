@@ -11,14 +11,14 @@ from typing import Any, Self
 from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
-from overfill.api.openai.wire import ApiRequest
+from overfill.api.openai.translate import ApiRequest
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.answer import AnswerDelta
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
 from services.router.http.request import Headers, Request
-from services.router.key_reservation import KeyReservation
-from services.router.request_handler import RequestHandler, choices
+from services.router.quota_hold import QuotaHold
+from services.router.request_handler import RequestHandler
 from services.router.running_answer import RunningAnswer
 
 _STREAM_HEADERS = (
@@ -71,18 +71,17 @@ class RunningChoices:
         self._running: list[RunningAnswer] = []
         self._failure: BaseException | None = None
 
-    async def start(self, received: float, reservation: KeyReservation) -> None:
+    async def start(self, received: float, hold: QuotaHold) -> None:
         """Queues every choice. If it raises ApiError or OverfillError, no choice runs."""
         asked, handler = self._asked, self._handler
         try:
-            with handler.metrics.refusing(""):
-                reservation.take(received, len(asked.prompts) * asked.n)
-            checked = [await handler.check(request, reservation) for request in asked.prompts]
+            hold.take(received, len(asked.prompts) * asked.n)
+            checked = [await handler.check(request, hold, received) for request in asked.prompts]
             for prompt, request in enumerate(checked):
-                for each in choices(request, asked.n):
+                for index in range(asked.n):
                     if self._running:
                         await asyncio.sleep(0)  # copying a long prompt for each answer delays other streams
-                    answer = handler.start(each, reservation, received, None)
+                    answer = handler.start(request if asked.n == 1 else request.sample(index), hold)
                     self._running.append(self._stack.enter_context(answer))
                     self.choices.append(self._choice(prompt, answer))
         except BaseException as error:

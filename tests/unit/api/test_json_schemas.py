@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overfill.api.chat import chat_grammar
-from overfill.api.openai import wire
+from overfill.api.openai import translate
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import parse
 from overfill.api.openai.schema import ChatRequest
@@ -53,7 +53,7 @@ CLOSED = {
 
 def asked(**fields):
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
-    return wire.chat(parse(ChatRequest, json.dumps(body).encode()), "r").prompts[0]
+    return translate.chat(parse(ChatRequest, json.dumps(body).encode()), "r").prompts[0]
 
 
 def test_every_object_is_closed_at_any_depth():

@@ -10,11 +10,12 @@ import pytest
 
 from overfill.api.chat import added_by_template, chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
-from overfill.api.requests import CheckedRequest, validate_generate
+from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.routing.job import CheckedRequest
 from overfill.v1.common_pb2 import SamplingParams
-from overfill.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
+from overfill.v1.inference_pb2 import AnswerIdentity, Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
 
 MAX_MODEL_LEN = 32
 VOCAB = 300
@@ -144,6 +145,20 @@ def test_only_the_same_answer_has_the_same_ids_of_tool_calls(validate: Any) -> N
 
 def test_resuming_a_greedy_answer_needs_no_seed(validate: Any) -> None:
     assert validate(resume_token_ids=[1], sampling=SamplingParams(temperature=0)).start.emitted_token_ids == [1]
+
+
+def test_a_resumed_prompt_keeps_its_length_although_another_one_fits(validate: Any) -> None:
+    def kept(tokens: int, **fields: Any) -> list[int]:
+        ids, resumed = TokenIds(ids=range(MAX_MODEL_LEN)), AnswerIdentity(prompt_tokens=tokens)
+        request = validate(token_ids=ids, truncate_prompt_tokens=-1, resume_identity=resumed, **fields)
+        return list(request.prompt_token_ids)
+
+    sampling = SamplingParams(max_tokens=8)
+    new = validate(token_ids=TokenIds(ids=[1] * 99), truncate_prompt_tokens=-1, sampling=sampling)
+    assert len(new.prompt_token_ids) == MAX_MODEL_LEN - 8
+    assert kept(5, sampling=sampling) == list(range(MAX_MODEL_LEN - 5, MAX_MODEL_LEN))
+    with pytest.raises(PromptTooLong, match=f"has {MAX_MODEL_LEN} tokens"):
+        kept(MAX_MODEL_LEN)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(validate: Any) -> None:

@@ -10,7 +10,7 @@ from pydantic import UUID4, IPvAnyAddress, SecretStr, create_model
 
 from overfill.api.chat import chat_grammar, encode_chat
 from overfill.api.chat_template import ChatTemplate
-from overfill.api.openai import schema, wire
+from overfill.api.openai import schema, translate
 from overfill.api.openai.parse import parse
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ def chat_of_agent(strict, **parameters):
     tools = [{"name": "ok"}, {"name": "f", "parameters": parameters, "strict": strict}]
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     body["tools"] = [{"type": "function", "function": tool} for tool in tools]
-    return wire.chat(parse(schema.ChatRequest, json.dumps(body).encode()), "id").prompts[0].chat
+    return translate.chat(parse(schema.ChatRequest, json.dumps(body).encode()), "id").prompts[0].chat
 
 
 def of_pydantic(kind):

@@ -12,7 +12,8 @@ from pydantic import SecretStr
 from overfill.cli import up
 from overfill.cli.config import display
 from overfill.cli.main import main
-from overfill.cli.up_plan import threads_per_worker
+from overfill.stack.describe import threads_per_worker
+from overfill.stack.placed import place
 
 FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
@@ -57,7 +58,7 @@ def test_show_prints_each_value_and_its_origin(
 
 def test_show_works_before_there_is_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     everything = shown(capsys)
-    assert set(everything) == {"router", "prefill", "decode", "worker", "up"}
+    assert set(everything) == {"router", "prefill", "decode", "colocated", "up"}
     assert everything["router"]["pair"] == {"value": "", "from": "required"}
     assert everything["up"]["pair"] == {"value": "default", "from": "default"}
     assert main(["config", "show", "router"]) == 0
@@ -95,27 +96,28 @@ def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
 
 
 def test_check_finds_faults_in_the_settings_of_tiers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text('up: {decoder: [full=identity, "fast=fast,bogus=1", "other=fast,quantize=int3"]}')
+    file.write_text('up: {tier: [full=identity, "fast=fast,bogus=1", "other=fast,quantize=int3"]}')
     assert main(["config", "check", str(file)]) == 1
     err = capsys.readouterr().err
-    assert f"{file}: up.decoder fast: bogus: a tier has no such setting" in err
-    assert f"{file}: up.decoder other: --quantize" in err
+    assert f"{file}: up.tier fast: bogus: a tier has no such setting" in err
+    assert f"{file}: up.tier other: --quantize" in err
 
 
 def test_the_router_is_shown_with_the_tiers_of_up(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text("up: {decoder: [full=identity, fast=fast]}\nrouter: {brownout: full > fast}")
+    file.write_text("up: {tier: [full=identity, fast=fast]}\nrouter: {brownout: full > fast}")
     assert main(["config", "show", "--config", str(file), "router"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("decoders ")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("tiers ")]
     assert "full=identity:1;fast=fast:1" in line
-    assert line.endswith(f"{file}: up.decoder")
+    assert line.endswith(f"{file}: up.tier")
 
 
 def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
-    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
+    monkeypatch.setattr(up, "check_ports", lambda spec: None)
+    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
+    monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.chdir(file.parent)
     assert main(["up", "--no-ray", "--config", str(file), "--decode", "1"]) == 0
     (plan,) = plans

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,9 +93,9 @@ def test_every_tier_is_asked_in_turn_and_reads_its_own_weights_and_kv(answer: Ca
 
 
 def test_the_command_that_starts_such_a_stack_is_short() -> None:
-    assert " ".join(map(_option, TIERS)) == ("--decoder full=identity --decoder default=default --decoder fast=fast")
-    assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--decoder a=/p:2,quantize=int8,max=3"
-    assert _option(TierSpec.parse("a=/p,quantize=int8")) == "--decoder a=/p,quantize=int8"
+    assert " ".join(map(_option, TIERS)) == ("--tier full=identity --tier default=default --tier fast=fast")
+    assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--tier a=/p:2,max=3,quantize=int8"
+    assert _option(TierSpec.parse("a=/p,quantize=int8")) == "--tier a=/p,quantize=int8"
 
 
 @pytest.mark.parametrize(
@@ -108,10 +107,10 @@ def test_only_cpus_with_native_kernels_get_int8_and_never_the_full_model(
     monkeypatch.setattr("overfill.engine.device.resolve_device", lambda name: SimpleNamespace(type=device))
     monkeypatch.setattr("overfill.model.native.library.unavailable_reason", lambda: lacking)
     full, *others = default_tiers()
-    assert (full, tuple(replace(tier, settings={}) for tier in others)) == (TIERS[0], TIERS[1:])
+    assert (full, tuple(tier.model_copy(update={"settings": {}}) for tier in others)) == (TIERS[0], TIERS[1:])
     assert {tier.quantize for tier in others} == {"int8" if int8 else None}
 
 
 def test_tiers_and_one_pair_conflict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--pair", "fast", "--decoder", "fast=fast"]) == 2
-    assert "--decoder conflicts with --pair" in capsys.readouterr().err
+    assert main(["demo", "--pair", "fast", "--tier", "fast=fast"]) == 2
+    assert "--tier conflicts with --pair" in capsys.readouterr().err

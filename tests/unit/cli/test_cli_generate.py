@@ -13,7 +13,6 @@ import pytest
 from overfill.cli.main import main
 from overfill.client import Message, PoolStatus, ProcessStatus, StackStatus, Unavailable, WorkerLoad, WorkerStatus
 from overfill.errors import InvalidRequest, PromptTooLong, Unreachable
-from overfill.settings import renamed
 
 
 def pipe_in(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -42,13 +41,6 @@ def test_the_prompt_is_a_chat_turn_and_raw_sends_it_as_it_is(fake_client: Any) -
         [Message("system", "Be brief."), Message("user", "hello")],
         "hello",
     ]
-
-
-def test_the_earlier_name_of_system_prompt_works(fake_client: Any, caplog: pytest.LogCaptureFixture) -> None:
-    renamed.warn.cache_clear()
-    assert main(["generate", "--system", "Be brief.", "hello"]) == 0
-    assert fake_client.requests[0][0][0] == Message("system", "Be brief.")
-    assert "--system is now --system-prompt" in caplog.text
 
 
 def test_flags_reach_the_request(fake_client: Any) -> None:

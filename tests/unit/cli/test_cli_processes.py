@@ -12,7 +12,7 @@ import textwrap
 import psutil
 import pytest
 
-from overfill.cli.processes import Child, stop
+from overfill.stack.child import Child, stop
 
 POLITE = "import signal; print('up', flush=True); signal.pause()"
 STUBBORN = (
@@ -88,7 +88,7 @@ def test_a_child_is_its_own_group_so_ctrl_c_does_not_reach_it(sink: Sink) -> Non
 def test_no_child_outlives_a_parent_that_is_killed(child_code: str, orphaned: str) -> None:
     code = textwrap.dedent(f"""
         import os, signal, sys
-        from overfill.cli.processes import Child
+        from overfill.stack.child import Child
         sink = lambda name, line: print(child.pid, flush=True)
         command = [sys.executable, "-c", {child_code!r}]
         child = Child("c", command, dict(os.environ), sink, orphaned=signal.{orphaned})

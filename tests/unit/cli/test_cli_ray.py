@@ -3,115 +3,145 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from described import described
 
 from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.ray_stack import RayOptions, RayStack, describe, failed, progress, spec_of
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cluster.spec import StackSpec
-from overfill.settings.tiers import TierSpec
+from overfill.stack.describe import RayPlacement
+from overfill.stack.ray.runner import RayRunner, describe, failed, progress
+from overfill.stack.spec import StackSpec
 
-TWO_CORES = {"CPU": 2.0}
-
-
-def plan(mock: bool = False, http: int | None = None, routers: int = 1, **settings: Any) -> Any:
-    return make_plan(StackRequest(Path("pair"), 2, 3, routers, 7600, 1, settings, http or "off", mock))
+Machine = Callable[..., None]
 
 
-def test_the_plans_settings_arrive_and_each_replica_is_left_its_own() -> None:
-    made = spec_of(plan(dtype="float32", kv_memory="64MiB", grace_period="7", http=8000), RayOptions(), TWO_CORES)
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Sets the numbers of this machine's CPUs and GPUs. Without a call: two cores."""
+
+    def have(cpus: int = 2, gpus: int = 0) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+        monkeypatch.setattr("overfill.stack.describe.gpu_count", lambda: gpus)
+
+    have()
+    return have
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(machine: Machine) -> None: ...
+
+
+def on_ray(*tiers: str, placement: RayPlacement | None = None, **settings: Any) -> StackSpec:
+    own = {"prefill": 2, "decode": 3, "port": 7600, "threads": 1} | settings
+    made = described(*tiers, ray=placement or RayPlacement(), **own)
+    assert StackSpec.read(made.document()) == made
+    return made
+
+
+def test_settings_arrive_and_each_replica_is_left_its_own() -> None:
+    made = on_ray(dtype="float32", kv_memory="64MiB", grace_period="7", http=8000)
+    assert made.prefill is not None
+    assert made.decode is not None
     assert (made.prefill.replicas, made.decode.replicas) == (2, 3)
     assert made.worker_config("decode").kv_memory == 64 << 20
     assert made.worker_config("prefill").dtype == "float32"
     assert made.grace_period == 7
     assert (made.router.ports, made.router.http_ports) == ((7600,), (8000,))
-    assert not {"worker_id", "routers", "port", "expect_decode"} & {*made.decode.settings, *made.router.settings}
-    assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
+    given = {*made.settings, *made.decode.settings, *made.router.settings}
+    assert not {"worker_id", "routers", "port", "expect_decode"} & given
 
 
 def test_the_engine_of_each_stage_arrives() -> None:
-    settings = {"engine_args": '{"enforce_eager": true}', "prefill_engine": "vllm", "decode_engine": "overfill"}
-    made = spec_of(plan(**settings), RayOptions(), TWO_CORES)
+    made = on_ray(engine_args='{"enforce_eager": true}', prefill_engine="vllm", decode_engine="overfill")
     prefill, decode = made.worker_config("prefill"), made.worker_config("decode")
     assert (prefill.engine, prefill.engine_args) == ("vllm", '{"enforce_eager": true}')
     assert (decode.engine, decode.engine_args) == ("overfill", "")
 
 
 def test_several_routers_have_a_port_each() -> None:
-    made = spec_of(plan(routers=2, http=8000), RayOptions(), TWO_CORES)
+    made = on_ray(routers=2, http=8000)
     assert (made.router.replicas, made.router.ports, made.router.http_ports) == (2, (7600, 7601), (8000, 8001))
 
 
 def test_on_this_machine_everything_fits_with_room_for_the_most_workers() -> None:
-    made = spec_of(plan(), RayOptions(max_decode=8), TWO_CORES)
-    assert (made.decode.replicas, made.decode.max_replicas_total) == (3, 8)
+    made = on_ray(placement=RayPlacement(max_decode=8))
+    assert made.prefill is not None
+    assert made.decode is not None
+    assert (made.decode.replicas, made.decode.most) == (3, 8)
     assert made.router.num_cpus + 10 * made.decode.num_cpus <= 2
     assert made.prefill.num_gpus == 0
 
 
-def test_gpus_of_this_machine_are_shared_and_those_of_a_cluster_are_asked_for() -> None:
-    assert spec_of(plan(), RayOptions(), {"CPU": 32.0, "GPU": 2.0}).decode.num_gpus == pytest.approx(1 / 3)
-    assert spec_of(plan(device="cpu"), RayOptions(), {"CPU": 32.0, "GPU": 2.0}).decode.num_gpus == 0
-    joined = spec_of(plan(), RayOptions(address="auto", worker_gpus=1), {"CPU": 256.0, "GPU": 8.0})
+def gpus_of(made: StackSpec) -> dict[str, float]:
+    return {name: pool.num_gpus for name, pool in made.pools.items()}
+
+
+def test_gpus_of_this_machine_are_shared_and_those_of_a_cluster_are_asked_for(machine: Machine) -> None:
+    machine(32, 2)
+    assert gpus_of(on_ray())["decode"] == pytest.approx(1 / 3)
+    assert gpus_of(on_ray(device="cpu"))["decode"] == 0
+    joined = on_ray(placement=RayPlacement(ray_address="auto", worker_gpus=1))
+    assert joined.decode is not None
     assert (joined.decode.num_gpus, joined.decode.num_cpus) == (1, 1)
 
 
-def test_each_stage_reserves_for_its_own_threads_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_reserves_for_its_own_threads_and_device(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    machine(32, 2)
     monkeypatch.setenv("OVERFILL_PREFILL_DEVICE", "cuda:1")
     monkeypatch.setenv("OVERFILL_DECODE_DEVICE", "cpu")
     monkeypatch.setenv("OVERFILL_DECODE_THREADS", "4")
-    made = make_plan(StackRequest(Path("pair"), 2, 3))
-    here = spec_of(made, RayOptions(), {"CPU": 32.0, "GPU": 2.0})
-    assert (here.prefill.num_gpus, here.decode.num_gpus) == (1, 0), "only prefill workers share the GPUs"
-    joined = spec_of(made, RayOptions(address="auto", worker_gpus=1), {"CPU": 256.0, "GPU": 8.0})
-    assert (joined.prefill.num_gpus, joined.decode.num_gpus) == (1, 0)
-    assert (joined.prefill.num_cpus, joined.decode.num_cpus) == (made.prefill[0].threads, 4)
+    assert gpus_of(on_ray(threads=None)) == {"prefill": 1, "decode": 0}, "only prefill workers share the GPUs"
+    joined = on_ray(threads=None, placement=RayPlacement(ray_address="auto", worker_gpus=1))
+    assert gpus_of(joined) == {"prefill": 1, "decode": 0}
+    threads = joined.worker_config("prefill").threads
+    assert {name: pool.num_cpus for name, pool in joined.pools.items()} == {"prefill": threads, "decode": 4}
 
 
-def test_each_tier_is_a_pool_with_its_own_bounds_device_and_settings() -> None:
+def test_each_tier_is_a_pool_with_its_own_bounds_device_and_settings(machine: Machine) -> None:
+    machine(8, 2)
     tiers = ("full=p,device=cuda,fallback=fast", "fast=q:2,max=6,device=cpu,quantize=int8,itl-objective=0.05")
-    request = StackRequest(None, tiers=tuple(map(TierSpec.parse, tiers)), settings={"brownout": "full > fast"})
-    made = spec_of(make_plan(request), RayOptions(), {"CPU": 8.21, "GPU": 2.0})
-    full, fast = made.decoders["full"], made.decoders["fast"]
+    made = on_ray(*tiers, prefill=1, brownout="full > fast")
+    full, fast = made.tiers["full"], made.tiers["fast"]
     assert (full.pair, full.fallback, full.replicas, full.max_replicas, full.num_gpus) == ("p", "fast", 1, None, 1)
     assert (fast.pair, fast.replicas, fast.max_replicas, fast.num_gpus, fast.itl_objective) == ("q", 2, 6, 0, 0.05)
-    assert full.num_cpus == 1, "8 CPUs for at most 8 workers"
-    assert made.worker_config("decode-fast").quantize == "int8"
+    assert full.num_cpus == 0.97, "8 CPUs, without the router's, for at most 8 workers"
+    assert made.worker_config("decode-fast").quantize == "int8"  # type: ignore[union-attr]
     assert made.router_config().brownout == ("full", "fast")
-    assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
-    stack = RayStack(make_plan(request), RayOptions(), print)
-    described = {pool.tier: stack.describe_workers(pool) for pool in stack.plan.pools if pool.tier}
-    assert described == {"full": "1 on Ray", "fast": "2 to 6 on Ray"}
+    stack = RayRunner(made, print)
+    described = {pool: stack.describe_workers(pool) for pool in made.pools if made.tier_of(pool)}
+    assert described == {"decode-full": "1 on Ray", "decode-fast": "2 to 6 on Ray"}
 
 
-def test_workers_with_both_stages_are_a_deployment() -> None:
-    request = StackRequest(Path("pair"), 0, 1, colocated=2, settings={"ttft_objective": 1})
-    made = spec_of(make_plan(request), RayOptions(), {"CPU": 8.2, "GPU": 1.0})
-    assert made.worker is not None
-    assert (made.worker.replicas, made.prefill, made.decode.replicas) == (2, None, 1)
-    assert made.worker.num_gpus == pytest.approx(1 / 3)
-    assert made.worker.num_cpus == pytest.approx(2.66)
-    assert made.worker_config("worker").ttft_objective == 1
-    assert StackSpec.model_validate(made.model_dump(mode="json", exclude_defaults=True)) == made
-    stack = RayStack(make_plan(request), RayOptions(), print)
-    assert [stack.describe_workers(pool) for pool in stack.plan.pools] == ["2 on Ray", "1 on Ray"]
-    tiers = tuple(TierSpec.parse(text, least=0) for text in ("a=p:0,itl-objective=0.05", "b=q:2"))
-    made = spec_of(make_plan(StackRequest(None, 0, 0, tiers=tiers, colocated=1)), RayOptions(), TWO_CORES)
-    assert [*made.pools] == ["router", "worker", "decode-b"]
-    assert (made.worker_config("worker").tier, made.worker_config("worker").itl_objective) == ("a", 0.05)
+def test_workers_with_both_stages_are_a_deployment(machine: Machine) -> None:
+    machine(8, 1)
+    made = on_ray(prefill=0, decode=1, colocated=2, ttft_objective=1)
+    assert made.colocated is not None
+    assert made.decode is not None
+    assert (made.colocated.replicas, made.prefill, made.decode.replicas) == (2, None, 1)
+    assert made.colocated.num_gpus == pytest.approx(1 / 3)
+    assert made.colocated.num_cpus == pytest.approx(2.6)
+    assert made.worker_config("colocated").ttft_objective == 1  # type: ignore[union-attr]
+    stack = RayRunner(made, print)
+    assert [stack.describe_workers(pool) for pool in made.pools] == ["2 on Ray", "1 on Ray"]
+    made = on_ray("a=p:0,itl-objective=0.05", "b=q:2", prefill=0, colocated=1)
+    assert [*made.deployments] == ["router", "colocated", "decode-b"]
+    colocated = made.worker_config("colocated")
+    assert (colocated.tier, colocated.itl_objective) == ("a", 0.05)  # type: ignore[union-attr]
 
 
 def test_mock_workers_stay_mock_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_MOCK_DECODE_MOCK_STEP", "0.05")
-    made = spec_of(plan(mock=True), RayOptions(), TWO_CORES)
-    monkeypatch.delenv("OVERFILL_MOCK_DECODE_MOCK_STEP")
-    assert made.worker_config("decode").mock_step == 0.05  # type: ignore[attr-defined]
+    monkeypatch.setenv("OVERFILL_DECODE_ENGINE_ARGS", '{"step": 0.05}')
+    made = on_ray(engine="mock")
+    monkeypatch.delenv("OVERFILL_DECODE_ENGINE_ARGS")
+    assert made.worker_config("decode").engine == "mock"
+    assert made.worker_config("decode").engine_args == '{"step": 0.05}'
 
 
 def status(app: str = "DEPLOYING", message: str = "", **deployments: tuple[str, dict[str, int], str]) -> Any:
@@ -154,9 +184,9 @@ def test_a_start_fails_with_what_serve_says_or_when_there_is_no_room_for_long() 
     ("arguments", "message"),
     [
         (["--no-ray", "--max-decode", "3"], "--no-ray conflicts with --max-decode"),
-        (["--no-ray", "--address", "auto", "--name", "x"], "--no-ray conflicts with --address, --name"),
+        (["--no-ray", "--ray-address", "auto", "--name", "x"], "--no-ray conflicts with --ray-address, --name"),
         (["--decode", "3", "--max-decode", "2"], "--max-decode 2 is less than --decode 3"),
-        (["--address", "auto", "--device", "cuda"], "--device cuda needs --worker-gpus with --address"),
+        (["--ray-address", "auto", "--device", "cuda"], "--device cuda needs --worker-gpus with --ray-address"),
     ],
 )
 def test_conflicting_options_are_refused(
@@ -181,8 +211,9 @@ def test_without_ray_the_error_says_what_to_do(
 def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[Any] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
-    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
+    monkeypatch.setattr(up, "check_ports", lambda spec: None)
+    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
+    monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
     file = tmp_path / "stack.yaml"
     file.write_text("up: {ray: no}")
@@ -191,11 +222,14 @@ def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatc
     assert main(["up", "--pair", "p"]) == 0
     monkeypatch.delenv("OVERFILL_UP_RAY")
     assert main(["up", "--pair", "p"]) == 0
-    assert [type(stack).__name__ for stack in stacks] == ["Stack", "Stack", "RayStack"]
+    assert [type(stack).__name__ for stack in stacks] == ["ProcessRunner", "ProcessRunner", "RayRunner"]
 
 
 def test_a_missing_cluster_is_reported_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    assert main(["up", "--mock", "--pair", str(tiny_pair), "--grpc", "0", "--address", f"127.0.0.1:{port}"]) == 1
+    assert (
+        main(["up", "--engine", "mock", "--pair", str(tiny_pair), "--grpc", "0", "--ray-address", f"127.0.0.1:{port}"])
+        == 1
+    )
     assert f"no Ray cluster at 127.0.0.1:{port}" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_a_stack_of_an_older_version_has_no_activity(fake_client: Any, capsys: p
 
 def test_into_a_pipe_it_prints_one_look_and_ends(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.stack = LOOK
-    assert main(["top"]) == 0  # an earlier version drew nothing and never ended
+    assert main(["top"]) == 0
     captured = capsys.readouterr()
     assert "prefill-0" in captured.out
     assert "\x1b" not in captured.out

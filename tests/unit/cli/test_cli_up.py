@@ -20,33 +20,32 @@ from typing import Any, Self
 
 import click
 import pytest
+from described import described, placed
 from rich.console import Console
 
-from overfill.cli import shared_gpus, up
-from overfill.cli import stack as stack_module
+from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child, StartFailed
-from overfill.cli.stack import Stack, child_environment
-from overfill.cli.stack_plan import StackPlan
 from overfill.cli.up_config import OWN
-from overfill.cli.up_plan import StackRequest, make_plan, threads_per_worker
 from overfill.errors import Unavailable, UnsupportedModel
+from overfill.rpc import certificates
 from overfill.settings.allowed import allowed
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
+from overfill.stack import process_runner as stack_module
+from overfill.stack import shared_gpus
+from overfill.stack.child import Child, StartFailed
+from overfill.stack.describe import RayPlacement, threads_per_worker
+from overfill.stack.placed import PlacedStack, place
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import ProcessRunner, child_environment
+from overfill.stack.shared_folder import make_shared_folder
+from overfill.stack.spec import StackSpec
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
 
 
-def plan(**settings: Any) -> StackPlan:
-    """Plans a stack. Arguments that are no fields of ``StackRequest`` are settings of services."""
-    own = {name: settings.pop(name) for name in list(settings) if name in StackRequest.__dataclass_fields__}
-    return make_plan(StackRequest(Path("pair"), **own, settings=settings))
-
-
-class RecordingStack(Stack):
+class RecordingStack(ProcessRunner):
     """A stack whose processes run the code given for their name. By default a process waits for a signal."""
 
     def __init__(self, code: dict[str, str] | None = None, **settings: Any) -> None:
@@ -54,12 +53,12 @@ class RecordingStack(Stack):
         self.started: list[Child] = []
         self.configs: dict[str, Any] = {}
         self._code = code or {}
-        super().__init__(plan(**settings), lambda name, line: self.lines.append((name, line)))
+        super().__init__(described(**settings), lambda name, line: self.lines.append((name, line)))
 
     def _spawn(self, name: str, module: str, config: Any, threads: int) -> Child:
         self.configs[name] = config
         command = [sys.executable, "-c", self._code.get(name, PATIENT)]
-        child = Child(name, command, self._environment(name, threads), self._sink)
+        child = Child(name, command, self._environment(name, config, threads), self._sink)
         self.started.append(child)
         return child
 
@@ -118,15 +117,17 @@ def new_stack() -> Iterator[Callable[..., RecordingStack]]:
 
 
 def test_metrics_ports_follow_the_first() -> None:
-    planned = plan(routers=2, decode=2, metrics_port="9600")
+    planned = placed(routers=2, decode=2, metrics_port="9600")
     configs = [*planned.routers, *planned.prefill, *planned.decode]
     assert [config.metrics_port for config in configs] == [9600, 9601, 9602, 9603, 9604]
-    assert {config.metrics_port for config in (worker.config for worker in plan(metrics_port="off").workers)} == {"off"}
-    assert plan().routers[0].metrics_port == 0
+    assert {config.metrics_port for config in (worker.config for worker in placed(metrics_port="off").workers)} == {
+        "off"
+    }
+    assert placed().routers[0].metrics_port == 0
 
 
 def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> None:
-    made = plan(prefill=2, decode=3, routers=2, port=7600)
+    made = placed(prefill=2, decode=3, routers=2, port=7600)
     assert [router.port for router in made.routers] == [7600, 7601]
     assert made.addresses == ("127.0.0.1:7600", "127.0.0.1:7601")
     assert all((router.expect_prefill, router.expect_decode) == (2, 3) for router in made.routers)
@@ -136,18 +137,19 @@ def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> No
 
 
 def test_routers_that_share_a_port_have_one_address_and_workers_join_each(tmp_path: Path) -> None:
-    made = plan(routers=3, port=7600, http=8000, share_port=tmp_path)
-    assert {(router.port, router.http, router.share_port) for router in made.routers} == {(7600, 8000, tmp_path)}
+    made = placed(routers=3, port=7600, http=8000, share_port=True)
+    assert {(router.port, router.http) for router in made.routers} == {(7600, 8000)}
+    assert len({router.share_port for router in made.routers}) == 1
     assert made.addresses == ("127.0.0.1:7600",)
-    assert made.openai_urls(made.addresses) == ("http://127.0.0.1:8000/v1",)
+    assert made.spec.openai_urls(made.addresses) == ("http://127.0.0.1:8000/v1",)
     assert len(set(made.join_addresses)) == 3
     assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.join_addresses}
-    picked = plan(routers=2, http=0, share_port=tmp_path).routers
+    picked = placed(routers=2, http=0, share_port=True).routers
     assert len({port for router in picked for port in (router.port, router.http, router.join_port)}) == 4
 
 
 def test_each_process_gets_only_settings_that_it_has() -> None:
-    made = plan(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
+    made = placed(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
     assert made.prefill[0].max_num_batched_tokens == 512
     assert made.decode[0].data_streams == 3
     assert made.prefill[0].kv_memory == made.decode[0].kv_memory == 64 * 2**20
@@ -156,17 +158,17 @@ def test_each_process_gets_only_settings_that_it_has() -> None:
 
 
 def test_the_pair_is_found_from_any_folder() -> None:
-    assert plan().decode[0].pair == str(Path.cwd() / "pair")
+    assert placed().decode[0].pair == str(Path.cwd() / "pair")
 
 
 def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_worker(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
-    made = plan(prefill=1, decode=3)
+    made = placed(prefill=1, decode=3)
     assert (made.prefill[0].threads, made.decode[2].threads) == (8, 2)  # on one machine each stage may use all
-    made = plan(prefill=1, decode=3, apart=True)
+    made = placed(prefill=1, decode=3, ray=RayPlacement(ray_address="auto"))
     assert (made.prefill[0].threads, made.decode[2].threads) == (2, 2)
-    assert plan(threads=5).prefill[0].threads == 5
+    assert placed(threads=5).prefill[0].threads == 5
 
 
 def test_workers_with_more_threads_than_cores_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +207,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         stack = RecordingStack(**settings)
-        stack._code = dict.fromkeys(["router-0", *(worker.id for worker in stack.plan.workers)], code)
+        stack._code = dict.fromkeys(["router-0", *(worker.id for worker in stack.placed.workers)], code)
         stack.start()
         try:
             yield stack
@@ -230,7 +232,7 @@ def test_workers_take_the_gpus_in_turn(on_gpus: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     ("names", "settings"),
-    [([], {}), (["0", "1"], {"mock": True}), (["0", "1"], {"device": "cpu"}), (["0", "1"], {"device": "cuda:1"})],
+    [([], {}), (["0", "1"], {"engine": "mock"}), (["0", "1"], {"device": "cpu"}), (["0", "1"], {"device": "cuda:1"})],
 )
 def test_workers_that_choose_no_gpu_get_none(
     names: list[str], settings: dict[str, Any], on_gpus: Callable[..., Any]
@@ -239,22 +241,22 @@ def test_workers_that_choose_no_gpu_get_none(
         assert set(gpus_of(stack).values()) == {"None"}
 
 
-def shares(names: list[str], monkeypatch: pytest.MonkeyPatch, made: StackPlan) -> dict[str, float | None]:
+def shares(names: list[str], monkeypatch: pytest.MonkeyPatch, made: PlacedStack) -> dict[str, float | None]:
     monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
     shared, _ = shared_gpus.share_gpus(made)
-    assert all(type(w.config).parse(w.config.to_argv()) == w.config for w in shared.workers)
+    assert all(type(w.config).of(w.config.settings()) == w.config for w in shared.workers)
     return {worker.id: worker.config.gpu_share for worker in shared.workers}
 
 
 def test_workers_of_one_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shares(["0"], monkeypatch, plan()) == {"prefill-0": 0.5, "decode-0": 0.5}
-    assert shares(["0", "1"], monkeypatch, plan(decode=2)) == {"prefill-0": 0.5, "decode-0": 1, "decode-1": 0.5}
-    assert shares(["0"], monkeypatch, plan(prefill=0, decode=0, colocated=1)) == {"worker-0": 1}
-    assert shares([], monkeypatch, plan()) == shares(["0"], monkeypatch, plan(device="cpu"))
-    assert set(shares(["0"], monkeypatch, plan(device="cpu")).values()) == {None}
-    assert set(shares(["0", "1"], monkeypatch, plan(device="cuda:1")).values()) == {0.5}
+    assert shares(["0"], monkeypatch, placed()) == {"prefill-0": 0.5, "decode-0": 0.5}
+    assert shares(["0", "1"], monkeypatch, placed(decode=2)) == {"prefill-0": 0.5, "decode-0": 1, "decode-1": 0.5}
+    assert shares(["0"], monkeypatch, placed(prefill=0, decode=0, colocated=1)) == {"colocated-0": 1}
+    assert shares([], monkeypatch, placed()) == shares(["0"], monkeypatch, placed(device="cpu"))
+    assert set(shares(["0"], monkeypatch, placed(device="cpu")).values()) == {None}
+    assert set(shares(["0", "1"], monkeypatch, placed(device="cuda:1")).values()) == {0.5}
     monkeypatch.setenv("OVERFILL_DECODE_GPU_SHARE", "0.7")
-    assert shares(["0"], monkeypatch, plan()) == {"prefill-0": 0.5, "decode-0": 0.7}
+    assert shares(["0"], monkeypatch, placed()) == {"prefill-0": 0.5, "decode-0": 0.7}
 
 
 def test_a_stack_starts_its_workers_with_their_shares(on_gpus: Callable[..., Any]) -> None:
@@ -262,16 +264,16 @@ def test_a_stack_starts_its_workers_with_their_shares(on_gpus: Callable[..., Any
         assert {stack.configs[name].gpu_share for name in ("prefill-0", "decode-0")} == {0.5}
 
 
-def test_variables_reach_the_workers_through_their_flags_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_reach_the_workers_through_the_document_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_PREFILL_BLOCK_SIZE", "32")
-    config = plan().prefill[0]
+    config = placed().prefill[0]
     environment = child_environment(os.environ, threads=3)
     assert "OVERFILL_PREFILL_BLOCK_SIZE" not in environment
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
     monkeypatch.delenv("OVERFILL_PREFILL_BLOCK_SIZE")
-    assert PrefillConfig.parse(config.to_argv()) == config
+    assert PrefillConfig.of(config.settings()) == config
     assert config.block_size == 32
-    assert DecodeConfig.parse(plan().decode[0].to_argv()).block_size is None
+    assert DecodeConfig.of(placed().decode[0].settings()).block_size is None
 
 
 def every_kind(base: type[ServiceConfig] = ServiceConfig) -> Iterator[type[ServiceConfig]]:
@@ -318,7 +320,7 @@ def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
 def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
-    routers = plan(port=grpc, routers=2, http=http).routers
+    routers = placed(port=grpc, routers=2, http=http).routers
     assert len({port for router in routers for port in (router.port, router.http)}) == 4
 
 
@@ -331,16 +333,16 @@ def test_neighbouring_ports_do_not_overlap(grpc: int, http: int) -> None:
         (("--device", "gpu"), "'--device': must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (("--kv-memory", "5XB"), "'--kv-memory': must be a size such as 512MiB or 4GB, got '5XB'"),
         (("--metrics-port", "no"), "'--metrics-port': must be a whole number from 0 to 65535, or off, got 'no'"),
-        (("--engine-args", "x"), "--engine-args (or OVERFILL_MOCK_PREFILL_ENGINE_ARGS): expected a JSON object"),
+        (("--engine-args", "x"), "'--engine-args': expected a JSON object"),
         (("--brownout", "a"), "'--brownout': expected tiers from the best to the cheapest"),
-        (("--brownout", "a > b"), "--brownout 'a > b' names tiers, and the stack has none: add --decoder NAME=PAIR"),
-        (("--default-tier", "a"), "--default-tier 'a' names tiers, and the stack has none: add --decoder NAME=PAIR"),
+        (("--brownout", "a > b"), "--brownout 'a > b' names tiers, and the stack has none: add --tier NAME=PAIR"),
+        (("--default-tier", "a"), "--default-tier 'a' names tiers, and the stack has none: add --tier NAME=PAIR"),
     ],
 )
 def test_wrong_settings_are_reported_in_ups_own_name_before_the_pair_is_looked_for(
     arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["up", "--mock", "--pair", "/no/such/pair", *arguments]) == 2
+    assert main(["up", "--engine", "mock", "--pair", "/no/such/pair", *arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("Usage: overfill up")
     assert says in message
@@ -349,11 +351,11 @@ def test_wrong_settings_are_reported_in_ups_own_name_before_the_pair_is_looked_f
 def test_a_wrong_variable_of_a_service_is_reported_by_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OVERFILL_MOCK_PREFILL_MAX_NUM_SEQS", "0")
-    assert main(["up", "--mock", "--pair", "/no/such/pair"]) == 2
+    monkeypatch.setenv("OVERFILL_PREFILL_MAX_NUM_SEQS", "0")
+    assert main(["up", "--engine", "mock", "--pair", "/no/such/pair"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("Usage: overfill up")
-    assert "OVERFILL_MOCK_PREFILL_MAX_NUM_SEQS): must be a whole number of at least 1, got '0'" in message
+    assert "OVERFILL_PREFILL_MAX_NUM_SEQS): must be a whole number of at least 1, got '0'" in message
 
 
 def test_help_lists_every_option_that_is_a_variable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,16 +383,24 @@ def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pyte
 
 def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tmp_path: Path) -> None:
     keys = {"api_keys": tmp_path / "keys.json"}
-    for settings, tls in ((keys, tmp_path), (keys | {"tls_ca": tmp_path / "ca.crt"}, None), ({}, None)):
-        with up._secret(settings, tls) as used:
-            assert used == settings
-    with up._secret(keys, None) as used:
-        assert len(used["stack_secret"].read_text(encoding="utf-8").strip()) == 64
+    certificates.make(tmp_path / "certs")
+    for settings in (keys | {"tls": tmp_path / "certs"}, keys | {"tls_ca": tmp_path / "ca.crt"}, {}):
+        assert not described(**settings).new_secret
+        assert place(described(**settings)).routers[0].stack_secret is None
+    made = described(**keys)
+    assert made.new_secret
+    folder = tmp_path / "shared"
+    make_shared_folder(folder, made)
+    assert folder.stat().st_mode & 0o77 == 0
+    paths = {config.stack_secret for config in (place(made, folder).routers[0], place(made, folder).workers[0].config)}
+    assert len(paths.pop().read_text(encoding="utf-8").strip()) == 64
+    assert not paths
 
 
-def welcome(made: StackPlan, width: int = 200, address: str = "") -> str:
+def welcome(made: StackSpec, width: int = 200, address: str = "") -> str:
     console = Console(file=io.StringIO(), width=width)
-    welcome_module.welcome(console, made, [address or made.addresses[0]], lambda tier: "1")
+    there = place(made)
+    welcome_module.welcome(console, there.spec, [address or there.addresses[0]], lambda pool: "1")
     said: str = console.file.getvalue()  # type: ignore[attr-defined]
     return said
 
@@ -398,14 +408,14 @@ def welcome(made: StackPlan, width: int = 200, address: str = "") -> str:
 def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path: Path) -> None:
     for name in ("keys.json", "secret"):
         (tmp_path / name).touch()
-    made = plan(api_keys=tmp_path / "keys.json", stack_secret=tmp_path / "secret")
+    made = described(api_keys=tmp_path / "keys.json", stack_secret=tmp_path / "secret")
     said = welcome(made)
     assert "OVERFILL_API_KEY=YOURS overfill status" in said
     assert "--api-key" not in said
 
 
 def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> None:
-    said = welcome(plan(http=8000, served_model_name="mine,other"), width=60)
+    said = welcome(described(http=8000, served_model_name="mine,other"), width=60)
     (curl,) = [line for line in said.splitlines() if "curl" in line]
     words = shlex.split(curl)
     assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
@@ -413,25 +423,26 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     assert (body["model"], body["max_tokens"]) == ("mine", 256)
     assert "http://127.0.0.1:8000/ui" in said
     assert "\x1b" not in said
-    assert "curl" not in welcome(plan())
-    elsewhere = welcome(plan(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
+    assert "curl" not in welcome(described())
+    elsewhere = welcome(described(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
     assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
-    assert '"model": "pair"' in welcome(plan(http=8000))
+    assert '"model": "pair"' in welcome(described(http=8000))
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
-    plans: list[StackPlan] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
+    plans: list[PlacedStack] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
+    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
+    monkeypatch.setattr(up, "check_engines", lambda spec: None)
     return plans
 
 
 def test_the_openai_endpoint_is_on_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[StackPlan]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: list[PlacedStack]
 ) -> None:
     def https(*arguments: str) -> list[object]:
         assert main(["up", "--no-ray", "--pair", "p", *arguments]) == 0
@@ -478,31 +489,31 @@ def test_a_pair_that_no_worker_runs_is_refused_before_anything_starts(
     assert main(arguments) == 1
     assert "the engine overfill cannot run the" in capsys.readouterr().err
     assert not started
-    assert main([*arguments, "--mock"]) == 0
+    assert main([*arguments, "--engine", "mock"]) == 0
     assert len(started) == 1
 
 
-def engines(made: StackPlan) -> list[tuple[str, str]]:
+def engines(made: PlacedStack) -> list[tuple[str, str]]:
     return [(worker.engine, worker.engine_args) for worker in (made.prefill[0], made.decode[0])]
 
 
 def test_each_stage_may_have_its_own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engines(plan()) == [("auto", ""), ("auto", "")]
-    assert engines(plan(engine="vllm")) == [("vllm", ""), ("vllm", "")]
-    assert engines(plan(engine="vllm", decode_engine="overfill")) == [("vllm", ""), ("overfill", "")]
+    assert engines(placed()) == [("auto", ""), ("auto", "")]
+    assert engines(placed(engine="vllm")) == [("vllm", ""), ("vllm", "")]
+    assert engines(placed(engine="vllm", decode_engine="overfill")) == [("vllm", ""), ("overfill", "")]
     file = tmp_path / "stack.yaml"
     file.write_text("prefill: {engine: vllm}")
     monkeypatch.setenv("OVERFILL_DECODE_ENGINE", "vllm")
-    assert engines(plan(config=file)) == [("vllm", ""), ("vllm", "")]
-    assert engines(plan(config=file, engine="overfill")) == [("overfill", ""), ("overfill", "")], "flags win"
-    assert engines(plan(config=file, prefill_engine="overfill")) == [("overfill", ""), ("vllm", "")]
+    assert engines(placed(config=file)) == [("vllm", ""), ("vllm", "")]
+    assert engines(placed(config=file, engine="overfill")) == [("overfill", ""), ("overfill", "")], "flags win"
+    assert engines(placed(config=file, prefill_engine="overfill")) == [("overfill", ""), ("vllm", "")]
 
 
 def test_arguments_of_vllm_go_to_the_stages_that_may_run_it() -> None:
     text = '{"enforce_eager": true}'
-    assert engines(plan(engine="vllm", engine_args=text)) == [("vllm", text), ("vllm", text)]
-    assert engines(plan(engine_args=text, decode_engine="overfill")) == [("auto", text), ("overfill", "")]
-    assert engines(plan(engine_args=text, prefill_engine="overfill", decode_engine="overfill")) == [
+    assert engines(placed(engine="vllm", engine_args=text)) == [("vllm", text), ("vllm", text)]
+    assert engines(placed(engine_args=text, decode_engine="overfill")) == [("auto", text), ("overfill", "")]
+    assert engines(placed(engine_args=text, prefill_engine="overfill", decode_engine="overfill")) == [
         ("overfill", text),
         ("overfill", text),
     ], "they are left in, to be refused"
@@ -560,13 +571,13 @@ def test_on_a_joined_cluster_only_what_no_machine_could_run_is_refused(
     manifest["decoder"]["engines"] = ["vllm"]
     (pair / "pair.json").write_text(json.dumps(manifest))
 
-    def made(**settings: Any) -> StackPlan:
-        return make_plan(StackRequest(pair, settings=settings))
+    def made(**settings: Any) -> StackSpec:
+        return described(pair=pair, ray=RayPlacement(ray_address="auto"), **settings)
 
-    up.check_engines(made(), here=False)
-    up.check_engines(made(decode_engine="vllm"), here=False)
+    up.check_engines(made())
+    up.check_engines(made(decode_engine="vllm"))
     with pytest.raises(UnsupportedModel, match="the engine overfill cannot run the decoder"):
-        up.check_engines(made(engine="overfill"), here=False)
+        up.check_engines(made(engine="overfill"))
 
 
 @pytest.mark.parametrize(("flag", "otherwise"), [("--grpc", "0"), ("--http", "off"), ("--metrics-port", "off")])
@@ -604,7 +615,7 @@ def test_ready_means_complete_and_our_own_router(
     fake = routers(lambda: script.pop(0))
     stack.wait_ready(threading.Event())
     assert script == []
-    assert fake.asked == [stack.plan.addresses[0]] * 4
+    assert fake.asked == [stack.placed.addresses[0]] * 4
 
 
 def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]) -> None:
@@ -613,7 +624,7 @@ def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], ro
     script = [status(True, stack.pid("router-0")), status(True, stack.pid("router-1"))]
     fake = routers(lambda: script.pop(0))
     stack.wait_ready(threading.Event())
-    assert fake.asked == list(stack.plan.addresses)
+    assert fake.asked == list(stack.placed.addresses)
 
 
 def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
@@ -647,7 +658,7 @@ def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
     )
     panel = io.StringIO()
     assert up.run(stack, stopping, Console(file=panel, width=100)) == 0
-    assert f"--address {stack.plan.addresses[0]}" in panel.getvalue()
+    assert f"--address {stack.placed.addresses[0]}" in panel.getvalue()
     err = capsys.readouterr().err
     assert err.count("prefill-0 (pid") == 1
     assert "SIGKILL" in err

@@ -90,7 +90,7 @@ def test_every_decode_worker_must_run_the_decoder_of_its_tier() -> None:
 
 def test_the_tiers_of_the_stack_and_those_of_the_command_must_be_the_same() -> None:
     pairs = {"full": pair("f"), "fast": pair("d")}
-    named = "name the pair of every tier, --decoder cheap=PAIR --decoder full=PAIR"
+    named = "name the pair of every tier, --tier cheap=PAIR --tier full=PAIR"
     with pytest.raises(CannotVerify, match=f"the pair of tier 'cheap' is unknown: {named}"):
         check_stack(tiers(tier="cheap"), pairs)
     with pytest.raises(CannotVerify, match="no decode worker of tier 'new'"):

@@ -6,39 +6,38 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
 import pytest
+from described import placed
 from rich.console import Console
 
-from overfill.cli import up, up_stages
+from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.cli.welcome import welcome
 from overfill.errors import UnsupportedModel
 from overfill.process import gpus
 from overfill.settings.config import ColocatedConfig
-from overfill.settings.tiers import TierSpec
+from overfill.settings.reader import BadSettings
+from overfill.stack import counts as up_stages
+from overfill.stack.describe import RayPlacement
+from overfill.stack.placed import PlacedStack, place
+from overfill.stack.process_runner import ProcessRunner
 
 ONE = (1, 0, 0)
 TWO = (0, 1, 1)
 
 
-def plan(*tiers: str, **settings: Any) -> StackPlan:
-    """Plans a stack. Arguments that are no fields of ``StackRequest`` are settings of services."""
-    own = {name: settings.pop(name) for name in list(settings) if name in StackRequest.__dataclass_fields__}
-    own = {"prefill": 0, "decode": 0, "colocated": 1} | own
-    parsed = tuple(TierSpec.parse(text, least=0) for text in tiers)
-    return make_plan(StackRequest(None if tiers else Path("/p"), tiers=parsed, settings=settings, **own))
+def plan(*tiers: str, **settings: Any) -> PlacedStack:
+    """Places a stack of colocated workers, and of others that the arguments name."""
+    return placed(*tiers, **({"pair": Path("/p"), "prefill": 0, "decode": 0, "colocated": 1} | settings))
 
 
-def counts(made: StackPlan) -> tuple[int, int, int]:
+def counts(made: PlacedStack) -> tuple[int, int, int]:
     return len(made.colocated), len(made.prefill), len(made.decode)
 
 
@@ -55,17 +54,17 @@ def machine(monkeypatch: pytest.MonkeyPatch, with_vllm: Callable[[bool], None]) 
 
 
 @pytest.fixture
-def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., StackPlan]:
+def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlacedStack]:
     """Runs ``up`` with arguments and returns the plan that it would run. Exit code 2 raises UsageError's exit."""
-    plans: list[StackPlan] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(stack.plan) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
-    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
+    plans: list[PlacedStack] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda spec: None)
+    monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr(up, "require_vllm", lambda: None)
     monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path("/pairs") / pair)
-    monkeypatch.setattr(up, "resolve_tiers", lambda tiers, report: tiers)
+    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
 
-    def start(*arguments: str) -> StackPlan:
+    def start(*arguments: str) -> PlacedStack:
         assert main(["up", "--grpc", "0", "--http", "off", *arguments]) == 0
         return plans.pop()
 
@@ -76,29 +75,32 @@ def test_a_worker_with_both_stages_counts_in_both_and_has_one_process(monkeypatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     made = plan(colocated=2, prefill=1, decode=2, routers=2, metrics_port="9600", kv_memory="64MiB")
     assert all((router.expect_prefill, router.expect_decode) == (3, 4) for router in made.routers)
-    assert [worker.id for worker in made.workers] == ["worker-0", "worker-1", "prefill-0", "decode-0", "decode-1"]
-    assert [worker.id for worker in made.of_stage("prefill")] == ["worker-0", "worker-1", "prefill-0"]
+    assert [worker.id for worker in made.workers] == ["colocated-0", "colocated-1", "prefill-0", "decode-0", "decode-1"]
+    assert [worker.id for worker in made.of_stage("prefill")] == ["colocated-0", "colocated-1", "prefill-0"]
     assert [config.metrics_port for config in (*made.routers, *(w.config for w in made.workers))] == [
         *range(9600, 9607)
     ]
     threads = {worker.id: worker.config.threads for worker in plan(prefill=1, decode=3).workers}
-    assert (threads["worker-0"], threads["prefill-0"], threads["decode-0"]) == (2, 4, 2), "a share in each stage"
+    assert (threads["colocated-0"], threads["prefill-0"], threads["decode-0"]) == (2, 4, 2), "a share in each stage"
     assert [one.config.threads for one in plan().workers] == [8], "all cores"
     assert made.colocated[0].kv_memory == 64 << 20
     assert made.colocated[0].routers == made.join_addresses
-    assert ColocatedConfig.parse(made.colocated[0].to_argv()) == made.colocated[0]
+    assert ColocatedConfig.of(made.colocated[0].settings()) == made.colocated[0]
 
 
 def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> None:
     spawned: list[tuple[str, str]] = []
-    monkeypatch.setattr(Stack, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module)))
-    Stack(plan(), lambda name, line: None).start()
-    Stack(plan(mock=True), lambda name, line: None).start()
+    monkeypatch.setattr(
+        ProcessRunner, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module))
+    )
+    stack = ProcessRunner(plan().spec, lambda name, line: None)
+    stack.start()
+    shutil.rmtree(stack._folder)
     router = ("router-0", "services.router.main")
-    assert spawned == [router, ("worker-0", "services.worker.main"), router, ("worker-0", "services.mock worker")]
+    assert spawned == [router, ("colocated-0", "services.colocated.main")]
 
 
-def test_objectives_reach_workers_with_both_stages(started: Callable[..., StackPlan], tmp_path: Path) -> None:
+def test_objectives_reach_workers_with_both_stages(started: Callable[..., PlacedStack], tmp_path: Path) -> None:
     (worker,) = started("--no-ray", "--ttft-objective", "1", "--itl-objective", "0.05").colocated
     assert (worker.ttft_objective, worker.itl_objective) == (1, 0.05)
     (worker,) = plan("a=p:0,itl-objective=0.02,quantize=int8", "b=q", ttft_objective=3).colocated
@@ -108,36 +110,38 @@ def test_objectives_reach_workers_with_both_stages(started: Callable[..., StackP
 def test_workers_with_both_stages_are_in_the_default_tier() -> None:
     made = plan("a=p:2", "b=q:0", "c=r", default_tier="b", colocated=2)
     assert [(worker.id, worker.tier, worker.config.pair) for worker in made.workers] == [
-        ("worker-0", "b", "q"), ("worker-1", "b", "q"), ("decode-a-0", "a", "p"), ("decode-a-1", "a", "p"),
+        ("colocated-0", "b", "q"), ("colocated-1", "b", "q"), ("decode-a-0", "a", "p"), ("decode-a-1", "a", "p"),
         ("decode-c-0", "c", "r"),
     ]  # fmt: skip
     (router,) = made.routers
-    assert [str(tier) for tier in router.decoders] == ["a=p:2", "b=q:2", "c=r:1"]
+    assert [str(tier) for tier in router.tiers] == ["a=p:2", "b=q:2", "c=r:1"]
     assert (router.expect_prefill, router.expect_decode) == (2, 5)
-    with pytest.raises(click.UsageError, match="--decoder c: the number of decode workers must be at least 1"):
+    with pytest.raises(BadSettings, match=r"tiers\.c\.replicas: the number of decode workers must be at least 1"):
         plan("a=p:0", "c=q:0")
-    with pytest.raises(click.UsageError, match="--decoder a: the number of decode workers must be at least 1"):
+    with pytest.raises(BadSettings, match=r"tiers\.a\.replicas: the number of decode workers must be at least 1"):
         plan("a=p:0", prefill=1, colocated=0)
 
 
 def test_its_format_is_told_to_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    monkeypatch.setenv("OVERFILL_COLOCATED_QUANTIZE", "int8")
     assert [str(tier) for tier in plan().tiers] == ["default=/p:1,quantize=int8"]
 
 
 def test_a_format_that_only_some_workers_of_a_tier_would_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
-    both = "OVERFILL_WORKER_QUANTIZE and OVERFILL_DECODE_QUANTIZE"
-    with pytest.raises(click.UsageError, match=rf"worker-0 has quantize \(default\), and decode-0 has int8; .* {both}"):
+    both = "OVERFILL_COLOCATED_QUANTIZE and OVERFILL_DECODE_QUANTIZE"
+    with pytest.raises(
+        BadSettings, match=rf"colocated workers have quantize \(default\), and decode workers have int8; .* {both}"
+    ):
         plan(prefill=1, decode=1)
-    with pytest.raises(click.UsageError, match=both):
+    with pytest.raises(BadSettings, match=both):
         plan("a=p:1", "b=q", prefill=1)
     assert plan("a=p:0", "b=q", prefill=1).decode[0].quantize == "int8", "no worker of the tier b has both stages"
     assert plan("a=p:1,quantize=none", prefill=1).tiers[0].quantize == "none", "the tier decides for all its workers"
-    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    monkeypatch.setenv("OVERFILL_COLOCATED_QUANTIZE", "int8")
     assert [str(tier) for tier in plan(prefill=1, decode=1).tiers] == ["default=/p:2,quantize=int8"]
-    monkeypatch.setenv("OVERFILL_WORKER_KV_CACHE_DTYPE", "int8")
-    with pytest.raises(click.UsageError, match="OVERFILL_WORKER_KV_CACHE_DTYPE and OVERFILL_DECODE_KV_CACHE_DTYPE"):
+    monkeypatch.setenv("OVERFILL_COLOCATED_KV_CACHE_DTYPE", "int8")
+    with pytest.raises(BadSettings, match="OVERFILL_COLOCATED_KV_CACHE_DTYPE and OVERFILL_DECODE_KV_CACHE_DTYPE"):
         plan(prefill=1, decode=1)
 
 
@@ -146,7 +150,7 @@ def test_drain_counts_the_requests_of_both_stages(
 ) -> None:
     def entry(stage: str, running: int) -> Any:
         process = SimpleNamespace(load=SimpleNamespace(running=running, waiting=1))
-        return SimpleNamespace(id="worker-0", stage=stage, tier=None, process=process)
+        return SimpleNamespace(id="colocated-0", stage=stage, tier=None, process=process)
 
     def status(workers: Any) -> Any:
         return SimpleNamespace(workers=workers, several_tiers=False)
@@ -159,30 +163,30 @@ def test_drain_counts_the_requests_of_both_stages(
     monkeypatch.setattr("overfill.cli.drain.connect", lambda *args: contextlib.nullcontext(client))
     monkeypatch.setattr("overfill.cli.drain._POLL", 0)
     monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
-    assert main(["drain", "worker-0"]) == 0
-    assert (drained, lines) == (["worker-0"], ["worker-0 is draining: 7 requests"])
+    assert main(["drain", "colocated-0"]) == 0
+    assert (drained, lines) == (["colocated-0"], ["colocated-0 is draining: 7 requests"])
     captured = capsys.readouterr()
-    assert "worker-0 has left" in captured.out
-    assert "worker-0 is the last prefill worker and the last decode worker: requests wait" in captured.err
+    assert "colocated-0 has left" in captured.out
+    assert "colocated-0 is the last prefill worker and the last decode worker: requests wait" in captured.err
 
 
 def test_the_welcome_says_which_workers_have_both_stages() -> None:
-    def said(made: StackPlan) -> list[str]:
+    def said(made: PlacedStack) -> list[str]:
         out = Console(file=io.StringIO(), width=200)
-        welcome(out, made, made.addresses, Stack(made, lambda name, line: None).describe_workers)
+        welcome(out, made.spec, made.addresses, ProcessRunner(made.spec, lambda name, line: None).describe_workers)
         lines: list[str] = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
         return [line for line in lines if "CPU threads each" in line]
 
     (line,) = said(plan(threads=2))
-    assert line.split(maxsplit=1) == ["worker", "worker-0 (both stages, CPU threads each: 2)"]
-    assert [line.split()[0] for line in said(plan(prefill=1, decode=1))] == ["worker", "prefill", "decode"]
+    assert line.split(maxsplit=1) == ["colocated", "colocated-0 (both stages, CPU threads each: 2)"]
+    assert [line.split()[0] for line in said(plan(prefill=1, decode=1))] == ["colocated", "prefill", "decode"]
     tier = said(plan("a=p", "b=q", threads=2))[0]
-    assert "a (default): p: worker-0 (both stages, CPU threads each: 2), decode-a-0 (CPU threads each: 2)" in tier
+    assert "a (default): p: colocated-0 (both stages, CPU threads each: 2), decode-a-0 (CPU threads each: 2)" in tier
 
 
 @pytest.mark.parametrize("stack", ["--ray", "--no-ray"])
 def test_one_machine_gets_one_worker_and_up_says_why(
-    stack: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
+    stack: str, started: Callable[..., PlacedStack], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert counts(started(stack)) == ONE
     err = capsys.readouterr().err
@@ -202,15 +206,15 @@ def test_one_machine_gets_one_worker_and_up_says_why(
         (["--colocated", "0"], TWO),
         (["--colocated", "1", "--prefill", "1", "--decode", "2"], (1, 1, 2)),
         (["--colocated", "--decode", "1"], (1, 0, 1)),
-        (["--colocated", "--mock"], ONE),
-        (["--decoder", "a=p", "--decoder", "b=q"], (0, 1, 2)),
-        (["--colocated", "--decoder", "a=p:0", "--decoder", "b=q"], (1, 0, 1)),
+        (["--colocated", "--engine", "mock"], ONE),
+        (["--tier", "a=p", "--tier", "b=q"], (0, 1, 2)),
+        (["--colocated", "--tier", "a=p:0", "--tier", "b=q"], (1, 0, 1)),
     ],
 )
 def test_a_number_that_is_given_is_no_choice_of_up(
     arguments: list[str],
     expected: tuple[int, int, int],
-    started: Callable[..., StackPlan],
+    started: Callable[..., PlacedStack],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert counts(started(*arguments)) == expected
@@ -220,15 +224,15 @@ def test_a_number_that_is_given_is_no_choice_of_up(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--mock"], "--mock is given"),
-        (["--address", "auto"], "--address is given"),
+        (["--engine", "mock"], "--engine mock is given"),
+        (["--ray-address", "auto"], "--ray-address is given"),
         (["--max-decode", "3"], "--max-decode is given"),
         (["--prefill-engine", "overfill"], "--prefill-engine is given"),
         (["--engine", "vllm"], "vLLM runs each stage in a process of its own"),
     ],
 )
 def test_what_is_for_one_stage_keeps_the_stages_apart(
-    arguments: list[str], why: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], why: str, started: Callable[..., PlacedStack], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert counts(started(*arguments)) == TWO
     page = "docs/how-to/latency-or-throughput.md"
@@ -237,7 +241,7 @@ def test_what_is_for_one_stage_keeps_the_stages_apart(
 
 
 def test_settings_of_one_stage_keep_the_stages_apart(
-    started: Callable[..., StackPlan],
+    started: Callable[..., PlacedStack],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -246,27 +250,32 @@ def test_settings_of_one_stage_keep_the_stages_apart(
     for text, expected in (
         ("[decode]\nkv-memory = '64MiB'", TWO),
         ("[common]\nengine = 'vllm'", TWO),
-        ("[common]\nkv-memory = '64MiB'\n[worker]\nthreads = 3", ONE),
-        ("[up]\ncolocated = 2\n[decode]\nkv-memory = '64MiB'", (2, 0, 0)),
+        ("[common]\nkv-memory = '64MiB'\n[colocated]\nthreads = 3", ONE),
         ("[up]\nprefill = 2", (0, 2, 1)),
     ):
         file.write_text(text)
         assert counts(started("--config", str(file))) == expected, text
-    file.write_text("[up]\ncolocated = 1\n[worker]\nthreads = 3")
+    file.write_text("[up]\ncolocated = 1\n[colocated]\nthreads = 3")
     made = started("--config", str(file), "--prefill", "1")
     assert (counts(made), made.colocated[0].threads) == ((1, 1, 0), 3)
     monkeypatch.setenv("OVERFILL_DECODE_THREADS", "3")
     assert counts(started()) == TWO
     assert "because OVERFILL_DECODE_THREADS is set" in capsys.readouterr().err
     monkeypatch.setenv("OVERFILL_UP_COLOCATED", "3")
+    assert main(["up", "--grpc", "0", "--http", "off"]) == 2
+    assert "OVERFILL_DECODE_THREADS: this stack has no decode workers" in capsys.readouterr().err
+    monkeypatch.delenv("OVERFILL_DECODE_THREADS")
     assert counts(started()) == (3, 0, 0)
+    file.write_text("[up]\ncolocated = 2\n[decode]\nkv-memory = '64MiB'")
+    assert main(["up", "--grpc", "0", "--http", "off", "--config", str(file)]) == 2
+    assert f"{file}: decode.kv-memory: this stack has no decode workers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("half", "named"), [("full", "full model"), ("decoder", "decoder")])
 def test_a_pair_that_vllm_cannot_run_gets_one_worker_on_overfills_engine(
     half: str,
     named: str,
-    started: Callable[..., StackPlan],
+    started: Callable[..., PlacedStack],
     machine: Callable[..., None],
     fresh: Callable[[], Path],
     capsys: pytest.CaptureFixture[str],
@@ -289,18 +298,18 @@ def test_a_pair_that_vllm_cannot_run_gets_one_worker_on_overfills_engine(
 
 
 def test_weights_that_are_quantised_on_load_are_not_for_vllm(
-    started: Callable[..., StackPlan],
+    started: Callable[..., PlacedStack],
     machine: Callable[..., None],
     fresh: Callable[[], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(1, vllm=True)
-    monkeypatch.setenv("OVERFILL_WORKER_QUANTIZE", "int8")
+    monkeypatch.setenv("OVERFILL_COLOCATED_QUANTIZE", "int8")
     assert counts(started("--pair", str(fresh()))) == ONE
 
 
 def test_gpus_decide(
-    started: Callable[..., StackPlan], machine: Callable[..., None], fresh: Callable[[], Path]
+    started: Callable[..., PlacedStack], machine: Callable[..., None], fresh: Callable[[], Path]
 ) -> None:
     machine(1)
     assert counts(started()) == ONE
@@ -323,7 +332,7 @@ def test_gpus_decide(
             "--colocated conflicts with --max-prefill",
         ),
         (["--colocated", "--max-decode", "2"], "--colocated conflicts with --max-decode"),
-        (["--colocated", "--decoder", "a=p:2,max=3"], "--colocated conflicts with max of a --decoder"),
+        (["--colocated", "--tier", "a=p:2,max=3"], "--colocated conflicts with max of a --tier"),
         (["--colocated", "--engine", "vllm"], "for vLLM start a worker for each stage, as `overfill up --prefill 1"),
         (
             ["--colocated", "--prefill-engine", "vllm"],
@@ -332,11 +341,11 @@ def test_gpus_decide(
         (["--colocated", "--decode-engine", "vllm"], "--decode-engine is for decode workers"),
         (["--prefill", "0"], "--prefill 0 leaves no worker that can prefill: give at least 1, or --colocated"),
         (["--decode", "0"], "--decode 0 leaves no worker that can decode"),
-        (["--decoder", "a=p:0"], "--decoder a: the number of decode workers must be at least 1"),
+        (["--tier", "a=p:0"], "tiers.a.replicas: the number of decode workers must be at least 1"),
     ],
 )
 def test_what_workers_with_both_stages_cannot_have_is_refused(
-    arguments: list[str], message: str, started: Callable[..., StackPlan], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, started: Callable[..., PlacedStack], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         raise SystemExit(main(["up", *arguments]))
@@ -350,7 +359,7 @@ def test_other_workers_may_have_another_engine() -> None:
     assert [(worker.config.engine, worker.config.engine_args) for worker in made.workers] == [
         ("auto", ""), ("vllm", args), ("overfill", ""),
     ]  # fmt: skip
-    with pytest.raises(click.UsageError, match="--engine-args are for vLLM"):
+    with pytest.raises(BadSettings, match="--engine-args are for vLLM"):
         plan(engine_args=args)
 
 
@@ -363,20 +372,19 @@ def test_a_pair_that_overfills_engine_cannot_run_is_refused(
     manifest = json.loads((pair / "pair.json").read_text())
     manifest[half]["engines"] = ["vllm"]
     (pair / "pair.json").write_text(json.dumps(manifest))
-    made = make_plan(StackRequest(pair, 0, 0, colocated=1))
-    for here in (True, False):
+    for ray in (None, RayPlacement(ray_address="auto")):
         with pytest.raises(UnsupportedModel, match="the engine overfill cannot run"):
-            up.check_engines(made, here=here)
+            up.check_engines(plan(pair=pair, ray=ray).spec)
 
 
 def test_config_commands_know_the_number_and_the_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "stack.toml"
-    file.write_text('[up]\ncolocated = 2\ndecoder = ["a=p:0", "b=q"]\n[worker]\nitl-objective = 0.05\n')
+    file.write_text('[up]\ncolocated = 2\ntier = ["a=p:0", "b=q"]\n[colocated]\nitl-objective = 0.05\n')
     assert main(["config", "check", str(file)]) == 0
     assert main(["config", "show", "--config", str(file)]) == 0
     shown = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()]
-    assert {("colocated", "2"), ("itl-objective", "0.05"), ("decoders", "a=p:2;b=q:1")} <= set(shown)
-    file.write_text("[worker]\nengine = 'vllm'\n")
+    assert {("colocated", "2"), ("itl-objective", "0.05"), ("tiers", "a=p:2;b=q:1")} <= set(shown)
+    file.write_text("[colocated]\nengine = 'vllm'\n")
     assert main(["config", "check", str(file)]) == 1
     assert "a worker with both stages runs on OverFill's own engine" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Tests ``up --decoder``: the processes of several tiers, where tiers may be set, and what is refused."""
+"""Tests ``up --tier``: the processes of several tiers, where tiers may be set, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
+from described import placed
 
 from overfill.cli import up
 from overfill.cli.main import main
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up_plan import StackRequest, make_plan
-from overfill.cli.up_tiers import resolve_tiers
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.settings.config import RouterConfig
+from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
+from overfill.stack.describe import RayPlacement, describe
+from overfill.stack.pairs import resolve_tiers
+from overfill.stack.placed import PlacedStack, place
 from overfill.telemetry.progress import silent
 
 TIERS = ("full=identity:1", "default=default:2", "fast=fast:1,quantize=int8,kv-cache-dtype=int8,fallback=default")
+FAST = "fast=fast:1,fallback=default,quantize=int8,kv-cache-dtype=int8"
+
+
+def placed_tiers(*tiers: str, **settings: Any) -> PlacedStack:
+    return placed(*(tiers or TIERS), **settings)
 
 
 def parsed(*texts: str) -> tuple[TierSpec, ...]:
     return tuple(TierSpec.parse(text) for text in texts)
 
 
-def plan(*tiers: str, **settings: Any) -> StackPlan:
-    own = {name: settings.pop(name) for name in list(settings) if name in StackRequest.__dataclass_fields__}
-    return make_plan(StackRequest(None, tiers=parsed(*(tiers or TIERS)), settings=settings, **own))
-
-
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[StackPlan]:
-    """Collects the plans that ``up`` would run. Named pairs are found at ``/pairs``."""
-    made: list[StackPlan] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: made.append(stack.plan) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda plan, metrics: None)
-    monkeypatch.setattr(up, "check_engines", lambda plan, here: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path("/pairs") / pair)
-    monkeypatch.setattr(
-        up, "resolve_tiers", lambda tiers, report: parsed(*(str(t).replace("=", "=/pairs/", 1) for t in tiers))
-    )
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
+    """Collects the plans that ``up`` would run. Pairs are found at ``/pairs``."""
+    made: list[PlacedStack] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: made.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda spec: None)
+    monkeypatch.setattr(up, "check_engines", lambda spec: None)
+    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
+    monkeypatch.setattr(up, "_absolute", lambda pair: f"/pairs/{pair}")
     return made
 
 
 def test_each_tier_has_workers_with_its_pair_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    made = plan(prefill=2, kv_memory="64MiB")
+    made = placed_tiers(prefill=2, kv_memory="64MiB")
     assert [worker.worker_id for worker in made.decode] == [
         "decode-full-0", "decode-default-0", "decode-default-1", "decode-fast-0",
     ]  # fmt: skip
@@ -65,49 +65,49 @@ def test_each_tier_has_workers_with_its_pair_and_its_settings(monkeypatch: pytes
 
 
 def test_routers_know_the_tiers_and_expect_all_their_workers() -> None:
-    made = plan(routers=2, brownout="full > default > fast")
+    made = placed_tiers(routers=2, brownout="full > default > fast")
     for router in made.routers:
         assert (router.expect_decode, router.pair) == (4, "default")
-        assert [str(tier) for tier in router.decoders] == list(TIERS)
+        assert [str(tier) for tier in router.tiers] == [*TIERS[:2], FAST]
         assert router.brownout == ("full", "default", "fast")
-        assert RouterConfig.parse(router.to_argv()) == router
+        assert RouterConfig.of(router.settings()) == router
     assert {worker.pair for worker in made.prefill} == {"default"}
     assert [tier.name for tier in made.tiers] == ["default", "full", "fast"], "the default tier first"
     assert [worker.worker_id for worker in made.of_tier("default")] == ["decode-default-0", "decode-default-1"]
 
 
 def test_the_default_tier_may_be_chosen() -> None:
-    made = plan(default_tier="fast")
+    made = placed_tiers(default_tier="fast")
     assert made.tiers[0].name == "fast"
     assert {config.pair for config in (*made.routers, *made.prefill)} == {"fast"}
-    assert made.model == "fast"
+    assert made.spec.model == "fast"
 
 
 def test_a_stack_with_one_pair_has_one_tier_that_its_workers_do_not_name() -> None:
-    made = make_plan(StackRequest(Path("/p"), decode=2))
+    made = placed(pair=Path("/p"), decode=2)
     assert [worker.worker_id for worker in made.decode] == ["decode-0", "decode-1"]
     assert {worker.tier for worker in made.decode} == {""}
-    assert [(tier.name, tier.pair, tier.count) for tier in made.tiers] == [("default", "/p", 2)]
+    assert [(tier.name, tier.pair, tier.replicas) for tier in made.tiers] == [("default", "/p", 2)]
     assert made.of_tier("default") == made.decode
-    assert not made.routers[0].decoders
+    assert not made.routers[0].tiers
 
 
 def test_routers_are_told_how_workers_load_their_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
     monkeypatch.setenv("OVERFILL_DECODE_KV_CACHE_DTYPE", "int8")
-    made = plan("a=p", "b=q,quantize=none")
-    assert [str(tier) for tier in made.routers[0].decoders] == [
+    made = placed_tiers("a=p", "b=q,quantize=none")
+    assert [str(tier) for tier in made.routers[0].tiers] == [
         "a=p:1,quantize=int8,kv-cache-dtype=int8", "b=q:1,quantize=none,kv-cache-dtype=int8",
     ]  # fmt: skip
-    assert RouterConfig.parse(made.routers[0].to_argv()) == made.routers[0]
-    one = make_plan(StackRequest(Path("/p"), decode=2))
+    assert RouterConfig.of(made.routers[0].settings()) == made.routers[0]
+    one = placed(pair=Path("/p"), decode=2)
     assert [str(tier) for tier in one.tiers] == ["default=/p:2,quantize=int8,kv-cache-dtype=int8"]
-    assert not one.named_tiers, "its workers still name none"
+    assert not one.spec.tiers, "its workers still name none"
 
 
 def test_a_tier_may_have_an_engine_of_its_own() -> None:
     args = '{"enforce_eager": true}'
-    made = plan("a=p", "b=p,engine=overfill", "c=p,engine=vllm", engine_args=args, decode_engine="vllm")
+    made = placed_tiers("a=p", "b=p,engine=overfill", "c=p,engine=vllm", engine_args=args, decode_engine="vllm")
     assert [(worker.engine, worker.engine_args) for worker in made.decode] == [
         ("vllm", args), ("overfill", ""), ("vllm", args),
     ]  # fmt: skip
@@ -116,41 +116,42 @@ def test_a_tier_may_have_an_engine_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [
-        (("a=p,quantise=int8",), "--decoder a: quantise: a tier has no such setting; did you mean quantize?"),
-        (("a=p,worker-id=x",), "--decoder a: worker-id: a tier has no such setting"),
-        (("a=p,pair=q",), "--decoder a: pair: a tier has no such setting"),
-        (("a=p,otlp-traces-endpoint=http://h;x",), "no semicolon"),
+        (("a=p,quantise=int8",), "--tier a: quantise: a tier has no such setting; did you mean quantize?"),
+        (("a=p,worker-id=x",), "--tier a: worker-id: a tier has no such setting"),
+        (("a=p,pair=q",), "--tier a: pair: a tier has no such setting"),
     ],
 )
 def test_a_setting_that_a_tier_cannot_have_is_refused(tiers: tuple[str, ...], message: str) -> None:
-    with pytest.raises(click.UsageError, match=message.replace("?", r"\?")):
-        plan(*tiers)
+    with pytest.raises(BadSettings, match=message.replace("?", r"\?")):
+        placed_tiers(*tiers)
 
 
-def test_a_pairs_folder_that_the_text_of_tiers_cannot_name_is_refused() -> None:
-    with pytest.raises(click.UsageError, match="neither comma nor semicolon"):
-        make_plan(StackRequest(None, tiers=(TierSpec("a", "/p,q"),)))
+def test_a_pairs_folder_may_have_any_name() -> None:
+    tier = TierSpec(name="a", pair="/p,q;r")
+    (router,) = place(describe(tiers=[tier])).routers
+    assert RouterConfig.of(json.loads(json.dumps(router.settings()))) == router
+    assert router.tiers[0].pair == "/p,q;r"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pair", "p"], "--decoder conflicts with --pair (also in the settings file, or as a variable)"),
-        (["--decode", "1", "--max-decode", "3"], "--decoder conflicts with --decode and --max-decode"),
-        (["--decoder", "a=q"], "two tiers have the name 'a'"),
+        (["--pair", "p"], "--tier conflicts with --pair (also in the settings file, or as a variable)"),
+        (["--decode", "1", "--max-decode", "3"], "--tier conflicts with --decode and --max-decode"),
+        (["--tier", "a=q"], "two tiers have the name 'a'"),
         (["--default-tier", "b"], "--default-tier: there is no tier 'b'; tiers are a"),
         (["--brownout", "a > b"], "--brownout: there is no tier 'b'"),
-        (["--decoder", "b=q:0"], "the number of decode workers must be at least 1"),
-        (["--decoder", "b"], "expected NAME=PAIR"),
-        (["--no-ray", "--decoder", "b=p:2,max=3"], "--no-ray conflicts with max of --decoder b"),
-        (["--decoder", "b=p:2,max=1"], "--decoder b: max must be a number of workers of at least 2, got '1'"),
+        (["--tier", "b=q:0"], "the number of decode workers must be at least 1"),
+        (["--tier", "b"], "expected NAME=PAIR"),
+        (["--no-ray", "--tier", "b=p:2,max=3"], "--no-ray conflicts with max of --tier b"),
+        (["--tier", "b=p:2,max=1"], "tier 'b': max must be a number of workers of at least 2, got '1'"),
     ],
 )
 def test_conflicting_options_are_refused(
-    arguments: list[str], message: str, plans: list[StackPlan], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, plans: list[PlacedStack], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        raise SystemExit(main(["up", "--decoder", "a=p", *arguments]))
+        raise SystemExit(main(["up", "--tier", "a=p", *arguments]))
     assert caught.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
     assert not plans
@@ -158,61 +159,62 @@ def test_conflicting_options_are_refused(
 
 def test_flags_the_file_and_variables_set_tiers(
     tmp_path: Path,
-    plans: list[StackPlan],
+    plans: list[PlacedStack],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def tiers(*arguments: str) -> list[str]:
         assert main(["up", "--no-ray", "--grpc", "0", "--http", "off", *arguments]) == 0
         made = plans.pop()
-        assert [worker.tier for worker in made.decode] == [tier.name for tier in made.routers[0].decoders]
+        assert [worker.tier for worker in made.decode] == [tier.name for tier in made.routers[0].tiers]
         return [*(str(tier) for tier in made.tiers), *made.routers[0].brownout]
 
-    flags = ["--decoder", "x=p,quantize=int8", "--decoder", "y=q"]
+    flags = ["--tier", "x=p,quantize=int8", "--tier", "y=q"]
     assert tiers(*flags) == ["x=/pairs/p:1,quantize=int8", "y=/pairs/q:1"]
     assert tiers(*flags, "--default-tier", "y", "--brownout", "x > y")[0] == "y=/pairs/q:1"
     file = tmp_path / "stack.yaml"
-    file.write_text('up: {decoder: ["a=p", "b=q,max-num-seqs=4"], default-tier: b, brownout: a > b}')
-    expected = ["b=/pairs/q:1,max-num-seqs=4", "a=/pairs/p:1", "a", "b"]
+    file.write_text('{up: {tier: ["a=p", "b=q,max-num-seqs=4"]}, router: {default-tier: b, brownout: a > b}}')
+    expected = ["b=/pairs/q:1", "a=/pairs/p:1", "a", "b"]
     assert tiers("--config", str(file)) == expected
     assert main(["config", "check", str(file)]) == 0
     capsys.readouterr()
     assert main(["config", "show", "up", "--config", str(file)]) == 0
     assert "a=p:1;b=q:1,max-num-seqs=4" in capsys.readouterr().out
-    file.write_text('router: {decoders: "a=p; b=q,max-num-seqs=4", default-tier: b, brownout: a > b}')
+    file.write_text('router: {tiers: "a=p; b=q,max-num-seqs=4", default-tier: b, brownout: a > b}')
     assert tiers("--config", str(file)) == expected
     assert main(["config", "show", "router", "--config", str(file)]) == 0
     assert "a > b" in capsys.readouterr().out
-    monkeypatch.setenv("OVERFILL_UP_DECODER", "c=p;d=q")
-    monkeypatch.setenv("OVERFILL_UP_BROWNOUT", "c > d")
-    monkeypatch.setenv("OVERFILL_UP_DEFAULT_TIER", "d")
+    monkeypatch.setenv("OVERFILL_UP_TIER", "c=p;d=q")
+    monkeypatch.setenv("OVERFILL_ROUTER_BROWNOUT", "c > d")
+    monkeypatch.setenv("OVERFILL_ROUTER_DEFAULT_TIER", "d")
     assert tiers() == tiers("--config", str(file)) == ["d=/pairs/q:1", "c=/pairs/p:1", "c", "d"]
 
 
 def test_a_setting_in_two_sections_of_the_file_is_refused(
-    tmp_path: Path, plans: list[StackPlan], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, plans: list[PlacedStack], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "stack.yaml"
-    file.write_text("up: {ttft-objective: 1}\nrouter: {ttft-objective: 2}")
+    file.write_text("up: {tier: a=p}\nrouter: {tiers: b=p}")
     assert main(["up", "--config", str(file)]) == 2
-    assert "up.ttft-objective and router.ttft-objective are one setting" in capsys.readouterr().err
+    assert "up.tier and router.tiers are one setting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stack", ["--ray", "--no-ray"])
-def test_objectives_reach_the_routers_of_every_stack(stack: str, plans: list[StackPlan], tmp_path: Path) -> None:
+def test_objectives_reach_the_routers_of_every_stack(stack: str, plans: list[PlacedStack], tmp_path: Path) -> None:
     assert main(["up", stack, "--grpc", "0", "--http", "off", "--ttft-objective", "1"]) == 0
     assert (plans[-1].routers[0].ttft_objective, plans[-1].routers[0].itl_objective) == (1, 0.1)
     file = tmp_path / "stack.yaml"
-    file.write_text("up: {itl-objective: 0.5}")
+    file.write_text("common: {itl-objective: 0.5}")
     assert main(["up", stack, "--grpc", "0", "--http", "off", "--config", str(file)]) == 0
     assert plans[-1].routers[0].itl_objective == 0.5
 
 
 def test_a_share_port_that_up_did_not_make_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ROUTER_SHARE_PORT", str(tmp_path))
-    with pytest.raises(click.UsageError, match=r"share-port .* `overfill up` makes the folder itself"):
-        make_plan(StackRequest(Path("p"), port=7600, http=8000))
-    assert make_plan(StackRequest(Path("p"), routers=2, share_port=tmp_path / "own")).routers[0].share_port
+    with pytest.raises(BadSettings, match=r"share-port .* `overfill up` makes the folder itself"):
+        placed(port=7600, http=8000)
+    monkeypatch.delenv("OVERFILL_ROUTER_SHARE_PORT")
+    assert placed(routers=2, share_port=True).routers[0].share_port
 
 
 def test_pairs_of_different_full_models_are_refused_with_both(fresh: Callable[[], Path], tmp_path: Path) -> None:
@@ -233,7 +235,8 @@ def test_the_engine_of_every_tier_is_checked_with_its_quantisation(
 ) -> None:
     pair = fresh()
     monkeypatch.setattr("overfill.engine.choice.vllm_installed", lambda: True)
-    up.check_engines(plan(f"a={pair}", f"b={pair},quantize=int8", device="cpu"), here=True)
-    for here in (True, False):
+    up.check_engines(placed_tiers(f"a={pair}", f"b={pair},quantize=int8", device="cpu").spec)
+    for ray in (None, RayPlacement(ray_address="auto")):
         with pytest.raises(UnsupportedModel, match=r"vllm cannot run the decoder in .*, quantised to int8 on load"):
-            up.check_engines(plan(f"a={pair}", f"b={pair},quantize=int8,engine=vllm", device="cpu"), here=here)
+            tiers = (f"a={pair}", f"b={pair},quantize=int8,engine=vllm")
+            up.check_engines(placed_tiers(*tiers, device="cpu", ray=ray).spec)

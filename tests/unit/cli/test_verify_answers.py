@@ -88,7 +88,7 @@ def run(stack: Stack, tiny_pair: Path, tmp_path: Path) -> Callable[..., Any]:
 
     def run(*arguments: str) -> Any:
         command = ["--questions", str(file), "--max-tokens", str(MAX_TOKENS), *arguments]
-        command += [] if any("--decoder" in argument for argument in arguments) else ["--pair", str(tiny_pair)]
+        command += [] if any("--tier" in argument for argument in arguments) else ["--pair", str(tiny_pair)]
         return CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
 
     return run
@@ -161,7 +161,7 @@ def tiered(stack: Stack, tiny_tiers: tuple[TierSpec, ...]) -> list[str]:
         stack.process("prefill", None),
         *(stack.process("decode", "raw", r) for r in stack.tiers.values()),
     ]
-    return [f"--decoder={tier}" for tier in tiny_tiers]
+    return [f"--tier={tier}" for tier in tiny_tiers]
 
 
 def test_every_tier_is_asked_and_judged_by_its_own_decoder(tiered: list[str], run: Callable[..., Any]) -> None:
@@ -173,7 +173,7 @@ def test_every_tier_is_asked_and_judged_by_its_own_decoder(tiered: list[str], ru
         "fast     3/3 correct (3 identical, 0 ties); 48 of 53 prompt tokens from the prefix cache",
         "9/9 correct (9 identical, 0 ties)",
     ]
-    assert run(*tiered, "--tier=fast").stdout.splitlines()[1:] == ["3/3 correct (3 identical, 0 ties)"]
+    assert run(*tiered, "--ask=fast").stdout.splitlines()[1:] == ["3/3 correct (3 identical, 0 ties)"]
 
 
 def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
@@ -193,17 +193,17 @@ def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
         return answer
 
     stack.tamper = continued
-    (row,) = json.loads(run(*tiered, "--tier=fast", "--limit=1", "--json").stdout)["failures"]
+    (row,) = json.loads(run(*tiered, "--ask=fast", "--limit=1", "--json").stdout)["failures"]
     assert row["problem"] == "tier 'default' wrote the tokens from 1 on, which was not asked for"
-    assert run(*tiered[:2], f"{tiered[2]},fallback=default", "--tier=fast").return_value == 0
+    assert run(*tiered[:2], f"{tiered[2]},fallback=default", "--ask=fast").return_value == 0
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--decoder=a=x", "--pair=x"], "--decoder conflicts with --pair (also"),
-        (["--decoder=a=x", "--decoder=a=y"], "two tiers have the name 'a'"),
-        (["--decoder=a=x", "--tier=b"], "--tier b: give it a --decoder; tiers are a"),
+        (["--tier=a=x", "--pair=x"], "--tier conflicts with --pair (also"),
+        (["--tier=a=x", "--tier=a=y"], "two tiers have the name 'a'"),
+        (["--tier=a=x", "--ask=b"], "--ask b: give it a --tier; tiers are a"),
     ],
 )
 def test_tiers_that_contradict_each_other_are_bad_usage(options: list[str], says: str, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ def accepted(seed: int = 7, **fields: Any) -> Response:
     return Response(accepted=message)
 
 
-def part(tier: str, first_index: int) -> inference_pb2.AnswerPart:
-    return inference_pb2.AnswerPart(tier=tier, first_index=first_index)
+def part(tier: str, first_index: int, **fields: Any) -> inference_pb2.AnswerPart:
+    return inference_pb2.AnswerPart(tier=tier, first_index=first_index, **fields)
 
 
 def delta(first_index: int, ids: list[int], text: str = "", **fields: Any) -> Response:

@@ -17,6 +17,7 @@ import pytest
 
 from overfill.client import (
     Answer,
+    AnswerIdentity,
     AnswerPart,
     AsyncClient,
     Client,
@@ -276,14 +277,18 @@ def test_an_address_whose_router_leaves_is_tried_once_more(sdk: Sdk, router: Any
 def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(
     sdk: Sdk, router: Any, another_router: Any, say: SimpleNamespace
 ) -> None:
-    router.script = [*say.good[:2], ShuttingDown("leaving")]
-    another_router.script = [say.accepted(), *say.good[2:]]
+    identity = inference_pb2.AnswerIdentity(decoder_digest="d", prompt_tokens=3)
+    router.script = [say.accepted(identity=identity), say.good[1], ShuttingDown("leaving")]
+    another_router.script = [say.accepted(identity=identity), *say.good[2:]]
     answer = sdk.run(f"{router.address},{another_router.address}", "generate", "x", resume_token_ids=[], stop=["."])
     assert (answer.text, answer.token_ids, answer.routers) == ("Hello", (10, 11, 12), 2)
     (first,), (rest,) = router.requests, another_router.requests
     assert (rest.text, list(rest.stop), rest.request_id) == (first.text, ["."], "r1")
     assert (list(rest.resume_token_ids), rest.sampling.seed, rest.sampling.max_tokens) == ([10], 7, 40)
+    assert rest.resume_identity == identity
+    assert answer.identity == AnswerIdentity.from_proto(identity)
     assert not first.sampling.HasField("seed")
+    assert not first.HasField("resume_identity")
 
 
 def test_an_answer_stays_in_its_tier_when_its_router_is_lost(
@@ -291,9 +296,9 @@ def test_an_answer_stays_in_its_tier_when_its_router_is_lost(
 ) -> None:
     # The first router browns out at once, and falls back at token 1. The second one must do neither anew.
     router.script = [
-        say.accepted(tier="default", brownout_from="full"),
+        say.accepted(tier="default", brownout_from="full", identity={"decoder_digest": "of default"}),
         say.delta(0, [10], "Hel"),
-        say.delta(1, [11], "l", parts=[say.part("fast", 1)]),
+        say.delta(1, [11], "l", parts=[say.part("fast", 1, identity={"decoder_digest": "of fast"})]),
         ShuttingDown("leaving"),
     ]
     another_router.script = [
@@ -307,6 +312,7 @@ def test_an_answer_stays_in_its_tier_when_its_router_is_lost(
     (first,), (rest,) = router.requests, another_router.requests
     assert (first.model, first.tier, first.fallback, first.allow_brownout) == ("tiny:full", "", "fast", True)
     assert (rest.model, rest.tier, rest.fallback, rest.allow_brownout) == ("tiny", "fast", "fast", False)
+    assert rest.resume_identity.decoder_digest == "of fast"
     assert [d.parts for d in deltas] == [(), (AnswerPart("fast", 1),), ()]
     answer = stream.answer
     assert answer.parts == (AnswerPart("default", 0), AnswerPart("fast", 1))
@@ -352,11 +358,11 @@ def test_an_error_carries_the_answer_so_far(sdk: Sdk, router: Any, say: SimpleNa
     router.script = [*say.good[:2], Unavailable("gave up after 4 attempts")]
     with pytest.raises(Unavailable, match="gave up") as caught:
         sdk.run(router.address, "generate", "x")
-    assert caught.value.produced == Produced("Hel", (10,), "r1", 7)
+    assert caught.value.produced == Produced("Hel", (10,), "r1", 7, identity=AnswerIdentity())
     router.script = [say.accepted(tier="fast"), say.good[1], say.delta(5, [12])]
     with pytest.raises(InternalError) as wrong:
         sdk.run(router.address, "generate", "x")
-    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7, "fast")
+    assert wrong.value.produced == Produced("Hel", (10,), "r1", 7, "fast", AnswerIdentity())
     router.script = [Overloaded("full")]
     with pytest.raises(Overloaded) as refused:
         sdk.run(router.address, "generate", "x")

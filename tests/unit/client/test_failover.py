@@ -6,9 +6,10 @@ import grpc
 import pytest
 
 from overfill.client.failover import AddressFailover
-from overfill.errors import OverfillError, ShuttingDown, Unavailable
+from overfill.errors import Incompatible, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.rpc.status import to_status
 
+REFUSES = Incompatible("this router would continue another answer", ["resume_identity.decoder_digest"])
 LEAVES = ShuttingDown("the router shuts down")
 
 
@@ -58,3 +59,20 @@ def test_each_address_gets_a_share_of_the_time_after_a_router_left(addresses: li
     failover = AddressFailover(addresses, 8.0, clock=lambda: 0.0, shared=True)
     assert failover.next_address_or_error(Failure(LEAVES)) is None
     assert failover.timeout() == 8.0 / len(addresses)
+
+
+@pytest.mark.parametrize("refuses", [REFUSES, PromptTooLong("prompt", "has 9 tokens")])
+def test_a_router_that_cannot_continue_an_answer_is_passed_over_and_named_in_the_end(refuses: OverfillError) -> None:
+    failover = AddressFailover(["a:1", "b:1", "c:1"], None)
+    failover.accepted()
+    failover.progressed()
+    assert failover.next_address_or_error(Failure(), continues=True) is None
+    assert failover.next_address_or_error(Failure(refuses), continues=True) is None
+    assert failover.address == "c:1"
+    error = failover.next_address_or_error(Failure(), continues=True)
+    assert isinstance(error, type(refuses)), "what a router has said tells more than that another one is gone"
+
+
+def test_an_error_of_a_new_request_is_not_tried_elsewhere() -> None:
+    failover = AddressFailover(["a:1", "b:1"], None)
+    assert isinstance(failover.next_address_or_error(Failure(REFUSES)), Incompatible)

@@ -14,8 +14,8 @@ from overfill.engine import prefill as prefill_engine
 from overfill.engine.colocated import ColocatedEngine
 from overfill.engine.load import load_colocated
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
-from overfill.engine.sequence import EngineLoad
 from overfill.model.manifest import Half, Pair
+from overfill.telemetry.engine_load import EngineLoad
 
 
 class OneStage:
@@ -32,13 +32,13 @@ class OneStage:
 
     def load(self) -> EngineLoad:
         load = self.engine.load()
-        return load.prefill if self._half == "full" else load.decode
+        return load.prefill if self._half == "full" else load
 
     def check(self) -> None:
         self.engine.check()
         if self.load().blocks_used == 0:
             load = self.engine.load()
-            assert load.prefill.blocks_used == load.decode.blocks_used == 0
+            assert load.prefill.blocks_used == load.blocks_used == 0
 
 
 class Colocated:

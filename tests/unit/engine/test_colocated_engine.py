@@ -1,20 +1,20 @@
 """Tests a worker with both stages: its own prompts reach the decode sequences' blocks, and no block is lost."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from counting import CountingRunner
 from scheduling import GREEDY
 
-from overfill.engine import colocated
-from overfill.engine.colocated import ColocatedEngine, ColocatedLoad
+from overfill.engine.colocated import ColocatedEngine
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     ChunkComputed,
     DecodeSequence,
-    EngineLoad,
     KvWritten,
     LayerStarted,
     Preempted,
@@ -38,6 +38,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.telemetry.engine_load import EngineLoad
 
 BLOCK_SIZE = 4
 LAYER_MAP = [2, 0]
@@ -45,6 +46,8 @@ LAYER_MAP = [2, 0]
 
 class WritingRunner(CountingRunner):
     """Writes KV that tells the token and the layer: token + 100 * layer, and its negative."""
+
+    copy_kv = ModelRunner.copy_kv
 
     def __init__(self, num_layers, num_blocks):
         super().__init__(num_layers, BLOCK_SIZE)
@@ -143,8 +146,8 @@ class Worker:
     def assert_empty(self):
         self.engine.check()
         load = self.engine.load()
-        assert (load.prefill.blocks_used, load.decode.blocks_used) == (0, 0)
-        assert load.prefill.running + load.prefill.waiting + load.decode.running + load.decode.waiting == 0
+        assert (load.prefill.blocks_used, load.blocks_used) == (0, 0)
+        assert load.prefill.running + load.prefill.waiting + load.running + load.waiting == 0
         assert not self.engine._here
 
 
@@ -357,7 +360,7 @@ def test_a_copy_that_fails_fails_its_prompt(monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(colocated, "copy_sequence", fail)
+    monkeypatch.setattr(WritingRunner, "copy_kv", fail)
     worker.run()
     assert isinstance(worker.of(SequenceFailed, prompt.id)[0].error, torch.OutOfMemoryError)
     assert not worker.of(PromptComputed, prompt.id)
@@ -430,9 +433,9 @@ def test_check_finds_a_lost_block_of_either_pool(prefix):
 
 def test_capacity_that_either_stage_frees_counts():
     full, free = EngineLoad(8, 8, 3, 1), EngineLoad(7, 8, 3, 1)
-    before = ColocatedLoad(full, full)
-    assert ColocatedLoad(free, full).freed_capacity_since(before)
-    assert ColocatedLoad(full, free).freed_capacity_since(before)
+    before = replace(full, prefill=full)
+    assert replace(full, prefill=free).freed_capacity_since(before)
+    assert replace(free, prefill=full).freed_capacity_since(before)
     assert not before.freed_capacity_since(before)
 
 
@@ -447,7 +450,7 @@ def test_an_engine_thread_drives_both_stages():
     engine.stop()
     assert engine.failure is None
     assert engine.load == worker.engine.load()
-    assert engine.load.decode.blocks_used == 0
+    assert engine.load.blocks_used == 0
 
 
 def test_random_requests_lose_no_block_and_get_right_answers():

@@ -8,11 +8,12 @@ from counting import CountingRunner
 
 from overfill.engine.device import device_executor, native_dtype, resolve_device
 from overfill.engine.prefill import PrefillEngine
-from overfill.engine.sequence import EngineLoad, KvWritten, PrefillScheduled, PrefillSequence, Submit
+from overfill.engine.sequence import KvWritten, PrefillScheduled, PrefillSequence, Submit
 from overfill.engine.thread import EngineThread
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.request.params import SamplingParams
+from overfill.telemetry.engine_load import EngineLoad
 
 SECOND = torch.device("cuda", 1)
 
@@ -63,6 +64,8 @@ def test_the_engine_s_thread_uses_its_device(cuda):
     stepped = []
 
     class Core:
+        delay = 0.0
+
         def handle(self, message):
             stepped.append(threading.get_ident())
 

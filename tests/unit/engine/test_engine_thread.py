@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from overfill.engine import thread
-from overfill.engine.sequence import EngineLoad
 from overfill.engine.thread import EngineThread
+from overfill.telemetry.engine_load import EngineLoad
 
 
 class Core:
@@ -24,6 +24,7 @@ class Core:
         return False
 
     step_shape = (3, 17)
+    delay = 0.0
 
     def load(self):
         return EngineLoad(0, 8, 0, 0)

@@ -7,8 +7,19 @@ import torch
 from scheduling import GREEDY
 
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.runner import ModelRunner, SamplingSpec, Work
-from overfill.engine.sequence import DecodeSequence, Preempted, Release, Reserve, Reserved, Start, StopRule, Yielded
+from overfill.engine.runner import ModelRunner
+from overfill.engine.sequence import (
+    DecodeSequence,
+    Preempted,
+    PrefillSequence,
+    Release,
+    Reserve,
+    Reserved,
+    Start,
+    StopRule,
+    Yielded,
+)
+from overfill.engine.work import Work
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
@@ -34,7 +45,7 @@ class OneBroken:
 def test_a_broken_row_of_a_greedy_step_fails_alone():
     runner = ModelRunner(OneBroken(), new_cache(3))
     works = [Work([1], 0, [block], wants_logits=True) for block in range(3)]
-    tokens, failed = runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * 3)
+    tokens, failed = runner.next_tokens(works, [PrefillSequence("", [], GREEDY)] * 3)
     assert [tokens[0].token_id, tokens[2].token_id] == [7, 9]
     assert list(failed) == [1]
     assert isinstance(failed[1], InternalError)
@@ -56,9 +67,13 @@ def test_min_tokens_cost_nothing_once_they_are_reached():
     params = SamplingParams(temperature=0, min_tokens=2)
     processor = new_processor(params, [], None, [1])
     works = [Work([1], 0, [0], wants_logits=True)]
-    assert runner.next_tokens(works, [SamplingSpec(params, 0, processor, [5, 6])])[0][0].token_id == 7
+
+    def answer(emitted):
+        return DecodeSequence("", [], emitted, params, StopRule(frozenset(), 9), processor=processor)
+
+    assert runner.next_tokens(works, [answer([5, 6])])[0][0].token_id == 7
     with pytest.raises(AssertionError, match="logits were asked for"):
-        runner.next_tokens(works, [SamplingSpec(params, 0, processor, [5])])
+        runner.next_tokens(works, [answer([5])])
 
 
 class Seen:
@@ -106,13 +121,13 @@ def test_a_step_reads_new_blocks_only():
     runner = ModelRunner(Seen(), new_cache(1))
     tables = [Counted(range(1000 * i, 1000 * i + 250)) for i in range(64)]
     works = [Work([1], 999, table, wants_logits=True) for table in tables]
-    runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * 64)
+    runner.next_tokens(works, [PrefillSequence("", [], GREEDY)] * 64)
     for table in tables:
         table.append(7)
     for position in range(1000, 1004):
         Counted.looked_at = 0
         works = [Work([1], position, table, wants_logits=True) for table in tables]
-        runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * 64)
+        runner.next_tokens(works, [PrefillSequence("", [], GREEDY)] * 64)
         assert Counted.looked_at == (64 if position == 1000 else 0)
     assert runner.model.tables == [[*range(1000 * i, 1000 * i + 250), 7] for i in range(64)]
 
@@ -137,7 +152,7 @@ def test_any_sequences_in_any_order_have_their_own_blocks(seed):
             blocks += [draw.randrange(10_000) for _ in range(-(-end // BLOCK) - len(blocks))]
             works.append(Work([1] * (end - start), start, blocks, wants_logits=True))
             sequence[1] = end
-        runner.next_tokens(works, [SamplingSpec(GREEDY, 0)] * len(works))
+        runner.next_tokens(works, [PrefillSequence("", [], GREEDY)] * len(works))
         del running[draw.randint(1, 12) :]
 
 

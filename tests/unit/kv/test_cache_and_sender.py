@@ -14,7 +14,7 @@ from overfill.kv.chunks import Chunk, TransferSpec, check
 from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.sender import KvSender
 from overfill.kv.spec import DTYPE_BYTES, KvSpec, RopeSpec
-from overfill.kv.tensors import LayerTargets
+from overfill.kv.store import LayerTargets
 from overfill.kv.wire import parse_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
 

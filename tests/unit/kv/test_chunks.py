@@ -6,12 +6,13 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_checksums import checksum
 
 from overfill.errors import TransferFailed
-from overfill.kv.chunks import TransferSpec, check, checksum, lay_out_raw, seal, seal_in_place
+from overfill.kv.chunks import Chunk, TransferSpec, check, digest, new_chunk, seal
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.wire import chunk_parts, join_chunks, parse_chunk, parse_message
+from overfill.kv.wire import join_chunks, lay_out_message, parse_chunk, parse_message
 from overfill.v1 import common_pb2, kv_pb2
 
 KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=4, dtype="float32", rope=RopeSpec())
@@ -56,17 +57,21 @@ def test_messages_framed_by_hand_equal_those_of_the_generated_class(chunk):
     head.ClearField("payload")
     assert wire.head == head
     head.ClearField("checksum")
-    message = join_chunks([chunk_parts(head, chunk.scales, memoryview(chunk.payload), chunk.checksum)])
-    assert kv_pb2.KvChunk.FromString(message) == chunk
+    payload = b"" if chunk.HasField("shared") else memoryview(chunk.payload)
+    sent = Chunk(BOX, payload, checksum=chunk.checksum, scales=chunk.scales, head=head)
+    if chunk.HasField("shared"):
+        chunk.ClearField("payload")
+    assert kv_pb2.KvChunk.FromString(join_chunks([sent])) == chunk
 
 
 def test_payloads_written_in_place_are_the_message_that_joining_makes():
     boxes = [KvRange(layer, layer + 1, 2, 5, 0, 2) for layer in (0, 1, 3)]
     payloads = [bytes([n + 1]) * SPEC.payload_bytes(box) for n, box in enumerate(boxes)]
-    message, blanks = lay_out_raw(SPEC, boxes)
-    for blank, payload in zip(blanks, payloads, strict=True):
-        blank.payload[:] = payload
-        seal_in_place(blank)
+    chunks = [new_chunk(SPEC, box) for box in boxes]
+    message, checksums = lay_out_message(chunks, [len(payload) for payload in payloads])
+    for chunk, place, payload in zip(chunks, checksums, payloads, strict=True):
+        chunk.payload[:] = payload
+        place[:] = digest(chunk.header, payload).to_bytes(8, "little")
     assert message == join_chunks([seal(SPEC, box, payload) for box, payload in zip(boxes, payloads, strict=True)])
 
 
@@ -108,23 +113,15 @@ def test_a_message_that_is_cut_off_is_refused():
 
 
 def test_the_checksum_is_the_one_that_the_proto_file_defines():
-    # Written from the comment of KvChunk.checksum alone, as an implementation in another language would be.
-    import struct
-
-    import xxhash
-
     chunk = sealed()
-    header = chunk.transfer_id + struct.pack(
-        "<11I", 1, 1, 3, 2, 5, 0, 2, common_pb2.DTYPE_FLOAT32, common_pb2.KV_CODEC_RAW, 0, len(chunk.payload)
-    )
-    assert chunk.checksum == xxhash.xxh3_64_intdigest(header + chunk.payload)
+    assert chunk.checksum == checksum(chunk)
 
 
 def change(**fields):
     chunk = sealed()
     for name, value in fields.items():
         setattr(chunk, name, value)
-    chunk.checksum = checksum(chunk, chunk.scales, chunk.payload)
+    chunk.checksum = checksum(chunk)
     return chunk
 
 

@@ -9,7 +9,7 @@ from overfill.kv.chunks import Chunk, digest
 from overfill.kv.codecs import check_scales, encode, quantise, restore
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import DTYPE_BYTES, KvSpec, RopeSpec
-from overfill.kv.tensors import LayerTargets
+from overfill.kv.store import LayerTargets
 from overfill.v1 import common_pb2
 
 CPU = torch.device("cpu")

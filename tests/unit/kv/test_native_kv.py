@@ -10,7 +10,8 @@ from overfill.kv.chunks import Chunk, digest
 from overfill.kv.native import library
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.tensors import DeviceTensors, LayerTargets, NumpyTensors
+from overfill.kv.store import LayerTargets
+from overfill.kv.tensors import DeviceTensors, NumpyTensors
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native code for KV")
 

@@ -58,7 +58,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
         spec = TransferSpec(start.transfer_id, start.attempt, KV, tuple(start.layers), (0, TOKENS))
         sender = self.senders[start.transfer_id] = KvSender(spec, self.cache, self.executor)
         sender.begin([2, 0, 3], TOKENS, None)
-        yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
+        yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled())
         async for request in request_iterator:
             for box in request.ack.ranges:
                 sender.acknowledge(KvRange.from_proto(box))
@@ -79,7 +79,8 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 
 
 @pytest.fixture
-async def worker():
+async def worker(monkeypatch):
+    monkeypatch.setattr("overfill.kv.receiver._SMALL", 0)  # no transfer is too small for shared memory
     servicer = Prefill()
     servicer.shm_server.start()
     server = RpcServer()

@@ -17,7 +17,8 @@ from overfill.kv.spec import KvCacheDtype
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import HEAD_KEY
 from overfill.model.head import tokens_in_row_order
-from overfill.model.transformer import LayerHooks, Transformer
+from overfill.model.steps import LayerHooks
+from overfill.model.transformer import Transformer
 
 BLOCK_SIZE = 4
 SaveModel = Callable[[PretrainedConfig], PreTrainedModel]

@@ -20,7 +20,8 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 import torch
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.kv.cache import KvCache
 from overfill.model.native.transformer import NativeTransformer, fastest_model
 from overfill.model.transformer import Transformer

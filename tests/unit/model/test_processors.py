@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import overfill.request.grammar
+from overfill.engine.protocol import ServedHalf
 from overfill.errors import InvalidRequest, Overloaded
-from overfill.model.processors import LogitProcessor, new_processor, prepare_processor, process
+from overfill.model.processors import LogitProcessor, new_processor, process
 from overfill.model.sampling import sample
 from overfill.request.grammar import MATCHER_BYTES, GrammarFailed, Grammars
 from overfill.request.params import Grammar, SamplingParams
@@ -181,12 +185,14 @@ async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_match
 ) -> None:
     grammars = Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])  # whose matchers no other test holds
     held = [grammars.matcher(DIGITS) for _ in range(3)]
-    monkeypatch.setattr("overfill.model.processors.available_memory", lambda: 4 * MATCHER_BYTES - 1)
+    served = SimpleNamespace(grammars=grammars, new_processor=new_processor)
+    prepare = partial(ServedHalf.prepare_processor, cast(ServedHalf, served))
+    monkeypatch.setattr("overfill.engine.protocol.available_memory", lambda: 4 * MATCHER_BYTES - 1)
     with pytest.raises(Overloaded, match="3 answers have a grammar here"):
-        await prepare_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
-    assert await prepare_processor(SamplingParams(), [], grammars, [END]) is None
+        await prepare(SamplingParams(grammar=DIGITS), [], [END])
+    assert await prepare(SamplingParams(), [], [END]) is None
     del held[:]
-    assert await prepare_processor(SamplingParams(grammar=DIGITS), [], grammars, [END]) is not None
+    assert await prepare(SamplingParams(grammar=DIGITS), [], [END]) is not None
     grammars.close()
 
 

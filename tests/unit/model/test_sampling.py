@@ -19,8 +19,9 @@ from transformers import (
 from overfill.errors import InternalError
 from overfill.model import sampling
 from overfill.model.philox import uniform
-from overfill.model.sampling import SampledToken, filtered_weights
+from overfill.model.sampling import filtered_weights
 from overfill.model.sampling import sample as sample_rows
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from overfill.engine.runner import ModelRunner, Work
+from overfill.engine.runner import ModelRunner
+from overfill.engine.work import Work
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.cache import KvCache
 from overfill.making.checkpoint import copy_companions, write_json, write_weights

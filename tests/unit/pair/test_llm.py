@@ -358,11 +358,6 @@ def test_a_least_length_that_the_context_does_not_hold_is_refused(llm):
         llm.generate(PROMPTS[:1], SamplingParams(min_tokens=300))
 
 
-def test_the_earlier_name_of_max_num_batched_tokens_works_with_a_warning(folder):
-    with pytest.warns(DeprecationWarning, match="use max_num_batched_tokens"):
-        LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, token_budget=64)
-
-
 def test_a_completion_keeps_the_first_word_s_space(folder, tmp_path):
     """A SentencePiece-like tokenizer has words that include their leading space."""
     llm = new_llm(folder)

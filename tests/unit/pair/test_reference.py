@@ -229,7 +229,7 @@ def test_tiers_share_the_full_model_and_may_round_their_own_decoder(tiny_tiers: 
 
 
 def test_tiers_of_another_full_model_are_refused(tiny_tiers: tuple[TierSpec, ...], tmp_path: Path) -> None:
-    other = TierSpec("other", str(make_tiny_pair(tmp_path / "pair", seed=1)))
+    other = TierSpec(name="other", pair=str(make_tiny_pair(tmp_path / "pair", seed=1)))
     with pytest.raises(InvalidPair, match="different full models"):
         load_references([*tiny_tiers, other])
 

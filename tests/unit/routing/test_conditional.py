@@ -151,12 +151,14 @@ def plain_order(stack, job, short):
         return worker.queued_tokens + max(1, job.prompt_tokens - cached(worker))
 
     workers = [worker for worker in stack.roster.prefill if worker.admissible(0.0)]
-    workers.sort(key=lambda worker: (worker.queued_tokens - cached(worker), LeastLoad.key(worker), worker.id))
+    workers.sort(key=lambda worker: (worker.queued_tokens - cached(worker), LeastLoad.rank(worker), worker.id))
     prefill_only = [worker for worker in workers if not worker.info.colocated]
     colocated = [worker for worker in workers if worker.info.colocated]
     if not colocated:
         return prefill_only
-    local = next((worker for worker in colocated if job.decode is not None and worker.key == job.decode.key), None)
+    local = next(
+        (worker for worker in colocated if job.decode is not None and worker.process == job.decode.process), None
+    )
     short = 0 if job.decode is None else short
     if prefill_only:
         candidate = local or colocated[0]

@@ -31,7 +31,7 @@ def roster():
 
 @pytest.fixture
 def dispatcher(roster):
-    return Dispatcher(roster, max_queue=3, reserve_after=5.0, absent_after=10.0)
+    return Dispatcher(roster, max_queue=3, claim_after=5.0, absent_after=10.0)
 
 
 def job(name, prompt=10, answer=10, **more):
@@ -925,7 +925,7 @@ class Dispatching(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.roster = Roster(tiers=[Tier(name) for name in dict.fromkeys(self.TIERS.values())])
-        self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.dispatcher = Dispatcher(self.roster, max_queue=6, claim_after=3.0, absent_after=8.0)
         self.ids = itertools.count()
         self.open: list[Job] = []
         self.ended: list[Job] = []

@@ -64,7 +64,7 @@ class World:
             roster = Roster()
             decode, prefill = (POLICIES[name](index) for name in policies)
             roster.use(prefill, lambda decode=decode: decode)
-            dispatcher = Dispatcher(roster, max_queue=5, reserve_after=2.0)
+            dispatcher = Dispatcher(roster, max_queue=5, claim_after=2.0)
             self.routers.append((roster, dispatcher))
             for model in self.models:
                 self.join(index, model)

@@ -19,9 +19,10 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.routing import attempt
-from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.job import CheckedRequest
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.stream import Receive
@@ -114,7 +115,8 @@ class Stack:
             emitted_token_ids=emitted,
         )
         deadline = None if timeout is None else now + timeout
-        relay = Relay(start, self.async_dispatcher, self, received=now, deadline=deadline, max_attempts=max_attempts)
+        request = CheckedRequest(start=start, prompt_token_ids=(1, 2, 3), received=now, deadline=deadline)
+        relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
         relay.start()
         try:
             yield relay
@@ -135,7 +137,7 @@ async def stack(add_worker, make_report):
 
 
 async def read_all(relay):
-    """Reads the answer to its end; returns batches of tokens with their first index, and the Finish."""
+    """Reads the answer to its end; returns batches of tokens with their first index, and the end."""
     batches = []
     while isinstance(event := await relay.answer.next(), AnswerDelta):
         batches.append((event.first_index, event.token_ids))
@@ -648,7 +650,7 @@ async def test_a_failure_of_an_earlier_prefill_worker_is_charged_to_that_worker(
         stack.report("p1" if first == "p0" else "p0", credits=1)
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, worker_id=first))
         await stream.assigned()
-        (failed,) = {key[0] for key in relay._job.avoid}
+        (failed,) = {key[0] for key in relay.request.avoid}
         assert failed == first
         assert stack.roster.prefill.get(first).paused_until_report
         assert second in ("p0", "p1")
@@ -811,7 +813,10 @@ async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
         third = await stack.stream()
         await third.accept()
         third.done()
-        assert await read_all(relay) == ([], Finish(STOP, common_pb2.Usage(prompt_tokens=3)))
+        assert await read_all(relay) == (
+            [],
+            decode_pb2.DecodeDone(reason=STOP, usage=common_pb2.Usage(prompt_tokens=3)),
+        )
 
 
 async def test_an_aborted_request_ends_with_the_given_error(stack):

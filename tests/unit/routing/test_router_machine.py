@@ -24,10 +24,11 @@ from overfill.errors import (
 )
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.answer import AnswerDelta, Finish
+from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
+from overfill.routing.job import CheckedRequest
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.tier import DEFAULT_TIER
@@ -121,7 +122,7 @@ class Routing(RuleBasedStateMachine):
         super().__init__()
         self.loop = ManualLoop()
         self.roster = Roster()
-        self.dispatcher = Dispatcher(self.roster, max_queue=6, reserve_after=3.0, absent_after=8.0)
+        self.dispatcher = Dispatcher(self.roster, max_queue=6, claim_after=3.0, absent_after=8.0)
         self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.numbers = itertools.count()
         self.workers = []
@@ -215,7 +216,7 @@ class Routing(RuleBasedStateMachine):
         worker = self.pool(name).get(name)
         if worker is None or restarted:
             if worker is not None:
-                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
             worker = self.act(self.join, name, next(self.numbers) + 1)
         self.act(self.report, worker, credits, ready=ready, draining=draining)
 
@@ -223,7 +224,7 @@ class Routing(RuleBasedStateMachine):
     def worker_leaves(self, name, dies):
         if (worker := self.pool(name).get(name)) is not None:
             if dies:
-                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
             self.pool(name).remove(worker)
             self.act(self.async_dispatcher.poll)
 
@@ -253,8 +254,10 @@ class Routing(RuleBasedStateMachine):
             eos_token_ids=(0,),
             emitted_token_ids=request.read,
         )
-        times = {"received": self.loop.now, "deadline": request.deadline}
-        relay = self.act(lambda: Relay(start, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS, **times))
+        checked = CheckedRequest(
+            start=start, prompt_token_ids=start.prompt_token_ids, received=self.loop.now, deadline=request.deadline
+        )
+        relay = self.act(lambda: Relay(checked, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS))
         try:
             self.act(relay.start)
         except (Overloaded, PromptTooLong):
@@ -400,7 +403,7 @@ class Routing(RuleBasedStateMachine):
         match request.end:
             case None:
                 return
-            case Finish(reason=reason, usage=usage):
+            case decode_pb2.DecodeDone(reason=reason, usage=usage):
                 assert (request.read, reason) == (request.truth, request.reason)
                 assert usage.completion_tokens == len(request.truth)
             case DeadlineExceeded():
@@ -421,7 +424,7 @@ class Routing(RuleBasedStateMachine):
         """With healthy workers and no more failures, every remaining request is answered."""
         for name in NAMES:
             if (worker := self.pool(name).get(name)) is not None:
-                self.act(self.break_streams, worker.key, Unavailable("the connection broke"))
+                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
             self.act(lambda name=name: self.report(self.join(name, 10**6)))
         for _ in range(400):
             if all(request.end is not None for request in self.requests.values()):

@@ -280,14 +280,9 @@ def test_workers_with_both_stages_are_ready_in_both_pools_and_routers_count_thei
     assert (prefill.colocated, decode[DEFAULT_TIER].colocated) == (0.5, 0.5)
 
 
-def test_the_numbers_of_a_router_that_does_not_know_workers_with_both_stages_are_read(signals):
-    earlier = {name: value for name, value in signals.read(0.0).items() if "colocated" not in name}
-    assert pool_states([earlier], [DEFAULT_TIER])[0].colocated == 0
-
-
 def test_the_batch_limit_is_what_the_workers_say(roster, signals, make_report):
     kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
-    for name, limit in (("d0", 32), ("d1", 64), ("of an earlier version", 0)):
+    for name, limit in (("d0", 32), ("d1", 64), ("without a limit", 0)):
         hello = registry_pb2.Hello(worker_id=name, address="a:1", stages=[DECODE], kv=kv, max_num_seqs=limit)
         (info,) = WorkerInfo.from_hello(hello)
         worker = roster.join(info)

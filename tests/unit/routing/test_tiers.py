@@ -365,10 +365,14 @@ def test_a_tier_outside_the_order_never_changes():
 
 
 def test_a_hello_says_tier_and_decoder():
-    model = common_pb2.ModelIdentity(full_digest="a", tokenizer_digest="b", decoder_digest="cc")
+    model = common_pb2.ModelIdentity(
+        full_digest="a", tokenizer_digest="b", decoder_digest="cc", decoder_config_digest="dd"
+    )
     hello = registry_pb2.Hello(
         worker_id="d", stages=[DECODE], address="h:1", model=model, kv=KV.to_proto(), tier="fast"
     )
     (described,) = WorkerInfo.from_hello(hello)
     assert described.tier == "fast"
-    assert described.decoder == {"decoder_digest": "cc", "decoder_quantize": "none", "kv_cache_dtype": "auto"}
+    assert described.decoder == {
+        "decoder_digest": "cc", "decoder_config_digest": "dd", "decoder_quantize": "none", "kv_cache_dtype": "auto",
+    }  # fmt: skip

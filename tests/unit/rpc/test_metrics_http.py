@@ -17,7 +17,7 @@ from overfill.rpc.access import Role
 from overfill.rpc.addresses import instead_of_wildcard
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.tls import ServerTls, TlsError
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 
 
 def get(address, path="/metrics"):

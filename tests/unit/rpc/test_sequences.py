@@ -39,13 +39,20 @@ class Worker(decode_pb2_grpc.DecodeServicer):
     def __init__(self) -> None:
         self.pool = BlockPool(64, 4)
         self.messages: list[decode_pb2.WorkerMessage] = []
+        self.received: list[decode_pb2.RouterMessage] = []
         self.run: Callable[[ServedSequence], Any] = self.echo
         self.running = 0
         self.streams = 0
 
     async def Serve(self, request_iterator: AsyncIterator[decode_pb2.RouterMessage], context: Any) -> None:
         self.streams += 1
-        await serve_sequences(request_iterator, _Recorder(context, self.messages), self._run)  # type: ignore[arg-type]
+
+        async def recorded() -> AsyncIterator[decode_pb2.RouterMessage]:
+            async for message in request_iterator:
+                self.received.append(message)
+                yield message
+
+        await serve_sequences(recorded(), _Recorder(context, self.messages), self._run)  # type: ignore[arg-type]
 
     async def _run(self, served: ServedSequence) -> None:
         owner = f"{served.start.request_id}/{self.streams}/{served.number}"
@@ -99,10 +106,10 @@ class Sequence:
 
     def start(self, *prompt: int, **more: Any) -> None:
         start = decode_pb2.StartDecode(request_id="r", prompt_token_ids=prompt, **more)
-        self.stream.send(decode_pb2.RouterMessage(start=start))
+        self.stream.send(decode_pb2.SequenceCommand(start=start))
 
     def assign(self) -> None:
-        self.stream.send(decode_pb2.RouterMessage(assign_prefill=decode_pb2.AssignPrefill(worker_id="p")))
+        self.stream.send(decode_pb2.SequenceCommand(assign_prefill=decode_pb2.AssignPrefill(worker_id="p")))
 
     async def until(self, condition: Callable[[list[Any]], bool]) -> None:
         async with asyncio.timeout(20):
@@ -208,12 +215,30 @@ async def test_one_message_carries_the_tokens_of_all_sequences(ends: Ends) -> No
     assert len(message.updates) == 8
 
 
+async def test_commands_that_wait_share_a_message_up_to_its_maximum(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = [ends.open() for _ in range(8)]
+    for sequence in sequences:  # without a turn of the event loop, nothing is sent
+        sequence.start(1)
+    for sequence in sequences:
+        await sequence.reserved()
+    assert [len(message.commands) for message in ends.worker.received] == [8]
+    monkeypatch.setattr(stream, "MAX_MESSAGE_BYTES", 2048)
+    large = [ends.open() for _ in range(5)]
+    for sequence in large:
+        sequence.start(*[100_000] * 300)  # 900 bytes
+    for sequence in large:
+        await sequence.reserved()
+    assert [len(message.commands) for message in ends.worker.received[1:]] == [2, 2, 1]
+
+
 async def test_an_error_ends_one_sequence_only(ends: Ends) -> None:
     good, bad = ends.open(), ends.open()
     for sequence in (good, bad):
         sequence.start(1, 2)
         await sequence.reserved()
-    bad.stream.send(decode_pb2.RouterMessage(start=decode_pb2.StartDecode()))  # a second start is not allowed
+    bad.stream.send(decode_pb2.SequenceCommand(start=decode_pb2.StartDecode()))  # a second start is not allowed
     error = await bad.end()
     assert isinstance(error, InvalidRequest)
     assert error.field == "start"
@@ -304,7 +329,7 @@ async def test_a_receiver_that_raises_ends_no_other_sequence(ends: Ends) -> None
         raise RuntimeError("a bug")
 
     good, bad = ends.open(), ends.connector.open(ends.info, fails)
-    bad.send(decode_pb2.RouterMessage(start=decode_pb2.StartDecode(request_id="bad")))
+    bad.send(decode_pb2.SequenceCommand(start=decode_pb2.StartDecode(request_id="bad")))
     good.start(1)
     await good.reserved()
     good.assign()

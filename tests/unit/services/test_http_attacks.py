@@ -19,8 +19,9 @@ from http_memory import MemoryClient, echo, new_state, parse
 from overfill.rpc import certificates
 from overfill.rpc.access import AccessPolicy, Role, Scope
 from overfill.rpc.tls import ServerTls
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from services.router.http import connection as http_connection
+from services.router.http import head as http_head
 from services.router.http import server as http_server
 from services.router.http.app import HttpApi
 from services.router.http.connection import HEAD_TIMEOUT, Connection
@@ -129,7 +130,7 @@ async def test_a_line_that_does_not_end_is_refused(head: bytes) -> None:
     client = MemoryClient(new_state())
     client.send(head)
     for _ in range(2):
-        client.send(b"a" * http_connection.MAX_HEAD)
+        client.send(b"a" * http_head.MAX_HEAD)
     await client.until(lambda: False)
     assert parse(client.received) == [431]
 
@@ -331,7 +332,8 @@ MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 async def test_who_asks_is_decided_by_one_head(data: bytes, keys: bool, status: int) -> None:
     holder = SimpleNamespace(id="1", scopes=frozenset(Scope))
     access = AccessPolicy(keys=lambda key: holder if key == "right" else None) if keys else AccessPolicy()  # type: ignore[arg-type, return-value]
-    handler = SimpleNamespace(metrics=RouterMetrics(), tiers=SimpleNamespace(listed=lambda caller: []), tokenizer=None)
+    statistics, tiers = SimpleNamespace(metrics=RouterMetrics()), SimpleNamespace(listed=lambda caller: [])
+    handler = SimpleNamespace(statistics=statistics, tiers=tiers, tokenizer=None)
     api = HttpApi(handler, access, lambda: "", None, share_port=False)  # type: ignore[arg-type]
     client = MemoryClient(new_state(api))
     client.send(data)

@@ -19,7 +19,8 @@ from overfill.rpc.access import Role
 from overfill.rpc.tls import ServerTls
 from services.router.http import connection as http_connection
 from services.router.http import server as http_server
-from services.router.http.connection import MAX_HEAD, MAX_PIPELINED
+from services.router.http.connection import MAX_PIPELINED
+from services.router.http.head import MAX_HEAD
 from services.router.http.request import Request
 from services.router.http.server import HttpServer
 

@@ -13,14 +13,15 @@ from typing import Any, Self
 
 import pytest
 
-from overfill.api.requests import CheckedRequest
 from overfill.errors import ModelNotFound, PermissionDenied
 from overfill.routing.answer import AnswerDelta
+from overfill.routing.job import CheckedRequest
 from overfill.rpc.access import AccessPolicy
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.http.app import HttpApi
 from services.router.http.server import HttpServer
+from services.router.statistics import Statistics
 
 DIGESTS = {"default": "d" * 64, "full": "f" * 64}
 
@@ -83,20 +84,20 @@ class FakeHandler:
 
     def __init__(self) -> None:
         self.tiers = FakeTiers()
-        self.metrics = RouterMetrics()
+        self.statistics = Statistics(RouterMetrics(), None)  # type: ignore[arg-type]
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.written_by = ["default"]
         self.brownout_from = ""
         self.error: Exception | None = None
 
-    def reserve(self, *_: Any) -> nullcontext[SimpleNamespace]:
-        return nullcontext(SimpleNamespace(take=lambda *_: None))
+    def hold_quota(self, *_: Any) -> nullcontext[SimpleNamespace]:
+        return nullcontext(SimpleNamespace(take=lambda *_: None, tier=""))
 
     async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> CheckedRequest:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
-        return CheckedRequest(decode_pb2.StartDecode(), [1, 2, 3], (), False, False)
+        return CheckedRequest(start=decode_pb2.StartDecode(), prompt_token_ids=[1, 2, 3])
 
     def start(self, *_: Any) -> FakeGeneration:
         return FakeGeneration(self.written_by, self.brownout_from)

@@ -32,10 +32,16 @@ class Answer(nullcontext):
 
 
 async def check(*arguments):
-    return None
+    return SimpleNamespace(tier="default", prompt_token_ids=())
 
 
-HANDLER = SimpleNamespace(check=check, reserve=nullcontext, start=lambda *arguments: Answer())
+HANDLER = SimpleNamespace(
+    tiers=SimpleNamespace(identity=lambda tier, prompt: inference_pb2.AnswerIdentity()),
+    check=check,
+    hold_quota=nullcontext,
+    start=lambda *arguments: Answer(),
+    statistics=SimpleNamespace(refusing=nullcontext),
+)
 
 
 async def test_a_key_whose_answers_are_not_read_is_refused_until_one_has_ended(monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -21,12 +22,12 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
 from overfill.kv.keys import PromptBlocks
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
-from overfill.telemetry.metrics import PrefillMetrics
+from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
 from overfill.v1 import common_pb2, decode_pb2
+from services.colocated.local_prefill import LocalPrefills
 from services.decode.sequence_session import SequenceSession
-from services.worker.local_prefill import LocalPrefills
 
 
 class Prefilling:
@@ -38,7 +39,7 @@ class Prefilling:
         full = SimpleNamespace(
             blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 4, None, namespace),
             config=config,
-            grammars=None,
+            prepare_processor=AsyncMock(return_value=None),
             store=SimpleNamespace(block_size=4),
             max_model_len=30,
         )
@@ -47,7 +48,7 @@ class Prefilling:
         self.prefills = LocalPrefills(full, SimpleNamespace(engine=engine), self.metrics)
         sampling = common_pb2.SamplingParams(temperature=0, seed=3)
         start = decode_pb2.StartDecode(sampling=sampling, sample_index=2, cache_namespace="tenant")
-        sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4))
+        sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4), 2)
         self.session = SimpleNamespace(start=start, sequence=sequence, wants_first_token=not emitted, held_tokens=2)
         self.handoff = self.prefills.handoff(self.session)
 
@@ -82,7 +83,7 @@ async def test_the_engine_gets_the_prompt_as_the_request_has_it_and_the_session_
     )
     await prefilling.task
     (first,) = prefilling.first_tokens
-    assert (first.token.token_id, first.queue_ns, first.token.compute_ns) == (7, 1000, 2000)
+    assert (list(first.ids), first.prefill_queue_ns, first.prefill_compute_ns) == ([7], 1000, 2000)
     assert prefilling.in_place == 1
     assert prefilling.handoff.stats.cached_tokens == 1
     assert prefilling.sent == [here], "the engine has freed the prompt's blocks itself"
@@ -144,9 +145,11 @@ async def test_a_preempted_session_stops_its_local_prefill_before_it_gives_the_b
     sequence = DecodeSequence("d", [1, 2, 3], [], SamplingParams(temperature=0), StopRule(frozenset(), 4))
     start = decode_pb2.StartDecode(sampling=common_pb2.SamplingParams(temperature=0, seed=3))
     start.assign_prefill.worker_id = "w"
-    session = SequenceSession(
-        start, sequence, asyncio.Queue(), told.append, prefilling.sent.append, here, lambda: None, decode_pb2.WorkerLoad
+    served = SimpleNamespace(start=start, commands=asyncio.Queue(), put=told.append, time_left=lambda: None)
+    worker = SimpleNamespace(
+        metrics=DecodeMetrics(), send=prefilling.sent.append, new_handoff=here, own_assignment=lambda tokens: None
     )
+    session = SequenceSession(served, sequence, worker)
     running = asyncio.ensure_future(session.run())
     session.inbox.put_nowait(Reserved("d", [0], 0))
     while not any(isinstance(message, PrefillHere) for message in prefilling.sent):

@@ -1,9 +1,10 @@
-"""Tests that prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
+"""Tests that long prompts are hashed for the prefix cache on neither the engine's thread nor the event loop's."""
 
 import asyncio
 import itertools
 import threading
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 from services.decode.servicer import DecodeServicer
@@ -39,6 +41,7 @@ KV = KvSpec(2, 1, 4, "float32", RopeSpec())
 @pytest.fixture
 def hashed(monkeypatch):
     """Records the threads on which hashes are computed."""
+    monkeypatch.setattr("services.prompt_hasher._SHORT", len(PROMPT) - 1)
     threads, original = [], keys._hash64
 
     def spy(data):
@@ -126,7 +129,8 @@ def parts(prefix):
         kv=KV,
         max_model_len=64,
         config=SimpleNamespace(vocab_size=64, num_layers=2),
-        grammars=None,
+        prepare_processor=AsyncMock(return_value=None),
+        codecs=tuple(CODECS.values()),
     )
 
 
@@ -162,7 +166,11 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
         sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
         cache_namespace="tenant",
     )
-    serving = asyncio.create_task(servicer.Serve(stream(decode_pb2.RouterMessage(sequence=1, start=start)), None))
+    serving = asyncio.create_task(
+        servicer.Serve(
+            stream(decode_pb2.RouterMessage(commands=[decode_pb2.SequenceCommand(sequence=1, start=start)])), None
+        )
+    )
     await asyncio.wait_for(sent.wait(), timeout=10)
     serving.cancel()
     await asyncio.wait([serving])

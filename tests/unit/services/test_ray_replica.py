@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from overfill.cluster.spec import RouterSpec, StackSpec
 from overfill.errors import Unavailable
 from overfill.rpc.server import RpcServer
+from overfill.stack.spec import RouterSpec, StackSpec
 from services.router.app import Router
 
 replicas = pytest.importorskip("services.ray.replicas", reason="needs Ray")
@@ -44,7 +44,7 @@ async def test_a_router_whose_port_is_taken_says_so_once_and_starts_when_it_is_f
     monkeypatch.setattr(replicas, "_PORT_POLL", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        spec = StackSpec(pair=str(tiny_pair), mock=True, router=RouterSpec(ports=(0,), http_ports=(port,)))
+        spec = StackSpec(pair=str(tiny_pair), router=RouterSpec(ports=(0,), http_ports=(port,)))
         starting = asyncio.create_task(replicas._listening_router(spec))
         while tries < 4:
             await asyncio.sleep(0.01)

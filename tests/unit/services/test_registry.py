@@ -227,7 +227,7 @@ async def test_a_worker_with_both_stages_is_a_member_of_two_pools_and_leaves_bot
         (DECODE, True, 320),
     ]
     assert (prefill.prefix_keys, decode.prefix_keys) == ({7}, set()), "only prefill reads the prefix cache"
-    assert prefill.key == decode.key
+    assert prefill.process == decode.process
     assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "prefill+decode", "worker": "d"} | TIER}]
     stream.said.put_nowait(None)
     await joining

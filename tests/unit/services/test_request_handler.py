@@ -15,11 +15,13 @@ from overfill.kv import keys
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.pool import Roster
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import inference_pb2
 from services.router.bounded_executor import BoundedExecutor
-from services.router.request_handler import LONG_REQUEST, MAX_DETOKENIZED, RequestHandler, choices
+from services.router.limits import RequestLimits
+from services.router.request_handler import LONG_REQUEST, MAX_DETOKENIZED, RequestHandler
 from services.router.served_tiers import ServedTiers
+from services.router.statistics import Statistics
 
 LONG = "x" * LONG_REQUEST
 GENERATE = inference_pb2.GenerateRequest(text=LONG)
@@ -76,12 +78,12 @@ def new_handler(tokenizer: Any, dispatcher: Any, max_positions: int, prefill: An
     roster: Any = Roster()
     tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
     if prefill is not None:
-        roster = SimpleNamespace(prefill=[prefill])
+        roster.prefill = [prefill]
     unused: Any = SimpleNamespace(arrived=lambda *_: None)
+    statistics = Statistics(RouterMetrics(), unused)
     return RequestHandler(
-        tiers, tokenizer, unused, roster, dispatcher, unused, RouterMetrics(), unused, KeyLimiter(), max_attempts=1,
-        max_request_bytes=1 << 20,
-    )  # fmt: skip
+        tiers, tokenizer, unused, dispatcher, unused, statistics, KeyLimiter(), RequestLimits(max_attempts=1)
+    )
 
 
 @pytest.fixture
@@ -102,18 +104,18 @@ def new_key(**limits: Any) -> ApiKey:
 
 
 async def check(handler: RequestHandler, key: ApiKey) -> None:
-    with handler.reserve(key) as reservation:
-        await handler.check(GENERATE, reservation)
+    with handler.hold_quota(key) as hold:
+        await handler.check(GENERATE, hold, 0.0)
 
 
 async def tokenize(handler: RequestHandler, key: ApiKey | None) -> None:
-    with handler.reserve(key) as reservation:
-        await handler.tokenize(TOKENIZE, reservation)
+    with handler.hold_quota(key) as hold:
+        await handler.tokenize(TOKENIZE, hold)
 
 
 async def detokenize(handler: RequestHandler, key: ApiKey) -> None:
-    with handler.reserve(key) as reservation:
-        await handler.detokenize(DETOKENIZE, reservation)
+    with handler.hold_quota(key) as hold:
+        await handler.detokenize(DETOKENIZE, hold)
 
 
 CALLS = {"generate": check, "tokenize": tokenize, "detokenize": detokenize}
@@ -151,16 +153,16 @@ async def test_prompts_of_one_request_are_charged_once_and_together(
 ) -> None:
     key = new_key(concurrency=2)
     tokenizer.proceed.set()
-    with handler.reserve(key) as reservation:
-        reservation.take(0.0)  # before the body is read, and then for all prompts
-        reservation.take(0.0, 2)
+    with handler.hold_quota(key) as hold:
+        hold.take(0.0)  # before the body is read, and then for all prompts
+        hold.take(0.0, 2)
         for _ in range(2):
             with pytest.raises(InvalidRequest, match="has 100 tokens"):
-                await handler.check(GENERATE, reservation)
-    with handler.reserve(key) as reservation:
-        reservation.take(0.0)
+                await handler.check(GENERATE, hold, 0.0)
+    with handler.hold_quota(key) as hold:
+        hold.take(0.0)
         with pytest.raises(InvalidRequest, match="n: asks for 3 answers"):
-            reservation.take(0.0, 3)
+            hold.take(0.0, 3)
 
 
 async def test_too_many_or_too_large_calls_are_refused(tokenizer: BlockingTokenizer) -> None:
@@ -214,9 +216,9 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(
     prompt = keys.PromptKeys(keys.root_key(worker.info.identity.cache_key, ""), [1] * 100)
     policy.keys_changed(worker, list(prompt(16)), ())
     hashed_in.clear()
-    with handler.reserve() as reservation:
-        checked = await handler.check(inference_pb2.GenerateRequest(text=text), reservation)
-        answers = [handler.start(each, reservation, 0.0, None) for each in choices(checked, 8)]
+    with handler.hold_quota() as hold:
+        checked = await handler.check(inference_pb2.GenerateRequest(text=text), hold, 0.0)
+        answers = [handler.start(checked.sample(index), hold) for index in range(8)]
     for job in submitted:
         assert next(iter(policy.best(job))) is worker
         assert policy.placed(job, worker) == 96
@@ -234,8 +236,8 @@ async def test_a_drain_waits_for_a_request_that_is_tokenized(
     handler = new_handler(tokenizer, submitted, 200)
 
     async def begin() -> None:
-        with handler.reserve() as reservation:
-            handler.start(await handler.check(GENERATE, reservation), reservation, 0.0, None)
+        with handler.hold_quota() as hold:
+            handler.start(await handler.check(GENERATE, hold, 0.0), hold)
 
     beginning = asyncio.ensure_future(begin())
     assert await asyncio.to_thread(tokenizer.begun.wait, 30)
@@ -254,11 +256,11 @@ async def test_a_drain_waits_for_a_request_that_is_tokenized(
 async def test_nothing_starts_once_all_is_aborted(submitted: Submitted, tokenizer: BlockingTokenizer) -> None:
     handler = new_handler(tokenizer, submitted, 200)
     tokenizer.proceed.set()
-    with handler.reserve() as reservation:
-        checked = await handler.check(GENERATE, reservation)
+    with handler.hold_quota() as hold:
+        checked = await handler.check(GENERATE, hold, 0.0)
         handler.abort_all(ShuttingDown("too late"))
         with pytest.raises(ShuttingDown):
-            handler.start(checked, reservation, 0.0, None)
+            handler.start(checked, hold)
         await asyncio.wait_for(handler.wait_idle(), 30)
     assert not submitted
 
@@ -274,8 +276,8 @@ async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer:
 
 async def test_a_request_to_detokenize_has_a_limit(handler: RequestHandler, tokenizer: BlockingTokenizer) -> None:
     ids = inference_pb2.DetokenizeRequest(ids=[1] * (MAX_DETOKENIZED + 1))
-    with handler.reserve() as reservation, pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"):
-        await handler.detokenize(ids, reservation)
+    with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"):
+        await handler.detokenize(ids, hold)
 
 
 async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(tokenizer: BlockingTokenizer) -> None:
@@ -289,6 +291,13 @@ async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(toke
     for calls in (1, LONG_REQUEST // 64):  # of a few bytes each
         message = inference_pb2.ChatMessage(role="assistant", tool_calls=[inference_pb2.ToolCall(name="f")] * calls)
         request = inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=[message]))
-        with handler.reserve(None) as reservation:
-            assert await handler.tokenize(request, reservation) == [1]
+        with handler.hold_quota(None) as hold:
+            assert await handler.tokenize(request, hold) == [1]
     assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+@pytest.mark.parametrize("priority", [-3, 3])
+async def test_a_priority_out_of_range_is_refused(handler: RequestHandler, priority: int) -> None:
+    request = inference_pb2.GenerateRequest(text="x", priority=priority)
+    with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match=f"^priority: .*got {priority}$"):
+        await handler.check(request, hold, 0.0)

@@ -9,13 +9,14 @@ from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import Unavailable
-from overfill.routing.answer import AnswerState, Finish
-from overfill.routing.rolling_stats import RollingStats
-from overfill.telemetry.metrics import RouterMetrics
+from overfill.routing.answer import AnswerState
+from overfill.routing.job import CheckedRequest
+from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router import pace
 from services.router.pace import Pace
 from services.router.running_answer import RunningAnswer
+from services.router.statistics import Statistics
 
 TEXT = "one two three four five six seven eight nine ten"
 
@@ -23,18 +24,21 @@ TEXT = "one two three four five six seven eight nine ten"
 class Relay:
     """A relay whose tokens come from the test."""
 
-    def __init__(self):
+    def __init__(self, interval):
         self.answer = AnswerState((), 100, 0.0)
+        start = decode_pb2.StartDecode()
+        self.request = CheckedRequest(start=start, prompt_token_ids=(1,), stream_interval=interval)
         self.decode_worker, self.decode_engine = "decode-0", "overfill 0.2.0"
-        self.client_resumed, self.closed = False, False
-        self.tier = "default"
+        self.closed = False
 
     def close(self):
         self.closed = True
 
     def finish_at(self, completion_tokens):
         assert self.closed
-        return Finish(common_pb2.FINISH_REASON_STOP, common_pb2.Usage(cached_tokens=10 * completion_tokens))
+        return decode_pb2.DecodeDone(
+            reason=common_pb2.FINISH_REASON_STOP, usage=common_pb2.Usage(cached_tokens=10 * completion_tokens)
+        )
 
 
 class Answer:
@@ -43,19 +47,15 @@ class Answer:
     def __init__(self, folder, interval=1, stops=()):
         tokenizer = Tokenizer.load(folder / "full")
         self.ids = tokenizer.encode(TEXT)
-        self.relay, self.pace, self._sent = Relay(), Pace(), 0
+        self.relay, self.pace, self._sent = Relay(interval), Pace(), 0
         signals = SimpleNamespace(finished=lambda *_: None)
         text = AnswerText(StreamDetokenizer(tokenizer), stops)
         self.running = RunningAnswer(
             self.relay,
             text,
             inference_pb2.Accepted(),
-            "",
-            interval,
-            metrics=RouterMetrics(),
-            signals=signals,
-            rolling_stats=RollingStats(),
-            pace=self.pace,
+            Statistics(RouterMetrics(), signals),
+            self.pace,
             on_read=lambda now: None,
             close=lambda relay, error: relay.close(),
         )
@@ -66,7 +66,7 @@ class Answer:
         self._sent += count
 
     def end(self):
-        self.relay.answer.end(Finish(common_pb2.FINISH_REASON_LENGTH, common_pb2.Usage()))
+        self.relay.answer.end(decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH))
 
     async def next(self):
         """Returns the number of tokens of the next delta; None at the end."""

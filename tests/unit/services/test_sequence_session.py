@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 from counting import CountingRunner
@@ -23,6 +24,7 @@ from overfill.errors import InternalError, StepFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
 from overfill.request.params import SamplingParams
+from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
 from services.decode.sequence_session import PullEnded, SequenceSession
 
@@ -64,16 +66,17 @@ class SessionHarness:
         self.sent = []
         self.told = []
         self.pulls = []
-        self.session = SequenceSession(
-            decode_pb2.StartDecode(emitted_token_ids=[7]),
-            sequence,
-            asyncio.Queue(),
-            self.told.append,
-            self.send,
-            self.new_handoff,
-            lambda: None,
-            decode_pb2.WorkerLoad,
+        self.own, self.load, self.metrics = None, decode_pb2.WorkerLoad, DecodeMetrics()
+        served = SimpleNamespace(
+            start=decode_pb2.StartDecode(emitted_token_ids=[7]),
+            commands=asyncio.Queue(),
+            put=self.told.append,
+            time_left=lambda: None,
         )
+        self.session = SequenceSession(served, sequence, self)
+
+    def own_assignment(self, prompt_tokens):
+        return self.own
 
     def take(self, events):
         for event in events:
@@ -289,7 +292,7 @@ async def test_an_unrequested_assignment_is_ignored(harness):
 async def test_a_refusal_carries_the_load():
     harness = SessionHarness()
     harness.pool.acquire("other", 8)
-    harness.session._load = lambda: decode_pb2.WorkerLoad(kv_blocks_used=8)
+    harness.load = lambda: decode_pb2.WorkerLoad(kv_blocks_used=8)
     await harness.session.run()
     (update,) = harness.told
     assert update.refused.load.kv_blocks_used == 8
@@ -301,7 +304,7 @@ async def test_a_draining_worker_with_both_stages_prefills_its_own_sequences(tri
     """No router assigns it a prompt any more, and it may be the only one that prefills."""
     harness = SessionHarness()
     own = decode_pb2.AssignPrefill(worker_id="d")
-    harness.session._own_assignment = lambda: own
+    harness.own = own
     harness.session.start.assign_prefill.worker_id = tried
     task = asyncio.ensure_future(harness.session.run())
     await settle()
@@ -323,7 +326,7 @@ async def test_a_draining_worker_with_both_stages_prefills_its_own_sequences(tri
 
 async def test_a_draining_worker_with_both_stages_waits_for_no_assignment():
     harness = SessionHarness()
-    harness.session._own_assignment = lambda: decode_pb2.AssignPrefill(worker_id="d")
+    harness.own = decode_pb2.AssignPrefill(worker_id="d")
     task = asyncio.ensure_future(harness.session.run())
     await settle()
     (pull,) = harness.pulls

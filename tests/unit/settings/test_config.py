@@ -20,7 +20,7 @@ KINDS = (PrefillConfig, DecodeConfig, RouterConfig)
 def _no_settings_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in KINDS:
         for field in kind.model_fields:
-            monkeypatch.delenv(f"{kind.model_config['env_prefix']}{field}".upper(), raising=False)
+            monkeypatch.delenv(f"{kind.prefix}{field}".upper(), raising=False)
 
 
 def refused(kind: type[ServiceConfig], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -37,7 +37,7 @@ def test_only_the_pair_is_required(kind: type[ServiceConfig], capsys: pytest.Cap
     assert config.host == "127.0.0.1"
     message = refused(kind, [], capsys)
     assert "--pair" in message
-    assert f"{kind.model_config['env_prefix']}PAIR" in message
+    assert f"{kind.prefix}PAIR" in message
 
 
 def test_flags_are_kebab_case_and_typed() -> None:
@@ -86,7 +86,7 @@ def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> No
             ["--otlp-traces-endpoint", "x"],
             "OTLP_TRACES_ENDPOINT): must be a URL such as http://127.0.0.1:4317, got 'x'",
         ),
-        (["--no-such-flag", "1"], "--no-such-flag: no such flag; `overfill-prefill --help` lists all flags"),
+        (["--unheard-of", "1"], "--unheard-of: no such flag; `overfill-prefill --help` lists all flags"),
         (["--kv-memroy=1GiB"], "--kv-memroy: no such flag; did you mean --kv-memory?"),
         (["--kv-mem", "1GiB"], "--kv-mem:"),  # abbreviations are refused, because a new flag could make them ambiguous
         (["--kv-memory"], "--kv-memory"),
@@ -183,7 +183,7 @@ def test_tls_certificate_and_key_go_together(capsys: pytest.CaptureFixture[str])
 def test_routers_that_share_a_port_name_it(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert says in refused(RouterConfig, ["--pair", "p", *argv], capsys)
     config = RouterConfig.parse(["--pair=p", "--share-port=/run/x", "--join-port=7601"])
-    assert RouterConfig.parse(config.to_argv()) == config
+    assert RouterConfig.of(config.settings()) == config
 
 
 def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +191,7 @@ def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str
     assert RouterConfig.parse(["--pair", "p", "--metrics-port", "9600"]).metrics_port == 9600
     off = RouterConfig.parse(["--pair", "p", "--metrics-port", "off", "--metrics-host", "0.0.0.0"])
     assert off.metrics_port == "off"
-    assert RouterConfig.parse(off.to_argv()) == off
+    assert RouterConfig.of(off.settings()) == off
     assert "--metrics-port" in refused(RouterConfig, ["--pair", "p", "--metrics-port", "on"], capsys)
     assert "--metrics-host" in refused(RouterConfig, ["--pair", "p", "--metrics-host", "0.0.0.0"], capsys)
 
@@ -210,11 +210,20 @@ def test_configs_are_frozen() -> None:
         (RouterConfig, ["--port", "0", "--served-model-name", "m=1,other", "--expect-decode", "2"]),
     ],
 )
-def test_to_argv_parses_back_to_the_same_configuration(kind: type[ServiceConfig], argv: list[str]) -> None:
+def test_a_process_reads_its_settings_as_json(
+    kind: type[ServiceConfig], argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = kind.parse(["--pair=-odd folder", *argv])
-    flags = config.to_argv()
-    assert kind.parse(flags) == config
-    assert len(flags) == 1 + len(argv) // 2, "defaults are left out"
+    assert len(config.settings()) == 1 + len(argv) // 2, "defaults are left out"
+    (variable, text), *others = config.environment().items()
+    assert not others
+    monkeypatch.setenv(variable, text)
+    monkeypatch.setenv(kind.variable("grace_period"), "1")
+    assert kind.parse(["--grace-period=2"]) == config, "nothing else is read"
+    monkeypatch.setenv(variable, '{"pair": "p", "grace_period": -1}')
+    with pytest.raises(SystemExit) as caught:
+        kind.parse([])
+    assert caught.value.code == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,7 +233,7 @@ def test_help_names_every_flag(kind: type[ServiceConfig], capsys: pytest.Capture
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for field in kind.model_fields:
-        assert f"--{field.replace('_', '-')} " in text
+        assert re.search(rf"--{field.replace('_', '-')}[ ,]", text)
         assert kind.model_fields[field].description, field
     assert "--kv-memory SIZE" in text or kind is RouterConfig
     assert "--metrics-port N|off" in text
@@ -240,7 +249,7 @@ def test_loads_no_torch() -> None:
 def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> None:
     config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
     assert DecodeConfig.of(config.settings()) == config
-    assert DecodeConfig.of({"pair": "p", "kv_memory": None, "data_streams": 3}).data_streams == 3
+    assert DecodeConfig.of({"pair": "p", "kv_memory": "1MiB", "data_streams": 3}).kv_memory == 1 << 20
     with pytest.raises(ValueError, match="kv_memroy: no such setting; overfill-decode --help lists"):
         DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
     with pytest.raises(ValueError, match="--data-streams"):
@@ -251,11 +260,3 @@ def test_settings_by_name_read_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_CONFIG", "/nowhere/overfill.yaml")
     with pytest.raises(BadSettings, match=r"^--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})
-
-
-def test_earlier_names_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PrefillConfig.parse(["--pair=p", "--token-budget=512"]).max_num_batched_tokens == 512
-    monkeypatch.setenv("OVERFILL_PREFILL_TOKEN_BUDGET", "256")
-    monkeypatch.setenv("OVERFILL_PREFILL_OTLP_ENDPOINT", "http://collector:4317")
-    config = PrefillConfig.parse(["--pair=p"])
-    assert (config.max_num_batched_tokens, config.trace_endpoint()) == (256, "http://collector:4317")

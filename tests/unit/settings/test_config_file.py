@@ -64,7 +64,7 @@ def faults(path: Path) -> list[str]:
 def test_a_section_beats_common_and_only_its_service_reads_it(file: Path) -> None:
     prefill = PrefillConfig.parse(["--config", str(file)])
     assert (prefill.pair, prefill.kv_memory, prefill.grace_period) == ("/pairs/mine", 2 << 30, 7)
-    assert prefill.prefix_cache == "on"
+    assert prefill.prefix_cache is True
     decode = DecodeConfig.parse([f"--config={file}"])
     assert (decode.routers, decode.kv_memory, decode.grace_period) == (("a:1", "b:2"), None, 5)
     assert RouterConfig.parse([f"--config={file}"]).grace_period == 5
@@ -76,7 +76,8 @@ def test_flags_beat_variables_which_beat_the_file(file: Path, monkeypatch: pytes
     monkeypatch.setenv("OVERFILL_PREFILL_GRACE_PERIOD", "8")
     config = PrefillConfig.parse(["--grace-period", "9"])
     assert (config.kv_memory, config.grace_period, config.pair) == (3 << 30, 9, "/pairs/mine")
-    assert PrefillConfig.origins(["--grace-period", "9"]) == {
+    given = PrefillConfig.given({"grace_period": "9"})
+    assert {name: one.origin for name, one in given.items()} == {
         "config": "OVERFILL_PREFILL_CONFIG",
         "pair": f"{file}: common.pair",
         "kv_memory": "OVERFILL_PREFILL_KV_MEMORY",
@@ -85,9 +86,9 @@ def test_flags_beat_variables_which_beat_the_file(file: Path, monkeypatch: pytes
     }
 
 
-def test_to_argv_needs_no_file(file: Path) -> None:
+def test_a_process_needs_no_file(file: Path) -> None:
     config = DecodeConfig.parse([f"--config={file}"])
-    again = DecodeConfig.parse(config.to_argv())
+    again = DecodeConfig.of(config.settings())
     assert again == config.model_copy(update={"config": None})
 
 
@@ -125,7 +126,7 @@ def test_faults_of_a_file_are_reported_by_key(text: str, says: str, tmp_path: Pa
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_a_boolean_is_refused_as_a_setting_of_a_service(value: str, tmp_path: Path) -> None:
-    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nmock = {value}"
+    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nray = {value}"
     told = faults(written(tmp_path, text, "overfill.toml"))
     assert len(told) == 3
     assert f'router.http: expected text or a number, such as "off" or 8000, got {value}' in told[0]

@@ -17,15 +17,10 @@ from overfill.kv.blocks import BlockPool
 from overfill.request.params import SamplingParams
 from overfill.routing.admission import Admission
 from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
-from overfill.telemetry.metrics import (
-    LATENCY_BUCKETS,
-    MAX_KEY_SERIES,
-    DecodeMetrics,
-    PrefillMetrics,
-    RouterMetrics,
-    declared,
-)
+from overfill.telemetry.metric_set import LATENCY_BUCKETS
+from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics, declared
 from overfill.telemetry.outcomes import OUTCOMES, outcome_of
+from overfill.telemetry.router_metrics import MAX_KEY_SERIES, RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 
@@ -204,13 +199,10 @@ def test_no_name_is_declared_twice():
 
 def test_refusals_by_reason():
     metrics = RouterMetrics()
-    queue = Admission(max_queue=1)
-    with pytest.raises(errors.Overloaded), metrics.refusing("default"):
-        queue.check(waiting=1, ahead=1, now=0.0, deadline=None)
-    with pytest.raises(errors.PromptTooLong), metrics.refusing("default"):
-        raise errors.PromptTooLong("prompt", "is long")
-    with pytest.raises(errors.Unavailable), metrics.refusing("default"):
-        raise errors.Unavailable("x")
+    with pytest.raises(errors.Overloaded) as full:
+        Admission(max_queue=1).check(waiting=1, ahead=1, now=0.0, deadline=None)
+    for error in (full.value, errors.PromptTooLong("prompt", "is long"), errors.Unavailable("x")):
+        metrics.refused(error, "default")
     refusals = values(metrics, "overfill_router_refusals_total")
     assert {labels for labels, count in refusals.items() if count} == {
         (reason, "default") for reason in ("queue_full", "too_long", "other")

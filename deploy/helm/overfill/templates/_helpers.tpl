@@ -7,9 +7,9 @@
 {{- end -}}
 {{- end }}
 
-{{/* gRPC ports by component, as a JSON object. A component "worker" has both stages. */}}
+{{/* gRPC ports by component, as a JSON object. A component "colocated" has both stages. */}}
 {{- define "overfill.ports" -}}
-{{ dict "router" 7600 "prefill" 7601 "decode" 7602 "worker" 7603 | toJson }}
+{{ dict "router" 7600 "prefill" 7601 "decode" 7602 "colocated" 7603 | toJson }}
 {{- end }}
 
 {{/* Components that have pods, as a JSON list. */}}
@@ -28,16 +28,16 @@ both stages decode in the default tier; with them, a pool of 0 workers is left o
 {{- $ports := include "overfill.ports" . | fromJson -}}
 {{- $pairs := include "overfill.pairs" . | fromJsonArray -}}
 {{- $pools := list (dict "name" "router" "component" "router" "port" $ports.router "tier" "" "values" .Values.router "pairs" $pairs) -}}
-{{- $both := gt (int .Values.worker.replicas) 0 -}}
+{{- $both := gt (int .Values.colocated.replicas) 0 -}}
 {{- if $both -}}
 {{- $default := first $pairs -}}
-{{- $values := deepCopy .Values.worker -}}
+{{- $values := deepCopy .Values.colocated -}}
 {{- $_ := set $values "autoscaling" (dict "kind" "none") -}}
 {{- range $key, $name := dict "ttftObjective" "ttft-objective" "itlObjective" "itl-objective" -}}
-{{- $objective := index (index $.Values.decoders $default.tier | default dict) $key | default (index $.Values.router.settings $name) -}}
+{{- $objective := index (index $.Values.tiers $default.tier | default dict) $key | default (index $.Values.router.settings $name) -}}
 {{- if and $objective (not (hasKey $values.settings $name)) }}{{ $_ := set $values.settings $name $objective }}{{ end -}}
 {{- end -}}
-{{- $pools = append $pools (dict "name" "worker" "component" "worker" "port" $ports.worker "tier" $default.tier "values" $values "pairs" (list $default)) -}}
+{{- $pools = append $pools (dict "name" "colocated" "component" "colocated" "port" $ports.colocated "tier" $default.tier "values" $values "pairs" (list $default)) -}}
 {{- end -}}
 {{- $others := list (dict "name" "prefill" "component" "prefill" "port" $ports.prefill "tier" "" "values" .Values.prefill "pairs" (list (first $pairs))) -}}
 {{- range $pairs -}}
@@ -45,12 +45,12 @@ both stages decode in the default tier; with them, a pool of 0 workers is left o
 {{- $name := "decode" -}}
 {{- if .tier -}}
 {{- $name = printf "decode-%s" .tier -}}
-{{- $_ := include "overfill.overwrite" (dict "base" $values "own" (omit (index $.Values.decoders .tier) "pair" "revision" "fallback" "ttftObjective" "itlObjective")) -}}
+{{- $_ := include "overfill.overwrite" (dict "base" $values "own" (omit (index $.Values.tiers .tier) "pair" "revision" "fallback" "ttftObjective" "itlObjective")) -}}
 {{- end -}}
 {{- $others = append $others (dict "name" $name "component" "decode" "port" $ports.decode "tier" .tier "values" $values "pairs" (list .)) -}}
 {{- end -}}
 {{- range $others -}}
-{{- if and $both (ne .values.autoscaling.kind "none") }}{{ fail (printf "%s: autoscaling.kind %s conflicts with worker.replicas: a stack of workers with both stages has a fixed number of workers" .name .values.autoscaling.kind) }}{{ end -}}
+{{- if and $both (ne .values.autoscaling.kind "none") }}{{ fail (printf "%s: autoscaling.kind %s conflicts with colocated.replicas: a stack of workers with both stages has a fixed number of workers" .name .values.autoscaling.kind) }}{{ end -}}
 {{- if or (not $both) (gt (int .values.replicas) 0) }}{{ $pools = append $pools . }}{{ end -}}
 {{- end -}}
 {{ toJson $pools }}
@@ -87,12 +87,12 @@ of a pair, or repository and revision.
 {{- define "overfill.pairs" -}}
 {{- $pair := .Values.pair -}}
 {{- $pairs := list -}}
-{{- if .Values.decoders -}}
-{{- $tiers := keys .Values.decoders | sortAlpha -}}
+{{- if .Values.tiers -}}
+{{- $tiers := keys .Values.tiers | sortAlpha -}}
 {{- $default := index .Values.router.settings "default-tier" | default (ternary "default" (first $tiers) (has "default" $tiers)) -}}
-{{- if not (has $default $tiers) }}{{ fail (printf "router.settings.default-tier: there is no tier %s in decoders" $default) }}{{ end -}}
+{{- if not (has $default $tiers) }}{{ fail (printf "router.settings.default-tier: there is no tier %s in tiers" $default) }}{{ end -}}
 {{- range prepend (without $tiers $default) $default -}}
-{{- $own := index $.Values.decoders . -}}
+{{- $own := index $.Values.tiers . -}}
 {{- $folder := ternary (printf "/pair/%s" $own.pair) (printf "/pair/%s" .) (eq $pair.source "claim") -}}
 {{- $pairs = append $pairs (dict "tier" . "folder" $folder "id" $own.pair "revision" ($own.revision | default $pair.hub.revision)) -}}
 {{- end -}}
@@ -103,8 +103,8 @@ of a pair, or repository and revision.
 {{ toJson $pairs }}
 {{- end }}
 
-{{/* The tiers as a router's --decoders; empty with one pair, unless its decoder is loaded in another format. */}}
-{{- define "overfill.decoders" -}}
+{{/* The tiers as a router's --tiers; empty with one pair, unless its decoder is loaded in another format. */}}
+{{- define "overfill.tiers" -}}
 {{- $tiers := list -}}
 {{- $pools := include "overfill.workerPools" . | fromJsonArray -}}
 {{- range $pair := include "overfill.pairs" . | fromJsonArray -}}
@@ -117,15 +117,15 @@ of a pair, or repository and revision.
 {{- $count = add $count (include "overfill.replicas" .values | int) -}}
 {{- end -}}
 {{- end -}}
-{{- if kindIs "string" $settings }}{{ fail (printf "decoders.%s.replicas: at least 1; only the default tier may have none, with worker.replicas" $tier) }}{{ end -}}
+{{- if kindIs "string" $settings }}{{ fail (printf "tiers.%s.replicas: at least 1; only the default tier may have none, with colocated.replicas" $tier) }}{{ end -}}
 {{- if or $tier (hasKey $settings "quantize") -}}
-{{- $own := index $.Values.decoders $tier | default dict -}}
+{{- $own := index $.Values.tiers $tier | default dict -}}
 {{- $text := printf "%s=%s:%d" ($tier | default "default") $pair.folder (int $count) -}}
 {{- range $key, $name := dict "fallback" "fallback" "ttftObjective" "ttft-objective" "itlObjective" "itl-objective" -}}
 {{- with index $own $key }}{{ $text = printf "%s,%s=%s" $text $name (include "overfill.value" .) }}{{ end -}}
 {{- end -}}
 {{- range $key, $value := $settings }}{{ $text = printf "%s,%s=%s" $text $key (include "overfill.value" $value) }}{{ end -}}
-{{- if or (contains ";" $text) (contains "," $pair.folder) }}{{ fail (printf "decoders.%s: neither pair nor settings may have a semicolon, nor the pair a comma" $tier) }}{{ end -}}
+{{- if or (contains ";" $text) (contains "," $pair.folder) }}{{ fail (printf "tiers.%s: neither pair nor settings may have a semicolon, nor the pair a comma" $tier) }}{{ end -}}
 {{- $tiers = append $tiers $text -}}
 {{- end -}}
 {{- end -}}
@@ -239,7 +239,11 @@ Prometheus. Clients have a certificate of their own, because a holder of this on
 - --tls-name={{ .root.Values.tls.name }}
 - --log-level={{ .root.Values.logLevel }}
 {{- range $key, $value := .pool.values.settings }}
+{{- if kindIs "bool" $value }}
+- --{{ ternary "" "no-" $value }}{{ $key }}
+{{- else }}
 - {{ printf "--%s=%s" $key (include "overfill.value" $value) | quote }}
+{{- end }}
 {{- end }}
 {{- end }}
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from overfill.engine.build import EngineParts, load_half, size_pools
+from overfill.engine.build import load_half, size_pools
 from overfill.engine.decode import DecodeEngine
+from overfill.engine.parts import EngineParts
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
@@ -105,8 +107,11 @@ class OverfillEngine:
 
     def __init__(self, name: str, full: EngineParts, parts: EngineParts, max_num_batched_tokens: int) -> None:
         self.name = name
+        assert isinstance(full.runner, ModelRunner)
+        assert isinstance(parts.runner, ModelRunner)
         self._full = full
         self._parts = parts
+        self._full_runner, self._runner = full.runner, parts.runner
         self._prefill_events: list[PrefillEvent] = []
         self._events: list[DecodeEvent] = []
         self._prefill = PrefillEngine(
@@ -118,19 +123,19 @@ class OverfillEngine:
     @property
     def cost(self) -> ModelCost:
         """Bytes and operations of the model that decodes."""
-        model = self._parts.runner.model
-        return ModelCost.of(model.config, model.bytes_read, self._parts.runner.cache.token_bytes)
+        model = self._runner.model
+        return ModelCost.of(model.config, model.bytes_read, self._runner.cache.token_bytes)
 
     @property
     def weights(self) -> str:
         """Weight type of the model that decodes, such as "bfloat16" or "int8"."""
-        model = self._parts.runner.model
+        model = self._runner.model
         return str(model.dtype).removeprefix("torch.") if model.quantize == "none" else model.quantize
 
     @property
     def kv_cache(self) -> str:
         """Element type of the KV cache that decode reads."""
-        return str(self._parts.runner.cache.k.dtype).removeprefix("torch.")
+        return str(self._runner.cache.k.dtype).removeprefix("torch.")
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)
@@ -146,9 +151,9 @@ class OverfillEngine:
                     raise InternalError(f"the engine reserved no KV blocks: {event}")
                 self._ids.append(sequence.id)
                 copy_sequence(
-                    self._full.runner.cache,
+                    self._full_runner.cache,
                     source.blocks,
-                    self._parts.runner.cache,
+                    self._runner.cache,
                     event.blocks,
                     self._parts.pair.layer_map if self.name == "decoder" else range(self._full.config.num_layers),
                     prompt_tokens,

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from overfill.cli.stack import Stack
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.engine.build import build_engine_parts
 from overfill.engine.prefill import PrefillEngine
@@ -26,6 +24,8 @@ from overfill.kv.spec import DTypeName
 from overfill.lab.bench.measurement import Measurement
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams as EngineSampling
+from overfill.stack.describe import describe
+from overfill.stack.process_runner import ProcessRunner
 
 MAX_EXPOSED_SHARE = 0.05
 """Upper limit of the second token's wait for KV, as a share of the prefill."""
@@ -58,7 +58,7 @@ def measure_handoff(
     dtype: DTypeName | None,
     threads: int,
     rounds: int,
-    shm: str,
+    shm: bool,
     kv_codec: str,
     log: Callable[[str, str], None],
 ) -> list[Measurement]:
@@ -73,8 +73,7 @@ def measure_handoff(
     """
     settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
     settings |= {"shm": shm, "kv_codec": kv_codec}
-    plan = make_plan(StackRequest(pair.folder, threads=threads, settings=settings))
-    stack = Stack(plan, log)
+    stack = ProcessRunner(describe(pair.folder, threads=threads, settings=settings), log)
     plain = _PlainPrefill(pair, dtype, tokens)
     rng = random.Random(0)
     vocab = pair.full_config.vocab_size
@@ -83,7 +82,7 @@ def measure_handoff(
     try:
         stack.start()
         stack.wait_ready(threading.Event())
-        with Client(plan.addresses[0]) as client:
+        with Client(stack.addresses[0]) as client:
             greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
             for number in range(rounds + 1):
                 prompt = [rng.randrange(vocab) for _ in range(tokens)]

@@ -14,7 +14,7 @@ import torch
 
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import FirstTokenArrived, PromptPull
+from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import DTypeName, KvSpec
 from overfill.lab.bench.workers import Log, prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
@@ -132,8 +132,5 @@ async def _pull(
     )
     pull = PromptPull(peer, request, spec, pair.layer_map, cache, blocks, executor)
 
-    def ignore(token: FirstTokenArrived) -> None:
-        """The pull's statistics hold the time of the first token."""
-
-    await pull.run(None, ignore)
+    await pull.run(None, lambda token: None)  # the pull's statistics hold the time of the first token
     return Timeline.from_trace(tokens, pull.stats.to_proto())

@@ -61,7 +61,6 @@ class _Sender(prefill_pb2_grpc.PrefillServicer):
         sender = self._senders[start.transfer_id] = KvSender(spec, self._cache, self._executor)
         sender.begin(self._blocks, tokens, None)
         try:
-            yield prefill_pb2.PrefillResponse(queued=prefill_pb2.PrefillQueued())
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(cached_tokens=tokens))
             async for request in requests:
                 for box in request.ack.ranges:

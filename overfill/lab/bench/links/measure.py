@@ -16,9 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from overfill.cli.stack import Stack
-from overfill.cli.stack_plan import PlannedWorker
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -27,6 +24,9 @@ from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.model.manifest import Pair
 from overfill.settings.worker_kinds import WorkerSettings
+from overfill.stack.describe import describe
+from overfill.stack.placed import PlacedWorker, place
+from overfill.stack.process_runner import ProcessRunner
 
 _WARM_TOKENS = 64  # of a request that is not measured, after each change of the link
 _TIMEOUT = 900.0  # seconds for one request
@@ -161,10 +161,10 @@ def measure_links(
         codecs, [(kind, list(group)) for kind, group in itertools.groupby(links, network)]
     ):
         settings = {"dtype": dtype, "log_level": "warning", "kv_codec": codec, "grace_period": 2}
-        plan = make_plan(StackRequest(pair.folder, threads=threads, settings=settings))
-        plan = plan.with_configs(_without_decode_cache)
-        with place_on_hosts(plan, *kind) as (placed, hosts):
-            stack = Stack(placed, log, {name: host.enter for name, host in hosts.items()})
+        spec = describe(pair.folder, threads=threads, settings=settings)
+        with place_on_hosts(place(spec).with_configs(_without_decode_cache), *kind) as (placed, hosts):
+            prefixes = {name: host.enter for name, host in hosts.items()}
+            stack = ProcessRunner(spec, log, placed=placed, prefixes=prefixes)
             try:
                 stack.start()
                 stack.wait_ready(threading.Event())
@@ -181,8 +181,8 @@ def measure_links(
                 stack.stop()
 
 
-def _without_decode_cache(worker: PlannedWorker) -> WorkerSettings:
-    off = {"prefix_cache": "off"}
+def _without_decode_cache(worker: PlacedWorker) -> WorkerSettings:
+    off = {"prefix_cache": False}
     return worker.config if worker.tier is None else worker.config.model_copy(update=off)
 
 

@@ -368,7 +368,8 @@ class _GrpcConnection:
     def _messages(self, state: list[Any], payload: bytes) -> None:
         rest = state[2] + payload
         while len(rest) >= 5 and len(rest) >= (end := 5 + int.from_bytes(rest[1:5], "big")):
-            tokens = len(inference_pb2.GenerateResponse.FromString(rest[5:end]).delta.token_ids)
+            response = inference_pb2.GenerateResponse.FromString(rest[5:end])
+            tokens = len(response.delta.token_ids) + len(response.finished.rest.token_ids)
             rest = rest[end:]
             if tokens:
                 state[0] = self._client.events(state[0], 1) if state[1] else self._client.first(state[0])

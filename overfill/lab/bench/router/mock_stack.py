@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child, stop
-from overfill.cli.stack import child_environment
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.stack.child import Child, stop
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import child_environment
 
 _START_SECONDS = 60.0
 
@@ -42,8 +43,7 @@ def mock_stack(
     *,
     workers: int = 1,
     router: Sequence[str] = (),
-    common: Sequence[str] = (),
-    decode: Sequence[str] = (),
+    times: Mapping[str, object] | None = None,
     launcher: Sequence[str] = (),
 ) -> Iterator[MockStack]:
     """Starts a router and mock workers, waits until all serve, and stops them at the end.
@@ -51,18 +51,25 @@ def mock_stack(
     Args:
         max_num_seqs: Maximum concurrent sequences of each worker.
         workers: Number of workers of each stage.
-        router, common, decode: Additional flags of the router, of all mock workers and of decode workers.
+        router: Additional flags of the router.
+        times: Arguments of the mock engine, such as its times.
         launcher: Module and arguments that run the router's module; nothing runs it directly.
     """
     grpc, http = (f"127.0.0.1:{port}" for port in free_ports("127.0.0.1", 2))
     shared = [f"--pair={pair}", "--log-level=warning"]
-    worker = [f"--routers={grpc}", f"--max-num-seqs={max_num_seqs}", "--mock-kv-blocks=10000000", *shared, *common]
+    worker = [
+        f"--routers={grpc}",
+        f"--max-num-seqs={max_num_seqs}",
+        "--engine=mock",
+        f"--engine-args={json.dumps(times or {})}",
+        *shared,
+    ]
     ports = [f"--port={grpc.rpartition(':')[2]}", f"--http={http.rpartition(':')[2]}"]
     expected = [f"--expect-prefill={workers}", f"--expect-decode={workers}"]
     commands = {"router": [*launcher, "services.router.main", *ports, *expected, *router, *shared]}
     for index in range(workers):
-        commands[f"prefill-{index}"] = ["services.mock", "prefill", *worker]
-        commands[f"decode-{index}"] = ["services.mock", "decode", *worker, *decode]
+        commands[f"prefill-{index}"] = ["services.prefill.main", *worker]
+        commands[f"decode-{index}"] = ["services.decode.main", *worker]
     children: list[Child] = []
     try:
         for name, arguments in commands.items():

@@ -54,7 +54,7 @@ def measure_overload(
         max_wait: Seconds that the router lets a request wait.
     """
     capacity = slots / (step * tokens)
-    with mock_stack(pair, slots, router=[f"--max-wait={max_wait}"], decode=[f"--mock-step={step}"]) as stack:
+    with mock_stack(pair, slots, router=[f"--max-wait={max_wait}"], times={"step": step}) as stack:
         process, address = psutil.Process(stack.router), stack.grpc
         asyncio.run(_open_loop(address, capacity * 10, 5.0, tokens))
         before = process.memory_info().rss

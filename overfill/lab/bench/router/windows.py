@@ -152,11 +152,8 @@ def paced_stack(
     Args:
         launcher: As for ``mock_stack``.
     """
-    decode = [f"--mock-step={pace.step}", f"--mock-per-sequence={pace.per_sequence}"]
-    answer = [f"--mock-answer={TOKEN_TEXT.decode()}"]
-    with mock_stack(
-        pair, sequences + _SPARE, workers=WORKERS, common=answer, decode=decode, launcher=launcher
-    ) as stack:
+    times = {"step": pace.step, "per_sequence": pace.per_sequence, "answer": TOKEN_TEXT.decode()}
+    with mock_stack(pair, sequences + _SPARE, workers=WORKERS, times=times, launcher=launcher) as stack:
         with Client(stack.grpc) as client:
             model = client.models()[0].name
         yield (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from overfill.engine.offline import OfflineRequest
-from overfill.model.sampling import SampledToken
+from overfill.model.steps import SampledToken
 from overfill.pair.llm import LLM
 from overfill.request.params import SamplingParams
 

@@ -19,11 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child
-from overfill.cli.stack import Stack, child_environment
-from overfill.cli.stack_plan import StackPlan
-from overfill.cli.up_plan import StackRequest, make_plan
 from overfill.client import Answer, AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -31,6 +26,11 @@ from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.engine.peers.process import JsonProcess
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.model.manifest import Pair
+from overfill.stack.child import Child
+from overfill.stack.describe import describe
+from overfill.stack.placed import PlacedStack, place
+from overfill.stack.ports import free_ports
+from overfill.stack.process_runner import ProcessRunner, child_environment
 
 Log = Callable[[str, str], None]
 
@@ -203,8 +203,8 @@ def prompt_tokens_computed(address: str) -> float:
 
 
 @contextmanager
-def _running(plan: StackPlan, log: Log) -> Iterator[Stack]:
-    stack = Stack(plan, log)
+def _running(placed: PlacedStack, log: Log) -> Iterator[ProcessRunner]:
+    stack = ProcessRunner(placed.spec, log, placed=placed)
     try:
         stack.start()
         stack.wait_ready(threading.Event())
@@ -213,9 +213,9 @@ def _running(plan: StackPlan, log: Log) -> Iterator[Stack]:
         stack.stop()
 
 
-def _plan(folder: Path, settings: VllmSettings, port: int) -> StackPlan:
-    return make_plan(
-        StackRequest(
+def _plan(folder: Path, settings: VllmSettings, port: int) -> PlacedStack:
+    return place(
+        describe(
             folder,
             port=port,
             threads=settings.threads,
@@ -228,7 +228,7 @@ def _plan(folder: Path, settings: VllmSettings, port: int) -> StackPlan:
                 "max_num_batched_tokens": settings.max_num_batched_tokens,
                 "max_model_len": settings.max_model_len,
                 "kv_memory": settings.kv_memory,
-                "prefix_cache": "off",
+                "prefix_cache": False,
                 "log_level": "warning",
                 "grace_period": 2,
             },

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from overfill.cli.processes import StartFailed
 from overfill.engine.device import resolve_device
 from overfill.errors import InternalError
 from overfill.kv.spec import DTYPE_BYTES, DTypeName
@@ -41,6 +40,7 @@ from overfill.lab.bench.vllm.figures import (
 from overfill.making.identity_pair import identity_pair
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Pair
+from overfill.stack.child import StartFailed
 from overfill.telemetry.progress import Report
 
 _T = TypeVar("_T")

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import overfill.kv.receiver
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.kv.tensors import LayerTargets
+from overfill.kv.store import LayerTargets
 from overfill.lab.faults import service as faults
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Transformer
@@ -26,7 +25,7 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Restores the attributes that faults replace permanently."""
     monkeypatch.setattr(Transformer, "load", Transformer.load)
     monkeypatch.setattr(Transformer, "forward", Transformer.forward)
-    monkeypatch.setattr(overfill.kv.receiver, "write_chunks", overfill.kv.receiver.write_chunks)
+    monkeypatch.setattr(KvCache, "write", KvCache.write)
 
 
 def last_logits(folder: Path, before_last_token: Callable[[], None] = lambda: None) -> torch.Tensor:
@@ -72,7 +71,7 @@ def test_overwritten_chunk_is_zero_only_at_the_start_of_layer_0() -> None:
     faults.overwrite_kv_chunk()
     for layer, tokens in ((0, (0, 4)), (0, (4, 8)), (1, (0, 4))):
         box = KvRange(layer, layer + 1, *tokens, 0, 1)
-        overfill.kv.receiver.write_chunks(cache, [0, 1], LayerTargets({layer: [layer]}), [Chunk(box, payload)])
+        cache.write([0, 1], LayerTargets({layer: [layer]}), [Chunk(box, payload)])
     sums = cache.k.sum(dim=(2, 3, 4))
     assert sums.tolist() == [[0, 8], [8, 72]]
     assert torch.equal(cache.v, cache.k)

@@ -14,9 +14,9 @@ from overfill.lab.bench.engine.overfill_engine import EngineWorkload
 from overfill.lab.bench.engine.peers.environment import ENVIRONMENTS, NOT_INSTALLED, python_of
 from overfill.lab.bench.engine.peers.process import PeerProcess
 from overfill.lab.bench.engine.protocol import BenchEngine
+from overfill.making.full_models import default_gguf
 from overfill.making.sources import CONVERTED_DIGEST
 from overfill.model.manifest import Pair
-from overfill.pair.store import default_gguf
 from overfill.telemetry.progress import Report, silent
 
 BUILT_IN = ("transformers", "reference")

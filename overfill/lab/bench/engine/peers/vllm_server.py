@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from overfill.cli.ports import free_ports
-from overfill.cli.processes import Child, stop
 from overfill.lab.bench.engine.peers.process import PeerFailed
+from overfill.stack.child import Child, stop
+from overfill.stack.ports import free_ports
 
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start
 _POLL_SECONDS = 0.5

@@ -1,0 +1,62 @@
+"""Makes a half of a pair for the mock engine, which takes everything but the weights from the pair."""
+
+from __future__ import annotations
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.engine.device import NotEnoughMemory
+from overfill.engine.mock.decode import MockDecodeEngine
+from overfill.engine.mock.options import MockOptions
+from overfill.engine.mock.runner import MockRunner
+from overfill.engine.mock.script import Script
+from overfill.engine.mock.store import MockKvStore
+from overfill.engine.parts import EngineParts
+from overfill.engine.protocol import EngineOptions
+from overfill.kv.blocks import BlockPool
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE
+from overfill.model.manifest import Half, Pair
+from overfill.request.grammar import Grammars
+from overfill.v1 import common_pb2
+
+_TOKENS = 524_288
+"""Tokens that the KV cache holds by default."""
+
+
+def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
+    """Makes a half without weights. It has as many blocks for ``kv_memory`` as a model would have.
+
+    Raises:
+        InvalidRequest: an option does not fit the engine or the model; ``field`` names it.
+        NotEnoughMemory: the KV cache cannot hold the longest sequence.
+        InvalidPair: the tokenizer is damaged.
+    """
+    mock = MockOptions.of(options.engine_args)
+    config = pair.full_config if half == "full" else pair.decoder_config
+    dtype = options.dtype or "float32"
+    spec, block_size = config.kv_spec(dtype), options.block_size or DEFAULT_BLOCK_SIZE
+    kv_memory = options.kv_memory or _TOKENS * spec.token_bytes
+    num_blocks = kv_memory // (spec.token_bytes * block_size)
+    longest = config.longest(options.max_model_len)
+    if options.max_model_len is None:
+        longest = min(longest, num_blocks * block_size)
+    if num_blocks * block_size < max(2, longest):
+        raise NotEnoughMemory(
+            f"a KV cache of {kv_memory} bytes holds {num_blocks * block_size} tokens, fewer than "
+            f"--max-model-len {max(2, longest)}; give at least --kv-memory {max(2, longest) * spec.token_bytes}"
+        )
+    tokenizer = Tokenizer.load(pair.full_path)
+    script = Script(tokenizer, mock)
+    eos_ids = pair.full_config.eos_token_ids
+    return EngineParts(
+        runner=MockRunner(half, MockKvStore(spec, num_blocks, block_size), mock),
+        pool=BlockPool(num_blocks, block_size),
+        config=config,
+        kv=pair.full_config.kv_spec(dtype),
+        pair=pair,
+        max_model_len=longest,
+        grammars=Grammars(pair.full_path / "tokenizer.json", config.vocab_size, eos_ids, options.grammars),
+        kv_cache_dtype=options.kv_cache_dtype,
+        version="mock",
+        new_processor=script.player,
+        codecs=(common_pb2.KV_CODEC_RAW,),
+        decode_engine=MockDecodeEngine,
+    )

@@ -1,0 +1,123 @@
+"""What the schedulers give a runner, and the runner's protocol. No torch.
+
+Two runners take it: ``engine.runner`` computes, and ``engine.mock.runner`` waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from overfill.engine.sequence import Processor
+from overfill.kv.store import KvStore
+from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
+from overfill.request.params import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's part of a step: ``tokens`` at positions from ``start`` on; ``blocks`` hold the KV before them.
+
+    ``blocks`` is the same list object in all steps of a sequence and only grows. Code that replaces a block must pass a
+    new list.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    wants_logits: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Sampled(Protocol):
+    """A sequence that gets a token, as far as choosing it goes.
+
+    Attributes:
+        sample_index: number of the answer among the request's answers.
+        emitted: the answer so far, which ``processor`` reads.
+    """
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+
+    @property
+    def sample_index(self) -> int: ...
+
+    @property
+    def processor(self) -> Processor | None: ...
+
+    @property
+    def emitted(self) -> Sequence[int]: ...
+
+
+def plain_greedy(sequence: Sampled) -> bool:
+    """True if the sequence needs the most likely token of the unchanged logits and nothing else."""
+    processor, sampling = sequence.processor, sequence.sampling
+    changed = processor is not None and processor.needed(len(sequence.emitted))
+    return sampling.greedy and not changed and sampling.logprobs is None
+
+
+class Runner(Protocol):
+    """A model with the KV cache that it reads and writes, as the schedulers see it.
+
+    Attributes:
+        device: where it computes; None means that it needs no torch.
+        cache: its KV cache.
+        token_layer_bytes: bytes of one token's keys and values in one layer.
+    """
+
+    @property
+    def device(self) -> torch.device | None: ...
+
+    @property
+    def cache(self) -> KvStore: ...
+
+    @property
+    def token_layer_bytes(self) -> int: ...
+
+    def run(self, works: Sequence[Work]) -> object:
+        """Runs one step that samples nothing."""
+        ...
+
+    def next_tokens(
+        self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
+    ) -> tuple[list[SampledToken], dict[int, Exception]]:
+        """Runs one step and samples the token after each work that wants logits.
+
+        Args:
+            sequences: one per work that wants logits.
+
+        Returns:
+            The tokens; and row -> error for rows that failed, whose tokens are meaningless.
+        """
+        ...
+
+    def copy_kv(
+        self,
+        source: Any,
+        source_blocks: Sequence[int],
+        blocks: Sequence[int],
+        layer_map: Sequence[int],
+        num_tokens: int,
+        start: int,
+    ) -> None:
+        """Copies tokens ``start..num_tokens`` of a sequence from ``source``, a runner of the same kind.
+
+        ``layer_map[i]`` is the source layer that is copied to layer i of this runner's cache.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until no earlier kernel touches the cache any more."""
+        ...
+
+    def clean_up(self, error: Exception) -> None:
+        """Cleans up after a step that failed with ``error``."""
+        ...

@@ -1,0 +1,69 @@
+"""The pairs of a stack: finds their folders, and checks that they fit each other and their workers' engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from overfill.engine.choice import FIRST_GPU, choose_engine
+from overfill.model.manifest import Half, Pair, check_family
+from overfill.pair.store import resolve_pair
+from overfill.routing.tier import DEFAULT_TIER
+from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.settings.tiers import TierSpec
+from overfill.settings.values import EngineChoice
+from overfill.stack.spec import StackSpec
+from overfill.telemetry.progress import Report
+
+
+def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, ...]:
+    """Returns the tiers with their pairs' folders, as ``resolve_pairs``."""
+    resolved = tuple(tier.model_copy(update={"pair": str(resolve_pair(tier.pair, report))}) for tier in tiers)
+    if len(resolved) > 1:
+        check_family({tier.name: Pair.load(Path(tier.pair), weights=False) for tier in resolved})
+    return resolved
+
+
+def resolve_pairs(spec: StackSpec, report: Report) -> StackSpec:
+    """Returns ``spec`` with the folders of its pairs; prepares named pairs that are missing.
+
+    Raises:
+        InvalidPair: a pair cannot be prepared, or two pairs have different full models or tokenizers.
+    """
+    tiers = resolve_tiers([*spec.tiers.values()] or [TierSpec(name=DEFAULT_TIER, pair=spec.pair)], report)
+    if not spec.tiers:
+        return spec.model_copy(update={"pair": tiers[0].pair})
+    return spec.model_copy(update={"tiers": dict(zip(spec.tiers, tiers, strict=True))})
+
+
+def tier_pair(tier: TierSpec) -> Pair:
+    """Loads the pair in the tier's folder, with the format of weights that the tier's settings give."""
+    pair = Pair.load(Path(tier.pair))
+    return pair if tier.quantize is None else pair.with_quantize(tier.quantize)
+
+
+def check_engines(spec: StackSpec) -> None:
+    """Raises the errors of ``choose_engine`` for both stages and every tier, such as UnsupportedModel for FP8 weights.
+
+    On a joined cluster, workers run on machines that may have other devices and packages: there each worker chooses.
+    """
+    for name in spec.pools:
+        worker = spec.worker_config(name)
+        for stage in spec.kind(name).stages:
+            half: Half = "full" if stage == "prefill" else "decoder"
+            engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
+            pair = Pair.load(Path(worker.pair))
+            if isinstance(worker, DecodeConfig) and worker.quantize is not None:
+                pair = pair.with_quantize(worker.quantize)
+            if spec.ray_address is None:
+                on_first_gpu = partial(_on_first_gpu, worker.device)
+                choose_engine(engine, pair, half, on_first_gpu, has_args=bool(worker.engine_args))
+            elif engine != "auto":
+                pair.check_engine(half, engine)
+
+
+def _on_first_gpu(device: str) -> bool:
+    from overfill.engine.device import resolve_device  # imports torch, which takes seconds
+
+    return str(resolve_device(device)) in FIRST_GPU

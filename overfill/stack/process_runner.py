@@ -1,0 +1,190 @@
+"""A whole stack of plain processes on this machine: starts them, waits until they are ready, stops them in order.
+
+It starts the services by module name and never imports them. It asks the routers through the SDK whether the stack is
+complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from overfill.client import Client
+from overfill.errors import OverfillError
+from overfill.settings.config import ServiceConfig
+from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
+from overfill.settings.reader import SETTINGS
+from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack.child import Child, StartFailed, stop
+from overfill.stack.placed import PlacedStack, PlacedWorker, place
+from overfill.stack.ports import check_ports
+from overfill.stack.shared_cores import share_cores
+from overfill.stack.shared_folder import make_shared_folder, shared_folder
+from overfill.stack.shared_gpus import share_gpus
+from overfill.stack.spec import StackSpec
+
+_POLL_SECONDS = 0.2
+_MARGIN_SECONDS = 2  # time after the grace period for a process to exit by itself
+
+
+class ProcessRunner:
+    """Runs a stack as plain processes, and calls ``sink`` with ``(process, line)`` for each line of their output.
+
+    Args:
+        placed: the processes, if not those that ``place`` makes of ``spec``.
+        prefixes: name of a process -> command prefix that starts it elsewhere, such as in a network namespace. None
+            starts all processes here.
+
+    Attributes:
+        spec: the stack, with free ports where it named none.
+        placed: its processes.
+    """
+
+    def __init__(
+        self,
+        spec: StackSpec,
+        sink: Callable[[str, str], None],
+        *,
+        placed: PlacedStack | None = None,
+        prefixes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self._given = spec
+        self._sink = sink
+        self._prefixes = prefixes or {}
+        self._folder = shared_folder()
+        self.placed = placed or place(spec, self._folder)
+        self.spec = self.placed.spec
+        self._gpus: dict[str, str] = {}  # by the worker's id
+        self._routers: list[Child] = []
+        self._workers: list[Child] = []
+        self._reported: set[str] = set()
+
+    def start(self) -> None:
+        """Starts every process, routers first. Raises StartFailed when a port is in use."""
+        if not self._prefixes:  # the ports of another namespace cannot be tried from here
+            check_ports(self.placed.spec)
+        make_shared_folder(self._folder, self._given)
+        if not self._prefixes:
+            self.placed = share_cores(self.placed, self._folder)
+        self.placed, self._gpus = share_gpus(self.placed)
+        for index, config in enumerate(self.placed.routers):
+            self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
+        self._workers += map(self._spawn_worker, self.placed.workers)
+
+    def wait_ready(self, cancelled: threading.Event) -> None:
+        """Waits until every router has seen all its workers ready, or until ``cancelled`` is set.
+
+        Raises:
+            StartFailed: a process exited before.
+        """
+        waiting = list(zip(self._routers, self.placed.join_addresses, strict=True))
+        while waiting and not cancelled.is_set():
+            for child in self.exited():
+                raise _start_failed(child)
+            router, address = waiting[0]
+            if self._complete(router, address):
+                waiting.pop(0)
+            else:
+                cancelled.wait(_POLL_SECONDS)
+
+    def worker(self, name: str) -> Child:
+        """Returns the current process of the worker with this id."""
+        return next(child for child in self._workers if child.name == name)
+
+    def restart(self, name: str) -> None:
+        """Starts a dead worker again with the same settings. Call it on the main thread, like ``start``."""
+        old = self.worker(name)
+        self._reported.discard(name)
+        self._workers[self._workers.index(old)] = self._spawn_worker(self.placed.worker(name))
+
+    def exited(self) -> list[Child]:
+        """Returns the processes that have exited since the last call."""
+        new = [
+            child
+            for child in [*self._routers, *self._workers]
+            if child.name not in self._reported and child.returncode is not None
+        ]
+        self._reported.update(child.name for child in new)
+        return new
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """gRPC addresses of the routers."""
+        return self.placed.addresses
+
+    def describe_workers(self, pool: str) -> str:
+        """Returns the names of a pool's workers, as text."""
+        return ", ".join(worker.id for worker in self.placed.workers if worker.pool == pool)
+
+    def news(self) -> list[str]:
+        """Returns lines about changes since the last call."""
+        return [_exit_report(child) for child in self.exited()]
+
+    @property
+    def reachable(self) -> bool:
+        """True while at least one router runs."""
+        return any(router.returncode is None for router in self._routers)
+
+    def stop(self) -> list[Child]:
+        """Drains the routers, then ends the workers. Returns the processes that had to be killed."""
+        grace = self.placed.routers[0].grace_period
+        try:
+            stragglers = stop(self._routers, grace + _MARGIN_SECONDS)
+            return stragglers + stop(self._workers, grace + _MARGIN_SECONDS)
+        except BaseException:  # interrupted: the user does not want to wait
+            stop(self._workers, 0)
+            raise
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _spawn_worker(self, worker: PlacedWorker) -> Child:
+        return self._spawn(worker.id, worker.kind.module, worker.config, worker.config.threads)
+
+    def _spawn(self, name: str, module: str, config: ServiceConfig, threads: int) -> Child:
+        """Starts a process. ``module`` follows ``-m`` and may include a first argument."""
+        command = [*self._prefixes.get(name, ()), sys.executable, "-m", *self._program(name, module)]
+        return Child(name, command, self._environment(name, config, threads), self._sink)
+
+    def _program(self, name: str, module: str) -> list[str]:
+        """Returns what follows ``python -m`` to start a process."""
+        return module.split()
+
+    def _environment(self, name: str, config: ServiceConfig, threads: int) -> dict[str, str]:
+        """Returns the environment of a process. A worker that is started again gets the same GPU."""
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[name]} if name in self._gpus else {}
+        return child_environment(os.environ, threads) | config.environment() | gpu
+
+    def _complete(self, router: Child, address: str) -> bool:
+        try:
+            with Client(address, tls=self.placed.client_tls, api_key=self.placed.secret) as client:
+                status = client.status()
+        except OverfillError:
+            return False
+        return status.complete and status.process.pid == router.pid
+
+
+def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """Returns ``environ`` without the services' settings, and with ``threads`` per thread pool."""
+    kept = {key: value for key, value in environ.items() if not key.startswith((*VARIABLE_PREFIXES, SETTINGS))}
+    return GRPC_ENVIRONMENT | kept | thread_pools(threads) | {"PYTHONUNBUFFERED": "1"}
+
+
+def _exit_report(child: Child) -> str:
+    said = "".join(f"\n  {line}" for line in child.last_lines()[-5:])
+    return (
+        f"{child.name} (pid {child.pid}) {child.describe_exit()}; the stack continues without it. Plain processes are "
+        "not restarted: start `overfill up` again, without --no-ray if Ray should restart workers. "
+        f"Its last lines:{said}"
+    )
+
+
+def _start_failed(child: Child) -> StartFailed:
+    lines = child.last_lines()
+    silent = "" if lines else " without output"
+    error = StartFailed(f"{child.name} {child.describe_exit()} during start-up{silent}")
+    for line in lines:
+        error.add_note(f"  {child.name} | {line}")
+    return error

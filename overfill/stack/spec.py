@@ -1,0 +1,399 @@
+"""The one document that describes a stack. ``overfill up`` prints and reads it, and both runners start what it says.
+
+Plain data, checked here. It knows nothing about how processes start: ``process_runner`` and ``ray`` do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from overfill.routing.tier import DEFAULT_TIER
+from overfill.rpc.access import Role
+from overfill.rpc.addresses import is_wildcard, split_address
+from overfill.rpc.certificates import NAME, role_files
+from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
+from overfill.settings.reader import BadSettings
+from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
+from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
+
+APPLICATION = "overfill"
+"""Default name of the application on Ray."""
+
+ROUTER, PREFILL, DECODE, COLOCATED = "router", "prefill", "decode", "colocated"
+"""Names of the pools. With several tiers, each has a pool ``decode-TIER`` instead of ``decode``."""
+
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Ends of the names of files that hold a document."""
+
+DRAIN_MARGIN = 10.0
+"""Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
+
+_Port = Annotated[int, Field(ge=0, le=65535)]
+_Config = TypeVar("_Config", bound=ServiceConfig)
+
+
+def decode_pool(tier: str) -> str:
+    """Returns the name of the pool of a tier's decode workers; the tier is empty with one pair."""
+    return f"{DECODE}-{tier}" if tier else DECODE
+
+
+def decode_tier(pool: str) -> str | None:
+    """Returns the tier of a pool of decode workers, empty with one pair; None for other pools."""
+    name, _, tier = pool.partition("-")
+    return tier if name == DECODE else None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """Identity of a worker: its id, the routers that it joins, and the address of its machine."""
+
+    id: str
+    routers: str
+    node_ip: str
+
+
+ANYWHERE = WorkerPlace("", "", "127.0.0.1")
+"""Placeholder for reading a configuration without a worker."""
+
+
+class RouterSpec(PoolSpec):
+    """The routers. Each takes the first of the ports that is free on its machine, or waits for one.
+
+    Attributes:
+        ports: gRPC ports; 0 means any free one. Plain processes share a single port.
+        http_ports: ports of the OpenAI endpoint, one for each of ``ports``; empty means no endpoint.
+    """
+
+    num_cpus: float = Field(default=0.2, ge=0)
+    ports: tuple[_Port, ...] = (7600,)
+    http_ports: tuple[_Port, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_fixed(self) -> Self:
+        if self.max_replicas is not None:
+            raise ValueError("max_replicas: the number of routers is fixed; remove it")
+        if not self.ports:
+            raise ValueError("ports: give at least one; 0 means any free port")
+        if self.http_ports and len(self.http_ports) != len(self.ports):
+            raise ValueError(
+                f"http_ports: got {len(self.http_ports)}; give one for each of the {len(self.ports)} ports, or none"
+            )
+        return self
+
+
+class StackSpec(BaseModel):
+    """A whole stack.
+
+    Attributes:
+        runner: ``ray`` runs the stack on Ray Serve, which replaces lost workers; ``processes`` runs plain processes.
+        name: name of the application on Ray.
+        ray_address: Ray cluster to join, as for ``ray.init``; None starts one on this machine.
+        pair: name of a pair, or a pair's folder, which must exist on every machine of the stack.
+        tiers: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
+        router: the routers.
+        colocated: workers with both stages. With them, ``prefill`` and ``decode`` exist only if they are given.
+        prefill, decode: workers with one stage.
+        settings: settings for all processes that have them, by field. With plain processes, ``metrics_port`` is that of
+            the first router, and the others have the next ports.
+        tls: folder with a certificate per role, as ``overfill certs`` makes it; replaces the settings of TLS.
+        new_secret: the runner makes the secret that the processes send each other.
+        log_dir: folder for one log file per process; None means stderr.
+        health_check_period: seconds between checks of a process by Ray. Ray replaces a process after three failed
+            checks in a row, or when it has died.
+        health_check_timeout: seconds to wait for the answer of a check.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runner: Literal["ray", "processes"] = "ray"
+    name: str = APPLICATION
+    ray_address: str | None = None
+    pair: str = "default"
+    tiers: dict[str, TierSpec] = Field(default_factory=dict)
+    router: RouterSpec = Field(default_factory=RouterSpec)
+    colocated: PoolSpec | None = None
+    prefill: PoolSpec | None = None
+    decode: PoolSpec | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    tls: str | None = None
+    new_secret: bool = False
+    log_dir: str | None = None
+    health_check_period: float = Field(default=2.0, gt=0)
+    health_check_timeout: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        """Gives each stage a pool unless there are colocated workers, and each tier its name."""
+        if not isinstance(data, Mapping):
+            return data
+        tiers = data.get("tiers") or {}
+        if isinstance(tiers, Mapping):
+            named = {name: {**one, "name": name} if isinstance(one, Mapping) else one for name, one in tiers.items()}
+            data = {**data, "tiers": named}
+        if data.get("colocated") is not None:
+            return data
+        return {"prefill": {}, **({} if tiers else {"decode": {}}), **data}
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
+            raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
+        self._check_scaling()
+        for name in self.tiers:
+            if not any(self.tier_of(pool) == name for pool in self.pools):
+                raise ValueError(
+                    f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "
+                    "tier may have none, with `colocated`"
+                )
+        for stage in ("prefill", "decode"):
+            if not self.members(stage):
+                raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
+        fields = [self.kind(name).settings.model_fields for name in self.pools]
+        if unknown := sorted(self.settings.keys() - {*RouterConfig.model_fields}.union(*fields)):
+            raise ValueError(
+                f"settings: {', '.join(unknown)}: no process of this stack has such a setting; see "
+                "`overfill config show`"
+            )
+        self.router_config()
+        for name in self.pools:
+            self.worker_config(name)
+        self._check_formats()
+        return self
+
+    def _check_scaling(self) -> None:
+        scaled = sorted(name for name, pool in self.pools.items() if pool.max_replicas is not None)
+        if scaled and self.colocated is not None:
+            raise ValueError(
+                f"colocated: a stack of colocated workers has a fixed number of replicas: remove max_replicas of "
+                f"{' and '.join(scaled)}, or `colocated`"
+            )
+        if scaled and self.runner == "processes":
+            raise ValueError(f"runner processes: only Ray scales pools: remove max_replicas of {' and '.join(scaled)}")
+        routers, ports = self.router.replicas, len(self.router.ports)
+        if self.runner == "processes" and 1 < ports < routers:
+            raise ValueError(
+                f"router.ports: got {ports} for {routers} routers; give 1, which they share, or one for each"
+            )
+
+    def _check_formats(self) -> None:
+        """Raises ValueError unless all workers of a tier run its decoder in the same format."""
+        first: dict[str, DecodeConfig] = {}
+        for name in self.pools:
+            config = self.worker_config(name)
+            if not isinstance(config, DecodeConfig):
+                continue
+            other = first.setdefault(config.tier, config)
+            ours, theirs = other.decoder_settings, config.decoder_settings
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
+                    values = [one.get(key, "(default)") for one in (ours, theirs)]
+                    variables = [worker.variable(key) for worker in (other, config)]
+                    raise ValueError(
+                        f"tier {config.tier or DEFAULT_TIER}: {other.section} workers have {key} {values[0]}, and "
+                        f"{name} workers have {values[1]}; routers refuse workers of one tier that differ: set both "
+                        f"{variables[0]} and {variables[1]}, or {key} in the settings of all"
+                    )
+
+    @classmethod
+    def read(cls, data: Any) -> Self:
+        """Returns the stack of plain data. Raises BadSettings naming each fault."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise BadSettings("; ".join(dict.fromkeys(_faults(error)))) from error
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a document from a file, YAML or JSON. Raises BadSettings."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            return cls.read({} if data is None else data)
+        except OSError as error:
+            raise BadSettings(f"{path}: cannot be read: {error.strerror}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+            raise BadSettings(f"{path}: {' '.join(str(error).split())}") from error
+        except BadSettings as error:
+            raise BadSettings(f"{path}: {error}") from error
+
+    def document(self) -> dict[str, Any]:
+        """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
+        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
+        # A pool is there even if all of it is default.
+        pools = {name: data.get(name, {}) for name in (COLOCATED, PREFILL, DECODE) if getattr(self, name) is not None}
+        return data | pools
+
+    def __str__(self) -> str:
+        """The document as YAML."""
+        return yaml.safe_dump(self.document(), sort_keys=False, allow_unicode=True, width=110)
+
+    @property
+    def pools(self) -> dict[str, PoolSpec]:
+        """The pools of workers by name, without those of no worker."""
+        given: dict[str, PoolSpec | None] = {COLOCATED: self.colocated, PREFILL: self.prefill, DECODE: self.decode}
+        given |= {decode_pool(tier): pool for tier, pool in self.tiers.items() if pool.replicas}
+        return {name: pool for name, pool in given.items() if pool is not None}
+
+    @property
+    def mock(self) -> bool:
+        """True if the workers compute nothing."""
+        return any(self.worker_config(name).engine == "mock" for name in self.pools)
+
+    @property
+    def deployments(self) -> dict[str, PoolSpec]:
+        """All pools by name, the routers first."""
+        return {ROUTER: self.router, **self.pools}
+
+    def kind(self, pool: str) -> WorkerKind:
+        """Returns the kind of a pool's workers."""
+        return KINDS[pool.partition("-")[0]]
+
+    def tier_of(self, pool: str) -> str | None:
+        """Returns the tier in which a pool decodes, empty with one pair; None for prefill workers."""
+        return self.default_tier if pool == COLOCATED else decode_tier(pool)
+
+    def members(self, stage: WorkerStage) -> int:
+        """Returns the initial number of workers that have the stage."""
+        return sum(pool.replicas for name, pool in self.pools.items() if stage in self.kind(name).stages)
+
+    @property
+    def told_tiers(self) -> tuple[TierSpec, ...]:
+        """The tiers as routers read them; empty with one pair, unless its decoder is loaded in another format."""
+        tiers = []
+        for name, tier in (self.tiers or {"": TierSpec(name=DEFAULT_TIER, pair=self.pair)}).items():
+            decoding = [pool for pool in self.pools if self.tier_of(pool) == name]
+            # Shared settings count too; routers refuse workers that have others than the tier.
+            config = self.worker_config(decoding[0])
+            format = config.decoder_settings if isinstance(config, DecodeConfig) else {}
+            if name or "quantize" in format:
+                replicas = sum(self.pools[pool].replicas for pool in decoding)
+                own = tier.model_dump(exclude={*PoolSpec.model_fields})
+                tiers.append(TierSpec(**own, replicas=replicas, settings=format))
+        return tuple(tiers)
+
+    @property
+    def default_tier(self) -> str:
+        """Name of the default tier; empty with one pair."""
+        if not self.tiers:
+            return ""
+        settings = self.settings | self.router.settings
+        name = default_tier([*self.tiers], str(settings.get("default_tier", "")))
+        # The router's settings report a default tier that does not exist.
+        return name if name in self.tiers else next(iter(self.tiers))
+
+    @property
+    def default_pair(self) -> str:
+        """The default tier's pair, of which prefill workers and routers use the full model and the tokenizer."""
+        return self.tiers[self.default_tier].pair if self.tiers else self.pair
+
+    @property
+    def pairs(self) -> set[str]:
+        """The pairs of all tiers."""
+        return {tier.pair for tier in self.tiers.values()} or {self.pair}
+
+    def with_pairs(self, resolve: Callable[[str], str]) -> Self:
+        """Returns the stack with each pair replaced by ``resolve(pair)``."""
+        if not self.tiers:
+            return self.model_copy(update={"pair": resolve(self.pair)})
+        tiers = {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in self.tiers.items()}
+        return self.model_copy(update={"tiers": tiers})
+
+    def with_secret(self, folder: Path) -> Self:
+        """Returns the stack with the path of its secret in the shared ``folder``, if the runner makes the secret."""
+        if not self.new_secret:
+            return self
+        settings = {**self.settings, "stack_secret": str(folder / "secret")}
+        return self.model_copy(update={"new_secret": False, "settings": settings})
+
+    @property
+    def scales(self) -> bool:
+        """True if the size of a pool may change."""
+        return any(pool.max_replicas is not None for pool in self.pools.values())
+
+    @property
+    def grace_period(self) -> float:
+        """Seconds that running requests have when a process drains: the maximum over the pools."""
+        return max(self.router_config().grace_period, *(self.worker_config(name).grace_period for name in self.pools))
+
+    @property
+    def model(self) -> str:
+        """Model name that clients request."""
+        names = self.router_config().served_model_name
+        return names[0] if names else Path(self.default_pair).name
+
+    def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
+        scheme = "http" if self.router_config().tls_cert is None else "https"
+        ports = dict(zip(self.router.ports, self.router.http_ports, strict=False))
+        places = map(split_address, addresses)
+        return tuple(f"{scheme}://{host}:{ports[port]}/v1" for host, port in places if port in ports)
+
+    def router_config(self, index: int = 0, node_ip: str = ANYWHERE.node_ip) -> RouterConfig:
+        """Returns the settings of the router on ``ports[index]``. Raises ValueError naming a wrong setting.
+
+        Args:
+            node_ip: address of the router's machine.
+        """
+        own = self._metrics_host(self.router, node_ip) | {
+            "port": self.router.ports[index],
+            "expect_prefill": self.members("prefill"),
+            "expect_decode": self.members("decode"),
+            "pair": self.default_pair,
+            "tiers": self.told_tiers or None,
+        }
+        if self.router.http_ports:
+            own["http"] = self.router.http_ports[index]
+        return self._configure(RouterConfig, self.router, own, Role.ROUTER)
+
+    def worker_config(self, name: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
+        """Returns the settings of a worker of the pool ``name``. Raises ValueError naming a wrong setting."""
+        pool, kind = self.pools[name], self.kind(name)
+        own = self._placed(pool, worker) | {"pair": self.default_pair}
+        if 0 < pool.num_gpus < 1 and "gpu_share" not in self.settings | pool.settings:
+            own["gpu_share"] = pool.num_gpus
+        if self.tiers and (name_of_tier := self.tier_of(name)) is not None:
+            tier = self.tiers[name_of_tier]
+            objectives = {"ttft_objective": tier.ttft_objective, "itl_objective": tier.itl_objective}
+            own |= {"pair": tier.pair, "tier": name_of_tier}
+            own |= {key: value for key, value in objectives.items() if key in kind.settings.model_fields}
+        return self._configure(kind.settings, pool, own, Role.WORKER)
+
+    def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:
+        settings = self.settings | pool.settings
+        own = self._metrics_host(pool, worker.node_ip) | {"worker_id": worker.id, "routers": worker.routers}
+        if is_wildcard(str(settings.get("host", ""))) and "advertise" not in settings:
+            own["advertise"] = worker.node_ip
+        return own
+
+    def _metrics_host(self, pool: PoolSpec, node_ip: str) -> dict[str, object]:
+        """Replaces a wildcard by the machine's address, so that routers' ``/targets`` lists addresses to connect to."""
+        settings = self.settings | pool.settings
+        return {"metrics_host": node_ip} if is_wildcard(str(settings.get("metrics_host", ""))) else {}
+
+    def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object], role: Role) -> _Config:
+        shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
+        if self.new_secret:  # a placeholder: the runner makes the file
+            shared["stack_secret"] = "-"
+        if self.tls is not None:
+            files = role_files(Path(self.tls), role)
+            shared |= {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
+            shared.setdefault("tls_name", NAME)
+        return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        place = ".".join(map(str, item["loc"]))
+        yield (
+            f"{place}: {item['msg']}"
+            if place and item["type"] != "value_error"
+            else (f"{place}: " if place else "") + item["msg"].removeprefix("Value error, ")
+        )

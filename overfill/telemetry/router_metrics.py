@@ -1,0 +1,291 @@
+"""The metrics of a router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+from overfill.telemetry.metric_set import LATENCY_BUCKETS, Labels, MetricSet, Sampled
+from overfill.telemetry.outcomes import OUTCOMES, REFUSALS, outcome_of, refusal_reason
+from overfill.v1 import decode_pb2, inference_pb2
+
+TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed")
+_TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS if part != "unattributed")
+STAGES = ("prefill", "decode")
+WORKER_STATES = ("ready", "starting", "draining", "silent")
+
+PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
+"""Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
+
+MAX_KEY_SERIES = 100
+"""Maximum number of API keys with their own series; further keys share the series ``other``."""
+
+
+class PoolTargetNumbers(Protocol):
+    """The scaling policy's target for one pool; see ``overfill.routing.scaling.PoolTarget``."""
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def need(self) -> float: ...
+
+    @property
+    def inputs(self) -> Mapping[str, float]: ...
+
+
+class ScalingTargets(Protocol):
+    """The scaling policy's targets for all pools; see ``overfill.routing.scaling.Targets``."""
+
+    def pools(self) -> Sequence[tuple[str, str, PoolTargetNumbers]]:
+        """Returns stage, tier and target of each pool. The prefill pool has the tier ""."""
+
+
+class RouterMetrics(MetricSet):
+    """Metrics of a router. Call all methods on its event loop.
+
+    Args:
+        tiers: names of the stack's tiers. The label ``tier`` has these values; it is empty where no tier is concerned.
+    """
+
+    def __init__(self, tiers: Sequence[str] = ("default",)) -> None:
+        super().__init__("router")
+        counter, counts = self._counter, self._counts
+        tier: Labels = {"tier": tuple(tiers)}
+        asked = ("", *tiers)
+        self._http = counts("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
+        self._requests = counts(
+            "requests_total",
+            "Generation requests that have ended, by outcome and tier.",
+            {"outcome": OUTCOMES, "tier": asked},
+        )
+        self._ttft = self._tallies(
+            "ttft_seconds",
+            "Time from receiving a request to handing its first token to the client.",
+            LATENCY_BUCKETS,
+            tier,
+        )
+        self._parts = self._tallies(
+            "ttft_part_seconds",
+            "Parts of the time to first token, each measured on its own; unattributed is the rest.",
+            LATENCY_BUCKETS,
+            {"part": TTFT_PARTS},
+        )
+        self._itl = self._tallies(
+            "itl_seconds",
+            "Time per token between two messages to a client (inter-token latency), counted once per token.",
+            LATENCY_BUCKETS,
+            tier,
+        )
+        self._tpot = self._tallies(
+            "tpot_seconds",
+            "Mean time per token after the first, over a whole answer (time per output token).",
+            LATENCY_BUCKETS,
+            tier,
+        )
+        self._total = self._tallies(
+            "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS, tier
+        )
+        self._prompt = counts("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self._cached = counts(
+            "cached_prompt_tokens_total",
+            "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
+        )
+        self._completion = counts("completion_tokens_total", "Tokens handed to clients.", tier)
+        self._migrations = counts("migrations_total", "Migrations of an answer to another decode worker.", tier)
+        self._brownouts = counts(
+            "brownouts_total",
+            "Requests that a cheaper tier answers because the requested one is overloaded.",
+            {"tier": tuple(tiers), "to": tuple(tiers)},
+        )
+        self._fallbacks = counts(
+            "fallbacks_total",
+            "Answers that another tier wrote, or went on with, because theirs had no worker left.",
+            {"tier": tuple(tiers), "to": tuple(tiers)},
+        )
+        self._key_requests = counts("key_requests_total", "Accepted requests, by name of API key.", {"key": ()})
+        self._key_tokens = counts(
+            "key_tokens_total",
+            "Tokens of accepted requests, by name of API key.",
+            {"key": (), "kind": ("prompt", "completion")},
+        )
+        self._refusals = counter(
+            "refusals_total", "Refused requests, by reason; requests_total includes them.",
+            {"reason": REFUSALS, "tier": asked},
+        )  # fmt: skip
+        self._failed_attempts = counter(
+            "failed_attempts_total",
+            "Attempts that failed on a decode worker and were retried on another, by outcome.",
+            {"reason": OUTCOMES[1:]},
+        )
+        self._again = counter(
+            "prefill_again_total", "Repeated requests of decode workers for a prompt's KV, by reason.",
+            {"reason": PREFILL_AGAIN},
+        )  # fmt: skip
+        pool: Labels = {"stage": STAGES, "tier": ()}
+        self._scaled = counter(
+            "scaling_decisions_total",
+            "Changes of scaling_target_workers, by pool and direction.",
+            {**pool, "direction": ("up", "down")},
+        )
+        self._lost = counter(
+            "workers_lost_total",
+            "Workers that disconnected without a drain; one with both stages counts in each.",
+            pool,
+        )
+        # These series exist from the start, but not every stage with every tier.
+        for stage, name in (("prefill", ""), *(("decode", name) for name in tiers)):
+            self._lost.labels(stage, name)
+            for direction in ("up", "down"):
+                self._scaled.labels(stage, name, direction)
+        self._targets: ScalingTargets | None = None
+        self._read(
+            "scaling_target_workers",
+            "gauge",
+            "Number of workers that the scaling policy computes for this router's own requests; a recommendation.",
+            lambda: self._scaling(lambda target: [((), target.workers)]),
+            pool,
+        )
+        self._read(
+            "scaling_needed_workers",
+            "gauge",
+            "scaling_target_workers before rounding, hysteresis and bounds. The pool needs the sum over all routers.",
+            lambda: self._scaling(lambda target: [((), target.need)]),
+            pool,
+        )
+        self._read(
+            "scaling_input",
+            "gauge",
+            "Inputs of the scaling policy; docs/explanation/routing-and-scaling.md explains them.",
+            lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
+            {**pool, "input": ()},
+        )
+        self._keys: set[str] = set()
+        self._waiting: Callable[[], Sampled] = lambda: []
+        self._running: Callable[[], Sampled] = lambda: []
+        self._workers: Callable[[], Sampled] = lambda: []
+        self._in_brownout: Callable[[], Sampled] = lambda: []
+        self._read("waiting_requests", "gauge", "Requests in the router's queue.", lambda: self._waiting(), tier)
+        self._read("running_requests", "gauge", "Requests running on workers.", lambda: self._running(), tier)
+        self._read(
+            "brownout",
+            "gauge",
+            "1 while the tier is overloaded, so that requests which allow it go to the next tier; otherwise 0.",
+            lambda: self._in_brownout(),
+            tier,
+        )
+        self._read(
+            "workers",
+            "gauge",
+            "Joined workers, by stage, tier and state.",
+            lambda: self._workers(),
+            {"stage": STAGES, "tier": (), "state": WORKER_STATES},
+        )
+
+    def watch(
+        self,
+        waiting: Callable[[], Sampled],
+        running: Callable[[], Sampled],
+        workers: Callable[[], Sampled],
+        brownout: Callable[[], Sampled],
+    ) -> None:
+        """Sets the functions that gauges read at each scrape.
+
+        ``workers`` returns counts by stage, tier and state; the others return values by tier.
+        """
+        self._waiting, self._running, self._workers, self._in_brownout = waiting, running, workers, brownout
+
+    def http(self, route: str, status: int) -> None:
+        """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
+        self._http[route, str(status)] += 1
+
+    def accepted(self, prompt_tokens: int, key: str) -> None:
+        """Counts an accepted request. ``key`` is the name of its API key; empty without keys."""
+        self._prompt[()] += prompt_tokens
+        key = self._key(key)
+        self._key_requests[key,] += 1
+        self._key_tokens[key, "prompt"] += prompt_tokens
+
+    def tokens(self, count: int, since_last: float | None, key: str, tier: str) -> None:
+        """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
+        self._completion[tier,] += count
+        self._key_tokens[self._key(key), "completion"] += count
+        if since_last is not None and count:
+            # One value per token: clients choose the stream interval, and must not look slow by a long one.
+            self._itl[tier,].observe(since_last / count, count)
+
+    def refused(self, error: BaseException, tier: str) -> None:
+        """Counts a request that ``error`` has refused. ``tier`` is empty while it is unknown."""
+        self.ended(error, tier)
+        self._refusals.labels(refusal_reason(error), tier).inc()
+
+    def fell_back(self, tier: str, to: str) -> None:
+        """Counts an answer that ``to`` writes, or goes on with, because ``tier`` has no worker left."""
+        self._fallbacks[tier, to] += 1
+
+    def brownout(self, tier: str, to: str) -> None:
+        """Counts a request for ``tier`` that ``to`` answers, because ``tier`` is overloaded."""
+        self._brownouts[tier, to] += 1
+
+    def attempt_failed(self, error: BaseException) -> None:
+        """Counts an attempt that failed on a decode worker, whether or not the request is retried."""
+        self._failed_attempts.labels(outcome_of(error)).inc()
+
+    def prefill_again(self, reason: decode_pb2.NeedPrefill.Reason) -> None:
+        """Counts a decode worker's repeated request for a prompt's KV."""
+        name = decode_pb2.NeedPrefill.Reason.Name(reason).lower().rpartition("_")[2]
+        self._again.labels(name if name in PREFILL_AGAIN else "failed").inc()
+
+    def scaling(self, targets: ScalingTargets) -> None:
+        """Sets the scaling policy's current targets and counts their changes."""
+        before, self._targets = self._targets, targets
+        if before is None:
+            return
+        for (stage, tier, was), (_, _, now) in zip(before.pools(), targets.pools(), strict=True):
+            if was.workers != now.workers:
+                self._scaled.labels(stage, tier, "up" if now.workers > was.workers else "down").inc()
+
+    def _scaling(self, values: Callable[[PoolTargetNumbers], Sampled]) -> Sampled:
+        if self._targets is None:
+            return []
+        pools = self._targets.pools()
+        return [((stage, tier, *labels), value) for stage, tier, pool in pools for labels, value in values(pool)]
+
+    def ended(self, error: BaseException | None, tier: str) -> None:
+        """Counts a request that has ended; ``error`` is None after success, ``tier`` empty if none was chosen."""
+        self._requests[outcome_of(error), tier] += 1
+
+    def answered(self, finished: inference_pb2.Finished, tier: str) -> None:
+        """Records timing and token counts of a complete answer that ends in ``tier``."""
+        timing, usage = finished.timing, finished.usage
+        total = timing.total_ns / 1e9
+        self._total[tier,].observe(total)
+        self._cached[()] += usage.cached_tokens
+        self._migrations[tier,] += finished.migrations
+        for before, after in pairwise(finished.parts):
+            self.fell_back(before.tier, after.tier)
+        if not timing.HasField("ttft_ns"):
+            return
+        ttft = left = timing.ttft_ns / 1e9
+        self._ttft[tier,].observe(ttft)
+        parts = self._parts
+        for part, name in _TIMED_PARTS:
+            seconds = getattr(timing, name) / 1e9
+            left -= seconds
+            parts[part].observe(seconds)
+        parts["unattributed",].observe(max(0.0, left))
+        if usage.completion_tokens > 1:
+            self._tpot[tier,].observe((total - ttft) / (usage.completion_tokens - 1))
+
+    def worker_lost(self, stage: str, tier: str) -> None:
+        """Counts a worker that disconnected without a drain; a prefill worker has the tier ""."""
+        self._lost.labels(stage, tier).inc()
+
+    def _key(self, key: str) -> str:
+        if not key:
+            return "none"
+        if key not in self._keys and len(self._keys) >= MAX_KEY_SERIES:
+            return "other"
+        self._keys.add(key)
+        return key

@@ -1,0 +1,67 @@
+"""What the router counts of its requests, in three books: metrics, scaling signals, and the last minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from overfill.routing.job import CheckedRequest
+from overfill.routing.rolling_stats import RollingStats
+from overfill.routing.signals import Signals
+from overfill.telemetry.router_metrics import RouterMetrics
+from overfill.v1 import inference_pb2
+from services.router.quota_hold import QuotaHold
+
+
+class Statistics:
+    """Counts requests from their acceptance to their end. ``now`` is in seconds on the event loop's clock.
+
+    Attributes:
+        metrics: as the argument.
+        rolling: statistics of the last minute.
+    """
+
+    def __init__(self, metrics: RouterMetrics, signals: Signals) -> None:
+        self.metrics = metrics
+        self.rolling = RollingStats()
+        self._signals = signals
+
+    @contextmanager
+    def refusing(self, hold: QuotaHold, uncounted: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Counts the request of ``hold`` as refused when the ``with`` block raises; the exception sets the reason.
+
+        Args:
+            uncounted: an exception of this class counts as no request.
+        """
+        try:
+            yield
+        except uncounted:
+            raise
+        except BaseException as error:
+            self.metrics.refused(error, hold.tier)
+            raise
+
+    def accepted(self, request: CheckedRequest) -> None:
+        """Counts a request that has been queued."""
+        choice = request.choice
+        self._signals.arrived(choice.asked, request.prompt_tokens)  # the tier that was asked for is what should grow
+        self.metrics.accepted(request.prompt_tokens, request.key)
+        if choice.brownout_from:
+            self.metrics.brownout(choice.brownout_from, choice.tier)
+        if choice.fallback_from:
+            self.metrics.fell_back(choice.fallback_from, choice.tier)
+
+    def tokens(self, request: CheckedRequest, count: int, now: float, since_last: float | None) -> None:
+        """Counts tokens that a client has, ``since_last`` seconds after the previous ones; None for the first."""
+        self.metrics.tokens(count, since_last, request.key, request.tier)
+        self.rolling.tokens(count, now)
+
+    def answered(self, finished: inference_pb2.Finished, now: float, decode_base: int) -> None:
+        """Counts a complete answer. ``decode_base`` is that of ``AnswerState``."""
+        self.metrics.answered(finished, finished.parts[-1].tier)
+        self._signals.finished(finished, now, decode_base)
+        self.rolling.answered(finished, now)
+
+    def ended(self, request: CheckedRequest, failure: BaseException | None) -> None:
+        """Counts the end of a request; ``failure`` is None if it was answered."""
+        self.metrics.ended(failure, request.tier)

@@ -1,1 +1,0 @@
-"""The worker process with both stages: it computes a prompt and writes the answer on KV that it copies in memory."""
