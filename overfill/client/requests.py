@@ -88,6 +88,8 @@ class AnswerIdentity:
         revision: Revision of the pair; empty means none.
         prompt_tokens: Number of tokens in the prompt, after its truncation.
         prompt_digest: Digest of the prompt's token ids, each 4 bytes, little-endian.
+        kv_dtype: Element type in which the workers compute, such as "bfloat16"; empty means that the router did not
+            know it yet, and fits each.
     """
 
     full_digest: str = ""
@@ -103,6 +105,7 @@ class AnswerIdentity:
     revision: str = ""
     prompt_tokens: int = 0
     prompt_digest: str = ""
+    kv_dtype: str = ""
 
     def to_proto(self) -> inference_pb2.AnswerIdentity:
         return inference_pb2.AnswerIdentity(**asdict(self))

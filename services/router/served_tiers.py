@@ -17,6 +17,9 @@ from overfill.routing.pool import Roster
 from overfill.routing.tier import NO_FALLBACK, TierChoice
 from overfill.v1 import inference_pb2
 
+_FORMATS = ("decoder_quantize", "kv_cache_dtype", "kv_dtype")
+"""Fields of AnswerIdentity that no pair determines, but how its workers load it."""
+
 
 class ServedTiers:
     """The tiers of one full model, under the names that clients use.
@@ -39,7 +42,8 @@ class ServedTiers:
         self._pairs = pairs
         self.roster = roster
         self._brownout = brownout
-        self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without a prompt, by tier
+        self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and prompt, by tier
+        self._said: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
 
@@ -70,9 +74,9 @@ class ServedTiers:
 
     def fingerprint(self, tier: str) -> str:
         """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
-        decoder = self.roster.tiers[tier].decoder
-        formats = (decoder.get("decoder_quantize", "none"), decoder.get("kv_cache_dtype", "auto"))
-        rounded = "".join(f"-{name}" for name in formats if name not in ("none", "auto"))
+        formats = self._formats(tier)
+        names = (_rounded(formats.get(name, "")) for name in ("decoder_quantize", "kv_cache_dtype"))
+        rounded = "".join(f"-{name}" for name in names if name)
         return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
 
     def identity(self, tier: str, prompt: Sequence[int]) -> inference_pb2.AnswerIdentity:
@@ -81,6 +85,8 @@ class ServedTiers:
             self._identities[tier] = self._identity(tier)
         identity = inference_pb2.AnswerIdentity()
         identity.CopyFrom(self._identities[tier])
+        for name, form in self._formats(tier).items():
+            setattr(identity, name, _rounded(form))
         identity.prompt_tokens = len(prompt)
         identity.prompt_digest = hashlib.sha256(array("I", prompt)).hexdigest()
         return identity
@@ -90,13 +96,27 @@ class ServedTiers:
         identity = inference_pb2.AnswerIdentity()
         for name in {f.name for f in identity.DESCRIPTOR.fields} & {f.name for f in model.DESCRIPTOR.fields}:
             setattr(identity, name, getattr(model, name))
-        decoder = self.roster.tiers[tier].decoder
-        identity.decoder_quantize = _rounded(decoder.get("decoder_quantize", "none"))
-        identity.kv_cache_dtype = _rounded(decoder.get("kv_cache_dtype", "auto"))
+        for name in _FORMATS:
+            identity.ClearField(name)
         return identity
+
+    def _formats(self, tier: str) -> dict[str, object]:
+        """Returns the formats of a tier's weights and KV that the router knows, by field of AnswerIdentity.
+
+        It knows those that it was told, and those of the tier's workers, which are the same. They stay when the last
+        worker leaves: others that join write in the same formats, or the router refuses to resume an answer.
+        """
+        worker = next(iter(self.roster.decode[tier]), None)
+        if worker is not None:
+            self._said[tier] = {**worker.info.decoder, "kv_dtype": worker.info.identity.kv.dtype}
+        known = {**self._said.get(tier, {}), **self.roster.tiers[tier].decoder}
+        return {name: known[name] for name in _FORMATS if name in known}
 
     def check_resume(self, request: inference_pb2.GenerateRequest, tier: str, prompt: Sequence[int]) -> None:
         """Refuses to continue an answer that depends on something else than an answer here would.
+
+        Before the first worker joins, formats that the router was not told are not compared: a router that has just
+        been restarted does not know them.
 
         Args:
             tier: tier of which the client asks that it writes the rest.
@@ -113,7 +133,10 @@ class ServedTiers:
                 )
             return
         here, there = self.identity(tier, prompt), request.resume_identity
-        names = [f.name for f in here.DESCRIPTOR.fields]
+        unknown = set(_FORMATS) - self._formats(tier).keys()
+        if not there.kv_dtype:
+            unknown.add("kv_dtype")
+        names = [f.name for f in here.DESCRIPTOR.fields if f.name not in unknown]
         check_same(
             {f"resume_identity.{name}": getattr(here, name) for name in names},
             {f"resume_identity.{name}": getattr(there, name) for name in names},

@@ -34,15 +34,17 @@ def written(prompt, decoder_digest):
 class Worker(decode_pb2_grpc.DecodeServicer):
     """A decode worker without an engine. ``stops_at`` makes it stop for ever after so many tokens."""
 
-    def __init__(self, pair, stage, blocks, stops_at=LENGTH):
+    def __init__(self, pair, stage, blocks, stops_at=LENGTH, dtype="float32", kv_cache_dtype="auto"):
         self.pair, self.blocks, self.stops_at = pair, blocks, stops_at
         self.hello = registry_pb2.Hello(
             worker_id=f"w{stage}",
             incarnation=stage,
             stages=[stage],
             wire_version=WIRE_VERSION,
-            model=pair.model_identity("decoder" if stage == common_pb2.STAGE_DECODE else "full"),
-            kv=pair.full_config.kv_spec("float32").to_proto(),
+            model=pair.model_identity("decoder", kv_cache_dtype)
+            if stage == common_pb2.STAGE_DECODE
+            else pair.model_identity("full"),
+            kv=pair.full_config.kv_spec(dtype).to_proto(),
             max_model_len=pair.full_config.max_positions,
             vocab_size=pair.full_config.vocab_size,
         )
@@ -66,14 +68,14 @@ class Worker(decode_pb2_grpc.DecodeServicer):
 
 
 @asynccontextmanager
-async def stack(folder, blocks=128, stops_at=LENGTH):
-    """A router with one worker of each stage; yields its address."""
+async def stack(folder, blocks=128, stops_at=LENGTH, **formats):
+    """A router with one worker of each stage; yields its address. ``formats`` are those of the workers."""
     async with AsyncExitStack() as exits:
         router = Router(RouterConfig(pair=folder, port=0, grace_period=0))
         address = await router.start()
         serving = asyncio.create_task(router.run())
         for stage in (common_pb2.STAGE_PREFILL, common_pb2.STAGE_DECODE):
-            worker, server = Worker(Pair.load(folder), stage, blocks, stops_at), RpcServer()
+            worker, server = Worker(Pair.load(folder), stage, blocks, stops_at, **formats), RpcServer()
             server.add(decode_pb2_grpc.add_DecodeServicer_to_server, worker, "overfill.v1.Decode")
             worker.hello.address = await server.start("127.0.0.1:0")
             exits.push_async_callback(server.stop, 0)
@@ -162,6 +164,17 @@ async def test_a_router_with_another_writer_refuses_and_names_the_fields(pairs, 
             await rest_of(stream)
         assert set(caught.value.fields) == {f"resume_identity.{name}" for name in fields}
         assert list(caught.value.produced.token_ids) == answer_of(pairs, PROMPT)[:BEFORE]
+
+
+@pytest.mark.parametrize(
+    ("formats", "field"),
+    [({"kv_cache_dtype": "int8"}, "kv_cache_dtype"), ({"dtype": "bfloat16"}, "kv_dtype")],
+)
+async def test_a_router_whose_workers_compute_in_another_format_refuses(pairs, formats, field):
+    async with stack(pairs["pair"], **formats) as address, lost(address, pair=pairs["pair"]) as stream:
+        with pytest.raises(Incompatible) as caught:
+            await rest_of(stream)
+        assert caught.value.fields == (f"resume_identity.{field}",)
 
 
 async def test_a_router_that_cannot_go_on_is_passed_over(pairs):
