@@ -125,9 +125,7 @@ class Attempt:
         elif kind == "need_prefill" and self._reserved:
             self._on_need_prefill(update.need_prefill)
         elif kind == "done" and self._reserved:
-            if update.done.adapter_digest:  # no request asks for an adapter yet
-                said = f"the decode worker says that the adapter {update.done.adapter_digest!r} wrote the answer"
-                raise GaveUp(Incompatible(said, ["adapter_digest"]))
+            _check_writer(update.done)
             self._end(update.done)
         else:
             raise InternalError(f"the decode worker sent {kind or 'nothing'} out of turn")
@@ -176,6 +174,8 @@ class Attempt:
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()
+        if tokens.HasField("so_far"):
+            _check_writer(tokens.so_far)
         if tokens.first_index == 0 and not self._answer.emitted:
             self._note_first_token(tokens)
         if self._answer.accept(tokens, now):
@@ -226,6 +226,13 @@ class Attempt:
             f"gave up after {self._answer.prefill_failures} failed prefills; "
             f"{self._answer.progress}; the last failure: {need.detail or need.worker_id}"
         )
+
+
+def _check_writer(done: decode_pb2.DecodeDone) -> None:
+    """Raises GaveUp if an adapter wrote the answer: no request asks for one yet."""
+    if done.adapter_digest:
+        said = f"the decode worker says that the adapter {done.adapter_digest!r} wrote the answer"
+        raise GaveUp(Incompatible(said, ["adapter_digest"]))
 
 
 def _now() -> float:

@@ -74,7 +74,7 @@ class SettingsReader(BaseModel):
         """
         try:
             if (text := os.environ.get(SETTINGS)) is not None:
-                return cls.of(json.loads(text))
+                return cls.of(_json_object(text))
             return cls.read(sys.argv[1:] if argv is None else argv)
         except BadSettings as error:
             print(f"{cls.program}: error: {error}", file=sys.stderr)
@@ -199,3 +199,14 @@ class SettingsReader(BaseModel):
             origin = origins.get(name, flag)
             place = f"{flag} (or {variable})" if origin in (flag, variable) else origin
             yield f"{place}: {describe(field, item['type'], item['msg'], item['input'])}"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Reads the value of ``SETTINGS``. Raises BadSettings."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadSettings(f"{SETTINGS}: expected a JSON object of settings: {error}") from error
+    if not isinstance(values, dict):
+        raise BadSettings(f"{SETTINGS}: expected a JSON object of settings, got {text[:40]}")
+    return values

@@ -290,6 +290,17 @@ async def test_an_answer_that_an_adapter_wrote_without_being_asked_is_refused_by
         stack.assert_nothing_in_flight()
 
 
+async def test_tokens_that_an_adapter_wrote_without_being_asked_are_refused_by_name(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        await stream.accept()
+        stream.say(tokens=decode_pb2.Tokens(ids=[5], so_far=decode_pb2.DecodeDone(adapter_digest="d")))
+        with pytest.raises(Incompatible, match="adapter 'd'") as caught:
+            await relay.answer.next()
+        assert caught.value.fields == ("adapter_digest",)
+        stack.assert_nothing_in_flight()
+
+
 async def test_refusals_do_not_count_as_lost_workers(stack):
     async with stack.request(max_attempts=1) as relay:
         for _ in range(3):

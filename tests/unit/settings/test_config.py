@@ -11,7 +11,7 @@ import pytest
 
 from overfill.api.keys import BadKeyFile
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
-from overfill.settings.reader import BadSettings
+from overfill.settings.reader import SETTINGS, BadSettings
 
 KINDS = (PrefillConfig, DecodeConfig, RouterConfig)
 
@@ -55,6 +55,14 @@ def test_a_full_batch_leaves_room_for_other_calls(kind: type[PrefillConfig] | ty
     for sequences in (1, 64, 2048):
         config = kind.parse(["--pair", "p", "--max-num-seqs", str(sequences)])
         assert config.max_rpcs >= sequences * (1 + widest) + 100
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_a_variable_with_all_settings_that_is_no_json_object_is_named(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(SETTINGS, text)
+    assert f"error: {SETTINGS}: expected a JSON object" in refused(RouterConfig, [], capsys)
 
 
 def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
