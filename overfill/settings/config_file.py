@@ -149,11 +149,16 @@ class _TextLoader(yaml.BaseLoader):
     """Loads every scalar as text and refuses duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} appears twice", key.start_mark
-                )
-            seen.add(key.value)
+        check_unique_keys(node)
         return super().construct_mapping(node, deep)
+
+
+def check_unique_keys(node: yaml.Node) -> None:
+    """Raises ConstructorError if a mapping of a YAML document has a key twice, of which YAML would take the last."""
+    seen: set[str] = set()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # YAML refuses it
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} appears twice", key.start_mark)
+        seen.add(key.value)

@@ -140,7 +140,8 @@ class SettingsReader(BaseModel):
             BadSettings: a name is unknown or a value is wrong; the message names the flag.
         """
         if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
-            raise BadSettings(f"{', '.join(unknown)}: no such setting; {cls.program} --help lists all settings")
+            hint = nearest(unknown[0], cls.model_fields, f"{cls.program} --help lists all settings")
+            raise BadSettings(f"{', '.join(unknown)}: no such setting; {hint}")
         return cls.made({name: Given(value, f"--{flag_name(name)}") for name, value in settings.items()})
 
     def settings(self) -> dict[str, Any]:

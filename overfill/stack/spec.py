@@ -19,6 +19,7 @@ from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_wildcard, split_address
 from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
+from overfill.settings.config_file import check_unique_keys, nearest
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
@@ -158,10 +159,9 @@ class StackSpec(BaseModel):
                 raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
         fields = [self.kind(name).settings.model_fields for name in self.pools]
         if unknown := sorted(self.settings.keys() - {*RouterConfig.model_fields}.union(*fields)):
-            raise ValueError(
-                f"settings: {', '.join(unknown)}: no process of this stack has such a setting; see "
-                "`overfill config show`"
-            )
+            known = {name for kind in (RouterConfig.model_fields, *fields) for name in kind}
+            hint = nearest(unknown[0], known, "see `overfill config show`")
+            raise ValueError(f"settings: {', '.join(unknown)}: no process of this stack has such a setting; {hint}")
         self.router_config()
         for name in self.pools:
             self.worker_config(name)
@@ -215,14 +215,16 @@ class StackSpec(BaseModel):
         """Reads a document from a file, YAML or JSON. Raises BadSettings."""
         try:
             text = path.read_text(encoding="utf-8")
-            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            data = _parse_json(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
             return cls.read({} if data is None else data)
         except OSError as error:
             raise BadSettings(f"{path}: cannot be read: {error.strerror}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-            raise BadSettings(f"{path}: {' '.join(str(error).split())}") from error
+        except RecursionError as error:
+            raise BadSettings(f"{path}: is nested too deeply for a stack") from error
         except BadSettings as error:
             raise BadSettings(f"{path}: {error}") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise BadSettings(f"{path}: {' '.join(str(error).split())}") from error
 
     def document(self) -> dict[str, Any]:
         """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
@@ -389,11 +391,44 @@ class StackSpec(BaseModel):
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses duplicate keys, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        check_unique_keys(node)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_json(text: str) -> Any:
+    """Parses JSON. Raises ValueError, also for duplicate keys."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key} appears twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _faults(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
-        place = ".".join(map(str, item["loc"]))
-        yield (
-            f"{place}: {item['msg']}"
-            if place and item["type"] != "value_error"
-            else (f"{place}: " if place else "") + item["msg"].removeprefix("Value error, ")
-        )
+        place, kind = ".".join(map(str, item["loc"])), item["type"]
+        message = item["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            known = _fields(item["loc"])
+            message = f"no such field; {nearest(str(item['loc'][-1]), known, 'known are ' + ', '.join(known))}"
+        elif kind == "model_type" and not place:
+            message = "expected the fields of a stack, such as `runner: processes`"
+        yield f"{place}: {message}" if place else message
+
+
+def _fields(place: Sequence[int | str]) -> list[str]:
+    """Returns the names of the fields beside an unknown one."""
+    if len(place) == 1:
+        return [*StackSpec.model_fields]
+    if place[0] == "tiers":
+        return [name for name in TierSpec.model_fields if name != "name"]
+    return [*(RouterSpec if place[0] == ROUTER else PoolSpec).model_fields]

@@ -258,7 +258,7 @@ def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> N
     config = DecodeConfig.parse(["--pair", "p", "--kv-memory", "1MiB", "--routers", "a:1,ray:///stack"])
     assert DecodeConfig.of(config.settings()) == config
     assert DecodeConfig.of({"pair": "p", "kv_memory": "1MiB", "data_streams": 3}).kv_memory == 1 << 20
-    with pytest.raises(ValueError, match="kv_memroy: no such setting; overfill-decode --help lists"):
+    with pytest.raises(ValueError, match="kv_memroy: no such setting; did you mean kv_memory"):
         DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
     with pytest.raises(ValueError, match="--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})

@@ -12,6 +12,7 @@ from shipped_config import SHIPPED, for_several_machines
 
 from overfill.rpc.certificates import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
 from overfill.stack.ray.application import deployment_options, environment, serve_config
 from overfill.stack.spec import DECODE, PREFILL, ROUTER, RouterSpec, StackSpec, WorkerPlace
@@ -214,6 +215,34 @@ def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any
 def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "prefil: {}", "prefil: no such field; did you mean prefill?"),
+        ("a.yaml", "router: {portz: [1]}", "router.portz: no such field; did you mean ports?"),
+        ("a.yaml", "decode: {replica: 2}", "decode.replica: no such field; did you mean replicas?"),
+        ("a.yaml", "tiers: {a: {par: p}}", "tiers.a.par: no such field; did you mean pair?"),
+        ("a.yaml", "version: 9", "version: no such field; known are runner, name"),
+        ("a.yaml", "settings: {grace_periodd: 1}", "such a setting; did you mean grace_period?"),
+        ("a.yaml", "decode: {settings: {kv_memry: 1}}", "kv_memry: no such setting; did you mean kv_memory?"),
+        ("a.yaml", "decode: {replicas: 1}\ndecode: {replicas: 2}", "the key decode appears twice"),
+        ("a.json", '{"name": "a", "name": "b"}', "the key name appears twice"),
+        ("a.yaml", "? [a]\n: b", "found unhashable key"),
+        ("a.yaml", "!!map [a]", "expected a mapping node"),
+        ("a.yaml", "[]", "expected the fields of a stack"),
+        ("a.json", "7", "expected the fields of a stack"),
+        ("a.json", "[" * 100_000, "is nested too deeply"),
+        ("a.yaml", "[" * 10_000, "is nested too deeply"),
+    ],
+)
+def test_what_is_wrong_with_a_document_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(BadSettings) as caught:
+        StackSpec.load(tmp_path / name)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
 
 
 def test_a_fixed_pool_has_its_replicas_and_no_autoscaling() -> None:
