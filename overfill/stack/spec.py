@@ -165,8 +165,19 @@ class StackSpec(BaseModel):
         self.router_config()
         for name in self.pools:
             self.worker_config(name)
+        self._check_engines()
         self._check_formats()
         return self
+
+    def _check_engines(self) -> None:
+        """Raises ValueError if a part of the workers computes nothing: the others would read KV that has no values."""
+        mock = [name for name in self.pools if self.worker_config(name).engine == "mock"]
+        others = [name for name in self.pools if name not in mock]
+        if mock and others:
+            raise ValueError(
+                f"engine mock computes nothing, and {' and '.join(mock)} workers have it while {' and '.join(others)} "
+                "workers do not: give it to all workers, or to none"
+            )
 
     def _check_scaling(self) -> None:
         scaled = sorted(name for name, pool in self.pools.items() if pool.max_replicas is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,19 +49,22 @@ class ScriptedAnswer(BaseModel):
         return self
 
 
+_Seconds = Annotated[float, Field(ge=0, le=3600)]
+
+
 class MockOptions(BaseModel):
     """Arguments of a mock engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: float = Field(0.0, ge=0, description="seconds of a prefill step, besides its tokens")
-    per_token: float = Field(
-        0.0, ge=0, description="seconds per prompt token that is computed; cached tokens cost nothing"
+    base: _Seconds = Field(0.0, description="seconds of a prefill step, besides its tokens")
+    per_token: _Seconds = Field(
+        0.0, description="seconds per prompt token that is computed; cached tokens cost nothing"
     )
-    step: float = Field(
-        0.0, ge=0, description="seconds of a decode step, which computes one token of every running sequence"
+    step: _Seconds = Field(
+        0.0, description="seconds of a decode step, which computes one token of every running sequence"
     )
-    per_sequence: float = Field(0.0, ge=0, description="seconds per sequence in a decode step, besides step")
+    per_sequence: _Seconds = Field(0.0, description="seconds per sequence in a decode step, besides step")
     answer: str = Field(ANSWER, min_length=1, description="text that answers without a script repeat")
     answer_tokens: int | None = Field(
         None,
@@ -85,7 +88,7 @@ class MockOptions(BaseModel):
             return values | {"script": json.loads(Path(script).read_text(encoding="utf-8"))}
         except OSError as error:
             raise ValueError(f"script: cannot read {script}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"script: {script} is not JSON: {error}") from None
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -120,6 +121,8 @@ def test_a_grammar_lets_the_script_through_or_replaces_it_and_another_worker_goe
     [
         ({"speed": 3}, "speed: Extra inputs are not permitted; the mock engine knows base, per_token"),
         ({"step": -1}, "step: Input should be greater than or equal to 0"),
+        ({"base": math.inf}, "base: Input should be less than or equal to 3600"),
+        ({"per_token": 1e308}, "per_token: Input should be less than or equal to 3600"),
         ({"script": "/no/such/file"}, "script: cannot read /no/such/file"),
         ({"script": [{"text": "a", "tokens": [1]}]}, r"script.0: give either tokens, or text and tool_calls"),
         ({"script": [{"tokens": [6144]}]}, "script: token 6144 is not below 6144"),
@@ -130,6 +133,13 @@ def test_a_wrong_argument_is_refused_by_name(arguments, says, pair):
     with pytest.raises(InvalidRequest, match=says) as caught:
         load_engine("mock", pair, "decoder", options)
     assert caught.value.field == "engine_args"
+
+
+def test_a_script_that_is_nested_too_deeply_is_refused_by_name(pair, tmp_path):
+    (tmp_path / "script.json").write_text("[" * 100_000)
+    options = EngineOptions(device=None, engine_args={"script": str(tmp_path / "script.json")})
+    with pytest.raises(InvalidRequest, match=r"script\.json is not JSON"):
+        load_engine("mock", pair, "decoder", options)
 
 
 def test_the_pair_is_what_its_script_makes_small_and_of_a_long_context(pair, tmp_path):

@@ -245,6 +245,14 @@ def test_what_is_wrong_with_a_document_is_named(name: str, text: str, message: s
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("fields", [{"prefill": "mock"}, {"decode": "mock"}, {"prefill": "mock", "decode": "vllm"}])
+def test_workers_that_compute_nothing_are_not_mixed_with_others(fields: dict[str, str]) -> None:
+    pools = {pool: {"settings": {"engine": engine}} for pool, engine in fields.items()}
+    with pytest.raises(ValueError, match="give it to all workers, or to none"):
+        spec(**pools)
+    assert spec(settings={"engine": "mock"}).mock
+
+
 def test_a_fixed_pool_has_its_replicas_and_no_autoscaling() -> None:
     options = deployment_options(spec(decode={"replicas": 3, "num_cpus": 0.25, "num_gpus": 0.5}), DECODE)
     assert options["num_replicas"] == 3
