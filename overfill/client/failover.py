@@ -11,6 +11,7 @@ import grpc
 from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
+    ModelNotFound,
     OverfillError,
     PromptTooLong,
     RequestCancelled,
@@ -30,8 +31,8 @@ class AddressFailover:
     router that says that it shuts down begins a new round: while a silent address was tried, another router may have
     been replaced. A router that leaves is asked again once, because its address may now lead to another one.
     Routers that accept the request and then fail are tried for four rounds: a failed router may be back before the next
-    one fails. A router that cannot continue the answer, because another one would come of it or the
-    prompt is too long there, is passed over.
+    one fails. A router that cannot continue the answer is passed over: another one would come of it, the prompt is too
+    long there, or the router does not have the model or the tier.
 
     Args:
         timeout: Seconds for the whole request; None means no limit.
@@ -84,7 +85,7 @@ class AddressFailover:
             continues: Whether the call asked for the rest of an answer.
         """
         failure = from_rpc_error(error, self.address)
-        refused = continues and isinstance(failure, Incompatible | PromptTooLong)
+        refused = continues and isinstance(failure, Incompatible | ModelNotFound | PromptTooLong)
         if refused and self._refusal is None:
             self._refusal = failure
         # A router that shuts down may cancel the answer; this client did not. A router that answers Unavailable itself

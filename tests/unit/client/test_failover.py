@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from overfill.client.failover import AddressFailover
-from overfill.errors import Incompatible, OverfillError, PromptTooLong, ShuttingDown, Unavailable
+from overfill.errors import Incompatible, ModelNotFound, OverfillError, PromptTooLong, ShuttingDown, Unavailable
 from overfill.rpc.status import to_status
 
 REFUSES = Incompatible("this router would continue another answer", ["resume_identity.decoder_digest"])
@@ -61,7 +61,9 @@ def test_each_address_gets_a_share_of_the_time_after_a_router_left(addresses: li
     assert failover.timeout() == 8.0 / len(addresses)
 
 
-@pytest.mark.parametrize("refuses", [REFUSES, PromptTooLong("prompt", "has 9 tokens")])
+@pytest.mark.parametrize(
+    "refuses", [REFUSES, PromptTooLong("prompt", "has 9 tokens"), ModelNotFound("tier 'fast' does not exist")]
+)
 def test_a_router_that_cannot_continue_an_answer_is_passed_over_and_named_in_the_end(refuses: OverfillError) -> None:
     failover = AddressFailover(["a:1", "b:1", "c:1"], None)
     failover.accepted()
