@@ -88,9 +88,14 @@ def overwrite_kv_chunk() -> None:
     store.write = write_then_overwrite
 
 
+def _runs_vllm() -> bool:
+    """Returns True if the service's engine is vLLM, by its flags or by the settings that its parent gives it."""
+    return "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, "")
+
+
 def _kv_store() -> type[KvStore]:
     """Returns the class in which the service's engine keeps received KV."""
-    if "--engine=vllm" in sys.argv:
+    if _runs_vllm():
         # Imported here because only a worker on vLLM has it.
         from overfill.engine.vllm.store import VllmKvStore
 
@@ -116,7 +121,7 @@ def shift_positions() -> None:
 def _before_each_step(act: Callable[[int], None]) -> None:
     """Calls ``act`` in every step of the engine, with the step's number from 1."""
     steps = itertools.count(1)
-    if "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, ""):
+    if _runs_vllm():
         # Imported here because only a worker on vLLM has it.
         from overfill.engine.vllm.internals import VllmCore
 

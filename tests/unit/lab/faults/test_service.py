@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from overfill.engine.vllm.store import VllmKvStore
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
 from overfill.kv.ranges import KvRange
@@ -16,6 +17,7 @@ from overfill.kv.store import LayerTargets
 from overfill.lab.faults import service as faults
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import Transformer
+from overfill.settings.config import DecodeConfig
 
 CPU = torch.device("cpu")
 
@@ -97,3 +99,12 @@ def test_bad_usage_exits_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as caught:
         faults.main()
     assert caught.value.code == 2
+
+
+def test_a_fault_reaches_the_engine_that_the_parent_s_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((variable, settings),) = DecodeConfig.of({"pair": "p", "engine": "vllm"}).environment().items()
+    monkeypatch.setenv(variable, settings)
+    write = VllmKvStore.write
+    monkeypatch.setattr(VllmKvStore, "write", write)
+    faults.overwrite_kv_chunk()
+    assert VllmKvStore.write is not write
