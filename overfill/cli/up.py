@@ -314,7 +314,10 @@ def _log_sink(folder: Path | None) -> Iterator[Callable[[str, str], None]]:
     if folder is None:
         yield lambda name, line: print(f"{name} | {line}", file=sys.stderr, flush=True)
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--log-dir {folder}: cannot be made: {error.strerror}") from error
     files: dict[str, IO[bytes]] = {}
 
     def write(name: str, line: str) -> None:

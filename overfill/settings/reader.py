@@ -139,8 +139,9 @@ class SettingsReader(BaseModel):
         Raises:
             BadSettings: a name is unknown or a value is wrong; the message names the flag.
         """
-        if unknown := sorted(settings.keys() - (cls.model_fields.keys() - {"config"})):
-            hint = nearest(unknown[0], cls.model_fields, f"{cls.program} --help lists all settings")
+        known = cls.model_fields.keys() - {"config"}
+        if unknown := sorted(settings.keys() - known):
+            hint = nearest(unknown[0], known, f"{cls.program} --help lists all settings")
             raise BadSettings(f"{', '.join(unknown)}: no such setting; {hint}")
         return cls.made({name: Given(value, f"--{flag_name(name)}") for name, value in settings.items()})
 

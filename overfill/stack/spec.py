@@ -36,6 +36,9 @@ SUFFIXES = (".yaml", ".yml", ".json")
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
 
+_MADE = {"pair", "port", "http", "worker_id", "routers", "tier", "tiers", "expect_prefill", "expect_decode"}
+"""Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
+
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
 
@@ -162,6 +165,9 @@ class StackSpec(BaseModel):
             known = {name for kind in (RouterConfig.model_fields, *fields) for name in kind}
             hint = nearest(unknown[0], known, "see `overfill config show`")
             raise ValueError(f"settings: {', '.join(unknown)}: no process of this stack has such a setting; {hint}")
+        for place, settings in (("settings", self.settings), *((n, p.settings) for n, p in self.deployments.items())):
+            if made := sorted(settings.keys() & _MADE):
+                raise ValueError(f"{place}: {', '.join(made)}: the other fields of the document set this: remove it")
         self.router_config()
         for name in self.pools:
             self.worker_config(name)

@@ -359,6 +359,13 @@ def test_a_wrong_variable_of_a_service_is_reported_by_up(
     assert "OVERFILL_PREFILL_MAX_NUM_SEQS): must be a whole number of at least 1, got '0'" in message
 
 
+def test_a_folder_of_logs_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "logs")
+    assert main(["up", "--no-ray", "--engine", "mock", "--grpc", "0", "--http", "off", "--log-dir", folder]) == 2
+    assert f"--log-dir {folder}: cannot be made: Not a directory" in capsys.readouterr().err
+
+
 def test_help_lists_every_option_that_is_a_variable(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["up", "--help"]) == 0
     text = re.sub(r"\s+", "", capsys.readouterr().out)
