@@ -15,7 +15,7 @@ def test_one_run_as_a_table_and_as_json(capsys):
     assert "40 requests, 1 + 1 workers, profile cpu" in text
     assert "time to first token" in text
     assert "counters and waiting rule checked" in text
-    assert main([*SMALL, "--json", "--slo", "ttft=1"]) == 0
+    assert main([*SMALL, "--json", "--objective", "ttft=1"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["figures"]["requests"] == 40
     assert 0 < document["figures"]["attainment"] <= 1
@@ -101,7 +101,7 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
         (("--max-workers", "4"), 2, "needs --autoscale"),
         (("--size", "--plot", "a.png"), 2, "one run"),
         (("--size", "--costs", "1"), 2, "two positive numbers"),
-        (("--size", "--slo", "itl=1e-9"), 1, "is not met by 95% of the requests"),
+        (("--size", "--objective", "itl=1e-9"), 1, "is not met by 95% of the requests"),
     ],
 )
 def test_conflicting_options_are_refused(capsys, arguments, code, message):
