@@ -296,7 +296,7 @@ def simulate_command(
         tiers=made,
         brownout=order,
         brownout_share=brownout_share,
-        objective=goal,
+        goal=goal,
         policy=policy,
         scaling=_scaling(profile, goal, max_workers, use_all) if autoscale else None,
         prefix_cache=prefix_cache == "on",
