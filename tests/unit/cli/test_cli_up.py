@@ -21,6 +21,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 from described import described, placed
 from rich.console import Console
 
@@ -426,7 +427,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     plans: list[PlacedStack] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     return plans
@@ -459,6 +460,61 @@ def test_the_openai_endpoint_is_on_by_default(
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")
     assert main(["up", "--no-ray", "--pair", "p"]) == 0
     assert unchecked.pop().addresses == ("127.0.0.1:7700",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "pair"),
+    [
+        ([], {}, "default"),
+        (["--engine", "mock"], {}, "mock"),
+        (["--prefill-engine", "mock", "--decode-engine", "mock"], {}, "mock"),
+        ([], {"OVERFILL_PREFILL_ENGINE": "mock", "OVERFILL_DECODE_ENGINE": "mock"}, "mock"),
+        (["--engine", "mock", "identity"], {}, "identity"),
+    ],
+)
+def test_without_a_pair_the_engine_chooses_it(
+    arguments: list[str],
+    variables: dict[str, str],
+    pair: str,
+    unchecked: list[PlacedStack],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["up", "--no-ray", "--grpc", "0", "--http", "off", *arguments]) == 0
+    assert unchecked.pop().spec.pair == pair
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--no-ray", "owner/model"], 1, "make a pair from it: overfill pair build --full owner/model "),
+        (["--no-ray", "owner/model"], 1, "overfill pair import --full owner/model --decoder owner/model --out"),
+        (
+            ["--engine", "mock", "--metrics-port", "9600"],
+            1,
+            "--metrics-port 9600: on Ray every process of this machine",
+        ),
+        (["--engine", "mock", "--decode-engine", "vllm"], 2, "got mock for prefill, vllm for decode"),
+        (["--prefill-engine", "mock"], 2, "got mock for prefill, auto for decode"),
+        (["owner/model", "--tensor-parallel-size", "2"], 2, "a worker computes on one GPU; give --prefill N"),
+        (["--gpu-memory-utilization", "0.9"], 2, "give --kv-memory SIZE"),
+        (["--quantization", "fp8"], 2, "give --quantize int8"),
+        (["--port", "8000"], 2, "give --http PORT for the OpenAI endpoint, or --grpc PORT for gRPC"),
+    ],
+)
+def test_what_cannot_start_is_refused_with_the_right_word(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", "--grpc", "0", "--http", "off", *arguments]) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_help_of_a_stack_shows_the_defaults_of_a_stack() -> None:
+    text = " ".join(CliRunner().invoke(up.up_command, ["--help"], terminal_width=100).stdout.split())
+    assert "[default: the cores, divided among the workers of a stage]" in text
+    assert "is refused. [default: 64MiB]" in text
+    assert "--tiers" not in text
 
 
 @pytest.mark.parametrize("half", ["full", "decoder"])

@@ -60,7 +60,7 @@ def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr(up, "require_vllm", lambda: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path("/pairs") / pair)
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path("/pairs") / pair)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
 
     def start(*arguments: str) -> PlacedStack:
