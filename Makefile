@@ -6,6 +6,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# Where this is set, no process keeps compiled modules: each test process would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(sort $(wildcard proto/overfill/v1/*.proto))
