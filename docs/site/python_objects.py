@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from pydantic import BaseModel
 from table_text import escape, table
 
 from overfill import errors
@@ -130,7 +131,18 @@ def _attributes(found: type) -> dict[str, tuple[str, str]]:
     if dataclasses.is_dataclass(found):
         return {each.name: _cells(each.type, each.default) for each in dataclasses.fields(found)}
     annotations = {k: v for base in reversed(found.__mro__) for k, v in inspect.get_annotations(base).items()}
-    return {name: _cells(annotation, inspect.Parameter.empty) for name, annotation in annotations.items()}
+    defaults = _model_defaults(found) if issubclass(found, BaseModel) else {}
+    return {name: _cells(annotation, defaults.get(name, _EMPTY[0])) for name, annotation in annotations.items()}
+
+
+def _model_defaults(found: type[BaseModel]) -> dict[str, Any]:
+    """Returns the default of each field that has one, and a model as the call that makes it."""
+    given = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in found.model_fields.items()
+        if not field.is_required()
+    }
+    return {k: _Plain(f"{type(v).__name__}()") if isinstance(v, BaseModel) else v for k, v in given.items()}
 
 
 def _cells(annotation: Any, default: Any) -> tuple[str, str]:

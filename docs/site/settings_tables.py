@@ -112,7 +112,8 @@ def _up() -> str:
 
 def _only_options_of_up() -> str:
     settings = {name for kind in SERVICES for name in kind.model_fields}
-    names = [name for name, each in _options_of_up().items() if not each.envvar and field_name(name) not in settings]
+    shown = {name: each for name, each in _options_of_up().items() if not each.hidden}
+    names = [name for name, each in shown.items() if not each.envvar and field_name(name) not in settings]
     return ", ".join(f"`--{name}`" for name in names) + ".\n"
 
 

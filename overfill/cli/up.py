@@ -243,7 +243,7 @@ def _check_runner(placement: RayPlacement, tiers: tuple[TierSpec, ...], colocate
         )
 
 
-class Runner(Protocol):
+class StackRunner(Protocol):
     """Interface of both runners of a stack."""
 
     spec: StackSpec
@@ -265,7 +265,7 @@ class Runner(Protocol):
     def stop(self) -> list[Child]: ...
 
 
-def run(stack: Runner, stopping: threading.Event, out: Console) -> int:
+def run(stack: StackRunner, stopping: threading.Event, out: Console) -> int:
     """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code."""
     try:
         stack.start()

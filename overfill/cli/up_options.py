@@ -20,7 +20,7 @@ from overfill.settings.config import (
     RouterConfig,
     ServiceConfig,
 )
-from overfill.settings.config_file import flag_name
+from overfill.settings.config_file import field_name, flag_name
 from overfill.settings.flags import default_text
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
 
@@ -207,8 +207,25 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 """In the order of ``overfill up --help``."""
 
 
+_WORDS_OF_VLLM = {
+    "--port": "give --http PORT for the OpenAI endpoint, or --grpc PORT for gRPC",
+    "--tensor-parallel-size": "a worker computes on one GPU; give --prefill N and --decode N for more workers",
+    "--gpu-memory-utilization": "workers of one GPU share its memory; give --kv-memory SIZE for the KV cache",
+    "--quantization": "give --quantize int8 for the decoder; a checkpoint's own format needs no option",
+}
+"""Options that users of vLLM know -> the words of ``up``."""
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise click.UsageError(f"{param.opts[0]} is an option of vLLM: {_WORDS_OF_VLLM[param.opts[0]]}")
+
+
 def up_options(command: _F) -> _F:
     """Adds all options to ``command``."""
+    for flag in _WORDS_OF_VLLM:
+        name = f"vllm_{field_name(flag[2:])}"  # --grpc is the parameter `port`
+        command = click.option(flag, name, hidden=True, expose_value=False, callback=_refuse)(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

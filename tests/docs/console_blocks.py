@@ -124,6 +124,10 @@ def _steps(block: _Block) -> list[Step]:
     return steps
 
 
+def _runs_until_ctrl_c(command: str) -> bool:
+    return command.startswith("overfill up") and "&" not in command and "--dry-run" not in command
+
+
 def read(page: Path) -> list[Step | SavedFile | NotRun]:
     """Returns what a reader of ``page`` does, in the order of the page.
 
@@ -148,7 +152,7 @@ def read(page: Path) -> list[Step | SavedFile | NotRun]:
                     running[step.terminal].until_ctrl_c = True
                 running[step.terminal] = step
             found += steps
-            started += [step for step in steps if step.command.startswith("overfill up") and "&" not in step.command]
+            started += [step for step in steps if _runs_until_ctrl_c(step.command)]
         elif "." in block.title and not block.title.startswith("examples/"):
             found.append(SavedFile(block.title, "\n".join(block.lines) + "\n"))
     for step in started:

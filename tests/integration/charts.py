@@ -76,12 +76,13 @@ def _rendered(values: str, settings: tuple[str, ...], release: str) -> str:
         "template", release, str(CHART), "--namespace", "serving", "--values", str(CHART / values), *flags
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    # The loader in Python takes ten times as long. JSON has no anchors: objects share no parts.
+    return json.dumps([one for one in yaml.load_all(done.stdout, yaml.CSafeLoader) if one])
 
 
 def render(values: str, *settings: str, release: str = "overfill") -> list[dict]:
     """Return every object that the chart renders from a values file and ``--set`` settings."""
-    return [json.loads(json.dumps(one)) for one in yaml.safe_load_all(_rendered(values, settings, release)) if one]
+    return json.loads(_rendered(values, settings, release))
 
 
 def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:

@@ -795,7 +795,7 @@ async def upgraded(kmock: kmock_package.KubernetesEmulator, folder: Path, *setti
         "--disable-openapi-validation", f"--kube-apiserver={kmock.url}",
         *[flag for setting in settings for flag in ("--set", setting)],
     )  # fmt: skip
-    return [one for one in yaml.safe_load_all(output) if one]
+    return [one for one in yaml.load_all(output, yaml.CSafeLoader) if one]
 
 
 async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:

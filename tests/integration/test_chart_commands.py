@@ -130,8 +130,10 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
             assert all(child.returncode is None for child in children.values()), "\n".join(machine.lines)
             return all(machine.probe(component, specs[component], probe) == 0 for component in children)
 
-        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed")
-        wait_until(lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined")
+        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed", pause=1.0)
+        wait_until(
+            lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined", pause=1.0
+        )
         assert alive_and("livenessProbe")
         address = f"127.0.0.1:{machine.port('', 7600)}"
         of_pods, of_clients = (

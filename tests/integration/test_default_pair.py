@@ -66,11 +66,11 @@ def test_native_kernels_are_nearer_to_transformers_than_eager_bfloat16(pair, llm
 
     if quantize == "none":
         theirs = AutoModelForCausalLM.from_pretrained(pair.full_path, dtype=torch.float32)
-        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist()[len(prompt) :]
+        answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0].tolist()[len(prompt) :]
         with torch.inference_mode():
             want = theirs(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     else:
-        answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=64))[0].token_ids
+        answer = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=32))[0].token_ids
         want = _logits(load(torch.float32), prompt, answer)
     eager, native = (
         _logits(load(torch.bfloat16), prompt, answer),

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from stacks import children, idle, loads, running_stack, wait_until
+from stacks import ForkedChild, children, idle, loads, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
@@ -25,7 +25,7 @@ from overfill.kv.spec import KvSpec
 from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
-from overfill.stack.child import Child, stop
+from overfill.stack.child import stop
 from overfill.stack.process_runner import child_environment
 from overfill.v1 import decode_pb2, prefill_pb2
 
@@ -153,7 +153,7 @@ async def worker(tiny_pair):
         "--grace-period=1",
     ]
     command = [sys.executable, "-m", "services.prefill.main", *arguments]
-    child = Child("prefill", command, child_environment({}, 1), lambda name, line: None)
+    child = ForkedChild("prefill", command, child_environment({}, 1), lambda name, line: None)
     hello = await registry.next_worker(60)
     target = decode_pb2.AssignPrefill(
         worker_id=hello.worker_id,

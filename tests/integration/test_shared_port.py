@@ -10,12 +10,11 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from stacks import children, idle, mocked, running_stack, wait_until
+from stacks import ForkedChild, children, idle, mocked, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unavailable
-from overfill.stack.child import Child
 from overfill.stack.process_runner import child_environment
 
 TRIES = 60  # connections, of which half go to each of two processes: one gets none with probability 2^-59
@@ -168,7 +167,7 @@ def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, 
             "--engine=mock",
         ]
         lines = []
-        lost = Child("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
+        lost = ForkedChild("lost", command, child_environment(os.environ, 1), lambda name, line: lines.append(line))
         wait_until(lambda: lost.returncode is not None, 60, "a worker at the shared address gives up")
         assert "several router processes share this address" in "\n".join(lines)
 

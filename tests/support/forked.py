@@ -76,6 +76,14 @@ class Forked:
         os.close(self._numbers)
 
 
+def run(module: str, *arguments: str, env: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    """Runs ``python -m MODULE ARGUMENTS`` to its end. Returns the exit status and the output."""
+    process = Forked(module, arguments, env)
+    with process.stdout as output:
+        text = output.read()
+    return process.wait(), text
+
+
 @cache
 def _server() -> socket.socket:
     """Starts the server, which ends with this process, and returns the socket for jobs."""

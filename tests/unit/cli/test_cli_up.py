@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import click
 import pytest
+import yaml
 from described import described, placed
 from rich.console import Console
 
@@ -722,3 +723,59 @@ def test_a_full_disk_costs_the_lines_of_a_log_and_nothing_else(tmp_path: Path) -
         for name in ("decode-0", "decode-1"):
             write(name, "hello")
     assert (tmp_path / "decode-1.log").read_text(encoding="utf-8") == "hello\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"),
+    [
+        ("--port", "--http PORT"),
+        ("--tensor-parallel-size", "--prefill N"),
+        ("--gpu-memory-utilization", "--kv-memory"),
+        ("--quantization", "--quantize int8"),
+    ],
+)
+def test_users_of_vllm_are_told_the_right_word(flag: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", flag, "1"]) == 2
+    assert word in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--colocated", "2"],
+        ["--prefill", "1", "--decode", "2", "--kv-memory", "64MiB"],
+        ["--tier", "a=p", "--tier", "b=q:2,quantize=int8,itl-objective=0.05"],
+        ["--router", "2"],
+    ],
+)
+@pytest.mark.parametrize("runner", ["--ray", "--no-ray"])
+def test_what_is_started_is_what_was_printed(
+    arguments: list[str],
+    runner: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unchecked: list[PlacedStack],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    got: list[StackSpec] = []
+    monkeypatch.setattr(up, "ProcessRunner", lambda spec, sink: got.append(spec))
+    monkeypatch.setattr(up, "RayRunner", lambda spec, note: got.append(spec))
+    monkeypatch.setattr(up, "run", lambda stack, stopping, console: 0)
+    assert main(["up", runner, *arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "stack.yaml").write_text(printed, encoding="utf-8")
+    assert main(["up", str(tmp_path / "stack.yaml")]) == 0
+    assert main(["up", runner, *arguments]) == 0
+    assert got[0] == got[1] == StackSpec.read(yaml.safe_load(printed))
+
+
+def test_nothing_else_describes_a_stack_that_a_document_describes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "stack.yaml"
+    file.write_text("pair: p\n", encoding="utf-8")
+    assert main(["up", str(file), "--decode", "2"]) == 2
+    assert "--decode has no effect" in capsys.readouterr().err
+    monkeypatch.setenv("OVERFILL_DECODE_THREADS", "2")
+    assert main(["up", str(file)]) == 2
+    assert "OVERFILL_DECODE_THREADS has no effect" in capsys.readouterr().err
