@@ -784,6 +784,7 @@ def test_users_of_vllm_are_told_the_right_word(flag: str, word: str, capsys: pyt
 @pytest.mark.parametrize(
     "arguments",
     [
+        [],
         ["--colocated", "2"],
         ["--prefill", "1", "--decode", "2", "--kv-memory", "64MiB"],
         ["--tier", "a=p", "--tier", "b=q:2,quantize=int8,itl-objective=0.05"],
