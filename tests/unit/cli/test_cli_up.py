@@ -497,10 +497,6 @@ def test_without_a_pair_the_engine_chooses_it(
         ),
         (["--engine", "mock", "--decode-engine", "vllm"], 2, "got mock for prefill, vllm for decode"),
         (["--prefill-engine", "mock"], 2, "got mock for prefill, auto for decode"),
-        (["owner/model", "--tensor-parallel-size", "2"], 2, "a worker computes on one GPU; give --prefill N"),
-        (["--gpu-memory-utilization", "0.9"], 2, "give --kv-memory SIZE"),
-        (["--quantization", "fp8"], 2, "give --quantize int8"),
-        (["--port", "8000"], 2, "give --http PORT for the OpenAI endpoint, or --grpc PORT for gRPC"),
     ],
 )
 def test_what_cannot_start_is_refused_with_the_right_word(
@@ -788,6 +784,7 @@ def test_users_of_vllm_are_told_the_right_word(flag: str, word: str, capsys: pyt
 @pytest.mark.parametrize(
     "arguments",
     [
+        [],
         ["--colocated", "2"],
         ["--prefill", "1", "--decode", "2", "--kv-memory", "64MiB"],
         ["--tier", "a=p", "--tier", "b=q:2,quantize=int8,itl-objective=0.05"],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,20 +38,26 @@ def made() -> Path:
     return folder
 
 
-def test_the_next_runner_removes_the_folder_of_a_killed_one_only() -> None:
-    with subprocess.Popen([sys.executable, "-c", RUNNER], stdout=subprocess.PIPE, text=True) as runner:
-        assert runner.stdout is not None
-        left = Path(runner.stdout.readline().strip())
-        on_a_cluster = made()  # not held: its stack may outlive its runner
-        mine = made()
-        with hold_folder(mine):
-            assert left.is_dir()
-            runner.send_signal(signal.SIGKILL)
-            runner.wait()
-            made()
-            assert not left.exists()
-            assert mine.is_dir()
-            assert on_a_cluster.is_dir()
+@pytest.fixture
+def runner() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", RUNNER], stdout=subprocess.PIPE, text=True) as started:
+        yield started
+        started.kill()
+
+
+def test_the_next_runner_removes_the_folder_of_a_killed_one_only(runner: subprocess.Popen[str]) -> None:
+    assert runner.stdout is not None
+    left = Path(runner.stdout.readline().strip())
+    on_a_cluster = made()  # not held: its stack may outlive its runner
+    mine = made()
+    with hold_folder(mine):
+        assert left.is_dir()
+        runner.kill()
+        runner.wait()
+        made()
+        assert not left.exists()
+        assert mine.is_dir()
+        assert on_a_cluster.is_dir()
 
 
 def test_the_folder_is_for_this_user_only() -> None:
