@@ -237,10 +237,7 @@ class StackSpec(BaseModel):
 
     def document(self) -> dict[str, Any]:
         """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
-        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
-        # A pool is there even if all of it is default.
-        pools = {name: data.get(name, {}) for name in (COLOCATED, PREFILL, DECODE) if getattr(self, name) is not None}
-        return data | pools
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
 
     def __str__(self) -> str:
         """The document as YAML."""
