@@ -20,7 +20,7 @@ from overfill.request.params import (
     SamplingParams,
     check_token_ids,
 )
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
@@ -36,7 +36,7 @@ def validate_generate(
     max_model_len: int,
     vocab_size: int,
     tools: Grammar | None = None,
-) -> CheckedRequest:
+) -> Job:
     """Check ``request``, tokenize its prompt, and set request id, seed and ``max_tokens`` where they are missing.
 
     Args:
@@ -84,7 +84,7 @@ def validate_generate(
         start.sampling.seed = int.from_bytes(drawn[16:], "little")
     if tools is not None:
         start.sampling.grammar.CopyFrom(tools.to_proto())
-    return CheckedRequest(
+    return Job(
         start=start,
         prompt_token_ids=prompt,
         stop=stop,

@@ -1,4 +1,4 @@
-"""A request in the router: what the dispatcher knows of it, and with that, the whole."""
+"""A request in the router, from the check of its fields to its end."""
 
 from __future__ import annotations
 
@@ -20,25 +20,39 @@ class JobState(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Job:
-    """One request in the dispatcher. Only the dispatcher changes it, except ``emitted``, which the relay sets.
+    """One request in the router. ``validate_generate`` makes it; ``RequestHandler`` adds what that cannot know.
+
+    Once it is submitted, only the dispatcher changes it, except ``emitted``, which the relay sets.
 
     Attributes:
-        id: request id, for messages.
-        prompt_tokens, max_tokens: number of prompt tokens, and maximum number of answer tokens.
+        start: the request as decode workers get it. It has a prompt of at least one token, the request's id or a
+            random one, the model's end-of-sequence ids, and ``sampling`` with ``seed`` and ``max_tokens``. Prompt and
+            ``max_tokens`` together fit the context. ``emitted_token_ids`` are the tokens of the answer that the client
+            has, at most ``max_tokens``. If it has that many, the answer is complete and only its end message was lost.
+            Each attempt sends a copy, in which it sets the fields of the attempt.
+        prompt_token_ids: the prompt of ``start``, in a form that Python reads four times as fast.
+        stop: non-empty stop strings.
+        continues_text: whether the answer continues the prompt's text, so that its first word keeps its space.
+        answer_digest: digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
+            conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
+        stream_interval: minimum number of tokens in a message to the client.
+        received: time when the router received the request, seconds on the event loop's clock.
+        choice: the tier with which the request was accepted, and why. ``tier`` may have changed since.
         tier: name of the tier that writes the answer. The dispatcher changes it only to ``fallback``.
         fallback: name of the tier to which the job goes when its tier has no worker left; empty means none.
-        migrated: True once this router has moved the job to another worker or prefills it again; it then goes before
-            new work. An answer that a client resumes after losing its router is new here: the router cannot check the
-            client's claim.
-        emitted: number of answer tokens so far.
         priority: smaller values go first.
         key: API key to whose share the job is charged; "" stands for requests without a key.
         deadline: seconds on the caller's clock, or None.
-        compiles: True if a decode worker compiles the request's grammar before it reserves blocks.
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
+        id, prompt_tokens, max_tokens: as in ``start``.
+        compiles: True if a decode worker compiles the request's grammar before it reserves blocks.
+        emitted: number of answer tokens so far.
+        migrated: True once this router has moved the job to another worker or prefills it again; it then goes before
+            new work. An answer that a client resumes after losing its router is new here: the router cannot check the
+            client's claim.
         charged: tokens charged to the key's share.
         prefilled: True once a decode worker with blocks has a prefill worker for the job: the prompt is computed then.
         waiting_since: time when the job last began to wait for a decode worker, seconds.
@@ -50,27 +64,43 @@ class Job:
             alive.
     """
 
-    id: str
-    prompt_tokens: int
-    max_tokens: int
+    start: decode_pb2.StartDecode
+    prompt_token_ids: Sequence[int]
+    stop: tuple[str, ...] = ()
+    continues_text: bool = False
+    answer_digest: str | None = None
+    stream_interval: int = 1
+    received: float = 0.0
+    choice: TierChoice = field(default_factory=TierChoice)
     tier: str = DEFAULT_TIER
     fallback: str = ""
-    migrated: bool = field(default=False, init=False)
-    emitted: int = 0
     priority: int = 0
     key: str = ""
     deadline: float | None = None
-    compiles: bool = False
     block_keys: Callable[[int], Iterator[int]] | None = None
-    state: JobState = JobState.NEW
+    id: str = field(init=False)
+    prompt_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)
+    compiles: bool = field(init=False)
+    emitted: int = field(init=False)
+    state: JobState = field(default=JobState.NEW, init=False)
+    migrated: bool = field(default=False, init=False)
     charged: int = field(default=0, init=False)
     prefilled: bool = field(default=False, init=False)
-    waiting_since: float = 0.0
-    placed_at: float | None = None
-    decode: Worker | None = None
-    prefill: Worker | None = None
+    waiting_since: float = field(default=0.0, init=False)
+    placed_at: float | None = field(default=None, init=False)
+    decode: Worker | None = field(default=None, init=False)
+    prefill: Worker | None = field(default=None, init=False)
     late_prefill: Worker | None = field(default=None, init=False)
     avoid: set[tuple[str, int, common_pb2.Stage]] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        start = self.start
+        self.id = start.request_id
+        self.prompt_tokens = len(self.prompt_token_ids)
+        self.max_tokens = start.sampling.max_tokens
+        self.compiles = start.sampling.HasField("grammar")
+        self.emitted = len(start.emitted_token_ids)
 
     @property
     def total_tokens(self) -> int:
@@ -90,53 +120,12 @@ class Job:
         """Tokens of ``total_tokens`` used so far. The prompt counts from its first prefill on, answered or not."""
         return self.prompt_tokens + self.emitted if self.prefilled else 0
 
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class CheckedRequest(Job):
-    """A request that the router can run. ``validate_generate`` makes it; ``RequestHandler`` adds what that cannot know.
-
-    Attributes:
-        start: The request as decode workers get it. It has a prompt of at least one token, the request's id or a
-            random one, the model's end-of-sequence ids, and ``sampling`` with ``seed`` and ``max_tokens``. Prompt and
-            ``max_tokens`` together fit the context. ``emitted_token_ids`` are the tokens of the answer that the client
-            has, at most ``max_tokens``. If it has that many, the answer is complete and only its end message was lost.
-            Each attempt sends a copy, in which it sets the fields of the attempt.
-        prompt_token_ids: The prompt of ``start``, in a form that Python reads four times as fast.
-        stop: Non-empty stop strings.
-        continues_text: Whether the answer continues the prompt's text, so that its first word keeps its space.
-        answer_digest: Digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
-            conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
-        stream_interval: Minimum number of tokens in a message to the client.
-        received: Time when the router received the request, seconds on the event loop's clock.
-        choice: The tier with which the request was accepted, and why. ``tier`` may have changed since.
-    """
-
-    start: decode_pb2.StartDecode
-    id: str = field(init=False)
-    prompt_tokens: int = field(init=False)
-    max_tokens: int = field(init=False)
-    prompt_token_ids: Sequence[int]
-    stop: tuple[str, ...] = ()
-    continues_text: bool = False
-    answer_digest: str | None = None
-    stream_interval: int = 1
-    received: float = 0.0
-    choice: TierChoice = field(default_factory=TierChoice)
-
-    def __post_init__(self) -> None:
-        start = self.start
-        self.id = start.request_id
-        self.prompt_tokens = len(self.prompt_token_ids)
-        self.max_tokens = start.sampling.max_tokens
-        self.emitted = len(start.emitted_token_ids)
-        self.compiles = start.sampling.HasField("grammar")
-
     @property
     def client_resumed(self) -> bool:
         """True if the client brought the first tokens of the answer with its request."""
         return bool(self.start.emitted_token_ids)
 
-    def sample(self, index: int) -> CheckedRequest:
+    def sample(self, index: int) -> Job:
         """Returns a copy, made before the start, for answer ``index`` among several to the prompt, with one seed."""
         start = decode_pb2.StartDecode()
         start.CopyFrom(self.start)

@@ -25,7 +25,7 @@ from overfill.errors import (
 from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.attempt import Attempt, AttemptEnd, GaveUp
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.routing.stream import DecodeConnector
 from overfill.routing.worker import Worker
 from overfill.telemetry import tracing
@@ -91,7 +91,7 @@ class Relay:
 
     def __init__(
         self,
-        request: CheckedRequest,
+        request: Job,
         dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         *,

@@ -23,7 +23,7 @@ from overfill.request.grammar import Grammars
 from overfill.request.params import check_priority, check_token_ids
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.routing.relay import Relay
 from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
@@ -115,7 +115,7 @@ class RequestHandler:
 
     async def check(
         self, request: inference_pb2.GenerateRequest, hold: QuotaHold, received: float, time_left: float | None = None
-    ) -> CheckedRequest:
+    ) -> Job:
         """Validates ``request`` and returns it ready to start. Checks queues and takes the quota before costly work.
 
         Args:
@@ -161,7 +161,7 @@ class RequestHandler:
             checked.start.cache_namespace = caller.cache_namespace
         return checked
 
-    def start(self, request: CheckedRequest, hold: QuotaHold) -> RunningAnswer:
+    def start(self, request: Job, hold: QuotaHold) -> RunningAnswer:
         """Queues a request and returns its answer. ``hold`` is the one with which the request was checked.
 
         Raises:
@@ -328,7 +328,7 @@ class RequestHandler:
         return int(size)
 
 
-def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> CheckedRequest:
+def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> Job:
     """Calls ``validate_generate``, and makes the prompt's keys: those for ``block_sizes`` now, others on first use."""
     checked = validate_generate(*arguments)
     if root is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.routing.rolling_stats import RollingStats
 from overfill.routing.signals import Signals
 from overfill.telemetry.router_metrics import RouterMetrics
@@ -41,7 +41,7 @@ class Statistics:
             self.metrics.refused(error, hold.tier)
             raise
 
-    def accepted(self, request: CheckedRequest) -> None:
+    def accepted(self, request: Job) -> None:
         """Counts a request that has been queued."""
         choice = request.choice
         self._signals.arrived(choice.asked, request.prompt_tokens)  # the tier that was asked for is what should grow
@@ -51,7 +51,7 @@ class Statistics:
         if choice.fallback_from:
             self.metrics.fell_back(choice.fallback_from, choice.tier)
 
-    def tokens(self, request: CheckedRequest, count: int, now: float, since_last: float | None) -> None:
+    def tokens(self, request: Job, count: int, now: float, since_last: float | None) -> None:
         """Counts tokens that a client has, ``since_last`` seconds after the previous ones; None for the first."""
         self.metrics.tokens(count, since_last, request.key, request.tier)
         self.rolling.tokens(count, now)
@@ -62,6 +62,6 @@ class Statistics:
         self._signals.finished(finished, now, decode_base)
         self.rolling.answered(finished, now)
 
-    def ended(self, request: CheckedRequest, failure: BaseException | None) -> None:
+    def ended(self, request: Job, failure: BaseException | None) -> None:
         """Counts the end of a request; ``failure`` is None if it was answered."""
         self.metrics.ended(failure, request.tier)

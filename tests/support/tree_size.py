@@ -41,8 +41,8 @@ MIN_DUPLICATE = 6  # lines
 FORMS: dict[str, tuple[str, ...]] = {
     "request": (
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
-        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:CheckedRequest",
-        "overfill.routing.relay:Relay", "overfill.routing.job:Job", "overfill.routing.policy:PlacementRequest",
+        "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:Job",
+        "overfill.routing.relay:Relay",
         "overfill.routing.attempt:Attempt", "overfill.routing.stream:_Sequence", "v1.StartDecode",
         "overfill.rpc.sequences:ServedSequence", "services.decode.sequence_session:SequenceSession",
         "overfill.engine.sequence:DecodeSequence", "v1.StartPrefill", "services.prefill.servicer:Lease",

@@ -11,6 +11,7 @@ from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing.dispatcher import Dispatcher, Job
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
 from overfill.routing.pool import Roster
+from overfill.v1 import common_pb2, decode_pb2
 
 DEFAULT = "default"
 NAMES = (DEFAULT, *get_args(PolicyName))
@@ -37,7 +38,9 @@ def make_dispatcher(
 
 def make_job(name: str, trace: TraceRequest) -> Job:
     """Makes the job of a request, as the router does. The trace's block numbers replace the tokens of blocks."""
-    job = Job(id=name, prompt_tokens=trace.prompt_tokens, max_tokens=trace.output_tokens)
+    sampling = common_pb2.SamplingParams(max_tokens=trace.output_tokens)
+    start = decode_pb2.StartDecode(request_id=name, sampling=sampling)
+    job = Job(start=start, prompt_token_ids=range(trace.prompt_tokens))
     if trace.blocks:
         keys = PromptKeys(_ROOT, trace.blocks[: trace.prompt_tokens // trace.block_tokens])
 

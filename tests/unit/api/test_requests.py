@@ -13,7 +13,7 @@ from overfill.api.chat_template import ChatTemplate
 from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.v1.common_pb2 import SamplingParams
 from overfill.v1.inference_pb2 import AnswerIdentity, Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
 
@@ -23,7 +23,7 @@ VOCAB = 300
 
 @pytest.fixture
 def validate(byte_level_tokenizer: Tokenizer) -> Any:
-    def validate(**fields: Any) -> CheckedRequest:
+    def validate(**fields: Any) -> Job:
         if not {"text", "token_ids", "chat", "no_prompt"} & set(fields):
             fields["token_ids"] = TokenIds(ids=[5, 6, 7])
         fields.pop("no_prompt", None)

@@ -3,9 +3,10 @@
 import asyncio
 
 import pytest
+from jobs import make_job
 
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.reservations import RESERVE_TIMEOUT
 from overfill.routing.tier import DEFAULT_TIER
@@ -27,7 +28,7 @@ def dispatcher(roster):
 
 
 def job(name):
-    return Job(name, prompt_tokens=16, max_tokens=4)
+    return make_job(name, prompt_tokens=16, max_tokens=4)
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import make_job
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.keys import PromptKeys
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.affinity import NUM_LEAST_LOADED
 from overfill.routing.conditional import Conditional
-from overfill.routing.job import Job
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.tier import DEFAULT_TIER
@@ -48,7 +48,7 @@ class Stack:
         self.roster.prefill.report(self.roster.prefill.get(name), report, 0.0)
 
     def job(self, prompt, decode=None, keys=None):
-        job = Job("a", prompt, 10, block_keys=keys)
+        job = make_job("a", prompt, 10, block_keys=keys)
         job.decode = self.decode.get(decode)
         return job
 

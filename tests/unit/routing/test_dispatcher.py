@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jobs import make_job
 
 from overfill.errors import Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
@@ -35,7 +36,7 @@ def dispatcher(roster):
 
 
 def job(name, prompt=10, answer=10, **more):
-    return Job(id=name, prompt_tokens=prompt, max_tokens=answer, **more)
+    return make_job(name, prompt, answer, **more)
 
 
 def placed(outcomes):
@@ -1018,7 +1019,7 @@ class Dispatching(RuleBasedStateMachine):
     def submit(self, prompt, answer, emitted, priority, key, deadline, blocks, tier, fallback):
         if deadline is not None:
             deadline += self.now
-        job = Job(
+        job = make_job(
             str(next(self.ids)),
             prompt,
             answer,

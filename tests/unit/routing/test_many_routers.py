@@ -8,11 +8,12 @@ import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import make_job
 
 from overfill.errors import Overloaded, PromptTooLong
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.routing.dispatcher import Dispatcher, Job, JobState, Placement
+from overfill.routing.dispatcher import Dispatcher, JobState, Placement
 from overfill.routing.invariant import check
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
@@ -86,7 +87,7 @@ class World:
         model.demands[router] = RouterDemand(worker.in_flight, dispatcher.queued(roster.pool_of(worker)))
 
     def submit(self, router, prompt, answer):
-        job = Job(str(next(self.ids)), prompt, answer)
+        job = make_job(str(next(self.ids)), prompt, answer)
         try:
             self.routers[router][1].submit(job, self.now)
         except (Overloaded, PromptTooLong):

@@ -1,11 +1,11 @@
 """Tests routing policies: load, free KV, two random choices, and prefix affinity."""
 
 import pytest
+from jobs import make_job
 
 from overfill.kv.keys import PromptKeys
 from overfill.routing.affinity import PROMISED_BLOCKS, PrefixAffinity
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.job import Job
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
 from overfill.routing.pool import Pool, Roster
@@ -16,7 +16,7 @@ from overfill.v1 import registry_pb2
 
 
 def choose(pool, prompt=10, keys=None):
-    return next(pool.policy.best(Job("a", prompt, 10, block_keys=keys)), None)
+    return next(pool.policy.best(make_job("a", prompt, 10, block_keys=keys)), None)
 
 
 @pytest.fixture
@@ -140,11 +140,11 @@ def test_a_prefix_that_every_worker_has_does_not_unbalance_the_pool(affinity, ma
 
 def test_a_prompt_attracts_similar_ones_to_its_worker_before_the_next_report(affinity, make_report):
     pool = affinity.prefill
-    first = Job("a", 64, 10, block_keys=keys(1, 2, 3, 4))
+    first = make_job("a", 64, 10, block_keys=keys(1, 2, 3, 4))
     worker = choose(pool, 64, first.block_keys)
     assert pool.policy.placed(first, worker) == 0
     pool.place(worker, 16)
-    second = Job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
+    second = make_job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
     assert choose(pool, 64, second.block_keys) is worker
     assert pool.policy.placed(second, worker) == 48, "cached tokens do not count as queued work"
 
@@ -156,7 +156,7 @@ def test_workers_of_other_block_sizes_are_compared_by_cached_tokens(affinity, ma
     tell(affinity, fine, make_report, keys(1, 2, 3))
     prompt = keys(1, 2, 3, 4, 5, 6)
     assert choose(pool, 96, prompt) is coarse, "one block of 64 tokens is more than three of 16"
-    assert pool.policy.placed(Job("a", 96, 10, block_keys=prompt), coarse) == 64
+    assert pool.policy.placed(make_job("a", 96, 10, block_keys=prompt), coarse) == 64
     tell(affinity, fine, make_report, keys(1, 2, 3, 4, 5))
     assert choose(pool, 96, prompt) is fine
     pool.check(0.0)
@@ -167,9 +167,9 @@ def test_a_promise_counts_in_the_block_size_of_its_worker(affinity, make_report)
     coarse, prompt = pool.get("p2"), keys(1, 2, 3, 4, 5)
     pool.report(coarse, make_report(block_size=64), 0.0)
     pool.report(pool.get("p1"), make_report(), 0.0)
-    pool.policy.placed(Job("a", 80, 10, block_keys=prompt), coarse)
+    pool.policy.placed(make_job("a", 80, 10, block_keys=prompt), coarse)
     assert choose(pool, 80, prompt) is coarse
-    assert pool.policy.placed(Job("b", 80, 10, block_keys=prompt), coarse) == 64
+    assert pool.policy.placed(make_job("b", 80, 10, block_keys=prompt), coarse) == 64
 
 
 def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affinity, make_report):
@@ -189,14 +189,14 @@ def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affin
 def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(affinity):
     pool, dispatcher = affinity.prefill, Dispatcher(affinity)
     prompt = keys(1, 2, 3, 4)
-    failed = Job("a", 64, 10, block_keys=prompt)
+    failed = make_job("a", 64, 10, block_keys=prompt)
     failed.prefill = choose(pool, 64, prompt)
     pool.place(failed.prefill, 64, pool.policy.placed(failed, failed.prefill))
     assert pool.policy._promised
     dispatcher.prefill_done(failed)  # its first token never came
     assert not pool.policy._promised
     worker = choose(pool, 64, prompt)
-    pool.policy.placed(Job("b", 64, 10, block_keys=prompt), worker)
+    pool.policy.placed(make_job("b", 64, 10, block_keys=prompt), worker)
     pool.remove(worker)
     assert not pool.policy._promised
 
@@ -211,7 +211,7 @@ def test_placing_the_answers_to_one_prompt_looks_up_its_blocks_once(affinity, ma
 
     tell(affinity, pool.get("p1"), make_report, prompt)
     for name in "abcd":
-        job = Job(name, 3201, 10, block_keys=counted)
+        job = make_job(name, 3201, 10, block_keys=counted)
         assert pool.policy.placed(job, choose(pool, 3201, counted)) == 3200
     assert len(looked_up) <= 200 + 4 * PROMISED_BLOCKS
     tell(affinity, pool.get("p2"), make_report, keys(*range(201)))
@@ -231,7 +231,7 @@ def test_prompts_that_begin_alike_spread_over_the_decode_workers(add_worker, nam
     roster.decode[DEFAULT_TIER].use(POLICIES[name](seed=3))
     workers = [add_worker(roster, f"d{index}", credits=64, total=10_000) for index in range(4)]
     for index in range(40):
-        job = Job(str(index), 64, 10, block_keys=lambda size: iter(range(4)))
+        job = make_job(str(index), 64, 10, block_keys=lambda size: iter(range(4)))
         chosen = next(roster.decode[DEFAULT_TIER].policy.best(job))
         roster.decode[DEFAULT_TIER].place(
             chosen, job.reserve_tokens, roster.decode[DEFAULT_TIER].policy.placed(job, chosen)
@@ -250,7 +250,7 @@ def test_every_policy_has_a_name_and_orders_any_pool(add_worker):
         roster = Roster()
         roster.decode[DEFAULT_TIER].use(kind(seed=3))
         workers = {add_worker(roster, f"d{index}") for index in range(5)}
-        order = list(roster.decode[DEFAULT_TIER].policy.best(Job("a", 10, 10)))
+        order = list(roster.decode[DEFAULT_TIER].policy.best(make_job("a", 10, 10)))
         assert len(order) == 5, name
         assert set(order) == workers
-        assert list(Pool(PREFILL, kind()).policy.best(Job("a", 10, 10))) == []
+        assert list(Pool(PREFILL, kind()).policy.best(make_job("a", 10, 10))) == []

@@ -22,7 +22,7 @@ from overfill.routing import attempt
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.stream import Receive
@@ -115,7 +115,7 @@ class Stack:
             emitted_token_ids=emitted,
         )
         deadline = None if timeout is None else now + timeout
-        request = CheckedRequest(start=start, prompt_token_ids=(1, 2, 3), received=now, deadline=deadline)
+        request = Job(start=start, prompt_token_ids=(1, 2, 3), received=now, deadline=deadline)
         relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
         relay.start()
         try:

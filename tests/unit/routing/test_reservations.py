@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from jobs import make_job
 
-from overfill.routing.job import Job
 from overfill.routing.reservations import RESERVE_TIMEOUT, SILENCE, SILENT_AFTER, Reservations
 from overfill.routing.worker import Worker
 
@@ -22,7 +22,8 @@ def worker(make_info):
 @pytest.fixture
 def place(reservations, worker):
     def place(name, now=0.0, on=worker, **more):
-        job = Job(name, prompt_tokens=1, max_tokens=1, placed_at=now, decode=on, **more)
+        job = make_job(name, prompt_tokens=1, max_tokens=1, **more)
+        job.placed_at, job.decode = now, on
         reservations.add(job, on)
         return job
 

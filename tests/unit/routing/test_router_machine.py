@@ -28,7 +28,7 @@ from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
 from overfill.routing.tier import DEFAULT_TIER
@@ -254,7 +254,7 @@ class Routing(RuleBasedStateMachine):
             eos_token_ids=(0,),
             emitted_token_ids=request.read,
         )
-        checked = CheckedRequest(
+        checked = Job(
             start=start, prompt_token_ids=start.prompt_token_ids, received=self.loop.now, deadline=request.deadline
         )
         relay = self.act(lambda: Relay(checked, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS))

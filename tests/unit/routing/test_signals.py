@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from jobs import make_job
 
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.capacity import StepCost
-from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import Scaler, ScalingConfig
 from overfill.routing.scaling_advisor import ScalingAdvisor
@@ -117,8 +118,8 @@ def test_the_step_time_of_a_moved_answer_counts_the_last_worker_s_tokens(signals
 def test_waiting_jobs_are_load_of_both_stages(roster):
     dispatcher = Dispatcher(roster)
     signals = Signals(roster, dispatcher)
-    dispatcher.submit(Job("a", 40, 8), 0.0)
-    dispatcher.submit(Job("b", 60, 8), 0.0)
+    dispatcher.submit(make_job("a", 40, 8), 0.0)
+    dispatcher.submit(make_job("b", 60, 8), 0.0)
     for prefill, decode in (pool_states([signals.read(0.0)], [DEFAULT_TIER]), signals.own_pools(0.0)):
         assert (prefill.waiting_jobs, prefill.waiting_tokens) == (2, 100)
         assert (decode[DEFAULT_TIER].waiting_jobs, decode[DEFAULT_TIER].ready) == (2, 0)
@@ -234,7 +235,7 @@ def test_jobs_that_wait_for_a_decode_worker_are_no_work_for_prefill(roster, add_
     add_worker(roster, "p", PREFILL, credits=64)
     add_worker(roster, "d", credits=0)
     for index in range(5):
-        dispatcher.submit(Job(str(index), 100, 10), 0.0)
+        dispatcher.submit(make_job(str(index), 100, 10), 0.0)
     dispatcher.poll(0.0)
     numbers = Signals(roster, dispatcher).read(0.0)
     assert (numbers["queued_for_decode"], numbers["queued_jobs"], numbers["queued_tokens"]) == (5, 0, 0)

@@ -1,13 +1,14 @@
 """Tests tiers: each has its own pool, queue and decoder, and an answer leaves its tier only when asked to."""
 
 import pytest
+from jobs import make_job
 
 from overfill.errors import Incompatible, Overloaded, PromptTooLong, Unavailable
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.answer import AnswerState
 from overfill.routing.brownout import HOLD, Brownout, Prediction
-from overfill.routing.dispatcher import Dispatcher, Job, Placement, Rejection
+from overfill.routing.dispatcher import Dispatcher, Placement, Rejection
 from overfill.routing.invariant import check
 from overfill.routing.pool import Roster
 from overfill.routing.tier import Objectives, Tier
@@ -37,7 +38,7 @@ class Stack:
         self.dispatcher.report(worker, registry_pb2.Report(load=load, credits=credits, ready=True), now)
 
     def submit(self, name, tier, now=0.0, **more):
-        job = Job(name, 10, 10, tier, **more)
+        job = make_job(name, 10, 10, tier=tier, **more)
         self.dispatcher.submit(job, now)
         return job
 

@@ -15,7 +15,7 @@ import pytest
 
 from overfill.errors import ModelNotFound, PermissionDenied
 from overfill.routing.answer import AnswerDelta
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.rpc.access import AccessPolicy
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -93,11 +93,11 @@ class FakeHandler:
     def hold_quota(self, *_: Any) -> nullcontext[SimpleNamespace]:
         return nullcontext(SimpleNamespace(take=lambda *_: None, tier=""))
 
-    async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> CheckedRequest:
+    async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> Job:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
-        return CheckedRequest(start=decode_pb2.StartDecode(), prompt_token_ids=[1, 2, 3])
+        return Job(start=decode_pb2.StartDecode(), prompt_token_ids=[1, 2, 3])
 
     def start(self, *_: Any) -> FakeGeneration:
         return FakeGeneration(self.written_by, self.brownout_from)

@@ -4,11 +4,12 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+from jobs import make_job
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
@@ -158,7 +159,7 @@ async def test_a_worker_of_one_router_is_sent_no_demand_and_costs_nothing():
     async with joined() as (dispatcher, stream):
         stream.report(routers=1)
         await settled()
-        dispatcher.submit(Job("a", 10, 10), lambda _: None)
+        dispatcher.submit(make_job("a", 10, 10), lambda _: None)
         await settled()
         assert stream.heard.empty()
         assert dispatcher.looks == 0
@@ -168,7 +169,7 @@ async def test_a_shared_worker_is_sent_changes_of_demand_and_costs_nothing_betwe
     async with joined() as (dispatcher, stream):
         stream.report(routers=2)
         assert (await stream.heard.get()).demand == registry_pb2.Demand()
-        job = Job("a", 10, 10)
+        job = make_job("a", 10, 10)
         placed = []
         dispatcher.submit(job, placed.append)
         assert (await stream.heard.get()).demand == registry_pb2.Demand(queued=1)

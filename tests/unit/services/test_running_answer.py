@@ -10,7 +10,7 @@ from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import Unavailable
 from overfill.routing.answer import AnswerState
-from overfill.routing.job import CheckedRequest
+from overfill.routing.job import Job
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router import pace
@@ -27,7 +27,7 @@ class Relay:
     def __init__(self, interval):
         self.answer = AnswerState((), 100, 0.0)
         start = decode_pb2.StartDecode()
-        self.request = CheckedRequest(start=start, prompt_token_ids=(1,), stream_interval=interval)
+        self.request = Job(start=start, prompt_token_ids=(1,), stream_interval=interval)
         self.decode_worker, self.decode_engine = "decode-0", "overfill 0.2.0"
         self.closed = False
 

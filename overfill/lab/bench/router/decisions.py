@@ -21,10 +21,12 @@ from overfill.routing.dispatcher import Dispatcher, Job, Placement
 from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT
 from overfill.routing.pool import Roster
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
-from overfill.v1 import decode_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 BLOCK_SIZE = 16
 PROMPT_BLOCKS = 32
+PROMPT = range(PROMPT_BLOCKS * BLOCK_SIZE)
+SAMPLING = common_pb2.SamplingParams(max_tokens=128)
 CREDITS = 64
 """Concurrent requests of a worker."""
 
@@ -99,7 +101,8 @@ class _VirtualRouter:
             while running and running[0][0] <= now:
                 self.dispatcher.finish(running.popleft()[1])
                 self._advance(self.poll(now), running, now, duration)
-            self.dispatcher.submit(Job(str(index), PROMPT_BLOCKS * BLOCK_SIZE, 128, block_keys=key), now)
+            start = decode_pb2.StartDecode(request_id=str(index), sampling=SAMPLING)
+            self.dispatcher.submit(Job(start=start, prompt_token_ids=PROMPT, block_keys=key), now)
             self._advance(self.poll(now), running, now, duration)
 
     def _advance(
