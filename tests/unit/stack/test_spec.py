@@ -12,6 +12,7 @@ from shipped_config import SHIPPED, for_several_machines
 
 from overfill.rpc.certificates import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
 from overfill.stack.ray.application import deployment_options, environment, serve_config
 from overfill.stack.spec import DECODE, PREFILL, ROUTER, RouterSpec, StackSpec, WorkerPlace
@@ -208,12 +209,33 @@ def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any
         ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
         ({"router": {"http_ports": [8000, 8001]}}, "one for each of the 1 ports, or none"),
         ({"router": {"ports": []}}, "give at least one"),
-        ({"dekode": {}}, "dekode"),
+        ({"prefill": {"settings": {"kv_memroy": "1GiB"}}}, r"prefill.settings.kv_memroy: .* did you mean kv_memory\?"),
+        (
+            {"settings": {"engine": "mock"}, "prefill": {"settings": {"engine": "auto"}}},
+            "auto for prefill, mock for decode",
+        ),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"dekode": {}}, "dekode: no such field; did you mean decode?"),
+        ({"prefill": {"replica": 2}}, "prefill.replica: no such field; did you mean replicas?"),
+        ({"router": {"prots": [1]}}, "router.prots: no such field; did you mean ports?"),
+        ({"tiers": {"a": {"pair": "p", "fall_back": "b"}}}, "tiers.a.fall_back: no such field; did you mean fallback?"),
+        ({"tiers": {"a": {"pair": "p", "name": "b"}}}, "tiers.a.name: got 'b'; the key is the tier's name"),
+        ({"colour": "red"}, "colour: no such field; the fields are colocated, decode, "),
+    ],
+)
+def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadSettings) as caught:
+        StackSpec.read(document)
+    assert message in str(caught.value)
 
 
 def test_a_fixed_pool_has_its_replicas_and_no_autoscaling() -> None:
