@@ -1,6 +1,6 @@
-"""Parts of pages that are made from the code. ``python docs/site/generated.py`` writes them into the pages.
+"""What below docs/ is made from the code. ``python docs/site/generated.py`` writes it.
 
-A part stands between ``<!-- made: NAME -->`` and ``<!-- /made -->``. ``tests/unit/test_docs.py``
+A part of a page stands between ``<!-- made: NAME -->`` and ``<!-- /made -->``. ``tests/unit/test_docs.py``
 compares it with the code.
 """
 
@@ -14,13 +14,18 @@ import cli_tables
 import errors_table
 import python_objects
 import settings_tables
+import stack_schema
 import wire_tables
 
 from overfill.cli.metrics import metrics_page
 
 DOCS = Path(__file__).parents[1]
 _PART = re.compile(r"(<!-- made: ([^>\n]+) -->\n).*?(?=<!-- /made -->)", re.DOTALL)
-_METRICS = DOCS / "reference" / "metrics.md"
+_WHOLE: dict[Path, Callable[[], str]] = {
+    DOCS / "reference" / "metrics.md": metrics_page,
+    DOCS / "reference" / "stack.schema.json": stack_schema.stack_schema,
+}
+"""Files all of which is made."""
 
 PARTS: dict[str, Callable[[], str]] = {
     "cli-overview": cli_tables.overview,
@@ -35,8 +40,8 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def filled(page: Path) -> str:
-    """Returns the Markdown of a page below docs/ as it should be. Raises KeyError for a part that does not exist."""
-    return metrics_page() if page == _METRICS else _PART.sub(_part, page.read_text(encoding="utf-8"))
+    """Returns the text of a file below docs/ as it should be. Raises KeyError for a part that does not exist."""
+    return _WHOLE[page]() if page in _WHOLE else _PART.sub(_part, page.read_text(encoding="utf-8"))
 
 
 def _part(mark: re.Match[str]) -> str:
@@ -46,8 +51,8 @@ def _part(mark: re.Match[str]) -> str:
 
 
 def pages() -> list[Path]:
-    """Returns the pages that have parts."""
-    return [page for page in sorted(DOCS.rglob("*.md")) if page == _METRICS or _PART.search(page.read_text("utf-8"))]
+    """Returns the files that are made, or have parts that are."""
+    return sorted({*_WHOLE, *(page for page in DOCS.rglob("*.md") if _PART.search(page.read_text("utf-8")))})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import click
 from click_cells import default_and_meaning, value_of, value_of_setting
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from table_text import cell, sentence, table
 
@@ -25,6 +26,7 @@ from overfill.settings.config import (
     WorkerConfig,
 )
 from overfill.settings.config_file import field_name, flag_name
+from overfill.settings.flags import default_text
 from overfill.settings.reader import SEPARATORS
 
 Settings = type[CommonSettings]
@@ -80,6 +82,8 @@ def _default(name: str, field: FieldInfo) -> str:
         return ""
     if isinstance(field.default, tuple):
         return f"`{SEPARATORS.get(name, ',').join(map(str, field.default))}`"
+    if isinstance(field.default, ByteSize):
+        return f"`{default_text(field)}`"
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 

@@ -25,6 +25,7 @@ from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.welcome import welcome
 from overfill.engine.choice import require_vllm
+from overfill.pair.store import MOCK, NAMED, is_hub_id, resolve_pair
 from overfill.process.extras import require
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
@@ -38,6 +39,7 @@ from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
 from overfill.stack.spec import SUFFIXES, StackSpec
+from overfill.telemetry.progress import show_progress
 
 _WATCH_SECONDS = 0.5
 _BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}
@@ -48,7 +50,7 @@ _BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}
 def up_command(
     target: str | None,
     dry_run: bool,
-    pair: str,
+    pair: str | None,
     on_ray: bool,
     **options: Any,
 ) -> int:
@@ -74,7 +76,7 @@ def up_command(
         if target is not None and target.endswith(SUFFIXES):
             spec = _read(Path(target), on_ray)
         else:
-            spec = _describe(_pair(target, pair, options["engine"]), on_ray, options, prepare=not dry_run)
+            spec = _describe(_pair(target, pair), on_ray, options, prepare=not dry_run)
     except BadSettings as error:
         raise click.UsageError(str(error)) from error
     if dry_run:
@@ -88,23 +90,16 @@ def up_command(
             return run(ProcessRunner(spec, sink), stopping, console())
 
 
-def _pair(target: str | None, pair: str, engine: str | None) -> str:
-    """Returns the pair that the argument or the option names, a folder as an absolute path."""
-    from overfill.pair.store import MOCK
-
-    if target is not None:
-        if _is_given("pair"):
-            raise click.UsageError(f"the argument {target!r} conflicts with --pair {pair!r}: give one of them")
-        pair = target
-    if engine == "mock" and target is None and not _is_given("pair"):
-        return MOCK
-    return _absolute(pair)
+def _pair(target: str | None, pair: str | None) -> str:
+    """Returns the pair that the argument or the option names, a folder as an absolute path; empty if none does."""
+    if target is not None and pair is not None:
+        raise click.UsageError(f"the argument {target!r} conflicts with --pair {pair!r}: give one of them")
+    named = target or pair
+    return _absolute(named) if named else ""
 
 
 def _absolute(pair: str) -> str:
-    from overfill.pair.store import MOCK, NAMED
-
-    return pair if pair in (*NAMED, MOCK) else os.path.abspath(pair)
+    return pair if pair in (MOCK, *NAMED) or is_hub_id(pair) else os.path.abspath(pair)
 
 
 def _is_given(name: str) -> bool:
@@ -135,9 +130,6 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
     Args:
         prepare: prepare the pair if it is missing. Without it, ``up`` knows less of a pair when it chooses.
     """
-    from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
-
     own = dict(options)
     tiers: tuple[TierSpec, ...] = own.pop("tiers")
     tiers = tuple(tier.model_copy(update={"pair": _absolute(tier.pair)}) for tier in tiers)
@@ -179,9 +171,9 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
     spec, why = described(None)
     if prepare:
         _check_here(spec)
-    if not tiers and (prepare or Path(pair).is_dir()):
+    if not tiers and (prepare or Path(spec.pair).is_dir()):
         with show_progress() as report:
-            spec, why = described(resolve_pair(pair, report))
+            spec, why = described(resolve_pair(spec.pair, report))
     check_used(spec, options["config"])
     if why:
         _note(why)
@@ -202,8 +194,6 @@ def _check_here(spec: StackSpec) -> None:
 
 def _prepare(spec: StackSpec) -> None:
     """Prepares the pairs, and raises an error if the stack cannot run here."""
-    from overfill.telemetry.progress import show_progress
-
     _check_here(spec)
     with show_progress() as report:
         prepared = resolve_pairs(spec, report)

@@ -61,7 +61,7 @@ def _types(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def setting_option(
-    name: str, field: FieldInfo, flag: str = "", default: Any = None, note: str = ""
+    name: str, field: FieldInfo, flag: str = "", default: Any = None, note: str = "", shown: str | None = None
 ) -> Callable[[Any], Any]:
     """Returns the option of a service's setting. The service applies its default.
 
@@ -69,12 +69,16 @@ def setting_option(
         flag: the option, if it is not the setting's name.
         default: default of ``up``, if it is not the service's.
         note: end of the help.
+        shown: default of ``up`` in words, if ``up`` computes it.
     """
     about = (field.description or "").removesuffix(".")
     about = f"{about[:1].upper()}{about[1:]}{note}."
-    shown = default if default is not None else field.default if field.default not in (None, "", ()) else None
+    if shown is None and default is not None:
+        shown = str(default)
+    if shown is None and field.default not in (None, "", ()):
+        shown = default_text(field)
     if shown is not None:
-        about += f"  [default: {default_text(field) if default is None else default}]"
+        about += f"  [default: {shown}]"
     flag = flag or f"--{flag_name(name)}"
     if field.annotation is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=about)
@@ -103,6 +107,9 @@ def _stage_engines() -> Iterator[Callable[[Any], Any]]:
 
 
 _ROUTER = RouterConfig.model_fields
+
+_MADE = {"threads": "the cores, divided among the workers of a stage"}
+"""Settings whose default ``up`` computes, and how."""
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("target", required=False, metavar="[PAIR|STACK.yaml]"),
@@ -135,9 +142,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--pair",
         metavar="PAIR",
-        default="default",
-        show_default=True,
-        help="Pair to serve: default, fast, identity, or a pair's folder; also the argument of the command.",
+        help="Pair to serve: default, fast, identity, or a pair's folder; also the argument of the command.  [default: "
+        "default, or mock with --engine mock]",
     ),
     click.option(
         "--tier",
@@ -164,7 +170,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         HTTP_PORT,
         "; on Ray, of the first router's, and further ones use the next ports",
     ),
-    *(setting_option(name, field) for name, field in settings_fields().items()),
+    *(setting_option(name, field, shown=_MADE.get(name)) for name, field in settings_fields().items()),
     *_stage_engines(),
     click.option(
         "--tls",

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -73,7 +74,12 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
             if (folder / "config.json").exists():
                 raise InvalidPair(
                     f"{str(name_or_path)!r} is a model, not a pair. Make a pair from it: "
-                    f"overfill pair build --full {shlex.quote(str(name_or_path))} --intermediate-size 0.6 --out my-pair"
+                    f"{_build_line(str(name_or_path))}"
+                )
+            if is_hub_id(str(name_or_path)):
+                raise InvalidPair(
+                    f"{str(name_or_path)!r} is neither a named pair nor a folder. If it is a model on the Hugging Face "
+                    f"hub, make a pair from it: {_build_line(str(name_or_path))}"
                 )
             guess = nearest(str(name_or_path), NAMED, "")
             raise InvalidPair(
@@ -88,6 +94,19 @@ def resolve_pair(name_or_path: str | Path, report: Report = silent, source: Sour
     if not is_ready(name, source):
         _prepare_elsewhere(name, source, report)
     return pair_folder(name)
+
+
+def is_hub_id(text: str) -> bool:
+    """True if ``text`` may be a model's id on the Hugging Face hub, OWNER/NAME, and is no folder here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not os.path.exists(text)
+
+
+def _build_line(model: str) -> str:
+    named = shlex.quote(model)
+    return (
+        f"overfill pair build --full {named} --intermediate-size 0.6 --out my-pair, or with the model itself as the "
+        f"decoder: overfill pair import --full {named} --decoder {named} --out my-pair"
+    )
 
 
 @dataclass(frozen=True, slots=True)

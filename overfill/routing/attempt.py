@@ -69,6 +69,7 @@ class Attempt:
         self._max_prefill_failures = max_prefill_failures
         self._span = span
         self._stream: DecodeStream | None = None
+        self._number = 0  # of the sequence in the stream
         self._closed = False
         self._reserved = False
         self._waits_for_slot = False
@@ -81,10 +82,10 @@ class Attempt:
     def start(self, connector: DecodeConnector, worker: WorkerInfo, command: decode_pb2.SequenceCommand) -> None:
         """Opens the sequence on ``worker`` and sends ``command``, which holds StartDecode."""
         try:
-            self._stream = connector.open(worker, self._receive)
+            self._stream, self._number = connector.open(worker, self._receive)
             if (prefill := self._dispatcher.prefill_with_start(self._job)) is not None:
                 self._assign(prefill, command.start.assign_prefill)
-            self._stream.send(command)
+            self._stream.send(self._number, command)
             self._queued = _now() - self._answer.received
         except Exception as error:
             self._end(error)
@@ -94,7 +95,7 @@ class Attempt:
         if not self._closed:
             self._closed = True
             if self._stream is not None:
-                self._stream.close()
+                self._stream.close(self._number)
 
     def _end(self, result: AttemptEnd) -> None:
         if not self._closed:
@@ -147,7 +148,7 @@ class Attempt:
         assert self._stream is not None
         command = decode_pb2.SequenceCommand()
         self._assign(worker, command.assign_prefill)
-        self._stream.send(command)
+        self._stream.send(self._number, command)
         now = _now()
         self._queued += now - self._wanted_since
         self._wanted_since = now

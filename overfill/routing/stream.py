@@ -43,24 +43,24 @@ _MAX_AGE = 60.0
 
 
 class DecodeStream(Protocol):
-    """One sequence on a decode worker."""
+    """A stream to a decode worker. Its sequences have numbers."""
 
-    def send(self, command: decode_pb2.SequenceCommand) -> None:
+    def send(self, number: int, command: decode_pb2.SequenceCommand) -> None:
         """Queues a command. The worker ignores one about a sequence that has ended.
 
         Raises:
             InvalidRequest: the command is too large for one message.
         """
 
-    def close(self) -> None:
+    def close(self, number: int) -> None:
         """Cancels the sequence on the worker unless it has ended. Its callback is not called any more."""
 
 
 class DecodeConnector(Protocol):
     """Opens sequences on decode workers."""
 
-    def open(self, worker: WorkerInfo, receive: Receive) -> DecodeStream:
-        """Opens a sequence on ``worker``; ``receive`` gets its updates."""
+    def open(self, worker: WorkerInfo, receive: Receive) -> tuple[DecodeStream, int]:
+        """Opens a sequence on ``worker``, whose updates ``receive`` gets. Returns its stream and its number there."""
 
 
 class GrpcConnector:
@@ -69,84 +69,76 @@ class GrpcConnector:
     def __init__(self, tls: Credentials | None = None) -> None:
         self._tls = tls
         self._connections: dict[tuple[str, int], _Connection] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._retiring: dict[_Connection, asyncio.Task[None]] = {}
 
     def add(self, worker: WorkerInfo) -> None:
         """Opens a channel to ``worker``. A worker that joins again gets a new channel."""
         self.forget(worker)
-        self._connections[worker.id, worker.incarnation] = self._connect(worker)
+        self._connections[worker.id, worker.incarnation] = _Connection(worker, self._tls)
 
     def forget(self, worker: WorkerInfo) -> None:
         """Closes the channel to ``worker`` once no sequence uses it."""
         connection = self._connections.pop((worker.id, worker.incarnation), None)
         if connection is not None:
-            connection.forgotten = True
-            self._close_idle(connection)
+            self._retire(connection)
 
     def channel(self, worker: WorkerInfo) -> grpc.aio.Channel:
         """Returns the channel to a joined worker, for the worker's other services."""
         return self._connections[worker.id, worker.incarnation].channel
 
-    def open(self, worker: WorkerInfo, receive: Receive) -> DecodeStream:
+    def open(self, worker: WorkerInfo, receive: Receive) -> tuple[DecodeStream, int]:
         connection = self._connections.get((worker.id, worker.incarnation))
-        if connection is None:  # the worker has just left
-            connection = self._connect(worker)
-            connection.forgotten = True
-        return connection.open(receive)
+        if connection is not None:
+            return connection.open(receive)
+        connection = _Connection(worker, self._tls)  # the worker has just left
+        sequence = connection.open(receive)
+        self._retire(connection)
+        return sequence
 
     async def close(self) -> None:
         """Closes all channels and ends their streams."""
-        for connection in list(self._connections.values()):
+        retiring = list(self._retiring.values())
+        for connection in [*self._connections.values(), *self._retiring]:
             await connection.close()
         self._connections.clear()
-        await asyncio.gather(*self._closing)
+        await asyncio.gather(*retiring)
 
-    def _connect(self, worker: WorkerInfo) -> _Connection:
-        return _Connection(f"decode worker {worker.id}", open_channel(worker.address, self._tls), self._close_idle)
-
-    def _close_idle(self, connection: _Connection) -> None:
-        if connection.forgotten and not connection.sequences:
-            task = asyncio.ensure_future(connection.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+    def _retire(self, connection: _Connection) -> None:
+        task = self._retiring[connection] = asyncio.ensure_future(connection.retire())
+        task.add_done_callback(lambda _: self._retiring.pop(connection))
 
 
 class _Connection:
-    """A channel to one worker, with the current stream on it. A stream that breaks is followed by another one.
+    """A channel to one worker, with its streams. A stream that breaks, or is old, is followed by another one."""
 
-    Attributes:
-        sequences: number of sequences that have not been closed.
-        forgotten: the worker has left.
-    """
+    def __init__(self, worker: WorkerInfo, tls: Credentials | None) -> None:
+        self.channel = open_channel(worker.address, tls)
+        self._peer = f"decode worker {worker.id}"
+        self._streams: list[_ServeStream] = []  # only the last one takes sequences
 
-    def __init__(self, peer: str, channel: grpc.aio.Channel, on_idle: Callable[[_Connection], None]) -> None:
-        self.channel = channel
-        self.sequences = 0
-        self.forgotten = False
-        self._peer = peer
-        self._on_idle = on_idle
-        self._stream: _ServeStream | None = None
+    def open(self, receive: Receive) -> tuple[DecodeStream, int]:
+        if not self._streams or self._streams[-1].ended or self._streams[-1].age > _MAX_AGE:
+            self._streams = [stream for stream in self._streams if not stream.ended]
+            for stream in self._streams:
+                stream.retire()
+            self._streams.append(_ServeStream(self._peer, self.channel))
+        return self._streams[-1], self._streams[-1].open(receive)
 
-    def open(self, receive: Receive) -> DecodeStream:
-        if self._stream is None or self._stream.ended or self._stream.age > _MAX_AGE:
-            if self._stream is not None:
-                self._stream.retire()
-            self._stream = _ServeStream(self._peer, self.channel)
-        self.sequences += 1
-        return _Sequence(self, self._stream, receive)
-
-    def closed_sequence(self) -> None:
-        self.sequences -= 1
-        self._on_idle(self)
+    async def retire(self) -> None:
+        """Closes the channel once its last sequence has ended."""
+        for stream in self._streams:
+            stream.retire()
+            await stream.wait_ended()
+        await self.close()
 
     async def close(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
+        for stream in self._streams:
+            stream.cancel()
         await self.channel.close(None)
 
 
 class _ServeStream:
-    """One call of ``Decode.Serve``.
+    """One call of ``Decode.Serve``: implements ``DecodeStream``.
 
     Attributes:
         ended: True once the call has ended; it takes no more sequences.
@@ -176,28 +168,35 @@ class _ServeStream:
         self._retired = True
         self._end_retired()
 
-    def add(self, receive: Receive) -> int:
+    async def wait_ended(self) -> None:
+        """Returns once the call has ended."""
+        await asyncio.wait([self._reading])
+
+    def open(self, receive: Receive) -> int:
         """Returns the number of a new sequence whose updates ``receive`` gets."""
         number = next(self._numbers)
         self._receivers[number] = receive
         return number
 
-    def remove(self, number: int) -> bool:
-        """Forgets a sequence and its commands that are not sent yet. Returns True if the worker must be told.
+    def send(self, number: int, command: decode_pb2.SequenceCommand) -> None:
+        size = command.ByteSize()
+        if size > MAX_MESSAGE_BYTES - _MESSAGE_MARGIN:
+            raise InvalidRequest(
+                "", f"the request takes {size} bytes between router and worker; the maximum is {MAX_MESSAGE_BYTES}"
+            )
+        command.sequence = number
+        self._commands.append(command)
+        self._queued.set()
 
-        The worker does not know a sequence whose start was not sent, nor needs it to be told of one that has ended.
-        """
+    def close(self, number: int) -> None:
         if self._receivers.pop(number, None) is None:
-            return False
+            return
         unsent = [command for command in self._commands if command.sequence == number]
         if unsent:  # only while the worker reads slowly
             self._commands = deque(command for command in self._commands if command.sequence != number)
+        if not any(command.HasField("start") for command in unsent):  # otherwise the worker does not know the sequence
+            self.send(number, decode_pb2.SequenceCommand(cancel=decode_pb2.CancelDecode()))
         self._end_retired()
-        return not any(command.HasField("start") for command in unsent)
-
-    def send(self, command: decode_pb2.SequenceCommand) -> None:
-        self._commands.append(command)
-        self._queued.set()
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -268,31 +267,3 @@ def _hand_over(receive: Receive, update: decode_pb2.SequenceUpdate | OverfillErr
         receive(update)
     except Exception:  # a defect of one receiver must not end the stream of all
         logger.exception("a sequence could not take an update")
-
-
-class _Sequence:
-    """Implements ``DecodeStream``."""
-
-    def __init__(self, connection: _Connection, stream: _ServeStream, receive: Receive) -> None:
-        self._connection = connection
-        self._stream = stream
-        self._number = stream.add(receive)
-        self._closed = False
-
-    def send(self, command: decode_pb2.SequenceCommand) -> None:
-        size = command.ByteSize()
-        if size > MAX_MESSAGE_BYTES - _MESSAGE_MARGIN:
-            raise InvalidRequest(
-                "", f"the request takes {size} bytes between router and worker; the maximum is {MAX_MESSAGE_BYTES}"
-            )
-        command.sequence = self._number
-        self._stream.send(command)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._stream.remove(self._number):
-            cancel = decode_pb2.CancelDecode()
-            self._stream.send(decode_pb2.SequenceCommand(sequence=self._number, cancel=cancel))
-        self._connection.closed_sequence()

@@ -280,7 +280,7 @@ class RouterConfig(ServiceConfig):
     )
     default_tier: str = Field(
         "",
-        description="tier of requests that name none; by default the tier called default, or else the first of --tiers",
+        description="tier of requests that name none; by default the tier called default, or else the first one",
     )
     brownout: TierOrder = Field(
         (),

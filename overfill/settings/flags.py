@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from overfill.settings.allowed import placeholder
@@ -65,6 +66,8 @@ def default_text(field: FieldInfo) -> str:
     """Returns a field's default as users write it."""
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable().replace(".0", "")
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
@@ -77,6 +80,15 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        switches = {
+            option: f"give {' or '.join(action.option_strings)}"
+            for action in self._actions
+            if isinstance(action, argparse.BooleanOptionalAction)
+            for option in action.option_strings
+        }
+        for flag, equals, _ in (argument.partition("=") for argument in argv):
+            if equals and flag in switches:
+                self.error(f"{flag} takes no value; {switches[flag]}")
         namespace, unknown = self.parse_known_args(argv)
         if not unknown:
             return namespace

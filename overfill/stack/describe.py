@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from overfill.pair.store import MOCK
 from overfill.process.gpus import gpu_count
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback
@@ -22,7 +23,16 @@ from overfill.settings.reader import BadSettings, Given
 from overfill.settings.tiers import TEXT_FIELDS, TierSpec, default_tier
 from overfill.settings.worker_kinds import KINDS
 from overfill.stack.ray import placement
-from overfill.stack.spec import APPLICATION, COLOCATED, DECODE, PREFILL, RouterSpec, StackSpec, decode_pool
+from overfill.stack.spec import (
+    APPLICATION,
+    COLOCATED,
+    DECODE,
+    DEFAULT_PAIR,
+    PREFILL,
+    RouterSpec,
+    StackSpec,
+    decode_pool,
+)
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
@@ -74,7 +84,8 @@ def describe(
     """Returns the document of a stack.
 
     Args:
-        pair: the stack's pair, or its folder, unless there are ``tiers``.
+        pair: the stack's pair, or its folder, unless there are ``tiers``. Empty means the engine's: ``mock`` for the
+            mock engine, and ``default`` for others.
         prefill, decode, routers: number of processes of each kind; ``tiers`` replaces ``decode``.
         colocated: number of workers with both stages. They decode in the default tier.
         tiers: the tiers, each with its own pair, workers and settings; empty with one pair.
@@ -111,8 +122,12 @@ def describe(
     _check_apart(("--grpc", port, places), ("--http", http, places), ("--metrics-port", metrics, processes))
 
     default = default_tier([tier.name for tier in tiers], _text(router, "default_tier")) if tiers else ""
-    default_pair = next((tier.pair for tier in tiers if tier.name == default), pair)
     own = _own_settings(flags, counts, tiers, default)
+    given = {
+        name: _given(KINDS[name.partition("-")[0]].settings, flags | own[name], tls, Role.WORKER) for name in counts
+    }
+    pair = pair or (MOCK if all(_text(one, "engine") == "mock" for one in given.values()) else DEFAULT_PAIR)
+    default_pair = next((tier.pair for tier in tiers if tier.name == default), pair)
     read: dict[str, dict[str, Any]] = {}
     secret = "api_keys" in router and not {"stack_secret", "tls_ca"} & router.keys()
     extra = {"stack_secret": Given("-", "")} if secret else {}
@@ -120,10 +135,9 @@ def describe(
     pair_of_router = {"pair": Given(default_pair, "--pair")}
     read["router"] = _settings(RouterConfig.made(router | extra | told | pair_of_router), tls, secret)
     for name in counts:
-        kind = KINDS[name.partition("-")[0]]
-        given = _given(kind.settings, flags | own[name], tls, Role.WORKER) | pair_of_router | extra
-        given.setdefault("threads", Given(_threads(name, counts, ray), "--threads"))
-        read[name] = _settings(kind.settings.made(given), tls, secret)
+        threads_made = {"threads": Given(_threads(name, counts, ray), "--threads")}
+        kind = KINDS[name.partition("-")[0]].settings
+        read[name] = _settings(kind.made(threads_made | given[name] | pair_of_router | extra), tls, secret)
 
     resources = _resources(counts, read, tiers, routers, ray)
     shared = _shared(read, {name: KINDS[name.partition("-")[0]].settings for name in counts} | {"router": RouterConfig})

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from overfill.client import ClientTls
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import reachable
 from overfill.rpc.certificates import NAME, role_files
+from overfill.rpc.tls import ClientTls, Credentials
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import WorkerKind, WorkerSettings, WorkerStage
 from overfill.stack.ports import fill_ports, free_ports
-from overfill.stack.shared_folder import shared_folder
 from overfill.stack.spec import StackSpec, WorkerPlace
+
+FOLDER = "overfill-"
+"""Beginning of the names of shared folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +114,26 @@ class PlacedStack:
         return self.operator_tls or self.routers[0].client_tls()
 
     @property
+    def credentials(self) -> Credentials:
+        """What an operator shows the routers."""
+        return Credentials(self.client_tls, self.secret or "")
+
+    @property
     def secret(self) -> str | None:
         """The stack's secret, with which an operator calls the routers; None without one."""
         return secret_of(self.routers[0])
+
+
+def shared_folder() -> Path:
+    """Returns a folder, which does not exist yet, for the files that the processes of a stack share on one machine."""
+    return Path(tempfile.gettempdir()) / f"{FOLDER}{secrets.token_hex(8)}"
 
 
 def place(spec: StackSpec, folder: Path | None = None) -> PlacedStack:
     """Returns the processes of ``spec``, with ports that are free now where it names none.
 
     Args:
-        folder: folder of files that the processes share, as ``shared_folder`` names it. None names one.
+        folder: folder of files that the processes share. None names one.
     """
     folder = folder or shared_folder()
     spec = fill_ports(spec).with_secret(folder)

@@ -63,14 +63,18 @@ def fill_ports(spec: StackSpec) -> StackSpec:
 def check_ports(spec: StackSpec) -> None:
     """Raises StartFailed if a port of ``spec`` is in use, naming the port and the flag of ``up`` that changes it.
 
-    Metrics ports count with plain processes only: those on Ray choose theirs.
+    Metrics ports count with plain processes only. On Ray all processes have the same, which one machine cannot give.
     """
     router, config = spec.router, spec.router_config()
     _check_free("--grpc", [(config.host, port) for port in router.ports], "or 0 to pick free ports")
     _check_free("--http", [(config.host, port) for port in router.http_ports], "or off to disable the OpenAI endpoint")
-    if spec.runner == "processes" and config.metrics_port != "off" and config.metrics_port:
+    if config.metrics_port != "off" and (first := config.metrics_port):
+        if spec.runner == "ray":
+            raise StartFailed(
+                f"--metrics-port {first}: on Ray every process of this machine would have this port; give 0 to pick "
+                "free ports, or off, or use --no-ray, where the processes have consecutive ports"
+            )
         processes = router.replicas + sum(pool.replicas for pool in spec.pools.values())
-        first = config.metrics_port
         hosts = [(config.metrics_host, port) for port in range(first, first + processes)]
         _check_free("--metrics-port", hosts, "or 0 to pick free ports, or off")
 

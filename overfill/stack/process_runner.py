@@ -1,29 +1,26 @@
 """A whole stack of plain processes on this machine: starts them, waits until they are ready, stops them in order.
 
-It starts the services by module name and never imports them. It asks the routers through the SDK whether the stack is
-complete.
+It starts the services by module name and never imports them. It asks the routers whether the stack is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from overfill.client import Client
-from overfill.errors import OverfillError
 from overfill.settings.config import ServiceConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 from overfill.settings.reader import SETTINGS
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack.ask import router_status
 from overfill.stack.child import Child, StartFailed, stop
-from overfill.stack.placed import PlacedStack, PlacedWorker, place
+from overfill.stack.placed import PlacedStack, PlacedWorker, place, shared_folder
 from overfill.stack.ports import check_ports
-from overfill.stack.shared_cores import share_cores
-from overfill.stack.shared_folder import make_shared_folder, shared_folder
-from overfill.stack.shared_gpus import share_gpus
+from overfill.stack.shared import hold_folder, make_shared_folder, share_cores, share_gpus
 from overfill.stack.spec import StackSpec
 
 _POLL_SECONDS = 0.2
@@ -57,6 +54,7 @@ class ProcessRunner:
         self._folder = shared_folder()
         self.placed = placed or place(spec, self._folder)
         self.spec = self.placed.spec
+        self._held = contextlib.ExitStack()
         self._gpus: dict[str, str] = {}  # by the worker's id
         self._routers: list[Child] = []
         self._workers: list[Child] = []
@@ -67,6 +65,7 @@ class ProcessRunner:
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.placed.spec)
         make_shared_folder(self._folder, self._given)
+        self._held.enter_context(hold_folder(self._folder))
         if not self._prefixes:
             self.placed = share_cores(self.placed, self._folder)
         self.placed, self._gpus = share_gpus(self.placed)
@@ -138,7 +137,11 @@ class ProcessRunner:
             stop(self._workers, 0)
             raise
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
 
     def _spawn_worker(self, worker: PlacedWorker) -> Child:
         return self._spawn(worker.id, worker.kind.module, worker.config, worker.config.threads)
@@ -158,12 +161,8 @@ class ProcessRunner:
         return child_environment(os.environ, threads) | config.environment() | gpu
 
     def _complete(self, router: Child, address: str) -> bool:
-        try:
-            with Client(address, tls=self.placed.client_tls, api_key=self.placed.secret) as client:
-                status = client.status()
-        except OverfillError:
-            return False
-        return status.complete and status.process.pid == router.pid
+        status = router_status(address, self.placed.credentials)
+        return status is not None and status.complete and status.process.pid == router.pid
 
 
 def child_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:

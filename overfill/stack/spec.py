@@ -19,13 +19,16 @@ from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_wildcard, split_address
 from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
-from overfill.settings.config_file import check_unique_keys, nearest
+from overfill.settings.config_file import all_names, check_unique_keys, nearest
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
 """Default name of the application on Ray."""
+
+DEFAULT_PAIR = "default"
+"""Pair of a stack that names none."""
 
 ROUTER, PREFILL, DECODE, COLOCATED = "router", "prefill", "decode", "colocated"
 """Names of the pools. With several tiers, each has a pool ``decode-TIER`` instead of ``decode``."""
@@ -119,7 +122,7 @@ class StackSpec(BaseModel):
     runner: Literal["ray", "processes"] = "ray"
     name: str = APPLICATION
     ray_address: str | None = None
-    pair: str = "default"
+    pair: str = DEFAULT_PAIR
     tiers: dict[str, TierSpec] = Field(default_factory=dict)
     router: RouterSpec = Field(default_factory=RouterSpec)
     colocated: PoolSpec | None = None
@@ -140,6 +143,9 @@ class StackSpec(BaseModel):
             return data
         tiers = data.get("tiers") or {}
         if isinstance(tiers, Mapping):
+            for name, one in tiers.items():
+                if isinstance(one, Mapping) and one.get("name", name) != name:
+                    raise ValueError(f"tiers.{name}.name: got {one['name']!r}; the key is the tier's name: remove it")
             named = {name: {**one, "name": name} if isinstance(one, Mapping) else one for name, one in tiers.items()}
             data = {**data, "tiers": named}
         if data.get("colocated") is not None:
@@ -161,29 +167,23 @@ class StackSpec(BaseModel):
             if not self.members(stage):
                 raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
         fields = [self.kind(name).settings.model_fields for name in self.pools]
-        if unknown := sorted(self.settings.keys() - {*RouterConfig.model_fields}.union(*fields)):
-            known = {name for kind in (RouterConfig.model_fields, *fields) for name in kind}
-            hint = nearest(unknown[0], known, "see `overfill config show`")
-            raise ValueError(f"settings: {', '.join(unknown)}: no process of this stack has such a setting; {hint}")
+        known = {*RouterConfig.model_fields}.union(*fields) - {"config"}
+        if unknown := sorted(self.settings.keys() - known):
+            missing = "no process of this stack has such a setting"
+            hints = (f"settings.{name}: {missing}; {nearest(name, known, all_names())}" for name in unknown)
+            raise ValueError("; ".join(hints))
         for place, settings in (("settings", self.settings), *((n, p.settings) for n, p in self.deployments.items())):
             if made := sorted(settings.keys() & _MADE):
                 raise ValueError(f"{place}: {', '.join(made)}: the other fields of the document set this: remove it")
         self.router_config()
-        for name in self.pools:
-            self.worker_config(name)
-        self._check_engines()
+        engines = {name: self.worker_config(name).engine for name in self.pools}
+        if "mock" in engines.values() and len(set(engines.values())) > 1:
+            raise ValueError(
+                "engine mock computes nothing, so all workers have it or none: got "
+                + ", ".join(f"{engine} for {name}" for name, engine in engines.items())
+            )
         self._check_formats()
         return self
-
-    def _check_engines(self) -> None:
-        """Raises ValueError if a part of the workers computes nothing: the others would read KV that has no values."""
-        mock = [name for name in self.pools if self.worker_config(name).engine == "mock"]
-        others = [name for name in self.pools if name not in mock]
-        if mock and others:
-            raise ValueError(
-                f"engine mock computes nothing, and {' and '.join(mock)} workers have it while {' and '.join(others)} "
-                "workers do not: give it to all workers, or to none"
-            )
 
     def _check_scaling(self) -> None:
         scaled = sorted(name for name, pool in self.pools.items() if pool.max_replicas is not None)
@@ -245,10 +245,7 @@ class StackSpec(BaseModel):
 
     def document(self) -> dict[str, Any]:
         """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
-        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
-        # A pool is there even if all of it is default.
-        pools = {name: data.get(name, {}) for name in (COLOCATED, PREFILL, DECODE) if getattr(self, name) is not None}
-        return data | pools
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
 
     def __str__(self) -> str:
         """The document as YAML."""
@@ -264,7 +261,7 @@ class StackSpec(BaseModel):
     @property
     def mock(self) -> bool:
         """True if the workers compute nothing."""
-        return any(self.worker_config(name).engine == "mock" for name in self.pools)
+        return all(self.worker_config(name).engine == "mock" for name in self.pools)
 
     @property
     def deployments(self) -> dict[str, PoolSpec]:
@@ -370,7 +367,7 @@ class StackSpec(BaseModel):
         }
         if self.router.http_ports:
             own["http"] = self.router.http_ports[index]
-        return self._configure(RouterConfig, self.router, own, Role.ROUTER)
+        return self._configure(ROUTER, RouterConfig, own)
 
     def worker_config(self, name: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
         """Returns the settings of a worker of the pool ``name``. Raises ValueError naming a wrong setting."""
@@ -383,7 +380,7 @@ class StackSpec(BaseModel):
             objectives = {"ttft_objective": tier.ttft_objective, "itl_objective": tier.itl_objective}
             own |= {"pair": tier.pair, "tier": name_of_tier}
             own |= {key: value for key, value in objectives.items() if key in kind.settings.model_fields}
-        return self._configure(kind.settings, pool, own, Role.WORKER)
+        return self._configure(name, kind.settings, own)
 
     def _placed(self, pool: PoolSpec, worker: WorkerPlace) -> dict[str, object]:
         settings = self.settings | pool.settings
@@ -397,15 +394,25 @@ class StackSpec(BaseModel):
         settings = self.settings | pool.settings
         return {"metrics_host": node_ip} if is_wildcard(str(settings.get("metrics_host", ""))) else {}
 
-    def _configure(self, kind: type[_Config], pool: PoolSpec, own: dict[str, object], role: Role) -> _Config:
+    def _configure(self, name: str, kind: type[_Config], own: dict[str, object]) -> _Config:
+        pool = self.deployments[name]
+        _check_names(f"tiers.{decode_tier(name)}" if decode_tier(name) else name, pool.settings, kind)
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
         if self.new_secret:  # a placeholder: the runner makes the file
             shared["stack_secret"] = "-"
         if self.tls is not None:
-            files = role_files(Path(self.tls), role)
+            files = role_files(Path(self.tls), Role.ROUTER if name == ROUTER else Role.WORKER)
             shared |= {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
             shared.setdefault("tls_name", NAME)
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
+
+
+def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConfig]) -> None:
+    known = kind.model_fields.keys() - {"config"}
+    if unknown := sorted(settings.keys() - known):
+        otherwise = f"{kind.program} --help lists all settings"
+        hints = (f"{place}.settings.{name}: no such setting; {nearest(name, known, otherwise)}" for name in unknown)
+        raise ValueError("; ".join(hints))
 
 
 class _Loader(yaml.SafeLoader):
@@ -432,20 +439,18 @@ def _parse_json(text: str) -> Any:
 
 def _faults(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
-        place, kind = ".".join(map(str, item["loc"])), item["type"]
-        message = item["msg"].removeprefix("Value error, ")
-        if kind == "extra_forbidden":
-            known = _fields(item["loc"])
-            message = f"no such field; {nearest(str(item['loc'][-1]), known, 'known are ' + ', '.join(known))}"
-        elif kind == "model_type" and not place:
-            message = "expected the fields of a stack, such as `runner: processes`"
-        yield f"{place}: {message}" if place else message
+        place = ".".join(map(str, item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            *where, name = item["loc"]
+            text = f"no such field; {_nearest_field(where, str(name))}"
+        elif item["type"] == "model_type" and not place:
+            text = "expected the fields of a stack, such as `runner: processes`"
+        yield f"{place}: {text}" if place else text
 
 
-def _fields(place: Sequence[int | str]) -> list[str]:
-    """Returns the names of the fields beside an unknown one."""
-    if len(place) == 1:
-        return [*StackSpec.model_fields]
-    if place[0] == "tiers":
-        return [name for name in TierSpec.model_fields if name != "name"]
-    return [*(RouterSpec if place[0] == ROUTER else PoolSpec).model_fields]
+def _nearest_field(where: list[int | str], name: str) -> str:
+    """Returns what a field that does not exist may mean. ``where`` leads to the object that has it."""
+    kinds: dict[object, type[BaseModel]] = {"router": RouterSpec, "tiers": TierSpec}
+    known = (kinds.get(where[0], PoolSpec) if where else StackSpec).model_fields.keys() - {"name" if where else ""}
+    return nearest(name, known, f"the fields are {', '.join(sorted(known))}")

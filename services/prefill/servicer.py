@@ -162,8 +162,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._max_leases = max_leases
         self._hello = hello
         self._executor = executor
-        self._leases: dict[bytes, Lease] = {}
-        self._by_id: dict[str, Lease] = {}
+        self._leases: dict[str, Lease] = {}  # by the id of the sequence, the transfer's in hexadecimal digits
         self._releases: set[asyncio.Task[None]] = set()
 
     @property
@@ -178,7 +177,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def on_events(self, events: Sequence[PrefillEvent]) -> None:
         """Passes engine events to their leases. Call it on the event loop."""
         for event in events:
-            if lease := self._by_id.get(event.id):
+            if lease := self._leases.get(event.id):
                 lease.on_event(event)
 
     async def Describe(
@@ -219,7 +218,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
-        lease = self._leases.get(request.transfer_id)
+        lease = self._leases.get(request.transfer_id.hex())
         if lease is None or lease.ended or lease.spec.attempt != request.attempt:
             raise TransferFailed("unknown transfer: it has ended or was never started here")
         ranges = [KvRange.from_proto(box) for box in request.ranges]
@@ -266,11 +265,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
         """Registers a lease and submits its prompt. Raises if it cannot be accepted now."""
         self._check_open(start)  # again: compiling a grammar takes time
-        if start.transfer_id in self._leases:
+        if sequence.id in self._leases:
             raise InvalidRequest("transfer_id", "is in use by a running transfer")
-        lease = Lease(start, sequence, self._half, self._executor)
-        self._leases[start.transfer_id] = lease
-        self._by_id[sequence.id] = lease
+        lease = self._leases[sequence.id] = Lease(start, sequence, self._half, self._executor)
         self.engine.send(Submit(sequence))
         return lease
 
@@ -294,8 +291,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def _release(self, lease: Lease) -> None:
         await lease.join_readers()
-        del self._leases[lease.spec.transfer_id]
-        del self._by_id[lease.sequence.id]
+        del self._leases[lease.sequence.id]
         self.engine.send(Release(lease.sequence.id))
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:

@@ -147,7 +147,7 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("prefill.settings.kv-memroy=1GiB", "kv-memroy"),
         ("router.settings.kv-memory=1GiB", "kv-memory"),
         ("decode.settings.host=0.0.0.0", "host"),  # the chart sets it itself
-        ("decode.settings.prefix-cache=true", "prefix-cache"),
+        ("decode.settings.prefix-cache=maybe", "prefix-cache"),
         ("decode.autoscaling.kind=vpa", "autoscaling/kind"),
         ("pair.source=ftp", "pair/source"),
         ("tls.clientSecretName=mine", "only with tls.secretName"),
@@ -160,8 +160,8 @@ def test_an_unknown_field_would_be_noticed() -> None:
         ("router.settings.tiers=a=p", "tiers"),
         ("decode.settings.tier=a", "tier"),
         ("tiers.a.replicas=2", "pair"),
-        ("worker.stages=prefill", "stages"),
-        ("worker.autoscaling.kind=hpa", "autoscaling"),
+        ("colocated.stages=prefill", "stages"),
+        ("colocated.autoscaling.kind=hpa", "autoscaling"),
         (
             "colocated.replicas=1,decode.autoscaling.kind=hpa",
             "decode: autoscaling.kind hpa conflicts with colocated.replicas",
@@ -365,9 +365,9 @@ def test_workers_with_both_stages_are_a_pool_of_a_fixed_size() -> None:
     assert {*of_kind(objects, "PodDisruptionBudget")} == {"overfill-router", "overfill-colocated"}
     assert not {"HorizontalPodAutoscaler", "ScaledObject"} & {one["kind"] for one in objects}
     found = pods(objects)
-    (container,) = found["worker"]["containers"]
+    (container,) = found["colocated"]["containers"]
     assert container["command"] == ["overfill-colocated"]
-    worker, router = settings_of(found["worker"], ColocatedConfig), settings_of(found["router"], RouterConfig)
+    worker, router = settings_of(found["colocated"], ColocatedConfig), settings_of(found["router"], RouterConfig)
     assert (worker.itl_objective, worker.kv_memory, worker.tier) == (0.05, 512 << 20, "")
     assert (router.expect_prefill, router.expect_decode) == (2, 2)
     assert of_kind(objects, "Deployment")["overfill-colocated"]["spec"]["replicas"] == 2
@@ -378,16 +378,16 @@ def test_workers_with_both_stages_are_a_pool_of_a_fixed_size() -> None:
 
 def test_other_workers_take_part_in_a_stack_of_workers_with_both_stages() -> None:
     own = ("colocated.replicas=2", "tiers.default.replicas=0", "tiers.fast.itlObjective=0.05")
-    objects = render("values-tiers.yaml", *own, "worker.settings.dtype=float32")
+    objects = render("values-tiers.yaml", *own, "colocated.settings.dtype=float32")
     found = pods(objects)
     router = settings_of(found["router"], RouterConfig)
-    assert {*found} == {"router", "test", "prefill", "worker-default", "decode-fast", "decode-full"}
+    assert {*found} == {"router", "test", "prefill", "colocated-default", "decode-fast", "decode-full"}
     assert (router.expect_prefill, router.expect_decode) == (4, 4)
-    assert {tier.name: tier.count for tier in router.tiers} == {"default": 2, "fast": 1, "full": 1}
-    worker = settings_of(found["worker-default"], ColocatedConfig)
+    assert {tier.name: tier.replicas for tier in router.tiers} == {"default": 2, "fast": 1, "full": 1}
+    worker = settings_of(found["colocated-default"], ColocatedConfig)
     assert (worker.tier, worker.pair, worker.itl_objective) == ("default", "/pair/default", 0.1)
     policies = of_kind(objects, "NetworkPolicy")
-    assert peers(policies["overfill-prefill"]) == {7601: {"router", "decode", "worker"}}
+    assert peers(policies["overfill-prefill"]) == {7601: {"router", "decode", "colocated"}}
     assert {port["port"] for port in policies["overfill-decode"]["spec"]["egress"][1]["ports"]} == {7600, 7601, 7603}
 
 
@@ -399,12 +399,12 @@ def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
     found, deployments = pods(objects), of_kind(objects, "Deployment")
     router, fast = settings_of(found["router"], RouterConfig), settings_of(found["decode-fast"], DecodeConfig)
     assert [tier.name for tier in router.tiers] == ["default", "fast", "full"]
-    assert {tier.name: (tier.pair, tier.count, tier.fallback) for tier in router.tiers} == {
+    assert {tier.name: (tier.pair, tier.replicas, tier.fallback) for tier in router.tiers} == {
         "default": ("/pair/default", 2, ""),
         "fast": ("/pair/fast", 3, ""),
         "full": ("/pair/full", 1, "default"),
     }
-    assert router.tiers[1].seconds("itl-objective") == 0.05
+    assert router.tiers[1].itl_objective == 0.05
     assert router.tiers[1].settings["quantize"] == "int8"
     assert (router.pair, router.expect_decode, router.brownout) == ("/pair/default", 6, ("full", "default", "fast"))
     assert settings_of(found["prefill"], PrefillConfig).pair == "/pair/default"
@@ -470,10 +470,10 @@ def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
                 found = rule.get("replacement") or match[1]
         return found
 
-    of_tier = [label("tier", one) for one in ("router", "prefill", "decode", "worker")]
+    of_tier = [label("tier", one) for one in ("router", "prefill", "decode", "colocated")]
     assert of_tier == [None, None, "default", "default"]
     assert label("tier", "decode", "fast") == "fast"
-    of_stage = [label("stage", one) for one in ("router", "prefill", "decode", "worker")]
+    of_stage = [label("stage", one) for one in ("router", "prefill", "decode", "colocated")]
     assert of_stage == ["router", "prefill", "decode", "prefill+decode"]
 
 
@@ -522,7 +522,7 @@ def test_a_pool_s_runtime_class_is_that_of_its_pods_only() -> None:
     classes = {name: pod.get("runtimeClassName") for name, pod in found.items()}
     assert classes == {
         "router": None, "prefill": None, "test": None,
-        "decode-fast": "other", "decode-full": "nvidia", "worker-default": "third",
+        "decode-fast": "other", "decode-full": "nvidia", "colocated-default": "third",
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def test_a_trace_over_grpc_meets_its_objectives(stack, tmp_path, capfd):
     ]
     trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [f"--target={stack[0]}", f"--trace={trace}", "--length-scale=0.05", *TINY[:1]]
-    code = main(["loadtest", *arguments, "--slo=ttft_p95=60,itl_p99=60", f"--records={told}", f"--report={page}"])
+    code = main(["loadtest", *arguments, "--objective=ttft_p95=60,itl_p99=60", f"--records={told}", f"--report={page}"])
     out = capfd.readouterr().out
     assert code == 0, out
     assert "6 of 6" in out
@@ -43,7 +43,7 @@ def test_a_trace_over_grpc_meets_its_objectives(stack, tmp_path, capfd):
 def test_users_over_openai_miss_an_impossible_objective(stack, tmp_path, capfd):
     told = tmp_path / "told.jsonl"
     arguments = [f"--target={stack[1]}", "--requests=6", "--users=2", f"--records={told}", *TINY]
-    assert main(["loadtest", *arguments, "--slo=e2e_p50=0.000001,errors=0"]) == 1
+    assert main(["loadtest", *arguments, "--objective=e2e_p50=0.000001,errors=0"]) == 1
     captured = capfd.readouterr()
     assert "missed: e2e_p50: " in captured.err
     assert "missed: errors" not in captured.err
@@ -72,5 +72,5 @@ def test_wrong_options_are_reported_before_anything_starts(tmp_path, capfd):
     trace.write_text("a,b\n1,2\n")
     assert main(["loadtest", f"--trace={trace}"]) == 2
     assert "--trace: " in capfd.readouterr().err
-    assert main(["loadtest", "--slo=ttft=2"]) == 2
-    assert "--slo: 'ttft=2' is not an objective" in capfd.readouterr().err
+    assert main(["loadtest", "--objective=ttft=2"]) == 2
+    assert "--objective: 'ttft=2' is not an objective" in capfd.readouterr().err

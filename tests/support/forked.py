@@ -28,7 +28,7 @@ from typing import NoReturn
 
 _PRELOADED = (
     *("torch", "numpy", "grpc.aio", "grpc_health.v1.health_pb2_grpc", "grpc_reflection.v1alpha.reflection"),
-    *("google.rpc.status_pb2", "pydantic_settings", "prometheus_client", "jinja2.sandbox", "tokenizers", "safetensors"),
+    *("google.rpc.status_pb2", "pydantic", "prometheus_client", "jinja2.sandbox", "tokenizers", "safetensors"),
     *("llguidance", "xxhash", "yaml", "psutil", "rich.console"),
 )
 _NUMBER = struct.Struct("q")

@@ -43,7 +43,7 @@ FORMS: dict[str, tuple[str, ...]] = {
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
         "overfill.api.openai.translate:ApiRequest", "v1.GenerateRequest", "overfill.routing.job:Job",
         "overfill.routing.relay:Relay",
-        "overfill.routing.attempt:Attempt", "overfill.routing.stream:_Sequence", "v1.StartDecode",
+        "overfill.routing.attempt:Attempt", "v1.StartDecode",
         "overfill.rpc.sequences:ServedSequence", "services.decode.sequence_session:SequenceSession",
         "overfill.engine.sequence:DecodeSequence", "v1.StartPrefill", "services.prefill.servicer:Lease",
         "overfill.engine.sequence:PrefillSequence",

@@ -62,7 +62,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--rate",
     type=_Rate(),
     help="Mean requests per second, or saturate=NAME to search the lowest rate at which fewer than 90 % of that "
-    "target's requests meet --slo.  [default: the trace's; 1]",
+    "target's requests meet --objective.  [default: the trace's; 1]",
 )
 @click.option(
     "--length-scale",
@@ -84,7 +84,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of a synthetic answer."
 )
 @click.option("--concurrency", type=click.IntRange(1), help="Maximum concurrent requests (a closed loop).")
-@click.option("--slo", help="Objective for goodput, in seconds: one or more of ttft=2,itl=0.2,e2e=30.")
+@click.option("--objective", help="Objective for goodput, in seconds: one or more of ttft=2,itl=0.2,e2e=30.")
 @click.option(
     "--timeout", type=Number(0, min_open=True), default=600, show_default=True, help="Timeout of one request, seconds."
 )
@@ -130,7 +130,7 @@ def serve_command(
     prompt_tokens: int,
     output_tokens: int,
     concurrency: int | None,
-    slo: str | None,
+    objective: str | None,
     timeout: float,
     seed: int,
     vocab_size: int,
@@ -168,8 +168,8 @@ def serve_command(
     specs = [TargetSpec.parse(text) for text in targets]
     if len({spec.name for spec in specs}) < len(specs):
         raise click.UsageError("two targets have the same name; name them, as in --target a=http://…")
-    objective = None if slo is None else Objective.parse(slo)
-    to_saturate = _target_to_saturate(rate, specs, objective, concurrency)
+    goal = None if objective is None else Objective.parse(objective)
+    to_saturate = _target_to_saturate(rate, specs, goal, concurrency)
     number = rate if isinstance(rate, float) else None
     if trace is None:
         requests = _synthetic(count, arrivals, number, concurrency, prompt_tokens, output_tokens, seed)
@@ -203,9 +203,9 @@ def serve_command(
         def run(spec: TargetSpec, play: Play) -> None:
             found[spec.name] = _played(f"Load on {spec.name}", play, requests, report)
 
-        if to_saturate is not None and objective is not None:
+        if to_saturate is not None and goal is not None:
             with open_target(to_saturate, max_model_len, settings) as play:
-                chosen = _search_rate(to_saturate.name, play, requests, objective, report)
+                chosen = _search_rate(to_saturate.name, play, requests, goal, report)
                 requests = set_rate(requests, chosen.rate)
                 run(to_saturate, play)  # while it is open, because some engines take a minute to start
         for spec in specs:
@@ -213,14 +213,13 @@ def serve_command(
                 with open_target(spec, max_model_len, settings) as play:
                     run(spec, play)
     outcomes = {spec.name: found[spec.name] for spec in specs}
-    slo_text = None if objective is None else str(objective)
-    load = _shape(requests, trace, arrivals, concurrency, slo_text)
+    load = _shape(requests, trace, arrivals, concurrency, None if goal is None else str(goal))
     if to_saturate is not None and chosen is not None:
         name = to_saturate.name
         load = replace(load, saturates=name) if chosen.saturated else replace(load, not_saturated=name)
     if plot is not None:
-        save_latencies(plot, _title(load), outcomes, objective)
-    rows = serve_rows(outcomes, objective, load)
+        save_latencies(plot, _title(load), outcomes, goal)
+    rows = serve_rows(outcomes, goal, load)
     if as_json:
         for row in rows:
             click.echo(row.to_json())
@@ -242,7 +241,7 @@ def _target_to_saturate(
         raise click.UsageError(f"--rate {rate} names no target; choose from {', '.join(spec.name for spec in specs)}")
     if objective is None:
         raise click.UsageError(
-            f"--rate {rate} needs --slo: a target is saturated when fewer than 90 % of its requests meet it"
+            f"--rate {rate} needs --objective: a target is saturated when fewer than 90 % of its requests meet it"
         )
     if concurrency is not None:
         raise click.UsageError(f"--rate {rate} cannot be used with --concurrency, where the server sets the pace")
@@ -304,7 +303,7 @@ def _shape(
     trace: Path | None,
     arrivals: Arrivals | None,
     concurrency: int | None,
-    slo: str | None,
+    objective: str | None,
 ) -> LoadShape:
     from overfill.lab.bench.serve.report import LoadShape
 
@@ -316,7 +315,7 @@ def _shape(
         concurrency=concurrency,
         prompt_tokens=sum(r.prompt_tokens for r in requests) / len(requests),
         output_tokens=sum(r.output_tokens for r in requests) / len(requests),
-        slo=slo,
+        objective=objective,
     )
 
 
@@ -330,7 +329,7 @@ def _title(load: LoadShape) -> str:
         pace += f", at most {load.concurrency} concurrent"
     return (
         f"{load.requests} requests ({load.source}), {pace}; on average {load.prompt_tokens:.0f} tokens in, "
-        f"{load.output_tokens:.0f} out" + (f"; objective: {load.slo}" if load.slo else "")
+        f"{load.output_tokens:.0f} out" + (f"; objective: {load.objective}" if load.objective else "")
     )
 
 

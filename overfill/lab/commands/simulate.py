@@ -185,7 +185,7 @@ class _Load:
     "--max-wait", type=_POSITIVE, help="Refuse requests that would wait longer, in seconds.  [default: no limit]"
 )
 @click.option(
-    "--slo",
+    "--objective",
     default="ttft=2,itl=0.1",
     show_default=True,
     help="Objective of each request, in seconds: one or more of ttft, itl, e2e.",
@@ -205,7 +205,7 @@ class _Load:
     type=Number(0.5, 1),
     default=0.95,
     show_default=True,
-    help="With --size: share of requests that must meet --slo.",
+    help="With --size: share of requests that must meet --objective.",
 )
 @click.option(
     "--costs", default="1,1", show_default=True, help="With --size: costs of a prefill and of a decode worker."
@@ -245,7 +245,7 @@ def simulate_command(
     prefix_cache: str,
     max_queue: int,
     max_wait: float | None,
-    slo: str,
+    objective: str,
     startup: float | None,
     mtbf: float | None,
     autoscale: bool,
@@ -282,7 +282,7 @@ def simulate_command(
         raise click.UsageError("--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed")
     if tiers and _given("decode"):
         raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
-    objective = Objective.parse(slo)
+    goal = Objective.parse(objective)
     made, order = _tiers(tiers, brownout)
     profile = load_profile(profile_name)
     if startup is not None:
@@ -296,9 +296,9 @@ def simulate_command(
         tiers=made,
         brownout=order,
         brownout_share=brownout_share,
-        slo=objective,
+        goal=goal,
         policy=policy,
-        scaling=_scaling(profile, objective, max_workers, use_all) if autoscale else None,
+        scaling=_scaling(profile, goal, max_workers, use_all) if autoscale else None,
         prefix_cache=prefix_cache == "on",
         max_queue=max_queue,
         max_wait=max_wait,
@@ -307,10 +307,10 @@ def simulate_command(
         seed=seed,
     )
     if size:
-        return _size(requests, profile, options, objective, attainment, _costs(costs), as_json)
+        return _size(requests, profile, options, goal, attainment, _costs(costs), as_json)
     if compare_policies:
-        return _compare(requests, profile, options, objective, as_json)
-    return _run(requests, profile, options, objective, plot, as_json)
+        return _compare(requests, profile, options, goal, as_json)
+    return _run(requests, profile, options, goal, plot, as_json)
 
 
 def _given(option: str) -> bool:

@@ -114,7 +114,9 @@ def _refuse(options: Namespace, plan: LoadPlan) -> None:
         if getattr(options, name, None):
             raise InvalidRequest(flag, f"cannot be used: {why}")
     if options.exit_code_on_error != 1:
-        raise InvalidRequest("--exit-code-on-error", "cannot be used: --slo errors=N says how many errors are allowed")
+        raise InvalidRequest(
+            "--exit-code-on-error", "cannot be used: --objective errors=N says how many errors are allowed"
+        )
     for name, own in LOCUST_NAMES.items():
         ours, theirs = getattr(options, name, None), getattr(options, own)
         if ours is not None and theirs is not None and ours != theirs:

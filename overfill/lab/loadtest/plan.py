@@ -66,7 +66,7 @@ class LoadPlan:
     output_tokens: int = _option(128, "Length of a synthetic answer.", int, minimum=1)
     vocab_size: int = _option(32_000, "Prompts consist of random token ids below this number.", int, minimum=2)
     seed: int = _option(0, "Random seed for synthetic arrivals.", int)
-    slo: str = _option(
+    objective: str = _option(
         "", "Objectives, such as ttft_p95=2,itl_p99=200ms. Also tpot, e2e, unattributed, errors (0 unless given)."
     )
     timeout: float = _option(600.0, "Timeout of one request, seconds.", float, more_than=0)
@@ -134,7 +134,7 @@ class LoadPlan:
     @property
     def objectives(self) -> RunObjectives:
         """The parsed objectives. Raises InvalidRequest."""
-        return RunObjectives.parse(self.slo)
+        return RunObjectives.parse(self.objective)
 
     @property
     def tiers(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ class SimTier:
         return Objectives(own.ttft or default.ttft, own.itl or default.itl)
 
 
-DEFAULT_SLO = Objective(ttft=2.0, itl=0.1)
+DEFAULT_OBJECTIVE = Objective(ttft=2.0, itl=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class SimulationOptions:
         tiers: The tiers. Empty means one tier, of ``decode`` workers.
         brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
         brownout_share: Share of the requests that allow a brownout.
-        slo: Objective of tiers without their own.
+        goal: Objective of tiers without their own.
         policy: Name of a routing policy.
         scaling: Configuration of the scaling policy. None means no scaling.
         prefix_cache: True if prefill workers cache prompts' KV.
@@ -74,7 +74,7 @@ class SimulationOptions:
     tiers: tuple[SimTier, ...] = ()
     brownout: tuple[str, ...] = ()
     brownout_share: float = 1.0
-    slo: Objective = DEFAULT_SLO
+    goal: Objective = DEFAULT_OBJECTIVE
     policy: str = "default"
     scaling: ScalingConfig | None = None
     prefix_cache: bool = True
@@ -94,7 +94,7 @@ class SimulationOptions:
 
     def scaling_of(self, tier: SimTier, config: ScalingConfig) -> ScalingConfig:
         """Returns the scaling policy's settings of one tier."""
-        goal = tier.objectives(self.slo)
+        goal = tier.objectives(self.goal)
         if not self.tiers:
             return config
         bounds = config.decode

@@ -48,7 +48,7 @@ class Simulation:
     def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: SimulationOptions) -> None:
         self.clock = Clock()
         self.tiers = {tier.name: tier for tier in options.all_tiers(profile)}
-        goals = {name: tier.objectives(options.slo) for name, tier in self.tiers.items()}
+        goals = {name: tier.objectives(options.goal) for name, tier in self.tiers.items()}
         self.roster = Roster(tiers=[Tier(name, objectives=goal) for name, goal in goals.items()])
         self.counters = Counters()
         self.profile, self.options = profile, options
@@ -128,7 +128,7 @@ class Simulation:
         profile, goal = self.profile, None
         if tier:
             profile = self.tiers[tier].profile
-            goal = self.tiers[tier].objectives(self.options.slo)
+            goal = self.tiers[tier].objectives(self.options.goal)
         gap = self.options.report_gap
         worker = SimWorker(name, stages, self.clock, self, gap, profile, self._blocks, self._gaps, tier, goal)
         self.workers[name] = worker

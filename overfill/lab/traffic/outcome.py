@@ -104,7 +104,9 @@ class Objective:
             except ValueError:
                 limit = 0.0
             if name not in cls.__slots__ or not limit > 0:
-                raise InvalidRequest("slo", f"{part.strip()!r} is not a limit in seconds such as ttft=2 or itl=0.2")
+                raise InvalidRequest(
+                    "objective", f"{part.strip()!r} is not a limit in seconds such as ttft=2 or itl=0.2"
+                )
             limits[name] = limit
         return cls(**limits)
 

@@ -85,7 +85,7 @@ class RunObjectives:
         for part in filter(None, (part.strip() for part in text.split(","))):
             threshold = _parse_threshold(part)
             if threshold.name in thresholds:
-                raise InvalidRequest("slo", f"gives {threshold.name} twice")
+                raise InvalidRequest("objective", f"gives {threshold.name} twice")
             thresholds[threshold.name] = threshold
         thresholds.setdefault("errors", Threshold("errors", 0.0))
         return cls(tuple(thresholds.values()))
@@ -122,7 +122,7 @@ def _parse_threshold(part: str) -> Threshold:
             if not name.startswith("unattributed") and unit != "%" and number > 0:
                 return Threshold(name, number / 1e3 if unit == "ms" else number)
     raise InvalidRequest(
-        "slo",
+        "objective",
         f"{part!r} is not an objective such as ttft_p95=2 (seconds), itl_p99=200ms, tpot_p50=0.1, e2e_p90=30, "
         "unattributed_p99=5%, errors=0 or errors=1%",
     )

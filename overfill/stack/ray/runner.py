@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from overfill.client import Client
-from overfill.errors import OverfillError
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
+from overfill.stack.ask import router_status
 from overfill.stack.child import StartFailed
-from overfill.stack.placed import operator_tls, secret_of
+from overfill.stack.placed import operator_tls, secret_of, shared_folder
 from overfill.stack.ports import check_ports, fill_ports
 from overfill.stack.ray.connection import RayConnection
-from overfill.stack.shared_cores import are_shared, new_file
-from overfill.stack.shared_folder import make_shared_folder, shared_folder
+from overfill.stack.shared import are_shared, hold_folder, make_shared_folder, new_file
 from overfill.stack.spec import DRAIN_MARGIN, StackSpec
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
@@ -42,6 +40,7 @@ class RayRunner:
     def __init__(self, spec: StackSpec, report: Callable[[str], None]) -> None:
         self.spec = spec
         self._folder = shared_folder()
+        self._held = contextlib.ExitStack()
         self._report = report
         self._cluster: RayConnection | None = None
         self._deployed = False
@@ -67,6 +66,7 @@ class RayRunner:
         make_shared_folder(self._folder, self.spec)
         show_logs = self.spec.log_dir is None
         if self.spec.ray_address is None:
+            self._held.enter_context(hold_folder(self._folder))
             check_ports(self.spec)
             self._report("starting Ray on this machine")
             self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), show_logs)
@@ -145,7 +145,7 @@ class RayRunner:
         """Drains the routers, removes the application, and ends the cluster if it was started here."""
         cluster = self._cluster
         if cluster is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove_folder()
             return []
         grace = self.spec.router_config().grace_period
         try:
@@ -155,19 +155,20 @@ class RayRunner:
                     self._report(f"not all replicas of {self.spec.name} ended in time")
         finally:
             cluster.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove_folder()
         return []
+
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
 
     def _complete(self) -> bool:
         addresses = self.addresses
         return len(addresses) >= self.spec.router.replicas and all(self._router_complete(a) for a in addresses)
 
     def _router_complete(self, address: str) -> bool:
-        try:
-            with Client(address, tls=self._credentials.tls, api_key=self._credentials.secret or None) as client:
-                return client.status().complete
-        except OverfillError:
-            return False
+        status = router_status(address, self._credentials)
+        return status is not None and status.complete
 
     @property
     def _credentials(self) -> Credentials:

@@ -60,7 +60,7 @@ def test_show_works_before_there_is_a_pair(capsys: pytest.CaptureFixture[str]) -
     everything = shown(capsys)
     assert set(everything) == {"router", "prefill", "decode", "colocated", "up"}
     assert everything["router"]["pair"] == {"value": "", "from": "required"}
-    assert everything["up"]["pair"] == {"value": "default", "from": "default"}
+    assert everything["up"]["pair"] == {"value": "", "from": "default"}
     assert main(["config", "show", "router"]) == 0
     assert "127.0.0.1" in capsys.readouterr().out
 
@@ -114,7 +114,7 @@ def test_the_router_is_shown_with_the_tiers_of_up(file: Path, capsys: pytest.Cap
 def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)

@@ -214,7 +214,7 @@ def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     file = tmp_path / "stack.yaml"
     file.write_text("up: {ray: no}")
     assert main(["up", "--pair", "p", "--config", str(file)]) == 0

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 from described import described, placed
 from rich.console import Console
 
@@ -28,19 +29,19 @@ from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
 from overfill.cli.up_config import OWN
-from overfill.errors import Unavailable, UnsupportedModel
+from overfill.errors import UnsupportedModel
 from overfill.rpc import certificates
 from overfill.settings.allowed import allowed
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.stack import process_runner as stack_module
-from overfill.stack import shared_gpus
+from overfill.stack import shared as shared_module
 from overfill.stack.child import Child, StartFailed
 from overfill.stack.describe import RayPlacement, threads_per_worker
 from overfill.stack.placed import PlacedStack, place
 from overfill.stack.ports import free_ports
 from overfill.stack.process_runner import ProcessRunner, child_environment
-from overfill.stack.shared_folder import make_shared_folder
+from overfill.stack.shared import make_shared_folder
 from overfill.stack.spec import StackSpec
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
@@ -68,26 +69,15 @@ class RecordingStack(ProcessRunner):
 
 
 class Routers:
-    """Stands in for the SDK. Each router gives the answers of its script in order, and then repeats the last one."""
+    """Stands in for the routers. It gives the answers of its script; None is a router that does not answer."""
 
     def __init__(self, answers: Callable[[], Any]) -> None:
         self._answers = answers
         self.asked: list[str] = []
 
-    def __call__(self, address: str, tls: object, api_key: object) -> Routers:
+    def __call__(self, address: str, shown: object) -> Any:
         self.asked.append(address)
-        return self
-
-    def status(self) -> Any:
-        answer = self._answers()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None: ...
+        return self._answers()
 
 
 def status(complete: bool, pid: int) -> Any:
@@ -98,7 +88,7 @@ def status(complete: bool, pid: int) -> Any:
 def routers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Routers]:
     def install(answers: Callable[[], Any]) -> Routers:
         fake = Routers(answers)
-        monkeypatch.setattr(stack_module, "Client", fake)
+        monkeypatch.setattr(stack_module, "router_status", fake)
         return fake
 
     return install
@@ -205,7 +195,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     @contextlib.contextmanager
     def start(names: list[str], **settings: Any) -> Iterator[RecordingStack]:
-        monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
+        monkeypatch.setattr(shared_module, "visible_gpus", lambda: names)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         stack = RecordingStack(**settings)
         stack._code = dict.fromkeys(["router-0", *(worker.id for worker in stack.placed.workers)], code)
@@ -243,8 +233,8 @@ def test_workers_that_choose_no_gpu_get_none(
 
 
 def shares(names: list[str], monkeypatch: pytest.MonkeyPatch, made: PlacedStack) -> dict[str, float | None]:
-    monkeypatch.setattr(shared_gpus, "visible_gpus", lambda: names)
-    shared, _ = shared_gpus.share_gpus(made)
+    monkeypatch.setattr(shared_module, "visible_gpus", lambda: names)
+    shared, _ = shared_module.share_gpus(made)
     assert all(type(w.config).of(w.config.settings()) == w.config for w in shared.workers)
     return {worker.id: worker.config.gpu_share for worker in shared.workers}
 
@@ -376,7 +366,8 @@ def test_help_lists_every_option_that_is_a_variable(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
 def test_an_option_whose_setting_is_not_text_does_not_accept_any_text(kind: type[ServiceConfig]) -> None:
-    flags = {option.opts[0]: option for option in up.up_command.params if not getattr(option, "hidden", False)}
+    shown = (option for option in up.up_command.params if not getattr(option, "hidden", False))
+    flags = {option.opts[0]: option for option in shown}
     texts = {name for name, field in kind.model_fields.items() if allowed(field) == "text"}
     checked = {name for name in kind.model_fields if f"--{flag_name(name)}" in flags} - texts
     assert "max_queue" in checked or "max_num_seqs" in checked
@@ -443,7 +434,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     plans: list[PlacedStack] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     return plans
@@ -476,6 +467,57 @@ def test_the_openai_endpoint_is_on_by_default(
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")
     assert main(["up", "--no-ray", "--pair", "p"]) == 0
     assert unchecked.pop().addresses == ("127.0.0.1:7700",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "pair"),
+    [
+        ([], {}, "default"),
+        (["--engine", "mock"], {}, "mock"),
+        (["--prefill-engine", "mock", "--decode-engine", "mock"], {}, "mock"),
+        ([], {"OVERFILL_PREFILL_ENGINE": "mock", "OVERFILL_DECODE_ENGINE": "mock"}, "mock"),
+        (["--engine", "mock", "identity"], {}, "identity"),
+    ],
+)
+def test_without_a_pair_the_engine_chooses_it(
+    arguments: list[str],
+    variables: dict[str, str],
+    pair: str,
+    unchecked: list[PlacedStack],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["up", "--no-ray", "--grpc", "0", "--http", "off", *arguments]) == 0
+    assert unchecked.pop().spec.pair == pair
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--no-ray", "owner/model"], 1, "make a pair from it: overfill pair build --full owner/model "),
+        (["--no-ray", "owner/model"], 1, "overfill pair import --full owner/model --decoder owner/model --out"),
+        (
+            ["--engine", "mock", "--metrics-port", "9600"],
+            1,
+            "--metrics-port 9600: on Ray every process of this machine",
+        ),
+        (["--engine", "mock", "--decode-engine", "vllm"], 2, "got mock for prefill, vllm for decode"),
+        (["--prefill-engine", "mock"], 2, "got mock for prefill, auto for decode"),
+    ],
+)
+def test_what_cannot_start_is_refused_with_the_right_word(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", "--grpc", "0", "--http", "off", *arguments]) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_help_of_a_stack_shows_the_defaults_of_a_stack() -> None:
+    text = " ".join(CliRunner().invoke(up.up_command, ["--help"], terminal_width=100).stdout.split())
+    assert "[default: the cores, divided among the workers of a stage]" in text
+    assert "is refused. [default: 64MiB]" in text
+    assert "--tiers" not in text
 
 
 @pytest.mark.parametrize("half", ["full", "decoder"])
@@ -619,7 +661,7 @@ def test_ready_means_complete_and_our_own_router(
     stack = new_stack()
     stack.start()
     own = stack.pid("router-0")
-    script = [Unavailable("not yet"), status(True, own + 1), status(False, own), status(True, own)]
+    script = [None, status(True, own + 1), status(False, own), status(True, own)]
     fake = routers(lambda: script.pop(0))
     stack.wait_ready(threading.Event())
     assert script == []
@@ -638,7 +680,7 @@ def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], ro
 def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
     new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]
 ) -> None:
-    routers(lambda: Unavailable("not yet"))
+    routers(lambda: None)
     stack = new_stack({"decode-0": "raise SystemExit('the pair does not fit')"})
     with pytest.raises(StartFailed, match="decode-0 exited with status 1") as caught:
         up.run(stack, threading.Event(), Console(file=io.StringIO()))
@@ -749,6 +791,7 @@ def test_users_of_vllm_are_told_the_right_word(flag: str, word: str, capsys: pyt
 @pytest.mark.parametrize(
     "arguments",
     [
+        [],
         ["--colocated", "2"],
         ["--prefill", "1", "--decode", "2", "--kv-memory", "64MiB"],
         ["--tier", "a=p", "--tier", "b=q:2,quantize=int8,itl-objective=0.05"],

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +60,7 @@ def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr(up, "require_vllm", lambda: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path("/pairs") / pair)
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path("/pairs") / pair)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
 
     def start(*arguments: str) -> PlacedStack:
@@ -95,7 +94,7 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
     )
     stack = ProcessRunner(plan().spec, lambda name, line: None)
     stack.start()
-    shutil.rmtree(stack._folder)
+    stack._remove_folder()
     router = ("router-0", "services.router.main")
     assert spawned == [router, ("colocated-0", "services.colocated.main")]
 

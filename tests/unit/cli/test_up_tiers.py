@@ -42,7 +42,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: made.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
-    monkeypatch.setattr("overfill.pair.store.resolve_pair", lambda pair, report: Path(pair))
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
     monkeypatch.setattr(up, "_absolute", lambda pair: f"/pairs/{pair}")
     return made

@@ -45,10 +45,10 @@ class FakeStream:
     sent: asyncio.Queue = field(default_factory=asyncio.Queue)
     closed: bool = False
 
-    def send(self, command):
+    def send(self, number, command):
         self.sent.put_nowait(command)
 
-    def close(self):
+    def close(self, number):
         self.closed = True
 
     def say(self, **update):
@@ -90,7 +90,7 @@ class Stack:
     def open(self, worker, receive):
         stream = FakeStream(worker.id, receive)
         self.streams.put_nowait(stream)
-        return stream
+        return stream, 1
 
     async def stream(self):
         return await self.streams.get()

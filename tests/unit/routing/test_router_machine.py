@@ -71,7 +71,7 @@ class Stream:
         self.reserved = self.assigned = self.carried = self.closed = self.ended = False
         self.said = 0  # tokens of the answer, those of earlier attempts included
 
-    def send(self, message):
+    def send(self, number, message):
         if message.HasField("start"):
             self.start = message.start
             self.carried = message.start.HasField("assign_prefill")
@@ -79,7 +79,7 @@ class Stream:
         else:
             self.assigned = True
 
-    def close(self):
+    def close(self, number):
         self.closed = self.ended = True
 
     def say(self, **message):
@@ -134,7 +134,7 @@ class Routing(RuleBasedStateMachine):
     def open(self, worker, receive):
         stream = Stream((worker.id, worker.incarnation), receive)
         self.streams.append(stream)
-        return stream
+        return stream, 1
 
     def act(self, function, *args, **kwargs):
         """Calls ``function`` on the event loop, then runs the loop until only timers are left."""

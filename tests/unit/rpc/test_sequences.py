@@ -98,7 +98,7 @@ class Sequence:
     def __init__(self, connector: GrpcConnector, worker: WorkerInfo) -> None:
         self.got: list[Any] = []
         self.news = asyncio.Event()
-        self.stream = connector.open(worker, self._receive)
+        self._stream, self._number = connector.open(worker, self._receive)
 
     def _receive(self, update: Update | OverfillError) -> None:
         self.got.append(update)
@@ -106,10 +106,16 @@ class Sequence:
 
     def start(self, *prompt: int, **more: Any) -> None:
         start = decode_pb2.StartDecode(request_id="r", prompt_token_ids=prompt, **more)
-        self.stream.send(decode_pb2.SequenceCommand(start=start))
+        self.send(start=start)
 
     def assign(self) -> None:
-        self.stream.send(decode_pb2.SequenceCommand(assign_prefill=decode_pb2.AssignPrefill(worker_id="p")))
+        self.send(assign_prefill=decode_pb2.AssignPrefill(worker_id="p"))
+
+    def send(self, **command: Any) -> None:
+        self._stream.send(self._number, decode_pb2.SequenceCommand(**command))
+
+    def close(self) -> None:
+        self._stream.close(self._number)
 
     async def until(self, condition: Callable[[list[Any]], bool]) -> None:
         async with asyncio.timeout(20):
@@ -238,7 +244,7 @@ async def test_an_error_ends_one_sequence_only(ends: Ends) -> None:
     for sequence in (good, bad):
         sequence.start(1, 2)
         await sequence.reserved()
-    bad.stream.send(decode_pb2.SequenceCommand(start=decode_pb2.StartDecode()))  # a second start is not allowed
+    bad.send(start=decode_pb2.StartDecode())  # a second start is not allowed
     error = await bad.end()
     assert isinstance(error, InvalidRequest)
     assert error.field == "start"
@@ -285,7 +291,7 @@ async def test_a_cancel_ends_the_sequence_and_its_updates(ends: Ends) -> None:
     sequence = ends.open()
     sequence.start(1)
     await sequence.reserved()
-    sequence.stream.close()
+    sequence.close()
     await ends.idle()
     assert got_kinds(sequence.got) == ["reserved"]
     again = ends.open()
@@ -301,7 +307,7 @@ async def test_a_command_that_is_too_large_fails_its_own_request_before_it_is_se
     await other.reserved()
     with pytest.raises(InvalidRequest, match="bytes between router and worker"):
         large.start(*[2**31] * (MAX_MESSAGE_BYTES // 5))
-    large.stream.close()
+    large.close()
     other.assign()
     assert (await other.end()).HasField("done")
 
@@ -310,8 +316,7 @@ async def test_an_old_stream_ends_with_its_last_sequence(ends: Ends, monkeypatch
     first = ends.open()
     first.start(1)
     await first.reserved()
-    old = ends.connector._connections["d", 1]._stream
-    assert old is not None
+    (old,) = ends.connector._connections["d", 1]._streams
     monkeypatch.setattr(stream, "_MAX_AGE", -1.0)
     second = ends.open()
     second.start(1)
@@ -324,29 +329,48 @@ async def test_an_old_stream_ends_with_its_last_sequence(ends: Ends, monkeypatch
     assert ends.worker.running == 1
 
 
+async def test_a_channel_to_a_worker_that_has_left_closes_with_its_last_sequence(ends: Ends) -> None:
+    begun = ends.open()
+    begun.start(1)
+    await begun.reserved()
+    ends.connector.forget(ends.info)
+    late = ends.open()  # the dispatcher chose the worker before it left
+    late.start(2)
+    await late.reserved()
+    channels = {connection.channel: task for connection, task in ends.connector._retiring.items()}
+    assert len(channels) == 2
+    for sequence in (begun, late):
+        sequence.assign()
+        assert (await sequence.end()).HasField("done")
+    async with asyncio.timeout(20):
+        await asyncio.gather(*channels.values())
+    assert [channel._channel.closed() for channel in channels] == [True, True]  # type: ignore[attr-defined]
+    assert not ends.connector._retiring
+
+
 async def test_a_receiver_that_raises_ends_no_other_sequence(ends: Ends) -> None:
     def fails(update: object) -> None:
         raise RuntimeError("a bug")
 
-    good, bad = ends.open(), ends.connector.open(ends.info, fails)
-    bad.send(decode_pb2.SequenceCommand(start=decode_pb2.StartDecode(request_id="bad")))
+    good = ends.open()
+    bad, number = ends.connector.open(ends.info, fails)
+    bad.send(number, decode_pb2.SequenceCommand(start=decode_pb2.StartDecode(request_id="bad")))
     good.start(1)
     await good.reserved()
     good.assign()
     assert (await good.end()).HasField("done")
-    bad.close()
+    bad.close(number)
 
 
 async def test_commands_of_a_closed_sequence_are_not_kept(ends: Ends) -> None:
     sequence = ends.open()
     sequence.start(1)
     await sequence.reserved()
-    current = ends.connector._connections["d", 1]._stream
-    assert current is not None
+    (current,) = ends.connector._connections["d", 1]._streams
     for _ in range(50):  # without a turn of the event loop, nothing is sent
         other = ends.open()
         other.start(1, 2, 3)
-        other.stream.close()
+        other.close()
     assert not current._commands
 
 
@@ -355,12 +379,11 @@ async def test_a_stream_that_breaks_fails_its_sequences_and_another_follows(ends
     for sequence in sequences:
         sequence.start(1)
         await sequence.reserved()
-    connection = ends.connector._connections["d", 1]
-    assert connection._stream is not None
-    connection._stream.cancel()
+    (current,) = ends.connector._connections["d", 1]._streams
+    current.cancel()
     for sequence in sequences:
         assert isinstance(await sequence.end(), Unavailable)
-        sequence.stream.close()
+        sequence.close()
     await ends.idle()
     again = ends.open()
     again.start(1)
@@ -385,14 +408,12 @@ async def test_ten_thousand_starts_and_cancels_in_random_order_leave_nothing(end
                     sequence.assign()
                     if how > 0.7:
                         await sequence.end()
-            sequence.stream.close()
+            sequence.close()
 
     await asyncio.gather(*(client() for _ in range(50)))
     await ends.idle()
-    connection = ends.connector._connections["d", 1]
-    assert connection.sequences == 0
-    assert connection._stream is not None
-    assert not connection._stream._receivers
+    (current,) = ends.connector._connections["d", 1]._streams
+    assert not current._receivers
     assert ends.worker.streams == 1
 
 

@@ -209,7 +209,11 @@ def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any
         ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
         ({"router": {"http_ports": [8000, 8001]}}, "one for each of the 1 ports, or none"),
         ({"router": {"ports": []}}, "give at least one"),
-        ({"dekode": {}}, "dekode"),
+        ({"prefill": {"settings": {"kv_memroy": "1GiB"}}}, r"prefill.settings.kv_memroy: .* did you mean kv_memory\?"),
+        (
+            {"settings": {"engine": "mock"}, "prefill": {"settings": {"engine": "auto"}}},
+            "auto for prefill, mock for decode",
+        ),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, Any], message: str) -> None:
@@ -218,20 +222,30 @@ def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"dekode": {}}, "dekode: no such field; did you mean decode?"),
+        ({"prefill": {"replica": 2}}, "prefill.replica: no such field; did you mean replicas?"),
+        ({"router": {"prots": [1]}}, "router.prots: no such field; did you mean ports?"),
+        ({"tiers": {"a": {"pair": "p", "fall_back": "b"}}}, "tiers.a.fall_back: no such field; did you mean fallback?"),
+        ({"tiers": {"a": {"pair": "p", "name": "b"}}}, "tiers.a.name: got 'b'; the key is the tier's name"),
+        ({"colour": "red"}, "colour: no such field; the fields are colocated, decode, "),
+    ],
+)
+def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadSettings) as caught:
+        StackSpec.read(document)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "prefil: {}", "prefil: no such field; did you mean prefill?"),
-        ("a.yaml", "router: {portz: [1]}", "router.portz: no such field; did you mean ports?"),
-        ("a.yaml", "decode: {replica: 2}", "decode.replica: no such field; did you mean replicas?"),
-        ("a.yaml", "tiers: {a: {par: p}}", "tiers.a.par: no such field; did you mean pair?"),
-        ("a.yaml", "version: 9", "version: no such field; known are runner, name"),
-        ("a.yaml", "settings: {grace_periodd: 1}", "such a setting; did you mean grace_period?"),
         ("a.yaml", "decode: {settings: {kv_memry: 1}}", "kv_memry: no such setting; did you mean kv_memory?"),
-        ("a.yaml", "decode: {replicas: 1}\ndecode: {replicas: 2}", "the key decode appears twice"),
-        ("a.json", '{"name": "a", "name": "b"}', "the key name appears twice"),
         ("a.yaml", "settings: {port: 5}", "settings: port: the other fields of the document set this"),
         ("a.yaml", "decode: {settings: {pair: p, routers: 'a:1'}}", "decode: pair, routers: the other fields of the"),
-        ("a.yaml", "settings: {config: f}", "config: no such setting; overfill-decode --help lists"),
+        ("a.yaml", "decode: {replicas: 1}\ndecode: {replicas: 2}", "the key decode appears twice"),
+        ("a.json", '{"name": "a", "name": "b"}', "the key name appears twice"),
         ("a.yaml", "? [a]\n: b", "found unhashable key"),
         ("a.yaml", "!!map [a]", "expected a mapping node"),
         ("a.yaml", "[]", "expected the fields of a stack"),
@@ -246,14 +260,6 @@ def test_what_is_wrong_with_a_document_is_named(name: str, text: str, message: s
         StackSpec.load(tmp_path / name)
     assert message in str(caught.value)
     assert name in str(caught.value)
-
-
-@pytest.mark.parametrize("fields", [{"prefill": "mock"}, {"decode": "mock"}, {"prefill": "mock", "decode": "vllm"}])
-def test_workers_that_compute_nothing_are_not_mixed_with_others(fields: dict[str, str]) -> None:
-    pools = {pool: {"settings": {"engine": engine}} for pool, engine in fields.items()}
-    with pytest.raises(ValueError, match="give it to all workers, or to none"):
-        spec(**pools)
-    assert spec(settings={"engine": "mock"}).mock
 
 
 def test_a_fixed_pool_has_its_replicas_and_no_autoscaling() -> None:

@@ -20,7 +20,7 @@ class LoadShape:
         rate: Mean requests per second. None means that all requests arrive at once.
         concurrency: Maximum concurrent requests. None means no limit.
         prompt_tokens, output_tokens: Mean lengths.
-        slo: The objective, as text.
+        objective: The objective, as text.
         saturates: Name of the target for which ``rate`` is the lowest saturating rate, with --rate saturate=NAME.
         not_saturated: Name of the target if that search ended without finding a saturating rate.
     """
@@ -31,7 +31,7 @@ class LoadShape:
     concurrency: int | None
     prompt_tokens: float
     output_tokens: float
-    slo: str | None
+    objective: str | None
     saturates: str | None = None
     not_saturated: str | None = None
 

@@ -119,7 +119,7 @@ LOAD = ("--requests=5", "--arrivals=burst", "--prompt-tokens=7", "--output-token
 def test_every_token_is_counted_once(fake, per_message, texts, says_why, extensions):
     fake.per_message, fake.texts, fake.says_why = per_message, texts, says_why
     flags = () if extensions else ("--no-extensions",)
-    _, rows = rows_of(f"--target={fake.url}", *LOAD, "--slo=ttft=60,itl=60", *flags)
+    _, rows = rows_of(f"--target={fake.url}", *LOAD, "--objective=ttft=60,itl=60", *flags)
     found = {row["name"]: row["value"] for row in rows}
     assert found["failed"] == 0
     assert found["output_tokens"] == pytest.approx(4 * found["requests"], rel=1e-3)
@@ -144,7 +144,7 @@ def test_two_targets_stand_side_by_side(fake, tmp_path):
     _, rows = rows_of(*arguments, f"--plot={plot}")
     assert {(row["target"], row["peer"]) for row in rows} == {("a", "b")}
     assert all(row["peer_value"] is not None for row in rows)
-    assert {"source", "requests", "rate", "slo", "prompt_tokens"} <= rows[0].keys()
+    assert {"source", "requests", "rate", "objective", "prompt_tokens"} <= rows[0].keys()
     assert plot.stat().st_size > 0
     table = run(*arguments).stdout
     assert table.startswith("5 requests (burst), at once; on average 7 tokens in, 4 out")
@@ -165,7 +165,7 @@ def test_a_trace_is_played_with_its_lengths(fake, tmp_path):
 def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
     result, rows = rows_of(
-        *load, "--slo=ttft=0.000001"
+        *load, "--objective=ttft=0.000001"
     )  # no request meets the objective, so the search goes down to its last step
     lines = [line for line in result.stderr.splitlines() if "requests per second" in line]
     assert len(lines) == MAX_STEPS
@@ -176,17 +176,17 @@ def test_the_rate_is_the_one_that_just_saturates_a_target(fake):
 
 def test_a_target_that_is_never_saturated_is_reported(fake):
     load = (f"--target=a={fake.url}", "--requests=5", "--prompt-tokens=7", "--output-tokens=4", "--rate=saturate=a")
-    _, rows = rows_of(*load, "--slo=ttft=60")  # all requests meet the objective
+    _, rows = rows_of(*load, "--objective=ttft=60")  # all requests meet the objective
     assert {(row["saturates"], row["not_saturated"]) for row in rows} == {(None, "a")}
-    assert "up to which a was not saturated;" in " ".join(run(*load, "--slo=ttft=60").stdout.split())
+    assert "up to which a was not saturated;" in " ".join(run(*load, "--objective=ttft=60").stdout.split())
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--rate=saturate=b", "--slo=ttft=1"), "names no target; choose from a"),
-        (("--rate=saturate=a",), "needs --slo"),
-        (("--rate=saturate=a", "--slo=ttft=1", "--concurrency=2"), "cannot be used with --concurrency"),
+        (("--rate=saturate=b", "--objective=ttft=1"), "names no target; choose from a"),
+        (("--rate=saturate=a",), "needs --objective"),
+        (("--rate=saturate=a", "--objective=ttft=1", "--concurrency=2"), "cannot be used with --concurrency"),
         (("--rate=-1",), "not in the range"),
     ],
 )
@@ -253,7 +253,7 @@ async def test_a_request_that_takes_too_long_has_failed():
 
 def test_broken_answers_are_failures_and_not_latencies(fake):
     result, rows = rows_of(
-        f"--target={fake.url}", "--requests=3", "--arrivals=burst", "--output-tokens=13", "--slo=ttft=60"
+        f"--target={fake.url}", "--requests=3", "--arrivals=burst", "--output-tokens=13", "--objective=ttft=60"
     )
     found = {row["name"]: row["value"] for row in rows}
     assert found["failed"] == 3

@@ -72,10 +72,10 @@ def test_requests_are_spread_over_the_tiers_and_some_allow_the_next_one() -> Non
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--decoder=a=tiny:2", "--decode=3"], "--decoder conflicts with --decode"),
-        (["--decoder=a=tiny"], "give at least two decode workers"),
-        (["--decoder=a=tiny", "--decoder=a=tiny"], "two tiers have the name"),
-        (["--decoder=a=tiny", "--decoder=b=fast"], "all tiers have the pair tiny, or none"),
+        (["--tier=a=tiny:2", "--decode=3"], "--tier conflicts with --decode"),
+        (["--tier=a=tiny"], "give at least two decode workers"),
+        (["--tier=a=tiny", "--tier=a=tiny"], "two tiers have the name"),
+        (["--tier=a=tiny", "--tier=b=fast"], "all tiers have the pair tiny, or none"),
     ],
 )
 def test_tiers_that_no_trial_can_have_are_bad_usage(options: list[str], says: str) -> None:

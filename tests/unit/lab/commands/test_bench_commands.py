@@ -88,9 +88,6 @@ def test_decisions_are_compared_with_the_first_number_of_workers():
         (["router", "--overload=5", "--decisions=1"], "--overload and --decisions cannot be used together"),
         (["router", "--overload=5", "--profile=x"], "--overload and --profile cannot be used together"),
         (["router", "--decisions=1,x"], "is not a list of positive whole numbers"),
-        (["timeline", "--tokens=5"], "use `overfill bench handoff --timeline`"),
-        (["memory"], "its results are in docs/lab/2026-11-25-memory.md"),
-        (["peers", "install", "vllm"], "use `overfill bench decode --install-peers`"),
     ],
 )
 def test_a_wrong_call_says_what_to_do(arguments, message):

@@ -35,7 +35,7 @@ def test_a_target_without_a_scheme_is_a_router():
         ({"rate": 1.0}, "rate"),
         ({"users": 0}, "users"),
         ({"length_scale": 0.0}, "length_scale"),
-        ({"slo": "ttft=1"}, "slo"),
+        ({"objective": "ttft=1"}, "objective"),
         ({"tier": "full=x"}, "tier"),
         ({"tier": "full=0"}, "tier"),
         ({"tier": "Full"}, "tier"),
@@ -49,16 +49,16 @@ def test_contradictions_are_told(options, field):
 
 
 def test_locust_gets_what_differs_under_its_own_names():
-    plan = LoadPlan(users=7, tls_cert="a.pem", tls_ca="b.pem", shape="spike", slo="errors=1")
+    plan = LoadPlan(users=7, tls_cert="a.pem", tls_ca="b.pem", shape="spike", objective="errors=1")
     assert set(plan.locust_argv()) == {
-        "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--slo=errors=1",
+        "--users=7", "--client-tls-cert=a.pem", "--tls-ca=b.pem", "--shape=spike", "--objective=errors=1",
     }  # fmt: skip
     assert LoadPlan().locust_argv() == []
     mixed = LoadPlan.from_options({"tier": ("full", "fast=3"), "fallback": "none", "allow_brownout": True})
     assert set(mixed.locust_argv()) == {"--tier=full,fast=3", "--fallback=none", "--allow-brownout=True"}
     assert LoadPlan.from_locust({"tier": "full,fast=3", "fallback": "none", "allow_brownout": "True"}) == mixed
     # The options as locust's parser returns them, among its own.
-    parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "slo": "errors=1"}
+    parsed = {"num_users": 7, "client_tls_cert": "a.pem", "tls_ca": "b.pem", "shape": "spike", "objective": "errors=1"}
     assert LoadPlan.from_locust(parsed | {"tls_cert": "of its page", "host": None}) == plan
 
 

@@ -85,11 +85,11 @@ def test_times_count_from_the_first_request():
 
 
 @pytest.mark.parametrize(
-    ("slo", "result"), [("ttft_p99=2", LoadTestStatus.MET), ("ttft_p99=0.5", LoadTestStatus.MISSED)]
+    ("objective", "result"), [("ttft_p99=2", LoadTestStatus.MET), ("ttft_p99=0.5", LoadTestStatus.MISSED)]
 )
-def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(slo, result, tmp_path):
+def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(objective, result, tmp_path):
     page, records = tmp_path / "report.html", tmp_path / "records.jsonl"
-    run = LoadTestRun(LoadPlan(slo=slo, report=str(page), records=str(records)))
+    run = LoadTestRun(LoadPlan(objective=objective, report=str(page), records=str(records)))
     run.outcomes = [Outcome(i, (i + 1.0, i + 1.5), sent=float(i), timing=TIMING) for i in range(20)]
     out, err = io.StringIO(), io.StringIO()
     assert conclude(run, out, err) is result
@@ -112,7 +112,9 @@ def test_nothing_measured_is_told_apart_from_missed():
 
 def test_a_mixed_load_has_a_row_per_tier(tmp_path):
     page = tmp_path / "report.html"
-    run = LoadTestRun(LoadPlan(tier="full,fast", slo="ttft_p50=2,ttft_p99=3,itl_p99=1,errors=100%", report=str(page)))
+    run = LoadTestRun(
+        LoadPlan(tier="full,fast", objective="ttft_p50=2,ttft_p99=3,itl_p99=1,errors=100%", report=str(page))
+    )
     run.outcomes = [
         Outcome(0.0, (1.0, 1.5), tier="full", written_by="full"),
         Outcome(0.0, (2.5, 3.0), tier="full", written_by="fast"),

@@ -70,7 +70,7 @@ def test_prompts_leave_the_answers_of_a_worker_with_both_stages_within_the_objec
     trace = [TraceRequest(0.0, 10, 2000), *(TraceRequest(1.0 + 6 * i, 3000, 2) for i in range(5))]
     profile = replace(CPU, decode=replace(CPU.decode, base=0.02))
     options = {"prefill": 0, "decode": 0, "colocated": 1}
-    patient, hurried = (run(trace, profile, slo=Objective(ttft=ttft, itl=0.05), **options) for ttft in (60, 3.2))
+    patient, hurried = (run(trace, profile, goal=Objective(ttft=ttft, itl=0.05), **options) for ttft in (60, 3.2))
     # A chunk late in a prompt takes longer than the mean one, and the first prompts teach the rate.
     assert patient.gaps.percentile(0.99) < 0.1
     assert hurried.requests[-1].ttft < 3.2 < patient.requests[-1].ttft

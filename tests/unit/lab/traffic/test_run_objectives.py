@@ -14,9 +14,10 @@ SLOW = Outcome(0.0, (2.0, 2.5, 3.0))
 FAILED = Outcome(0.0, (), "refused")
 
 
-def verdicts(slo, outcomes):
+def verdicts(objective, outcomes):
     return {
-        verdict.threshold.name: (verdict.measured, verdict.met) for verdict in RunObjectives.parse(slo).judge(outcomes)
+        verdict.threshold.name: (verdict.measured, verdict.met)
+        for verdict in RunObjectives.parse(objective).judge(outcomes)
     }
 
 
@@ -50,11 +51,12 @@ def test_unattributed_is_what_no_part_covers_of_what_the_client_saw():
 
 
 @pytest.mark.parametrize(
-    "slo", ["ttft=2", "ttft_p101=1", "ttft_p95", "ttft_p95=-1", "ttft_p95=5%", "errors=1.5", "errors=2s", "x_p50=1"]
+    "objective",
+    ["ttft=2", "ttft_p101=1", "ttft_p95", "ttft_p95=-1", "ttft_p95=5%", "errors=1.5", "errors=2s", "x_p50=1"],
 )
-def test_what_is_no_objective_is_told(slo):
+def test_what_is_no_objective_is_told(objective):
     with pytest.raises(InvalidRequest, match="not an objective such as"):
-        RunObjectives.parse(slo)
+        RunObjectives.parse(objective)
 
 
 def test_an_objective_may_not_be_there_twice():

@@ -1,0 +1,109 @@
+"""What the processes of a stack share on one machine: a folder of files, the cores, the GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+from overfill.process.gpus import visible_gpus
+from overfill.settings.worker_kinds import WorkerSettings
+from overfill.stack.placed import FOLDER, PlacedStack, PlacedWorker
+from overfill.stack.spec import StackSpec
+
+_ALIVE = "runner"
+"""File in a shared folder that a runner locks while it lives."""
+
+
+def make_shared_folder(folder: Path, spec: StackSpec) -> None:
+    """Makes the folder, which other users cannot read, and in it the secret that ``spec.with_secret`` names.
+
+    The runner removes the folder at the end. This function removes those of runners that were killed.
+    """
+    for alive in folder.parent.glob(f"{FOLDER}*/{_ALIVE}"):
+        with contextlib.suppress(OSError):
+            if alive.parent.lstat().st_uid == os.getuid():
+                _lock(alive).close()  # fails while the runner lives
+                shutil.rmtree(alive.parent, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    (folder / "routers").mkdir()
+    if spec.new_secret:
+        (folder / "secret").write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
+
+
+def hold_folder(folder: Path) -> IO[bytes]:
+    """Returns a file that this process keeps open while its stack runs.
+
+    When this process ends without removing the folder, the next runner removes it. A stack on a cluster that it joined
+    may outlive its runner, which therefore does not hold the folder.
+    """
+    starting = folder / "starting"
+    starting.touch()
+    held = _lock(starting)
+    starting.rename(folder / _ALIVE)  # locked before another runner can find it
+    return held
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Returns the locked file. Raises OSError if another process has locked it."""
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(path.open("rb"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened.pop_all()
+        return file
+
+
+def share_cores(placed: PlacedStack, folder: Path) -> PlacedStack:
+    """Returns ``placed`` with a file in ``folder`` in the settings of workers with more threads than there are cores.
+
+    Returns it as it is if the workers compute nothing or have cores of their own.
+    """
+    if placed.spec.mock or not are_shared(worker.config.threads for worker in placed.workers):
+        return placed
+    shared = {"shared_cores": new_file(folder)}
+    return placed.with_configs(
+        lambda worker: worker.config if worker.config.shared_cores else worker.config.model_copy(update=shared)
+    )
+
+
+def are_shared(threads: Iterable[int]) -> bool:
+    """True if workers with these numbers of threads need to take turns at this machine's cores."""
+    counts = list(threads)
+    return len(counts) > 1 and sum(counts) > len(os.sched_getaffinity(0))
+
+
+def new_file(folder: Path) -> Path:
+    """Makes the file through which workers take turns."""
+    path = folder / "cores"
+    path.touch(0o600)
+    return path
+
+
+def share_gpus(placed: PlacedStack) -> tuple[PlacedStack, dict[str, str]]:
+    """Returns ``placed`` with the workers' shares of their GPUs, and their values of ``CUDA_VISIBLE_DEVICES`` by id.
+
+    Workers take the GPUs in turn, and those of one GPU get a share of its memory each. Only workers that choose their
+    GPU themselves have a value: without it, every one of them would take the first GPU.
+    """
+    gpus = visible_gpus()
+    if placed.spec.mock or not gpus:
+        return placed, {}
+    turn = count()
+    choosing = {w.id: next(turn) % len(gpus) for w in placed.workers if w.config.device in ("auto", "cuda")}
+    named = {w.id: int(w.config.device[5:]) for w in placed.workers if w.config.device.startswith("cuda:")}
+    places = choosing | named
+    workers = Counter(places.values())
+
+    def shared(worker: PlacedWorker) -> WorkerSettings:
+        if worker.id not in places or worker.config.gpu_share is not None:
+            return worker.config
+        return worker.config.model_copy(update={"gpu_share": 1 / workers[places[worker.id]]})
+
+    return placed.with_configs(shared), {id: gpus[place] for id, place in choosing.items()}
