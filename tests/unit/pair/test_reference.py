@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,7 +220,9 @@ def test_a_tier_without_a_reference_is_a_problem(tiers: dict[str, TwoStageRefere
 
 def test_tiers_share_the_full_model_and_may_round_their_own_decoder(tiny_tiers: tuple[TierSpec, ...]) -> None:
     full, _, fast = tiny_tiers
-    references = load_references([full, replace(full, name="rounded", settings={"quantize": "int8"}), fast])
+    references = load_references(
+        [full, full.model_copy(update={"name": "rounded", "settings": {"quantize": "int8"}}), fast]
+    )
     assert len({id(reference._full) for reference in references.values()}) == 1
     margins = {name: [v.margin for v in reference.score(PROMPTS[0], [5] * 8)] for name, reference in references.items()}
     unrounded = [v.margin for v in TwoStageReference(Path(full.pair)).score(PROMPTS[0], [5] * 8)]
