@@ -1,7 +1,4 @@
-"""Earlier flags of ``overfill chaos`` and ``overfill simulate`` set the options that replaced them, with a warning.
-
-A report of faults that only hosts can have is refused without hosts.
-"""
+"""Tests the flags of ``overfill chaos``: numbers of workers, faults, and replays that need hosts."""
 
 from __future__ import annotations
 
@@ -13,15 +10,6 @@ from click.testing import CliRunner
 
 from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.commands.chaos import _choose_faults, chaos_command, count_workers
-from overfill.lab.commands.simulate import simulate_command
-
-
-def test_earlier_flags_of_chaos_work(caplog: pytest.LogCaptureFixture) -> None:
-    arguments = ["--strikes", "7", "--rate-share=0.5", "--from", "2", "--abreast", "3", "--limit", "9"]
-    options = chaos_command.make_context("chaos", arguments).params
-    names = ("num_faults", "load_fraction", "first", "concurrent_faults", "time_limit")
-    assert [options[name] for name in names] == [7, 0.5, 2, 3, 9.0]
-    assert "--abreast is now --concurrent-faults; the old name works until version 0.3" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -56,10 +44,6 @@ def test_a_stage_without_a_second_worker_is_bad_usage(options: list[str], says: 
 def test_a_matrix_keeps_to_the_targets() -> None:
     faults = _choose_faults(("kill", "slow"), ("decode",), ("prefill",), 0, 3, None, None, 0, 0, 0.0, False)
     assert {(fault.kind, fault.target) for fault in faults} == {("kill", "prefill"), ("slow", "client")}
-
-
-def test_share_of_simulate_is_attainment() -> None:
-    assert simulate_command.make_context("simulate", ["--share", "0.9"]).params["attainment"] == 0.9
 
 
 def test_hosts_that_vanish_are_replayed_on_hosts_only(tmp_path: Path) -> None:
