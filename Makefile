@@ -28,7 +28,7 @@ PYTEST_VLLM := $(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/vllm
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.installed  ## Create .venv and install the project and its tools; does nothing when it is up to date
+setup: .venv/.installed .venv/.kubernetes  ## Create .venv and install the project and its tools; does nothing when it is up to date
 
 # Creates the virtual environment of a target such as .venv/.installed.
 define create
@@ -92,6 +92,12 @@ test-images: setup .venv/.containers  ## Run the tests with containers and netwo
 test-all: setup check .venv/.docs .venv/.clients .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
 	$(PYTEST)
 	$(PYTEST_VLLM)
+
+# helm and kubectl, for the tests of the chart.
+.venv/.kubernetes: | .venv/.installed
+	@$(BIN)/python tests/integration/charts.py || \
+	  echo "helm and kubectl cannot be fetched: the tests of the chart will be skipped" >&2
+	@touch $@
 
 # Client libraries that tests run in processes of their own. instructor needs older releases than the tools in .venv.
 .venv/.clients: | .venv/.installed

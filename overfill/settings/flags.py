@@ -80,6 +80,15 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        switches = {
+            option: f"give {' or '.join(action.option_strings)}"
+            for action in self._actions
+            if isinstance(action, argparse.BooleanOptionalAction)
+            for option in action.option_strings
+        }
+        for flag, equals, _ in (argument.partition("=") for argument in argv):
+            if equals and flag in switches:
+                self.error(f"{flag} takes no value; {switches[flag]}")
         namespace, unknown = self.parse_known_args(argv)
         if not unknown:
             return namespace

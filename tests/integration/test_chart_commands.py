@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import pytest
 from charts import ROOT, VALUES, pods, render
-from stacks import wait_until
+from stacks import ForkedChild, wait_until
 
 from overfill.api import keys as keyfile
 from overfill.client import Client, ClientTls, PermissionDenied, SamplingParams, Unauthenticated
@@ -89,12 +90,12 @@ class LocalCluster:
     def start(self, component: str, pod: dict) -> Child:
         (container,) = pod["containers"]
         command, env = self.command(component, container, [*container["command"], *container["args"]])
-        return Child(component, command, env, lambda name, line: self.lines.append(f"{name} | {line}"))
+        return ForkedChild(component, command, env, lambda name, line: self.lines.append(f"{name} | {line}"))
 
     def probe(self, component: str, pod: dict, kind: str) -> int:
         (container,) = pod["containers"]
         command, env = self.command(component, container, container[kind]["exec"]["command"])
-        return subprocess.run(command, env=env, capture_output=True, check=False).returncode
+        return forked.run(*command[2:], env=env)[0]
 
 
 @contextmanager
@@ -158,8 +159,8 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
         command, env = machine.command("test", container, shlex.split(first))
         env["OVERFILL_ADDRESS"] = f"localhost:{machine.port('', 7600)}"
         env["OVERFILL_API_KEY"] = api_key
-        complete = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert complete.returncode == 0, complete.stderr
+        status, output = forked.run(*command[2:], env=env)
+        assert status == 0, output
         for child in children.values():
             os.kill(child.pid, 15)
         wait_until(lambda: all(child.returncode == 0 for child in children.values()), 30, "all drain and exit 0")

@@ -197,7 +197,7 @@ def test_one_engine_at_a_time_is_in_memory(tiny_pair: Path, monkeypatch: pytest.
         models.append(weakref.ref(loaded.model))
         return loaded
 
-    for module in ("overfill.engine.load", "overfill.making.evaluate.evaluation"):
+    for module in ("overfill.engine.build", "overfill.making.evaluate.evaluation"):
         monkeypatch.setattr(f"{module}.load_half", load)
     evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=2)
     assert alive == [0, 1] * 4  # three writers, then the models that judge

@@ -26,8 +26,8 @@ from overfill.process.home import home
 from overfill.telemetry.progress import silent
 
 RECIPES = {
-    "default": DecoderRecipe(intermediate_size=64),
-    "fast": DecoderRecipe(intermediate_size=32),
+    "default": DecoderRecipe(intermediate_size=64, fit="none", tokens=512),
+    "fast": DecoderRecipe(intermediate_size=32, fit="none", tokens=512),
     "identity": DecoderRecipe(),
 }
 
@@ -141,7 +141,9 @@ def test_a_copy_that_was_interrupted_at_any_byte_is_noticed(downloads: Downloads
     for half in (folder, folder / "full"):
         for file in [file for file in half.rglob("*") if file.is_file() and half.resolve() in file.resolve().parents]:
             whole, times = file.read_bytes(), file.stat()
-            lengths = range(len(whole)) if len(whole) < 2000 else sorted(rng.sample(range(len(whole)), 100))
+            # The checksums guard the other files by their size.
+            every = file.name == CHECKSUMS_FILE
+            lengths = range(len(whole)) if every else rng.sample(range(len(whole)), min(10, len(whole)))
             for length in lengths:
                 os.truncate(file, length)
                 # A checksums file without its last newline still holds every entry.

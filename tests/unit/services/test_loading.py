@@ -18,7 +18,7 @@ def warnings(fresh, monkeypatch, caplog):
     """Returns a function that loads a worker's pair on a device, and returns the warnings. Loads no weights."""
     monkeypatch.setattr(loading, "use_device", lambda device: None)
     monkeypatch.setattr(loading, "load_engine", lambda *what: None)
-    monkeypatch.setattr(loading, "load_colocated", lambda *what: None)
+    monkeypatch.setattr(loading, "load_colocated", lambda *what, **named: None)
 
     async def load(kind, *flags, device="cuda", engines=("overfill", "vllm")):
         monkeypatch.setattr(loading, "resolve_device", lambda asked: torch.device(device))

@@ -87,6 +87,7 @@ def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> No
             "OTLP_TRACES_ENDPOINT): must be a URL such as http://127.0.0.1:4317, got 'x'",
         ),
         (["--unheard-of", "1"], "--unheard-of: no such flag; `overfill-prefill --help` lists all flags"),
+        (["--prefix-cache=off"], "--prefix-cache takes no value; give --prefix-cache or --no-prefix-cache"),
         (["--kv-memroy=1GiB"], "--kv-memroy: no such flag; did you mean --kv-memory?"),
         (["--kv-mem", "1GiB"], "--kv-mem:"),  # abbreviations are refused, because a new flag could make them ambiguous
         (["--kv-memory"], "--kv-memory"),

@@ -93,7 +93,7 @@ async def record_timeline(
     Raises:
         Unavailable: The worker did not start.
     """
-    arguments = [f"--pair={pair.folder}", f"--max-num-batched-tokens={tokens}", "--prefix-cache=off"]
+    arguments = [f"--pair={pair.folder}", f"--max-num-batched-tokens={tokens}", "--no-prefix-cache"]
     if dtype is not None:
         arguments.append(f"--dtype={dtype}")
     async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Tests the flags of ``overfill chaos``: numbers of workers, faults, and replays that need hosts."""
+"""Options of ``overfill chaos``: which workers and faults they choose, and what they refuse."""
 
 from __future__ import annotations
 
