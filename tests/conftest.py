@@ -29,12 +29,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, longest first. Workers of pytest-xdist begin with them, so that none ends alone.
 _LONGEST = (
-    "integration/test_prefix_reuse.py",
     "integration/test_ray_stack.py",
+    "chaos/test_trials.py",
+    "integration/test_ray_tiers.py",
+    "integration/test_stack.py",
+    "integration/test_slow_link.py",
     "integration/test_default_pair.py",
-    "integration/test_installations.py",
-    "integration/test_openai_stack.py",
+    "integration/test_prefix_reuse.py",
     "integration/test_named_pairs.py",
+    "integration/test_chart_commands.py",
+    "integration/test_openai_stack.py",
     "integration/test_ray_home.py",
     "integration/test_loadtest.py",
     "integration/test_locust_options.py",
