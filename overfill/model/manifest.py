@@ -108,6 +108,7 @@ class Pair:
         quantize: Format of the decoder's matrices after loading; the full model is never quantised.
         recipe: How the decoder was made; informative, except for ``recipe["quantize"]``.
         eval: How good the decoder is; informative.
+        reader: Digest of the weights that compute prompt KV if they are not the full model's, such as ``mock``.
     """
 
     folder: Path
@@ -124,6 +125,7 @@ class Pair:
     quantize: Quantization
     recipe: Mapping[str, Any]
     eval: Mapping[str, Any]
+    reader: str = ""
 
     @property
     def name(self) -> str:
@@ -152,7 +154,7 @@ class Pair:
             name=self.name,
             full_digest=self.full_digest,
             config_digest=self.config_digest,
-            reader_digest=self.full_digest,
+            reader_digest=self.reader or self.full_digest,
             tokenizer_digest=self.tokenizer_digest,
             kv_cache_dtype="" if kv_cache_dtype == "auto" else kv_cache_dtype,
         )

@@ -112,8 +112,12 @@ class Router:
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.credentials())
         self.roster = Roster(
-            # The workers choose the dtype of the KV.
-            {name: value for name, value in pair.kv_identity("float32").flat().items() if name != "kv.dtype"},
+            # The workers choose the dtype of the KV, and what reads prompts: the full model or the mock.
+            {
+                name: value
+                for name, value in pair.kv_identity("float32").flat().items()
+                if name not in ("kv.dtype", "reader_digest")
+            },
             [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers],
         )
         seed = secrets.randbits(32)  # routers with the same reports should choose differently

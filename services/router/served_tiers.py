@@ -17,7 +17,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.tier import NO_FALLBACK, TierChoice
 from overfill.v1 import inference_pb2
 
-_FORMATS = ("decoder_quantize", "kv_cache_dtype", "kv_dtype")
+_FORMATS = ("decoder_quantize", "kv_cache_dtype", "kv_dtype", "reader_digest")
 """Fields of AnswerIdentity that no pair determines, but how its workers load it."""
 
 
@@ -108,7 +108,8 @@ class ServedTiers:
         """
         worker = next(iter(self.roster.decode[tier]), None)
         if worker is not None:
-            self._said[tier] = {**worker.info.decoder, "kv_dtype": worker.info.identity.kv.dtype}
+            kv = worker.info.identity
+            self._said[tier] = {**worker.info.decoder, "kv_dtype": kv.kv.dtype, "reader_digest": kv.reader_digest}
         known = {**self._said.get(tier, {}), **self.roster.tiers[tier].decoder}
         return {name: known[name] for name in _FORMATS if name in known}
 
@@ -134,8 +135,7 @@ class ServedTiers:
             return
         here, there = self.identity(tier, prompt), request.resume_identity
         unknown = set(_FORMATS) - self._formats(tier).keys()
-        if not there.kv_dtype:
-            unknown.add("kv_dtype")
+        unknown |= {name for name in ("kv_dtype", "reader_digest") if not getattr(there, name)}
         names = [f.name for f in here.DESCRIPTOR.fields if f.name not in unknown]
         check_same(
             {f"resume_identity.{name}": getattr(here, name) for name in names},

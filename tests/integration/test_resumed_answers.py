@@ -34,7 +34,8 @@ def written(prompt, decoder_digest):
 class Worker(decode_pb2_grpc.DecodeServicer):
     """A decode worker without an engine. ``stops_at`` makes it stop for ever after so many tokens."""
 
-    def __init__(self, pair, stage, blocks, stops_at=LENGTH, dtype="float32", kv_cache_dtype="auto"):
+    def __init__(self, pair, stage, blocks, stops_at=LENGTH, dtype="float32", kv_cache_dtype="auto", reader=""):
+        pair = replace(pair, reader=reader)
         self.pair, self.blocks, self.stops_at = pair, blocks, stops_at
         self.hello = registry_pb2.Hello(
             worker_id=f"w{stage}",
@@ -168,9 +169,13 @@ async def test_a_router_with_another_writer_refuses_and_names_the_fields(pairs, 
 
 @pytest.mark.parametrize(
     ("formats", "field"),
-    [({"kv_cache_dtype": "int8"}, "kv_cache_dtype"), ({"dtype": "bfloat16"}, "kv_dtype")],
+    [
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype"),
+        ({"dtype": "bfloat16"}, "kv_dtype"),
+        ({"reader": "mock"}, "reader_digest"),
+    ],
 )
-async def test_a_router_whose_workers_compute_in_another_format_refuses(pairs, formats, field):
+async def test_a_router_whose_workers_compute_otherwise_refuses(pairs, formats, field):
     async with stack(pairs["pair"], **formats) as address, lost(address, pair=pairs["pair"]) as stream:
         with pytest.raises(Incompatible) as caught:
             await rest_of(stream)

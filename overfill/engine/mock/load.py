@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from overfill.api.tokenizer import Tokenizer
 from overfill.engine.device import NotEnoughMemory
 from overfill.engine.mock.decode import MockDecodeEngine
@@ -30,6 +32,8 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
         InvalidPair: the tokenizer is damaged.
     """
     mock = MockOptions.of(options.engine_args)
+    # No model reads this KV, no cache mixes it with a model's, and no answer of a model continues here.
+    pair = replace(pair, reader="mock")
     config = pair.full_config if half == "full" else pair.decoder_config
     dtype = options.dtype or "float32"
     spec, block_size = config.kv_spec(dtype), options.block_size or DEFAULT_BLOCK_SIZE

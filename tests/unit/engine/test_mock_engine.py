@@ -19,7 +19,8 @@ from overfill.engine.load import load_engine
 from overfill.engine.mock.options import ANSWER, MockOptions
 from overfill.engine.mock.script import Script
 from overfill.engine.protocol import EngineOptions
-from overfill.errors import InvalidRequest
+from overfill.errors import Incompatible, InvalidRequest
+from overfill.kv.handshake import check_compatible
 from overfill.making import mock_pair
 from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
@@ -140,6 +141,13 @@ def test_a_script_that_is_nested_too_deeply_is_refused_by_name(pair, tmp_path):
     options = EngineOptions(device=None, engine_args={"script": str(tmp_path / "script.json")})
     with pytest.raises(InvalidRequest, match=r"script\.json is not JSON"):
         load_engine("mock", pair, "decoder", options)
+
+
+def test_its_kv_is_no_model_s(pair):
+    loaded = load_engine("mock", pair, "decoder", EngineOptions(device=None, engine_args={}))
+    with pytest.raises(Incompatible, match="reader_digest") as caught:
+        check_compatible(pair.kv_identity("float32"), loaded.served.kv_identity, "prefill-0")
+    assert caught.value.fields == ("reader_digest",)
 
 
 def test_the_pair_is_what_its_script_makes_small_and_of_a_long_context(pair, tmp_path):
