@@ -77,6 +77,7 @@ class ColocatedEngine:
         self._turns = turns
         self._emit_decode = emit_decode
         self._stepping: PrefillEngine | DecodeEngine = decode
+        self._prompts_blocked = False  # since the latest message, no prompt could be computed
 
     def load(self) -> EngineLoad:
         """A snapshot of the decode engine's load, with that of the prefill engine."""
@@ -85,7 +86,9 @@ class ColocatedEngine:
     @property
     def delay(self) -> float:
         """Seconds until the decode engine's next step is due, while no prompt can be computed."""
-        return 0.0 if next(self._prefill.queue(), None) is not None else self._decode.delay
+        if not self._prompts_blocked and next(self._prefill.queue(), None) is not None:
+            return 0.0
+        return self._decode.delay
 
     @property
     def step_shape(self) -> tuple[int, int]:
@@ -102,6 +105,7 @@ class ColocatedEngine:
         self._decode.close()
 
     def handle(self, message: Submit | PrefillHere | Reserve | Start | Yielded | Release) -> None:
+        self._prompts_blocked = False
         match message:
             case PrefillHere(sequence=sequence, into=into):
                 target = self._decode.receiving(into)
@@ -118,10 +122,11 @@ class ColocatedEngine:
                 self._decode.handle(message)
 
     def step(self) -> bool:
-        """Steps one of the two engines. Returns False when neither has anything to compute."""
+        """Steps one of the two engines. Returns False when neither has anything to compute, now or after ``delay``."""
+        waits = self._decode.delay > 0  # asked before the steps: it may be due when they have ended
         if self._turns.decode_first:
-            return self._step_decode() or self._step_prefill()
-        return self._step_prefill() or self._step_decode()
+            return self._step_decode() or self._step_prefill() or waits
+        return self._step_prefill() or self._step_decode() or waits
 
     def _step_decode(self) -> bool:
         started = time.monotonic()
@@ -137,7 +142,9 @@ class ColocatedEngine:
         remaining, waited = (0, 0.0) if oldest is None else (oldest.remaining, started - oldest.submitted)
         decoding, before = self._decode.num_running > 0, self._prefill.tokens_computed
         self._stepping = self._prefill
-        if not self._prefill.step(self._turns.chunk(decoding, remaining, waited, alone=second is None)):
+        computed = self._prefill.step(self._turns.chunk(decoding, remaining, waited, alone=second is None))
+        self._prompts_blocked = not computed
+        if not computed:
             return False
         # A step that samples nothing returns before the device has computed it. Waiting for it to measure it would cost
         # the overlap of steps, which only counts while nothing decodes.

@@ -15,10 +15,21 @@ import pytest
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import ToolDefinition, tools_grammar, write_calls
-from overfill.engine.load import load_engine
+from overfill.engine.load import load_colocated, load_engine
 from overfill.engine.mock.options import ANSWER, MockOptions
 from overfill.engine.mock.script import Script
 from overfill.engine.protocol import EngineOptions
+from overfill.engine.sequence import (
+    DecodeSequence,
+    FinishReason,
+    PrefillHere,
+    PrefillSequence,
+    Reserve,
+    Start,
+    StopRule,
+    Submit,
+    TokenSampled,
+)
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.handshake import check_compatible
 from overfill.making import mock_pair
@@ -180,3 +191,34 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "ready False\n", done.stderr
+
+
+def test_a_colocated_worker_goes_on_with_its_answers_while_a_prompt_waits_for_blocks(pair):
+    spec = pair.full_config.kv_spec("float32")
+    options = EngineOptions(
+        device=None, kv_memory=64 * spec.token_bytes, max_model_len=64, block_size=16, engine_args={"step": 0.002}
+    )
+    loaded = load_colocated(pair, options, options, engine="mock")
+    events: list[Any] = []
+    core = loaded.new_core(lambda emitted: None, events.extend)
+
+    def processor(params: SamplingParams, prompt: list[int]) -> Any:
+        half = loaded.full
+        return half.new_processor(params, prompt, half.grammars, half.config.eos_token_ids)
+
+    def prompt(id: str, tokens: list[int]) -> PrefillSequence:
+        return PrefillSequence(id, tokens, GREEDY, processor=processor(GREEDY, tokens))
+
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    answer = DecodeSequence(
+        "answer", PROMPT, [], params, StopRule.of(params, [], 61), processor=processor(params, PROMPT)
+    )
+    core.handle(Reserve(answer))
+    core.handle(PrefillHere(prompt("own", PROMPT), "answer", 0))
+    while core.step():
+        pass
+    core.handle(Start("answer", events[-1].first.token_id))
+    core.handle(Submit(prompt("leased", [8] * 60)))  # no decode worker takes its KV, so its blocks stay in use
+    core.handle(Submit(prompt("waiting", [9] * 60)))
+    while not any(isinstance(one, TokenSampled) and one.finish is FinishReason.LENGTH for one in events):
+        assert core.step(), "the engine's thread would wait for a message"
