@@ -27,11 +27,11 @@ class Statistics:
         self._signals = signals
 
     @contextmanager
-    def refusing(self, hold: QuotaHold, uncounted: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    def refusing(self, hold: QuotaHold, *uncounted: type[BaseException]) -> Iterator[None]:
         """Counts the request of ``hold`` as refused when the ``with`` block raises; the exception sets the reason.
 
         Args:
-            uncounted: an exception of this class counts as no request.
+            uncounted: an exception of one of these classes counts as no request.
         """
         try:
             yield

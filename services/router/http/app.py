@@ -199,9 +199,10 @@ class HttpApi:
             return convert(body, id), id
 
         handler = self._handler
-        # What is not a valid request of the API counts only as an HTTP request.
-        with handler.hold_quota(caller) as hold, handler.statistics.refusing(hold, ApiError):
-            asked, id = await self._read(request, shape, convert_with_id, hold)
+        with handler.hold_quota(caller) as hold:
+            # What is not valid, or has not arrived when the client disconnects, counts only as an HTTP request.
+            with handler.statistics.refusing(hold, ApiError, asyncio.CancelledError):
+                asked, id = await self._read(request, shape, convert_with_id, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
             def envelope(tier: str) -> Envelope:
@@ -213,7 +214,8 @@ class HttpApi:
             trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
             span = tracing.serve("router.request", trace, route=request.path)
             answers = RunningChoices(handler, asked, envelope, span, self._encoding)
-            await answers.start(received, hold)
+            with handler.statistics.refusing(hold, ApiError):
+                await answers.start(received, hold)
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         with answers:
             if asked.stream:

@@ -108,6 +108,7 @@ class Http:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self.address = url.removeprefix("http://")
 
     async def get(self, path: str) -> tuple[int, Any]:
         status, text = await asyncio.to_thread(self._send, path, None)
@@ -200,6 +201,19 @@ async def test_a_tier_that_may_not_be_used_or_does_not_exist_has_its_status(
     refused = (await ask(client, tier="x"))["error"]
     assert (refused["code"], refused["message"]) == (code, str(error))
     assert (await client.post("/v1/completions", model="tiny:x", prompt="Hi"))[0] == status
+
+
+async def test_an_upload_that_ends_early_counts_only_as_an_http_request(client: Http, handler: FakeHandler) -> None:
+    host, port = client.address.rsplit(":", 1)
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n")
+    writer.write(b"content-length: 9\r\n\r\n{")
+    value = handler.statistics.metrics.registry.get_sample_value
+    gone = {"route": "/v1/completions", "status": "499"}
+    while not value("overfill_router_http_requests_total", gone):
+        writer.close()  # the task that reads the body may begin later
+        await asyncio.sleep(0)
+    assert not value("overfill_router_requests_total", {"outcome": "cancelled", "tier": ""})
 
 
 async def test_other_streams_get_a_turn_between_the_answers_to_one_prompt(
