@@ -17,7 +17,7 @@ from overfill.process.gpus import gpu_count
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.certificates import NAME, role_files
-from overfill.settings.config import RouterConfig, ServiceConfig, read_checked
+from overfill.settings.config import SERVICES, RouterConfig, ServiceConfig, read_checked
 from overfill.settings.config_file import all_names, flag_name, nearest
 from overfill.settings.reader import BadSettings, Given
 from overfill.settings.tiers import TEXT_FIELDS, TierSpec, default_tier
@@ -36,8 +36,11 @@ from overfill.stack.spec import (
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
-_OWN = {"config", "pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers"}
+_OWN = {"pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers"}
 """Settings that the document says elsewhere."""
+
+_READ_BY_UP = {("router", "port"), ("router", "http"), ("router", "tiers")}
+"""Section and name of those that are also options of ``up``."""
 
 _TLS = {"tls_cert", "tls_key", "tls_ca", "tls_name"}
 
@@ -315,8 +318,22 @@ def _resources(
 
 
 def check_used(spec: StackSpec, config: Path | None) -> None:
-    """Raises BadSettings for a variable, or a section of the file, of workers that the stack does not have."""
+    """Raises BadSettings for a variable or a key of the file that has no effect on the stack.
+
+    That is one of workers that the stack does not have, or one that ``up`` sets itself for each process.
+    """
     file = None if config is None else read_checked(config)
+    for service in SERVICES:
+        own = [name for name in service.model_fields if name in _OWN and (service.section, name) not in _READ_BY_UP]
+        made = [service.variable(name) for name in own if os.environ.get(service.variable(name))]
+        if file is not None:
+            keys = file.sections.get(service.section, {})
+            made += [f"{file.path}: {service.section}.{key}" for key in map(flag_name, own) if key in keys]
+        if made:
+            raise BadSettings(
+                f"{', '.join(made)}: `overfill up` sets this for each process itself, so the setting has no effect: "
+                "remove it"
+            )
     present = {spec.kind(name).name for name in spec.pools}
     for name, kind in KINDS.items():
         if name in present:

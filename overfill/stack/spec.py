@@ -39,7 +39,10 @@ SUFFIXES = (".yaml", ".yml", ".json")
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
 
-_MADE = {"pair", "port", "http", "worker_id", "routers", "tier", "tiers", "expect_prefill", "expect_decode"}
+_MADE = {
+    "pair", "port", "http", "share_port", "join_port", "worker_id", "routers", "tier", "tiers", "expect_prefill",
+    "expect_decode",
+}  # fmt: skip
 """Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]

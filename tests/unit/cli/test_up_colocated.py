@@ -270,6 +270,22 @@ def test_settings_of_one_stage_keep_the_stages_apart(
     assert f"{file}: decode.kv-memory: this stack has no decode workers" in capsys.readouterr().err
 
 
+def test_settings_that_up_makes_itself_are_refused(
+    tmp_path: Path, started: Callable[..., PlacedStack], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("OVERFILL_PREFILL_PORT", "OVERFILL_DECODE_TIER", "OVERFILL_ROUTER_PAIR"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "7")
+            assert main(["up", "--grpc", "0", "--http", "off", "--prefill", "1"]) == 2
+        assert f"{name}: `overfill up` sets this for each process itself" in capsys.readouterr().err
+    file = tmp_path / "overfill.toml"
+    file.write_text("[decode]\nworker-id = 'a'")
+    assert main(["up", "--grpc", "0", "--http", "off", "--config", str(file)]) == 2
+    assert f"{file}: decode.worker-id: `overfill up` sets this" in capsys.readouterr().err
+    file.write_text("[common]\npair = 'fast'\n[router]\nport = 7700")
+    assert started("--config", str(file)).routers
+
+
 @pytest.mark.parametrize(("half", "named"), [("full", "full model"), ("decoder", "decoder")])
 def test_a_pair_that_vllm_cannot_run_gets_one_worker_on_overfills_engine(
     half: str,
