@@ -11,7 +11,6 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
@@ -27,8 +26,6 @@ SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 _SCALES, _PAYLOAD, _CHECKSUM, _ALSO = 6, 7, 8, 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CHECKSUM_FIELD = struct.Struct("<BQ")
-
-_pulls: WeakKeyDictionary[grpc.aio.Channel, Any] = WeakKeyDictionary()  # PullKv of each channel
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)(
@@ -164,10 +161,7 @@ def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: An
 
 def pull_kv(channel: grpc.aio.Channel, request: prefill_pb2.PullKvRequest, timeout: float | None) -> Any:
     """Opens PullKv on ``channel``; its responses are encoded messages, for ``parse_message``."""
-    method = _pulls.get(channel)
-    if method is None:
-        method = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
-        _pulls[channel] = method
+    method: Any = channel.unary_stream(f"/{SERVICE}/PullKv", prefill_pb2.PullKvRequest.SerializeToString, None)
     return method(request, timeout=timeout)
 
 

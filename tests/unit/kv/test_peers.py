@@ -1,15 +1,20 @@
 """Tests that the pool of connections to prefill workers keeps those in use and closes idle ones."""
 
+import gc
+import weakref
+from contextlib import suppress
 from typing import ClassVar
 
+import grpc.aio
 import pytest
 
 from overfill.kv import peers
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PeerPool
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import pull_kv
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import decode_pb2
+from overfill.v1 import decode_pb2, prefill_pb2
 
 
 class Peer:
@@ -65,3 +70,15 @@ async def test_a_peer_in_use_is_never_closed(pool, monkeypatch):
     async with pool.use(target) as peer:
         await use(pool, "prefill-1")
         assert not peer.closed
+
+
+async def test_a_closed_data_channel_leaves_memory():
+    channel = grpc.aio.insecure_channel("127.0.0.1:1")
+    with suppress(grpc.aio.AioRpcError):
+        async for _ in pull_kv(channel, prefill_pb2.PullKvRequest(), 0.01):
+            pass
+    await channel.close()
+    left = weakref.ref(channel)
+    del channel
+    gc.collect()
+    assert left() is None
