@@ -49,10 +49,11 @@ def welcome(out: Console, spec: StackSpec, addresses: Sequence[str], describe_wo
         rows.append(("", _curl(spec, urls[0])))
     rows.append(("stop", "ctrl-C"))
     width = min(out.width, _BOX_WIDTH)
+    column = max(len(name) for name, _ in rows)
     with out:  # writes all lines at once, so that no log line comes in between
         out.print(Rule("OverFill is up", align="left"), width=width)
         for name, words in rows:
-            out.print(Text(f"{name:<7}  {words}"), soft_wrap=True)
+            out.print(Text(f"{name:<{column}}  {words}"), soft_wrap=True)
         out.print(Rule(), width=width)
 
 

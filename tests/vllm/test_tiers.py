@@ -29,6 +29,6 @@ def test_every_tier_on_vllm_answers_as_its_own_reference(family):
 
 
 def test_the_full_model_on_vllm_and_a_decoder_on_the_other_engine_answer_as_their_references(family):
-    tiers = specs(family, full={"engine": "vllm", "engine-args": EAGER})
+    tiers = specs(family, full={"engine": "vllm", "engine_args": EAGER})
     with running_stack(family["fast"], tiers=tiers, **engines("vllm", "overfill")) as (_, address):
         check_tiers(address, tiers, prompts(12))
