@@ -37,7 +37,7 @@ class PoolSpec(BaseModel):
         replicas: number of processes; with ``max_replicas``, the minimum and initial number.
         max_replicas: maximum number, on Ray; None means that the number is fixed.
         num_cpus, num_gpus, resources: resources that Ray reserves for each process. Fractions share a CPU or GPU, and
-            the GPU's memory. A process with ``num_gpus`` 0 sees no GPU.
+            the GPU's memory. On Ray, a process with ``num_gpus`` 0 sees no GPU; plain processes divide all GPUs.
         settings: settings of this pool only, by field.
     """
 

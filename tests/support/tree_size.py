@@ -36,8 +36,8 @@ SERVICES = (*ROUTER, "services.prefill.main", "services.decode.main", "services.
 MIN_DUPLICATE = 6  # lines
 
 # The classes and messages that carry or describe one thing, on its way through router and workers or from flags to
-# processes: `module:Class`, or `v1.Message`. Whoever adds or removes one changes this list. A name that is not in the
-# tree is not counted and is printed as gone.
+# processes: `module:Class`, or `v1.Message`. A change that adds or removes one changes this list. A name that is not in
+# the tree is not counted and is printed as gone.
 FORMS: dict[str, tuple[str, ...]] = {
     "request": (
         "services.router.http.request:Request", "overfill.api.openai.schema:ChatRequest",
