@@ -185,7 +185,7 @@ def _check_here(spec: StackSpec) -> None:
     require("server", "`overfill up`", "xxhash" if spec.mock else "torch")  # its processes need them
     if spec.runner == "ray":
         check_installed()
-    if spec.ray_address is not None:  # processes may run on other machines
+    if spec.joins_cluster:  # processes may run on other machines
         return
     check_ports(spec)
     if "vllm" in {spec.worker_config(name).engine for name in spec.pools}:

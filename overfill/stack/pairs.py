@@ -56,7 +56,7 @@ def check_engines(spec: StackSpec) -> None:
             pair = Pair.load(Path(worker.pair))
             if isinstance(worker, DecodeConfig) and worker.quantize is not None:
                 pair = pair.with_quantize(worker.quantize)
-            if spec.ray_address is None:
+            if not spec.joins_cluster:
                 on_first_gpu = partial(_on_first_gpu, worker.device)
                 choose_engine(engine, pair, half, on_first_gpu, has_args=bool(worker.engine_args))
             elif engine != "auto":

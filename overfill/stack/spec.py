@@ -267,6 +267,11 @@ class StackSpec(BaseModel):
         return all(self.worker_config(name).engine == "mock" for name in self.pools)
 
     @property
+    def joins_cluster(self) -> bool:
+        """True if the stack runs on a Ray cluster that it joins, of which other machines may be part."""
+        return self.runner == "ray" and self.ray_address is not None
+
+    @property
     def deployments(self) -> dict[str, PoolSpec]:
         """All pools by name, the routers first."""
         return {ROUTER: self.router, **self.pools}

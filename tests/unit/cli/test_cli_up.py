@@ -30,6 +30,7 @@ from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
 from overfill.cli.up_config import OWN
 from overfill.errors import UnsupportedModel
+from overfill.process.extras import MissingExtra
 from overfill.rpc import certificates
 from overfill.settings.allowed import allowed
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
@@ -829,3 +830,17 @@ def test_nothing_else_describes_a_stack_that_a_document_describes(
     monkeypatch.setenv("OVERFILL_DECODE_THREADS", "2")
     assert main(["up", str(file)]) == 2
     assert "OVERFILL_DECODE_THREADS has no effect" in capsys.readouterr().err
+
+
+def test_plain_processes_of_a_document_for_a_cluster_are_checked_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise MissingExtra("vLLM is not installed here")
+
+    monkeypatch.setattr(up, "require_vllm", missing)
+    file = tmp_path / "stack.yaml"
+    text = "ray_address: auto\nrouter: {ports: [0]}\npair: p\nsettings: {engine: vllm}\n"
+    file.write_text(text, encoding="utf-8")
+    assert main(["up", str(file), "--no-ray"]) == 1
+    assert "vLLM is not installed here" in capsys.readouterr().err
