@@ -199,8 +199,12 @@ class PromptPull:
                     if message.HasField("ready"):
                         self._note_ready(message.ready.token_start, message.ready.token_end)
                     if message.HasField("first_token"):
-                        if len(message.first_token.ids) != 1:
-                            raise TransferFailed(f"{self._worker} sent {len(message.first_token.ids)} first tokens")
+                        first = message.first_token
+                        if len(first.ids) != 1 or first.first_index:
+                            raise TransferFailed(
+                                f"{self._worker} sent {len(first.ids)} tokens from index {first.first_index}; "
+                                "a prefill worker sends one, the first"
+                            )
                         self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
                         message.first_token.prefill_queue_ns = queue_ns
                         on_first_token(message.first_token)

@@ -51,6 +51,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.leave_after_acks = False
         self.kv_dtype = None
         self.sends_first_token = True
+        self.first_token = decode_pb2.Tokens(ids=[9])
         self.ended = asyncio.Event()
         self.acknowledged = 0
         self.specs = {}
@@ -84,7 +85,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
             if self.sends_first_token:
-                yield prefill_pb2.PrefillResponse(first_token=decode_pb2.Tokens(ids=[9], return_ns=0))
+                yield prefill_pb2.PrefillResponse(first_token=self.first_token)
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
                 self.received.append(request.WhichOneof("message"))
@@ -285,6 +286,13 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
 
     monkeypatch.setattr(KvCache, "write", fail_last)
     with pytest.raises(MemoryError):
+        await pull()
+
+
+@pytest.mark.parametrize("wrong", [{"ids": []}, {"ids": [9, 9]}, {"ids": [9], "first_index": 3}])
+async def test_a_first_token_that_is_not_one_and_the_first_fails(pull, worker, wrong):
+    worker.first_token = decode_pb2.Tokens(**wrong)
+    with pytest.raises(TransferFailed, match="a prefill worker sends one, the first"):
         await pull()
 
 
