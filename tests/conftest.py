@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -31,7 +32,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _LONGEST = (
     "integration/test_ray_stack.py",
     "chaos/test_trials.py",
-    "integration/test_ray_tiers.py",
     "integration/test_stack.py",
     "integration/test_slow_link.py",
     "integration/test_default_pair.py",
@@ -42,6 +42,7 @@ _LONGEST = (
     "integration/test_ray_home.py",
     "integration/test_loadtest.py",
     "integration/test_locust_options.py",
+    "integration/test_ray_tiers.py",  # last: two clusters that start at once on two cores take minutes
 )
 _SUITES = ("chaos", "integration", "fuzz", "unit")  # suites that start processes wait a lot, so they come first
 
@@ -92,7 +93,15 @@ def every_block_is_free_or_owned_once() -> Iterator[None]:
     """After each test, fails it if a block of any pool in this process is lost or has two owners."""
     yield
     for pool in list(_POOLS):
-        pool.check_integrity()
+        # The engine of a stack that outlives the test moves blocks meanwhile; a real fault stays.
+        for _ in range(50):
+            try:
+                pool.check_integrity()
+                break
+            except AssertionError:
+                time.sleep(0.02)
+        else:
+            pool.check_integrity()
 
 
 @pytest.fixture(scope="session")

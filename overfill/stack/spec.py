@@ -235,7 +235,9 @@ class StackSpec(BaseModel):
         """Reads a document from a file, YAML or JSON. Raises BadSettings."""
         try:
             text = path.read_text(encoding="utf-8")
-            data = _parse_json(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+            data = (
+                _parse_json(text) if path.suffix == ".json" else yaml.load(text, Loader=_DocumentLoader)
+            )  # as safe as SafeLoader: creates no objects
             return cls.read({} if data is None else data)
         except OSError as error:
             raise BadSettings(f"{path}: cannot be read: {error.strerror}") from error
@@ -423,7 +425,7 @@ def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConf
         raise ValueError("; ".join(hints))
 
 
-class _Loader(yaml.SafeLoader):
+class _DocumentLoader(yaml.SafeLoader):
     """Refuses duplicate keys, of which YAML's own loader takes the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -64,7 +64,7 @@ def faults(source: str) -> Iterator[str]:
                 yield f"{node.lineno}: {name}: {flag}={ast.unparse(value)}"
         if name == "yaml.load":
             loader = ast.unparse(flags["Loader"]) if "Loader" in flags else "none"
-            if loader not in ("yaml.SafeLoader", "yaml.CSafeLoader", "_TextLoader"):
+            if loader not in ("yaml.SafeLoader", "yaml.CSafeLoader", "_TextLoader", "_DocumentLoader"):
                 yield f"{node.lineno}: yaml.load with loader {loader}"
 
 
@@ -114,11 +114,13 @@ def test_safe_code_is_accepted(line: str) -> None:
     assert not list(faults(line))
 
 
-def test_the_loader_of_settings_makes_text_lists_and_mappings_only() -> None:
+def test_the_loaders_of_settings_and_documents_make_plain_data_only() -> None:
     import yaml
 
     from overfill.settings.config_file import _TextLoader
+    from overfill.stack.spec import _DocumentLoader
 
+    assert issubclass(_DocumentLoader, yaml.SafeLoader)
     assert not issubclass(_TextLoader, yaml.FullLoader | yaml.UnsafeLoader | yaml.Loader)
     try:
         made = yaml.load("!!python/object/apply:os.getcwd []", Loader=_TextLoader)
