@@ -28,7 +28,7 @@ def new_hello(worker_id: str, halves: Sequence[ServedHalf], tier: str = "") -> r
         tier: tier of a decode worker; empty means the only one of the stack.
     """
     last = halves[-1]  # with both halves, the decoder, whose identity names the full model too
-    kind = "worker" if len(halves) > 1 else _KINDS[last.half]
+    kind = "colocated" if len(halves) > 1 else _KINDS[last.half]
     return registry_pb2.Hello(
         worker_id=worker_id or f"{kind}-{socket.gethostname()}-{secrets.token_hex(2)}",
         incarnation=secrets.randbits(63),

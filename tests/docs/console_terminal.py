@@ -17,7 +17,7 @@ _END = "end-of-command-of-the-docs"
 # What differs between two runs: numbers, identifiers, the width of columns and bars.
 _VARIABLE = (
     (re.compile(r"\b[0-9a-f]{8,}\b"), "0"),
-    (re.compile(r"\b(router|prefill|decode|worker)-(?:\w+-)?[a-z0-9]{8}\b"), r"\1-0"),  # as Ray names replicas
+    (re.compile(r"\b(router|prefill|decode|colocated)-(?:\w+-)?[a-z0-9]{8}\b"), r"\1-0"),  # as Ray names replicas
     (re.compile(r"\d[\d.,:]*"), "0"),
     (re.compile(r"[\s━╸╺█▏─]+"), " "),
 )
