@@ -149,7 +149,8 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
     assert sorted(commands.keys() - ids) == []
     for path, command in commands.items():
         section = text.partition(f' id="{path}"')[2].partition("<h")[0]
-        options = {name for each in command.params if isinstance(each, click.Option) for name in each.opts}
+        shown = [each for each in command.params if isinstance(each, click.Option) and not each.hidden]
+        options = {name for each in shown for name in each.opts}
         assert sorted(name for name in options if f">{name}<" not in section) == [], path
 
 
