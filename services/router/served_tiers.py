@@ -108,8 +108,8 @@ class ServedTiers:
         """
         worker = next(iter(self.roster.decode[tier]), None)
         if worker is not None:
-            kv = worker.info.identity
-            self._said[tier] = {**worker.info.decoder, "kv_dtype": kv.kv.dtype, "reader_digest": kv.reader_digest}
+            said = worker.info.identity
+            self._said[tier] = {**worker.info.decoder, "kv_dtype": said.kv.dtype, "reader_digest": said.reader_digest}
         known = {**self._said.get(tier, {}), **self.roster.tiers[tier].decoder}
         return {name: known[name] for name in _FORMATS if name in known}
 

@@ -100,7 +100,7 @@ async def lost(*others, blocks=128, pair, **options):
         stream = await exits.enter_async_context(client.stream(PROMPT, sampling=SAMPLING, **options))
         first = await anext(stream)
         assert len(first.token_ids) == BEFORE
-        proxy.forward_to("127.0.0.1:1")  # nobody listens there
+        proxy.forward_to("127.0.0.1:1")  # no process listens there
         proxy.cut()
         yield stream
 

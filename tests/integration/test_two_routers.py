@@ -87,7 +87,7 @@ async def test_a_router_that_drains_sends_its_clients_to_the_other_behind_the_sa
         for _ in range(10):
             assert (await ask(client, 3)).usage.completion_tokens == 3
             await complete()
-        await until(lambda: leaving._handler.draining)  # now it refuses whoever is still connected
+        await until(lambda: leaving._handler.draining)  # from now on it refuses clients that are still connected
         assert (await ask(client, 3)).usage.completion_tokens == 3
         await complete()
         assert not long.done()
