@@ -31,12 +31,6 @@ def test_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
         wait_until(lambda: idle(address), 5, "all blocks free")
 
 
-def test_a_pool_s_codec_is_reported(tiny_pair):
-    with running_stack(tiny_pair, kv_codec="int8") as (_, address), Client(address) as client:
-        assert client.generate(PROMPT, sampling=GREEDY, trace=True).trace.kv_bytes == RAW_BYTES * 20 // 64
-        assert {w.process.codec for w in client.status().workers if w.stage == "decode"} == {"int8"}
-
-
 def test_a_decode_worker_that_holds_kv_as_int8_asks_for_it_so_and_takes_raw_kv_too(tiny_pair):
     held_bytes = 4 * 2 * 2 * (16 + 4)
     with (

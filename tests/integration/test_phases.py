@@ -33,7 +33,7 @@ from overfill.pair.reference import TwoStageReference
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
-from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.decode.servicer import DecodeServicer
 from services.messages import new_hello
 from services.prefill.servicer import PrefillServicer
@@ -282,35 +282,6 @@ async def test_an_eviction_frees_both_sides(workers, phase):
     await workers.open_gates_until_empty()
 
 
-async def test_the_answer_is_the_reference_s(workers, reference):
-    call = await workers.reserve()
-    await workers.assign(call)
-    ids, done = await workers.answer(call)
-    assert ids == reference.generate(PROMPT, 20)
-    assert done.usage.prompt_tokens == len(PROMPT)
-    assert done.prefill_worker_id == "p"
-
-
-async def test_a_resumed_answer_continues_after_its_tokens(workers, reference):
-    whole = reference.generate(PROMPT, 20)
-    call = await workers.reserve(emitted=whole[:7])
-    await workers.assign(call)
-    ids = list(whole[:7])
-    while (message := await call.read()).HasField("tokens"):
-        assert message.tokens.first_index == len(ids)
-        ids.extend(message.tokens.ids)
-    assert ids == whole
-
-
-async def test_max_tokens_of_one_needs_no_kv(workers, reference):
-    async with TcpProxy(workers.target.address, 10_000) as proxy:
-        call = await workers.reserve(max_tokens=1)
-        await workers.assign(call, proxy.address)
-        ids, done = await workers.answer(call)
-    assert ids == reference.generate(PROMPT, 1)
-    assert done.reason == common_pb2.FINISH_REASON_LENGTH
-
-
 def outcomes(metrics, name):
     samples = [sample for family in metrics.registry.collect() for sample in family.samples if sample.name == name]
     return {label: sample.value for sample in samples for label in sample.labels.values() if sample.value}
@@ -347,17 +318,6 @@ async def test_an_answer_of_one_token_is_computed_again_elsewhere_when_its_prefi
     await workers.assign(call)
     ids, _ = await workers.answer(call)
     assert ids == reference.generate(PROMPT, 1)
-
-
-async def test_a_full_worker_refuses_and_says_why(workers):
-    first = await workers.reserve()
-    free = workers.decoder.pool.num_free
-    blocker = workers.decoder.pool.acquire("blocker", free)
-    call = await workers.begin(workers.start_message())
-    refused = await call.read()
-    assert "KV blocks needed" in refused.refused.reason
-    workers.decoder.pool.release("blocker", blocker)
-    first.cancel()
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,6 @@ def verify(tiny_pair, questions, capsys):
     return run
 
 
-def test_a_right_stack_passes(tiny_pair, verify):
-    with running_stack(tiny_pair, decode=2) as (_, address):
-        assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
-
-
 def test_workers_with_both_stages_are_verified_beside_decode_workers(tiny_pair, verify):
     with running_stack(tiny_pair, prefill=0, decode=1, colocated=1) as (_, address):
         assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")

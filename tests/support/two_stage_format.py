@@ -1,15 +1,11 @@
-"""Writes checkpoints in the format of OverFill's authors, from a decoder of ours.
-
-As a script: ``python tests/support/two_stage_format.py PAIR OUT --format sharded-bin --teacher --drop 3``
-"""
+"""Writes checkpoints in the format of OverFill's authors, from a decoder of ours."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,20 +79,3 @@ def _narrow(name: str, tensor: torch.Tensor, hidden_size: int) -> torch.Tensor:
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pair", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--format", choices=get_args(Format), default="safetensors")
-    parser.add_argument("--teacher", action="store_true", help="Write the full model too.")
-    parser.add_argument("--drop", type=int, default=0, help="Layers to drop, all after layer 0, as firstlast does it.")
-    options = parser.parse_args()
-    layers = json.loads((options.pair / "decoder" / "config.json").read_text())["num_hidden_layers"]
-    kept = [0, *range(options.drop + 1, layers)]
-    print(write_two_stage(options.pair, options.out, options.format, teacher=options.teacher, kept=kept))
-
-
-if __name__ == "__main__":
-    main()
