@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from mocks import mock_stack
-from stacks import idle, loads, wait_until
+from stacks import wait_until
 
 from overfill.cli.main import main
-from overfill.client import AsyncClient, Client, SamplingParams
+from overfill.client import Client, SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
 
 
-def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
+def test_a_worker_with_both_stages_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
     with (
         mock_stack(tiny_pair, prefill=0, colocated=1, workers={"step": 0.005}) as stack,
         Client(stack.grpc) as client,
@@ -31,17 +29,6 @@ def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
                 pass
         assert [stream.answer.token_ids for stream in streams] == [expected] * 4
         assert {stream.answer.decode_worker for stream in streams} == {"worker-0"}
-
-
-async def test_dropping_an_asyncio_stream_ends_its_sequence_on_the_worker(tiny_pair):
-    with mock_stack(tiny_pair, decode_settings={"step": 0.2}) as stack:
-        async with AsyncClient(stack.grpc) as client:
-            async for _ in client.stream([5, 6, 7], sampling=LONG):
-                break
-            # The first token comes with the prefill, before the sequence runs.
-            wait_until(lambda: loads(stack.grpc)["decode-0"].running == 1, 10, "the sequence runs")
-            await asyncio.sleep(0)  # the loop cancels the call
-            await asyncio.to_thread(wait_until, lambda: idle(stack.grpc), 10, "the worker is idle")
 
 
 def test_a_drain_names_its_worker(tiny_pair):
