@@ -3,9 +3,7 @@
 A package per verb of ``overfill bench``:
 
 - ``engine``: ``decode`` and ``prefill``, our engine and other engines against the limits of this machine.
-- ``kv``: ``kv``, how fast KV moves between two processes.
 - ``handoff``: ``handoff``, what a handoff costs a request, and its timeline.
-- ``links``: ``links``, what a handoff costs between hosts, by link and codec.
 - ``router``: ``router``, what the router costs, and how it behaves under overload.
 - ``serve``: ``serve``, latency and throughput of servers under load.
 - ``vllm``: ``vllm``, both stages on vLLM beside plain vLLM.

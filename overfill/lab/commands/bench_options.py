@@ -38,13 +38,6 @@ def pair_option(command: _F) -> _F:
     )(command)
 
 
-def geometry_option(command: _F) -> _F:
-    """``--pair``, for benchmarks that run no model."""
-    return click.option(
-        "--pair", default="default", show_default=True, help="Pair whose tokenizer and KV geometry are used."
-    )(command)
-
-
 def plot_option(command: _F) -> _F:
     """``--plot FILE``."""
     return click.option(
