@@ -22,7 +22,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
-from overfill.lab.bench.registry import ListeningRegistry
+from listening_registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
 from overfill.stack.child import stop

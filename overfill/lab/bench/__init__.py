@@ -3,8 +3,8 @@
 A package per verb of ``overfill bench``:
 
 - ``engine``: ``decode`` and ``prefill``, our engine and other engines against the limits of this machine.
-- ``handoff``: ``handoff``, what a handoff costs a request, and its timeline.
-- ``router``: ``router``, what the router costs, and how it behaves under overload.
+- ``handoff``: ``handoff``, what a handoff costs a request.
+- ``router``: ``router``, what the router costs.
 - ``serve``: ``serve``, latency and throughput of servers under load.
 - ``vllm``: ``vllm``, both stages on vLLM beside plain vLLM.
 
