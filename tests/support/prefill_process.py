@@ -7,8 +7,9 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from overfill.errors import Unavailable
 from listening_registry import ListeningRegistry
+
+from overfill.errors import Unavailable
 from overfill.settings.config import PrefillConfig
 from overfill.stack.child import Child, stop
 from overfill.stack.process_runner import child_environment

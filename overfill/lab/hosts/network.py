@@ -242,7 +242,6 @@ def free_subnet(routes: Sequence[str]) -> str:
 
 def eth0_commands(device: str, space: str, mac: str, address: str) -> list[list[str]]:
     """Returns the commands that make ``device`` the device eth0 of a namespace, with its two addresses."""
-    subnet = f"{address.rpartition('.')[0]}.0/24"
     return [
         ["ip", "link", "set", device, "netns", space, "name", "eth0", "address", mac],
         ["ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0"],

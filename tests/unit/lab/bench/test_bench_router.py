@@ -113,4 +113,3 @@ def test_the_cpu_clock_is_that_of_all_threads():
     ours = cpu_seconds(os.getpid())
     assert before <= ours <= time.process_time()
     assert ours - start >= 0.1
-
