@@ -93,7 +93,7 @@ COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in comma
 EXTRAS: dict[str, str] = {
     "up": "server",
     "verify": "server",
-    "chaos": "loadtest,server",
+    "chaos": "server",
     "pair": "pairs",
     "pair default": "server",
     "pair fast": "server",

@@ -1,8 +1,8 @@
-"""Benchmarks of the engine, the KV handoff and the router, each beside its bound and its peers.
+"""Benchmarks of the engine, the handoff, the router and whole servers, each beside its bound and its peers.
 
 A package per verb of ``overfill bench``:
 
-- ``engine``: ``decode`` and ``prefill``, our engine and other engines against the limits of this machine.
+- ``engine``: ``decode`` and ``prefill``, our engine and vLLM against the limits of this machine.
 - ``handoff``: ``handoff``, what a handoff costs a request.
 - ``router``: ``router``, what the router costs.
 - ``serve``: ``serve``, latency and throughput of servers under load.

@@ -169,7 +169,6 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
 )
 @click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
-@click.option("--plot", type=_FILE, help="Plot the memory of every process to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def chaos_command(
     pair: str,
@@ -203,7 +202,6 @@ def chaos_command(
     engine_args: str | None,
     hosts: bool,
     report_file: Path | None,
-    plot: Path | None,
     as_json: bool,
 ) -> int:
     """Break a stack under load and check every answer. The stack is started on this machine.
@@ -221,7 +219,6 @@ def chaos_command(
     Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
     every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
     """
-    from overfill.lab.chaos.memory import draw as draw_memory
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import load_references
@@ -263,11 +260,6 @@ def chaos_command(
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
-    if plot is not None:
-        title = (
-            f"{result.seconds / 60:.0f} minutes, seed {seed}: {len(result.injected)} faults, {summary.answers} answers"
-        )
-        draw_memory(result.memory_samples, title, plot)
     if as_json:
         print_json(judged.as_dict())
     else:
