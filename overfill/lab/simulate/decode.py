@@ -59,8 +59,6 @@ class DecodeListener(Protocol):
     def preempted(self, sequence: SimSequence) -> None:
         """A sequence lost its blocks. KV that is still arriving for it is useless."""
 
-    def load_changed(self) -> None: ...
-
 
 class SimDecode:
     """The engine of a modelled decode worker.
@@ -73,9 +71,17 @@ class SimDecode:
         on_ready: Called when a phase may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
-    def __init__(self, clock: Clock, profile: Profile, listener: DecodeListener, gaps: Histogram) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        profile: Profile,
+        listener: DecodeListener,
+        gaps: Histogram,
+        load_changed: Callable[[], object],
+    ) -> None:
         model = profile.decode
         self._clock, self._model, self._listener, self.gaps = clock, model, listener, gaps
+        self._load_changed = load_changed
         self._base, self._per_sequence = model.base, model.per_sequence
         self._per_kv = model.per_kv_token
         self._replay_seconds = model.replay_per_token
@@ -139,7 +145,7 @@ class SimDecode:
         if not self._acquire(sequence):
             return False
         self._sequences[sequence] = None
-        self._listener.load_changed()
+        self._load_changed()
         return True
 
     def first_token(self, sequence: SimSequence) -> None:
@@ -341,7 +347,7 @@ class SimDecode:
         self._let_leave()
         self._paused_since = self._clock.now if self._batch else None
         self.on_ready()
-        self._listener.load_changed()
+        self._load_changed()
 
     def _let_leave(self) -> None:
         for sequence in self._leaving:
@@ -395,7 +401,7 @@ class SimDecode:
         sequence.reserved = 0
         sequence.state = SequenceState.ENDED
         self._sequences.pop(sequence, None)
-        self._listener.load_changed()
+        self._load_changed()
 
     def _preempt_youngest(self) -> None:
         victim = next(
