@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from overfill.stack.placed import PlacedStack
     from overfill.telemetry.progress import Report
 
+_TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Not auto: by default, every machine breaks the same engine.
@@ -100,14 +101,6 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     help="Inject the faults of this JSON report again.",
 )
 @click.option(
-    "--first-fault",
-    "first",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Number of the first fault to inject from the sequence that --seed draws.",
-)
-@click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed for faults, phases, targets and times."
 )
 @click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean pause between faults, seconds.")
@@ -142,9 +135,6 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
 )
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens of an answer."
-)
-@click.option(
-    "--time-limit", type=Number(0), default=3600.0, show_default=True, help="Seconds after which no new fault begins."
 )
 @click.option(
     "--grace-period",
@@ -182,7 +172,6 @@ def chaos_command(
     soak: float | None,
     load_fraction: float | None,
     replay: Path | None,
-    first: int,
     seed: int,
     pause: float,
     concurrent_faults: int,
@@ -193,7 +182,6 @@ def chaos_command(
     requests: int,
     streams: int,
     max_tokens: int,
-    time_limit: float,
     grace_period: float,
     max_num_seqs: int,
     kv_memory: str | None,
@@ -213,8 +201,7 @@ def chaos_command(
     With --tier, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
     that wrote it, and only requests that allow it may change their tier. A tier may lose its last worker.
 
-    The same seed draws the same faults. --first-fault starts later in this sequence; --replay injects the faults of an
-    earlier run's report.
+    The same seed draws the same faults. --replay injects the faults of an earlier run's report.
 
     Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
     every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
@@ -230,7 +217,7 @@ def chaos_command(
         _check_tiers(tiers, colocated)
     counts = count_workers(colocated, prefill, decode, bool(tiers))
     among = (faults or FAULTS, phases or PHASES, targets or None)
-    chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
+    chosen = _choose_faults(*among, num_faults, times, soak, replay, seed, pause, hosts)
     trial_settings = {
         "grace_period": grace_period,
         "kv_memory": kv_memory,
@@ -251,7 +238,7 @@ def chaos_command(
             load_fraction=load_fraction or (0.7 if soak else None),
             seconds=soak * 60 if soak else None,
             concurrent_faults=concurrent_faults,
-            time_limit=max(time_limit, soak * 60 if soak else 0.0),
+            time_limit=max(_TIME_LIMIT, soak * 60 if soak else 0.0),
             seed=seed,
             fallback_share=fallback_share,
         )
@@ -305,7 +292,6 @@ def _choose_faults(
     times: int | None,
     soak: float | None,
     replay: Path | None,
-    first: int,
     seed: int,
     pause: float,
     hosts: bool,
@@ -325,8 +311,8 @@ def _choose_faults(
     if times is not None:
         if targets is not None:
             possible = {fault: tuple(t for t in each if t in targets) or each for fault, each in possible.items()}
-        return matrix(seed, times, faults, phases, possible)[first:]
-    drawn = draw(seed, pause, faults, phases, targets, first, possible)
+        return matrix(seed, times, faults, phases, possible)
+    drawn = draw(seed, pause, faults, phases, targets, possible)
     return drawn if soak is not None else list(itertools.islice(drawn, count))
 
 
