@@ -66,8 +66,6 @@ class SimDecode:
     Attributes:
         gaps: Seconds between tokens, over all sequences.
         busy: Seconds spent in steps.
-        generated: Number of tokens generated.
-        preemptions: Number of preemptions.
         on_ready: Called when a phase may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
@@ -87,8 +85,6 @@ class SimDecode:
         self._replay_seconds = model.replay_per_token
         self.total = model.kv_tokens // model.block_size
         self.busy = 0.0
-        self.generated = 0
-        self.preemptions = 0
         self._reserved = 0  # blocks held, without those that the running phase takes
         self._sequences: dict[SimSequence, None] = {}  # oldest first
         self._num_preempted = 0
@@ -341,7 +337,6 @@ class SimDecode:
         self._reserved += self._blocks_taken(steps)
         self._step += steps
         self._context += steps * self._batch
-        self.generated += steps * self._batch
         while self._heap and self._heap[0][0] == self._step:
             self._end(heapq.heappop(self._heap)[2], popped=True)
         self._let_leave()
@@ -414,7 +409,6 @@ class SimDecode:
         victim.state = SequenceState.PREEMPTED
         self._reserved -= victim.reserved
         victim.reserved = 0
-        self.preemptions += 1
         self._num_preempted += 1
         self._listener.preempted(victim)
 
