@@ -103,7 +103,6 @@ class Snapshot:
         busy: Share of the ready workers' time spent in steps since the previous snapshot.
         waiting: Requests in the router's queue.
         arrived: Requests that arrived since the previous snapshot.
-        need: Number of workers that the scaler computed, as a fraction; None without a scaler.
         tier_workers: Number of decode workers of each tier.
         brownout: Tiers in brownout.
     """
@@ -119,8 +118,6 @@ class Snapshot:
     decode_busy: float
     waiting: int
     arrived: int
-    prefill_need: float | None = None
-    decode_need: float | None = None
     tier_workers: dict[str, int] = field(default_factory=dict)
     brownout: tuple[str, ...] = ()
 
