@@ -52,8 +52,10 @@ _HOUR = 3600.0
 class _Figures(dict[str, Measurement]):
     """Name -> figure of one server. The bounds are for the router's."""
 
-    def add(self, name: str, value: float | np.floating, unit: str, bound: float | None = None, **more: bool) -> None:
-        self[name] = Measurement(name, float(value), unit, bound, **more)
+    def add(
+        self, name: str, value: float | np.floating, unit: str, bound: float | None = None, at_least: bool = False
+    ) -> None:
+        self[name] = Measurement(name, float(value), unit, bound, at_least)
 
 
 def measure_cost(

@@ -3,7 +3,7 @@
 It imports nothing of overfill, which is not installed there. Each line on stdin is a request; each line on stdout is
 its answer::
 
-    {"op": "load", "vocab_size", ...}                   -> {"version"}
+    {"op": "load", "vocab_size", ...}                   -> {}
     {"op": "begin", "batch", "prompt_tokens", "steps"}  -> {}
     {"op": "steps", "count"}                            -> {"seconds": [...]}
     {"op": "end"}                                       -> {}
@@ -45,7 +45,6 @@ class Vllm:
         import vllm
 
         self._vllm = vllm
-        self.version = vllm.__version__
         self._engine = vllm.LLM(
             model,
             dtype=dtype,
@@ -98,7 +97,7 @@ class Peer:
     def load(self, vocab_size: int, **options: Any) -> dict[str, Any]:
         self._vocab_size = vocab_size
         self._engine = self._new_engine(**options)
-        return {"version": self._engine.version}
+        return {}
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
         # More tokens than are measured, so that no sequence ends during the measurement.
