@@ -182,11 +182,15 @@ def test_a_command_without_its_extra_says_the_line_to_run(tmp_path: Path) -> Non
 
 
 def test_an_installed_extra_is_not_named_again() -> None:
-    done = overfill(["bench", "router"], ("server",))
-    assert done.returncode == 1
-    assert done.stderr == (
-        "overfill: `overfill bench` needs uvicorn, which is not installed here: pip install -e '.[loadtest]'\n"
+    code = (
+        "from overfill.process.extras import MissingExtra, needs\n"
+        "try:\n"
+        "    with needs('loadtest,server', '`overfill bench`'): import locust\n"
+        "except MissingExtra as error: sys.exit(str(error))\n"
     )
+    done = run_in(("server",), code)
+    assert done.returncode == 1
+    assert done.stderr == "`overfill bench` needs locust, which is not installed here: pip install -e '.[loadtest]'\n"
 
 
 def test_a_named_pair_needs_no_more_than_a_server_does(tmp_path: Path) -> None:
