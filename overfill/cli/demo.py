@@ -24,6 +24,7 @@ from overfill.process.extras import require
 from overfill.settings.tiers import TierSpec
 from overfill.stack.describe import RayPlacement, describe
 from overfill.stack.pairs import resolve_pairs, tier_pair
+from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
@@ -129,7 +130,7 @@ def _running(spec: StackSpec) -> Iterator[Client]:
     if spec.runner == "ray":
         stack = RayRunner(spec, lambda line: None)
     else:
-        stack = ProcessRunner(spec, lambda name, line: _note(f"{name} | {line}"))
+        stack = ProcessRunner(place(spec), lambda name, line: _note(f"{name} | {line}"))
     try:
         where = "on Ray" if spec.runner == "ray" else "as plain processes"
         count = spec.members("decode")

@@ -34,6 +34,7 @@ from overfill.stack.child import Child
 from overfill.stack.counts import count_workers
 from overfill.stack.describe import RayPlacement, check_used, describe
 from overfill.stack.pairs import check_engines, resolve_pairs
+from overfill.stack.placed import place
 from overfill.stack.ports import check_ports
 from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
@@ -87,7 +88,7 @@ def up_command(
         if spec.runner == "ray":
             return run(RayRunner(spec, _note), stopping, console())
         with _log_sink(None if spec.log_dir is None else Path(spec.log_dir)) as sink:
-            return run(ProcessRunner(spec, sink), stopping, console())
+            return run(ProcessRunner(place(spec), sink), stopping, console())
 
 
 def _pair(target: str | None, pair: str | None) -> str:

@@ -48,7 +48,8 @@ class PlacedStack:
     """The processes of a stack. Routers have fixed ports, which they may share.
 
     Attributes:
-        spec: the document.
+        spec: the document, with the routers' ports.
+        folder: folder of files that the processes share, which the runner makes.
         routers: settings of each router.
         workers: the workers, pool by pool.
         operator_tls: TLS files with which an operator calls the routers; None means the routers' own.
@@ -56,6 +57,7 @@ class PlacedStack:
     """
 
     spec: StackSpec
+    folder: Path
     routers: tuple[RouterConfig, ...]
     workers: tuple[PlacedWorker, ...]
     operator_tls: ClientTls | None = None
@@ -129,26 +131,23 @@ def shared_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"{FOLDER}{secrets.token_hex(8)}"
 
 
-def place(spec: StackSpec, folder: Path | None = None) -> PlacedStack:
-    """Returns the processes of ``spec``, with ports that are free now where it names none.
-
-    Args:
-        folder: folder of files that the processes share. None names one.
-    """
-    folder = folder or shared_folder()
-    spec = fill_ports(spec).with_secret(folder)
+def place(spec: StackSpec) -> PlacedStack:
+    """Returns the processes of ``spec``, with ports that are free now where it names none."""
+    folder = shared_folder()
+    document = fill_ports(spec)
+    spec = document.with_secret(folder)
     metrics = _metrics_ports(spec)
     routers = tuple(
         config.model_copy(update={"metrics_port": next(metrics[config.section])}) for config in _routers(spec, folder)
     )
     workers: list[PlacedWorker] = []
-    addresses = PlacedStack(spec, routers, ()).join_addresses
+    addresses = PlacedStack(document, folder, routers, ()).join_addresses
     for name, pool in spec.pools.items():
         for index in range(pool.replicas):
             place = WorkerPlace(f"{name}-{index}", ",".join(addresses), reachable(routers[0].host))
             config = spec.worker_config(name, place).model_copy(update={"metrics_port": next(metrics[name])})
             workers.append(PlacedWorker(name, spec.kind(name), config))
-    return PlacedStack(spec, routers, tuple(workers), operator_tls(spec))
+    return PlacedStack(document, folder, routers, tuple(workers), operator_tls(spec))
 
 
 def operator_tls(spec: StackSpec) -> ClientTls | None:

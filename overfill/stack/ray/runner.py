@@ -63,7 +63,7 @@ class RayRunner:
             NoRoom: the cluster started here is too small.
             RayUnavailable: Ray or the cluster is not available, or an application of that name already runs.
         """
-        make_shared_folder(self._folder, self.spec)
+        make_shared_folder(self._folder, self.spec.new_secret)
         show_logs = self.spec.log_dir is None
         if self.spec.ray_address is None:
             self._held.enter_context(hold_folder(self._folder))

@@ -42,7 +42,6 @@ from overfill.stack.describe import RayPlacement, threads_per_worker
 from overfill.stack.placed import PlacedStack, place
 from overfill.stack.ports import free_ports
 from overfill.stack.process_runner import ProcessRunner, child_environment
-from overfill.stack.shared import make_shared_folder
 from overfill.stack.spec import StackSpec
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
@@ -56,7 +55,7 @@ class RecordingStack(ProcessRunner):
         self.started: list[Child] = []
         self.configs: dict[str, Any] = {}
         self._code = code or {}
-        super().__init__(described(**settings), lambda name, line: self.lines.append((name, line)))
+        super().__init__(place(described(**settings)), lambda name, line: self.lines.append((name, line)))
 
     def _spawn(self, name: str, module: str, config: Any, threads: int) -> Child:
         self.configs[name] = config
@@ -381,20 +380,21 @@ def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pyte
     assert "give --tls FOLDER (`overfill certs FOLDER` makes it) and --api-keys FILE (`overfill keys create" in message
 
 
-def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tmp_path: Path) -> None:
+def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(
+    tmp_path: Path, new_stack: Callable[..., RecordingStack]
+) -> None:
     keys = {"api_keys": tmp_path / "keys.json"}
     certificates.make(tmp_path / "certs")
     for settings in (keys | {"tls": tmp_path / "certs"}, keys | {"tls_ca": tmp_path / "ca.crt"}, {}):
         assert not described(**settings).new_secret
         assert place(described(**settings)).routers[0].stack_secret is None
-    made = described(**keys)
-    assert made.new_secret
-    folder = tmp_path / "shared"
-    make_shared_folder(folder, made)
-    assert folder.stat().st_mode & 0o77 == 0
-    paths = {config.stack_secret for config in (place(made, folder).routers[0], place(made, folder).workers[0].config)}
-    assert len(paths.pop().read_text(encoding="utf-8").strip()) == 64
+    stack = new_stack(**keys)
+    stack.start()
+    paths = {config.stack_secret for config in stack.configs.values()}
+    secret = paths.pop()
     assert not paths
+    assert len(secret.read_text(encoding="utf-8").strip()) == 64
+    assert secret.parent.stat().st_mode & 0o77 == 0
 
 
 def welcome(made: StackSpec, width: int = 200, address: str = "") -> str:
@@ -809,7 +809,7 @@ def test_what_is_started_is_what_was_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     got: list[StackSpec] = []
-    monkeypatch.setattr(up, "ProcessRunner", lambda spec, sink: got.append(spec))
+    monkeypatch.setattr(up, "ProcessRunner", lambda placed, sink: got.append(placed.spec))
     monkeypatch.setattr(up, "RayRunner", lambda spec, note: got.append(spec))
     monkeypatch.setattr(up, "run", lambda stack, stopping, console: 0)
     assert main(["up", runner, *arguments, "--dry-run"]) == 0

@@ -92,7 +92,7 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         ProcessRunner, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module))
     )
-    stack = ProcessRunner(plan().spec, lambda name, line: None)
+    stack = ProcessRunner(plan(), lambda name, line: None)
     stack.start()
     stack._remove_folder()
     router = ("router-0", "services.router.main")
@@ -172,7 +172,7 @@ def test_drain_counts_the_requests_of_both_stages(
 def test_the_welcome_says_which_workers_have_both_stages() -> None:
     def said(made: PlacedStack) -> list[str]:
         out = Console(file=io.StringIO(), width=200)
-        welcome(out, made.spec, made.addresses, ProcessRunner(made.spec, lambda name, line: None).describe_workers)
+        welcome(out, made.spec, made.addresses, ProcessRunner(made, lambda name, line: None).describe_workers)
         lines: list[str] = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
         return [line for line in lines if "CPU threads each" in line]
 

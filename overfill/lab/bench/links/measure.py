@@ -164,7 +164,7 @@ def measure_links(
         spec = describe(pair.folder, threads=threads, settings=settings)
         with place_on_hosts(place(spec).with_configs(_without_decode_cache), *kind) as (placed, hosts):
             prefixes = {name: host.enter for name, host in hosts.items()}
-            stack = ProcessRunner(spec, log, placed=placed, prefixes=prefixes)
+            stack = ProcessRunner(placed, log, prefixes=prefixes)
             try:
                 stack.start()
                 stack.wait_ready(threading.Event())
