@@ -19,7 +19,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from overfill.cli.options import check_replaced
+from overfill.cli.options import check_replaced, option_errors
 from overfill.cli.output import console
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
@@ -33,7 +33,7 @@ from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.stack.child import Child
 from overfill.stack.counts import count_workers
 from overfill.stack.describe import RayPlacement, check_used, describe
-from overfill.stack.pairs import check_engines, resolve_pairs
+from overfill.stack.pairs import check_engine_args, check_engines, resolve_pairs
 from overfill.stack.placed import place
 from overfill.stack.ports import check_ports
 from overfill.stack.process_runner import ProcessRunner
@@ -80,6 +80,8 @@ def up_command(
             spec = _describe(_pair(target, pair), on_ray, options, prepare=not dry_run)
     except BadSettings as error:
         raise click.UsageError(str(error)) from error
+    with option_errors():
+        check_engine_args(spec)
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0
@@ -119,10 +121,7 @@ def _read(path: Path, on_ray: bool) -> StackSpec:
     if given:
         raise BadSettings(f"{path} describes the whole stack, so {', '.join(given)} has no effect: change the document")
     spec = StackSpec.load(path)
-    runner = "ray" if on_ray else "processes"
-    if not _is_given("on_ray") or runner == spec.runner:
-        return spec
-    return StackSpec.read({**spec.document(), "runner": runner})
+    return spec.on("ray" if on_ray else "processes") if _is_given("on_ray") else spec
 
 
 def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool) -> StackSpec:

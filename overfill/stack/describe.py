@@ -5,7 +5,6 @@ Starts no processes.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,10 +119,6 @@ def describe(
     router = _given(RouterConfig, flags, tls, Role.ROUTER)
     _check_host(router)
     places = 1 if share_port else routers
-    processes = routers + sum(counts.values())
-    metrics = router["metrics_port"].value if "metrics_port" in router else 0
-    _check_apart(("--grpc", port, places), ("--http", http, places), ("--metrics-port", metrics, processes))
-
     default = default_tier([tier.name for tier in tiers], _text(router, "default_tier")) if tiers else ""
     own = _own_settings(flags, counts, tiers, default)
     given = {
@@ -362,26 +357,3 @@ def _check_host(router: Mapping[str, Given]) -> None:
         needs.append("--api-keys FILE (`overfill keys create NAME --file FILE` makes it)")
     if needs and not is_loopback(host):
         raise BadSettings(f"--host {host} is open to other machines: give {' and '.join(needs)}, or remove --host")
-
-
-def _check_apart(*ranges: tuple[str, object, int]) -> None:
-    """Raises BadSettings if two flags claim the same port.
-
-    Args:
-        ranges: (flag, first port, number of ports); a first port that is 0 or not a number claims none.
-    """
-    claimed = [
-        (flag, int(str(first)), count) for flag, first, count in ranges if str(first).isdecimal() and int(str(first))
-    ]
-    for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
-        if first < others_first + others_count and others_first < first + count:
-            raise BadSettings(
-                f"port ranges overlap: {_claim(flag, first, count)} and {_claim(other, others_first, others_count)}, "
-                f"one port per process; give {other} {first + count} or higher, or {other} off"
-            )
-
-
-def _claim(flag: str, port: int, count: int) -> str:
-    by_default = (flag, port) in (("--grpc", GRPC_PORT), ("--http", HTTP_PORT))
-    used = f"{port} to {port + count - 1}" if count > 1 else f"{port}"
-    return f"{flag} {port}{' (its default)' if by_default else ''} uses {used}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfi
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import WorkerKind, WorkerSettings, WorkerStage
 from overfill.stack.ports import fill_ports, free_ports
-from overfill.stack.spec import StackSpec, WorkerPlace
+from overfill.stack.spec import ROUTER, StackSpec, WorkerPlace
 
 FOLDER = "overfill-"
 """Beginning of the names of shared folders."""
@@ -136,9 +135,9 @@ def place(spec: StackSpec) -> PlacedStack:
     folder = shared_folder()
     document = fill_ports(spec)
     spec = document.with_secret(folder)
-    metrics = _metrics_ports(spec)
+    metrics = {name: iter(ports) for name, ports in spec.metrics_ports.items()}
     routers = tuple(
-        config.model_copy(update={"metrics_port": next(metrics[config.section])}) for config in _routers(spec, folder)
+        config.model_copy(update={"metrics_port": next(metrics[ROUTER])}) for config in _routers(spec, folder)
     )
     workers: list[PlacedWorker] = []
     addresses = PlacedStack(document, folder, routers, ()).join_addresses
@@ -172,18 +171,3 @@ def _routers(spec: StackSpec, folder: Path) -> Iterator[RouterConfig]:
     config = spec.router_config()
     for port in free_ports(config.host, count):
         yield config.model_copy(update={"share_port": folder / "routers", "join_port": port})
-
-
-def _metrics_ports(spec: StackSpec) -> dict[str, Iterator[object]]:
-    """Returns an iterator of metrics ports for each pool: a number is the first of consecutive ones."""
-    shared = _consecutive(spec.settings.get("metrics_port", 0))
-    return {
-        name: _consecutive(pool.settings["metrics_port"]) if "metrics_port" in pool.settings else shared
-        for name, pool in spec.deployments.items()
-    }
-
-
-def _consecutive(first: object) -> Iterator[object]:
-    if str(first).isdecimal() and int(str(first)):
-        return itertools.count(int(str(first)))
-    return itertools.repeat(first if first == "off" else 0)

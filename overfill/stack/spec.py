@@ -5,6 +5,7 @@ Plain data, checked here. It knows nothing about how processes start: ``process_
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ _MADE = {
     "expect_decode",
 }  # fmt: skip
 """Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
+
+_ONLY_ON_RAY = {
+    "name", "ray_address", "health_check_period", "health_check_timeout", "num_cpus", "num_gpus", "resources",
+}  # fmt: skip
+"""Fields of a stack and of its pools that plain processes do not use."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -159,12 +165,18 @@ class StackSpec(BaseModel):
     def _check_settings(self) -> Self:
         if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
             raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
-        self._check_scaling()
-        for name in self.tiers:
+        self._check_runner()
+        for name, tier in self.tiers.items():
             if not any(self.tier_of(pool) == name for pool in self.pools):
                 raise ValueError(
                     f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "
                     "tier may have none, with `colocated`"
+                )
+            unused = tier.model_dump(exclude_defaults=True).keys() & PoolSpec.model_fields.keys() - {"replicas"}
+            if unused and not tier.replicas:
+                raise ValueError(
+                    f"tiers.{name}: {', '.join(sorted(unused))}: the tier has no workers of its own, so this has no "
+                    "effect: set it in `colocated`, whose workers decode in the tier, or remove it"
                 )
         for stage in ("prefill", "decode"):
             if not self.members(stage):
@@ -186,19 +198,28 @@ class StackSpec(BaseModel):
                 + ", ".join(f"{engine} for {name}" for name, engine in engines.items())
             )
         self._check_formats()
+        self._check_ports()
         return self
 
-    def _check_scaling(self) -> None:
+    def _check_runner(self) -> None:
+        """Raises ValueError for fields that the runner does not use, or cannot meet."""
         scaled = sorted(name for name, pool in self.pools.items() if pool.max_replicas is not None)
         if scaled and self.colocated is not None:
             raise ValueError(
                 f"colocated: a stack of colocated workers has a fixed number of replicas: remove max_replicas of "
                 f"{' and '.join(scaled)}, or `colocated`"
             )
-        if scaled and self.runner == "processes":
+        if self.runner == "ray":
+            return
+        if scaled:
             raise ValueError(f"runner processes: only Ray scales pools: remove max_replicas of {' and '.join(scaled)}")
+        parts: dict[str, BaseModel] = {"": self}
+        parts |= {f"{_place(name)}.": pool for name, pool in self.deployments.items()}
+        given = ((start, part.model_dump(exclude_defaults=True).keys()) for start, part in parts.items())
+        if unused := [f"{start}{name}" for start, names in given for name in sorted(names & _ONLY_ON_RAY)]:
+            raise ValueError(f"runner processes: only Ray uses {', '.join(unused)}: remove this, or set runner to ray")
         routers, ports = self.router.replicas, len(self.router.ports)
-        if self.runner == "processes" and 1 < ports < routers:
+        if 1 < ports < routers:
             raise ValueError(
                 f"router.ports: got {ports} for {routers} routers; give 1, which they share, or one for each"
             )
@@ -221,6 +242,26 @@ class StackSpec(BaseModel):
                         f"{name} workers have {values[1]}; routers refuse workers of one tier that differ: set both "
                         f"{variables[0]} and {variables[1]}, or {key} in the settings of all"
                     )
+
+    def _check_ports(self) -> None:
+        """Raises ValueError if two servers of one machine have the same port."""
+        claims: list[tuple[str, Sequence[int | str]]] = [
+            ("--grpc (router.ports)", self.router.ports), ("--http (router.http_ports)", self.router.http_ports)
+        ]  # fmt: skip
+        if not self.joins_cluster:  # its machines may have a process each
+            claims += [
+                (f"--metrics-port (metrics_port of {pool})", ports) for pool, ports in self.metrics_ports.items()
+            ]
+        servers: dict[int | str, str] = {0: "", "off": ""}
+        for server, port in ((server, port) for server, ports in claims for port in ports):
+            if other := servers.get(port):
+                same = "; on Ray, every process of a pool has the same metrics_port: give 0 or off"
+                raise ValueError(
+                    f"port {port} is given to two servers, {other} and {server}: give one of them another port"
+                    + (same if self.runner == "ray" and "metrics" in server else "")
+                )
+            if port not in servers:
+                servers[port] = server
 
     @classmethod
     def read(cls, data: Any) -> Self:
@@ -247,6 +288,15 @@ class StackSpec(BaseModel):
             raise BadSettings(f"{path}: {error}") from error
         except (ValueError, yaml.YAMLError) as error:
             raise BadSettings(f"{path}: {' '.join(str(error).split())}") from error
+
+    def on(self, runner: Literal["ray", "processes"]) -> Self:
+        """Returns the stack for ``runner``; for plain processes, without the fields that they do not use."""
+        data = self.document()
+        pools = [data.get(name, {}) for name in (ROUTER, COLOCATED, PREFILL, DECODE)]
+        for fields in (data, *pools, *data.get("tiers", {}).values()) if runner == "processes" else ():
+            for name in _ONLY_ON_RAY & fields.keys():
+                del fields[name]
+        return self.read({**data, "runner": runner})
 
     def document(self) -> dict[str, Any]:
         """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
@@ -355,6 +405,27 @@ class StackSpec(BaseModel):
         names = self.router_config().served_model_name
         return names[0] if names else Path(self.default_pair).name
 
+    @property
+    def metrics_ports(self) -> dict[str, list[int | str]]:
+        """Metrics ports of the processes of each pool: 0 means any free one.
+
+        On Ray, the processes of a pool have the same. Plain processes have consecutive ones: those of pools without a
+        number of their own follow the routers'.
+        """
+
+        def ports(first: object) -> Iterator[int | str]:
+            if not str(first).isdecimal():
+                return itertools.repeat("off")
+            return itertools.count(int(str(first)), step) if int(str(first)) else itertools.repeat(0)
+
+        step = 1 if self.runner == "processes" else 0
+        shared = ports(self.settings.get("metrics_port", 0))
+        found = {}
+        for name, pool in self.deployments.items():
+            own = ports(pool.settings["metrics_port"]) if "metrics_port" in pool.settings else shared
+            found[name] = list(itertools.islice(own, pool.replicas))
+        return found
+
     def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
         scheme = "http" if self.router_config().tls_cert is None else "https"
@@ -406,7 +477,7 @@ class StackSpec(BaseModel):
 
     def _configure(self, name: str, kind: type[_Config], own: dict[str, object]) -> _Config:
         pool = self.deployments[name]
-        _check_names(f"tiers.{decode_tier(name)}" if decode_tier(name) else name, pool.settings, kind)
+        _check_names(_place(name), pool.settings, kind)
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
         if self.new_secret:  # a placeholder: the runner makes the file
             shared["stack_secret"] = "-"
@@ -415,6 +486,11 @@ class StackSpec(BaseModel):
             shared |= {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
             shared.setdefault("tls_name", NAME)
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
+
+
+def _place(pool: str) -> str:
+    """Returns where a pool is in the document."""
+    return f"tiers.{decode_tier(pool)}" if decode_tier(pool) else pool
 
 
 def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConfig]) -> None:

@@ -61,8 +61,8 @@ class RayRunner:
         Raises:
             StartFailed: a router's port is in use.
             NoRoom: the cluster started here is too small.
-            RayUnavailable: Ray or the cluster is not available, an application of that name already runs, or the stack's
-                secret would not reach all machines.
+            RayUnavailable: Ray or the cluster is not available, an application of that name already runs, or other
+                machines cannot read the stack's secret.
         """
         make_shared_folder(self._folder, self.spec.new_secret)
         show_logs = self.spec.log_dir is None

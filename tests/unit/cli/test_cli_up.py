@@ -293,20 +293,14 @@ def test_free_ports_are_different_and_no_connection_gets_them() -> None:
 def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["up", "--pair", "/no/such/pair", "--grpc", str(grpc), "--router", "2", "--http", str(http)]
     assert main(arguments) == 2
-    assert "overlap" in capsys.readouterr().err
-
-
-def test_a_port_that_was_not_given_is_reported_as_the_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--pair", "/no/such/pair", "--grpc", "8000"]) == 2
-    message = " ".join(capsys.readouterr().err.split())
-    assert "port ranges overlap: --grpc 8000 uses 8000 and --http 8000 (its default) uses 8000, one port per" in message
-    assert "give --http 8001 or higher, or --http off" in message
+    assert "is given to two servers, --grpc (router.ports) and --http" in " ".join(capsys.readouterr().err.split())
 
 
 def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--pair", "/no/such/pair", "--metrics-port", "7999"]) == 2  # workers' ports included
+    arguments = ["up", "--no-ray", "--pair", "/no/such/pair", "--colocated", "1", "--metrics-port", "7999"]
+    assert main(arguments) == 2  # workers' ports included
     message = " ".join(capsys.readouterr().err.split())
-    assert "--http 8000 (its default) uses 8000 and --metrics-port 7999 uses 7999 to 8000" in message
+    assert "port 8000 is given to two servers, --http (router.http_ports) and --metrics-port" in message
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
@@ -498,11 +492,7 @@ def test_without_a_pair_the_engine_chooses_it(
     [
         (["--no-ray", "owner/model"], 1, "make a pair from it: overfill pair build --full owner/model "),
         (["--no-ray", "owner/model"], 1, "overfill pair import --full owner/model --decoder owner/model --out"),
-        (
-            ["--engine", "mock", "--metrics-port", "9600"],
-            1,
-            "--metrics-port 9600: on Ray every process of this machine",
-        ),
+        (["--engine", "mock", "--metrics-port", "9600"], 2, "on Ray, every process of a pool has the same"),
         (["--engine", "mock", "--decode-engine", "vllm"], 2, "got mock for prefill, vllm for decode"),
         (["--prefill-engine", "mock"], 2, "got mock for prefill, auto for decode"),
     ],
@@ -780,6 +770,9 @@ def test_a_full_disk_costs_the_lines_of_a_log_and_nothing_else(tmp_path: Path) -
     [
         ("--port", "--http PORT"),
         ("--tensor-parallel-size", "--prefill N"),
+        ("-tp", "--prefill N"),
+        ("--model", "overfill pair import"),
+        ("--enforce-eager", "--engine-args"),
         ("--gpu-memory-utilization", "--kv-memory"),
         ("--quantization", "--quantize int8"),
     ],
@@ -820,6 +813,35 @@ def test_what_is_started_is_what_was_printed(
     assert got[0] == got[1] == StackSpec.read(yaml.safe_load(printed))
 
 
+@pytest.mark.parametrize(
+    ("engine", "arguments", "message"),
+    [
+        ("mock", {"stpe": 1}, "--engine-args: stpe: Extra inputs are not permitted; the mock engine knows"),
+        ("vllm", {"enforce_eagre": True}, "--engine-args: enforce_eagre is no argument of this vLLM's EngineArgs; did"),
+        ("auto", {"model": "m"}, "--engine-args: model is set by --pair"),
+        ("auto", {"tensor_parallel_size": 2}, "--engine-args: tensor_parallel_size 2 is not supported in this version"),
+    ],
+)
+def test_a_dry_run_names_arguments_that_the_engine_does_not_have(
+    engine: str,
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "vllm" / "engine").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError")
+    source = (
+        "class EngineArgs:\n    model: str = 'm'\n    enforce_eager: bool = False\n    tensor_parallel_size: int = 1\n"
+    )
+    (tmp_path / "vllm" / "engine" / "arg_utils.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--prefill", "1", "--decode", "1", "--engine", engine, "--engine-args", json.dumps(arguments)]
+    assert main(["up", "--no-ray", "--pair", "p", *given, "--dry-run"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_nothing_else_describes_a_stack_that_a_document_describes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -840,7 +862,7 @@ def test_plain_processes_of_a_document_for_a_cluster_are_checked_on_this_machine
 
     monkeypatch.setattr(up, "require_vllm", missing)
     file = tmp_path / "stack.yaml"
-    text = "ray_address: auto\nrouter: {ports: [0]}\npair: p\nsettings: {engine: vllm}\n"
+    text = "ray_address: auto\nrouter: {ports: [0]}\npair: p\nsettings: {engine: vllm}\nprefill: {num_gpus: 1}\n"
     file.write_text(text, encoding="utf-8")
     assert main(["up", str(file), "--no-ray"]) == 1
     assert "vLLM is not installed here" in capsys.readouterr().err

@@ -343,3 +343,48 @@ def test_the_shipped_config_is_valid(name: str) -> None:
     assert config["proxy_location"] == rendered["proxy_location"]
     reserved = RouterSpec().num_cpus + 2 * PoolSpec().num_cpus + 3 * PoolSpec().num_cpus
     assert reserved <= 2, "a router, two prefill and three decode workers fit two cores by default"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prefill": {"settings": {"metrics_port": 9600}}, "decode": {"settings": {"metrics_port": 9600}}}, "9600"),
+        ({"prefill": {"replicas": 2, "settings": {"metrics_port": 9600}}, "settings": {"metrics_port": 9601}}, "9601"),
+        ({"prefill": {"settings": {"metrics_port": 7600}}}, r"port 7600 .*--grpc.* metrics_port of prefill"),
+        ({"router": {"ports": [7600, 7600], "replicas": 2}}, "port 7600"),
+        ({"runner": "ray", "prefill": {"replicas": 2, "settings": {"metrics_port": 9600}}}, "on Ray"),
+    ],
+)
+def test_two_servers_of_one_machine_have_different_ports(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**({"runner": "processes"} | fields))
+
+
+def test_processes_of_a_cluster_may_have_the_same_metrics_port() -> None:
+    made = spec(ray_address="auto", settings={"metrics_port": 9600})
+    assert {*made.metrics_ports["prefill"], *made.metrics_ports["decode"]} == {9600}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "mine", "health_check_period": 1}, "only Ray uses health_check_period, name: remove this"),
+        ({"router": {"num_cpus": 1}, "decode": {"num_gpus": 1}}, r"only Ray uses router\.num_cpus, decode\.num_gpus"),
+        ({"tiers": {"a": {"pair": "p", "resources": {"x": 1}}}}, r"only Ray uses tiers\.a\.resources"),
+        (
+            {"tiers": {"a": {"pair": "p", "replicas": 0, "settings": {"quantize": "int8"}}}, "colocated": {}},
+            "tiers.a: settings: the tier has no workers of its own",
+        ),
+    ],
+)
+def test_a_document_has_no_field_that_its_runner_does_not_use(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadSettings, match=message):
+        StackSpec.read({"runner": "processes"} | fields)
+
+
+def test_plain_processes_run_a_document_for_a_cluster_without_the_fields_of_ray() -> None:
+    pool = {"num_gpus": 1, "replicas": 2}
+    made = StackSpec.read({"ray_address": "auto", "name": "x", "tiers": {"name": {"pair": "p", **pool}}})
+    expected = {"runner": "processes", "tiers": {"name": {"pair": "p", "replicas": 2}}}
+    assert made.on("processes") == StackSpec.read(expected)
+    assert made.on("ray") == made
