@@ -17,7 +17,6 @@ from overfill.cli.answering import stream_answer
 from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json, tokens_per_second
-from overfill.cli.up import StackRunner
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.model.manifest import Pair
 from overfill.process.extras import require
@@ -126,7 +125,7 @@ def _show_tiers(spec: StackSpec, pairs: Mapping[str, Pair], as_json: bool, comma
 @contextlib.contextmanager
 def _running(spec: StackSpec) -> Iterator[Client]:
     """Yields a client of a new stack, each of whose tiers has answered once: that opens the connections."""
-    stack: StackRunner
+    stack: ProcessRunner | RayRunner
     if spec.runner == "ray":
         stack = RayRunner(spec, lambda line: None)
     else:

@@ -13,14 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from overfill.cli.options import check_replaced, option_errors
-from overfill.cli.output import console
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.welcome import welcome
@@ -30,7 +28,6 @@ from overfill.process.extras import require
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
-from overfill.stack.child import Child
 from overfill.stack.counts import count_workers
 from overfill.stack.describe import RayPlacement, check_used, describe
 from overfill.stack.pairs import check_engine_args, check_engines, resolve_pairs
@@ -88,9 +85,9 @@ def up_command(
     _prepare(spec)
     with _stop_signals() as stopping:
         if spec.runner == "ray":
-            return run(RayRunner(spec, _note), stopping, console())
+            return run(RayRunner(spec, _note), stopping)
         with _log_sink(None if spec.log_dir is None else Path(spec.log_dir)) as sink:
-            return run(ProcessRunner(place(spec), sink), stopping, console())
+            return run(ProcessRunner(place(spec), sink), stopping)
 
 
 def _pair(target: str | None, pair: str | None) -> str:
@@ -233,35 +230,13 @@ def _check_runner(placement: RayPlacement, tiers: tuple[TierSpec, ...], colocate
         )
 
 
-class StackRunner(Protocol):
-    """Interface of both runners of a stack."""
-
-    spec: StackSpec
-
-    @property
-    def addresses(self) -> tuple[str, ...]: ...
-
-    @property
-    def reachable(self) -> bool: ...
-
-    def start(self) -> None: ...
-
-    def describe_workers(self, pool: str) -> str: ...
-
-    def wait_ready(self, cancelled: threading.Event) -> None: ...
-
-    def news(self) -> list[str]: ...
-
-    def stop(self) -> list[Child]: ...
-
-
-def run(stack: StackRunner, stopping: threading.Event, out: Console) -> int:
+def run(stack: ProcessRunner | RayRunner, stopping: threading.Event) -> int:
     """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code."""
     try:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            welcome(out, stack.spec, stack.addresses, stack.describe_workers)
+            click.echo(welcome(stack.spec, stack.addresses, stack.describe_workers))
         while not stopping.wait(_WATCH_SECONDS):
             for line in stack.news():
                 _note(line)

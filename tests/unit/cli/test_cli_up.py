@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -23,7 +22,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from described import described, placed
-from rich.console import Console
 
 from overfill.cli import up
 from overfill.cli import welcome as welcome_module
@@ -391,12 +389,9 @@ def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(
     assert secret.parent.stat().st_mode & 0o77 == 0
 
 
-def welcome(made: StackSpec, width: int = 200, address: str = "") -> str:
-    console = Console(file=io.StringIO(), width=width)
+def welcome(made: StackSpec, address: str = "") -> str:
     there = place(made)
-    welcome_module.welcome(console, there.spec, [address or there.addresses[0]], lambda pool: "1")
-    said: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return said
+    return welcome_module.welcome(there.spec, [address or there.addresses[0]], lambda pool: "1")
 
 
 def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path: Path) -> None:
@@ -409,14 +404,13 @@ def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path:
 
 
 def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> None:
-    said = welcome(described(http=8000, served_model_name="mine,other"), width=60)
+    said = welcome(described(http=8000, served_model_name="mine,other"))
     (curl,) = [line for line in said.splitlines() if "curl" in line]
     words = shlex.split(curl)
     assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
     body = json.loads(words[words.index("-d") + 1])
     assert (body["model"], body["max_tokens"]) == ("mine", 256)
     assert "http://127.0.0.1:8000/ui" in said
-    assert "\x1b" not in said
     assert "curl" not in welcome(described())
     elsewhere = welcome(described(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
     assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
@@ -427,7 +421,7 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
     plans: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
@@ -674,7 +668,7 @@ def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_sho
     routers(lambda: None)
     stack = new_stack({"decode-0": "raise SystemExit('the pair does not fit')"})
     with pytest.raises(StartFailed, match="decode-0 exited with status 1") as caught:
-        up.run(stack, threading.Event(), Console(file=io.StringIO()))
+        up.run(stack, threading.Event())
     assert caught.value.__notes__ == ["  decode-0 | the pair does not fit"]
     assert all(child.returncode is not None for child in stack.started)
 
@@ -697,10 +691,9 @@ def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
             lambda: None,
         ]
     )
-    panel = io.StringIO()
-    assert up.run(stack, stopping, Console(file=panel, width=100)) == 0
-    assert f"--address {stack.placed.addresses[0]}" in panel.getvalue()
-    err = capsys.readouterr().err
+    assert up.run(stack, stopping) == 0
+    out, err = capsys.readouterr()
+    assert f"--address {stack.placed.addresses[0]}" in out
     assert err.count("prefill-0 (pid") == 1
     assert "SIGKILL" in err
     assert "continues without it" in err
@@ -719,7 +712,7 @@ def test_without_a_router_the_stack_ends(
             lambda: None,
         ]
     )
-    assert up.run(stack, stopping, Console(file=io.StringIO())) == 1
+    assert up.run(stack, stopping) == 1
     assert "no router" in capsys.readouterr().err
 
 
@@ -804,7 +797,7 @@ def test_what_is_started_is_what_was_printed(
     got: list[StackSpec] = []
     monkeypatch.setattr(up, "ProcessRunner", lambda placed, sink: got.append(placed.spec))
     monkeypatch.setattr(up, "RayRunner", lambda spec, note: got.append(spec))
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: 0)
     assert main(["up", runner, *arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "stack.yaml").write_text(printed, encoding="utf-8")

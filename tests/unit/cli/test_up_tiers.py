@@ -39,7 +39,7 @@ def parsed(*texts: str) -> tuple[TierSpec, ...]:
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run. Pairs are found at ``/pairs``."""
     made: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: made.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: made.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
