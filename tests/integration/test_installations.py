@@ -17,7 +17,7 @@ import pytest
 from mocks import mock_stack
 from packaging.requirements import Requirement
 
-from overfill.cli.main import COMMANDS, EXTRAS, cli
+from overfill.cli.main import COMMANDS, EXTRAS, cli, module_of
 from overfill.cli.metrics import metrics_page
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_an_extra_of_vllm_is_a_server_with_one_build_of_vllm(extra: str) -> None
 
 def test_the_core_has_what_the_sdk_and_its_commands_import() -> None:
     done = run_in(
-        (), f"import {', '.join(['overfill.client', *(COMMANDS[name][0].partition(':')[0] for name in CLIENT)])}"
+        (), f"import {', '.join(['overfill.client', *map(module_of, CLIENT)])}"
     )
     assert done.returncode == 0, done.stderr
 

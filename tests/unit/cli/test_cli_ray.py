@@ -202,7 +202,7 @@ def test_without_ray_the_error_says_what_to_do(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
-    assert main([command, "--pair", "/no/such/pair"]) == 1
+    assert main([command, "--tier", "a=/no/such/pair"]) == 1
     err = capsys.readouterr().err
     assert "[server]'" in err
     assert "--no-ray" in err
