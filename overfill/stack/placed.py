@@ -82,10 +82,6 @@ class PlacedStack:
         """Returns the workers that have the stage."""
         return tuple(worker for worker in self.workers if stage in worker.kind.stages)
 
-    def of_tier(self, tier: str) -> tuple[DecodeConfig, ...]:
-        """Returns the settings of the workers that decode in the tier."""
-        return tuple(w.config for w in self.workers if isinstance(w.config, DecodeConfig) and w.tier == tier)
-
     def worker(self, id: str) -> PlacedWorker:
         """Returns the worker with this id."""
         return next(worker for worker in self.workers if worker.id == id)
