@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.stack.placed import operator_tls
-from overfill.stack.spec import StackSpec
+from overfill.stack.spec import StackSpec, kind_of
 
 _RULE = 80  # characters, at most
 
@@ -68,7 +68,7 @@ def _worker_rows(spec: StackSpec, describe: Callable[[str], str]) -> list[tuple[
 
 def _each(spec: StackSpec, pool: str) -> str:
     config = spec.worker_config(pool)
-    stages = "both stages, " if len(spec.kind(pool).stages) > 1 else ""
+    stages = "both stages, " if len(kind_of(pool).stages) > 1 else ""
     given = "".join(f"{text}, " for text in (config.engine, config.dtype) if text not in (None, "auto"))
     return f"{stages}{given}CPU threads each: {config.threads}"
 

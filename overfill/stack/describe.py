@@ -31,6 +31,7 @@ from overfill.stack.spec import (
     RouterSpec,
     StackSpec,
     decode_pool,
+    kind_of,
 )
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
@@ -121,9 +122,7 @@ def describe(
     places = 1 if share_port else routers
     default = default_tier([tier.name for tier in tiers], _text(router, "default_tier")) if tiers else ""
     own = _own_settings(flags, counts, tiers, default)
-    given = {
-        name: _given(KINDS[name.partition("-")[0]].settings, flags | own[name], tls, Role.WORKER) for name in counts
-    }
+    given = {name: _given(kind_of(name).settings, flags | own[name], tls, Role.WORKER) for name in counts}
     pair = pair or (MOCK if all(_text(one, "engine") == "mock" for one in given.values()) else DEFAULT_PAIR)
     default_pair = next((tier.pair for tier in tiers if tier.name == default), pair)
     read: dict[str, dict[str, Any]] = {}
@@ -134,11 +133,11 @@ def describe(
     read["router"] = _settings(RouterConfig.made(router | extra | told | pair_of_router), tls, secret)
     for name in counts:
         threads_made = {"threads": Given(_threads(name, counts, ray), "--threads")}
-        kind = KINDS[name.partition("-")[0]].settings
+        kind = kind_of(name).settings
         read[name] = _settings(kind.made(threads_made | given[name] | pair_of_router | extra), tls, secret)
 
     resources = _resources(counts, read, tiers, routers, ray)
-    shared = _shared(read, {name: KINDS[name.partition("-")[0]].settings for name in counts} | {"router": RouterConfig})
+    shared = _shared(read, {name: kind_of(name).settings for name in counts} | {"router": RouterConfig})
     for each in read.values():
         for key in shared:
             each.pop(key, None)
@@ -260,12 +259,9 @@ def _threads(name: str, counts: Mapping[str, int], ray: RayPlacement | None) -> 
     """
     if ray is not None and ray.ray_address is not None:
         return threads_per_worker(sum(counts.values()))
-    stages = KINDS[name.partition("-")[0]].stages
+    stages = kind_of(name).stages
     return threads_per_worker(
-        max(
-            sum(count for other, count in counts.items() if stage in KINDS[other.partition("-")[0]].stages)
-            for stage in stages
-        )
+        max(sum(count for other, count in counts.items() if stage in kind_of(other).stages) for stage in stages)
     )
 
 
@@ -329,7 +325,7 @@ def check_used(spec: StackSpec, config: Path | None) -> None:
                 f"{', '.join(made)}: `overfill up` sets this for each process itself, so the setting has no effect: "
                 "remove it"
             )
-    present = {spec.kind(name).name for name in spec.pools}
+    present = {kind_of(name).name for name in spec.pools}
     for name, kind in KINDS.items():
         if name in present:
             continue

@@ -16,7 +16,7 @@ from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.tiers import TierSpec
 from overfill.settings.values import EngineChoice
-from overfill.stack.spec import StackSpec
+from overfill.stack.spec import StackSpec, kind_of
 from overfill.telemetry.progress import Report
 
 
@@ -53,7 +53,7 @@ def check_engines(spec: StackSpec) -> None:
     """
     for name in spec.pools:
         worker = spec.worker_config(name)
-        for stage in spec.kind(name).stages:
+        for stage in kind_of(name).stages:
             half: Half = "full" if stage == "prefill" else "decoder"
             engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
             pair = Pair.load(Path(worker.pair))

@@ -17,7 +17,7 @@ from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfi
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import WorkerKind, WorkerSettings, WorkerStage
 from overfill.stack.ports import fill_ports, free_ports
-from overfill.stack.spec import ROUTER, StackSpec, WorkerPlace
+from overfill.stack.spec import ROUTER, StackSpec, WorkerPlace, kind_of
 
 FOLDER = "overfill-"
 """Beginning of the names of shared folders."""
@@ -141,7 +141,7 @@ def place(spec: StackSpec) -> PlacedStack:
         for index in range(pool.replicas):
             place = WorkerPlace(f"{name}-{index}", ",".join(addresses), reachable(routers[0].host))
             config = spec.worker_config(name, place).model_copy(update={"metrics_port": next(metrics[name])})
-            workers.append(PlacedWorker(name, spec.kind(name), config))
+            workers.append(PlacedWorker(name, kind_of(name), config))
     return PlacedStack(document, folder, routers, tuple(workers), operator_tls(spec))
 
 

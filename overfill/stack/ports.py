@@ -62,6 +62,10 @@ def fill_ports(spec: StackSpec) -> StackSpec:
 
 def check_ports(spec: StackSpec) -> None:
     """Raises StartFailed if a port of ``spec`` is in use, naming the port and the flag of ``up`` that changes it."""
+    try:
+        spec.check_apart(metrics=True)
+    except ValueError as error:
+        raise StartFailed(str(error)) from error
     router, config = spec.router, spec.router_config()
     _check_free("--grpc", [(config.host, port) for port in router.ports], "or 0 to pick free ports")
     _check_free("--http", [(config.host, port) for port in router.http_ports], "or off to disable the OpenAI endpoint")

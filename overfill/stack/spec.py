@@ -66,6 +66,11 @@ def decode_tier(pool: str) -> str | None:
     return tier if name == DECODE else None
 
 
+def kind_of(pool: str) -> WorkerKind:
+    """Returns the kind of a pool's workers."""
+    return KINDS[pool.partition("-")[0]]
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerPlace:
     """Identity of a worker: its id, the routers that it joins, and the address of its machine."""
@@ -181,7 +186,7 @@ class StackSpec(BaseModel):
         for stage in ("prefill", "decode"):
             if not self.members(stage):
                 raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
-        fields = [self.kind(name).settings.model_fields for name in self.pools]
+        fields = [kind_of(name).settings.model_fields for name in self.pools]
         known = {*RouterConfig.model_fields}.union(*fields) - {"config"}
         if unknown := sorted(self.settings.keys() - known):
             missing = "no process of this stack has such a setting"
@@ -198,7 +203,7 @@ class StackSpec(BaseModel):
                 + ", ".join(f"{engine} for {name}" for name, engine in engines.items())
             )
         self._check_formats()
-        self._check_ports()
+        self.check_apart(metrics=self.runner == "processes")
         return self
 
     def _check_runner(self) -> None:
@@ -243,12 +248,16 @@ class StackSpec(BaseModel):
                         f"{variables[0]} and {variables[1]}, or {key} in the settings of all"
                     )
 
-    def _check_ports(self) -> None:
-        """Raises ValueError if two servers of one machine have the same port."""
+    def check_apart(self, *, metrics: bool) -> None:
+        """Raises ValueError if two servers have the same port.
+
+        Args:
+            metrics: the ports of metrics count too, because all processes run on one machine.
+        """
         claims: list[tuple[str, Sequence[int | str]]] = [
             ("--grpc (router.ports)", self.router.ports), ("--http (router.http_ports)", self.router.http_ports)
         ]  # fmt: skip
-        if not self.joins_cluster:  # its machines may have a process each
+        if metrics:
             claims += [
                 (f"--metrics-port (metrics_port of {pool})", ports) for pool, ports in self.metrics_ports.items()
             ]
@@ -328,17 +337,13 @@ class StackSpec(BaseModel):
         """All pools by name, the routers first."""
         return {ROUTER: self.router, **self.pools}
 
-    def kind(self, pool: str) -> WorkerKind:
-        """Returns the kind of a pool's workers."""
-        return KINDS[pool.partition("-")[0]]
-
     def tier_of(self, pool: str) -> str | None:
         """Returns the tier in which a pool decodes, empty with one pair; None for prefill workers."""
         return self.default_tier if pool == COLOCATED else decode_tier(pool)
 
     def members(self, stage: WorkerStage) -> int:
         """Returns the initial number of workers that have the stage."""
-        return sum(pool.replicas for name, pool in self.pools.items() if stage in self.kind(name).stages)
+        return sum(pool.replicas for name, pool in self.pools.items() if stage in kind_of(name).stages)
 
     @property
     def told_tiers(self) -> tuple[TierSpec, ...]:
@@ -452,7 +457,7 @@ class StackSpec(BaseModel):
 
     def worker_config(self, name: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
         """Returns the settings of a worker of the pool ``name``. Raises ValueError naming a wrong setting."""
-        pool, kind = self.pools[name], self.kind(name)
+        pool, kind = self.pools[name], kind_of(name)
         own = self._placed(pool, worker) | {"pair": self.default_pair}
         if 0 < pool.num_gpus < 1 and "gpu_share" not in self.settings | pool.settings:
             own["gpu_share"] = pool.num_gpus

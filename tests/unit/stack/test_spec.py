@@ -14,6 +14,8 @@ from overfill.rpc.certificates import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
+from overfill.stack.child import StartFailed
+from overfill.stack.ports import check_ports
 from overfill.stack.ray.application import deployment_options, environment, serve_config
 from overfill.stack.spec import DECODE, PREFILL, ROUTER, RouterSpec, StackSpec, WorkerPlace
 
@@ -352,7 +354,6 @@ def test_the_shipped_config_is_valid(name: str) -> None:
         ({"prefill": {"replicas": 2, "settings": {"metrics_port": 9600}}, "settings": {"metrics_port": 9601}}, "9601"),
         ({"prefill": {"settings": {"metrics_port": 7600}}}, r"port 7600 .*--grpc.* metrics_port of prefill"),
         ({"router": {"ports": [7600, 7600], "replicas": 2}}, "port 7600"),
-        ({"runner": "ray", "prefill": {"replicas": 2, "settings": {"metrics_port": 9600}}}, "on Ray"),
     ],
 )
 def test_two_servers_of_one_machine_have_different_ports(fields: dict[str, Any], message: str) -> None:
@@ -360,9 +361,11 @@ def test_two_servers_of_one_machine_have_different_ports(fields: dict[str, Any],
         spec(**({"runner": "processes"} | fields))
 
 
-def test_processes_of_a_cluster_may_have_the_same_metrics_port() -> None:
-    made = spec(ray_address="auto", settings={"metrics_port": 9600})
-    assert {*made.metrics_ports["prefill"], *made.metrics_ports["decode"]} == {9600}
+def test_processes_of_a_cluster_may_have_the_same_metrics_port_but_not_those_of_one_machine() -> None:
+    made = spec(prefill={"replicas": 2, "settings": {"metrics_port": 9600}})
+    assert made.metrics_ports["prefill"] == [9600, 9600]
+    with pytest.raises(StartFailed, match="on Ray, every process of a pool has the same metrics_port"):
+        check_ports(made)
 
 
 @pytest.mark.parametrize(
