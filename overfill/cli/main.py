@@ -38,7 +38,6 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "health": ("overfill.cli", "Ask one process of a stack whether it is ready."),
         "drain": ("overfill.cli", "Take WORKER out of a running stack without losing a request."),
         "config": ("overfill.cli", "Show where settings come from, and check a settings file."),
-        "metrics": ("overfill.cli", "List the metrics that a stack exports: type, labels and meaning, as Markdown."),
         "keys": ("overfill.cli", "Make, list and revoke the API keys of a stack."),
         "certs": ("overfill.cli", "Make certificates for every role of a stack."),
     },
