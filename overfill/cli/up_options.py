@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from overfill.cli.options import Number, TierParam
 from overfill.cli.up_config import config_option
-from overfill.settings.allowed import fault, placeholder
+from overfill.settings.allowed import default_text, fault, placeholder
 from overfill.settings.config import (
     ColocatedConfig,
     DecodeConfig,
@@ -21,7 +21,6 @@ from overfill.settings.config import (
     ServiceConfig,
 )
 from overfill.settings.config_file import field_name, flag_name
-from overfill.settings.flags import default_text
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
 
 _F = TypeVar("_F", bound=Callable[..., Any])
