@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from listening_registry import ListeningRegistry
 from stacks import ForkedChild
 
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.receiver import PromptPull, PullStats
 from overfill.kv.spec import KvSpec
-from overfill.lab.bench.registry import ListeningRegistry
 from overfill.request.params import SamplingParams
 from overfill.stack.child import stop
 from overfill.stack.process_runner import child_environment
