@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import TIER, Number, check_replaced, engine_options
+from overfill.cli.options import TIER, Number, check_replaced
 from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
@@ -39,7 +39,7 @@ _TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Not auto: by default, every machine breaks the same engine.
-chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
+_ENGINE = click.Choice(get_args(EngineChoice))
 
 
 @click.command("chaos")
@@ -151,7 +151,18 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
 @click.option(
     "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
 )
-@chaos_engine_options
+@click.option(
+    "--prefill-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the prefill workers."
+)
+@click.option(
+    "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
+)
+@click.option(
+    "--engine-args",
+    metavar="JSON",
+    help="Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name.  "
+    "[default: '{\"enforce_eager\": true}' for tiny on vllm]",
+)
 @click.option(
     "--hosts",
     is_flag=True,

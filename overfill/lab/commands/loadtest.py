@@ -16,8 +16,8 @@ import click
 from overfill.cli.options import Number, option_errors, tls_options
 from overfill.lab.loadtest.plan import API_KEY, LoadPlan, help_of
 from overfill.process.extras import require
+from overfill.process.tied import tied_to_parent
 from overfill.settings.environment import GRPC_ENVIRONMENT
-from overfill.stack.child import tied_to_parent
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
