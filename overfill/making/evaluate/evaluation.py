@@ -11,6 +11,7 @@ import torch
 
 from overfill.engine.build import load_half
 from overfill.engine.device import native_dtype, resolve_device
+from overfill.engine.protocol import EngineOptions
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
@@ -173,17 +174,11 @@ def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
 
 def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> ForwardModel:
     """Loads one half as the services do, for sequences of up to ``longest`` tokens or its context."""
-    config = pair.full_config if half == "full" else pair.decoder_config
-    return load_half(
-        pair,
-        half,
-        dtype=dtype,
-        device=device,
-        block_size=1,
-        max_model_len=min(longest, config.max_positions),
-        warm_tokens=1,
-        max_num_seqs=1,
-    ).model
+    longest = min(longest, pair.config(half).max_positions)
+    options = EngineOptions(
+        device, dtype, block_size=1, max_model_len=longest, max_num_seqs=1, max_num_batched_tokens=1
+    )
+    return load_half(pair, half, options).model
 
 
 def _write_all(
