@@ -78,15 +78,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise InvalidPair(f"{folder} has neither {single.name} nor {index.name}")
-    return indexed_files(index)
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """Lists the files that ``index``, an index of a sharded checkpoint, names, in order.
-
-    Raises:
-        InvalidPair: the index is malformed or lists nothing, or a file that it lists is missing.
-    """
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -96,11 +87,11 @@ def indexed_files(index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InvalidPair(f"{index}: {name!r} is not a file name in this folder")
-        check_link(index.parent / name)
-    missing = sorted(name for name in names if not (index.parent / name).exists())
+        check_link(folder / name)
+    missing = sorted(name for name in names if not (folder / name).exists())
     if missing:
         raise InvalidPair(f"{index} lists files that are not in the folder: {', '.join(missing)}")
-    return [index.parent / name for name in sorted(names)]
+    return [folder / name for name in sorted(names)]
 
 
 def check_link(path: Path) -> None:
