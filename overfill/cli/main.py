@@ -95,8 +95,6 @@ EXTRAS: dict[str, str] = {
     "verify": "server",
     "chaos": "loadtest,server",
     "pair": "pairs",
-    "pair default": "server",
-    "pair fast": "server",
     "pair list": "server",
     "pair path": "server",
     "pair show": "server",

