@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from overfill.engine.choice import FIRST_GPU, choose_engine
 from overfill.engine.colocated import ColocatedEngine, ColocatedEvent
-from overfill.engine.protocol import EngineOptions, LoadedEngine, ServedHalf
+from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.engine.stage import Stage
 from overfill.engine.turns import Turns
@@ -64,21 +64,13 @@ def load_colocated(
 class LoadedColocated:
     """Both halves of a pair, loaded into one process. Prefix caches outlive the engines that ``new_core`` makes."""
 
-    _full: Stage
-    _decoder: Stage
-
-    @property
-    def full(self) -> ServedHalf:
-        return self._full.served
-
-    @property
-    def decoder(self) -> ServedHalf:
-        return self._decoder.served
+    full: Stage
+    decoder: Stage
 
     @property
     def max_model_len(self) -> int:
         """Maximum number of tokens of prompt and answer together, in either half."""
-        return min(self._full.max_model_len, self._decoder.max_model_len)
+        return min(self.full.max_model_len, self.decoder.max_model_len)
 
     def new_core(
         self,
@@ -91,19 +83,19 @@ class LoadedColocated:
     ) -> ColocatedEngine:
         """Makes the engines; only one core may be in use at a time. ``Turns`` defines the objectives."""
         return ColocatedEngine(
-            lambda emit: self._full.new_prefill(emit, prefill_metrics),
-            self._decoder.new_decode(emit_decode, decode_metrics),
-            self._full.runner,
-            self._decoder.runner,
-            self._full.pair.layer_map,
-            Turns(self._full.options.max_num_batched_tokens, ttft_objective, itl_objective),
+            lambda emit: self.full.new_prefill(emit, prefill_metrics),
+            self.decoder.new_decode(emit_decode, decode_metrics),
+            self.full.runner,
+            self.decoder.runner,
+            self.full.pair.layer_map,
+            Turns(self.full.options.max_num_batched_tokens, ttft_objective, itl_objective),
             emit_prefill,
             emit_decode,
         )
 
     def with_empty_pools(self) -> LoadedColocated:
         """The same halves with new block pools and empty prefix caches, after an interrupt in the bookkeeping."""
-        return LoadedColocated(self._full.with_empty_pool(), self._decoder.with_empty_pool())
+        return LoadedColocated(self.full.with_empty_pool(), self.decoder.with_empty_pool())
 
 
 def _load(
