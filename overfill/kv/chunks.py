@@ -187,7 +187,7 @@ def _header(spec: TransferSpec, kv_range: KvRange) -> bytes:
     return _HEADER.pack(
         spec.transfer_id,
         spec.attempt,
-        *kv_range.as_tuple(),
+        *kv_range,
         DTYPE_TO_PROTO[spec.kv.dtype],
         spec.codec,
         spec.scales_bytes(kv_range),
