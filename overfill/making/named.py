@@ -63,7 +63,7 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         tell(f"Preparing the pair {name} (once): {step}", done, total)
 
     try:
-        from overfill.making.build import fill_pair
+        from overfill.making.build import build_pair
         from overfill.making.conversations import shipped_conversations
         from overfill.making.sources import fetch_default
     except ModuleNotFoundError as error:
@@ -80,9 +80,7 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
             record_checksums(folder)
     out = pair_folder(name)
     remove_leftovers(out)
-    with atomic_folder(out) as folder:
-        fill_pair(folder, full, RECIPES[name], shipped_conversations("calibration"), report=report)
-        record_checksums(folder)
+    build_pair(full, out, RECIPES[name], shipped_conversations("calibration"), sealed=True, report=report)
 
 
 @contextmanager

@@ -177,23 +177,12 @@ class PruningPlan:
 def make_pruning_plan(
     scores: Scores, *, hidden_size: int, intermediate_size: int, layers: Sequence[int], method: Method
 ) -> PruningPlan:
-    """Chooses the parts that a decoder of the given size keeps.
+    """Chooses the parts that a decoder of the given size keeps. ``DecoderRecipe.sizes`` gives sizes that fit.
 
     Args:
         method: ``channel`` keeps the residual stream's largest channels; ``rotate`` keeps its leading directions.
-
-    Raises:
-        InvalidPair: a size is out of range.
     """
-    num_layers, widest = scores.neurons.shape
     full_hidden = len(scores.channels)
-    for name, size, maximum in (
-        ("hidden_size", hidden_size, full_hidden),
-        ("intermediate_size", intermediate_size, widest),
-        ("layers", len(layers), num_layers),
-    ):
-        if not 1 <= size <= maximum:
-            raise InvalidPair(f"{name} must be in 1..{maximum}, got {size}")
     scale = 1.0
     if hidden_size == full_hidden:
         basis = torch.eye(full_hidden)

@@ -14,7 +14,6 @@ from torch import Tensor
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.model.config import read_json
 from overfill.model.digest import checkpoint_files, list_tensors
-from overfill.model.files import EMBEDDING, HEAD
 
 
 class PublishedCheckpoint:
@@ -59,13 +58,6 @@ class PublishedCheckpoint:
         left, right = self.read(one), self.read(other)
         wide = left.dtype if left.dtype == right.dtype else torch.float32
         return all(torch.equal(left[rows].to(wide), right[rows].to(wide)) for rows in (slice(8), slice(None)))
-
-    def check_tied_head(self) -> None:
-        """Raises InvalidPair if a head is stored and is not the embedding, although the config ties them."""
-        if HEAD in self.tensors and EMBEDDING in self.tensors and not self.has_equal(HEAD, EMBEDDING):
-            raise InvalidPair(
-                f"{self.tensors[HEAD].file}: the config ties the embeddings, but {HEAD} differs from {EMBEDDING}"
-            )
 
     def check_unchanged(self) -> None:
         """Raises InvalidPair if a file has changed, appeared or gone since the headers were read."""
