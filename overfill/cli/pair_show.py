@@ -73,8 +73,9 @@ def describe(pair: Pair, report: Report) -> dict[str, Any]:
 def _half(pair: Pair, half: Half, report: Report, digest: str | None = None) -> dict[str, Any]:
     """Describes one half. Its weights are read and checked unless ``digest`` is given."""
     from overfill.errors import OverfillError
+    from overfill.making.finite import check_finite
     from overfill.making.published import PublishedCheckpoint
-    from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest, list_tensors
+    from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors
     from overfill.model.files import check_tensors
     from overfill.model.loading import count_parameters, expected_shapes
     from overfill.model.manifest import engines_that_run

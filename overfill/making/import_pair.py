@@ -19,6 +19,8 @@ from overfill.errors import InvalidPair, OverfillError
 from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import COMPANION_FILES, link_relatively, save_tensors, write_json
 from overfill.making.evaluate.costs import DecodeCost
+from overfill.making.finite import check_finite
+from overfill.making.pair_json import write_manifest
 from overfill.making.published import PublishedCheckpoint
 from overfill.making.recipe import KeptLayers, kept_layers
 from overfill.making.two_stage_format import (
@@ -31,7 +33,7 @@ from overfill.making.two_stage_format import (
     student_tensors,
 )
 from overfill.model.config import ModelConfig
-from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest
+from overfill.model.digest import StoredTensor, checkpoint_digest
 from overfill.model.files import EMBEDDING, HEAD, check_tensors, check_tied_head
 from overfill.model.loading import count_parameters, expected_shapes
 from overfill.model.manifest import (
@@ -40,7 +42,6 @@ from overfill.model.manifest import (
     differing_fields,
     engines_that_run,
     layer_map_problem,
-    write_manifest,
 )
 from overfill.pair.hf_config import loadable_config
 from overfill.telemetry.progress import Report, silent

@@ -42,16 +42,6 @@ _BYTES_OF = {
 }
 """Bytes of an element, by dtype in a safetensors file. Dtypes of less than a byte, and unknown ones, are absent."""
 
-_NOT_FINITE = {
-    "F64": 0x7FF0_0000_0000_0000,
-    "F32": 0x7F80_0000,
-    "BF16": 0x7F80,
-    "F16": 0x7C00,
-    "F8_E4M3": 0x7F,
-    "F8_E5M2": 0x7C,
-}
-"""Mask of the bits that are all set in NaN and infinity, by dtype in a safetensors file."""
-
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -159,18 +149,6 @@ def checkpoint_digest(
                 done += len(data)
                 report("Reading weights", done, total)
     return digest.hexdigest()
-
-
-def check_finite(tensor: StoredTensor, data: bytes | memoryview) -> None:
-    """Raises InvalidPair if ``data``, a part of ``tensor``, holds NaN or infinity. Integers are always finite."""
-    if tensor.dtype not in _NOT_FINITE:
-        return
-    import numpy as np  # only who imports or inspects a pair has it
-
-    mask = _NOT_FINITE[tensor.dtype]
-    values = np.frombuffer(data, f"<u{_BYTES_OF[tensor.dtype]}")
-    if bool(((values & values.dtype.type(mask)) == mask).any()):
-        raise InvalidPair(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -16,11 +16,12 @@ from two_stage_format import write_two_stage
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.making.import_pair import plan_import
+from overfill.making.pair_json import write_manifest
 from overfill.making.published import PublishedCheckpoint
 from overfill.making.recipe import KeptLayers, kept_layers
 from overfill.model.config import ModelConfig
 from overfill.model.loading import expected_shapes
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.hf_config import decoder_config
 
 
