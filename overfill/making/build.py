@@ -20,12 +20,12 @@ from overfill.making.layerwise import PackedTranscripts, fold_norms
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import Scores, make_pruning_plan, score, slice_weights
 from overfill.making.recipe import DecoderRecipe
+from overfill.making.seal import record_checksums
 from overfill.making.sensitivity import measure_sensitivity
 from overfill.model.config import ModelConfig
 from overfill.model.digest import checkpoint_digest
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
-from overfill.pair.checksums import record_checksums
 from overfill.pair.hf_config import decoder_config
 from overfill.process.memory import freed_memory_kept
 from overfill.telemetry.progress import Report, silent

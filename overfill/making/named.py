@@ -19,7 +19,8 @@ from typing import cast
 from overfill.errors import InvalidPair, OverfillError
 from overfill.making.atomic import atomic_folder, remove_leftovers
 from overfill.making.recipe import DecoderRecipe
-from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.making.seal import record_checksums
+from overfill.pair.checksums import checksums_match
 from overfill.pair.store import Source, is_ready, model_folder, pair_folder
 from overfill.process.extras import install_line
 from overfill.process.home import home

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from kv_checksums import checksum
+from kv_checksums import checksum, seal
 
 from overfill import __version__
 from overfill.errors import Incompatible, Overloaded, TransferFailed, Unavailable
 from overfill.kv import receiver
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import TransferSpec, seal
+from overfill.kv.chunks import TransferSpec
 from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PeerPool

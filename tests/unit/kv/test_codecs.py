@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_checksums import seal
 
 from overfill.errors import TransferFailed
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import Chunk, TransferSpec, check, seal
+from overfill.kv.chunks import Chunk, TransferSpec, check
 from overfill.kv.codecs import decode, encode, quantise, restore
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender

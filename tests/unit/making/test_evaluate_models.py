@@ -26,10 +26,11 @@ from overfill.making.evaluate.evaluation_report import save_summary
 from overfill.making.evaluate.forward import batches
 from overfill.making.evaluate.free_running import judge_answers
 from overfill.making.pair_json import write_manifest
+from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
 from overfill.model.transformer import Transformer
-from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.pair.checksums import checksums_match
 from overfill.pair.hf_model import load_hf_model
 from overfill.pair.llm import Completion
 from overfill.pair.reference import TwoStageReference, _forward
