@@ -108,7 +108,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                 piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
                 scales, payload = b"", torch.ones(spec.raw_bytes(piece) // 4).numpy().tobytes()
                 if spec.codec != common_pb2.KV_CODEC_RAW:
-                    scales, payload = encode(spec.codec, "float32", 4, memoryview(bytearray(payload)))
+                    scales, payload = encode("float32", 4, memoryview(bytearray(payload)))
                 chunks.append(kv_pb2.KvChunk.FromString(join_chunks([seal(spec, piece, payload, scales)])))
         self.pulls += 1
         for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:

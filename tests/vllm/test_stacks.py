@@ -105,10 +105,9 @@ def test_codecs_and_sockets(mixed):
     sampling, prompt = SamplingParams(**GREEDY, max_tokens=16), PROMPT[::-1]  # which no cache holds yet
     raw = mixed.client.generate(prompt, sampling=sampling, trace=True)
     assert raw.codec == "raw"
-    for codec in ("int8", "fp8"):
-        coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec=codec)
-        assert coded.codec == codec
-        assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
+    coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec="int8")
+    assert coded.codec == "int8"
+    assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
 
 
 def test_a_tenant_finds_its_own_prompts_only(mixed):

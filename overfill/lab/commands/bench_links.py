@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Not imported from the module that measures: it loads torch, and --help should not.
 _LINKS = ("plain", "1gbit", "100mbit", "20ms", "bad", "bad-bbr")
-_CODECS = ("raw", "int8", "fp8")
+_CODECS = ("raw", "int8")
 
 
 @click.command("links", short_help="First token and handoff between hosts, by link and codec (needs root).")

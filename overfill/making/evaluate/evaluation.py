@@ -26,12 +26,11 @@ from overfill.model.transformer import ForwardModel
 from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
 
-Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone"]
+Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_int8_cache", "decoder_alone"]
 TITLES: dict[Variant, str] = {
     "full": "full model",
     "two_stage": "two-stage",
     "two_stage_int8": "two-stage, int8 KV",
-    "two_stage_fp8": "two-stage, fp8 KV",
     "two_stage_int8_cache": "two-stage, int8 KV cache",
     "decoder_alone": "decoder alone",
 }
@@ -123,7 +122,7 @@ def evaluate(
     full = load_model(pair, "full", dtype, where, longest)
     decoder = load_model(pair, "decoder", dtype, where, longest)
     candidates = {"decoder": Candidate(decoder, pair.layer_map)}
-    full_figures, judged = teacher_forced(full, candidates, kept, kv_forms=("int8", "fp8", "int8 cache"), report=report)
+    full_figures, judged = teacher_forced(full, candidates, kept, kv_forms=("int8", "int8 cache"), report=report)
     figures = judged["decoder"]
     return Evaluation(
         pair=pair.name,
@@ -137,7 +136,6 @@ def evaluate(
             "full": full_figures,
             "two_stage": figures.two_stage,
             "two_stage_int8": figures.by_kv_form["int8"],
-            "two_stage_fp8": figures.by_kv_form["fp8"],
             "two_stage_int8_cache": figures.by_kv_form["int8 cache"],
             "decoder_alone": figures.alone,
         },
