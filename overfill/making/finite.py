@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from overfill.errors import InvalidPair
 from overfill.model.digest import StoredTensor
 
-_MASKS = {
+_MASKS: dict[str, np.unsignedinteger[Any]] = {
     "F64": np.uint64(0x7FF0_0000_0000_0000),
     "F32": np.uint32(0x7F80_0000),
     "BF16": np.uint16(0x7F80),

@@ -34,7 +34,7 @@ from overfill.making.two_stage_format import (
 )
 from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor, checkpoint_digest
-from overfill.model.files import EMBEDDING, HEAD, check_tensors, check_tied_head
+from overfill.model.files import HEAD, check_tensors
 from overfill.model.loading import count_parameters, expected_shapes
 from overfill.model.manifest import (
     EngineName,
@@ -326,8 +326,8 @@ def _write_half(half: ImportedHalf, folder: Path, plan: ImportPlan, copy: bool, 
     """Writes the checkpoint of one half and returns its digest."""
     folder.mkdir()
     source = half.checkpoint
-    if half.config.tie_embeddings and HEAD in source.tensors:
-        check_tied_head(source.files, source.read(EMBEDDING))
+    if half.config.tie_embeddings:
+        source.check_tied_head()
     if half.converted:
         _convert(half, folder, report)
     else:

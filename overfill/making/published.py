@@ -14,6 +14,7 @@ from torch import Tensor
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.model.config import read_json
 from overfill.model.digest import checkpoint_files, list_tensors
+from overfill.model.files import EMBEDDING, HEAD, check_tied_head
 
 
 class PublishedCheckpoint:
@@ -58,6 +59,11 @@ class PublishedCheckpoint:
         left, right = self.read(one), self.read(other)
         wide = left.dtype if left.dtype == right.dtype else torch.float32
         return all(torch.equal(left[rows].to(wide), right[rows].to(wide)) for rows in (slice(8), slice(None)))
+
+    def check_tied_head(self) -> None:
+        """Raises InvalidPair if a head is stored and is not the embedding; the config must tie the two."""
+        if HEAD in self.tensors:
+            check_tied_head(self.files, self.read(EMBEDDING))
 
     def check_unchanged(self) -> None:
         """Raises InvalidPair if a file has changed, appeared or gone since the headers were read."""
