@@ -169,7 +169,7 @@ class Workers:
         target = decode_pb2.AssignPrefill()
         target.CopyFrom(self.target)
         for number, address in enumerate(data_addresses):
-            share = self.full.kv.num_kv_heads // len(data_addresses)
+            share = self.full.served.kv.num_kv_heads // len(data_addresses)
             target.data_addresses.add(address=address, first_kv_head=number * share, num_kv_heads=share)
         await call.send(assign_prefill=target)
 
