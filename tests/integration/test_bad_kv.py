@@ -105,7 +105,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         chunks = []
         for box in map(KvRange.from_proto, request.ranges):
             for start in range(box.token_start, box.token_end, 3):
-                piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
+                piece = box._replace(token_start=start, token_end=min(start + 3, box.token_end))
                 scales, payload = b"", torch.ones(spec.raw_bytes(piece) // 4).numpy().tobytes()
                 if spec.codec != common_pb2.KV_CODEC_RAW:
                     scales, payload = encode("float32", 4, memoryview(bytearray(payload)))

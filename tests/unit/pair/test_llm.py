@@ -163,7 +163,7 @@ def test_without_a_prefix_cache_every_prompt_is_computed(folder):
     assert llm._loaded.full.pool.num_used == 0
 
 
-@pytest.mark.parametrize("half", ["_full", "_decoder"])
+@pytest.mark.parametrize("half", ["full", "decoder"])
 def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
     llm.generate(PROMPTS[5:], GREEDY)
@@ -187,7 +187,7 @@ def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(fold
     assert_nothing_leaked(llm)
 
 
-@pytest.mark.parametrize("half", ["_full", "_decoder"])
+@pytest.mark.parametrize("half", ["full", "decoder"])
 def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
     pool = getattr(llm._loaded, half).pool
