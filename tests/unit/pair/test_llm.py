@@ -206,9 +206,9 @@ def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(fo
 
 def test_answers_end_by_themselves_unless_told_otherwise(llm, monkeypatch):
     asked = []
-    request = LLM.request
+    request = LLM._request
     monkeypatch.setattr(
-        LLM, "request", lambda self, i, ids, choice: asked.append(choice) or request(self, i, ids, choice)
+        LLM, "_request", lambda self, i, ids, choice: asked.append(choice) or request(self, i, ids, choice)
     )
     llm.generate(PROMPTS[:1])
     llm.chat([{"role": "user", "content": "Hi"}])
