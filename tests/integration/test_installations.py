@@ -195,7 +195,7 @@ def test_a_named_pair_needs_no_more_than_a_server_does(tmp_path: Path) -> None:
     done = run_in((), code, env=os.environ | {"OVERFILL_HOME": str(tmp_path)})
     assert done.returncode == 1
     assert "pip install -e '.[server]'" in done.stdout
-    assert {EXTRAS[f"pair {one}"] for one in ("default", "fast", "path", "show")} == {"server"}
+    assert {EXTRAS[f"pair {one}"] for one in ("list", "path", "show")} == {"server"}
 
 
 @pytest.mark.parametrize(("service", "extra"), [("router", "router"), ("prefill", "worker"), ("decode", "worker")])
