@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
 from overfill.cli.options import Connection, connection_options, request_options
-from overfill.cli.output import answer_details, console
-from overfill.client import Client, Message, Options, SamplingParams
 from overfill.errors import OverfillError
+
+if TYPE_CHECKING:
+    from overfill.client import Client, Message, Options
+    from overfill.request.params import SamplingParams
 
 _END = ("/exit", "/quit")
 _COMMAND = re.compile(r"/[a-z]+")
@@ -77,10 +80,14 @@ class Chat:
 
     def reset(self) -> None:
         """Drops all turns except the system prompt."""
+        from overfill.client import Message
+
         self._messages: list[Message] = [Message("system", self._system)] if self._system is not None else []
 
     def say(self, text: str) -> None:
         """Sends a user's turn and streams the answer to stdout, with a line end."""
+        from overfill.client import Message
+
         messages = [*self._messages, Message("user", text)]
         answer = stream_answer(self._client, messages, self._sampling, self._options)
         click.echo()
@@ -89,6 +96,8 @@ class Chat:
         if answer.text:
             self._messages = [*messages, answer.message]
         if self._verbose:
+            from overfill.cli.output import answer_details, console
+
             console(stderr=True).print(answer_details(answer))
 
 

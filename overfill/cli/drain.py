@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from overfill.cli.options import Connection, Number, connection_options
-from overfill.cli.output import counted
-from overfill.client import StackStatus
-from overfill.errors import PermissionDenied
+
+if TYPE_CHECKING:
+    from overfill.client import StackStatus
 
 _POLL = 0.5  # seconds between checks of the worker
 
@@ -34,6 +34,11 @@ def drain_command(worker: str, timeout: float, connection: Connection) -> int:
     left after the timeout. `overfill status` lists the workers. If WORKER is the last one of a stage, the command says
     so and goes on.
     """
+    from rich.console import Console
+
+    from overfill.cli.output import counted
+    from overfill.errors import PermissionDenied
+
     with connection.client() as client:
         with suppress(PermissionDenied):  # a key may drain and not see the status
             status = client.status()

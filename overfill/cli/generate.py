@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
 from overfill.cli.options import AnyNumber, Connection, connection_options, request_options
-from overfill.cli.output import answer_details, console, print_json
-from overfill.client import Message, Options, SamplingParams
+
+if TYPE_CHECKING:
+    from overfill.client import Options
+    from overfill.request.params import SamplingParams
 
 
 @click.command("generate")
@@ -43,6 +46,8 @@ def generate_command(
     """
     if raw and system is not None:
         raise click.UsageError("--system-prompt is part of the chat template, which --raw skips: drop one of them")
+    from overfill.client import Message
+
     text = sys.stdin.read() if prompt == "-" else prompt
     turns = [Message("system", system)] if system is not None else []
     with connection.client() as client:
@@ -53,6 +58,8 @@ def generate_command(
             {**options, "stop": stop, "timeout": timeout},
             quiet=as_json,
         )
+    from overfill.cli.output import answer_details, console, print_json
+
     if as_json:
         print_json(dataclasses.asdict(answer))
     else:

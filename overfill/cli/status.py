@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from overfill.cli.options import Connection, connection_options
-from overfill.cli.output import console, print_json, stack_state, status_json, status_tables
 
 _ANSWER_SECONDS = 5.0
 
@@ -25,6 +24,8 @@ def status_command(as_json: bool, wide: bool, connection: Connection) -> int:
       1  the stack cannot answer requests, or nothing answers at the address
       2  wrong usage
     """
+    from overfill.cli.output import console, print_json, stack_state, status_json, status_tables
+
     with connection.client() as client:
         status = client.status(timeout=_ANSWER_SECONDS)
     tls = connection.tls is not None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import RenderableType
-from rich.live import Live
 
 from overfill.cli.options import Connection, Number, connection_options
-from overfill.cli.output import console
-from overfill.cli.top_view import top_view
-from overfill.client import Client
-from overfill.errors import OverfillError
-from overfill.rpc.stack_status_json import stack_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from overfill.client import Client, StackStatus
 
 _ANSWER_SECONDS = 5.0
 
@@ -33,16 +31,22 @@ def top_command(interval: float, once: bool, as_json: bool, connection: Connecti
     Percentiles cover the answers completed in the last minute, of all routers that share the --address. Routers with
     other addresses count their own.
     """
+    from overfill.cli.output import console
+
     with connection.client() as client:
         if as_json:
             return _print_lines(client, None if once else interval)
         if once or not sys.stdout.isatty():
-            console().print(top_view(client.status(timeout=_ANSWER_SECONDS)))
+            console().print(_view(client.status(timeout=_ANSWER_SECONDS)))
             return 0
         return _watch(client, interval)
 
 
 def _print_lines(client: Client, interval: float | None) -> int:
+    import json
+
+    from overfill.rpc.stack_status_json import stack_json
+
     while True:
         click.echo(json.dumps(stack_json(client.status(timeout=_ANSWER_SECONDS))))
         if interval is None:
@@ -51,15 +55,26 @@ def _print_lines(client: Client, interval: float | None) -> int:
 
 
 def _watch(client: Client, interval: float) -> int:
-    shown: RenderableType = top_view(client.status(timeout=_ANSWER_SECONDS))
+    from rich.live import Live
+
+    from overfill.cli.output import console
+    from overfill.errors import OverfillError
+
+    shown = _view(client.status(timeout=_ANSWER_SECONDS))
     with Live(shown, console=console(), screen=True, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(interval)
                 try:
-                    shown = top_view(client.status(timeout=_ANSWER_SECONDS))
+                    shown = _view(client.status(timeout=_ANSWER_SECONDS))
                 except OverfillError as error:  # the stack may return
                     shown = str(error)
                 live.update(shown, refresh=True)
         except KeyboardInterrupt:
             return 0
+
+
+def _view(status: StackStatus) -> RenderableType:
+    from overfill.cli.top_view import top_view
+
+    return top_view(status)

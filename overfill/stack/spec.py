@@ -46,10 +46,9 @@ _MADE = {
 }  # fmt: skip
 """Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
 
-_ONLY_ON_RAY = {
-    "name", "ray_address", "health_check_period", "health_check_timeout", "num_cpus", "num_gpus", "resources",
-}  # fmt: skip
-"""Fields of a stack and of its pools that plain processes do not use."""
+_ONLY_ON_RAY = {"name", "ray_address", "health_check_period", "health_check_timeout"}
+_RESERVED = {"num_cpus", "num_gpus", "resources"}
+"""Fields of a stack, and of its pools, that plain processes do not use."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -218,10 +217,11 @@ class StackSpec(BaseModel):
             return
         if scaled:
             raise ValueError(f"runner processes: only Ray scales pools: remove max_replicas of {' and '.join(scaled)}")
-        parts: dict[str, BaseModel] = {"": self}
-        parts |= {f"{_place(name)}.": pool for name, pool in self.deployments.items()}
-        given = ((start, part.model_dump(exclude_defaults=True).keys()) for start, part in parts.items())
-        if unused := [f"{start}{name}" for start, names in given for name in sorted(names & _ONLY_ON_RAY)]:
+        unused = sorted(self.model_dump(exclude_defaults=True).keys() & _ONLY_ON_RAY)
+        for name, pool in self.deployments.items():
+            own = pool.model_dump(exclude_defaults=True).keys() & _RESERVED
+            unused += [f"{_place(name)}.{field}" for field in sorted(own)]
+        if unused:
             raise ValueError(f"runner processes: only Ray uses {', '.join(unused)}: remove this, or set runner to ray")
         routers, ports = self.router.replicas, len(self.router.ports)
         if 1 < ports < routers:
@@ -301,10 +301,11 @@ class StackSpec(BaseModel):
     def on(self, runner: Literal["ray", "processes"]) -> Self:
         """Returns the stack for ``runner``; for plain processes, without the fields that they do not use."""
         data = self.document()
-        pools = [data.get(name, {}) for name in (ROUTER, COLOCATED, PREFILL, DECODE)]
-        for fields in (data, *pools, *data.get("tiers", {}).values()) if runner == "processes" else ():
-            for name in _ONLY_ON_RAY & fields.keys():
-                del fields[name]
+        if runner == "processes":
+            pools = [data.get(name, {}) for name in (ROUTER, COLOCATED, PREFILL, DECODE)]
+            for fields in (data, *pools, *data.get("tiers", {}).values()):
+                for name in fields.keys() & (_ONLY_ON_RAY if fields is data else _RESERVED):
+                    del fields[name]
         return self.read({**data, "runner": runner})
 
     def document(self) -> dict[str, Any]:

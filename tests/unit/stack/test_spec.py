@@ -352,7 +352,7 @@ def test_the_shipped_config_is_valid(name: str) -> None:
     [
         ({"prefill": {"settings": {"metrics_port": 9600}}, "decode": {"settings": {"metrics_port": 9600}}}, "9600"),
         ({"prefill": {"replicas": 2, "settings": {"metrics_port": 9600}}, "settings": {"metrics_port": 9601}}, "9601"),
-        ({"prefill": {"settings": {"metrics_port": 7600}}}, r"port 7600 .*--grpc.* metrics_port of prefill"),
+        ({"prefill": {"settings": {"metrics_port": 7600}}}, r"port 7600 .*--grpc.*metrics_port of prefill"),
         ({"router": {"ports": [7600, 7600], "replicas": 2}}, "port 7600"),
     ],
 )
