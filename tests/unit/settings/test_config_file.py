@@ -110,7 +110,6 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
             "router:\n  kv-memory: 1GiB",
             "router.kv-memory: no such setting; kv-memory is a setting of prefill and decode",
         ),
-        ("up:\n  threads: 2", "threads is a setting of prefill and decode"),
         ("prefill:\n  threads: 1\n  threads: 2", "the key threads appears twice"),
         ("prefill: 3", "prefill: expected settings in this section"),
         ("- a", "expected sections"),
