@@ -75,7 +75,7 @@ def left_behind() -> list[str]:
 @pytest.fixture(autouse=True)
 def hosts_can_be_made_and_none_is_left():
     try:
-        check_requirements(relayed=True)
+        check_requirements()
     except CannotMakeHosts as error:
         pytest.skip(str(error))
     before = left_behind()

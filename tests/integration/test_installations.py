@@ -129,7 +129,7 @@ def test_the_extra_of_load_tests_has_all_that_load_tests_import() -> None:
     modules = [
         *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "html_report")),
         *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
-        *(f"overfill.lab.bench.serve.{name}" for name in ("compare", "targets", "report", "plot")),
+        *(f"overfill.lab.bench.serve.{name}" for name in ("compare", "targets", "report")),
     ]
     done = run_in(("loadtest",), f"import {', '.join(modules)}")
     assert done.returncode == 0, done.stderr
@@ -178,12 +178,16 @@ def test_a_command_without_its_extra_says_the_line_to_run(tmp_path: Path) -> Non
     assert done.returncode == len(MISSING), "each exits 1"
 
 
-def test_an_installed_extra_is_not_named_again(tmp_path: Path) -> None:
-    done = overfill(["bench", "decode", "--plot", str(tmp_path / "speeds.png")], ("server",))
-    assert done.returncode == 1
-    assert done.stderr == (
-        "overfill: `overfill bench` needs matplotlib, which is not installed here: pip install -e '.[loadtest]'\n"
+def test_an_installed_extra_is_not_named_again() -> None:
+    code = (
+        "from overfill.process.extras import MissingExtra, needs\n"
+        "try:\n"
+        "    with needs('loadtest,server', '`overfill bench`'): import locust\n"
+        "except MissingExtra as error: sys.exit(str(error))\n"
     )
+    done = run_in(("server",), code)
+    assert done.returncode == 1
+    assert done.stderr == "`overfill bench` needs locust, which is not installed here: pip install -e '.[loadtest]'\n"
 
 
 def test_a_named_pair_needs_no_more_than_a_server_does(tmp_path: Path) -> None:
