@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -55,21 +55,19 @@ def _cached_pairs() -> Iterator[tuple[str, Path, str]]:
 def _describe(name: str, folder: Path, state: str) -> dict[str, Any]:
     """Describes a pair as plain values. ``full`` and ``decoder`` are None for one that cannot be used as it is."""
     from overfill.making.evaluate.costs import DecodeCost
-    from overfill.model.manifest import Pair
+    from overfill.model.manifest import Half, Pair
 
     described: dict[str, Any] = {"name": name, "state": state, "folder": str(folder), "full": None, "decoder": None}
     if state != "ready":
         return described
     pair = Pair.load(folder, weights=False)
-    for half, path, config in (
-        ("full", pair.full_path, pair.full_config),
-        ("decoder", pair.decoder_path, pair.decoder_config),
-    ):
+    for half in get_args(Half):
+        path = pair.path(half)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         described[half] = {
             "name": path.resolve().name,
             "path": str(path),
             "bytes": size,
-            "weights": DecodeCost.of(config, "bf16").weights,
+            "weights": DecodeCost.of(pair.config(half), "bf16").weights,
         }
     return described
