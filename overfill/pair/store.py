@@ -23,7 +23,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +31,7 @@ from overfill.model.manifest import MANIFEST
 from overfill.pair.checksums import checksums_match
 from overfill.process.home import home
 from overfill.process.permissions import refusal
+from overfill.process.tied import tied_to_parent
 from overfill.settings.config_file import nearest
 from overfill.telemetry.progress import Report, silent
 
@@ -109,31 +109,6 @@ def _build_line(model: str) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class CachedPair:
-    """A pair that has a name here, or had one in an earlier version.
-
-    Attributes:
-        state: "outdated" means that this version does not use the pair, whose folder may be deleted.
-    """
-
-    name: str
-    folder: Path
-    state: Literal["ready", "not prepared", "damaged", "outdated"]
-
-
-def cached_pairs() -> list[CachedPair]:
-    """Returns the named pairs, then those in the cache that earlier versions made. Prepares none."""
-    named = [CachedPair(name, pair_folder(name), _state(name)) for name in NAMED]
-    others = sorted(path.parent for path in (home() / "pairs").glob(f"*/*/{MANIFEST}"))
-    known = {pair.folder for pair in named}
-    return named + [CachedPair(folder.name, folder, "outdated") for folder in others if folder not in known]
-
-
-def _state(name: str) -> Literal["ready", "not prepared", "damaged"]:
-    return "ready" if is_ready(name, None) else "damaged" if pair_folder(name).exists() else "not prepared"
-
-
 def is_ready(name: str, source: Source | None) -> bool:
     """Returns True if the named pair is whole; with a ``source``, only if its full model came from there."""
     folder = pair_folder(name)
@@ -155,6 +130,7 @@ def _prepare_elsewhere(name: str, source: Source | None, report: Report) -> None
     problem = ""
     # -P: a folder called overfill in the working directory is not the package.
     command = [sys.executable, "-P", "-m", "overfill.making.named", name, *([source] if source else [])]
+    command = [*tied_to_parent(), *command]  # a killed `overfill up` leaves no download behind
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -170,8 +170,8 @@ class DecodeConfig(WorkerConfig):
     )
     kv_codec: CodecName | None = Field(
         None,
-        description="encoding of transferred KV; a request may choose another; int8 and fp8 halve the bytes and cost "
-        "some quality; by default raw, or int8 with --kv-cache-dtype int8",
+        description="encoding of transferred KV; a request may choose another; int8 halves the bytes and costs some "
+        "quality; by default raw, or int8 with --kv-cache-dtype int8",
     )
     kv_cache_dtype: KvCacheDtype = Field(
         "auto",

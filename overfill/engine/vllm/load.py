@@ -38,6 +38,7 @@ from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
+from overfill.engine.vllm_args import check_vllm_args
 from overfill.engine.vllm_release import installed, untested_warning
 from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
@@ -51,31 +52,6 @@ from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetr
 
 log = logging.getLogger(__name__)
 
-_SET_ELSEWHERE = {
-    "model": "--pair",
-    "dtype": "--dtype",
-    "max_model_len": "--max-model-len",
-    "block_size": "--block-size",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-    "kv_cache_memory_bytes": "--kv-memory",
-    "enable_prefix_caching": "--prefix-cache",
-    "kv_cache_dtype": "--kv-cache-dtype",
-}
-"""Arguments of vLLM that a setting of the worker sets."""
-_SET_HERE = ("kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init")
-_UNSUPPORTED = {
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
-    "decode_context_parallel_size": 1,
-    "prefill_context_parallel_size": 1,
-    "speculative_config": None,
-    "enable_lora": False,
-    "enable_dbo": False,
-    "kv_offloading_size": None,
-}
-"""Arguments that this version cannot serve, with the value that it can."""
 _MEMORY_WORDS = (
     "No available memory for the cache blocks",
     "not enough GPU memory available",
@@ -109,10 +85,10 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     release = installed()
     if warning := untested_warning(release):
         log.warning(warning)
-    config = pair.full_config if half == "full" else pair.decoder_config
+    config = pair.config(half)
     dtype = options.dtype or native_dtype(options.compute_device)
     spec = config.kv_spec(dtype)
-    folder = pair.full_path if half == "full" else pair.decoder_path
+    folder = str(pair.path(half))
     longest = config.longest(options.max_model_len)
     if half == "full":
         batched = max(options.max_num_batched_tokens, options.max_num_seqs)
@@ -123,7 +99,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     if kv_memory is None and options.compute_device.type == "cpu":
         kv_memory = DEFAULT_CPU_KV_BYTES
     arguments: dict[str, Any] = {
-        "model": str(folder),
+        "model": folder,
         "dtype": dtype,
         "max_model_len": options.max_model_len or -1,
         "block_size": options.block_size,
@@ -151,11 +127,11 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         arguments["gpu_memory_utilization"] = utilization
     try:
         vllm = VllmCore(_vllm_config(arguments, options.engine_args))
-        store = _store(vllm, spec, str(folder))
+        store = _store(vllm, spec, folder)
     except OverfillError:
         raise
     except Exception as error:
-        raise _explained(error, str(folder), half, options) from error
+        raise _explained(error, folder, half, options) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
     served = ServedHalf(
@@ -207,18 +183,7 @@ def _check(options: EngineOptions) -> None:
             "device",
             f"{kind} does not fit the installed vLLM, which computes on {current_platform.device_type}",
         )
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name, value in options.engine_args.items():
-        if name not in known:
-            raise InvalidRequest("engine_args", f"{name} is no argument of this vLLM's EngineArgs")
-        if name in _SET_ELSEWHERE:
-            raise InvalidRequest("engine_args", f"{name} is set by {_SET_ELSEWHERE[name]}")
-        if name in _SET_HERE:
-            raise InvalidRequest("engine_args", f"{name} is set by OverFill")
-        if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
-            raise InvalidRequest(
-                "engine_args", f"{name} {value} is not supported in this version; leave it at {_UNSUPPORTED[name]}"
-            )
+    check_vllm_args(options.engine_args, {field.name for field in dataclasses.fields(EngineArgs)})
 
 
 def _vllm_config(arguments: Mapping[str, Any], engine_args: Mapping[str, Any]) -> VllmConfig:

@@ -111,7 +111,7 @@ def test_scopes_are_given_with_commas_or_one_by_one(file, arguments, scopes):
 def test_a_wrong_scope_is_named_with_the_valid_ones(file, capsys, given, wrong):
     assert main(["keys", "create", "ci", "--file", str(file), "--scope", given]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert f"'--scope': unknown scope {wrong}; allowed are infer, status, metrics, admin" in error
+    assert f"--scope: {wrong} is not a scope; known are infer, status, metrics, admin" in error
     assert not file.exists()
 
 
