@@ -244,4 +244,4 @@ def test_the_commands_of_a_client_work_with_the_core_only(tiny_pair: Path, tmp_p
     check("keys", "revoke", "ann", keys)
     assert "router.key" in check("certs", tmp_path / "certs")
     assert "valid" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
-    assert "max-decode" in check("config", "show")
+    assert "max-queue" in check("config", "show")

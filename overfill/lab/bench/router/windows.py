@@ -156,8 +156,8 @@ def paced_stack(pair: Path, pace: SendingPace, sequences: int) -> Iterator[tuple
         "log_level": "warning",
         "grace_period": 2,
     }
-    spec = describe(pair, prefill=WORKERS, decode=WORKERS, http=0, threads=1, settings=settings)
-    stack = ProcessRunner(place(spec), lambda name, line: print(line, file=sys.stderr))
+    placed = place(describe(pair, prefill=WORKERS, decode=WORKERS, http=0, threads=1, settings=settings))
+    stack = ProcessRunner(placed, lambda name, line: print(line, file=sys.stderr))
     try:
         stack.start()
         stack.wait_ready(threading.Event())
