@@ -18,7 +18,6 @@ import pytest
 
 from overfill import client
 from overfill.cli.main import cli
-from overfill.cli.up_config import OWN
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +117,6 @@ def test_every_setting_is_in_the_reference(site: Path) -> None:
             if not places & ids or not any(f"<code>{variable}</code>" in text for variable in variables):
                 missing.append((kind.program, name))
     assert missing == []
-    assert [name for name in OWN if f"up-{name}" not in ids] == []
 
 
 def _commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:

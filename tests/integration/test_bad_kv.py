@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from kv_checksums import checksum
+from kv_checksums import checksum, seal
 
 from overfill import __version__
 from overfill.errors import Incompatible, TransferFailed, Unavailable
 from overfill.kv import receiver
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import TransferSpec, seal
+from overfill.kv.chunks import TransferSpec
 from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PeerPool
@@ -102,10 +102,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         chunks = []
         for box in map(KvRange.from_proto, request.ranges):
             for start in range(box.token_start, box.token_end, 3):
-                piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
+                piece = box._replace(token_start=start, token_end=min(start + 3, box.token_end))
                 scales, payload = b"", torch.ones(spec.raw_bytes(piece) // 4).numpy().tobytes()
                 if spec.codec != common_pb2.KV_CODEC_RAW:
-                    scales, payload = encode(spec.codec, "float32", 4, memoryview(bytearray(payload)))
+                    scales, payload = encode("float32", 4, memoryview(bytearray(payload)))
                 chunks.append(kv_pb2.KvChunk.FromString(join_chunks([seal(spec, piece, payload, scales)])))
         self.pulls += 1
         for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:

@@ -11,8 +11,8 @@ import pytest
 from mocks import mock_stack
 
 from overfill.client import Client, SamplingParams
+from overfill.making.seal import record_checksums
 from overfill.pair import store
-from overfill.pair.checksums import record_checksums
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import torch
 from decode_calls import DecodeCall
 
 from overfill.engine import prefill
-from overfill.engine.build import build_engine_parts
+from overfill.engine.build import load_half, size_pools
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.load import served_half
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.protocol import EngineOptions
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
@@ -73,16 +73,8 @@ HOST = SimpleNamespace(draining=False, notify=lambda: None)
 
 
 def load(pair, half, kv_memory=2 * 2**20):
-    return build_engine_parts(
-        pair,
-        half,
-        dtype="float32",
-        device=torch.device("cpu"),
-        block_size=16,
-        kv_memory=kv_memory,
-        max_model_len=256,
-        warm_tokens=16,
-    )
+    options = EngineOptions(torch.device("cpu"), "float32", kv_memory=kv_memory, max_model_len=256, prefix_cache=False)
+    return size_pools([load_half(pair, half, options)])[0]
 
 
 class Workers:
@@ -95,7 +87,7 @@ class Workers:
         self.prefill_gate, self.decode_gate = Gate(), Gate()
         self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
 
-        full = served_half(self.full, "full", self.full.prefix_cache(False))
+        full = self.full.served
         hello = new_hello("p", [full])
         self.prefill = PrefillServicer(full, hello, executor, max_leases=8)
         self.prefill.host = HOST
@@ -111,7 +103,7 @@ class Workers:
         prefill_address = await self._serve(stack, add_prefill_to_server, self.prefill, "overfill.v1.Prefill")
         self.target = decode_pb2.AssignPrefill(worker_id="p", incarnation=hello.incarnation, address=prefill_address)
 
-        decoder = served_half(self.decoder, "decoder", self.decoder.prefix_cache(False))
+        decoder = self.decoder.served
         self.peers = PeerPool(decoder.kv_identity, 2, None)
         stack.push_async_callback(self.peers.close)
         self.hello = new_hello("d", [decoder])
@@ -177,7 +169,7 @@ class Workers:
         target = decode_pb2.AssignPrefill()
         target.CopyFrom(self.target)
         for number, address in enumerate(data_addresses):
-            share = self.full.kv.num_kv_heads // len(data_addresses)
+            share = self.full.served.kv.num_kv_heads // len(data_addresses)
             target.data_addresses.add(address=address, first_kv_head=number * share, num_kv_heads=share)
         await call.send(assign_prefill=target)
 

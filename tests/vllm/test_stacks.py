@@ -104,10 +104,9 @@ def test_codecs_and_sockets(mixed):
     sampling, prompt = SamplingParams(**GREEDY, max_tokens=16), PROMPT[::-1]  # which no cache holds yet
     raw = mixed.client.generate(prompt, sampling=sampling, trace=True)
     assert raw.codec == "raw"
-    for codec in ("int8", "fp8"):
-        coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec=codec)
-        assert coded.codec == codec
-        assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
+    coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec="int8")
+    assert coded.codec == "int8"
+    assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
 
 
 def test_a_tenant_finds_its_own_prompts_only(mixed):
@@ -123,7 +122,7 @@ def test_a_tenant_finds_its_own_prompts_only(mixed):
 
 def test_an_imported_pair_with_dropped_layers(vllm_pair, tmp_path):
     """Three of four layers, which read KV out of order and of one layer twice."""
-    decoder = write_two_stage(vllm_pair, tmp_path / "published", "sharded-bin", teacher=True, kept=[0, 1, 3])
+    decoder = write_two_stage(vllm_pair, tmp_path / "published", sharded=True, teacher=True, kept=[0, 1, 3])
     pair = tmp_path / "imported"
     arguments = ["--full", str(vllm_pair / "full"), "--decoder", str(decoder), "--layer-map", "0,3,0"]
     assert main(["pair", "import", *arguments, "--out", str(pair)]) == 0
