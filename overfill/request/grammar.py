@@ -217,13 +217,25 @@ class Matcher:
         self._credit = _MAX_CREDIT  # seconds of CPU time
 
     def accept(self, tokens: Iterable[int]) -> None:
-        """Advance past ``tokens``, which the mask allowed. Raises GrammarFailed."""
-        for token in tokens:
+        """Advance past ``tokens``: those that a step sampled, or all that an earlier attempt emitted.
+
+        Raises:
+            GrammarFailed: the grammar became too complex.
+            InvalidRequest: the grammar forbids a token. The mask forbids such tokens to steps, so a client resumes
+                another answer.
+        """
+        for index, token in enumerate(tokens):
             self._credit = min(_MAX_CREDIT, self._credit + _CREDIT_PER_TOKEN)
             with self._charged():
-                accepted = self._matcher.consume_token(token)
-            if not accepted:
+                accepted = self._matcher.try_consume_tokens([token])
+            if accepted:
+                continue
+            if self._matcher.is_error():
                 raise self._failure()
+            raise InvalidRequest(
+                "resume_token_ids",
+                f"token {token} at index {index} does not fit sampling.grammar; give the tokens of an answer in it",
+            )
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """Write the mask of allowed next tokens into ``row``. Raises GrammarFailed.
