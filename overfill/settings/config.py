@@ -31,7 +31,18 @@ from overfill.settings.tiers import (
     check_tiers,
     default_tier,
 )
-from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
+from overfill.settings.values import (
+    Addresses,
+    Bytes,
+    Device,
+    EngineArgs,
+    EngineChoice,
+    Name,
+    Names,
+    Origins,
+    PairName,
+    Port,
+)
 
 UP_KEYS = (
     "colocated", "prefill", "decode", "tier", "router", "log-dir", "ray", "ray-address", "name", "worker-cpus",
@@ -58,7 +69,7 @@ class WorkerConfig(ServiceConfig):
         description="routers to join, separated by commas: HOST:PORT, dns:///NAME:PORT for all addresses of a name, or "
         "ray:///APPLICATION for all routers of an application on this machine's Ray cluster",
     )
-    worker_id: str = Field("", description="name of this worker; empty generates one")
+    worker_id: Name = Field("", description="name of this worker; empty generates one")
     advertise: str = Field(
         "", description="HOST or HOST:PORT at which other processes reach this worker; empty means --host"
     )
