@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields
 
 from overfill.errors import Incompatible
 from overfill.kv.spec import KvSpec
+from overfill.request.messages import shared_fields
 from overfill.v1 import common_pb2, decode_pb2
+
+CHOSEN_BY_WORKERS = {"kv.dtype": "kv_dtype", "reader_digest": "reader_digest"}
+"""Fields of a ``KvIdentity`` that no pair determines, by their dotted names, with their names in ``AnswerIdentity``.
+
+Workers choose the element type, and what reads prompts: the full model or the mock.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +41,21 @@ class KvIdentity:
     @classmethod
     def from_proto(cls, wire_version: int, model: common_pb2.ModelIdentity, kv: common_pb2.KvSpec) -> KvIdentity:
         """Returns the identity of the KV of a worker that says this of itself."""
-        return cls(
-            wire_version,
-            model.full_digest,
-            model.tokenizer_digest,
-            KvSpec.from_proto(kv),
-            model.config_digest,
-            model.reader_digest,
-            model.reader_quantize,
-            model.revision,
-        )
+        return cls(wire_version=wire_version, kv=KvSpec.from_proto(kv), **shared_fields(cls, model))
 
     def flat(self) -> dict[str, object]:
         """Every field by its dotted name."""
         own: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kv"}
         return own | self.kv.flat()
+
+    def of_pair(self) -> dict[str, object]:
+        """Returns the fields that the pair determines, by their dotted names."""
+        return {name: value for name, value in self.flat().items() if name not in CHOSEN_BY_WORKERS}
+
+    def chosen_by_workers(self) -> dict[str, object]:
+        """Returns the other fields, by their names in ``AnswerIdentity``."""
+        flat = self.flat()
+        return {other: flat[name] for name, other in CHOSEN_BY_WORKERS.items()}
 
     @property
     def cache_key(self) -> str:

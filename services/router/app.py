@@ -111,15 +111,8 @@ class Router:
         self._group = None if config.share_port is None else PortGroup(config.share_port)
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.credentials())
-        self.roster = Roster(
-            # The workers choose the dtype of the KV, and what reads prompts: the full model or the mock.
-            {
-                name: value
-                for name, value in pair.kv_identity("float32").flat().items()
-                if name not in ("kv.dtype", "reader_digest")
-            },
-            [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers],
-        )
+        tiers = [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers]
+        self.roster = Roster(pair.kv_identity("float32").of_pair(), tiers)
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
         self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
         self.dispatcher = Dispatcher(
