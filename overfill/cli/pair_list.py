@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from overfill.pair.store import CachedPair
 
 
 @click.command("list")
@@ -21,9 +19,15 @@ def list_command(as_json: bool) -> None:
     from rich.table import Table
 
     from overfill.cli.output import console, print_json
-    from overfill.pair.store import cached_pairs
+    from overfill.model.manifest import MANIFEST
+    from overfill.pair.store import NAMED, pair_folder
+    from overfill.process.home import home
 
-    pairs = [_describe(each) for each in cached_pairs()]
+    named = {pair_folder(name): _state(name) for name in NAMED}
+    others = sorted(path.parent for path in (home() / "pairs").glob(f"*/*/{MANIFEST}"))
+    # Those of earlier versions, which this version does not use, may be deleted.
+    cached = named | {folder: "outdated" for folder in others if folder not in named}
+    pairs = [_describe(folder, state) for folder, state in cached.items()]
     if as_json:
         print_json(pairs)
         return
@@ -37,21 +41,27 @@ def list_command(as_json: bool) -> None:
     console().print(table)
 
 
-def _describe(cached: CachedPair) -> dict[str, Any]:
+def _state(name: str) -> str:
+    from overfill.pair.store import is_ready, pair_folder
+
+    return "ready" if is_ready(name, None) else "damaged" if pair_folder(name).exists() else "not prepared"
+
+
+def _describe(folder: Path, state: str) -> dict[str, Any]:
     """Describes a pair as plain values. ``full`` and ``decoder`` are None for one that cannot be used as it is."""
     from overfill.making.evaluate.costs import DecodeCost
     from overfill.model.manifest import Pair
 
     described: dict[str, Any] = {
-        "name": cached.name,
-        "state": cached.state,
-        "folder": str(cached.folder),
+        "name": folder.name,
+        "state": state,
+        "folder": str(folder),
         "full": None,
         "decoder": None,
     }
-    if cached.state != "ready":
+    if state != "ready":
         return described
-    pair = Pair.load(cached.folder, weights=False)
+    pair = Pair.load(folder)
     for half, path, config in (
         ("full", pair.full_path, pair.full_config),
         ("decoder", pair.decoder_path, pair.decoder_config),

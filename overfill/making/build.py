@@ -16,13 +16,14 @@ from overfill.making.conversations import Conversation, Transcript, encode
 from overfill.making.fit import check_enough, fit
 from overfill.making.layer_selection import choose_layers
 from overfill.making.layerwise import PackedTranscripts, fold_norms
+from overfill.making.manifest import write_manifest
 from overfill.making.prune import HeadPlan, Scores, make_pruning_plan, score, slice_weights
 from overfill.making.recipe import DecoderRecipe
 from overfill.making.sensitivity import measure_sensitivity
 from overfill.model.config import ModelConfig
 from overfill.model.digest import checkpoint_digest
 from overfill.model.loading import Weights, load_weights
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.hf_config import decoder_config
 from overfill.process.memory import freed_memory_kept
 from overfill.telemetry.progress import Report, silent

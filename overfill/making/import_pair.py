@@ -20,6 +20,7 @@ from overfill.errors import InvalidPair, OverfillError
 from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import COMPANION_FILES, link_relatively, save_tensors, write_json
 from overfill.making.evaluate.costs import DecodeCost
+from overfill.making.manifest import write_manifest
 from overfill.making.published import PublishedCheckpoint
 from overfill.making.recipe import KeptLayers, kept_layers
 from overfill.making.two_stage_format import (
@@ -41,7 +42,6 @@ from overfill.model.manifest import (
     differing_fields,
     engines_that_run,
     layer_map_problem,
-    write_manifest,
 )
 from overfill.pair.hf_config import loadable_config
 from overfill.telemetry.progress import Report, silent

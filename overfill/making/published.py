@@ -18,10 +18,9 @@ from torch import Tensor
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.making.checkpoint import TORCH_DTYPES
-from overfill.model.config import read_json
+from overfill.model.config import check_link, read_json
 from overfill.model.digest import (
     StoredTensor,
-    check_link,
     check_not_pointer,
     checkpoint_files,
     indexed_files,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from typing import Any, Literal, cast, get_args
 
 from overfill.errors import InvalidPair, InvalidRequest, UnsupportedModel
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
-from overfill.model.digest import check_link
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -186,6 +186,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidPair(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def check_link(path: Path) -> None:
+    """Raises InvalidPair if ``path`` is a link to nothing, as in a pair that was moved without its checkpoints."""
+    if path.is_symlink() and not path.exists():
+        raise InvalidPair(
+            f"{path} is a link to {os.readlink(path)}, which does not exist: a pair with links must move together with "
+            "its checkpoints"
+        )
 
 
 def _model_type(hf_config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from overfill.engine.choice import FIRST_GPU, choose_engine
 from overfill.model.manifest import Half, Pair, check_family
+from overfill.model.pair_files import load_whole
 from overfill.pair.store import resolve_pair
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import ColocatedConfig, DecodeConfig
@@ -21,7 +22,7 @@ def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, 
     """Returns the tiers with their pairs' folders, as ``resolve_pairs``."""
     resolved = tuple(tier.model_copy(update={"pair": str(resolve_pair(tier.pair, report))}) for tier in tiers)
     if len(resolved) > 1:
-        check_family({tier.name: Pair.load(Path(tier.pair), weights=False) for tier in resolved})
+        check_family({tier.name: Pair.load(Path(tier.pair)) for tier in resolved})
     return resolved
 
 
@@ -53,7 +54,7 @@ def check_engines(spec: StackSpec) -> None:
         for stage in spec.kind(name).stages:
             half: Half = "full" if stage == "prefill" else "decoder"
             engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
-            pair = Pair.load(Path(worker.pair))
+            pair = load_whole(Path(worker.pair))
             if isinstance(worker, DecodeConfig) and worker.quantize is not None:
                 pair = pair.with_quantize(worker.quantize)
             if not spec.joins_cluster:

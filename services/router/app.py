@@ -174,7 +174,7 @@ class Router:
 
     @staticmethod
     def _load_pair(name: str) -> Pair:
-        return Pair.load(resolve_pair(name, log_steps(logger)), weights=False)
+        return Pair.load(resolve_pair(name, log_steps(logger)))
 
     def _tier(self, spec: TierSpec, pair: Pair) -> Tier:
         decoder = {

@@ -6,7 +6,8 @@ import pytest
 from stacks import mocked, running_stack
 
 from overfill.client import Client, SamplingParams
-from overfill.model.manifest import Pair, write_manifest
+from overfill.making.manifest import write_manifest
+from overfill.model.manifest import Pair
 from overfill.settings.tiers import TierSpec
 
 

@@ -18,9 +18,10 @@ from overfill.making.distill.model import PackedModel
 from overfill.making.distill.packed_rows import PackedRows
 from overfill.making.distill.recipe import Recipe, changed
 from overfill.making.distill.train import Run
+from overfill.making.manifest import write_manifest
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.config import ModelConfig
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.hf_config import decoder_config
 from overfill.pair.hf_model import load_hf_model
 from overfill.telemetry.progress import Report, silent

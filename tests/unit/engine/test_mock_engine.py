@@ -43,7 +43,7 @@ PROMPT = [5, 6, 7]
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair.load(resolve_pair("mock"), weights=False)
+    return Pair.load(resolve_pair("mock"))
 
 
 @pytest.fixture(scope="module")

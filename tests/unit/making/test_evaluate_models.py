@@ -25,8 +25,10 @@ from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
 from overfill.making.evaluate.forward import batches
 from overfill.making.evaluate.free_running import judge_answers
+from overfill.making.manifest import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.model.transformer import Transformer
 from overfill.pair.checksums import checksums_match, record_checksums
 from overfill.pair.hf_model import load_hf_model
@@ -272,7 +274,7 @@ def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path]
     record_checksums(folder)
     save_summary(folder, evaluation)
     assert checksums_match(folder)
-    kept = Pair.load(folder, check_digests=True).eval
+    kept = load_whole(folder, digests=True).eval
     assert kept["two_stage"]["agreement"] == round(figures(evaluation)["two_stage"][2], 4)
     assert kept["transcripts"] == len(TRANSCRIPTS)
 

@@ -12,8 +12,9 @@ import torch
 from overfill.engine.build import load_half
 from overfill.errors import InvalidPair
 from overfill.lab.faults.service import negate_weight_row
+from overfill.making.manifest import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Half, Pair, write_manifest
+from overfill.model.manifest import Half, Pair
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 from overfill.pair.llm import LLM
