@@ -20,8 +20,7 @@ from overfill.model.manifest import EngineName, Half, Pair
 from overfill.model.pair_files import load_whole
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.process.cores import STEP_TOKENS
-from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
+from overfill.settings.config import STEP_TOKENS, ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
 from overfill.telemetry.progress import log_steps
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
-from overfill.process.cores import STEP_TOKENS
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
@@ -49,6 +48,9 @@ UP_KEYS = (
     "worker-gpus", "max-prefill", "max-decode",
 )  # fmt: skip
 """Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
+
+STEP_TOKENS = 512
+"""Maximum number of prompt tokens in a step of a worker that shares cores, because answers wait for it."""
 
 TTFT_OBJECTIVE, ITL_OBJECTIVE = 2.0, 0.1  # defaults, in seconds
 

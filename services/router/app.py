@@ -16,7 +16,7 @@ from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.process.heap import Heap
-from overfill.request.grammar import Grammars
+from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.brownout import Brownout, Prediction, predict
@@ -134,7 +134,7 @@ class Router:
             lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
         )
         self._exporter: MetricsServer | None = None
-        self._grammars = Grammars(
+        self._trials = Trials(
             pair.full_path / "tokenizer.json",
             pair.full_config.vocab_size,
             pair.full_config.eos_token_ids,
@@ -143,7 +143,7 @@ class Router:
         self._handler = RequestHandler(
             ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
-            self._grammars,
+            self._trials,
             async_dispatcher,
             self._connector,
             Statistics(self._metrics, self.signals),
@@ -291,7 +291,7 @@ class Router:
             self._group.leave()
         if self._exporter is not None:
             self._exporter.close()
-        self._grammars.close()
+        self._trials.close()
         await tracing.flush()
 
     async def _leave_shared_port(self) -> None:
