@@ -72,8 +72,8 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
         raise click.UsageError("--tier conflicts with --pair: each --tier names its own pair, as NAME=PAIR")
     if on_ray:
         check_installed()
+    from overfill.cli.progress import show_progress
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     # Only one worker computes at a time, so that each may use all cores.
     own: dict[str, Any] = {

@@ -77,7 +77,7 @@ def create_command(
     allow_brownout: bool,
 ) -> None:
     """Make a key for NAME and print it. It is printed only now, because the file keeps only its hash."""
-    from overfill.api.keys import create
+    from overfill.api.key_file import create
 
     with option_errors():
         key = create(
@@ -117,7 +117,7 @@ def list_command(path: Path) -> None:
 @_FILE_OPTION
 def revoke_command(name: str, path: Path) -> None:
     """Remove the key of NAME. Running routers refuse it within two seconds."""
-    from overfill.api.keys import revoke
+    from overfill.api.key_file import revoke
 
     with option_errors():
         revoke(path, name)

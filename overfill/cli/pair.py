@@ -187,9 +187,9 @@ def build_command(
     Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
     model on a few held-out answers, and the commands to use next.
     """
+    from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
     from overfill.making.recipe import DecoderRecipe
-    from overfill.telemetry.progress import show_progress
 
     if out.exists():
         raise click.UsageError(f"--out: {out} already exists; give a new folder")
@@ -265,10 +265,10 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
     Appends each conversation to the file as soon as it is complete.
     """
+    from overfill.cli.progress import show_progress
     from overfill.making.conversations import append_jsonl
     from overfill.making.full_models import resolve_model
     from overfill.making.synthetic_data import generate_conversations
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         folder = resolve_model(full, report)
@@ -278,8 +278,8 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
 
 
 def _resolve(name: str, source: Literal["wheel", "hub"] | None = None) -> Path:
+    from overfill.cli.progress import show_progress
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         return resolve_pair(name, report, source)

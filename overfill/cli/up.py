@@ -21,6 +21,7 @@ from rich.console import Console
 
 from overfill.cli.options import check_replaced
 from overfill.cli.output import console
+from overfill.cli.progress import show_progress
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.welcome import welcome
@@ -39,7 +40,6 @@ from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
 from overfill.stack.spec import SUFFIXES, StackSpec
-from overfill.telemetry.progress import show_progress
 
 _WATCH_SECONDS = 0.5
 _BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from mocks import mock_stack
 from stacks import running_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, PermissionDenied, SamplingParams
 from overfill.rpc.access import METRICS_ROUTES, ROUTER_RPCS, ROUTES, WORKER_RPCS, Scope
 from overfill.rpc.channel import open_sync_channel

@@ -18,7 +18,7 @@ import torch
 from cryptography import x509
 from stacks import loads, running_stack, wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer

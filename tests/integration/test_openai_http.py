@@ -16,7 +16,7 @@ import openai
 import pytest
 from mocks import mock_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
 from overfill.rpc.constants import WIRE_VERSION

@@ -15,7 +15,7 @@ import pytest
 import torch
 from stacks import ForkedChild, children, idle, loads, running_stack, wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams, Unauthenticated
 from overfill.kv.cache import KvCache

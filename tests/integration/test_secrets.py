@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stacks import children, running_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, OverfillError, SamplingParams
 from overfill.rpc.access import Scope
 

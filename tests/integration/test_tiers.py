@@ -8,7 +8,7 @@ import time
 import pytest
 from mocks import mock_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidPair, InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
 from overfill.making.tiny import make_tiny_pair

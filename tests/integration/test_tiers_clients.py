@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 from mocks import mock_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import (
     AnswerPart,

@@ -149,8 +149,8 @@ def _settings(
 
 
 def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | None, as_json: bool) -> None:
+    from overfill.cli.progress import show_progress
     from overfill.lab.bench.engine.rows import hints, rows_table
-    from overfill.telemetry.progress import show_progress
 
     if plot is not None:  # before the measurement, so that a missing matplotlib is reported at once
         from overfill.lab.bench.engine.plot import save_speeds

@@ -157,11 +157,11 @@ def serve_command(
     GenAI in a process, `vllm` is vLLM's OpenAI server. `colocated:fast` names another pair. The --tls options are for
     stacks over gRPC. Exits with 1 when a request failed.
     """
+    from overfill.cli.progress import show_progress
     from overfill.lab.bench.serve.compare import LoadSettings, TargetSpec, open_target
     from overfill.lab.bench.serve.report import serve_rows, serve_table
     from overfill.lab.traffic.outcome import Objective
     from overfill.lab.traffic.traces import set_rate
-    from overfill.telemetry.progress import show_progress
 
     if trace is not None and arrivals is not None:
         raise click.UsageError("--arrivals cannot be used with --trace, which has its own arrivals; leave one out")
