@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +13,7 @@ import tokenizers
 from overfill.api.chat_template import ChatTemplate, TemplateOptions
 from overfill.api.special_tokens import SpecialTokens
 from overfill.errors import InvalidPair, InvalidRequest
+from overfill.model.config import eos_ids, read_json
 
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -45,7 +44,6 @@ class Tokenizer:
     """Turns text into token ids and back. Use ``load`` to make one; safe to share between threads.
 
     Attributes:
-        digest: SHA-256 of tokenizer.json, lower-case hex.
         eos_token_ids: End-of-sequence ids from generation_config.json, or from config.json if it has none.
         vocab_size: Number of rows of the model's embedding. Smaller ids are valid, even those without text.
         special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``.
@@ -55,7 +53,6 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
-        digest: str,
         eos_token_ids: Sequence[int],
         vocab_size: int,
         special_tokens: Mapping[str, str],
@@ -74,7 +71,6 @@ class Tokenizer:
         # Other decoders look at a token's neighbours, for example to drop the first space of a text.
         self._joins_tokens = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
         self._pieces: dict[int, str | None] = {}
-        self.digest = digest
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
         self.special_tokens = dict(special_tokens)
@@ -92,7 +88,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
             raise InvalidPair(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
-        config = _read_json(folder / "config.json", required=True)
+        config = read_json(folder / "config.json")
         vocab_size = config.get("vocab_size")
         if not isinstance(vocab_size, int):
             raise InvalidPair(f"{folder / 'config.json'} has no vocab_size")
@@ -102,8 +98,7 @@ class Tokenizer:
         generation_config = _read_json(folder / "generation_config.json")
         return cls(
             backend,
-            digest=hashlib.sha256(data).hexdigest(),
-            eos_token_ids=_eos_token_ids(generation_config) or _eos_token_ids(config),
+            eos_token_ids=eos_ids(generation_config) or eos_ids(config),
             vocab_size=vocab_size,
             special_tokens=special_tokens,
             chat_template=ChatTemplate(template, special_tokens) if template is not None else None,
@@ -255,13 +250,6 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _eos_token_ids(config: Mapping[str, Any]) -> list[int]:
-    value = config.get("eos_token_id")
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -269,13 +257,5 @@ def _read(path: Path) -> bytes:
         raise InvalidPair(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
-    if not required and not path.exists():
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except ValueError as error:
-        raise InvalidPair(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidPair(f"{path} does not hold a JSON object")
-    return value
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

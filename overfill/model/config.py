@@ -95,7 +95,7 @@ class ModelConfig:
         """
         config = cls.from_dict(read_json(folder / "config.json"))
         if (folder / "generation_config.json").exists():
-            ids = _eos_ids(read_json(folder / "generation_config.json"))
+            ids = eos_ids(read_json(folder / "generation_config.json"))
             config = replace(config, eos_token_ids=ids or config.eos_token_ids)
         return config
 
@@ -131,7 +131,7 @@ class ModelConfig:
             head_tokens=head_tokens,
             tail_rank=tail_rank,
             head_mask=head_mask,
-            eos_token_ids=_eos_ids(hf_config),
+            eos_token_ids=eos_ids(hf_config),
             weight_format=_weight_format(hf_config),
         )
         if config.num_heads % config.num_kv_heads:
@@ -324,7 +324,8 @@ def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
     return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
 
-def _eos_ids(hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_ids(hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the end-of-sequence ids that a config names; none if it names none."""
     ids = hf_config.get("eos_token_id")
     if ids is None:
         return ()
