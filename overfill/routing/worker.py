@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTYPE_FROM_PROTO
+from overfill.rpc.constants import MAX_STARTUP
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
@@ -27,7 +28,7 @@ STALE_AFTER = 3.0
 MAX_NAME_LENGTH = 256
 """Maximum number of characters of a text in a Hello. Names of workers are labels of metrics and part of log lines."""
 
-_MAXIMA = {"max_model_len": 1 << 30, "vocab_size": 1 << 30, "max_num_seqs": 1 << 20, "startup_seconds": 86_400}
+_MAXIMA = {"max_model_len": 1 << 30, "vocab_size": 1 << 30, "max_num_seqs": 1 << 20, "startup_seconds": MAX_STARTUP}
 """Maximum of each number in a Hello. Requests wait for absent workers as long as these take to start."""
 
 
@@ -104,7 +105,7 @@ def _check_bounds(hello: registry_pb2.Hello) -> None:
             )
     for name, most in _MAXIMA.items():
         if not 0 <= (number := getattr(hello, name)) <= most:
-            raise InvalidRequest(f"hello.{name}", f"must be from 0 to {most}; got {number}")
+            raise InvalidRequest(f"hello.{name}", f"must be from 0 to {most:.0f}; got {number}")
 
 
 def _stages(hello: registry_pb2.Hello) -> list[common_pb2.Stage]:

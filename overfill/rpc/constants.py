@@ -10,6 +10,9 @@ WIRE_VERSION: Final = 3
 LAST_UPDATES: Final = ("done", "refused", "failed")
 """Kinds of ``SequenceUpdate`` that end a sequence."""
 
+MAX_STARTUP: Final = 86_400.0
+"""Maximum ``startup_seconds`` of a Hello. A worker in a process that has run for longer says this."""
+
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds for a connection to open and carry its first frames; enough for a busy machine or a slow link."""
 

@@ -19,6 +19,7 @@ from overfill.errors import Incompatible, InvalidRequest, OverfillError, Shuttin
 from overfill.process import startup
 from overfill.rpc import unfilled
 from overfill.rpc.addresses import instead_of_wildcard, split_address
+from overfill.rpc.constants import MAX_STARTUP
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer
@@ -137,7 +138,7 @@ class WorkerHost:
                 loop.add_signal_handler(number, self.drain)
         bound = await self._server.start(address)
         announce(self._hello, announced(bound, self._advertise))
-        self._hello.startup_seconds = startup.seconds()
+        self._hello.startup_seconds = min(startup.seconds(), MAX_STARTUP)
         self._hello.max_num_seqs = self._worker.capacity
         self._membership = Membership(
             self._hello,
