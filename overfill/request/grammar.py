@@ -197,10 +197,12 @@ class Matcher:
                 continue
             if self._matcher.is_error():
                 raise self._failure()
-            raise InvalidRequest(
-                "resume_token_ids",
-                f"token {token} at index {index} does not fit sampling.grammar; give the tokens of an answer in it",
-            )
+            # After the last token that the grammar allows, an end token still fits.
+            if not (self._matcher.is_stopped() and self._matcher.consume_token(token)):
+                raise InvalidRequest(
+                    "resume_token_ids",
+                    f"token {token} at index {index} does not fit sampling.grammar; give the tokens of an answer in it",
+                )
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """Write the mask of allowed next tokens into ``row``. Raises GrammarFailed.
