@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -44,6 +45,7 @@ class Tokenizer:
     """Turns text into token ids and back. Use ``load`` to make one; safe to share between threads.
 
     Attributes:
+        digest: SHA-256 of tokenizer.json, lower-case hex.
         eos_token_ids: End-of-sequence ids from generation_config.json, or from config.json if it has none.
         vocab_size: Number of rows of the model's embedding. Smaller ids are valid, even those without text.
         special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``.
@@ -53,6 +55,7 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
+        digest: str,
         eos_token_ids: Sequence[int],
         vocab_size: int,
         special_tokens: Mapping[str, str],
@@ -71,6 +74,7 @@ class Tokenizer:
         # Other decoders look at a token's neighbours, for example to drop the first space of a text.
         self._joins_tokens = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
         self._pieces: dict[int, str | None] = {}
+        self.digest = digest
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
         self.special_tokens = dict(special_tokens)
@@ -98,6 +102,7 @@ class Tokenizer:
         generation_config = _read_json(folder / "generation_config.json")
         return cls(
             backend,
+            digest=hashlib.sha256(data).hexdigest(),
             eos_token_ids=eos_ids(generation_config) or eos_ids(config),
             vocab_size=vocab_size,
             special_tokens=special_tokens,

@@ -67,7 +67,7 @@ class RefusedField:
 
 def refused(reason: str, *neutral: Any) -> Any:
     """The default of a field that is refused; see ``RefusedField``."""
-    field = Field(default=None)
+    field: Any = Field(default=None)
     field.metadata.append(RefusedField(reason, neutral))
     return field
 

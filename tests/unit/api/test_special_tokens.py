@@ -79,7 +79,7 @@ def test_both_ways_of_encoding_give_an_ordinary_chat_the_same_tokens(load, templ
 def without_template(make):
     backend = make()
     backend.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
-    return Tokenizer(backend, eos_token_ids=[2], vocab_size=500, special_tokens={}, chat_template=None)
+    return Tokenizer(backend, digest="", eos_token_ids=[2], vocab_size=500, special_tokens={}, chat_template=None)
 
 
 @given(st.lists(st.sampled_from(["Hi", " ", "\n", "<think>", "<", "|im_end|>", "</s", ">", "~", "é", "🏽", "1"])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -114,8 +115,9 @@ def test_training_time_truncation_does_not_cut_prompts(folder: Path) -> None:
     assert len(Tokenizer.load(folder).encode("Hello, world! " * 20)) > 20
 
 
-def test_special_tokens_and_vocabulary_are_read(folder: Path) -> None:
+def test_digest_special_tokens_and_vocabulary_are_read(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
+    assert tokenizer.digest == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.vocab_size == json.loads((folder / "config.json").read_text())["vocab_size"]
 
