@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,8 @@ def list_command(as_json: bool) -> None:
     from rich.table import Table
 
     from overfill.cli.output import console, print_json
-    from overfill.model.manifest import MANIFEST
-    from overfill.pair.store import NAMED, pair_folder
-    from overfill.process.home import home
 
-    named = {pair_folder(name): _state(name) for name in NAMED}
-    others = sorted(path.parent for path in (home() / "pairs").glob(f"*/*/{MANIFEST}"))
-    # Those of earlier versions, which this version does not use, may be deleted.
-    cached = named | {folder: "outdated" for folder in others if folder not in named}
-    pairs = [_describe(folder, state) for folder, state in cached.items()]
+    pairs = [_describe(*each) for each in _cached_pairs()]
     if as_json:
         print_json(pairs)
         return
@@ -41,24 +35,29 @@ def list_command(as_json: bool) -> None:
     console().print(table)
 
 
-def _state(name: str) -> str:
-    from overfill.pair.store import is_ready, pair_folder
+def _cached_pairs() -> Iterator[tuple[str, Path, str]]:
+    """Yields name, folder and state of the named pairs, then of those in the cache that earlier versions made.
 
-    return "ready" if is_ready(name, None) else "damaged" if pair_folder(name).exists() else "not prepared"
+    This version does not use one that is "outdated", whose folder may be deleted.
+    """
+    from overfill.model.manifest import MANIFEST
+    from overfill.pair.store import NAMED, is_ready, pair_folder
+    from overfill.process.home import home
+
+    for name in NAMED:
+        folder = pair_folder(name)
+        yield name, folder, "ready" if is_ready(name, None) else "damaged" if folder.exists() else "not prepared"
+    for folder in sorted(manifest.parent for manifest in (home() / "pairs").glob(f"*/*/{MANIFEST}")):
+        if folder != pair_folder(folder.name):
+            yield folder.name, folder, "outdated"
 
 
-def _describe(folder: Path, state: str) -> dict[str, Any]:
+def _describe(name: str, folder: Path, state: str) -> dict[str, Any]:
     """Describes a pair as plain values. ``full`` and ``decoder`` are None for one that cannot be used as it is."""
     from overfill.making.evaluate.costs import DecodeCost
     from overfill.model.manifest import Pair
 
-    described: dict[str, Any] = {
-        "name": folder.name,
-        "state": state,
-        "folder": str(folder),
-        "full": None,
-        "decoder": None,
-    }
+    described: dict[str, Any] = {"name": name, "state": state, "folder": str(folder), "full": None, "decoder": None}
     if state != "ready":
         return described
     pair = Pair.load(folder)

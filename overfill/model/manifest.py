@@ -168,6 +168,14 @@ class Pair:
         kv = self.full_config.kv_spec(dtype)
         return KvIdentity.from_proto(WIRE_VERSION, self.model_identity("full"), kv.to_proto())
 
+    def config(self, half: Half) -> ModelConfig:
+        """Geometry of ``half``."""
+        return self.full_config if half == "full" else self.decoder_config
+
+    def path(self, half: Half) -> Path:
+        """Absolute path of the checkpoint of ``half``."""
+        return self.full_path if half == "full" else self.decoder_path
+
     def engines(self, half: Half) -> tuple[str, ...]:
         """Names of the engines that can run ``half``."""
         return self.full_engines if half == "full" else self.decoder_engines
@@ -177,9 +185,7 @@ class Pair:
         engines = self.engines(half)
         if engine in engines:
             return
-        config, path = (
-            (self.full_config, self.full_path) if half == "full" else (self.decoder_config, self.decoder_path)
-        )
+        config, path = self.config(half), self.path(half)
         what = "the full model" if half == "full" else "the decoder"
         stored = "" if config.weight_format == "plain" else f", whose weights are stored in {config.weight_format}"
         if half == "decoder" and self.quantize != "none":

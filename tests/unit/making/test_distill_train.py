@@ -19,7 +19,7 @@ from overfill.making.distill.plot import metrics_file, plot_runs
 from overfill.making.distill.recipe import Training
 from overfill.making.distill.schedule import learning_rate
 from overfill.making.distill.train import Diverged, Run, run_folder
-from overfill.making.manifest import write_manifest
+from overfill.making.pair_json import write_manifest
 from overfill.model.manifest import Pair
 from overfill.model.pair_files import load_whole
 from overfill.pair.reference import TwoStageReference

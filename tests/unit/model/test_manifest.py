@@ -11,7 +11,7 @@ import pytest
 
 from overfill.errors import Incompatible, InvalidPair, UnsupportedModel
 from overfill.kv.handshake import check_compatible
-from overfill.making.manifest import write_manifest
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair, check_family
 from overfill.model.pair_files import load_whole

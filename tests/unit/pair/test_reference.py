@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidPair
-from overfill.making.manifest import write_manifest
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
 from overfill.pair.reference import (
     JudgedAnswer,

@@ -1,4 +1,4 @@
-"""Writes ``pair.json`` for two checkpoints; ``overfill.model.manifest`` reads it."""
+"""Write ``pair.json``, which ``overfill.model.manifest`` describes and reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ def write_manifest(
     decoder_digest: str | None = None,
     layer_map: Sequence[int] | None = None,
     recipe: Mapping[str, Any] | None = None,
-    eval: Mapping[str, Any] | None = None,
     report: Report = silent,
 ) -> Pair:
     """Writes ``pair.json`` for the two checkpoints in ``folder``, and loads the pair.
@@ -33,7 +32,7 @@ def write_manifest(
         full, decoder: paths of the checkpoints, relative to ``folder``; equal for an identity pair.
         full_digest, decoder_digest: digests of the halves. None computes them from the checkpoints.
         layer_map: one full-model layer per decoder layer. None maps each layer to itself.
-        recipe, eval: entries of the manifest.
+        recipe: entry of the manifest.
         report: called with a description, the bytes read and the bytes in total.
 
     Raises:
@@ -61,7 +60,7 @@ def write_manifest(
             "layer_map": list(range(full_config.num_layers) if layer_map is None else layer_map),
         },
         "tokenizer_digest": tokenizer_digest(folder / full),
-        "eval": dict(eval or {}),
+        "eval": {},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return Pair.load(folder)
