@@ -13,7 +13,7 @@ import pytest
 from http_calls import call
 from stacks import ForkedChild, children, idle, mocked, running_stack, wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import Client, Overloaded, SamplingParams, Unavailable
 from overfill.stack.process_runner import child_environment

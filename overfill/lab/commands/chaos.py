@@ -217,10 +217,10 @@ def chaos_command(
     Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
     every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
     """
+    from overfill.cli.progress import show_progress
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import load_references
-    from overfill.telemetry.progress import show_progress
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     if tiers:

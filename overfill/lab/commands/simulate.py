@@ -334,9 +334,9 @@ def _run(
     plot: Path | None,
     as_json: bool,
 ) -> int:
+    from overfill.cli.progress import show_progress
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import errors_text, run_table, tier_table, title
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         simulation = Simulation(requests, profile, options)
@@ -365,9 +365,9 @@ def _size(
     costs: tuple[float, float],
     as_json: bool,
 ) -> int:
+    from overfill.cli.progress import show_progress
     from overfill.lab.simulate.sizing import SizeSearch
     from overfill.lab.simulate.tables import size_json, size_table
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         runs: list[tuple[int, int]] = []
@@ -388,9 +388,9 @@ def _size(
 def _compare(
     requests: list[TraceRequest], profile: Profile, options: SimulationOptions, objective: Objective, as_json: bool
 ) -> int:
+    from overfill.cli.progress import show_progress
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import policy_table
-    from overfill.telemetry.progress import show_progress
 
     results = []
     with show_progress() as report:
