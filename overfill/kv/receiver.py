@@ -38,14 +38,12 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import checked_write, responses
+from overfill.rpc.constants import MAX_INLINE_KV
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
-
-_SMALL = 64 << 10
-"""Bytes of KV up to which a transfer has one data stream and no shared memory, which would cost more than they save."""
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
@@ -152,6 +150,11 @@ class PromptPull:
         self._ended = False
         # An answer of one token needs no KV.
         self._released = start.sample_first_token and start.sampling.max_tokens == 1
+        if self._released:
+            start.kv_delivery = prefill_pb2.KV_DELIVERY_NONE
+        elif self._spec.total_bytes <= MAX_INLINE_KV:
+            start.kv_delivery = prefill_pb2.KV_DELIVERY_INLINE
+        self._delivery = start.kv_delivery
         self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
         self.stats = PullStats(held_tokens=held_tokens)
 
@@ -179,8 +182,6 @@ class PromptPull:
         """
         self._on_in_place = on_in_place
         self._outgoing.put_nowait(self._start)
-        if self._released:
-            self._outgoing.put_nowait(_release())
         control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
             async with asyncio.timeout(None) as self._farewell, asyncio.TaskGroup() as group:
@@ -190,9 +191,8 @@ class PromptPull:
                 async for message in responses(control, self._worker):
                     if message.HasField("scheduled"):
                         # The worker has blocks now, and knows the transfer's id, so that PullKv can name it.
-                        shares = [] if self._released or self._pulling else self._shares()
-                        for channel, ranges in zip(self._peer.data, shares, strict=False):
-                            self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
+                        if self._delivery == prefill_pb2.KV_DELIVERY_PULLED and not self._released:
+                            self._begin(group, len(self._peer.data), timeout)
                         queue_ns = message.scheduled.queue_ns
                         self.stats.cached_tokens = message.scheduled.cached_tokens
                         self._note_ready(0, message.scheduled.cached_tokens)
@@ -209,6 +209,10 @@ class PromptPull:
                         message.first_token.prefill_queue_ns = queue_ns
                         on_first_token(message.first_token)
                         self._check_in_place()
+                    if message.kv:
+                        if self._delivery != prefill_pb2.KV_DELIVERY_INLINE:
+                            raise TransferFailed(f"{self._worker} sent KV with the first token, which must be pulled")
+                        self._begin(group, 1, timeout, message.kv)
                     if message.HasField("done"):
                         self.stats.prefill = message.done.trace
                 watch.cancel()
@@ -281,19 +285,31 @@ class PromptPull:
                         message.ack.ranges.extend(later.ack.ranges)
                 await checked_write(control.write(message), self._worker)
 
-    def _shares(self) -> list[list[KvRange]]:
-        streams = 1 if self._spec.total_bytes <= _SMALL else len(self._peer.data)
-        return share_among_streams(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, streams)
+    def _begin(self, group: asyncio.TaskGroup, streams: int, timeout: float | None, inline: bytes = b"") -> None:
+        """Starts to receive all KV, unless that has begun."""
+        if self._pulling:
+            return
+        shares = share_among_streams(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, streams)
+        for channel, ranges in zip(self._peer.data, shares, strict=False):
+            self._pulling.append(group.create_task(self._pull(channel, ranges, timeout, inline)))
 
-    async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
-        """Pulls ``ranges``. Requests the ranges that a wrong chunk or a broken stream leaves out again."""
+    async def _pull(
+        self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, inline: bytes
+    ) -> None:
+        """Receives ``ranges``: from the message ``inline``, or pulled if it is empty.
+
+        Pulls the ranges that a wrong chunk or a broken stream leaves out again.
+        """
         for repeats in itertools.count():
             error: OverfillError | None = None
             # On a repeat, payloads travel.
-            link = self._peer.link if repeats == 0 and self._spec.total_bytes > _SMALL else None
+            link = self._peer.link if repeats == 0 else None
             link = link if link is not None and link.alive else None
             try:
-                await self._pull_once(channel, ranges, timeout, link)
+                if inline and repeats == 0:
+                    await self._take(inline, None)
+                else:
+                    await self._pull_once(channel, ranges, timeout, link)
             except _REPEATABLE as failure:
                 error = failure
             ranges = self._coverage.missing(ranges)
@@ -312,7 +328,6 @@ class PromptPull:
     async def _pull_once(
         self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, link: ShmClient | None
     ) -> None:
-        loop = asyncio.get_running_loop()
         stream = link.new_stream() if link is not None else 0
         request = prefill_pb2.PullKvRequest(
             transfer_id=self._spec.transfer_id,
@@ -324,19 +339,24 @@ class PromptPull:
         call = pull_kv(channel, request, timeout)
         try:
             async for message in responses(call, self._worker):
-                in_place: list[Chunk] = []  # filled even if a later chunk of the message is wrong
-                try:
-                    await shielded(loop.run_in_executor(self._executor, self._write_message, message, link, in_place))
-                finally:
-                    if link is not None:
-                        link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
-                    self._note_in_place(in_place)
+                await self._take(message, link)
         except InvalidRequest as error:  # it concerns this worker's ranges, not the user's request
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
         finally:
             call.cancel()
             if link is not None:
                 link.end_stream(stream)
+
+    async def _take(self, message: bytes, link: ShmClient | None) -> None:
+        """Writes a message's chunks and acknowledges them. Raises as ``_write_message``."""
+        in_place: list[Chunk] = []  # filled even if a later chunk of the message is wrong
+        loop = asyncio.get_running_loop()
+        try:
+            await shielded(loop.run_in_executor(self._executor, self._write_message, message, link, in_place))
+        finally:
+            if link is not None:
+                link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
+            self._note_in_place(in_place)
 
     def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
         """Writes a message's chunks up to the first wrong one and appends them to ``in_place``, even if it raises.

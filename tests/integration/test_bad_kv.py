@@ -52,6 +52,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.kv_dtype = None
         self.sends_first_token = True
         self.first_token = decode_pb2.Tokens(ids=[9])
+        self.unasked_kv = False
         self.ended = asyncio.Event()
         self.acknowledged = 0
         self.specs = {}
@@ -84,8 +85,16 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                 await asyncio.Event().wait()
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
+            kv = b""
+            if start.kv_delivery == prefill_pb2.KV_DELIVERY_INLINE or self.unasked_kv:
+                ranges = [kv_pb2.KvRange(layer_end=2, token_end=6, head_end=2)]
+                first, *others = self._chunks(start.transfer_id, ranges)
+                message = kv_pb2.KvChunk()
+                message.CopyFrom(first)
+                message.also.extend(others)
+                kv = message.SerializeToString()
             if self.sends_first_token:
-                yield prefill_pb2.PrefillResponse(first_token=self.first_token)
+                yield prefill_pb2.PrefillResponse(first_token=self.first_token, kv=kv)
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
                 self.received.append(request.WhichOneof("message"))
@@ -101,9 +110,13 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             self.ended.set()
 
     async def PullKv(self, request, context):
-        spec = self.specs[request.transfer_id]
+        for chunk in self._chunks(request.transfer_id, request.ranges):
+            yield chunk
+
+    def _chunks(self, transfer_id, ranges):
+        spec = self.specs[transfer_id]
         chunks = []
-        for box in map(KvRange.from_proto, request.ranges):
+        for box in map(KvRange.from_proto, ranges):
             for start in range(box.token_start, box.token_end, 3):
                 piece = dataclasses.replace(box, token_start=start, token_end=min(start + 3, box.token_end))
                 scales, payload = b"", torch.ones(spec.raw_bytes(piece) // 4).numpy().tobytes()
@@ -111,13 +124,12 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                     scales, payload = encode(spec.codec, "float32", 4, memoryview(bytearray(payload)))
                 chunks.append(kv_pb2.KvChunk.FromString(join_chunks([seal(spec, piece, payload, scales)])))
         self.pulls += 1
-        for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:
-            yield chunk
+        return self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks
 
 
 @pytest.fixture
 async def worker(monkeypatch):
-    monkeypatch.setattr(receiver, "_SMALL", 0)  # no transfer is too small for several data streams
+    monkeypatch.setattr(receiver, "MAX_INLINE_KV", 0)  # all KV is pulled
     servicer = ScriptedPrefill()
     server = RpcServer()
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")
@@ -214,7 +226,10 @@ ONCE = {kind: spoil for kind, (spoil, _) in BAD.items()} | {
 
 
 @pytest.mark.parametrize("kind", ONCE)
-async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind):
+@pytest.mark.parametrize("inline", [False, True], ids=["pulled", "inline"])
+async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind, inline, monkeypatch):
+    if inline:
+        monkeypatch.setattr(receiver, "MAX_INLINE_KV", 6 * KV.token_bytes)
     worker.spoil, worker.spoiled_pulls = ONCE[kind], 1
     cache, _ = await pull()
     used = cache.slots([2, 0], 0, 6)
@@ -286,6 +301,12 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
 
     monkeypatch.setattr(KvCache, "write", fail_last)
     with pytest.raises(MemoryError):
+        await pull()
+
+
+async def test_kv_with_the_first_token_that_should_be_pulled_fails(pull, worker):
+    worker.unasked_kv = True
+    with pytest.raises(TransferFailed, match="must be pulled"):
         await pull()
 
 

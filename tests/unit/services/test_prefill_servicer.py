@@ -14,13 +14,16 @@ from overfill.errors import InvalidRequest, Overloaded, TransferFailed
 from overfill.kv import stall
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
+from overfill.kv.chunks import check
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import parse_message
 from overfill.model.steps import SampledToken
 from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
+from services.prefill import servicer as prefill_servicer
 from services.prefill.servicer import PrefillServicer
 
 KV = KvSpec(2, 1, 4, "float32", RopeSpec())
@@ -81,13 +84,13 @@ def start(transfer_id=b"t" * 16, **options):
     )
 
 
-def accepted(servicer, transfer_id=b"t" * 16):
+def accepted(servicer, transfer_id=b"t" * 16, **options):
     sequence = PrefillSequence(transfer_id.hex(), [1, 2, 3, 4], SamplingParams(temperature=0))
-    return servicer._accept(start(transfer_id), sequence)
+    return servicer._accept(start(transfer_id, **options), sequence)
 
 
-def computed(servicer):
-    lease = accepted(servicer)
+def computed(servicer, **options):
+    lease = accepted(servicer, **options)
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
         lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
@@ -135,10 +138,51 @@ async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(ben
     lease.sender.acknowledge(KvRange(0, 2, 0, 4, 0, 1))
     responses = [response async for response in bench.servicer._serve(lease, False)]
     parts = [{part.name for part, _ in response.ListFields()} for response in responses]
-    assert parts == [{"scheduled", "done"} | ({"first_token"} if first else set())]
+    assert parts == [{"scheduled"} | ({"first_token"} if first else set())]
     value = bench.servicer._metrics.registry.get_sample_value
     assert value("overfill_prefill_compute_seconds_count") == 1
     assert value("overfill_prefill_compute_seconds_sum") == 2
+
+
+async def test_a_little_kv_comes_with_the_first_token_and_is_leased_until_it_is_acknowledged(bench):
+    bench.cache.go_on.set()
+    lease = computed(bench.servicer, kv_delivery=prefill_pb2.KV_DELIVERY_INLINE)
+    serving = bench.servicer._serve(lease, False)
+    whole = asyncio.ensure_future(anext(serving))
+    await until(lease.events.empty)
+    assert not whole.done()
+    lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 0))
+    response = await whole
+    assert list(response.first_token.ids) == [7]
+    (chunk,) = parse_message(response.kv)
+    everything = KvRange(0, 2, 0, 4, 0, 1)
+    assert check(lease.spec, chunk) == everything
+    end = asyncio.ensure_future(anext(serving, None))
+    lease.events.put_nowait(None)
+    await until(lease.events.empty)
+    assert not end.done()
+    lease.sender.acknowledge(everything)
+    lease.events.put_nowait(None)
+    assert await end is None
+    bench.servicer._end(lease)
+    await until(lambda: bench.releases)
+
+
+async def test_no_kv_ends_the_lease_with_the_first_token(bench):
+    lease = computed(bench.servicer, kv_delivery=prefill_pb2.KV_DELIVERY_NONE)
+    lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 0))
+    (response,) = [response async for response in bench.servicer._serve(lease, False)]
+    assert list(response.first_token.ids) == [7]
+    assert not response.kv
+    bench.servicer._end(lease)
+    await until(lambda: bench.releases)
+
+
+async def test_kv_that_is_too_large_to_come_with_the_first_token_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(prefill_servicer, "MAX_INLINE_KV", 4 * KV.token_bytes - 1)
+    with pytest.raises(InvalidRequest, match=f"kv_delivery.*{4 * KV.token_bytes} bytes"):
+        accepted(bench.servicer, kv_delivery=prefill_pb2.KV_DELIVERY_INLINE)
+    assert bench.servicer.active == 0
 
 
 async def test_released_kv_does_not_stall(bench, monkeypatch):
