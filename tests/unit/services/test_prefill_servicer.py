@@ -91,6 +91,7 @@ def accepted(servicer, transfer_id=b"t" * 16, **options):
 
 def computed(servicer, **options):
     lease = accepted(servicer, **options)
+    lease.received_ns = 0
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
         lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
