@@ -2,21 +2,11 @@ from overfill.v1 import common_pb2 as _common_pb2
 from overfill.v1 import decode_pb2 as _decode_pb2
 from overfill.v1 import kv_pb2 as _kv_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class KvDelivery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    KV_DELIVERY_PULLED: _ClassVar[KvDelivery]
-    KV_DELIVERY_INLINE: _ClassVar[KvDelivery]
-    KV_DELIVERY_NONE: _ClassVar[KvDelivery]
-KV_DELIVERY_PULLED: KvDelivery
-KV_DELIVERY_INLINE: KvDelivery
-KV_DELIVERY_NONE: KvDelivery
 
 class DescribePrefillRequest(_message.Message):
     __slots__ = ()
@@ -65,7 +55,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ..., release: _Optional[_Union[ReleaseKv, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
-    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start", "kv_delivery")
+    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start", "without_kv")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -80,7 +70,7 @@ class StartPrefill(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     ANSWER_START_FIELD_NUMBER: _ClassVar[int]
-    KV_DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_KV_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     transfer_id: bytes
@@ -95,8 +85,8 @@ class StartPrefill(_message.Message):
     trace: bool
     sample_index: int
     answer_start: int
-    kv_delivery: KvDelivery
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ..., kv_delivery: _Optional[_Union[KvDelivery, str]] = ...) -> None: ...
+    without_kv: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ..., without_kv: bool = ...) -> None: ...
 
 class AckKv(_message.Message):
     __slots__ = ("ranges",)

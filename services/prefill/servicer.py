@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import assert_never
 
 from overfill.engine.protocol import ServedHalf
@@ -40,7 +40,7 @@ from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc import unfilled
-from overfill.rpc.constants import MAX_INLINE_KV
+from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
 from overfill.rpc.worker import WorkerHost, fill_description
 from overfill.telemetry import logs, tracing
@@ -72,9 +72,8 @@ class Lease:
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
         self.sender = KvSender(self.spec, served.store, executor)
         self.readers: set[asyncio.Task[object]] = set()
-        self.delivery = start.kv_delivery
         self.ended = False  # True once no new stream may read the blocks
-        self.released = self.delivery == prefill_pb2.KV_DELIVERY_NONE  # True once the decode worker needs no more KV
+        self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
 
@@ -197,26 +196,52 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             first = await anext(aiter(request_iterator), None)
             if first is None or first.WhichOneof("message") != "start":
                 raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
-            logs.request_id.set(first.start.request_id)
-            tracing.current().set(
-                request_id=first.start.request_id,
-                worker=self._hello.worker_id,
-                prompt_tokens=len(first.start.prompt_token_ids),
-            )
-            self._check_open(first.start)
-            lease = self._accept(first.start, await self._parse(first.start))
-            guards = []
-            if not lease.released:
-                transfer = self._read_acknowledgements(lease, request_iterator), lease.watch_transfer(self._limits)
-                guards = [asyncio.ensure_future(lease.guard(work)) for work in transfer]
-            try:
-                async for response in self._serve(lease, first.start.trace):
-                    yield response
-            finally:
-                for guard in guards:
-                    guard.cancel()
-                self._end(lease)
-                logs.ended("prefill", outcome_of(sys.exception()), prompt_tokens=len(lease.sequence.prompt))
+            async with self._lease(first.start) as lease:
+                guards = [
+                    asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
+                    asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
+                ]
+                try:
+                    async for response in self._serve(lease, first.start.trace):
+                        yield response
+                finally:
+                    for guard in guards:
+                        guard.cancel()
+
+    async def PrefillAtOnce(self, request: prefill_pb2.StartPrefill, context: Context) -> prefill_pb2.PrefillResponse:
+        with self._metrics.prompt():
+            async with self._lease(request) as lease:
+                if not request.without_kv and lease.spec.total_bytes > MAX_KV_AT_ONCE:
+                    left = f"leaves {lease.spec.total_bytes} bytes of KV; PrefillAtOnce sends at most {MAX_KV_AT_ONCE}"
+                    raise InvalidRequest("already_held_tokens", left)
+                response, computed = prefill_pb2.PrefillResponse(), False
+                while not computed:
+                    event = await lease.events.get()
+                    if isinstance(event, Exception):
+                        raise event
+                    if event is not None:
+                        self._note(lease, event, response)
+                    computed = isinstance(event, PromptComputed)
+                if not request.without_kv:
+                    response.kv = await lease.sender.whole_message()
+                if request.trace:
+                    response.done.trace.CopyFrom(lease.finished_trace())
+                return response
+
+    @asynccontextmanager
+    async def _lease(self, start: prefill_pb2.StartPrefill) -> AsyncIterator[Lease]:
+        """Accepts a prompt, and ends its lease at the end of the context."""
+        logs.request_id.set(start.request_id)
+        tracing.current().set(
+            request_id=start.request_id, worker=self._hello.worker_id, prompt_tokens=len(start.prompt_token_ids)
+        )
+        self._check_open(start)
+        lease = self._accept(start, await self._parse(start))
+        try:
+            yield lease
+        finally:
+            self._end(lease)
+            logs.ended("prefill", outcome_of(sys.exception()), prompt_tokens=len(lease.sequence.prompt))
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
@@ -269,13 +294,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._check_open(start)  # again: compiling a grammar takes time
         if sequence.id in self._leases:
             raise InvalidRequest("transfer_id", "is in use by a running transfer")
-        lease = Lease(start, sequence, self._half, self._executor)
-        if lease.delivery == prefill_pb2.KV_DELIVERY_INLINE and lease.spec.total_bytes > MAX_INLINE_KV:
-            problem = (
-                f"the KV of this prompt has {lease.spec.total_bytes} bytes, the limit of KV inline is {MAX_INLINE_KV}"
-            )
-            raise InvalidRequest("kv_delivery", problem)
-        self._leases[sequence.id] = lease
+        lease = self._leases[sequence.id] = Lease(start, sequence, self._half, self._executor)
         self.engine.send(Submit(sequence))
         return lease
 
@@ -303,30 +322,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self.engine.send(Release(lease.sequence.id))
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        pulled = lease.delivery == prefill_pb2.KV_DELIVERY_PULLED
         computed = ended = False
-        response = prefill_pb2.PrefillResponse()
         while not ended:
             event = await lease.events.get()
+            response = prefill_pb2.PrefillResponse()
             while True:
                 if isinstance(event, Exception):
                     raise event
                 if event is not None:
                     self._note(lease, event, response)
-                if isinstance(event, PromptComputed):
-                    computed = True
-                    if lease.delivery == prefill_pb2.KV_DELIVERY_INLINE:
-                        response.kv = await lease.sender.whole_message()
+                    computed = computed or isinstance(event, PromptComputed)
                 if lease.events.empty():
                     break
                 event = lease.events.get_nowait()
             ended = computed and (lease.sender.complete or lease.released)
             if ended and trace:
                 response.done.trace.CopyFrom(lease.finished_trace())
-            # A decode worker that does not pull acts on the whole prompt only: one message costs less than several.
-            if response.ListFields() and (pulled or computed):
+            if response.ListFields():
                 yield response
-                response = prefill_pb2.PrefillResponse()
 
     def _note(self, lease: Lease, event: PrefillEvent, response: prefill_pb2.PrefillResponse) -> None:
         """Adds an event to the next response."""
@@ -386,8 +399,6 @@ def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, serv
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= served.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")
-    if start.kv_delivery not in prefill_pb2.KvDelivery.values():
-        raise InvalidRequest("kv_delivery", f"unknown delivery {start.kv_delivery}")
     if start.codec not in served.codecs:
         raise Incompatible(f"this worker does not offer KV codec {start.codec}", ["codec"])
     sampling.check_vocab(served.config.vocab_size)

@@ -133,7 +133,7 @@ async def lanes(
     tiny_pair: Path, prefill_worker: registry_pb2.Hello, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[list[Handoffs]]:
     """Several handoffs at a time, because a damaged transfer mostly waits before its retry."""
-    monkeypatch.setattr("overfill.kv.receiver.MAX_INLINE_KV", 0)  # all KV is pulled
+    monkeypatch.setattr("overfill.kv.receiver.MAX_KV_AT_ONCE", 0)  # all KV is pulled
     pair, spec = Pair.load(tiny_pair), KvSpec.from_proto(prefill_worker.kv)
     async with AsyncExitStack() as exits:
         executor = exits.enter_context(ThreadPoolExecutor(2))

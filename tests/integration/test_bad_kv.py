@@ -52,7 +52,6 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.kv_dtype = None
         self.sends_first_token = True
         self.first_token = decode_pb2.Tokens(ids=[9])
-        self.unasked_kv = False
         self.ended = asyncio.Event()
         self.acknowledged = 0
         self.specs = {}
@@ -77,24 +76,13 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
             start = (await anext(aiter(request_iterator))).start
             if self.refuse:
                 raise self.refuse
-            tokens = (0, len(start.prompt_token_ids))
-            self.specs[start.transfer_id] = TransferSpec(
-                start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
-            )
+            self._begin(start)
             if self.silent:
                 await asyncio.Event().wait()
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
             yield prefill_pb2.PrefillResponse(ready=prefill_pb2.RangesReady(token_start=0, token_end=6))
-            kv = b""
-            if start.kv_delivery == prefill_pb2.KV_DELIVERY_INLINE or self.unasked_kv:
-                ranges = [kv_pb2.KvRange(layer_end=2, token_end=6, head_end=2)]
-                first, *others = self._chunks(start.transfer_id, ranges)
-                message = kv_pb2.KvChunk()
-                message.CopyFrom(first)
-                message.also.extend(others)
-                kv = message.SerializeToString()
             if self.sends_first_token:
-                yield prefill_pb2.PrefillResponse(first_token=self.first_token, kv=kv)
+                yield prefill_pb2.PrefillResponse(first_token=self.first_token)
             num_vectors = 2 * 2 * 6 * 2
             async for request in request_iterator:
                 self.received.append(request.WhichOneof("message"))
@@ -109,9 +97,24 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         finally:
             self.ended.set()
 
+    async def PrefillAtOnce(self, request, context):
+        self._begin(request)
+        message = kv_pb2.KvChunk()
+        first, *others = self._chunks(request.transfer_id, [kv_pb2.KvRange(layer_end=2, token_end=6, head_end=2)])
+        message.CopyFrom(first)
+        message.also.extend(others)
+        first_token = self.first_token if request.sample_first_token and self.sends_first_token else None
+        return prefill_pb2.PrefillResponse(first_token=first_token, kv=message.SerializeToString())
+
     async def PullKv(self, request, context):
         for chunk in self._chunks(request.transfer_id, request.ranges):
             yield chunk
+
+    def _begin(self, start):
+        tokens = (0, len(start.prompt_token_ids))
+        self.specs[start.transfer_id] = TransferSpec(
+            start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
+        )
 
     def _chunks(self, transfer_id, ranges):
         spec = self.specs[transfer_id]
@@ -129,13 +132,21 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
 
 @pytest.fixture
 async def worker(monkeypatch):
-    monkeypatch.setattr(receiver, "MAX_INLINE_KV", 0)  # all KV is pulled
+    monkeypatch.setattr(receiver, "MAX_KV_AT_ONCE", 0)  # all KV is pulled
     servicer = ScriptedPrefill()
     server = RpcServer()
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")
     servicer.address = await server.start("127.0.0.1:0")
     yield servicer
     await server.stop()
+
+
+@pytest.fixture(params=["pulled", "at once"])
+def way(request, worker, monkeypatch):
+    """How the KV arrives."""
+    if request.param == "at once":
+        monkeypatch.setattr(receiver, "MAX_KV_AT_ONCE", 6 * KV.token_bytes)
+    return request.param
 
 
 @pytest.fixture
@@ -172,7 +183,7 @@ async def pull(worker):
     await pool.close()
 
 
-async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
+async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker, way):
     cache, tokens = await pull()
     used = cache.slots([2, 0], 0, 6)
     for layer in (0, 1):
@@ -180,7 +191,7 @@ async def test_right_kv_arrives_in_the_blocks_and_nowhere_else(pull, worker):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
             assert half.sum() == 6 * 2 * 4
     assert list(tokens[0].ids) == [9]
-    assert worker.acknowledged == 48
+    assert worker.acknowledged == (48 if way == "pulled" else 0)
     assert pull.times_in_place == 1
 
 
@@ -226,10 +237,7 @@ ONCE = {kind: spoil for kind, (spoil, _) in BAD.items()} | {
 
 
 @pytest.mark.parametrize("kind", ONCE)
-@pytest.mark.parametrize("inline", [False, True], ids=["pulled", "inline"])
-async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind, inline, monkeypatch):
-    if inline:
-        monkeypatch.setattr(receiver, "MAX_INLINE_KV", 6 * KV.token_bytes)
+async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind, way):
     worker.spoil, worker.spoiled_pulls = ONCE[kind], 1
     cache, _ = await pull()
     used = cache.slots([2, 0], 0, 6)
@@ -237,7 +245,7 @@ async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind, inline
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
     assert pull.stats.broken_streams == 1
-    assert worker.acknowledged == 48
+    assert worker.acknowledged == (48 if way == "pulled" else 0)
 
 
 def scaled(chunk, scale):
@@ -282,11 +290,16 @@ async def test_a_broken_data_stream_continues_in_another(pull, worker):
 
 
 @pytest.mark.parametrize("kind", BAD)
-async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, kind):
+async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, kind, way):
     worker.spoil, reason = BAD[kind]
+    if way == "at once" and kind == "missing":
+        reason = "vectors missing"
     with pytest.raises(TransferFailed, match=reason):
         await pull()
-    await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is notified and may free its blocks
+    if way == "pulled":
+        await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is notified and may free its blocks
+    else:
+        assert worker.pulls == 1 + receiver.MAX_REPEATS
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
@@ -304,20 +317,14 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
         await pull()
 
 
-async def test_kv_with_the_first_token_that_should_be_pulled_fails(pull, worker):
-    worker.unasked_kv = True
-    with pytest.raises(TransferFailed, match="must be pulled"):
-        await pull()
-
-
 @pytest.mark.parametrize("wrong", [{"ids": []}, {"ids": [9, 9]}, {"ids": [9], "first_index": 3}])
-async def test_a_first_token_that_is_not_one_and_the_first_fails(pull, worker, wrong):
+async def test_a_first_token_that_is_not_one_and_the_first_fails(pull, worker, wrong, way):
     worker.first_token = decode_pb2.Tokens(**wrong)
     with pytest.raises(TransferFailed, match="a prefill worker sends one, the first"):
         await pull()
 
 
-async def test_a_transfer_without_the_first_token_fails(pull, worker):
+async def test_a_transfer_without_the_first_token_fails(pull, worker, way):
     worker.sends_first_token = False
     with pytest.raises(TransferFailed, match="without the first token"):
         await pull()

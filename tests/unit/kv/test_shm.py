@@ -80,7 +80,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 
 @pytest.fixture
 async def worker(monkeypatch):
-    monkeypatch.setattr("overfill.kv.receiver.MAX_INLINE_KV", 0)  # all KV is pulled
+    monkeypatch.setattr("overfill.kv.receiver.MAX_KV_AT_ONCE", 0)  # all KV is pulled
     servicer = Prefill()
     servicer.shm_server.start()
     server = RpcServer()

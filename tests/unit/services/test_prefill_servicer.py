@@ -84,14 +84,13 @@ def start(transfer_id=b"t" * 16, **options):
     )
 
 
-def accepted(servicer, transfer_id=b"t" * 16, **options):
+def accepted(servicer, transfer_id=b"t" * 16):
     sequence = PrefillSequence(transfer_id.hex(), [1, 2, 3, 4], SamplingParams(temperature=0))
-    return servicer._accept(start(transfer_id, **options), sequence)
+    return servicer._accept(start(transfer_id), sequence)
 
 
-def computed(servicer, **options):
-    lease = accepted(servicer, **options)
-    lease.received_ns = 0
+def computed(servicer):
+    lease = accepted(servicer)
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
         lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
@@ -145,45 +144,62 @@ async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(ben
     assert value("overfill_prefill_compute_seconds_sum") == 2
 
 
-async def test_a_little_kv_comes_with_the_first_token_and_is_leased_until_it_is_acknowledged(bench):
-    bench.cache.go_on.set()
-    lease = computed(bench.servicer, kv_delivery=prefill_pb2.KV_DELIVERY_INLINE)
-    serving = bench.servicer._serve(lease, False)
-    whole = asyncio.ensure_future(anext(serving))
-    await until(lease.events.empty)
-    assert not whole.done()
+def at_once(servicer, **options):
+    return asyncio.ensure_future(servicer.PrefillAtOnce(start(**options), None))
+
+
+async def compute(servicer):
+    """Reports the only prompt as computed."""
+    await until(lambda: servicer.active)
+    (lease,) = servicer._leases.values()
+    lease.received_ns = 0
+    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
+    for layer in (0, 1):
+        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
     lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 0))
-    response = await whole
+    return lease
+
+
+async def test_a_little_kv_comes_at_once_with_the_first_token(bench):
+    bench.cache.go_on.set()
+    answer = at_once(bench.servicer)
+    lease = await compute(bench.servicer)
+    response = await answer
     assert list(response.first_token.ids) == [7]
     (chunk,) = parse_message(response.kv)
-    everything = KvRange(0, 2, 0, 4, 0, 1)
-    assert check(lease.spec, chunk) == everything
-    end = asyncio.ensure_future(anext(serving, None))
-    lease.events.put_nowait(None)
-    await until(lease.events.empty)
-    assert not end.done()
-    lease.sender.acknowledge(everything)
-    lease.events.put_nowait(None)
-    assert await end is None
-    bench.servicer._end(lease)
+    assert check(lease.spec, chunk) == KvRange(0, 2, 0, 4, 0, 1)
     await until(lambda: bench.releases)
 
 
-async def test_no_kv_ends_the_lease_with_the_first_token(bench):
-    lease = computed(bench.servicer, kv_delivery=prefill_pb2.KV_DELIVERY_NONE)
-    lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 0))
-    (response,) = [response async for response in bench.servicer._serve(lease, False)]
+async def test_blocks_are_released_after_kv_at_once_has_been_read(bench):
+    answer = at_once(bench.servicer)
+    await compute(bench.servicer)
+    await asyncio.to_thread(bench.cache.reading.wait, 5)
+    answer.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not bench.releases
+    bench.cache.go_on.set()
+    await until(lambda: bench.releases)
+    assert bench.releases == [0]
+    assert answer.cancelled()
+
+
+async def test_an_answer_of_one_token_gets_no_kv(bench, monkeypatch):
+    monkeypatch.setattr(prefill_servicer, "MAX_KV_AT_ONCE", 0)
+    answer = at_once(bench.servicer, without_kv=True)
+    await compute(bench.servicer)
+    response = await answer
     assert list(response.first_token.ids) == [7]
     assert not response.kv
-    bench.servicer._end(lease)
     await until(lambda: bench.releases)
 
 
-async def test_kv_that_is_too_large_to_come_with_the_first_token_is_refused(bench, monkeypatch):
-    monkeypatch.setattr(prefill_servicer, "MAX_INLINE_KV", 4 * KV.token_bytes - 1)
-    with pytest.raises(InvalidRequest, match=f"kv_delivery.*{4 * KV.token_bytes} bytes"):
-        accepted(bench.servicer, kv_delivery=prefill_pb2.KV_DELIVERY_INLINE)
-    assert bench.servicer.active == 0
+async def test_kv_that_is_too_large_to_come_at_once_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(prefill_servicer, "MAX_KV_AT_ONCE", 4 * KV.token_bytes - 1)
+    with pytest.raises(InvalidRequest, match=f"{4 * KV.token_bytes} bytes of KV"):
+        await at_once(bench.servicer)
+    await until(lambda: bench.releases)
 
 
 async def test_released_kv_does_not_stall(bench, monkeypatch):
