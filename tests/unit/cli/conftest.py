@@ -95,9 +95,6 @@ class FakeClient:
         assert self.stack is not None
         return self.stack
 
-    def connect(self) -> Callable[..., FakeClient]:
-        return lambda *address_and_tls: self
-
     def __enter__(self) -> Self:
         return self
 
@@ -106,10 +103,9 @@ class FakeClient:
 
 @pytest.fixture
 def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    """Replaces the client that ``connect`` returns in every client command."""
+    """Replaces the client of every client command."""
     client = FakeClient()
-    for module in ("generate", "chat", "status", "top"):
-        monkeypatch.setattr(f"overfill.cli.{module}.connect", client.connect())
+    monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: client)
     return client
 
 

@@ -113,7 +113,7 @@ def test_the_router_is_shown_with_the_tiers_of_up(file: Path, capsys: pytest.Cap
 
 def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)

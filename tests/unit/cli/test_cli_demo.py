@@ -12,7 +12,6 @@ from rich.console import Console, RenderableType
 
 from overfill.cli.demo import _option
 from overfill.cli.demo_tiers import TIERS, TierAnswer, answers_view, ask_tiers, default_tiers, figures_table
-from overfill.cli.main import main
 from overfill.client import Answer, Delta, SamplingParams, Usage
 from overfill.settings.tiers import TierSpec
 
@@ -109,8 +108,3 @@ def test_only_cpus_with_native_kernels_get_int8_and_never_the_full_model(
     full, *others = default_tiers()
     assert (full, tuple(tier.model_copy(update={"settings": {}}) for tier in others)) == (TIERS[0], TIERS[1:])
     assert {tier.quantize for tier in others} == {"int8" if int8 else None}
-
-
-def test_tiers_and_one_pair_conflict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--pair", "fast", "--tier", "fast=fast"]) == 2
-    assert "--tier conflicts with --pair" in capsys.readouterr().err

@@ -20,7 +20,6 @@ from overfill.cli.main import main
         (["simulate", "--colocated", "1", "--profile", "h100-l4"], "--profile: colocated_kv_tokens: the profile"),
         (["bench", "serve", "--target", "foo"], "--target: 'foo' is not a target"),
         (["bench", "serve", "--objective", "bogus=1"], "--objective: 'bogus=1' is not a limit"),
-        (["bench", "decode", "--peers", "bogus"], "--peers: unknown: bogus"),
         (["loadtest", "--target", "foo"], "--target: 'foo' has no port"),
         (["keys", "create", "no name"], "NAME: is 'no name'"),
         (["certs", "certs", "--name", "é"], "--name: 'é' is neither"),

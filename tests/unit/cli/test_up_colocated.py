@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 from described import placed
-from rich.console import Console
 
 from overfill.cli import up
 from overfill.cli.main import main
@@ -56,7 +54,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, with_vllm: Callable[[bool], None]) 
 def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlacedStack]:
     """Runs ``up`` with arguments and returns the plan that it would run. Exit code 2 raises UsageError's exit."""
     plans: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr(up, "require_vllm", lambda: None)
@@ -92,7 +90,7 @@ def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         ProcessRunner, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module))
     )
-    stack = ProcessRunner(plan().spec, lambda name, line: None)
+    stack = ProcessRunner(plan(), lambda name, line: None)
     stack.start()
     stack._remove_folder()
     router = ("router-0", "services.router.main")
@@ -159,7 +157,7 @@ def test_drain_counts_the_requests_of_both_stages(
     drained: list[str] = []
     lines: list[str] = []
     client = SimpleNamespace(drain=drained.append, status=lambda: status(states.pop(0)))
-    monkeypatch.setattr("overfill.cli.drain.connect", lambda *args: contextlib.nullcontext(client))
+    monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: contextlib.nullcontext(client))
     monkeypatch.setattr("overfill.cli.drain._POLL", 0)
     monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
     assert main(["drain", "colocated-0"]) == 0
@@ -171,10 +169,8 @@ def test_drain_counts_the_requests_of_both_stages(
 
 def test_the_welcome_says_which_workers_have_both_stages() -> None:
     def said(made: PlacedStack) -> list[str]:
-        out = Console(file=io.StringIO(), width=200)
-        welcome(out, made.spec, made.addresses, ProcessRunner(made.spec, lambda name, line: None).describe_workers)
-        lines: list[str] = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return [line for line in lines if "CPU threads each" in line]
+        text = welcome(made.spec, made.addresses, ProcessRunner(made, lambda name, line: None).describe_workers)
+        return [line for line in text.splitlines() if "CPU threads each" in line]
 
     (line,) = said(plan(threads=2))
     assert line.split(maxsplit=1) == ["colocated", "colocated-0 (both stages, CPU threads each: 2)"]

@@ -39,7 +39,7 @@ def parsed(*texts: str) -> tuple[TierSpec, ...]:
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run. Pairs are found at ``/pairs``."""
     made: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: made.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: made.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
@@ -73,7 +73,10 @@ def test_routers_know_the_tiers_and_expect_all_their_workers() -> None:
         assert RouterConfig.of(router.settings()) == router
     assert {worker.pair for worker in made.prefill} == {"default"}
     assert [tier.name for tier in made.tiers] == ["default", "full", "fast"], "the default tier first"
-    assert [worker.worker_id for worker in made.of_tier("default")] == ["decode-default-0", "decode-default-1"]
+    assert [worker.id for worker in made.workers if worker.tier == "default"] == [
+        "decode-default-0",
+        "decode-default-1",
+    ]
 
 
 def test_the_default_tier_may_be_chosen() -> None:
@@ -88,7 +91,7 @@ def test_a_stack_with_one_pair_has_one_tier_that_its_workers_do_not_name() -> No
     assert [worker.worker_id for worker in made.decode] == ["decode-0", "decode-1"]
     assert {worker.tier for worker in made.decode} == {""}
     assert [(tier.name, tier.pair, tier.replicas) for tier in made.tiers] == [("default", "/p", 2)]
-    assert made.of_tier("default") == made.decode
+    assert tuple(worker.config for worker in made.workers if worker.tier == "default") == made.decode
     assert not made.routers[0].tiers
 
 
