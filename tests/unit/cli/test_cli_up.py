@@ -26,7 +26,6 @@ from described import described, placed
 from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
-from overfill.cli.up_config import OWN
 from overfill.errors import UnsupportedModel
 from overfill.process.extras import MissingExtra
 from overfill.rpc import certificates
@@ -348,14 +347,6 @@ def test_a_folder_of_logs_that_cannot_be_made_is_named(tmp_path: Path, capsys: p
     assert f"--log-dir {folder}: cannot be made: Not a directory" in capsys.readouterr().err
 
 
-def test_help_lists_every_option_that_is_a_variable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", "--help"]) == 0
-    text = re.sub(r"\s+", "", capsys.readouterr().out)
-    listed = re.search(r"Theoptions(.*)arevariablestoo", text)
-    assert listed is not None
-    assert sorted(listed[1].split(",")) == sorted({f"--{flag}" for flag in OWN})
-
-
 @pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
 def test_an_option_whose_setting_is_not_text_does_not_accept_any_text(kind: type[ServiceConfig]) -> None:
     shown = (option for option in up.up_command.params if not getattr(option, "hidden", False))
@@ -447,10 +438,6 @@ def test_the_openai_endpoint_is_on_by_default(
     assert https("--config", str(file)) == ["off"]
     monkeypatch.setenv("OVERFILL_ROUTER_HTTP", "8300")
     assert https() == https("--config", str(file)) == [8300]
-    monkeypatch.setenv("OVERFILL_UP_HTTP", "8200")
-    assert https("--config", str(file)) == [8200]
-    monkeypatch.setenv("OVERFILL_UP_HTTP", "off")
-    assert https() == ["off"]
     for wrong in ("on", "70000"):
         assert main(["up", "--http", wrong]) == 2
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")

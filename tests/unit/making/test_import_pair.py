@@ -144,13 +144,6 @@ def tie(folder: Path) -> None:
     edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
 
 
-def to_torch_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 @pytest.mark.parametrize("half", ["full", "decoder"])
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(half: str, source: Path, tmp_path: Path) -> None:
     tie(source / half)
@@ -168,22 +161,12 @@ def test_a_tied_head_that_is_stored_too_is_imported(source: Path, tmp_path: Path
     assert_right_answers(imported(source, tmp_path / "out").folder)
 
 
-def test_a_tied_head_in_a_torch_file_is_written_once(source: Path, tmp_path: Path) -> None:
-    tie(source / "decoder")
-    to_torch_file(source / "decoder", lambda t: t.update({HEAD: t[EMBEDDING]}))
-    pair = imported(source, tmp_path / "out")
-    names = load_file(pair.decoder_path / "model.safetensors").keys()
-    assert EMBEDDING in names
-    assert HEAD not in names
-    assert_right_answers(pair.folder)
-
-
 def test_a_converted_half_is_written_in_shards_with_an_index(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(import_pair, "_SHARD_BYTES", 100_000)
     digest = Pair.load(source).decoder_digest
-    to_torch_file(source / "decoder", lambda t: None)
+    edit_tensors(source / "decoder", lambda t: [t.update({f"student.{name}": t.pop(name)}) for name in list(t)])
     pair = imported(source, tmp_path / "out")
     weights = json.loads((pair.decoder_path / "model.safetensors.index.json").read_text())["weight_map"]
     shards = sorted(set(weights.values()))
@@ -267,7 +250,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[OverfillError], str]] = 
     "no-weights": (
         lambda d: (d / "model.safetensors").unlink(),
         InvalidPair,
-        r"no model\.safetensors and no pytorch_model\.bin",
+        r"neither model\.safetensors nor model\.safetensors\.index\.json",
     ),
     "being-downloaded": (
         lambda d: (d / "model.safetensors").rename(d / "model.safetensors.incomplete"),
@@ -293,6 +276,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[OverfillError], str]] = 
         lambda d: (d / "model.safetensors").rename(d / "model-Q4_K_M.gguf"),
         UnsupportedModel,
         r"model-Q4_K_M\.gguf: GGUF is not supported",
+    ),
+    "torch": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        UnsupportedModel,
+        r"pytorch_model\.bin: torch's files are pickles and are not supported",
     ),
     "mlx": (
         lambda d: edit_tensors(d, lambda t: None, "mlx"),

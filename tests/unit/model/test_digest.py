@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from overfill.errors import InvalidPair
+from overfill.making.finite import check_finite
 from overfill.model.config import ModelConfig
-from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors, tokenizer_digest
 from overfill.model.loading import count_parameters
 
 

@@ -31,8 +31,8 @@ Q, GATE, HEAD = (
 )
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, progress=None) -> Weights:
-    return load_weights(folder, ModelConfig.load(folder), dtype, CPU, progress)
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
+    return load_weights(folder, ModelConfig.load(folder), dtype, CPU)
 
 
 def rewrite(folder: Path, change) -> None:
@@ -108,17 +108,6 @@ def test_weights_take_the_dtype_asked_for_and_are_a_copy(save_model, tmp_path: P
     before = exact.norm.clone()
     rewrite(tmp_path, lambda t: t["model.norm.weight"].zero_())
     assert torch.equal(exact.norm, before)
-
-
-def test_progress_ends_at_the_size_of_the_model(save_model, tmp_path: Path) -> None:
-    model = save_model(LlamaConfig(**SHAPE))
-    seen: list[tuple[int, int]] = []
-    load(tmp_path, torch.bfloat16, lambda done, total: seen.append((done, total)))
-
-    size = 2 * sum(p.numel() for p in model.parameters())
-    assert len(seen) == len(model.state_dict())
-    assert seen == sorted(seen)
-    assert seen[-1] == (size, size)
 
 
 def test_frequency_buffers_of_old_checkpoints_are_ignored(save_model, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from overfill.errors import Incompatible, InvalidPair, UnsupportedModel
 from overfill.kv.handshake import check_compatible
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Pair, check_family, write_manifest
+from overfill.model.manifest import Pair, check_family
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.making.head_plan import head_mask_of
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_mask_of, tokens_in_row_order
+from overfill.model.head import tokens_in_row_order
 
 # The config of Llama 3.1 8B, written by transformers 4.
 LLAMA_31 = {

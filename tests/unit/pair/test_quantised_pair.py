@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from overfill.engine.build import load_half
+from overfill.engine.protocol import EngineOptions
 from overfill.errors import InvalidPair
 from overfill.lab.faults.service import negate_weight_row
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Half, Pair, write_manifest
+from overfill.model.manifest import Half, Pair
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 from overfill.pair.llm import LLM
@@ -25,8 +27,8 @@ INT8 = {"quantize": "int8"}
 
 
 def load(pair: Pair, half: Half) -> Any:
-    options = {"block_size": 16, "max_model_len": 128, "warm_tokens": 16, "max_num_seqs": 2}
-    return load_half(pair, half, dtype="float32", device=torch.device("cpu"), **options).model
+    options = EngineOptions(torch.device("cpu"), "float32", max_model_len=128, max_num_seqs=2)
+    return load_half(pair, half, options).model
 
 
 def test_the_recipe_says_whether_the_decoder_is_quantised(fresh: Callable[[], Path]) -> None:
