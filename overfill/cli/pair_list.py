@@ -60,7 +60,7 @@ def _describe(name: str, folder: Path, state: str) -> dict[str, Any]:
     described: dict[str, Any] = {"name": name, "state": state, "folder": str(folder), "full": None, "decoder": None}
     if state != "ready":
         return described
-    pair = Pair.load(folder, weights=False)
+    pair = Pair.load(folder)
     for half in get_args(Half):
         path = pair.path(half)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
