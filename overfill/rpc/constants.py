@@ -50,6 +50,9 @@ MAX_CHUNK_PAYLOAD: Final = 1 << 20
 MAX_SHARED_PAYLOAD: Final = 8 << 20
 """Maximum payload of a KV chunk passed through shared memory, in bytes."""
 
+MAX_KV_AT_ONCE: Final = 64 << 10
+"""Maximum bytes of raw KV that PrefillAtOnce sends with the first token. Streams of their own would cost more."""
+
 MAX_MESSAGE_BYTES: Final = 8 << 20
 """Maximum size of a message in either direction, in bytes."""
 

@@ -230,8 +230,8 @@ def test_a_process_that_drains_ends_its_answers_and_refuses_nothing(tiny_pair, t
         assert list(running(address)) == [other]
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-def test_limits_of_a_key_hold_over_all_processes(tiny_pair, tmp_path, limit):
+def test_limits_of_a_key_hold_over_all_processes(tiny_pair, tmp_path):
+    limit = 3
     file = tmp_path / "keys.json"
     free = keys.create(file, "free")
     held = keys.create(file, "held", concurrency=limit)

@@ -85,6 +85,7 @@ def test_of_two_drawn_workers_the_less_loaded_is_chosen(add_worker):
     chosen = [choose(pool).id for _ in range(200)]
     assert len(set(chosen)) > 5, "the draws differ"
     assert "d9" not in chosen, "the most loaded worker loses every comparison"
+    assert len(set(pool.policy.best(make_job("a", 10, 10)))) == 10, "the others follow"
 
 
 # Prefix affinity ---------------------------------------------------------------------------------------------------
