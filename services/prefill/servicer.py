@@ -29,7 +29,6 @@ from overfill.errors import (
     OverfillError,
     Overloaded,
     PromptTooLong,
-    ShuttingDown,
     TransferFailed,
     Unavailable,
 )
@@ -39,10 +38,9 @@ from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.request.params import SamplingParams, check_token_ids
-from overfill.rpc import unfilled
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost, fill_description
+from overfill.rpc.worker import WorkerHost, check_start, fill_description
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
@@ -300,11 +298,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def _check_open(self, start: prefill_pb2.StartPrefill) -> None:
         """Raises unless the worker accepts new prompts and is the incarnation that the router means."""
-        if self.host.draining:
-            raise ShuttingDown(f"{self._hello.worker_id} is draining")
-        if start.expected_incarnation != self._hello.incarnation:
-            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
-        unfilled.check_start(start)
+        check_start(start, self._hello, draining=self.host.draining)
         if len(self._leases) >= self._max_leases:
             raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, which is its maximum")
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair.reference import load_references
 from overfill.settings.tiers import TierSpec
 
@@ -68,7 +69,7 @@ def test_equal_arguments_give_equal_pairs(tiny_pair: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_architecture_makes_a_valid_pair(architecture: str, tmp_path: Path) -> None:
-    pair = Pair.load(make_tiny_pair(tmp_path / "pair", architecture=architecture), check_digests=True)  # type: ignore[arg-type]
+    pair = load_whole(make_tiny_pair(tmp_path / "pair", architecture=architecture), digests=True)  # type: ignore[arg-type]
     assert pair.full_config.model_type == architecture
     assert pair.decoder_config.intermediate_size == 64
     assert not pair.identity

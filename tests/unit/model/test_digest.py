@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from overfill.errors import InvalidPair
 from overfill.making.finite import check_finite
 from overfill.model.config import ModelConfig
-from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors
 from overfill.model.loading import count_parameters
+from overfill.model.manifest import tokenizer_digest
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
