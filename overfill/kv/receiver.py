@@ -165,7 +165,7 @@ class PromptPull:
         on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None] = lambda: None,
     ) -> None:
-        """Runs the prefill RPC and the data streams, or one RPC for little or no KV. Returns when every range is in place and acknowledged.
+        """Runs the prefill RPC and the data streams, or one RPC for little or no KV. Returns when all KV is in place.
 
         If the worker freezes after it has sent everything, or after ``release``, returns after ``_FAREWELL``.
 
