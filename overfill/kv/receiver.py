@@ -43,7 +43,8 @@ from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
 MAX_REPEATS = 3
-"""Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
+"""Limit on repeats of a data stream, each for the ranges that are still missing, and of ``PrefillAtOnce``, for all KV.
+The transfer then fails."""
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
@@ -164,7 +165,7 @@ class PromptPull:
         on_first_token: Callable[[decode_pb2.Tokens], None],
         on_in_place: Callable[[], None] = lambda: None,
     ) -> None:
-        """Runs the prefill RPC and the data streams. Returns when every range is in place and acknowledged.
+        """Runs the prefill RPC and the data streams, or one RPC for little or no KV. Returns when all KV is in place.
 
         If the worker freezes after it has sent everything, or after ``release``, returns after ``_FAREWELL``.
 
@@ -272,7 +273,7 @@ class PromptPull:
         """Ends ``run`` early, after the first token: stops the data streams and tells the worker, which frees the KV.
 
         Returns:
-            False if ``run`` has ended.
+            False if ``run`` has ended, or must be cancelled instead.
         """
         if self._ended:
             return False
