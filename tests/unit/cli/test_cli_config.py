@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from overfill.cli import up
 from overfill.cli.config import display
 from overfill.cli.main import main
 from overfill.stack.describe import threads_per_worker
-from overfill.stack.placed import place
+from overfill.stack.placed import PlacedStack
 
 FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
@@ -103,24 +102,12 @@ def test_check_finds_faults_in_the_settings_of_tiers(file: Path, capsys: pytest.
     assert f"{file}: up.tier other: --quantize" in err
 
 
-def test_the_router_is_shown_with_the_tiers_of_up(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text("up: {tier: [full=identity, fast=fast]}\nrouter: {brownout: full > fast}")
-    assert main(["config", "show", "--config", str(file), "router"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("tiers ")]
-    assert "full=identity:1;fast=fast:1" in line
-    assert line.endswith(f"{file}: up.tier")
-
-
-def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
-    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
-    monkeypatch.setattr(up, "check_engines", lambda spec: None)
+def test_up_starts_what_the_file_says(
+    file: Path, unchecked: list[PlacedStack], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(file.parent)
     assert main(["up", "--no-ray", "--config", str(file), "--decode", "1"]) == 0
-    (plan,) = plans
+    (plan,) = unchecked
     assert (len(plan.prefill), len(plan.decode)) == (2, 1)
     assert plan.routers[0].port == 7700
     assert plan.routers[0].http == 8000
@@ -137,15 +124,3 @@ def test_an_unknown_variable_of_up_is_an_error(
     monkeypatch.setenv("OVERFILL_UP_DECOD", "5")
     assert main(["up", "--pair", "/no/such/pair"]) == 2
     assert "did you mean OVERFILL_UP_DECODE?" in capsys.readouterr().err
-
-
-def test_up_refuses_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("decode: {thread: 1}")
-    assert main(["up", "--config", str(path)]) == 2
-    assert "did you mean threads?" in capsys.readouterr().err
-
-
-def test_an_unknown_service_is_named_by_its_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "show", "bogus"]) == 2
-    assert "Invalid value for 'SERVICE': 'bogus'" in capsys.readouterr().err
