@@ -12,17 +12,16 @@ from pathlib import Path
 
 import cli_tables
 import errors_table
+import metrics_page
 import python_objects
 import settings_tables
 import stack_schema
 import wire_tables
 
-from overfill.cli.metrics import metrics_page
-
 DOCS = Path(__file__).parents[1]
 _PART = re.compile(r"(<!-- made: ([^>\n]+) -->\n).*?(?=<!-- /made -->)", re.DOTALL)
 _WHOLE: dict[Path, Callable[[], str]] = {
-    DOCS / "reference" / "metrics.md": metrics_page,
+    DOCS / "reference" / "metrics.md": metrics_page.metrics_page,
     DOCS / "reference" / "stack.schema.json": stack_schema.stack_schema,
 }
 """Files all of which is made."""

@@ -14,7 +14,7 @@ from table_text import cell, sentence, table
 
 from overfill.cli.up import up_command
 from overfill.engine.mock.options import MockOptions
-from overfill.settings.allowed import placeholder
+from overfill.settings.allowed import default_text, placeholder
 from overfill.settings.common import CommonSettings
 from overfill.settings.config import (
     SERVICES,
@@ -26,7 +26,6 @@ from overfill.settings.config import (
     WorkerConfig,
 )
 from overfill.settings.config_file import field_name, flag_name
-from overfill.settings.flags import default_text
 from overfill.settings.reader import SEPARATORS
 
 Settings = type[CommonSettings]

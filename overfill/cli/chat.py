@@ -5,19 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
-from overfill.cli.options import (
-    connect,
-    connection_options,
-    sampling,
-    sampling_options,
-    tier_options,
-)
+from overfill.cli.options import Connection, connection_options, request_options
 from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
@@ -30,41 +23,20 @@ _HELP = "/new starts a new conversation; /exit or /quit ends; every other line i
 
 
 @click.command("chat")
-@sampling_options
+@request_options
 @click.option("--system-prompt", "system", help="System prompt: an instruction before the first turn.")
-@click.option("--model", default="", help="Name of the model.  [default: the stack's model]")
-@tier_options
 @click.option("-v", "--verbose", is_flag=True, help="Print speed and workers of each answer on stderr.")
 @connection_options
 def chat_command(
-    system: str | None,
-    model: str,
-    tier: str,
-    fallback: str,
-    allow_brownout: bool,
-    verbose: bool,
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    tls_name: str | None,
-    api_key: str | None,
-    **sampling_flags: Any,
+    system: str | None, verbose: bool, params: SamplingParams, options: Options, connection: Connection
 ) -> int:
     """Chat with the model.
 
     /new starts a new conversation; ctrl-C stops an answer; ctrl-D, /exit or /quit ends; /help lists the commands.
     Piped input has one turn or command per line; empty lines are skipped.
     """
-    params = sampling(**sampling_flags)
     interactive = sys.stdin.isatty()
-    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
-        options: Options = {
-            "model": model,
-            "tier": tier,
-            "fallback": fallback,
-            "allow_brownout": allow_brownout or None,
-        }
+    with connection.client() as client:
         chat = Chat(client, params, options, system, verbose)
         if interactive:
             client.models()  # fails at once if no stack answers

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import click
 from rich.console import Console
 from rich.live import Live
 
-from overfill.cli.answering import stream_answer
 from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
 from overfill.cli.options import TIER
-from overfill.cli.output import answer_details, console, print_json, tokens_per_second
-from overfill.cli.up import StackRunner
-from overfill.client import Answer, Client, Message, SamplingParams
-from overfill.model.manifest import Pair
+from overfill.cli.output import answer_details, console, print_json
+from overfill.client import Client, Message, SamplingParams
 from overfill.process.extras import require
 from overfill.settings.tiers import TierSpec
 from overfill.stack.describe import RayPlacement, describe
 from overfill.stack.pairs import resolve_pairs, tier_pair
+from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
 from overfill.stack.spec import StackSpec
+from overfill.telemetry.progress import show_progress
 
 WARM_UP = """Write one sentence about a lighthouse."""
 
@@ -49,7 +46,6 @@ _NOTES = Console(stderr=True, highlight=False)
 
 
 @click.command("demo")
-@click.option("--pair", help="Serve this pair alone, without tiers: default, fast, identity, or a pair's folder.")
 @click.option(
     "--tier",
     "tiers",
@@ -60,7 +56,7 @@ _NOTES = Console(stderr=True, highlight=False)
 )
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> int:
+def demo_command(tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> int:
     """Start a stack, ask one question in each tier, show speed and time to first token.
 
     The stack has a router, a prefill worker and a decode worker per tier on free local ports. It is stopped at the end.
@@ -68,43 +64,18 @@ def demo_command(pair: str | None, tiers: tuple[TierSpec, ...], on_ray: bool, as
     where both have the same token.
     """
     require("server", "`overfill demo`", "torch")
-    if tiers and pair is not None:
-        raise click.UsageError("--tier conflicts with --pair: each --tier names its own pair, as NAME=PAIR")
     if on_ray:
         check_installed()
-    from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
-
-    # Only one worker computes at a time, so that each may use all cores.
-    own: dict[str, Any] = {
-        "threads": len(os.sched_getaffinity(0)),
-        "settings": {"log_level": "error", "grace_period": 5},
-        "ray": RayPlacement() if on_ray else None,
-    }
-    if pair is not None:
-        with show_progress() as report:
-            folder = resolve_pair(pair, report)
-        _show_pair(describe(folder, **own), as_json)
-        return 0
     chosen = tiers or default_tiers()
+    spec = describe(
+        tiers=chosen,
+        threads=len(os.sched_getaffinity(0)),  # only one worker computes at a time, so that each may use all cores
+        settings={"log_level": "error", "grace_period": 5},
+        ray=RayPlacement() if on_ray else None,
+    )
     with show_progress() as report:
-        spec = resolve_pairs(describe(tiers=chosen, **own), report)
-    command = " ".join(["overfill up", *map(_option, chosen)])
-    _show_tiers(spec, {name: tier_pair(tier) for name, tier in spec.tiers.items()}, as_json, command)
-    return 0
-
-
-def _show_pair(spec: StackSpec, as_json: bool) -> None:
-    with _running(spec) as client:
-        answer = _ask(client, quiet=as_json)
-    if as_json:
-        details = dataclasses.asdict(answer)
-        print_json({"question": QUESTION, "tokens_per_second": tokens_per_second(answer), "answer": details})
-    else:
-        _print_details(answer, "overfill up")
-
-
-def _show_tiers(spec: StackSpec, pairs: Mapping[str, Pair], as_json: bool, command: str) -> None:
+        spec = resolve_pairs(spec, report)
+    pairs = {name: tier_pair(tier) for name, tier in spec.tiers.items()}
     with _running(spec) as client:
         prompt_ids = client.tokenize([Message("user", QUESTION)])
         if not as_json:
@@ -115,21 +86,26 @@ def _show_tiers(spec: StackSpec, pairs: Mapping[str, Pair], as_json: bool, comma
         answers = with_agreement(answers, next(iter(pairs.values())), prompt_ids)
     if as_json:
         print_json({"question": QUESTION, "tiers": [one.to_json() for one in answers]})
-        return
+        return 0
     out = console()
     out.print(answers_view({one.tier: one.answer.text for one in answers}, out.width), "")
     out.print(figures_table(answers), "")
-    _print_details(answers[0].answer, command)
+    out.print(answer_details(answers[0].answer))
+    command = " ".join(["overfill up", *map(_option, chosen)])
+    out.print(
+        f"\nMeasured on the second request, with open connections. Start your own stack with: {command}", style="dim"
+    )
+    return 0
 
 
 @contextlib.contextmanager
 def _running(spec: StackSpec) -> Iterator[Client]:
     """Yields a client of a new stack, each of whose tiers has answered once: that opens the connections."""
-    stack: StackRunner
+    stack: ProcessRunner | RayRunner
     if spec.runner == "ray":
         stack = RayRunner(spec, lambda line: None)
     else:
-        stack = ProcessRunner(spec, lambda name, line: _note(f"{name} | {line}"))
+        stack = ProcessRunner(place(spec), lambda name, line: _note(f"{name} | {line}"))
     try:
         where = "on Ray" if spec.runner == "ray" else "as plain processes"
         count = spec.members("decode")
@@ -147,16 +123,6 @@ def _running(spec: StackSpec) -> Iterator[Client]:
         stack.stop()
 
 
-def _ask(client: Client, quiet: bool) -> Answer:
-    """Asks the question and streams question and answer to stdout, unless ``quiet``."""
-    if not quiet:
-        click.echo(f"{click.style(QUESTION, dim=True)}\n")
-    answer = stream_answer(client, [Message("user", QUESTION)], _SAMPLING, {}, quiet=quiet)
-    if not quiet:
-        click.echo("\n")
-    return answer
-
-
 @contextlib.contextmanager
 def _live(quiet: bool) -> Iterator[Callable[[str, str], None]]:
     """Yields a function that shows the text of a tier so far, in a terminal; it is removed at the end."""
@@ -172,14 +138,6 @@ def _live(quiet: bool) -> Iterator[Callable[[str, str], None]]:
             live.update(answers_view(texts, out.width), refresh=True)
 
         yield show
-
-
-def _print_details(answer: Answer, command: str) -> None:
-    out = console()
-    out.print(answer_details(answer))
-    out.print(
-        f"\nMeasured on the second request, with open connections. Start your own stack with: {command}", style="dim"
-    )
 
 
 def _option(tier: TierSpec) -> str:

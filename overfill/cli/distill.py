@@ -16,26 +16,6 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "smollm2-fast"
 
-_HYPERPARAMETERS = (
-    "steps",
-    "minutes",
-    "epochs",
-    "learning_rate",
-    "batch_transcripts",
-    "cross_entropy",
-    "kl",
-    "temperature",
-    "top_tokens",
-    "sampled_tokens",
-    "seed",
-    "recompute_activations",
-    "fused",
-    "eval_steps",
-    "checkpoint_steps",
-    "checkpoint_minutes",
-    "cache_gib",
-)
-
 
 @click.command("distill")
 @click.argument("pair", required=False)
@@ -120,7 +100,7 @@ def distill_command(
 
     recipe = read_recipe(recipe_name)
     set_threads(threads)
-    training = changed(recipe.training, **{name: hyperparameters[name] for name in _HYPERPARAMETERS})
+    training = changed(recipe.training, **hyperparameters)
     if dry_run:
         if unused := [name for name, value in (("PAIR", pair), ("--data", data), ("--held-out", held_out)) if value]:
             raise click.UsageError(f"--dry-run makes its own pair and data; leave out {', '.join(unused)}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import Number, connect, connection_options
+from overfill.cli.options import Connection, Number, connection_options
 
 if TYPE_CHECKING:
     from overfill.client import StackStatus
@@ -28,16 +27,7 @@ _POLL = 0.5  # seconds between checks of the worker
     help="Seconds to wait until the worker has left; 0 does not wait.",
 )
 @connection_options
-def drain_command(
-    worker: str,
-    timeout: float,
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    tls_name: str | None,
-    api_key: str | None,
-) -> int:
+def drain_command(worker: str, timeout: float, connection: Connection) -> int:
     """Take WORKER out of a running stack without losing a request. It refuses new requests and exits when it is idle.
 
     Requests that still run after the worker's --grace-period move to another worker. Exits with 1 if WORKER has not
@@ -49,7 +39,7 @@ def drain_command(
     from overfill.cli.output import counted
     from overfill.errors import PermissionDenied
 
-    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+    with connection.client() as client:
         with suppress(PermissionDenied):  # a key may drain and not see the status
             status = client.status()
             if pools := " and ".join(_last_of(status, worker)):

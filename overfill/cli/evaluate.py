@@ -14,13 +14,13 @@ from overfill.cli.options import dtype_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from overfill.kv.spec import DTypeName
     from overfill.making.conversations import Transcript
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _device_options(command: _F) -> _F:
+    """Adds ``device``, ``dtype`` and ``threads``."""
     for option in (
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]"),
         dtype_option,
@@ -31,6 +31,7 @@ def _device_options(command: _F) -> _F:
 
 
 def _data_options(command: _F) -> _F:
+    """Adds ``data`` and ``max_transcripts``."""
     for option in (
         click.option(
             "--max-transcripts",
@@ -71,12 +72,10 @@ def eval_command(
     max_transcripts: int | None,
     no_free_running: bool,
     max_tokens: int,
-    device: str,
-    dtype: DTypeName | None,
-    threads: int | None,
     as_json: bool,
     out: Path | None,
     save: bool,
+    **on: Any,
 ) -> None:
     """Judge PAIR on held-out conversations.
 
@@ -97,10 +96,8 @@ def eval_command(
             _transcripts(folder, data, max_transcripts),
             free_running=not no_free_running,
             max_tokens=max_tokens,
-            dtype=dtype,
-            device=device,
-            threads=threads,
             report=report,
+            **on,
         )
     if out is not None:
         write_evaluation(out, result)
@@ -125,11 +122,9 @@ def compare_command(
     pairs: tuple[str, ...],
     data: Path | None,
     max_transcripts: int | None,
-    device: str,
-    dtype: DTypeName | None,
-    threads: int | None,
     as_json: bool,
     out: Path | None,
+    **on: Any,
 ) -> None:
     """Compare PAIRS with plain quantisation.
 
@@ -148,7 +143,7 @@ def compare_command(
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
         transcripts = _transcripts(folders[0], data, max_transcripts)
-        for point in compare(folders, transcripts, dtype=dtype, device=device, threads=threads, report=report):
+        for point in compare(folders, transcripts, report=report, **on):
             points.append(point)
             if as_json:
                 click.echo(json.dumps(point.to_json()))
@@ -181,10 +176,8 @@ def lm_eval_command(
     limit: int | None,
     num_fewshot: int | None,
     chat: bool,
-    device: str,
-    dtype: DTypeName | None,
-    threads: int | None,
     as_json: bool,
+    **on: Any,
 ) -> None:
     """Run tasks of the lm-evaluation-harness on PAIR.
 
@@ -204,9 +197,7 @@ def lm_eval_command(
         limit=limit,
         num_fewshot=num_fewshot,
         chat=chat,
-        dtype=dtype,
-        device=device,
-        threads=threads,
+        **on,
     )
     if as_json:
         print_json(results)
@@ -214,7 +205,8 @@ def lm_eval_command(
     rows = [["task", "metric", "value", "± stderr"]]
     for task, figures in results.items():
         for metric, value in figures.items():
-            rows.append([task, metric, f"{value['value']:.4f}", _optional(value["stderr"])])
+            error = "" if value["stderr"] is None else f"{value['stderr']:.4f}"
+            rows.append([task, metric, f"{value['value']:.4f}", error])
     console().print(_table(rows))
 
 
@@ -237,7 +229,3 @@ def _table(rows: list[list[str]]) -> Table:
     for row in rows[1:]:
         table.add_row(*row)
     return table
-
-
-def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
-from overfill.cli.options import (
-    AnyNumber,
-    connect,
-    connection_options,
-    sampling,
-    sampling_options,
-    tier_options,
-)
+from overfill.cli.options import AnyNumber, Connection, connection_options, request_options
+
+if TYPE_CHECKING:
+    from overfill.client import Options
+    from overfill.request.params import SamplingParams
 
 
 @click.command("generate")
 @click.argument("prompt")
-@sampling_options
+@request_options
 @click.option("--stop", multiple=True, help="String that ends the answer; repeatable.")
 @click.option("--system-prompt", "system", help="System prompt: an instruction before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without the chat template.")
-@click.option("--model", default="", help="Name of the model.  [default: the stack's model]")
-@tier_options
 @click.option(
     "--timeout", type=AnyNumber(), help="Maximum seconds for the whole answer.  [default: the router's limit]"
 )
@@ -39,20 +33,12 @@ def generate_command(
     stop: tuple[str, ...],
     system: str | None,
     raw: bool,
-    model: str,
-    tier: str,
-    fallback: str,
-    allow_brownout: bool,
     timeout: float | None,
     as_json: bool,
     verbose: bool,
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    tls_name: str | None,
-    api_key: str | None,
-    **sampling_flags: Any,
+    params: SamplingParams,
+    options: Options,
+    connection: Connection,
 ) -> int:
     """Answer one prompt; the answer streams to stdout.
 
@@ -64,20 +50,12 @@ def generate_command(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     turns = [Message("system", system)] if system is not None else []
-    params = sampling(**sampling_flags)
-    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+    with connection.client() as client:
         answer = stream_answer(
             client,
             text if raw else [*turns, Message("user", text)],
             params,
-            {
-                "model": model,
-                "tier": tier,
-                "fallback": fallback,
-                "allow_brownout": allow_brownout or None,
-                "stop": stop,
-                "timeout": timeout,
-            },
+            {**options, "stop": stop, "timeout": timeout},
             quiet=as_json,
         )
     from overfill.cli.output import answer_details, console, print_json
@@ -87,7 +65,7 @@ def generate_command(
     else:
         click.echo()
     note_cut(answer, params)
-    note_tier(answer, tier)
+    note_tier(answer, options["tier"])
     if verbose:
         console(stderr=True).print(answer_details(answer))
     return 0

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from overfill.api import keys
 from overfill.cli.options import option_errors
-
-_SCOPES = ("infer", "status", "metrics", "admin")
+from overfill.rpc.access import Scope
+from overfill.settings.tiers import check_tier_name
 
 _FILE_OPTION = click.option(
     "--file",
@@ -21,16 +22,10 @@ _FILE_OPTION = click.option(
 
 
 def _split_scopes(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[str]:
-    scopes = [scope.strip() for value in given for scope in value.split(",")]
-    for scope in scopes:
-        if scope not in _SCOPES:
-            raise click.BadParameter(f"unknown scope {scope!r}; allowed are {', '.join(_SCOPES)}")
-    return scopes
+    return [scope.strip() for value in given for scope in value.split(",")]
 
 
 def _check_tiers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    from overfill.settings.tiers import check_tier_name
-
     for name in given:
         try:
             check_tier_name(name)
@@ -55,7 +50,7 @@ def keys_group() -> None:
 @click.option(
     "--scope", "scopes", multiple=True, callback=_split_scopes, metavar="SCOPE[,SCOPE…]",
     default=("infer", "status"), show_default=True,
-    help=f"Permissions of the key, of {', '.join(_SCOPES)}; separated by commas, or repeat the option.",
+    help=f"Permissions of the key, of {', '.join(Scope)}; separated by commas, or repeat the option.",
 )  # fmt: skip
 @click.option(
     "--tier", "tiers", multiple=True, callback=_check_tiers,
@@ -77,10 +72,8 @@ def create_command(
     allow_brownout: bool,
 ) -> None:
     """Make a key for NAME and print it. It is printed only now, because the file keeps only its hash."""
-    from overfill.api.keys import create
-
     with option_errors():
-        key = create(
+        key = keys.create(
             path,
             name,
             rate=rate,
@@ -98,9 +91,7 @@ def create_command(
 @_FILE_OPTION
 def list_command(path: Path) -> None:
     """List the names, dates, hashes, scopes, limits and tiers of all keys."""
-    from overfill.api.keys import load
-
-    for key in load(path):
+    for key in keys.load(path):
         limits = [
             *([] if key.rate is None else [f"rate:{key.rate:g}/s"]),
             *([] if key.concurrency is None else [f"concurrency:{key.concurrency}"]),
@@ -117,7 +108,5 @@ def list_command(path: Path) -> None:
 @_FILE_OPTION
 def revoke_command(name: str, path: Path) -> None:
     """Remove the key of NAME. Running routers refuse it within two seconds."""
-    from overfill.api.keys import revoke
-
     with option_errors():
-        revoke(path, name)
+        keys.revoke(path, name)

@@ -19,71 +19,43 @@ from overfill.process.extras import needs
 from overfill.settings.environment import GRPC_ENVIRONMENT
 from overfill.version import __version__
 
-# Heading in `overfill --help` -> name -> module and attribute of the click command, and its line.
+# Heading in `overfill --help` -> name -> package of the command's module, which has its name, and its line.
 #
 # This module names commands of the lab and imports them only when they run. It is the one exception to the rule that
 # nothing outside the lab imports it.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Run a stack": {
-        "demo": (
-            "overfill.cli.demo:demo_command",
-            "Start a stack, ask one question in each tier, show speed and time to first token.",
-        ),
-        "up": ("overfill.cli.up:up_command", "Run a stack: routers and workers."),
+        "demo": ("overfill.cli", "Start a stack, ask one question in each tier, show speed and time to first token."),
+        "up": ("overfill.cli", "Run a stack: routers and workers."),
     },
     "Ask": {
-        "generate": ("overfill.cli.generate:generate_command", "Answer one prompt; the answer streams to stdout."),
-        "chat": ("overfill.cli.chat:chat_command", "Chat with the model."),
+        "generate": ("overfill.cli", "Answer one prompt; the answer streams to stdout."),
+        "chat": ("overfill.cli", "Chat with the model."),
     },
     "Operate": {
-        "status": ("overfill.cli.status:status_command", "Show the workers of a running stack."),
-        "top": (
-            "overfill.cli.top:top_command",
-            "Watch a running stack: pools, queue, parts of the time to first token.",
-        ),
-        "health": ("overfill.cli.health:health_command", "Ask one process of a stack whether it is ready."),
-        "drain": (
-            "overfill.cli.drain:drain_command",
-            "Take WORKER out of a running stack without losing a request.",
-        ),
-        "config": (
-            "overfill.cli.config:config_group",
-            "Show where settings come from, and check a settings file.",
-        ),
-        "metrics": (
-            "overfill.cli.metrics:metrics_command",
-            "List the metrics that a stack exports: type, labels and meaning, as Markdown.",
-        ),
-        "keys": ("overfill.cli.keys:keys_group", "Make, list and revoke the API keys of a stack."),
-        "certs": ("overfill.cli.certs:certs_command", "Make certificates for every role of a stack."),
+        "status": ("overfill.cli", "Show the workers of a running stack."),
+        "top": ("overfill.cli", "Watch a running stack: pools, queue, parts of the time to first token."),
+        "health": ("overfill.cli", "Ask one process of a stack whether it is ready."),
+        "drain": ("overfill.cli", "Take WORKER out of a running stack without losing a request."),
+        "config": ("overfill.cli", "Show where settings come from, and check a settings file."),
+        "keys": ("overfill.cli", "Make, list and revoke the API keys of a stack."),
+        "certs": ("overfill.cli", "Make certificates for every role of a stack."),
     },
     "Make pairs": {
-        "pair": (
-            "overfill.cli.pair:pair_group",
-            "Prepare, build, train and judge pairs of a full model and a decoder.",
-        ),
+        "pair": ("overfill.cli", "Prepare, build, train and judge pairs of a full model and a decoder."),
     },
     "Measure and break": {
-        "verify": (
-            "overfill.cli.verify:verify_command",
-            "Check a running stack's answers against plain transformers, token by token.",
-        ),
+        "verify": ("overfill.cli", "Check a running stack's answers against plain transformers, token by token."),
         "bench": (
-            "overfill.lab.commands.bench:bench_group",
+            "overfill.lab.commands",
             "Measure the engine, the handoff, the router, or whole servers on this machine.",
         ),
-        "loadtest": (
-            "overfill.lab.commands.loadtest:loadtest_command",
-            "Load a stack or an OpenAI endpoint, and check objectives.",
-        ),
+        "loadtest": ("overfill.lab.commands", "Load a stack or an OpenAI endpoint, and check objectives."),
         "simulate": (
-            "overfill.lab.commands.simulate:simulate_command",
+            "overfill.lab.commands",
             "Play a trace on modelled workers: print latencies and goodput, or size the pools.",
         ),
-        "chaos": (
-            "overfill.lab.commands.chaos:chaos_command",
-            "Break a stack under load and check every answer.",
-        ),
+        "chaos": ("overfill.lab.commands", "Break a stack under load and check every answer."),
     },
 }
 COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in commands.items()}
@@ -93,20 +65,23 @@ COMMANDS = {name: entry for commands in GROUPS.values() for name, entry in comma
 EXTRAS: dict[str, str] = {
     "up": "server",
     "verify": "server",
-    "chaos": "loadtest,server",
+    "chaos": "server",
     "pair": "pairs",
-    "pair default": "server",
-    "pair fast": "server",
     "pair list": "server",
     "pair path": "server",
     "pair show": "server",
-    "bench": "loadtest,server",
+    "bench": "server",
+    "bench router": "loadtest,server",
     "bench serve": "loadtest",
-    "bench vllm": "server",
     "loadtest": "loadtest",
     "simulate": "loadtest",
     "demo": "server",
 }
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a command, which is called ``NAME_command`` there, or ``NAME_group``."""
+    return f"{COMMANDS[name][0]}.{name}"
 
 
 _CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -131,8 +106,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        module = importlib.import_module(module_of(cmd_name))
+        command: click.Command = getattr(module, f"{cmd_name}_group", None) or getattr(module, f"{cmd_name}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -14,7 +16,6 @@ from click.core import ParameterSource
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.errors import InvalidRequest
 from overfill.settings.tiers import TierSpec
-from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
     from overfill.client import Client
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-ENGINE = click.Choice(get_args(EngineChoice))
 
 
 class TierParam(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -104,15 +104,39 @@ def _named(error: InvalidRequest) -> str:
     return str(error)
 
 
-def connection_options(command: _F) -> _F:
-    """Adds ``address``, ``api_key`` and the options of ``tls_options``: the arguments of ``connect``."""
-    command = click.option(
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where a stack is, and what a client shows it."""
+
+    address: str
+    tls: ClientTls | None
+    api_key: str | None
+
+    def client(self) -> Client:
+        """Returns a client. Raises click.UsageError for a bad address, key or TLS file."""
+        from overfill.client import Client
+
+        try:
+            return Client(self.address, tls=self.tls, api_key=self.api_key or None)
+        except ValueError as error:  # a TlsError is one
+            raise click.UsageError(str(error)) from error
+
+
+def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives ``command`` the argument ``connection``, a ``Connection``, from options of its address and credentials."""
+
+    @functools.wraps(command)
+    def connected(address: str, api_key: str | None, **others: Any) -> Any:
+        tls = client_tls(*(others.pop(f"tls_{part}") for part in ("ca", "cert", "key", "name")))
+        return command(connection=Connection(address, tls, api_key), **others)
+
+    connected = click.option(
         "--api-key",
         envvar="OVERFILL_API_KEY",
         show_envvar=True,
         help="API key, if the stack requires one. Prefer the variable: other users of this machine can see flags.",
-    )(tls_options(command))
-    return address_option("Address of the stack's router, or of several, separated by commas.")(command)
+    )(tls_options(connected))
+    return address_option("Address of the stack's router, or of several, separated by commas.")(connected)
 
 
 def address_option(help: str) -> Callable[[_F], _F]:
@@ -140,51 +164,59 @@ def tls_options(command: _F) -> _F:
     return command
 
 
-def sampling_options(command: _F) -> _F:
-    """Adds the arguments of ``sampling``."""
-    for option in (
-        click.option("--seed", type=int, help="Random seed; the same seed draws the same tokens.  [default: random]"),
-        click.option(
-            "--min-p",
-            type=AnyNumber(),
-            help="Drop tokens less likely than this fraction of the most likely one.  [default: off]",
-        ),
-        click.option(
-            "--top-p",
-            type=AnyNumber(),
-            help="Keep the smallest set of tokens with at least this total probability.  [default: off]",
-        ),
-        click.option("--top-k", type=int, help="Keep only the K most likely tokens.  [default: all]"),
-        click.option(
-            "--temperature",
-            type=AnyNumber(),
-            help=f"Sampling temperature; 0 means greedy.  [default: {DEFAULT_TEMPERATURE:g}]",
-        ),
-        click.option("--greedy", is_flag=True, help="Always choose the most likely token; same as --temperature 0."),
-        click.option("--max-tokens", type=int, help=f"Maximum tokens of an answer.  [default: {DEFAULT_MAX_TOKENS}]"),
-    ):
-        command = option(command)
-    return command
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives ``command`` the arguments ``params``, SamplingParams, and ``options``, the other options of a request.
+
+    ``max_tokens`` may stay None; ``stream_answer`` applies the default.
+    """
+
+    @functools.wraps(command)
+    def requesting(model: str, tier: str, fallback: str, allow_brownout: bool, **others: Any) -> Any:
+        params = sampling(**{name: others.pop(name) for name in _SAMPLING})
+        named = {"model": model, "tier": tier, "fallback": fallback, "allow_brownout": allow_brownout or None}
+        return command(params=params, options=named, **others)
+
+    for option in reversed(_REQUEST_OPTIONS):
+        requesting = option(requesting)
+    return requesting
 
 
-def tier_options(command: _F) -> _F:
-    """Adds ``tier``, ``fallback`` and ``allow_brownout``, which are options of a request."""
-    for option in (
-        click.option(
-            "--allow-brownout",
-            is_flag=True,
-            help="Let the next tier of the router's --brownout answer when the requested tier is overloaded.",
-        ),
-        click.option(
-            "--fallback",
-            default="",
-            metavar="TIER",
-            help="Tier that continues the answer when its own has no worker left; none waits.  [default: the tier's]",
-        ),
-        click.option("--tier", default="", help="Tier that writes the answer.  [default: the stack's default tier]"),
-    ):
-        command = option(command)
-    return command
+_SAMPLING = ("max_tokens", "greedy", "temperature", "top_k", "top_p", "min_p", "seed")
+
+_REQUEST_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--max-tokens", type=int, help=f"Maximum tokens of an answer.  [default: {DEFAULT_MAX_TOKENS}]"),
+    click.option("--greedy", is_flag=True, help="Always choose the most likely token; same as --temperature 0."),
+    click.option(
+        "--temperature",
+        type=AnyNumber(),
+        help=f"Sampling temperature; 0 means greedy.  [default: {DEFAULT_TEMPERATURE:g}]",
+    ),
+    click.option("--top-k", type=int, help="Keep only the K most likely tokens.  [default: all]"),
+    click.option(
+        "--top-p",
+        type=AnyNumber(),
+        help="Keep the smallest set of tokens with at least this total probability.  [default: off]",
+    ),
+    click.option(
+        "--min-p",
+        type=AnyNumber(),
+        help="Drop tokens less likely than this fraction of the most likely one.  [default: off]",
+    ),
+    click.option("--seed", type=int, help="Random seed; the same seed draws the same tokens.  [default: random]"),
+    click.option("--model", default="", help="Name of the model.  [default: the stack's model]"),
+    click.option("--tier", default="", help="Tier that writes the answer.  [default: the stack's default tier]"),
+    click.option(
+        "--fallback",
+        default="",
+        metavar="TIER",
+        help="Tier that continues the answer when its own has no worker left; none waits.  [default: the tier's]",
+    ),
+    click.option(
+        "--allow-brownout",
+        is_flag=True,
+        help="Let the next tier of the router's --brownout answer when the requested tier is overloaded.",
+    ),
+)
 
 
 def set_threads(threads: int | None) -> None:
@@ -205,50 +237,6 @@ def dtype_option(command: _F) -> _F:
     )(command)
 
 
-def engine_options(default: EngineChoice | None, about_args: str) -> Callable[[_F], _F]:
-    """``--prefill-engine``, ``--decode-engine`` and ``--engine-args``.
-
-    Args:
-        default: engine of either stage; None means that of ``--engine``.
-        about_args: end of the help of ``--engine-args``.
-    """
-
-    def decorate(command: _F) -> _F:
-        command = click.option(
-            "--engine-args",
-            metavar="JSON",
-            help=f"Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name{about_args}",
-        )(command)
-        for stage in ("decode", "prefill"):
-            command = click.option(
-                f"--{stage}-engine",
-                type=ENGINE,
-                default=default,
-                show_default=default is not None,
-                help=f"Engine of the {stage} workers.{'' if default else '  [default: --engine]'}",
-            )(command)
-        return command
-
-    return decorate
-
-
-def connect(
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    api_key: str | None,
-    tls_name: str | None = None,
-) -> Client:
-    """Returns a client for ``address``. Raises click.UsageError for a bad address, key or TLS file."""
-    from overfill.client import Client
-
-    try:
-        return Client(address, tls=client_tls(tls_ca, tls_cert, tls_key, tls_name), api_key=api_key or None)
-    except ValueError as error:  # a TlsError is one
-        raise click.UsageError(str(error)) from error
-
-
 def client_tls(
     tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, tls_name: str | None
 ) -> ClientTls | None:
@@ -262,29 +250,15 @@ def client_tls(
 
 
 def sampling(
-    max_tokens: int | None,
-    greedy: bool,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int | None,
+    *, greedy: bool, temperature: float | None, max_tokens: int | None, seed: int | None, **given: float | None
 ) -> SamplingParams:
-    """Returns sampling parameters from flags. ``max_tokens`` may stay None; ``stream_answer`` applies the default.
-
-    Raises:
-        click.UsageError: a flag is out of range or conflicts with another.
-    """
+    """Returns sampling parameters from flags. Raises click.UsageError if one is out of range or conflicts."""
     from overfill.request.params import SamplingParams
 
     if greedy and temperature:
         raise click.UsageError("--greedy conflicts with --temperature: give only one of them")
     if temperature is None:
         temperature = 0.0 if greedy else DEFAULT_TEMPERATURE
-    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with option_errors():
-        return SamplingParams(
-            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-            seed=seed,
-            max_tokens=max_tokens,
-        )
+        return SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, **chosen)

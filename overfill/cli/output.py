@@ -181,43 +181,39 @@ def status_json(status: StackStatus, tls: bool = False) -> dict[str, Any]:
     }
 
 
+def _fields(part: object | None, *names: str) -> dict[str, Any]:
+    """Returns these attributes of a part that a silent process does not report; then they are null."""
+    return {name: getattr(part, name, None) for name in names}
+
+
 def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
-    """One entry of a worker, with address and process id; the values that a silent worker does not report are null."""
-    process = worker.process
-    load = process.load if process is not None else None
+    """One entry of a worker, with address and process id."""
+    load = None if worker.process is None else worker.process.load
     return {
         "id": worker.id,
         "stage": worker.stage,
         "colocated": worker.colocated,
         "tier": worker.tier,
-        "engine": process.engine if process is not None else None,
-        "pid": process.pid if process is not None else None,
+        **_fields(worker.process, "engine", "pid"),
         "address": worker.address,
-        "metrics_address": process.metrics_address if process is not None else None,
-        "kv_blocks_used": load.kv_blocks_used if load is not None else None,
-        "kv_blocks_cached": load.kv_blocks_cached if load is not None else None,
-        "kv_blocks_total": load.kv_blocks_total if load is not None else None,
-        "running": load.running if load is not None else None,
-        "waiting": load.waiting if load is not None else None,
-        "prefix_tokens_looked_up": load.prefix_tokens_looked_up if load is not None else None,
-        "prefix_tokens_found": load.prefix_tokens_found if load is not None else None,
-        "prefix_hit_rate": load.prefix_hit_rate if load is not None else None,
+        **_fields(worker.process, "metrics_address"),
+        **_fields(load, "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"),
+        **_fields(load, "prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate"),
     }
 
 
 def _router_json(router: RouterStatus) -> dict[str, Any]:
-    """One router process with its own activity; the values that a silent router does not report are null."""
-    process, activity = router.process, router.activity
+    """One router process with its own activity."""
+    activity = router.activity
     return {
         "id": router.id,
-        "pid": process.pid if process is not None else None,
+        **_fields(router.process, "pid"),
         "state": router.state,
         "address": router.address,
-        "metrics_address": process.metrics_address if process is not None else None,
-        "running": activity.running if activity is not None else None,
-        "waiting": activity.waiting if activity is not None else None,
-        "tokens_per_second": round(activity.tokens_per_second, 2) if activity is not None else None,
-        "answers_last_minute": activity.answers if activity is not None else None,
+        **_fields(router.process, "metrics_address"),
+        **_fields(activity, "running", "waiting"),
+        "tokens_per_second": None if activity is None else round(activity.tokens_per_second, 2),
+        "answers_last_minute": None if activity is None else activity.answers,
     }
 
 

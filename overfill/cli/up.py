@@ -13,14 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
-from overfill.cli.options import check_replaced
-from overfill.cli.output import console
+from overfill.cli.options import check_replaced, option_errors
 from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.welcome import welcome
@@ -30,10 +28,10 @@ from overfill.process.extras import require
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
-from overfill.stack.child import Child
 from overfill.stack.counts import count_workers
 from overfill.stack.describe import RayPlacement, check_used, describe
-from overfill.stack.pairs import check_engines, resolve_pairs
+from overfill.stack.pairs import check_engine_args, check_engines, resolve_pairs
+from overfill.stack.placed import place
 from overfill.stack.ports import check_ports
 from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
@@ -79,15 +77,17 @@ def up_command(
             spec = _describe(_pair(target, pair), on_ray, options, prepare=not dry_run)
     except BadSettings as error:
         raise click.UsageError(str(error)) from error
+    with option_errors():
+        check_engine_args(spec)
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0
     _prepare(spec)
     with _stop_signals() as stopping:
         if spec.runner == "ray":
-            return run(RayRunner(spec, _note), stopping, console())
+            return run(RayRunner(spec, _note), stopping)
         with _log_sink(None if spec.log_dir is None else Path(spec.log_dir)) as sink:
-            return run(ProcessRunner(spec, sink), stopping, console())
+            return run(ProcessRunner(place(spec), sink), stopping)
 
 
 def _pair(target: str | None, pair: str | None) -> str:
@@ -118,10 +118,7 @@ def _read(path: Path, on_ray: bool) -> StackSpec:
     if given:
         raise BadSettings(f"{path} describes the whole stack, so {', '.join(given)} has no effect: change the document")
     spec = StackSpec.load(path)
-    runner = "ray" if on_ray else "processes"
-    if not _is_given("on_ray") or runner == spec.runner:
-        return spec
-    return StackSpec.read({**spec.document(), "runner": runner})
+    return spec.on("ray" if on_ray else "processes") if _is_given("on_ray") else spec
 
 
 def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool) -> StackSpec:
@@ -233,35 +230,13 @@ def _check_runner(placement: RayPlacement, tiers: tuple[TierSpec, ...], colocate
         )
 
 
-class StackRunner(Protocol):
-    """Interface of both runners of a stack."""
-
-    spec: StackSpec
-
-    @property
-    def addresses(self) -> tuple[str, ...]: ...
-
-    @property
-    def reachable(self) -> bool: ...
-
-    def start(self) -> None: ...
-
-    def describe_workers(self, pool: str) -> str: ...
-
-    def wait_ready(self, cancelled: threading.Event) -> None: ...
-
-    def news(self) -> list[str]: ...
-
-    def stop(self) -> list[Child]: ...
-
-
-def run(stack: StackRunner, stopping: threading.Event, out: Console) -> int:
+def run(stack: ProcessRunner | RayRunner, stopping: threading.Event) -> int:
     """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code."""
     try:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            welcome(out, stack.spec, stack.addresses, stack.describe_workers)
+            click.echo(welcome(stack.spec, stack.addresses, stack.describe_workers))
         while not stopping.wait(_WATCH_SECONDS):
             for line in stack.news():
                 _note(line)

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from overfill.cli.options import Number, TierParam
 from overfill.cli.up_config import config_option
-from overfill.settings.allowed import fault, placeholder
+from overfill.settings.allowed import default_text, fault, placeholder
 from overfill.settings.config import (
     ColocatedConfig,
     DecodeConfig,
@@ -21,7 +21,6 @@ from overfill.settings.config import (
     ServiceConfig,
 )
 from overfill.settings.config_file import field_name, flag_name
-from overfill.settings.flags import default_text
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -214,24 +213,28 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 
 
 _WORDS_OF_VLLM = {
+    "--model": "a stack serves a pair, which is the argument: overfill up PAIR; `overfill pair import --full MODEL "
+    "--decoder MODEL --out PAIR` makes one of a model",
     "--port": "give --http PORT for the OpenAI endpoint, or --grpc PORT for gRPC",
     "--tensor-parallel-size": "a worker computes on one GPU; give --prefill N and --decode N for more workers",
     "--gpu-memory-utilization": "workers of one GPU share its memory; give --kv-memory SIZE for the KV cache",
     "--quantization": "give --quantize int8 for the decoder; a checkpoint's own format needs no option",
+    "--enforce-eager": "give --engine-args '{\"enforce_eager\": true}' to workers with the engine vllm",
 }
 """Options that users of vLLM know -> the words of ``up``."""
 
 
-def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value is not None:
+def _refuse(ctx: click.Context, param: click.Parameter, value: str | bool | None) -> None:
+    if value:
         raise click.UsageError(f"{param.opts[0]} is an option of vLLM: {_WORDS_OF_VLLM[param.opts[0]]}")
 
 
 def up_options(command: _F) -> _F:
     """Adds all options to ``command``."""
     for flag in _WORDS_OF_VLLM:
-        name = f"vllm_{field_name(flag[2:])}"  # --grpc is the parameter `port`
-        command = click.option(flag, name, hidden=True, expose_value=False, callback=_refuse)(command)
+        names = [flag, *(["-tp"] if flag == "--tensor-parallel-size" else []), f"vllm_{field_name(flag[2:])}"]
+        eager = flag == "--enforce-eager"  # the only one without a value
+        command = click.option(*names, is_flag=eager, hidden=True, expose_value=False, callback=_refuse)(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

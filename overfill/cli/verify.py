@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.options import TIER, check_replaced, connect, connection_options
+from overfill.cli.options import TIER, Connection, check_replaced, connection_options
 from overfill.errors import OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
@@ -96,12 +96,7 @@ def verify_command(
     limit: int | None,
     concurrency: int,
     as_json: bool,
-    address: str,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    tls_name: str | None,
-    api_key: str | None,
+    connection: Connection,
 ) -> int:
     """Check a running stack's answers against plain transformers, token by token.
 
@@ -127,7 +122,7 @@ def verify_command(
     with show_progress() as report:
         tiers = resolve_tiers(tiers, report)
         asked = [tier for tier in tiers if not chosen or tier.name in chosen]
-        with connect(address, tls_ca, tls_cert, tls_key, api_key, tls_name) as client:
+        with connection.client() as client:
             check_stack(client.status(), {tier.name: tier_pair(tier) for tier in tiers})
             answers = [
                 ask(client, prompts, max_tokens, concurrency, report, tier.name if several else "") for tier in asked

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Sequence
-
-from rich.console import Console
-from rich.rule import Rule
-from rich.text import Text
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
 from overfill.stack.placed import operator_tls
-from overfill.stack.spec import StackSpec
+from overfill.stack.spec import StackSpec, kind_of
 
-_BOX_WIDTH = 80  # characters, at most
+_RULE = 80  # characters, at most
 
 
-def welcome(out: Console, spec: StackSpec, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> None:
-    """Prints addresses, workers and example commands. A command stays on one line, so that it can be copied."""
+def welcome(spec: StackSpec, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> str:
+    """Returns addresses, workers and example commands. A command stays on one line, so that it can be copied."""
     router = spec.router_config()
     tls = operator_tls(spec) or router.client_tls()
     first = addresses[0]
@@ -48,13 +46,11 @@ def welcome(out: Console, spec: StackSpec, addresses: Sequence[str], describe_wo
     if urls and tls is None:
         rows.append(("", _curl(spec, urls[0])))
     rows.append(("stop", "ctrl-C"))
-    width = min(out.width, _BOX_WIDTH)
+    width = min(shutil.get_terminal_size().columns, _RULE)
     column = max(len(name) for name, _ in rows)
-    with out:  # writes all lines at once, so that no log line comes in between
-        out.print(Rule("OverFill is up", align="left"), width=width)
-        for name, words in rows:
-            out.print(Text(f"{name:<{column}}  {words}"), soft_wrap=True)
-        out.print(Rule(), width=width)
+    lines = [f"{name:<{column}}  {words}" for name, words in rows]
+    dash = "─" if (sys.stdout.encoding or "").lower().startswith("utf") else "-"
+    return "\n".join(["OverFill is up ".ljust(width, dash), *lines, dash * width])
 
 
 def _worker_rows(spec: StackSpec, describe: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -72,7 +68,7 @@ def _worker_rows(spec: StackSpec, describe: Callable[[str], str]) -> list[tuple[
 
 def _each(spec: StackSpec, pool: str) -> str:
     config = spec.worker_config(pool)
-    stages = "both stages, " if len(spec.kind(pool).stages) > 1 else ""
+    stages = "both stages, " if len(kind_of(pool).stages) > 1 else ""
     given = "".join(f"{text}, " for text in (config.engine, config.dtype) if text not in (None, "auto"))
     return f"{stages}{given}CPU threads each: {config.threads}"
 

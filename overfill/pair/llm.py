@@ -145,9 +145,9 @@ class LLM:
         if len(choices) != len(prompts):
             raise InvalidRequest("sampling", f"has {len(choices)} entries for {len(prompts)} prompts")
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        requests = [self.request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
+        requests = [self._request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
         notify = None if on_token is None else lambda request, token: on_token(request.index, token)
-        run = self.run(notify)
+        run = OfflineRun(self._loaded, notify)
         try:
             with on_device(self._device):
                 for request in requests:
@@ -164,10 +164,6 @@ class LLM:
         run.close()
         return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
-    def run(self, on_token: Callable[[OfflineRequest, SampledToken], None] | None = None) -> OfflineRun:
-        """Returns new engines, for adding requests one by one. Close them before opening others."""
-        return OfflineRun(self._loaded, on_token)
-
     def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
         """Answers one conversation with the checkpoint's chat template.
 
@@ -180,8 +176,8 @@ class LLM:
         """
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
-    def request(self, index: int, prompt: list[int], sampling: SamplingParams) -> OfflineRequest:
-        """Makes a request for ``OfflineRun.add``; the caller chooses ``index``. Raises as ``generate`` does."""
+    def _request(self, index: int, prompt: list[int], sampling: SamplingParams) -> OfflineRequest:
+        """Makes a request. Raises as ``generate`` does."""
         if not prompt:
             raise InvalidRequest("prompt", "is empty")
         if len(prompt) >= self.max_model_len:

@@ -32,6 +32,7 @@ from overfill.model.manifest import MANIFEST
 from overfill.pair.checksums import checksums_match
 from overfill.process.home import home
 from overfill.process.permissions import refusal
+from overfill.process.tied import tied_to_parent
 from overfill.settings.config_file import nearest
 from overfill.telemetry.progress import Report, silent
 
@@ -155,6 +156,7 @@ def _prepare_elsewhere(name: str, source: Source | None, report: Report) -> None
     problem = ""
     # -P: a folder called overfill in the working directory is not the package.
     command = [sys.executable, "-P", "-m", "overfill.making.named", name, *([source] if source else [])]
+    command = [*tied_to_parent(), *command]  # a killed `overfill up` leaves no download behind
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

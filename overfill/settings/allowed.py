@@ -1,4 +1,4 @@
-"""Says in words which values a setting allows, from the type and the limits of its field. No torch."""
+"""Says in words which values a setting allows, and its default, from the declaration of its field. No torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def allowed(field: FieldInfo) -> str:
 def placeholder(name: str, field: FieldInfo) -> str:
     """Returns a short form of what the field's value may be, for --help, such as ``N`` or ``on|off``."""
     return PLACEHOLDERS.get(name) or "|".join(_short(kind) for kind, _ in _kinds(field))
+
+
+def default_text(field: FieldInfo) -> str:
+    """Returns a field's default as users write it."""
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable().replace(".0", "")
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
 def fault(field: FieldInfo, value: object) -> str:

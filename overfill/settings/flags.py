@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from overfill.settings.allowed import placeholder
+from overfill.settings.allowed import default_text, placeholder
 from overfill.settings.config_file import flag_name, nearest
 
 
@@ -60,15 +59,6 @@ def help_of(field: FieldInfo) -> str:
     if field.default in (None, "", ()):
         return about
     return f"{about} (default: {default_text(field)})"
-
-
-def default_text(field: FieldInfo) -> str:
-    """Returns a field's default as users write it."""
-    if isinstance(field.default, bool):
-        return "on" if field.default else "off"
-    if isinstance(field.default, ByteSize):
-        return field.default.human_readable().replace(".0", "")
-    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,6 @@ Starts no processes.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from overfill.stack.spec import (
     RouterSpec,
     StackSpec,
     decode_pool,
+    kind_of,
 )
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
@@ -120,15 +120,9 @@ def describe(
     router = _given(RouterConfig, flags, tls, Role.ROUTER)
     _check_host(router)
     places = 1 if share_port else routers
-    processes = routers + sum(counts.values())
-    metrics = router["metrics_port"].value if "metrics_port" in router else 0
-    _check_apart(("--grpc", port, places), ("--http", http, places), ("--metrics-port", metrics, processes))
-
     default = default_tier([tier.name for tier in tiers], _text(router, "default_tier")) if tiers else ""
     own = _own_settings(flags, counts, tiers, default)
-    given = {
-        name: _given(KINDS[name.partition("-")[0]].settings, flags | own[name], tls, Role.WORKER) for name in counts
-    }
+    given = {name: _given(kind_of(name).settings, flags | own[name], tls, Role.WORKER) for name in counts}
     pair = pair or (MOCK if all(_text(one, "engine") == "mock" for one in given.values()) else DEFAULT_PAIR)
     default_pair = next((tier.pair for tier in tiers if tier.name == default), pair)
     read: dict[str, dict[str, Any]] = {}
@@ -139,11 +133,11 @@ def describe(
     read["router"] = _settings(RouterConfig.made(router | extra | told | pair_of_router), tls, secret)
     for name in counts:
         threads_made = {"threads": Given(_threads(name, counts, ray), "--threads")}
-        kind = KINDS[name.partition("-")[0]].settings
+        kind = kind_of(name).settings
         read[name] = _settings(kind.made(threads_made | given[name] | pair_of_router | extra), tls, secret)
 
     resources = _resources(counts, read, tiers, routers, ray)
-    shared = _shared(read, {name: KINDS[name.partition("-")[0]].settings for name in counts} | {"router": RouterConfig})
+    shared = _shared(read, {name: kind_of(name).settings for name in counts} | {"router": RouterConfig})
     for each in read.values():
         for key in shared:
             each.pop(key, None)
@@ -265,12 +259,9 @@ def _threads(name: str, counts: Mapping[str, int], ray: RayPlacement | None) -> 
     """
     if ray is not None and ray.ray_address is not None:
         return threads_per_worker(sum(counts.values()))
-    stages = KINDS[name.partition("-")[0]].stages
+    stages = kind_of(name).stages
     return threads_per_worker(
-        max(
-            sum(count for other, count in counts.items() if stage in KINDS[other.partition("-")[0]].stages)
-            for stage in stages
-        )
+        max(sum(count for other, count in counts.items() if stage in kind_of(other).stages) for stage in stages)
     )
 
 
@@ -334,7 +325,7 @@ def check_used(spec: StackSpec, config: Path | None) -> None:
                 f"{', '.join(made)}: `overfill up` sets this for each process itself, so the setting has no effect: "
                 "remove it"
             )
-    present = {spec.kind(name).name for name in spec.pools}
+    present = {kind_of(name).name for name in spec.pools}
     for name, kind in KINDS.items():
         if name in present:
             continue
@@ -362,26 +353,3 @@ def _check_host(router: Mapping[str, Given]) -> None:
         needs.append("--api-keys FILE (`overfill keys create NAME --file FILE` makes it)")
     if needs and not is_loopback(host):
         raise BadSettings(f"--host {host} is open to other machines: give {' and '.join(needs)}, or remove --host")
-
-
-def _check_apart(*ranges: tuple[str, object, int]) -> None:
-    """Raises BadSettings if two flags claim the same port.
-
-    Args:
-        ranges: (flag, first port, number of ports); a first port that is 0 or not a number claims none.
-    """
-    claimed = [
-        (flag, int(str(first)), count) for flag, first, count in ranges if str(first).isdecimal() and int(str(first))
-    ]
-    for (flag, first, count), (other, others_first, others_count) in itertools.combinations(claimed, 2):
-        if first < others_first + others_count and others_first < first + count:
-            raise BadSettings(
-                f"port ranges overlap: {_claim(flag, first, count)} and {_claim(other, others_first, others_count)}, "
-                f"one port per process; give {other} {first + count} or higher, or {other} off"
-            )
-
-
-def _claim(flag: str, port: int, count: int) -> str:
-    by_default = (flag, port) in (("--grpc", GRPC_PORT), ("--http", HTTP_PORT))
-    used = f"{port} to {port + count - 1}" if count > 1 else f"{port}"
-    return f"{flag} {port}{' (its default)' if by_default else ''} uses {used}"

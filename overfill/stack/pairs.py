@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from overfill.engine.choice import FIRST_GPU, choose_engine
+from overfill.engine.mock.options import MockOptions
+from overfill.engine.vllm_args import check_vllm_args, installed_arguments
 from overfill.model.manifest import Half, Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.tiers import TierSpec
 from overfill.settings.values import EngineChoice
-from overfill.stack.spec import StackSpec
+from overfill.stack.spec import StackSpec, kind_of
 from overfill.telemetry.progress import Report
 
 
@@ -50,7 +53,7 @@ def check_engines(spec: StackSpec) -> None:
     """
     for name in spec.pools:
         worker = spec.worker_config(name)
-        for stage in spec.kind(name).stages:
+        for stage in kind_of(name).stages:
             half: Half = "full" if stage == "prefill" else "decoder"
             engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
             pair = Pair.load(Path(worker.pair))
@@ -61,6 +64,20 @@ def check_engines(spec: StackSpec) -> None:
                 choose_engine(engine, pair, half, on_first_gpu, has_args=bool(worker.engine_args))
             elif engine != "auto":
                 pair.check_engine(half, engine)
+
+
+def check_engine_args(spec: StackSpec) -> None:
+    """Raises InvalidRequest for arguments that a worker's engine does not have, before the worker would.
+
+    On a joined cluster the workers check, because its machines may have other files, and another release of vLLM.
+    """
+    for name in () if spec.joins_cluster else spec.pools:
+        worker = spec.worker_config(name)
+        engine_args = json.loads(worker.engine_args or "{}")
+        if worker.engine == "mock":
+            MockOptions.of(engine_args)
+        elif engine_args:
+            check_vllm_args(engine_args, installed_arguments())
 
 
 def _on_first_gpu(device: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfi
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import WorkerKind, WorkerSettings, WorkerStage
 from overfill.stack.ports import fill_ports, free_ports
-from overfill.stack.spec import StackSpec, WorkerPlace
+from overfill.stack.spec import ROUTER, StackSpec, WorkerPlace, kind_of
 
 FOLDER = "overfill-"
 """Beginning of the names of shared folders."""
@@ -48,7 +47,8 @@ class PlacedStack:
     """The processes of a stack. Routers have fixed ports, which they may share.
 
     Attributes:
-        spec: the document.
+        spec: the document, with the routers' ports.
+        folder: folder of files that the processes share, which the runner makes.
         routers: settings of each router.
         workers: the workers, pool by pool.
         operator_tls: TLS files with which an operator calls the routers; None means the routers' own.
@@ -56,6 +56,7 @@ class PlacedStack:
     """
 
     spec: StackSpec
+    folder: Path
     routers: tuple[RouterConfig, ...]
     workers: tuple[PlacedWorker, ...]
     operator_tls: ClientTls | None = None
@@ -80,10 +81,6 @@ class PlacedStack:
     def of_stage(self, stage: WorkerStage) -> tuple[PlacedWorker, ...]:
         """Returns the workers that have the stage."""
         return tuple(worker for worker in self.workers if stage in worker.kind.stages)
-
-    def of_tier(self, tier: str) -> tuple[DecodeConfig, ...]:
-        """Returns the settings of the workers that decode in the tier."""
-        return tuple(w.config for w in self.workers if isinstance(w.config, DecodeConfig) and w.tier == tier)
 
     def worker(self, id: str) -> PlacedWorker:
         """Returns the worker with this id."""
@@ -129,26 +126,23 @@ def shared_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"{FOLDER}{secrets.token_hex(8)}"
 
 
-def place(spec: StackSpec, folder: Path | None = None) -> PlacedStack:
-    """Returns the processes of ``spec``, with ports that are free now where it names none.
-
-    Args:
-        folder: folder of files that the processes share. None names one.
-    """
-    folder = folder or shared_folder()
-    spec = fill_ports(spec).with_secret(folder)
-    metrics = _metrics_ports(spec)
+def place(spec: StackSpec) -> PlacedStack:
+    """Returns the processes of ``spec``, with ports that are free now where it names none."""
+    folder = shared_folder()
+    document = fill_ports(spec)
+    spec = document.with_secret(folder)
+    metrics = {name: iter(ports) for name, ports in spec.metrics_ports.items()}
     routers = tuple(
-        config.model_copy(update={"metrics_port": next(metrics[config.section])}) for config in _routers(spec, folder)
+        config.model_copy(update={"metrics_port": next(metrics[ROUTER])}) for config in _routers(spec, folder)
     )
     workers: list[PlacedWorker] = []
-    addresses = PlacedStack(spec, routers, ()).join_addresses
+    addresses = PlacedStack(document, folder, routers, ()).join_addresses
     for name, pool in spec.pools.items():
         for index in range(pool.replicas):
             place = WorkerPlace(f"{name}-{index}", ",".join(addresses), reachable(routers[0].host))
             config = spec.worker_config(name, place).model_copy(update={"metrics_port": next(metrics[name])})
-            workers.append(PlacedWorker(name, spec.kind(name), config))
-    return PlacedStack(spec, routers, tuple(workers), operator_tls(spec))
+            workers.append(PlacedWorker(name, kind_of(name), config))
+    return PlacedStack(document, folder, routers, tuple(workers), operator_tls(spec))
 
 
 def operator_tls(spec: StackSpec) -> ClientTls | None:
@@ -173,18 +167,3 @@ def _routers(spec: StackSpec, folder: Path) -> Iterator[RouterConfig]:
     config = spec.router_config()
     for port in free_ports(config.host, count):
         yield config.model_copy(update={"share_port": folder / "routers", "join_port": port})
-
-
-def _metrics_ports(spec: StackSpec) -> dict[str, Iterator[object]]:
-    """Returns an iterator of metrics ports for each pool: a number is the first of consecutive ones."""
-    shared = _consecutive(spec.settings.get("metrics_port", 0))
-    return {
-        name: _consecutive(pool.settings["metrics_port"]) if "metrics_port" in pool.settings else shared
-        for name, pool in spec.deployments.items()
-    }
-
-
-def _consecutive(first: object) -> Iterator[object]:
-    if str(first).isdecimal() and int(str(first)):
-        return itertools.count(int(str(first)))
-    return itertools.repeat(first if first == "off" else 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from overfill.rpc.addresses import socket_host
 from overfill.stack.child import StartFailed
-from overfill.stack.spec import StackSpec
+from overfill.stack.spec import ROUTER, StackSpec
 
 _NEAR = 100  # number of ports after a used one that are tried as a replacement
 _MAX_CHOICE = 10_000  # number of ports among which free ones are chosen
@@ -61,22 +61,21 @@ def fill_ports(spec: StackSpec) -> StackSpec:
 
 
 def check_ports(spec: StackSpec) -> None:
-    """Raises StartFailed if a port of ``spec`` is in use, naming the port and the flag of ``up`` that changes it.
-
-    Metrics ports count with plain processes only. On Ray all processes have the same, which one machine cannot give.
-    """
+    """Raises StartFailed if a port of ``spec`` is in use, naming the port and the flag of ``up`` that changes it."""
+    try:
+        spec.check_apart(metrics=True)
+    except ValueError as error:
+        raise StartFailed(str(error)) from error
     router, config = spec.router, spec.router_config()
     _check_free("--grpc", [(config.host, port) for port in router.ports], "or 0 to pick free ports")
     _check_free("--http", [(config.host, port) for port in router.http_ports], "or off to disable the OpenAI endpoint")
-    if config.metrics_port != "off" and (first := config.metrics_port):
-        if spec.runner == "ray":
-            raise StartFailed(
-                f"--metrics-port {first}: on Ray every process of this machine would have this port; give 0 to pick "
-                "free ports, or off, or use --no-ray, where the processes have consecutive ports"
-            )
-        processes = router.replicas + sum(pool.replicas for pool in spec.pools.values())
-        hosts = [(config.metrics_host, port) for port in range(first, first + processes)]
-        _check_free("--metrics-port", hosts, "or 0 to pick free ports, or off")
+    metrics = [
+        (config.metrics_host if name == ROUTER else spec.worker_config(name).metrics_host, port)
+        for name, ports in spec.metrics_ports.items()
+        for port in ports
+        if isinstance(port, int) and port
+    ]
+    _check_free("--metrics-port", metrics, "or 0 to pick free ports, or off")
 
 
 def _check_free(flag: str, servers: Sequence[tuple[str, int]], otherwise: str) -> None:

@@ -18,7 +18,7 @@ from overfill.settings.reader import SETTINGS
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.stack.ask import router_status
 from overfill.stack.child import Child, StartFailed, stop
-from overfill.stack.placed import PlacedStack, PlacedWorker, place, shared_folder
+from overfill.stack.placed import PlacedStack, PlacedWorker
 from overfill.stack.ports import check_ports
 from overfill.stack.shared import hold_folder, make_shared_folder, share_cores, share_gpus
 from overfill.stack.spec import StackSpec
@@ -31,29 +31,23 @@ class ProcessRunner:
     """Runs a stack as plain processes, and calls ``sink`` with ``(process, line)`` for each line of their output.
 
     Args:
-        placed: the processes, if not those that ``place`` makes of ``spec``.
         prefixes: name of a process -> command prefix that starts it elsewhere, such as in a network namespace. None
             starts all processes here.
 
     Attributes:
-        spec: the stack, with free ports where it named none.
-        placed: its processes.
+        placed: the processes; from the start on, with their shares of the machine.
     """
 
     def __init__(
         self,
-        spec: StackSpec,
+        placed: PlacedStack,
         sink: Callable[[str, str], None],
         *,
-        placed: PlacedStack | None = None,
         prefixes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self._given = spec
+        self.placed = placed
         self._sink = sink
         self._prefixes = prefixes or {}
-        self._folder = shared_folder()
-        self.placed = placed or place(spec, self._folder)
-        self.spec = self.placed.spec
         self._held = contextlib.ExitStack()
         self._gpus: dict[str, str] = {}  # by the worker's id
         self._routers: list[Child] = []
@@ -63,11 +57,11 @@ class ProcessRunner:
     def start(self) -> None:
         """Starts every process, routers first. Raises StartFailed when a port is in use."""
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
-            check_ports(self.placed.spec)
-        make_shared_folder(self._folder, self._given)
-        self._held.enter_context(hold_folder(self._folder))
+            check_ports(self.spec)
+        make_shared_folder(self.placed.folder, self.spec.new_secret)
+        self._held.enter_context(hold_folder(self.placed.folder))
         if not self._prefixes:
-            self.placed = share_cores(self.placed, self._folder)
+            self.placed = share_cores(self.placed)
         self.placed, self._gpus = share_gpus(self.placed)
         for index, config in enumerate(self.placed.routers):
             self._routers.append(self._spawn(f"router-{index}", "services.router.main", config, threads=1))
@@ -110,6 +104,11 @@ class ProcessRunner:
         return new
 
     @property
+    def spec(self) -> StackSpec:
+        """The stack, with free ports where it named none."""
+        return self.placed.spec
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         """gRPC addresses of the routers."""
         return self.placed.addresses
@@ -140,7 +139,7 @@ class ProcessRunner:
             self._remove_folder()
 
     def _remove_folder(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.placed.folder, ignore_errors=True)
         self._held.close()
 
     def _spawn_worker(self, worker: PlacedWorker) -> Child:

@@ -16,14 +16,13 @@ from typing import IO
 from overfill.process.gpus import visible_gpus
 from overfill.settings.worker_kinds import WorkerSettings
 from overfill.stack.placed import FOLDER, PlacedStack, PlacedWorker
-from overfill.stack.spec import StackSpec
 
 _ALIVE = "runner"
 """File in a shared folder that a runner locks while it lives."""
 
 
-def make_shared_folder(folder: Path, spec: StackSpec) -> None:
-    """Makes the folder, which other users cannot read, and in it the secret that ``spec.with_secret`` names.
+def make_shared_folder(folder: Path, new_secret: bool) -> None:
+    """Makes the folder, which other users cannot read, and if asked in it the secret that ``with_secret`` names.
 
     The runner removes the folder at the end. This function removes those of runners that were killed.
     """
@@ -34,7 +33,7 @@ def make_shared_folder(folder: Path, spec: StackSpec) -> None:
                 shutil.rmtree(alive.parent, ignore_errors=True)
     folder.mkdir(mode=0o700)
     (folder / "routers").mkdir()
-    if spec.new_secret:
+    if new_secret:
         (folder / "secret").write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
 
 
@@ -60,14 +59,14 @@ def _lock(path: Path) -> IO[bytes]:
         return file
 
 
-def share_cores(placed: PlacedStack, folder: Path) -> PlacedStack:
-    """Returns ``placed`` with a file in ``folder`` in the settings of workers with more threads than there are cores.
+def share_cores(placed: PlacedStack) -> PlacedStack:
+    """Returns ``placed`` with a shared file in the settings of workers with more threads than there are cores.
 
     Returns it as it is if the workers compute nothing or have cores of their own.
     """
     if placed.spec.mock or not are_shared(worker.config.threads for worker in placed.workers):
         return placed
-    shared = {"shared_cores": new_file(folder)}
+    shared = {"shared_cores": new_file(placed.folder)}
     return placed.with_configs(
         lambda worker: worker.config if worker.config.shared_cores else worker.config.model_copy(update=shared)
     )

@@ -5,6 +5,7 @@ Plain data, checked here. It knows nothing about how processes start: ``process_
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ _MADE = {
 }  # fmt: skip
 """Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
 
+_ONLY_ON_RAY = {"name", "ray_address", "health_check_period", "health_check_timeout"}
+_RESERVED = {"num_cpus", "num_gpus", "resources"}
+"""Fields of a stack, and of its pools, that plain processes do not use."""
+
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
 
@@ -58,6 +63,11 @@ def decode_tier(pool: str) -> str | None:
     """Returns the tier of a pool of decode workers, empty with one pair; None for other pools."""
     name, _, tier = pool.partition("-")
     return tier if name == DECODE else None
+
+
+def kind_of(pool: str) -> WorkerKind:
+    """Returns the kind of a pool's workers."""
+    return KINDS[pool.partition("-")[0]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +169,23 @@ class StackSpec(BaseModel):
     def _check_settings(self) -> Self:
         if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
             raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
-        self._check_scaling()
-        for name in self.tiers:
+        self._check_runner()
+        for name, tier in self.tiers.items():
             if not any(self.tier_of(pool) == name for pool in self.pools):
                 raise ValueError(
                     f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "
                     "tier may have none, with `colocated`"
                 )
+            unused = tier.model_dump(exclude_defaults=True).keys() & PoolSpec.model_fields.keys() - {"replicas"}
+            if unused and not tier.replicas:
+                raise ValueError(
+                    f"tiers.{name}: {', '.join(sorted(unused))}: the tier has no workers of its own, so this has no "
+                    "effect: set it in `colocated`, whose workers decode in the tier, or remove it"
+                )
         for stage in ("prefill", "decode"):
             if not self.members(stage):
                 raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
-        fields = [self.kind(name).settings.model_fields for name in self.pools]
+        fields = [kind_of(name).settings.model_fields for name in self.pools]
         known = {*RouterConfig.model_fields}.union(*fields) - {"config"}
         if unknown := sorted(self.settings.keys() - known):
             missing = "no process of this stack has such a setting"
@@ -186,19 +202,29 @@ class StackSpec(BaseModel):
                 + ", ".join(f"{engine} for {name}" for name, engine in engines.items())
             )
         self._check_formats()
+        self.check_apart(metrics=self.runner == "processes")
         return self
 
-    def _check_scaling(self) -> None:
+    def _check_runner(self) -> None:
+        """Raises ValueError for fields that the runner does not use, or cannot meet."""
         scaled = sorted(name for name, pool in self.pools.items() if pool.max_replicas is not None)
         if scaled and self.colocated is not None:
             raise ValueError(
                 f"colocated: a stack of colocated workers has a fixed number of replicas: remove max_replicas of "
                 f"{' and '.join(scaled)}, or `colocated`"
             )
-        if scaled and self.runner == "processes":
+        if self.runner == "ray":
+            return
+        if scaled:
             raise ValueError(f"runner processes: only Ray scales pools: remove max_replicas of {' and '.join(scaled)}")
+        unused = sorted(self.model_dump(exclude_defaults=True).keys() & _ONLY_ON_RAY)
+        for name, pool in self.deployments.items():
+            own = pool.model_dump(exclude_defaults=True).keys() & _RESERVED
+            unused += [f"{_place(name)}.{field}" for field in sorted(own)]
+        if unused:
+            raise ValueError(f"runner processes: only Ray uses {', '.join(unused)}: remove this, or set runner to ray")
         routers, ports = self.router.replicas, len(self.router.ports)
-        if self.runner == "processes" and 1 < ports < routers:
+        if 1 < ports < routers:
             raise ValueError(
                 f"router.ports: got {ports} for {routers} routers; give 1, which they share, or one for each"
             )
@@ -221,6 +247,30 @@ class StackSpec(BaseModel):
                         f"{name} workers have {values[1]}; routers refuse workers of one tier that differ: set both "
                         f"{variables[0]} and {variables[1]}, or {key} in the settings of all"
                     )
+
+    def check_apart(self, *, metrics: bool) -> None:
+        """Raises ValueError if two servers have the same port.
+
+        Args:
+            metrics: the ports of metrics count too, because all processes run on one machine.
+        """
+        claims: list[tuple[str, Sequence[int | str]]] = [
+            ("--grpc (router.ports)", self.router.ports), ("--http (router.http_ports)", self.router.http_ports)
+        ]  # fmt: skip
+        if metrics:
+            claims += [
+                (f"--metrics-port (metrics_port of {pool})", ports) for pool, ports in self.metrics_ports.items()
+            ]
+        servers: dict[int | str, str] = {0: "", "off": ""}
+        for server, port in ((server, port) for server, ports in claims for port in ports):
+            if other := servers.get(port):
+                same = "; on Ray, every process of a pool has the same metrics_port: give 0 or off"
+                raise ValueError(
+                    f"port {port} is given to two servers, {other} and {server}: give one of them another port"
+                    + (same if self.runner == "ray" and "metrics" in server else "")
+                )
+            if port not in servers:
+                servers[port] = server
 
     @classmethod
     def read(cls, data: Any) -> Self:
@@ -247,6 +297,16 @@ class StackSpec(BaseModel):
             raise BadSettings(f"{path}: {error}") from error
         except (ValueError, yaml.YAMLError) as error:
             raise BadSettings(f"{path}: {' '.join(str(error).split())}") from error
+
+    def on(self, runner: Literal["ray", "processes"]) -> Self:
+        """Returns the stack for ``runner``; for plain processes, without the fields that they do not use."""
+        data = self.document()
+        if runner == "processes":
+            pools = [data.get(name, {}) for name in (ROUTER, COLOCATED, PREFILL, DECODE)]
+            for fields in (data, *pools, *data.get("tiers", {}).values()):
+                for name in fields.keys() & (_ONLY_ON_RAY if fields is data else _RESERVED):
+                    del fields[name]
+        return self.read({**data, "runner": runner})
 
     def document(self) -> dict[str, Any]:
         """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
@@ -278,17 +338,13 @@ class StackSpec(BaseModel):
         """All pools by name, the routers first."""
         return {ROUTER: self.router, **self.pools}
 
-    def kind(self, pool: str) -> WorkerKind:
-        """Returns the kind of a pool's workers."""
-        return KINDS[pool.partition("-")[0]]
-
     def tier_of(self, pool: str) -> str | None:
         """Returns the tier in which a pool decodes, empty with one pair; None for prefill workers."""
         return self.default_tier if pool == COLOCATED else decode_tier(pool)
 
     def members(self, stage: WorkerStage) -> int:
         """Returns the initial number of workers that have the stage."""
-        return sum(pool.replicas for name, pool in self.pools.items() if stage in self.kind(name).stages)
+        return sum(pool.replicas for name, pool in self.pools.items() if stage in kind_of(name).stages)
 
     @property
     def told_tiers(self) -> tuple[TierSpec, ...]:
@@ -355,6 +411,27 @@ class StackSpec(BaseModel):
         names = self.router_config().served_model_name
         return names[0] if names else Path(self.default_pair).name
 
+    @property
+    def metrics_ports(self) -> dict[str, list[int | str]]:
+        """Metrics ports of the processes of each pool: 0 means any free one.
+
+        On Ray, the processes of a pool have the same. Plain processes have consecutive ones: those of pools without a
+        number of their own follow the routers'.
+        """
+
+        def ports(first: object) -> Iterator[int | str]:
+            if not str(first).isdecimal():
+                return itertools.repeat("off")
+            return itertools.count(int(str(first)), step) if int(str(first)) else itertools.repeat(0)
+
+        step = 1 if self.runner == "processes" else 0
+        shared = ports(self.settings.get("metrics_port", 0))
+        found = {}
+        for name, pool in self.deployments.items():
+            own = ports(pool.settings["metrics_port"]) if "metrics_port" in pool.settings else shared
+            found[name] = list(itertools.islice(own, pool.replicas))
+        return found
+
     def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """Returns the base URLs of the OpenAI endpoints of the routers at these gRPC addresses, on any machine."""
         scheme = "http" if self.router_config().tls_cert is None else "https"
@@ -381,7 +458,7 @@ class StackSpec(BaseModel):
 
     def worker_config(self, name: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
         """Returns the settings of a worker of the pool ``name``. Raises ValueError naming a wrong setting."""
-        pool, kind = self.pools[name], self.kind(name)
+        pool, kind = self.pools[name], kind_of(name)
         own = self._placed(pool, worker) | {"pair": self.default_pair}
         if 0 < pool.num_gpus < 1 and "gpu_share" not in self.settings | pool.settings:
             own["gpu_share"] = pool.num_gpus
@@ -406,7 +483,7 @@ class StackSpec(BaseModel):
 
     def _configure(self, name: str, kind: type[_Config], own: dict[str, object]) -> _Config:
         pool = self.deployments[name]
-        _check_names(f"tiers.{decode_tier(name)}" if decode_tier(name) else name, pool.settings, kind)
+        _check_names(_place(name), pool.settings, kind)
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
         if self.new_secret:  # a placeholder: the runner makes the file
             shared["stack_secret"] = "-"
@@ -415,6 +492,11 @@ class StackSpec(BaseModel):
             shared |= {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
             shared.setdefault("tls_name", NAME)
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
+
+
+def _place(pool: str) -> str:
+    """Returns where a pool is in the document."""
+    return f"tiers.{decode_tier(pool)}" if decode_tier(pool) else pool
 
 
 def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConfig]) -> None:

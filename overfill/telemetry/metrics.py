@@ -1,8 +1,8 @@
 """The metrics of workers, and the list of every metric that the services export. No torch; knows no service.
 
-``overfill metrics`` lists the declarations here and in ``router_metrics``, and so does the documentation site. A name
-is ``overfill_<stage>_<what>_<unit>``. A label has few values. Series of known values exist from the start, so that a
-rate includes their first increase. Numbers that an engine keeps anyway are read at each scrape.
+The reference (docs/reference/metrics.md) lists the declarations here and in ``router_metrics``. A name is
+``overfill_<stage>_<what>_<unit>``. A label has few values. Series of known values exist from the start, so that a rate
+includes their first increase. Numbers that an engine keeps anyway are read at each scrape.
 """
 
 from __future__ import annotations

@@ -18,26 +18,25 @@ def build(spec: StackSpec) -> Application:
     """Builds the deployments of ``spec``: the routers, and the workers of each kind and tier.
 
     Raises:
-        ValueError: the cluster has several machines, and the services would listen on loopback only.
+        ValueError: the cluster has several machines, and a service would listen on loopback only.
     """
-    check_reachable(str(spec.settings.get("host", "127.0.0.1")), {n["NodeManagerAddress"] for n in _alive_nodes()})
+    check_reachable(spec, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}))
     pools = [_deployment(WorkerReplica, spec, name).bind(name, spec) for name in spec.pools]
     return _deployment(RouterReplica, spec, ROUTER).bind(spec, *pools)
 
 
-def check_reachable(host: str, machines: set[str]) -> None:
-    """Raises ValueError if services on ``host`` cannot reach each other across ``machines``."""
-    if is_loopback(host) and len(machines) > 1:
+def check_reachable(spec: StackSpec, machines: int) -> None:
+    """Raises ValueError if the services of ``spec`` cannot reach each other across this number of machines."""
+    configs = {ROUTER: spec.router_config(), **{name: spec.worker_config(name) for name in spec.pools}}
+    closed = {name: config.host for name, config in configs.items() if is_loopback(config.host)}
+    if closed and machines > 1:
+        hosts = ", ".join(f"{host} of {name}" for name, host in closed.items())
         raise ValueError(
-            f"settings.host {host} is reachable from its own machine only, but the cluster has {len(machines)} "
-            "machines. Set host to 0.0.0.0, and api_keys, tls_cert, tls_key and tls_ca to files on every machine"
+            f"settings.host: {hosts} is reachable from its own machine only, but the cluster has {machines} machines. "
+            "Set host to 0.0.0.0, and api_keys, tls_cert, tls_key and tls_ca to files on every machine"
         )
 
 
 def _deployment(kind: type[Replica], spec: StackSpec, name: str) -> Deployment:
     decorate: Callable[[type[Replica]], Deployment] = serve.deployment(**deployment_options(spec, name))
     return decorate(kind)
-
-
-def _alive_nodes() -> list[dict[str, str]]:
-    return [node for node in ray.nodes() if node["Alive"]]

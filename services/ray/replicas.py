@@ -31,7 +31,7 @@ from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.stack.ray import directory
-from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace
+from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace, kind_of
 from overfill.telemetry import logs
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class WorkerReplica(Replica):
 
         self._cpu_settings = cpu_settings(torch_threads(config))
         self._cpu_settings.__enter__()  # for the life of the process
-        service = importlib.import_module(spec.kind(deployment).module)
+        service = importlib.import_module(kind_of(deployment).module)
         await self.start(config, lambda ready: service.serve(config, ready))
 
     async def __del__(self) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listening_registry import ListeningRegistry
 from message_proxy import (
     Corrupt,
     Drop,
@@ -40,7 +41,6 @@ from overfill.kv.peers import PrefillPeer
 from overfill.kv.receiver import PromptPull, PullStats
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
-from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
 from overfill.stack.child import Child, stop

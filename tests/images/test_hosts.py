@@ -75,7 +75,7 @@ def left_behind() -> list[str]:
 @pytest.fixture(autouse=True)
 def hosts_can_be_made_and_none_is_left():
     try:
-        check_requirements(relayed=True)
+        check_requirements()
     except CannotMakeHosts as error:
         pytest.skip(str(error))
     before = left_behind()
@@ -169,12 +169,8 @@ def test_answers_over_a_bad_link_are_those_of_the_reference(tiny_pair: Path, tmp
     lines: list[str] = []
     plan = place(describe(tiny_pair, decode=2, threads=1, settings=SETTINGS))
     with place_on_hosts(plan) as (placed, hosts):
-        stack = ProcessRunner(
-            plan.spec,
-            lambda name, line: lines.append(line),
-            placed=placed,
-            prefixes={name: host.enter for name, host in hosts.items()},
-        )
+        prefixes = {name: host.enter for name, host in hosts.items()}
+        stack = ProcessRunner(placed, lambda name, line: lines.append(line), prefixes=prefixes)
         try:
             stack.start()
             stack.wait_ready(threading.Event())

@@ -13,6 +13,7 @@ from forked import Forked
 from overfill.client import Client
 from overfill.stack.child import Child
 from overfill.stack.describe import describe
+from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
 
 SECRET = "the secret of a stack of tests"
@@ -38,7 +39,7 @@ class FaultyStack(ProcessRunner):
     """A stack of forked processes. Workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
 
     def __init__(self, spec, sink, faults):
-        super().__init__(spec, sink)
+        super().__init__(place(spec), sink)
         self._faults = faults
 
     def _program(self, name, module):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
+from listening_registry import ListeningRegistry
 from stacks import ForkedChild, children, idle, loads, running_stack, wait_until
 
 from overfill.api import keys
@@ -22,7 +23,6 @@ from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
-from overfill.lab.bench.registry import ListeningRegistry
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
 from overfill.stack.child import stop

@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack
 import psutil
 import pytest
 import torch
+from prefill_process import prefill_worker
 
 from overfill.kv.cache import KvCache
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec
-from overfill.lab.bench.workers import prefill_worker
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.making.tiny import make_tiny_pair
 from overfill.request.params import SamplingParams

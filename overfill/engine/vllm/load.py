@@ -38,6 +38,7 @@ from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm.store import VllmKvStore
+from overfill.engine.vllm_args import check_vllm_args
 from overfill.engine.vllm_release import installed, untested_warning
 from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
@@ -51,31 +52,6 @@ from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetr
 
 log = logging.getLogger(__name__)
 
-_SET_ELSEWHERE = {
-    "model": "--pair",
-    "dtype": "--dtype",
-    "max_model_len": "--max-model-len",
-    "block_size": "--block-size",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-    "kv_cache_memory_bytes": "--kv-memory",
-    "enable_prefix_caching": "--prefix-cache",
-    "kv_cache_dtype": "--kv-cache-dtype",
-}
-"""Arguments of vLLM that a setting of the worker sets."""
-_SET_HERE = ("kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init")
-_UNSUPPORTED = {
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
-    "decode_context_parallel_size": 1,
-    "prefill_context_parallel_size": 1,
-    "speculative_config": None,
-    "enable_lora": False,
-    "enable_dbo": False,
-    "kv_offloading_size": None,
-}
-"""Arguments that this version cannot serve, with the value that it can."""
 _MEMORY_WORDS = (
     "No available memory for the cache blocks",
     "not enough GPU memory available",
@@ -207,18 +183,7 @@ def _check(options: EngineOptions) -> None:
             "device",
             f"{kind} does not fit the installed vLLM, which computes on {current_platform.device_type}",
         )
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name, value in options.engine_args.items():
-        if name not in known:
-            raise InvalidRequest("engine_args", f"{name} is no argument of this vLLM's EngineArgs")
-        if name in _SET_ELSEWHERE:
-            raise InvalidRequest("engine_args", f"{name} is set by {_SET_ELSEWHERE[name]}")
-        if name in _SET_HERE:
-            raise InvalidRequest("engine_args", f"{name} is set by OverFill")
-        if name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
-            raise InvalidRequest(
-                "engine_args", f"{name} {value} is not supported in this version; leave it at {_UNSUPPORTED[name]}"
-            )
+    check_vllm_args(options.engine_args, {field.name for field in dataclasses.fields(EngineArgs)})
 
 
 def _vllm_config(arguments: Mapping[str, Any], engine_args: Mapping[str, Any]) -> VllmConfig:

@@ -1,12 +1,10 @@
-"""Benchmarks of the engine, the KV handoff and the router, each beside its bound and its peers.
+"""Benchmarks of the engine, the handoff, the router and whole servers, each beside its bound and its peers.
 
 A package per verb of ``overfill bench``:
 
-- ``engine``: ``decode`` and ``prefill``, our engine and other engines against the limits of this machine.
-- ``kv``: ``kv``, how fast KV moves between two processes.
-- ``handoff``: ``handoff``, what a handoff costs a request, and its timeline.
-- ``links``: ``links``, what a handoff costs between hosts, by link and codec.
-- ``router``: ``router``, what the router costs, and how it behaves under overload.
+- ``engine``: ``decode`` and ``prefill``, our engine and vLLM against the limits of this machine.
+- ``handoff``: ``handoff``, what a handoff costs a request.
+- ``router``: ``router``, what the router costs.
 - ``serve``: ``serve``, latency and throughput of servers under load.
 - ``vllm``: ``vllm``, both stages on vLLM beside plain vLLM.
 

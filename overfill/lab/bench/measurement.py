@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 import click
@@ -57,10 +58,10 @@ class Measurement:
         return json.dumps({k: _digits(v) if isinstance(v, float) else v for k, v in found.items()})
 
 
-def measurements_table(measurements: Iterable[Measurement]) -> Table:
-    """A table with a line per measurement."""
+def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, str] = MappingProxyType({})) -> Table:
+    """A table with a line per measurement. ``more``: title of a further column -> attribute that it shows."""
     table = Table()
-    for column in ("", "measured", "", "rounds", "bound", "peer"):
+    for column in ("", "measured", "", "rounds", "bound", "peer", *more):
         table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
     for one in measurements:
         bound = "" if one.bound is None else f"{'≥' if one.at_least else '≤'} {one.bound:,g}"
@@ -69,7 +70,8 @@ def measurements_table(measurements: Iterable[Measurement]) -> Table:
             peer += f" ({_number(one.peer_ratio)} x)"
         rounds = "" if one.low is None or one.high is None else f"{_number(one.low)} to {_number(one.high)}"
         verdict = bound if one.reached else f"{bound}, missed"
-        table.add_row(one.name, _number(one.value), one.unit, rounds, verdict, peer)
+        cells = [_number(getattr(one, attribute)) for attribute in more.values()]
+        table.add_row(one.name, _number(one.value), one.unit, rounds, verdict, peer, *cells)
     return table
 
 
@@ -87,5 +89,5 @@ def _digits(value: float) -> float | None:
     return None if value != value else float(f"{value:.4g}")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

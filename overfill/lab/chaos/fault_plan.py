@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,24 +81,21 @@ def draw(
     faults: Sequence[FaultName] = FAULTS,
     phases: Sequence[Phase] = PHASES,
     targets: Sequence[Target] | None = None,
-    first: int = 0,
     possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
 ) -> Iterator[PlannedFault]:
-    """Draws random faults without end, from number ``first`` on. Each depends only on the seed and its number.
+    """Draws random faults without end. Each depends only on the seed and its number.
 
     Args:
         pause: Mean seconds of rest between two faults.
         targets: None means all targets that a fault can hit.
         possible: Fault -> targets that it can hit.
     """
-    number = first
-    while True:
+    for number in itertools.count():
         rng = random.Random(f"{seed}/{number}")
         kind = rng.choice(faults)
         among = [target for target in possible[kind] if targets is None or target in targets]
         fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or possible[kind]))
         yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
-        number += 1
 
 
 def matrix(

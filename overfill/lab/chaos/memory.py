@@ -1,4 +1,4 @@
-"""Samples memory and open files of a trial's processes, summarises their growth and plots it."""
+"""Samples memory and open files of a trial's processes, and summarises their growth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -74,45 +73,6 @@ def lifetimes(samples: Sequence[MemorySample]) -> list[ProcessLifetime]:
         seconds = warm[-1].at - warm[0].at
         found.append(ProcessLifetime(name, seconds, rss[1], rss[1] - rss[0], files[1], files[1] - files[0]))
     return sorted(found, key=lambda lifetime: (lifetime.name, -lifetime.seconds))
-
-
-def draw(samples: Sequence[MemorySample], title: str, path: Path) -> None:
-    """Plots resident memory over time: a panel per kind of process, a line per process. A restart begins a new line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kinds = [*dict.fromkeys(_kind(sample.name) for sample in samples)]
-    figure, grid = pyplot.subplots(
-        len(kinds), 1, figsize=(9, 0.5 + 2 * len(kinds)), sharex=True, squeeze=False, layout="constrained"
-    )
-    panels = grid[:, 0]
-    colours: dict[str, str] = {}
-    for (name, _), of_process in _by_process(samples).items():
-        panel = panels[kinds.index(_kind(name))]
-        known = name in colours
-        (line,) = panel.plot(
-            [sample.at / 60 for sample in of_process],
-            [sample.rss / 2**20 for sample in of_process],
-            linewidth=1.2,
-            color=colours.get(name),
-            label=None if known else name,
-        )
-        colours.setdefault(name, line.get_color())
-    for kind, panel in zip(kinds, panels, strict=True):
-        panel.set_ylabel(f"{kind}, MiB")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.legend(loc="lower right", fontsize=8, ncols=4)
-    panels[0].set_title(title, fontsize=10)
-    panels[-1].set_xlabel("minutes")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _kind(name: str) -> str:
-    return name.partition("-")[0]
 
 
 def _by_process(samples: Sequence[MemorySample]) -> dict[tuple[str, int], list[MemorySample]]:

@@ -59,7 +59,7 @@ class BreakableStack(ProcessRunner):
 
     def __init__(self, plan: PlacedStack, probes: str, clocks: Clocks, hosts: Mapping[str, Host]) -> None:
         prefixes = {name: host.enter for name, host in hosts.items()}
-        super().__init__(plan.spec, lambda name, line: None, placed=plan, prefixes=prefixes)
+        super().__init__(plan, lambda name, line: None, prefixes=prefixes)
         self._probes = probes
         self._clocks = clocks
 

@@ -1,18 +1,17 @@
-"""``overfill bench decode`` and ``prefill``: our engine beside the machine's bound and beside other engines."""
+"""``overfill bench decode`` and ``prefill``: our engine beside the machine's bound and vLLM."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from overfill.cli.options import dtype_option, option_errors
 from overfill.cli.output import console
-from overfill.lab.commands.bench_options import Counts, install_option, json_option, pair_option, plot_option
+from overfill.lab.commands.bench_options import Counts, install_option, json_option, pair_option
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
@@ -27,7 +26,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def _common_options(command: _F) -> _F:
     for option in (
         json_option,
-        plot_option,
         click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each engine."),
         click.option(
             "--device", default="auto", show_default=True, help="Device of our engine: auto, cpu, cuda or cuda:N."
@@ -35,19 +33,14 @@ def _common_options(command: _F) -> _F:
         click.option("--threads", type=click.IntRange(1), help="CPU threads of each engine.  [default: the cores]"),
         dtype_option,
         install_option,
-        click.option(
-            "--peers",
-            default="transformers,reference",
-            show_default=True,
-            help="Engines to measure beside ours: transformers, reference, openvino, vllm; or all, or none.",
-        ),
+        click.option("--vllm", is_flag=True, help="Measure vLLM with the full model too, in turns with our engine."),
         pair_option,
     ):
         command = option(command)
     return command
 
 
-@click.command("decode", short_help="Tokens per second of decode, beside the bound and other engines.")
+@click.command("decode", short_help="Tokens per second of decode, beside the bound and vLLM.")
 @_common_options
 @click.option(
     "--batch", "batches", type=Counts(), default="1,8,32,64", show_default=True, help="Sequences in a decode step."
@@ -64,15 +57,15 @@ def _common_options(command: _F) -> _F:
     show_default=True,
     help="KV cache of the decoder. With int8, --pair identity also gets a decoder of its own.",
 )
+@option_errors()
 def decode_command(
     pair: str,
-    peers: str,
-    install_peers: bool,
+    vllm: bool,
+    install_vllm: bool,
     dtype: DTypeName | None,
     threads: int | None,
     device: str,
     rounds: int,
-    plot: Path | None,
     as_json: bool,
     batches: tuple[int, ...],
     context: int,
@@ -89,26 +82,26 @@ def decode_command(
     from overfill.lab.bench.engine.turns import BenchPlan
 
     def measure(report: Report) -> Iterator[Row]:
-        settings = _settings(pair, peers, install_peers, dtype, threads, device, BenchPlan(rounds, steps), report)
+        settings = _settings(pair, vllm, install_vllm, dtype, threads, device, BenchPlan(rounds, steps), report)
         settings = replace(settings, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
         return bench_decode(settings, batches, context, report)
 
-    _print("decode, tokens/s", measure, plot, as_json)
+    _print(measure, as_json)
 
 
-@click.command("prefill", short_help="Prompt tokens per second of prefill, beside the bound and other engines.")
+@click.command("prefill", short_help="Prompt tokens per second of prefill, beside the bound and vLLM.")
 @_common_options
 @click.option("--context", "lengths", type=Counts(), default="512,2048", show_default=True, help="Tokens per prompt.")
 @click.option("--batch", "batches", type=Counts(), default="1,4", show_default=True, help="Prompts at once.")
+@option_errors()
 def prefill_command(
     pair: str,
-    peers: str,
-    install_peers: bool,
+    vllm: bool,
+    install_vllm: bool,
     dtype: DTypeName | None,
     threads: int | None,
     device: str,
     rounds: int,
-    plot: Path | None,
     as_json: bool,
     lengths: tuple[int, ...],
     batches: tuple[int, ...],
@@ -118,16 +111,16 @@ def prefill_command(
     from overfill.lab.bench.engine.turns import BenchPlan
 
     def measure(report: Report) -> Iterator[Row]:
-        settings = _settings(pair, peers, install_peers, dtype, threads, device, BenchPlan(rounds), report)
+        settings = _settings(pair, vllm, install_vllm, dtype, threads, device, BenchPlan(rounds), report)
         return bench_prefill(settings, [[length] * batch for length in lengths for batch in batches], report)
 
-    _print("prefill, prompt tokens/s", measure, plot, as_json)
+    _print(measure, as_json)
 
 
 def _settings(
     pair: str,
-    peers: str,
-    install_peers: bool,
+    vllm: bool,
+    install_vllm: bool,
     dtype: DTypeName | None,
     threads: int | None,
     device: str,
@@ -135,33 +128,26 @@ def _settings(
     report: Report,
 ) -> EngineSettings:
     from overfill.lab.bench.engine.measure import EngineSettings
-    from overfill.lab.bench.engine.peers.choose import parse_peers
-    from overfill.lab.bench.engine.peers.environment import install_missing
+    from overfill.lab.bench.engine.peers.environment import install
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
-    with option_errors():
-        names = parse_peers(peers)
-    if install_peers:
-        install_missing(names, report)
+    if install_vllm:
+        install("vllm", report)
     loaded = Pair.load(resolve_pair(pair, report))
-    return EngineSettings(loaded, dtype, device, threads or len(os.sched_getaffinity(0)), names, plan)
+    return EngineSettings(loaded, dtype, device, threads or len(os.sched_getaffinity(0)), vllm, plan)
 
 
-def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | None, as_json: bool) -> None:
-    from overfill.lab.bench.engine.rows import hints, rows_table
+def _print(measure: Callable[[Report], Iterator[Row]], as_json: bool) -> None:
+    from overfill.lab.bench.engine.rows import rows_table
     from overfill.telemetry.progress import show_progress
 
-    if plot is not None:  # before the measurement, so that a missing matplotlib is reported at once
-        from overfill.lab.bench.engine.plot import save_speeds
     rows = []
     with show_progress() as report:
         for row in measure(report):
             rows.append(row)
             if as_json:
                 click.echo(row.to_json())
-    if plot is not None:
-        save_speeds(plot, title, rows)
     if as_json:
         return
     last = rows[-1]
@@ -171,5 +157,3 @@ def _print(title: str, measure: Callable[[Report], Iterator[Row]], plot: Path | 
         f"{last.bandwidth / 1e9:.1f} GB/s, multiplies {last.matrix_rate / 1e9:,.0f} GFLOP/s"
     )
     terminal.print(rows_table(rows))
-    for hint in hints(rows):
-        terminal.print(hint)

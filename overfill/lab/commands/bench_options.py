@@ -38,20 +38,6 @@ def pair_option(command: _F) -> _F:
     )(command)
 
 
-def geometry_option(command: _F) -> _F:
-    """``--pair``, for benchmarks that run no model."""
-    return click.option(
-        "--pair", default="default", show_default=True, help="Pair whose tokenizer and KV geometry are used."
-    )(command)
-
-
-def plot_option(command: _F) -> _F:
-    """``--plot FILE``."""
-    return click.option(
-        "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the result to this file (.png, .svg)."
-    )(command)
-
-
 def json_option(command: _F) -> _F:
     """``--json``: a line per figure instead of a table."""
     return click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")(
@@ -60,9 +46,9 @@ def json_option(command: _F) -> _F:
 
 
 def install_option(command: _F) -> _F:
-    """``--install-peers``."""
+    """``--install-vllm``."""
     return click.option(
-        "--install-peers", is_flag=True, help="First install missing engines into OVERFILL_HOME/envs (up to 3 GB)."
+        "--install-vllm", is_flag=True, help="First install vLLM into OVERFILL_HOME/envs, unless it is there (3 GB)."
     )(command)
 
 

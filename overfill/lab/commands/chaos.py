@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import TIER, Number, check_replaced, engine_options
+from overfill.cli.options import TIER, Number, check_replaced
 from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from overfill.stack.placed import PlacedStack
     from overfill.telemetry.progress import Report
 
+_TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Not auto: by default, every machine breaks the same engine.
-chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eager\": true}' for tiny on vllm]")
+_ENGINE = click.Choice(get_args(EngineChoice))
 
 
 @click.command("chaos")
@@ -100,14 +101,6 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     help="Inject the faults of this JSON report again.",
 )
 @click.option(
-    "--first-fault",
-    "first",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Number of the first fault to inject from the sequence that --seed draws.",
-)
-@click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed for faults, phases, targets and times."
 )
 @click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean pause between faults, seconds.")
@@ -144,9 +137,6 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens of an answer."
 )
 @click.option(
-    "--time-limit", type=Number(0), default=3600.0, show_default=True, help="Seconds after which no new fault begins."
-)
-@click.option(
     "--grace-period",
     default=1.0,
     show_default=True,
@@ -161,7 +151,18 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
 @click.option(
     "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
 )
-@chaos_engine_options
+@click.option(
+    "--prefill-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the prefill workers."
+)
+@click.option(
+    "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
+)
+@click.option(
+    "--engine-args",
+    metavar="JSON",
+    help="Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name.  "
+    "[default: '{\"enforce_eager\": true}' for tiny on vllm]",
+)
 @click.option(
     "--hosts",
     is_flag=True,
@@ -169,7 +170,6 @@ chaos_engine_options = engine_options("overfill", ".  [default: '{\"enforce_eage
     "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
 )
 @click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
-@click.option("--plot", type=_FILE, help="Plot the memory of every process to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def chaos_command(
     pair: str,
@@ -183,7 +183,6 @@ def chaos_command(
     soak: float | None,
     load_fraction: float | None,
     replay: Path | None,
-    first: int,
     seed: int,
     pause: float,
     concurrent_faults: int,
@@ -194,7 +193,6 @@ def chaos_command(
     requests: int,
     streams: int,
     max_tokens: int,
-    time_limit: float,
     grace_period: float,
     max_num_seqs: int,
     kv_memory: str | None,
@@ -203,7 +201,6 @@ def chaos_command(
     engine_args: str | None,
     hosts: bool,
     report_file: Path | None,
-    plot: Path | None,
     as_json: bool,
 ) -> int:
     """Break a stack under load and check every answer. The stack is started on this machine.
@@ -215,13 +212,11 @@ def chaos_command(
     With --tier, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
     that wrote it, and only requests that allow it may change their tier. A tier may lose its last worker.
 
-    The same seed draws the same faults. --first-fault starts later in this sequence; --replay injects the faults of an
-    earlier run's report.
+    The same seed draws the same faults. --replay injects the faults of an earlier run's report.
 
     Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
     every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
     """
-    from overfill.lab.chaos.memory import draw as draw_memory
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import load_references
@@ -233,7 +228,7 @@ def chaos_command(
         _check_tiers(tiers, colocated)
     counts = count_workers(colocated, prefill, decode, bool(tiers))
     among = (faults or FAULTS, phases or PHASES, targets or None)
-    chosen = _choose_faults(*among, num_faults, times, soak, replay, first, seed, pause, hosts)
+    chosen = _choose_faults(*among, num_faults, times, soak, replay, seed, pause, hosts)
     trial_settings = {
         "grace_period": grace_period,
         "kv_memory": kv_memory,
@@ -254,7 +249,7 @@ def chaos_command(
             load_fraction=load_fraction or (0.7 if soak else None),
             seconds=soak * 60 if soak else None,
             concurrent_faults=concurrent_faults,
-            time_limit=max(time_limit, soak * 60 if soak else 0.0),
+            time_limit=max(_TIME_LIMIT, soak * 60 if soak else 0.0),
             seed=seed,
             fallback_share=fallback_share,
         )
@@ -263,11 +258,6 @@ def chaos_command(
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
-    if plot is not None:
-        title = (
-            f"{result.seconds / 60:.0f} minutes, seed {seed}: {len(result.injected)} faults, {summary.answers} answers"
-        )
-        draw_memory(result.memory_samples, title, plot)
     if as_json:
         print_json(judged.as_dict())
     else:
@@ -313,7 +303,6 @@ def _choose_faults(
     times: int | None,
     soak: float | None,
     replay: Path | None,
-    first: int,
     seed: int,
     pause: float,
     hosts: bool,
@@ -333,8 +322,8 @@ def _choose_faults(
     if times is not None:
         if targets is not None:
             possible = {fault: tuple(t for t in each if t in targets) or each for fault, each in possible.items()}
-        return matrix(seed, times, faults, phases, possible)[first:]
-    drawn = draw(seed, pause, faults, phases, targets, first, possible)
+        return matrix(seed, times, faults, phases, possible)
+    drawn = draw(seed, pause, faults, phases, targets, possible)
     return drawn if soak is not None else list(itertools.islice(drawn, count))
 
 

@@ -16,8 +16,8 @@ import click
 from overfill.cli.options import Number, option_errors, tls_options
 from overfill.lab.loadtest.plan import API_KEY, LoadPlan, help_of
 from overfill.process.extras import require
+from overfill.process.tied import tied_to_parent
 from overfill.settings.environment import GRPC_ENVIRONMENT
-from overfill.stack.child import tied_to_parent
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,8 +54,8 @@ def _kind(f: Field[Any]) -> Any:
 def loadtest_command(api_key: str | None, **options: Any) -> int:
     """Load a stack or an OpenAI endpoint, and check objectives.
 
-    Use it to test one server against limits, with users or a trace. To compare several servers under the same load, or
-    to find the rate that saturates one, use `overfill bench serve`.
+    Use it to test one server against limits, with users or a trace. To compare several servers under the same load, use
+    `overfill bench serve`.
 
     Exit code 0 when every objective is met, 1 when one is missed (it is printed with the measured value), 2 when
     nothing could be measured.

@@ -219,7 +219,7 @@ class _Load:
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Plot the timeline to this file; with --brownout beside that of a run without.",
+    help="Plot the timeline to this file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @option_errors()
@@ -342,15 +342,9 @@ def _run(
         simulation = Simulation(requests, profile, options)
         result = simulation.run(lambda done, total: report("Simulating", done, total))
     if plot is not None:
-        from overfill.lab.simulate.plot import save_tiers, save_timeline
+        from overfill.lab.simulate.plot import save_timeline
 
-        if not options.tiers:
-            save_timeline(plot, title(result), result)
-        else:
-            runs = {f"brownout {' > '.join(options.brownout) or 'off'}": result}
-            if options.brownout:
-                runs = {"no brownout": Simulation(requests, profile, replace(options, brownout=())).run()} | runs
-            save_tiers(plot, title(result), runs, objective)
+        save_timeline(plot, title(result), result)
     if as_json:
         print_json(result.to_json(objective))
     else:

@@ -123,9 +123,6 @@ class Host:
         """
         self.stop()
         run_command(["ip", "netns", "del", self.name])
-        if self._network.relay is None:  # the other end goes with the namespace, but later
-            command = ["ip", "-n", self._network.switch, "link", "del", self.device]
-            subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
         self._delay = self._loss = 0.0
         self._rate = None
         self.create()
@@ -134,20 +131,16 @@ class Host:
         """Makes the namespace and its link."""
         run_command(["ip", "netns", "add", self.name])
         inside = f"{self.device}h"
-        if self._network.relay is None:
-            run_command(["ip", "link", "add", self.device, "type", "veth", "peer", "name", inside])
-        else:
-            with ExitStack() as files:
-                ends = [files.enter_context(_open_tap(device)) for device in (inside, self.device)]
-                command = [str(self._network.relay), *map(str, ends), str(self._number)]
-                self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=ends, process_group=0)
+        with ExitStack() as files:
+            ends = [files.enter_context(_open_tap(device)) for device in (inside, self.device)]
+            command = [str(self._network.relay), *map(str, ends), str(self._number)]
+            self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=ends, process_group=0)
         run_commands(bridge_commands(self.device, self._network.switch))
         mac = f"02:00:00:00:00:{self._number:02x}"  # the same after a reboot: peers remember it for seconds
-        run_commands(eth0_commands(inside, self.name, mac, self.address, self._network.congestion_control))
+        run_commands(eth0_commands(inside, self.name, mac, self.address))
 
     def _set_relay(self) -> None:
-        if self._relay is None:
-            raise CannotMakeHosts(f"the link of {self.name} has no relay, so it can neither delay nor lose frames")
+        assert self._relay is not None
         assert self._relay.stdin is not None
         self._relay.stdin.write(b"%d %.9f\n" % (round(self._delay * 1e9), self._loss))
         self._relay.stdin.flush()
@@ -164,29 +157,23 @@ class HostNetwork:
 
     Args:
         names: Names of the hosts. Their namespaces are ``overfill-PID-NAME``.
-        relayed: Whether links can delay and lose frames. Each then has a process that carries its frames.
-        congestion_control: TCP's congestion control on the hosts, such as cubic or bbr. The default is Linux's, not
-            this machine's, so that runs on several machines can be compared.
 
     Raises:
         CannotMakeHosts: On entry, when something is missing or a command fails; nothing is left behind.
     """
 
-    def __init__(self, names: Sequence[str], relayed: bool = True, congestion_control: str = "cubic") -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self.congestion_control = congestion_control
-        self._relayed = relayed
         self._exits = ExitStack()
         self.hosts: dict[str, Host] = {}
         self.relay: Path | None = None
         self.switch = f"overfill-{os.getpid()}"
 
     def __enter__(self) -> HostNetwork:
-        check_requirements(self._relayed)
+        check_requirements()
         with ExitStack() as exits:
-            if self._relayed:
-                folder = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-hosts-"))
-                self.relay = _compile_relay(Path(folder))
+            folder = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-hosts-"))
+            self.relay = _compile_relay(Path(folder))
             subnet = free_subnet(_routes())
             for number, name in enumerate(self._names):
                 self.hosts[name] = Host(number, f"{self.switch}-{name}", f"{subnet}.{number + 2}", self)
@@ -229,16 +216,16 @@ class HostNetwork:
             remover.communicate(timeout=_TIMEOUT)
 
 
-def check_requirements(relayed: bool) -> None:
+def check_requirements() -> None:
     """Raises CannotMakeHosts that names the first thing that is missing: root, a program, a device, a compiler."""
     if os.geteuid() != 0:
         raise CannotMakeHosts("hosts are network namespaces, which only root can make: run this command as root")
     for program, package in _PROGRAMS.items():
         if shutil.which(program) is None:
             raise CannotMakeHosts(f"the program {program} is missing, which makes hosts: install {package}")
-    if relayed and not _TUN.exists():
+    if not _TUN.exists():
         raise CannotMakeHosts(f"{_TUN} is missing, so no link can delay or lose frames: load the kernel's module tun")
-    if relayed and find_compiler(C_COMPILERS) is None:
+    if find_compiler(C_COMPILERS) is None:
         raise CannotMakeHosts(
             f"a C compiler is missing, which builds the links: install one of {', '.join(C_COMPILERS)}"
         )
@@ -253,16 +240,13 @@ def free_subnet(routes: Sequence[str]) -> str:
             return subnet
 
 
-def eth0_commands(device: str, space: str, mac: str, address: str, congestion_control: str) -> list[list[str]]:
+def eth0_commands(device: str, space: str, mac: str, address: str) -> list[list[str]]:
     """Returns the commands that make ``device`` the device eth0 of a namespace, with its two addresses."""
-    subnet = f"{address.rpartition('.')[0]}.0/24"
     return [
         ["ip", "link", "set", device, "netns", space, "name", "eth0", "address", mac],
         ["ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0"],
         ["ip", "-n", space, "link", "set", "lo", "up"],
         ["ip", "-n", space, "link", "set", "eth0", "up"],
-        # By its route: the setting of a namespace takes only what this machine allows to users without root.
-        ["ip", "-n", space, "route", "replace", subnet, "dev", "eth0", "src", address, "congctl", congestion_control],
     ]
 
 
@@ -295,8 +279,6 @@ def run_command(command: Sequence[str]) -> str:
         said = " ".join(done.stderr.split()) or f"it exited with status {done.returncode}"
         if "tbf" in command and "qdisc kind is unknown" in said:
             said = "this kernel has no tbf, which limits rates: load its module sch_tbf"
-        if "congctl" in command:
-            said += "; /proc/sys/net/ipv4/tcp_available_congestion_control lists those that this kernel has"
         raise CannotMakeHosts(f"`{' '.join(command)}` failed: {said}")
     return done.stdout
 

@@ -23,22 +23,17 @@ _Config = TypeVar("_Config", bound=ServiceConfig)
 
 
 @contextmanager
-def place_on_hosts(
-    plan: PlacedStack, relayed: bool = True, congestion_control: str = "cubic"
-) -> Iterator[tuple[PlacedStack, dict[str, Host]]]:
+def place_on_hosts(plan: PlacedStack) -> Iterator[tuple[PlacedStack, dict[str, Host]]]:
     """Makes a host for every process of ``plan``, and removes the hosts at the end. Starts no process.
 
     Yields the plan with the hosts' addresses, certificates and an API key, and name of a process -> its host.
-
-    Args:
-        relayed, congestion_control: As for ``HostNetwork``.
 
     Raises:
         CannotMakeHosts: This machine cannot make hosts.
     """
     names = [*(f"router-{index}" for index in range(len(plan.routers))), *(worker.id for worker in plan.workers)]
     with (
-        HostNetwork(names, relayed, congestion_control) as network,
+        HostNetwork(names) as network,
         tempfile.TemporaryDirectory(prefix="overfill-hosts-") as folder,
     ):
         certificates.make(Path(folder))

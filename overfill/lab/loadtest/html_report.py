@@ -14,9 +14,9 @@ import matplotlib as mpl
 import numpy as np
 
 from overfill.client import TTFT_PARTS
-from overfill.lab.loadtest import tiers
+from overfill.lab.loadtest import tables
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
+from overfill.lab.traffic.outcome import PERCENTILES, Outcome, samples
 from overfill.lab.traffic.run_objectives import ObjectiveVerdict
 from overfill.version import __version__
 
@@ -49,8 +49,8 @@ def write_report(path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], verdic
         "<h2>Objectives</h2>",
         _table(("objective", "measured", "at most", ""), [_verdict_row(verdict) for verdict in verdicts]),
         "<h2>Figures</h2>",
-        _table(("", *[f"p{p}" for p in PERCENTILES]), _figure_rows(outcomes)),
-        _rates(outcomes),
+        _table(tables.FIGURE_HEAD, tables.figure_rows(outcomes)),
+        _lag(outcomes),
         _tiers(plan, outcomes),
         *_plots(outcomes),
         _failures(outcomes),
@@ -167,32 +167,16 @@ def _svg(draw: Callable[[], Any]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _figure_rows(outcomes: Sequence[Outcome]) -> list[Sequence[str]]:
-    found = {figure.name: figure.value for figure in figures(outcomes, None)}
-    rows: list[Sequence[str]] = []
-    for name, label in (("ttft", "time to first token"), ("itl", "between tokens"), ("e2e", "end to end")):
-        values = [found[f"{name}_p{p}"] for p in PERCENTILES]
-        rows.append((label, *["–" if value is None else f"{1e3 * value:,.1f} ms" for value in values]))
-    shares = samples(outcomes, "unattributed")
-    if shares:
-        marks = np.percentile(shares, PERCENTILES)
-        rows.append(("unattributed share of the first token's time", *[f"{100 * mark:.1f} %" for mark in marks]))
-    return rows
-
-
-def _rates(outcomes: Sequence[Outcome]) -> str:
-    found = {figure.name: figure.value or 0.0 for figure in figures(outcomes, None)}
+def _lag(outcomes: Sequence[Outcome]) -> str:
     late = [outcome.sent - outcome.due for outcome in outcomes if outcome.sent is not None]
-    lag = f" The client sent 99 % of them within {1e3 * np.percentile(late, 99):.1f} ms of when due." if late else ""
-    return (
-        f"<p>{found['requests']:.2f} answers and {found['output_tokens']:.1f} tokens per second; "
-        f"{found['failed']:.0f} requests failed.{lag}</p>"
-    )
+    if not late:
+        return ""
+    return f"<p>The client sent 99 % of the requests within {1e3 * np.percentile(late, 99):.1f} ms of when due.</p>"
 
 
 def _tiers(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
-    rows = tiers.rows(outcomes, plan.objectives.of_each_request())
-    return "<h2>Tiers</h2>" + _table(tiers.HEAD, rows) if rows else ""
+    rows = tables.tier_rows(outcomes, plan.objectives.of_each_request())
+    return "<h2>Tiers</h2>" + _table(tables.TIER_HEAD, rows) if rows else ""
 
 
 def _failures(outcomes: Sequence[Outcome]) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from overfill.lab.loadtest import tiers
+from overfill.lab.loadtest import tables
 from overfill.lab.loadtest.measure import relative_to_start, to_record
 from overfill.lab.loadtest.run import LoadTestRun
-from overfill.lab.traffic.outcome import PERCENTILES, Outcome, figures, samples
 from overfill.lab.traffic.run_objectives import ObjectiveVerdict
 
 _WIDTH = 120
@@ -36,10 +35,11 @@ def conclude(run: LoadTestRun, out: TextIO, err: TextIO) -> LoadTestStatus:
     if err.isatty():
         print(file=err)  # below the progress line
     console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
-    console.print(summary(outcomes))
-    if by_tier := tiers.rows(outcomes, run.plan.objectives.of_each_request()):
-        console.print(_tier_table(by_tier))
-    console.print(_verdict_table(verdicts))
+    console.print(_table(tables.FIGURE_HEAD, tables.figure_rows(outcomes)))
+    if by_tier := tables.tier_rows(outcomes, run.plan.objectives.of_each_request()):
+        console.print(_table(tables.TIER_HEAD, by_tier, left=("tier", "written by"), gap=1))
+    objectives = ("objective", "measured", "at most", "")
+    console.print(_table(objectives, [_verdict_row(verdict) for verdict in verdicts], left=objectives))
     errors = [outcome.error for outcome in outcomes if not outcome.ok]
     if errors:
         print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=err)
@@ -57,43 +57,16 @@ def conclude(run: LoadTestRun, out: TextIO, err: TextIO) -> LoadTestStatus:
     return LoadTestStatus.MET if all(verdict.met for verdict in verdicts) else LoadTestStatus.MISSED
 
 
-def summary(outcomes: list[Outcome]) -> Table:
-    """Returns a table with a row per latency, and rates below."""
-    found = {figure.name: figure for figure in figures(outcomes, None)}
-    table = Table(box=None, padding=(0, 2))
-    table.add_column("")
-    for percentile in PERCENTILES:
-        table.add_column(f"p{percentile}", justify="right")
-    for name, label in (("ttft", "time to first token, ms"), ("itl", "between tokens, ms"), ("e2e", "end to end, ms")):
-        table.add_row(label, *[_cell(found[f"{name}_p{p}"].value, 1e3) for p in PERCENTILES])
-    shares = samples(outcomes, "unattributed")
-    if shares:
-        table.add_row("TTFT unattributed, %", *[_cell(float(np.percentile(shares, p)), 1e2) for p in PERCENTILES])
-    for name in ("requests", "output_tokens"):
-        table.add_row(f"{name.replace('_', ' ')} per second", _cell(found[name].value, 1.0))
-    table.add_row("answered", f"{sum(o.ok for o in outcomes)} of {len(outcomes)}")
-    return table
-
-
-def _tier_table(rows: list[tuple[str, ...]]) -> Table:
-    table = Table(box=None, padding=(0, 1))
-    for column in tiers.HEAD:
-        table.add_column(column, justify="left" if column in ("tier", "written by") else "right")
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ("",), gap: int = 2) -> Table:
+    table = Table(box=None, padding=(0, gap))
+    for column in head:
+        table.add_column(column, justify="left" if column in left else "right")
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _verdict_table(verdicts: list[ObjectiveVerdict]) -> Table:
-    table = Table(box=None, padding=(0, 2))
-    for column in ("objective", "measured", "at most", ""):
-        table.add_column(column)
-    for verdict in verdicts:
-        threshold = verdict.threshold
-        status = "met" if verdict.met else "MISSED"
-        table.add_row(threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status)
-    return table
-
-
-def _cell(value: float | None, factor: float) -> str:
-    return "–" if value is None else f"{factor * value:,.1f}"
+def _verdict_row(verdict: ObjectiveVerdict) -> tuple[str, ...]:
+    threshold = verdict.threshold
+    status = "met" if verdict.met else "MISSED"
+    return threshold.name, threshold.text(verdict.measured), threshold.text(threshold.maximum), status

@@ -59,8 +59,6 @@ class DecodeListener(Protocol):
     def preempted(self, sequence: SimSequence) -> None:
         """A sequence lost its blocks. KV that is still arriving for it is useless."""
 
-    def load_changed(self) -> None: ...
-
 
 class SimDecode:
     """The engine of a modelled decode worker.
@@ -68,21 +66,25 @@ class SimDecode:
     Attributes:
         gaps: Seconds between tokens, over all sequences.
         busy: Seconds spent in steps.
-        generated: Number of tokens generated.
-        preemptions: Number of preemptions.
         on_ready: Called when a phase may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
-    def __init__(self, clock: Clock, profile: Profile, listener: DecodeListener, gaps: Histogram) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        profile: Profile,
+        listener: DecodeListener,
+        gaps: Histogram,
+        load_changed: Callable[[], object],
+    ) -> None:
         model = profile.decode
         self._clock, self._model, self._listener, self.gaps = clock, model, listener, gaps
+        self._load_changed = load_changed
         self._base, self._per_sequence = model.base, model.per_sequence
         self._per_kv = model.per_kv_token
         self._replay_seconds = model.replay_per_token
         self.total = model.kv_tokens // model.block_size
         self.busy = 0.0
-        self.generated = 0
-        self.preemptions = 0
         self._reserved = 0  # blocks held, without those that the running phase takes
         self._sequences: dict[SimSequence, None] = {}  # oldest first
         self._num_preempted = 0
@@ -139,7 +141,7 @@ class SimDecode:
         if not self._acquire(sequence):
             return False
         self._sequences[sequence] = None
-        self._listener.load_changed()
+        self._load_changed()
         return True
 
     def first_token(self, sequence: SimSequence) -> None:
@@ -335,13 +337,12 @@ class SimDecode:
         self._reserved += self._blocks_taken(steps)
         self._step += steps
         self._context += steps * self._batch
-        self.generated += steps * self._batch
         while self._heap and self._heap[0][0] == self._step:
             self._end(heapq.heappop(self._heap)[2], popped=True)
         self._let_leave()
         self._paused_since = self._clock.now if self._batch else None
         self.on_ready()
-        self._listener.load_changed()
+        self._load_changed()
 
     def _let_leave(self) -> None:
         for sequence in self._leaving:
@@ -395,7 +396,7 @@ class SimDecode:
         sequence.reserved = 0
         sequence.state = SequenceState.ENDED
         self._sequences.pop(sequence, None)
-        self._listener.load_changed()
+        self._load_changed()
 
     def _preempt_youngest(self) -> None:
         victim = next(
@@ -408,7 +409,6 @@ class SimDecode:
         victim.state = SequenceState.PREEMPTED
         self._reserved -= victim.reserved
         victim.reserved = 0
-        self.preemptions += 1
         self._num_preempted += 1
         self._listener.preempted(victim)
 

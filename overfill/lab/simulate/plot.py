@@ -1,8 +1,8 @@
-"""Plots simulated runs over time to a file. Needs no display."""
+"""Plots a simulated run over time to a file. Needs no display."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +12,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from overfill.lab.simulate.request import SimRequest
 from overfill.lab.simulate.result import SimulationResult
-from overfill.lab.traffic.outcome import Objective
 
 _PREFILL, _DECODE, _GREY = "#d95f02", "#1b9e77", "#666666"
 
@@ -52,58 +50,6 @@ def save_timeline(path: Path, title: str, result: SimulationResult) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def save_tiers(path: Path, title: str, results: Mapping[str, SimulationResult], objective: Objective) -> None:
-    """Plots runs with tiers side by side, over minutes of arrival.
-
-    The rows show requests, the share that met the objective, refusals, and which tier wrote the answers.
-
-    Args:
-        results: Heading -> run.
-    """
-    figure, axes = plt.subplots(
-        4, len(results), sharex=True, sharey="row", figsize=(6 * len(results), 9), squeeze=False
-    )
-    for column, (heading, result) in enumerate(results.items()):
-        load, met, refused, shares = axes[:, column]
-        span = max(request.trace.arrival for request in result.requests)
-        width = max(1.0, span / 60)
-        bins: list[list[SimRequest]] = [[] for _ in range(max(1, int(span / width)))]
-        for request in result.requests:
-            bins[min(len(bins) - 1, int(request.trace.arrival / width))].append(request)
-        minutes = [(index + 0.5) * width / 60 for index in range(len(bins))]
-        load.plot(minutes, [len(part) / width for part in bins], color=_GREY, linewidth=1)
-        load.set(title=heading, ylabel="requests/s", ylim=(0, None))
-        tiers = [tier.name for tier in result.options.all_tiers(result.profile)]
-        answers = [[request for request in part if request.ok] for part in bins]
-        stacked = []
-        for tier, colour in zip(tiers, _colours(tiers), strict=True):
-            asking = [[request for request in part if request.asked == tier] for part in bins]
-            if any(asking):
-                kept = [_percent(sum(result.meets(r, objective) for r in part), len(part)) for part in asking]
-                met.plot(minutes, kept, color=colour, linewidth=1, label=tier)
-                rate = [sum(request.error == "Overloaded" for request in part) / width for part in asking]
-                refused.plot(minutes, rate, color=colour, linewidth=1, label=tier)
-            stacked.append([_percent(sum(r.job.tier == tier for r in part), len(part)) for part in answers])
-        met.set(ylabel="met the objective, %", ylim=(0, 105))
-        met.legend(title="tier asked for", loc="lower left", fontsize=8, title_fontsize=8)
-        refused.set(ylabel="refused/s", ylim=(0, None))
-        shares.stackplot(minutes, stacked, labels=tiers, colors=_colours(tiers))
-        shares.set(xlabel="minutes", ylabel="answers by tier, %", ylim=(0, 100))
-        shares.legend(loc="lower left", fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / whole if whole else float("nan")
-
-
-def _colours(tiers: Sequence[str]) -> list[str]:
-    return [f"C{index}" for index in range(len(tiers))]
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> list[float]:

@@ -51,8 +51,6 @@ class PrefillListener(Protocol):
     def kv_sent(self, ticket: Ticket) -> None:
         """All KV of the prompt has been sent; its lease ends."""
 
-    def load_changed(self) -> None: ...
-
 
 class SimPrefill:
     """The engine of a modelled prefill worker.
@@ -63,9 +61,16 @@ class SimPrefill:
         on_ready: Called when a step may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
-    def __init__(self, clock: Clock, profile: Profile, blocks: Blocks, listener: PrefillListener) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        profile: Profile,
+        blocks: Blocks,
+        listener: PrefillListener,
+        load_changed: Callable[[], object],
+    ) -> None:
         self._clock, self._profile, self._model = clock, profile, profile.prefill
-        self._listener = listener
+        self._listener, self._load_changed = listener, load_changed
         self.blocks = blocks
         self.busy = 0.0
         self.computed = 0
@@ -108,7 +113,7 @@ class SimPrefill:
         self._waiting.append(ticket)
         self.queued_tokens += ticket.prompt_tokens
         self.on_ready()
-        self._listener.load_changed()
+        self._load_changed()
 
     def cancel(self, ticket: Ticket) -> None:
         """Cancels a prompt. If it is in the running step, it leaves when the step ends."""
@@ -121,7 +126,7 @@ class SimPrefill:
         elif ticket.id in self._holding or (ticket.id in self._running and self._step is None):
             self._drop(ticket)
         self.on_ready()
-        self._listener.load_changed()
+        self._load_changed()
 
     def tickets(self) -> list[Ticket]:
         """Returns the tickets on the worker."""
@@ -213,7 +218,7 @@ class SimPrefill:
         for ticket in finished:
             self._listener.prompt_computed(ticket)
         self.on_ready()
-        self._listener.load_changed()
+        self._load_changed()
 
     def _send(self, ticket: Ticket, tokens: int, since: float) -> None:
         """Queues KV of ``tokens`` tokens on the link, from time ``since`` on."""
@@ -228,7 +233,7 @@ class SimPrefill:
         self._drop(ticket)
         self._listener.kv_sent(ticket)
         self.on_ready()
-        self._listener.load_changed()
+        self._load_changed()
 
     def _drop(self, ticket: Ticket) -> None:
         if self._running.pop(ticket.id, None) is not None:

@@ -10,15 +10,26 @@ A profile is a JSON file of the fields below, or the output of ``overfill bench 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import (
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from overfill.errors import InvalidRequest
 from overfill.routing.capacity import StepCost
+
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +45,14 @@ class PrefillModel:
         max_num_seqs: Maximum prompts at the same time, and the number of credits granted.
     """
 
-    seconds_per_token: float
-    seconds_per_position: float = 0.0
-    seconds_per_step: float = 0.0
-    max_num_batched_tokens: int = 2048
-    kv_tokens: int = 65_536
-    max_num_seqs: int = 64
+    __pydantic_config__ = _CONFIG
+
+    seconds_per_token: NonNegativeFloat
+    seconds_per_position: NonNegativeFloat = 0.0
+    seconds_per_step: NonNegativeFloat = 0.0
+    max_num_batched_tokens: PositiveInt = 2048
+    kv_tokens: PositiveInt = 65_536
+    max_num_seqs: PositiveInt = 64
 
     def step_seconds(self, chunks: Sequence[tuple[int, int]]) -> float:
         """Returns the seconds of a step. A chunk (start, count) is ``count`` tokens of a prompt from ``start`` on."""
@@ -61,13 +74,15 @@ class DecodeModel:
         max_num_seqs: Maximum sequences at the same time.
     """
 
-    base: float
-    per_sequence: float = 0.0
-    per_kv_token: float = 0.0
-    replay_per_token: float = 0.0
-    kv_tokens: int = 65_536
-    block_size: int = 16
-    max_num_seqs: int = 64
+    __pydantic_config__ = _CONFIG
+
+    base: NonNegativeFloat
+    per_sequence: NonNegativeFloat = 0.0
+    per_kv_token: NonNegativeFloat = 0.0
+    replay_per_token: NonNegativeFloat = 0.0
+    kv_tokens: PositiveInt = 65_536
+    block_size: PositiveInt = 16
+    max_num_seqs: PositiveInt = 64
 
     @property
     def cost(self) -> StepCost:
@@ -104,17 +119,19 @@ class Profile:
             there is no such worker: the stages need different machines, or both models do not fit into one.
     """
 
+    __pydantic_config__ = _CONFIG
+
     name: str
     prefill: PrefillModel
     decode: DecodeModel
     source: str = ""
-    kv_token_bytes: int = 0
-    layers: int = 32
-    link_bandwidth: float = 1e9
-    hop: float = 0.0005
-    startup: float = 30.0
-    grace: float = 30.0
-    colocated_kv_tokens: int = 0
+    kv_token_bytes: NonNegativeInt = 0
+    layers: PositiveInt = 32
+    link_bandwidth: PositiveFloat = 1e9
+    hop: NonNegativeFloat = 0.0005
+    startup: NonNegativeFloat = 30.0
+    grace: NonNegativeFloat = 30.0
+    colocated_kv_tokens: NonNegativeInt = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -258,36 +275,15 @@ def load_profile(name: str) -> Profile:
         known = ", ".join(BUILT_IN)
         raise InvalidRequest("profile", f"must be one of {known}, or a file; {name} cannot be read: {error}") from None
     try:
-        document = json.loads(text)
+        json.loads(text)
     except ValueError:
         return _from_bench(path, text)
-    profile = _parse(Profile, document, "profile")
-    assert isinstance(profile, Profile)
-    return profile
-
-
-def _parse(kind: type[Any], document: object, where: str) -> Any:
-    if not isinstance(document, Mapping):
-        raise InvalidRequest(where, f"must be an object of {kind.__name__}'s fields, got {type(document).__name__}")
-    known = {item.name: item for item in fields(kind)}
-    if unknown := sorted(set(document) - set(known)):
-        raise InvalidRequest(f"{where}.{unknown[0]}", f"is unknown; allowed are {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for name, value in document.items():
-        declared = known[name].type
-        if name in ("prefill", "decode"):
-            values[name] = _parse(PrefillModel if name == "prefill" else DecodeModel, value, f"{where}.{name}")
-        elif declared == "str":
-            values[name] = str(value)
-        else:
-            least = 1 if declared == "int" and known[name].default != 0 else 0
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-                raise InvalidRequest(f"{where}.{name}", f"must be a number of at least {least}, got {value!r}")
-            values[name] = int(value) if declared == "int" else float(value)
     try:
-        return kind(**values)
-    except TypeError as error:
-        raise InvalidRequest(where, f"lacks a field: {error}") from None
+        return TypeAdapter(Profile).validate_json(text)
+    except ValidationError as error:
+        wrong = min(error.errors(), key=lambda item: item["type"] == "missing")  # a wrong field before one that lacks
+        got = "" if wrong["type"] == "missing" else f", got {wrong['input']!r}"
+        raise InvalidRequest(".".join(["profile", *map(str, wrong["loc"])]), f"{wrong['msg']}{got}") from None
 
 
 def _from_bench(path: Path, text: str) -> Profile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from overfill.lab.simulate.decode import SimSequence
@@ -50,24 +49,18 @@ class SimRequest:
         first, last: Times at which the client had the first and the last token. None means not yet.
         emitted: Tokens that the router has received; the next attempt continues after them.
         error: Reason why the request ended without an answer; empty if it did not.
-        cached: Prompt tokens that the last prefill found in the prefix cache.
-        placed: Time at which it was first placed on a decode worker.
         asked: Tier that it asks for. The job has the tier that answers.
         allows_brownout: True if a cheaper tier may answer.
     """
 
     trace: TraceRequest
     job: Job
-    blocks: Sequence[int] = ()
     first: float | None = None
     last: float | None = None
     emitted: int = 0
     attempt: DecodeAttempt | None = None
     error: str = ""
-    cached: int = 0
-    migrations: int = 0
     ended: bool = False
-    placed: float | None = None
     asked: str = DEFAULT_TIER
     allows_brownout: bool = False
 
@@ -110,7 +103,6 @@ class Snapshot:
         busy: Share of the ready workers' time spent in steps since the previous snapshot.
         waiting: Requests in the router's queue.
         arrived: Requests that arrived since the previous snapshot.
-        need: Number of workers that the scaler computed, as a fraction; None without a scaler.
         tier_workers: Number of decode workers of each tier.
         brownout: Tiers in brownout.
     """
@@ -126,8 +118,6 @@ class Snapshot:
     decode_busy: float
     waiting: int
     arrived: int
-    prefill_need: float | None = None
-    decode_need: float | None = None
     tier_workers: dict[str, int] = field(default_factory=dict)
     brownout: tuple[str, ...] = ()
 

@@ -51,8 +51,6 @@ class RunRecorder:
                 decode_busy=min(1.0, (busy[1] - decode_busy) / span / max(1, ready[1])),
                 waiting=waiting,
                 arrived=arrived - before,
-                prefill_need=targets.prefill_pool.need if targets else None,
-                decode_need=sum(pool.need for pool in targets.decode_pools.values()) if targets else None,
                 tier_workers=dict(Counter(worker.tier for worker in decode)),
                 brownout=tuple(sorted(brownout)),
             )

@@ -209,7 +209,7 @@ class Simulation:
     def _arrive(self, index: int) -> None:
         trace = self._trace[index]
         job = make_job(f"r{index}", trace)
-        request = SimRequest(trace, job, trace.blocks, asked=self._asked())
+        request = SimRequest(trace, job, asked=self._asked())
         request.allows_brownout = self._tier_random.random() < self.options.brownout_share
         self._requests.append(request)
         if index + 1 < len(self._trace):
@@ -276,8 +276,6 @@ class Simulation:
                 hops = 1 if outcome.worker.id == request.attempt.worker else 2
                 self.clock.after(hops * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
             else:
-                if request.placed is None:
-                    request.placed = self.clock.now
                 request.attempt = attempt = DecodeAttempt.start(request, outcome.worker.id)
                 if (prefill := self._ask(self.dispatcher.prefill_with_start, request.job)) is not None:
                     attempt.with_start = prefill.id
@@ -333,7 +331,6 @@ class Simulation:
             request.last = self.clock.now
             self._end(request, "")
         else:
-            request.migrations += 1
             self.counters.migrations += 1
             request.job.emitted = request.emitted
             self._ask(self.dispatcher.lost, request.job, self.clock.now, gone=gone)
@@ -387,7 +384,7 @@ class Simulation:
         attempt.ticket = ticket = Ticket(
             f"{request.job.id}/{self.clock.events}",
             sequence.prompt_tokens,
-            request.blocks,
+            request.trace.blocks,
             attempt,
             local=name == attempt.worker,
         )

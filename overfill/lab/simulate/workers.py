@@ -17,9 +17,9 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import Blocks
 from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.colocated import SimTurns
-from overfill.lab.simulate.decode import SimDecode, SimSequence
+from overfill.lab.simulate.decode import DecodeListener, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.prefill import SimPrefill, Ticket
+from overfill.lab.simulate.prefill import PrefillListener, SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.routing.tier import Objectives
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
@@ -31,21 +31,11 @@ REPORT_INTERVAL = 1.0
 _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
 
 
-class SimRouter(Protocol):
+class SimRouter(PrefillListener, DecodeListener, Protocol):
     """Receiver of the workers' messages. It adds the time that each message travels."""
 
     def reported(self, worker: SimWorker, reports: Sequence[registry_pb2.Report]) -> None:
         """Receives the reports of the worker's stages, in their order."""
-
-    def prompt_computed(self, ticket: Ticket) -> None: ...
-
-    def kv_sent(self, ticket: Ticket) -> None: ...
-
-    def answer_done(self, sequence: SimSequence) -> None: ...
-
-    def kv_needed(self, sequence: SimSequence) -> None: ...
-
-    def preempted(self, sequence: SimSequence) -> None: ...
 
 
 Stages: TypeAlias = "tuple[common_pb2.Stage, ...]"
@@ -88,15 +78,17 @@ class SimWorker:
         if stages == BOTH:
             profile = profile.colocated()
         self.name, self.stages, self.tier = name, stages, tier
-        self.clock, self.router = clock, router
+        self._clock, self._router = clock, router
         self.entries: tuple[Worker, ...] = ()
         self.since = clock.now
         self.ready_since: float | None = None
         self.draining = self.gone = False
         self.prefill = (
-            SimPrefill(clock, profile, blocks(profile.prefill.kv_tokens), self) if PREFILL in stages else None
+            SimPrefill(clock, profile, blocks(profile.prefill.kv_tokens), router, self._load_changed)
+            if PREFILL in stages
+            else None
         )
-        self.decode = SimDecode(clock, profile, self, gaps) if DECODE in stages else None
+        self.decode = SimDecode(clock, profile, router, gaps, self._load_changed) if DECODE in stages else None
         self._turns: SimTurns | None = None
         if self.prefill is not None and self.decode is not None:
             assert objectives is not None
@@ -173,19 +165,19 @@ class SimWorker:
         model = self._profile.prefill if self.decode is None else self._profile.decode
         return model.max_num_seqs
 
-    def load_changed(self) -> None:
+    def _load_changed(self) -> None:
         """Schedules a report as soon as ``report_gap`` seconds have passed since the last one."""
         if not self.gone and self.entries:
-            due = max(self.clock.now, self._reported + self._gap)
+            due = max(self._clock.now, self._reported + self._gap)
             if self._due is None or due < self._due_at:
                 self._schedule(due)
 
     def push(self) -> None:
         """Reports now."""
         if not self.gone and self.entries:
-            self._reported = self.clock.now
-            self._schedule(self.clock.now + REPORT_INTERVAL)
-            self.router.reported(self, self._reports())
+            self._reported = self._clock.now
+            self._schedule(self._clock.now + REPORT_INTERVAL)
+            self._router.reported(self, self._reports())
 
     def leave(self) -> None:
         self.gone = True
@@ -200,23 +192,8 @@ class SimWorker:
             self.prefill.kill() if self.prefill is not None else [],
         )
 
-    def prompt_computed(self, ticket: Ticket) -> None:
-        self.router.prompt_computed(ticket)
-
-    def kv_sent(self, ticket: Ticket) -> None:
-        self.router.kv_sent(ticket)
-
-    def answer_done(self, sequence: SimSequence) -> None:
-        self.router.answer_done(sequence)
-
-    def kv_needed(self, sequence: SimSequence) -> None:
-        self.router.kv_needed(sequence)
-
-    def preempted(self, sequence: SimSequence) -> None:
-        self.router.preempted(sequence)
-
     def _schedule(self, time: float) -> None:
         if self._due is not None:
             self._due.cancel()
         self._due_at = time
-        self._due = self.clock.at(time, self.push)
+        self._due = self._clock.at(time, self.push)

@@ -124,8 +124,17 @@ class RayConnection:
         """Raises NoRoom, naming the resource, if the stack's initial replicas do not fit on the cluster's machines."""
         import ray
 
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [node["Resources"] for node in _machines()]
         placement.check_room(spec, machines if self.owned else _free(machines, ray.available_resources()))
+
+    def check_secret(self, spec: StackSpec) -> None:
+        """Raises RayUnavailable if ``spec`` wants a new secret, a file here, and the cluster has other machines."""
+        if spec.new_secret and (count := len(_machines())) > 1:
+            raise RayUnavailable(
+                f"the cluster has {count} machines, and the stack's new secret would be a file on this one only: give "
+                "--stack-secret FILE with a file that every machine has (`openssl rand -hex 32` makes a secret), or "
+                "--tls FOLDER; in a document, set stack_secret instead of new_secret, or tls"
+            )
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Deploys the application of a Serve config without waiting until it runs.
@@ -161,7 +170,7 @@ class RayConnection:
         import ray
 
         try:
-            return ray.is_initialized() and any(node["Alive"] for node in ray.nodes())
+            return ray.is_initialized() and bool(_machines())
         except Exception:  # Ray raises various exceptions for an unreachable cluster
             return False
 
@@ -261,6 +270,12 @@ def _init(**arguments: Any) -> None:
         ray.init(logging_level=logging.ERROR, namespace="overfill", **arguments)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
+
+
+def _machines() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _controller() -> Any:

@@ -61,9 +61,10 @@ class RayRunner:
         Raises:
             StartFailed: a router's port is in use.
             NoRoom: the cluster started here is too small.
-            RayUnavailable: Ray or the cluster is not available, or an application of that name already runs.
+            RayUnavailable: Ray or the cluster is not available, an application of that name already runs, or other
+                machines cannot read the stack's secret.
         """
-        make_shared_folder(self._folder, self.spec)
+        make_shared_folder(self._folder, self.spec.new_secret)
         show_logs = self.spec.log_dir is None
         if self.spec.ray_address is None:
             self._held.enter_context(hold_folder(self._folder))
@@ -72,6 +73,7 @@ class RayRunner:
             self._cluster = RayConnection.start_local(len(os.sched_getaffinity(0)), show_logs)
         else:
             self._cluster = RayConnection.join(self.spec.ray_address, show_logs)
+            self._cluster.check_secret(self.spec)
         from overfill.stack.ray.application import serve_config  # imports numpy
 
         self.spec = spec = self._with_files(fill_ports(self.spec))

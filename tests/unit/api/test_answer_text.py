@@ -52,14 +52,17 @@ def test_text_does_not_depend_on_how_batches_are_cut(tokenizer, cuts):
 
 
 @pytest.mark.parametrize("cuts", [1, 2, 3, 100])
-def test_a_stop_string_cuts_text_exactly_and_tokens_behind_it(tokenizer, cuts):
-    ids = tokenizer.encode("one two END three four")
-    text, tokens, state = write(tokenizer, ids, cuts, stops=["END", "four"])
-    assert text == "one two "
-    assert state.stop == "END"
+@pytest.mark.parametrize(
+    ("before", "stop", "behind"), [("one two ", "END", " three four"), ("नमस्ते 👩‍👩‍👧 ", "｡ﾟ終わり🛑 ﾟ", " Ăâ 世界")]
+)
+def test_a_stop_string_cuts_text_exactly_and_tokens_behind_it(tokenizer, cuts, before, stop, behind):
+    ids = tokenizer.encode(before + stop + behind)
+    text, tokens, state = write(tokenizer, ids, cuts, stops=[stop, "four", "🛑🛑"])
+    assert text == before
+    assert state.stop == stop
     assert tokens == ids[: len(tokens)]
-    assert "END" in tokenizer.decode(tokens)
-    assert "END" not in tokenizer.decode(tokens[:-1])
+    assert stop in tokenizer.decode(tokens)
+    assert stop not in tokenizer.decode(tokens[:-1])
     assert state.num_tokens == len(tokens)
 
 

@@ -27,6 +27,11 @@ def singly(ids: Sequence[int]) -> list[list[int]]:
     return [[token] for token in ids]
 
 
+def test_the_bytes_of_tokens_join_to_the_text(any_tokenizer: Tokenizer) -> None:
+    joined = b"".join(any_tokenizer.token_bytes(token) for token in any_tokenizer.encode_continuation(SCRIPTS))
+    assert joined.decode().removeprefix(" ") == SCRIPTS
+
+
 @given(text=texts)
 @example(text="\ufffd\ufffd👨‍👩‍👧")
 @settings(max_examples=300)

@@ -5,13 +5,11 @@ import json
 import os
 import stat
 import threading
-from pathlib import Path
 
 import pytest
 
 from overfill.api import keys
 from overfill.api.keys import BadKeyFile, KeyRing
-from overfill.cli import keys as cli_keys
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
 from overfill.rpc import reload
@@ -50,23 +48,6 @@ def test_a_changed_file_of_keys_is_loaded_and_a_damaged_one_is_not(file, monkeyp
     assert ring.find(later).name == "later"
 
 
-def test_a_revoked_key_is_refused_although_the_first_read_of_the_new_file_fails(file, monkeypatch):
-    monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
-    key = keys.create(file, "ci")
-    ring = KeyRing(file)
-    keys.revoke(file, "ci")
-    failures, read_bytes = [OSError(errno.EIO, "Input/output error")], Path.read_bytes
-
-    def failing_once(path):
-        if failures:
-            raise failures.pop()
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", failing_once)
-    assert ring.find(key) is not None, "the last good version stays in force"
-    assert ring.find(key) is None
-
-
 def test_names_of_keys_are_checked_and_unique(file):
     keys.create(file, "ci")
     for name in ("ci", "", "a b", "x" * 65, "ü"):
@@ -78,18 +59,18 @@ def test_names_of_keys_are_checked_and_unique(file):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": "x", "keys": []}', '{"format": "overfill-keys/1", "keys": [{"name": "a"}]}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "x", "keys": []}',
+        '{"format": "overfill-keys/1", "keys": [{"name": "a"}]}',
+        '{"format": "overfill-keys/1", "keys": [{"name": "a", "sha256": "abc", "created": ""}]}',
+    ],
 )
 def test_a_file_that_holds_no_keys_is_refused(file, text):
     file.write_text(text)
     with pytest.raises(BadKeyFile):
-        KeyRing(file)
-
-
-def test_a_short_hash_is_refused(file):
-    entry = {"name": "a", "sha256": "abc", "created": ""}
-    file.write_text(json.dumps({"format": keys.FORMAT, "keys": [entry]}))
-    with pytest.raises(BadKeyFile, match="'a'"):
         KeyRing(file)
 
 
@@ -130,12 +111,8 @@ def test_scopes_are_given_with_commas_or_one_by_one(file, arguments, scopes):
 def test_a_wrong_scope_is_named_with_the_valid_ones(file, capsys, given, wrong):
     assert main(["keys", "create", "ci", "--file", str(file), "--scope", given]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert f"'--scope': unknown scope {wrong}; allowed are infer, status, metrics, admin" in error
+    assert f"--scope: {wrong} is not a scope; known are infer, status, metrics, admin" in error
     assert not file.exists()
-
-
-def test_the_command_line_knows_every_scope():
-    assert list(cli_keys._SCOPES) == list(Scope)
 
 
 def test_limits_of_a_key_are_kept_and_checked(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,24 +44,6 @@ def test_only_text_that_may_become_a_stop_string_is_held_back(stops: list[str], 
     if matched is None and safe != text:
         held = text[len(safe) :]
         assert any(stop.startswith(held) and stop != held for stop in stops)
-
-
-@pytest.mark.parametrize(
-    ("stops", "pieces", "expected"),
-    [
-        ([], ["abc"], ("abc", None)),
-        (["\n\n"], ["a\n", "\nb"], ("a", "\n\n")),
-        (["END"], ["EN", "Do"], ("", "END")),
-        (["END"], ["EEN", "D"], ("E", "END")),
-        (["END"], ["EN", "C"], ("ENC", None)),
-        (["END"], ["EN"], ("EN", None)),
-        (["abcd", "bc"], ["xab", "c"], ("xa", "bc")),
-        (["bc", "abc"], ["xabc"], ("x", "abc")),
-        (["👋🏽"], ["hi👋", "🏽"], ("hi", "👋🏽")),
-    ],
-)
-def test_examples_of_stop_strings(stops: list[str], pieces: list[str], expected: tuple[str, str | None]) -> None:
-    assert run(stops, pieces) == expected
 
 
 def test_other_text_passes_at_once() -> None:

@@ -75,25 +75,6 @@ def test_a_checkpoint_without_template_refuses_chats_only(folder: Path) -> None:
     assert caught.value.field == "chat"
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].nothing.at_all }}", "nothing"),
-        ("{{ messages[0].content + 1 }}", "str"),
-        ("{{ 1 // 0 }}", "zero"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-    ],
-)
-def test_a_template_that_refuses_is_the_requests_fault(
-    with_template: Callable[[str], Tokenizer], template: str, reason: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=reason) as caught:
-        with_template(template).render(CHAT)
-    assert caught.value.field == "chat.messages"
-
-
 def test_a_template_that_does_not_compile_is_the_pairs_fault(
     with_template: Callable[[str], Tokenizer],
 ) -> None:

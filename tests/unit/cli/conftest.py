@@ -98,9 +98,6 @@ class FakeClient:
         assert self.stack is not None
         return self.stack
 
-    def connect(self) -> Callable[..., FakeClient]:
-        return lambda *address_and_tls: self
-
     def __enter__(self) -> Self:
         return self
 
@@ -109,10 +106,9 @@ class FakeClient:
 
 @pytest.fixture
 def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    """Replaces the client that ``connect`` returns in every client command."""
+    """Replaces the client of every client command."""
     client = FakeClient()
-    for module in ("generate", "chat", "status", "top"):
-        monkeypatch.setattr(f"overfill.cli.{module}.connect", client.connect())
+    monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: client)
     return client
 
 
@@ -120,7 +116,7 @@ def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
     plans: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)

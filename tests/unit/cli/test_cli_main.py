@@ -136,7 +136,7 @@ def test_a_closed_pipe_gives_no_traceback() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
-@pytest.mark.parametrize("argv", [["--help"], ["metrics"]])
+@pytest.mark.parametrize("argv", [["--help"], ["config", "show"]])
 def test_a_full_stdout_is_one_line_and_exit_1(argv: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -150,7 +150,7 @@ def test_a_full_stdout_is_one_line_and_exit_1(argv: list[str]) -> None:
 
 
 def test_a_closed_stdout_is_no_error() -> None:
-    command = f"'{sys.executable}' -m overfill.cli.main metrics >&-"
+    command = f"'{sys.executable}' -m overfill.cli.main config show >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

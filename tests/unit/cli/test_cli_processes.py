@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import psutil
 import pytest
@@ -94,6 +96,26 @@ def test_no_child_outlives_a_parent_that_is_killed(child_code: str, orphaned: st
         child = Child("c", command, dict(os.environ), sink, orphaned=signal.{orphaned})
         signal.pause()
     """)
+    check_child_ends(code)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_killed_command_leaves_nothing_behind_that_prepares_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    code = textwrap.dedent("""
+        import psutil
+        from overfill.pair.store import resolve_pair
+        resolve_pair("default", lambda *step: print(psutil.Process().children()[0].pid, flush=True))
+    """)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the child waits, and reports that
+        check_child_ends(code)
+
+
+def check_child_ends(code: str) -> None:
+    """Runs a parent that prints its child's pid, kills it, and waits until the child has ended."""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))

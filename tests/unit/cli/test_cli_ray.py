@@ -131,7 +131,7 @@ def test_without_ray_the_error_says_what_to_do(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
-    assert main([command, "--pair", "/no/such/pair"]) == 1
+    assert main([command, "--tier", "a=/no/such/pair"]) == 1
     err = capsys.readouterr().err
     assert "[server]'" in err
     assert "--no-ray" in err
@@ -140,7 +140,7 @@ def test_without_ray_the_error_says_what_to_do(
 @pytest.mark.usefixtures("unchecked")
 def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[Any] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: stacks.append(stack) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: stacks.append(stack) or 0)
     file = tmp_path / "stack.yaml"
     file.write_text("up: {ray: no}")
     assert main(["up", "--pair", "p", "--config", str(file)]) == 0

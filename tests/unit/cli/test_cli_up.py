@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -23,7 +22,6 @@ import yaml
 from click.testing import CliRunner
 from described import described, placed
 from json_edits import edit
-from rich.console import Console
 
 from overfill.cli import up
 from overfill.cli import welcome as welcome_module
@@ -39,7 +37,6 @@ from overfill.stack.describe import RayPlacement, threads_per_worker
 from overfill.stack.placed import PlacedStack, place
 from overfill.stack.ports import free_ports
 from overfill.stack.process_runner import ProcessRunner, child_environment
-from overfill.stack.shared import make_shared_folder
 from overfill.stack.spec import StackSpec
 
 PATIENT = "import signal; print('up', flush=True); signal.pause()"
@@ -53,7 +50,7 @@ class RecordingStack(ProcessRunner):
         self.started: list[Child] = []
         self.configs: dict[str, Any] = {}
         self._code = code or {}
-        super().__init__(described(**settings), lambda name, line: self.lines.append((name, line)))
+        super().__init__(place(described(**settings)), lambda name, line: self.lines.append((name, line)))
 
     def _spawn(self, name: str, module: str, config: Any, threads: int) -> Child:
         self.configs[name] = config
@@ -303,28 +300,26 @@ def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pyte
     assert "give --tls FOLDER (`overfill certs FOLDER` makes it) and --api-keys FILE (`overfill keys create" in message
 
 
-def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(tmp_path: Path) -> None:
+def test_a_stack_with_certificates_has_no_secret_that_only_this_machine_knows(
+    tmp_path: Path, new_stack: Callable[..., RecordingStack]
+) -> None:
     keys = {"api_keys": tmp_path / "keys.json"}
     certificates.make(tmp_path / "certs")
     for settings in (keys | {"tls": tmp_path / "certs"}, keys | {"tls_ca": tmp_path / "ca.crt"}, {}):
         assert not described(**settings).new_secret
         assert place(described(**settings)).routers[0].stack_secret is None
-    made = described(**keys)
-    assert made.new_secret
-    folder = tmp_path / "shared"
-    make_shared_folder(folder, made)
-    assert folder.stat().st_mode & 0o77 == 0
-    paths = {config.stack_secret for config in (place(made, folder).routers[0], place(made, folder).workers[0].config)}
-    assert len(paths.pop().read_text(encoding="utf-8").strip()) == 64
+    stack = new_stack(**keys)
+    stack.start()
+    paths = {config.stack_secret for config in stack.configs.values()}
+    secret = paths.pop()
     assert not paths
+    assert len(secret.read_text(encoding="utf-8").strip()) == 64
+    assert secret.parent.stat().st_mode & 0o77 == 0
 
 
-def welcome(made: StackSpec, width: int = 200, address: str = "") -> str:
-    console = Console(file=io.StringIO(), width=width)
+def welcome(made: StackSpec, address: str = "") -> str:
     there = place(made)
-    welcome_module.welcome(console, there.spec, [address or there.addresses[0]], lambda pool: "1")
-    said: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return said
+    return welcome_module.welcome(there.spec, [address or there.addresses[0]], lambda pool: "1")
 
 
 def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path: Path) -> None:
@@ -337,14 +332,13 @@ def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path:
 
 
 def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> None:
-    said = welcome(described(http=8000, served_model_name="mine,other"), width=60)
+    said = welcome(described(http=8000, served_model_name="mine,other"))
     (curl,) = [line for line in said.splitlines() if "curl" in line]
     words = shlex.split(curl)
     assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
     body = json.loads(words[words.index("-d") + 1])
     assert (body["model"], body["max_tokens"]) == ("mine", 256)
     assert "http://127.0.0.1:8000/ui" in said
-    assert "\x1b" not in said
     assert "curl" not in welcome(described())
     elsewhere = welcome(described(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
     assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
@@ -408,11 +402,7 @@ def test_without_a_pair_the_engine_chooses_it(
     [
         (["--no-ray", "owner/model"], 1, "make a pair from it: overfill pair build --full owner/model "),
         (["--no-ray", "owner/model"], 1, "overfill pair import --full owner/model --decoder owner/model --out"),
-        (
-            ["--engine", "mock", "--metrics-port", "9600"],
-            1,
-            "--metrics-port 9600: on Ray every process of this machine",
-        ),
+        (["--engine", "mock", "--metrics-port", "9600"], 1, "on Ray, every process of a pool has the same"),
         (["--engine", "mock", "--decode-engine", "vllm"], 2, "got mock for prefill, vllm for decode"),
         (["--prefill-engine", "mock"], 2, "got mock for prefill, auto for decode"),
     ],
@@ -578,7 +568,7 @@ def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_sho
     routers(lambda: None)
     stack = new_stack({"decode-0": "raise SystemExit('the pair does not fit')"})
     with pytest.raises(StartFailed, match="decode-0 exited with status 1") as caught:
-        up.run(stack, threading.Event(), Console(file=io.StringIO()))
+        up.run(stack, threading.Event())
     assert caught.value.__notes__ == ["  decode-0 | the pair does not fit"]
     assert all(child.returncode is not None for child in stack.started)
 
@@ -601,10 +591,9 @@ def test_a_worker_that_dies_later_is_reported_once_and_the_stack_stays_up(
             lambda: None,
         ]
     )
-    panel = io.StringIO()
-    assert up.run(stack, stopping, Console(file=panel, width=100)) == 0
-    assert f"--address {stack.placed.addresses[0]}" in panel.getvalue()
-    err = capsys.readouterr().err
+    assert up.run(stack, stopping) == 0
+    out, err = capsys.readouterr()
+    assert f"--address {stack.placed.addresses[0]}" in out
     assert err.count("prefill-0 (pid") == 1
     assert "SIGKILL" in err
     assert "continues without it" in err
@@ -623,7 +612,7 @@ def test_without_a_router_the_stack_ends(
             lambda: None,
         ]
     )
-    assert up.run(stack, stopping, Console(file=io.StringIO())) == 1
+    assert up.run(stack, stopping) == 1
     assert "no router" in capsys.readouterr().err
 
 
@@ -689,15 +678,44 @@ def test_what_is_started_is_what_was_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     got: list[StackSpec] = []
-    monkeypatch.setattr(up, "ProcessRunner", lambda spec, sink: got.append(spec))
+    monkeypatch.setattr(up, "ProcessRunner", lambda placed, sink: got.append(placed.spec))
     monkeypatch.setattr(up, "RayRunner", lambda spec, note: got.append(spec))
-    monkeypatch.setattr(up, "run", lambda stack, stopping, console: 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping: 0)
     assert main(["up", runner, *arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "stack.yaml").write_text(printed, encoding="utf-8")
     assert main(["up", str(tmp_path / "stack.yaml")]) == 0
     assert main(["up", runner, *arguments]) == 0
     assert got[0] == got[1] == StackSpec.read(yaml.safe_load(printed))
+
+
+@pytest.mark.parametrize(
+    ("engine", "arguments", "message"),
+    [
+        ("mock", {"stpe": 1}, "--engine-args: stpe: Extra inputs are not permitted; the mock engine knows"),
+        ("vllm", {"enforce_eagre": True}, "--engine-args: enforce_eagre is no argument of this vLLM's EngineArgs; did"),
+        ("auto", {"model": "m"}, "--engine-args: model is set by --pair"),
+        ("auto", {"tensor_parallel_size": 2}, "--engine-args: tensor_parallel_size 2 is not supported in this version"),
+    ],
+)
+def test_a_dry_run_names_arguments_that_the_engine_does_not_have(
+    engine: str,
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "vllm" / "engine").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError")
+    source = (
+        "class EngineArgs:\n    model: str = 'm'\n    enforce_eager: bool = False\n    tensor_parallel_size: int = 1\n"
+    )
+    (tmp_path / "vllm" / "engine" / "arg_utils.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--prefill", "1", "--decode", "1", "--engine", engine, "--engine-args", json.dumps(arguments)]
+    assert main(["up", "--no-ray", "--pair", "p", *given, "--dry-run"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_nothing_else_describes_a_stack_that_a_document_describes(
@@ -720,7 +738,7 @@ def test_plain_processes_of_a_document_for_a_cluster_are_checked_on_this_machine
 
     monkeypatch.setattr(up, "require_vllm", missing)
     file = tmp_path / "stack.yaml"
-    text = "ray_address: auto\nrouter: {ports: [0]}\npair: p\nsettings: {engine: vllm}\n"
+    text = "ray_address: auto\nrouter: {ports: [0]}\npair: p\nsettings: {engine: vllm}\nprefill: {num_gpus: 1}\n"
     file.write_text(text, encoding="utf-8")
     assert main(["up", str(file), "--no-ray"]) == 1
     assert "vLLM is not installed here" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 from described import placed
 from json_edits import edit
-from rich.console import Console
 
 from overfill.cli import up
 from overfill.cli.main import main
@@ -122,7 +120,7 @@ def test_drain_counts_the_requests_of_both_stages(
     drained: list[str] = []
     lines: list[str] = []
     client = SimpleNamespace(drain=drained.append, status=lambda: status(states.pop(0)))
-    monkeypatch.setattr("overfill.cli.drain.connect", lambda *args: contextlib.nullcontext(client))
+    monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: contextlib.nullcontext(client))
     monkeypatch.setattr("overfill.cli.drain._POLL", 0)
     monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
     assert main(["drain", "colocated-0"]) == 0
@@ -134,10 +132,8 @@ def test_drain_counts_the_requests_of_both_stages(
 
 def test_the_welcome_says_which_workers_have_both_stages() -> None:
     def said(made: PlacedStack) -> list[str]:
-        out = Console(file=io.StringIO(), width=200)
-        welcome(out, made.spec, made.addresses, ProcessRunner(made.spec, lambda name, line: None).describe_workers)
-        lines: list[str] = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return [line for line in lines if "CPU threads each" in line]
+        text = welcome(made.spec, made.addresses, ProcessRunner(made, lambda name, line: None).describe_workers)
+        return [line for line in text.splitlines() if "CPU threads each" in line]
 
     (line,) = said(plan(threads=2))
     assert line.split(maxsplit=1) == ["colocated", "colocated-0 (both stages, CPU threads each: 2)"]

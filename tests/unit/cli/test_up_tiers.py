@@ -68,7 +68,10 @@ def test_routers_know_the_tiers_and_expect_all_their_workers() -> None:
         assert RouterConfig.of(router.settings()) == router
     assert {worker.pair for worker in made.prefill} == {"default"}
     assert [tier.name for tier in made.tiers] == ["default", "full", "fast"], "the default tier first"
-    assert [worker.worker_id for worker in made.of_tier("default")] == ["decode-default-0", "decode-default-1"]
+    assert [worker.id for worker in made.workers if worker.tier == "default"] == [
+        "decode-default-0",
+        "decode-default-1",
+    ]
 
 
 def test_a_tier_may_have_an_engine_of_its_own() -> None:

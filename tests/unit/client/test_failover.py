@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import grpc
 import pytest
+from rpc_errors import FakeRpcError
 
 from overfill.client.failover import AddressFailover
 from overfill.errors import Incompatible, ModelNotFound, OverfillError, PromptTooLong, ShuttingDown, Unavailable
@@ -13,33 +13,21 @@ REFUSES = Incompatible("this router would continue another answer", ["resume_ide
 LEAVES = ShuttingDown("the router shuts down")
 
 
-class Failure(grpc.RpcError):
+def failed(sent: OverfillError | None = None) -> FakeRpcError:
     """A failed call: an error that a router has sent, or None if nothing listens at the address."""
-
-    def __init__(self, sent: OverfillError | None = None) -> None:
-        refused = (grpc.StatusCode.UNAVAILABLE, "connection refused", ())
-        self._code, self._details, self._trailers = refused if sent is None else to_status(sent)
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return self._details
-
-    def trailing_metadata(self):  # type: ignore[no-untyped-def]
-        return self._trailers
+    return FakeRpcError() if sent is None else FakeRpcError(*to_status(sent))
 
 
 def test_an_address_where_nothing_listens_after_its_router_left_fails_with_the_router_s_words() -> None:
     failover = AddressFailover(["a:1"], None)
-    assert failover.next_address_or_error(Failure(LEAVES)) is None
-    error = failover.next_address_or_error(Failure())
+    assert failover.next_address_or_error(failed(LEAVES)) is None
+    error = failover.next_address_or_error(failed())
     assert isinstance(error, ShuttingDown)
     assert "the router shuts down" in str(error)
 
 
 def test_a_router_that_never_was_there_fails_at_once() -> None:
-    error = AddressFailover(["a:1"], None).next_address_or_error(Failure())
+    error = AddressFailover(["a:1"], None).next_address_or_error(failed())
     assert isinstance(error, Unavailable)
     assert "a:1" in str(error)
 
@@ -47,17 +35,17 @@ def test_a_router_that_never_was_there_fails_at_once() -> None:
 def test_a_part_of_the_answer_lets_the_next_router_leave_too() -> None:
     failover = AddressFailover(["a:1"], None)
     for _ in range(3):
-        assert failover.next_address_or_error(Failure(LEAVES)) is None
+        assert failover.next_address_or_error(failed(LEAVES)) is None
         failover.accepted()
         failover.progressed()
-    assert failover.next_address_or_error(Failure(LEAVES)) is None
-    assert failover.next_address_or_error(Failure(LEAVES)) is not None
+    assert failover.next_address_or_error(failed(LEAVES)) is None
+    assert failover.next_address_or_error(failed(LEAVES)) is not None
 
 
 @pytest.mark.parametrize("addresses", [["a:1"], ["a:1", "b:1"]])
 def test_each_address_gets_a_share_of_the_time_after_a_router_left(addresses: list[str]) -> None:
     failover = AddressFailover(addresses, 8.0, clock=lambda: 0.0, shared=True)
-    assert failover.next_address_or_error(Failure(LEAVES)) is None
+    assert failover.next_address_or_error(failed(LEAVES)) is None
     assert failover.timeout() == 8.0 / len(addresses)
 
 
@@ -68,13 +56,13 @@ def test_a_router_that_cannot_continue_an_answer_is_passed_over_and_named_in_the
     failover = AddressFailover(["a:1", "b:1", "c:1"], None)
     failover.accepted()
     failover.progressed()
-    assert failover.next_address_or_error(Failure(), continues=True) is None
-    assert failover.next_address_or_error(Failure(refuses), continues=True) is None
+    assert failover.next_address_or_error(failed(), continues=True) is None
+    assert failover.next_address_or_error(failed(refuses), continues=True) is None
     assert failover.address == "c:1"
-    error = failover.next_address_or_error(Failure(), continues=True)
+    error = failover.next_address_or_error(failed(), continues=True)
     assert isinstance(error, type(refuses)), "what a router has said tells more than that another one is gone"
 
 
 def test_an_error_of_a_new_request_is_not_tried_elsewhere() -> None:
     failover = AddressFailover(["a:1", "b:1"], None)
-    assert isinstance(failover.next_address_or_error(Failure(REFUSES)), Incompatible)
+    assert isinstance(failover.next_address_or_error(failed(REFUSES)), Incompatible)

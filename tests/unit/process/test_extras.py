@@ -45,22 +45,28 @@ def test_a_folder_that_was_installed_is_named(installed: Any, tmp_path: Path) ->
     assert install_line("router") == f"pip install '{folder}[router]'"
 
 
-def test_a_repository_is_named_with_its_commit(installed: Any) -> None:
-    installed.source = {"url": "https://host/overfill.git", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}}
-    assert install_line("server") == "pip install 'overfill[server] @ git+https://host/overfill.git@0123abc'"
+GIT = {"url": "https://host/overfill.git", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}}
+WHEEL = {"url": "file:///no/such/overfill-1.0-py3-none-any.whl", "archive_info": {}}
+FOLDER = {"url": "file:///no/such/checkout", "dir_info": {}}
 
 
-def test_a_deleted_source_is_to_be_installed_again(installed: Any) -> None:
-    installed.source = {"url": "file:///no/such/overfill-1.0-py3-none-any.whl", "archive_info": {}}
-    assert install_line("server") == "install the wheel again with [server]"
-    assert install_line("") == "install the wheel again"
-    installed.source = {"url": "file:///no/such/checkout", "dir_info": {}}
-    assert install_line("server") == "install checkout again with [server]"
-
-
-def test_without_a_known_origin_the_line_has_the_name_only(installed: Any) -> None:
-    assert install_line("server") == "pip install 'overfill[server]'"
-    assert install_line("") == "pip install overfill"
+@pytest.mark.parametrize(
+    ("source", "extra", "line"),
+    [
+        (GIT, "server", "pip install 'overfill[server] @ git+https://host/overfill.git@0123abc'"),
+        (WHEEL, "server", "install the wheel again with [server]"),
+        (WHEEL, "", "install the wheel again"),
+        (FOLDER, "server", "install checkout again with [server]"),
+        (None, "server", "pip install 'overfill[server]'"),
+        (None, "", "pip install overfill"),
+    ],
+    ids=["repository", "deleted wheel", "wheel alone", "deleted folder", "unknown", "unknown alone"],
+)
+def test_the_line_names_the_origin_of_the_installation(
+    installed: Any, source: dict[str, Any] | None, extra: str, line: str
+) -> None:
+    installed.source = source
+    assert install_line(extra) == line
 
 
 @pytest.mark.parametrize(

@@ -227,26 +227,17 @@ async def test_permits_go_round_between_keys() -> None:
     assert [name[0] for name in order] == ["a", "b", "c", "a", "b", "a"]
 
 
-async def test_a_permit_that_is_granted_to_a_cancelled_caller_passes_on() -> None:
+@pytest.mark.parametrize("granted", [True, False], ids=["granted to it", "not granted yet"])
+async def test_a_permit_passes_by_a_cancelled_caller(granted: bool) -> None:
     permits = FairPermits(most=1, waiting=9)
     await permits.take("a")
     second, third = (asyncio.ensure_future(permits.take(key)) for key in ("b", "c"))
     await asyncio.sleep(0)
-    permits.release("a")
-    second.cancel()
-    await asyncio.wait([second])
-    await third
-    permits.release("c")
-    await permits.take("d")
-
-
-async def test_a_permit_passes_by_a_caller_that_has_just_been_cancelled() -> None:
-    permits = FairPermits(most=1, waiting=9)
-    await permits.take("a")
-    second, third = (asyncio.ensure_future(permits.take(key)) for key in ("b", "c"))
-    await asyncio.sleep(0)
-    second.cancel()
-    permits.release("a")
+    steps = [lambda: permits.release("a"), second.cancel]
+    for step in steps if granted else reversed(steps):
+        step()
     await asyncio.wait([second])
     assert second.cancelled()
     await asyncio.wait_for(third, 10)
+    permits.release("c")
+    await asyncio.wait_for(permits.take("d"), 10)

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from jobs import worker_info
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
@@ -16,15 +17,12 @@ KV = KvSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", rope=Rop
 def make_info() -> Callable[..., WorkerInfo]:
     def make(worker_id: str, stage: int = DECODE, *, incarnation: int = 1, **identity: object) -> WorkerInfo:
         fields = {"wire_version": 1, "full_digest": "aa", "tokenizer_digest": "bb", "kv": KV} | identity
-        return WorkerInfo(
-            id=worker_id,
-            incarnation=incarnation,
-            stage=stage,
-            address=f"{worker_id}:1",
+        return worker_info(
+            worker_id,
+            stage,
+            incarnation,
             data_addresses=(kv_pb2.DataAddress(address=f"{worker_id}:2", num_kv_heads=2),),
             identity=KvIdentity(**fields),
-            max_model_len=0,
-            vocab_size=512,
             engine=f"engine of {worker_id}",
         )
 
@@ -40,19 +38,10 @@ def make_report() -> Callable[..., registry_pb2.Report]:
         draining: bool = False,
         used: int = 0,
         total: int = 100,
-        running: int = 0,
-        waiting: int = 0,
-        queued_tokens: int = 0,
         block_size: int = 16,
+        **counts: int,
     ) -> registry_pb2.Report:
-        load = decode_pb2.WorkerLoad(
-            kv_blocks_used=used,
-            kv_blocks_total=total,
-            block_size=block_size,
-            running=running,
-            waiting=waiting,
-            queued_tokens=queued_tokens,
-        )
+        load = decode_pb2.WorkerLoad(kv_blocks_used=used, kv_blocks_total=total, block_size=block_size, **counts)
         return registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
 
     return make

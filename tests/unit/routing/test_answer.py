@@ -1,7 +1,5 @@
 """Tests the buffer of an answer: unread tokens merge, repeats are dropped, gaps are errors."""
 
-import asyncio
-
 import pytest
 
 from overfill.errors import InternalError, Unavailable
@@ -26,15 +24,6 @@ async def test_unread_tokens_merge_into_one_delta():
     assert (delta.first_index, delta.token_ids, answer.first_token_at) == (3, [5], 1.0)
 
 
-async def test_a_reader_waits_for_tokens():
-    answer = AnswerState((), 10, 0.0)
-    reading = asyncio.ensure_future(answer.next())
-    await asyncio.sleep(0)
-    assert not reading.done()
-    answer.accept(tokens(0, 7), 1.0)
-    assert (await reading).token_ids == [7]
-
-
 async def test_all_tokens_come_before_the_end():
     answer = AnswerState((), 10, 0.0)
     answer.accept(tokens(0, 7), 1.0)
@@ -43,14 +32,6 @@ async def test_all_tokens_come_before_the_end():
     assert (await answer.next()).token_ids == [7]
     with pytest.raises(Unavailable):
         await answer.next()
-
-
-async def test_tokens_continue_after_those_that_the_client_has():
-    answer = AnswerState((1, 2), 10, 0.0)
-    answer.accept(tokens(2, 3), 1.0)
-    delta = await answer.next()
-    assert (delta.first_index, delta.token_ids) == (2, [3])
-    assert answer.emitted == [1, 2, 3]
 
 
 async def test_an_identical_repeat_is_dropped():

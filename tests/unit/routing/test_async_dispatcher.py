@@ -82,16 +82,6 @@ async def test_callbacks_do_not_nest(dispatcher, roster, report):
     assert [w.in_flight for w in roster.decode[DEFAULT_TIER]] == [0]
 
 
-async def test_time_without_a_queue_does_not_count_as_waiting(dispatcher, report):
-    report(0)
-    waiting = job("a")
-    dispatcher.submit(waiting, lambda _: None)
-    dispatcher.finish(waiting)
-    assert dispatcher._dispatcher._tiers[DEFAULT_TIER].admission.departure_rate._since is None, (
-        "the queue is seen to be empty at once"
-    )
-
-
 async def test_a_slot_that_is_given_back_is_a_change(dispatcher, roster, report, monkeypatch):
     each = job("late")
     dispatcher.submit(each, lambda _: None)

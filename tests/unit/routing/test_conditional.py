@@ -4,17 +4,15 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import make_job
+from jobs import make_job, worker_info
 
-from overfill.kv.handshake import KvIdentity
 from overfill.kv.keys import PromptKeys
-from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.affinity import NUM_LEAST_LOADED
 from overfill.routing.conditional import Conditional
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
+from overfill.routing.worker import DECODE, PREFILL
 from overfill.v1 import decode_pb2, registry_pb2
 
 BLOCK = 16
@@ -33,7 +31,8 @@ class Stack:
 
     def join(self, name, incarnation=1):
         stages = {"p": [PREFILL], "d": [DECODE], "c": [PREFILL, DECODE]}[name[0]]
-        for worker in self.roster.join_all([_info(name, stage, incarnation) for stage in stages]):
+        infos = [worker_info(name, stage, incarnation, colocated=name[0] == "c") for stage in stages]
+        for worker in self.roster.join_all(infos):
             if worker.info.stage == DECODE:
                 self.decode[name] = worker
             else:
@@ -55,11 +54,6 @@ class Stack:
     def order(self, prompt, decode=None, keys=None):
         self.roster.prefill.check(0.0)
         return [worker.id for worker in self.roster.prefill.policy.best(self.job(prompt, decode, keys))]
-
-
-def _info(name, stage, incarnation):
-    identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
-    return WorkerInfo(name, incarnation, stage, name, (), identity, 0, 99, colocated=name.startswith("c"))
 
 
 def keys(*blocks):
@@ -89,30 +83,6 @@ def test_a_long_prompt_stays_with_its_answer_when_the_workers_with_prefill_only_
     assert stack.order(600, "c0", prompt)[0] == "p1"
     stack.report("p1", 2000)
     assert stack.order(600, "c0", prompt)[0] == "p0", "804 tokens ahead, and 818 where the answer is written"
-
-
-def test_without_workers_with_prefill_only_a_prompt_stays_unless_another_worker_saves_more_than_a_short_one():
-    stack = Stack("p0", "c0", "c1", short=100)
-    stack.report("p0", credits=0)
-    stack.report("c1", 100)
-    assert stack.order(500, "c1") == ["c1", "c0"]
-    stack.report("c1", 101)
-    assert stack.order(500, "c1") == ["c0", "c1"]
-    stack.report("c1", 0)
-    stack.report("c0", 0, keys(*range(7))(BLOCK))
-    assert stack.order(500, "c1", keys(*range(31))) == ["c0", "c1"], "112 tokens are cached there"
-
-
-def test_another_worker_with_both_stages_helps_only_when_those_with_prefill_only_are_busier():
-    stack = Stack("p0", "c0", "c1", "d0", short=1000)
-    stack.report("p0", 100)
-    stack.report("c0", 100)
-    stack.report("c1", 100)
-    assert stack.order(50, "d0")[0] == "p0", "a short prompt counts only where its answer is written"
-    stack.report("c1", 99)
-    assert stack.order(50, "d0") == stack.order(50) == ["c1", "p0", "c0"]
-    stack.report("c0", credits=0)
-    assert stack.order(50, "c0") == ["c1", "p0"], "c0 takes no prompts"
 
 
 def test_each_tier_has_its_own_short_prompts():

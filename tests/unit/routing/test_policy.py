@@ -4,13 +4,13 @@ import pytest
 from jobs import make_job
 
 from overfill.kv.keys import PromptKeys
-from overfill.routing.affinity import PROMISED_BLOCKS, PrefixAffinity
+from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
-from overfill.routing.pool import Pool, Roster
+from overfill.routing.pool import Roster
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.routing.worker import PREFILL
+from overfill.routing.worker import DECODE, PREFILL
 from overfill.settings.config import RouterConfig
 from overfill.v1 import registry_pb2
 
@@ -30,11 +30,20 @@ def prefill():
     return use
 
 
-def test_least_load_prefers_the_shorter_prefill_queue(add_worker, prefill):
-    roster = prefill(LeastLoad())
-    add_worker(roster, "p0", PREFILL, queued_tokens=5000)
-    short = add_worker(roster, "p1", PREFILL, queued_tokens=100, running=9)
-    assert choose(roster.prefill) is short
+@pytest.mark.parametrize(
+    ("policy", "stage", "other", "chosen"),
+    [
+        (LeastLoad, PREFILL, {"queued_tokens": 5000}, {"queued_tokens": 100, "running": 9}),
+        (LeastLoad, DECODE, {"running": 3}, {"running": 1}),  # requests of other routers
+        (MostFreeKv, DECODE, {"used": 50}, {"used": 40, "running": 9}),
+    ],
+)
+def test_the_worker_that_has_more_of_what_the_policy_wants_is_chosen(add_worker, policy, stage, other, chosen):
+    roster = Roster()
+    add_worker(roster, "w0", stage, **other)
+    pool = roster.pool_of(add_worker(roster, "w1", stage, **chosen))
+    pool.use(policy())
+    assert choose(pool).id == "w1"
 
 
 def test_least_load_counts_prompts_placed_since_the_report(add_worker, prefill):
@@ -49,43 +58,30 @@ def test_least_load_counts_prompts_placed_since_the_report(add_worker, prefill):
     assert chosen == ["p0", "p1", "p1"]
 
 
-def test_least_load_sees_the_requests_of_other_routers(add_worker):
-    roster = Roster()
-    add_worker(roster, "d0", running=3)
-    quiet = add_worker(roster, "d1", running=1)
-    assert choose(roster.decode[DEFAULT_TIER]) is quiet
-
-
 @pytest.mark.parametrize("kind", [LeastLoad, RoundRobin, MostFreeKv])
 def test_equal_workers_take_turns(add_worker, make_report, kind):
     roster = Roster()
-    roster.decode[DEFAULT_TIER].use(kind())
+    pool = roster.decode[DEFAULT_TIER]
+    pool.use(kind())
     for name in ("d0", "d1", "d2"):
         add_worker(roster, name)
     chosen = []
     for _ in range(6):
-        worker = choose(roster.decode[DEFAULT_TIER])
-        roster.decode[DEFAULT_TIER].place(worker, 10)
-        roster.decode[DEFAULT_TIER].release(worker)
-        roster.decode[DEFAULT_TIER].report(worker, make_report(), 0.0)
+        worker = choose(pool)
+        pool.place(worker, 10)
+        pool.release(worker)
+        pool.report(worker, make_report(), 0.0)
         chosen.append(worker.id)
     assert chosen == ["d0", "d1", "d2"] * 2
 
 
-def test_most_free_kv_prefers_room_to_few_requests(add_worker):
-    roster = Roster()
-    roster.decode[DEFAULT_TIER].use(MostFreeKv())
-    add_worker(roster, "d0", used=50)
-    roomy = add_worker(roster, "d1", used=40, running=9)
-    assert choose(roster.decode[DEFAULT_TIER]) is roomy
-
-
 def test_of_two_drawn_workers_the_less_loaded_is_chosen(add_worker):
     roster = Roster()
-    roster.decode[DEFAULT_TIER].use(PowerOfTwo(seed=1))
+    pool = roster.decode[DEFAULT_TIER]
+    pool.use(PowerOfTwo(seed=1))
     for index in range(10):
         add_worker(roster, f"d{index}", running=index)
-    chosen = [choose(roster.decode[DEFAULT_TIER]).id for _ in range(200)]
+    chosen = [choose(pool).id for _ in range(200)]
     assert len(set(chosen)) > 5, "the draws differ"
     assert "d9" not in chosen, "the most loaded worker loses every comparison"
 
@@ -201,30 +197,6 @@ def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(aff
     assert not pool.policy._promised
 
 
-def test_placing_the_answers_to_one_prompt_looks_up_its_blocks_once(affinity, make_report):
-    pool, prompt, looked_up = affinity.prefill, keys(*range(200)), []
-
-    def counted(block_size):
-        for key in prompt(block_size):
-            looked_up.append(key)
-            yield key
-
-    tell(affinity, pool.get("p1"), make_report, prompt)
-    for name in "abcd":
-        job = make_job(name, 3201, 10, block_keys=counted)
-        assert pool.policy.placed(job, choose(pool, 3201, counted)) == 3200
-    assert len(looked_up) <= 200 + 4 * PROMISED_BLOCKS
-    tell(affinity, pool.get("p2"), make_report, keys(*range(201)))
-    longer = keys(*range(202))
-    for _ in range(2):
-        assert choose(pool, 3300, longer).id == "p2"
-    report = make_report()
-    report.prefix.CopyFrom(registry_pb2.PrefixDelta(removed=list(longer(16))[:201]))
-    pool.report(pool.get("p2"), report, 0.0)
-    pool.check(0.0)
-    assert choose(pool, 3300, longer).id == "p1"
-
-
 @pytest.mark.parametrize("name", DECODE_POLICIES)
 def test_prompts_that_begin_alike_spread_over_the_decode_workers(add_worker, name):
     roster = Roster()
@@ -243,14 +215,3 @@ def test_decode_workers_which_say_nothing_of_their_caches_have_no_affinity():
     assert set(POLICIES) - set(DECODE_POLICIES) == {"conditional", "prefix-affinity"}
     with pytest.raises(SystemExit):
         RouterConfig.parse(["--pair", "p", "--decode-policy", "prefix-affinity"])
-
-
-def test_every_policy_has_a_name_and_orders_any_pool(add_worker):
-    for name, kind in POLICIES.items():
-        roster = Roster()
-        roster.decode[DEFAULT_TIER].use(kind(seed=3))
-        workers = {add_worker(roster, f"d{index}") for index in range(5)}
-        order = list(roster.decode[DEFAULT_TIER].policy.best(make_job("a", 10, 10)))
-        assert len(order) == 5, name
-        assert set(order) == workers
-        assert list(Pool(PREFILL, kind()).policy.best(make_job("a", 10, 10))) == []

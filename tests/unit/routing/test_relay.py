@@ -12,7 +12,6 @@ from overfill.errors import (
     Incompatible,
     InternalError,
     InvalidRequest,
-    Overloaded,
     RequestCancelled,
     StepFailed,
     TransferFailed,
@@ -95,6 +94,12 @@ class Stack:
     async def stream(self):
         return await self.streams.get()
 
+    async def accepted(self):
+        """Returns the next stream, whose worker has reserved blocks and has its prefill worker."""
+        stream = await self.stream()
+        await stream.accept()
+        return stream
+
     def report(self, worker_id, **report):
         pool = self.roster.decode[DEFAULT_TIER] if worker_id.startswith("d") else self.roster.prefill
         pool.report(pool.get(worker_id), self._report(**report), asyncio.get_running_loop().time())
@@ -123,6 +128,12 @@ class Stack:
         finally:
             relay.close()
             self.assert_nothing_in_flight()
+
+    @asynccontextmanager
+    async def running(self, **request):
+        """A request whose first worker has accepted it: its relay and the stream."""
+        async with self.request(**request) as relay:
+            yield relay, await self.accepted()
 
 
 @pytest.fixture
@@ -163,6 +174,7 @@ async def test_an_answer_comes_from_one_worker(stack):
         assert list(start.prompt_token_ids) == [1, 2, 3]
         assert list(start.emitted_token_ids) == []
         assert start.expected_incarnation == 1
+        assert not start.HasField("time_left_ns")
         assert (start.sampling.seed, start.sampling.max_tokens) == (1, 4)
         assert list(start.eos_token_ids) == [0]
         stream.tokens(0, 7, prefill_queue_ns=1, prefill_compute_ns=2, return_ns=3)
@@ -184,17 +196,6 @@ async def test_an_answer_comes_from_one_worker(stack):
         assert (timing.handoff_exposed_ns, timing.decode_ns) == (4, 6)
 
 
-async def test_the_prefill_slot_is_free_from_the_first_tokens_on(stack):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        _, prefill = await stream.accept()
-        assert stack.roster.prefill.get(prefill).in_flight == 1
-        stream.tokens(0, 7)
-        await relay.answer.next()
-        assert stack.roster.prefill.get(prefill).in_flight == 0
-        assert stack.roster.decode[DEFAULT_TIER].get(stream.worker).in_flight == 1
-
-
 async def test_no_prefill_slot_is_held_while_a_grammar_is_compiled(stack):
     async with stack.request(grammar=common_pb2.Grammar(regex="a+")):
         stream = await stack.stream()
@@ -202,17 +203,6 @@ async def test_no_prefill_slot_is_held_while_a_grammar_is_compiled(stack):
         assert not any(worker.in_flight for worker in stack.roster.prefill)
         stream.say(reserved=decode_pb2.Reserved())
         assert (await stream.assigned()).worker_id
-
-
-async def test_a_slot_that_went_with_the_start_is_free_after_a_refusal(stack):
-    stack.report("d1", credits=0)
-    async with stack.request():
-        stream = await stack.stream()
-        start = await stream.start()
-        assert stack.roster.prefill.get(start.assign_prefill.worker_id).in_flight == 1
-        stream.say(refused=decode_pb2.Refused(reason="full"))
-        await until(lambda: stream.closed)
-        assert all(w.in_flight == 0 for w in stack.roster.prefill)
 
 
 async def test_a_refusal_moves_the_request_to_another_worker(stack):
@@ -243,32 +233,23 @@ async def test_the_load_in_a_refusal_is_the_workers_latest(stack):
         assert worker.paused_until_report, "the worker takes new requests after its next report"
 
 
-async def test_a_fault_in_the_router_ends_the_request_and_holds_nothing(stack, monkeypatch):
-    faults = {
-        "finish": lambda relay: monkeypatch.setattr(relay, "_finish", Mock(side_effect=RuntimeError("a bug"))),
-        "refused": lambda relay: monkeypatch.setattr(
-            stack.dispatcher, "refused", Mock(side_effect=RuntimeError("a bug"))
-        ),
-        "lost": lambda relay: monkeypatch.setattr(stack.dispatcher, "lost", Mock(side_effect=RuntimeError("a bug"))),
-    }
-    for name, break_it in faults.items():
-        async with stack.request() as relay:
-            break_it(relay)
-            stream = await stack.stream()
-            if name == "refused":
-                await stream.start()
+@pytest.mark.parametrize("fault", ["_finish", "refused", "lost"])
+async def test_a_fault_in_the_router_ends_the_request_and_holds_nothing(stack, monkeypatch, fault):
+    async with stack.request() as relay:
+        broken = relay if fault == "_finish" else stack.dispatcher
+        monkeypatch.setattr(broken, fault, Mock(side_effect=RuntimeError("a bug")))
+        stream = await stack.stream()
+        await (stream.start() if fault == "refused" else stream.accept())
+        match fault:
+            case "refused":
                 stream.say(refused=decode_pb2.Refused(reason="full"))
-            else:
-                await stream.accept()
-                if name == "finish":
-                    stream.done()
-                else:
-                    stream.fail(Unavailable("gone"))
-            with pytest.raises(InternalError, match="the router failed: a bug"):
-                await relay.answer.next()
-            stack.assert_nothing_in_flight()
-        for worker in ("d0", "d1"):
-            stack.report(worker)
+            case "lost":
+                stream.fail(Unavailable("gone"))
+            case _:
+                stream.done()
+        with pytest.raises(InternalError, match="the router failed: a bug"):
+            await relay.answer.next()
+        stack.assert_nothing_in_flight()
 
 
 async def test_a_worker_to_which_no_stream_opens_ends_the_request(stack, monkeypatch):
@@ -279,47 +260,20 @@ async def test_a_worker_to_which_no_stream_opens_ends_the_request(stack, monkeyp
         stack.assert_nothing_in_flight()
 
 
-async def test_an_answer_that_an_adapter_wrote_without_being_asked_is_refused_by_name(stack):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        await stream.accept()
-        stream.done(adapter_digest="d")
+@pytest.mark.parametrize("said", ["tokens", "done"])
+async def test_what_an_adapter_wrote_without_being_asked_is_refused_by_name(stack, said):
+    adapted = decode_pb2.DecodeDone(adapter_digest="d")
+    async with stack.running() as (relay, stream):
+        stream.say(**{said: adapted if said == "done" else decode_pb2.Tokens(ids=[5], so_far=adapted)})
         with pytest.raises(Incompatible, match="adapter 'd'") as caught:
             await relay.answer.next()
         assert caught.value.fields == ("adapter_digest",)
         stack.assert_nothing_in_flight()
-
-
-async def test_tokens_that_an_adapter_wrote_without_being_asked_are_refused_by_name(stack):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        await stream.accept()
-        stream.say(tokens=decode_pb2.Tokens(ids=[5], so_far=decode_pb2.DecodeDone(adapter_digest="d")))
-        with pytest.raises(Incompatible, match="adapter 'd'") as caught:
-            await relay.answer.next()
-        assert caught.value.fields == ("adapter_digest",)
-        stack.assert_nothing_in_flight()
-
-
-async def test_refusals_do_not_count_as_lost_workers(stack):
-    async with stack.request(max_attempts=1) as relay:
-        for _ in range(3):
-            stream = await stack.stream()
-            await stream.start()
-            stream.fail(Overloaded("full"))
-            stack.report("d0")
-            stack.report("d1")
-        stream = await stack.stream()
-        await stream.accept()
-        stream.done()
-        assert (await read_all(relay))[1].reason == STOP
 
 
 @pytest.mark.parametrize("error", [Unavailable("gone"), InternalError("bug"), TransferFailed("bad")])
 async def test_a_lost_worker_is_followed_by_another_that_knows_the_tokens(stack, error):
-    async with stack.request() as relay:
-        first = await stack.stream()
-        await first.accept()
+    async with stack.running() as (relay, first):
         first.tokens(0, 7, 8)
         first.fail(error)
         second = await stack.stream()
@@ -336,9 +290,7 @@ async def test_a_lost_worker_is_followed_by_another_that_knows_the_tokens(stack,
 
 @pytest.mark.parametrize("bad", [(1, 9), (0, 8)])
 async def test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer(stack, bad):
-    async with stack.request() as relay:
-        first = await stack.stream()
-        await first.accept()
+    async with stack.running() as (relay, first):
         if bad[0] == 0:
             first.tokens(0, 7)
         first.tokens(*bad)
@@ -350,26 +302,16 @@ async def test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer(stack, b
         assert flat(batches) == [*start.emitted_token_ids, 5]
 
 
-async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack):
-    async with stack.request(max_attempts=2) as relay:
-        for attempt in range(3):
-            stream = await stack.stream()
-            await stream.accept()
-            if attempt < 2:  # a request that makes progress is not given up
+@pytest.mark.parametrize(("attempts", "tokens"), [(3, 2), (16, 16)])
+async def test_after_too_many_lost_workers_the_error_says_how_far_it_came(stack, attempts, tokens):
+    """Tokens give a request more attempts, but not without end."""
+    async with stack.request(max_attempts=2, max_tokens=100) as relay:
+        for attempt in range(attempts):
+            stream = await stack.accepted()
+            if attempt < tokens:
                 stream.tokens(attempt, 7)
             stream.fail(InternalError("bug"))
-        with pytest.raises(Unavailable, match=r"3 attempts; 2 tokens had been produced; the last failure: bug"):
-            await read_all(relay)
-
-
-async def test_a_request_that_loses_worker_after_worker_is_given_up_though_it_gets_on(stack):
-    async with stack.request(max_attempts=2, max_tokens=100) as relay:
-        for attempt in range(16):
-            stream = await stack.stream()
-            await stream.accept()
-            stream.tokens(attempt, 7)
-            stream.fail(InternalError("bug"))
-        with pytest.raises(Unavailable, match=r"16 attempts; 16 tokens"):
+        with pytest.raises(Unavailable, match=f"{attempts} attempts; {tokens} tokens had been produced; .*: bug"):
             await read_all(relay)
 
 
@@ -423,8 +365,7 @@ async def test_a_request_whose_failed_steps_have_ended_two_workers_is_refused(st
 async def test_tokens_between_two_failed_steps_do_not_save_a_request(stack):
     async with stack.request(max_attempts=10) as relay:
         for attempt in range(2):
-            stream = await stack.stream()
-            await stream.accept()
+            stream = await stack.accepted()
             stream.tokens(attempt, 7)
             stream.fail(StepFailed("decode failed"))
         with pytest.raises(InvalidRequest, match="2 tokens had been produced"):
@@ -450,9 +391,7 @@ async def test_workers_that_are_lost_without_a_report_count_as_attempts_only(sta
 
 
 async def test_a_worker_that_a_failed_step_ended_gets_no_other_request(stack):
-    async with stack.request() as relay:
-        first = await stack.stream()
-        await first.accept()
+    async with stack.running() as (relay, first):
         first.fail(StepFailed("decode failed"))
         second = await stack.stream()
         assert second.worker != first.worker
@@ -464,17 +403,6 @@ async def test_a_worker_that_a_failed_step_ended_gets_no_other_request(stack):
             assert (await stack.stream()).worker == second.worker, "until the first one reports again"
 
 
-async def test_a_worker_lost_after_the_last_token_changes_nothing(stack):
-    async with stack.request(max_tokens=2) as relay:
-        stream = await stack.stream()
-        await stream.accept()
-        stream.tokens(0, 7, 8)
-        stream.fail(Unavailable("gone"))
-        batches, finish = await read_all(relay)
-        assert batches == [(0, [7, 8])]
-        assert (finish.reason, finish.usage.completion_tokens) == (LENGTH, 2)
-
-
 def so_far(**more):
     usage = common_pb2.Usage(prompt_tokens=3, cached_tokens=2)
     return decode_pb2.DecodeDone(usage=usage, codec=common_pb2.KV_CODEC_INT8, prefill_worker_id="p9", **more)
@@ -482,8 +410,7 @@ def so_far(**more):
 
 async def answer_of_three_tokens(stack, relay):
     """Returns the stream of an answer whose second and third token came 4 s after each other; the client read all."""
-    stream = await stack.stream()
-    await stream.accept()
+    stream = await stack.accepted()
     stream.tokens(0, 6, so_far=so_far())
     stream.tokens(1, 7, so_far=so_far(decode_ns=10**9, handoff_exposed_ns=4))
     relay.answer.accept(decode_pb2.Tokens(first_index=2, ids=[8]), asyncio.get_running_loop().time() + 4)
@@ -514,9 +441,7 @@ async def test_an_answer_that_is_cut_after_its_end_keeps_the_worker_s_last_word(
 
 
 async def test_decode_time_is_divided_among_the_tokens_of_this_router_s_worker(stack):
-    async with stack.request(emitted=(5, 6), max_tokens=9) as relay:
-        stream = await stack.stream()
-        await stream.accept()
+    async with stack.running(emitted=(5, 6), max_tokens=9) as (relay, stream):
         stream.tokens(2, 7, so_far=so_far(decode_ns=1))
         stream.tokens(3, 8, 9, 10)
         stream.done(decode_ns=8)
@@ -526,14 +451,11 @@ async def test_decode_time_is_divided_among_the_tokens_of_this_router_s_worker(s
 
 @pytest.mark.parametrize(("tokens", "decode"), [(5, 8), (4, 4), (3, 0), (2, 0)])
 async def test_decode_time_is_divided_among_the_tokens_of_the_last_worker(stack, tokens, decode):
-    async with stack.request(max_tokens=9) as relay:
-        stream = await stack.stream()
-        await stream.accept()
+    async with stack.running(max_tokens=9) as (relay, stream):
         stream.tokens(0, 6, so_far=so_far())
         stream.tokens(1, 7, 8, so_far=so_far(decode_ns=10**9))
         stream.fail(Unavailable("gone"))
-        stream = await stack.stream()
-        await stream.accept()
+        stream = await stack.accepted()
         stream.tokens(3, 9, so_far=so_far(decode_ns=1))
         # The worker handed the sequence over again; its decode time still began before token 3.
         stream.tokens(4, 10, so_far=so_far(decode_ns=5))
@@ -563,6 +485,7 @@ async def test_a_worker_lost_after_the_last_token_has_told_its_usage(stack):
         stream = await answer_of_three_tokens(stack, relay)
         stream.fail(Unavailable("gone"))
         _, finish = await read_all(relay)
+        assert (finish.reason, finish.usage.completion_tokens) == (LENGTH, 3)
         assert (finish.usage.cached_tokens, finish.codec) == (2, common_pb2.KV_CODEC_INT8)
         assert relay.answer.timing.HasField("decode_ns")
 
@@ -620,37 +543,24 @@ def pass_time(monkeypatch):
     return forward
 
 
-async def test_time_lost_in_a_prefill_that_failed_counts_as_router_queue(stack, pass_time):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        await stream.accept()
+@pytest.mark.parametrize("failed", ["prefill", "decode"])
+async def test_time_lost_in_an_attempt_that_failed_counts_as_router_queue(stack, pass_time, failed):
+    async with stack.running() as (relay, stream):
         pass_time(100)
-        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED))
-        await stream.assigned()
-        pass_time(1000)  # the prefill that succeeds accounts for itself
+        if failed == "prefill":
+            stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED))
+            await stream.assigned()
+        else:
+            stream.fail(Unavailable("gone"))
+            stream = await stack.accepted()
+        pass_time(1000)  # what succeeds accounts for itself
         stream.tokens(0, 7)
         await relay.answer.next()
         assert 100 <= relay.answer.timing.router_queue_ns / 1e9 < 1000
 
 
-async def test_time_lost_on_a_worker_that_failed_counts_as_router_queue(stack, pass_time):
-    async with stack.request() as relay:
-        first = await stack.stream()
-        await first.accept()
-        pass_time(100)
-        first.fail(Unavailable("gone"))
-        second = await stack.stream()
-        await second.accept()
-        pass_time(1000)
-        second.tokens(0, 7)
-        await relay.answer.next()
-        assert 100 <= relay.answer.timing.router_queue_ns / 1e9 < 1000
-
-
 async def test_a_preempted_sequence_gets_a_prefill_worker_again(stack):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        await stream.accept()
+    async with stack.running() as (relay, stream):
         stream.tokens(0, 7)
         assert (await relay.answer.next()).token_ids == [7]
         stream.say(need_prefill=NEED(reason=NEED.REASON_PREEMPTED))
@@ -678,53 +588,20 @@ async def test_a_failure_of_an_earlier_prefill_worker_is_charged_to_that_worker(
         assert second in ("p0", "p1")
 
 
-async def test_the_prefill_worker_that_decode_names_is_recorded(stack):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        await stream.accept()
-        stream.done(prefill_worker_id="p9")
-        await read_all(relay)
-        assert relay.answer.prefill_worker == "p9"
-        assert relay.answer.prefill_engine == "", "this router did not assign it and does not know its engine"
-
-
-async def test_prefill_that_keeps_failing_ends_the_request(stack):
-    async with stack.request(max_attempts=2) as relay:
-        stream = await stack.stream()
-        await stream.accept()
-        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="slow"))
+@pytest.mark.parametrize(
+    ("reason", "error", "says"),
+    [
+        (NEED.REASON_PREFILL_FAILED, Unavailable, "2 failed prefills; 0 tokens .*; the last failure: no, again"),
+        (NEED.REASON_INCOMPATIBLE, Incompatible, "no, again"),
+    ],
+)
+async def test_prefill_that_keeps_failing_ends_the_request(stack, reason, error, says):
+    async with stack.running(max_attempts=2) as (relay, stream):
+        stream.say(need_prefill=NEED(reason=reason, detail="no"))
         await stream.assigned()
-        stream.say(need_prefill=NEED(reason=NEED.REASON_PREFILL_FAILED, detail="too slow"))
-        with pytest.raises(
-            Unavailable, match="2 failed prefills; 0 tokens had been produced; the last failure: too slow"
-        ):
+        stream.say(need_prefill=NEED(reason=reason, detail="no, again"))
+        with pytest.raises(error, match=says):
             await relay.answer.next()
-
-
-async def test_prefill_that_fits_no_worker_is_reported_as_incompatible(stack):
-    async with stack.request(max_attempts=1) as relay:
-        stream = await stack.stream()
-        await stream.accept()
-        stream.say(need_prefill=NEED(reason=NEED.REASON_INCOMPATIBLE, detail="kv.dtype"))
-        with pytest.raises(Incompatible, match=r"kv\.dtype"):
-            await relay.answer.next()
-
-
-async def test_a_worker_lost_while_a_prefill_slot_is_awaited_is_noticed(stack):
-    async with stack.request() as relay:
-        first = await stack.stream()
-        await first.start()
-        stack.report("p0", credits=0)
-        stack.report("p1", credits=0)
-        first.say(reserved=decode_pb2.Reserved(blocks=1))
-        first.fail(Unavailable("gone"))
-        await until(lambda: not stack.roster.decode[DEFAULT_TIER].get(first.worker).in_flight)
-        stack.report("p0")
-        second = await stack.stream()
-        assert second.worker != first.worker
-        await second.accept()
-        second.done()
-        await read_all(relay)
 
 
 async def test_the_deadline_ends_a_request_that_waits(stack):
@@ -745,12 +622,6 @@ async def test_the_deadline_ends_a_request_that_runs_and_is_passed_on(stack):
         with pytest.raises(DeadlineExceeded, match="1 token had been produced"):
             await relay.answer.next()
         assert stream.closed
-
-
-async def test_no_deadline_means_none(stack):
-    async with stack.request():
-        stream = await stack.stream()
-        assert not (await stream.start()).HasField("time_left_ns")
 
 
 @pytest.mark.parametrize("phase", ["queued", "started", "waiting for prefill", "assigned", "running"])
@@ -776,9 +647,7 @@ async def test_closing_frees_everything_in_every_phase(stack, phase):
 
 
 async def test_a_reader_that_reads_nothing_does_not_hold_the_worker_up(stack):
-    async with stack.request(max_tokens=1000) as relay:
-        stream = await stack.stream()
-        await stream.accept()
+    async with stack.running(max_tokens=1000) as (relay, stream):
         for index in range(1000):
             stream.tokens(index, index)
         stream.done(LENGTH)
@@ -815,25 +684,14 @@ async def test_a_stage_without_workers_ends_the_wait(stack):
             await relay.answer.next()
 
 
-async def test_the_deadline_ends_a_wait_for_a_stage_without_workers(stack):
-    stack.dispatcher._absent_after = 3600.0
-    stack.roster.prefill.remove(stack.roster.prefill.get("p0"))
-    stack.roster.prefill.remove(stack.roster.prefill.get("p1"))
-    async with stack.request(timeout=0.01) as relay:
-        with pytest.raises(DeadlineExceeded):
-            await relay.answer.next()
-
-
 async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
     async with stack.request() as relay:
         first = await stack.stream()
         await first.start()
         first.tokens(0, 7)
-        second = await stack.stream()
-        await second.accept()
+        second = await stack.accepted()
         second.say(reserved=decode_pb2.Reserved())
-        third = await stack.stream()
-        await third.accept()
+        third = await stack.accepted()
         third.done()
         assert await read_all(relay) == (
             [],
@@ -842,9 +700,7 @@ async def test_a_message_out_of_turn_is_an_error_of_the_attempt(stack):
 
 
 async def test_an_aborted_request_ends_with_the_given_error(stack):
-    async with stack.request() as relay:
-        stream = await stack.stream()
-        await stream.accept()
+    async with stack.running() as (relay, _):
         relay.abort(Unavailable("shutting down"))
         with pytest.raises(Unavailable, match="shutting down"):
             await relay.answer.next()

@@ -3,14 +3,19 @@
 Real ``Relay``, ``Attempt``, ``AsyncDispatcher`` and ``Dispatcher`` run on an event loop with a clock of its own; the
 decode workers are simulated. At the end every request has all its tokens, or has failed for a reason that the test gave
 it. No slot is in use, no stream is open, and no worker holds blocks.
+
+Decode workers whose names begin with d have the default tier; those with f have the tier fast. A name with b is a
+worker with both stages, of the default tier.
 """
 
 import asyncio
 import itertools
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jobs import worker_info
 
 from overfill.errors import (
     DeadlineExceeded,
@@ -22,23 +27,24 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
-from overfill.kv.handshake import KvIdentity
-from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.invariant import check
-from overfill.routing.job import Job
+from overfill.routing.job import Job, JobState
+from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
 from overfill.routing.relay import Relay
-from overfill.routing.tier import DEFAULT_TIER
-from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
+from overfill.routing.reservations import RESERVE_TIMEOUT
+from overfill.routing.tier import DEFAULT_TIER, Tier
+from overfill.routing.worker import DECODE, PREFILL
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
 NEED = decode_pb2.NeedPrefill
 BLOCK = 16
 MAX_ATTEMPTS = 3
-NAMES = ("d0", "d1", "d2", "p0", "p1")
+NAMES = ("d0", "d1", "d2", "f0", "p0", "p1", "b0")
+TIERS = {"d": DEFAULT_TIER, "f": "fast", "b": DEFAULT_TIER}
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 
 
@@ -121,7 +127,7 @@ class Routing(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.loop = ManualLoop()
-        self.roster = Roster()
+        self.roster = Roster(tiers=[Tier(DEFAULT_TIER), Tier("fast")])
         self.dispatcher = Dispatcher(self.roster, max_queue=6, claim_after=3.0, absent_after=8.0)
         self.async_dispatcher = AsyncDispatcher(self.dispatcher)
         self.numbers = itertools.count()
@@ -164,25 +170,26 @@ class Routing(RuleBasedStateMachine):
                         request.end = event
 
     def join(self, name, incarnation):
-        stage = DECODE if name.startswith("d") else PREFILL
-        identity = KvIdentity(1, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
-        worker = self.roster.join(WorkerInfo(name, incarnation, stage, name, (), identity, 0, 99))
-        self.workers.append(worker)
-        return worker
+        """Returns the worker in each of its pools."""
+        decode = worker_info(name, DECODE, incarnation, tier=TIERS.get(name[0], ""), colocated=name[0] == "b")
+        prefill = replace(decode, stage=PREFILL, tier="")
+        workers = self.roster.join_all({"p": [prefill], "b": [prefill, decode]}.get(name[0], [decode]))
+        self.workers += workers
+        return workers
 
-    def report(self, worker, credits=3, *, ready=True, draining=False):
-        load = decode_pb2.WorkerLoad(kv_blocks_total=40, block_size=BLOCK, running=worker.in_flight)
-        report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining)
-        self.async_dispatcher.report(worker, report)
+    def report(self, workers, credits=3, *, total=40, ready=True, draining=False, prefix=None):
+        for worker in workers:
+            load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=BLOCK, running=worker.in_flight)
+            report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
+            self.async_dispatcher.report(worker, report)
 
-    def pool(self, name):
-        return self.roster.decode[DEFAULT_TIER] if name.startswith("d") else self.roster.prefill
-
-    def break_streams(self, key, error):
-        for stream in self.streams:
-            if stream.worker == key and not stream.ended:
-                self.broke(stream)
-                stream.end(error)
+    def break_streams(self, name):
+        """Ends the connections to the workers of the name, if it has joined."""
+        for worker in self.roster.find_all(name)[:1]:
+            for stream in self.streams:
+                if stream.worker == worker.process and not stream.ended:
+                    self.broke(stream)
+                    stream.end(Unavailable("the connection broke"))
 
     def broke(self, stream):
         if stream.start is not None:
@@ -194,8 +201,9 @@ class Routing(RuleBasedStateMachine):
         streams = [s for s in self.streams if s.start is not None and not s.ended and condition(s)]
         return data.draw(st.sampled_from(streams)) if streams else None
 
-    @initialize()
-    def begin(self):
+    @initialize(prefill=st.sampled_from(list(POLICIES)), decode=st.sampled_from(list(POLICIES)))
+    def begin(self, prefill, decode):
+        self.roster.use(POLICIES[prefill](), POLICIES[decode])
         for name in ("d0", "d1", "p0"):
             self.act(lambda name=name: self.report(self.join(name, 0)))
         for _ in range(2):  # start with running requests, which the rules would need many steps to reach
@@ -209,24 +217,31 @@ class Routing(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         restarted=st.booleans(),
         credits=st.integers(0, 3),
+        total=st.sampled_from([40, 4, 60]),
         ready=st.sampled_from([True, True, True, False]),
         draining=st.sampled_from([False, False, False, True]),
     )
-    def worker_reports(self, name, restarted, credits, ready, draining):
-        worker = self.pool(name).get(name)
-        if worker is None or restarted:
-            if worker is not None:
-                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
-            worker = self.act(self.join, name, next(self.numbers) + 1)
-        self.act(self.report, worker, credits, ready=ready, draining=draining)
+    def worker_reports(self, name, restarted, credits, total, ready, draining):
+        workers = self.roster.find_all(name)
+        if not workers or restarted:
+            self.act(self.break_streams, name)
+            workers = self.act(self.join, name, next(self.numbers) + 1)
+        self.act(self.report, workers, credits, total=total, ready=ready, draining=draining)
 
     @rule(name=st.sampled_from(NAMES), dies=st.booleans())
     def worker_leaves(self, name, dies):
-        if (worker := self.pool(name).get(name)) is not None:
-            if dies:
-                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
-            self.pool(name).remove(worker)
-            self.act(self.async_dispatcher.poll)
+        if dies:
+            self.act(self.break_streams, name)
+        for worker in self.roster.find_all(name):
+            self.roster.pool_of(worker).remove(worker)
+        self.act(self.async_dispatcher.poll)
+
+    @rule(name=st.sampled_from(["p0", "p1", "b0"]), keys=st.sets(st.integers(0, 9)), replaces=st.booleans())
+    def prefix_cache_changes(self, name, keys, replaces):
+        if (worker := self.roster.prefill.get(name)) is not None:
+            added = [key for key in keys if key not in worker.prefix_keys or replaces]
+            delta = registry_pb2.PrefixDelta(added=added, removed=keys & worker.prefix_keys, replaces=replaces)
+            self.act(self.report, [worker], prefix=delta)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
     def time_passes(self, seconds):
@@ -241,12 +256,19 @@ class Routing(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         known=st.integers(0, 3),
         seconds=st.sampled_from([None, None, 5.0]),
+        priority=st.sampled_from([0, 0, 1, -1]),
+        key=st.sampled_from(["", "other"]),
+        blocks=st.lists(st.integers(0, 9), max_size=4, unique=True),
+        tier=st.sampled_from([DEFAULT_TIER, "fast"]),
+        fallback=st.sampled_from(["", DEFAULT_TIER, "fast"]),
     )
-    def submit(self, prompt, length, max_tokens, known, seconds):
+    def submit(self, prompt, length, max_tokens, known, seconds, blocks, tier, fallback, **more):
         deadline = None if seconds is None else self.loop.now + seconds
-        self.take(Request(next(self.numbers), length, max_tokens, known, deadline), prompt)
+        more |= {"tier": tier, "fallback": "" if fallback == tier else fallback}
+        request = Request(next(self.numbers), length, max_tokens, known, deadline)
+        self.take(request, prompt, block_keys=lambda block_size: iter(blocks), **more)
 
-    def take(self, request, prompt):
+    def take(self, request, prompt, **more):
         start = decode_pb2.StartDecode(
             request_id=request.id,
             prompt_token_ids=(1,) * prompt,
@@ -254,9 +276,8 @@ class Routing(RuleBasedStateMachine):
             eos_token_ids=(0,),
             emitted_token_ids=request.read,
         )
-        checked = Job(
-            start=start, prompt_token_ids=start.prompt_token_ids, received=self.loop.now, deadline=request.deadline
-        )
+        ids, now = start.prompt_token_ids, self.loop.now
+        checked = Job(start=start, prompt_token_ids=ids, received=now, deadline=request.deadline, **more)
         relay = self.act(lambda: Relay(checked, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS))
         try:
             self.act(relay.start)
@@ -392,6 +413,9 @@ class Routing(RuleBasedStateMachine):
     def the_books_balance(self):
         self.act(self.async_dispatcher.poll)
         check(self.dispatcher, self.loop.now)
+        reserving = [j for j in self.dispatcher._jobs if j.state is JobState.PLACED]
+        assert all(j.prefill is None or self.loop.now - j.placed_at < RESERVE_TIMEOUT for j in reserving)
+        assert all(worker.paused_until_report for worker in self.dispatcher.reservations.silent(self.loop.now))
 
     @invariant()
     def what_ended_holds_nothing(self):
@@ -416,15 +440,14 @@ class Routing(RuleBasedStateMachine):
             case PromptTooLong():
                 pass  # all workers large enough for it have left
             case error:
-                assert "worker has reported for" in str(error)
+                assert " has reported for " in str(error)
         streams = [s for s in self.streams if s.start is not None and s.start.request_id == request.id]
         assert all(s.closed for s in streams)
 
     def teardown(self):
         """With healthy workers and no more failures, every remaining request is answered."""
         for name in NAMES:
-            if (worker := self.pool(name).get(name)) is not None:
-                self.act(self.break_streams, worker.process, Unavailable("the connection broke"))
+            self.act(self.break_streams, name)
             self.act(lambda name=name: self.report(self.join(name, 10**6)))
         for _ in range(400):
             if all(request.end is not None for request in self.requests.values()):
@@ -435,7 +458,7 @@ class Routing(RuleBasedStateMachine):
                 if stream.start is not None and not stream.ended and (not stream.reserved or stream.assigned):
                     self.advance(stream, 5)
             for name in NAMES:
-                self.act(self.report, self.pool(name).get(name))
+                self.act(self.report, self.roster.find_all(name))
         for request in self.requests.values():
             assert request.end is not None, f"{request.id} was forgotten"
             self.check_end(request)
@@ -450,5 +473,5 @@ class Routing(RuleBasedStateMachine):
         self.loop.close()
 
 
-Routing.TestCase.settings = settings(max_examples=100, stateful_step_count=80, deadline=None)
+Routing.TestCase.settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
 TestRouting = Routing.TestCase

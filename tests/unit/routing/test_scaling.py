@@ -152,22 +152,6 @@ def test_running_sequences_count_before_any_has_finished():
     assert targets.decode_pools[DEFAULT_TIER].reason == "sequences present"
 
 
-def test_load_of_a_tier_moves_its_own_pool_and_the_prefill_pool():
-    tiers = {"full": CONFIG, "fast": CONFIG}
-    scaler = Scaler(CONFIG, tiers)
-    pools = {"full": PoolState(ready=1), "fast": PoolState(ready=1)}
-    for tenth in range(1200):
-        for tier, every in (("full", 1), ("fast", 10)):
-            if tenth % every == 0:
-                scaler.arrived(tier, tenth / 10, 500)
-                scaler.finished(tier, tenth / 10, 500, 100)
-    last = scaler.targets(120.0, PoolState(ready=1), pools)
-    alone = play(Scaler(CONFIG), 120, rate=10)[-1]
-    assert last.decode_pools["full"].workers == alone.decode > 1
-    assert last.decode_pools["fast"].workers == 1
-    assert last.prefill_pool.inputs["tokens"] == pytest.approx(11 * 500, rel=0.05), "of both tiers"
-
-
 def test_each_tier_has_its_own_objectives_and_step_cost():
     tight = replace(CONFIG, itl=0.025, ttft=0.6)
     scaler = Scaler(CONFIG, {"full": CONFIG, "fast": tight})
@@ -199,24 +183,6 @@ def test_workers_with_both_stages_take_their_part_of_the_need():
     assert beside.prefill == math.ceil(beside.prefill_pool.need) < alone.prefill
     enough = targets(40.0, 9)
     assert (enough.decode, enough.decode_pools[DEFAULT_TIER].need) == (0, 0), "they count towards the minimum"
-
-
-def test_workers_with_both_stages_are_not_of_the_size_that_a_pool_starts_with():
-    scaler = Scaler(CONFIG)
-    state = PoolState(ready=4, colocated=3)
-    targets = scaler.targets(1.0, state, {DEFAULT_TIER: state})
-    assert (targets.prefill, targets.decode) == (1, 1)
-
-
-def test_too_few_workers_for_three_pools_are_shared_by_need():
-    limited = replace(CONFIG, max_total=9)
-    scaler = Scaler(limited, {"full": limited, "fast": limited})
-    states = {"full": PoolState(ready=1, running=350), "fast": PoolState(ready=1, running=35)}
-    targets = scaler.targets(0.0, PoolState(ready=1), states)
-    sizes = {tier: pool.workers for tier, pool in targets.decode_pools.items()}
-    assert targets.prefill + sum(sizes.values()) == 9
-    assert sizes["full"] == 7
-    assert sizes["fast"] == 1
 
 
 def test_too_few_workers_in_all_are_shared_by_need():
@@ -310,7 +276,7 @@ def test_a_wrong_configuration_is_named(wrong, message):
         Scaler(ScalingConfig(max_total=2), {"full": CONFIG, "fast": CONFIG})
 
 
-def test_step_times_are_learned_and_the_prior_holds_where_nothing_varies():
+def test_step_times_and_the_prefill_rate_are_learned_and_the_prior_holds_where_nothing_varies():
     true = StepCost(0.02, 0.002, 1e-7)
     learned = StepTime(STEP)
     generator = random.Random(0)
@@ -324,9 +290,6 @@ def test_step_times_are_learned_and_the_prior_holds_where_nothing_varies():
         constant.add(8, 100, 2 * STEP.seconds(8, 100))
     assert constant.cost().seconds(8, 100) == pytest.approx(2 * STEP.seconds(8, 100), rel=0.1)
     assert min(constant.cost().base, constant.cost().per_sequence, constant.cost().per_kv_token) >= 0
-
-
-def test_the_prefill_rate_is_learned():
     rate = PrefillRate(1000.0)
     for _ in range(200):
         rate.add(500, 0.25)

@@ -10,10 +10,10 @@ from jobs import make_job
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.capacity import StepCost
 from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.pool import Pool, Roster
+from overfill.routing.pool import Roster
 from overfill.routing.scaling import Scaler, ScalingConfig
 from overfill.routing.scaling_advisor import ScalingAdvisor
-from overfill.routing.signals import COUNTS, SignalReader, Signals, pool_states, two_point_values
+from overfill.routing.signals import SignalReader, Signals, pool_states, two_point_values
 from overfill.routing.tier import DEFAULT_TIER, Objectives, Tier
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.v1 import common_pb2, inference_pb2, registry_pb2
@@ -105,12 +105,9 @@ def test_tokens_known_to_be_cached_do_not_count_as_work(signals):
     assert signals.read(0.0)["prefilled_tokens"] == 500 * 20
 
 
-def test_an_answer_of_one_token_gives_no_step_time(signals):
-    signals.finished(finished(answer=1, decode=0), 0.0)
-    assert signals.read(0.0)["timed"] == 0
-
-
 def test_the_step_time_of_a_moved_answer_counts_the_last_worker_s_tokens(signals):
+    signals.finished(finished(answer=1, decode=0), 0.0)
+    assert signals.read(0.0)["timed"] == 0, "one token has no step time"
     signals.finished(finished(answer=11, decode=0.2), 0.0, decode_base=9)
     assert signals.read(0.0)["timed_itl_seconds"] == pytest.approx(0.1)
 
@@ -192,12 +189,6 @@ def test_a_short_prompt_fits_beside_a_step_within_the_objective(add_worker):
     assert slow.short_prompt(DEFAULT_TIER) == 0
 
 
-def test_every_number_is_a_number(signals):
-    numbers = signals.read(0.0)
-    assert numbers.keys() >= set(COUNTS)
-    assert all(type(value) is float for value in numbers.values())
-
-
 @pytest.mark.parametrize(("values"), [[100] * 6, [10, 10, 10, 500, 500, 500], [1, 2, 3, 4, 5, 6, 7], [9]])
 def test_arrivals_reported_together_keep_their_number_sum_and_spread(values):
     told = two_point_values(len(values), sum(values), sum(v * v for v in values))
@@ -205,16 +196,6 @@ def test_arrivals_reported_together_keep_their_number_sum_and_spread(values):
     assert sum(told) == pytest.approx(sum(values), rel=0.02)
     assert sum(v * v for v in told) == pytest.approx(sum(v * v for v in values), rel=0.1)
     assert two_point_values(0, 0, 0) == []
-
-
-def test_arrivals_and_ends_do_not_look_at_every_worker(roster, add_worker, monkeypatch):
-    signals = Signals(roster, Dispatcher(roster))
-    add_worker(roster, "d", running=10)
-    signals.read(0.0)
-    monkeypatch.setattr(Pool, "__iter__", lambda self: pytest.fail("looked at every worker"))
-    signals.arrived(DEFAULT_TIER, 100)
-    signals.finished(finished(decode=0.4), 0.9)
-    assert signals._counts[DEFAULT_TIER]["timed_batch"] == 10, "the value at the last reading"
 
 
 def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals, roster, add_worker, make_report):

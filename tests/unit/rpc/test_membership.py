@@ -88,6 +88,28 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(membership_module, "BACKOFF_FIRST", 0.01)
     monkeypatch.setattr(membership_module, "BACKOFF_CAP", 0.02)
     monkeypatch.setattr(membership_module, "RESOLVE_INTERVAL", 0.01)
+    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.01)
+
+
+class Name:
+    """A DNS name of routers that resolves to ``addresses``, or raises ``error``."""
+
+    def __init__(self, monkeypatch, *addresses, scheme="dns"):
+        self.addresses, self.error = set(addresses), None
+        self._looked = asyncio.Event()
+        monkeypatch.setitem(membership_module.RESOLVERS, scheme, self._resolve)
+
+    async def _resolve(self, target):
+        self._looked.set()
+        if self.error is not None:
+            raise self.error
+        return set(self.addresses)
+
+    async def looked_up(self, times=4):
+        """Waits for the given number of look-ups, and until the membership has acted on their results."""
+        for _ in range(times):
+            self._looked.clear()
+            await self._looked.wait()
 
 
 async def test_a_worker_says_hello_and_reports():
@@ -97,13 +119,6 @@ async def test_a_worker_says_hello_and_reports():
         report = await router.reports.get()
         assert (report.credits, report.ready) == (12, True)
         await worker.joined.wait()
-
-
-async def test_reports_come_again_without_any_change(monkeypatch):
-    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
-    async with registry() as (router, address), member(address):
-        for _ in range(3):
-            await router.reports.get()
 
 
 async def test_a_change_is_reported_long_before_the_next_regular_report(monkeypatch):
@@ -141,12 +156,6 @@ async def test_changes_that_can_wait_are_reported_together_or_with_urgent_ones(m
         await router.report_with(9)
 
 
-async def test_credits_are_divided_among_joined_routers():
-    async with registry() as (first, one), registry() as (second, two), member(one, two):
-        await first.report_with(6)
-        await second.report_with(6)
-
-
 async def test_credits_are_not_divided_with_a_router_that_is_away():
     async with registry() as (first, one), registry() as (second, two), member(one, two):
         await second.report_with(6)
@@ -155,33 +164,11 @@ async def test_credits_are_not_divided_with_a_router_that_is_away():
         await first.report_with(12)
 
 
-async def test_a_broken_stream_is_opened_again():
-    async with registry() as (router, address), member(address):
-        await router.reports.get()
-        router.outbox.put_nowait(None)
-        await router.hellos.get()
-        assert (await router.hellos.get()).incarnation == 5
-        await router.reports.get()
-
-
-async def test_a_router_that_starts_later_is_joined():
-    async with registry() as (_, address):
-        pass
-    async with member(address) as worker:
-        assert not worker.joined.is_set()
-        async with registry(address) as (router, _):
-            await router.reports.get()
-            await worker.joined.wait()
-
-
-async def test_a_router_that_cannot_be_joined_is_warned_of_once_with_the_cause(monkeypatch, caplog):
+async def test_a_router_that_cannot_be_joined_is_warned_of(monkeypatch, caplog):
     monkeypatch.setattr(membership_module, "WARN_AFTER", 0.0)
     async with member("127.0.0.1:1"):
         while "cannot join router 127.0.0.1:1" not in caplog.text:
             await asyncio.sleep(0.01)
-        before = caplog.text.count("cannot join")
-        await asyncio.sleep(0.5)
-        assert caplog.text.count("cannot join") == before == 1
 
 
 async def test_credits_that_one_router_does_not_use_go_to_one_that_queues():
@@ -209,17 +196,6 @@ async def test_a_final_refusal_is_reported_and_not_retried():
             assert router.hellos.qsize() == 1
 
 
-async def test_a_refusal_of_one_router_keeps_the_others():
-    refusals = asyncio.Queue()
-    async with registry() as (first, one), registry() as (second, two):
-        first.errors.append(Incompatible("wire version 1, not 2", ["wire_version"]))
-        async with member(one, two, on_refused=refusals.put_nowait) as worker:
-            await second.reports.get()
-            await worker.joined.wait()
-            await first.hellos.get()
-            assert refusals.empty()
-
-
 async def test_a_refusal_is_asked_about_again_while_another_router_is_joined(monkeypatch):
     monkeypatch.setattr(membership_module, "REFUSED_RETRY", 0.05)
     refusals = asyncio.Queue()
@@ -233,56 +209,8 @@ async def test_a_refusal_is_asked_about_again_while_another_router_is_joined(mon
             assert refusals.empty(), "the first router does not refuse it any more"
 
 
-async def test_another_error_is_retried():
-    async with registry() as (router, address):
-        router.errors += [Unavailable("draining"), Unavailable("draining")]
-        async with member(address):
-            await router.reports.get()
-            assert router.hellos.qsize() == 3
-
-
-async def test_each_address_of_a_name_gets_its_own_stream(monkeypatch):
-    async with registry() as (first, one), registry() as (second, two):
-        found = {one}
-
-        async def resolve(target):
-            assert target == "routers.internal:7600"
-            return set(found)
-
-        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
-        async with member("dns:///routers.internal:7600") as worker:
-            await first.report_with(12)
-            found.add(two)
-            await second.report_with(6)
-            assert worker.num_joined == 2
-            found.discard(one)
-            first.errors += [Unavailable("leaving")] * 1000
-            first.outbox.put_nowait(None)
-            await second.report_with(12)
-
-
-class Name:
-    """A DNS name of routers that resolves to ``addresses``."""
-
-    def __init__(self, monkeypatch, *addresses):
-        self.addresses = set(addresses)
-        self._looked = asyncio.Event()
-        monkeypatch.setitem(membership_module.RESOLVERS, "dns", self._resolve)
-
-    async def _resolve(self, target):
-        self._looked.set()
-        return set(self.addresses)
-
-    async def looked_up(self, times=4):
-        """Waits for the given number of look-ups, and until the membership has acted on their results."""
-        for _ in range(times):
-            self._looked.clear()
-            await self._looked.wait()
-
-
 @pytest.mark.parametrize("answer", ["empty", "partial"])
 async def test_joined_routers_stay_when_a_look_up_omits_them(monkeypatch, answer):
-    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
     async with registry() as (first, one), registry() as (second, two):
         name = Name(monkeypatch, one, two)
         async with member("dns:///routers.internal:7600") as worker:
@@ -300,7 +228,6 @@ async def test_joined_routers_stay_when_a_look_up_omits_them(monkeypatch, answer
 
 
 async def test_a_router_that_is_neither_listed_nor_joined_is_left_until_it_is_listed_again(monkeypatch):
-    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
     async with registry() as (first, one):
         name = Name(monkeypatch, one)
         async with registry() as (second, two), member("dns:///routers.internal:7600") as worker:
@@ -340,7 +267,6 @@ async def test_a_refusal_is_reported_when_no_other_router_is_left(monkeypatch):
 @pytest.mark.parametrize("answer", ["partial", "empty"])
 async def test_one_look_up_without_a_router_that_restarts_ends_no_worker(monkeypatch, answer):
     monkeypatch.setattr(membership_module, "RESOLVE_INTERVAL", 0.0)
-    monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0.0)
     refusals = asyncio.Queue()
     async with registry() as (first, one), registry() as (second, two):
         addresses, omits = {one, two}, asyncio.Event()
@@ -374,11 +300,8 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
         asked.put_nowait((address, tls.tls.name))
         raise Unavailable("not today")
 
-    async def resolve(target):
-        return {"10.1.2.3:7600"}
-
     monkeypatch.setattr(membership_module, "open_channel", open_channel)
-    monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
+    Name(monkeypatch, "10.1.2.3:7600")
     tls = Credentials(ClientTls(name=told))
     async with member("dns:///routers.internal:7600", tls=tls):
         assert await asked.get() == ("10.1.2.3:7600", expected)
@@ -389,17 +312,11 @@ async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, e
 
 async def test_an_address_that_was_given_itself_stays_when_a_name_omits_it(monkeypatch):
     async with registry() as (router, address):
-        answers, lookups = [{address}], asyncio.Queue()
-
-        async def resolve(target):
-            lookups.put_nowait(None)
-            return answers.pop() if answers else set()
-
-        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
+        name = Name(monkeypatch, address)
         async with member(address, "dns:///routers.internal:7600") as worker:
             await router.reports.get()
-            for _ in range(3):
-                await lookups.get()
+            name.addresses = set()
+            await name.looked_up()
             assert worker.num_joined == 1
             assert router.hellos.qsize() == 1
 
@@ -419,20 +336,11 @@ async def test_a_fault_of_its_own_does_not_end_a_worker_s_attempts_to_join():
 
 async def test_streams_stay_while_a_name_cannot_be_resolved(monkeypatch):
     async with registry() as (router, address):
-        failures = asyncio.Queue()
-        answers = [{address}]
-
-        async def resolve(target):
-            if answers:
-                return answers.pop()
-            failures.put_nowait(None)
-            raise OSError("no such name")
-
-        monkeypatch.setitem(membership_module.RESOLVERS, "dns", resolve)
+        name = Name(monkeypatch, address)
         async with member("dns:///routers.internal:7600") as worker:
             await router.reports.get()
-            await failures.get()
-            await failures.get()
+            name.error = OSError("no such name")
+            await name.looked_up()
             assert worker.num_joined == 1
 
 
@@ -466,30 +374,13 @@ async def test_every_router_gets_the_prefix_cache_s_keys_and_then_changes(monkey
         assert list(report.prefix.added) == [2]
 
 
-async def test_resolvers_for_other_kinds_of_name_can_be_added(monkeypatch):
-    async with registry() as (router, address):
-
-        async def look_up(name):
-            assert name == "stack"
-            return {address}
-
-        monkeypatch.setitem(membership_module.RESOLVERS, "board", look_up)
-        async with member("board:///stack") as worker:
-            await router.reports.get()
-            assert worker.num_joined == 1
-
-
 async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):
     async with registry() as (router, address):
-        answers = [{address}, set(), set()]
-
-        async def look_up(name):
-            return answers.pop()
-
-        monkeypatch.setitem(membership_module.RESOLVERS, "board", look_up)
+        name = Name(monkeypatch, scheme="board")
         monkeypatch.setattr(membership_module, "RESOLVE_INTERVAL", 3600)
-        monkeypatch.setattr(membership_module, "SEARCH_INTERVAL", 0)
         async with member("board:///stack"):
+            await name.looked_up()
+            name.addresses = {address}
             await router.reports.get()
 
 

@@ -27,8 +27,9 @@ def get(address, path="/metrics"):
 
 def test_metrics_are_served_with_targets():
     groups = [{"targets": ["127.0.0.1:1"], "labels": {"stage": "router"}}]
-    server = MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, targets=lambda host: groups)
-    try:
+    with contextlib.closing(
+        MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, targets=lambda host: groups)
+    ) as server:
         assert 'overfill_build_info{stage="router"' in get(server.address)
         assert json.loads(get(server.address, "/targets")) == groups
         with pytest.raises(urllib.error.HTTPError) as missing:
@@ -38,8 +39,6 @@ def test_metrics_are_served_with_targets():
         port = int(server.address.rpartition(":")[2])
         with pytest.raises(errors.Unavailable, match=str(port)):
             MetricsServer(RouterMetrics().registry, "127.0.0.1", port)
-    finally:
-        server.close()
 
 
 def test_metrics_stay_on_this_machine_without_certificates():
@@ -63,13 +62,10 @@ def test_targets_are_made_for_the_host_at_which_the_scraper_asks(tls, listens, a
         return [{"targets": [instead_of_wildcard(server.address, host), "10.0.0.7:7690"]}]
 
     own, context = tls
-    server = MetricsServer(RouterMetrics().registry, listens, 0, own, targets=targets)
-    address = f"{asked}:{server.address.rpartition(':')[2]}"
-    try:
+    with contextlib.closing(MetricsServer(RouterMetrics().registry, listens, 0, own, targets=targets)) as server:
+        address = f"{asked}:{server.address.rpartition(':')[2]}"
         with urllib.request.urlopen(f"https://{address}/targets", timeout=10, context=context) as response:
             assert json.load(response) == [{"targets": [address, "10.0.0.7:7690"]}]
-    finally:
-        server.close()
 
 
 def test_a_scraper_that_disconnects_needs_no_traceback(tls, capsys):
@@ -81,8 +77,7 @@ def test_a_scraper_that_disconnects_needs_no_traceback(tls, capsys):
         return [{"targets": ["h:1"] * 10_000}] * 100  # more than the kernel buffers
 
     own, context = tls
-    server = MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, own, targets=targets)
-    try:
+    with contextlib.closing(MetricsServer(RouterMetrics().registry, "127.0.0.1", 0, own, targets=targets)) as server:
         port = int(server.address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), 10) as plain:
             connection = context.wrap_socket(plain, server_hostname="localhost")
@@ -93,8 +88,6 @@ def test_a_scraper_that_disconnects_needs_no_traceback(tls, capsys):
         gone.set()
         (thread,) = (one for one in threading.enumerate() if "process_request_thread" in one.name)
         thread.join(10)
-    finally:
-        server.close()
     assert capsys.readouterr().err == ""
 
 

@@ -9,11 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from jobs import worker_info
 
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest, OverfillError, Unavailable
 from overfill.kv.blocks import BlockPool
-from overfill.kv.handshake import KvIdentity
-from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing import stream
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import DECODE, WorkerInfo
@@ -155,6 +154,13 @@ class Ends:
     def open(self) -> Sequence:
         return Sequence(self.connector, self.info)
 
+    async def running(self) -> Sequence:
+        """Returns a sequence whose worker has reserved blocks."""
+        sequence = self.open()
+        sequence.start(1)
+        await sequence.reserved()
+        return sequence
+
     async def idle(self) -> None:
         """Waits until the worker runs nothing; checks that no block is used."""
         async with asyncio.timeout(20):
@@ -168,8 +174,7 @@ async def both_ends() -> AsyncIterator[Ends]:
     worker, server = Worker(), RpcServer()
     server.add(decode_pb2_grpc.add_DecodeServicer_to_server, worker, "overfill.v1.Decode")
     address = await server.start("127.0.0.1:0")
-    identity = KvIdentity(2, "a", "b", KvSpec(1, 1, 2, "float32", RopeSpec()))
-    info = WorkerInfo("d", 1, DECODE, address, (), identity, 0, 99)
+    info = worker_info("d", DECODE, address=address)
     connector = GrpcConnector()
     connector.add(info)
     try:
@@ -209,10 +214,7 @@ async def test_one_message_carries_the_tokens_of_all_sequences(ends: Ends) -> No
         await asyncio.Event().wait()
 
     ends.worker.run = run
-    sequences = [ends.open() for _ in range(8)]
-    for sequence in sequences:
-        sequence.start(1)
-        await sequence.reserved()
+    sequences = [await ends.running() for _ in range(8)]
     before = len(ends.worker.messages)
     step.set()
     for sequence in sequences:
@@ -240,10 +242,7 @@ async def test_commands_that_wait_share_a_message_up_to_its_maximum(
 
 
 async def test_an_error_ends_one_sequence_only(ends: Ends) -> None:
-    good, bad = ends.open(), ends.open()
-    for sequence in (good, bad):
-        sequence.start(1, 2)
-        await sequence.reserved()
+    good, bad = await ends.running(), await ends.running()
     bad.send(start=decode_pb2.StartDecode())  # a second start is not allowed
     error = await bad.end()
     assert isinstance(error, InvalidRequest)
@@ -287,24 +286,8 @@ async def test_the_worker_keeps_the_deadline(ends: Ends) -> None:
     assert ends.worker.running == 1
 
 
-async def test_a_cancel_ends_the_sequence_and_its_updates(ends: Ends) -> None:
-    sequence = ends.open()
-    sequence.start(1)
-    await sequence.reserved()
-    sequence.close()
-    await ends.idle()
-    assert got_kinds(sequence.got) == ["reserved"]
-    again = ends.open()
-    again.start(5)
-    await again.reserved()
-    again.assign()
-    assert (await again.end()).HasField("done")
-
-
 async def test_a_command_that_is_too_large_fails_its_own_request_before_it_is_sent(ends: Ends) -> None:
-    other, large = ends.open(), ends.open()
-    other.start(1)
-    await other.reserved()
+    other, large = await ends.running(), ends.open()
     with pytest.raises(InvalidRequest, match="bytes between router and worker"):
         large.start(*[2**31] * (MAX_MESSAGE_BYTES // 5))
     large.close()
@@ -313,14 +296,10 @@ async def test_a_command_that_is_too_large_fails_its_own_request_before_it_is_se
 
 
 async def test_an_old_stream_ends_with_its_last_sequence(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ends.open()
-    first.start(1)
-    await first.reserved()
+    first = await ends.running()
     (old,) = ends.connector._connections["d", 1]._streams
     monkeypatch.setattr(stream, "_MAX_AGE", -1.0)
-    second = ends.open()
-    second.start(1)
-    await second.reserved()
+    await ends.running()
     assert ends.worker.streams == 2
     assert not old.ended
     first.assign()
@@ -330,9 +309,7 @@ async def test_an_old_stream_ends_with_its_last_sequence(ends: Ends, monkeypatch
 
 
 async def test_a_channel_to_a_worker_that_has_left_closes_with_its_last_sequence(ends: Ends) -> None:
-    begun = ends.open()
-    begun.start(1)
-    await begun.reserved()
+    begun = await ends.running()
     ends.connector.forget(ends.info)
     late = ends.open()  # the dispatcher chose the worker before it left
     late.start(2)
@@ -363,9 +340,7 @@ async def test_a_receiver_that_raises_ends_no_other_sequence(ends: Ends) -> None
 
 
 async def test_commands_of_a_closed_sequence_are_not_kept(ends: Ends) -> None:
-    sequence = ends.open()
-    sequence.start(1)
-    await sequence.reserved()
+    await ends.running()
     (current,) = ends.connector._connections["d", 1]._streams
     for _ in range(50):  # without a turn of the event loop, nothing is sent
         other = ends.open()
@@ -375,19 +350,14 @@ async def test_commands_of_a_closed_sequence_are_not_kept(ends: Ends) -> None:
 
 
 async def test_a_stream_that_breaks_fails_its_sequences_and_another_follows(ends: Ends) -> None:
-    sequences = [ends.open() for _ in range(3)]
-    for sequence in sequences:
-        sequence.start(1)
-        await sequence.reserved()
+    sequences = [await ends.running() for _ in range(3)]
     (current,) = ends.connector._connections["d", 1]._streams
     current.cancel()
     for sequence in sequences:
         assert isinstance(await sequence.end(), Unavailable)
         sequence.close()
     await ends.idle()
-    again = ends.open()
-    again.start(1)
-    await again.reserved()
+    await ends.running()
     assert ends.worker.streams == 2
 
 
@@ -418,9 +388,7 @@ async def test_ten_thousand_starts_and_cancels_in_random_order_leave_nothing(end
 
 
 async def test_a_stream_that_cannot_be_written_ends(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequence = ends.open()
-    sequence.start(1)
-    await sequence.reserved()
+    sequence = await ends.running()
     monkeypatch.setattr(OutgoingUpdates, "take", lambda self: 1 / 0)
     sequence.assign()
     assert isinstance(await sequence.end(), Unavailable)
@@ -438,32 +406,20 @@ async def test_unread_tokens_merge_into_one_update() -> None:
     assert not outgoing.take().updates
 
 
-async def test_what_a_slow_router_has_not_read_leaves_in_messages_of_bounded_size() -> None:
+@pytest.mark.parametrize(("sequences", "length"), [(40, 200), (1, 70_000)])
+async def test_what_a_slow_router_has_not_read_leaves_in_messages_of_bounded_size(sequences: int, length: int) -> None:
     outgoing = OutgoingUpdates()
     entry = common_pb2.TokenLogprobs(top_ids=range(20), top_logprobs=[0.0] * 20)
-    for number in range(40):
-        for index in range(200):
+    for number in range(sequences):
+        for index in range(length):
             outgoing.put(number, Update(tokens=decode_pb2.Tokens(first_index=index, ids=[1], logprobs=[entry])))
-    sizes, count = [], 0
-    while (message := outgoing.take()).updates:
-        sizes.append(message.ByteSize())
-        count += sum(len(update.tokens.ids) for update in message.updates)
-    assert count == 8000
-    assert max(sizes) < MAX_MESSAGE_BYTES / 4
-
-
-async def test_one_long_answer_that_was_not_read_leaves_in_messages_of_bounded_size() -> None:
-    outgoing = OutgoingUpdates()
-    entry = common_pb2.TokenLogprobs(top_ids=range(20), top_logprobs=[0.0] * 20)
-    for index in range(70_000):
-        outgoing.put(1, Update(tokens=decode_pb2.Tokens(first_index=index, ids=[1], logprobs=[entry])))
-    index = 0
+    sent = [0] * sequences
     while (message := outgoing.take()).updates:
         assert message.ByteSize() < MAX_MESSAGE_BYTES / 4
         for update in message.updates:
-            assert update.tokens.first_index == index
-            index += len(update.tokens.ids)
-    assert index == 70_000
+            assert update.tokens.first_index == sent[update.sequence]
+            sent[update.sequence] += len(update.tokens.ids)
+    assert sent == [length] * sequences
 
 
 async def test_tokens_with_a_gap_or_of_another_form_do_not_merge() -> None:

@@ -151,34 +151,24 @@ async def test_processes_of_the_stack_have_no_share() -> None:
             call.cancel()
 
 
-async def test_unread_answers_of_a_key_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("key", "says"), [("a", "API key 'a' has 2000 bytes"), ("", "this server has 2000 bytes")])
+async def test_unread_answers_of_a_key_or_of_all_without_keys_have_a_limit(
+    key: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 2500)
     monkeypatch.setattr(shares, "SMALL_ANSWER", 100)
     large = b"x" * 1000
-    async with serving(8192) as address, open_channel(address) as channel:
+    policy = POLICY if key else AccessPolicy(POLICY.rpcs)
+    async with serving(8192, policy) as address, open_channel(address) as channel:
         unread = await Unread.open(address)
         for _ in range(10):
-            unread.call(ECHO, large, "a")
+            unread.call(ECHO, large, key)
         await unread.ended(8)
-        with pytest.raises(Overloaded, match=r"API key 'a' has 2000 bytes of answers .* the maximum is 2500"):
-            await ask(channel, "a", large)
-        assert await ask(channel, "a") == b"x", "small answers pass"
-        assert await ask(channel, "b", large) == large
-        unread.close()
-
-
-async def test_without_keys_unread_answers_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 2500)
-    monkeypatch.setattr(shares, "SMALL_ANSWER", 100)
-    large = b"x" * 1000
-    async with serving(8192, AccessPolicy(POLICY.rpcs)) as address, open_channel(address) as channel:
-        unread = await Unread.open(address)
-        for _ in range(10):
-            unread.call(ECHO, large)
-        await unread.ended(8)
-        with pytest.raises(Overloaded, match="this server has 2000 bytes"):
-            await ask(channel, "", large)
-        assert await ask(channel, "") == b"x"
+        with pytest.raises(Overloaded, match=f"{says} of answers .* the maximum is 2500"):
+            await ask(channel, key, large)
+        assert await ask(channel, key) == b"x", "small answers pass"
+        if key:
+            assert await ask(channel, "b", large) == large
         unread.close()
 
 

@@ -7,6 +7,7 @@ import logging
 
 import grpc
 import pytest
+from rpc_errors import FakeRpcError
 
 from overfill import errors
 from overfill.rpc.status import DETAILS_KEY, from_rpc_error, to_status
@@ -33,22 +34,6 @@ ERRORS = [
     errors.InternalError("oops: ünïcode"),
     errors.StepFailed("decode failed and ended its worker"),
 ]
-
-
-class FakeRpcError(grpc.RpcError):
-    """A gRPC status as the client receives it."""
-
-    def __init__(self, code: grpc.StatusCode, details: str = "", trailers: object = ()) -> None:
-        self._parts = code, details, trailers
-
-    def code(self) -> grpc.StatusCode:
-        return self._parts[0]
-
-    def details(self) -> str:
-        return self._parts[1]
-
-    def trailing_metadata(self):  # type: ignore[no-untyped-def]
-        return self._parts[2]
 
 
 def over_the_wire(exc: BaseException, peer: str = "") -> errors.OverfillError:

@@ -90,13 +90,6 @@ async def test_a_client_without_certificate_is_refused_by_mutual_tls_only(
         await check(address, tls)
 
 
-async def test_a_server_of_an_unknown_ca_or_a_client_in_the_clear_is_refused(certificates: Path, address: str) -> None:
-    with pytest.raises(Unavailable):
-        await check(address, ClientTls(ca=certificates / "client.pem"))
-    with pytest.raises(Unavailable):
-        await check(address, None)
-
-
 async def test_the_name_that_a_certificate_must_have_can_be_set(certificates: Path, address: str) -> None:
     _, _, port = address.rpartition(":")
     # In a cluster certificates have names and addresses are arbitrary; here the certificate has an address.

@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,24 +57,7 @@ async def held() -> Held:
     return Held()
 
 
-Start = Callable[..., Awaitable[tuple[HttpServer, tuple[str, int]]]]
-
-
-@pytest.fixture
-async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """Starts a server, and returns it and its address."""
-    monkeypatch.setattr(http_server, "_ROUND", 0.01)
-    servers = []
-
-    async def begin(max_connections: int = 10, tls: ServerTls | None = None) -> tuple[HttpServer, tuple[str, int]]:
-        server = HttpServer(echo, max_connections, tls, client_certificates=False)
-        servers.append(server)
-        host, port = (await server.start("127.0.0.1", 0)).split(":")
-        return server, (host, int(port))
-
-    yield begin
-    for server in servers:
-        await server.stop()
+Serve = Callable[..., Awaitable[tuple[HttpServer, tuple[str, int]]]]
 
 
 @pytest.mark.parametrize("pieces", [(b"ghi", b""), (b"", b"ghi"), (b"g", b"hi")], ids=["early", "late", "both"])
@@ -154,15 +137,6 @@ async def test_the_server_reads_small_chunks_slowly() -> None:
     assert parse(client.received) == ["POST /a " + "a" * 200]
 
 
-async def test_short_requests_are_not_read_slowly(held: Held) -> None:
-    client = MemoryClient(new_state(held))
-    for _ in range(100):
-        client.send(POST % 2 + b"ab" + POST.replace(b"POST", b"PUT") % 2 + b"ab")
-        assert not client.paused
-        client.received = b""
-        await client.until(lambda: len(parse(client.received)) == 2)
-
-
 async def test_what_follows_an_error_behind_an_answer_has_a_limit(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_connection, "MAX_REST", 100_000)
     client = MemoryClient(new_state(held))
@@ -174,8 +148,8 @@ async def test_what_follows_an_error_behind_an_answer_has_a_limit(held: Held, mo
     await client.until_lost()
 
 
-async def test_an_error_reaches_a_client_that_sends_before_it_reads(start: Start) -> None:
-    _, address = await start()
+async def test_an_error_reaches_a_client_that_sends_before_it_reads(serve: Serve) -> None:
+    _, address = await serve(echo)
 
     def ask() -> bytes:
         with socket.create_connection(address) as client:
@@ -253,10 +227,10 @@ async def test_a_client_that_still_reads_its_answer_does_not_give_way() -> None:
     assert not reading.is_closing()
 
 
-async def test_a_silent_tls_client_that_gives_way_is_gone_at_once(start: Start, tmp_path: Path) -> None:
+async def test_a_silent_tls_client_that_gives_way_is_gone_at_once(serve: Serve, tmp_path: Path) -> None:
     certificates.make(tmp_path, ["127.0.0.1"])
     files = certificates.role_files(tmp_path, Role.ROUTER)
-    server, address = await start(1, ServerTls(files.cert, files.key))
+    server, address = await serve(echo, 1, ServerTls(files.cert, files.key))
     context = ssl.create_default_context(cafile=str(files.ca))
 
     def ask() -> tuple[ssl.SSLSocket, bytes]:
@@ -274,7 +248,7 @@ async def test_a_silent_tls_client_that_gives_way_is_gone_at_once(start: Start, 
 
 
 async def test_a_stop_ends_handshakes_that_have_not_begun(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped(Connection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -284,15 +258,15 @@ async def test_a_stop_ends_handshakes_that_have_not_begun(
     monkeypatch.setattr(http_server, "Connection", Stopped)
     certificates.make(tmp_path, ["127.0.0.1"])
     files = certificates.role_files(tmp_path, Role.ROUTER)
-    server, address = await start(1, ServerTls(files.cert, files.key))
+    server, address = await serve(echo, 1, ServerTls(files.cert, files.key))
     reader, writer = await asyncio.open_connection(*address)
     assert await reader.read() == b""
     writer.close()
     assert server.num_connections == 0
 
 
-async def test_a_connection_that_arrives_during_a_stop_is_closed(start: Start) -> None:
-    server, _ = await start()
+async def test_a_connection_that_arrives_during_a_stop_is_closed(serve: Serve) -> None:
+    server, _ = await serve(echo)
     state = server._state
     await server.stop()
     client = MemoryClient(state)
@@ -341,10 +315,10 @@ async def test_who_asks_is_decided_by_one_head(data: bytes, keys: bool, status: 
     assert parse(client.received) == [status]
 
 
-async def test_clients_that_reset_their_connections_leave_no_errors(start: Start) -> None:
+async def test_clients_that_reset_their_connections_leave_no_errors(serve: Serve) -> None:
     errors: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
-    server, address = await start(1)
+    server, address = await serve(echo, 1)
     for data in (b"", b"what is this?\r\n\r\n"):
         for _ in range(50):
             client = socket.create_connection(address)
@@ -358,7 +332,7 @@ async def test_clients_that_reset_their_connections_leave_no_errors(start: Start
     assert errors == []
 
 
-async def test_many_connections_at_once_open_few_files(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_connections_at_once_open_few_files(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     class Counting(Connection):
@@ -367,7 +341,7 @@ async def test_many_connections_at_once_open_few_files(start: Start, monkeypatch
             super().connection_made(transport)
 
     monkeypatch.setattr(http_server, "Connection", Counting)
-    _, address = await start(2)
+    _, address = await serve(echo, 2)
     clients = [socket.create_connection(address) for _ in range(1000)]
     before = len(os.listdir("/proc/self/fd"))
     while len(seen) < len(clients):

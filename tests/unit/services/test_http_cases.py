@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from http_cases import CASES, Case
 from http_memory import MemoryClient, echo, new_state, parse
-
-from services.router.http.server import HttpServer
 
 END = b"GET /end HTTP/1.1\r\nHost: a\r\n\r\n"
 ECHOED_END = "GET /end "
@@ -21,20 +18,13 @@ SHORT = 250
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@pytest.fixture
-async def address() -> AsyncIterator[tuple[str, int]]:
-    server = HttpServer(echo, 10, None, client_certificates=False)
-    host, port = (await server.start("127.0.0.1", 0)).split(":")
-    yield host, int(port)
-    await server.stop()
-
-
 def expected(case: Case) -> list[str | int]:
     return [*case.answers, *([ECHOED_END] if case.open else [])]
 
 
 @each_case
-async def test_the_port_answers(case: Case, address: tuple[str, int]) -> None:
+async def test_the_port_answers(case: Case, serve: Any) -> None:
+    _, address = await serve(echo)
     reader, writer = await asyncio.open_connection(*address)
     try:
         writer.write(case.data + (END if case.open else b""))
@@ -80,7 +70,3 @@ async def test_the_answer_does_not_depend_on_how_the_bytes_arrive(case: Case) ->
     for parts in ways:
         await ask(parts)
     assert not state.open
-
-
-def test_the_cases_have_names() -> None:
-    assert [name for name, count in Counter(case.name for case in CASES).items() if count > 1] == []

@@ -6,7 +6,7 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Self
@@ -20,10 +20,8 @@ from overfill.rpc.access import AccessPolicy
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router.http.app import HttpApi
-from services.router.http.server import HttpServer
+from services.router.served_tiers import ServedTiers
 from services.router.statistics import Statistics
-
-DIGESTS = {"default": "d" * 64, "full": "f" * 64}
 
 
 class FakeGeneration:
@@ -51,39 +49,13 @@ class FakeGeneration:
     def __exit__(self, *error: object) -> None: ...
 
 
-class FakeTiers:
-    """The tiers of a model tiny, the default one first; only ``default`` unless ``several``."""
-
-    model = "tiny"
-    several = True
-
-    @property
-    def models(self) -> list[str]:
-        return ["tiny", *(f"tiny:{tier}" for tier in DIGESTS if self.several)]
-
-    def listed(self, caller: object) -> list[str]:
-        return self.models
-
-    def max_model_len(self, tier: str = "") -> int:
-        return 64
-
-    def pair(self, tier: str) -> SimpleNamespace:
-        return SimpleNamespace(name=f"{tier}-pair", full_digest="0" * 64, decoder_digest=DIGESTS[tier])
-
-    def fingerprint(self, tier: str) -> str:
-        return f"fp_{DIGESTS[tier][:12]}"
-
-    def describe(self, name: str, caller: object) -> inference_pb2.Model:
-        return inference_pb2.Model(name=name, max_model_len=64, tier=name.partition(":")[2] or "default")
-
-
 class FakeHandler:
     """Answers with the tiers ``written_by``, or raises ``error``. Records what it was asked for in ``requests``."""
 
     tokenizer = executor = None
 
-    def __init__(self) -> None:
-        self.tiers = FakeTiers()
+    def __init__(self, tiers: ServedTiers) -> None:
+        self.tiers = tiers
         self.statistics = Statistics(RouterMetrics(), None)  # type: ignore[arg-type]
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.written_by = ["default"]
@@ -104,11 +76,11 @@ class FakeHandler:
 
 
 class Http:
-    """A client of ``url``. Each method returns the status and the body."""
+    """A client. Each method returns the status and the body."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self.address = url.removeprefix("http://")
+    def __init__(self, host: str, port: int) -> None:
+        self.address = host, port
+        self._url = f"http://{host}:{port}"
 
     async def get(self, path: str) -> tuple[int, Any]:
         status, text = await asyncio.to_thread(self._send, path, None)
@@ -128,17 +100,15 @@ class Http:
 
 
 @pytest.fixture
-def handler() -> FakeHandler:
-    return FakeHandler()
+def handler(serve_tiers: Callable[..., ServedTiers]) -> FakeHandler:
+    return FakeHandler(serve_tiers("default", "full"))
 
 
 @pytest.fixture
-async def client(handler: Any) -> AsyncIterator[Http]:
+async def client(handler: Any, serve: Any) -> Http:
     api = HttpApi(handler, AccessPolicy(), lambda: "", None, share_port=False)  # type: ignore[arg-type]
-    server = HttpServer(api, 10, None, client_certificates=False)
-    address = await server.start("127.0.0.1", 0)
-    yield Http(f"http://{address}")
-    await server.stop()
+    _, address = await serve(api)
+    return Http(*address)
 
 
 async def ask(client: Http, **fields: Any) -> Any:
@@ -153,7 +123,7 @@ async def test_the_models_are_listed_with_their_tiers(client: Http) -> None:
     ]  # fmt: skip
     assert [model["overfill"]["pair"]["decoder_digest"][0] for model in listed] == ["d", "d", "f"]
     _, one = await client.get("/v1/models/tiny:full")
-    assert one["overfill"]["pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": DIGESTS["full"]}
+    assert one["overfill"]["pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": "f" * 64}
 
 
 async def test_the_fields_reach_the_handler_unchanged(client: Http, handler: FakeHandler) -> None:
@@ -179,8 +149,10 @@ async def test_an_answer_says_which_tier_wrote_which_tokens(client: Http, handle
     assert told["parts"] == [{"tier": "full", "first_index": 0}]
 
 
-async def test_with_one_tier_answers_have_the_plain_model_name(client: Http, handler: FakeHandler) -> None:
-    handler.tiers.several = False
+async def test_with_one_tier_answers_have_the_plain_model_name(
+    client: Http, handler: FakeHandler, serve_tiers: Callable[..., ServedTiers]
+) -> None:
+    handler.tiers = serve_tiers("default")
     answer = await ask(client)
     assert answer["model"] == "tiny"
     (told,) = answer["overfill"]["choices"]
@@ -204,8 +176,7 @@ async def test_a_tier_that_may_not_be_used_or_does_not_exist_has_its_status(
 
 
 async def test_an_upload_that_ends_early_counts_only_as_an_http_request(client: Http, handler: FakeHandler) -> None:
-    host, port = client.address.rsplit(":", 1)
-    _, writer = await asyncio.open_connection(host, int(port))
+    _, writer = await asyncio.open_connection(*client.address)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n")
     writer.write(b"content-length: 9\r\n\r\n{")
     value = handler.statistics.metrics.registry.get_sample_value

@@ -14,7 +14,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.v1 import common_pb2, kv_pb2, registry_pb2
+from overfill.v1 import common_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.registry import RegistryServicer
 
@@ -61,38 +61,38 @@ def changed(**fields):
 
 
 # A worker that is refused as incompatible ends and says why; after another error it would try again, without end.
-async def test_a_worker_of_a_tier_is_refused_as_incompatible():
-    error = await refusal(changed(tier="small"))
+@pytest.mark.parametrize(
+    ("fields", "refused", "says"),
+    [
+        (
+            {"tier": "small"},
+            ("hello.tier",),
+            "worker d belongs to the tier 'small'; this router has the tiers 'default'",
+        ),
+        (
+            {"wire_version": WIRE_VERSION - 1},
+            ("wire_version",),
+            f"wire version {WIRE_VERSION - 1} (software unknown); this router speaks {WIRE_VERSION}",
+        ),
+        (
+            {"adapters": [common_pb2.Adapter(name="a")], "model": common_pb2.ModelIdentity(revision="2")},
+            ("hello.adapters", "hello.model.revision"),
+            "hello.model.revision",
+        ),
+    ],
+    ids=["tier", "wire", "later fields"],
+)
+async def test_a_worker_that_cannot_join_is_refused_as_incompatible(fields, refused, says):
+    error = await refusal(changed(**fields))
     assert isinstance(error, Incompatible)
-    assert error.fields == ("hello.tier",)
-    assert "worker d belongs to the tier 'small'; this router has the tiers 'default'" in str(error)
+    assert error.fields == refused
+    assert says in str(error)
 
 
-async def test_a_worker_without_a_stage_or_with_one_twice_is_refused():
-    for stages in ([], [DECODE, DECODE]):
-        error = await refusal(changed(stages=stages))
-        assert isinstance(error, InvalidRequest)
-        assert error.field == "hello.stages"
-
-
-async def test_a_worker_whose_addresses_serve_only_a_part_of_its_kv_heads_is_refused():
-    part = kv_pb2.DataAddress(address="h:2", num_kv_heads=1)
-    error = await refusal(changed(stages=[PREFILL], data_addresses=[part]))
+async def test_a_worker_whose_hello_is_invalid_is_refused():
+    error = await refusal(changed(stages=[DECODE, DECODE]))
     assert isinstance(error, InvalidRequest)
-    assert error.field == "hello.data_addresses"
-
-
-async def test_a_worker_of_another_wire_version_is_refused_naming_both_versions():
-    error = await refusal(changed(wire_version=WIRE_VERSION - 1))
-    assert isinstance(error, Incompatible)
-    assert f"wire version {WIRE_VERSION - 1} (software unknown); this router speaks {WIRE_VERSION}" in str(error)
-
-
-async def test_a_worker_that_sets_a_field_of_later_versions_is_refused_by_its_name():
-    adapters = [common_pb2.Adapter(name="a", digest="d")]
-    error = await refusal(changed(adapters=adapters, model=common_pb2.ModelIdentity(revision="2")))
-    assert isinstance(error, Incompatible)
-    assert error.fields == ("hello.adapters", "hello.model.revision")
+    assert error.field == "hello.stages"
 
 
 class CountingDispatcher(AsyncDispatcher):

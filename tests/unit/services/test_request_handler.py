@@ -34,24 +34,24 @@ class BlockingTokenizer:
 
     eos_token_ids = (0,)
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.begun, self.proceed = threading.Event(), threading.Event()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         self.begun.set()
         assert self.proceed.wait(30)
         return [1] * 100
 
-    def has_text(self, token: int) -> bool:
+    def has_text(self, token):
         return True
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids):
         self.encode("")
         return "text"
 
 
 @pytest.fixture
-def tokenizer() -> Any:
+def tokenizer():
     tokenizer = BlockingTokenizer()
     yield tokenizer
     tokenizer.proceed.set()
@@ -60,20 +60,20 @@ def tokenizer() -> Any:
 class Submitted(list[Any]):
     """A dispatcher that records jobs and places none."""
 
-    def admit(self, *_: Any, **__: Any) -> None: ...
+    def admit(self, *_, **__): ...
 
-    def submit(self, job: Any, on_placed: Any) -> None:
+    def submit(self, job, on_placed):
         self.append(job)
 
-    def finish(self, job: Any) -> None: ...
+    def finish(self, job): ...
 
 
 @pytest.fixture
-def submitted() -> Submitted:
+def submitted():
     return Submitted()
 
 
-def new_handler(tokenizer: Any, dispatcher: Any, max_positions: int, prefill: Any = None) -> RequestHandler:
+def new_handler(tokenizer, dispatcher, max_positions, prefill=None):
     pair: Any = SimpleNamespace(full_config=SimpleNamespace(vocab_size=100, max_positions=max_positions))
     roster: Any = Roster()
     tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
@@ -87,7 +87,7 @@ def new_handler(tokenizer: Any, dispatcher: Any, max_positions: int, prefill: An
 
 
 @pytest.fixture
-def handler(tokenizer: BlockingTokenizer, submitted: Submitted) -> RequestHandler:
+def handler(tokenizer, submitted):
     """A handler for a model that takes fewer tokens than the tokenizer returns."""
     return new_handler(tokenizer, submitted, 64)
 
@@ -99,21 +99,21 @@ class PrefillWorker:
     info = SimpleNamespace(identity=SimpleNamespace(cache_key="f"))
 
 
-def new_key(**limits: Any) -> ApiKey:
+def new_key(**limits):
     return ApiKey("ci", "0" * 64, "2026-01-01", **limits)
 
 
-async def check(handler: RequestHandler, key: ApiKey) -> None:
+async def check(handler, key):
     with handler.hold_quota(key) as hold:
         await handler.check(GENERATE, hold, 0.0)
 
 
-async def tokenize(handler: RequestHandler, key: ApiKey | None) -> None:
+async def tokenize(handler, key):
     with handler.hold_quota(key) as hold:
         await handler.tokenize(TOKENIZE, hold)
 
 
-async def detokenize(handler: RequestHandler, key: ApiKey) -> None:
+async def detokenize(handler, key):
     with handler.hold_quota(key) as hold:
         await handler.detokenize(DETOKENIZE, hold)
 
@@ -123,9 +123,7 @@ CALLS = {"generate": check, "tokenize": tokenize, "detokenize": detokenize}
 
 @pytest.mark.parametrize("first", CALLS)
 @pytest.mark.parametrize("second", CALLS)
-async def test_a_request_counts_against_its_key_while_it_is_tokenized(
-    handler: RequestHandler, tokenizer: BlockingTokenizer, first: str, second: str
-) -> None:
+async def test_a_request_counts_against_its_key_while_it_is_tokenized(handler, tokenizer, first, second):
     key = new_key(concurrency=1)
     running = asyncio.ensure_future(CALLS[first](handler, key))
     assert await asyncio.to_thread(tokenizer.begun.wait, 30)
@@ -137,9 +135,7 @@ async def test_a_request_counts_against_its_key_while_it_is_tokenized(
         await check(handler, key)
 
 
-async def test_a_refused_request_counts_against_its_key_s_rate(
-    handler: RequestHandler, tokenizer: BlockingTokenizer
-) -> None:
+async def test_a_refused_request_counts_against_its_key_s_rate(handler, tokenizer):
     key = new_key(rate=1e-3)
     tokenizer.proceed.set()
     with pytest.raises(InvalidRequest, match="has 100 tokens"):
@@ -148,9 +144,7 @@ async def test_a_refused_request_counts_against_its_key_s_rate(
         await check(handler, key)
 
 
-async def test_prompts_of_one_request_are_charged_once_and_together(
-    handler: RequestHandler, tokenizer: BlockingTokenizer
-) -> None:
+async def test_prompts_of_one_request_are_charged_once_and_together(handler, tokenizer):
     key = new_key(concurrency=2)
     tokenizer.proceed.set()
     with handler.hold_quota(key) as hold:
@@ -165,7 +159,7 @@ async def test_prompts_of_one_request_are_charged_once_and_together(
             hold.take(0.0, 3)
 
 
-async def test_too_many_or_too_large_calls_are_refused(tokenizer: BlockingTokenizer) -> None:
+async def test_too_many_or_too_large_calls_are_refused(tokenizer):
     executor = BoundedExecutor(threads=1, max_calls=3, max_bytes=100)
     running = [asyncio.ensure_future(executor.run(size, tokenizer.encode, "")) for size in (40, 40)]
     await asyncio.sleep(0)
@@ -181,7 +175,7 @@ async def test_too_many_or_too_large_calls_are_refused(tokenizer: BlockingTokeni
     assert len(await executor.run(1000, tokenizer.encode, "")) == 100, "a large request runs alone"
 
 
-async def test_a_cancelled_call_is_counted_until_its_thread_is_free(tokenizer: BlockingTokenizer) -> None:
+async def test_a_cancelled_call_is_counted_until_its_thread_is_free(tokenizer):
     executor = BoundedExecutor(threads=1, max_calls=2)
     running = asyncio.ensure_future(executor.run(1, tokenizer.encode, ""))
     assert await asyncio.to_thread(tokenizer.begun.wait, 30)
@@ -203,9 +197,7 @@ async def test_a_cancelled_call_is_counted_until_its_thread_is_free(tokenizer: B
 
 
 @pytest.mark.parametrize("text", ["x", LONG])
-async def test_answers_to_one_prompt_hash_its_blocks_once(
-    tokenizer: BlockingTokenizer, submitted: Submitted, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+async def test_answers_to_one_prompt_hash_its_blocks_once(tokenizer, submitted, monkeypatch, text):
     hashed_in: list[int] = []
     real = keys.block_key
     monkeypatch.setattr(keys, "block_key", lambda *a: hashed_in.append(threading.get_ident()) or real(*a))
@@ -230,12 +222,10 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(
             pass
 
 
-async def test_a_drain_waits_for_a_request_that_is_tokenized(
-    submitted: Submitted, tokenizer: BlockingTokenizer
-) -> None:
+async def test_a_drain_waits_for_a_request_that_is_tokenized(submitted, tokenizer):
     handler = new_handler(tokenizer, submitted, 200)
 
-    async def begin() -> None:
+    async def begin():
         with handler.hold_quota() as hold:
             handler.start(await handler.check(GENERATE, hold, 0.0), hold)
 
@@ -253,7 +243,7 @@ async def test_a_drain_waits_for_a_request_that_is_tokenized(
     await asyncio.wait_for(idle, 30)
 
 
-async def test_nothing_starts_once_all_is_aborted(submitted: Submitted, tokenizer: BlockingTokenizer) -> None:
+async def test_nothing_starts_once_all_is_aborted(submitted, tokenizer):
     handler = new_handler(tokenizer, submitted, 200)
     tokenizer.proceed.set()
     with handler.hold_quota() as hold:
@@ -265,7 +255,7 @@ async def test_nothing_starts_once_all_is_aborted(submitted: Submitted, tokenize
     assert not submitted
 
 
-async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer: BlockingTokenizer) -> None:
+async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer):
     handler = new_handler(tokenizer, Submitted(), 200)
     long = [asyncio.ensure_future(tokenize(handler, None)) for _ in range(8)]  # more than threads
     assert await asyncio.to_thread(tokenizer.begun.wait, 30)
@@ -274,20 +264,20 @@ async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer:
     await asyncio.gather(*long)
 
 
-async def test_a_request_to_detokenize_has_a_limit(handler: RequestHandler, tokenizer: BlockingTokenizer) -> None:
+async def test_a_request_to_detokenize_has_a_limit(handler, tokenizer):
     ids = inference_pb2.DetokenizeRequest(ids=[1] * (MAX_DETOKENIZED + 1))
     with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"):
         await handler.detokenize(ids, hold)
 
 
-async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(tokenizer: BlockingTokenizer) -> None:
+async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(tokenizer):
     handler, threads = new_handler(tokenizer, Submitted(), 200), []
 
-    def encode_chat(*_: Any, **__: Any) -> list[int]:
+    def encode_chat(*_, **__):
         threads.append(threading.current_thread())
         return [1]
 
-    tokenizer.template_knows_tools, tokenizer.encode_chat = True, encode_chat  # type: ignore[attr-defined]
+    tokenizer.template_knows_tools, tokenizer.encode_chat = True, encode_chat
     for calls in (1, LONG_REQUEST // 64):  # of a few bytes each
         message = inference_pb2.ChatMessage(role="assistant", tool_calls=[inference_pb2.ToolCall(name="f")] * calls)
         request = inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=[message]))
@@ -297,7 +287,7 @@ async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(toke
 
 
 @pytest.mark.parametrize("priority", [-3, 3])
-async def test_a_priority_out_of_range_is_refused(handler: RequestHandler, priority: int) -> None:
+async def test_a_priority_out_of_range_is_refused(handler, priority):
     request = inference_pb2.GenerateRequest(text="x", priority=priority)
     with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match=f"^priority: .*got {priority}$"):
         await handler.check(request, hold, 0.0)

@@ -41,6 +41,11 @@ class Pull:
         self.running = self.cancelled = False
         self.error = None
 
+    def end(self, error=None):
+        self.error = error
+        self.done.set()
+        self.let_go.set()
+
     async def run(self, timeout, on_first_token, on_in_place):
         self.running = True
         self.on_in_place = on_in_place
@@ -91,8 +96,21 @@ class SessionHarness:
         self.pulls.append(Pull())
         yield self.pulls[-1]
 
-    def assign(self):
+    async def assign(self):
+        """Assigns a prefill worker and returns the pull that follows, if one does."""
+        before = len(self.pulls)
         self.session.inbox.put_nowait(decode_pb2.AssignPrefill(worker_id="p"))
+        await settle()
+        return self.pulls[-1] if len(self.pulls) > before else None
+
+    def preempt(self):
+        self.session.sequence.state = DecodeState.YIELDING  # as the engine does
+        self.session.inbox.put_nowait(Preempted("s"))
+
+    @property
+    def kinds(self):
+        """Kinds of the updates that the router has got."""
+        return [update.WhichOneof("message") for update in self.told]
 
 
 async def settle():
@@ -115,14 +133,12 @@ async def harness():
 
 
 async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(harness):
-    harness.assign()
-    await settle()
+    pull = await harness.assign()
     sequence = harness.session.sequence
-    sequence.state = DecodeState.YIELDING  # the engine does this when it preempts a sequence
     # The pull has finished already when the session hears of the preemption.
-    harness.session.inbox.put_nowait(Preempted("s"))
+    harness.preempt()
     harness.session.inbox.put_nowait(PullEnded(1, "p", None))
-    harness.pulls[0].let_go.set()
+    pull.let_go.set()
     await settle()
     assert isinstance(harness.sent[-1], Yielded)
     harness.engine.step()  # the engine gives it new blocks
@@ -133,12 +149,8 @@ async def test_the_end_of_a_pull_that_was_given_up_starts_nothing(harness):
 
 @pytest.mark.parametrize("error", [StepFailed("prefill failed"), InternalError("bug"), Unavailable("gone")])
 async def test_the_router_learns_that_a_failed_step_has_ended_the_prefill_worker(harness, error):
-    harness.assign()
-    await settle()
-    pull = harness.pulls[0]
-    pull.error = error
-    pull.done.set()
-    pull.let_go.set()
+    pull = await harness.assign()
+    pull.end(error)
     await settle()
     need = harness.told[-1].need_prefill
     assert (need.worker_id, need.detail) == ("p", str(error))
@@ -154,47 +166,39 @@ async def test_the_router_learns_of_a_failed_step_of_this_worker(harness):
 
 
 async def test_a_failed_pull_that_was_given_up_asks_for_nothing(harness):
-    harness.assign()
-    await settle()
-    harness.session.sequence.state = DecodeState.YIELDING
-    harness.session.inbox.put_nowait(Preempted("s"))
+    pull = await harness.assign()
+    harness.preempt()
     harness.session.inbox.put_nowait(PullEnded(1, "p", Unavailable("gone")))
-    harness.pulls[0].let_go.set()
+    pull.let_go.set()
     await settle()
-    kinds = [update.WhichOneof("message") for update in harness.told]
-    assert kinds == ["reserved"]
+    assert harness.kinds == ["reserved"]
 
 
 async def test_blocks_are_given_up_only_when_the_pull_has_let_go_of_them(harness):
-    harness.assign()
+    pull = await harness.assign()
+    harness.preempt()
     await settle()
-    harness.session.sequence.state = DecodeState.YIELDING
-    harness.session.inbox.put_nowait(Preempted("s"))
-    await settle()
-    assert harness.pulls[0].running
+    assert pull.running
     assert not any(isinstance(m, Yielded) for m in harness.sent)
-    harness.pulls[0].let_go.set()
+    pull.let_go.set()
     await settle()
     assert isinstance(harness.sent[-1], Yielded)
 
 
 async def test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets(harness):
-    harness.assign()
-    await settle()
+    pull = await harness.assign()
     for _ in range(2):
         harness.task.cancel()
         await settle()
-    assert harness.pulls[0].running
+    assert pull.running
     assert not any(isinstance(m, Release) for m in harness.sent)
-    harness.pulls[0].let_go.set()
+    pull.let_go.set()
     await asyncio.wait([harness.task])
     assert isinstance(harness.sent[-1], Release)
 
 
 async def test_decoding_starts_before_the_prefill_worker_has_said_its_last_word(harness):
-    harness.assign()
-    await settle()
-    (pull,) = harness.pulls
+    pull = await harness.assign()
     pull.on_in_place()
     await settle()
     assert isinstance(harness.sent[-1], Start)
@@ -202,8 +206,7 @@ async def test_decoding_starts_before_the_prefill_worker_has_said_its_last_word(
         await settle()
     assert harness.told[-1].WhichOneof("message") == "done"
     assert not harness.task.done(), "the blocks are released after the pull"
-    pull.let_go.set()
-    pull.done.set()
+    pull.end()
     await asyncio.wait([harness.task])
     assert not pull.cancelled, "the prefill worker would count the handoff as cancelled"
     assert isinstance(harness.sent[-1], Release)
@@ -211,12 +214,9 @@ async def test_decoding_starts_before_the_prefill_worker_has_said_its_last_word(
 
 async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_ends_the_answer(harness):
     harness.session.sequence.stop = StopRule(frozenset(), 5)
-    harness.assign()
-    await settle()
-    (pull,) = harness.pulls
+    pull = await harness.assign()
     pull.stats.cached_tokens = 2
-    pull.let_go.set()
-    pull.done.set()
+    pull.end()
     pull.on_in_place()
     await settle()
     while harness.engine.step():
@@ -229,64 +229,48 @@ async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_en
 
 
 async def test_an_error_after_the_kv_is_in_place_asks_for_no_other_prefill(harness):
-    harness.assign()
-    await settle()
-    (pull,) = harness.pulls
+    pull = await harness.assign()
     pull.on_in_place()
-    pull.error = Unavailable("gone")
-    pull.let_go.set()
-    pull.done.set()
+    pull.end(Unavailable("gone"))
     await settle()
-    assert [update.WhichOneof("message") for update in harness.told] == ["reserved"]
+    assert harness.kinds == ["reserved"]
 
 
 async def test_new_blocks_after_the_kv_was_in_place_take_the_next_assignment(harness):
     """vLLM preempts a running sequence without ``Preempted``; its second ``Reserved`` is all that the session sees."""
     for number in range(3):
-        harness.assign()
-        await settle()
+        pull = await harness.assign()
         assert len(harness.pulls) == number + 1, "the router holds a prefill slot for the assignment"
-        pull = harness.pulls[-1]
         pull.on_in_place()
         await settle()
         assert [type(message) for message in harness.sent[1:]] == [Start] * (number + 1)
         harness.session.inbox.put_nowait(Reserved("s", [number], 0))
         await settle()
         assert harness.session.blocks != [number], "the prefill worker has not said its last word"
-        pull.let_go.set()
-        pull.done.set()
+        pull.end()
         await settle()
         assert not pull.cancelled, "the prefill worker would count the handoff as cancelled"
         assert harness.session.blocks == [number]
-        assert [update.WhichOneof("message") for update in harness.told] == ["reserved"] + ["need_prefill"] * (
-            number + 1
-        )
+        assert harness.kinds == ["reserved"] + ["need_prefill"] * (number + 1)
         assert harness.told[-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_PREEMPTED
 
 
 async def test_new_blocks_give_up_a_pull_into_the_old_ones(harness):
-    harness.assign()
-    await settle()
+    pull = await harness.assign()
     harness.session.inbox.put_nowait(Reserved("s", [5], 0))
-    harness.pulls[0].let_go.set()
+    pull.let_go.set()
     await settle()
-    assert harness.pulls[0].cancelled
+    assert pull.cancelled
     assert harness.session.blocks == [5]
-    harness.assign()
-    await settle()
-    assert harness.pulls[1].running
+    assert (await harness.assign()).running
 
 
 async def test_an_unrequested_assignment_is_ignored(harness):
-    harness.assign()
+    pull = await harness.assign()
+    pull.on_in_place()
+    pull.end()
     await settle()
-    harness.pulls[0].on_in_place()
-    harness.pulls[0].let_go.set()
-    harness.pulls[0].done.set()
-    await settle()
-    harness.assign()
-    await settle()
-    assert len(harness.pulls) == 1
+    assert await harness.assign() is None
 
 
 async def test_a_refusal_carries_the_load():
@@ -299,45 +283,30 @@ async def test_a_refusal_carries_the_load():
     assert isinstance(harness.sent[0], Reserve)
 
 
-@pytest.mark.parametrize("tried", ["p", "d"])
+@pytest.mark.parametrize("tried", ["p", "d", ""])
 async def test_a_draining_worker_with_both_stages_prefills_its_own_sequences(tried):
     """No router assigns it a prompt any more, and it may be the only one that prefills."""
     harness = SessionHarness()
-    own = decode_pb2.AssignPrefill(worker_id="d")
-    harness.own = own
-    harness.session.start.assign_prefill.worker_id = tried
+    harness.own = decode_pb2.AssignPrefill(worker_id="d")
+    if tried:
+        harness.session.start.assign_prefill.worker_id = tried
     task = asyncio.ensure_future(harness.session.run())
     await settle()
     (first,) = harness.pulls
-    first.error = Unavailable("gone")
-    first.let_go.set()
-    first.done.set()
+    first.end(Unavailable("gone"))
     await settle()
-    asked = [update.WhichOneof("message") for update in harness.told]
     if tried == "p":
-        assert asked == ["reserved"]
+        assert harness.kinds == ["reserved"]
         assert harness.pulls[1].running, "it takes the prompt itself"
         harness.pulls[1].let_go.set()
     else:
-        assert asked == ["reserved", "need_prefill"], "it does not try itself again and again"
-    task.cancel()
-    await asyncio.wait([task])
-
-
-async def test_a_draining_worker_with_both_stages_waits_for_no_assignment():
-    harness = SessionHarness()
-    harness.own = decode_pb2.AssignPrefill(worker_id="d")
-    task = asyncio.ensure_future(harness.session.run())
-    await settle()
-    (pull,) = harness.pulls
-    assert pull.running
-    pull.let_go.set()
+        assert harness.kinds == ["reserved", "need_prefill"], "it does not try itself again and again"
     task.cancel()
     await asyncio.wait([task])
 
 
 async def test_a_session_that_waits_when_its_worker_begins_to_drain_takes_the_workers_own_assignment(harness):
-    assert [update.WhichOneof("message") for update in harness.told] == ["reserved"], "it waits for the router"
+    assert harness.kinds == ["reserved"], "it waits for the router"
     harness.session.inbox.put_nowait(decode_pb2.AssignPrefill(worker_id="d"))  # as ``DecodeServicer.on_drain`` does
     await settle()
     (pull,) = harness.pulls

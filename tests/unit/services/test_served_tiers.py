@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, ModelNotFound
-from overfill.routing.pool import Roster
-from overfill.routing.tier import Tier
 from overfill.v1 import inference_pb2
 from services.router.served_tiers import ServedTiers
 
@@ -18,11 +15,8 @@ FAST_ONLY = ApiKey("cheap", "0" * 64, "2026-01-01", tiers=frozenset({"fast"}))
 
 
 @pytest.fixture
-def served() -> ServedTiers:
-    config = SimpleNamespace(vocab_size=100, max_positions=64)
-    pair: Any = SimpleNamespace(full_config=config, full_digest="f" * 64, decoder_digest="d" * 64)
-    names = ("default", "fast")
-    return ServedTiers(["tiny"], dict.fromkeys(names, pair), Roster(tiers=[Tier(name) for name in names]))
+def served(serve_tiers: Callable[..., ServedTiers]) -> ServedTiers:
+    return serve_tiers("default", "fast")
 
 
 def test_a_key_sees_the_models_of_its_tiers(served: ServedTiers) -> None:

@@ -113,12 +113,6 @@ def test_a_repeated_flag_adds_values_and_an_empty_one_is_not_set() -> None:
     assert (config.routers, config.kv_memory) == (("a:1", "b:2"), None)
 
 
-def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("OVERFILL_PREFILL_KV_MEMROY", "1GiB")
-    assert "OVERFILL_PREFILL_KV_MEMROY" in refused(PrefillConfig, ["--pair", "p"], capsys)
-    DecodeConfig.parse(["--pair", "p"])  # a variable of another program
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
 @pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
 def test_an_open_host_needs_certificates_of_both_sides(
@@ -203,12 +197,6 @@ def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str
     assert RouterConfig.of(off.settings()) == off
     assert "--metrics-port" in refused(RouterConfig, ["--pair", "p", "--metrics-port", "on"], capsys)
     assert "--metrics-host" in refused(RouterConfig, ["--pair", "p", "--metrics-host", "0.0.0.0"], capsys)
-
-
-def test_configs_are_frozen() -> None:
-    config = RouterConfig.parse(["--pair", "p"])
-    with pytest.raises(ValueError, match="frozen"):
-        config.port = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from overfill.stack.describe import describe
 from overfill.stack.placed import shared_folder
 from overfill.stack.shared import hold_folder, make_shared_folder
 
 RUNNER = """
 import time
-from overfill.stack.describe import describe
 from overfill.stack.placed import shared_folder
 from overfill.stack.shared import hold_folder, make_shared_folder
 folder = shared_folder()
-make_shared_folder(folder, describe("pair"))
+make_shared_folder(folder, False)
 held = hold_folder(folder)
 print(folder, flush=True)
 time.sleep(600)
@@ -34,7 +32,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made() -> Path:
     folder = shared_folder()
-    make_shared_folder(folder, describe("pair"))
+    make_shared_folder(folder, False)
     return folder
 
 

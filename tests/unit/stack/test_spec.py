@@ -14,6 +14,8 @@ from overfill.rpc.certificates import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
+from overfill.stack.child import StartFailed
+from overfill.stack.ports import check_ports
 from overfill.stack.ray.application import deployment_options, environment, serve_config
 from overfill.stack.spec import DECODE, PREFILL, ROUTER, RouterSpec, StackSpec, WorkerPlace
 
@@ -337,3 +339,49 @@ def test_the_shipped_config_is_valid(name: str) -> None:
     assert config["proxy_location"] == rendered["proxy_location"]
     reserved = RouterSpec().num_cpus + 2 * PoolSpec().num_cpus + 3 * PoolSpec().num_cpus
     assert reserved <= 2, "a router, two prefill and three decode workers fit two cores by default"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prefill": {"settings": {"metrics_port": 9600}}, "decode": {"settings": {"metrics_port": 9600}}}, "9600"),
+        ({"prefill": {"replicas": 2, "settings": {"metrics_port": 9600}}, "settings": {"metrics_port": 9601}}, "9601"),
+        ({"prefill": {"settings": {"metrics_port": 7600}}}, r"port 7600 .*--grpc.*metrics_port of prefill"),
+        ({"router": {"ports": [7600, 7600], "replicas": 2}}, "port 7600"),
+    ],
+)
+def test_two_servers_of_one_machine_have_different_ports(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**({"runner": "processes"} | fields))
+
+
+def test_processes_of_a_cluster_may_have_the_same_metrics_port_but_not_those_of_one_machine() -> None:
+    made = spec(prefill={"replicas": 2, "settings": {"metrics_port": 9600}})
+    assert made.metrics_ports["prefill"] == [9600, 9600]
+    with pytest.raises(StartFailed, match="on Ray, every process of a pool has the same metrics_port"):
+        check_ports(made)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "mine", "health_check_period": 1}, "only Ray uses health_check_period, name: remove this"),
+        ({"router": {"num_cpus": 1}, "decode": {"num_gpus": 1}}, r"only Ray uses router\.num_cpus, decode\.num_gpus"),
+        ({"tiers": {"a": {"pair": "p", "resources": {"x": 1}}}}, r"only Ray uses tiers\.a\.resources"),
+        (
+            {"tiers": {"a": {"pair": "p", "replicas": 0, "settings": {"quantize": "int8"}}}, "colocated": {}},
+            "tiers.a: settings: the tier has no workers of its own",
+        ),
+    ],
+)
+def test_a_document_has_no_field_that_its_runner_does_not_use(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadSettings, match=message):
+        StackSpec.read({"runner": "processes"} | fields)
+
+
+def test_plain_processes_run_a_document_for_a_cluster_without_the_fields_of_ray() -> None:
+    pool = {"num_gpus": 1, "replicas": 2}
+    made = StackSpec.read({"ray_address": "auto", "name": "x", "tiers": {"name": {"pair": "p", **pool}}})
+    expected = {"runner": "processes", "tiers": {"name": {"pair": "p", "replicas": 2}}}
+    assert made.on("processes") == StackSpec.read(expected)
+    assert made.on("ray") == made

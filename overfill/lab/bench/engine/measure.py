@@ -1,4 +1,4 @@
-"""Measures ``decode`` and ``prefill``: our engine, other engines and the limits of this machine, in one run."""
+"""Measures ``decode`` and ``prefill``: our engine, vLLM and the limits of this machine, in one run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from overfill.engine.device import native_dtype, resolve_device
+from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, MachineProbe
 from overfill.lab.bench.engine.overfill_engine import EngineWorkload, OverfillEngine, load_engines
-from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_peers
+from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, python_of
+from overfill.lab.bench.engine.peers.process import PeerProcess
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.lab.bench.engine.rows import Row
 from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns
@@ -34,17 +36,17 @@ class EngineSettings:
         dtype: Data type of weights and activations. None means the device's native one.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, for our engine.
         threads: CPU threads of each engine.
-        peers: Names of the peers to measure.
+        vllm: Measure vLLM too.
         quantize: Weights of the decoder. None means the pair's recipe.
         kv_cache_dtype: KV cache of the decoder.
-        max_num_batched_tokens: Maximum prompt tokens in a step, for our engine and the peers.
+        max_num_batched_tokens: Maximum prompt tokens in a step, for our engine and vLLM.
     """
 
     pair: Pair
     dtype: DTypeName | None
     device: str
     threads: int
-    peers: tuple[str, ...]
+    vllm: bool
     plan: BenchPlan
     quantize: Quantization | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
@@ -68,18 +70,21 @@ class _Loaded:
     device: torch.device
     full: OverfillEngine
     decoder: OverfillEngine | None
-    peers: list[BenchEngine]
-    missing: list[Missing]
+    vllm: PeerProcess | None
     probe: MachineProbe
 
     @property
     def ours(self) -> list[OverfillEngine]:
         return [self.full] if self.decoder is None else [self.full, self.decoder]
 
-    def rows(
+    @property
+    def peers(self) -> list[BenchEngine]:
+        return [] if self.vllm is None else [self.vllm]
+
+    def row(
         self, name: str, engine: OverfillEngine, batch: int, context: int, tokens: int, bound: float, result: _Result
-    ) -> list[Row]:
-        """Rows of one figure, one per peer.
+    ) -> Row:
+        """The row of one figure.
 
         Args:
             tokens: Tokens that one timing covers.
@@ -103,17 +108,10 @@ class _Loaded:
             bandwidth=result.machine.bandwidth,
             matrix_rate=result.machine.matrix_rate,
         )
-        rows = [
-            replace(
-                row,
-                peer=peer.name,
-                peer_value=tokens / result.timings[peer.name].median,
-                peer_spread=result.timings[peer.name].relative_iqr,
-            )
-            for peer in self.peers
-        ]
-        rows += [replace(row, peer=peer.name, hint=peer.hint) for peer in self.missing]
-        return rows or [row]
+        if self.vllm is None:
+            return row
+        peer = result.timings[self.vllm.name]
+        return replace(row, peer=self.vllm.name, peer_value=tokens / peer.median, peer_spread=peer.relative_iqr)
 
 
 def bench_decode(
@@ -140,14 +138,13 @@ def bench_decode(
             result = _Result(*turns)
             # Mean context: the prompt, the first token, the warm-up, and half of the measured steps.
             mean = prompt + 1 + plan.warmup + (plan.rounds * plan.steps - 1) / 2
-            first_rows = []
+            rows = []
             for ours in loaded.ours:
                 bound = decode_step_seconds(ours.cost, result.machine, batch, mean)
-                rows = loaded.rows(f"decode_{ours.name}", ours, batch, round(mean), batch, bound, result)
-                first_rows.append(rows[0])
-                yield from rows
-            if len(first_rows) == 2:
-                yield _gain(*first_rows)
+                rows.append(loaded.row(f"decode_{ours.name}", ours, batch, round(mean), batch, bound, result))
+            yield from rows
+            if len(rows) == 2:
+                yield _gain(*rows)
         report("Measuring decode", len(batches), len(batches))
 
 
@@ -168,7 +165,7 @@ def bench_prefill(settings: EngineSettings, prompts: Sequence[Sequence[int]], re
             result = _Result(*turns)
             bound = prefill_seconds(loaded.full.cost, result.machine, lengths)
             tokens = sum(lengths)
-            yield from loaded.rows("prefill", loaded.full, len(lengths), tokens // len(lengths), tokens, bound, result)
+            yield loaded.row("prefill", loaded.full, len(lengths), tokens // len(lengths), tokens, bound, result)
         report("Measuring prefill", len(prompts), len(prompts))
 
 
@@ -187,7 +184,6 @@ def _gain(full: Row, decoder: Row) -> Row:
         peer=None,
         peer_value=None,
         peer_spread=None,
-        hint=None,
     )
 
 
@@ -196,6 +192,7 @@ def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) 
     device = resolve_device(settings.device)
     dtype = settings.dtype or native_dtype(device)
     torch.set_num_threads(settings.threads)
+    python = _vllm_python(device) if settings.vllm else None  # first, so that a missing one is reported at once
     with ExitStack() as stack:
         report("Loading our engine", 0, 1)
         full, decoder = load_engines(
@@ -208,16 +205,40 @@ def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) 
             max_num_batched_tokens=settings.max_num_batched_tokens,
         )
         report("Loading our engine", 1, 1)
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
-        for_peers = PeerSettings(
-            settings.pair,
-            TORCH_DTYPES[dtype],
-            device,
-            settings.threads,
-            workload,
-            settings.max_num_batched_tokens,
-            logs,
-        )
-        peers, missing = open_peers(settings.peers, for_peers, stack, report)
+        vllm = None
+        if python is not None:
+            report("Loading vLLM", 0, 1)
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
+            vllm = _start_vllm(python, settings, workload, dtype, logs / "vllm.log")
+            stack.callback(vllm.close)
+            report("Loading vLLM", 1, 1)
         probe = MachineProbe(device, TORCH_DTYPES[dtype], settings.threads)
-        yield _Loaded(settings, dtype, device, full, decoder, peers, missing, probe)
+        yield _Loaded(settings, dtype, device, full, decoder, vllm, probe)
+
+
+def _vllm_python(device: torch.device) -> Path:
+    """Returns vLLM's interpreter. Raises InvalidRequest if it is not installed, or cannot run on ``device``."""
+    if device.type != "cpu":
+        raise InvalidRequest("vllm", "runs on a CPU only here; choose --device cpu")
+    if (python := python_of("vllm")) is None:
+        raise InvalidRequest("vllm", NOT_INSTALLED)
+    return python
+
+
+def _start_vllm(
+    python: Path, settings: EngineSettings, workload: EngineWorkload, dtype: DTypeName, log: Path
+) -> PeerProcess:
+    """Starts vLLM with the full model, for the same work with the same resources as ours."""
+    config = settings.pair.full_config
+    return PeerProcess(
+        python,
+        settings.threads,
+        log,
+        model=str(settings.pair.full_path),
+        dtype=dtype,
+        vocab_size=config.vocab_size,
+        context=workload.tokens + 64,
+        max_num_seqs=workload.batch,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_bytes=workload.cache_bytes(config.kv_spec(dtype).token_bytes),
+    )

@@ -1,4 +1,4 @@
-"""Rows of the engine benchmarks: a value, its bound, and a peer's value. JSON and table."""
+"""Rows of the engine benchmarks: a value, its bound, and vLLM's value. JSON and table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A figure beside one peer's. A figure with several peers has several rows.
+    """A figure, its bound, and vLLM's where it was measured in the same run, turn by turn.
 
     Attributes:
         name: Name of the figure, such as ``decode_full``.
@@ -23,9 +23,7 @@ class Row:
         weights: Data type of the model's weights.
         kv_cache: Element type of the KV cache.
         bandwidth, matrix_rate: Bytes and floating-point operations per second of this machine in this run.
-        peer: Name of an engine that did the same work in the same run, turn by turn.
-        peer_value: The peer's value. None means that the peer is missing.
-        hint: How to add a missing peer.
+        peer, peer_value: "vllm", and its value. None means that it was not measured.
     """
 
     name: str
@@ -46,7 +44,6 @@ class Row:
     peer: str | None = None
     peer_value: float | None = None
     peer_spread: float | None = None
-    hint: str | None = None
 
     @property
     def ratio(self) -> float:
@@ -68,37 +65,28 @@ class Row:
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
-    """A table with a line per figure and a column per peer: the peer's value, and ours divided by it."""
+    """A table with a line per figure; the last column has the peer's value, and ours divided by it."""
     peers = list(dict.fromkeys(row.peer for row in rows if row.peer is not None))
     table = Table()
     for column in ("", "batch", "context", "ours", "± %", "bound", "of bound", *peers):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    figures: dict[tuple[str, int, int], list[Row]] = {}
     for row in rows:
-        figures.setdefault((row.name, row.batch, row.context), []).append(row)
-    for (name, batch, context), same in figures.items():
-        row = same[0]
         kv_note = "" if row.kv_cache == row.dtype else f", {row.kv_cache} KV"
         table.add_row(
-            f"{name}, {row.weights}{kv_note}" if row.unit != "x" else name,
-            str(batch),
-            str(context),
+            f"{row.name}, {row.weights}{kv_note}" if row.unit != "x" else row.name,
+            str(row.batch),
+            str(row.context),
             _number(row.value, row.unit),
             f"{50 * row.spread:.0f}",
             _number(row.bound, row.unit),
             f"{row.ratio:.2f}",
-            *(_beside({r.peer: r for r in same}.get(peer)) for peer in peers),
+            *(_beside(row) for _ in peers),
         )
     return table
 
 
-def hints(rows: Sequence[Row]) -> list[str]:
-    """A line per missing peer, saying how to add it."""
-    return list(dict.fromkeys(f"{row.peer}: {row.hint}" for row in rows if row.hint is not None))
-
-
-def _beside(row: Row | None) -> str:
-    if row is None or row.peer_value is None or row.peer_ratio is None:
+def _beside(row: Row) -> str:
+    if row.peer_value is None or row.peer_ratio is None:
         return "–"
     return f"{_number(row.peer_value, row.unit)} ({row.peer_ratio:.2f}×)"
 

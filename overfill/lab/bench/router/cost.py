@@ -7,7 +7,7 @@ process alone, all its threads together. The kernel's clock of that process is r
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,17 +49,13 @@ _TOKEN_CPU_RATIO: dict[Protocol, float] = {"http": 2.0, "grpc": 1.5}
 _HOUR = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    """A figure of one server. The fields are those of ``Measurement``; ``bound`` is for the router's."""
+class _Figures(dict[str, Measurement]):
+    """Name -> figure of one server. The bounds are for the router's."""
 
-    value: float
-    unit: str
-    bound: float | None = None
-    at_least: bool = False
-
-
-_Figures = dict[str, _Figure]
+    def add(
+        self, name: str, value: float | np.floating, unit: str, bound: float | None = None, at_least: bool = False
+    ) -> None:
+        self[name] = Measurement(name, float(value), unit, bound, at_least)
 
 
 def measure_cost(
@@ -77,8 +73,8 @@ def measure_cost(
         streams: Numbers of concurrent requests; the last is the largest.
         idle_streams: Number of open streams whose memory is measured.
     """
-    router: dict[Protocol, _Figures] = {protocol: {} for protocol in PEERS}
-    bare: dict[Protocol, _Figures] = {protocol: {} for protocol in PEERS}
+    router = {protocol: _Figures() for protocol in PEERS}
+    bare = {protocol: _Figures() for protocol in PEERS}
     with LoadProcesses(CLIENTS) as clients:
         windows = Windows(clients, seconds)
 
@@ -120,26 +116,25 @@ def _measure_saturation(
     """Measures requests of one token, and long answers that arrive as fast as the server sends them."""
     for count in streams:
         window = windows.measure(server, 1, count)
-        into[f"request_cpu_{count}"] = _Figure(
-            window.cpu_us(window.counts.ended), "us", _REQUEST_CPU if count > 1 else None
-        )
+        bound = _REQUEST_CPU if count > 1 else None
+        into.add(f"request_cpu_{count}", window.cpu_us(window.counts.ended), "us", bound)
         if count == 1:
-            into["ttft_alone_p50"] = _milliseconds(np.percentile(window.counts.ttft, 50), 3.0)
-            into["ttft_alone_p95"] = _milliseconds(np.percentile(window.counts.ttft, 95))
-    into["requests_per_second"] = _Figure(window.counts.ended / window.seconds, "1/s")
-    into["requests_per_core"] = _Figure(window.counts.ended / window.cpu, "1/s", 1000, at_least=True)
-    into["requests_cores"] = _Figure(window.cpu / window.seconds, "cores")
-    into["requests_busiest_other"] = _Figure(window.busiest, "cores")
+            into.add("ttft_alone_p50", 1e3 * np.percentile(window.counts.ttft, 50), "ms", 3.0)
+            into.add("ttft_alone_p95", 1e3 * np.percentile(window.counts.ttft, 95), "ms")
+    into.add("requests_per_second", window.counts.ended / window.seconds, "1/s")
+    into.add("requests_per_core", window.counts.ended / window.cpu, "1/s", 1000, at_least=True)
+    into.add("requests_cores", window.cpu / window.seconds, "cores")
+    into.add("requests_busiest_other", window.busiest, "cores")
     ttft = windows.ttft(server, router["requests_per_second"].value / 2) or [float("nan")]
     for percent in (50, 99):
-        into[f"ttft_p{percent}"] = _milliseconds(np.percentile(ttft, percent))
+        into.add(f"ttft_p{percent}", 1e3 * np.percentile(ttft, percent), "ms")
     window = windows.measure(server, ANSWER, streams[-1])
-    into["saturated_token_cpu"] = _Figure(window.cpu_us(window.counts.tokens), "us")
-    into["saturated_tokens_per_event"] = _Figure(window.tokens_per_event, "tokens")
-    into["tokens_per_second"] = _Figure(window.counts.tokens / window.seconds, "1/s")
-    into["tokens_per_core"] = _Figure(window.counts.tokens / window.cpu, "1/s", 30_000, at_least=True)
-    into["tokens_cores"] = _Figure(window.cpu / window.seconds, "cores")
-    into["tokens_busiest_other"] = _Figure(window.busiest, "cores")
+    into.add("saturated_token_cpu", window.cpu_us(window.counts.tokens), "us")
+    into.add("saturated_tokens_per_event", window.tokens_per_event, "tokens")
+    into.add("tokens_per_second", window.counts.tokens / window.seconds, "1/s")
+    into.add("tokens_per_core", window.counts.tokens / window.cpu, "1/s", 30_000, at_least=True)
+    into.add("tokens_cores", window.cpu / window.seconds, "cores")
+    into.add("tokens_busiest_other", window.busiest, "cores")
 
 
 def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, into: _Figures, router: _Figures) -> None:
@@ -149,40 +144,37 @@ def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, in
         # Answers that end in the window are followed by requests, whose cost is known.
         requests = window.counts.begun * into[f"request_cpu_{count}"].value
         per_token = window.cpu_us(window.counts.tokens) - requests / max(1, window.counts.tokens)
-        into[f"token_cpu_{count}"] = _Figure(per_token, "us", _TOKEN_CPU[server.protocol] if count > 1 else None)
-        into[f"tokens_per_event_{count}"] = _Figure(window.tokens_per_event, "tokens")
+        into.add(f"token_cpu_{count}", per_token, "us", _TOKEN_CPU[server.protocol] if count > 1 else None)
+        into.add(f"tokens_per_event_{count}", window.tokens_per_event, "tokens")
 
 
 def _measure_merging(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
     """Measures long answers at a pace at which the router begins to merge tokens."""
     window = windows.measure(server, ANSWER, streams)
-    into["merging_token_cpu"] = _Figure(window.cpu_us(window.counts.tokens), "us", 20)
-    into["merging_tokens_per_event"] = _Figure(window.tokens_per_event, "tokens")
+    into.add("merging_token_cpu", window.cpu_us(window.counts.tokens), "us", 20)
+    into.add("merging_tokens_per_event", window.tokens_per_event, "tokens")
     gaps = window.counts.gaps or [float("nan")]
     for percent in (50, 99):
-        into[f"merging_itl_p{percent}"] = _milliseconds(np.percentile(gaps, percent))
+        into.add(f"merging_itl_p{percent}", 1e3 * np.percentile(gaps, percent), "ms")
 
 
 def _measure_open(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
     """Measures streams that send nothing after the first token: their memory, and many that start at once."""
-    into["memory_per_stream"] = _Figure(windows.memory(server, streams), "KiB", _STREAM_MEMORY[server.protocol])
+    into.add("memory_per_stream", windows.memory(server, streams), "KiB", _STREAM_MEMORY[server.protocol])
     bursts = [windows.ttft_at_once(server, AT_ONCE) for _ in range(_BURSTS)]
-    into[f"ttft_{AT_ONCE}_at_once_p50"] = _milliseconds(np.median([np.median(ttft) for ttft in bursts]))
-    into[f"ttft_{AT_ONCE}_at_once_max"] = _milliseconds(np.median([max(ttft) for ttft in bursts]), 50.0)
-
-
-def _milliseconds(seconds: float | np.floating, bound: float | None = None) -> _Figure:
-    return _Figure(float(seconds) * 1e3, "ms", bound)
+    into.add(f"ttft_{AT_ONCE}_at_once_p50", 1e3 * np.median([np.median(ttft) for ttft in bursts]), "ms")
+    into.add(f"ttft_{AT_ONCE}_at_once_max", 1e3 * np.median([max(ttft) for ttft in bursts]), "ms", 50.0)
 
 
 def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams: Sequence[int]) -> list[Measurement]:
-    def figure(name: str, one: _Figure, peer: str | None = None, peer_value: float | None = None) -> Measurement:
-        return Measurement(f"{protocol}_{name}", one.value, one.unit, one.bound, one.at_least, peer, peer_value)
-
-    found = [figure(name, one, PEERS[protocol], bare[name].value) for name, one in router.items()]
+    peer = PEERS[protocol]
+    found = [
+        replace(one, name=f"{protocol}_{name}", peer=peer, peer_value=bare[name].value) for name, one in router.items()
+    ]
     name = f"token_cpu_{streams[-1]}"
     ratio = router[name].value / bare[name].value
-    found.append(figure(f"token_cpu_ratio_{streams[-1]}", _Figure(ratio, "x", _TOKEN_CPU_RATIO[protocol])))
+    found.append(Measurement(f"{protocol}_token_cpu_ratio_{streams[-1]}", ratio, "x", _TOKEN_CPU_RATIO[protocol]))
     for name, bound in (("ttft_p50", 1.0), ("ttft_p99", 4.0), ("merging_itl_p99", 10.0)):
-        found.append(figure(f"added_{name}", _Figure(router[name].value - bare[name].value, "ms", bound)))
+        added = router[name].value - bare[name].value
+        found.append(Measurement(f"{protocol}_added_{name}", added, "ms", bound))
     return found

@@ -15,7 +15,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -79,14 +79,8 @@ class Received:
 
     def add(self, other: Received) -> None:
         """Adds the counts of another process."""
-        self.begun += other.begun
-        self.ended += other.ended
-        self.failed += other.failed
-        self.events += other.events
-        self.tokens += other.tokens
-        self.ttft += other.ttft
-        self.gaps += other.gaps
-        self.cpu += other.cpu
+        for counter in fields(self):
+            setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
 
 class LoadProcesses:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +19,9 @@ from overfill.errors import Unavailable
 from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
-from overfill.lab.bench.router.mock_stack import mock_stack
 from overfill.lab.bench.router.recording import make_request
+from overfill.stack.describe import describe
+from overfill.stack.process_runner import ProcessRunner
 
 CLIENTS = 2
 """Client processes."""
@@ -89,7 +93,7 @@ class Windows:
         self._settle = min(seconds, _SETTLE_SECONDS)
         self.failed = 0
 
-    def measure(self, server: Server, tokens: int, streams: int, *, during: Callable[[], None] | None = None) -> Window:
+    def measure(self, server: Server, tokens: int, streams: int) -> Window:
         """Keeps ``streams`` requests of ``tokens`` tokens running, and measures once all have their first token."""
         load = Load(
             server.protocol, server.address, make_request(server.protocol, server.model, tokens), tokens, streams
@@ -98,10 +102,7 @@ class Windows:
             _wait_for_first_tokens(counts, streams)
             time.sleep(self._settle)
             before, workers, cpu, start = counts(), _cpu_of(server.others), cpu_seconds(server.pid), time.perf_counter()
-            if during is None:
-                time.sleep(self._seconds)
-            else:
-                during()
+            time.sleep(self._seconds)
             passed = time.perf_counter() - start
             cpu = cpu_seconds(server.pid) - cpu
             after, workers_after = counts(), _cpu_of(server.others)
@@ -144,22 +145,29 @@ class Windows:
 
 
 @contextmanager
-def paced_stack(
-    pair: Path, pace: SendingPace, sequences: int, launcher: Sequence[str] = ()
-) -> Iterator[tuple[Server, Server]]:
-    """Starts a router whose mock workers keep ``pace`` and take ``sequences`` requests each.
-
-    Args:
-        launcher: As for ``mock_stack``.
-    """
+def paced_stack(pair: Path, pace: SendingPace, sequences: int) -> Iterator[tuple[Server, Server]]:
+    """Starts a router whose mock workers keep ``pace`` and take ``sequences`` requests each."""
     times = {"step": pace.step, "per_sequence": pace.per_sequence, "answer": TOKEN_TEXT.decode()}
-    with mock_stack(pair, sequences + _SPARE, workers=WORKERS, times=times, launcher=launcher) as stack:
-        with Client(stack.grpc) as client:
-            model = client.models()[0].name
-        yield (
-            Server("http", stack.http, stack.router, model, stack.workers),
-            Server("grpc", stack.grpc, stack.router, model, stack.workers),
-        )
+    settings = {
+        "engine": "mock",
+        "engine_args": json.dumps(times),
+        "max_num_seqs": sequences + _SPARE,
+        "log_level": "warning",
+        "grace_period": 2,
+    }
+    spec = describe(pair, prefill=WORKERS, decode=WORKERS, http=0, threads=1, settings=settings)
+    stack = ProcessRunner(spec, lambda name, line: print(line, file=sys.stderr))
+    try:
+        stack.start()
+        stack.wait_ready(threading.Event())
+        grpc = stack.addresses[0]
+        http = f"127.0.0.1:{stack.spec.router.http_ports[0]}"
+        with Client(grpc) as client:
+            model, pid = client.models()[0].name, client.status().process.pid
+        workers = tuple(stack.worker(worker.id).pid for worker in stack.placed.workers)
+        yield Server("http", http, pid, model, workers), Server("grpc", grpc, pid, model, workers)
+    finally:
+        stack.stop()
 
 
 def _cpu_of(pids: Sequence[int]) -> list[float]:

@@ -1,13 +1,11 @@
-"""Opens one server after the other, and plays a load on it."""
+"""Plays a load on a server, which is running already or is started for it."""
 
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overfill.errors import InvalidRequest, Unavailable
@@ -17,22 +15,7 @@ from overfill.lab.traffic.outcome import Outcome, RequestFailed
 from overfill.lab.traffic.traces import TraceRequest
 
 if TYPE_CHECKING:
-    from overfill.lab.bench.serve.colocated import TimedRequest
-    from overfill.model.manifest import Pair
     from overfill.rpc.tls import ClientTls
-
-LOCAL_ENGINES = ("colocated", "openvino", "vllm")
-"""Engines that the benchmark starts and stops itself.
-
-``colocated`` is our engine in this process, with both halves of the pair. The others run the full model only:
-``openvino`` is OpenVINO GenAI in another process, ``vllm`` is vLLM's server.
-"""
-
-_BATCH = 64
-_MAX_NUM_BATCHED_TOKENS = 2048
-
-Play = Callable[[Sequence[TraceRequest], Progress | None], list[Outcome]]
-"""Plays requests on an open server. Returns their outcomes in the same order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +24,8 @@ class TargetSpec:
 
     Attributes:
         name: Name in rows and tables.
-        location: ``http(s)://…/v1``, ``grpc://HOST:PORT`` (or several, separated by commas), or one of
-            ``LOCAL_ENGINES``, optionally with ``:PAIR``.
+        location: ``http(s)://…/v1``, ``grpc://HOST:PORT`` (or several, separated by commas), or ``vllm:PAIR``: vLLM's
+            server with the pair's full model, which the benchmark starts. ``vllm`` alone has the pair ``default``.
     """
 
     name: str
@@ -58,12 +41,17 @@ class TargetSpec:
         name, separator, location = text.partition("=")
         if not separator:
             name, location = text, text
-        if not (location.startswith(("http://", "https://", "grpc://")) or location.partition(":")[0] in LOCAL_ENGINES):
+        target = cls(name, location)
+        if not (target.is_vllm or location.startswith(("http://", "https://", "grpc://"))):
             raise InvalidRequest(
-                "target",
-                f"{text!r} is not a target; use http://HOST:PORT/v1, grpc://HOST:PORT, {' or '.join(LOCAL_ENGINES)}",
+                "target", f"{text!r} is not a target; use http://HOST:PORT/v1, grpc://HOST:PORT, vllm or vllm:PAIR"
             )
-        return cls(name, location)
+        return target
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether the benchmark starts the server."""
+        return self.location.partition(":")[0] == "vllm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +62,6 @@ class LoadSettings:
         vocab_size: Upper limit of the token ids in prompts, exclusive.
         model, key, extensions: Arguments of ``OpenAiTarget``.
         concurrency, timeout: Arguments of ``run_load``.
-        pair, threads: Model pair and CPU threads of the engines that the benchmark starts.
         stack_key, tls: API key and certificates for stacks over gRPC.
     """
 
@@ -84,63 +71,50 @@ class LoadSettings:
     extensions: bool
     concurrency: int | None
     timeout: float
-    pair: str
-    threads: int
     stack_key: str | None = None
     tls: ClientTls | None = None
 
 
-@contextmanager
-def open_target(spec: TargetSpec, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
-    """Opens a server, starts it if it is a local engine, and warms it up. Call it on the main thread only.
+def play_on(
+    spec: TargetSpec, requests: Sequence[TraceRequest], settings: LoadSettings, progress: Progress
+) -> list[Outcome]:
+    """Plays requests on a server, after a warm-up. Returns their outcomes in the same order.
 
-    Args:
-        max_model_len: Maximum tokens of a prompt and its answer.
+    Starts the server first, and stops it at the end, if it is vLLM's. Call it on the main thread only.
 
     Raises:
         Unavailable: The server does not answer the first requests.
-        PeerFailed: A local engine does not start.
-        InvalidRequest: A local engine is not installed, or cannot run a closed loop.
+        PeerFailed: vLLM's server does not start.
+        InvalidRequest: vLLM is not installed.
     """
-    kind, _, pair = spec.location.partition(":")
-    if kind not in LOCAL_ENGINES:
-        play = _of_server(spec.location, settings)
-        _warm_up(spec, play, max_model_len)
-        yield play
-        return
-    if settings.concurrency is not None and kind != "vllm":
-        raise InvalidRequest(
-            "concurrency", f"{kind} has no server and cannot run a closed loop; use --rate, or leave --concurrency out"
-        )
-    start = {"colocated": _colocated, "openvino": _openvino, "vllm": _vllm}[kind]
-    with start(pair or settings.pair, max_model_len, settings) as play:
-        _warm_up(spec, play, max_model_len)
-        yield play
+    longest = max(request.prompt_tokens + request.output_tokens for request in requests)
+    with ExitStack() as exits:
+        location = spec.location
+        if spec.is_vllm:
+            location = exits.enter_context(_vllm(location.partition(":")[2] or "default", longest))
+            settings = replace(settings, model=None, key=None, extensions=True)
+        output = min(4, longest - 1)
+        warm_up = asyncio.run(_play(location, [TraceRequest(0.0, min(64, longest - output), output)] * 2, settings))
+        if not any(outcome.ok for outcome in warm_up):
+            raise Unavailable(f"{spec.name} answers nothing: {warm_up[0].error}")
+        return asyncio.run(_play(location, requests, settings, progress))
 
 
-def _warm_up(spec: TargetSpec, play: Play, max_model_len: int) -> None:
-    output = min(4, max_model_len - 1)
-    found = play([TraceRequest(0.0, min(64, max_model_len - output), output)] * 2, None)
-    if not any(outcome.ok for outcome in found):
-        raise Unavailable(f"{spec.name} answers nothing: {found[0].error}")
-
-
-def _of_server(location: str, settings: LoadSettings) -> Play:
-    async def played(requests: Sequence[TraceRequest], progress: Progress | None) -> list[Outcome]:
-        try:
-            async with _target(location, settings) as target:
-                return await run_load(
-                    target,
-                    requests,
-                    settings.vocab_size,
-                    concurrency=settings.concurrency,
-                    timeout=settings.timeout,
-                    progress=progress,
-                )
-        except RequestFailed as error:
-            raise Unavailable(str(error)) from error
-
-    return lambda requests, progress: asyncio.run(played(requests, progress))
+async def _play(
+    location: str, requests: Sequence[TraceRequest], settings: LoadSettings, progress: Progress | None = None
+) -> list[Outcome]:
+    try:
+        async with _target(location, settings) as target:
+            return await run_load(
+                target,
+                requests,
+                settings.vocab_size,
+                concurrency=settings.concurrency,
+                timeout=settings.timeout,
+                progress=progress,
+            )
+    except RequestFailed as error:
+        raise Unavailable(str(error)) from error
 
 
 def _target(location: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
@@ -149,85 +123,14 @@ def _target(location: str, settings: LoadSettings) -> OpenAiTarget | GrpcTarget:
     return OpenAiTarget(location, settings.model, settings.key, extensions=settings.extensions)
 
 
-# The functions below import torch themselves: it takes seconds to import, and a load on servers does not need it.
-
-
-@contextmanager
-def _vllm(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
+def _vllm(pair: str, max_model_len: int) -> AbstractContextManager[str]:
+    # Imported here: they take seconds to import, and a load on servers does not need them.
     from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, python_of
     from overfill.lab.bench.engine.peers.vllm_server import vllm_server
+    from overfill.model.manifest import Pair
+    from overfill.pair.store import resolve_pair
 
     python = python_of("vllm")
     if python is None:
         raise InvalidRequest("target", f"vllm: {NOT_INSTALLED}")
-    model = _loaded(pair).full_path
-    with vllm_server(
-        python,
-        model,
-        threads=settings.threads,
-        max_model_len=max_model_len,
-        max_num_seqs=_BATCH,
-        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
-    ) as url:
-        yield _of_server(url, replace(settings, model=None, key=None, extensions=True))
-
-
-@contextmanager
-def _openvino(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
-    import torch
-
-    from overfill.lab.bench.engine.overfill_engine import EngineWorkload
-    from overfill.lab.bench.engine.peers.choose import Missing, PeerSettings, open_process
-
-    with tempfile.TemporaryDirectory(prefix="overfill-bench-") as logs:
-        peer = open_process(
-            "openvino",
-            PeerSettings(
-                _loaded(pair),
-                torch.bfloat16,
-                torch.device("cpu"),
-                settings.threads,
-                EngineWorkload(_BATCH, max_model_len),
-                _MAX_NUM_BATCHED_TOKENS,
-                Path(logs),
-                kv_bytes=4 << 30,
-            ),
-        )
-        if isinstance(peer, Missing):
-            raise InvalidRequest("target", f"openvino: {peer.hint}")
-        with closing(peer):
-            yield lambda requests, progress: _outcomes(requests, peer.serve(_timed_requests(requests, settings)))
-
-
-@contextmanager
-def _colocated(pair: str, max_model_len: int, settings: LoadSettings) -> Iterator[Play]:
-    from overfill.lab.bench.serve.colocated import serve_colocated
-    from overfill.pair.llm import LLM
-
-    llm = LLM(
-        pair,
-        threads=settings.threads,
-        max_model_len=max_model_len,
-        max_num_seqs=_BATCH,
-        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
-        prefix_cache=False,  # the same load may be played more than once
-    )
-
-    yield lambda requests, progress: _outcomes(
-        requests, serve_colocated(llm, _timed_requests(requests, settings), progress)
-    )
-
-
-def _loaded(pair: str) -> Pair:
-    from overfill.model.manifest import Pair
-    from overfill.pair.store import resolve_pair
-
-    return Pair.load(resolve_pair(pair))
-
-
-def _outcomes(requests: Sequence[TraceRequest], times: Sequence[Sequence[float]]) -> list[Outcome]:
-    return [Outcome(r.arrival, tuple(of_one)) for r, of_one in zip(requests, times, strict=True)]
-
-
-def _timed_requests(requests: Sequence[TraceRequest], settings: LoadSettings) -> list[TimedRequest]:
-    return [(r.arrival, r.prompt(settings.vocab_size, seed), r.output_tokens) for seed, r in enumerate(requests)]
+    return vllm_server(python, Pair.load(resolve_pair(pair)).full_path, max_model_len)

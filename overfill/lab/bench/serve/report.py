@@ -21,8 +21,6 @@ class LoadShape:
         concurrency: Maximum concurrent requests. None means no limit.
         prompt_tokens, output_tokens: Mean lengths.
         objective: The objective, as text.
-        saturates: Name of the target for which ``rate`` is the lowest saturating rate, with --rate saturate=NAME.
-        not_saturated: Name of the target if that search ended without finding a saturating rate.
     """
 
     source: str
@@ -32,8 +30,6 @@ class LoadShape:
     prompt_tokens: float
     output_tokens: float
     objective: str | None
-    saturates: str | None = None
-    not_saturated: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ def prompt_tokens_computed(address: str) -> float:
 
 @contextmanager
 def _running(placed: PlacedStack, log: Log) -> Iterator[ProcessRunner]:
-    stack = ProcessRunner(placed.spec, log, placed=placed)
+    stack = ProcessRunner(placed, log)
     try:
         stack.start()
         stack.wait_ready(threading.Event())

@@ -8,7 +8,7 @@ from statistics import mean, median
 
 from rich.table import Table
 
-from overfill.lab.bench.measurement import Measurement
+from overfill.lab.bench.measurement import Measurement, measurements_table
 from overfill.lab.bench.vllm.window import DecodeWindow
 
 MAX_GAIN_DIFFERENCE = 0.05
@@ -164,27 +164,4 @@ def mean_context(prompt: int, window: DecodeWindow) -> float:
 
 def figures_table(figures: Sequence[Figure]) -> Table:
     """A table with a line per figure."""
-    table = Table()
-    for column in ("", "measured", "", "rounds", "aim", "limit", "CPU ms", "peer", "its CPU ms"):
-        table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
-    for one in figures:
-        aim = "" if one.bound is None else f"{'≥' if one.at_least else '≤'} {one.bound:g}"
-        peer = "" if one.peer_value is None else f"{one.peer}: {_number(one.peer_value)}"
-        if one.peer_ratio is not None:
-            peer += f" ({one.peer_ratio:.2f} x)"
-        table.add_row(
-            one.name,
-            _number(one.value),
-            one.unit,
-            "" if one.low is None or one.high is None else f"{_number(one.low)} to {_number(one.high)}",
-            aim if one.reached else f"{aim}, missed",
-            _number(one.limit),
-            _number(one.cpu_ms),
-            peer,
-            _number(one.peer_cpu_ms),
-        )
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return measurements_table(figures, {"limit": "limit", "CPU ms": "cpu_ms", "peer's CPU ms": "peer_cpu_ms"})

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, median_machine
-from overfill.lab.bench.engine.rows import Row, hints, rows_table
+from overfill.lab.bench.engine.rows import Row, rows_table
 from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns
 from overfill.model.manifest import Pair
 
@@ -102,19 +102,18 @@ def test_a_row_is_a_line_of_json_with_ratios_to_bound_and_peer():
     assert list(found)[:8] == ["name", "batch", "value", "unit", "bound", "ratio", "peer", "peer_value"]
     assert (found["ratio"], found["peer_ratio"]) == (0.8, 2.5)
     assert {"context", "dtype", "weights", "threads", "bandwidth", "matrix_rate", "spread"} <= found.keys()
-    missing = json.loads(replace(ROW, peer_value=None, hint="install it").to_json())
-    assert missing["peer_value"] is None
-    assert missing["peer_ratio"] is None
-    assert missing["hint"] == "install it"
+    alone = json.loads(replace(ROW, peer=None, peer_value=None).to_json())
+    assert (alone["peer_value"], alone["peer_ratio"]) == (None, None)
 
 
-def test_the_table_has_a_line_per_figure_and_a_column_per_peer():
-    rows = [ROW, replace(ROW, peer="openvino", peer_value=None, hint="install it"), replace(ROW, batch=1)]
+def test_the_table_has_a_line_per_figure_and_a_column_for_the_peer():
+    rows = [ROW, replace(ROW, batch=1, peer=None, peer_value=None)]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(rows_table(rows))
     lines = [line for line in console.export_text().splitlines() if "decode_full" in line]
-    assert len(lines) == 2
-    assert [cell.strip() for cell in lines[0].split("│")[1:-1]] == [
-        *("decode_full, int8, int8 KV", "8", "512", "80.0", "5", "100", "0.80", "32.0 (2.50×)", "–")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    figure = ("512", "80.0", "5", "100", "0.80")
+    assert cells == [
+        ["decode_full, int8, int8 KV", "8", *figure, "32.0 (2.50×)"],
+        ["decode_full, int8, int8 KV", "1", *figure, "–"],
     ]
-    assert hints(rows) == ["openvino: install it"]

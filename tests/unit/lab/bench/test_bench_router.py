@@ -1,8 +1,6 @@
-"""Tests the parts of ``overfill bench router``: client processes, bare servers, CPU clock and sampler."""
+"""Tests the parts of ``overfill bench router``: client processes, bare servers, CPU clock."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -115,26 +113,3 @@ def test_the_cpu_clock_is_that_of_all_threads():
     ours = cpu_seconds(os.getpid())
     assert before <= ours <= time.process_time()
     assert ours - start >= 0.1
-
-
-def test_the_sampler_shows_the_function_that_uses_the_cpu(tmp_path):
-    (tmp_path / "program.py").write_text(
-        "import os, signal, sys, time\n"
-        "def burn(seconds):\n"
-        "    end = time.process_time() + seconds\n"
-        "    while time.process_time() < end: pass\n"
-        "burn(0.1)\n"
-        "os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "burn(0.5)\n"
-        "os.kill(os.getpid(), signal.SIGUSR2)\n"
-        "print(sys.argv[1])\n"
-    )
-    command = [sys.executable, "-m", "overfill.lab.bench.router.sampler", "table", "program", "argument"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "argument\n"
-    own = (tmp_path / "table").read_text().split("own time\n")[1].splitlines()
-    assert "burn (" in own[0]
-    assert float(own[0].split("%")[0]) > 90

@@ -42,7 +42,7 @@ def test_a_stage_without_a_second_worker_is_bad_usage(options: list[str], says: 
 
 
 def test_a_matrix_keeps_to_the_targets() -> None:
-    faults = _choose_faults(("kill", "slow"), ("decode",), ("prefill",), 0, 3, None, None, 0, 0, 0.0, False)
+    faults = _choose_faults(("kill", "slow"), ("decode",), ("prefill",), 0, 3, None, None, 0, 0.0, False)
     assert {(fault.kind, fault.target) for fault in faults} == {("kill", "prefill"), ("slow", "client")}
 
 

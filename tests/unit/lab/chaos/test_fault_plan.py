@@ -13,9 +13,9 @@ from overfill.lab.chaos.fault_plan import FAULTS, HOST_TARGETS, PHASES, TARGETS,
 from overfill.lab.chaos.trial import InjectedFault
 
 
-def test_a_seed_draws_the_same_faults_from_any_first_number() -> None:
+def test_a_seed_draws_the_same_faults() -> None:
     whole = list(itertools.islice(draw(7, 2.0), 50))
-    assert list(itertools.islice(draw(7, 2.0, first=30), 20)) == whole[30:]
+    assert list(itertools.islice(draw(7, 2.0), 50)) == whole
     assert list(itertools.islice(draw(8, 2.0), 50)) != whole
     assert {fault.kind for fault in itertools.islice(draw(7, 2.0), 500)} == set(FAULTS)
     assert all(fault.target in TARGETS[fault.kind] for fault in whole)

@@ -28,18 +28,17 @@ def test_without_root_the_error_says_so(as_root, monkeypatch):
 def test_a_missing_program_is_named_with_its_package(as_root, monkeypatch, program, package):
     monkeypatch.setattr(network.shutil, "which", lambda name: None if name == program else f"/usr/sbin/{name}")
     with pytest.raises(CannotMakeHosts, match=f"the program {program} is missing, .*: install {package}"):
-        network.check_requirements(relayed=False)
+        network.check_requirements()
 
 
-def test_what_only_relays_need_is_asked_for_only_then(as_root, monkeypatch, tmp_path):
+def test_what_the_links_need_is_named_when_it_is_missing(as_root, monkeypatch, tmp_path):
     monkeypatch.setattr(network, "_TUN", tmp_path / "tun")
-    network.check_requirements(relayed=False)
     with pytest.raises(CannotMakeHosts, match=r"tun is missing.*load the kernel's module tun"):
-        network.check_requirements(relayed=True)
+        network.check_requirements()
     (tmp_path / "tun").touch()
     monkeypatch.setattr(network, "find_compiler", lambda names: None)
     with pytest.raises(CannotMakeHosts, match=r"a C compiler is missing.*: install one of cc, gcc, clang"):
-        network.check_requirements(relayed=True)
+        network.check_requirements()
 
 
 def fails_with(monkeypatch, stderr):
@@ -57,24 +56,11 @@ def test_a_kernel_without_tbf_is_told_from_other_failures(monkeypatch):
         network.run_command(command)
 
 
-def test_an_unknown_congestion_control_names_where_the_known_ones_are(monkeypatch):
-    commands = network.eth0_commands("of1-0h", "space", "02:00:00:00:00:00", "10.64.0.2", "vegas")
-    fails_with(monkeypatch, "Error: Unknown tcp congestion algorithm.\n")
-    with pytest.raises(CannotMakeHosts, match="tcp_available_congestion_control lists those that this kernel has"):
-        network.run_command(commands[-1])
-
-
 def test_a_rate_limits_what_one_end_of_a_link_sends():
     expected = "tc -n space qdisc replace dev eth0 root tbf rate 100000000bit burst 25000 limit 1250000"
     assert network.rate_command("space", "eth0", 12.5e6) == expected.split()
     assert network.rate_command("space", "eth0", 50_000)[-4:] == ["burst", "16384", "limit", "65536"]
     assert network.rate_command("space", "eth0", None) == ["tc", "-n", "space", "qdisc", "del", "dev", "eth0", "root"]
-
-
-def test_a_link_without_a_relay_refuses_a_delay():
-    host = Host(0, "overfill-1-a", "10.64.0.2", HostNetwork(["a"], relayed=False))
-    with pytest.raises(CannotMakeHosts, match="the link of overfill-1-a has no relay"):
-        host.delay = 0.02
 
 
 def test_names_of_devices_fit_the_kernel_for_every_process_id(monkeypatch):

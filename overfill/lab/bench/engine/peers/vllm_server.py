@@ -17,24 +17,15 @@ from overfill.stack.ports import free_ports
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start
 _POLL_SECONDS = 0.5
 _GRACE = 20.0
+_MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS = 64, 2048
 
 
 @contextmanager
-def vllm_server(
-    python: Path,
-    model: Path,
-    *,
-    threads: int,
-    max_model_len: int,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 2048,
-    kv_bytes: int = 4 << 30,
-) -> Iterator[str]:
+def vllm_server(python: Path, model: Path, max_model_len: int) -> Iterator[str]:
     """Starts the server and yields its URL, including ``/v1``, once it answers. Call it on the main thread only.
 
-    Args:
-        threads: Number of this process's cores that are bound to the engine. By default vLLM leaves one core for its
-            HTTP server, which is half of a machine with two cores.
+    Each core of this process is bound to the engine. By default vLLM leaves one core for its HTTP server, which is half
+    of a machine with two cores.
 
     Raises:
         PeerFailed: The server did not start.
@@ -43,14 +34,14 @@ def vllm_server(
     # The entry point `vllm` needs a distribution of that name; the CPU build has another name.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", host, "--port", str(port), "--dtype", "bfloat16", "--no-enable-prefix-caching"]
-    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
-    command += ["--max-num-batched-tokens", str(max(max_num_batched_tokens, max_model_len))]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(_MAX_NUM_SEQS)]
+    command += ["--max-num-batched-tokens", str(max(_MAX_NUM_BATCHED_TOKENS, max_model_len))]
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+    cores = sorted(os.sched_getaffinity(0))
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, -(-kv_bytes // 2**30))),  # GiB
+        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -1,4 +1,4 @@
-"""A registry that only accepts workers, for tests and benchmarks that start workers without a router."""
+"""A registry that only accepts workers, for tests that start workers without a router."""
 
 from __future__ import annotations
 

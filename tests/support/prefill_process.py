@@ -1,4 +1,4 @@
-"""Starts prefill workers for benchmarks and tests that stand in for the router and the decode worker."""
+"""Starts prefill workers for tests that stand in for the router and the decode worker."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+from listening_registry import ListeningRegistry
+
 from overfill.errors import Unavailable
-from overfill.lab.bench.registry import ListeningRegistry
 from overfill.settings.config import PrefillConfig
 from overfill.stack.child import Child, stop
 from overfill.stack.process_runner import child_environment

@@ -25,6 +25,7 @@ from overfill.lab.bench.measurement import Measurement
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams as EngineSampling
 from overfill.stack.describe import describe
+from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
 
 MAX_EXPOSED_SHARE = 0.05
@@ -73,7 +74,7 @@ def measure_handoff(
     """
     settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
     settings |= {"shm": shm, "kv_codec": kv_codec}
-    stack = ProcessRunner(describe(pair.folder, threads=threads, settings=settings), log)
+    stack = ProcessRunner(place(describe(pair.folder, threads=threads, settings=settings)), log)
     plain = _PlainPrefill(pair, dtype, tokens)
     rng = random.Random(0)
     vocab = pair.full_config.vocab_size

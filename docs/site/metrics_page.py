@@ -1,16 +1,17 @@
-"""``overfill metrics``: lists the metrics that a stack exports. The documentation site has the same page."""
+"""The metrics that a stack exports, with type, labels and meaning, from their declarations."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-import click
+from overfill.telemetry.metric_set import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS
+from overfill.telemetry.metrics import declared
+from overfill.telemetry.outcomes import OUTCOMES
 
 _INTRODUCTION = """# Metrics
 
-Every metric that the processes of a stack export to Prometheus, with its type, labels and meaning. `overfill metrics`
-prints this page.
+Every metric that the processes of a stack export to Prometheus, with its type, labels and meaning.
 
 Every process serves `/metrics` on its own port, which `overfill status` shows. `--metrics-port` sets the port, and
 `--metrics-host` the address, which is loopback by default. A router also serves `/targets`: it lists all processes for
@@ -22,18 +23,8 @@ token. Series with label values that are known in advance start at 0. [Alerts](a
 """
 
 
-@click.command("metrics")
-def metrics_command() -> None:
-    """List the metrics that a stack exports: type, labels and meaning, as Markdown."""
-    click.echo(metrics_page(), nl=False)
-
-
 def metrics_page() -> str:
     """Returns the page as Markdown, with links to pages beside it."""
-    from overfill.telemetry.metric_set import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS
-    from overfill.telemetry.metrics import declared
-    from overfill.telemetry.outcomes import OUTCOMES
-
     named = {LATENCY_BUCKETS: "seconds", BATCH_BUCKETS: "batch", TOKEN_BUCKETS: "tokens"}
     lines = [_INTRODUCTION]
     for stage, specs in itertools.groupby(declared(), lambda spec: spec.name.split("_")[1]):
@@ -50,8 +41,6 @@ def metrics_page() -> str:
 
 
 def _label(name: str, values: Sequence[str]) -> str:
-    from overfill.telemetry.outcomes import OUTCOMES
-
     if set(values) >= set(OUTCOMES[1:]):
         return f"`{name}`: an [outcome](#outcomes)"
     if name in ("tier", "to"):

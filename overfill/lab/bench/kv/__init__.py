@@ -1,1 +1,0 @@
-"""The rate at which KV moves between two processes, beside a raw gRPC stream."""

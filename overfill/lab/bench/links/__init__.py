@@ -1,1 +1,0 @@
-"""The cost of a handoff over real links between hosts: slow, distant and lossy ones, by codec."""
