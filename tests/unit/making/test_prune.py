@@ -182,15 +182,6 @@ def test_scores_survive_saving_and_know_their_checkpoint(tmp_path: Path) -> None
         Scores.load(tmp_path / "none.safetensors", "abc")
 
 
-@pytest.mark.parametrize(
-    ("field", "sizes"),
-    [("hidden_size", {"hidden": 65}), ("intermediate_size", {"neurons": 0}), ("layers", {"layers": []})],
-)
-def test_an_impossible_size_is_refused(field: str, sizes: dict[str, int]) -> None:
-    with pytest.raises(InvalidPair, match=field):
-        plan_of(some_scores(), **sizes)  # type: ignore[arg-type]
-
-
 def test_the_layer_that_does_least_goes_first(tiny_pair: Path) -> None:
     weights, config = loaded(tiny_pair / "full")
     weights.layers[2].o.zero_()
