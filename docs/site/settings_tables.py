@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import click
-from click_cells import default_and_meaning, value_of, value_of_setting
+from click_cells import value_of_setting
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from table_text import cell, sentence, table
@@ -18,7 +17,6 @@ from overfill.settings.allowed import default_text, placeholder
 from overfill.settings.common import CommonSettings
 from overfill.settings.config import (
     SERVICES,
-    UP_KEYS,
     ColocatedConfig,
     DecodeConfig,
     PrefillConfig,
@@ -86,38 +84,11 @@ def _default(name: str, field: FieldInfo) -> str:
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
-def _options_of_up() -> Mapping[str, click.Option]:
-    """Returns the options of ``overfill up`` by name, with their variables."""
-    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OVERFILL_")}
-    try:
-        up_command.make_context("up", [])  # adds the variables
-    finally:
-        os.environ.update(kept)
-    return {each.opts[0].removeprefix("--"): each for each in up_command.params if isinstance(each, click.Option)}
-
-
-def _up() -> str:
-    of_services = {variable: (kind, name) for kind in SERVICES for variable, name in kind.variables().items()}
-    rows = []
-    for name, option in _options_of_up().items():
-        variables = option.envvar or []
-        if not variables or isinstance(variables, str):
-            continue
-        keys = [f"`up.{name}`"] if name in UP_KEYS else ["`common.pair`"] if name == "pair" else []
-        keys += [f"`{kind.section}.{flag_name(field)}`" for kind, field in map(of_services.__getitem__, variables[1:])]
-        names = "<br>".join(f"`{each}`" for each in (*option.opts, *option.secondary_opts, *variables))
-        default, meaning = default_and_meaning(option)
-        if keys and keys != [f"`up.{name}`"]:
-            meaning += f" Key: {' or '.join(keys)}."
-        rows.append((f'<span id="up-{name}"></span>{names}', value_of(option), default, meaning))
-    return table(_COLUMNS, rows)
-
-
 def _only_options_of_up() -> str:
     settings = {name for kind in SERVICES for name in kind.model_fields}
-    shown = {name: each for name, each in _options_of_up().items() if not each.hidden}
-    names = [name for name, each in shown.items() if not each.envvar and field_name(name) not in settings]
-    return ", ".join(f"`--{name}`" for name in names) + ".\n"
+    options = [each for each in up_command.params if isinstance(each, click.Option) and not each.hidden]
+    names = [each.opts[0] for each in options if not each.envvar and field_name(each.opts[0][2:]) not in settings]
+    return ", ".join(f"`{name}`" for name in names) + ".\n"
 
 
 def _mock() -> str:
@@ -138,7 +109,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": lambda: _own(PrefillConfig, WorkerConfig),
     "decode": lambda: _own(DecodeConfig, WorkerConfig),
     "colocated": lambda: _own(ColocatedConfig, DecodeConfig),
-    "up": _up,
     "up-only-options": _only_options_of_up,
     "mock": _mock,
 }

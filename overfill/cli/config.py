@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from pydantic import SecretStr, ValidationError
 
 from overfill.settings.config import (
     SERVICES,
     ColocatedConfig,
-    DecodeConfig,
-    RouterConfig,
     ServiceConfig,
     read_checked,
 )
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
 from overfill.settings.reader import SEPARATORS, BadSettings, Given
-from overfill.settings.tiers import TierSpec, default_tier
-from overfill.stack.describe import tier_settings
 
-_NAMES = (*(kind.section for kind in SERVICES), "up")
+_NAMES = tuple(kind.section for kind in SERVICES)
 Row = tuple[str, str, str]
 """Setting, value, origin."""
 
@@ -67,7 +62,7 @@ def show_command(service: str | None, config: Path | None, as_json: bool, flags:
 @config_group.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
 def check_command(file: Path) -> int:
-    """Check all names and values in FILE, for all services and `overfill up`. Lists faults and exits with 1 if any."""
+    """Check all names and values in FILE, for all services. Lists faults and exits with 1 if any."""
     try:
         read = read_checked(file)
     except BadConfigFile as error:
@@ -75,7 +70,7 @@ def check_command(file: Path) -> int:
     else:
         with _no_variables():
             kinds = [kind for kind in SERVICES if kind is not ColocatedConfig or _has_colocated(read)]
-            faults = [*dict.fromkeys(fault for kind in kinds for fault in _faults(kind, read)), *_faults_of_up(file)]
+            faults = [*dict.fromkeys(fault for kind in kinds for fault in _faults(kind, read))]
     for fault in faults:
         click.echo(fault, err=True)
     if not faults:
@@ -85,23 +80,16 @@ def check_command(file: Path) -> int:
 
 def _has_colocated(file: ConfigFile) -> bool:
     """False for a file with settings of workers with one stage and none of those with both."""
-    asked = "colocated" in file.sections or "colocated" in file.sections.get("up", {})
-    return asked or not {"prefill", "decode"} & file.sections.keys()
+    return "colocated" in file.sections or not {"prefill", "decode"} & file.sections.keys()
 
 
 def _rows(name: str, argv: list[str]) -> list[Row]:
-    if name == "up":
-        return _rows_of_up(argv)
     kind = next(kind for kind in SERVICES if kind.section == name)
     # --pair is the only required setting; the real run may get it elsewhere.
     flags = kind.read_flags(argv)
     try:
         given = kind.given(flags)
         absent = "pair" not in given
-        if "config" in given and "tiers" not in given:
-            file = read_checked(Path(given["config"].value))
-            if tiers := _tiers_of_up(kind, file):
-                given["tiers"] = Given(tiers, f"{file.path}: up.tier")
         config = kind.made(given | ({"pair": Given("-", "")} if absent else {}))
     except BadSettings as error:
         raise click.UsageError(str(error)) from error
@@ -113,43 +101,6 @@ def _rows(name: str, argv: list[str]) -> list[Row]:
             (flag_name(field), value, "required" if required else given[field].origin if field in given else "default")
         )
     return rows
-
-
-def _tiers_of_up(kind: type[ServiceConfig], file: ConfigFile) -> str:
-    """Returns the tiers that `overfill up` would give to its routers; empty without any, and for other services."""
-    up = file.sections.get("up", {}) if kind is RouterConfig else {}
-    given = up.get("tier", "")
-    texts = [text for text in given.split(";") if text.strip()] if isinstance(given, str) else [*map(str, given)]
-    try:
-        tiers = [TierSpec.parse(text, least=0) for text in texts]
-        chosen = file.values(kind.section, ["default_tier"]).get("default_tier", ("", ""))[1]
-        first = default_tier([tier.name for tier in tiers], chosen) if tiers else ""
-        colocated = int(up.get("colocated", 0))
-        counted = [one.model_copy(update={"replicas": one.replicas + colocated * (one.name == first)}) for one in tiers]
-        return ";".join(map(str, counted))
-    except ValueError:  # reading the text as the router does reports it
-        return ";".join(texts)
-
-
-def _rows_of_up(argv: list[str]) -> list[Row]:
-    from overfill.cli.up import up_command
-    from overfill.cli.up_config import OWN
-
-    with up_command.make_context("up", list(argv)) as ctx:
-        rows = []
-        for option in up_command.params:
-            flag, source = option.opts[0].removeprefix("--"), ctx.get_parameter_source(option.name or "")
-            if flag not in OWN and source is not ParameterSource.COMMANDLINE:
-                continue  # the services list it
-            origin = "default"
-            if source is ParameterSource.COMMANDLINE:
-                origin = f"--{flag}"
-            elif source is ParameterSource.ENVIRONMENT:
-                origin = next(name for name in option.envvar or () if os.environ.get(name))
-            elif source is ParameterSource.DEFAULT_MAP:
-                origin = str(ctx.params["config"])
-            rows.append((flag, display(ctx.params[option.name or ""], ";" if flag == "tier" else ","), origin))
-        return rows
 
 
 def display(value: Any, separator: str = ",") -> str:
@@ -170,8 +121,6 @@ def _print_table(name: str, rows: list[Row]) -> None:
 
 def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
     values = kind.file_values(file)
-    if tiers := _tiers_of_up(kind, file):
-        values.setdefault("tiers", ("up.tier", tiers))
     given: dict[str, Any] = {"pair": "-"} | {name: value for name, (_, value) in values.items()}
     origins = {name: f"{file.path}: {key}" for name, (key, _) in values.items()}
     try:
@@ -179,23 +128,6 @@ def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
     except ValidationError as error:
         return list(kind.explain(error, origins, f"{file.path}: {kind.section}: "))
     return []
-
-
-def _faults_of_up(file: Path) -> list[str]:
-    from overfill.cli.up import up_command
-
-    try:
-        with up_command.make_context("up", [f"--config={file}"]) as ctx:
-            return [f"{file}: up.{fault}" for tier in ctx.params["tiers"] for fault in _faults_of_tier(tier)]
-    except click.UsageError as error:
-        return [f"{file}: up: {error.format_message()}"]
-
-
-def _faults_of_tier(tier: TierSpec) -> Iterator[str]:
-    try:
-        DecodeConfig.of({**tier_settings(tier, DecodeConfig), "pair": tier.pair})
-    except BadSettings as error:
-        yield f"tier {tier.name}: {str(error).removeprefix(f'--tier {tier.name}: ')}"
 
 
 @contextlib.contextmanager

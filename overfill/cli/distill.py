@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,6 @@ DEFAULT_RECIPE = "smollm2-fast"
 @click.option("--standalone", is_flag=True, help="Train a baseline whose decoder reads the prompts itself.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run exactly where it stopped.")
 @click.option("--threads", type=int, help="CPU threads.")
-@click.option("--dry-run", is_flag=True, help="Try the recipe's widths with random weights: two layers, two steps.")
 def distill_command(
     pair: str | None,
     data: str | None,
@@ -81,7 +79,6 @@ def distill_command(
     standalone: bool,
     resume: bool,
     threads: int | None,
-    dry_run: bool,
     **hyperparameters: Any,
 ) -> None:
     """Train the decoder of PAIR on its full model.
@@ -101,11 +98,6 @@ def distill_command(
     recipe = read_recipe(recipe_name)
     set_threads(threads)
     training = changed(recipe.training, **hyperparameters)
-    if dry_run:
-        if unused := [name for name, value in (("PAIR", pair), ("--data", data), ("--held-out", held_out)) if value]:
-            raise click.UsageError(f"--dry-run makes its own pair and data; leave out {', '.join(unused)}")
-        _dry_run(recipe.model_copy(update={"training": training}))
-        return
     if out is None:
         raise click.UsageError("--out is missing; name the folder for the trained pair")
     if out.exists():
@@ -176,28 +168,14 @@ def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:
     from overfill.making.full_models import resolve_model
     from overfill.making.recipe import DecoderRecipe
 
-    if recipe.full is None or recipe.decoder is None:
+    if recipe.decoder is None:
         raise InvalidRequest("pair", "this recipe has no starting pair: give one, such as `fast`, or a pair's folder")
     start, sizes = run_folder(out) / "start", recipe.decoder
     with make_accelerator().main_process_first():
         if not start.exists():
             decoder = DecoderRecipe(sizes.hidden_size, sizes.intermediate_size, method=sizes.method, fit=sizes.fit)
-            full = resolve_model(recipe.full.id, report)
+            full = resolve_model(sizes.full, report)
             decoder.check(full)
             conversations = calibration_text(sizes.calibration, full, decoder.tokens, report)
             build_pair(full, start, decoder, conversations, calibration=sizes.calibration, report=report)
     return start
-
-
-def _dry_run(recipe: Recipe) -> None:
-    from overfill.making.distill.dry_run import dry_run
-    from overfill.telemetry.progress import show_progress
-
-    with tempfile.TemporaryDirectory(prefix="overfill-") as folder, show_progress() as report:
-        tried = dry_run(recipe, Path(folder), report=report)
-    for name, shape in tried.shapes.items():
-        click.echo(f"{name}  {' x '.join(map(str, shape))}")
-    click.echo(
-        f"OK: {tried.parameters:,} parameters trained for two steps, saved, and reloaded in transformers; "
-        f"logits differ by at most {tried.difference:.1g}"
-    )

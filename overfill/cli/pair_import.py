@@ -66,9 +66,9 @@ def import_command(
 ) -> None:
     """Make a pair from a full model and a decoder made elsewhere.
 
-    The decoder must have the full model's KV heads, head_dim, RoPE, vocabulary and tokenizer. Both may be safetensors
-    or pytorch_model.bin, in one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported;
-    only workers with the engine vllm run them.
+    The decoder must have the full model's KV heads, head_dim, RoPE, vocabulary and tokenizer. Both are safetensors, in
+    one file or in shards. Weights in FP8, AWQ, GPTQ or compressed-tensors can be imported; only workers with the engine
+    vllm run them.
 
     A decoder in the format of OverFill's authors needs no config: its sizes come from its tensors, everything else from
     the full model.

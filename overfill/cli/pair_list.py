@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from overfill.pair.store import CachedPair
 
 
 @click.command("list")
@@ -21,9 +20,8 @@ def list_command(as_json: bool) -> None:
     from rich.table import Table
 
     from overfill.cli.output import console, print_json
-    from overfill.pair.store import cached_pairs
 
-    pairs = [_describe(each) for each in cached_pairs()]
+    pairs = [_describe(*each) for each in _cached_pairs()]
     if as_json:
         print_json(pairs)
         return
@@ -37,21 +35,32 @@ def list_command(as_json: bool) -> None:
     console().print(table)
 
 
-def _describe(cached: CachedPair) -> dict[str, Any]:
+def _cached_pairs() -> Iterator[tuple[str, Path, str]]:
+    """Yields name, folder and state of the named pairs, then of those in the cache that earlier versions made.
+
+    This version does not use one that is "outdated", whose folder may be deleted.
+    """
+    from overfill.model.manifest import MANIFEST
+    from overfill.pair.store import NAMED, is_ready, pair_folder
+    from overfill.process.home import home
+
+    for name in NAMED:
+        folder = pair_folder(name)
+        yield name, folder, "ready" if is_ready(name, None) else "damaged" if folder.exists() else "not prepared"
+    for folder in sorted(manifest.parent for manifest in (home() / "pairs").glob(f"*/*/{MANIFEST}")):
+        if folder != pair_folder(folder.name):
+            yield folder.name, folder, "outdated"
+
+
+def _describe(name: str, folder: Path, state: str) -> dict[str, Any]:
     """Describes a pair as plain values. ``full`` and ``decoder`` are None for one that cannot be used as it is."""
     from overfill.making.evaluate.costs import DecodeCost
     from overfill.model.manifest import Pair
 
-    described: dict[str, Any] = {
-        "name": cached.name,
-        "state": cached.state,
-        "folder": str(cached.folder),
-        "full": None,
-        "decoder": None,
-    }
-    if cached.state != "ready":
+    described: dict[str, Any] = {"name": name, "state": state, "folder": str(folder), "full": None, "decoder": None}
+    if state != "ready":
         return described
-    pair = Pair.load(cached.folder, weights=False)
+    pair = Pair.load(folder, weights=False)
     for half, path, config in (
         ("full", pair.full_path, pair.full_config),
         ("decoder", pair.decoder_path, pair.decoder_config),

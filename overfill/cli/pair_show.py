@@ -73,16 +73,15 @@ def describe(pair: Pair, report: Report) -> dict[str, Any]:
 def _half(pair: Pair, half: Half, report: Report, digest: str | None = None) -> dict[str, Any]:
     """Describes one half. Its weights are read and checked unless ``digest`` is given."""
     from overfill.errors import OverfillError
+    from overfill.making.finite import check_finite
     from overfill.making.published import PublishedCheckpoint
-    from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest, list_tensors
+    from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors
     from overfill.model.files import check_tensors
     from overfill.model.loading import count_parameters, expected_shapes
     from overfill.model.manifest import engines_that_run
 
-    is_full = half == "full"
-    path, config = (pair.full_path, pair.full_config) if is_full else (pair.decoder_path, pair.decoder_config)
-    engines = engines_that_run(config, "none" if is_full else pair.quantize)
-    stated_engines = pair.full_engines if is_full else pair.decoder_engines
+    path, config, stated_engines = pair.path(half), pair.config(half), pair.engines(half)
+    engines = engines_that_run(config, "none" if half == "full" else pair.quantize)
     tensors = list_tensors(path)
     problems: list[str] = []
 

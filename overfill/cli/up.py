@@ -19,7 +19,6 @@ import click
 from click.core import ParameterSource
 
 from overfill.cli.options import check_replaced, option_errors
-from overfill.cli.up_config import OwnSettings
 from overfill.cli.up_options import up_options
 from overfill.cli.welcome import welcome
 from overfill.engine.choice import require_vllm
@@ -43,7 +42,7 @@ _WATCH_SECONDS = 0.5
 _BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}
 
 
-@click.command("up", cls=OwnSettings)
+@click.command("up")
 @up_options
 def up_command(
     target: str | None,

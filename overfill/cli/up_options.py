@@ -11,7 +11,6 @@ import click
 from pydantic.fields import FieldInfo
 
 from overfill.cli.options import Number, TierParam
-from overfill.cli.up_config import config_option
 from overfill.settings.allowed import default_text, fault, placeholder
 from overfill.settings.config import (
     ColocatedConfig,
@@ -19,8 +18,9 @@ from overfill.settings.config import (
     PrefillConfig,
     RouterConfig,
     ServiceConfig,
+    read_checked,
 )
-from overfill.settings.config_file import field_name, flag_name
+from overfill.settings.config_file import COMMON, BadConfigFile, field_name, flag_name
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -60,7 +60,13 @@ def _types(field: FieldInfo) -> tuple[Any, ...]:
 
 
 def setting_option(
-    name: str, field: FieldInfo, flag: str = "", default: Any = None, note: str = "", shown: str | None = None
+    name: str,
+    field: FieldInfo,
+    flag: str = "",
+    default: Any = None,
+    note: str = "",
+    shown: str | None = None,
+    envvar: str | None = None,
 ) -> Callable[[Any], Any]:
     """Returns the option of a service's setting. The service applies its default.
 
@@ -69,6 +75,7 @@ def setting_option(
         default: default of ``up``, if it is not the service's.
         note: end of the help.
         shown: default of ``up`` in words, if ``up`` computes it.
+        envvar: variable that ``up`` reads itself, because it has a default of its own.
     """
     about = (field.description or "").removesuffix(".")
     about = f"{about[:1].upper()}{about[1:]}{note}."
@@ -84,7 +91,7 @@ def setting_option(
     literals = [kind for kind in _types(field) if get_origin(kind) is Literal]
     if literals and len(_types(field)) - (type(None) in _types(field)) == 1:
         return click.option(flag, name, type=click.Choice([str(one) for one in get_args(literals[0])]), help=about)
-    return click.option(flag, name, type=SettingParam(name, field), default=default, help=about)
+    return click.option(flag, name, type=SettingParam(name, field), default=default, envvar=envvar, help=about)
 
 
 def settings_fields() -> dict[str, FieldInfo]:
@@ -93,6 +100,26 @@ def settings_fields() -> dict[str, FieldInfo]:
     fields = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items()}
     order = dict.fromkeys(name for kind in kinds for name in kind.model_fields)
     return {name: fields[name] for name in order if name not in _MANAGED}
+
+
+_SHARED = {"pair": (COMMON, "pair")} | {name: ("router", name) for name in ("port", "http", "tiers")}
+"""Options of ``up`` with defaults of their own that are also settings: parameter -> section and key in the file."""
+
+
+def _read_shared(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Makes what the file says of ``_SHARED`` the defaults. Services read all else in the file themselves."""
+    if path is None:
+        return None
+    try:
+        sections = read_checked(path).sections
+    except BadConfigFile as error:
+        raise click.UsageError(str(error)) from error
+    ctx.default_map = {
+        name: sections[section][key] for name, (section, key) in _SHARED.items() if key in sections.get(section, {})
+    }
+    if isinstance(tiers := ctx.default_map.get("tiers"), str):
+        ctx.default_map["tiers"] = [tier for tier in tiers.split(";") if tier.strip()]
+    return path
 
 
 def _stage_engines() -> Iterator[Callable[[Any], Any]]:
@@ -112,7 +139,13 @@ _MADE = {"threads": "the cores, divided among the workers of a stage"}
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("target", required=False, metavar="[PAIR|STACK.yaml]"),
-    config_option,
+    click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        is_eager=True,  # before the options whose defaults it sets
+        callback=_read_shared,
+        help="YAML or TOML file of the services' settings; flags and variables take precedence.",
+    ),
     click.option("--dry-run", is_flag=True, help="Print the document of the stack, as YAML, and start nothing."),
     click.option(
         "--colocated",
@@ -148,6 +181,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--tier",
         "tiers",
         multiple=True,
+        envvar=RouterConfig.variable("tiers"),
         type=TierParam(least=0),
         help="A tier: its name, its pair, its number of decode workers, and settings of its own, such as "
         "fast=fast:2,quantize=int8. Repeat it for each tier; it replaces --pair and --decode. All pairs must have the "
@@ -161,6 +195,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--grpc",
         GRPC_PORT,
         ", for gRPC; on Ray, of the first router, and further ones use the next ports",
+        envvar=RouterConfig.variable("port"),
     ),
     setting_option(
         "http",
@@ -168,6 +203,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--http",
         HTTP_PORT,
         "; on Ray, of the first router's, and further ones use the next ports",
+        envvar=RouterConfig.variable("http"),
     ),
     *(setting_option(name, field, shown=_MADE.get(name)) for name, field in settings_fields().items()),
     *_stage_engines(),

@@ -148,7 +148,7 @@ class Options(TypedDict, total=False):
         sample_index: Number of this answer among several answers to the prompt. With one seed, each index gives a
             different answer.
         priority: Class in the router's queue, -2 to 2; smaller numbers go first.
-        kv_codec: Encoding in which the prompt's KV travels: "raw", "int8" or "fp8"; empty means that the workers
+        kv_codec: Encoding in which the prompt's KV travels: "raw" or "int8"; empty means that the workers
             choose.
         tools: Tools that the model may call; only with a chat.
         tool_choice: "auto" (text, calls or both; the default with tools), "none", "required" (calls only), or the name

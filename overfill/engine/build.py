@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,15 +16,14 @@ import torch
 
 from overfill.engine.device import NotEnoughMemory, native_dtype
 from overfill.engine.gpu_memory import free_share
-from overfill.engine.parts import EngineParts
-from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES
+from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES, REPLAY_BUDGET, EngineOptions
 from overfill.engine.runner import ModelRunner
+from overfill.engine.stage import Stage, new_prefix_cache
 from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
+from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.processors import new_processor
@@ -32,7 +31,6 @@ from overfill.model.sampling import sample
 from overfill.model.transformer import ForwardModel, Transformer
 from overfill.process.limits import available_memory
 from overfill.request.grammar import Grammars
-from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 from overfill.version import __version__
 
@@ -107,76 +105,20 @@ class LoadedHalf:
     """A loaded and warmed-up model without a KV cache.
 
     Attributes:
-        spec: geometry of this half's own KV.
-        full_spec: geometry of the full model's KV.
+        dtype: of weights, activations and KV.
         requirement: memory that this half needs besides its weights.
     """
 
     half: Half
     pair: Pair
     model: ForwardModel
-    spec: KvSpec
-    full_spec: KvSpec
+    dtype: DTypeName
     requirement: MemoryRequirement
-    kv_cache_dtype: KvCacheDtype
+    options: EngineOptions
 
 
-def build_engine_parts(
-    pair: Pair,
-    half: Half,
-    *,
-    dtype: DTypeName | None,
-    device: torch.device,
-    block_size: int,
-    kv_memory: int | None,
-    max_model_len: int | None,
-    warm_tokens: int,
-    max_num_seqs: int = 64,
-    kv_cache_dtype: KvCacheDtype = "auto",
-    memory_fraction: float = MEMORY_FRACTION,
-    progress: Callable[[int, int], None] | None = None,
-) -> EngineParts:
-    """Builds one half: calls ``load_half``, then ``size_pools``; see there for arguments and errors.
-
-    Without ``kv_memory`` the cache takes nearly all free memory of a CUDA device.
-    """
-    loaded = load_half(
-        pair,
-        half,
-        dtype=dtype,
-        device=device,
-        block_size=block_size,
-        max_model_len=max_model_len,
-        warm_tokens=warm_tokens,
-        max_num_seqs=max_num_seqs,
-        kv_cache_dtype=kv_cache_dtype,
-        progress=progress,
-    )
-    return size_pools([loaded], kv_memory, max_model_len, memory_fraction)[0]
-
-
-def load_half(
-    pair: Pair,
-    half: Half,
-    *,
-    dtype: DTypeName | None,
-    device: torch.device,
-    block_size: int,
-    max_model_len: int | None,
-    warm_tokens: int,
-    max_num_seqs: int,
-    kv_cache_dtype: KvCacheDtype = "auto",
-    progress: Callable[[int, int], None] | None = None,
-) -> LoadedHalf:
+def load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
     """Loads one half and runs its largest steps once; quantises a decoder as the pair says.
-
-    Args:
-        dtype: dtype of weights, activations and KV. None means ``native_dtype``.
-        max_model_len: maximum number of tokens of a sequence. None means the model's context.
-        warm_tokens: maximum number of tokens in a step that has several per sequence.
-        max_num_seqs: maximum number of sequences in one step.
-        kv_cache_dtype: format in which the half stores KV.
-        progress: called with (bytes done, bytes in total) while the weights are loaded.
 
     Raises:
         InvalidRequest: ``max_model_len`` exceeds the model's context.
@@ -185,59 +127,45 @@ def load_half(
         UnsupportedModel: the engine does not run this model.
     """
     pair.check_engine(half, "overfill")
-    dtype = dtype or native_dtype(device)
-    folder = pair.full_path if half == "full" else pair.decoder_path
-    config = ModelConfig.load(folder)
-    longest = config.longest(max_model_len)
+    device, block_size = options.compute_device, options.block_size or DEFAULT_BLOCK_SIZE
+    dtype = options.dtype or native_dtype(device)
+    config, max_num_seqs = pair.config(half), options.max_num_seqs
+    longest = config.longest(options.max_model_len)
     with _out_of_memory(f"the weights of the {half} model", device, "free some of it, or take another --device"):
         loaded = Transformer.load(
-            folder,
-            TORCH_DTYPES[dtype],
-            device,
-            max_positions=longest,
-            progress=progress,
-            quantize="none" if half == "full" else pair.quantize,
+            pair.path(half), TORCH_DTYPES[dtype], device, longest, "none" if half == "full" else pair.quantize
         )
         model = fastest_model(loaded)
-    spec = config.kv_spec(dtype)
-    step_tokens = min(warm_tokens, longest)
+    # Only these steps have several tokens of a sequence: prompts of a full model, and replays of a decoder.
+    largest = options.max_num_batched_tokens if half == "full" else max(max_num_seqs, REPLAY_BUDGET)
+    step_tokens = min(largest, longest)
     advice = "free some of it, or give a smaller --max-num-batched-tokens or --max-num-seqs"
     with _out_of_memory(f"a step of {step_tokens} tokens", device, advice):
         warm = step_tokens if device.type == "cuda" else min(step_tokens, _CPU_WARM_TOKENS)
-        scratch = KvCache(spec, -(-warm // block_size), block_size, device, kv_cache_dtype)
+        scratch = KvCache(config.kv_spec(dtype), -(-warm // block_size), block_size, device, options.kv_cache_dtype)
         activations = _profile(model, scratch, step_tokens, max_num_seqs)
     gathered = scratch.gathered_layer_bytes
     requirement = MemoryRequirement(
         scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations
     )
-    full_spec = spec if half == "full" else ModelConfig.load(pair.full_path).kv_spec(dtype)
-    return LoadedHalf(half, pair, model, spec, full_spec, requirement, kv_cache_dtype)
+    return LoadedHalf(half, pair, model, dtype, requirement, options)
 
 
-def size_pools(
-    halves: Sequence[LoadedHalf],
-    kv_memory: int | None,
-    max_model_len: int | None,
-    memory_fraction: float = MEMORY_FRACTION,
-    gpu_share: float = 1.0,
-    grammar_limits: GrammarLimits | None = None,
-) -> list[EngineParts]:
+def size_pools(halves: Sequence[LoadedHalf], memory_fraction: float = MEMORY_FRACTION) -> list[Stage]:
     """Allocates the KV cache of every half in this process, all on one device.
 
-    The halves must not step at the same time: memory is kept for the largest step only.
+    The halves must not step at the same time: memory is kept for the largest step only. Without ``kv_memory``, the free
+    memory is divided so that all caches hold the same number of tokens (on a CPU at most 1 GiB each).
 
     Args:
-        kv_memory: bytes of each cache. None divides the free memory so that all caches hold the same number of
-            tokens (on a CPU at most 1 GiB each).
-        max_model_len: maximum number of tokens of a sequence. None means as many as a cache holds.
-        memory_fraction: share of the free memory that caches and steps may take when ``kv_memory`` is None.
-        gpu_share: share of a GPU's memory that this process may use when ``kv_memory`` is None.
-        grammar_limits: what a client's grammar may cost; None means the defaults.
+        halves: with equal options of the device, its memory and the sequences' length.
+        memory_fraction: share of the free memory that caches and steps may take without ``kv_memory``.
 
     Raises:
         NotEnoughMemory: the message names both sizes and what to change.
     """
-    device = halves[0].model.device
+    device, options = halves[0].model.device, halves[0].options
+    kv_memory, gpu_share = options.kv_memory, options.gpu_share
     requirements = [h.requirement for h in halves]
     free = _free_memory(device)
     larger_share = ""
@@ -258,37 +186,41 @@ def size_pools(
             f"process may still use on {device}; give a smaller --kv-memory, --max-model-len or --max-num-seqs"
             f"{larger_share}"
         )
-    advice = "give a smaller --kv-memory"
-    parts, grammars = [], _grammars(halves[0], grammar_limits)
-    for half, num_blocks in zip(halves, blocks, strict=True):
-        longest = _longest(half.requirement, num_blocks, max_model_len, larger_share)
-        with _out_of_memory(f"a KV cache of {_mib(num_blocks * half.requirement.block_bytes)}", device, advice):
-            cache = KvCache(half.spec, num_blocks, half.requirement.block_size, device, half.kv_cache_dtype)
-        log.info(
-            "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
-            *(half.half, num_blocks, cache.block_size, _mib(num_blocks * cache.block_bytes), _mib(step)),
-        )
-        runner, pool = ModelRunner(half.model, cache), BlockPool(num_blocks, cache.block_size)
-        parts.append(
-            EngineParts(
-                runner,
-                pool,
-                half.model.config,
-                half.full_spec,
-                half.pair,
-                longest,
-                grammars,
-                half.kv_cache_dtype,
-                f"overfill {__version__}",
-                new_processor,
-            )
-        )
-    return parts
+    grammars = _grammars(halves[0])
+    return [
+        _new_stage(half, num_blocks, step, larger_share, grammars)
+        for half, num_blocks in zip(halves, blocks, strict=True)
+    ]
 
 
-def _grammars(half: LoadedHalf, limits: GrammarLimits | None) -> Grammars:
+def _new_stage(loaded: LoadedHalf, num_blocks: int, step: int, larger_share: str, grammars: Grammars) -> Stage:
+    half, pair, model, options = loaded.half, loaded.pair, loaded.model, loaded.options
+    longest = _longest(loaded.requirement, num_blocks, options.max_model_len, larger_share)
+    spec, block_size = model.config.kv_spec(loaded.dtype), loaded.requirement.block_size
+    size = _mib(num_blocks * loaded.requirement.block_bytes)
+    with _out_of_memory(f"a KV cache of {size}", model.device, "give a smaller --kv-memory"):
+        cache = KvCache(spec, num_blocks, block_size, model.device, options.kv_cache_dtype)
+    log.info(
+        "%s: %d KV blocks of %d tokens, %s; %s kept for the largest step",
+        *(half, num_blocks, block_size, size, _mib(step)),
+    )
+    return Stage(
+        half,
+        pair,
+        loaded.dtype,
+        ModelRunner(model, cache),
+        new_prefix_cache(pair, loaded.dtype, BlockPool(num_blocks, block_size), options.prefix_cache),
+        options,
+        longest,
+        grammars,
+        f"overfill {__version__}",
+        new_processor,
+    )
+
+
+def _grammars(half: LoadedHalf) -> Grammars:
     # Both halves take the full model's, because a decoder's config may name other stop tokens.
-    pair, vocab_size = half.pair, half.model.config.vocab_size
+    pair, vocab_size, limits = half.pair, half.model.config.vocab_size, half.options.grammars
     return Grammars(pair.full_path / "tokenizer.json", vocab_size, pair.full_config.eos_token_ids, limits)
 
 

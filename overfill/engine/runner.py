@@ -63,13 +63,7 @@ class ModelRunner:
     def next_tokens(
         self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """Runs one step and samples the token after each work that wants logits.
-
-        Args:
-            sequences: one per work that wants logits.
-
-        Returns:
-            The tokens; and row -> error for rows that failed, as in ``sample_next``.
+        """Runs one step and samples; see ``Runner``.
 
         Raises:
             ValueError: a row that is not greedy has no seed.

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from overfill.engine.sequence import Processor
+from overfill.engine.sequence import DecodeSequence, PrefillSequence
 from overfill.kv.store import KvStore
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
-from overfill.request.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -36,25 +35,8 @@ class Work:
         return self.start + len(self.tokens)
 
 
-class Sampled(Protocol):
-    """A sequence that gets a token, as far as choosing it goes.
-
-    Attributes:
-        sample_index: number of the answer among the request's answers.
-        emitted: the answer so far, which ``processor`` reads.
-    """
-
-    @property
-    def sampling(self) -> SamplingParams: ...
-
-    @property
-    def sample_index(self) -> int: ...
-
-    @property
-    def processor(self) -> Processor | None: ...
-
-    @property
-    def emitted(self) -> Sequence[int]: ...
+Sampled: TypeAlias = PrefillSequence | DecodeSequence
+"""A sequence that gets a token."""
 
 
 def plain_greedy(sequence: Sampled) -> bool:

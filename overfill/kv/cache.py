@@ -29,8 +29,6 @@ from overfill.kv.tensors import (
 )
 from overfill.v1 import common_pb2
 
-_INT8 = common_pb2.KV_CODEC_INT8
-
 
 class KvCache:
     """Keys and values of all blocks.
@@ -55,7 +53,7 @@ class KvCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
-        self.codec = _INT8 if dtype == "int8" else common_pb2.KV_CODEC_RAW
+        self.codec = common_pb2.KV_CODEC_INT8 if dtype == "int8" else common_pb2.KV_CODEC_RAW
         self._elements = self._new_tensors(torch.int8 if dtype == "int8" else TORCH_DTYPES[spec.dtype], spec.head_dim)
         self._scales = self._new_tensors(torch.float32, 1) if dtype == "int8" else None
         self.k, self.v = self._elements.k, self._elements.v
@@ -102,7 +100,7 @@ class KvCache:
                 flat.index_copy_(0, slots, new)
             return
         for codes, scales, new in zip(self.layer(layer), self._scales.layer(layer), (k, v), strict=True):
-            new_scales, new_codes = quantise(new, _INT8)
+            new_scales, new_codes = quantise(new)
             codes.index_copy_(0, slots, new_codes)
             scales.index_copy_(0, slots, new_scales)
 
@@ -141,7 +139,7 @@ class KvCache:
             scales = Chunk(chunk.range, bytearray(num_vectors * SCALE_BYTES))
             self._elements.read(block_table, [codes], after)
             self._scales.read(block_table, [scales], after)
-            vectors = decode(_INT8, self.spec.dtype, self.spec.head_dim, scales.payload, codes.payload)
+            vectors = decode(self.spec.dtype, self.spec.head_dim, scales.payload, codes.payload)
             memoryview(chunk.payload)[:] = vectors
             if chunk.header:
                 chunk.checksum = digest(chunk.header, chunk.payload)
@@ -160,7 +158,7 @@ class KvCache:
     def _encode(self, payload: Buffer) -> tuple[Buffer, Buffer]:
         """Scales and codes of a raw payload."""
         # The copy avoids torch's warning about read-only buffers.
-        return encode(_INT8, self.spec.dtype, self.spec.head_dim, memoryview(bytearray(payload)))
+        return encode(self.spec.dtype, self.spec.head_dim, memoryview(bytearray(payload)))
 
     def _new_tensors(self, dtype: torch.dtype, width: int) -> PagedTensors:
         shape = (self.spec.num_layers, self.num_blocks, self.block_size, self.spec.num_kv_heads, width)

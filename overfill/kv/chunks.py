@@ -131,13 +131,6 @@ def new_chunk(
     return Chunk(kv_range, payload, _header(spec, kv_range), scales=scales, head=head)
 
 
-def seal(spec: TransferSpec, kv_range: KvRange, payload: Buffer, scales: Buffer = b"") -> Chunk:
-    """Returns a chunk of the transfer with its checksum."""
-    chunk = new_chunk(spec, kv_range, payload, scales)
-    chunk.checksum = digest(chunk.header, scales, payload)
-    return chunk
-
-
 def check(spec: TransferSpec, received: Chunk) -> KvRange:
     """Returns the range of a received chunk that belongs to the transfer and is undamaged.
 
@@ -187,7 +180,7 @@ def _header(spec: TransferSpec, kv_range: KvRange) -> bytes:
     return _HEADER.pack(
         spec.transfer_id,
         spec.attempt,
-        *kv_range.as_tuple(),
+        *kv_range,
         DTYPE_TO_PROTO[spec.kv.dtype],
         spec.codec,
         spec.scales_bytes(kv_range),

@@ -1,9 +1,7 @@
-"""Codecs that compress KV: int8 and fp8, with one scale for each key and each value vector.
+"""The codec that compresses KV: int8, with one scale for each key and each value vector.
 
-A vector is one head of one token in one layer. Its largest magnitude maps to the largest code. The error of an int8
-element is at most half a step: 1/254 of that magnitude. The error of an fp8 element is at most 1/16 of the element or,
-for small ones, 1/(448 * 1024) of that magnitude. Rounding to the KV's own dtype comes on top (bfloat16: 1/256 of the
-element).
+A vector is one head of one token in one layer. Its largest magnitude maps to 127. The error of an element is at most
+half a step: 1/254 of that magnitude. Rounding to the KV's own dtype comes on top (bfloat16: 1/256 of the element).
 """
 
 from __future__ import annotations
@@ -15,24 +13,15 @@ from overfill.errors import TransferFailed
 from overfill.kv.chunks import Buffer
 from overfill.kv.spec import DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.v1 import common_pb2
-
-_CODES: dict[int, tuple[torch.dtype, float]] = {
-    common_pb2.KV_CODEC_INT8: (torch.int8, 127.0),
-    common_pb2.KV_CODEC_FP8: (torch.float8_e4m3fn, 448.0),
-}
 
 
-def quantise(vectors: torch.Tensor, codec: common_pb2.KvCodec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales [..., 1] float32 and codes [..., head_dim] of ``vectors`` [..., head_dim] of any float dtype."""
-    kind, largest = _CODES[codec]
+def quantise(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [..., 1] float32 and int8 codes [..., head_dim] of ``vectors`` [..., head_dim] of any float dtype."""
     wide = vectors.float()
-    scales = wide.abs().amax(-1, keepdim=True) / largest
+    scales = wide.abs().amax(-1, keepdim=True) / 127
     # The scale of a zero vector is 0; divide by 1 instead.
-    codes = wide / torch.where(scales > 0, scales, 1.0)
-    if kind is torch.int8:
-        codes = codes.round_().clamp_(-largest, largest)
-    return scales, codes.to(kind)
+    codes = (wide / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-127, 127)
+    return scales, codes.to(torch.int8)
 
 
 def restore(scales: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,13 +29,13 @@ def restore(scales: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> to
     return (codes.float() * scales).to(dtype)
 
 
-def encode(codec: common_pb2.KvCodec, dtype: DTypeName, head_dim: int, raw: memoryview) -> tuple[Buffer, Buffer]:
+def encode(dtype: DTypeName, head_dim: int, raw: memoryview) -> tuple[Buffer, Buffer]:
     """Encodes vectors of ``head_dim`` elements of ``dtype`` into scales and payload.
 
     ``raw`` must be writable, because torch warns about read-only buffers.
     """
     vectors = torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).view(-1, head_dim)
-    scales, codes = quantise(vectors, codec)
+    scales, codes = quantise(vectors)
     return scales.numpy().reshape(-1).view(np.uint8).data, codes.view(torch.uint8).numpy().reshape(-1).data
 
 
@@ -56,15 +45,14 @@ def check_scales(scales: Buffer) -> None:
         raise TransferFailed("a chunk has a scale that is not a finite number")
 
 
-def decode(codec: common_pb2.KvCodec, dtype: DTypeName, head_dim: int, scales: Buffer, payload: Buffer) -> Buffer:
+def decode(dtype: DTypeName, head_dim: int, scales: Buffer, payload: Buffer) -> Buffer:
     """Decodes vectors, as bytes of ``dtype``; the inverse of ``encode`` up to rounding.
 
     Raises:
         TransferFailed: a scale is not a finite number.
     """
-    kind, _ = _CODES[codec]
     check_scales(scales)
     # The copies avoid torch's warning about read-only buffers.
     factors = torch.frombuffer(bytearray(scales), dtype=torch.float32).unsqueeze(1)
-    codes = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(kind).view(-1, head_dim)
+    codes = torch.frombuffer(bytearray(payload), dtype=torch.int8).view(-1, head_dim)
     return restore(factors, codes, TORCH_DTYPES[dtype]).view(torch.uint8).numpy().reshape(-1).data

@@ -34,16 +34,8 @@ class KvIdentity:
     @classmethod
     def from_proto(cls, wire_version: int, model: common_pb2.ModelIdentity, kv: common_pb2.KvSpec) -> KvIdentity:
         """Returns the identity of the KV of a worker that says this of itself."""
-        return cls(
-            wire_version,
-            model.full_digest,
-            model.tokenizer_digest,
-            KvSpec.from_proto(kv),
-            model.config_digest,
-            model.reader_digest,
-            model.reader_quantize,
-            model.revision,
-        )
+        told = {f.name: getattr(model, f.name) for f in fields(cls) if f.name not in ("wire_version", "kv")}
+        return cls(wire_version=wire_version, kv=KvSpec.from_proto(kv), **told)
 
     def flat(self) -> dict[str, object]:
         """Every field by its dotted name."""

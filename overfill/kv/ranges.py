@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +12,8 @@ from overfill.errors import TransferFailed
 from overfill.v1 import kv_pb2
 
 
-@dataclass(frozen=True, slots=True)
-class KvRange:
-    """Full-model layers x prompt positions x KV heads, each half-open.
+class KvRange(NamedTuple):
+    """Full-model layers x prompt positions x KV heads, each half-open, in the order of the wire.
 
     Its size is counted in vectors: each layer, position and head has a key vector and a value vector.
     """
@@ -67,32 +65,12 @@ class KvRange:
             and other.head_start < self.head_end
         )
 
-    def as_tuple(self) -> tuple[int, ...]:
-        """The six numbers in wire order."""
-        return (
-            self.layer_start, self.layer_end, self.token_start, self.token_end, self.head_start, self.head_end,
-        )  # fmt: skip
-
     def to_proto(self) -> kv_pb2.KvRange:
-        return kv_pb2.KvRange(
-            layer_start=self.layer_start,
-            layer_end=self.layer_end,
-            token_start=self.token_start,
-            token_end=self.token_end,
-            head_start=self.head_start,
-            head_end=self.head_end,
-        )
+        return kv_pb2.KvRange(**self._asdict())
 
     @classmethod
     def from_proto(cls, message: kv_pb2.KvRange) -> KvRange:
-        return cls(
-            message.layer_start,
-            message.layer_end,
-            message.token_start,
-            message.token_end,
-            message.head_start,
-            message.head_end,
-        )
+        return cls(*(getattr(message, name) for name in cls._fields))
 
     def __str__(self) -> str:
         return (
@@ -205,8 +183,8 @@ class Coverage:
                     for start, end in runs(positions):
                         one = KvRange(layer, layer + 1, start, end, head_start, head_end)
                         above = found[-1] if found and found[-1].layer_end == layer else None
-                        if above and replace(above, layer_start=layer, layer_end=layer + 1) == one:
-                            found[-1] = replace(above, layer_end=layer + 1)
+                        if above and above._replace(layer_start=layer, layer_end=layer + 1) == one:
+                            found[-1] = above._replace(layer_end=layer + 1)
                         else:
                             found.append(one)
         return found

@@ -381,7 +381,7 @@ class PromptPull:
                 check_scales(received.scales)
                 chunk = Chunk(kv_range, received.payload, scales=received.scales)
             else:
-                chunk = Chunk(kv_range, decode(codec, spec.dtype, spec.head_dim, received.scales, received.payload))
+                chunk = Chunk(kv_range, decode(spec.dtype, spec.head_dim, received.scales, received.payload))
         self._coverage.add(chunk.range)
         return chunk
 

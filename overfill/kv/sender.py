@@ -260,7 +260,7 @@ class KvSender:
 
         raw = _scratch()[: self.spec.raw_bytes(chunk.range)]
         self._store.read(self._block_table, [Chunk(chunk.range, raw)], self._event)
-        chunk.scales, codes = encode(self.spec.codec, self.spec.kv.dtype, self.spec.kv.head_dim, raw)
+        chunk.scales, codes = encode(self.spec.kv.dtype, self.spec.kv.head_dim, raw)
         if chunk.slot is None:
             chunk.payload = codes
         else:

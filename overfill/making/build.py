@@ -14,15 +14,18 @@ from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import link_relatively, write_decoder
 from overfill.making.conversations import Conversation, Transcript, encode
 from overfill.making.fit import check_enough, fit
+from overfill.making.head_plan import HeadPlan
 from overfill.making.layer_selection import choose_layers
 from overfill.making.layerwise import PackedTranscripts, fold_norms
-from overfill.making.prune import HeadPlan, Scores, make_pruning_plan, score, slice_weights
+from overfill.making.pair_json import write_manifest
+from overfill.making.prune import Scores, make_pruning_plan, score, slice_weights
 from overfill.making.recipe import DecoderRecipe
+from overfill.making.seal import record_checksums
 from overfill.making.sensitivity import measure_sensitivity
 from overfill.model.config import ModelConfig
 from overfill.model.digest import checkpoint_digest
 from overfill.model.loading import Weights, load_weights
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.hf_config import decoder_config
 from overfill.process.memory import freed_memory_kept
 from overfill.telemetry.progress import Report, silent
@@ -36,6 +39,7 @@ SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds a
 LAYER_TOKENS = 512
 
 
+@freed_memory_kept()
 def build_pair(
     full: Path,
     out: Path,
@@ -43,12 +47,13 @@ def build_pair(
     conversations: Sequence[Conversation],
     *,
     calibration: str = "shipped",
+    sealed: bool = False,
     report: Report = silent,
 ) -> Pair:
     """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
 
     ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
-    full model itself, quantised or not: an identity pair.
+    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores.
 
     Args:
         full: Folder of the full model's checkpoint.
@@ -56,6 +61,7 @@ def build_pair(
         recipe: Sizes of the decoder, and the methods that make it.
         conversations: Calibration text. The full model wrote the answers, or they are in its style.
         calibration: Name of the text's source, recorded in ``pair.json``.
+        sealed: True records the files' checksums, as the cache of named pairs needs them.
         report: Called with a description of the step, its progress and its total.
 
     Raises:
@@ -65,24 +71,20 @@ def build_pair(
             transformers could not run the decoder.
     """
     with atomic_folder(out) as folder:
-        fill_pair(folder, full, recipe, conversations, calibration=calibration, report=report)
+        _fill(folder, full, recipe, conversations, calibration, report)
+        if sealed:
+            record_checksums(folder)
     return Pair.load(out)
 
 
-@freed_memory_kept()
-def fill_pair(
+def _fill(
     folder: Path,
     full: Path,
     recipe: DecoderRecipe,
     conversations: Sequence[Conversation],
-    *,
-    calibration: str = "shipped",
-    report: Report = silent,
+    calibration: str,
+    report: Report,
 ) -> None:
-    """Fills the empty ``folder`` with a pair, as ``build_pair`` describes it and with its errors.
-
-    ``scores.safetensors`` keeps the scores.
-    """
     config = ModelConfig.load(full)
     config.check_plain(full)
     sizes = recipe.sizes(config)

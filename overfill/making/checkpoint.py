@@ -29,25 +29,13 @@ COMPANION_FILES = (
     "chat_template.json",
 )
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's dtypes, by their names in safetensors files."""
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Returns the dtype of the checkpoint's tensors in its files; the head may have a wider one."""
-    return TORCH_DTYPES[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
+    return _STORED[next(t for t in list_tensors(folder) if t.name == EMBEDDING).dtype]
 
 
 def link_relatively(link: Path, target: Path) -> None:

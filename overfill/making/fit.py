@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from overfill.errors import InvalidPair, InvalidRequest
+from overfill.making.head_plan import HeadPlan
 from overfill.making.layerwise import LayerMath, PackedTranscripts, PromptKv, attend_answers, prompt_kv, run_full_layer
-from overfill.making.prune import HeadPlan, PruningPlan, keep_neurons, slice_layer
+from overfill.making.prune import PruningPlan, keep_neurons, slice_layer
 from overfill.making.ridge import Ridge
 from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights

@@ -9,9 +9,10 @@ from pathlib import Path
 from overfill.errors import InvalidPair
 from overfill.making.atomic import atomic_folder, remove_leftovers
 from overfill.making.named import locked
+from overfill.making.seal import record_checksums
 from overfill.making.sources import SourceUnavailable, fetch_from_hub
 from overfill.model.manifest import MANIFEST
-from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.pair.checksums import checksums_match
 from overfill.process.home import home
 from overfill.telemetry.progress import Report, silent
 

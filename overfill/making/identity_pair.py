@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overfill.model.manifest import write_manifest
+from overfill.making.pair_json import write_manifest
 from overfill.telemetry.progress import Report, silent
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from overfill.errors import InvalidPair, OverfillError
 from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import COMPANION_FILES, link_relatively, save_tensors, write_json
 from overfill.making.evaluate.costs import DecodeCost
+from overfill.making.finite import check_finite
+from overfill.making.pair_json import write_manifest
 from overfill.making.published import PublishedCheckpoint
 from overfill.making.recipe import KeptLayers, kept_layers
 from overfill.making.two_stage_format import (
@@ -32,7 +33,7 @@ from overfill.making.two_stage_format import (
     student_tensors,
 )
 from overfill.model.config import ModelConfig
-from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest
+from overfill.model.digest import StoredTensor, checkpoint_digest
 from overfill.model.files import HEAD, check_tensors
 from overfill.model.loading import count_parameters, expected_shapes
 from overfill.model.manifest import (
@@ -41,7 +42,6 @@ from overfill.model.manifest import (
     differing_fields,
     engines_that_run,
     layer_map_problem,
-    write_manifest,
 )
 from overfill.pair.hf_config import loadable_config
 from overfill.telemetry.progress import Report, silent
@@ -83,8 +83,8 @@ class ImportedHalf:
 
     @property
     def converted(self) -> bool:
-        """True if the weights are written anew, because they are not ordinary safetensors."""
-        return not self.checkpoint.in_safetensors or any(name != t.name for name, t in self.tensors.items())
+        """True if the weights are written anew, under other names."""
+        return any(name != tensor.name for name, tensor in self.tensors.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ def plan_import(
 ) -> ImportPlan:
     """Reads configs, tokenizers and tensor headers, and checks that the halves fit each other.
 
-    Reads weights in three cases only: of a two-stage checkpoint, a head that is stored although it is tied, and the
-    norms and biases of a teacher; and files of torch before 1.6, which cannot be mapped.
+    Reads weights of a two-stage checkpoint only: a head that is stored although it is tied, and the norms and biases
+    of a teacher.
 
     Args:
         full: Folder of the full model's checkpoint.
@@ -166,8 +166,7 @@ def write_import(
 ) -> Pair:
     """Writes the pair's folder and moves it to ``out`` once it is whole. Reads all weights for their digests.
 
-    Weights in safetensors under ordinary names become links. Others are converted, and read twice: from the source, and
-    as written.
+    Weights under ordinary names become links. Others are written anew, and read twice: from the source, and as written.
 
     Args:
         plan: What ``plan_import`` returned.
@@ -370,8 +369,7 @@ def _convert(half: ImportedHalf, folder: Path, report: Report) -> None:
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Clones, because safetensors refuses tensors that share memory.
-        tensors: dict[str, Tensor] = {n: half.checkpoint.read(headers[n].name).clone().contiguous() for n in names}
+        tensors = {name: half.checkpoint.read(headers[name].name) for name in names}
         for name, tensor in tensors.items():
             check_finite(headers[name], tensor.flatten().view(torch.uint8).numpy().data)
         save_tensors(tensors, folder / file, {"format": "pt"})

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, silu
 
 from overfill.making.conversations import Transcript
+from overfill.model.attention import attend
 from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.model.rope import apply_rope, rope_tables
@@ -124,18 +125,9 @@ class LayerMath:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes causal attention for the last ``len(q)`` tokens of one transcript. [rows, heads * D]"""
-        new, context, kv_heads = len(q), len(k), self.config.num_kv_heads
-        grouped = q.reshape(new, kv_heads, -1, self.config.head_dim).permute(1, 2, 0, 3)
-        shared = (kv_heads, grouped.shape[1], context, self.config.head_dim)
+        new, context = len(q), len(k)
         mask = None if new == context else torch.ones(new, context, dtype=torch.bool).tril(context - new)
-        out = scaled_dot_product_attention(
-            grouped,
-            k.transpose(0, 1).unsqueeze(1).expand(shared),
-            v.transpose(0, 1).unsqueeze(1).expand(shared),
-            attn_mask=mask,
-            is_causal=mask is None,
-        )
-        return out.permute(2, 0, 1, 3).reshape(new, -1)
+        return attend(q, k, v, mask, is_causal=mask is None)
 
     def neurons(self, layer: LayerWeights, normed: Tensor) -> Tensor:
         """Computes the MLP's activations, the inputs of the down projection. [rows, intermediate]"""

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from overfill import pair
-from overfill.model.manifest import write_manifest
+from overfill.making.pair_json import write_manifest
 
 FOLDER = Path(pair.__file__).parent / "mock"
 DATA = Path(__file__).parent / "data"

@@ -19,7 +19,8 @@ from typing import cast
 from overfill.errors import InvalidPair, OverfillError
 from overfill.making.atomic import atomic_folder, remove_leftovers
 from overfill.making.recipe import DecoderRecipe
-from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.making.seal import record_checksums
+from overfill.pair.checksums import checksums_match
 from overfill.pair.store import Source, is_ready, model_folder, pair_folder
 from overfill.process.extras import install_line
 from overfill.process.home import home
@@ -63,7 +64,7 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
         tell(f"Preparing the pair {name} (once): {step}", done, total)
 
     try:
-        from overfill.making.build import fill_pair
+        from overfill.making.build import build_pair
         from overfill.making.conversations import shipped_conversations
         from overfill.making.sources import fetch_default
     except ModuleNotFoundError as error:
@@ -80,9 +81,7 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
             record_checksums(folder)
     out = pair_folder(name)
     remove_leftovers(out)
-    with atomic_folder(out) as folder:
-        fill_pair(folder, full, RECIPES[name], shipped_conversations("calibration"), report=report)
-        record_checksums(folder)
+    build_pair(full, out, RECIPES[name], shipped_conversations("calibration"), sealed=True, report=report)
 
 
 @contextmanager

@@ -7,11 +7,9 @@ never change, so that the decoder fits the full model's KV cache (OverFill, arXi
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,12 +17,12 @@ from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.making.checkpoint import save_tensors
+from overfill.making.head_plan import HeadPlan
 from overfill.making.layerwise import LayerMath, PackedTranscripts, run_full_layer
 from overfill.making.neuron_selection import removal_order
 from overfill.making.recipe import Method
 from overfill.making.sensitivity import Sensitivity, matrix_sqrt
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_mask_of, lower_rank
 from overfill.model.loading import LayerWeights, Weights
 from overfill.telemetry.progress import Report, silent
 
@@ -177,23 +175,12 @@ class PruningPlan:
 def make_pruning_plan(
     scores: Scores, *, hidden_size: int, intermediate_size: int, layers: Sequence[int], method: Method
 ) -> PruningPlan:
-    """Chooses the parts that a decoder of the given size keeps.
+    """Chooses the parts that a decoder of the given size keeps. ``DecoderRecipe.sizes`` gives sizes that fit.
 
     Args:
         method: ``channel`` keeps the residual stream's largest channels; ``rotate`` keeps its leading directions.
-
-    Raises:
-        InvalidPair: a size is out of range.
     """
-    num_layers, widest = scores.neurons.shape
     full_hidden = len(scores.channels)
-    for name, size, maximum in (
-        ("hidden_size", hidden_size, full_hidden),
-        ("intermediate_size", intermediate_size, widest),
-        ("layers", len(layers), num_layers),
-    ):
-        if not 1 <= size <= maximum:
-            raise InvalidPair(f"{name} must be in 1..{maximum}, got {size}")
     scale = 1.0
     if hidden_size == full_hidden:
         basis = torch.eye(full_hidden)
@@ -211,41 +198,6 @@ def make_pruning_plan(
 def _scale(shares: Tensor, full_hidden: int) -> float:
     """Computes ``PruningPlan.scale`` from the kept directions' shares of the mean square."""
     return float((shares.sum() * full_hidden / len(shares)).sqrt())
-
-
-@dataclass(frozen=True, slots=True)
-class HeadPlan:
-    """Split of the head: frequent tokens keep their rows, the others share a low-rank matrix (``overfill.model.head``).
-
-    All rare tokens have the same weight in the low-rank approximation. Weighting them by frequency made the rarest
-    tokens nearly impossible.
-
-    Attributes:
-        shares: [vocab] float32; frequency of each token. Of equally frequent tokens, those with lower ids keep their
-            rows, because tokenizers give lower ids to common tokens.
-        tokens: Number of rows that stay whole.
-        tail_rank: Rank of the matrix of the other rows.
-    """
-
-    shares: Tensor
-    tokens: int
-    tail_rank: int
-
-    def apply(self, head: Tensor, covariance: Tensor) -> Tensor:
-        """Lowers the rank of the rare rows of ``head`` [vocab, hidden], for inputs with this covariance."""
-        _, rest = self._split()
-        return head.index_copy(0, rest, lower_rank(head[rest], covariance, self.tail_rank))
-
-    def as_config(self) -> dict[str, Any]:
-        """Returns the value of ``HEAD_KEY`` in ``config.json``: the head rows that stay whole, and the others' rank."""
-        whole, _ = self._split()
-        mask = b64encode(head_mask_of(whole, len(self.shares))).decode()
-        return {"tokens": self.tokens, "tail_rank": self.tail_rank, "whole": mask}
-
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """Returns the ids of the tokens whose rows stay, then the others."""
-        order = self.shares.argsort(descending=True, stable=True)
-        return order[: self.tokens], order[self.tokens :]
 
 
 def slice_weights(full: Weights, plan: PruningPlan, head: HeadPlan | None = None) -> Weights:

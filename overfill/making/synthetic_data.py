@@ -19,8 +19,9 @@ from overfill.pair.llm import LLM, Completion
 from overfill.request.params import SamplingParams
 from overfill.telemetry.progress import Report, silent
 
-QUESTION_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=128)
-ANSWER_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=256)
+QUESTION_TOKENS, ANSWER_TOKENS = 128, 256
+QUESTION_SAMPLING = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=QUESTION_TOKENS)
+ANSWER_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=ANSWER_TOKENS)
 BATCH = 64
 DRAW_SIZE = 4 * BATCH
 """Conversations that start together. The engine runs BATCH of them at a time, so that few steps run half empty."""
@@ -33,8 +34,6 @@ def generate_conversations(
     count: int,
     *,
     seed: int = 0,
-    question: SamplingParams = QUESTION_SAMPLING,
-    answer: SamplingParams = ANSWER_SAMPLING,
     threads: int | None = None,
     report: Report = silent,
 ) -> Iterator[Conversation]:
@@ -44,7 +43,6 @@ def generate_conversations(
     machine and dtype, equal seeds give equal conversations.
 
     Args:
-        question, answer: Sampling parameters; ``max_tokens`` limits the length.
         threads: Number of CPU threads. None keeps torch's setting.
 
     Raises:
@@ -53,7 +51,7 @@ def generate_conversations(
     """
     with identity_pair(full, report=report) as folder:
         dtype = native_dtype(resolve_device("auto"))
-        longest = 2 * ((question.max_tokens or 0) + (answer.max_tokens or 0))  # twice: the template adds tokens
+        longest = 2 * (QUESTION_TOKENS + ANSWER_TOKENS)  # twice: the template adds tokens
         kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH
         llm = LLM(folder, dtype=dtype, threads=threads, kv_memory=kv_memory, max_model_len=longest, max_num_seqs=BATCH)
         opening = llm.tokenizer.encode_user_opening()
@@ -65,11 +63,13 @@ def generate_conversations(
             draw = min(DRAW_SIZE, max(BATCH, 2 * (count - done)))
             seeds = [(seed << 32) + drawn + i for i in range(draw)]
             drawn += draw
-            asked = [c.text.strip() for c in llm.generate([opening] * draw, _each(question, seeds)) if _ended(c)]
+            asked = [
+                c.text.strip() for c in llm.generate([opening] * draw, _each(QUESTION_SAMPLING, seeds)) if _ended(c)
+            ]
             questions = [q for q in dict.fromkeys(asked) if len(q) >= _MIN_QUESTION_CHARS and q not in seen]
             seen.update(questions)
             prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
-            answers = llm.generate(prompts, _each(answer, seeds[: len(prompts)]))
+            answers = llm.generate(prompts, _each(ANSWER_SAMPLING, seeds[: len(prompts)]))
             for q, a in zip(questions, answers, strict=True):
                 if done < count and len(a.token_ids) >= _MIN_ANSWER_TOKENS and _is_text(a.text):
                     messages = {"role": "user", "content": q}, {"role": "assistant", "content": a.text.strip()}

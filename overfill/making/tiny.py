@@ -29,10 +29,10 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 
 from overfill.making.checkpoint import write_decoder, write_weights
 from overfill.making.layerwise import fold_norms
+from overfill.making.pair_json import write_manifest
 from overfill.making.prune import PruningPlan, slice_weights
 from overfill.model.config import ModelConfig
 from overfill.model.loading import load_weights
-from overfill.model.manifest import write_manifest
 from overfill.settings.tiers import TierSpec
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]

@@ -125,11 +125,11 @@ class _Varlen:
         for segment in self.segments:
             rows, slots = segment.rows, segment.slots
             keys, values = (k[rows], v[rows]) if slots is None else self.cache.gather(layer, slots)
-            out[rows] = _attend(q[rows], keys, values, segment.mask, segment.causal)
+            out[rows] = attend(q[rows], keys, values, segment.mask, segment.causal)
         return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """Attends for one sequence. q: [new, heads, D]; k, v: [context, kv_heads, D]; returns [new, heads * D]."""
     new, _, head_dim = q.shape
     context, num_kv_heads, _ = k.shape

@@ -12,8 +12,7 @@ heads differs. The digest is SHA-256 over the canonical form, a text in ASCII:
 
 The form is made from ``ModelConfig``, which reads both spellings of config.json, so it does not depend on the version
 of transformers that wrote the file. ``max_positions`` and ``eos_token_ids`` are not in it: no forward pass reads them.
-A field that is added to ``ModelConfig`` and changes a forward pass is added to ``CONFIG_FIELDS``, and the first line
-gets another number.
+When a field is added to ``ModelConfig`` or moved there, the first line gets another number.
 """
 
 from __future__ import annotations
@@ -24,26 +23,7 @@ from dataclasses import fields
 
 from overfill.model.config import ModelConfig
 
-CONFIG_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_embeddings",
-    "qkv_bias",
-    "o_bias",
-    "mlp_bias",
-    "qk_norm",
-    "head_tokens",
-    "tail_rank",
-    "head_mask",
-    "weight_format",
-)
+CONFIG_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name not in ("rope", "max_positions", "eos_token_ids"))
 """Fields of ``ModelConfig`` in the canonical form, in order. ``rope`` follows them."""
 
 

@@ -42,16 +42,6 @@ _BYTES_OF = {
 }
 """Bytes of an element, by dtype in a safetensors file. Dtypes of less than a byte, and unknown ones, are absent."""
 
-_NOT_FINITE = {
-    "F64": 0x7FF0_0000_0000_0000,
-    "F32": 0x7F80_0000,
-    "BF16": 0x7F80,
-    "F16": 0x7C00,
-    "F8_E4M3": 0x7F,
-    "F8_E5M2": 0x7C,
-}
-"""Mask of the bits that are all set in NaN and infinity, by dtype in a safetensors file."""
-
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -78,15 +68,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise InvalidPair(f"{folder} has neither {single.name} nor {index.name}")
-    return indexed_files(index)
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """Lists the files that ``index``, an index of a sharded checkpoint, names, in order.
-
-    Raises:
-        InvalidPair: the index is malformed or lists nothing, or a file that it lists is missing.
-    """
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -96,11 +77,11 @@ def indexed_files(index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InvalidPair(f"{index}: {name!r} is not a file name in this folder")
-        check_link(index.parent / name)
-    missing = sorted(name for name in names if not (index.parent / name).exists())
+        check_link(folder / name)
+    missing = sorted(name for name in names if not (folder / name).exists())
     if missing:
         raise InvalidPair(f"{index} lists files that are not in the folder: {', '.join(missing)}")
-    return [index.parent / name for name in sorted(names)]
+    return [folder / name for name in sorted(names)]
 
 
 def check_link(path: Path) -> None:
@@ -168,18 +149,6 @@ def checkpoint_digest(
                 done += len(data)
                 report("Reading weights", done, total)
     return digest.hexdigest()
-
-
-def check_finite(tensor: StoredTensor, data: bytes | memoryview) -> None:
-    """Raises InvalidPair if ``data``, a part of ``tensor``, holds NaN or infinity. Integers are always finite."""
-    if tensor.dtype not in _NOT_FINITE:
-        return
-    import numpy as np  # only who imports or inspects a pair has it
-
-    mask = _NOT_FINITE[tensor.dtype]
-    values = np.frombuffer(data, f"<u{_BYTES_OF[tensor.dtype]}")
-    if bool(((values & values.dtype.type(mask)) == mask).any()):
-        raise InvalidPair(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity; the checkpoint is damaged")
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -55,13 +55,6 @@ def tokens_in_row_order(vocab_size: int, mask: bytes) -> Tensor:
     return torch.cat([whole.nonzero().squeeze(1), (~whole).nonzero().squeeze(1)])
 
 
-def head_mask_of(tokens: Tensor, vocab_size: int) -> bytes:
-    """Encodes ``tokens``, those of full rows, as ``ModelConfig.head_mask``."""
-    bits = torch.zeros((vocab_size + 7) // 8 * 8, dtype=torch.uint8)
-    bits[tokens] = 1
-    return bytes((bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8).tolist())
-
-
 def low_rank_factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factorises ``rows`` into ``left @ right``, exact up to rounding.
 
@@ -81,25 +74,6 @@ def low_rank_factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if float((wide - left @ right).norm()) > _MAX_RESIDUE * float(wide.norm()):
         raise InvalidPair(f"the head's rows of rare tokens exceed rank {rank}, which {HEAD_KEY} in config.json states")
     return left.float(), right.float()
-
-
-def lower_rank(rows: Tensor, covariance: Tensor, rank: int) -> Tensor:
-    """The matrix of rank ``rank`` whose products with the inputs are nearest to those of ``rows``.
-
-    Args:
-        rows: [n, hidden].
-        covariance: [hidden, hidden], E[x x'] of the inputs x.
-
-    Returns:
-        [n, hidden] float32.
-    """
-    wide, ridge = rows.double(), 1e-6 * covariance.double().diagonal().mean()
-    root = torch.linalg.cholesky(covariance.double() + ridge * torch.eye(len(covariance), dtype=torch.float64))
-    scaled = wide @ root
-    _, directions = torch.linalg.eigh(scaled.T @ scaled)
-    kept = directions[:, -rank:]
-    lowered: Tensor = torch.linalg.solve_triangular(root, scaled @ kept @ kept.T, upper=False, left=False)
-    return lowered.float()
 
 
 def logits_of(x: Tensor, head: Matrix, tail: LowRankRows[Matrix] | None) -> Tensor:

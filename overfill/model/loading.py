@@ -85,13 +85,11 @@ def load_weights(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Weights:
     """Loads ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists.
 
     Args:
         dtype: dtype of the result; the files may hold float32, bfloat16 or float16.
-        progress: called after every tensor with (bytes done, bytes in total), in the dtype of the result.
 
     Raises:
         InvalidPair: a file or tensor is missing, damaged, surplus, or has another shape; the message names it.
@@ -99,7 +97,7 @@ def load_weights(
     """
     files = checked_files(folder, config, expected_shapes(config))
     weights = _dense(config, dtype, device)
-    _fill(weights, files, config, progress)
+    _fill(weights, files, config)
     return _with_tail(weights, weights.head, config, lambda rows: rows.to(dtype))
 
 
@@ -108,7 +106,6 @@ def load_int8_weights(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Weights[Int8Matrix]:
     """Loads weights and quantises every matrix except the embedding, from the files' values.
 
@@ -124,11 +121,11 @@ def load_int8_weights(
     embedding = torch.empty(shape, dtype=dtype, device=device)
     if not config.tail_rank:
         weights = _allocate(config, embedding, matrix(*shape), matrix)
-        _fill(weights, files, config, progress)
+        _fill(weights, files, config)
         return weights
     whole = torch.empty(shape, dtype=torch.float32, device=device)
     weights = _allocate(config, embedding, matrix(0, config.hidden_size), matrix)
-    _fill(weights, files, config, progress, head=whole)
+    _fill(weights, files, config, head=whole)
     return _with_tail(weights, whole, config, Int8Matrix.of)
 
 
@@ -210,15 +207,12 @@ def _fill(
     weights: Weights[Matrix],
     files: list[Path],
     config: ModelConfig,
-    progress: Callable[[int, int], None] | None,
     head: Tensor | None = None,
 ) -> None:
     """Copies the files' tensors into ``weights``; ``head``, if given, receives the head's rows instead."""
     destinations = _destinations(config, weights)
     if head is not None:
         destinations[HEAD] = [head]
-    total = sum(part.nbytes for parts in destinations.values() for part in parts)
-    done = 0
     for path in files:
         with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118  (the handle is not a mapping)
@@ -227,9 +221,6 @@ def _fill(
                 tensor = file.get_tensor(name)
                 for destination in destinations[name]:
                     destination.copy_(tensor)
-                    done += destination.nbytes
-                if progress is not None:
-                    progress(done, total)
     if config.tie_embeddings:
         check_tied_head(files, weights.embedding)
 

@@ -1,4 +1,4 @@
-"""Reads and writes ``pair.json``, the manifest of a pair folder, and checks the checkpoints. Loads no weights.
+"""Reads ``pair.json``, the manifest of a pair folder, and checks the checkpoints. Loads no weights.
 
 ::
 
@@ -169,6 +169,14 @@ class Pair:
         kv = self.full_config.kv_spec(dtype)
         return KvIdentity.from_proto(WIRE_VERSION, self.model_identity("full"), kv.to_proto())
 
+    def config(self, half: Half) -> ModelConfig:
+        """Geometry of ``half``."""
+        return self.full_config if half == "full" else self.decoder_config
+
+    def path(self, half: Half) -> Path:
+        """Absolute path of the checkpoint of ``half``."""
+        return self.full_path if half == "full" else self.decoder_path
+
     def engines(self, half: Half) -> tuple[str, ...]:
         """Names of the engines that can run ``half``."""
         return self.full_engines if half == "full" else self.decoder_engines
@@ -178,9 +186,7 @@ class Pair:
         engines = self.engines(half)
         if engine in engines:
             return
-        config, path = (
-            (self.full_config, self.full_path) if half == "full" else (self.decoder_config, self.decoder_path)
-        )
+        config, path = self.config(half), self.path(half)
         what = "the full model" if half == "full" else "the decoder"
         stored = "" if config.weight_format == "plain" else f", whose weights are stored in {config.weight_format}"
         if half == "decoder" and self.quantize != "none":
@@ -275,60 +281,6 @@ def check_family(pairs: Mapping[str, Pair]) -> None:
                     f"the tiers {first} and {name} need the same full model, but their pairs have different {what}: "
                     f"{one.folder} has {a}, {other.folder} has {b}"
                 )
-
-
-def write_manifest(
-    folder: Path,
-    *,
-    full: str = "full",
-    decoder: str = "decoder",
-    full_digest: str | None = None,
-    decoder_digest: str | None = None,
-    layer_map: Sequence[int] | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    eval: Mapping[str, Any] | None = None,
-    report: Report = silent,
-    weights: bool = True,
-) -> Pair:
-    """Writes ``pair.json`` for the two checkpoints in ``folder``, and loads the pair.
-
-    Args:
-        full, decoder: paths of the checkpoints, relative to ``folder``; equal for an identity pair.
-        full_digest, decoder_digest: digests of the halves. None computes them from the checkpoints.
-        layer_map: one full-model layer per decoder layer. None maps each layer to itself.
-        recipe, eval: entries of the manifest.
-        report: called with a description, the bytes read and the bytes in total.
-        weights: as in ``Pair.load``; without weights, both digests are given.
-
-    Raises:
-        InvalidPair: a checkpoint is damaged, or the halves do not fit each other.
-    """
-    full_config, decoder_config = ModelConfig.load(folder / full), ModelConfig.load(folder / decoder)
-    full_digest = full_digest or checkpoint_digest(folder / full, report)
-    if decoder_digest is None:
-        decoder_digest = full_digest if decoder == full else checkpoint_digest(folder / decoder, report)
-    quantize: Quantization = "int8" if (recipe or {}).get("quantize") == "int8" else "none"
-    manifest = {
-        "format": FORMAT,
-        "full": {"path": full, "digest": full_digest, "engines": engines_that_run(full_config)},
-        "decoder": {
-            "path": decoder,
-            "digest": decoder_digest,
-            "engines": engines_that_run(decoder_config, quantize),
-            "recipe": dict(recipe or {}),
-        },
-        "kv": {
-            "num_layers": full_config.num_layers,
-            "num_kv_heads": full_config.num_kv_heads,
-            "head_dim": full_config.head_dim,
-            "rope": asdict(full_config.rope),
-            "layer_map": list(range(full_config.num_layers) if layer_map is None else layer_map),
-        },
-        "tokenizer_digest": tokenizer_digest(folder / full),
-        "eval": dict(eval or {}),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return Pair.load(folder, weights=weights)
 
 
 class _Section:

@@ -5,7 +5,6 @@ Tokens in, logits out. This module knows neither requests nor sampling; the call
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -83,7 +82,6 @@ class Transformer:
         dtype: torch.dtype,
         device: torch.device,
         max_positions: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
         quantize: Quantization = "none",
     ) -> Transformer:
         """Loads a Hugging Face checkpoint folder. Raises the errors of ``ModelConfig.load`` and ``load_weights``.
@@ -91,12 +89,11 @@ class Transformer:
         Args:
             dtype: dtype of activations, and of weights that are not quantised.
             max_positions: number of positions that the model can compute. None means the config's.
-            progress: called with (bytes done, bytes in total) after every tensor.
             quantize: format of the matrices.
         """
         config = ModelConfig.load(folder)
         load = load_int8_weights if quantize == "int8" else load_weights
-        weights = load(folder, config, dtype, device, progress)
+        weights = load(folder, config, dtype, device)
         return cls(config, weights, max_positions or config.max_positions)
 
     @property

@@ -23,7 +23,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -108,31 +107,6 @@ def _build_line(model: str) -> str:
         f"overfill pair build --full {named} --intermediate-size 0.6 --out my-pair, or with the model itself as the "
         f"decoder: overfill pair import --full {named} --decoder {named} --out my-pair"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPair:
-    """A pair that has a name here, or had one in an earlier version.
-
-    Attributes:
-        state: "outdated" means that this version does not use the pair, whose folder may be deleted.
-    """
-
-    name: str
-    folder: Path
-    state: Literal["ready", "not prepared", "damaged", "outdated"]
-
-
-def cached_pairs() -> list[CachedPair]:
-    """Returns the named pairs, then those in the cache that earlier versions made. Prepares none."""
-    named = [CachedPair(name, pair_folder(name), _state(name)) for name in NAMED]
-    others = sorted(path.parent for path in (home() / "pairs").glob(f"*/*/{MANIFEST}"))
-    known = {pair.folder for pair in named}
-    return named + [CachedPair(folder.name, folder, "outdated") for folder in others if folder not in known]
-
-
-def _state(name: str) -> Literal["ready", "not prepared", "damaged"]:
-    return "ready" if is_ready(name, None) else "damaged" if pair_folder(name).exists() else "not prepared"
 
 
 def is_ready(name: str, source: Source | None) -> bool:

@@ -14,12 +14,11 @@ FINISH_REASONS: dict[int, FinishReason] = {
     common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 
-CodecName = Literal["raw", "int8", "fp8"]
+CodecName = Literal["raw", "int8"]
 
 CODECS: dict[CodecName, common_pb2.KvCodec] = {
     "raw": common_pb2.KV_CODEC_RAW,
     "int8": common_pb2.KV_CODEC_INT8,
-    "fp8": common_pb2.KV_CODEC_FP8,
 }
 CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
 """Use ``get``: it returns None for an unspecified codec or one that this version does not know."""

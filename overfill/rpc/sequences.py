@@ -37,6 +37,7 @@ class ServedSequence:
             put its own events into the same queue.
         deadline: Seconds on the event loop's clock; None without one.
         answered: Its last update has been put.
+        cancelled: The router no longer wants it; what it still puts is dropped.
     """
 
     start: decode_pb2.StartDecode
@@ -44,10 +45,13 @@ class ServedSequence:
     outgoing: OutgoingUpdates
     number: int
     answered: bool = False
+    cancelled: bool = False
     commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
 
     def put(self, update: decode_pb2.SequenceUpdate) -> None:
         """Queues an update for the router."""
+        if self.cancelled:
+            return
         self.answered = self.answered or update.WhichOneof("message") in LAST_UPDATES
         self.outgoing.put(self.number, update)
 
@@ -118,6 +122,7 @@ class _RouterStream:
         self.outgoing = OutgoingUpdates()
         self._run = run
         self._sequences: dict[int, tuple[ServedSequence, asyncio.Task[None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # those of cancelled sequences too, until they have ended
 
     def handle(self, command: decode_pb2.SequenceCommand) -> None:
         """Handles one command. A command that is not allowed fails its own sequence only."""
@@ -132,6 +137,9 @@ class _RouterStream:
         elif kind == "evict":
             sequence.commands.put_nowait(command.evict)
         elif kind == "cancel":
+            del self._sequences[command.sequence]  # the next start with this number is another sequence
+            sequence.cancelled = True
+            self.outgoing.drop(command.sequence)
             task.cancel()
         else:
             problem = "only AssignPrefill, Evict and CancelDecode may follow StartDecode"
@@ -139,10 +147,9 @@ class _RouterStream:
 
     def cancel_all(self) -> list[asyncio.Task[None]]:
         """Cancels every sequence and returns their tasks."""
-        running = [task for _, task in self._sequences.values()]
-        for task in running:
+        for task in self._tasks:
             task.cancel()
-        return running
+        return [*self._tasks]
 
     def _begin(self, number: int, start: decode_pb2.StartDecode) -> None:
         now = asyncio.get_running_loop().time()
@@ -150,8 +157,14 @@ class _RouterStream:
         sequence = ServedSequence(start, deadline, self.outgoing, number)
         task = asyncio.create_task(self._run_one(sequence), name=f"sequence {start.request_id}")
         # A callback, because a task that is cancelled before its first step never runs.
-        task.add_done_callback(lambda _: self._sequences.pop(number, None))
+        task.add_done_callback(lambda _: self._forget(sequence, task))
         self._sequences[number] = sequence, task
+        self._tasks.add(task)
+
+    def _forget(self, sequence: ServedSequence, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not sequence.cancelled:
+            del self._sequences[sequence.number]
 
     async def _run_one(self, sequence: ServedSequence) -> None:
         start = sequence.start
@@ -176,7 +189,6 @@ class _RouterStream:
             if task is not None and not task.cancelling():  # something that the sequence awaited was cancelled
                 sequence.fail(InternalError("the decode worker cancelled the sequence"), span.trace_id)
                 return
-            self.outgoing.drop(sequence.number)
             raise
         else:
             span.end()

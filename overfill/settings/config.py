@@ -33,12 +33,6 @@ from overfill.settings.tiers import (
 )
 from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
 
-UP_KEYS = (
-    "colocated", "prefill", "decode", "tier", "router", "log-dir", "ray", "ray-address", "name", "worker-cpus",
-    "worker-gpus", "max-prefill", "max-decode",
-)  # fmt: skip
-"""Keys in the section ``up`` of a file; the other options of ``overfill up`` are settings of services."""
-
 TTFT_OBJECTIVE, ITL_OBJECTIVE = 2.0, 0.1  # defaults, in seconds
 
 
@@ -170,8 +164,8 @@ class DecodeConfig(WorkerConfig):
     )
     kv_codec: CodecName | None = Field(
         None,
-        description="encoding of transferred KV; a request may choose another; int8 and fp8 halve the bytes and cost "
-        "some quality; by default raw, or int8 with --kv-cache-dtype int8",
+        description="encoding of transferred KV; a request may choose another; int8 halves the bytes and costs some "
+        "quality; by default raw, or int8 with --kv-cache-dtype int8",
     )
     kv_cache_dtype: KvCacheDtype = Field(
         "auto",
@@ -415,7 +409,7 @@ SERVICES: tuple[type[ServiceConfig], ...] = (RouterConfig, PrefillConfig, Decode
 def read_checked(path: Path) -> ConfigFile:
     """Reads a settings file and checks that all its keys exist. Raises BadConfigFile."""
     keys = {kind.section: [flag_name(name) for name in kind.model_fields if name != "config"] for kind in SERVICES}
-    known = {COMMON: {key for some in keys.values() for key in some}, **keys, "up": UP_KEYS}
+    known = {COMMON: {key for some in keys.values() for key in some}, **keys}
     file = read_config_file(path)
     file.check(known)
     # TOML has booleans, which a numeric field would accept as 0 or 1, and `off` must be written "off" there.
@@ -426,7 +420,7 @@ def read_checked(path: Path) -> ConfigFile:
         f'{path}: {section}.{key}: expected text or a number, such as "off" or 8000, got {str(value).lower()}'
         for section, settings in file.sections.items()
         for key, value in settings.items()
-        if section != "up" and isinstance(value, bool) and key not in switches
+        if isinstance(value, bool) and key not in switches
     ]
     if faults:
         raise BadConfigFile(faults)

@@ -18,7 +18,6 @@ class KvCodec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_CODEC_UNSPECIFIED: _ClassVar[KvCodec]
     KV_CODEC_RAW: _ClassVar[KvCodec]
     KV_CODEC_INT8: _ClassVar[KvCodec]
-    KV_CODEC_FP8: _ClassVar[KvCodec]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -40,7 +39,6 @@ DTYPE_FLOAT16: DType
 KV_CODEC_UNSPECIFIED: KvCodec
 KV_CODEC_RAW: KvCodec
 KV_CODEC_INT8: KvCodec
-KV_CODEC_FP8: KvCodec
 STAGE_UNSPECIFIED: Stage
 STAGE_ROUTER: Stage
 STAGE_PREFILL: Stage

@@ -19,7 +19,7 @@ from services.prefill.main import prefill_stage
 async def serve(config: ColocatedConfig, on_ready: OnReady = lambda host: None) -> int:
     """Loads both models, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loaded = await load_both_halves_of(config)
-    full, decoder = loaded.full, loaded.decoder
+    full, decoder = loaded.full.served, loaded.decoder.served
     hello = new_hello(config.worker_id, [full, decoder], config.tier)
     of_prefill = PrefillMetrics()
     of_decode = DecodeMetrics(beside=of_prefill)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray_stacks import Load, Up
-from stacks import wait_until
+from ray_stacks import Up
+from stacks import Load, wait_until
 from test_ray_cluster import Cluster
 
 from overfill.client import Client
@@ -71,10 +71,9 @@ def answered(up: Up, pair: Path, inject: Callable[[], None]) -> int:
     with Client(up.address) as client:
         prompt = client.tokenize("Once upon a time")
     with Load(up.address, 4, TOKENS) as load:
-        wait_until(lambda: len(load.answers) >= 8, 120, "the first answers")
+        load.wait_for_answers(8)
         inject()
-        so_far = len(load.answers)
-        wait_until(lambda: len(load.answers) >= so_far + 8, 180, "answers continue")
+        load.wait_for_answers(8)
         wait_until(lambda: whole(up), 300, "all workers are back")
     assert load.errors == []
     reference = TwoStageReference(pair)

@@ -39,18 +39,12 @@ _TITLE = re.compile(r'title="([^"]+)"')
 
 @dataclass
 class Step:
-    """A command with the output that the page shows, or ctrl-C.
-
-    ``first`` and ``last`` are the lines of the shown output in the page, counted from 0; ``last`` is not part of it.
-    """
+    """A command with the output that the page shows, or ctrl-C."""
 
     terminal: str
     command: str
     line: int
     output: list[str] = field(default_factory=list)
-    first: int = 0
-    last: int = 0
-    indent: int = 0
     varies: bool = False
     until_ctrl_c: bool = False  # the command runs until ctrl-C is pressed in its terminal
 
@@ -78,7 +72,6 @@ class _Block:
     title: str
     line: int  # of the first line within the fences, counted from 0
     lines: list[str]
-    indent: int
     mark: re.Match[str] | None
 
 
@@ -98,7 +91,7 @@ def _blocks(text: str) -> Iterator[_Block]:
         mark = _MARK.match(before)
         if mark is None and _ALMOST_A_MARK.search(before):
             raise ValueError(f"line {number}: a block's mark is '<!-- not run: REASON -->' or '<!-- output varies -->'")
-        yield _Block(fence[2], title[1] if title else "", number + 1, inside, indent, mark)
+        yield _Block(fence[2], title[1] if title else "", number + 1, inside, mark)
         number = end + 1
 
 
@@ -112,15 +105,12 @@ def _steps(block: _Block) -> list[Step]:
         if continued:
             steps[-1].command += f"\n{line}"
         elif line.startswith("$ ") or line == CTRL_C:
-            steps.append(Step(terminal, line.removeprefix("$ "), number, indent=block.indent, varies=varies))
+            steps.append(Step(terminal, line.removeprefix("$ "), number, varies=varies))
         elif not steps:
             raise ValueError(f"line {number + 1}: a console block begins with '$ ' or '{CTRL_C}', not with {line!r}")
         else:
             steps[-1].output.append(line)
         continued = line.endswith("\\") and (continued or line.startswith("$ "))
-        if not steps[-1].output:
-            steps[-1].first = number + 1
-        steps[-1].last = number + 1
     return steps
 
 

@@ -141,49 +141,19 @@ def _plain(line: str) -> str:
     return line.strip()
 
 
-def _same(shown: str, printed: str) -> bool:
-    parts = [re.escape(part.strip()) for part in _plain(shown).split("…")]
-    return re.fullmatch(r"\s*.*\s*".join(parts), _plain(printed)) is not None
-
-
-def pairs_of(shown: Sequence[str], printed: Sequence[str]) -> list[int] | None:
-    """Finds for each shown line the printed line that it stands for. None: the output is another one.
-
-    Blank lines do not count. A shown line "…" stands for any number of lines, and gets -1.
-    """
-    wanted = [(number, line) for number, line in enumerate(shown) if line.strip()]
-    given = [(n, line) for n, line in enumerate(printed) if line.strip() and not _FORWARDED.match(line)]
-    found = [-1] * len(shown)
-
-    def fits(at: int, start: int, gap: bool) -> bool:
-        if at == len(wanted):
-            return gap or start == len(given)
-        number, line = wanted[at]
-        if line.strip() == "…":
-            return fits(at + 1, start, True)
-        for place in range(start, len(given) if gap else min(start + 1, len(given))):
-            if _same(line, given[place][1]) and fits(at + 1, place + 1, False):
-                found[number] = given[place][0]
-                return True
-        return False
-
-    return found if fits(0, 0, False) else None
+def _pattern(shown: str) -> str:
+    """A pattern for the printed lines that a shown line stands for; "…" stands for any text, or for any lines."""
+    if shown.strip() == "…":
+        return r"(?:.*\n)*"
+    parts = (re.escape(part.strip()) for part in _plain(shown).split("…"))
+    return r" *.* *".join(parts) + r"\n"
 
 
 def matches(shown: Sequence[str], printed: Sequence[str], *, whole: bool) -> bool:
-    """Says whether ``printed`` is what the page shows; with ``whole`` unset, more may follow."""
-    return pairs_of([*shown] if whole else [*shown, "…"], printed) is not None
-
-
-def updated(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
-    """Returns what the page should show: all of ``printed``, or where the page cuts, the lines that it shows."""
-    if not any("…" in line for line in shown):
-        return list(printed)
-    found = pairs_of(shown, printed)
-    if found is None:
-        return list(printed)
-    kept = {number for number, line in enumerate(shown) if found[number] < 0 or "…" in line}
-    return [line if number in kept else printed[found[number]] for number, line in enumerate(shown)]
+    """Says whether ``printed``, without blank lines, is what the page shows; with ``whole`` unset, more may follow."""
+    text = "".join(f"{_plain(line)}\n" for line in printed if line.strip() and not _FORWARDED.match(line))
+    pattern = "".join(_pattern(line) for line in shown if line.strip())
+    return (re.fullmatch if whole else re.match)(pattern, text) is not None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import pytest
 
 from overfill import client
 from overfill.cli.main import cli
-from overfill.cli.up_config import OWN
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -106,16 +105,6 @@ def test_no_page_loads_anything_from_another_server(site: Path) -> None:
     assert remote == []
 
 
-def test_remote_addresses_are_found() -> None:
-    page = _Page(
-        '<script src="https://a.example/x.js"></script><link rel="stylesheet" href="//b.example/x.css">'
-        '<p style="background: url(http://c.example/x.png)"><img src="images/x.svg"><a href="https://d.example">'
-        '<link rel="canonical" href="https://e.example/">'
-    )
-    found = [address for address in page.loaded if _is_remote(address)]
-    assert found == ["https://a.example/x.js", "//b.example/x.css", "http://c.example/x.png"]
-
-
 def test_every_setting_is_in_the_reference(site: Path) -> None:
     text, ids = _text(site, "settings"), _reference(site, "settings").ids
     missing = []
@@ -128,7 +117,6 @@ def test_every_setting_is_in_the_reference(site: Path) -> None:
             if not places & ids or not any(f"<code>{variable}</code>" in text for variable in variables):
                 missing.append((kind.program, name))
     assert missing == []
-    assert [name for name in OWN if f"up-{name}" not in ids] == []
 
 
 def _commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:

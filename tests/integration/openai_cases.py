@@ -414,14 +414,11 @@ def _model(ask: Ask) -> None:
     assert ask()["model"]
 
 
+# fmt: off
 SHARED = [
     Case("model", "supported", "another name is 404 `model_not_found`", check=_model),
-    Case(
-        "frequency_penalty",
-        "supported",
-        "at the first token and at every later one",
-        check=_accepted(frequency_penalty=1),
-    ),
+    Case("frequency_penalty", "supported", "at the first token and at every later one",
+        check=_accepted(frequency_penalty=1)),
     Case("logit_bias", "supported", "keys are token ids of the served model; at most 1,024", check=_logit_bias),
     Case("max_tokens", "supported", "more than the context leaves is 400 `context_length_exceeded`", check=_max_tokens),
     Case("n", "supported", "up to 128; every choice is an answer of its own under one seed", check=_n),
@@ -437,14 +434,10 @@ SHARED = [
 
 CHAT = [
     *SHARED,
-    Case(
-        "messages",
-        "supported",
+    Case("messages", "supported",
         "text only; roles system, developer (as system), user, assistant, tool; the content may be empty, and an "
         "assistant's null or missing; arguments of a call that are no JSON object, as when `max_tokens` cut them, are "
-        "shown as text; other keys are ignored",
-        check=_messages,
-    ),
+        "shown as text; other keys are ignored", check=_messages),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),
     Case("function_call", "refused", value="auto"),
     Case("functions", "refused", value=[]),
@@ -458,36 +451,21 @@ CHAT = [
     Case("prompt_cache_key", "ignored", "", value="k"),
     Case("prompt_cache_options", "ignored", "", value={}),
     Case("prompt_cache_retention", "ignored", "", value="24h"),
-    Case(
-        "reasoning_effort",
-        "ignored",
-        "models that reason have a variable in their chat template; set it with `chat_template_kwargs`",
-        value="low",
-    ),
-    Case(
-        "response_format",
-        "supported",
+    Case("reasoning_effort", "ignored",
+        "models that reason have a variable in their chat template; set it with `chat_template_kwargs`", value="low"),
+    Case("response_format", "supported",
         "`json_object`, `json_schema`; objects have only the keys that the schema names, also without `strict`, unless "
         "it says `additionalProperties`; what the grammar library cannot obey is 400; beside `tools`, the form of "
-        "answers without calls",
-        check=_response_format,
-    ),
+        "answers without calls", check=_response_format),
     Case("safety_identifier", "ignored", "", value="x"),
     Case("service_tier", "ignored", "", value="auto"),
     Case("store", "ignored", "nothing is stored", value=True),
-    Case(
-        "tool_choice",
-        "supported",
+    Case("tool_choice", "supported",
         "`none`, `auto`, `required`, a function, or `allowed_tools`: the prompt shows only the tools that it names",
-        check=_tool_choice,
-    ),
-    Case(
-        "tools",
-        "supported",
+        check=_tool_choice),
+    Case("tools", "supported",
         "functions; calls follow a grammar, so their arguments always parse; `strict` as in `response_format`; without "
-        "it, what the grammar library cannot obey is not enforced; other keys of a tool are ignored",
-        check=_tools,
-    ),
+        "it, what the grammar library cannot obey is not enforced; other keys of a tool are ignored", check=_tools),
     Case("top_logprobs", "supported", "0 to 20", check=_top_logprobs),
     Case("verbosity", "ignored", "ask for it in a message", value="low"),
     Case("web_search_options", "refused", value={}),
@@ -512,104 +490,60 @@ _BOTH = refusals(Sampling)
 EXTENSIONS = [
     Case("top_k", "supported", "0 and -1 are all tokens", check=_accepted(top_k=5)),
     Case("min_p", "supported", "", check=_accepted(min_p=0.1)),
-    Case(
-        "min_tokens",
-        "supported",
-        "until then nothing ends the answer but a grammar that is complete; stop strings are text",
-        check=_min_tokens,
-    ),
+    Case("min_tokens", "supported",
+        "until then nothing ends the answer but a grammar that is complete; stop strings are text", check=_min_tokens),
     Case("priority", "supported", "-2 to 2; the smaller goes first", check=_accepted(priority=1)),
-    Case(
-        "repetition_penalty",
-        "supported",
-        "over prompt and answer, as Hugging Face; 0.01 to 100",
-        check=_accepted(repetition_penalty=2),
-    ),
+    Case("repetition_penalty", "supported", "over prompt and answer, as Hugging Face; 0.01 to 100",
+        check=_accepted(repetition_penalty=2)),
     Case("request_id", "supported", "the answer's `id`; the header `x-request-id` goes before it", check=_request_id),
     Case("ignore_eos", "supported", "", check=_accepted(ignore_eos=True)),
     Case("stop_token_ids", "supported", "", check=_accepted(stop_token_ids=[3])),
-    Case(
-        "structured_outputs",
-        "supported",
+    Case("structured_outputs", "supported",
         "`json`, `regex`, `choice`, `grammar` (llguidance's dialect of Lark) or `json_object`; "
         "`disable_additional_properties`: false lets objects have keys that their schema does not name",
-        check=_structured_outputs,
-    ),
+        check=_structured_outputs),
     Case("guided_choice", "supported", "as in `structured_outputs`", check=_guided("guided_choice", ["a", "b"], "a|b")),
     Case("guided_grammar", "supported", "as in `structured_outputs`", check=_guided_grammar),
-    Case(
-        "guided_json",
-        "supported",
-        "as in `structured_outputs`",
-        check=_guided("guided_json", {"enum": [1, 2]}, "1|2"),
-    ),
-    Case(
-        "guided_regex", "supported", "as in `structured_outputs`", check=_guided("guided_regex", "[ab]{3}", "[ab]{3}")
-    ),
+    Case("guided_json", "supported", "as in `structured_outputs`",
+        check=_guided("guided_json", {"enum": [1, 2]}, "1|2")),
+    Case("guided_regex", "supported", "as in `structured_outputs`",
+        check=_guided("guided_regex", "[ab]{3}", "[ab]{3}")),
     Case("guided_decoding_backend", "ignored", "llguidance is the only one", value="xgrammar"),
     Case("return_mm_kwargs", "ignored", "vLLM's `render` endpoints alone read it", value=False),
     Case("return_token_offsets", "ignored", "vLLM's `render` endpoints alone read it", value=True),
     Case("session_id", "ignored", "prompts that begin the same share their KV without it", value="s"),
-    Case(
-        "stream_interval",
-        "supported",
+    Case("stream_interval", "supported",
         "minimum number of tokens in an event, except in the first and the last; the router's `--stream-interval` "
-        "counts if it is larger",
-        check=_stream_interval,
-    ),
+        "counts if it is larger", check=_stream_interval),
     Case("spaces_between_special_tokens", "ignored", "special tokens are never shown", value=False),
-    Case(
-        "truncate_prompt_tokens",
-        "supported",
+    Case("truncate_prompt_tokens", "supported",
         "the prompt's last tokens are kept; -1: as many as `max_tokens` leaves in the context. Give `max_tokens` too: "
-        "without it a chat's answer has room for one token",
-        check=_truncate,
-    ),
+        "without it a chat's answer has room for one token", check=_truncate),
     *_refused(_BOTH, _BOTH),
 ]
 
 OWN_EXTENSIONS = [
-    Case(
-        "allow_brownout",
-        "supported",
+    Case("allow_brownout", "supported",
         "whether the next tier of `--brownout` may answer when the requested one is overloaded; false by default",
-        check=_tier,
-    ),
-    Case(
-        "fallback",
-        "supported",
+        check=_tier),
+    Case("fallback", "supported",
         "tier that continues the answer when its own has no worker left; `none` waits; the tier's setting by default",
-        check=_tier,
-    ),
-    Case(
-        "tier",
-        "supported",
+        check=_tier),
+    Case("tier", "supported",
         "tier that writes the answer, also as `NAME:TIER` in `model`; the stack's default tier by default",
-        check=_tier,
-    ),
+        check=_tier),
 ]
 
 CHAT_EXTENSIONS = [
-    Case(
-        "add_generation_prompt",
-        "supported",
-        "true by default, unless `continue_final_message`",
-        check=_generation_prompt,
-    ),
-    Case(
-        "chat_template_kwargs",
-        "supported",
+    Case("add_generation_prompt", "supported", "true by default, unless `continue_final_message`",
+        check=_generation_prompt),
+    Case("chat_template_kwargs", "supported",
         'variables of the chat template, such as `{"enable_thinking": false}`; a template does not look at others',
-        check=_template_kwargs,
-    ),
+        check=_template_kwargs),
     Case("continue_final_message", "supported", "contradicts `add_generation_prompt`", check=_continue),
-    Case(
-        "parse_special",
-        "supported",
+    Case("parse_special", "supported",
         "whether the text of a special token, such as `<|im_end|>`, becomes that token in messages, tools and template "
-        "variables too, as from vLLM; false by default; llama.cpp's name",
-        check=_parse_special,
-    ),
+        "variables too, as from vLLM; false by default; llama.cpp's name", check=_parse_special),
     Case("documents", "supported", "400 where the chat template does not show them", check=_documents),
     *_refused(refusals(ChatRequest).keys() - _BOTH.keys() - {case.name for case in CHAT}, refusals(ChatRequest)),
 ]
@@ -621,6 +555,7 @@ COMPLETIONS_EXTENSIONS = [
         refusals(CompletionRequest),
     ),
 ]
+# fmt: on
 
 RESPONSE = {
     "chat": ("id", "object", "created", "model", "system_fingerprint", "choices", "usage"),

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import psutil
 
-from overfill.client import Client, SamplingParams
+from overfill.client import Client
 from overfill.stack.ports import free_ports
 
 
@@ -62,11 +61,11 @@ class Up:
         process = psutil.Process(self.process.pid)
         return [process, *process.children(recursive=True)]
 
-    def workers(self, stage=None):
-        """Returns ``id -> pid`` of the workers that have joined the router and answer."""
+    def workers(self, stage):
+        """Returns ``id -> pid`` of the workers of a stage that have joined the router and answer."""
         with Client(self.address) as client:
             found = client.status().workers
-        return {w.id: w.process.pid for w in found if w.process is not None and stage in (None, w.stage)}
+        return {w.id: w.process.pid for w in found if w.process is not None and w.stage == stage}
 
     def _read(self):
         for line in self.process.stdout:
@@ -74,32 +73,6 @@ class Up:
             if "OverFill is up" in line:
                 self._up.set()
         self._up.set()
-
-
-class Load:
-    """Runs streams until ``stop``; collects errors of failed ones in ``errors``."""
-
-    def __init__(self, address, streams, max_tokens):
-        self.errors, self.answers, self._stop = [], [], threading.Event()
-        self._address, self._max_tokens = address, max_tokens
-        self._pool = ThreadPoolExecutor(streams)
-        self._streams = [self._pool.submit(self._ask) for _ in range(streams)]
-
-    def _ask(self):
-        sampling = SamplingParams(temperature=0, max_tokens=self._max_tokens)
-        with Client(self._address) as client:
-            while not self._stop.is_set():
-                try:
-                    self.answers.append(client.generate("Once upon a time", sampling=sampling, timeout=120))
-                except Exception as error:
-                    self.errors.append(error)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self._stop.set()
-        self._pool.shutdown()
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import json
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 from forked import Forked
 
-from overfill.client import Client
+from overfill.client import Client, OverfillError, SamplingParams
 from overfill.stack.child import Child
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
@@ -83,6 +84,43 @@ def running_stack(
         stack.stop()
 
 
+class Load:
+    """Streams that each ask one greedy prompt after the other until the end of the block.
+
+    Attributes:
+        answers: those so far, in the order in which they ended.
+        errors: of requests that failed.
+    """
+
+    def __init__(self, address, streams, max_tokens, prompts=("Once upon a time",)):
+        self.errors, self.answers, self._stop = [], [], threading.Event()
+        self._address, self._sampling = address, SamplingParams(temperature=0, max_tokens=max_tokens)
+        self._pool = ThreadPoolExecutor(streams)
+        for stream in range(streams):
+            self._pool.submit(self._ask, prompts[stream % len(prompts)])
+
+    def _ask(self, prompt):
+        with Client(self._address) as client:
+            while not self._stop.is_set():
+                try:
+                    self.answers.append(client.generate(prompt, sampling=self._sampling, timeout=120))
+                except Exception as error:
+                    self.errors.append(error)
+
+    def wait_for_answers(self, count):
+        """Waits for ``count`` more answers; ends early, with an AssertionError, when a request fails."""
+        wanted = len(self.answers) + count
+        wait_until(lambda: len(self.answers) >= wanted or self.errors, 120, f"{count} more answers")
+        assert self.errors == []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._pool.shutdown()
+
+
 def children(stack, stage):
     """Returns the processes of one stage: "router", "prefill" or "decode"."""
     return [c for c in [*stack._routers, *stack._workers] if c.name.startswith(stage)]
@@ -106,6 +144,16 @@ def loads(address, tls=None, api_key=None):
     """Returns the load of every worker that answers, by id; with both stages, the decode stage's."""
     with Client(address, tls=tls, api_key=api_key) as client:
         return {w.id: w.process.load for w in client.status().workers if w.process is not None}
+
+
+def wait_accepted(address, key):
+    """Waits until the router has read a new key."""
+
+    def accepted():
+        with Client(address, api_key=key) as client, suppress(OverfillError):
+            return bool(client.models())
+
+    wait_until(accepted, 20, "the router reads its keys again")
 
 
 def idle(address, api_key=None):

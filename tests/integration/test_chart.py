@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import copy
 import hashlib
 import json
 import re
@@ -14,7 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kmock as kmock_package
 import kubernetes_validate
 import operators
@@ -88,55 +86,12 @@ def test_every_object_is_strictly_valid(values: str, settings: tuple[str, ...], 
             kubernetes_validate.validate(one, version, strict=True)
 
 
-def operators_objects(values: str, *settings: str) -> list[dict[str, Any]]:
-    return [one for one in render(values, *settings) if one["apiVersion"] in CUSTOM]
-
-
 @operators.needs_definitions
 @pytest.mark.parametrize(("values", "settings"), SETS)
 def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[str, ...]) -> None:
-    for one in operators_objects(values, *settings):
-        operators.validate(one)
-
-
-@operators.needs_definitions
-@pytest.mark.parametrize(
-    ("kind", "path", "key", "value"),
-    [
-        ("PodMonitor", ("spec", "podMetricsEndpoints", 0, "tlsConfig"), "serverNames", "overfill"),
-        ("PodMonitor", ("spec", "podMetricsEndpoints", 0), "interval", "often"),
-        ("PrometheusRule", ("spec", "groups", 0, "rules", 0), "lables", {}),
-        ("ScaledObject", ("spec", "triggers", 0), "metricsType", "AverageValue"),
-        ("ScaledObject", ("spec",), "maxReplicaCount", "8"),
-        ("Certificate", ("spec", "issuerRef"), "namespace", "serving"),
-        ("Certificate", ("spec", "privateKey"), "size", "256"),
-    ],
-)
-def test_a_wrong_field_of_an_operators_object_is_noticed(
-    kind: str, path: tuple[str | int, ...], key: str, value: object
-) -> None:
-    whole = copy.deepcopy(next(one for one in operators_objects("values-prod.yaml") if one["kind"] == kind))
-    operators.validate(whole)
-    part: Any = whole
-    for step in path:
-        part = part[step]
-    part[key] = value
-    with pytest.raises(jsonschema.ValidationError):
-        operators.validate(whole)
-
-
-def test_production_has_every_operators_object() -> None:
-    kinds = [one["kind"] for one in operators_objects("values-prod.yaml")]
-    assert sorted(kinds) == [
-        *["Certificate"] * 2, "PodMonitor", *["PrometheusRule"] * 2, *["ScaledObject"] * 2,
-    ]  # fmt: skip
-
-
-def test_an_unknown_field_would_be_noticed() -> None:
-    (pod,) = of_kind(render("values.yaml"), "Pod").values()
-    pod["spec"]["restartPolicies"] = "Never"
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(pod, "1.34", strict=True)
+    for one in render(values, *settings):
+        if one["apiVersion"] in CUSTOM:
+            operators.validate(one)
 
 
 @pytest.mark.parametrize(
@@ -295,17 +250,6 @@ def test_a_pod_s_own_cache_holds_the_largest_documented_pair() -> None:
     weights = sum(gib for _, gib in HALVES.values())
     size = yaml.safe_load((CHART / "values.yaml").read_text())["cache"]["size"]
     assert float(size.removesuffix("Gi")) >= weights + 5
-
-
-def test_production_s_new_pods_find_what_was_compiled_before() -> None:
-    for component in ("prefill", "decode"):
-        (cache,) = (one for one in pods(render("values-prod.yaml"))[component]["volumes"] if one["name"] == "cache")
-        assert cache["persistentVolumeClaim"]["claimName"] == "overfill-cache"
-
-
-def test_production_s_routers_ask_for_little_more_than_the_core_that_they_can_use() -> None:
-    router = pods(render("values-prod.yaml"))["router"]["containers"][0]
-    assert router["resources"]["requests"]["cpu"] == "1500m"
 
 
 def test_names_may_be_asked_of_another_server() -> None:
@@ -477,12 +421,6 @@ def test_series_have_the_name_of_their_tier_and_of_their_stages() -> None:
     assert of_stage == ["router", "prefill", "decode", "prefill+decode"]
 
 
-def test_pods_that_do_not_run_yet_are_no_targets() -> None:
-    (monitor,) = of_kind(render("values-prod.yaml"), "PodMonitor").values()
-    first = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]
-    assert first == {"action": "keep", "sourceLabels": ["__meta_kubernetes_pod_phase"], "regex": "Running"}
-
-
 @pytest.mark.parametrize("values", VALUES)
 def test_ports_probes_and_services_agree(values: str) -> None:
     objects = render(values)
@@ -549,22 +487,6 @@ def test_network_policies_admit_the_stack_and_refuse_others() -> None:
         for name, policy in policies.items()
     }
     assert reach == {"overfill-router": {7601, 7602}, "overfill-prefill": {7600}, "overfill-decode": {7600, 7601}}
-
-
-def test_prefill_and_decode_are_sized_and_scaled_on_their_own() -> None:
-    objects = render("values-prod.yaml")
-    by_component = pods(objects)
-    assert by_component["prefill"]["nodeSelector"] != by_component["decode"]["nodeSelector"]
-    for stage in ("prefill", "decode"):
-        limits = by_component[stage]["containers"][0]["resources"]["limits"]
-        assert limits["nvidia.com/gpu"] == 1
-        assert by_component[stage]["tolerations"]
-        assert by_component[stage]["topologySpreadConstraints"]
-        assert by_component[stage]["priorityClassName"] in of_kind(objects, "PriorityClass")
-        assert "replicas" not in of_kind(objects, "Deployment")[f"overfill-{stage}"]["spec"], "KEDA sets replicas"
-    scaled = of_kind(objects, "ScaledObject")
-    assert scaled["overfill-prefill"]["spec"]["maxReplicaCount"] == 8
-    assert scaled["overfill-decode"]["spec"]["maxReplicaCount"] == 24
 
 
 def test_secrets_are_referred_to() -> None:
@@ -744,43 +666,82 @@ def test_keda_sees_requests_that_routers_do_not_give_to_workers_yet() -> None:
         assert needed["metadata"]["threshold"] == "1"
 
 
-def discover(kmock: kmock_package.KubernetesEmulator) -> None:
-    """Let the stand-in of an API server list the kinds of all objects of the chart."""
-    with warnings.catch_warnings():  # kmock reads its data with a function that Python 3.11 deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        kmock.resources.load_bundled()
-    kmock["get /version"] << {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
-    kmock["get /api/v1"] << {  # kmock 0.8 names this group "/v1", which kubectl does not know
-        "kind": "APIResourceList",
-        "groupVersion": "v1",
-        "resources": [
-            {"name": f"{kind.lower()}s", "singularName": kind.lower(), "kind": kind, "namespaced": True, "verbs": VERBS}
-            for kind in ("ConfigMap", "PersistentVolumeClaim", "Secret", "Service", "ServiceAccount")
-        ],
-    }
-    for api, kinds in CUSTOM.items():
-        group, version = api.split("/")
-        for kind in kinds:
-            kmock.resources[f"{kind.lower()}s.{version}.{group}"] = kmock_package.ResourceInfo(
-                kind=kind, singular=kind.lower(), namespaced=True, verbs=set(VERBS)
-            )
+class Cluster:
+    """helm and kubectl with a stateful stand-in of an API server."""
+
+    def __init__(self, kmock: kmock_package.KubernetesEmulator, folder: Path) -> None:
+        self._kmock, self._folder = kmock, folder
+        with warnings.catch_warnings():  # kmock reads its data with a function that Python 3.11 deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            kmock.resources.load_bundled()
+        kmock["get /version"] << {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
+        kinds = ("ConfigMap", "PersistentVolumeClaim", "Secret", "Service", "ServiceAccount")
+        kmock["get /api/v1"] << {  # kmock 0.8 names this group "/v1", which kubectl does not know
+            "kind": "APIResourceList",
+            "groupVersion": "v1",
+            "resources": [
+                {"name": f"{kind.lower()}s", "singularName": kind.lower(), "kind": kind}
+                | {"namespaced": True, "verbs": VERBS}
+                for kind in kinds
+            ],
+        }
+        for api, kinds in CUSTOM.items():
+            group, version = api.split("/")
+            for kind in kinds:
+                kmock.resources[f"{kind.lower()}s.{version}.{group}"] = kmock_package.ResourceInfo(
+                    kind=kind, singular=kind.lower(), namespaced=True, verbs=set(VERBS)
+                )
+
+    async def kubectl(self, *arguments: str) -> str:
+        return await self._run(
+            "kubectl", f"--server={self._kmock.url}", f"--cache-dir={self._folder}/cache", *arguments
+        )
+
+    async def apply(self, *objects: dict[str, Any]) -> str:
+        manifests = self._folder / "objects.yaml"
+        manifests.write_text(yaml.safe_dump_all(objects))
+        return await self.kubectl("apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+
+    async def upgraded(self, *settings: str) -> list[dict[str, Any]]:
+        """Return the objects that the chart renders while the stand-in answers its look-ups."""
+        output = await self._run(
+            "helm", "template", "overfill", str(CHART), "--namespace=serving", "--dry-run=server", "--is-upgrade",
+            "--disable-openapi-validation", f"--kube-apiserver={self._kmock.url}",
+            *[flag for setting in settings for flag in ("--set", setting)],
+        )  # fmt: skip
+        return [one for one in yaml.load_all(output, yaml.CSafeLoader) if one]
+
+    async def secrets(self) -> dict[str, dict[str, Any]]:
+        """Return the secrets after an upgrade."""
+        return of_kind(await self.upgraded(), "Secret")
+
+    async def _run(self, name: str, *arguments: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            tool(name), *arguments, env={"HOME": str(self._folder), "KUBECONFIG": str(self._folder / "none")},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        assert process.returncode == 0, output.decode()
+        return output.decode()
+
+
+@pytest.fixture
+async def cluster(kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> Cluster:
+    return Cluster(kmock, tmp_path)
 
 
 @pytest.mark.parametrize("values", ["values.yaml", "values-prod.yaml"])
-async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path) -> None:
+async def test_kubectl_apply(values: str, cluster: Cluster) -> None:
     """A stateful stand-in of an API server accepts all objects, twice; the second time nothing changes."""
     objects = [one for one in render(values) if one["kind"] != "Pod"]
-    discover(kmock)
-    manifests = tmp_path / "objects.yaml"
-    manifests.write_text(yaml.safe_dump_all(objects))
-    first = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    first = await cluster.apply(*objects)
     assert first.count(" created") == len(objects), first
-    second = await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    second = await cluster.apply(*objects)
     # kubectl replaces a budget's selector as a whole, and the stand-in counts that as a change.
     changed = [line for line in second.splitlines() if not line.endswith(" unchanged")]
     assert all(line.startswith("poddisruptionbudget.policy/") for line in changed), second
     assert len(second.splitlines()) == len(objects)
-    stored = await kubectl(kmock, tmp_path, "get", "--raw", "/apis/apps/v1/namespaces/serving/deployments")
+    stored = await cluster.kubectl("get", "--raw", "/apis/apps/v1/namespaces/serving/deployments")
     assert {item["metadata"]["name"] for item in json.loads(stored)["items"]} == {
         "overfill-router",
         "overfill-prefill",
@@ -788,37 +749,18 @@ async def test_kubectl_apply(values: str, kmock: kmock_package.KubernetesEmulato
     }
 
 
-async def upgraded(kmock: kmock_package.KubernetesEmulator, folder: Path, *settings: str) -> list[dict[str, Any]]:
-    """Return the objects that the chart renders while the stand-in answers its look-ups."""
-    output = await run(
-        folder, "helm", "template", "overfill", str(CHART), "--namespace=serving", "--dry-run=server", "--is-upgrade",
-        "--disable-openapi-validation", f"--kube-apiserver={kmock.url}",
-        *[flag for setting in settings for flag in ("--set", setting)],
-    )  # fmt: skip
-    return [one for one in yaml.load_all(output, yaml.CSafeLoader) if one]
-
-
-async def secrets_of_an_upgrade(kmock: kmock_package.KubernetesEmulator, folder: Path) -> dict[str, dict]:
-    return of_kind(await upgraded(kmock, folder), "Secret")
-
-
 WIRE = "overfill.io/wire-version"
 
 
-async def test_an_upgrade_to_another_wire_version_is_refused(
-    kmock: kmock_package.KubernetesEmulator, tmp_path: Path
-) -> None:
+async def test_an_upgrade_to_another_wire_version_is_refused(cluster: Cluster) -> None:
     """Half of the processes would refuse the other half; a second release replaces them without a loss."""
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"] == {WIRE: str(WIRE_VERSION)}
-    discover(kmock)
     router = of_kind(render("values.yaml"), "Deployment")["overfill-router"]
     assert router["metadata"]["annotations"] == {WIRE: str(WIRE_VERSION)}
-    manifests = tmp_path / "objects.yaml"
 
     async def upgrade(annotations: dict[str, str]) -> None:
-        manifests.write_text(yaml.safe_dump(router | {"metadata": router["metadata"] | {"annotations": annotations}}))
-        await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
-        assert of_kind(await upgraded(kmock, tmp_path), "Deployment")
+        await cluster.apply(router | {"metadata": router["metadata"] | {"annotations": annotations}})
+        assert of_kind(await cluster.upgraded(), "Deployment")
 
     await upgrade({WIRE: str(WIRE_VERSION)})
     with pytest.raises(AssertionError, match=f"runs wire version 1, this chart {WIRE_VERSION}"):
@@ -827,39 +769,27 @@ async def test_an_upgrade_to_another_wire_version_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["hpa", "keda"])
-async def test_an_upgrade_that_turns_autoscaling_on_keeps_the_number_of_workers(
-    kind: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path
-) -> None:
+async def test_an_upgrade_that_turns_autoscaling_on_keeps_the_number_of_workers(kind: str, cluster: Cluster) -> None:
     """Kubernetes takes a Deployment whose `replicas` an upgrade removes as one of a single pod."""
-    discover(kmock)
 
     async def replicas() -> dict[str, int | None]:
-        objects = await upgraded(kmock, tmp_path, f"decode.autoscaling.kind={kind}", "prefill.replicas=3")
+        objects = await cluster.upgraded(f"decode.autoscaling.kind={kind}", "prefill.replicas=3")
         return {name: one["spec"].get("replicas") for name, one in of_kind(objects, "Deployment").items()}
 
     others = {"overfill-router": 2, "overfill-prefill": 3}
     assert await replicas() == others | {"overfill-decode": None}, "the autoscaler sets it in a new release"
-    manifests = tmp_path / "objects.yaml"
-    manifests.write_text(
-        yaml.safe_dump(of_kind(render("values.yaml", "decode.replicas=6"), "Deployment")["overfill-decode"])
-    )
-    await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+    await cluster.apply(of_kind(render("values.yaml", "decode.replicas=6"), "Deployment")["overfill-decode"])
     assert await replicas() == others | {"overfill-decode": 6}
 
 
 @pytest.mark.parametrize("deleted", ["overfill-first-key", "overfill-keys"])
-async def test_an_upgrade_keeps_the_api_keys(
-    deleted: str, kmock: kmock_package.KubernetesEmulator, tmp_path: Path
-) -> None:
+async def test_an_upgrade_keeps_the_api_keys(deleted: str, cluster: Cluster) -> None:
     """The file of keys outlives the secret of the first key, and a file that is made again has this key's hash."""
-    discover(kmock)
-    first = await secrets_of_an_upgrade(kmock, tmp_path)
-    manifests = tmp_path / "objects.yaml"
-    manifests.write_text(yaml.safe_dump_all(first.values()))
-    await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
-    assert await secrets_of_an_upgrade(kmock, tmp_path) == first
-    await kubectl(kmock, tmp_path, "delete", "-n", "serving", "secret", deleted)
-    again = await secrets_of_an_upgrade(kmock, tmp_path)
+    first = await cluster.secrets()
+    await cluster.apply(*first.values())
+    assert await cluster.secrets() == first
+    await cluster.kubectl("delete", "-n", "serving", "secret", deleted)
+    again = await cluster.secrets()
     assert again["overfill-tls"] == first["overfill-tls"]
     assert again["overfill-client-tls"] == first["overfill-client-tls"]
     kept = {"overfill-first-key": "overfill-keys", "overfill-keys": "overfill-first-key"}[deleted]
@@ -871,21 +801,16 @@ async def test_an_upgrade_keeps_the_api_keys(
     assert ("overfill-first-key" in again) == (deleted != "overfill-first-key")
 
 
-async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of_the_pods(
-    kmock: kmock_package.KubernetesEmulator, tmp_path: Path
-) -> None:
+async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of_the_pods(cluster: Cluster) -> None:
     """A deleted secret revokes what was in it."""
-    discover(kmock)
-    first = await secrets_of_an_upgrade(kmock, tmp_path)
+    first = await cluster.secrets()
     (processes, old) = authorities(first["overfill-tls"])
     only_processes = processes.public_bytes(serialization.Encoding.PEM)
     first["overfill-tls"]["data"]["ca.crt"] = base64.b64encode(only_processes).decode()
-    manifests = tmp_path / "objects.yaml"
     for kept in (first, None):  # a secret without the clients' authority; then one with that of deleted clients
         if kept is not None:
-            manifests.write_text(yaml.safe_dump(kept["overfill-tls"]))
-            await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
-        again = await secrets_of_an_upgrade(kmock, tmp_path)
+            await cluster.apply(kept["overfill-tls"])
+        again = await cluster.secrets()
         for file in ("tls.crt", "tls.key"):
             assert again["overfill-tls"]["data"][file] == first["overfill-tls"]["data"][file]
         same, clients = authorities(again["overfill-tls"])
@@ -893,20 +818,5 @@ async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of
         assert clients != old
         certificate(again["overfill-client-tls"]).verify_directly_issued_by(clients)
         assert authorities(again["overfill-client-tls"]) == [processes]
-        manifests.write_text(yaml.safe_dump(again["overfill-tls"]))
-        await kubectl(kmock, tmp_path, "apply", "--validate=false", "-n", "serving", "-f", str(manifests))
+        await cluster.apply(again["overfill-tls"])
         old = clients
-
-
-async def kubectl(kmock: kmock_package.KubernetesEmulator, folder: Path, *arguments: str) -> str:
-    return await run(folder, "kubectl", f"--server={kmock.url}", f"--cache-dir={folder}/cache", *arguments)
-
-
-async def run(folder: Path, name: str, *arguments: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        tool(name), *arguments, env={"HOME": str(folder), "KUBECONFIG": str(folder / "none")},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
-    return output.decode()

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 import urllib.request
-from collections import Counter
 
 import pytest
-from stacks import idle, loads, running_stack, wait_until
+from stacks import Load, idle, loads, running_stack, wait_until
 from vllm_stacks import GREEDY, prompts, wrong_answers
 
 from overfill.client import Client, SamplingParams
 from overfill.errors import PromptTooLong, Unavailable
 from overfill.pair.llm import LLM
 from overfill.pair.reference import TwoStageReference, judge
-from overfill.settings.worker_kinds import DECODE, PREFILL
 from overfill.stack.describe import describe
 from overfill.stack.placed import PlacedWorker, place
 
@@ -70,67 +66,38 @@ def test_a_small_cache_preempts_and_every_answer_is_still_right(tiny_pair):
         assert float(samples["overfill_decode_local_prefills_total"]) > 8, "and again after each preemption"
 
 
-class Load:
-    """Clients that ask until they are told to stop."""
-
-    def __init__(self, address, clients=4):
-        self.answers, self.errors, self._stop = [], [], threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(address, i)) for i in range(clients)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, address, seed):
-        with Client(address) as client:
-            while not self._stop.is_set():
-                prompt = [(seed * 31 + len(self.answers) * 7 + k) % 200 for k in range(48)]
-                try:
-                    sampling = SamplingParams(**GREEDY, max_tokens=24)
-                    self.answers.append((time.monotonic(), prompt, client.generate(prompt, sampling=sampling)))
-                except Exception as error:
-                    self.errors.append(error)
-
-    def workers(self, since):
-        """Returns the numbers of answers by prefill and decode worker, of answers that ended after ``since``."""
-        return Counter((a.prefill_worker, a.decode_worker) for at, _, a in list(self.answers) if at > since)
-
-    def stop(self):
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+PROMPTS = [[(seed * 31 + k) % 200 for k in range(48 + seed)] for seed in range(4)]
 
 
 def test_a_stack_grows_to_separate_pools_without_a_restart(tiny_pair):
-    with running_stack(tiny_pair, 0, 0, colocated=1) as (stack, address):
-        load = Load(address)
-        try:
-            wait_until(lambda: len(load.answers) > 8, 30, "one worker serves")
-            later = place(describe(tiny_pair, decode=2, settings={"dtype": "float32", "kv_memory": "4MiB"}))
-            for worker in later.workers:
-                config = worker.config.model_copy(update={"routers": stack.placed.join_addresses, "max_model_len": 512})
-                stack._workers.append(stack._spawn_worker(PlacedWorker(worker.pool, worker.kind, config)))
-            wait_until(lambda: len(loads(address)) == 4, 60, "the new workers have joined")
-            joined = time.monotonic()
+    with running_stack(tiny_pair, 0, 0, colocated=1) as (stack, address), Load(address, 4, 24, PROMPTS) as load:
 
-            def spread():
-                pairs = load.workers(joined)
-                return {"decode-0", "decode-1", "colocated-0"} <= {d for _, d in pairs} and "prefill-0" in {
-                    p for p, _ in pairs
-                }
+        def workers(since, stage):
+            """Returns the workers of a stage that took part in answers after the first ``since``."""
+            return {getattr(answer, f"{stage}_worker") for answer in load.answers[since:]}
 
-            wait_until(spread, 30, "requests spread over all workers")
-            with Client(address) as client:
-                client.drain("colocated-0")
-            child = stack.worker("colocated-0")
-            wait_until(lambda: child.returncode is not None, 30, "the first worker has drained")
-            assert child.returncode == 0
-            drained = time.monotonic()
-            wait_until(lambda: len(load.workers(drained)) >= 2, 30, "the other workers serve")
-        finally:
-            load.stop()
-        assert load.errors == []
-        assert {pair[0] for pair in load.workers(drained)} == {"prefill-0"}
-        reference = TwoStageReference(tiny_pair)
-        for _, prompt, answer in load.answers[::7]:
-            verdict = judge(reference, prompt, answer.token_ids, answer.finish_reason, 24)
-            assert verdict.correct, (answer.prefill_worker, answer.decode_worker)
-        assert {worker.kind for worker in later.workers} == {PREFILL, DECODE}
+        load.wait_for_answers(8)
+        later = place(describe(tiny_pair, decode=2, settings={"dtype": "float32", "kv_memory": "4MiB"}))
+        for worker in later.workers:
+            config = worker.config.model_copy(update={"routers": stack.placed.join_addresses, "max_model_len": 512})
+            stack._workers.append(stack._spawn_worker(PlacedWorker(worker.pool, worker.kind, config)))
+        wait_until(lambda: len(loads(address)) == 4, 60, "the new workers have joined")
+        joined = len(load.answers)
+        everywhere = {"decode-0", "decode-1", "colocated-0"}
+        wait_until(
+            lambda: everywhere <= workers(joined, "decode") and "prefill-0" in workers(joined, "prefill"),
+            30,
+            "requests spread over all workers",
+        )
+        with Client(address) as client:
+            client.drain("colocated-0")
+        child = stack.worker("colocated-0")
+        wait_until(lambda: child.returncode is not None, 30, "the first worker has drained")
+        assert child.returncode == 0
+        drained = len(load.answers)
+        load.wait_for_answers(2)
+        assert workers(drained, "prefill") == {"prefill-0"}
+    reference = TwoStageReference(tiny_pair)
+    prompts = {len(prompt): prompt for prompt in PROMPTS}
+    for ids, length, reason in {(a.token_ids, a.usage.prompt_tokens, a.finish_reason) for a in load.answers}:
+        assert judge(reference, prompts[length], ids, reason, 24).correct

@@ -10,7 +10,7 @@ import random
 import statistics
 
 import pytest
-from stacks import loads, running_stack, wait_until
+from stacks import loads, running_stack, wait_accepted, wait_until
 
 from overfill.api import keys
 from overfill.client import Client, SamplingParams
@@ -59,7 +59,7 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
                 keys.revoke(file, "victim")
                 heir = keys.create(file, "victim")
         if with_keys:
-            _wait_accepted(address, heir)
+            wait_accepted(address, heir)
             with Client(address, api_key=heir) as client:
                 assert probe(client, address, prompt, secret)[:2] == (0, 0)
     found = {"right": {probe[:2] for probe in right}, "wrong": {probe[:2] for probe in wrong}}
@@ -70,16 +70,3 @@ def test_a_guess_that_is_right_looks_like_one_that_is_wrong(tiny_pair, tmp_path,
         assert found == {"right": {(0, 0)}, "wrong": {(0, 0)}}
     else:
         assert found == {"right": {(5 * BLOCK, 5 * BLOCK)}, "wrong": {(0, 0)}}
-
-
-def _wait_accepted(address, key):
-    from overfill.client import OverfillError
-
-    def accepted():
-        with Client(address, api_key=key) as client:
-            try:
-                return bool(client.models())
-            except OverfillError:
-                return False
-
-    wait_until(accepted, 20, "the router reads its keys again")

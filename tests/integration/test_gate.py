@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from http_calls import bearer, call
 from mocks import mock_stack
 from stacks import running_stack
 
@@ -51,20 +50,8 @@ def code(channel, method):
         return error.code()
 
 
-class _NotFollowed(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *what):
-        return None
-
-
 def http(url, headers=None, method="GET"):
-    request = urllib.request.Request(
-        url, headers=headers or {}, method=method, data=b"{}" if method == "POST" else None
-    )
-    try:
-        with urllib.request.build_opener(_NotFollowed).open(request, timeout=10) as response:
-            return response.status
-    except urllib.error.HTTPError as error:
-        return error.code
+    return call(url, {} if method == "POST" else None, headers, method).status
 
 
 @contextmanager
@@ -114,8 +101,8 @@ def test_every_rpc_of_running_processes_refuses_without_credentials(tiny_pair, t
         for where in ports:
             for route in METRICS_ROUTES:
                 assert http(f"http://{where}{route}") == 401, (where, route)
-                assert http(f"http://{where}{route}", {"authorization": f"Bearer {infer}"}) == 403, (where, route)
-            assert http(f"http://{where}/metrics", {"authorization": f"Bearer {metrics}"}) == 200
+                assert http(f"http://{where}{route}", bearer(infer)) == 403, (where, route)
+            assert http(f"http://{where}/metrics", bearer(metrics)) == 200
             assert http(f"http://{where}/nothing") == 401
         base = stack.spec.openai_urls(stack.placed.addresses)[0].removesuffix("/v1")
         assert {route for route, rule in ROUTES.items() if rule.open} == {"/health", "/ui", "/"}
@@ -137,9 +124,9 @@ def test_routes_are_those_of_the_table_and_scopes_tell_them_apart(tiny_pair, tmp
             path = route.replace("{model:path}", "x")
             assert (http(f"{stack.url}{path}") == 401) != rule.open, path
             for scope, key in by_scope.items():
-                answer = http(f"{stack.url}{path}", {"authorization": f"Bearer {key}"})
+                answer = http(f"{stack.url}{path}", bearer(key))
                 assert (answer == 403) == (not rule.open and scope is not rule.scope), (path, scope, answer)
-        assert http(f"{stack.url}/nothing", {"authorization": f"Bearer {by_scope[Scope.INFER]}"}) == 404
+        assert http(f"{stack.url}/nothing", bearer(by_scope[Scope.INFER])) == 404
         for scope, key in by_scope.items():
             with Client(stack.grpc, api_key=key) as client:
                 if scope is Scope.STATUS:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 
 import openai
 import pytest
+from http_calls import bearer, call
 from mocks import mock_stack
 
 from overfill.api import keys
@@ -32,14 +32,7 @@ def guarded(tiny_pair, tmp_path_factory):
 
 
 def ask(stack, method, path, headers, body=None):
-    """Makes one request without following redirects; returns status, headers (lower case) and body."""
-    connection = http.client.HTTPConnection(stack.url.removeprefix("http://"), timeout=30)
-    try:
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
+    return call(f"{stack.url}{path}", body, headers, method)
 
 
 def test_every_served_name_may_be_asked_for_and_answers_bear_the_first(named):
@@ -72,9 +65,9 @@ def test_a_page_that_is_allowed_asks_for_leave_without_a_key_and_then_with_one(g
     assert {"authorization", "x-stainless-os"} <= set(headers["access-control-allow-headers"].split(","))
     assert "access-control-allow-credentials" not in headers
 
-    body = json.dumps({"model": stack.router._handler.tiers.model, "prompt": "x", "max_tokens": 1})
-    shown = {"origin": PAGE, "content-type": "application/json"}
-    status, headers, _ = ask(stack, "POST", "/v1/completions", shown | {"authorization": f"Bearer {key}"}, body)
+    body = {"model": stack.router._handler.tiers.model, "prompt": "x", "max_tokens": 1}
+    shown = {"origin": PAGE}
+    status, headers, _ = ask(stack, "POST", "/v1/completions", shown | bearer(key), body)
     assert (status, headers["access-control-allow-origin"]) == (200, PAGE)
     assert "origin" in headers["vary"].lower()
     assert "x-request-id" in headers["access-control-expose-headers"]
@@ -92,7 +85,7 @@ def test_a_page_of_the_internet_may_ask_a_stack_in_a_private_network(guarded):
 
 def test_pages_of_other_origins_are_refused(guarded, named):
     stack, key = guarded
-    other = {"origin": "https://evil.example", "authorization": f"Bearer {key}"}
+    other = {"origin": "https://evil.example"} | bearer(key)
     status, headers, _ = ask(stack, "OPTIONS", "/v1/models", other | ASKING)
     assert status == 400
     assert "access-control-allow-origin" not in headers

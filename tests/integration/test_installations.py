@@ -195,7 +195,7 @@ def test_a_named_pair_needs_no_more_than_a_server_does(tmp_path: Path) -> None:
     done = run_in((), code, env=os.environ | {"OVERFILL_HOME": str(tmp_path)})
     assert done.returncode == 1
     assert "pip install -e '.[server]'" in done.stdout
-    assert {EXTRAS[f"pair {one}"] for one in ("default", "fast", "path", "show")} == {"server"}
+    assert {EXTRAS[f"pair {one}"] for one in ("list", "path", "show")} == {"server"}
 
 
 @pytest.mark.parametrize(("service", "extra"), [("router", "router"), ("prefill", "worker"), ("decode", "worker")])
@@ -244,4 +244,4 @@ def test_the_commands_of_a_client_work_with_the_core_only(tiny_pair: Path, tmp_p
     check("keys", "revoke", "ann", keys)
     assert "router.key" in check("certs", tmp_path / "certs")
     assert "valid" in check("config", "check", ROOT / "deploy" / "overfill.yaml")
-    assert "max-decode" in check("config", "show")
+    assert "max-queue" in check("config", "show")

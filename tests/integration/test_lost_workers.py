@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import urllib.error
-import urllib.request
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from http_calls import call
 from stacks import mocked, running_stack, wait_until
 
 from overfill.cli.main import main
@@ -37,11 +36,8 @@ class StackProbe:
         return code, out.splitlines()[0].split("; ")[0].removeprefix(f"{self.address}: ")
 
     def http(self):
-        try:
-            with urllib.request.urlopen(f"{self._url}/health") as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+        reply = call(f"{self._url}/health")
+        return reply.status, json.loads(reply.body)
 
     def health(self):
         """Returns exit code and answer of readiness, and exit code of liveness."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 
 import pytest
+from http_calls import bearer, call
 from mocks import mock_stack, mock_worker
 from prometheus_client.parser import text_string_to_metric_families
 from stacks import wait_until
@@ -19,13 +18,11 @@ from overfill.settings.config import DecodeConfig
 
 def scrape(stack, key=None):
     """Returns samples by name and label values."""
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"http://{stack.router._exporter.address}/metrics", headers=headers)
-    with urllib.request.urlopen(request, timeout=10) as response:
-        text = response.read().decode()
+    reply = call(f"http://{stack.router._exporter.address}/metrics", headers=bearer(key) if key else {})
+    assert reply.status == 200
     return {
         (sample.name.removeprefix("overfill_router_"), *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(reply.body.decode())
         for sample in family.samples
     }
 
@@ -91,8 +88,7 @@ def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
             next(stream.__enter__())
         now = scrape(stack)
         assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 2
-        with urllib.request.urlopen(f"http://{stack.router._exporter.address}/targets", timeout=10) as response:
-            groups = json.load(response)
+        groups = json.loads(call(f"http://{stack.router._exporter.address}/targets").body)
         by_stage = {group["labels"]["stage"]: group["targets"][0] for group in groups}
         assert [*by_stage] == ["router", "prefill", "decode", "prefill+decode"]
         assert running_sequences(by_stage["prefill"]).keys() == {"prefill"}
@@ -108,13 +104,11 @@ def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
 
 def running_sequences(target):
     """Returns the running sequences of each stage of the worker whose metrics ``target`` serves."""
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as response:
-        families = text_string_to_metric_families(response.read().decode())
-        return {
-            family.name.split("_")[1]: family.samples[0].value
-            for family in families
-            if family.name in ("overfill_prefill_running", "overfill_decode_running")
-        }
+    return {
+        family.name.split("_")[1]: family.samples[0].value
+        for family in text_string_to_metric_families(call(f"http://{target}/metrics").body.decode())
+        if family.name in ("overfill_prefill_running", "overfill_decode_running")
+    }
 
 
 def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tiny_pair):
@@ -146,13 +140,9 @@ def test_usage_by_key(tiny_pair, tmp_path):
     with mock_stack(tiny_pair, api_keys=file) as stack:
         with Client(stack.grpc, api_key=key) as client:
             client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=4, ignore_eos=True))
-        body = json.dumps({"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}).encode()
-        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-        request = urllib.request.Request(f"{stack.url}/v1/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=10) as response:
-            response.read()
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            scrape(stack)
+        body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}
+        assert call(f"{stack.url}/v1/completions", body, bearer(key)).status == 200
+        assert call(f"http://{stack.router._exporter.address}/metrics").status == 401
         now = scrape(stack, prometheus)
     assert now["key_requests_total", "ci"] == 2
     assert now["key_tokens_total", "ci", "prompt"] == 5

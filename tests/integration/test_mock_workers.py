@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from mocks import mock_stack
-from stacks import idle, loads, wait_until
+from stacks import wait_until
 
 from overfill.cli.main import main
-from overfill.client import AsyncClient, Client, SamplingParams
-from overfill.errors import InvalidRequest
+from overfill.client import Client, SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
 
 
-def test_a_worker_with_both_stages_answers_alone_and_is_a_member_of_both_pools(tiny_pair):
-    with mock_stack(tiny_pair, prefill=0, decode=0, colocated=1) as stack, Client(stack.grpc) as client:
-        answer = client.generate([5, 6, 7], sampling=SamplingParams(max_tokens=20, ignore_eos=True))
-        assert answer.usage.completion_tokens == 20
-        workers = client.status().workers
-        assert [(worker.id, worker.stage) for worker in workers] == [("worker-0", "prefill"), ("worker-0", "decode")]
-        assert all(worker.info.colocated for worker in stack.router.roster.workers())
-        with pytest.raises(InvalidRequest, match=r"no worker 'nosuch' has joined; joined: worker-0$"):
-            client.drain("nosuch")
-
-
-def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
+def test_a_worker_with_both_stages_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
     with (
         mock_stack(tiny_pair, prefill=0, colocated=1, workers={"step": 0.005}) as stack,
         Client(stack.grpc) as client,
@@ -43,27 +29,6 @@ def test_it_prefills_for_decode_workers_and_continues_their_answers(tiny_pair):
                 pass
         assert [stream.answer.token_ids for stream in streams] == [expected] * 4
         assert {stream.answer.decode_worker for stream in streams} == {"worker-0"}
-
-
-def test_an_answer_that_a_stop_string_ends_has_its_codec_and_decode_time(tiny_pair):
-    with mock_stack(tiny_pair) as stack, Client(stack.grpc) as client:
-        whole = client.generate([5, 6, 7], sampling=LONG)
-        cut = client.generate([5, 6, 7], sampling=LONG, stop=[whole.text[40:44]])
-        assert cut.stop
-        assert cut.codec == whole.codec == "raw"
-        assert cut.timing.decode > 0
-        assert cut.timing.handoff_exposed > 0
-
-
-async def test_dropping_an_asyncio_stream_ends_its_sequence_on_the_worker(tiny_pair):
-    with mock_stack(tiny_pair, decode_settings={"step": 0.2}) as stack:
-        async with AsyncClient(stack.grpc) as client:
-            async for _ in client.stream([5, 6, 7], sampling=LONG):
-                break
-            # The first token comes with the prefill, before the sequence runs.
-            wait_until(lambda: loads(stack.grpc)["decode-0"].running == 1, 10, "the sequence runs")
-            await asyncio.sleep(0)  # the loop cancels the call
-            await asyncio.to_thread(wait_until, lambda: idle(stack.grpc), 10, "the worker is idle")
 
 
 def test_a_drain_names_its_worker(tiny_pair):

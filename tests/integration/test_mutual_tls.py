@@ -16,20 +16,18 @@ import grpc
 import pytest
 import torch
 from cryptography import x509
+from kv_pulls import pull
 from stacks import loads, running_stack, wait_until
 
 from overfill.api import keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
-from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull
-from overfill.kv.spec import KvSpec
 from overfill.model.manifest import Pair
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
-from overfill.v1 import decode_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
+from overfill.v1 import decode_pb2, registry_pb2, registry_pb2_grpc
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -95,26 +93,17 @@ def captured():
             thread.join()
 
 
-async def pull(tiny_pair, worker, prompt, credentials):
+async def kv_of(tiny_pair, worker, prompt, credentials):
     """Pulls the KV of ``prompt`` from ``worker`` as a decode worker does."""
     target = decode_pb2.AssignPrefill(
-        worker_id=worker.id,
-        incarnation=worker.process.incarnation,
-        address=worker.address,
+        worker_id=worker.id, incarnation=worker.process.incarnation, address=worker.address
     )
     pair = Pair.load(tiny_pair)
-    spec = pair.full_config.kv_spec("float32")
-    assert isinstance(spec, KvSpec)
     peer = PrefillPeer(target, 1, credentials, shm=False)
     try:
-        cache = KvCache(spec, 8, 16, torch.device("cpu"))
         await peer.handshake(pair.kv_identity("float32"))
-        request = prefill_pb2.StartPrefill(
-            request_id="r", prompt_token_ids=prompt, sampling=GREEDY.to_proto(), sample_first_token=True
-        )
         with ThreadPoolExecutor(1) as executor:
-            handoff = PromptPull(peer, request, spec, pair.layer_map, cache, list(range(8)), executor)
-            await handoff.run(20.0, lambda _: None)
+            cache, _ = await pull(peer, pair.full_config.kv_spec("float32"), pair.layer_map, prompt, executor)
         return cache
     finally:
         await peer.close()
@@ -160,7 +149,7 @@ async def test_a_listener_reads_prompts_and_kv_in_the_clear_only(tiny_pair, tmp_
 
             ids, worker = await asyncio.to_thread(ask)
             link = Credentials(shown(certs, Role.WORKER)) if secured else Credentials(None, stack.placed.secret)
-            cache = await pull(tiny_pair, worker, ids, link)
+            cache = await kv_of(tiny_pair, worker, ids, link)
         blocks = cache.k[0, 0].contiguous().view(torch.uint8).numpy()
     wire = b"\0\0\0\0".join(packets)
     needles = {

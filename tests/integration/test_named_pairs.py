@@ -9,11 +9,10 @@ import sys
 
 import pytest
 from mocks import mock_stack
-from stacks import running_stack
 
 from overfill.client import Client, SamplingParams
+from overfill.making.seal import record_checksums
 from overfill.pair import store
-from overfill.pair.checksums import record_checksums
 
 
 @pytest.fixture
@@ -34,15 +33,6 @@ def answer(address):
         return client.generate(
             [5, 6, 7], sampling=SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         ).token_ids
-
-
-def test_router_and_workers_serve_a_named_pair(cache):
-    store.resolve_pair("identity")
-    with running_stack("identity") as (stack, address):
-        assert {config.pair for config in (*stack.placed.routers, *stack.placed.prefill, *stack.placed.decode)} == {
-            "identity"
-        }
-        assert len(answer(address)) == 4
 
 
 def test_a_folder_with_the_name_of_a_pair_is_reached_by_its_path(cache, tiny_pair):

@@ -27,32 +27,26 @@ SEEDS = 8
 
 @pytest.fixture(scope="module")
 def url(tiny_pair):
-    with mock_stack(tiny_pair) as stack:
+    with mock_stack(tiny_pair, served_model_name="tiny") as stack:
         yield f"{stack.url}/v1"
 
 
 @pytest.fixture(scope="module")
-def model(url):
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-        return client.models.list().data[0].id
-
-
-@pytest.fixture(scope="module")
-def ask(url, model):
+def ask(url):
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
 
         def ask(**body):
-            return client.post("/chat/completions", body={"model": model} | body, cast_to=object)["choices"][0]
+            return client.post("/chat/completions", body={"model": "tiny"} | body, cast_to=object)["choices"][0]
 
         yield ask
 
 
 @pytest.mark.skipif(not LIBRARIES.exists(), reason="needs instructor and LangChain: make test-all installs them")
 @pytest.mark.parametrize("library", ["instructor", "langchain"])
-def test_client_libraries_read_objects_from_tool_calls(url, model, library):
+def test_client_libraries_read_objects_from_tool_calls(url, library):
     program = Path(__file__).with_name("client_libraries.py")
     run = subprocess.run(
-        [sys.executable, program, library, url, model, str(SEEDS)],
+        [sys.executable, program, library, url, "tiny", str(SEEDS)],
         env=os.environ | {"PYTHONPATH": str(LIBRARIES)},
         capture_output=True,
         text=True,

@@ -16,10 +16,10 @@ import torch
 from decode_calls import DecodeCall
 
 from overfill.engine import prefill
-from overfill.engine.build import build_engine_parts
+from overfill.engine.build import load_half, size_pools
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.load import served_half
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.protocol import EngineOptions
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
@@ -33,7 +33,7 @@ from overfill.pair.reference import TwoStageReference
 from overfill.request.params import SamplingParams
 from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
-from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from services.decode.servicer import DecodeServicer
 from services.messages import new_hello
 from services.prefill.servicer import PrefillServicer
@@ -73,16 +73,8 @@ HOST = SimpleNamespace(draining=False, notify=lambda: None)
 
 
 def load(pair, half, kv_memory=2 * 2**20):
-    return build_engine_parts(
-        pair,
-        half,
-        dtype="float32",
-        device=torch.device("cpu"),
-        block_size=16,
-        kv_memory=kv_memory,
-        max_model_len=256,
-        warm_tokens=16,
-    )
+    options = EngineOptions(torch.device("cpu"), "float32", kv_memory=kv_memory, max_model_len=256, prefix_cache=False)
+    return size_pools([load_half(pair, half, options)])[0]
 
 
 class Workers:
@@ -95,7 +87,7 @@ class Workers:
         self.prefill_gate, self.decode_gate = Gate(), Gate()
         self.full, self.decoder = load(pair, "full"), load(pair, "decoder")
 
-        full = served_half(self.full, "full", self.full.prefix_cache(False))
+        full = self.full.served
         hello = new_hello("p", [full])
         self.prefill = PrefillServicer(full, hello, executor, max_leases=8)
         self.prefill.host = HOST
@@ -111,7 +103,7 @@ class Workers:
         prefill_address = await self._serve(stack, add_prefill_to_server, self.prefill, "overfill.v1.Prefill")
         self.target = decode_pb2.AssignPrefill(worker_id="p", incarnation=hello.incarnation, address=prefill_address)
 
-        decoder = served_half(self.decoder, "decoder", self.decoder.prefix_cache(False))
+        decoder = self.decoder.served
         self.peers = PeerPool(decoder.kv_identity, 2, None)
         stack.push_async_callback(self.peers.close)
         self.hello = new_hello("d", [decoder])
@@ -177,7 +169,7 @@ class Workers:
         target = decode_pb2.AssignPrefill()
         target.CopyFrom(self.target)
         for number, address in enumerate(data_addresses):
-            share = self.full.kv.num_kv_heads // len(data_addresses)
+            share = self.full.served.kv.num_kv_heads // len(data_addresses)
             target.data_addresses.add(address=address, first_kv_head=number * share, num_kv_heads=share)
         await call.send(assign_prefill=target)
 
@@ -282,35 +274,6 @@ async def test_an_eviction_frees_both_sides(workers, phase):
     await workers.open_gates_until_empty()
 
 
-async def test_the_answer_is_the_reference_s(workers, reference):
-    call = await workers.reserve()
-    await workers.assign(call)
-    ids, done = await workers.answer(call)
-    assert ids == reference.generate(PROMPT, 20)
-    assert done.usage.prompt_tokens == len(PROMPT)
-    assert done.prefill_worker_id == "p"
-
-
-async def test_a_resumed_answer_continues_after_its_tokens(workers, reference):
-    whole = reference.generate(PROMPT, 20)
-    call = await workers.reserve(emitted=whole[:7])
-    await workers.assign(call)
-    ids = list(whole[:7])
-    while (message := await call.read()).HasField("tokens"):
-        assert message.tokens.first_index == len(ids)
-        ids.extend(message.tokens.ids)
-    assert ids == whole
-
-
-async def test_max_tokens_of_one_needs_no_kv(workers, reference):
-    async with TcpProxy(workers.target.address, 10_000) as proxy:
-        call = await workers.reserve(max_tokens=1)
-        await workers.assign(call, proxy.address)
-        ids, done = await workers.answer(call)
-    assert ids == reference.generate(PROMPT, 1)
-    assert done.reason == common_pb2.FINISH_REASON_LENGTH
-
-
 def outcomes(metrics, name):
     samples = [sample for family in metrics.registry.collect() for sample in family.samples if sample.name == name]
     return {label: sample.value for sample in samples for label in sample.labels.values() if sample.value}
@@ -347,17 +310,6 @@ async def test_an_answer_of_one_token_is_computed_again_elsewhere_when_its_prefi
     await workers.assign(call)
     ids, _ = await workers.answer(call)
     assert ids == reference.generate(PROMPT, 1)
-
-
-async def test_a_full_worker_refuses_and_says_why(workers):
-    first = await workers.reserve()
-    free = workers.decoder.pool.num_free
-    blocker = workers.decoder.pool.acquire("blocker", free)
-    call = await workers.begin(workers.start_message())
-    refused = await call.read()
-    assert "KV blocks needed" in refused.refused.reason
-    workers.decoder.pool.release("blocker", blocker)
-    first.cancel()
 
 
 @pytest.mark.parametrize(

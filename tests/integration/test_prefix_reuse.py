@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import openai
 import pytest
 import torch
-from listening_registry import ListeningRegistry
-from stacks import ForkedChild, children, idle, loads, running_stack, wait_until
+from kv_pulls import opened, prefill_process, pull
+from stacks import idle, loads, running_stack, wait_accepted, wait_until
 
 from overfill.api import keys
-from overfill.cli.main import main
-from overfill.client import Client, SamplingParams, Unauthenticated
-from overfill.kv.cache import KvCache
-from overfill.kv.peers import PrefillPeer
-from overfill.kv.receiver import PromptPull
+from overfill.client import Client, SamplingParams
 from overfill.kv.spec import KvSpec
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge, summarise
-from overfill.stack.child import stop
-from overfill.stack.process_runner import child_environment
-from overfill.v1 import decode_pb2, prefill_pb2
 
 BLOCK = 16
 TURNS = 8
@@ -68,13 +58,13 @@ def judged(reference, chats):
 
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
-    """Address and client of a stack with prefix caches. Each test uses prompts of its own."""
-    with running_stack(tiny_pair) as (_, address), Client(address) as client:
-        yield address, client
+    """Address, OpenAI URL and client of a stack with prefix caches. Each test uses prompts of its own."""
+    with running_stack(tiny_pair, http=0) as (stack, address), Client(address) as client:
+        yield address, stack.spec.openai_urls(stack.placed.addresses)[0], client
 
 
 def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(stack, reference):
-    address, client = stack
+    address, _, client = stack
     with ThreadPoolExecutor(3) as pool:
         chats = list(pool.map(lambda seed: chat(client, seed), range(3)))
         for turns in chats:
@@ -96,7 +86,7 @@ def test_chats_reuse_the_prompt_and_recompute_what_the_decoder_wrote(stack, refe
 
 
 def test_an_answer_that_a_stop_string_ends_has_the_usage_and_timing_of_one_that_its_worker_ends(stack):
-    _, client = stack
+    *_, client = stack
     prompt = [20 + 11 * i % 470 for i in range(70)]
     client.generate(prompt, sampling=GREEDY)
     whole = client.generate(prompt, sampling=GREEDY, trace=True)
@@ -111,17 +101,6 @@ def test_an_answer_that_a_stop_string_ends_has_the_usage_and_timing_of_one_that_
         assert getattr(cut.timing, part) > 0
 
 
-def test_without_caches_the_answers_are_the_same(stack, tiny_pair, reference):
-    chats = [chat(stack[1], 7)]
-    with running_stack(tiny_pair, prefix_cache="off") as (_, address), Client(address) as client:
-        chats.append(chat(client, 7))
-        assert all(load.kv_blocks_cached == 0 for load in loads(address).values())
-        assert loads(address)["prefill-0"].prefix_hit_rate == 0
-    assert all(answer.usage.cached_tokens == 0 for _, answer in chats[1])
-    assert [answer.token_ids for _, answer in chats[0]] == [answer.token_ids for _, answer in chats[1]]
-    assert judged(reference, chats).passed
-
-
 def test_a_small_cache_evicts_under_load_and_stays_right(tiny_pair, reference):
     # 64 blocks: three chats of up to 20 blocks each do not fit beside what is cached of the others.
     with running_stack(tiny_pair, kv_memory="1MiB") as (_, address), Client(address) as client:
@@ -132,57 +111,19 @@ def test_a_small_cache_evicts_under_load_and_stays_right(tiny_pair, reference):
     assert summary.passed, str(summary)
 
 
-def test_another_worker_serves_a_chat_whose_worker_was_killed(tiny_pair, reference):
-    with running_stack(tiny_pair, prefill=2, decode=2) as (stack, address), Client(address) as client:
-        turns = chat(client, 30)
-        name = turns[-1][1].decode_worker
-        os.kill(next(c for c in children(stack, "decode") if c.name == name).pid, signal.SIGKILL)
-        turns += chat(client, 30)
-    assert judged(reference, [turns]).passed
+@pytest.fixture(scope="module")
+def hello(tiny_pair):
+    with prefill_process(f"--pair={tiny_pair}", "--kv-memory=4MiB") as hello:
+        yield hello
 
 
 @pytest.fixture
-async def worker(tiny_pair):
-    registry = ListeningRegistry()
-    router = await registry.start()
-    arguments = [
-        f"--pair={tiny_pair}",
-        f"--routers={router}",
-        "--dtype=float32",
-        "--kv-memory=4MiB",
-        "--grace-period=1",
-    ]
-    command = [sys.executable, "-m", "services.prefill.main", *arguments]
-    child = ForkedChild("prefill", command, child_environment({}, 1), lambda name, line: None)
-    hello = await registry.next_worker(60)
-    target = decode_pb2.AssignPrefill(
-        worker_id=hello.worker_id,
-        incarnation=hello.incarnation,
-        address=hello.address,
-        data_addresses=hello.data_addresses,
-    )
-    peer = PrefillPeer(target, 2, None)
-    spec = KvSpec.from_proto(hello.kv)
-    layer_map = Pair.load(tiny_pair).layer_map
+async def worker(tiny_pair, hello):
+    """Returns a function that pulls a prompt's KV from a prefill worker."""
+    peer, spec, layer_map = opened(hello), KvSpec.from_proto(hello.kv), Pair.load(tiny_pair).layer_map
     with ThreadPoolExecutor(2) as executor:
-
-        async def pull(prompt, namespace="", held=0):
-            cache = KvCache(spec, 8, BLOCK, torch.device("cpu"))
-            request = prefill_pb2.StartPrefill(
-                request_id="r",
-                prompt_token_ids=prompt,
-                sampling=SamplingParams(temperature=0).to_proto(),
-                sample_first_token=True,
-                cache_namespace=namespace,
-            )
-            handoff = PromptPull(peer, request, spec, layer_map, cache, list(range(8)), executor, held)
-            await handoff.run(20.0, lambda token: None)
-            return cache, handoff.stats
-
-        yield pull
+        yield partial(pull, peer, spec, layer_map, executor=executor)
     await peer.close()
-    stop([child], 5)
-    await registry.stop()
 
 
 async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
@@ -197,14 +138,12 @@ async def test_tenants_do_not_share_and_cached_kv_is_what_was_computed(worker):
     assert stats.cached_tokens == 0
 
 
-def test_every_chunk_of_a_stream_has_the_cached_tokens(tiny_pair):
+def test_every_chunk_of_a_stream_has_the_cached_tokens(stack):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    with running_stack(tiny_pair, http=0) as (stack, _):
-        url = stack.spec.openai_urls(stack.placed.addresses)[0]
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            fields = {"model": client.models.list().data[0].id, "prompt": list(range(30, 90)), "max_tokens": 8}
-            client.completions.create(**fields)
-            chunks = list(client.completions.create(**fields, stream=True, stream_options=options))
+    with openai.OpenAI(base_url=stack[1], api_key="none", max_retries=0) as client:
+        fields = {"model": client.models.list().data[0].id, "prompt": list(range(30, 90)), "max_tokens": 8}
+        client.completions.create(**fields)
+        chunks = list(client.completions.create(**fields, stream=True, stream_options=options))
     assert len(chunks) > 2
     assert {chunk.usage.prompt_tokens_details.cached_tokens for chunk in chunks} == {48}
 
@@ -235,38 +174,14 @@ def test_keys_share_no_cache_over_either_protocol(tiny_pair, tmp_path):
         assert by_grpc(b) > 0
         keys.revoke(file, "b")
         c = keys.create(file, "c")
-        wait_until(lambda: _accepted(address, c), 20, "the router reads its keys again")
+        wait_accepted(address, c)
         assert by_grpc(c) == 0
-
-
-def _accepted(address, key):
-    with Client(address, api_key=key) as client:
-        try:
-            return bool(client.models())
-        except Unauthenticated:
-            return False
 
 
 async def test_kv_that_the_decode_worker_holds_is_not_sent(worker):
     prompt = list(range(100, 170))
     whole, everything = await worker(prompt)
-    rest, stats = await worker(prompt, held=48)
+    rest, stats = await worker(prompt, held_tokens=48)
     assert stats.kv_bytes == everything.kv_bytes * (70 - 48) // 70
     assert rest.k[:, :3].count_nonzero() == 0
     assert torch.allclose(rest.k[:, 3:], whole.k[:, 3:], atol=1e-4)
-
-
-def test_status_shows_the_hit_rate(stack, capsys):
-    address, client = stack
-
-    def tokens():
-        load = loads(address)["prefill-0"]
-        return load.prefix_tokens_found, load.prefix_tokens_looked_up
-
-    found, looked_up = tokens()
-    for _ in range(2):
-        client.generate(list(range(100, 170)), sampling=GREEDY)
-    assert tokens() == (found + 64, looked_up + 140)
-    assert main(["status", "--json", f"--address={address}"]) == 0
-    workers = {worker["id"]: worker for worker in json.loads(capsys.readouterr().out)["workers"]}
-    assert workers["prefill-0"]["prefix_hit_rate"] == pytest.approx((found + 64) / (looked_up + 140))

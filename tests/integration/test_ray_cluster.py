@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ray_stacks import Load, Up, status_json
-from stacks import mocked, wait_until
+from ray_stacks import Up, status_json
+from stacks import Load, mocked, wait_until
 
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
@@ -108,7 +108,7 @@ def test_the_shipped_config_answers_upgrades_and_shrinks_with_no_failed_request(
     both = ",".join(addresses)
     first = {stage: workers(both, stage) for stage in ("prefill", "decode")}
     with Load(both, 4, 80) as load:  # each takes four seconds; a drain allows two
-        wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
+        load.wait_for_answers(4)
         args["decode"]["settings"]["max_num_seqs"] = 16
         cluster.deploy(config, tmp_path)
         for stage, old in first.items():

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from ray_stacks import Load, Up, cli, status_json, up_on_ray
-from stacks import loads, wait_until
+from ray_stacks import Up, cli, status_json, up_on_ray
+from stacks import Load, loads, wait_until
 
 from overfill.client import Client, SamplingParams
 
@@ -64,7 +64,7 @@ def busy_decoder(up):
 def test_a_killed_worker_is_replaced_and_no_request_fails(up):
     before = up.workers("decode")
     with Load(up.address, 4, 40) as load:
-        wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
+        load.wait_for_answers(4)
         victim = busy_decoder(up)  # an idle worker would have no request to move
         os.kill(before[victim], signal.SIGKILL)
         wait_until(lambda: victim not in up.workers("decode"), 60, "the router forgets the worker")
@@ -76,7 +76,7 @@ def test_a_killed_worker_is_replaced_and_no_request_fails(up):
 def test_a_drained_worker_is_replaced_after_its_requests_have_migrated(up):
     before = up.workers("decode")
     with Load(up.address, 4, 60) as load:  # an answer takes three seconds, the grace period is one
-        wait_until(lambda: len(load.answers) >= 4, 60, "the first answers")
+        load.wait_for_answers(4)
         victim = next(iter(before))
         assert cli("drain", victim, "--address", up.address)[0] == 0
         wait_until(lambda: len(up.workers("decode").keys() - before.keys()) >= 1, 120, "another takes its place")

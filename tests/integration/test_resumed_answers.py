@@ -153,33 +153,21 @@ async def test_a_small_router_refuses_to_go_on_with_a_prompt_that_it_would_trunc
 
 
 @pytest.mark.parametrize(
-    ("other", "fields"),
+    ("other", "formats", "fields"),
     [
-        ("decoder", {"decoder_digest"}),
-        ("model", {"full_digest", "reader_digest", "decoder_digest"}),
+        ("decoder", {}, {"decoder_digest"}),
+        ("model", {}, {"full_digest", "reader_digest", "decoder_digest"}),
+        ("pair", {"kv_cache_dtype": "int8"}, {"kv_cache_dtype"}),
+        ("pair", {"dtype": "bfloat16"}, {"kv_dtype"}),
+        ("pair", {"reader": "mock"}, {"reader_digest"}),
     ],
 )
-async def test_a_router_with_another_writer_refuses_and_names_the_fields(pairs, other, fields):
-    async with stack(pairs[other]) as address, lost(address, pair=pairs["pair"]) as stream:
+async def test_a_router_with_another_writer_refuses_and_names_the_fields(pairs, other, formats, fields):
+    async with stack(pairs[other], **formats) as address, lost(address, pair=pairs["pair"]) as stream:
         with pytest.raises(Incompatible) as caught:
             await rest_of(stream)
         assert set(caught.value.fields) == {f"resume_identity.{name}" for name in fields}
         assert list(caught.value.produced.token_ids) == answer_of(pairs, PROMPT)[:BEFORE]
-
-
-@pytest.mark.parametrize(
-    ("formats", "field"),
-    [
-        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype"),
-        ({"dtype": "bfloat16"}, "kv_dtype"),
-        ({"reader": "mock"}, "reader_digest"),
-    ],
-)
-async def test_a_router_whose_workers_compute_otherwise_refuses(pairs, formats, field):
-    async with stack(pairs["pair"], **formats) as address, lost(address, pair=pairs["pair"]) as stream:
-        with pytest.raises(Incompatible) as caught:
-            await rest_of(stream)
-        assert caught.value.fields == (f"resume_identity.{field}",)
 
 
 async def test_a_router_that_cannot_go_on_is_passed_over(pairs):

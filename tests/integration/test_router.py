@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import signal
-import sys
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
@@ -11,19 +9,12 @@ import pytest
 
 from overfill.api import keys
 from overfill.api.tokenizer import Tokenizer
-from overfill.client import AnswerIdentity, AsyncClient
+from overfill.client import AsyncClient
 from overfill.errors import (
-    DeadlineExceeded,
-    Incompatible,
-    InvalidRequest,
-    ModelNotFound,
-    Overloaded,
-    PromptTooLong,
     Unavailable,
 )
 from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams
-from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc import shares
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import WIRE_VERSION
@@ -85,10 +76,6 @@ class Call:
         self.say(done=decode_pb2.DecodeDone(reason=reason, **more))
         self.end()
 
-    def refuse(self):
-        self.say(refused=decode_pb2.Refused(reason="full"))
-        self.end()
-
     async def reserve(self):
         """Answers Reserved; returns the assignment of a prefill worker."""
         self.say(reserved=decode_pb2.Reserved(blocks=1, reservation_ns=1000))
@@ -104,7 +91,7 @@ class Call:
 class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
     """A worker without an engine; the test answers its calls."""
 
-    def __init__(self, name, pair, stage, *, wire_version=WIRE_VERSION, total=128):
+    def __init__(self, name, pair, stage):
         config = pair.full_config
         self.calls = asyncio.Queue()
         self.silent = False
@@ -116,7 +103,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
             worker_id=name,
             incarnation=int.from_bytes(os.urandom(4), "big"),
             stages=[stage],
-            wire_version=wire_version,
+            wire_version=WIRE_VERSION,
             software_version="9.9.9",
             engine=f"engine of {name}",
             model=pair.model_identity("decoder" if stage == common_pb2.STAGE_DECODE else "full"),
@@ -124,7 +111,7 @@ class Worker(decode_pb2_grpc.DecodeServicer, admin_pb2_grpc.AdminServicer):
             max_model_len=config.max_positions,
             vocab_size=config.vocab_size,
         )
-        self.load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=16)
+        self.load = decode_pb2.WorkerLoad(kv_blocks_total=128, block_size=16)
 
     async def Serve(self, requests, context):
         await serve_sequences(requests, context, self._run)
@@ -181,10 +168,11 @@ class Stack:
         self._exits.push_async_callback(worker.kill)
         return worker
 
-    @property
-    def identity(self):
-        """What an answer to ``PROMPT`` depends on."""
-        return AnswerIdentity.from_proto(self.router._handler.tiers.identity(DEFAULT_TIER, PROMPT))
+    async def staff(self):
+        """Adds one prefill and one decode worker; waits until both are available."""
+        self.prefill = await self.add("p0", common_pb2.STAGE_PREFILL)
+        self.first = await self.add("d0")
+        await self.joined("p0", "d0")
 
     async def joined(self, *names):
         """Waits until exactly these workers are available for requests."""
@@ -211,11 +199,9 @@ async def running(pair_folder, grace_period=5, **config):
 
 @pytest.fixture
 async def stack(tiny_pair):
-    """One prefill and two decode workers."""
+    """A stack with a prefill and a decode worker, in which no request is left after the test."""
     async with running(tiny_pair, max_attempts=3) as stack:
-        stack.prefill = await stack.add("p0", common_pb2.STAGE_PREFILL)
-        stack.first = await stack.add("d0")
-        await stack.joined("p0", "d0")
+        await stack.staff()
         yield stack
         await stack.idle()
 
@@ -282,15 +268,6 @@ async def test_an_answer_has_all_its_fields(stack, client, tokenizer):
     assert (timing.handoff_exposed, timing.decode) == (pytest.approx(5e-9), pytest.approx(6e-9))
 
 
-async def test_a_chat_is_rendered_with_the_template_of_the_checkpoint(stack, client, tokenizer):
-    messages = [{"role": "user", "content": "hi"}]
-    asking = asyncio.create_task(client.generate(messages, sampling=greedy()))
-    call = await stack.first.calls.get()
-    assert list(call.start.prompt_token_ids) == tokenizer.encode_chat(messages)
-    await call.answer(tokenizer.encode("hello"))
-    assert (await asking).text == "hello"
-
-
 async def test_a_stop_string_cuts_the_answer_and_cancels_the_worker(stack, client, tokenizer):
     ids = tokenizer.encode("one two END three")
     asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(64), stop=["END"]))
@@ -318,56 +295,6 @@ async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it
         call.tokens(0, tokenizer.encode("one two END three"))
         assert (await reading).text == "one two "
         assert not stack.router.dispatcher.num_jobs
-
-
-async def test_a_refused_request_goes_to_another_worker(stack, client):
-    second = await stack.add("d1")
-    await stack.joined("p0", "d0", "d1")
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-    (await stack.first.calls.get()).refuse()
-    await (await second.calls.get()).answer([20, 21])
-    answer = await asking
-    assert (answer.decode_worker, answer.migrations) == ("d1", 0)
-
-
-async def test_a_refused_request_returns_to_a_lone_worker_after_its_report(stack, client):
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-    (await stack.first.calls.get()).refuse()
-    await (await stack.first.calls.get()).answer([20])
-    assert list((await asking).token_ids) == [20]
-
-
-async def test_another_worker_continues_when_one_dies_in_the_middle(stack, client):
-    second = await stack.add("d1")
-    await stack.joined("p0", "d0", "d1")
-    seen = []
-    async with client.stream(PROMPT, sampling=greedy()) as stream:
-        call = await stack.first.calls.get()
-        await call.reserve()
-        call.tokens(0, [20, 21])
-        seen += (await anext(stream)).token_ids
-        await stack.first.kill()
-        again = await second.calls.get()
-        assert list(again.start.emitted_token_ids) == [20, 21]
-        assert again.start.attempt == 1
-        await again.answer([22, 23])
-        async for delta in stream:
-            seen += delta.token_ids
-        assert seen == [20, 21, 22, 23]
-        assert (stream.answer.migrations, stream.answer.decode_worker) == (1, "d1")
-
-
-async def test_a_request_that_every_worker_drops_ends_with_the_tokens_so_far(stack, client):
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-    for tokens in ([20], [], []):
-        call = await stack.first.calls.get()
-        await call.reserve()
-        if tokens:
-            call.tokens(0, tokens)
-        call.end()  # without Done
-    with pytest.raises(Unavailable, match="3 attempts; 1 token had been produced") as caught:
-        await asking
-    assert caught.value.produced.token_ids == (20,)
 
 
 @pytest.mark.parametrize(
@@ -413,17 +340,6 @@ async def test_a_client_that_gives_up_cancels_the_worker(stack, stub, phase):
     await stack.idle()
 
 
-async def test_a_client_that_gives_up_while_waiting_leaves_nothing_behind(stack, stub):
-    stack.first.credits = 0
-    stack.first.membership.notify()
-    await stack.joined("p0")
-    answering = stub.Generate(request())
-    assert (await answering.read()).HasField("accepted")
-    answering.cancel()
-    await stack.idle()
-    assert stack.first.calls.empty()
-
-
 async def unread(stack, count):
     """Sends an answer to a client that reads none of it, but answers pings; returns its channel, RPC and sequence."""
     # A small window, so that the router's writes wait.
@@ -439,28 +355,6 @@ async def unread(stack, count):
     for index in range(count):  # some 130 bytes each
         call.tokens(index, [index % 500], logprobs=[top])
     return channel, rpc, call
-
-
-async def test_a_client_that_stops_reading_delays_no_other(stack, client):
-    count = 1900
-    channel, slow, call = await unread(stack, count)
-    call.done(LENGTH)
-    await call.ended.wait()
-
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-    await (await stack.first.calls.get()).answer([20])
-    assert list((await asking).token_ids) == [20]
-
-    ids, messages = [], 0
-    async for response in slow:
-        delta = response.finished.rest if response.HasField("finished") else response.delta
-        if delta.token_ids:
-            assert delta.first_index == len(ids)
-            ids += delta.token_ids
-            messages += 1
-    assert ids == [index % 500 for index in range(count)]
-    assert messages < count, "unread tokens have merged"
-    await channel.close(None)
 
 
 async def test_a_client_that_reads_nothing_is_given_up(stack, monkeypatch):
@@ -516,9 +410,7 @@ async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_
     monkeypatch.setattr(request_handler, "READ_GRACE", 0.1)
     async with asyncio.timeout(30):
         async with running(tiny_pair, grace_period=60) as stack:
-            await stack.add("p0", common_pb2.STAGE_PREFILL)
-            stack.first = await stack.add("d0")
-            await stack.joined("p0", "d0")
+            await stack.staff()
             channel, _rpc, call = await unread(stack, 1900)
             call.done(LENGTH)
             await stack.idle()
@@ -554,76 +446,6 @@ async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(st
         await waiting
 
 
-async def test_the_deadline_reaches_the_worker_and_ends_the_request(stack, client):
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), timeout=0.3))
-    call = await stack.first.calls.get()
-    assert 0 < call.served.time_left() <= 0.3
-    with pytest.raises(DeadlineExceeded):
-        await asking
-    await call.ended.wait()
-
-
-async def test_a_resubmitted_request_continues_after_the_clients_tokens(stack, client):
-    resumed = {"resume_token_ids": [20, 21], "resume_identity": stack.identity}
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), **resumed))
-    call = await stack.first.calls.get()
-    assert list(call.start.emitted_token_ids) == [20, 21]
-    await call.answer([22])
-    answer = await asking
-    assert list(answer.token_ids)[-1] == 22
-    assert answer.usage.completion_tokens == 3
-    assert answer.timing.ttft is None, "the request already had the first token"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"prompt": PROMPT, "model": "another"}, ModelNotFound),
-        ({"prompt": []}, InvalidRequest),
-        ({"prompt": [{"role": "robot", "content": "Hi"}]}, InvalidRequest),
-        ({"prompt": [10**6]}, InvalidRequest),
-        ({"prompt": list(range(100)) * 30}, PromptTooLong),
-        ({"prompt": PROMPT, "sampling": SamplingParams(max_tokens=2040)}, None),
-        ({"prompt": PROMPT, "sampling": SamplingParams(max_tokens=2046)}, PromptTooLong),
-    ],
-)
-async def test_bad_requests_are_refused_before_any_worker_hears_of_them(stack, client, arguments, error):
-    asking = asyncio.create_task(client.generate(**arguments))
-    if error is None:
-        await (await stack.first.calls.get()).answer([20])
-        await asking
-        return
-    with pytest.raises(error):
-        await asking
-    assert stack.first.calls.empty()
-
-
-async def test_a_full_queue_refuses(tiny_pair):
-    async with running(tiny_pair, max_queue=1) as stack, AsyncClient(stack.address) as client:
-        waiting = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-        await until(lambda: stack.router.dispatcher.num_waiting)
-        with pytest.raises(Overloaded):
-            await client.generate(PROMPT, sampling=greedy())
-        of_20 = {"resume_token_ids": [20], "resume_identity": stack.identity}
-        resumed = asyncio.create_task(client.generate(PROMPT, sampling=greedy(), **of_20))
-        await until(lambda: stack.router.dispatcher.num_waiting == 2)
-        with pytest.raises(Overloaded):
-            await client.generate(PROMPT, sampling=greedy(), **of_20)
-        waiting.cancel()
-        resumed.cancel()
-        await stack.idle()
-
-
-async def test_a_request_waits_for_the_first_workers(tiny_pair):
-    async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
-        asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-        await stack.add("p0", common_pb2.STAGE_PREFILL)
-        decode = await stack.add("d0")
-        await (await decode.calls.get()).answer([20])
-        assert list((await asking).token_ids) == [20]
-        await stack.idle()
-
-
 async def test_status_asks_the_workers_and_shows_a_silent_one(stack, client):
     stack.first.load.running = 3
     stack.prefill.silent = True
@@ -638,70 +460,10 @@ async def test_status_asks_the_workers_and_shows_a_silent_one(stack, client):
     assert status.process.address == stack.address
 
 
-async def test_status_counts_the_workers_that_are_ready_now(tiny_pair):
-    async with running(tiny_pair, expect_prefill=1, expect_decode=2) as stack, AsyncClient(stack.address) as client:
-
-        async def look():
-            status = await client.status()
-            pools = [(pool.ready, pool.expected) for pool in (status.pools["prefill"], status.pools["decode"])]
-            return pools, status.serving, status.complete
-
-        assert await look() == ([(0, 1), (0, 2)], False, False)
-        prefill = await stack.add("p0", common_pb2.STAGE_PREFILL)
-        await stack.joined("p0")
-        assert await look() == ([(1, 1), (0, 2)], False, False)
-        await stack.add("d0")
-        second = await stack.add("d1")
-        await stack.joined("p0", "d0", "d1")
-        assert await look() == ([(1, 1), (2, 2)], True, True)
-        third = await stack.add("d2")
-        await stack.joined("p0", "d0", "d1", "d2")
-        assert await look() == ([(1, 1), (3, 2)], True, True), "more workers than expected are complete too"
-        await third.kill()
-        await second.kill()
-        await stack.joined("p0", "d0")
-        assert await look() == ([(1, 1), (1, 2)], True, False)
-        prefill.silent = True
-        assert await look() == ([(0, 1), (1, 2)], False, False)
-        prefill.silent = False
-        await prefill.kill()
-        await stack.joined("d0")
-        assert await look() == ([(0, 1), (1, 2)], False, False)
-        assert [worker.id for worker in (await client.status()).workers] == ["d0"]
-        await stack.add("p1", common_pb2.STAGE_PREFILL)
-        await stack.add("d3")
-        await stack.joined("p1", "d0", "d3")
-        assert await look() == ([(1, 1), (2, 2)], True, True)
-
-
 async def test_a_router_that_expects_nothing_is_complete_with_a_worker_of_each_stage(tiny_pair):
     async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
         status = await client.status()
         assert (status.serving, status.complete, status.pools["prefill"].expected) == (False, False, 1)
-
-
-async def test_models_are_listed(stack, client, tiny_pair):
-    [model] = await client.models()
-    assert model.name == tiny_pair.name
-    assert model.max_model_len == 2048
-    assert model.dtype == "float32"
-
-
-async def test_a_worker_of_another_wire_version_is_refused_naming_both(stack):
-    worker = await stack.add("old", wire_version=WIRE_VERSION + 1)
-    error = await worker.refusal.get()
-    assert isinstance(error, Incompatible)
-    assert f"wire version {WIRE_VERSION + 1} (software 9.9.9); this router speaks {WIRE_VERSION}" in str(error)
-
-
-async def test_a_worker_of_another_model_is_refused(stack, tiny_pair):
-    worker = Worker("other", stack.pair, common_pb2.STAGE_DECODE)
-    worker.hello.model.full_digest = "another"
-    await worker.serve(stack.address)
-    try:
-        assert (await worker.refusal.get()).fields == ("full_digest",)
-    finally:
-        await worker.kill()
 
 
 async def test_an_id_in_use_by_the_other_stage_is_refused_and_the_first_stays(stack):
@@ -725,29 +487,6 @@ async def test_a_second_worker_with_the_id_of_one_that_works_is_refused_and_the_
     assert list((await asking).token_ids) == [20]
 
 
-async def test_a_restarted_worker_replaces_its_old_incarnation(stack, client):
-    name = stack.first.hello.worker_id
-    await stack.first.kill()
-    again = await stack.add(name)
-    process = (name, again.hello.incarnation)
-    await until(lambda: any(w.process == process and w.credits_left for w in stack.router.roster.workers()))
-    asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-    call = await again.calls.get()
-    await call.answer([20, 21])
-    assert list((await asking).token_ids) == [20, 21]
-
-
-async def test_drain_is_passed_on_to_a_worker(stack):
-    channel = open_channel(stack.address)
-    stub = admin_pb2_grpc.AdminStub(channel)
-    await stub.Drain(admin_pb2.DrainRequest(worker_id="d0"))
-    assert stack.first.drained.is_set()
-    with pytest.raises(grpc.RpcError) as caught:
-        await stub.Drain(admin_pb2.DrainRequest(worker_id="d9"))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    await channel.close(None)
-
-
 async def test_a_worker_that_leaves_before_it_answers_has_been_drained(stack):
     channel = open_channel(stack.address)
     stub = admin_pb2_grpc.AdminStub(channel)
@@ -763,11 +502,9 @@ async def test_a_worker_that_leaves_before_it_answers_has_been_drained(stack):
 
 async def test_a_draining_router_finishes_running_requests_and_refuses_new_ones(tiny_pair):
     async with running(tiny_pair) as stack, AsyncClient(stack.address) as client:
-        await stack.add("p0", common_pb2.STAGE_PREFILL)
-        worker = await stack.add("d0")
-        await stack.joined("p0", "d0")
+        await stack.staff()
         asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-        call = await worker.calls.get()
+        call = await stack.first.calls.get()
         stack.router.drain()
         await until(lambda: stack.router._handler.draining)
         with pytest.raises(Unavailable, match="shutting down"):
@@ -780,33 +517,24 @@ async def test_a_draining_router_finishes_running_requests_and_refuses_new_ones(
 
 
 async def test_a_request_that_outlives_the_grace_period_gets_a_clean_error(tiny_pair):
-    async with AsyncExitStack() as exits:
-        router = Router(RouterConfig(pair=tiny_pair, port=0, grace_period=0))
-        stack = Stack(router, await router.start(), Pair.load(tiny_pair), exits)
-        serving = asyncio.create_task(router.run())
-        await stack.add("p0", common_pb2.STAGE_PREFILL)
-        worker = await stack.add("d0")
-        await stack.joined("p0", "d0")
-        client = await exits.enter_async_context(AsyncClient(stack.address))
+    async with running(tiny_pair, grace_period=0) as stack, AsyncClient(stack.address) as client:
+        await stack.staff()
         asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-        call = await worker.calls.get()
+        call = await stack.first.calls.get()
         await call.reserve()
         call.tokens(0, [20])
-        router.drain()
+        stack.router.drain()
         # The client asks once more. It may reach the port that the router has opened again, which refuses it.
         with pytest.raises(Unavailable, match=r"shut down before the answer was complete|router is shutting down"):
             await asking
-        await serving
         await call.ended.wait()
 
 
 async def test_a_drain_ends_its_answers_although_its_port_cannot_be_opened_again(tiny_pair, monkeypatch):
     async with running(tiny_pair, grace_period=60) as stack, AsyncClient(stack.address) as client:
-        await stack.add("p0", common_pb2.STAGE_PREFILL)
-        worker = await stack.add("d0")
-        await stack.joined("p0", "d0")
+        await stack.staff()
         asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
-        call = await worker.calls.get()
+        call = await stack.first.calls.get()
 
         async def start(self, address):
             raise TlsError("the certificate cannot be read")
@@ -831,20 +559,3 @@ async def test_an_unread_answer_does_not_outlast_the_grace_period(tiny_pair):
     with answer:
         router.drain()
         await asyncio.wait_for(asyncio.shield(serving), 0.8 * READ_GRACE)
-
-
-async def test_the_process_drains_on_sigterm_and_exits_0(tiny_pair):
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "services.router.main",
-        f"--pair={tiny_pair}",
-        "--port=0",
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async for line in process.stderr:
-        if b"listens on" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    await process.stderr.read()
-    assert await process.wait() == 0

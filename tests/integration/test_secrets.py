@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from http_calls import call
 from stacks import children, running_stack
 
 from overfill.api import keys
@@ -19,14 +17,9 @@ PROMPT = "Nobody else shall read that the treasure lies under the third oak."
 
 
 def ask(url, path, key, body=None, scheme="Bearer"):
-    """Makes a request; returns (status, whole response with headers)."""
-    headers = {"content-type": "application/json", "authorization": f"{scheme} {key}"}
-    request = urllib.request.Request(f"{url}{path}", None if body is None else json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, str(response.headers) + response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, str(error.headers) + error.read().decode()
+    """Makes a request; returns the whole response."""
+    reply = call(f"{url}{path}", body, {"authorization": f"{scheme} {key}"})
+    return str(reply.headers) + reply.body.decode()
 
 
 def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
@@ -47,9 +40,9 @@ def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
             (f"{key} x", "Bearer"),
         ):
             for path in ("/status", "/metrics", "/version", "/nothing", f"/v1/models/{'x' * 50}"):
-                said.append(ask(url, path, shown, scheme=scheme)[1])
+                said.append(ask(url, path, shown, scheme=scheme))
             # Answers contain the model's text only, and errors name the field only; neither repeats the prompt.
-            said.append(ask(url, "/v1/completions", shown, good, scheme)[1])
+            said.append(ask(url, "/v1/completions", shown, good, scheme))
             for bad in (
                 {"temperature": 99},
                 {"max_tokens": 10**6},
@@ -57,10 +50,10 @@ def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
                 {"stop": [PROMPT] * 99},
                 {"n": 0},
             ):
-                said.append(ask(url, "/v1/completions", shown, good | bad, scheme)[1])
+                said.append(ask(url, "/v1/completions", shown, good | bad, scheme))
         for shown in (key, few, wrong, secret, None):
             with Client(address, api_key=shown) as client:
-                for call in (
+                for act in (
                     lambda c: c.generate(PROMPT, sampling=SamplingParams(max_tokens=2)),
                     lambda c: c.generate(PROMPT, sampling=SamplingParams(max_tokens=2), timeout=1e-4),
                     lambda c: c.generate(PROMPT * 50, sampling=SamplingParams(max_tokens=2)),
@@ -68,15 +61,15 @@ def test_secrets_and_prompts_appear_nowhere(tiny_pair, tmp_path):
                     lambda c: c.drain("nobody"),
                 ):
                     try:
-                        call(client)
+                        act(client)
                     except OverfillError as error:
                         said.append(f"{error} {error!r}")
         with Client(address, api_key=key) as client:
             status = client.status()
         for where in [status.process.metrics_address, *(worker.process.metrics_address for worker in status.workers)]:
             for shown in (key, few, wrong):
-                said.append(ask(f"http://{where}", "/metrics", shown)[1])
-                said.append(ask(f"http://{where}", "/targets", shown)[1])
+                said.append(ask(f"http://{where}", "/metrics", shown))
+                said.append(ask(f"http://{where}", "/targets", shown))
         titles = []
         for stage in ("router", "prefill", "decode"):
             for child in children(stack, stage):

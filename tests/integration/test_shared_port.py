@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from http_calls import call
 from stacks import ForkedChild, children, idle, mocked, running_stack, wait_until
 
 from overfill.api import keys
@@ -41,18 +42,19 @@ def running(address, **client):
 
 
 def answer_over_http(url):
+    """Returns a connection, and a function that asks for an answer on it."""
     host, _, path = url.removeprefix("http://").partition("/")
     connection = http.client.HTTPConnection(host, timeout=30)
-    return connection, lambda: ask_http(connection, f"/{path}")
+    body = json.dumps({"model": "x", "prompt": "Hi", "max_tokens": 3, "ignore_eos": True})
 
+    def ask():
+        connection.request("POST", f"/{path}/completions", body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        told = json.load(response)
+        assert response.status == 200, told
+        return told
 
-def ask_http(connection, path):
-    body = {"model": "x", "prompt": "Hi", "max_tokens": 3, "ignore_eos": True}
-    connection.request("POST", f"{path}/completions", json.dumps(body), {"content-type": "application/json"})
-    response = connection.getresponse()
-    told = json.load(response)
-    assert response.status == 200, told
-    return told
+    return connection, ask
 
 
 def wait_until_dead(stack, pid):
@@ -125,26 +127,17 @@ def test_every_process_answers_at_the_one_address_and_status_adds_up(tiny_pair, 
             ("/status", 200, f'"answers_last_minute":{sent}'),
             ("/metrics", 404, "overfill status"),
         ):
-            connection = http.client.HTTPConnection(host)
-            connection.request("GET", path)
-            response = connection.getresponse()
-            assert response.status == code
-            assert expected in response.read().decode()
-            connection.close()
+            status, _, body = call(f"http://{host}{path}")
+            assert (status, expected in body.decode()) == (code, True), body
 
         # Prometheus finds every process through any of them, and their counters add up to what was sent.
         total, targets = 0, []
         for router in told["routers"]:
-            connection = http.client.HTTPConnection(router["metrics_address"])
-            connection.request("GET", "/targets")
-            targets.append(sorted(target["targets"][0] for target in json.load(connection.getresponse())))
-            connection.close()
-            connection = http.client.HTTPConnection(router["metrics_address"])
-            connection.request("GET", "/metrics")
-            for line in connection.getresponse().read().decode().splitlines():
+            where = f"http://{router['metrics_address']}"
+            targets.append(sorted(target["targets"][0] for target in json.loads(call(f"{where}/targets").body)))
+            for line in call(f"{where}/metrics").body.decode().splitlines():
                 if line.startswith('overfill_router_requests_total{outcome="ok"'):
                     total += float(line.split()[-1])
-            connection.close()
         assert targets[0] == targets[1]
         assert {router["metrics_address"] for router in told["routers"]} <= set(targets[0]), "beside the workers'"
         assert total == sent

@@ -1,10 +1,9 @@
 """Tests what clients of both protocols see of a stack with two tiers: a real router with mock workers."""
 
 import json
-import urllib.error
-import urllib.request
 
 import pytest
+from http_calls import bearer, call
 from mocks import mock_stack
 
 from overfill.api import keys
@@ -36,14 +35,8 @@ def client(stack):
 
 def http(url, body=None, key=None):
     """Returns the status and the JSON of an answer."""
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
+    reply = call(url, body, bearer(key) if key else {})
+    return reply.status, json.loads(reply.body)
 
 
 def test_the_default_tier_and_every_tier_have_a_name(stack, client):
@@ -127,6 +120,8 @@ def test_a_key_may_use_its_tiers_only(tiny_pair, tmp_path):
             assert client.generate("Hi", sampling=FEW, tier="fast").tier == "fast"
             with pytest.raises(PermissionDenied, match="'fast'"):
                 client.generate("Hi")
+            with pytest.raises(PermissionDenied, match="named as fallback"):
+                client.generate("Hi", sampling=FEW, tier="fast", fallback="default")
         (listed,) = [model["id"] for model in http(f"{stack.url}/v1/models", key=key)[1]["data"]]
         name, _, tier = listed.partition(":")
         assert tier == "fast", "names that the key may not use are not listed"

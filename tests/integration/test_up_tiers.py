@@ -6,7 +6,8 @@ import pytest
 from stacks import mocked, running_stack
 
 from overfill.client import Client, SamplingParams
-from overfill.model.manifest import Pair, write_manifest
+from overfill.making.pair_json import write_manifest
+from overfill.model.manifest import Pair
 from overfill.settings.tiers import TierSpec
 
 
@@ -20,12 +21,11 @@ def identity(tiny_pair, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mock", [False, True])
-def test_every_worker_runs_its_tiers_decoder(mock, tiny_pair, identity):
+def test_every_worker_runs_its_tiers_decoder(tiny_pair, identity):
     texts = (f"full={identity}", f"fast={tiny_pair}:2,quantize=int8,kv-cache-dtype=int8")
     tiers = tuple(map(TierSpec.parse, texts))
     with (
-        running_stack(None, **(mocked() if mock else {}), tiers=tiers, default_tier="fast") as (_, address),
+        running_stack(None, **mocked(), tiers=tiers, default_tier="fast") as (_, address),
         Client(address) as client,
     ):
         status = client.status()

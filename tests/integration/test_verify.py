@@ -30,11 +30,6 @@ def verify(tiny_pair, questions, capsys):
     return run
 
 
-def test_a_right_stack_passes(tiny_pair, verify):
-    with running_stack(tiny_pair, decode=2) as (_, address):
-        assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
-
-
 def test_workers_with_both_stages_are_verified_beside_decode_workers(tiny_pair, verify):
     with running_stack(tiny_pair, prefill=0, decode=1, colocated=1) as (_, address):
         assert verify(address) == (0, "12/12 correct (12 identical, 0 ties)")
@@ -53,7 +48,7 @@ def test_every_tier_passes_and_two_find_the_prefill_of_the_first(tiny_tiers, que
 
 def test_an_imported_pair_passes(tiny_pair, tmp_path, verify):
     """A decoder in the authors' format with three of four layers, which read KV out of order and of one layer twice."""
-    decoder = write_two_stage(tiny_pair, tmp_path / "published", "sharded-bin", teacher=True, kept=[0, 1, 3])
+    decoder = write_two_stage(tiny_pair, tmp_path / "published", sharded=True, teacher=True, kept=[0, 1, 3])
     pair = tmp_path / "imported"
     arguments = ["--full", str(tiny_pair / "full"), "--decoder", str(decoder), "--layer-map", "0,3,0"]
     assert main(["pair", "import", *arguments, "--out", str(pair)]) == 0

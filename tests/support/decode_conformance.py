@@ -102,16 +102,13 @@ class DecodeConformance(_AnswerTests):
     def test_sequences_join_and_leave_a_running_batch(self, driver):
         joined = []
         for number in range(5):
-            joined.append(driver.reserve(Request(prompt(40, number), sampling("temperature", 6 + 3 * number))))
-            driver.proceed(joined[-1])
+            joined += driver.begin(Request(prompt(40, number), sampling("temperature", 6 + 3 * number)))
             driver.step()
         driver.run()
         assert_right(driver, *joined)
 
     def test_the_shape_of_a_step_is_known(self, driver):
-        decodings = [driver.reserve(Request(prompt(9, number), sampling("temperature", 6))) for number in range(3)]
-        for decoding in decodings:
-            driver.proceed(decoding)
+        decodings = driver.begin(*(Request(prompt(9, number), sampling("temperature", 6)) for number in range(3)))
         driver.step()
         # A worker that computes its prompts itself has done so in this step.
         assert driver.core.step_shape in ((3, 3), (3, 27))
@@ -123,9 +120,7 @@ class DecodeConformance(_AnswerTests):
     )
     def test_what_one_sequence_makes_the_sampling_raise_fails_it_alone(self, driver, name, part):
         names = ["greedy", name, name, "all_filters", "frequency_penalty"]
-        decodings = [driver.reserve(Request(prompt(21, n), sampling(kind, 12))) for n, kind in enumerate(names)]
-        for decoding in decodings:
-            driver.proceed(decoding)
+        decodings = driver.begin(*(Request(prompt(21, n), sampling(kind, 12)) for n, kind in enumerate(names)))
         driver.step()
         poisoned = decodings.pop(1)
         break_sampling(poisoned.sequence.processor, part)
@@ -171,24 +166,18 @@ class DecodeConformance(_AnswerTests):
             assert_right(driver, *driver.answer(replace(whole, emitted=tuple(answer.ids[:count]))))
 
     def test_a_grammar_that_becomes_too_complex_ends_its_own_answer_only(self, driver):
-        beside = [
-            driver.reserve(Request(prompt(33, n), sampling(name, 30))) for n, name in ((1, "regex"), (2, "greedy"))
-        ]
+        requests = [Request(prompt(33, n), sampling(name, 30)) for n, name in ((1, "regex"), (2, "greedy"))]
         ambiguous = " | ".join(" ".join(["s"] * count) for count in range(2, 30))
         grammar = Grammar("lark", f'start: s\ns: {ambiguous} | "a"\n')
         until_complex = SamplingParams(temperature=0, max_tokens=60, min_tokens=60, grammar=grammar)
-        doomed = driver.reserve(Request(prompt(20), until_complex))
-        for decoding in (*beside, doomed):
-            driver.proceed(decoding)
-        driver.run()
+        *beside, doomed = driver.answer(*requests, Request(prompt(20), until_complex))
         assert isinstance(doomed.error, InvalidRequest)
         assert "is too complex" in str(doomed.error)
         assert len(doomed.tokens) >= 1
         assert_right(driver, *beside)
 
     def test_replays_and_decoding_sequences_share_the_engine(self, driver):
-        decoding = driver.reserve(Request(prompt(33), sampling("temperature", 30)))
-        driver.proceed(decoding)
+        (decoding,) = driver.begin(Request(prompt(33), sampling("temperature", 30)))
         driver.step()
         replays = [Request(prompt(8, n), sampling("greedy", 60), prompt(50, n)) for n in (1, 2)]
         assert_right(driver, *driver.answer(*replays), decoding)
@@ -267,10 +256,7 @@ class DecodeConformance(_AnswerTests):
         driver.run()
 
     def test_release_of_a_running_sequence_leaves_the_others_alone(self, driver):
-        requests = [Request(prompt(70, number), sampling("temperature", 12)) for number in range(3)]
-        decodings = [driver.reserve(request) for request in requests]
-        for decoding in decodings:
-            driver.proceed(decoding)
+        decodings = driver.begin(*(Request(prompt(70, number), sampling("temperature", 12)) for number in range(3)))
         driver.run_until(lambda: len(decodings[1].tokens) >= 4)
         used = driver.load.blocks_used
         driver.release(decodings[1])
@@ -281,8 +267,7 @@ class DecodeConformance(_AnswerTests):
         assert_right(driver, decodings[0], decodings[2])
 
     def test_release_during_a_replay(self, driver):
-        decoding = driver.reserve(Request(prompt(70), sampling("greedy", 200), prompt(100, 1)))
-        driver.proceed(decoding)
+        (decoding,) = driver.begin(Request(prompt(70), sampling("greedy", 200), prompt(100, 1)))
         driver.release(decoding)
         driver.assert_empty()
         driver.run()
@@ -314,11 +299,9 @@ class DecodeConformance(_AnswerTests):
         assert driver.load.freed_capacity_since(running)
 
     def test_a_reservation_is_answered_while_a_long_answer_is_replayed(self, driver):
-        replaying = driver.reserve(Request(prompt(20, 8), sampling("greedy", 960), emitted=prompt(950, 3)))
-        driver.proceed(replaying)
+        (replaying,) = driver.begin(Request(prompt(20, 8), sampling("greedy", 960), emitted=prompt(950, 3)))
         driver.step()
-        other = driver.reserve(Request(prompt(10), sampling("greedy", 9)))
-        driver.proceed(other)
+        (other,) = driver.begin(Request(prompt(10), sampling("greedy", 9)))
         driver.run()
         assert_right(driver, replaying, other)
 
@@ -400,13 +383,8 @@ class SmallDecodeConformance(DecodeEngineConformance):
     def test_several_sequences_lose_their_blocks(self, driver):
         before = self.num_preemptions(driver)
         size = (driver.load.blocks_total // 3 - 1) * BLOCK_SIZE - 9
-        decodings = []
-        for number in range(3):
-            params = sampling("frequency_penalty", 4 * BLOCK_SIZE, ignore_eos=True, seed=number)
-            decodings.append(driver.reserve(Request(prompt(size, number), params)))
-        for decoding in decodings:
-            driver.proceed(decoding)
-        driver.run()
+        params = [sampling("frequency_penalty", 4 * BLOCK_SIZE, ignore_eos=True, seed=seed) for seed in range(3)]
+        decodings = driver.answer(*(Request(prompt(size, number), each) for number, each in enumerate(params)))
         assert self.num_preemptions(driver) > before + 1
         assert_right(driver, *decodings)
 
@@ -462,9 +440,7 @@ class FailedStepDecodeConformance(DecodeEngineConformance):
 
     def test_a_failed_step_ends_its_own_sequences_or_the_worker(self, driver):
         waiting = driver.reserve(Request(prompt(40, 9), sampling("greedy", 5)))
-        running = [driver.reserve(Request(prompt(40, number), sampling("greedy", 9))) for number in range(2)]
-        for decoding in running:
-            driver.proceed(decoding)
+        running = driver.begin(*(Request(prompt(40, number), sampling("greedy", 9)) for number in range(2)))
         driver.run_until(lambda: all(len(decoding.tokens) > 2 for decoding in running))
         counts = [len(decoding.tokens) for decoding in running]
         self.fail_next_step(driver.core)

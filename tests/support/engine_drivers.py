@@ -209,11 +209,16 @@ class DecodeDriver(_Driver):
         decoding.hold = False
         self._answer_events()
 
-    def answer(self, *requests: Request) -> list[Decoding]:
-        """Decodes all ``requests`` in one batch."""
+    def begin(self, *requests: Request) -> list[Decoding]:
+        """Reserves for all ``requests``, and lets their KV arrive."""
         decodings = [self.reserve(request) for request in requests]
         for decoding in decodings:
             self.proceed(decoding)
+        return decodings
+
+    def answer(self, *requests: Request) -> list[Decoding]:
+        """Decodes all ``requests`` in one batch."""
+        decodings = self.begin(*requests)
         self.run()
         return decodings
 

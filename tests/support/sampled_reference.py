@@ -12,8 +12,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from overfill.engine.sequence import FinishReason, StopRule
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import write_manifest
 from overfill.model.processors import new_processor, process
 from overfill.model.sampling import sample
 from overfill.model.steps import SampledToken

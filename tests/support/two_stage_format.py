@@ -1,36 +1,28 @@
-"""Writes checkpoints in the format of OverFill's authors, from a decoder of ours.
-
-As a script: ``python tests/support/two_stage_format.py PAIR OUT --format sharded-bin --teacher --drop 3``
-"""
+"""Writes checkpoints in the format of OverFill's authors, from a decoder of ours."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
-
-Format = Literal["safetensors", "bin", "sharded-bin"]
 
 
 def write_two_stage(
     pair: Path,
     out: Path,
-    format: Format = "safetensors",
     *,
+    sharded: bool = False,
     teacher: bool = False,
     kept: Sequence[int] | None = None,
     hidden_size: int | None = None,
 ) -> Path:
-    """Writes the decoder of ``pair`` as ``student.…``, without any config, and returns ``out``.
-
-    A tied head is written too, as torch does it; safetensors allow no shared memory, so it is left out there.
+    """Writes the decoder of ``pair`` as ``student.…``, without any config, and returns ``out``. Leaves out a tied head.
 
     Args:
+        sharded: True writes three files with an index.
         teacher: True adds the full model as ``teacher.…``.
         kept: Layers of the decoder to keep, which are numbered anew. None keeps all.
         hidden_size: Channels to keep. None keeps all.
@@ -41,20 +33,13 @@ def write_two_stage(
         tensors = {name: _narrow(name, tensor, hidden_size) for name, tensor in tensors.items()}
     if teacher:
         tensors |= {f"teacher.{name}": tensor for name, tensor in _load(pair / "full").items()}
-    if format == "safetensors":
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, out / "model.safetensors")
+    if not sharded:
+        save_file(tensors, out / "model.safetensors")
         return out
-    for half in ("student", "teacher"):
-        if f"{half}.model.embed_tokens.weight" in tensors:
-            tensors.setdefault(f"{half}.lm_head.weight", tensors[f"{half}.model.embed_tokens.weight"])
-    if format == "bin":
-        torch.save(tensors, out / "pytorch_model.bin")
-        return out
-    names = sorted(tensors)
-    places = {name: f"pytorch_model-0000{1 + (i % 3)}-of-00003.bin" for i, name in enumerate(names)}
+    places = {name: f"model-0000{1 + (i % 3)}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(places.values()):
-        torch.save({name: tensors[name].clone() for name in names if places[name] == file}, out / file)
-    (out / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        save_file({name: tensor for name, tensor in tensors.items() if places[name] == file}, out / file)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return out
 
 
@@ -83,20 +68,3 @@ def _narrow(name: str, tensor: torch.Tensor, hidden_size: int) -> torch.Tensor:
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pair", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--format", choices=get_args(Format), default="safetensors")
-    parser.add_argument("--teacher", action="store_true", help="Write the full model too.")
-    parser.add_argument("--drop", type=int, default=0, help="Layers to drop, all after layer 0, as firstlast does it.")
-    options = parser.parse_args()
-    layers = json.loads((options.pair / "decoder" / "config.json").read_text())["num_hidden_layers"]
-    kept = [0, *range(options.drop + 1, layers)]
-    print(write_two_stage(options.pair, options.out, options.format, teacher=options.teacher, kept=kept))
-
-
-if __name__ == "__main__":
-    main()

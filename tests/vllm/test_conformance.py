@@ -65,8 +65,7 @@ class TestDecode(OnVllm, CountsLeaks, decode.DecodeConformance):
         self, driver: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(driver.core._vllm._scheduler, "max_num_scheduled_tokens", REPLAY_BUDGET)
-        replaying = driver.reserve(Request(prompt(20), sampling("greedy", 960), emitted=prompt(950, 3)))
-        driver.proceed(replaying)
+        (replaying,) = driver.begin(Request(prompt(20), sampling("greedy", 960), emitted=prompt(950, 3)))
         left_out = driver.submit(Request(prompt(10), sampling("greedy", 9)))
         driver.step()
         assert left_out.refused is not None
@@ -78,9 +77,7 @@ class TestDecode(OnVllm, CountsLeaks, decode.DecodeConformance):
     def test_sampling_that_fails_for_all_ends_the_step_s_sequences_and_not_the_engine(
         self, driver: Any, monkeypatch: pytest.MonkeyPatch, part: str
     ) -> None:
-        running = [driver.reserve(Request(prompt(20, n), sampling("temperature", 9))) for n in range(2)]
-        for decoding in running:
-            driver.proceed(decoding)
+        running = driver.begin(*(Request(prompt(20, n), sampling("temperature", 9)) for n in range(2)))
         driver.step()
         before = self.num_failed_steps(driver)
 

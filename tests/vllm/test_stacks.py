@@ -1,7 +1,6 @@
 """Stacks with vLLM workers answer as the reference does: both stages on vLLM, and each mixed with OverFill's engine."""
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -105,10 +104,9 @@ def test_codecs_and_sockets(mixed):
     sampling, prompt = SamplingParams(**GREEDY, max_tokens=16), PROMPT[::-1]  # which no cache holds yet
     raw = mixed.client.generate(prompt, sampling=sampling, trace=True)
     assert raw.codec == "raw"
-    for codec in ("int8", "fp8"):
-        coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec=codec)
-        assert coded.codec == codec
-        assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
+    coded = mixed.client.generate(prompt, sampling=sampling, trace=True, kv_codec="int8")
+    assert coded.codec == "int8"
+    assert coded.trace.kv_bytes * 2 < raw.trace.kv_bytes
 
 
 def test_a_tenant_finds_its_own_prompts_only(mixed):
@@ -124,7 +122,7 @@ def test_a_tenant_finds_its_own_prompts_only(mixed):
 
 def test_an_imported_pair_with_dropped_layers(vllm_pair, tmp_path):
     """Three of four layers, which read KV out of order and of one layer twice."""
-    decoder = write_two_stage(vllm_pair, tmp_path / "published", "sharded-bin", teacher=True, kept=[0, 1, 3])
+    decoder = write_two_stage(vllm_pair, tmp_path / "published", sharded=True, teacher=True, kept=[0, 1, 3])
     pair = tmp_path / "imported"
     arguments = ["--full", str(vllm_pair / "full"), "--decoder", str(decoder), "--layer-map", "0,3,0"]
     assert main(["pair", "import", *arguments, "--out", str(pair)]) == 0
@@ -135,14 +133,6 @@ def test_an_imported_pair_with_dropped_layers(vllm_pair, tmp_path):
 def test_both_stages_on_vllm_answer_as_the_reference(both, client, reference):
     assert wrong_answers(client, reference, prompts(24)) == []
     wait_until(lambda: idle(both[1]), 2, "all blocks free")
-
-
-def test_verify_passes(both, vllm_pair, tmp_path, capsys):
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"prompt": f"What comes after {i} blocks?"}) + "\n" for i in range(8)))
-    arguments = [f"--questions={questions}", "--max-tokens=24", f"--address={both[1]}", f"--pair={vllm_pair}"]
-    assert main(["verify", *arguments]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "8/8 correct (8 identical, 0 ties)"
 
 
 def wrong_turns(client, reference, turns=6):
@@ -173,15 +163,6 @@ def test_without_the_cure_a_later_turn_finds_kv_of_the_decoder(vllm_pair, refere
         Client(address) as client,
     ):
         assert wrong_turns(client, reference)
-
-
-def test_the_same_seed_draws_the_same_answer_on_either_engine(client, ours):
-    sampling = SamplingParams(**SAMPLED, top_p=0.9)
-    on_vllm, on_ours = (
-        [asked.generate(prompt, sampling=sampling).token_ids for prompt in prompts(6, seed=1)]
-        for asked in (client, ours)
-    )
-    assert on_vllm == on_ours
 
 
 def ask_and_cancel(client, count, max_tokens):

@@ -11,8 +11,8 @@ from overfill.engine.mock.options import MockOptions
 from overfill.engine.mock.runner import MockRunner
 from overfill.engine.mock.script import Script
 from overfill.engine.mock.store import MockKvStore
-from overfill.engine.parts import EngineParts
 from overfill.engine.protocol import EngineOptions
+from overfill.engine.stage import Stage, new_prefix_cache
 from overfill.kv.blocks import BlockPool
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Half, Pair
@@ -23,7 +23,7 @@ _TOKENS = 524_288
 """Tokens that the KV cache holds by default."""
 
 
-def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
+def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
     """Makes a half without weights. It has as many blocks for ``kv_memory`` as a model would have.
 
     Raises:
@@ -34,7 +34,7 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
     mock = MockOptions.of(options.engine_args)
     # No model reads this KV, no cache mixes it with a model's, and no answer of a model continues here.
     pair = replace(pair, reader="mock")
-    config = pair.full_config if half == "full" else pair.decoder_config
+    config = pair.config(half)
     dtype = options.dtype or "float32"
     spec, block_size = config.kv_spec(dtype), options.block_size or DEFAULT_BLOCK_SIZE
     kv_memory = options.kv_memory or _TOKENS * spec.token_bytes
@@ -50,17 +50,17 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> EngineParts:
     tokenizer = Tokenizer.load(pair.full_path)
     script = Script(tokenizer, mock)
     eos_ids = pair.full_config.eos_token_ids
-    return EngineParts(
-        runner=MockRunner(half, MockKvStore(spec, num_blocks, block_size), mock),
-        pool=BlockPool(num_blocks, block_size),
-        config=config,
-        kv=pair.full_config.kv_spec(dtype),
-        pair=pair,
-        max_model_len=longest,
-        grammars=Grammars(pair.full_path / "tokenizer.json", config.vocab_size, eos_ids, options.grammars),
-        kv_cache_dtype=options.kv_cache_dtype,
-        version="mock",
-        new_processor=script.player,
-        codecs=(common_pb2.KV_CODEC_RAW,),
-        decode_engine=MockDecodeEngine,
+    return Stage(
+        half,
+        pair,
+        dtype,
+        MockRunner(half, MockKvStore(spec, num_blocks, block_size), mock),
+        new_prefix_cache(pair, dtype, BlockPool(num_blocks, block_size), options.prefix_cache),
+        options,
+        longest,
+        Grammars(pair.full_path / "tokenizer.json", config.vocab_size, eos_ids, options.grammars),
+        "mock",
+        script.player,
+        (common_pb2.KV_CODEC_RAW,),
+        MockDecodeEngine,
     )

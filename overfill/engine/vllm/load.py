@@ -85,10 +85,10 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     release = installed()
     if warning := untested_warning(release):
         log.warning(warning)
-    config = pair.full_config if half == "full" else pair.decoder_config
+    config = pair.config(half)
     dtype = options.dtype or native_dtype(options.compute_device)
     spec = config.kv_spec(dtype)
-    folder = pair.full_path if half == "full" else pair.decoder_path
+    folder = str(pair.path(half))
     longest = config.longest(options.max_model_len)
     if half == "full":
         batched = max(options.max_num_batched_tokens, options.max_num_seqs)
@@ -99,7 +99,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     if kv_memory is None and options.compute_device.type == "cpu":
         kv_memory = DEFAULT_CPU_KV_BYTES
     arguments: dict[str, Any] = {
-        "model": str(folder),
+        "model": folder,
         "dtype": dtype,
         "max_model_len": options.max_model_len or -1,
         "block_size": options.block_size,
@@ -127,11 +127,11 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         arguments["gpu_memory_utilization"] = utilization
     try:
         vllm = VllmCore(_vllm_config(arguments, options.engine_args))
-        store = _store(vllm, spec, str(folder))
+        store = _store(vllm, spec, folder)
     except OverfillError:
         raise
     except Exception as error:
-        raise _explained(error, str(folder), half, options) from error
+        raise _explained(error, folder, half, options) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
     served = ServedHalf(

@@ -106,7 +106,7 @@ class NativeTensors(NumpyTensors):
             _CHUNK.pack_into(
                 packed,
                 index * _CHUNK.size,
-                *(*chunk.range.as_tuple(), _address(chunk.payload), chunk.checksum, header_bytes, chunk.header),
+                *(*chunk.range, _address(chunk.payload), chunk.checksum, header_bytes, chunk.header),
             )
         return packed
 

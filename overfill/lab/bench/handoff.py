@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from overfill.client import Client, SamplingParams
-from overfill.engine.build import build_engine_parts
-from overfill.engine.prefill import PrefillEngine
+from overfill.engine.load import load_engine
+from overfill.engine.protocol import EngineOptions
 from overfill.engine.sequence import PrefillEvent, PrefillSequence, PromptComputed, Release, Submit
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
@@ -27,6 +27,7 @@ from overfill.request.params import SamplingParams as EngineSampling
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
+from overfill.telemetry.metrics import PrefillMetrics
 
 MAX_EXPOSED_SHARE = 0.05
 """Upper limit of the second token's wait for KV, as a share of the prefill."""
@@ -118,18 +119,11 @@ class _PlainPrefill:
     """A worker's prefill engine in this process. Its KV is not sent anywhere."""
 
     def __init__(self, pair: Pair, dtype: DTypeName | None, tokens: int) -> None:
-        parts = build_engine_parts(
-            pair,
-            "full",
-            dtype=dtype,
-            device=torch.device("cpu"),
-            block_size=16,
-            kv_memory=None,
-            max_model_len=None,
-            warm_tokens=tokens,
+        options = EngineOptions(
+            torch.device("cpu"), dtype, max_num_seqs=1, max_num_batched_tokens=tokens, prefix_cache=False
         )
         self._events: list[PrefillEvent] = []
-        self._engine = PrefillEngine(parts.runner, parts.pool, tokens, 1, self._events.extend)
+        self._engine = load_engine("overfill", pair, "full", options).new_core(self._events.extend, PrefillMetrics())
 
     def run(self, prompt: list[int]) -> float:
         """Computes ``prompt``. Returns the seconds until its first token."""

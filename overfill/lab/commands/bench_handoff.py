@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--shm/--no-shm", default=True, show_default=True, help="KV through shared memory.")
 @click.option(
     "--kv-codec",
-    type=click.Choice(["raw", "int8", "fp8"]),
+    type=click.Choice(["raw", "int8"]),
     default="raw",
     show_default=True,
     help="Encoding of KV between the workers.",

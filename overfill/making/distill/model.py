@@ -23,6 +23,7 @@ from overfill.making.distill.attention import Attention, attention_for
 from overfill.making.distill.packed_rows import PackedRows
 from overfill.model.config import ModelConfig
 from overfill.model.digest import list_tensors
+from overfill.model.files import HEAD, is_buffer
 from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.model.rope import apply_rope, rope_tables
 
@@ -179,7 +180,7 @@ class PackedModel(nn.Module):
     def checkpoint(self) -> dict[str, Tensor]:
         """Returns all tensors with the names and shapes of a Hugging Face checkpoint."""
         tensors = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("tail_")}
-        return tensors | ({"lm_head.weight": self.head.detach()} if self.config.tail_rank else {})
+        return tensors | ({HEAD: self.head.detach()} if self.config.tail_rank else {})
 
     def forward(self, rows: PackedRows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:
         """Computes hidden states; ``head`` turns them into logits.
@@ -222,12 +223,10 @@ def read_parameters(model: PackedModel, folder: Path) -> None:
     if model.config.tail_rank:
         parameters = {name: p for name, p in parameters.items() if not name.startswith("tail_")}
         whole = torch.empty(model.config.vocab_size, model.config.hidden_size)
-        parameters["lm_head.weight"] = nn.Parameter(whole)
+        parameters[HEAD] = nn.Parameter(whole)
     missing = set(parameters)
     for stored in list_tensors(folder):
-        if stored.name.endswith("rotary_emb.inv_freq") or (
-            stored.name == "lm_head.weight" and model.config.tie_embeddings
-        ):
+        if is_buffer(stored.name) or (stored.name == HEAD and model.config.tie_embeddings):
             continue
         target = parameters.get(stored.name)
         if target is None or tuple(target.shape) != stored.shape:

@@ -108,20 +108,10 @@ class Data(_Frozen):
     max_held_out: Positive = 100
 
 
-class FullModel(_Frozen):
-    """The full model's id and its widths, which let a dry run do without a download."""
-
-    id: str
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-
-
 class Decoder(_Frozen):
     """The decoder to start from; the keys are the options of ``overfill pair build``."""
 
+    full: str
     hidden_size: Positive
     intermediate_size: Positive
     method: Literal["channel", "rotate"] = "channel"
@@ -134,11 +124,10 @@ class Recipe(_Frozen):
 
     Attributes:
         source: Origin of the hyperparameters.
-        full, decoder: Models of the run. None means that the recipe is for any pair.
+        decoder: The decoder to start from. None means that the recipe is for any pair.
     """
 
     source: str
-    full: FullModel | None = None
     decoder: Decoder | None = None
     data: Data = Data()
     training: Training

@@ -22,8 +22,9 @@ from overfill.making.checkpoint import (
     write_weights,
 )
 from overfill.making.distill.model import PackedModel
+from overfill.making.pair_json import write_manifest
 from overfill.model.files import HEAD
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.telemetry.progress import Report, silent
 
 

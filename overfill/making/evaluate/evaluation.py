@@ -11,6 +11,7 @@ import torch
 
 from overfill.engine.build import load_half
 from overfill.engine.device import native_dtype, resolve_device
+from overfill.engine.protocol import EngineOptions
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
@@ -25,12 +26,11 @@ from overfill.model.transformer import ForwardModel
 from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
 
-Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone"]
+Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_int8_cache", "decoder_alone"]
 TITLES: dict[Variant, str] = {
     "full": "full model",
     "two_stage": "two-stage",
     "two_stage_int8": "two-stage, int8 KV",
-    "two_stage_fp8": "two-stage, fp8 KV",
     "two_stage_int8_cache": "two-stage, int8 KV cache",
     "decoder_alone": "decoder alone",
 }
@@ -122,7 +122,7 @@ def evaluate(
     full = load_model(pair, "full", dtype, where, longest)
     decoder = load_model(pair, "decoder", dtype, where, longest)
     candidates = {"decoder": Candidate(decoder, pair.layer_map)}
-    full_figures, judged = teacher_forced(full, candidates, kept, kv_forms=("int8", "fp8", "int8 cache"), report=report)
+    full_figures, judged = teacher_forced(full, candidates, kept, kv_forms=("int8", "int8 cache"), report=report)
     figures = judged["decoder"]
     return Evaluation(
         pair=pair.name,
@@ -136,7 +136,6 @@ def evaluate(
             "full": full_figures,
             "two_stage": figures.two_stage,
             "two_stage_int8": figures.by_kv_form["int8"],
-            "two_stage_fp8": figures.by_kv_form["fp8"],
             "two_stage_int8_cache": figures.by_kv_form["int8 cache"],
             "decoder_alone": figures.alone,
         },
@@ -173,17 +172,11 @@ def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
 
 def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> ForwardModel:
     """Loads one half as the services do, for sequences of up to ``longest`` tokens or its context."""
-    config = pair.full_config if half == "full" else pair.decoder_config
-    return load_half(
-        pair,
-        half,
-        dtype=dtype,
-        device=device,
-        block_size=1,
-        max_model_len=min(longest, config.max_positions),
-        warm_tokens=1,
-        max_num_seqs=1,
-    ).model
+    longest = min(longest, pair.config(half).max_positions)
+    options = EngineOptions(
+        device, dtype, block_size=1, max_model_len=longest, max_num_seqs=1, max_num_batched_tokens=1
+    )
+    return load_half(pair, half, options).model
 
 
 def _write_all(

@@ -13,8 +13,9 @@ from overfill.making.evaluate.compare import NOTE, TradeoffPoint
 from overfill.making.evaluate.costs import DecodeCost
 from overfill.making.evaluate.evaluation import TITLES, Evaluation
 from overfill.making.evaluate.token_metrics import Estimate, Metric
+from overfill.making.seal import update_checksum
 from overfill.model.manifest import MANIFEST, Pair
-from overfill.pair.checksums import checksums_match, update_checksum
+from overfill.pair.checksums import checksums_match
 
 TableRows = list[list[str]]
 """A header row and data rows, all of the same length."""

@@ -19,7 +19,6 @@ from overfill.kv.tensors import TORCH_DTYPES
 from overfill.making.conversations import Transcript
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import ForwardModel
-from overfill.v1 import common_pb2
 
 BATCH_TOKENS = 1024
 """Tokens of a batch, unless one transcript is longer. Memory holds the logits of a batch for two models at once."""
@@ -92,12 +91,13 @@ class BatchModel:
         batch: Sequence[Transcript],
         full: BatchModel,
         layer_map: Sequence[int],
-        codec: common_pb2.KvCodec = common_pb2.KV_CODEC_RAW,
+        *,
+        int8: bool = False,
     ) -> Tensor:
         """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
 
         Args:
-            codec: Codec that encodes and decodes the prompts' KV on its way.
+            int8: True rounds the prompts' KV as the codec int8 does on its way.
 
         Returns:
             [N, vocab] float32, a row per answer token without the first of each answer, in order.
@@ -107,10 +107,10 @@ class BatchModel:
             start, inputs = transcript.answer_start, transcript.answer[:-1]
             blocks = range(slot, slot + start)
             copy_sequence(full.cache, blocks, self.cache, blocks, layer_map, start)
-            if codec != common_pb2.KV_CODEC_RAW:
+            if int8:
                 for half in (self.cache.k, self.cache.v):
                     prompt = half[:, slot : slot + start]
-                    prompt.copy_(restore(*quantise(prompt, codec), half.dtype))
+                    prompt.copy_(restore(*quantise(prompt), half.dtype))
             if inputs:
                 new.append(_NewTokens(inputs, start, slot, len(inputs)))
         return self._forward(new)

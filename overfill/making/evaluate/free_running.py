@@ -129,12 +129,12 @@ def judge_answers(
     )
 
 
-def repeats(answer: Sequence[int], gram: int = _GRAM) -> list[float]:
-    """For each run of ``gram`` tokens, 1 if the same run started earlier in ``answer``, else 0."""
+def repeats(answer: Sequence[int]) -> list[float]:
+    """For each run of 4 tokens, 1 if the same run started earlier in ``answer``, else 0."""
     seen: set[tuple[int, ...]] = set()
     found = []
-    for start in range(len(answer) - gram + 1):
-        run = tuple(answer[start : start + gram])
+    for start in range(len(answer) - _GRAM + 1):
+        run = tuple(answer[start : start + _GRAM])
         found.append(float(run in seen))
         seen.add(run)
     return found

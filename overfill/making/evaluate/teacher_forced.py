@@ -17,7 +17,6 @@ from overfill.making.conversations import Transcript
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.making.evaluate.token_metrics import Metric, MetricAccumulator
 from overfill.model.transformer import ForwardModel
-from overfill.request.names import CODECS
 from overfill.telemetry.progress import Report, silent
 
 _ROWS = 128  # rows per softmax, which needs memory for a few [rows, vocab] tensors
@@ -41,7 +40,7 @@ class TeacherForced:
         return {"nll": self.nll.to_json(), "kl": self.kl.to_json(), "agreement": self.agreement.to_json()}
 
 
-KvForm = Literal["int8", "fp8", "int8 cache"]
+KvForm = Literal["int8", "int8 cache"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def teacher_forced(
     All models must have the same device and dtype.
 
     Args:
-        kv_forms: Further forms of KV to judge: a codec for the prompt's KV, or an int8 cache for all KV.
+        kv_forms: Further forms of KV to judge: int8 for the prompt's KV on its way, or an int8 cache for all KV.
 
     Raises:
         InvalidRequest: as ``scorable``.
@@ -121,7 +120,7 @@ def teacher_forced(
                 if form == "int8 cache":
                     logits = int8_cached[name].read_answers(batch, reader, layer_map)
                 else:
-                    logits = half.read_answers(batch, reader, layer_map, CODECS[form])
+                    logits = half.read_answers(batch, reader, layer_map, int8=True)
                 accumulator.add(batch, truth, logits, targets)
             alone[name].add(batch, truth, half.read_all(batch, 1), targets)
         done += len(batch)

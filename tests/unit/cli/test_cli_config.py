@@ -1,4 +1,4 @@
-"""Tests ``overfill config``, and the settings that ``overfill up`` reads from variables and files."""
+"""Tests ``overfill config``, and the settings that ``overfill up`` reads from a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
 router: {port: 7700, http: 8000}
 decode: {threads: 3}
-up: {prefill: 2, decode: 3, log-dir: logs}
 """
 
 
@@ -57,22 +56,10 @@ def test_show_prints_each_value_and_its_origin(
 
 def test_show_works_before_there_is_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     everything = shown(capsys)
-    assert set(everything) == {"router", "prefill", "decode", "colocated", "up"}
+    assert set(everything) == {"router", "prefill", "decode", "colocated"}
     assert everything["router"]["pair"] == {"value": "", "from": "required"}
-    assert everything["up"]["pair"] == {"value": "", "from": "default"}
     assert main(["config", "show", "router"]) == 0
     assert "127.0.0.1" in capsys.readouterr().out
-
-
-def test_show_up(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("OVERFILL_UP_DECODE", "5")
-    own = shown(capsys, "up", "--config", str(file))["up"]
-    assert own["prefill"] == {"value": "2", "from": str(file)}
-    assert own["decode"] == {"value": "5", "from": "OVERFILL_UP_DECODE"}
-    assert own["grpc"]["value"] == "7700"
-    monkeypatch.setenv("OVERFILL_ROUTER_HTTP", "off")
-    assert shown(capsys, "up")["up"]["http"] == {"value": "off", "from": "OVERFILL_ROUTER_HTTP"}
-    assert own["router"] == {"value": "1", "from": "default"}
 
 
 def test_secrets_are_not_shown() -> None:
@@ -82,31 +69,23 @@ def test_secrets_are_not_shown() -> None:
 def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "many")  # an error, but not of the file
     assert main(["config", "check", str(file)]) == 0
-    assert "valid (9 settings)" in capsys.readouterr().out
-    file.write_text("router: {port: 70000}\nprefill: {host: 10.1.2.3}\nup: {decode: some}")
+    assert "valid (6 settings)" in capsys.readouterr().out
+    file.write_text("router: {port: 70000}\nprefill: {host: 10.1.2.3}")
     assert main(["config", "check", str(file)]) == 1
     err = capsys.readouterr().err
     assert f"{file}: router.port: " in err
     assert f"{file}: prefill: --host 10.1.2.3 is open" in err
-    assert "up: " in err
     file.write_text("router: {prot: 1}")
     assert main(["config", "check", str(file)]) == 1
     assert "router.prot: no such setting; did you mean port?" in capsys.readouterr().err
-
-
-def test_check_finds_faults_in_the_settings_of_tiers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file.write_text('up: {tier: [full=identity, "fast=fast,bogus=1", "other=fast,quantize=int3"]}')
-    assert main(["config", "check", str(file)]) == 1
-    err = capsys.readouterr().err
-    assert f"{file}: up.tier fast: bogus: a tier has no such setting" in err
-    assert f"{file}: up.tier other: --quantize" in err
 
 
 def test_up_starts_what_the_file_says(
     file: Path, unchecked: list[PlacedStack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(file.parent)
-    assert main(["up", "--no-ray", "--config", str(file), "--decode", "1"]) == 0
+    numbers = ["--prefill", "2", "--decode", "1"]
+    assert main(["up", "--no-ray", "--config", str(file), *numbers, "--log-dir", "logs"]) == 0
     (plan,) = unchecked
     assert (len(plan.prefill), len(plan.decode)) == (2, 1)
     assert plan.routers[0].port == 7700
@@ -116,11 +95,3 @@ def test_up_starts_what_the_file_says(
     assert plan.prefill[0].threads == threads_per_worker(2)
     assert {str(config.pair) for config in (*plan.routers, *plan.prefill, *plan.decode)} == {"/pairs/mine"}
     assert (file.parent / "logs").is_dir()
-
-
-def test_an_unknown_variable_of_up_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OVERFILL_UP_DECOD", "5")
-    assert main(["up", "--pair", "/no/such/pair"]) == 2
-    assert "did you mean OVERFILL_UP_DECODE?" in capsys.readouterr().err

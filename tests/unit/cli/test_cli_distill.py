@@ -69,8 +69,6 @@ def test_a_stopped_run_says_how_to_continue(tmp_path: Path, chats: str, monkeypa
         (["somewhere", "--out", "new", "--learning-rate", "-1"], "learning_rate"),
         (["somewhere", "--out", "new", "--max-tokens", "0"], "max_tokens"),
         (["somewhere", "--out", "new", "--seed", "-1"], "seed"),
-        (["somewhere", "--dry-run"], "leave out PAIR"),
-        (["--dry-run"], "needs the sizes of both models"),
     ],
 )
 def test_bad_usage_is_explained(

@@ -11,9 +11,10 @@ from json_edits import edit
 from safetensors.torch import load_file, save_file
 
 from overfill.cli.main import main
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.digest import checkpoint_digest
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 
 
 @pytest.fixture

@@ -138,17 +138,12 @@ def test_without_ray_the_error_says_what_to_do(
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_file_and_variable_can_choose_plain_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[Any] = []
     monkeypatch.setattr(up, "run", lambda stack, stopping: stacks.append(stack) or 0)
-    file = tmp_path / "stack.yaml"
-    file.write_text("up: {ray: no}")
-    assert main(["up", "--pair", "p", "--config", str(file)]) == 0
-    monkeypatch.setenv("OVERFILL_UP_RAY", "no")
+    assert main(["up", "--pair", "p", "--no-ray"]) == 0
     assert main(["up", "--pair", "p"]) == 0
-    monkeypatch.delenv("OVERFILL_UP_RAY")
-    assert main(["up", "--pair", "p"]) == 0
-    assert [type(stack).__name__ for stack in stacks] == ["ProcessRunner", "ProcessRunner", "RayRunner"]
+    assert [type(stack).__name__ for stack in stacks] == ["ProcessRunner", "RayRunner"]
 
 
 def test_a_missing_cluster_is_reported_at_once(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:

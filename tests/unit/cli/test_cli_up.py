@@ -363,10 +363,6 @@ def test_the_openai_endpoint_is_on_by_default(
     assert https("--config", str(file)) == ["off"]
     monkeypatch.setenv("OVERFILL_ROUTER_HTTP", "8300")
     assert https() == https("--config", str(file)) == [8300]
-    monkeypatch.setenv("OVERFILL_UP_HTTP", "8200")
-    assert https("--config", str(file)) == [8200]
-    monkeypatch.setenv("OVERFILL_UP_HTTP", "off")
-    assert https() == ["off"]
     for wrong in ("on", "70000"):
         assert main(["up", "--http", wrong]) == 2
     monkeypatch.setenv("OVERFILL_ROUTER_PORT", "7700")

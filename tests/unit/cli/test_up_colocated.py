@@ -209,23 +209,20 @@ def test_settings_of_one_stage_keep_the_stages_apart(
         ("[decode]\nkv-memory = '64MiB'", TWO),
         ("[common]\nengine = 'vllm'", TWO),
         ("[common]\nkv-memory = '64MiB'\n[colocated]\nthreads = 3", ONE),
-        ("[up]\nprefill = 2", (0, 2, 1)),
     ):
         file.write_text(text)
         assert counts(started("--config", str(file))) == expected, text
-    file.write_text("[up]\ncolocated = 1\n[colocated]\nthreads = 3")
-    made = started("--config", str(file), "--prefill", "1")
+    file.write_text("[colocated]\nthreads = 3")
+    made = started("--config", str(file), "--colocated", "1", "--prefill", "1")
     assert (counts(made), made.colocated[0].threads) == ((1, 1, 0), 3)
     monkeypatch.setenv("OVERFILL_DECODE_THREADS", "3")
     assert counts(started()) == TWO
     assert "because OVERFILL_DECODE_THREADS is set" in capsys.readouterr().err
-    monkeypatch.setenv("OVERFILL_UP_COLOCATED", "3")
-    assert main(["up", "--grpc", "0", "--http", "off"]) == 2
+    assert main(["up", "--grpc", "0", "--http", "off", "--colocated", "3"]) == 2
     assert "OVERFILL_DECODE_THREADS: this stack has no decode workers" in capsys.readouterr().err
     monkeypatch.delenv("OVERFILL_DECODE_THREADS")
-    assert counts(started()) == (3, 0, 0)
-    file.write_text("[up]\ncolocated = 2\n[decode]\nkv-memory = '64MiB'")
-    assert main(["up", "--grpc", "0", "--http", "off", "--config", str(file)]) == 2
+    file.write_text("[decode]\nkv-memory = '64MiB'")
+    assert main(["up", "--grpc", "0", "--http", "off", "--colocated", "2", "--config", str(file)]) == 2
     assert f"{file}: decode.kv-memory: this stack has no decode workers" in capsys.readouterr().err
 
 

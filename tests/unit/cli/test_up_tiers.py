@@ -118,30 +118,16 @@ def test_flags_the_file_and_variables_set_tiers(
     assert tiers(*flags) == ["x=/pairs/p:1,quantize=int8", "y=/pairs/q:1"]
     assert tiers(*flags, "--default-tier", "y", "--brownout", "x > y")[0] == "y=/pairs/q:1"
     file = tmp_path / "stack.yaml"
-    file.write_text('{up: {tier: ["a=p", "b=q,max-num-seqs=4"]}, router: {default-tier: b, brownout: a > b}}')
-    expected = ["b=/pairs/q:1", "a=/pairs/p:1", "a", "b"]
-    assert tiers("--config", str(file)) == expected
+    file.write_text('router: {tiers: "a=p; b=q,max-num-seqs=4", default-tier: b, brownout: a > b}')
+    assert tiers("--config", str(file)) == ["b=/pairs/q:1", "a=/pairs/p:1", "a", "b"]
     assert main(["config", "check", str(file)]) == 0
     capsys.readouterr()
-    assert main(["config", "show", "up", "--config", str(file)]) == 0
-    assert "a=p:1;b=q:1,max-num-seqs=4" in capsys.readouterr().out
-    file.write_text('router: {tiers: "a=p; b=q,max-num-seqs=4", default-tier: b, brownout: a > b}')
-    assert tiers("--config", str(file)) == expected
     assert main(["config", "show", "router", "--config", str(file)]) == 0
     assert "a > b" in capsys.readouterr().out
-    monkeypatch.setenv("OVERFILL_UP_TIER", "c=p;d=q")
+    monkeypatch.setenv("OVERFILL_ROUTER_TIERS", "c=p;d=q")
     monkeypatch.setenv("OVERFILL_ROUTER_BROWNOUT", "c > d")
     monkeypatch.setenv("OVERFILL_ROUTER_DEFAULT_TIER", "d")
     assert tiers() == tiers("--config", str(file)) == ["d=/pairs/q:1", "c=/pairs/p:1", "c", "d"]
-
-
-def test_a_setting_in_two_sections_of_the_file_is_refused(
-    tmp_path: Path, plans: list[PlacedStack], capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "stack.yaml"
-    file.write_text("up: {tier: a=p}\nrouter: {tiers: b=p}")
-    assert main(["up", "--config", str(file)]) == 2
-    assert "up.tier and router.tiers are one setting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stack", ["--ray", "--no-ray"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from console_blocks import PAGES, ROOT, NotRun, SavedFile, Step, read
-from console_terminal import Terminal, matches, terminals, updated
+from console_terminal import Terminal, matches, terminals
 
 PAGE = """
 ```console title="Terminal 1"
@@ -109,13 +109,6 @@ def test_what_cannot_run_safely_is_refused(text: str, said: str, tmp_path: Path)
 )
 def test_output_is_compared_without_numbers_and_with_gaps(shown: list[str], printed: list[str], same: bool) -> None:
     assert matches(shown, printed, whole=True) is same
-
-
-def test_an_update_keeps_what_the_page_leaves_out() -> None:
-    assert updated(["1 a", "…", "3 c"], ["10 a", "20 b", "30 c"]) == ["10 a", "…", "30 c"]
-    assert updated(["1 a", "3 c"], ["10 a", "20 b", "30 c"]) == ["10 a", "20 b", "30 c"]
-    assert updated(["1 a …", "3 c"], ["10 a b", "30 c"]) == ["1 a …", "30 c"]
-    assert updated(["1 a …"], ["20 b"]) == ["20 b"]
 
 
 def test_a_terminal_keeps_its_state_reports_a_status_and_obeys_ctrl_c(tmp_path: Path) -> None:

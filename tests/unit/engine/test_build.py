@@ -11,10 +11,16 @@ import torch
 from json_edits import edit
 
 from overfill.engine import build, gpu_memory
-from overfill.engine import load as load_module
-from overfill.engine.build import MemoryRequirement, build_engine_parts, fit_blocks, memory_needed
+from overfill.engine.build import (
+    MEMORY_FRACTION,
+    MemoryRequirement,
+    fit_blocks,
+    load_half,
+    memory_needed,
+    size_pools,
+)
 from overfill.engine.device import NotEnoughMemory
-from overfill.engine.load import load_engine, served_half
+from overfill.engine.load import load_engine
 from overfill.engine.protocol import VLLM_GPU_SHARE, EngineOptions
 from overfill.model.manifest import Pair
 
@@ -32,17 +38,9 @@ def pair(tiny_pair):
     return Pair.load(tiny_pair)
 
 
-def load(pair, **changes):
-    arguments = {
-        "dtype": "float32",
-        "device": torch.device("cpu"),
-        "block_size": 16,
-        "kv_memory": 2**20,
-        "max_model_len": 256,
-        "warm_tokens": 16,
-        "max_num_seqs": 8,
-    }
-    return build_engine_parts(pair, "full", **(arguments | changes))
+def load(pair, half="full", memory_fraction=MEMORY_FRACTION, **changes):
+    options = EngineOptions(CPU, "float32", kv_memory=2**20, max_model_len=256, max_num_seqs=8)
+    return size_pools([load_half(pair, half, replace(options, **changes))], memory_fraction)[0]
 
 
 def test_the_gather_of_a_full_decode_step_is_kept_free():
@@ -78,14 +76,11 @@ def test_a_stated_cache_size_is_used(pair):
 
 def test_a_cache_of_int8_holds_more_tokens_in_the_same_memory(pair):
     parts = {held: load(pair, kv_memory=2**20, kv_cache_dtype=held) for held in ("auto", "int8")}
-    spec = parts["auto"].kv
+    spec = parts["auto"].served.kv
     coded = (spec.head_dim + 4) / (4 * spec.head_dim)
     assert parts["int8"].pool.num_blocks == int(parts["auto"].pool.num_blocks / coded)
-    assert parts["int8"].kv == spec  # the size on the wire is the same
-    identities = {
-        held: served_half(p, "decoder", p.prefix_cache(False)).model_identity.kv_cache_dtype
-        for held, p in parts.items()
-    }
+    assert parts["int8"].served.kv == spec  # the size on the wire is the same
+    identities = {held: p.served.model_identity.kv_cache_dtype for held, p in parts.items()}
     assert identities == {"auto": "", "int8": "int8"}
 
 
@@ -126,9 +121,9 @@ def test_workers_that_share_a_gpu_leave_each_other_memory(pair, gpu, monkeypatch
     new_cache = build.KvCache
     monkeypatch.setattr(build, "KvCache", lambda spec, blocks, size, device, dtype: new_cache(spec, blocks, size, CPU))
     options = EngineOptions(CPU, dtype="float32", max_model_len=256, gpu_share=0.5)
-    loaded = load_module._load_half(pair, "full", options)
+    loaded = load_half(pair, "full", options)
     on_gpu = replace(loaded, model=SimpleNamespace(device=CUDA, config=loaded.model.config))
-    monkeypatch.setattr(load_module, "_load_half", lambda *what: on_gpu)
+    monkeypatch.setattr(build, "load_half", lambda pair, half, options: replace(on_gpu, options=options))
     taken = []
     for _ in range(2):
         store = load_engine("overfill", pair, "full", replace(options, device=CUDA)).served.store
@@ -222,14 +217,5 @@ def test_a_grammar_ends_with_the_full_model_s_stop_tokens(half, fresh, monkeypat
         edit(path / "config.json", lambda config: config.update(eos_token_id=stop))  # noqa: B023
     given = []
     monkeypatch.setattr(build, "Grammars", lambda file, vocab_size, eos_token_ids, limits: given.append(eos_token_ids))
-    build_engine_parts(
-        Pair.load(folder),
-        half,
-        dtype="float32",
-        device=torch.device("cpu"),
-        block_size=16,
-        kv_memory=2**20,
-        max_model_len=256,
-        warm_tokens=16,
-    )
+    load(Pair.load(folder), half)
     assert given == [(5,)]

@@ -49,7 +49,7 @@ def test_auto_is_not_vllm_on_another_gpu_than_the_first(with_vllm, pair, monkeyp
     loaded = []
     vllm = SimpleNamespace(load_vllm=lambda *what: loaded.append("vllm"))
     monkeypatch.setitem(sys.modules, "overfill.engine.vllm.load", vllm)
-    monkeypatch.setattr("overfill.engine.load._load_half", lambda *what: loaded.append("overfill"))
+    monkeypatch.setattr("overfill.engine.build.load_half", lambda *what: loaded.append("overfill"))
     with contextlib.suppress(AttributeError):  # nothing was loaded
         load_engine("auto", pair("overfill", "vllm"), "decoder", EngineOptions(torch.device(device)))
     assert loaded == [engine]

@@ -56,7 +56,7 @@ class Colocated:
                 return OneStage(loaded.new_core(emit, nothing, metrics, None, 2.0, 0.1), half)
             return OneStage(loaded.new_core(nothing, emit, None, metrics, 2.0, 0.1), half)
 
-        return LoadedEngine(loaded.full if half == "full" else loaded.decoder, new_core)
+        return LoadedEngine((loaded.full if half == "full" else loaded.decoder).served, new_core)
 
     @classmethod
     def fail_next_step(cls, core: EngineCore) -> None:

@@ -203,7 +203,7 @@ def test_a_colocated_worker_goes_on_with_its_answers_while_a_prompt_waits_for_bl
     core = loaded.new_core(lambda emitted: None, events.extend)
 
     def processor(params: SamplingParams, prompt: list[int]) -> Any:
-        half = loaded.full
+        half = loaded.full.served
         return half.new_processor(params, prompt, half.grammars, half.config.eos_token_ids)
 
     def prompt(id: str, tokens: list[int]) -> PrefillSequence:

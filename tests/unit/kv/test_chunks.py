@@ -6,10 +6,10 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_checksums import checksum
+from kv_checksums import checksum, seal
 
 from overfill.errors import TransferFailed
-from overfill.kv.chunks import Chunk, TransferSpec, check, digest, new_chunk, seal
+from overfill.kv.chunks import Chunk, TransferSpec, check, digest, new_chunk
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import join_chunks, lay_out_message, parse_chunk, parse_message

@@ -32,7 +32,7 @@ def filled(spec: KvSpec = SPEC) -> KvCache:
 
 
 def rounded(vectors: torch.Tensor) -> torch.Tensor:
-    return restore(*quantise(vectors, INT8), vectors.dtype)
+    return restore(*quantise(vectors), vectors.dtype)
 
 
 def test_an_int8_cache_takes_half_of_the_bytes_and_the_scales() -> None:
@@ -70,7 +70,7 @@ def test_raw_bytes_are_rounded_and_codes_stored_as_they_came(heads: tuple[int, i
     source = filled()
     kv_range = KvRange(0, 2, 1, 10, *heads)
     raw = read_range(source, TABLE, kv_range)
-    scales, codes = encode(INT8, "bfloat16", 8, memoryview(bytearray(raw)))
+    scales, codes = encode("bfloat16", 8, memoryview(bytearray(raw)))
     caches = [KvCache(SPEC, 6, 4, CPU, "int8") for _ in range(2)]
     targets = LayerTargets({0: [2], 1: [0, 1]})
     chunks = [Chunk(kv_range, raw), Chunk(kv_range, codes, scales=scales)]
@@ -96,7 +96,7 @@ def test_raw_bytes_are_rounded_and_codes_stored_as_they_came(heads: tuple[int, i
 def test_a_flipped_bit_of_codes_or_scales_is_noticed(flipped: str) -> None:
     kv_range = KvRange(0, 1, 0, 4, 0, 2)
     raw = read_range(filled(), TABLE, kv_range)
-    scales, codes = (bytearray(part) for part in encode(INT8, "bfloat16", 8, memoryview(bytearray(raw))))
+    scales, codes = (bytearray(part) for part in encode("bfloat16", 8, memoryview(bytearray(raw))))
     checksum = digest(b"h", scales, codes)
     whole = Chunk(kv_range, bytes(codes), b"h", checksum, bytes(scales))
     (codes if flipped == "payload" else scales)[3] ^= 16

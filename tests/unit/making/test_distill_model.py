@@ -26,8 +26,9 @@ from overfill.making.distill.model import PackedModel
 from overfill.making.distill.packed_rows import PackedRows, in_packs
 from overfill.making.distill.sampled_vocabulary import sample_vocabulary
 from overfill.making.distill.teacher import Teacher
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import Architecture, make_tiny_pair
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.hf_model import load_hf_model
 from overfill.pair.reference import TwoStageReference, _forward
 

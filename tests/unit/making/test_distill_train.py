@@ -18,7 +18,8 @@ from overfill.making.distill.metrics import METRICS, read_metrics
 from overfill.making.distill.recipe import Training
 from overfill.making.distill.schedule import learning_rate
 from overfill.making.distill.train import Diverged, Run, run_folder
-from overfill.model.manifest import Pair, write_manifest
+from overfill.making.pair_json import write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference
 from overfill.process.compiled import find_compiler
 

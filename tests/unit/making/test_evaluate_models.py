@@ -21,10 +21,12 @@ from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
 from overfill.making.evaluate.free_running import judge_answers
+from overfill.making.pair_json import write_manifest
+from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.model.transformer import Transformer
-from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.pair.checksums import checksums_match
 from overfill.pair.hf_model import load_hf_model
 from overfill.pair.llm import Completion
 from overfill.pair.reference import TwoStageReference, _forward
@@ -63,18 +65,13 @@ def through_int8(vectors: torch.Tensor) -> torch.Tensor:
     return (vectors / scale).round() * scale
 
 
-def through_fp8(vectors: torch.Tensor) -> torch.Tensor:
-    scale = vectors.abs().amax(-1, keepdim=True) / 448
-    return (vectors / scale).to(torch.float8_e4m3fn).float() * scale
-
-
 @torch.inference_mode()
 def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str, tuple[float, float, float]]:
     """(NLL, KL, agreement) of each variant over answer tokens 1 and up, one transcript at a time."""
     reference = TwoStageReference(pair_folder)
     decoder = load_hf_model(reference.pair.decoder_path)
     full = load_hf_model(reference.pair.full_path)
-    names = ("full", "two_stage", "two_stage_int8", "two_stage_fp8", "two_stage_int8_cache", "decoder_alone")
+    names = ("full", "two_stage", "two_stage_int8", "two_stage_int8_cache", "decoder_alone")
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     total = 0
     for transcript in transcripts:
@@ -86,7 +83,6 @@ def plain_figures(pair_folder: Path, transcripts: list[Transcript]) -> dict[str,
         for name, rounded in (
             ("two_stage", None),
             ("two_stage_int8", through_int8),
-            ("two_stage_fp8", through_fp8),
             ("two_stage_int8_cache", through_int8),
         ):
             cache, _ = reference._prefill(transcript.prompt)

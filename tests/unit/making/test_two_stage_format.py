@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,22 +13,22 @@ from imported_pairs import FORMATS, assert_right_answers, imported, quantise
 from json_edits import edit
 from published_configs import LLAMA_32_3B
 from safetensors.torch import load_file, save_file
-from two_stage_format import Format, write_two_stage
+from two_stage_format import write_two_stage
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.making.import_pair import plan_import
-from overfill.making.published import load_torch_file
+from overfill.making.pair_json import write_manifest
 from overfill.making.recipe import KeptLayers, kept_layers
 from overfill.model.config import ModelConfig
 from overfill.model.loading import expected_shapes
-from overfill.model.manifest import Pair, write_manifest
+from overfill.model.manifest import Pair
 from overfill.pair.hf_config import decoder_config
 
 
 @pytest.mark.parametrize("teacher", [False, True], ids=["alone", "with-teacher"])
-@pytest.mark.parametrize("format", ["safetensors", "bin", "sharded-bin"])
-def test_every_form_gives_the_built_decoder(format: Format, teacher: bool, tiny_pair: Path, tmp_path: Path) -> None:
-    checkpoint = write_two_stage(tiny_pair, tmp_path / "published", format, teacher=teacher)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_every_form_gives_the_built_decoder(sharded: bool, teacher: bool, tiny_pair: Path, tmp_path: Path) -> None:
+    checkpoint = write_two_stage(tiny_pair, tmp_path / "published", sharded=sharded, teacher=teacher)
     pair = imported(tiny_pair, tmp_path / "out", checkpoint)
     assert pair.decoder_digest == Pair.load(tiny_pair).decoder_digest
     Pair.load(pair.folder, check_digests=True)
@@ -37,7 +36,7 @@ def test_every_form_gives_the_built_decoder(format: Format, teacher: bool, tiny_
 
 @pytest.mark.parametrize(("strategy", "kept"), [("firstlast", (0, 2, 3)), ("first", (0, 1, 2)), ("last", (1, 2, 3))])
 def test_dropped_layers(strategy: KeptLayers, kept: tuple[int, ...], tiny_pair: Path, tmp_path: Path) -> None:
-    checkpoint = write_two_stage(tiny_pair, tmp_path / "published", "bin", kept=kept)
+    checkpoint = write_two_stage(tiny_pair, tmp_path / "published", kept=kept)
     with pytest.raises(InvalidPair, match="3 layers and the full model 4: say with --layer-map"):
         plan_import(tiny_pair / "full", checkpoint)
     pair = imported(tiny_pair, tmp_path / "out", checkpoint, layer_map=strategy)
@@ -135,9 +134,8 @@ def tied(fresh: Callable[[], Path]) -> Path:
     return pair
 
 
-@pytest.mark.parametrize("format", ["safetensors", "bin", "sharded-bin"])
-def test_a_tied_head_is_found_in_every_form(format: Format, tied: Path, tmp_path: Path) -> None:
-    checkpoint = write_two_stage(tied, tmp_path / "published", format, teacher=True)
+def test_a_tied_head_is_found(tied: Path, tmp_path: Path) -> None:
+    checkpoint = write_two_stage(tied, tmp_path / "published", teacher=True)
     pair = imported(tied, tmp_path / "out", checkpoint)
     assert pair.decoder_config.tie_embeddings
     assert pair.decoder_digest == Pair.load(tied).decoder_digest
@@ -186,56 +184,6 @@ def test_a_two_stage_checkpoint_is_no_full_model(tiny_pair: Path, tmp_path: Path
     (checkpoint / "config.json").write_text((tiny_pair / "full" / "config.json").read_text())
     with pytest.raises(InvalidPair, match="give it as --decoder, not as --full"):
         plan_import(checkpoint, tiny_pair / "decoder")
-
-
-class Exploit:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("this pickle ran",)
-
-
-def test_a_pickle_that_wants_more_than_weights_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "pytorch_model.bin"
-    torch.save({"student.model.norm.weight": Exploit()}, file)
-    with pytest.raises(InvalidPair, match=r"pytorch_model\.bin: holds more than weights.*not loaded"):
-        load_torch_file(file)
-    assert "this pickle ran" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"model": {"a": torch.ones(1)}, "step": 3}, "entry 'model' is not a named tensor"),
-        ({1: torch.ones(1)}, "entry 1 is not a named tensor"),
-        ({"a": torch.ones(2, 2).to_sparse()}, r"tensor a is stored as torch\.sparse_coo"),
-        ([torch.ones(1)], "holds a list, not tensors by name"),
-    ],
-)
-def test_a_torch_file_of_something_else(content: object, message: str, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(InvalidPair, match=message):
-        load_torch_file(tmp_path / "pytorch_model.bin")
-
-
-def test_a_damaged_torch_file(tmp_path: Path) -> None:
-    file = tmp_path / "pytorch_model.bin"
-    torch.save({"a": torch.ones(1000)}, file)
-    whole = file.read_bytes()
-    for content, message in (
-        (whole[:2000], "cannot be read as a torch file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "is a Git LFS pointer.*git lfs pull"),
-        *(
-            (pickle, "cannot be read|holds more")
-            for pickle in (b"", b"}s.", b"\x80\x02u.", b"\x80\x02}q\0X" + b"\xff" * 40)
-        ),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(InvalidPair, match=rf"pytorch_model\.bin.*({message})"):
-            load_torch_file(file)
-
-
-def test_a_torch_file_of_the_format_before_torch_1_6(tmp_path: Path) -> None:
-    torch.save({"a": torch.arange(3.0)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert load_torch_file(tmp_path / "old.bin")["a"].tolist() == [0, 1, 2]
 
 
 def write_sparse(file: Path, config: ModelConfig, prefix: str = "") -> None:

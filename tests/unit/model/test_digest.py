@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from overfill.errors import InvalidPair
-from overfill.model.digest import StoredTensor, check_finite, checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.making.finite import check_finite
+from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors, tokenizer_digest
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

@@ -11,9 +11,10 @@ from transformers import LlamaConfig
 
 from overfill.errors import InvalidPair
 from overfill.making.distill.model import PackedModel
+from overfill.making.head_plan import head_mask_of, lower_rank
 from overfill.making.prune import HeadPlan
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_mask_of, low_rank_factors, lower_rank, tokens_in_row_order
+from overfill.model.head import low_rank_factors, tokens_in_row_order
 from overfill.model.loading import load_int8_weights
 from overfill.pair.hf_model import load_hf_model, round_to_int8
 

@@ -31,8 +31,8 @@ Q, GATE, HEAD = (
 )
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, progress=None) -> Weights:
-    return load_weights(folder, ModelConfig.load(folder), dtype, CPU, progress)
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
+    return load_weights(folder, ModelConfig.load(folder), dtype, CPU)
 
 
 def rewrite(folder: Path, change) -> None:

@@ -11,7 +11,8 @@ from json_edits import edit
 
 from overfill.errors import Incompatible, InvalidPair, UnsupportedModel
 from overfill.kv.handshake import check_compatible
-from overfill.model.manifest import Pair, check_family, write_manifest
+from overfill.making.pair_json import write_manifest
+from overfill.model.manifest import Pair, check_family
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.making.head_plan import head_mask_of
 from overfill.model.config import ModelConfig
-from overfill.model.head import head_mask_of, tokens_in_row_order
+from overfill.model.head import tokens_in_row_order
 
 LLAMA3_ROPE = RopeSpec("llama3", 500000.0, 8.0, 1.0, 4.0, original_max_positions=8192)
 MISTRAL = LLAMA_31_8B | {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": None}

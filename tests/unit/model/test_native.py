@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from overfill.model.head import head_mask_of
+from overfill.making.head_plan import head_mask_of
 from overfill.model.native import library
 from overfill.model.native.transformer import NativeTransformer, fastest_model, supported
 from overfill.model.transformer import Transformer

@@ -41,7 +41,7 @@ def reference(folder):
 
 def assert_nothing_leaked(llm):
     """Checks that no request owns a block; only the full model's prefix cache still has blocks."""
-    prefix, pool = llm._loaded._full.prefix, llm._loaded._decoder.parts.pool
+    prefix, pool = llm._loaded.full.prefix, llm._loaded.decoder.pool
     assert prefix.num_used == prefix.num_leaked == 0
     prefix.check_integrity()
     assert pool.num_used == 0
@@ -52,7 +52,7 @@ class Computed:
     """Records the tokens and positions that each model computes."""
 
     def __init__(self, llm, monkeypatch):
-        names = {id(getattr(llm._loaded, f"_{half}").parts.runner): half for half in ("full", "decoder")}
+        names = {id(getattr(llm._loaded, half).runner): half for half in ("full", "decoder")}
         self.by = {"full": set(), "decoder": set()}
         next_tokens = ModelRunner.next_tokens
 
@@ -145,14 +145,14 @@ def test_the_first_turn_s_answer_is_read_by_the_full_model_in_the_second(folder,
 def test_without_a_prefix_cache_every_prompt_is_computed(folder):
     llm = new_llm(folder, prefix_cache=False)
     assert [llm.generate(PROMPTS[5:], GREEDY)[0].cached_tokens for _ in range(2)] == [0, 0]
-    assert llm._loaded._full.parts.pool.num_used == 0
+    assert llm._loaded.full.pool.num_used == 0
 
 
-@pytest.mark.parametrize("half", ["_full", "_decoder"])
+@pytest.mark.parametrize("half", ["full", "decoder"])
 def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
     llm.generate(PROMPTS[5:], GREEDY)
-    broken = getattr(llm._loaded, half).parts.runner
+    broken = getattr(llm._loaded, half).runner
     run = ModelRunner.run
 
     def fail(runner, *args, **more):
@@ -172,10 +172,10 @@ def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(fold
     assert_nothing_leaked(llm)
 
 
-@pytest.mark.parametrize("half", ["_full", "_decoder"])
+@pytest.mark.parametrize("half", ["full", "decoder"])
 def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
-    pool = getattr(llm._loaded, half).parts.pool
+    pool = getattr(llm._loaded, half).pool
     acquire = pool.acquire
 
     def interrupted(owner, count):
@@ -336,7 +336,7 @@ def test_memory_is_free_as_soon_as_nothing_refers_to_the_llm(folder, no_garbage_
     llm.generate(PROMPTS, GREEDY)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, GREEDY, on_token=_interrupt)
-    runners = [stage.parts.runner for stage in (llm._loaded._full, llm._loaded._decoder)]
+    runners = [stage.runner for stage in (llm._loaded.full, llm._loaded.decoder)]
     held = [weakref.ref(tensors) for runner in runners for tensors in (runner.model, runner.cache)]
     del runners, llm
     assert [tensors() for tensors in held] == [None] * 4

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from overfill.engine.build import load_half
+from overfill.engine.protocol import EngineOptions
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import Half, Pair, write_manifest
+from overfill.model.manifest import Half, Pair
 from overfill.model.quantize import Int8Matrix
 from overfill.pair.llm import LLM
 from overfill.pair.reference import TwoStageReference
@@ -22,8 +24,8 @@ INT8 = {"quantize": "int8"}
 
 
 def load(pair: Pair, half: Half) -> Any:
-    options = {"block_size": 16, "max_model_len": 128, "warm_tokens": 16, "max_num_seqs": 2}
-    return load_half(pair, half, dtype="float32", device=torch.device("cpu"), **options).model
+    options = EngineOptions(torch.device("cpu"), "float32", max_model_len=128, max_num_seqs=2)
+    return load_half(pair, half, options).model
 
 
 def test_only_the_decoder_is_quantised(fresh: Callable[[], Path]) -> None:

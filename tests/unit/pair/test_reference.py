@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidPair
+from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.manifest import write_manifest
 from overfill.pair.reference import (
     JudgedAnswer,
     TwoStageReference,

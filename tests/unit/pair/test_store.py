@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from overfill.errors import InvalidPair
+from overfill.making.seal import record_checksums
 from overfill.model.manifest import Pair
 from overfill.pair import store
-from overfill.pair.checksums import checksums_match, record_checksums
+from overfill.pair.checksums import checksums_match
 
 
 @pytest.fixture(autouse=True)

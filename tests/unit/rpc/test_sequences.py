@@ -286,6 +286,34 @@ async def test_the_worker_keeps_the_deadline(ends: Ends) -> None:
     assert ends.worker.running == 1
 
 
+async def test_a_number_is_free_as_soon_as_its_sequence_is_cancelled(ends: Ends) -> None:
+    begun = asyncio.Event()
+
+    async def talks_to_the_end(served: ServedSequence) -> None:
+        try:
+            served.put(Update(reserved=decode_pb2.Reserved(blocks=1)))
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # the next sequence with its number has begun
+            served.put(tokens(0, 1))
+
+    ends.worker.run = talks_to_the_end
+    sequence = ends.open()
+    sequence.start(1)
+    await begun.wait()
+    ends.worker.run = ends.worker.echo
+    # Without a turn of the event loop, all go in one message.
+    sequence.send(cancel=decode_pb2.CancelDecode())
+    sequence.start(2)
+    sequence.send(cancel=decode_pb2.CancelDecode())
+    sequence.start(3)
+    sequence.assign()
+    assert (await sequence.end()).HasField("done")
+    assert sequence.ids == [3]
+    await ends.idle()
+
+
 async def test_a_command_that_is_too_large_fails_its_own_request_before_it_is_sent(ends: Ends) -> None:
     other, large = await ends.running(), ends.open()
     with pytest.raises(InvalidRequest, match="bytes between router and worker"):

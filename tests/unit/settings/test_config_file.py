@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.settings.config import SERVICES, UP_KEYS, DecodeConfig, PrefillConfig, RouterConfig, read_checked
+from overfill.settings.config import SERVICES, DecodeConfig, PrefillConfig, RouterConfig, read_checked
 from overfill.settings.config_file import BadConfigFile, flag_name
 
 YAML = """
@@ -110,7 +110,6 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
             "router:\n  kv-memory: 1GiB",
             "router.kv-memory: no such setting; kv-memory is a setting of prefill and decode",
         ),
-        ("up:\n  threads: 2", "threads is a setting of prefill and decode"),
         ("prefill:\n  threads: 1\n  threads: 2", "the key threads appears twice"),
         ("prefill: 3", "prefill: expected settings in this section"),
         ("- a", "expected sections"),
@@ -126,7 +125,7 @@ def test_faults_of_a_file_are_reported_by_key(text: str, says: str, tmp_path: Pa
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_a_boolean_is_refused_as_a_setting_of_a_service(value: str, tmp_path: Path) -> None:
-    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}\n[up]\nray = {value}"
+    text = f"[router]\nhttp = {value}\nport = {value}\n[common]\ngrace-period = {value}"
     told = faults(written(tmp_path, text, "overfill.toml"))
     assert len(told) == 3
     assert f'router.http: expected text or a number, such as "off" or 8000, got {value}' in told[0]
@@ -166,7 +165,6 @@ def test_every_setting_is_a_key_of_its_section_and_of_common(tmp_path: Path) -> 
                 read_checked(
                     written(tmp_path, f"common: {{{flag_name(name)}: x}}\n{kind.section}: {{{flag_name(name)}: x}}")
                 )
-    read_checked(written(tmp_path, "up: {" + ", ".join(f"{key}: 1" for key in UP_KEYS) + "}"))
 
 
 @pytest.mark.parametrize(

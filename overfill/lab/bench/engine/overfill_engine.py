@@ -10,8 +10,8 @@ import torch
 
 from overfill.engine.build import load_half, size_pools
 from overfill.engine.decode import DecodeEngine
-from overfill.engine.parts import EngineParts
 from overfill.engine.prefill import PrefillEngine
+from overfill.engine.protocol import EngineOptions
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     DecodeEvent,
@@ -28,11 +28,12 @@ from overfill.engine.sequence import (
     Submit,
     TokenSampled,
 )
+from overfill.engine.stage import Stage
 from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.lab.bench.engine.bounds import ModelCost
-from overfill.model.manifest import Pair
+from overfill.model.manifest import Half, Pair
 from overfill.request.params import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
@@ -77,20 +78,20 @@ def load_engines(
     if quantize is not None:
         pair = replace(pair, quantize=quantize)
 
-    def load(half: str) -> EngineParts:
-        loaded = load_half(
-            pair,
-            "full" if half == "full" else "decoder",
-            dtype=dtype,
-            device=device,
-            block_size=_BLOCK_SIZE,
-            max_model_len=None,
-            warm_tokens=max_num_batched_tokens,
+    def load(half: Half) -> Stage:
+        cached = "auto" if half == "full" else kv_cache_dtype
+        options = EngineOptions(
+            device,
+            dtype,
+            _BLOCK_SIZE,
             max_num_seqs=workload.batch,
-            kv_cache_dtype="auto" if half == "full" else kv_cache_dtype,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_dtype=cached,
         )
+        loaded = load_half(pair, half, options)
         memory = workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
-        return size_pools([loaded], memory, workload.tokens + _BLOCK_SIZE)[0]
+        options = replace(options, kv_memory=memory, max_model_len=workload.tokens + _BLOCK_SIZE)
+        return size_pools([replace(loaded, options=options)])[0]
 
     full = load("full")
     ours = OverfillEngine("full", full, full, max_num_batched_tokens)
@@ -105,7 +106,7 @@ class OverfillEngine:
     sequence.
     """
 
-    def __init__(self, name: str, full: EngineParts, parts: EngineParts, max_num_batched_tokens: int) -> None:
+    def __init__(self, name: str, full: Stage, parts: Stage, max_num_batched_tokens: int) -> None:
         self.name = name
         assert isinstance(full.runner, ModelRunner)
         assert isinstance(parts.runner, ModelRunner)
@@ -138,7 +139,7 @@ class OverfillEngine:
         return str(self._runner.cache.k.dtype).removeprefix("torch.")
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
-        prompt = random_prompt(self._full.config.vocab_size, prompt_tokens, 0)
+        prompt = random_prompt(self._full.pair.full_config.vocab_size, prompt_tokens, 0)
         source = PrefillSequence("prompt", prompt, _GREEDY)
         first = self._prefill_all([source])["prompt"]
         limit = StopRule.of(_GREEDY, (), steps + 2)
@@ -155,7 +156,9 @@ class OverfillEngine:
                     source.blocks,
                     self._runner.cache,
                     event.blocks,
-                    self._parts.pair.layer_map if self.name == "decoder" else range(self._full.config.num_layers),
+                    self._parts.pair.layer_map
+                    if self.name == "decoder"
+                    else range(self._full.pair.full_config.num_layers),
                     prompt_tokens,
                 )
                 self._decode.handle(Start(sequence.id, first))
@@ -173,7 +176,7 @@ class OverfillEngine:
 
     def prefill(self, lengths: Sequence[int]) -> float:
         sequences = [
-            PrefillSequence(str(i), random_prompt(self._full.config.vocab_size, length, i), _GREEDY)
+            PrefillSequence(str(i), random_prompt(self._full.pair.full_config.vocab_size, length, i), _GREEDY)
             for i, length in enumerate(lengths)
         ]
         start = time.perf_counter()

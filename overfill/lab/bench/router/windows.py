@@ -21,6 +21,7 @@ from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
 from overfill.lab.bench.router.recording import make_request
 from overfill.stack.describe import describe
+from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
 
 CLIENTS = 2
@@ -155,8 +156,8 @@ def paced_stack(pair: Path, pace: SendingPace, sequences: int) -> Iterator[tuple
         "log_level": "warning",
         "grace_period": 2,
     }
-    spec = describe(pair, prefill=WORKERS, decode=WORKERS, http=0, threads=1, settings=settings)
-    stack = ProcessRunner(spec, lambda name, line: print(line, file=sys.stderr))
+    placed = place(describe(pair, prefill=WORKERS, decode=WORKERS, http=0, threads=1, settings=settings))
+    stack = ProcessRunner(placed, lambda name, line: print(line, file=sys.stderr))
     try:
         stack.start()
         stack.wait_ready(threading.Event())

@@ -1,0 +1,87 @@
+"""Starts a prefill worker, and pulls the KV of prompts from it, as decode workers do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from listening_registry import ListeningRegistry
+from stacks import ForkedChild
+
+from overfill.kv.cache import KvCache
+from overfill.kv.peers import PrefillPeer
+from overfill.kv.receiver import PromptPull, PullStats
+from overfill.kv.spec import KvSpec
+from overfill.request.params import SamplingParams
+from overfill.stack.child import stop
+from overfill.stack.process_runner import child_environment
+from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2, registry_pb2
+
+BLOCK = 16
+
+
+@contextmanager
+def prefill_process(*arguments: str) -> Iterator[registry_pb2.Hello]:
+    """Runs a prefill worker, and yields its Hello. It keeps serving although its router has stopped."""
+    flags = ("--dtype=float32", "--grace-period=1", *arguments)
+
+    async def start() -> tuple[ForkedChild, registry_pb2.Hello]:
+        registry = ListeningRegistry()
+        command = [sys.executable, "-m", "services.prefill.main", f"--routers={await registry.start()}", *flags]
+        worker = ForkedChild("prefill", command, child_environment(os.environ, 1), lambda name, line: None)
+        hello = await registry.next_worker(60)
+        await registry.stop()
+        return worker, hello
+
+    worker, hello = asyncio.run(start())
+    try:
+        yield hello
+    finally:
+        stop([worker], 5)
+
+
+def opened(hello: registry_pb2.Hello, data_address: str = "", streams: int = 2, shm: bool = True) -> PrefillPeer:
+    """Opens connections to a worker. ``data_address`` is where its KV is pulled, if not at its own address."""
+    data = kv_pb2.DataAddress(address=data_address or hello.address, num_kv_heads=hello.kv.num_kv_heads)
+    target = decode_pb2.AssignPrefill(
+        worker_id=hello.worker_id, incarnation=hello.incarnation, address=hello.address, data_addresses=[data]
+    )
+    return PrefillPeer(target, streams, None, shm)
+
+
+async def pull(
+    peer: PrefillPeer,
+    spec: KvSpec,
+    layer_map: Sequence[int],
+    prompt: Sequence[int],
+    executor: Executor,
+    *,
+    namespace: str = "",
+    timeout: float = 20.0,
+    on_token: Callable[[Any], None] = lambda token: None,
+    **options: Any,
+) -> tuple[KvCache, PullStats]:
+    """Pulls a prompt's KV into a new cache, and returns both the cache and the transfer's statistics.
+
+    Args:
+        timeout: seconds after which the transfer fails.
+        options: further arguments of ``PromptPull``.
+    """
+    blocks = list(range(-(-len(prompt) // BLOCK)))
+    cache = KvCache(spec, len(blocks), BLOCK, torch.device("cpu"))
+    request = prefill_pb2.StartPrefill(
+        request_id="r",
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(temperature=0).to_proto(),
+        sample_first_token=True,
+        cache_namespace=namespace,
+    )
+    handoff = PromptPull(peer, request, spec, layer_map, cache, blocks, executor, **options)
+    await handoff.run(timeout, on_token)
+    return cache, handoff.stats
