@@ -17,10 +17,10 @@ from overfill.engine.gpu_memory import loading_turn
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.model.manifest import EngineName, Half, Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.process.cores import STEP_TOKENS
-from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
+from overfill.settings.config import STEP_TOKENS, ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
 from overfill.telemetry.progress import log_steps
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
     """Returns the worker's pair, and warns if ``auto`` does not choose vLLM on a GPU."""
     with startup.once():
         folder = resolve_pair(config.pair, log_steps(logger))
-    computes = config.engine != "mock"
-    pair = Pair.load(folder, check_digests=computes, weights=computes)
+    pair = Pair.load(folder) if config.engine == "mock" else load_whole(folder, digests=True)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
     if config.engine == "auto":

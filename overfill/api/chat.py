@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +15,10 @@ from overfill.api.tools import (
     check_count,
     check_tools,
     describe_tools,
-    enforceable,
-    tools_grammar,
     write_calls,
 )
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import check_grammar
 from overfill.request.json_text import read_json
-from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -141,50 +135,6 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     if choice.name and choice.name not in {tool.name for tool in chat.tools}:
         raise InvalidRequest("chat.tool_choice", f"names {choice.name[:80]!r}, which is not one of the tools")
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
-
-
-def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> Grammar | None:
-    """A checked grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
-
-    Of tools that are not strict, it leaves out what llguidance cannot enforce.
-
-    Args:
-        answer: Grammar of answers that call no tools, of kind "json_object" or "json_schema"; None allows any text.
-    """
-    mode, name = tool_choice(chat)
-    if mode == "none":
-        return None
-    schema = None
-    if answer is not None:
-        if answer.kind not in ("json_object", "json_schema"):
-            raise InvalidRequest(
-                f"sampling.grammar.{answer.kind}",
-                "cannot be combined with tools; give a JSON schema, or set the choice of tools to none",
-            )
-        schema = json.loads(answer.text) if answer.text else {"type": "object"}
-    tools = {index: tool for index, tool in enumerate(read_tools(chat)) if name in ("", tool.name)}
-
-    def grammar() -> Grammar:
-        text = tools_grammar(list(tools.values()), mode, single=chat.single_tool_call, answer=schema)
-        check_grammar(made := Grammar("lark", text))
-        return made
-
-    with suppress(InvalidRequest):  # checks tools one by one only if it has to
-        return grammar()
-    for index, tool in tools.items():
-        try:
-            tools[index] = enforceable(tool)
-        except InvalidRequest as error:
-            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {_reason(error)}"
-            raise InvalidRequest(f"chat.tools[{index}].parameters", reason) from error
-    try:
-        return grammar()
-    except InvalidRequest as error:
-        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {_reason(error)}") from error
-
-
-def _reason(error: InvalidRequest) -> str:
-    return str(error).removeprefix(f"{error.field}: ")
 
 
 def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""API keys: reads and writes the file of their hashes, and finds the entry of a key. No sockets.
+"""API keys: reads the file of their hashes, and finds the entry of a key. ``key_file`` beside this module writes it.
 
 The file is JSON and holds only SHA-256 hashes of keys. A key is 32 random bytes, too many to find it by trying::
 
@@ -12,19 +12,13 @@ All but the first three are optional.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
 import math
-import os
 import re
-import secrets
-import stat
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +29,8 @@ from overfill.rpc.access import Scope
 from overfill.rpc.reload import ReloadingValue
 
 FORMAT = "overfill-keys/1"
-PREFIX = "ofk-"
 MAX_KEY_LENGTH = 512
 
-_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 DEFAULT_SCOPES = frozenset({Scope.INFER, Scope.STATUS})
@@ -148,11 +140,11 @@ def _read(entry: Any) -> ApiKey:
     if "scopes" in entry:
         entry = {**entry, "scopes": read_scopes(entry["scopes"])}
     if "tiers" in entry:
-        entry = {**entry, "tiers": _read_tiers(entry["tiers"])}
+        entry = {**entry, "tiers": read_tiers(entry["tiers"])}
     key = ApiKey(**entry)
     if not isinstance(key.allow_brownout, bool):
         raise InvalidRequest("allow_brownout", f"must be true or false, got {key.allow_brownout!r}")
-    _check_limits(key.rate, key.concurrency, key.priority)
+    check_limits(key.rate, key.concurrency, key.priority)
     return key
 
 
@@ -167,7 +159,8 @@ def read_scopes(names: Iterable[str]) -> frozenset[Scope]:
     return frozenset(Scope(name) for name in names)
 
 
-def _read_tiers(names: Any) -> frozenset[str]:
+def read_tiers(names: Any) -> frozenset[str]:
+    """The tiers of these names. Raises InvalidRequest unless ``names`` is a list of at least one name."""
     if not isinstance(names, Collection) or isinstance(names, str) or not all(n and isinstance(n, str) for n in names):
         raise InvalidRequest("tiers", f"must be a list of tier names, got {names!r}")
     if not names:
@@ -175,120 +168,10 @@ def _read_tiers(names: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
+def check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
+    """Raise InvalidRequest that names the first of a key's limits that is wrong."""
     if rate is not None and not 0 < rate < math.inf:
         raise InvalidRequest("rate", f"must be a finite number of requests per second above 0, got {rate!r}")
     if concurrency is not None and (not isinstance(concurrency, int) or concurrency < 1):
         raise InvalidRequest("concurrency", f"must be an integer of at least 1, got {concurrency!r}")
     check_priority(priority)
-
-
-def create(
-    path: Path,
-    name: str,
-    *,
-    rate: float | None = None,
-    concurrency: int | None = None,
-    priority: int = 0,
-    scopes: Iterable[str] = DEFAULT_SCOPES,
-    tiers: Collection[str] | None = None,
-    allow_brownout: bool = False,
-) -> str:
-    """Make a key, add its hash to the file, and return the key, which is not stored. Creates a missing file.
-
-    Raises:
-        InvalidRequest: the name is invalid or in use, or a limit, scope or tier is wrong.
-        BadKeyFile: the file is damaged or cannot be written.
-    """
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest("name", f"is {name[:80]!r}; give 1 to 64 letters, digits or the characters _ . @ -")
-    _check_limits(rate, concurrency, priority)
-    key = PREFIX + secrets.token_urlsafe(32)
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    allowed = None if tiers is None else _read_tiers(tiers)
-    entry = ApiKey(name, hash_key(key), now, rate, concurrency, priority, read_scopes(scopes), allowed, allow_brownout)
-    with _locked(path):
-        keys = load(path) if path.exists() else []
-        if any(key.name == name for key in keys):
-            raise InvalidRequest("name", f"{name!r} is in use; revoke that key first, or give another name")
-        _save(path, [*keys, entry])
-    return key
-
-
-def revoke(path: Path, name: str) -> None:
-    """Remove a key. Raises InvalidRequest if the file has no key of that name, and BadKeyFile."""
-    with _locked(path):
-        keys = load(path)
-        left = [key for key in keys if key.name != name]
-        if len(left) == len(keys):
-            raise InvalidRequest("name", f"{path} has no key {name!r}; `overfill keys list` shows its keys")
-        _save(path, left)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from changing the key file within the block, which could undo a revocation.
-
-    The lock is a file of its own, since ``_save`` replaces the key file. It is removed afterwards, so that another user
-    can make one.
-    """
-    place = path.with_name(f".{path.name}.lock")
-    try:
-        lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        while not _is_open_at(place, lock):  # its last holder has removed it
-            os.close(lock)
-            lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise BadKeyFile(f"cannot write {path}: {place}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        place.unlink()
-        os.close(lock)
-
-
-def _is_open_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _save(path: Path, keys: list[ApiKey]) -> None:
-    """Replace the file. The new one has the old one's owner, group and mode, so that routers can still read it."""
-    text = json.dumps({"format": FORMAT, "keys": [_entry(key) for key in keys]}, indent=2)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        old = path.stat() if path.exists() else None
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            if old is not None:
-                _copy_access(path, old, file.fileno())
-            file.write(text + "\n")
-        new.replace(path)
-    except OSError as error:
-        raise BadKeyFile(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _copy_access(path: Path, old: os.stat_result, new: int) -> None:
-    """Give the open file ``new`` owner, group and mode of ``old``, the status of ``path``. Raises BadKeyFile."""
-    mode, made = stat.S_IMODE(old.st_mode), os.fstat(new)
-    try:
-        if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
-            os.fchown(new, old.st_uid, old.st_gid)
-        os.fchmod(new, mode)
-    except PermissionError as error:
-        raise BadKeyFile(
-            f"cannot write {path}: user {os.geteuid()} cannot make a file with its owner {old.st_uid}:{old.st_gid} and "
-            f"mode {mode:04o}, which the router may need; run the command as that owner or as root"
-        ) from error
-
-
-def _entry(key: ApiKey) -> dict[str, Any]:
-    """The key's JSON entry; omits unset limits."""
-    entry = asdict(key) | {"scopes": sorted(key.scopes), "tiers": None if key.tiers is None else sorted(key.tiers)}
-    unset = (("priority", 0), ("allow_brownout", False))
-    return {name: value for name, value in entry.items() if value is not None and (name, value) not in unset}

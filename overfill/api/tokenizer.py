@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ import tokenizers
 from overfill.api.chat_template import ChatTemplate, TemplateOptions
 from overfill.api.special_tokens import SpecialTokens
 from overfill.errors import InvalidPair, InvalidRequest
+from overfill.model.config import eos_ids, read_json
 
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -92,7 +92,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
             raise InvalidPair(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
-        config = _read_json(folder / "config.json", required=True)
+        config = read_json(folder / "config.json")
         vocab_size = config.get("vocab_size")
         if not isinstance(vocab_size, int):
             raise InvalidPair(f"{folder / 'config.json'} has no vocab_size")
@@ -103,7 +103,7 @@ class Tokenizer:
         return cls(
             backend,
             digest=hashlib.sha256(data).hexdigest(),
-            eos_token_ids=_eos_token_ids(generation_config) or _eos_token_ids(config),
+            eos_token_ids=eos_ids(generation_config) or eos_ids(config),
             vocab_size=vocab_size,
             special_tokens=special_tokens,
             chat_template=ChatTemplate(template, special_tokens) if template is not None else None,
@@ -255,13 +255,6 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _eos_token_ids(config: Mapping[str, Any]) -> list[int]:
-    value = config.get("eos_token_id")
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -269,13 +262,5 @@ def _read(path: Path) -> bytes:
         raise InvalidPair(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
-    if not required and not path.exists():
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except ValueError as error:
-        raise InvalidPair(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidPair(f"{path} does not hold a JSON object")
-    return value
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Tools: describes them to a model, makes the grammar of its calls, and reads the calls from its answer.
+"""Tools: describes them to a model, and reads its calls from its answer.
 
 Calls have the format of Hermes and Qwen models, one after the other at the end of an answer::
 
@@ -6,34 +6,29 @@ Calls have the format of Hermes and Qwen models, one after the other at the end 
     {"name": "weather", "arguments": {"city": "Paris"}}
     </tool_call>
 
-A grammar enforces this format, so that reading a call cannot fail. Text and JSON only; no tokens, no wire.
+A grammar (``tools_grammar`` beside this module) enforces this format, so that reading a call cannot fail. Text and JSON
+only; no tokens, no wire.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overfill.api.stop import StopStrings
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import check_grammar, compact
-from overfill.request.params import Grammar
 from overfill.v1.inference_pb2 import ToolCallDelta
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
 
-_HEAD = f'{BEGIN}\n{{"name": "'
-_ARGUMENTS = '", "arguments": '
-_TAIL = f"}}\n{END}"
+HEAD = f'{BEGIN}\n{{"name": "'
+ARGUMENTS = '", "arguments": '
+TAIL = f"}}\n{END}"
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-
-# Keywords of JSON Schema whose values are objects with a schema for each name, and those whose values are not schemas.
-_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_VALUES = frozenset({"enum", "const", "default", "example", "examples"})
 
 Mode = Literal["auto", "none", "required"]
 
@@ -96,96 +91,7 @@ def as_openai(tool: ToolDefinition) -> dict[str, Any]:
 
 def write_calls(calls: Sequence[tuple[str, str]]) -> str:
     """Text of ``calls``, pairs of name and arguments as JSON text, in the model's format."""
-    return "\n".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}{_TAIL}" for name, arguments in calls)
-
-
-def tools_grammar(
-    tools: Sequence[ToolDefinition], mode: Mode, *, single: bool, answer: Mapping[str, Any] | None = None
-) -> str:
-    """A Lark grammar of answers that call ``tools``.
-
-    Args:
-        mode: "auto" allows text, then calls; "required" allows calls only.
-        single: Whether an answer may have at most one call.
-        answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
-            calls without text before them: a model that begins with other text could not end its answer without a call.
-    """
-    functions = [f"{json.dumps(tool.name + _ARGUMENTS)} %json {json.dumps(_arguments(tool))}" for tool in tools]
-    more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
-    start = f"{json.dumps(BEGIN)} body{more}"
-    if mode == "auto":
-        start = f"TEXT | first{more}" if answer is None else f"answer | {start}"
-    lines = [
-        "%llguidance {}",
-        f"start: {start}",
-        f"body: {json.dumps(_HEAD.removeprefix(BEGIN))} function {json.dumps(_TAIL)}",
-        "function: " + " | ".join(f"function_{i}" for i in range(len(functions))),
-        *(f"function_{i}: {function}" for i, function in enumerate(functions)),
-    ]
-    if mode == "auto" and answer is not None:
-        lines.append(f"answer: %json {json.dumps(compact(dict(answer)))}")
-    elif mode == "auto":
-        lines += [
-            "first: trigger body",
-            f"trigger[lazy]: TEXT {json.dumps(BEGIN)}",
-            r"TEXT: /(.|\n)*/",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def enforceable(tool: ToolDefinition) -> ToolDefinition:
-    """``tool`` with as much of its schema as a grammar can enforce.
-
-    Tries, in this order: the whole schema; the schema without the patterns that no grammar can enforce; the schema
-    without any pattern. If none works, the arguments are any object.
-
-    Raises:
-        InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.
-    """
-    choices: Sequence[Callable[[str], bool]] = (lambda _: False, _unenforceable, lambda _: True)
-    for unwanted in choices:
-        candidate = replace(tool, parameters=_without_patterns(tool.parameters, unwanted))
-        try:
-            check_grammar(Grammar.json_schema(_arguments(candidate)))
-        except InvalidRequest:
-            if tool.strict:
-                raise
-        else:
-            return candidate
-    return replace(tool, parameters={"type": "object"})
-
-
-def _unenforceable(pattern: str) -> bool:
-    try:
-        check_grammar(Grammar.json_schema({"type": "string", "pattern": pattern}))
-    except InvalidRequest:
-        return True
-    return False
-
-
-def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]) -> dict[str, Any]:
-    """A copy of ``schema`` without its ``unwanted`` patterns."""
-    copy: dict[str, Any] = json.loads(json.dumps(schema))
-    parts: list[Any] = [copy]
-    while parts:  # a recursive function would fail at deep schemas
-        part = parts.pop()
-        if isinstance(part, list):
-            parts += part
-        elif isinstance(part, dict):
-            if isinstance(pattern := part.get("pattern"), str) and unwanted(pattern):
-                del part["pattern"]
-            for keyword, value in part.items():
-                if keyword in _SCHEMAS_BY_NAME and isinstance(value, dict):
-                    parts += value.values()
-                elif keyword not in _VALUES:
-                    parts.append(value)
-    return copy
-
-
-def _arguments(tool: ToolDefinition) -> dict[str, Any]:
-    """The schema of the arguments, for llguidance."""
-    # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
-    return compact({**(tool.parameters or {"properties": {}}), "type": "object"}, lenient=not tool.strict)
+    return "\n".join(f"{HEAD}{name}{ARGUMENTS}{arguments}{TAIL}" for name, arguments in calls)
 
 
 class ToolCallReader:
@@ -229,7 +135,7 @@ class ToolCallReader:
     def finish(self, *, may_end: bool = True) -> str:
         """The text that was held back, at the end of the answer. Drops the rest of an incomplete call."""
         rest, self._buffer = self._buffer, ""
-        if self._scanner is not None or rest.startswith(_HEAD):
+        if self._scanner is not None or rest.startswith(HEAD):
             return ""
         if self.calls:
             return rest if rest.strip() else ""
@@ -240,7 +146,7 @@ class ToolCallReader:
         """Consume a part of the buffer; False if that needs more text."""
         if self._scanner is not None:
             return self._arguments(parts)
-        start = self._buffer.find(_HEAD)
+        start = self._buffer.find(HEAD)
         if not self.calls:
             end = len(self._buffer) - _partial_head(self._buffer) if start < 0 else start
             outside.append(self._text(self._buffer[:end], may_end))
@@ -251,7 +157,7 @@ class ToolCallReader:
             return False
         outside.append((self._space + self._stops.finish()).rstrip())
         self._space = ""
-        name, separator, rest = self._buffer[len(_HEAD) :].partition(_ARGUMENTS)
+        name, separator, rest = self._buffer[len(HEAD) :].partition(ARGUMENTS)
         if not separator:
             return False
         parts.append(ToolCallDelta(index=self.calls, name=name))
@@ -273,9 +179,9 @@ class ToolCallReader:
         if length:
             parts.append(ToolCallDelta(index=self.calls, arguments=self._buffer[:length]))
             self._buffer = self._buffer[length:]
-        if not self._scanner.complete or len(self._buffer) < len(_TAIL):
+        if not self._scanner.complete or len(self._buffer) < len(TAIL):
             return False
-        self._buffer = self._buffer.removeprefix(_TAIL)
+        self._buffer = self._buffer.removeprefix(TAIL)
         self._scanner = None
         self.calls += 1
         return True
@@ -314,5 +220,5 @@ class _ObjectScanner:
 
 def _partial_head(text: str) -> int:
     """Length of the end of ``text`` that may become the head of a call."""
-    longest = min(len(text), len(_HEAD) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(_HEAD[:n])), 0)
+    longest = min(len(text), len(HEAD) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(HEAD[:n])), 0)

@@ -14,6 +14,7 @@ from rich.live import Live
 from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json
+from overfill.cli.progress import show_progress
 from overfill.client import Client, Message, SamplingParams
 from overfill.process.extras import require
 from overfill.settings.tiers import TierSpec
@@ -24,7 +25,6 @@ from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
 from overfill.stack.spec import StackSpec
-from overfill.telemetry.progress import show_progress
 
 WARM_UP = """Write one sentence about a lighthouse."""
 

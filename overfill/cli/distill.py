@@ -129,12 +129,12 @@ def _train(
     name: str | None, recipe: Recipe, data: Data, out: Path, training: Any, *, standalone: bool, resume: bool
 ) -> None:
     from overfill.api.tokenizer import Tokenizer
+    from overfill.cli.progress import show_progress
     from overfill.making.distill.data import load_data
     from overfill.making.distill.train import Run
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
     from overfill.process.memory import freed_memory_kept
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))

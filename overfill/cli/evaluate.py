@@ -84,10 +84,10 @@ def eval_command(
     its own (free-running); the figures are their likelihood under the full model and their share of repetition.
     """
     from overfill.cli.output import console, print_json
+    from overfill.cli.progress import show_progress
     from overfill.making.evaluate.evaluation import evaluate
     from overfill.making.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
@@ -134,10 +134,10 @@ def compare_command(
     and the operations that it computes. --json prints a line of JSON per result as soon as it is known.
     """
     from overfill.cli.output import console
+    from overfill.cli.progress import show_progress
     from overfill.making.evaluate.compare import NOTE, compare
     from overfill.making.evaluate.evaluation_report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     points = []
     with show_progress() as report:
@@ -184,9 +184,9 @@ def lm_eval_command(
     The full model reads each context; the decoder writes or scores the continuation.
     """
     from overfill.cli.output import console, print_json
+    from overfill.cli.progress import show_progress
     from overfill.making.evaluate.harness import run_tasks
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)

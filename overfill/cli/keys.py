@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from overfill.api import keys
+from overfill.api import key_file, keys
 from overfill.cli.options import option_errors
 from overfill.rpc.access import Scope
 from overfill.settings.tiers import check_tier_name
@@ -73,7 +73,7 @@ def create_command(
 ) -> None:
     """Make a key for NAME and print it. It is printed only now, because the file keeps only its hash."""
     with option_errors():
-        key = keys.create(
+        key = key_file.create(
             path,
             name,
             rate=rate,
@@ -109,4 +109,4 @@ def list_command(path: Path) -> None:
 def revoke_command(name: str, path: Path) -> None:
     """Remove the key of NAME. Running routers refuse it within two seconds."""
     with option_errors():
-        keys.revoke(path, name)
+        key_file.revoke(path, name)

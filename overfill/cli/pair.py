@@ -79,8 +79,8 @@ def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
     NAME is default, fast, identity (decoder = full model), or a pair folder. Prepares a named pair that is missing. The
     decoder of default has three quarters of the full model's weights, that of fast two fifths.
     """
+    from overfill.cli.progress import show_progress
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         click.echo(resolve_pair(name, report, source))
@@ -157,9 +157,9 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
     Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
     model on a few held-out answers, and the commands to use next.
     """
+    from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
     from overfill.making.recipe import DecoderRecipe
-    from overfill.telemetry.progress import show_progress
 
     if out.exists():
         raise click.UsageError(f"--out: {out} already exists; give a new folder")
@@ -233,10 +233,10 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, out
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
     Appends each conversation to the file as soon as it is complete.
     """
+    from overfill.cli.progress import show_progress
     from overfill.making.conversations import append_jsonl
     from overfill.making.full_models import resolve_model
     from overfill.making.synthetic_data import generate_conversations
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         folder = resolve_model(full, report)

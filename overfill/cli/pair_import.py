@@ -79,9 +79,9 @@ def import_command(
         raise click.UsageError("--out is missing: the folder to write. To only check the halves, add --dry-run")
     if out is not None:
         _check_new(out)
+    from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
     from overfill.making.import_pair import plan_import, write_import
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         given = {"full": full, "decoder": decoder} | ({"tokenizer": tokenizer} if tokenizer else {})

@@ -60,7 +60,7 @@ def _describe(name: str, folder: Path, state: str) -> dict[str, Any]:
     described: dict[str, Any] = {"name": name, "state": state, "folder": str(folder), "full": None, "decoder": None}
     if state != "ready":
         return described
-    pair = Pair.load(folder, weights=False)
+    pair = Pair.load(folder)
     for half, path, config in (
         ("full", pair.full_path, pair.full_config),
         ("decoder", pair.decoder_path, pair.decoder_config),

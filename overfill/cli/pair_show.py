@@ -24,9 +24,9 @@ def show_command(name: str, as_json: bool) -> int:
     its embedding, or a weight is not finite.
     """
     from overfill.cli.output import print_json
+    from overfill.cli.progress import show_progress
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report))

@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from overfill.cli.options import check_replaced, option_errors
+from overfill.cli.progress import show_progress
 from overfill.cli.up_options import up_options
 from overfill.cli.welcome import welcome
 from overfill.engine.choice import require_vllm
@@ -36,7 +37,6 @@ from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
 from overfill.stack.spec import SUFFIXES, StackSpec
-from overfill.telemetry.progress import show_progress
 
 _WATCH_SECONDS = 0.5
 _BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}

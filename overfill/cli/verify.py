@@ -112,9 +112,9 @@ def verify_command(
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
     from overfill.cli.output import print_json
+    from overfill.cli.progress import show_progress
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
     from overfill.pair.reference import load_references
-    from overfill.telemetry.progress import show_progress
 
     several = bool(tiers)
     tiers = _check_tiers(pair, tiers, chosen)

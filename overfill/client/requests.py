@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
 from overfill.errors import InvalidRequest
+from overfill.request.messages import shared_fields
 from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.v1 import common_pb2, inference_pb2
@@ -112,7 +113,7 @@ class AnswerIdentity:
 
     @classmethod
     def from_proto(cls, message: inference_pb2.AnswerIdentity) -> AnswerIdentity:
-        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+        return cls(**shared_fields(cls, message))
 
 
 _MODES = {

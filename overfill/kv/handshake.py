@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields
 
 from overfill.errors import Incompatible
 from overfill.kv.spec import KvSpec
-from overfill.v1 import common_pb2, decode_pb2
+from overfill.request.messages import shared_fields
+from overfill.v1 import common_pb2
+
+CHOSEN_BY_WORKERS = {"kv.dtype": "kv_dtype", "reader_digest": "reader_digest"}
+"""Fields of a ``KvIdentity`` that no pair determines, by their dotted names, with their names in ``AnswerIdentity``.
+
+Workers choose the element type, and what reads prompts: the full model or the mock.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +41,21 @@ class KvIdentity:
     @classmethod
     def from_proto(cls, wire_version: int, model: common_pb2.ModelIdentity, kv: common_pb2.KvSpec) -> KvIdentity:
         """Returns the identity of the KV of a worker that says this of itself."""
-        told = {f.name: getattr(model, f.name) for f in fields(cls) if f.name not in ("wire_version", "kv")}
-        return cls(wire_version=wire_version, kv=KvSpec.from_proto(kv), **told)
+        return cls(wire_version=wire_version, kv=KvSpec.from_proto(kv), **shared_fields(cls, model))
 
     def flat(self) -> dict[str, object]:
         """Every field by its dotted name."""
         own: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kv"}
         return own | self.kv.flat()
+
+    def of_pair(self) -> dict[str, object]:
+        """Returns the fields that the pair determines, by their dotted names."""
+        return {name: value for name, value in self.flat().items() if name not in CHOSEN_BY_WORKERS}
+
+    def chosen_by_workers(self) -> dict[str, object]:
+        """Returns the other fields, by their names in ``AnswerIdentity``."""
+        flat = self.flat()
+        return {other: flat[name] for name, other in CHOSEN_BY_WORKERS.items()}
 
     @property
     def cache_key(self) -> str:
@@ -60,20 +75,3 @@ def check_same(here: Mapping[str, object], there: Mapping[str, object], verdict:
     if differing:
         lines = ", ".join(f"{name} (here {here[name]!r}, there {there[name]!r})" for name in differing)
         raise Incompatible(f"{verdict}; differing fields: {lines}", differing)
-
-
-def data_address(target: decode_pb2.AssignPrefill) -> str:
-    """Returns the address from which to pull KV, ``host:port``."""
-    return target.data_addresses[0].address if target.data_addresses else target.address
-
-
-def check_data_addresses(target: decode_pb2.AssignPrefill, kv: KvSpec) -> None:
-    """Raises Incompatible unless one address serves all KV heads: heads at other addresses would not be pulled."""
-    heads = [range(one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in target.data_addresses]
-    if heads not in ([], [range(kv.num_kv_heads)]):
-        ranges = ", ".join(f"[{each.start}, {each.stop})" for each in heads)
-        raise Incompatible(
-            f"data_addresses: this version pulls from one address, which must serve all {kv.num_kv_heads} KV heads; "
-            f"prefill worker {target.worker_id} serves the heads {ranges} at {len(heads)} addresses",
-            ["data_addresses"],
-        )

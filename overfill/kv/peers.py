@@ -14,8 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, Unavailable
-from overfill.kv.handshake import KvIdentity, check_compatible, check_data_addresses, data_address
+from overfill.kv.handshake import KvIdentity, check_compatible
 from overfill.kv.shm import ShmClient
+from overfill.kv.spec import KvSpec
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import STALL_TIMEOUT
@@ -54,7 +55,7 @@ class PrefillPeer:
         self._control = open_channel(target.address, tls)
         # The answer to a ping waits behind KV, on a lossy link for more than KEEPALIVE_TIMEOUT. Pings on the control
         # channel detect a silent worker.
-        self.data = [open_channel(data_address(target), tls, STALL_TIMEOUT) for _ in range(streams)]
+        self.data = [open_channel(_data_address(target), tls, STALL_TIMEOUT) for _ in range(streams)]
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
 
     async def handshake(self, mine: KvIdentity) -> None:
@@ -75,7 +76,7 @@ class PrefillPeer:
         theirs = KvIdentity.from_proto(described.wire_version, described.model, described.kv)
         software = f"software {described.software_version}, engine {described.engine or 'unknown'}"
         check_compatible(mine, theirs, f"prefill worker {name} ({software})")
-        check_data_addresses(self.target, mine.kv)
+        _check_data_addresses(self.target, mine.kv)
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
         self.codecs = frozenset(described.codecs)
@@ -183,3 +184,20 @@ class PeerPool:
             entry.checked.cancel()
             await entry.peer.close()
         self._entries.clear()
+
+
+def _data_address(target: decode_pb2.AssignPrefill) -> str:
+    """Returns the address from which to pull KV, ``host:port``."""
+    return target.data_addresses[0].address if target.data_addresses else target.address
+
+
+def _check_data_addresses(target: decode_pb2.AssignPrefill, kv: KvSpec) -> None:
+    """Raises Incompatible unless one address serves all KV heads: heads at other addresses would not be pulled."""
+    heads = [range(one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in target.data_addresses]
+    if heads not in ([], [range(kv.num_kv_heads)]):
+        ranges = ", ".join(f"[{each.start}, {each.stop})" for each in heads)
+        raise Incompatible(
+            f"data_addresses: this version pulls from one address, which must serve all {kv.num_kv_heads} KV heads; "
+            f"prefill worker {target.worker_id} serves the heads {ranges} at {len(heads)} addresses",
+            ["data_addresses"],
+        )

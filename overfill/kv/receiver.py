@@ -37,15 +37,13 @@ from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import parse_message, pull_kv
-from overfill.rpc.calls import checked_write, responses
+from overfill.rpc.calls import checked_response, checked_write, responses
+from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
 MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing. The transfer then fails."""
-
-_SMALL = 64 << 10
-"""Bytes of KV up to which a transfer has one data stream and no shared memory, which would cost more than they save."""
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
@@ -142,9 +140,8 @@ class PromptPull:
         start.already_held_tokens = held_tokens
         start.codec = self._spec.codec
         start.expected_incarnation = peer.target.incarnation
-        self._coverage = Coverage(layers, self._spec.tokens, kv.num_kv_heads)
+        self._expect_all()
         self._outgoing: asyncio.Queue[prefill_pb2.PrefillRequest] = asyncio.Queue()
-        self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
         self._farewell = asyncio.timeout(None)
         self._on_in_place: Callable[[], None] = lambda: None
         self._whole = asyncio.Event()  # set when all KV is written
@@ -153,6 +150,7 @@ class PromptPull:
         # An answer of one token needs no KV.
         self._released = start.sample_first_token and start.sampling.max_tokens == 1
         self._ready_bytes = self._moved_bytes = 0  # bytes of KV before encoding
+        self._queue_ns = 0
         self.stats = PullStats(held_tokens=held_tokens)
 
     @property
@@ -178,39 +176,24 @@ class PromptPull:
                 writes to the blocks any more. ``run`` returns later, because the worker's last word crosses the link.
         """
         self._on_in_place = on_in_place
+        if self._released or self._spec.total_bytes <= MAX_KV_AT_ONCE:
+            await self._run_at_once(timeout, on_first_token)
+            return
         self._outgoing.put_nowait(self._start)
-        if self._released:
-            self._outgoing.put_nowait(_release())
         control = self._peer.control.Prefill(timeout=timeout, metadata=tracing.outgoing())
         try:
             async with asyncio.timeout(None) as self._farewell, asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(control))
                 watch = group.create_task(self._watch())
-                queue_ns = 0
                 async for message in responses(control, self._worker):
                     if message.HasField("scheduled"):
                         # The worker has blocks now, and knows the transfer's id, so that PullKv can name it.
                         shares = [] if self._released or self._pulling else self._shares()
                         for channel, ranges in zip(self._peer.data, shares, strict=False):
                             self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
-                        queue_ns = message.scheduled.queue_ns
-                        self.stats.cached_tokens = message.scheduled.cached_tokens
-                        self._note_ready(0, message.scheduled.cached_tokens)
-                    if message.HasField("ready"):
-                        self._note_ready(message.ready.token_start, message.ready.token_end)
+                    self._note_response(message, on_first_token)
                     if message.HasField("first_token"):
-                        first = message.first_token
-                        if len(first.ids) != 1 or first.first_index:
-                            raise TransferFailed(
-                                f"{self._worker} sent {len(first.ids)} tokens from index {first.first_index}; "
-                                "a prefill worker sends one, the first"
-                            )
-                        self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
-                        message.first_token.prefill_queue_ns = queue_ns
-                        on_first_token(message.first_token)
                         self._check_in_place()
-                    if message.HasField("done"):
-                        self.stats.prefill = message.done.trace
                 watch.cancel()
                 sending.cancel()
         except TimeoutError:
@@ -224,6 +207,62 @@ class PromptPull:
             self._ended = True
             # TaskGroup has joined its tasks. The worker frees the KV when the RPC ends.
             control.cancel()
+        self._check_all()
+
+    async def _run_at_once(self, timeout: float | None, on_first_token: Callable[[decode_pb2.Tokens], None]) -> None:
+        """Runs the transfer as one RPC, and as another one when its KV was damaged."""
+        self._ended = True  # nothing can be released: the worker has released all when its answer arrives
+        request = self._start.start
+        request.without_kv = self._released
+        for repeats in itertools.count():
+            call = self._peer.control.PrefillAtOnce(request, timeout=timeout, metadata=tracing.outgoing())
+            message: prefill_pb2.PrefillResponse = await checked_response(call, self._worker)
+            self._note_response(message, on_first_token)
+            try:
+                if message.kv:
+                    await self._take(message.kv, None, [])
+                self._check_all()
+            except TransferFailed as error:
+                if repeats == MAX_REPEATS or not self._has_first_token:
+                    raise
+                self.stats.broken_streams += 1
+                logger.warning("%s: an answer broke: %s", self._worker, error)
+                request.sample_first_token = False
+                self._expect_all()
+            else:
+                break
+        if not self._released:
+            self._on_in_place()
+
+    def _note_response(
+        self, message: prefill_pb2.PrefillResponse, on_first_token: Callable[[decode_pb2.Tokens], None]
+    ) -> None:
+        if message.HasField("scheduled"):
+            self._queue_ns = message.scheduled.queue_ns
+            self.stats.cached_tokens = message.scheduled.cached_tokens
+            self._note_ready(0, message.scheduled.cached_tokens)
+        if message.HasField("ready"):
+            self._note_ready(message.ready.token_start, message.ready.token_end)
+        if message.HasField("first_token"):
+            first = message.first_token
+            if len(first.ids) != 1 or first.first_index:
+                raise TransferFailed(
+                    f"{self._worker} sent {len(first.ids)} tokens from index {first.first_index}; "
+                    "a prefill worker sends one, the first"
+                )
+            self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
+            message.first_token.prefill_queue_ns = self._queue_ns
+            on_first_token(message.first_token)
+        if message.HasField("done"):
+            self.stats.prefill = message.done.trace
+
+    def _expect_all(self) -> None:
+        """Takes all KV for missing."""
+        self._coverage = Coverage(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads)
+        self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
+
+    def _check_all(self) -> None:
+        """Raises TransferFailed unless everything has arrived."""
         if self._unwritten and not self._released:
             raise TransferFailed(f"prefill ended with {self._unwritten} key and value vectors missing")
         if not self._has_all:
@@ -252,8 +291,11 @@ class PromptPull:
     @property
     def _has_all(self) -> bool:
         """Whether all KV, unless it is released, and the first token, if requested, have arrived."""
-        first_token = self.stats.first_token_ns > 0 or not self._sample_first_token
-        return first_token and (self._released or not self._unwritten)
+        return self._has_first_token and (self._released or not self._unwritten)
+
+    @property
+    def _has_first_token(self) -> bool:
+        return self.stats.first_token_ns > 0 or not self._sample_first_token
 
     def _check_in_place(self) -> None:
         if self._has_all:
@@ -282,15 +324,15 @@ class PromptPull:
                 await checked_write(control.write(message), self._worker)
 
     def _shares(self) -> list[list[KvRange]]:
-        streams = 1 if self._spec.total_bytes <= _SMALL else len(self._peer.data)
-        return share_among_streams(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads, streams)
+        spec = self._spec
+        return share_among_streams(spec.layers, spec.tokens, spec.kv.num_kv_heads, len(self._peer.data))
 
     async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
         """Pulls ``ranges``. Requests the ranges that a wrong chunk or a broken stream leaves out again."""
         for repeats in itertools.count():
             error: OverfillError | None = None
             # On a repeat, payloads travel.
-            link = self._peer.link if repeats == 0 and self._spec.total_bytes > _SMALL else None
+            link = self._peer.link if repeats == 0 else None
             link = link if link is not None and link.alive else None
             try:
                 await self._pull_once(channel, ranges, timeout, link)
@@ -312,7 +354,6 @@ class PromptPull:
     async def _pull_once(
         self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, link: ShmClient | None
     ) -> None:
-        loop = asyncio.get_running_loop()
         stream = link.new_stream() if link is not None else 0
         request = prefill_pb2.PullKvRequest(
             transfer_id=self._spec.transfer_id,
@@ -324,19 +365,27 @@ class PromptPull:
         call = pull_kv(channel, request, timeout)
         try:
             async for message in responses(call, self._worker):
-                in_place: list[Chunk] = []  # filled even if a later chunk of the message is wrong
+                in_place: list[Chunk] = []
                 try:
-                    await shielded(loop.run_in_executor(self._executor, self._write_message, message, link, in_place))
+                    await self._take(message, link, in_place)
                 finally:
-                    if link is not None:
-                        link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
-                    self._note_in_place(in_place)
+                    self._acknowledge(in_place)
         except InvalidRequest as error:  # it concerns this worker's ranges, not the user's request
             raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
         finally:
             call.cancel()
             if link is not None:
                 link.end_stream(stream)
+
+    async def _take(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
+        """Has a thread write a message; as ``_write_message``, and counts what is in place."""
+        write = asyncio.get_running_loop().run_in_executor(self._executor, self._write_message, message, link, in_place)
+        try:
+            await shielded(write)
+        finally:
+            if link is not None:
+                link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
+            self._note_in_place(in_place)
 
     def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
         """Writes a message's chunks up to the first wrong one and appends them to ``in_place``, even if it raises.
@@ -386,7 +435,7 @@ class PromptPull:
         return chunk
 
     def _note_in_place(self, chunks: Sequence[Chunk]) -> None:
-        """Counts written ``chunks``, and acknowledges them unless the KV is released."""
+        """Counts written ``chunks``."""
         if not chunks:
             return
         now = time.monotonic_ns() - self.stats.started_ns
@@ -398,6 +447,11 @@ class PromptPull:
             self.stats.kv_bytes += chunk.size
             self._moved_bytes += self._spec.raw_bytes(chunk.range)
             self.stats.shared_bytes += chunk.size if chunk.slot is not None else 0
+
+    def _acknowledge(self, chunks: Sequence[Chunk]) -> None:
+        """Acknowledges ``chunks``, which are in place, unless the KV is released."""
+        if not chunks:
+            return
         if not self._unwritten:
             self._whole.set()
             self._check_in_place()

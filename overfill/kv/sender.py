@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overfill.kv.chunks import Chunk, TransferSpec, digest, new_chunk
-from overfill.kv.ranges import Coverage, KvRange
+from overfill.kv.ranges import Coverage, KvRange, share_among_streams
 from overfill.kv.shielded import shielded
 from overfill.kv.store import DeviceEvent, KvStore
 from overfill.kv.wire import join_chunks, lay_out_message
@@ -131,6 +131,13 @@ class KvSender:
         """Raises TransferFailed if a range lies outside the transfer or overlaps another one."""
         self._acknowledged.check_request(ranges)
 
+    async def whole_message(self) -> bytes:
+        """Returns one message of all KV that travels. Call it once the whole prompt is computed."""
+        (ranges,) = share_among_streams(self.spec.layers, self.spec.tokens, self.spec.kv.num_kv_heads, 1)
+        message = await shielded(self._read([new_chunk(self.spec, kv_range) for kv_range in ranges]))
+        self.first_sent_ns = self.last_sent_ns = time.monotonic_ns()
+        return message
+
     async def messages(self, ranges: Sequence[KvRange], slots: Slots | None = None) -> AsyncGenerator[bytes, None]:
         """Yields messages whose chunks cover ``ranges``, each as soon as its KV is computed.
 
@@ -187,11 +194,15 @@ class KvSender:
                     del sent[index][layer]
                 else:
                     sent[index][layer] = kv_range.token_end
+        return self._read(chosen)
+
+    def _read(self, chunks: Sequence[Chunk]) -> asyncio.Future[bytes]:
+        """Starts to read the message of ``chunks``."""
         loop = asyncio.get_running_loop()
-        if sum(self.spec.raw_bytes(chunk.range) for chunk in chosen) > _SHORT or any(self._event.values()):
-            return loop.run_in_executor(self._executor, self._read_message, chosen)
+        if sum(self.spec.raw_bytes(chunk.range) for chunk in chunks) > _SHORT or any(self._event.values()):
+            return loop.run_in_executor(self._executor, self._read_message, chunks)
         read: asyncio.Future[bytes] = loop.create_future()
-        read.set_result(self._read_message(chosen))
+        read.set_result(self._read_message(chunks))
         return read
 
     def _unsent_bytes(self, ranges: Sequence[KvRange], sent: Sequence[dict[int, int]]) -> int:

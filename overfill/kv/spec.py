@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
 
+from overfill.request.messages import shared_fields
 from overfill.v1 import common_pb2
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -49,7 +50,7 @@ class RopeSpec:
 
     @classmethod
     def from_proto(cls, message: common_pb2.RopeSpec) -> RopeSpec:
-        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+        return cls(**shared_fields(cls, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,9 @@ class KvSpec:
 
     @classmethod
     def from_proto(cls, message: common_pb2.KvSpec) -> KvSpec:
-        return cls(
-            num_layers=message.num_layers,
-            num_kv_heads=message.num_kv_heads,
-            head_dim=message.head_dim,
-            # An unknown type must not fail here: the handshake names it as a difference.
-            dtype=DTYPE_FROM_PROTO.get(message.dtype, cast(DTypeName, f"unknown ({message.dtype})")),
-            rope=RopeSpec.from_proto(message.rope),
-        )
+        # An unknown type must not fail here: the handshake names it as a difference.
+        dtype = DTYPE_FROM_PROTO.get(message.dtype, cast(DTypeName, f"unknown ({message.dtype})"))
+        return cls(**shared_fields(cls, message) | {"dtype": dtype, "rope": RopeSpec.from_proto(message.rope)})
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, for comparisons and messages."""

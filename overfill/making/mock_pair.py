@@ -77,7 +77,7 @@ def make(folder: Path) -> None:
     (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     config = (model / "config.json").read_bytes()
     digest = hashlib.sha256(config + (model / "tokenizer.json").read_bytes()).hexdigest()  # there are no tensors
-    write_manifest(folder, full="model", decoder="model", full_digest=digest, decoder_digest=digest, weights=False)
+    write_manifest(folder, full="model", decoder="model", full_digest=digest, decoder_digest=digest)
 
 
 def _config(end: list[int]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from overfill.kv.spec import Quantization
 from overfill.model.config import ModelConfig
-from overfill.model.digest import checkpoint_digest, tokenizer_digest
-from overfill.model.manifest import FORMAT, MANIFEST, Pair, engines_that_run
+from overfill.model.digest import checkpoint_digest
+from overfill.model.manifest import FORMAT, MANIFEST, Pair, engines_that_run, tokenizer_digest
 from overfill.telemetry.progress import Report, silent
 
 
@@ -25,7 +25,6 @@ def write_manifest(
     layer_map: Sequence[int] | None = None,
     recipe: Mapping[str, Any] | None = None,
     report: Report = silent,
-    weights: bool = True,
 ) -> Pair:
     """Writes ``pair.json`` for the two checkpoints in ``folder``, and loads the pair.
 
@@ -35,7 +34,6 @@ def write_manifest(
         layer_map: one full-model layer per decoder layer. None maps each layer to itself.
         recipe: entry of the manifest.
         report: called with a description, the bytes read and the bytes in total.
-        weights: as in ``Pair.load``; without weights, both digests are given.
 
     Raises:
         InvalidPair: a checkpoint is damaged, or the halves do not fit each other.
@@ -65,4 +63,4 @@ def write_manifest(
         "eval": {},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return Pair.load(folder, weights=weights)
+    return Pair.load(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from typing import Any, Literal, cast, get_args
 
 from overfill.errors import InvalidPair, InvalidRequest, UnsupportedModel
 from overfill.kv.spec import DTypeName, KvSpec, RopeSpec
-from overfill.model.digest import check_link
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -95,7 +95,7 @@ class ModelConfig:
         """
         config = cls.from_dict(read_json(folder / "config.json"))
         if (folder / "generation_config.json").exists():
-            ids = _eos_ids(read_json(folder / "generation_config.json"))
+            ids = eos_ids(read_json(folder / "generation_config.json"))
             config = replace(config, eos_token_ids=ids or config.eos_token_ids)
         return config
 
@@ -131,7 +131,7 @@ class ModelConfig:
             head_tokens=head_tokens,
             tail_rank=tail_rank,
             head_mask=head_mask,
-            eos_token_ids=_eos_ids(hf_config),
+            eos_token_ids=eos_ids(hf_config),
             weight_format=_weight_format(hf_config),
         )
         if config.num_heads % config.num_kv_heads:
@@ -186,6 +186,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidPair(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def check_link(path: Path) -> None:
+    """Raises InvalidPair if ``path`` is a link to nothing, as in a pair that was moved without its checkpoints."""
+    if path.is_symlink() and not path.exists():
+        raise InvalidPair(
+            f"{path} is a link to {os.readlink(path)}, which does not exist: a pair with links must move together with "
+            "its checkpoints"
+        )
 
 
 def _model_type(hf_config: Mapping[str, Any]) -> str:
@@ -315,7 +324,8 @@ def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
     return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
 
-def _eos_ids(hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_ids(hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the end-of-sequence ids that a config names; none if it names none."""
     ids = hf_config.get("eos_token_id")
     if ids is None:
         return ()

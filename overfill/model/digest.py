@@ -1,4 +1,4 @@
-"""Digests of checkpoints and tokenizers. Reads safetensors files as bytes; knows no torch and no model.
+"""Digests of checkpoints. Reads safetensors files as bytes; knows no torch and no model.
 
 The digest of a checkpoint is SHA-256 over its tensors in name order (by UTF-8 bytes). Each tensor contributes
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.errors import InvalidPair
+from overfill.model.config import check_link
 from overfill.telemetry.progress import Report, silent
 
 _READ_BYTES = 1 << 20
@@ -82,15 +82,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if missing:
         raise InvalidPair(f"{index} lists files that are not in the folder: {', '.join(missing)}")
     return [folder / name for name in sorted(names)]
-
-
-def check_link(path: Path) -> None:
-    """Raises InvalidPair if ``path`` is a link to nothing, as in a pair that was moved without its checkpoints."""
-    if path.is_symlink() and not path.exists():
-        raise InvalidPair(
-            f"{path} is a link to {os.readlink(path)}, which does not exist: a pair with links must move together with "
-            "its checkpoints"
-        )
 
 
 def check_not_pointer(file: Path) -> None:
@@ -149,19 +140,6 @@ def checkpoint_digest(
                 done += len(data)
                 report("Reading weights", done, total)
     return digest.hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Computes the SHA-256 of ``folder``'s tokenizer.json, as lower-case hex.
-
-    Raises:
-        InvalidPair: the file is missing.
-    """
-    check_link(folder / "tokenizer.json")
-    try:
-        return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise InvalidPair(f"{folder / 'tokenizer.json'}: missing; a fast tokenizer is needed") from None
 
 
 def _read_header(file: Path) -> list[StoredTensor]:

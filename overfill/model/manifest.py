@@ -1,4 +1,4 @@
-"""Reads ``pair.json``, the manifest of a pair folder, and checks the checkpoints. Loads no weights.
+"""Reads ``pair.json``, the manifest of a pair folder, and the configs of its halves. Reads no weights.
 
 ::
 
@@ -23,6 +23,7 @@ docs/reference/pair-json.md describes every field.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -33,11 +34,9 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization, RopeSpec
-from overfill.model.config import ModelConfig
+from overfill.model.config import ModelConfig, check_link
 from overfill.model.config_digest import config_digest
-from overfill.model.digest import check_link, checkpoint_digest, list_tensors, tokenizer_digest
 from overfill.rpc.constants import WIRE_VERSION
-from overfill.telemetry.progress import Report, silent
 from overfill.v1 import common_pb2
 
 FORMAT = "overfill-pair/1"
@@ -211,14 +210,10 @@ class Pair:
         )
 
     @classmethod
-    def load(cls, folder: Path, check_digests: bool = False, report: Report = silent, *, weights: bool = True) -> Pair:
-        """Reads a pair and checks that its files are complete and that its halves fit each other.
+    def load(cls, folder: Path) -> Pair:
+        """Reads a pair and checks that its halves fit each other. Its weights may be missing: routers read none.
 
-        Args:
-            folder: Folder with ``pair.json``.
-            check_digests: True also reads both checkpoints (about a second per gigabyte) and compares their digests.
-            report: Called with a description, the bytes read and the bytes in total.
-            weights: False does not check the files of weights, which may be missing: routers do not read them.
+        ``overfill.model.pair_files.load_whole`` also checks the files of weights.
 
         Raises:
             InvalidPair: the message names the file or field, its value and the expected one.
@@ -232,7 +227,7 @@ class Pair:
         layer_map = kv.get("layer_map", list)
         if not all(type(layer) is int for layer in layer_map):
             raise kv.error("layer_map", f"must be a list of layer numbers, got {layer_map!r}")
-        full_path, decoder_path = full.checkpoint(folder, weights), decoder.checkpoint(folder, weights)
+        full_path, decoder_path = full.checkpoint(folder), decoder.checkpoint(folder)
         full_config, decoder_config = ModelConfig.load(full_path), ModelConfig.load(decoder_path)
         recipe = decoder.get("recipe", dict)
         quantize = _quantize(recipe, decoder)
@@ -256,10 +251,6 @@ class Pair:
         for name in ("num_layers", "num_kv_heads", "head_dim"):
             kv.expect(name, getattr(pair.full_config, name))
         _check_halves(pair, manifest)
-        if check_digests:
-            _check_digest(full, pair.full_path, report)
-            if pair.decoder_path != pair.full_path:
-                _check_digest(decoder, pair.decoder_path, report)
         return pair
 
 
@@ -316,8 +307,8 @@ class _Section:
     def section(self, name: str) -> _Section:
         return _Section(self._file, f"{self._prefix}{name}.", self.get(name, dict))
 
-    def checkpoint(self, folder: Path, weights: bool) -> Path:
-        """The checkpoint folder that ``path`` names, after checking that its files of ``weights`` are complete."""
+    def checkpoint(self, folder: Path) -> Path:
+        """The checkpoint folder that ``path`` names."""
         relative = PurePosixPath(self.get("path", str))
         if relative.is_absolute() or ".." in relative.parts:
             raise self.error("path", f"must be inside the pair's folder, got {str(relative)!r}")
@@ -325,8 +316,6 @@ class _Section:
         check_link(path)
         if not path.is_dir():
             raise self.error("path", f"names {path}, which does not exist")
-        if weights:
-            list_tensors(path)
         return path
 
     def engines(self, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -346,6 +335,19 @@ class _Section:
         rope = self.section("rope")
         for name, value in asdict(actual).items():
             rope.expect(name, value)
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Computes the SHA-256 of ``folder``'s tokenizer.json, as lower-case hex.
+
+    Raises:
+        InvalidPair: the file is missing.
+    """
+    check_link(folder / "tokenizer.json")
+    try:
+        return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise InvalidPair(f"{folder / 'tokenizer.json'}: missing; a fast tokenizer is needed") from None
 
 
 def _check_halves(pair: Pair, manifest: _Section) -> None:
@@ -369,9 +371,3 @@ def _quantize(recipe: Mapping[str, Any], decoder: _Section) -> Quantization:
         if found == known:
             return cast(Quantization, known)
     raise decoder.error("recipe.quantize", f"is {found!r}; supported are {', '.join(get_args(Quantization))}")
-
-
-def _check_digest(section: _Section, path: Path, report: Report) -> None:
-    stated, actual = section.get("digest", str), checkpoint_digest(path, report)
-    if stated != actual:
-        raise section.error("digest", f"is {stated}, but the checkpoint in {path} has {actual}; it is damaged")

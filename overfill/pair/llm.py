@@ -20,7 +20,7 @@ from overfill.engine.protocol import EngineOptions
 from overfill.engine.sequence import DecodeSequence, FinishReason, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.spec import DTypeName
-from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.model.processors import new_processor
 from overfill.model.steps import SampledToken
 from overfill.pair.store import resolve_pair
@@ -101,7 +101,7 @@ class LLM:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded_pair = Pair.load(resolve_pair(pair), check_digests=True)
+        loaded_pair = load_whole(resolve_pair(pair), digests=True)
         self._device = resolve_device(device)
         options = EngineOptions(
             self._device,

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from overfill.errors import InvalidPair
 from overfill.kv.spec import Quantization
 from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair.hf_model import load_hf_model, round_to_int8
 from overfill.request.names import FinishReason
 from overfill.settings.tiers import TierSpec
@@ -64,14 +65,14 @@ class TwoStageReference:
         shares: reference of another pair with the same full model, which this one uses too.
 
     Raises:
-        InvalidPair: as ``Pair.load`` with digests, transformers cannot load a half, or ``shares`` has another full
+        InvalidPair: as ``load_whole``, transformers cannot load a half, or ``shares`` has another full
             model.
     """
 
     def __init__(
         self, pair_folder: Path, quantize: Quantization | None = None, shares: TwoStageReference | None = None
     ) -> None:
-        pair = Pair.load(pair_folder, check_digests=True)
+        pair = load_whole(pair_folder, digests=True)
         if shares is not None and shares.pair.full_digest != pair.full_digest:
             raise InvalidPair(f"{pair.folder} and {shares.pair.folder} have different full models")
         self.pair: Pair = pair if quantize is None else pair.with_quantize(quantize)

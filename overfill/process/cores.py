@@ -17,9 +17,6 @@ PATIENCE = 1.0
 """Seconds after which a worker steps although another one has the turn, which may be frozen. From then on it does not
 wait, until the turn is free again."""
 
-STEP_TOKENS = 512
-"""Maximum number of prompt tokens in a step of a worker that shares cores, because answers wait for it."""
-
 _POLL = 0.001  # seconds; a lock that is waited for in the kernel cannot be given up
 _NEXT, _STEPPING = 0, 1  # bytes of the file
 

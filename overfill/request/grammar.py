@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,7 +104,6 @@ class Grammars:
         eos_token_ids: Sequence[int],
         limits: GrammarLimits | None = None,
     ) -> None:
-        limits = limits or GrammarLimits()
         self._path = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
@@ -115,12 +113,7 @@ class Grammars:
         # One of the threads at a time compiles a costly grammar, so that the other ones do not wait for it.
         self._compilers = ThreadPoolExecutor(2, "grammar")
         self._costly = FairPermits(1, _MAX_COSTLY)
-        bench = {
-            "tokenizer_json": str(tokenizer_json.resolve()),
-            "vocab_size": vocab_size,
-            "eos_token_ids": self._eos_token_ids,
-        }
-        self._trials = Trials(bench | asdict(limits), limits.seconds)
+        self._trials = Trials(tokenizer_json, vocab_size, eos_token_ids, limits)
 
     @property
     def mask_words(self) -> int:
@@ -132,37 +125,13 @@ class Grammars:
         """Number of matchers that exist."""
         return len(self._live)
 
-    @property
-    def helper_pid(self) -> int | None:
-        """Process id of the helper that tries grammars; None while there is none."""
-        return self._trials.helper_pid
-
     def close(self) -> None:
         """End the helper process that tries grammars."""
         self._trials.close()
 
-    async def try_text(self, kind: str, text: str, key: str = "") -> float:
-        """Try a client's grammar in the helper process, unless it is a fixed one or was tried before.
-
-        Args:
-            kind, text: As for ``Grammar``, not checked.
-            key: Client, for fairness between clients.
-
-        Returns:
-            Seconds of CPU time that compiling it takes.
-
-        Raises:
-            InvalidRequest: the grammar is wrong, not supported or too complex.
-            Overloaded: it cannot be tried now.
-        """
-        if kind == "json_object":
-            return 0
-        payload = f"{kind}\0{text}".encode()
-        return float(await self._trials.run("overfill.request.trial:try_grammar", payload, _FIELD + kind, key))
-
     async def prepare(self, grammar: Grammar, key: str, make: Callable[[], T]) -> T:
-        """Try ``grammar`` as ``try_text`` does, then call ``make``, which compiles it, in a thread for this purpose."""
-        seconds = await self.try_text(grammar.kind, grammar.text, key)
+        """Try ``grammar`` (``Trials.try_text``), then call ``make``, which compiles it, in a thread of its own."""
+        seconds = await self._trials.try_text(grammar.kind, grammar.text, key)
         loop = asyncio.get_running_loop()
         if seconds < _COSTLY:
             return await loop.run_in_executor(self._compilers, make)
@@ -176,10 +145,6 @@ class Grammars:
 
         call.add_done_callback(end)
         return await asyncio.shield(call)  # nothing can stop the thread: it keeps its permit until it ends
-
-    async def run_trial(self, function: str, payload: bytes, field: str, key: str) -> bytes:
-        """What ``function`` returns for ``payload`` in a trial; see ``Trials.run``."""
-        return await self._trials.run(function, payload, field, key)
 
     def warm(self) -> None:
         """Read the tokenizer. Raises InvalidRequest if llguidance is not installed or the model has no end token."""
@@ -217,13 +182,27 @@ class Matcher:
         self._credit = _MAX_CREDIT  # seconds of CPU time
 
     def accept(self, tokens: Iterable[int]) -> None:
-        """Advance past ``tokens``, which the mask allowed. Raises GrammarFailed."""
-        for token in tokens:
+        """Advance past ``tokens``: those that a step sampled, or all that an earlier attempt emitted.
+
+        Raises:
+            GrammarFailed: the grammar became too complex.
+            InvalidRequest: the grammar forbids a token. The mask forbids such tokens to steps, so a client resumes
+                another answer.
+        """
+        for index, token in enumerate(tokens):
             self._credit = min(_MAX_CREDIT, self._credit + _CREDIT_PER_TOKEN)
             with self._charged():
-                accepted = self._matcher.consume_token(token)
-            if not accepted:
+                accepted = self._matcher.try_consume_tokens([token])
+            if accepted:
+                continue
+            if self._matcher.is_error():
                 raise self._failure()
+            # After the last token that the grammar allows, an end token still fits.
+            if not (self._matcher.is_stopped() and self._matcher.consume_token(token)):
+                raise InvalidRequest(
+                    "resume_token_ids",
+                    f"token {token} at index {index} does not fit sampling.grammar; give the tokens of an answer in it",
+                )
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """Write the mask of allowed next tokens into ``row``. Raises GrammarFailed.

@@ -3,9 +3,6 @@
 It forks a child for each trial. A grammar that exhausts memory, time or stack ends its child only. The parent starts
 this process by exec and talks to it over a pair of sockets, so it has no port. Forking is safe here and not in the
 parent: this process has one thread, and no gRPC.
-
-A frame is a number, a length and a body. The body of a request names a function ``module:name``, a zero byte, and the
-function's argument. A reply has one byte for the outcome, and a text.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -30,47 +26,13 @@ from typing import Any, NoReturn, Protocol
 
 from overfill.errors import InvalidRequest
 from overfill.request.grammar_limits import GrammarLimits
-
-OK, INVALID, TOO_COMPLEX, LATE = b"O", b"I", b"C", b"L"
-"""Outcomes: the function's result; JSON of field and message; why the child died; nothing, for lack of CPU."""
-
-WALL_FACTOR = 15
-"""Seconds that a trial may last for each second of CPU time that it may take."""
+from overfill.request.trial_frames import INVALID, LATE, OK, TOO_COMPLEX, WALL_FACTOR, read_frame, write_frame
 
 _TOO_DEEP = "its parts are nested, or refer to each other, too deeply"
-_HEADER = struct.Struct("!QI")
 _LOWEST_PRIORITY = 19
 _FIRST_PRIORITY = 5
 _FIRST_SECONDS = 0.2
 """Seconds after which a trial gets the lowest priority. Usual grammars need less, also on a busy machine."""
-
-
-def write_frame(connection: socket.socket, number: int, body: bytes) -> None:
-    """Sends a frame. Raises OSError if the other side has ended."""
-    connection.sendall(_HEADER.pack(number, len(body)) + body)
-
-
-def read_frame(connection: socket.socket) -> tuple[int, bytes] | None:
-    """Returns number and body of the next frame; None if the other side has ended."""
-    header = _read(connection, _HEADER.size)
-    if header is None:
-        return None
-    number, length = _HEADER.unpack(header)
-    body = _read(connection, length)
-    return None if body is None else (number, body)
-
-
-def _read(connection: socket.socket, length: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < length:
-        try:
-            part = connection.recv(min(length - len(data), 1 << 20))
-        except ConnectionError:
-            return None
-        if not part:
-            return None
-        data += part
-    return bytes(data)
 
 
 class _Bench(Protocol):

@@ -17,14 +17,15 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from overfill.errors import InvalidRequest, Overloaded
-from overfill.request import trial_helper
+from overfill.request import trial_frames
 from overfill.request.fair_permits import FairPermits
+from overfill.request.grammar_limits import GrammarLimits
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +43,15 @@ _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV"
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """Outcome of a trial, as in ``trial_helper``, and its text."""
+    """Outcome of a trial, as in ``trial_frames``, and its text."""
 
     outcome: bytes
     text: bytes
 
     def result(self, field: str) -> bytes:
-        if self.outcome == trial_helper.OK:
+        if self.outcome == trial_frames.OK:
             return self.text
-        if self.outcome == trial_helper.INVALID:
+        if self.outcome == trial_frames.INVALID:
             raise InvalidRequest(*json.loads(self.text))
         raise InvalidRequest(field, f"is too complex: {self.text.decode()}")
 
@@ -61,13 +62,23 @@ class Trials:
     The helper process starts at the first trial. It ends with this object, and with this process, however it ends.
 
     Args:
-        bench: arguments of ``overfill.request.trial.Bench``.
-        seconds: CPU time of a trial.
+        tokenizer_json: path of the checkpoint's tokenizer.json.
+        vocab_size: number of rows of the model's output head.
+        eos_token_ids: token ids that end an answer.
+        limits: what a client's grammar may cost.
     """
 
-    def __init__(self, bench: Mapping[str, Any], seconds: int) -> None:
-        self._bench = json.dumps(bench)
-        self._patience = trial_helper.WALL_FACTOR * seconds + _MARGIN
+    def __init__(
+        self, tokenizer_json: Path, vocab_size: int, eos_token_ids: Sequence[int], limits: GrammarLimits | None = None
+    ) -> None:
+        limits = limits or GrammarLimits()
+        bench = {
+            "tokenizer_json": str(tokenizer_json.resolve()),
+            "vocab_size": vocab_size,
+            "eos_token_ids": list(eos_token_ids),
+        }
+        self._bench = json.dumps(bench | asdict(limits))  # arguments of ``overfill.request.trial.Bench``
+        self._patience = trial_frames.WALL_FACTOR * limits.seconds + _MARGIN
         self._permits = FairPermits(RUNNING, WAITING)
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._bytes = 0
@@ -80,6 +91,25 @@ class Trials:
         """Process id of the helper; None while there is none."""
         helper = self._helper
         return helper.pid if helper is not None and helper.alive else None
+
+    async def try_text(self, kind: str, text: str, key: str = "") -> float:
+        """Tries a client's grammar, unless it is a fixed one or was tried before.
+
+        Args:
+            kind, text: as for ``Grammar``, not checked.
+            key: as for ``run``.
+
+        Returns:
+            Seconds of CPU time that compiling it takes.
+
+        Raises:
+            InvalidRequest: the grammar is wrong, not supported or too complex.
+            Overloaded: it cannot be tried now.
+        """
+        if kind == "json_object":
+            return 0
+        payload = f"{kind}\0{text}".encode()
+        return float(await self.run("overfill.request.trial:try_grammar", payload, f"sampling.grammar.{kind}", key))
 
     async def run(self, function: str, payload: bytes, field: str, key: str = "") -> bytes:
         """Returns what ``function`` returns for ``payload`` in a process of its own. Remembers the verdict.
@@ -103,7 +133,7 @@ class Trials:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             verdict = await asyncio.shield(task)
-        if verdict.outcome == trial_helper.LATE:
+        if verdict.outcome == trial_frames.LATE:
             raise Overloaded("this machine is too busy to check a new grammar now", 1.0, "grammars")
         return verdict.result(field)
 
@@ -127,9 +157,9 @@ class Trials:
         finally:
             self._permits.release(key)
         verdict = _Verdict(reply[:1], reply[1:])
-        if verdict.outcome == trial_helper.LATE:
+        if verdict.outcome == trial_frames.LATE:
             return verdict
-        if verdict.outcome == trial_helper.TOO_COMPLEX:
+        if verdict.outcome == trial_frames.TOO_COMPLEX:
             log.warning("refused a grammar of %d bytes: %s", len(body), verdict.text.decode())
         if digest not in self._verdicts:
             self._verdicts[digest] = verdict
@@ -195,7 +225,7 @@ class _Helper:
                 raise BrokenPipeError("it has ended already")
             number = self._count = self._count + 1
             self._waiting[number] = reply
-        trial_helper.write_frame(self._connection, number, body)
+        trial_frames.write_frame(self._connection, number, body)
         return reply
 
     def end(self) -> None:
@@ -203,7 +233,7 @@ class _Helper:
         self._process.kill()
 
     def _read(self) -> None:
-        while (frame := trial_helper.read_frame(self._connection)) is not None:
+        while (frame := trial_frames.read_frame(self._connection)) is not None:
             number, reply = frame
             with self._lock:
                 future = None if self._waiting is None else self._waiting.pop(number, None)

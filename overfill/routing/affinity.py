@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import TypeAlias
 
@@ -131,23 +131,6 @@ class PrefixAffinity(Policy):
     def left(self, worker: Worker) -> None:
         for key in [key for key, promised in self._promised.items() if promised is worker]:
             self._keep(key, worker)
-
-    def check(self, workers: Sequence[Worker]) -> None:
-        self._load.check(workers)
-        if self._admissible != {worker: worker.block_size for worker in workers}:
-            raise AssertionError("prefix affinity: its workers differ from the admissible ones")
-        if self._block_sizes != Counter(self._admissible.values()):
-            raise AssertionError("prefix affinity: its block sizes differ from the admissible workers'")
-        for key, holders in self._holders.items():
-            if not holders or any(key not in worker.prefix_keys for worker in holders):
-                raise AssertionError(f"block {key:x} is not on every worker listed for it")
-        if self._found is not None:
-            for size, levels in self._found.levels.items():
-                if levels != self._levels_of(self._found.keys(size)):
-                    raise AssertionError("prefix affinity: what it has found for the latest prompt is out of date")
-            for size, holders in self._found.holders.items():
-                if list(holders) != list(self._holders_of(self._found.levels[size])):
-                    raise AssertionError("prefix affinity: the holders of the latest prompt are out of date")
 
     def _forget(self, worker: Worker) -> None:
         if (size := self._admissible.pop(worker, None)) is not None:

@@ -6,7 +6,7 @@ with both stages computes the prompts of its own answers that are short, or that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
 from overfill.routing.affinity import PrefixAffinity
@@ -78,13 +78,6 @@ class Conditional(Policy):
 
     def left(self, worker: Worker) -> None:
         self._part(worker).left(worker)
-
-    def check(self, workers: Sequence[Worker]) -> None:
-        colocated = [worker for worker in workers if worker.info.colocated]
-        self._colocated.check(colocated)
-        self._prefill_only.check([worker for worker in workers if not worker.info.colocated])
-        if self._by_process != {worker.process: worker for worker in colocated}:
-            raise AssertionError("conditional: its workers with both stages differ from the admissible ones")
 
     def _part(self, worker: Worker) -> PrefixAffinity:
         return self._colocated if worker.info.colocated else self._prefill_only

@@ -1,7 +1,7 @@
 """Totals over a pool's workers, kept up to date so that no placement has to look at every worker.
 
 The pool calls ``refresh`` after every change to a worker, and ``expire`` before every read, because a worker can fall
-silent without any event. ``check`` compares the totals with the workers one by one.
+silent without any event. ``pool_invariant`` compares the totals with the workers one by one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from overfill.routing.policy import Policy
@@ -128,42 +128,12 @@ class Index:
             del self._reports[worker]
             self._set(worker, False)
 
-    def check(self, workers: Iterable[Worker], now: float) -> None:
-        """Raises AssertionError if a total differs from the workers' state. Call it after ``expire``."""
-        not_draining, alive, admissible = Capacities(), Capacities(), Capacities()
-        present, free, rooms = 0, 0, []
-        for worker in workers:
-            present += worker.starting or worker.alive(now)
-            capacity = _capacity(worker)
-            if not worker.draining:
-                not_draining.change(capacity, 1)
-            if worker.alive(now):
-                alive.change(capacity, 1)
-            if worker.admissible(now):
-                admissible.change(capacity, 1)
-                free += worker.credits_left
-                rooms.append((worker.room_tokens, worker.id, worker))
-        for name, ours, theirs in (
-            ("not_draining", self.not_draining, not_draining),
-            ("alive", self.alive, alive),
-            ("admissible", self.admissible, admissible),
-        ):
-            if ours._counts != theirs._counts:
-                raise AssertionError(f"{name} workers: {ours._counts} counted, {theirs._counts} exist")
-        if self.present != present:
-            raise AssertionError(f"{self.present} present workers counted, {present} exist")
-        if self.free_credits != free:
-            raise AssertionError(f"{self.free_credits} credits counted, {free} exist")
-        if self._rooms != sorted(rooms):
-            raise AssertionError("the order by room differs from the admissible workers")
-        self.policy.check([worker for _, _, worker in rooms])
-
     def _set(self, worker: Worker, alive: bool) -> None:
         admissible = alive and not worker.paused_until_report
         credits = worker.credits_left if admissible else 0
         present = alive or worker.starting
         room = worker.room_tokens if credits else 0.0
-        new = _Entry(_capacity(worker), not worker.draining, present, alive, credits, room)
+        new = _Entry(capacity_of(worker), not worker.draining, present, alive, credits, room)
         old = self._entries.get(worker)
         self._entries[worker] = new
         if old is not None and old[:4] == new[:4] and old.credits and credits:
@@ -198,6 +168,7 @@ class Index:
             del self._rooms[bisect_left(self._rooms, place)]
 
 
-def _capacity(worker: Worker) -> float:
+def capacity_of(worker: Worker) -> float:
+    """Returns the longest sequence that the empty worker can hold, in tokens; infinite while unknown."""
     capacity = worker.capacity_tokens
     return math.inf if capacity is None else capacity

@@ -11,6 +11,7 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
+from overfill.routing.pool_invariant import check_pool, require
 from overfill.routing.worker import Worker
 
 
@@ -22,13 +23,13 @@ def check(dispatcher: Dispatcher, now: float) -> None:
     roster, reserving, prefill_queue = dispatcher._roster, dispatcher._reserving, dispatcher._prefill_queue
     _check_books(dispatcher)
     for pool in roster.pools():
-        pool.check(now)
+        check_pool(pool, now)
     for job in dispatcher.waiting():
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode[job.tier], job.total_tokens)):
             lasting = [w for w in pool if not w.draining]
-            _require(not lasting or any(w.could_hold(tokens) for w in lasting), f"{job.id} waits although too large")
+            require(not lasting or any(w.could_hold(tokens) for w in lasting), f"{job.id} waits although too large")
     for job in prefill_queue:
-        _require(not _prefill_choices(roster, job, now), f"{job.id} waits although a prefill slot is free")
+        require(not _prefill_choices(roster, job, now), f"{job.id} waits although a prefill slot is free")
     slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)
     for tier in dispatcher._tiers.values():
         _check_decode_queue(dispatcher, tier.jobs, tier.pool, slots, now)
@@ -39,7 +40,7 @@ def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue, pool: Pool, sl
     for job in queue:
         other = dispatcher._roster.decode.get(job.fallback, ())
         if any(w.alive(now) for w in other) and any(w.could_hold(job.total_tokens) for w in other if not w.draining):
-            _require(any(w.alive(now) or w.starting for w in pool), f"{job.id} waits although it may fall back")
+            require(any(w.alive(now) or w.starting for w in pool), f"{job.id} waits although it may fall back")
         choices: list[Worker] = []
         if slots > 0 and _prefill_choices(dispatcher._roster, job, now):
             large = _usable(pool, job, job.total_tokens, now)
@@ -48,7 +49,7 @@ def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue, pool: Pool, sl
             choices = [w for w in choices if not w.could_hold(claimant.total_tokens)]
         elif now - job.waiting_since >= dispatcher._claim_after:
             claimant = job
-        _require(not choices, f"{job.id} waits although a decode worker can take it")
+        require(not choices, f"{job.id} waits although a decode worker can take it")
 
 
 def _check_books(dispatcher: Dispatcher) -> None:
@@ -60,25 +61,25 @@ def _check_books(dispatcher: Dispatcher) -> None:
             if (worker := getattr(job, attribute)) is not None:
                 held[worker] = held.get(worker, 0) + 1
         for worker in {*(worker for pool in pools for worker in pool), *held}:
-            _require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight} requests")
+            require(worker.in_flight == held.get(worker, 0), f"{worker.id} counts {worker.in_flight} requests")
     for job in jobs:
-        _require(job.state is not JobState.FINISHED, f"{job.id} is finished and still listed")
+        require(job.state is not JobState.FINISHED, f"{job.id} is finished and still listed")
         for name, tier in tiers.items():
             waits = job.state is JobState.WAITING and job.tier == name
-            _require((job in tier.jobs) == waits, f"{job.id}: queue of the tier {name}")
-        _require(job.decode is None or job.decode.info.tier == job.tier, f"{job.id} is on a worker of another tier")
-        _require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
-        _require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
-        _require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
-    _require({*dispatcher.waiting()} <= jobs, "a finished job waits")
+            require((job in tier.jobs) == waits, f"{job.id}: queue of the tier {name}")
+        require(job.decode is None or job.decode.info.tier == job.tier, f"{job.id} is on a worker of another tier")
+        require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
+        require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
+        require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
+    require({*dispatcher.waiting()} <= jobs, "a finished job waits")
     placed = {j for j in jobs if j.state is JobState.PLACED}
     on_time = dispatcher.reservations.on_time
-    _require(reserving == {j for j in on_time if j.prefill is None}, "jobs for which a prefill slot is kept")
-    _require({j for j in placed if j.prefill is not None} <= on_time, "a late decode worker holds a prefill slot")
-    _require(on_time | dispatcher.reservations.overdue <= placed, "jobs for which an answer is awaited")
+    require(reserving == {j for j in on_time if j.prefill is None}, "jobs for which a prefill slot is kept")
+    require({j for j in placed if j.prefill is not None} <= on_time, "a late decode worker holds a prefill slot")
+    require(on_time | dispatcher.reservations.overdue <= placed, "jobs for which an answer is awaited")
     for queue in (*(tier.jobs for tier in tiers.values()), prefill_queue):
-        _require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
-        _require(_ordered(queue), "migrated work and smaller priorities go first")
+        require(queue.smallest_need == min((j.reserve_tokens for j in queue), default=0), "the smallest need")
+        require(_ordered(queue), "migrated work and smaller priorities go first")
 
 
 def _ordered(queue: Iterable[Job]) -> bool:
@@ -95,8 +96,3 @@ def _usable(pool: Pool, job: Job, tokens: int, now: float) -> list[Worker]:
     large = [w for w in pool if w.could_hold(tokens)]
     others = [w for w in large if w.seat not in job.avoid and w.alive(now)]
     return others or large
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise AssertionError(what)

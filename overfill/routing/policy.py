@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from overfill.routing.job import Job
@@ -34,10 +34,6 @@ class Policy(ABC):
     @abstractmethod
     def best(self, job: Job) -> Iterator[Worker]:
         """Yields each admissible worker once, the best for ``job`` first. Do not change the policy meanwhile."""
-
-    @abstractmethod
-    def check(self, workers: Sequence[Worker]) -> None:
-        """Raises AssertionError unless the order holds exactly ``workers``, each in its place."""
 
     def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
         """Records changes to the prefix cache of ``worker``. The default ignores them."""
@@ -93,10 +89,6 @@ class Ranked(Policy):
     def best(self, job: Job) -> Iterator[Worker]:
         return (worker for _, _, worker in self._order)
 
-    def check(self, workers: Sequence[Worker]) -> None:
-        if self._order != sorted((self.rank(w), w.id, w) for w in workers):
-            raise AssertionError(f"{type(self).__name__}: the order differs from the workers' ranks")
-
 
 class LeastLoad(Ranked):
     """Prefers the worker with the fewest queued prompt tokens, then the fewest requests, then the oldest placement."""
@@ -151,7 +143,3 @@ class PowerOfTwo(Policy):
             yield from (worker for worker in self._workers if worker not in pair)
         else:
             yield from self._workers
-
-    def check(self, workers: Sequence[Worker]) -> None:
-        if set(self._workers) != set(workers) or len(self._places) != len(self._workers):
-            raise AssertionError("power of two: its workers differ from the admissible ones")

@@ -157,10 +157,6 @@ class Pool:
         """Longest sequence that a worker of the pool can hold, draining ones excluded; None while unknown."""
         return max((int(capacity) for capacity in self.index.not_draining.known), default=None)
 
-    def check(self, now: float) -> None:
-        """Raises AssertionError if ``index`` differs from the workers' state. Call it after ``expire``."""
-        self.index.check(self, now)
-
     def _joined(self, worker: Worker) -> bool:
         return self._workers.get(worker.id) is worker
 

@@ -62,7 +62,6 @@ class ScalingConfig:
         quantile: fraction of requests that must meet the objectives.
         prefill, decode: bounds of the pools.
         max_total: maximum number of workers of all pools. When more are needed, all get the same share of their need.
-        use_all: True to keep all ``max_total`` workers running and only divide them between the pools.
         prefill_rate: prior for the prompt tokens per second that a prefill worker computes.
         step: prior for the cost of a decode step.
         prompt_tokens, answer_tokens: priors for the mean lengths.
@@ -82,7 +81,6 @@ class ScalingConfig:
     prefill: Bounds = field(default_factory=Bounds)
     decode: Bounds = field(default_factory=Bounds)
     max_total: int | None = None
-    use_all: bool = False
     prefill_rate: float = 1000.0
     step: StepCost = field(default_factory=lambda: StepCost(0.01, 0.0005, 0.0))
     prompt_tokens: float = 512.0
@@ -106,8 +104,6 @@ class ScalingConfig:
             raise ValueError(f"quantile must be in [0.5, 1); got {self.quantile}")
         if self.long_window < self.short_window:
             raise ValueError(f"long_window {self.long_window} is shorter than short_window {self.short_window}")
-        if self.use_all and self.max_total is None:
-            raise ValueError("use_all needs max_total, the number of workers to divide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,9 +263,8 @@ class Scaler:
             follower.follow(now, state, need)
             for follower, state, need in zip(self._followers, states, scaled, strict=True)
         ]
-        config = self.config
-        limit = config.max_total
-        if limit is not None and (config.use_all or sum(workers for workers, _ in wanted) > limit):
+        limit = self.config.max_total
+        if limit is not None and sum(workers for workers, _ in wanted) > limit:
             wanted = self._share(limit, scaled)
         else:
             self._shares = None

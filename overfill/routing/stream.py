@@ -20,8 +20,7 @@ from overfill.errors import InvalidRequest, OverfillError, Unavailable
 from overfill.routing.worker import WorkerInfo
 from overfill.rpc.calls import checked_write, responses
 from overfill.rpc.channel import open_channel
-from overfill.rpc.constants import MAX_MESSAGE_BYTES
-from overfill.rpc.sequences import LAST_UPDATES
+from overfill.rpc.constants import LAST_UPDATES, MAX_MESSAGE_BYTES
 from overfill.rpc.status import from_bytes
 from overfill.rpc.tls import Credentials
 from overfill.v1 import decode_pb2, decode_pb2_grpc

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTYPE_FROM_PROTO
+from overfill.rpc.constants import MAX_STARTUP
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
@@ -23,6 +24,12 @@ STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
 STALE_AFTER = 3.0
 """Seconds without a report after which the router places no requests on a worker. A report is due every second."""
+
+MAX_NAME_LENGTH = 256
+"""Maximum number of characters of a text in a Hello. Names of workers are labels of metrics and part of log lines."""
+
+_MAXIMA = {"max_model_len": 1 << 30, "vocab_size": 1 << 30, "max_num_seqs": 1 << 20, "startup_seconds": MAX_STARTUP}
+"""Maximum of each number in a Hello. Requests wait for absent workers as long as these take to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +66,12 @@ class WorkerInfo:
         """Converts a Hello: one description for each stage of the worker, prefill first.
 
         Raises:
-            InvalidRequest: a field is missing or invalid.
+            InvalidRequest: a field is missing, invalid or out of bounds.
         """
-        if not hello.worker_id:
-            raise InvalidRequest("hello.worker_id", "is empty")
-        if not hello.address:
-            raise InvalidRequest("hello.address", "is empty")
+        _check_bounds(hello)
         stages = _stages(hello)
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
-        if not 0 <= hello.startup_seconds < math.inf:
-            raise InvalidRequest("hello.startup_seconds", f"must be finite and at least 0; got {hello.startup_seconds}")
         one = cls(
             id=hello.worker_id,
             incarnation=hello.incarnation,
@@ -88,6 +90,22 @@ class WorkerInfo:
         return tuple(
             replace(one, stage=stage, tier=hello.tier, decoder=decoder) if stage == DECODE else one for stage in stages
         )
+
+
+def _check_bounds(hello: registry_pb2.Hello) -> None:
+    for name in ("worker_id", "address"):
+        if not getattr(hello, name):
+            raise InvalidRequest(f"hello.{name}", "is empty")
+    for name in ("worker_id", "address", "metrics_address", "tier", "engine", "software_version"):
+        text = getattr(hello, name)
+        if len(text) > MAX_NAME_LENGTH or not text.isprintable():
+            raise InvalidRequest(
+                f"hello.{name}",
+                f"must be at most {MAX_NAME_LENGTH} printable characters; got {len(text)}, which begin {text[:40]!r}",
+            )
+    for name, most in _MAXIMA.items():
+        if not 0 <= (number := getattr(hello, name)) <= most:
+            raise InvalidRequest(f"hello.{name}", f"must be from 0 to {most:.0f}; got {number}")
 
 
 def _stages(hello: registry_pb2.Hello) -> list[common_pb2.Stage]:

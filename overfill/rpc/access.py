@@ -113,6 +113,7 @@ WORKER_RPCS: Mapping[str, Rule] = {
     _REFLECTION: _FROM_PEERS,
     "/overfill.v1.Prefill/Describe": _FROM_WORKERS,
     "/overfill.v1.Prefill/Prefill": _FROM_WORKERS,
+    "/overfill.v1.Prefill/PrefillAtOnce": _FROM_WORKERS,
     "/overfill.v1.Prefill/PullKv": _FROM_WORKERS,
     "/overfill.v1.Decode/Describe": _FROM_PEERS,
     "/overfill.v1.Decode/Serve": _FROM_ROUTERS,

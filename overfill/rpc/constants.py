@@ -1,4 +1,4 @@
-"""Timeouts and limits of connections, on which both ends must agree. Defined only here."""
+"""Timeouts, limits and meanings on which both ends of a connection must agree. Defined only here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Final
 
 WIRE_VERSION: Final = 3
 """Version of the messages in ``proto/overfill/v1``; workers of different versions refuse each other."""
+
+LAST_UPDATES: Final = ("done", "refused", "failed")
+"""Kinds of ``SequenceUpdate`` that end a sequence."""
+
+MAX_STARTUP: Final = 86_400.0
+"""Maximum ``startup_seconds`` of a Hello. A worker in a process that has run for longer says this."""
 
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds for a connection to open and carry its first frames; enough for a busy machine or a slow link."""
@@ -43,6 +49,9 @@ MAX_CHUNK_PAYLOAD: Final = 1 << 20
 
 MAX_SHARED_PAYLOAD: Final = 8 << 20
 """Maximum payload of a KV chunk passed through shared memory, in bytes."""
+
+MAX_KV_AT_ONCE: Final = 64 << 10
+"""Maximum bytes of raw KV that PrefillAtOnce sends with the first token. Streams of their own would cost more."""
 
 MAX_MESSAGE_BYTES: Final = 8 << 20
 """Maximum size of a message in either direction, in bytes."""

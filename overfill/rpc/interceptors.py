@@ -32,6 +32,7 @@ Behaviour = Callable[[Any, Any], Any]
 TRACED = {
     "/overfill.v1.Inference/Generate": "router.request",
     "/overfill.v1.Prefill/Prefill": "prefill.prompt",
+    "/overfill.v1.Prefill/PrefillAtOnce": "prefill.prompt",
 }
 """RPCs that are traced, with the names of their spans."""
 
@@ -114,18 +115,19 @@ def _traced(behaviour: Behaviour, name: str) -> Behaviour:
     """Wraps ``behaviour`` in a span that is current in the RPC's task until the RPC ends."""
 
     async def traced(request: Any, context: Context) -> Any:
-        span = tracing.serve(name, context.invocation_metadata() or ())
+        span, answer = tracing.serve(name, context.invocation_metadata() or ()), None
         try:
             if inspect.isasyncgenfunction(behaviour):
                 async with aclosing(behaviour(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
             else:
-                await behaviour(request, context)
+                answer = await behaviour(request, context)
         except BaseException as error:
             span.end(error)
             raise
         span.end()
+        return answer
 
     return traced
 

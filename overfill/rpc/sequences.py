@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
+from overfill.rpc.constants import LAST_UPDATES
 from overfill.rpc.interceptors import Context
 from overfill.rpc.status import to_bytes
 from overfill.telemetry import logs, tracing
 from overfill.v1 import decode_pb2
-
-LAST_UPDATES = ("done", "refused", "failed")
-"""Kinds of updates that end a sequence."""
 
 _MAX_TOKENS_PER_UPDATE = 1_024
 _MAX_TOKENS_PER_MESSAGE = 16_384

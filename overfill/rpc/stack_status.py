@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from overfill.request.messages import shared_fields
 from overfill.request.names import CODEC_NAMES
 from overfill.rpc.addresses import instead_of_wildcard, target_host
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
@@ -35,7 +36,7 @@ class Model:
 
     @classmethod
     def from_proto(cls, message: inference_pb2.Model) -> Model:
-        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+        return cls(**shared_fields(cls, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class WorkerLoad:
 
     @classmethod
     def from_proto(cls, message: decode_pb2.WorkerLoad) -> WorkerLoad:
-        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+        return cls(**shared_fields(cls, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class ModelIdentity:
 
     @classmethod
     def from_proto(cls, message: common_pb2.ModelIdentity) -> ModelIdentity:
-        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+        return cls(**shared_fields(cls, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +132,12 @@ class KvShape:
 
     @classmethod
     def from_proto(cls, message: common_pb2.KvSpec) -> KvShape:
-        return cls(
-            num_layers=message.num_layers,
-            num_kv_heads=message.num_kv_heads,
-            head_dim=message.head_dim,
-            dtype=_name(common_pb2.DType, message.dtype, "DTYPE_"),
-            rope_type=message.rope.type,
-            rope_theta=message.rope.theta,
-        )
+        changed = {
+            "dtype": _name(common_pb2.DType, message.dtype, "DTYPE_"),
+            "rope_type": message.rope.type,
+            "rope_theta": message.rope.theta,
+        }
+        return cls(**shared_fields(cls, message) | changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,23 +180,17 @@ class ProcessStatus:
 
     @classmethod
     def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
-        return cls(
-            id=message.id,
-            stage=_stage(message.stage),
-            pid=message.pid,
-            address=message.address,
-            ready=message.ready,
-            draining=message.draining,
-            load=WorkerLoad.from_proto(message.load) if message.HasField("load") else None,
-            software_version=message.software_version,
-            incarnation=message.incarnation,
-            model=ModelIdentity.from_proto(message.model) if message.HasField("model") else None,
-            kv=KvShape.from_proto(message.kv) if message.HasField("kv") else None,
-            codec=CODEC_NAMES.get(message.codec),
-            metrics_address=message.metrics_address or None,
-            engine=message.engine or None,
-            tier=message.tier or None,
-        )
+        changed = {
+            "stage": _stage(message.stage),
+            "load": WorkerLoad.from_proto(message.load) if message.HasField("load") else None,
+            "model": ModelIdentity.from_proto(message.model) if message.HasField("model") else None,
+            "kv": KvShape.from_proto(message.kv) if message.HasField("kv") else None,
+            "codec": CODEC_NAMES.get(message.codec),
+            "metrics_address": message.metrics_address or None,
+            "engine": message.engine or None,
+            "tier": message.tier or None,
+        }
+        return cls(**shared_fields(cls, message) | changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown
+from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown, Unavailable
 from overfill.process import startup
+from overfill.rpc import unfilled
 from overfill.rpc.addresses import instead_of_wildcard, split_address
+from overfill.rpc.constants import MAX_STARTUP
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer
@@ -136,7 +138,7 @@ class WorkerHost:
                 loop.add_signal_handler(number, self.drain)
         bound = await self._server.start(address)
         announce(self._hello, announced(bound, self._advertise))
-        self._hello.startup_seconds = startup.seconds()
+        self._hello.startup_seconds = min(startup.seconds(), MAX_STARTUP)
         self._hello.max_num_seqs = self._worker.capacity
         self._membership = Membership(
             self._hello,
@@ -228,6 +230,26 @@ class WorkerHost:
             tier=hello.tier,
             prefill_load=self._prefill_load(),
         )
+
+
+def check_start(
+    start: decode_pb2.StartDecode | prefill_pb2.StartPrefill, hello: registry_pb2.Hello, *, draining: bool
+) -> None:
+    """Checks that the worker accepts new requests, and that it is the one that the router means.
+
+    Raises:
+        ShuttingDown: the worker drains.
+        Unavailable: the router means an earlier incarnation.
+        Incompatible: the request asks for something that this version does not support: an adapter, or another
+            ``answer_start`` than the prompt's length, its default. A decoder computes no prompt token yet.
+    """
+    if draining:
+        raise ShuttingDown(f"{hello.worker_id} is draining")
+    if start.expected_incarnation != hello.incarnation:
+        raise Unavailable(f"{hello.worker_id} was restarted since the router chose it")
+    early = start.HasField("answer_start") and start.answer_start != len(start.prompt_token_ids)
+    adapter = isinstance(start, decode_pb2.StartDecode) and start.adapter_digest != ""
+    unfilled.refuse(f"request {start.request_id}", {"answer_start": early, "adapter_digest": adapter})
 
 
 def fill_description(description: _Description, hello: registry_pb2.Hello) -> _Description:

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
-from overfill.process.cores import STEP_TOKENS
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
@@ -31,7 +30,21 @@ from overfill.settings.tiers import (
     check_tiers,
     default_tier,
 )
-from overfill.settings.values import Addresses, Bytes, Device, EngineArgs, EngineChoice, Names, Origins, PairName, Port
+from overfill.settings.values import (
+    Addresses,
+    Bytes,
+    Device,
+    EngineArgs,
+    EngineChoice,
+    Name,
+    Names,
+    Origins,
+    PairName,
+    Port,
+)
+
+STEP_TOKENS = 512
+"""Maximum number of prompt tokens in a step of a worker that shares cores, because answers wait for it."""
 
 TTFT_OBJECTIVE, ITL_OBJECTIVE = 2.0, 0.1  # defaults, in seconds
 
@@ -52,7 +65,7 @@ class WorkerConfig(ServiceConfig):
         description="routers to join, separated by commas: HOST:PORT, dns:///NAME:PORT for all addresses of a name, or "
         "ray:///APPLICATION for all routers of an application on this machine's Ray cluster",
     )
-    worker_id: str = Field("", description="name of this worker; empty generates one")
+    worker_id: Name = Field("", description="name of this worker; empty generates one")
     advertise: str = Field(
         "", description="HOST or HOST:PORT at which other processes reach this worker; empty means --host"
     )

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PlainSerializer
 
+from overfill.routing.worker import MAX_NAME_LENGTH
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 EngineChoice = Literal["auto", "overfill", "vllm", "mock"]
 
@@ -42,6 +44,12 @@ def _check_device(device: str) -> str:
     return device
 
 
+def _check_name(name: str) -> str:
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")
+    return name
+
+
 def _check_url(url: str) -> str:
     if not re.fullmatch(r"(https?://.+)?", url):
         raise ValueError("must be a URL such as http://127.0.0.1:4317")
@@ -72,6 +80,7 @@ def _check_engine_args(text: str) -> str:
 EngineArgs = Annotated[str, AfterValidator(_check_engine_args)]
 Bytes = Annotated[ByteSize, AfterValidator(_check_positive), PlainSerializer(_short_size, when_used="json")]
 Device = Annotated[str, AfterValidator(_check_device)]
+Name = Annotated[str, AfterValidator(_check_name)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]

@@ -11,6 +11,7 @@ from overfill.engine.choice import FIRST_GPU, choose_engine
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.vllm_args import check_vllm_args, installed_arguments
 from overfill.model.manifest import Half, Pair, check_family
+from overfill.model.pair_files import load_whole
 from overfill.pair.store import resolve_pair
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import ColocatedConfig, DecodeConfig
@@ -24,7 +25,7 @@ def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, 
     """Returns the tiers with their pairs' folders, as ``resolve_pairs``."""
     resolved = tuple(tier.model_copy(update={"pair": str(resolve_pair(tier.pair, report))}) for tier in tiers)
     if len(resolved) > 1:
-        check_family({tier.name: Pair.load(Path(tier.pair), weights=False) for tier in resolved})
+        check_family({tier.name: Pair.load(Path(tier.pair)) for tier in resolved})
     return resolved
 
 
@@ -56,7 +57,7 @@ def check_engines(spec: StackSpec) -> None:
         for stage in kind_of(name).stages:
             half: Half = "full" if stage == "prefill" else "decoder"
             engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
-            pair = Pair.load(Path(worker.pair))
+            pair = load_whole(Path(worker.pair))
             if isinstance(worker, DecodeConfig) and worker.quantize is not None:
                 pair = pair.with_quantize(worker.quantize)
             if not spec.joins_cluster:

@@ -8,7 +8,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -42,6 +42,10 @@ LATENCY_BUCKETS = tuple(
 
 BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 256.0)
 TOKEN_BUCKETS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+
+_FAMILIES: Mapping[str, Any] = {
+    "counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily,
+}  # fmt: skip
 
 _M = TypeVar("_M", Counter, Histogram)
 
@@ -128,7 +132,9 @@ class MetricSet:
         """Declares a histogram like ``_tally``, with one tally for each combination of label values."""
         spec = self._declare(what, "histogram", help, labels, buckets)
         tallies = {values: Tally(buckets) for values in itertools.product(*spec.labels.values())}
-        self.registry.register(_TallyReader(spec, tallies))
+        self.registry.register(
+            _Reader(spec, lambda: [(labels, *tally.cumulative()) for labels, tally in tallies.items()])
+        )
         return tallies
 
     def _declare(self, what: str, kind: Kind, help: str, labels: Labels | None, buckets: Sequence[float] = ()) -> Spec:
@@ -160,26 +166,10 @@ class Tally:
         return list(zip(bounds, itertools.accumulate(self._counts), strict=True)), self._sum
 
 
-class _TallyReader(Collector):
-    def __init__(self, spec: Spec, tallies: Mapping[tuple[str, ...], Tally]) -> None:
-        self._spec = spec
-        self._tallies = tallies
-
-    def describe(self) -> Iterator[Metric]:
-        yield self._family()
-
-    def collect(self) -> Iterator[Metric]:
-        family = self._family()
-        for labels, tally in self._tallies.items():
-            family.add_metric(labels, *tally.cumulative())
-        yield family
-
-    def _family(self) -> HistogramMetricFamily:
-        return HistogramMetricFamily(self._spec.name, self._spec.help, labels=list(self._spec.labels))
-
-
 class _Reader(Collector):
-    def __init__(self, spec: Spec, read: Callable[[], Sampled]) -> None:
+    """Makes the samples of a metric at each scrape, of label values and what the metric's family takes with them."""
+
+    def __init__(self, spec: Spec, read: Callable[[], Iterable[tuple[Any, ...]]]) -> None:
         self._spec = spec
         self._read = read
 
@@ -188,14 +178,13 @@ class _Reader(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = self._family()
-        for labels, value in self._read():
-            family.add_metric(list(labels), value)
+        for labels, *values in self._read():
+            family.add_metric(list(labels), *values)
         yield family
 
-    def _family(self) -> CounterMetricFamily | GaugeMetricFamily:
+    def _family(self) -> Any:
         spec = self._spec
-        kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
-        return kind(spec.name, spec.help, labels=list(spec.labels))
+        return _FAMILIES[spec.kind](spec.name, spec.help, labels=list(spec.labels))
 
 
 def _begin(metric: _M, spec: Spec) -> _M:

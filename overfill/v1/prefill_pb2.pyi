@@ -55,7 +55,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ..., release: _Optional[_Union[ReleaseKv, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
-    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start")
+    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start", "without_kv")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class StartPrefill(_message.Message):
     TRACE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     ANSWER_START_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_KV_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     transfer_id: bytes
@@ -84,7 +85,8 @@ class StartPrefill(_message.Message):
     trace: bool
     sample_index: int
     answer_start: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ...) -> None: ...
+    without_kv: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ..., without_kv: bool = ...) -> None: ...
 
 class AckKv(_message.Message):
     __slots__ = ("ranges",)
@@ -97,16 +99,18 @@ class ReleaseKv(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("scheduled", "ready", "first_token", "done")
+    __slots__ = ("scheduled", "ready", "first_token", "done", "kv")
     SCHEDULED_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     scheduled: PrefillScheduled
     ready: RangesReady
     first_token: _decode_pb2.Tokens
     done: PrefillDone
-    def __init__(self, scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., first_token: _Optional[_Union[_decode_pb2.Tokens, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ...) -> None: ...
+    kv: bytes
+    def __init__(self, scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., first_token: _Optional[_Union[_decode_pb2.Tokens, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., kv: _Optional[bytes] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ("queue_ns", "cached_tokens")

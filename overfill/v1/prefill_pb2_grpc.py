@@ -45,6 +45,11 @@ class PrefillStub(object):
                 request_serializer=overfill_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=overfill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.PrefillAtOnce = channel.unary_unary(
+                '/overfill.v1.Prefill/PrefillAtOnce',
+                request_serializer=overfill_dot_v1_dot_prefill__pb2.StartPrefill.SerializeToString,
+                response_deserializer=overfill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+                _registered_method=True)
         self.PullKv = channel.unary_stream(
                 '/overfill.v1.Prefill/PullKv',
                 request_serializer=overfill_dot_v1_dot_prefill__pb2.PullKvRequest.SerializeToString,
@@ -71,6 +76,14 @@ class PrefillServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillAtOnce(self, request, context):
+        """Prefills one prompt whose KV fits one message, and answers once, with that KV. The decode worker does not acknowledge it:
+        the lease ends when the KV has been copied.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PullKv(self, request, context):
         """Streams KV of a running prefill, each chunk as soon as its layer is computed. The decode worker opens several streams
         with disjoint ranges, each on its own channel.
@@ -90,6 +103,11 @@ def add_PrefillServicer_to_server(servicer, server):
             'Prefill': grpc.stream_stream_rpc_method_handler(
                     servicer.Prefill,
                     request_deserializer=overfill_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
+                    response_serializer=overfill_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+            ),
+            'PrefillAtOnce': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefillAtOnce,
+                    request_deserializer=overfill_dot_v1_dot_prefill__pb2.StartPrefill.FromString,
                     response_serializer=overfill_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
             ),
             'PullKv': grpc.unary_stream_rpc_method_handler(
@@ -151,6 +169,33 @@ class Prefill(object):
             target,
             '/overfill.v1.Prefill/Prefill',
             overfill_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
+            overfill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillAtOnce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/overfill.v1.Prefill/PrefillAtOnce',
+            overfill_dot_v1_dot_prefill__pb2.StartPrefill.SerializeToString,
             overfill_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
             options,
             channel_credentials,

@@ -10,16 +10,15 @@ from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
-from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, ShuttingDown, Unavailable
+from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
-from overfill.rpc import unfilled
 from overfill.rpc.interceptors import Context
 from overfill.rpc.sequences import ServedSequence, serve_sequences
-from overfill.rpc.worker import WorkerHost, fill_description
+from overfill.rpc.worker import WorkerHost, check_start, fill_description
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
@@ -110,9 +109,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             prompt_tokens=len(start.prompt_token_ids),
             emitted_tokens=len(start.emitted_token_ids),
         )
-        self._check_open(start)
+        check_start(start, self._hello, draining=self.host.draining)
         sequence = await self._parse(start)
-        self._check_open(start)  # again: compiling a grammar takes time
+        check_start(start, self._hello, draining=self.host.draining)  # again: compiling a grammar takes time
         session = self._sessions[sequence.id] = SequenceSession(served, sequence, self)
         try:
             await session.run()
@@ -141,14 +140,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             cache_namespace=namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt, namespace),
         )
-
-    def _check_open(self, start: decode_pb2.StartDecode) -> None:
-        """Raises unless the worker accepts new sequences and is the incarnation that the router means."""
-        if self.host.draining:
-            raise ShuttingDown(f"{self._hello.worker_id} is draining")
-        if start.expected_incarnation != self._hello.incarnation:
-            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
-        unfilled.check_start(start)
 
     def _cache_namespace(self, start: decode_pb2.StartDecode) -> str:
         """Returns the namespace within which prompts share cached prefixes: the codec and the tenant.

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import assert_never
 
 from overfill.engine.protocol import ServedHalf
@@ -29,7 +29,6 @@ from overfill.errors import (
     OverfillError,
     Overloaded,
     PromptTooLong,
-    ShuttingDown,
     TransferFailed,
     Unavailable,
 )
@@ -39,9 +38,9 @@ from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.request.params import SamplingParams, check_token_ids
-from overfill.rpc import unfilled
+from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost, fill_description
+from overfill.rpc.worker import WorkerHost, check_start, fill_description
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
@@ -195,26 +194,52 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             first = await anext(aiter(request_iterator), None)
             if first is None or first.WhichOneof("message") != "start":
                 raise InvalidRequest("start", "the first message of Prefill is StartPrefill")
-            logs.request_id.set(first.start.request_id)
-            tracing.current().set(
-                request_id=first.start.request_id,
-                worker=self._hello.worker_id,
-                prompt_tokens=len(first.start.prompt_token_ids),
-            )
-            self._check_open(first.start)
-            lease = self._accept(first.start, await self._parse(first.start))
-            guards = [
-                asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
-                asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
-            ]
-            try:
-                async for response in self._serve(lease, first.start.trace):
-                    yield response
-            finally:
-                for guard in guards:
-                    guard.cancel()
-                self._end(lease)
-                logs.ended("prefill", outcome_of(sys.exception()), prompt_tokens=len(lease.sequence.prompt))
+            async with self._lease(first.start) as lease:
+                guards = [
+                    asyncio.ensure_future(lease.guard(self._read_acknowledgements(lease, request_iterator))),
+                    asyncio.ensure_future(lease.guard(lease.watch_transfer(self._limits))),
+                ]
+                try:
+                    async for response in self._serve(lease, first.start.trace):
+                        yield response
+                finally:
+                    for guard in guards:
+                        guard.cancel()
+
+    async def PrefillAtOnce(self, request: prefill_pb2.StartPrefill, context: Context) -> prefill_pb2.PrefillResponse:
+        with self._metrics.prompt():
+            async with self._lease(request) as lease:
+                if not request.without_kv and lease.spec.total_bytes > MAX_KV_AT_ONCE:
+                    left = f"leaves {lease.spec.total_bytes} bytes of KV; PrefillAtOnce sends at most {MAX_KV_AT_ONCE}"
+                    raise InvalidRequest("already_held_tokens", left)
+                response, computed = prefill_pb2.PrefillResponse(), False
+                while not computed:
+                    event = await lease.events.get()
+                    if isinstance(event, Exception):
+                        raise event
+                    if event is not None:
+                        self._note(lease, event, response)
+                    computed = isinstance(event, PromptComputed)
+                if not request.without_kv:
+                    response.kv = await lease.sender.whole_message()
+                if request.trace:
+                    response.done.trace.CopyFrom(lease.finished_trace())
+                return response
+
+    @asynccontextmanager
+    async def _lease(self, start: prefill_pb2.StartPrefill) -> AsyncIterator[Lease]:
+        """Accepts a prompt, and ends its lease at the end of the context."""
+        logs.request_id.set(start.request_id)
+        tracing.current().set(
+            request_id=start.request_id, worker=self._hello.worker_id, prompt_tokens=len(start.prompt_token_ids)
+        )
+        self._check_open(start)
+        lease = self._accept(start, await self._parse(start))
+        try:
+            yield lease
+        finally:
+            self._end(lease)
+            logs.ended("prefill", outcome_of(sys.exception()), prompt_tokens=len(lease.sequence.prompt))
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
@@ -273,11 +298,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def _check_open(self, start: prefill_pb2.StartPrefill) -> None:
         """Raises unless the worker accepts new prompts and is the incarnation that the router means."""
-        if self.host.draining:
-            raise ShuttingDown(f"{self._hello.worker_id} is draining")
-        if start.expected_incarnation != self._hello.incarnation:
-            raise Unavailable(f"{self._hello.worker_id} was restarted since the router chose it")
-        unfilled.check_start(start)
+        check_start(start, self._hello, draining=self.host.draining)
         if len(self._leases) >= self._max_leases:
             raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, which is its maximum")
 
@@ -309,10 +330,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     break
                 event = lease.events.get_nowait()
             ended = computed and (lease.sender.complete or lease.released)
-            if ended:
-                response.done.SetInParent()
-                if trace:
-                    response.done.trace.CopyFrom(lease.finished_trace())
+            if ended and trace:
+                response.done.trace.CopyFrom(lease.finished_trace())
             if response.ListFields():
                 yield response
 

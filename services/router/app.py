@@ -16,7 +16,7 @@ from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.process.heap import Heap
-from overfill.request.grammar import Grammars
+from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.brownout import Brownout, Prediction, predict
@@ -111,15 +111,8 @@ class Router:
         self._group = None if config.share_port is None else PortGroup(config.share_port)
         self._stopping = asyncio.Event()
         self._connector = GrpcConnector(config.credentials())
-        self.roster = Roster(
-            # The workers choose the dtype of the KV, and what reads prompts: the full model or the mock.
-            {
-                name: value
-                for name, value in pair.kv_identity("float32").flat().items()
-                if name not in ("kv.dtype", "reader_digest")
-            },
-            [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers],
-        )
+        tiers = [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers]
+        self.roster = Roster(pair.kv_identity("float32").of_pair(), tiers)
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
         self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
         self.dispatcher = Dispatcher(
@@ -141,7 +134,7 @@ class Router:
             lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
         )
         self._exporter: MetricsServer | None = None
-        self._grammars = Grammars(
+        self._trials = Trials(
             pair.full_path / "tokenizer.json",
             pair.full_config.vocab_size,
             pair.full_config.eos_token_ids,
@@ -150,7 +143,7 @@ class Router:
         self._handler = RequestHandler(
             ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
             tokenizer,
-            self._grammars,
+            self._trials,
             async_dispatcher,
             self._connector,
             Statistics(self._metrics, self.signals),
@@ -181,7 +174,7 @@ class Router:
 
     @staticmethod
     def _load_pair(name: str) -> Pair:
-        return Pair.load(resolve_pair(name, log_steps(logger)), weights=False)
+        return Pair.load(resolve_pair(name, log_steps(logger)))
 
     def _tier(self, spec: TierSpec, pair: Pair) -> Tier:
         decoder = {
@@ -298,7 +291,7 @@ class Router:
             self._group.leave()
         if self._exporter is not None:
             self._exporter.close()
-        self._grammars.close()
+        self._trials.close()
         await tracing.flush()
 
     async def _leave_shared_port(self) -> None:

@@ -19,8 +19,8 @@ from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
-from overfill.request.grammar import Grammars
 from overfill.request.params import check_priority, check_token_ids
+from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.job import Job
@@ -54,7 +54,7 @@ class RequestHandler:
 
     Args:
         tiers: the tiers, and the choice of one for each request.
-        grammars: tries the grammars of requests.
+        trials: tries the grammars of requests.
 
     Attributes:
         tiers: as the argument.
@@ -68,7 +68,7 @@ class RequestHandler:
         self,
         tiers: ServedTiers,
         tokenizer: Tokenizer,
-        grammars: Grammars,
+        trials: Trials,
         dispatcher: AsyncDispatcher,
         connector: DecodeConnector,
         statistics: Statistics,
@@ -81,7 +81,7 @@ class RequestHandler:
         self.pace = Pace()
         self.executor = BoundedExecutor()
         self._grammar_executor = BoundedExecutor()
-        self._grammars = grammars
+        self._trials = trials
         self._dispatcher = dispatcher
         self._connector = connector
         self._limits = limits
@@ -141,7 +141,7 @@ class RequestHandler:
         asked = choice.asked
         # Parsing a grammar may be slow, also for the grammars of tools.
         with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
-        tools = await tried_grammar(request, self._grammars, _name(caller)) if with_grammar else None
+        tools = await tried_grammar(request, self._trials, _name(caller)) if with_grammar else None
         arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size, tools)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
         block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()

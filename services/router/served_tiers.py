@@ -10,14 +10,16 @@ from functools import partial
 
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
-from overfill.kv.handshake import check_same
+from overfill.kv.handshake import CHOSEN_BY_WORKERS, check_same
 from overfill.model.manifest import Pair
 from overfill.routing.brownout import Brownout
 from overfill.routing.pool import Roster
 from overfill.routing.tier import NO_FALLBACK, TierChoice
 from overfill.v1 import inference_pb2
 
-_FORMATS = ("decoder_quantize", "kv_cache_dtype", "kv_dtype", "reader_digest")
+_ROUNDINGS = ("decoder_quantize", "kv_cache_dtype")
+
+_FORMATS = (*_ROUNDINGS, *CHOSEN_BY_WORKERS.values())
 """Fields of AnswerIdentity that no pair determines, but how its workers load it."""
 
 
@@ -75,7 +77,7 @@ class ServedTiers:
     def fingerprint(self, tier: str) -> str:
         """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
         formats = self._formats(tier)
-        names = (_rounded(formats.get(name, "")) for name in ("decoder_quantize", "kv_cache_dtype"))
+        names = (_rounded(formats.get(name, "")) for name in _ROUNDINGS)
         rounded = "".join(f"-{name}" for name in names if name)
         return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
 
@@ -108,8 +110,7 @@ class ServedTiers:
         """
         worker = next(iter(self.roster.decode[tier]), None)
         if worker is not None:
-            said = worker.info.identity
-            self._said[tier] = {**worker.info.decoder, "kv_dtype": said.kv.dtype, "reader_digest": said.reader_digest}
+            self._said[tier] = {**worker.info.decoder, **worker.info.identity.chosen_by_workers()}
         known = {**self._said.get(tier, {}), **self.roster.tiers[tier].decoder}
         return {name: known[name] for name in _FORMATS if name in known}
 
@@ -135,7 +136,7 @@ class ServedTiers:
             return
         here, there = self.identity(tier, prompt), request.resume_identity
         unknown = set(_FORMATS) - self._formats(tier).keys()
-        unknown |= {name for name in ("kv_dtype", "reader_digest") if not getattr(there, name)}
+        unknown |= {name for name in CHOSEN_BY_WORKERS.values() if not getattr(there, name)}
         names = [f.name for f in here.DESCRIPTOR.fields if f.name not in unknown]
         check_same(
             {f"resume_identity.{name}": getattr(here, name) for name in names},

@@ -64,7 +64,7 @@ async def lanes(
     tiny_pair: Path, hello: registry_pb2.Hello, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[list[Lane]]:
     """Several handoffs at a time, because a damaged transfer mostly waits before its retry."""
-    monkeypatch.setattr("overfill.kv.receiver._SMALL", 0)  # a transfer has several streams and messages, however small
+    monkeypatch.setattr("overfill.kv.receiver.MAX_KV_AT_ONCE", 0)  # all KV is pulled
     spec, layer_map = KvSpec.from_proto(hello.kv), Pair.load(tiny_pair).layer_map
     async with AsyncExitStack() as exits:
         executor = exits.enter_context(ThreadPoolExecutor(2))

@@ -1,4 +1,4 @@
-"""Fixtures of the docs' commands, and a summary of what ran and what did not."""
+"""Fixtures of the docs' commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docs_sandbox import TALLY, Sandbox, fill_cache, new_sandbox, ports_in_use
+from docs_sandbox import Sandbox, fill_cache, new_sandbox, ports_in_use
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +22,3 @@ def sandbox(sandbox_home: Path) -> Iterator[Sandbox]:
         pytest.fail(f"ports {used} are in use, and the docs show them: end the processes that use them")
     with new_sandbox(sandbox_home) as sandbox:
         yield sandbox
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TALLY.ran or TALLY.not_run:
-        terminalreporter.section("commands of the docs")
-        for line in TALLY.lines():
-            terminalreporter.line(line)

@@ -58,15 +58,6 @@ class SavedFile:
 
 
 @dataclass(frozen=True)
-class NotRun:
-    """A block with a mark that says why it is not run."""
-
-    line: int
-    commands: list[str]
-    reason: str
-
-
-@dataclass(frozen=True)
 class _Block:
     language: str
     title: str
@@ -118,22 +109,20 @@ def _runs_until_ctrl_c(command: str) -> bool:
     return command.startswith("overfill up") and "&" not in command and "--dry-run" not in command
 
 
-def read(page: Path) -> list[Step | SavedFile | NotRun]:
+def read(page: Path) -> list[Step | SavedFile]:
     """Returns what a reader of ``page`` does, in the order of the page.
 
     Raises:
         ValueError: a console block does not begin with a command; a mark is mistyped or missing; or the page has no
             ctrl-C for an ``overfill up``.
     """
-    found: list[Step | SavedFile | NotRun] = []
+    found: list[Step | SavedFile] = []
     running: dict[str, Step] = {}
     started: list[Step] = []
     for block in _blocks(page.read_text(encoding="utf-8")):
         if block.language == "console":
             steps = _steps(block)
             if block.mark is not None and block.mark["reason"]:
-                commands = [step.command for step in steps]
-                found.append(NotRun(block.line, commands, block.mark["reason"]))
                 continue
             for step in steps:
                 if _NEVER_RUN.search(step.command):

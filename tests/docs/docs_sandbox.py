@@ -1,4 +1,4 @@
-"""A sandboxed home for the commands of the docs, and what became of them."""
+"""A sandboxed home for the commands of the docs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from console_blocks import ROOT
@@ -19,22 +18,6 @@ from console_blocks import ROOT
 from overfill.process.home import home as cache_folder
 
 PORTS = (7600, 8000)  # as the docs show them
-
-
-@dataclass
-class Tally:
-    """What the commands of the docs did, for the summary."""
-
-    ran: Counter[str] = field(default_factory=Counter)
-    not_run: Counter[str] = field(default_factory=Counter)  # by reason
-
-    def lines(self) -> list[str]:
-        run = [f"{count:4} run      {page}" for page, count in sorted(self.ran.items())]
-        not_run = [f"{count:4} not run  {reason}" for reason, count in self.not_run.most_common()]
-        return [*run, *not_run, f"{self.ran.total()} commands run, {self.not_run.total()} not run"]
-
-
-TALLY = Tally()
 
 
 @dataclass(frozen=True)

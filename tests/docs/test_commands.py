@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from console_blocks import CTRL_C, PAGES, ROOT, NotRun, SavedFile, Step, read
+from console_blocks import CTRL_C, PAGES, ROOT, SavedFile, Step, read
 from console_terminal import Terminal, matches, terminals
-from docs_sandbox import TALLY, Sandbox
+from docs_sandbox import Sandbox
 
 TIMEOUT = 600.0  # of one command, in seconds
 
@@ -38,17 +38,11 @@ def check(step: Step, terminal: Terminal) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page(page: Path, sandbox: Sandbox) -> None:
-    name = str(page.relative_to(ROOT))
-    steps = read(page)
-    for each in steps:
-        if isinstance(each, NotRun):
-            TALLY.not_run[each.reason] += len(each.commands)
     with terminals(sandbox.checkout, sandbox.environment) as opened:
-        for step in steps:
+        for step in read(page):
             if isinstance(step, SavedFile):
                 (sandbox.checkout / step.name).write_text(step.text, encoding="utf-8")
-            elif isinstance(step, Step):
+            else:
                 if step.terminal not in opened:
                     opened[step.terminal] = Terminal(sandbox.checkout, sandbox.environment)
                 check(step, opened[step.terminal])
-                TALLY.ran[name] += step.command != CTRL_C

@@ -34,7 +34,7 @@ import jsonschema
 import psutil
 from stacks import running_stack
 
-from overfill.api import keys as api_keys
+from overfill.api import key_file as api_keys
 
 SEED = 11
 GROWTH = 64 << 20

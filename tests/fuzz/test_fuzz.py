@@ -83,6 +83,8 @@ class Cases:
                 command.assign_prefill.data_addresses.add(
                     address=facts["address"], num_kv_heads=facts["kv"].num_kv_heads
                 )
+        for seed in self._seeds["/overfill.v1.Prefill/PrefillAtOnce"]:
+            seed.expected_incarnation = facts["overfill.v1.Prefill"]
         for seed in self._seeds["/overfill.v1.Registry/Join"]:
             if seed.HasField("hello"):
                 seed.hello.model.CopyFrom(facts["model"])

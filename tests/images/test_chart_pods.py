@@ -24,7 +24,7 @@ from kube import NAMESPACE, Cluster, Pod, cluster
 from runtime import PREFIX, need
 from stacks import wait_until
 
-from overfill.api import keys as keyfile
+from overfill.api import key_file as keyfile
 from overfill.cli.main import main
 from overfill.client import Client, ClientTls, SamplingParams
 from overfill.pair.store import resolve_pair

@@ -26,7 +26,7 @@ from runtime import ROOT
 from shipped_config import for_several_machines
 from stacks import wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Answer, Client, SamplingParams, StackStatus
 from overfill.errors import OverfillError
 from overfill.pair.reference import TwoStageReference, judge

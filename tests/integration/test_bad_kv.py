@@ -73,10 +73,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
     async def Prefill(self, request_iterator, context):
         try:
             start = (await anext(aiter(request_iterator))).start
-            tokens = (0, len(start.prompt_token_ids))
-            self.specs[start.transfer_id] = TransferSpec(
-                start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
-            )
+            self._begin(start)
             if self.silent:
                 await asyncio.Event().wait()
             yield prefill_pb2.PrefillResponse(scheduled=prefill_pb2.PrefillScheduled(queue_ns=1))
@@ -97,10 +94,29 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         finally:
             self.ended.set()
 
+    async def PrefillAtOnce(self, request, context):
+        self._begin(request)
+        message = kv_pb2.KvChunk()
+        first, *others = self._chunks(request.transfer_id, [kv_pb2.KvRange(layer_end=2, token_end=6, head_end=2)])
+        message.CopyFrom(first)
+        message.also.extend(others)
+        first_token = self.first_token if request.sample_first_token and self.sends_first_token else None
+        return prefill_pb2.PrefillResponse(first_token=first_token, kv=message.SerializeToString())
+
     async def PullKv(self, request, context):
-        spec = self.specs[request.transfer_id]
+        for chunk in self._chunks(request.transfer_id, request.ranges):
+            yield chunk
+
+    def _begin(self, start):
+        tokens = (0, len(start.prompt_token_ids))
+        self.specs[start.transfer_id] = TransferSpec(
+            start.transfer_id, start.attempt, KV, tuple(start.layers), tokens, start.codec
+        )
+
+    def _chunks(self, transfer_id, ranges):
+        spec = self.specs[transfer_id]
         chunks = []
-        for box in map(KvRange.from_proto, request.ranges):
+        for box in map(KvRange.from_proto, ranges):
             for start in range(box.token_start, box.token_end, 3):
                 piece = box._replace(token_start=start, token_end=min(start + 3, box.token_end))
                 scales, payload = b"", torch.ones(spec.raw_bytes(piece) // 4).numpy().tobytes()
@@ -108,19 +124,26 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
                     scales, payload = encode("float32", 4, memoryview(bytearray(payload)))
                 chunks.append(kv_pb2.KvChunk.FromString(join_chunks([seal(spec, piece, payload, scales)])))
         self.pulls += 1
-        for chunk in self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks:
-            yield chunk
+        return self.spoil(chunks) if self.pulls <= self.spoiled_pulls else chunks
 
 
 @pytest.fixture
 async def worker(monkeypatch):
-    monkeypatch.setattr(receiver, "_SMALL", 0)  # no transfer is too small for several data streams
+    monkeypatch.setattr(receiver, "MAX_KV_AT_ONCE", 0)  # all KV is pulled
     servicer = ScriptedPrefill()
     server = RpcServer()
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")
     servicer.address = await server.start("127.0.0.1:0")
     yield servicer
     await server.stop()
+
+
+@pytest.fixture(params=["pulled", "at once"])
+def way(request, worker, monkeypatch):
+    """How the KV arrives."""
+    if request.param == "at once":
+        monkeypatch.setattr(receiver, "MAX_KV_AT_ONCE", 6 * KV.token_bytes)
+    return request.param
 
 
 @pytest.fixture
@@ -188,7 +211,7 @@ ONCE = {kind: spoil for kind, (spoil, _) in BAD.items()} | {
 
 
 @pytest.mark.parametrize("kind", ONCE)
-async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind):
+async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind, way):
     worker.spoil, worker.spoiled_pulls = ONCE[kind], 1
     cache, _ = await pull()
     used = cache.slots([2, 0], 0, 6)
@@ -196,7 +219,7 @@ async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind):
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
     assert pull.stats.broken_streams == 1
-    assert worker.acknowledged == 48
+    assert worker.acknowledged == (48 if way == "pulled" else 0)
 
 
 def scaled(chunk, scale):
@@ -241,11 +264,16 @@ async def test_a_broken_data_stream_continues_in_another(pull, worker):
 
 
 @pytest.mark.parametrize("kind", BAD)
-async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, kind):
+async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, kind, way):
     worker.spoil, reason = BAD[kind]
+    if way == "at once" and kind == "missing":
+        reason = "vectors missing"
     with pytest.raises(TransferFailed, match=reason):
         await pull()
-    await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is notified and may free its blocks
+    if way == "pulled":
+        await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is notified and may free its blocks
+    else:
+        assert worker.pulls == 1 + receiver.MAX_REPEATS
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):
@@ -264,13 +292,13 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
 
 
 @pytest.mark.parametrize("wrong", [{"ids": []}, {"ids": [9, 9]}, {"ids": [9], "first_index": 3}])
-async def test_a_first_token_that_is_not_one_and_the_first_fails(pull, worker, wrong):
+async def test_a_first_token_that_is_not_one_and_the_first_fails(pull, worker, wrong, way):
     worker.first_token = decode_pb2.Tokens(**wrong)
     with pytest.raises(TransferFailed, match="a prefill worker sends one, the first"):
         await pull()
 
 
-async def test_a_transfer_without_the_first_token_fails(pull, worker):
+async def test_a_transfer_without_the_first_token_fails(pull, worker, way):
     worker.sends_first_token = False
     with pytest.raises(TransferFailed, match="without the first token"):
         await pull()

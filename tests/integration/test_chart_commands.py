@@ -17,7 +17,7 @@ import pytest
 from charts import ROOT, VALUES, pods, render
 from stacks import ForkedChild, wait_until
 
-from overfill.api import keys as keyfile
+from overfill.api import key_file as keyfile
 from overfill.client import Client, ClientTls, PermissionDenied, SamplingParams, Unauthenticated
 from overfill.settings.config import SERVICES, RouterConfig
 from overfill.stack.child import Child, stop

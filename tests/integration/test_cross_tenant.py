@@ -12,7 +12,7 @@ import statistics
 import pytest
 from stacks import loads, running_stack, wait_accepted, wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, SamplingParams
 
 BLOCK = 16

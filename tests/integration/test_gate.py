@@ -12,7 +12,7 @@ from http_calls import bearer, call
 from mocks import mock_stack
 from stacks import running_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, PermissionDenied, SamplingParams
 from overfill.rpc.access import METRICS_ROUTES, ROUTER_RPCS, ROUTES, WORKER_RPCS, Scope
 from overfill.rpc.channel import open_sync_channel

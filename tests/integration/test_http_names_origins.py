@@ -9,7 +9,7 @@ import pytest
 from http_calls import bearer, call
 from mocks import mock_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, ModelNotFound, SamplingParams
 from overfill.settings.config import RouterConfig
 

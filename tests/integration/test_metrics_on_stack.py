@@ -10,7 +10,7 @@ from mocks import mock_stack, mock_worker
 from prometheus_client.parser import text_string_to_metric_families
 from stacks import wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, SamplingParams
 from overfill.errors import InvalidRequest, RequestCancelled
 from overfill.settings.config import DecodeConfig

@@ -19,7 +19,7 @@ from cryptography import x509
 from kv_pulls import pull
 from stacks import loads, running_stack, wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.peers import PrefillPeer
 from overfill.model.manifest import Pair

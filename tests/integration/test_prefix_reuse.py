@@ -13,7 +13,7 @@ import torch
 from kv_pulls import opened, prefill_process, pull
 from stacks import idle, loads, running_stack, wait_accepted, wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, SamplingParams
 from overfill.kv.spec import KvSpec
 from overfill.model.manifest import Pair

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 import grpc
 import pytest
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.api.tokenizer import Tokenizer
 from overfill.client import AsyncClient
 from overfill.errors import (

@@ -9,7 +9,7 @@ import pytest
 from http_calls import call
 from stacks import children, running_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, OverfillError, SamplingParams
 from overfill.rpc.access import Scope
 

@@ -90,18 +90,6 @@ def test_an_answer_can_be_resumed_with_its_tokens_and_seed(client):
     assert rest.token_ids[-15:] == whole.token_ids[9:]
 
 
-def test_stop_ids_and_limits_hold_from_the_first_token_on(client, reference):
-    expected = reference.generate(prompt(4), 24)
-    first = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(expected[0],))
-    answer = client.generate(prompt(4), sampling=first)
-    assert (answer.token_ids, answer.finish_reason) == ((), "stop")
-    one = client.generate(prompt(4), sampling=SamplingParams(temperature=0, max_tokens=1))
-    assert (list(one.token_ids), one.finish_reason) == (expected[:1], "length")
-    fifth = next(i for i, t in enumerate(expected) if i >= 4 and t not in expected[:i])
-    later = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(expected[fifth],))
-    assert list(client.generate(prompt(4), sampling=later).token_ids) == expected[:fifth]
-
-
 def test_the_time_to_first_token_has_all_its_parts(client):
     timing = client.generate(prompt(7, 400), sampling=GREEDY).timing
     parts = [

@@ -8,7 +8,7 @@ import pytest
 from mocks import mock_stack
 from stacks import wait_until
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.client import Client, OverfillError, SamplingParams
 from overfill.errors import InvalidPair, Overloaded
 from overfill.making.tiny import make_tiny_pair

@@ -6,7 +6,7 @@ import pytest
 from http_calls import bearer, call
 from mocks import mock_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import (
     AnswerPart,

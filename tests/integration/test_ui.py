@@ -10,7 +10,7 @@ import pytest
 from mocks import mock_stack
 from stacks import children, running_stack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 
 pytestmark = [
     pytest.mark.browser,

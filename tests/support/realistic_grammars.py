@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 
-from overfill.api.tools import ToolDefinition, tools_grammar
+from overfill.api.tools import ToolDefinition
+from overfill.api.tools_grammar import tools_grammar
 from overfill.request.params import Grammar
 
 

@@ -16,7 +16,7 @@ from stacks import children, idle, loads, running_stack, wait_until
 from two_stage_format import write_two_stage
 from vllm_stacks import GREEDY, engines, prompts, wrong_answers
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams
 from overfill.errors import RequestCancelled

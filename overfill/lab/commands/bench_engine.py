@@ -139,8 +139,8 @@ def _settings(
 
 
 def _print(measure: Callable[[Report], Iterator[Row]], as_json: bool) -> None:
+    from overfill.cli.progress import show_progress
     from overfill.lab.bench.engine.rows import rows_table
-    from overfill.telemetry.progress import show_progress
 
     rows = []
     with show_progress() as report:

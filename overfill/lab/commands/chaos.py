@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from overfill.telemetry.progress import Report
 
 _TIME_LIMIT = 3600.0  # seconds after which no new fault begins
+_CONCURRENT_FAULTS = 2
+_SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
+_FALLBACK_SHARE = 0.25  # share of the requests that allow the next tier to go on with their answer
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Not auto: by default, every machine breaks the same engine.
@@ -57,10 +60,6 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     help="A tier, as for `overfill up`. Repeat it for each tier; it replaces --pair and --decode. With the pair tiny, "
     "the first tier's decoder is the full model, and the others answer differently.",
 )
-@click.option(
-    "--fallback-share", type=Number(0, 1), default=0.25, show_default=True,
-    help="Share of the requests that allow the next tier to go on with their answer. Only with --tier.",
-)  # fmt: skip
 @click.option(
     "--fault",
     "faults",
@@ -88,13 +87,9 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     "--soak",
     metavar="MINUTES",
     type=Number(0, min_open=True),
-    help="Inject random faults for this many minutes, instead of a fixed number.",
+    help="Inject random faults for this many minutes, instead of a fixed number. Requests arrive at 0.7 of the "
+    "capacity, which is measured first.",
 )
-@click.option(
-    "--load-fraction", type=Number(0, 1, min_open=True),
-    help="Rate of requests, as a fraction of the capacity measured at the start (open loop).  [default: 0.7 with "
-    "--soak; otherwise --streams requests run at any time]",
-)  # fmt: skip
 @click.option(
     "--replay",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -104,13 +99,6 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     "--seed", type=int, default=0, show_default=True, help="Random seed for faults, phases, targets and times."
 )
 @click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean pause between faults, seconds.")
-@click.option(
-    "--concurrent-faults",
-    type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    help="Maximum number of faults at the same time.",
-)
 @click.option(
     "--colocated",
     type=click.IntRange(0),
@@ -131,7 +119,7 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Concurrent requests; with --load-fraction only while capacity is measured.",
+    help="Concurrent requests; with --soak only while capacity is measured.",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens of an answer."
@@ -174,18 +162,15 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 def chaos_command(
     pair: str,
     tiers: tuple[TierSpec, ...],
-    fallback_share: float,
     faults: tuple[FaultName, ...],
     phases: tuple[Phase, ...],
     targets: tuple[Target, ...],
     num_faults: int,
     times: int | None,
     soak: float | None,
-    load_fraction: float | None,
     replay: Path | None,
     seed: int,
     pause: float,
-    concurrent_faults: int,
     colocated: int,
     prefill: int | None,
     decode: int | None,
@@ -210,17 +195,17 @@ def chaos_command(
     the stack has no other one.
 
     With --tier, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
-    that wrote it, and only requests that allow it may change their tier. A tier may lose its last worker.
+    that wrote it, and only requests that allow it, a quarter, may change their tier. A tier may lose its last worker.
 
     The same seed draws the same faults. --replay injects the faults of an earlier run's report.
 
     Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
     every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
     """
+    from overfill.cli.progress import show_progress
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import load_references
-    from overfill.telemetry.progress import show_progress
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     if tiers:
@@ -246,12 +231,12 @@ def chaos_command(
             requests=requests,
             streams=streams,
             max_tokens=max_tokens,
-            load_fraction=load_fraction or (0.7 if soak else None),
+            load_fraction=_SOAK_LOAD if soak else None,
             seconds=soak * 60 if soak else None,
-            concurrent_faults=concurrent_faults,
+            concurrent_faults=_CONCURRENT_FAULTS,
             time_limit=max(_TIME_LIMIT, soak * 60 if soak else 0.0),
             seed=seed,
-            fallback_share=fallback_share,
+            fallback_share=_FALLBACK_SHARE,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
         summary, wrong = result.judge(load_references(plan.tiers), max_tokens, report)

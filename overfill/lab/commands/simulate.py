@@ -196,9 +196,6 @@ class _Load:
 @click.option("--mtbf", type=_POSITIVE, help="Mean seconds until a worker dies and is replaced.  [default: never]")
 @click.option("--autoscale", is_flag=True, help="Let the scaling policy add and drain workers.")
 @click.option("--max-workers", type=click.IntRange(2), help="With --autoscale: maximum workers of both kinds together.")
-@click.option(
-    "--use-all", is_flag=True, help="With --max-workers: always run all of them; the policy only divides them."
-)
 @click.option("--size", is_flag=True, help="Search how many workers of each kind the objective needs.")
 @click.option(
     "--attainment",
@@ -250,7 +247,6 @@ def simulate_command(
     mtbf: float | None,
     autoscale: bool,
     max_workers: int | None,
-    use_all: bool,
     size: bool,
     attainment: float,
     costs: str,
@@ -273,10 +269,8 @@ def simulate_command(
         raise click.UsageError("--max-workers needs --autoscale; without it, pools have --prefill and --decode workers")
     if plot is not None and (size or compare_policies):
         raise click.UsageError("--plot draws the timeline of one run; leave out --size and --compare-policies")
-    if use_all and max_workers is None:
-        raise click.UsageError("--use-all needs --max-workers (the total number of workers to run)")
-    if tiers and (size or compare_policies or use_all):
-        raise click.UsageError("--tier: leave out --size, --compare-policies and --use-all")
+    if tiers and (size or compare_policies):
+        raise click.UsageError("--tier: leave out --size and --compare-policies")
     prefill, decode = _single_stage_workers(prefill, decode, colocated)
     if colocated and (size or autoscale or tiers):
         raise click.UsageError("--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed")
@@ -298,7 +292,7 @@ def simulate_command(
         brownout_share=brownout_share,
         goal=goal,
         policy=policy,
-        scaling=_scaling(profile, goal, max_workers, use_all) if autoscale else None,
+        scaling=_scaling(profile, goal, max_workers) if autoscale else None,
         prefix_cache=prefix_cache == "on",
         max_queue=max_queue,
         max_wait=max_wait,
@@ -334,9 +328,9 @@ def _run(
     plot: Path | None,
     as_json: bool,
 ) -> int:
+    from overfill.cli.progress import show_progress
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import errors_text, run_table, tier_table, title
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         simulation = Simulation(requests, profile, options)
@@ -365,9 +359,9 @@ def _size(
     costs: tuple[float, float],
     as_json: bool,
 ) -> int:
+    from overfill.cli.progress import show_progress
     from overfill.lab.simulate.sizing import SizeSearch
     from overfill.lab.simulate.tables import size_json, size_table
-    from overfill.telemetry.progress import show_progress
 
     with show_progress() as report:
         runs: list[tuple[int, int]] = []
@@ -388,9 +382,9 @@ def _size(
 def _compare(
     requests: list[TraceRequest], profile: Profile, options: SimulationOptions, objective: Objective, as_json: bool
 ) -> int:
+    from overfill.cli.progress import show_progress
     from overfill.lab.simulate.stack import Simulation
     from overfill.lab.simulate.tables import policy_table
-    from overfill.telemetry.progress import show_progress
 
     results = []
     with show_progress() as report:
@@ -405,7 +399,7 @@ def _compare(
     return 0
 
 
-def _scaling(profile: Profile, objective: Objective, max_workers: int | None, use_all: bool) -> ScalingConfig:
+def _scaling(profile: Profile, objective: Objective, max_workers: int | None) -> ScalingConfig:
     from overfill.routing.scaling import Bounds, ScalingConfig
 
     given: dict[str, Any] = {name: limit for name in ("ttft", "itl") if (limit := getattr(objective, name)) is not None}
@@ -415,7 +409,6 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None, us
         prefill=bounds,
         decode=bounds,
         max_total=max_workers,
-        use_all=use_all,
         prefill_rate=profile.prefill_rate,
         step=profile.decode.cost,
         max_batch=profile.decode.max_num_seqs,

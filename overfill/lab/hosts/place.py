@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from overfill.api import keys
+from overfill.api.key_file import create
 from overfill.lab.hosts.network import Host, HostNetwork
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
@@ -38,7 +38,7 @@ def place_on_hosts(plan: PlacedStack) -> Iterator[tuple[PlacedStack, dict[str, H
     ):
         certificates.make(Path(folder))
         key_file = Path(folder) / "api-keys.json"
-        api_key = keys.create(key_file, "lab")
+        api_key = create(key_file, "lab")
         addresses = {name: host.address for name, host in network.hosts.items()}
         yield replace(place(plan, addresses, Path(folder), key_file), api_key=api_key), network.hosts
 

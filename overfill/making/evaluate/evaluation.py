@@ -22,6 +22,7 @@ from overfill.making.evaluate.teacher_forced import Candidate, TeacherForced, sc
 from overfill.making.evaluate.token_metrics import Estimate, finite_or_none
 from overfill.making.identity_pair import identity_pair
 from overfill.model.manifest import Half, Pair
+from overfill.model.pair_files import load_whole
 from overfill.model.transformer import ForwardModel
 from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
@@ -107,11 +108,11 @@ def evaluate(
 
     Raises:
         InvalidRequest: there is no answer to judge, or a transcript exceeds the pair's context.
-        InvalidPair: as ``Pair.load`` with digests.
+        InvalidPair: as ``load_whole``.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    pair = Pair.load(pair_folder, check_digests=True, report=report)
+    pair = load_whole(pair_folder, digests=True, report=report)
     where = resolve_device(device)
     dtype = dtype or native_dtype(where)
     kept = scorable(transcripts)

@@ -22,7 +22,7 @@ from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.evaluation import load_model
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
-from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.model.transformer import ForwardModel
 from overfill.pair.hf_model import load_tokenizer
 from overfill.pair.llm import LLM
@@ -45,7 +45,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         threads: Number of CPU threads. None keeps torch's setting.
 
     Raises:
-        InvalidPair: as ``Pair.load`` with digests.
+        InvalidPair: as ``load_whole``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if threads is not None:
             torch.set_num_threads(threads)
-        self.pair = Pair.load(pair_folder, check_digests=True)
+        self.pair = load_whole(pair_folder, digests=True)
         self.tokenizer: Any = load_tokenizer(self.pair.full_path)
         self.max_length = min(self.pair.full_config.max_positions, self.pair.decoder_config.max_positions)
         self._device = resolve_device(device)

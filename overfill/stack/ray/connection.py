@@ -132,8 +132,8 @@ class RayConnection:
         if spec.new_secret and (count := len(_machines())) > 1:
             raise RayUnavailable(
                 f"the cluster has {count} machines, and the stack's new secret would be a file on this one only: give "
-                "--stack-secret FILE with a file that every machine has (`openssl rand -hex 32` makes a secret), or "
-                "--tls FOLDER; in a document, set stack_secret instead of new_secret, or tls"
+                "--tls FOLDER, which every machine has (`overfill certs FOLDER` makes it); in a document, set tls and "
+                "remove new_secret"
             )
 
     def deploy(self, config: dict[str, Any]) -> None:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overfill.api.chat import chat_grammar
 from overfill.api.openai import translate
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import parse
 from overfill.api.openai.schema import ChatRequest
+from overfill.api.tools_grammar import chat_grammar
 from overfill.request.grammar import check_grammar, compact
 from overfill.request.json_schemas import CannotForbid, close_objects, forbid_additional_properties
 from overfill.request.params import Grammar

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from overfill.api import keys
+from overfill.api import key_file, keys
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.cli.main import main
 from overfill.errors import InvalidRequest
@@ -22,8 +22,8 @@ def file(tmp_path):
 
 
 def test_the_file_of_keys_holds_hashes_only(file):
-    key = keys.create(file, "ci")
-    other = keys.create(file, "dev")
+    key = key_file.create(file, "ci")
+    other = key_file.create(file, "dev")
     assert key != other
     assert key not in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -36,11 +36,11 @@ def test_the_file_of_keys_holds_hashes_only(file):
 
 def test_a_changed_file_of_keys_is_loaded_and_a_damaged_one_is_not(file, monkeypatch):
     monkeypatch.setattr(reload, "RELOAD_SECONDS", 0.0)
-    key = keys.create(file, "ci")
+    key = key_file.create(file, "ci")
     ring = KeyRing(file)
-    later = keys.create(file, "later")
+    later = key_file.create(file, "later")
     assert ring.find(later).name == "later"
-    keys.revoke(file, "ci")
+    key_file.revoke(file, "ci")
     assert ring.find(key) is None
     file.write_text("{")
     assert ring.find(later).name == "later", "the last good version stays in force"
@@ -49,12 +49,12 @@ def test_a_changed_file_of_keys_is_loaded_and_a_damaged_one_is_not(file, monkeyp
 
 
 def test_names_of_keys_are_checked_and_unique(file):
-    keys.create(file, "ci")
+    key_file.create(file, "ci")
     for name in ("ci", "", "a b", "x" * 65, "ü"):
         with pytest.raises(InvalidRequest):
-            keys.create(file, name)
+            key_file.create(file, name)
     with pytest.raises(InvalidRequest):
-        keys.revoke(file, "nobody")
+        key_file.revoke(file, "nobody")
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_a_wrong_scope_is_named_with_the_valid_ones(file, capsys, given, wrong):
 
 def test_limits_of_a_key_are_kept_and_checked(tmp_path):
     path = tmp_path / "keys.json"
-    keys.create(path, "free")
-    keys.create(path, "held", rate=2.5, concurrency=3, priority=1)
+    key_file.create(path, "free")
+    key_file.create(path, "held", rate=2.5, concurrency=3, priority=1)
     free, held = keys.load(path)
     assert (free.rate, free.concurrency, free.priority) == (None, None, 0)
     assert (held.rate, held.concurrency, held.priority) == (2.5, 3, 1)
     for wrong in ({"rate": 0.0}, {"concurrency": 0}, {"priority": 3}):
         with pytest.raises(InvalidRequest) as caught:
-            keys.create(path, "other", **wrong)
+            key_file.create(path, "other", **wrong)
         assert [caught.value.field] == list(wrong)
     path.write_text(path.read_text().replace('"concurrency": 3', '"concurrency": "3"'))
     with pytest.raises(keys.BadKeyFile, match="concurrency"):
@@ -132,12 +132,12 @@ def test_limits_of_a_key_are_kept_and_checked(tmp_path):
 
 
 def test_scopes_are_kept_and_checked(file):
-    keys.create(file, "ci")
-    keys.create(file, "prometheus", scopes=["metrics"])
+    key_file.create(file, "ci")
+    key_file.create(file, "prometheus", scopes=["metrics"])
     assert [key.scopes for key in keys.load(file)] == [{Scope.INFER, Scope.STATUS}, {Scope.METRICS}]
     for wrong in (["root"], []):
         with pytest.raises(InvalidRequest):
-            keys.create(file, "x", scopes=wrong)
+            key_file.create(file, "x", scopes=wrong)
     data = json.loads(file.read_text())
     for entry in data["keys"]:
         entry["scopes"] = ["root"]
@@ -177,11 +177,11 @@ def test_tiers_of_a_key_are_kept_listed_and_checked(file, capsys):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other users")
 def test_a_changed_file_keeps_owner_group_and_mode(file):
-    keys.create(file, "ci")
+    key_file.create(file, "ci")
     os.chown(file, 10_001, 10_002)
     file.chmod(0o640)
-    keys.create(file, "other")
-    keys.revoke(file, "ci")
+    key_file.create(file, "other")
+    key_file.revoke(file, "ci")
     status = file.stat()
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (10_001, 10_002, 0o640)
     assert list(file.parent.iterdir()) == [file]
@@ -191,21 +191,21 @@ def test_a_file_whose_owner_cannot_be_kept_is_not_changed(file, monkeypatch):
     def refused(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    keys.create(file, "ci")
+    key_file.create(file, "ci")
     before = file.read_bytes()
     monkeypatch.setattr(os, "fchmod", refused)
     with pytest.raises(
         BadKeyFile, match=f"owner {os.geteuid()}:{os.getegid()} and mode 0600.*as that owner or as root"
     ):
-        keys.revoke(file, "ci")
+        key_file.revoke(file, "ci")
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file], "nothing is left behind"
 
 
 def test_a_key_that_is_revoked_while_another_is_made_stays_revoked(file, monkeypatch):
-    keys.create(file, "old")
-    load, waits, revoking = keys.load, [], threading.Thread(target=keys.revoke, args=(file, "old"))
-    flock = keys.fcntl.flock
+    key_file.create(file, "old")
+    load, waits, revoking = keys.load, [], threading.Thread(target=key_file.revoke, args=(file, "old"))
+    flock = key_file.fcntl.flock
 
     def noticing_flock(*arguments):
         if threading.current_thread() is revoking:
@@ -223,9 +223,9 @@ def test_a_key_that_is_revoked_while_another_is_made_stays_revoked(file, monkeyp
         return found
 
     at_the_lock = threading.Event()
-    monkeypatch.setattr(keys.fcntl, "flock", noticing_flock)
-    monkeypatch.setattr(keys, "load", load_then_revoke)
-    keys.create(file, "new")
+    monkeypatch.setattr(key_file.fcntl, "flock", noticing_flock)
+    monkeypatch.setattr(key_file, "load", load_then_revoke)
+    key_file.create(file, "new")
     revoking.join()
     assert [key.name for key in load(file)] == ["new"]
     assert waits, "the revocation waited for the lock"

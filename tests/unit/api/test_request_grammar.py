@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from overfill.api.chat import chat_grammar
 from overfill.api.request_grammar import tried_grammar
+from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import Grammars
+from overfill.request.trials import Trials
 from overfill.v1 import common_pb2
 from overfill.v1.inference_pb2 import Chat, GenerateRequest, ToolChoice
 
@@ -21,8 +21,8 @@ NONE = ToolChoice(mode=ToolChoice.MODE_NONE)
 
 
 @pytest.fixture
-async def grammars(tiny_pair: Path) -> AsyncIterator[Grammars]:
-    made = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1])
+async def trials(tiny_pair: Path) -> AsyncIterator[Trials]:
+    made = Trials(tiny_pair / "full" / "tokenizer.json", 512, [1])
     yield made
     made.close()
 
@@ -38,18 +38,17 @@ def request(schema: str = "", **chat: Any) -> GenerateRequest:
     return made
 
 
-async def test_the_grammar_of_tools_is_that_of_the_chat(grammars: Grammars) -> None:
+async def test_the_grammar_of_tools_is_that_of_the_chat(trials: Trials) -> None:
     asked = request(tools=[tool({"type": "object", "properties": {"a": {"type": "string"}}})])
-    assert await tried_grammar(asked, grammars) == chat_grammar(asked.chat)
+    assert await tried_grammar(asked, trials) == chat_grammar(asked.chat)
     both = request('{"type": "boolean"}', tools=[tool({})])
-    assert "answer" in (await tried_grammar(both, grammars)).text  # type: ignore[union-attr]
+    assert "answer" in (await tried_grammar(both, trials)).text  # type: ignore[union-attr]
 
 
-async def test_a_grammar_without_tools_needs_no_other(grammars: Grammars) -> None:
-    assert await tried_grammar(request('{"type": "boolean"}'), grammars) is None
+async def test_a_grammar_without_tools_needs_no_other(trials: Trials) -> None:
+    assert await tried_grammar(request('{"type": "boolean"}'), trials) is None
     assert (
-        await tried_grammar(GenerateRequest(sampling={"grammar": common_pb2.Grammar(json_object=True)}), grammars)
-        is None
+        await tried_grammar(GenerateRequest(sampling={"grammar": common_pb2.Grammar(json_object=True)}), trials) is None
     )
 
 
@@ -65,6 +64,6 @@ async def test_a_grammar_without_tools_needs_no_other(grammars: Grammars) -> Non
         (r"chat.tools\[0\].parameters", "strict tool 'f'", request(tools=[tool({"not": {}}, strict=True)])),
     ],
 )
-async def test_errors_name_the_field(grammars: Grammars, field: str, reason: str, asked: GenerateRequest) -> None:
+async def test_errors_name_the_field(trials: Trials, field: str, reason: str, asked: GenerateRequest) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}: .*{reason}"):
-        await tried_grammar(asked, grammars)
+        await tried_grammar(asked, trials)

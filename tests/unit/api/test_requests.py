@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from overfill.api.chat import added_by_template, chat_grammar, encode_chat
+from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.chat_template import ChatTemplate
 from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
+from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.routing.job import Job
 from overfill.v1.common_pb2 import SamplingParams

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from pydantic import UUID4, IPvAnyAddress, SecretStr, create_model
 
-from overfill.api.chat import chat_grammar, encode_chat
+from overfill.api.chat import encode_chat
 from overfill.api.chat_template import ChatTemplate
 from overfill.api.openai import schema, translate
 from overfill.api.openai.parse import parse
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, tools_grammar, write_calls
+from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, write_calls
+from overfill.api.tools_grammar import chat_grammar, tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
 from overfill.request.params import Grammar

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from overfill.cli.pair import pair_group
-from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 
 
 def invoke_pair(*arguments: str) -> Any:
@@ -27,7 +27,7 @@ def test_pair_build_takes_a_number_or_a_share(size: str, expected: int, tiny_pai
     sizes = ("--intermediate-size", size, "--tokens", "2000")
     result = invoke_pair("build", "--full", str(tiny_pair / "full"), *sizes, "--out", str(out))
     assert result.stdout == f"{out}\n", result.output
-    assert Pair.load(out, check_digests=True).decoder_config.intermediate_size == expected
+    assert load_whole(out, digests=True).decoder_config.intermediate_size == expected
     said = result.stderr.splitlines()
     (agreement,) = [line for line in said if line.startswith("agreement")]
     assert "100 %" in agreement if size == "1.0" else "16 held-out answers" in agreement

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from console_blocks import PAGES, ROOT, NotRun, SavedFile, Step, read
+from console_blocks import PAGES, ROOT, SavedFile, Step, read
 from console_terminal import Terminal, matches, terminals
 
 PAGE = """
@@ -49,13 +49,12 @@ def page(tmp_path: Path) -> Path:
 
 
 def test_steps_files_and_marks_are_found_in_the_order_of_the_page(page: Path) -> None:
-    serve, gpu, saved, ask, stop = read(page)
+    serve, saved, ask, stop = read(page)  # and no block that is marked as not run
     assert isinstance(serve, Step)
     assert isinstance(ask, Step)
     assert isinstance(stop, Step)
     assert (serve.terminal, serve.command) == ("Terminal 1", "server --port 1 \\\n    --quiet")
     assert (serve.output, serve.until_ctrl_c) == (["ready on port 7600"], True)
-    assert gpu == NotRun(9, ["server --device cuda"], "needs a GPU")
     assert saved == SavedFile("ask.py", 'print("answer")\n')
     assert (ask.terminal, ask.output, ask.varies, ask.until_ctrl_c) == ("Terminal 2", ["answer"], True, False)
     assert (stop.terminal, stop.command) == ("Terminal 1", "^C")

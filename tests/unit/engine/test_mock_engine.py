@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolDefinition, tools_grammar, write_calls
+from overfill.api.tools import ToolDefinition, write_calls
+from overfill.api.tools_grammar import tools_grammar
 from overfill.engine.load import load_colocated, load_engine
 from overfill.engine.mock.options import ANSWER, MockOptions
 from overfill.engine.mock.script import Script
@@ -43,7 +44,7 @@ PROMPT = [5, 6, 7]
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair.load(resolve_pair("mock"), weights=False)
+    return Pair.load(resolve_pair("mock"))
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 
 @pytest.fixture
 async def worker(monkeypatch):
-    monkeypatch.setattr("overfill.kv.receiver._SMALL", 0)  # no transfer is too small for shared memory
+    monkeypatch.setattr("overfill.kv.receiver.MAX_KV_AT_ONCE", 0)  # all KV is pulled
     servicer = Prefill()
     servicer.shm_server.start()
     server = RpcServer()

@@ -19,7 +19,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import checkpoint_digest
 from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import load_weights
-from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 
 CHATS = [
     Conversation(
@@ -51,7 +51,7 @@ def test_a_built_decoder_runs_in_plain_transformers(architecture: Architecture, 
     scores = Scores.load(pair.folder / SCORES_FILE, checkpoint_digest(full))
     assert scores is not None
     assert scores.neurons.shape == (4, 128)
-    Pair.load(pair.folder, check_digests=True)
+    load_whole(pair.folder, digests=True)
 
 
 def test_the_type_of_the_elements_stays(tmp_path: Path, tiny_pair: Path) -> None:

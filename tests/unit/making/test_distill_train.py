@@ -20,6 +20,7 @@ from overfill.making.distill.schedule import learning_rate
 from overfill.making.distill.train import Diverged, Run, run_folder
 from overfill.making.pair_json import write_manifest
 from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair.reference import TwoStageReference
 from overfill.process.compiled import find_compiler
 
@@ -84,7 +85,7 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pai
     assert last < 0.7 * first
     assert pair.full_digest == Pair.load(tiny_pair).full_digest
     assert (out / "full").is_symlink()
-    Pair.load(out, check_digests=True)
+    load_whole(out, digests=True)
     assert pair.recipe["method"] == "random"
     facts = pair.recipe["distill"]
     assert (facts["steps_done"], facts["learning_rate"], facts["standalone"]) == (30, 3e-3, False)

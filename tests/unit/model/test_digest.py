@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from overfill.errors import InvalidPair
 from overfill.making.finite import check_finite
-from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors, tokenizer_digest
+from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors
+from overfill.model.manifest import tokenizer_digest
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

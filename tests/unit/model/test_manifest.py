@@ -13,12 +13,13 @@ from overfill.errors import Incompatible, InvalidPair, UnsupportedModel
 from overfill.kv.handshake import check_compatible
 from overfill.making.pair_json import write_manifest
 from overfill.model.manifest import Pair, check_family
+from overfill.model.pair_files import load_whole
 
 Edit = Callable[[dict[str, Any]], object]
 
 
 def test_a_manifest_is_read_back(tiny_pair: Path) -> None:
-    pair = Pair.load(tiny_pair, check_digests=True)
+    pair = load_whole(tiny_pair, digests=True)
     assert (pair.name, pair.layer_map) == ("tiny", (0, 1, 2, 3))
     assert (pair.full_path, pair.decoder_path) == (tiny_pair / "full", tiny_pair / "decoder")
     assert pair.full_config.intermediate_size == 128
@@ -111,14 +112,14 @@ def test_a_missing_or_malformed_file_is_named(
     folder = fresh()
     damage(folder)
     with pytest.raises(InvalidPair, match=message):
-        Pair.load(folder)
+        load_whole(folder)
 
 
 def test_a_router_s_pair_needs_no_weights(fresh: Callable[[], Path]) -> None:
     whole = Pair.load(fresh())
     for weights in whole.folder.rglob("*.safetensors"):
         weights.unlink()
-    assert Pair.load(whole.folder, weights=False) == whole
+    assert Pair.load(whole.folder) == whole
 
 
 @pytest.mark.parametrize("half", ["full", "decoder"])
@@ -130,7 +131,7 @@ def test_a_flipped_bit_is_found_when_digests_are_checked(half: str, fresh: Calla
     file.write_bytes(content)
     Pair.load(folder)
     with pytest.raises(InvalidPair, match=rf"{half}\.digest"):
-        Pair.load(folder, check_digests=True)
+        load_whole(folder, digests=True)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_a_worker_may_load_the_decoder_in_another_format(fresh: Callable[[], Pat
 def with_other_epsilon(half: str, fresh: Callable[[], Path]) -> Pair:
     folder = fresh()
     edit(folder / half / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
-    return Pair.load(folder, check_digests=True)
+    return load_whole(folder, digests=True)
 
 
 def test_full_models_of_different_configs_exchange_no_kv(tiny_pair: Path, fresh: Callable[[], Path]) -> None:

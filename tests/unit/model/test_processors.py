@@ -147,10 +147,13 @@ def test_a_row_that_fails_leaves_the_others_alone(grammars: Grammars) -> None:
     assert torch.equal(logits[1], alone[0])
 
 
-def test_tokens_that_break_the_grammar_are_an_error(grammars: Grammars) -> None:
+def test_resumed_tokens_that_do_not_fit_the_grammar_are_named_as_the_fault(grammars: Grammars) -> None:
     processor = new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
     letter = 40  # some letter or sign; no digit
-    assert list(process(random_logits(1), [processor], [[letter, letter]])) == [0]
+    (error,) = process(random_logits(1), [processor], [[letter, letter]]).values()
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "resume_token_ids"
+    assert f"token {letter} at index 0 does not fit sampling.grammar" in str(error)
 
 
 @pytest.mark.parametrize(

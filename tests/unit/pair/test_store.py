@@ -12,7 +12,7 @@ import pytest
 
 from overfill.errors import InvalidPair
 from overfill.making.seal import record_checksums
-from overfill.model.manifest import Pair
+from overfill.model.pair_files import load_whole
 from overfill.pair import store
 from overfill.pair.checksums import checksums_match
 
@@ -70,7 +70,7 @@ def test_another_process_prepares_a_named_pair_and_a_ready_one_is_found_without_
     assert first[-1:] == again == [str(store.pair_folder("identity"))]
     assert all(line.startswith("Preparing the pair identity (once): ") for line in first[:-1])
     assert len(first) > 1
-    assert Pair.load(Path(again[0]), check_digests=True).identity
+    assert load_whole(Path(again[0]), digests=True).identity
 
 
 def test_a_preparation_that_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

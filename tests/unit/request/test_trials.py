@@ -21,7 +21,7 @@ from overfill.request.fair_permits import FairPermits
 from overfill.request.grammar import GrammarFailed, Grammars, Matcher
 from overfill.request.grammar_limits import GrammarLimits
 from overfill.request.params import Grammar
-from overfill.request.trials import WAITING
+from overfill.request.trials import WAITING, Trials
 
 
 def chain(links: int, how: str) -> str:
@@ -62,96 +62,96 @@ BOMBS = {
 
 
 @pytest.fixture
-async def grammars(tiny_pair: Path) -> AsyncIterator[Grammars]:
-    made = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1])
+async def trials(tiny_pair: Path) -> AsyncIterator[Trials]:
+    made = Trials(tiny_pair / "full" / "tokenizer.json", 512, [1])
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("name", BOMBS)
-async def test_a_bomb_is_refused_and_costs_its_trial_only(grammars: Grammars, name: str) -> None:
+async def test_a_bomb_is_refused_and_costs_its_trial_only(trials: Trials, name: str) -> None:
     kind, text, reason = BOMBS[name]
     with pytest.raises(InvalidRequest, match=f"^sampling.grammar.{kind}: .*{reason}"):
-        await grammars.try_text(kind, text)
-    helper = grammars.helper_pid
+        await trials.try_text(kind, text)
+    helper = trials.helper_pid
     with pytest.raises(InvalidRequest, match=reason):
-        await grammars.try_text(kind, text)
-    assert await grammars.try_text("regex", "[0-9]{3}") >= 0
-    assert grammars.helper_pid == helper
+        await trials.try_text(kind, text)
+    assert await trials.try_text("regex", "[0-9]{3}") >= 0
+    assert trials.helper_pid == helper
 
 
 async def test_a_slow_grammar_ends_at_its_cpu_time(tiny_pair: Path) -> None:
     limits = GrammarLimits(memory=1 << 30, seconds=1)
-    grammars = Grammars(tiny_pair / "full" / "tokenizer.json", 512, [1], limits)
+    trials = Trials(tiny_pair / "full" / "tokenizer.json", 512, [1], limits)
     with pytest.raises(InvalidRequest, match="takes more than 1 s of CPU time"):
-        await grammars.try_text("json_schema", PRODUCT)
-    grammars.close()
+        await trials.try_text("json_schema", PRODUCT)
+    trials.close()
 
 
-async def test_verdicts_are_remembered(grammars: Grammars) -> None:
+async def test_verdicts_are_remembered(trials: Trials) -> None:
     kind, text, reason = BOMBS["product of automata"]
-    await grammars.try_text("regex", "a|b")
+    await trials.try_text("regex", "a|b")
     with pytest.raises(InvalidRequest, match=reason):
-        await grammars.try_text(kind, text)
-    os.kill(grammars.helper_pid or 0, signal.SIGSTOP)  # no trial can end now
-    await grammars.try_text("regex", "a|b")
+        await trials.try_text(kind, text)
+    os.kill(trials.helper_pid or 0, signal.SIGSTOP)  # no trial can end now
+    await trials.try_text("regex", "a|b")
     with pytest.raises(InvalidRequest, match=reason):
-        await grammars.try_text(kind, text, "another client")
-    assert await grammars.try_text("json_object", "") == 0
+        await trials.try_text(kind, text, "another client")
+    assert await trials.try_text("json_object", "") == 0
 
 
-async def test_bombs_of_one_client_do_not_delay_another(grammars: Grammars) -> None:
+async def test_bombs_of_one_client_do_not_delay_another(trials: Trials) -> None:
     bombs = [
-        asyncio.ensure_future(grammars.try_text("json_schema", PRODUCT.replace("]", f', {{"maxLength": {i}}}]'), "one"))
+        asyncio.ensure_future(trials.try_text("json_schema", PRODUCT.replace("]", f', {{"maxLength": {i}}}]'), "one"))
         for i in range(900, 905)
     ]
     await asyncio.sleep(0)
-    await grammars.try_text("regex", "x{5}", "other")
-    await grammars.try_text("regex", "y{5}", "other")
+    await trials.try_text("regex", "x{5}", "other")
+    await trials.try_text("regex", "y{5}", "other")
     assert sum(bomb.done() for bomb in bombs) < len(bombs)
     for bomb in bombs:
         bomb.cancel()
     await asyncio.wait(bombs)
 
 
-async def test_one_client_may_have_only_so_many_trials_waiting(grammars: Grammars) -> None:
-    many = [asyncio.ensure_future(grammars.try_text("regex", f"x{{{i}}}", "one")) for i in range(WAITING + 2)]
+async def test_one_client_may_have_only_so_many_trials_waiting(trials: Trials) -> None:
+    many = [asyncio.ensure_future(trials.try_text("regex", f"x{{{i}}}", "one")) for i in range(WAITING + 2)]
     outcomes = await asyncio.gather(*many, return_exceptions=True)
     refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
     assert len(refused) == 1
     assert len([outcome for outcome in outcomes if isinstance(outcome, float)]) == WAITING + 1
 
 
-async def test_a_dead_helper_is_replaced_and_its_trials_are_repeated(grammars: Grammars) -> None:
-    await grammars.try_text("regex", "a")
-    first = grammars.helper_pid
+async def test_a_dead_helper_is_replaced_and_its_trials_are_repeated(trials: Trials) -> None:
+    await trials.try_text("regex", "a")
+    first = trials.helper_pid
     assert first is not None
     os.kill(first, signal.SIGSTOP)
-    trial = asyncio.ensure_future(grammars.try_text("regex", "b"))
+    trial = asyncio.ensure_future(trials.try_text("regex", "b"))
     await asyncio.sleep(0)
     os.kill(first, signal.SIGKILL)
     assert await trial >= 0
-    assert grammars.helper_pid not in (None, first)
+    assert trials.helper_pid not in (None, first)
 
 
-async def test_a_cancelled_trial_goes_on_and_frees_its_turn(grammars: Grammars) -> None:
+async def test_a_cancelled_trial_goes_on_and_frees_its_turn(trials: Trials) -> None:
     kind, text, reason = BOMBS["product of automata"]
-    trial = asyncio.ensure_future(grammars.try_text(kind, text, "one"))
-    waiting = asyncio.ensure_future(grammars.try_text("regex", "ab", "one"))
+    trial = asyncio.ensure_future(trials.try_text(kind, text, "one"))
+    waiting = asyncio.ensure_future(trials.try_text("regex", "ab", "one"))
     await asyncio.sleep(0)
     trial.cancel()
     waiting.cancel()
     await asyncio.wait([trial, waiting])
-    assert await grammars.try_text("regex", "abc", "one") >= 0
-    os.kill(grammars.helper_pid or 0, signal.SIGSTOP)
+    assert await trials.try_text("regex", "abc", "one") >= 0
+    os.kill(trials.helper_pid or 0, signal.SIGSTOP)
     with pytest.raises(InvalidRequest, match=reason):
-        await grammars.try_text(kind, text)
+        await trials.try_text(kind, text)
 
 
-async def test_the_helper_has_no_port_and_no_secrets(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_helper_has_no_port_and_no_secrets(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_API_KEY", "hidden")
-    await grammars.try_text("regex", "a")
-    helper = psutil.Process(grammars.helper_pid)
+    await trials.try_text("regex", "a")
+    helper = psutil.Process(trials.helper_pid)
     assert not helper.net_connections("inet")
     assert "hidden" not in helper.environ().values()
     assert helper.num_threads() == 1
@@ -160,17 +160,17 @@ async def test_the_helper_has_no_port_and_no_secrets(grammars: Grammars, monkeyp
 PARENT = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from overfill.request.grammar import Grammars
+from overfill.request.trials import Trials
 
 async def main():
-    grammars = Grammars(Path(sys.argv[1]), 512, [1])
-    await grammars.try_text("regex", "a")
-    trial = asyncio.ensure_future(grammars.try_text("json_schema", sys.argv[2]))
-    while not os.listdir(f"/proc/{grammars.helper_pid}/task") or trial.done():
+    trials = Trials(Path(sys.argv[1]), 512, [1])
+    await trials.try_text("regex", "a")
+    trial = asyncio.ensure_future(trials.try_text("json_schema", sys.argv[2]))
+    while not os.listdir(f"/proc/{trials.helper_pid}/task") or trial.done():
         await asyncio.sleep(0)
-    print(grammars.helper_pid, flush=True)
+    print(trials.helper_pid, flush=True)
     if sys.argv[4] == "stopped":
-        os.kill(grammars.helper_pid, signal.SIGSTOP)
+        os.kill(trials.helper_pid, signal.SIGSTOP)
     os.kill(os.getpid(), getattr(signal, sys.argv[3]))
     await trial
 
@@ -195,11 +195,11 @@ def test_the_helper_ends_with_its_parent(tiny_pair: Path, end: str, state: str) 
     assert not alive
 
 
-async def test_realistic_grammars_pass(grammars: Grammars) -> None:
+async def test_realistic_grammars_pass(trials: Trials) -> None:
     made = dict(realistic_grammars())
     assert len(made) > 90
     for name, grammar in made.items():
-        await grammars.try_text(grammar.kind, grammar.text, name)
+        await trials.try_text(grammar.kind, grammar.text, name)
 
 
 def test_an_ambiguous_grammar_fails_before_its_steps_take_long(tiny_pair: Path) -> None:

@@ -11,6 +11,7 @@ from overfill.routing.affinity import NUM_LEAST_LOADED
 from overfill.routing.conditional import Conditional
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
+from overfill.routing.pool_invariant import check_pool
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.v1 import decode_pb2, registry_pb2
@@ -52,7 +53,7 @@ class Stack:
         return job
 
     def order(self, prompt, decode=None, keys=None):
-        self.roster.prefill.check(0.0)
+        check_pool(self.roster.prefill, 0.0)
         return [worker.id for worker in self.roster.prefill.policy.best(self.job(prompt, decode, keys))]
 
 
@@ -167,6 +168,6 @@ def test_the_order_is_that_of_its_definition(names, reports, placements, prompt,
     for name, tokens in placements:
         if (worker := pool.get(name)) is not None and worker.admissible(0.0):
             pool.place(worker, tokens)
-    pool.check(0.0)
+    check_pool(pool, 0.0)
     job = stack.job(prompt, decode, prompt_keys)
     assert list(pool.policy.best(job)) == plain_order(stack, job, short)

@@ -173,11 +173,12 @@ def test_a_decode_worker_that_answers_nothing_gets_no_more_until_it_answers(two_
     assert ("next", "a") in placed(dispatcher.poll(6.0))
 
 
-def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(dispatcher, add):
+def test_no_decode_worker_is_assigned_while_no_prefill_slot_would_be_free(roster, dispatcher, add):
     decode = add("d0")
     prefill = add("p0", PREFILL, credits=1)
     a, b = job("a"), job("b")
     assert place(dispatcher, 0.0, a, b) == [("a", "d0")], "the only slot is reserved for a"
+    assert dispatcher.queued(roster.prefill) == 1
     assert reserve(dispatcher, a) == [("a", "p0")]
     assert (decode.in_flight, prefill.in_flight) == (1, 1)
     dispatcher.prefill_done(a)
@@ -386,8 +387,10 @@ def test_small_requests_pass_a_blocked_one_until_it_has_waited_too_long(roster, 
     assert place(dispatcher, 5.0, job("c", prompt=40), job("d", prompt=8)) == [("d", "tiny")], (
         "d0 is kept for the large one; tiny would not fit it"
     )
+    roster.decode[DEFAULT_TIER].remove(roster.find("tiny"))
+    assert place(dispatcher, 5.0, job("e", prompt=8)) == []
     roster.decode[DEFAULT_TIER].report(worker, make_report(used=10, total=100), 6.0)
-    assert placed(dispatcher.poll(6.0)) == [("large", "d0"), ("c", "d0")]
+    assert placed(dispatcher.poll(6.0)) == [("large", "d0"), ("c", "d0"), ("e", "d0")]
 
 
 def test_requests_are_rejected_when_a_stage_stays_empty(dispatcher, add):

@@ -9,6 +9,7 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
 from overfill.routing.pool import Roster
+from overfill.routing.pool_invariant import check_pool
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.settings.config import RouterConfig
@@ -84,6 +85,7 @@ def test_of_two_drawn_workers_the_less_loaded_is_chosen(add_worker):
     chosen = [choose(pool).id for _ in range(200)]
     assert len(set(chosen)) > 5, "the draws differ"
     assert "d9" not in chosen, "the most loaded worker loses every comparison"
+    assert len(set(pool.policy.best(make_job("a", 10, 10)))) == 10, "the others follow"
 
 
 # Prefix affinity ---------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_workers_of_other_block_sizes_are_compared_by_cached_tokens(affinity, ma
     assert pool.policy.placed(make_job("a", 96, 10, block_keys=prompt), coarse) == 64
     tell(affinity, fine, make_report, keys(1, 2, 3, 4, 5))
     assert choose(pool, 96, prompt) is fine
-    pool.check(0.0)
+    check_pool(pool, 0.0)
 
 
 def test_a_promise_counts_in_the_block_size_of_its_worker(affinity, make_report):
@@ -179,7 +181,7 @@ def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affin
     tell(affinity, pool.get("p2"), make_report, prompt)
     pool.remove(pool.get("p2"))
     assert choose(pool, 40, prompt).id == "p0"
-    pool.check(0.0)
+    check_pool(pool, 0.0)
 
 
 def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(affinity):

@@ -192,6 +192,14 @@ def test_a_hello_becomes_the_workers_description():
         ({"kv": common_pb2.KvSpec()}, "hello.kv.dtype"),
         ({"startup_seconds": -1.0}, "hello.startup_seconds"),
         ({"startup_seconds": float("nan")}, "hello.startup_seconds"),
+        ({"startup_seconds": 86_401.0}, "hello.startup_seconds"),
+        ({"worker_id": "p" * 257}, "hello.worker_id"),
+        ({"worker_id": "p0\nINFO"}, "hello.worker_id"),
+        ({"engine": "e" * 257}, "hello.engine"),
+        ({"metrics_address": "h" * 257}, "hello.metrics_address"),
+        ({"max_model_len": (1 << 30) + 1}, "hello.max_model_len"),
+        ({"vocab_size": (1 << 30) + 1}, "hello.vocab_size"),
+        ({"max_num_seqs": (1 << 20) + 1}, "hello.max_num_seqs"),
     ],
 )
 def test_an_invalid_hello_is_refused_by_field(change, field):

@@ -177,9 +177,10 @@ class Routing(RuleBasedStateMachine):
         self.workers += workers
         return workers
 
-    def report(self, workers, credits=3, *, total=40, ready=True, draining=False, prefix=None):
+    def report(self, workers, credits=3, *, total=40, used=0, ready=True, draining=False, prefix=None):
         for worker in workers:
-            load = decode_pb2.WorkerLoad(kv_blocks_total=total, block_size=BLOCK, running=worker.in_flight)
+            load = decode_pb2.WorkerLoad(kv_blocks_total=total, kv_blocks_used=used, block_size=BLOCK)
+            load.running = worker.in_flight
             report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
             self.async_dispatcher.report(worker, report)
 
@@ -218,15 +219,16 @@ class Routing(RuleBasedStateMachine):
         restarted=st.booleans(),
         credits=st.integers(0, 3),
         total=st.sampled_from([40, 4, 60]),
+        used=st.sampled_from([0, 0, 3, 35]),
         ready=st.sampled_from([True, True, True, False]),
         draining=st.sampled_from([False, False, False, True]),
     )
-    def worker_reports(self, name, restarted, credits, total, ready, draining):
+    def worker_reports(self, name, restarted, credits, total, used, ready, draining):
         workers = self.roster.find_all(name)
         if not workers or restarted:
             self.act(self.break_streams, name)
             workers = self.act(self.join, name, next(self.numbers) + 1)
-        self.act(self.report, workers, credits, total=total, ready=ready, draining=draining)
+        self.act(self.report, workers, credits, total=total, used=min(used, total), ready=ready, draining=draining)
 
     @rule(name=st.sampled_from(NAMES), dies=st.booleans())
     def worker_leaves(self, name, dies):

@@ -209,6 +209,8 @@ def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals
         signals.read(float(second))
     signals.finished(finished(decode=15.0), 20.0)  # five seconds beside nine others, ten seconds alone
     assert signals.read(20.0)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15)
+    signals.finished(finished(decode=0.5), 20.5)  # alone, since the last reading
+    assert signals.read(20.5)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15 + 1)
 
 
 def test_jobs_that_wait_for_a_decode_worker_are_no_work_for_prefill(roster, add_worker):

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.api.keys import KeyRing
 from overfill.client import AsyncClient
 from overfill.rpc.access import RPCS, AccessPolicy, caller

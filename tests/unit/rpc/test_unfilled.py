@@ -4,12 +4,17 @@ import pytest
 
 from overfill.errors import Incompatible
 from overfill.rpc import unfilled
+from overfill.rpc.worker import check_start
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 
 ADAPTER = registry_pb2.AdapterList(adapters=[common_pb2.Adapter(name="a", digest="d")])
 HELLO = registry_pb2.Hello(worker_id="w")
 START = decode_pb2.StartDecode(request_id="r", prompt_token_ids=[1, 2, 3])
 PREFILL = prefill_pb2.StartPrefill(request_id="r", prompt_token_ids=[1, 2, 3])
+
+
+def check(start):
+    check_start(start, HELLO, draining=False)
 
 
 def with_fields(message, **fields):
@@ -28,15 +33,15 @@ def with_fields(message, **fields):
             ("hello.model.revision",),
         ),
         (unfilled.check_report, registry_pb2.Report(adapters=ADAPTER), ("report.adapters",)),
-        (unfilled.check_start, with_fields(START, answer_start=0), ("answer_start",)),
-        (unfilled.check_start, with_fields(START, answer_start=2), ("answer_start",)),
-        (unfilled.check_start, with_fields(START, adapter_digest="d"), ("adapter_digest",)),
+        (check, with_fields(START, answer_start=0), ("answer_start",)),
+        (check, with_fields(START, answer_start=2), ("answer_start",)),
+        (check, with_fields(START, adapter_digest="d"), ("adapter_digest",)),
         (
-            unfilled.check_start,
+            check,
             with_fields(START, answer_start=2, adapter_digest="d"),
             ("answer_start", "adapter_digest"),
         ),
-        (unfilled.check_start, with_fields(PREFILL, answer_start=2), ("answer_start",)),
+        (check, with_fields(PREFILL, answer_start=2), ("answer_start",)),
     ],
 )
 def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, message, names):
@@ -51,9 +56,9 @@ def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, messa
     [
         (unfilled.check_hello, HELLO),
         (unfilled.check_report, registry_pb2.Report(credits=1)),
-        (unfilled.check_start, START),
-        (unfilled.check_start, with_fields(START, answer_start=3)),
-        (unfilled.check_start, with_fields(PREFILL, answer_start=3)),
+        (check, START),
+        (check, with_fields(START, answer_start=3)),
+        (check, with_fields(PREFILL, answer_start=3)),
     ],
 )
 def test_defaults_are_accepted(check, message):

@@ -14,13 +14,16 @@ from overfill.errors import InvalidRequest, Overloaded, TransferFailed
 from overfill.kv import stall
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
+from overfill.kv.chunks import check
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import parse_message
 from overfill.model.steps import SampledToken
 from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, registry_pb2
+from services.prefill import servicer as prefill_servicer
 from services.prefill.servicer import PrefillServicer
 
 KV = KvSpec(2, 1, 4, "float32", RopeSpec())
@@ -135,10 +138,68 @@ async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(ben
     lease.sender.acknowledge(KvRange(0, 2, 0, 4, 0, 1))
     responses = [response async for response in bench.servicer._serve(lease, False)]
     parts = [{part.name for part, _ in response.ListFields()} for response in responses]
-    assert parts == [{"scheduled", "done"} | ({"first_token"} if first else set())]
+    assert parts == [{"scheduled"} | ({"first_token"} if first else set())]
     value = bench.servicer._metrics.registry.get_sample_value
     assert value("overfill_prefill_compute_seconds_count") == 1
     assert value("overfill_prefill_compute_seconds_sum") == 2
+
+
+def at_once(servicer, **options):
+    return asyncio.ensure_future(servicer.PrefillAtOnce(start(**options), None))
+
+
+async def compute(servicer):
+    """Reports the only prompt as computed."""
+    await until(lambda: servicer.active)
+    (lease,) = servicer._leases.values()
+    lease.received_ns = 0
+    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
+    for layer in (0, 1):
+        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
+    lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 0))
+    return lease
+
+
+async def test_a_little_kv_comes_at_once_with_the_first_token(bench):
+    bench.cache.go_on.set()
+    answer = at_once(bench.servicer)
+    lease = await compute(bench.servicer)
+    response = await answer
+    assert list(response.first_token.ids) == [7]
+    (chunk,) = parse_message(response.kv)
+    assert check(lease.spec, chunk) == KvRange(0, 2, 0, 4, 0, 1)
+    await until(lambda: bench.releases)
+
+
+async def test_blocks_are_released_after_kv_at_once_has_been_read(bench):
+    answer = at_once(bench.servicer)
+    await compute(bench.servicer)
+    await asyncio.to_thread(bench.cache.reading.wait, 5)
+    answer.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not bench.releases
+    bench.cache.go_on.set()
+    await until(lambda: bench.releases)
+    assert bench.releases == [0]
+    assert answer.cancelled()
+
+
+async def test_an_answer_of_one_token_gets_no_kv(bench, monkeypatch):
+    monkeypatch.setattr(prefill_servicer, "MAX_KV_AT_ONCE", 0)
+    answer = at_once(bench.servicer, without_kv=True)
+    await compute(bench.servicer)
+    response = await answer
+    assert list(response.first_token.ids) == [7]
+    assert not response.kv
+    await until(lambda: bench.releases)
+
+
+async def test_kv_that_is_too_large_to_come_at_once_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(prefill_servicer, "MAX_KV_AT_ONCE", 4 * KV.token_bytes - 1)
+    with pytest.raises(InvalidRequest, match=f"{4 * KV.token_bytes} bytes of KV"):
+        await at_once(bench.servicer)
+    await until(lambda: bench.releases)
 
 
 async def test_released_kv_does_not_stall(bench, monkeypatch):

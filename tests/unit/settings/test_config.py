@@ -85,6 +85,7 @@ def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> No
         (["--block-size", "0"], "BLOCK_SIZE): must be a whole number of at least 1, got '0'"),
         (["--dtype", "int8"], "DTYPE): must be float32, bfloat16 or float16, got 'int8'"),
         (["--device", "tpu"], "DEVICE): must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--worker-id", "w" * 257], "WORKER_ID): must be at most 256 printable characters, got 'www"),
         (["--routers", "somewhere"], "HOST:PORT"),
         (["--port", "70000"], "PORT): must be a whole number from 0 to 65535, got '70000'"),
         (["--metrics-port", "on"], "METRICS_PORT): must be a whole number from 0 to 65535, or off, got 'on'"),

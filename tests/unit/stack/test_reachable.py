@@ -38,6 +38,6 @@ def test_a_new_secret_does_not_lie_on_one_of_several_machines(monkeypatch: pytes
     monkeypatch.setattr(connection, "_machines", lambda: [{}])
     joined.check_secret(made)
     monkeypatch.setattr(connection, "_machines", lambda: [{}, {}])
-    with pytest.raises(connection.RayUnavailable, match=r"the cluster has 2 machines.*--stack-secret FILE"):
+    with pytest.raises(connection.RayUnavailable, match=r"the cluster has 2 machines.*--tls FOLDER"):
         joined.check_secret(made)
     joined.check_secret(made.model_copy(update={"new_secret": False}))

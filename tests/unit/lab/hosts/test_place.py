@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from described import placed
 
-from overfill.api import keys
+from overfill.api import key_file as keys
 from overfill.lab.hosts.place import place
 from overfill.rpc import certificates
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from overfill.telemetry import progress
-from overfill.telemetry.progress import LINE_SECONDS, progress_lines, show_progress
+from overfill.cli import progress
+from overfill.cli.progress import LINE_SECONDS, progress_lines, show_progress
 
 
 def test_lines_report_a_step_s_start_end_and_progress_now_and_then() -> None:

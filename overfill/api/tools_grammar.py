@@ -1,0 +1,174 @@
+"""Makes the grammar of answers that may call tools, and tries it, in the process of a trial (``request.trials``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from overfill.api.chat import read_tools, tool_choice
+from overfill.api.tools import ARGUMENTS, BEGIN, HEAD, TAIL, Mode, ToolDefinition
+from overfill.errors import InvalidRequest
+from overfill.request.grammar import check_grammar, compact
+from overfill.request.params import Grammar
+from overfill.request.trial import Bench
+from overfill.v1 import inference_pb2
+
+# Keywords of JSON Schema whose values are objects with a schema for each name, and those whose values are not schemas.
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"enum", "const", "default", "example", "examples"})
+
+
+def try_tools(payload: bytes, bench: Bench) -> bytes:
+    """Makes the grammar of the tools in ``payload``, a GenerateRequest, and tries it. Runs in a trial.
+
+    Returns:
+        The grammar, in Lark; nothing if the tools must not be called.
+    """
+    request = inference_pb2.GenerateRequest.FromString(payload)
+    answer = Grammar.from_proto(request.sampling.grammar) if request.sampling.HasField("grammar") else None
+    if answer is not None:
+        check_grammar(answer)
+    made = chat_grammar(request.chat, answer)
+    if made is None:
+        return b""
+    try:
+        bench.try_grammar(made)
+    except InvalidRequest as error:
+        raise InvalidRequest("chat.tools", str(error).removeprefix(f"{error.field}: ")) from error
+    return made.text.encode()
+
+
+def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> Grammar | None:
+    """A checked grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
+
+    Of tools that are not strict, it leaves out what llguidance cannot enforce.
+
+    Args:
+        answer: Grammar of answers that call no tools, of kind "json_object" or "json_schema"; None allows any text.
+    """
+    mode, name = tool_choice(chat)
+    if mode == "none":
+        return None
+    schema = None
+    if answer is not None:
+        if answer.kind not in ("json_object", "json_schema"):
+            raise InvalidRequest(
+                f"sampling.grammar.{answer.kind}",
+                "cannot be combined with tools; give a JSON schema, or set the choice of tools to none",
+            )
+        schema = json.loads(answer.text) if answer.text else {"type": "object"}
+    tools = {index: tool for index, tool in enumerate(read_tools(chat)) if name in ("", tool.name)}
+
+    def grammar() -> Grammar:
+        text = tools_grammar(list(tools.values()), mode, single=chat.single_tool_call, answer=schema)
+        check_grammar(made := Grammar("lark", text))
+        return made
+
+    with suppress(InvalidRequest):  # checks tools one by one only if it has to
+        return grammar()
+    for index, tool in tools.items():
+        try:
+            tools[index] = enforceable(tool)
+        except InvalidRequest as error:
+            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {_reason(error)}"
+            raise InvalidRequest(f"chat.tools[{index}].parameters", reason) from error
+    try:
+        return grammar()
+    except InvalidRequest as error:
+        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {_reason(error)}") from error
+
+
+def _reason(error: InvalidRequest) -> str:
+    return str(error).removeprefix(f"{error.field}: ")
+
+
+def tools_grammar(
+    tools: Sequence[ToolDefinition], mode: Mode, *, single: bool, answer: Mapping[str, Any] | None = None
+) -> str:
+    """A Lark grammar of answers that call ``tools``.
+
+    Args:
+        mode: "auto" allows text, then calls; "required" allows calls only.
+        single: Whether an answer may have at most one call.
+        answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
+            calls without text before them: a model that begins with other text could not end its answer without a call.
+    """
+    functions = [f"{json.dumps(tool.name + ARGUMENTS)} %json {json.dumps(_arguments(tool))}" for tool in tools]
+    more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
+    start = f"{json.dumps(BEGIN)} body{more}"
+    if mode == "auto":
+        start = f"TEXT | first{more}" if answer is None else f"answer | {start}"
+    lines = [
+        "%llguidance {}",
+        f"start: {start}",
+        f"body: {json.dumps(HEAD.removeprefix(BEGIN))} function {json.dumps(TAIL)}",
+        "function: " + " | ".join(f"function_{i}" for i in range(len(functions))),
+        *(f"function_{i}: {function}" for i, function in enumerate(functions)),
+    ]
+    if mode == "auto" and answer is not None:
+        lines.append(f"answer: %json {json.dumps(compact(dict(answer)))}")
+    elif mode == "auto":
+        lines += [
+            "first: trigger body",
+            f"trigger[lazy]: TEXT {json.dumps(BEGIN)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def enforceable(tool: ToolDefinition) -> ToolDefinition:
+    """``tool`` with as much of its schema as a grammar can enforce.
+
+    Tries, in this order: the whole schema; the schema without the patterns that no grammar can enforce; the schema
+    without any pattern. If none works, the arguments are any object.
+
+    Raises:
+        InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.
+    """
+    choices: Sequence[Callable[[str], bool]] = (lambda _: False, _unenforceable, lambda _: True)
+    for unwanted in choices:
+        candidate = replace(tool, parameters=_without_patterns(tool.parameters, unwanted))
+        try:
+            check_grammar(Grammar.json_schema(_arguments(candidate)))
+        except InvalidRequest:
+            if tool.strict:
+                raise
+        else:
+            return candidate
+    return replace(tool, parameters={"type": "object"})
+
+
+def _unenforceable(pattern: str) -> bool:
+    try:
+        check_grammar(Grammar.json_schema({"type": "string", "pattern": pattern}))
+    except InvalidRequest:
+        return True
+    return False
+
+
+def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]) -> dict[str, Any]:
+    """A copy of ``schema`` without its ``unwanted`` patterns."""
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    parts: list[Any] = [copy]
+    while parts:  # a recursive function would fail at deep schemas
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            if isinstance(pattern := part.get("pattern"), str) and unwanted(pattern):
+                del part["pattern"]
+            for keyword, value in part.items():
+                if keyword in _SCHEMAS_BY_NAME and isinstance(value, dict):
+                    parts += value.values()
+                elif keyword not in _VALUES:
+                    parts.append(value)
+    return copy
+
+
+def _arguments(tool: ToolDefinition) -> dict[str, Any]:
+    """The schema of the arguments, for llguidance."""
+    # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
+    return compact({**(tool.parameters or {"properties": {}}), "type": "object"}, lenient=not tool.strict)
