@@ -32,7 +32,7 @@ def up(cluster: Cluster, tiny_pair: Path) -> Iterator[Up]:
     """Two workers per stage in float32, small enough that the other machines can take over a lost machine's workers."""
     running = Up(
         *("--prefill=2", "--decode=2", "--router=1", "--worker-cpus=0.3", "--dtype=float32", "--kv-memory=4MiB"),
-        *("--grace-period=2", "--max-model-len=512", f"--pair={tiny_pair}", f"--address={cluster.address}"),
+        *("--grace-period=2", "--max-model-len=512", f"--pair={tiny_pair}", f"--ray-address={cluster.address}"),
     )
     running.wait_ready()
     yield running

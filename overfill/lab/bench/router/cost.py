@@ -122,7 +122,7 @@ def _measure_saturation(
             into.add("ttft_alone_p50", 1e3 * np.percentile(window.counts.ttft, 50), "ms", 3.0)
             into.add("ttft_alone_p95", 1e3 * np.percentile(window.counts.ttft, 95), "ms")
     into.add("requests_per_second", window.counts.ended / window.seconds, "1/s")
-    into.add("requests_per_core", window.counts.ended / window.cpu, "1/s", 1000, at_least=True)
+    into.add("requests_per_core", window.per_core(window.counts.ended), "1/s", 1000, at_least=True)
     into.add("requests_cores", window.cpu / window.seconds, "cores")
     into.add("requests_busiest_other", window.busiest, "cores")
     ttft = windows.ttft(server, router["requests_per_second"].value / 2) or [float("nan")]
@@ -132,7 +132,7 @@ def _measure_saturation(
     into.add("saturated_token_cpu", window.cpu_us(window.counts.tokens), "us")
     into.add("saturated_tokens_per_event", window.tokens_per_event, "tokens")
     into.add("tokens_per_second", window.counts.tokens / window.seconds, "1/s")
-    into.add("tokens_per_core", window.counts.tokens / window.cpu, "1/s", 30_000, at_least=True)
+    into.add("tokens_per_core", window.per_core(window.counts.tokens), "1/s", 30_000, at_least=True)
     into.add("tokens_cores", window.cpu / window.seconds, "cores")
     into.add("tokens_busiest_other", window.busiest, "cores")
 

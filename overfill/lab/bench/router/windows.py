@@ -80,6 +80,10 @@ class Window:
         """Microseconds of the server's CPU for each of ``count`` requests or tokens."""
         return 1e6 * self.cpu / max(1, count)
 
+    def per_core(self, count: int) -> float:
+        """``count`` per second of the server's CPU; NaN if the server got none, as on a busy machine."""
+        return count / self.cpu if self.cpu else float("nan")
+
 
 class Windows:
     """Measures windows with the given client processes, and counts failed requests.
