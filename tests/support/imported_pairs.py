@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from json_edits import edit
 from safetensors.torch import load_file, save_file
 
 from overfill import LLM
@@ -36,12 +36,6 @@ def assert_right_answers(pair: Path) -> list[tuple[int, ...]]:
     ]
     assert summarise(judged).passed, summarise(judged)
     return [answer.token_ids for answer in answers]
-
-
-def edit(file: Path, change: Callable[[Any], object]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], metadata: str = "pt") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -100,19 +99,6 @@ def test_bases_are_pinned_and_every_file_is_in_the_context() -> None:
                 assert source in allowed
 
 
-@pytest.mark.parametrize(
-    ("stage", "extra"),
-    [
-        ("router-packages", ".[router]"),
-        ("worker-packages", ".[worker]"),
-        ("vllm-packages", ".[vllm]"),
-        ("ray", "overfill[server]"),
-    ],
-)
-def test_images_are_made_of_an_extra(stage: str, extra: str) -> None:
-    assert f"'{extra}'" in dict(stages()[stage])["RUN"]
-
-
 def test_vllm_s_image_has_a_compiler_and_keeps_what_is_compiled_in_the_cache() -> None:
     """$HOME is /tmp, where the chart's pods have 1 GiB."""
     steps = stages()["worker-vllm"]
@@ -125,18 +111,6 @@ def test_vllm_s_image_has_a_compiler_and_keeps_what_is_compiled_in_the_cache() -
     }  # fmt: skip
     assert len(set(caches.values())) == len(caches)
     assert all(value.startswith("${OVERFILL_HOME}/") for value in caches.values())
-
-
-def test_make_images_builds_vllm_s_image_for_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(DEPLOY / "docker")
-    images = importlib.import_module("images")
-    both = ("router", "prefill", "decode", "ray")
-    assert images.choose_targets("cpu", None, "python:3.12") == both
-    assert images.choose_targets("cuda", None, "python:3.12") == (*both, "worker-vllm")
-    assert images.choose_targets("cuda", ["worker-vllm"], "python:3.12") == ("worker-vllm",)
-    assert set(both) | {"worker-vllm"} <= stages().keys()
-    with pytest.raises(images.CannotBuild, match="VARIANT=cuda"):
-        images.choose_targets("cpu", ["worker-vllm"], "python:3.12")
 
 
 def test_an_image_pins_the_wheels_of_a_folder_that_its_python_can_use(tmp_path: Path) -> None:

@@ -76,13 +76,6 @@ def test_the_map_names_files_that_exist() -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-def test_the_map_asks_each_question_once() -> None:
-    _, _, rows = MAP.read_text(encoding="utf-8").partition("| question | look in |\n|---|---|\n")
-    questions = re.findall(r"^\| (.+?) \|", rows, re.MULTILINE)
-    assert len(questions) > 20
-    assert sorted(set(questions)) == sorted(questions)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import promql_parser
 import pytest
-from monitoring_expressions import compared, dashboard_expressions, names, panels, rule_expressions, rules
+from monitoring_expressions import dashboard_expressions, names, panels, rule_expressions, rules
 
 from overfill.telemetry.metrics import declared
 
@@ -136,13 +136,6 @@ def test_runbooks_name_existing_panels():
     named = re.findall(r"\*([A-Z][\w ]+) › ([^*]+)\*", page)
     assert len(named) >= 20
     assert [pair for pair in named if pair not in titles] == []
-
-
-def test_the_expressions_that_an_alert_compares_are_found():
-    assert list(compared("a > 1")) == ["a"]
-    assert list(compared("(a / b) > 1 and c < 2")) == ["(a / b)", "c"]
-    assert list(compared("absent(a == 1)")) == ["a"]
-    assert list(compared("avg_over_time(x[5m]) >= 3 unless (y == 0)")) == ["avg_over_time(x[5m])", "y"]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from imported_pairs import edit, edit_tensors, imported
+from imported_pairs import edit_tensors, imported
+from json_edits import edit
 from stacks import running_stack
 
 from overfill.client import Client, SamplingParams

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
+from overfill.cli import up
 from overfill.client import Answer, Delta, StackStatus, Timing, Usage
 from overfill.errors import InvalidRequest, OverfillError
+from overfill.stack.placed import PlacedStack, place
 
 TIMING = Timing(
     ttft=0.100,
@@ -107,6 +110,18 @@ def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
     monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: client)
     return client
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
+    """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
+    plans: list[PlacedStack] = []
+    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "check_ports", lambda spec: None)
+    monkeypatch.setattr(up, "check_engines", lambda spec: None)
+    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
+    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
+    return plans
 
 
 @pytest.fixture

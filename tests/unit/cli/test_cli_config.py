@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from overfill.cli import up
 from overfill.cli.config import display
 from overfill.cli.main import main
 from overfill.stack.describe import threads_per_worker
-from overfill.stack.placed import place
+from overfill.stack.placed import PlacedStack
 
 FILE = """
 common: {pair: /pairs/mine, kv-memory: 64MiB, log-level: warning}
@@ -81,17 +80,13 @@ def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "router.prot: no such setting; did you mean port?" in capsys.readouterr().err
 
 
-def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
-    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
-    monkeypatch.setattr(up, "check_engines", lambda spec: None)
+def test_up_starts_what_the_file_says(
+    file: Path, unchecked: list[PlacedStack], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(file.parent)
     numbers = ["--prefill", "2", "--decode", "1"]
     assert main(["up", "--no-ray", "--config", str(file), *numbers, "--log-dir", "logs"]) == 0
-    (plan,) = plans
+    (plan,) = unchecked
     assert (len(plan.prefill), len(plan.decode)) == (2, 1)
     assert plan.routers[0].port == 7700
     assert plan.routers[0].http == 8000
@@ -100,15 +95,3 @@ def test_up_starts_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatc
     assert plan.prefill[0].threads == threads_per_worker(2)
     assert {str(config.pair) for config in (*plan.routers, *plan.prefill, *plan.decode)} == {"/pairs/mine"}
     assert (file.parent / "logs").is_dir()
-
-
-def test_up_refuses_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("decode: {thread: 1}")
-    assert main(["up", "--config", str(path)]) == 2
-    assert "did you mean threads?" in capsys.readouterr().err
-
-
-def test_an_unknown_service_is_named_by_its_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "show", "bogus"]) == 2
-    assert "Invalid value for 'SERVICE': 'bogus'" in capsys.readouterr().err

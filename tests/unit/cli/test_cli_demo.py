@@ -8,41 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
 
-from overfill.cli.demo import _option
-from overfill.cli.demo_tiers import TIERS, TierAnswer, answers_view, ask_tiers, default_tiers, figures_table
+from overfill.cli.demo_tiers import TIERS, ask_tiers, default_tiers
 from overfill.client import Answer, Delta, SamplingParams, Usage
-from overfill.settings.tiers import TierSpec
-
-TEXTS = {"full": "It scatters [blue] light.", "default": "It scatters.", "fast": "It is blue."}
-
-
-def shown(view: RenderableType, width: int) -> list[str]:
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(view)
-    return [line.rstrip() for line in capture.get().splitlines()]
-
-
-def test_answers_are_side_by_side_if_the_terminal_is_wide_enough() -> None:
-    header, texts = shown(answers_view(TEXTS, 120), 120)
-    assert header.split() == [*TEXTS]
-    assert all(text in texts for text in TEXTS.values())
-    assert shown(answers_view(TEXTS, 80), 80) == [
-        "full", "It scatters [blue] light.", "", "default", "It scatters.", "", "fast", "It is blue.", "",
-    ]  # fmt: skip
-
-
-def test_figures_fit_a_narrow_terminal(answer: Callable[..., Answer]) -> None:
-    whole = answer(usage=Usage(20, 11, 16))
-    table = figures_table(
-        [TierAnswer("full", whole, "bfloat16", 268_000_000, 7_000_000, 1.0), TierAnswer("fast", whole, "int8", 1, 2)]
-    )
-    header, full, fast = shown(table, 80)
-    assert header.split("  ")[-1].strip() == "prompt cached"
-    assert full.split() == ["full", "bfloat16", "10.0", "275", "100", "%", "16", "of", "20"]
-    assert fast.split() == ["fast", "int8", "10.0", "0", "?", "16", "of", "20"]
 
 
 class Stack:
@@ -89,12 +57,6 @@ def test_every_tier_is_asked_in_turn_and_reads_its_own_weights_and_kv(answer: Ca
     assert (full.weight_bytes, fast.weight_bytes) == (4 * weights, weights + 4 * rows)
     tokens = 20 + 11 // 2  # the prompt and, on average, half of the answer
     assert (full.kv_bytes, fast.kv_bytes) == (tokens * 2 * 2 * 2 * 8 * 4, tokens * 2 * 2 * 2 * (8 + 4))
-
-
-def test_the_command_that_starts_such_a_stack_is_short() -> None:
-    assert " ".join(map(_option, TIERS)) == ("--tier full=identity --tier default=default --tier fast=fast")
-    assert _option(TierSpec.parse("a=/p:2,quantize=int8,max=3")) == "--tier a=/p:2,max=3,quantize=int8"
-    assert _option(TierSpec.parse("a=/p,quantize=int8")) == "--tier a=/p,quantize=int8"
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,3 @@ def test_bad_usage_is_explained(
     result = call(*arguments)
     assert result.exit_code != 0
     assert message in f"{result.output}{result.exception}"
-
-
-def test_a_run_without_a_label_is_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(distill_plot_command, [str(tmp_path), "--out", str(tmp_path / "x.png")])
-    assert "LABEL=FOLDER" in result.output

@@ -59,12 +59,6 @@ def test_addresses_may_have_spaces_between_them_and_repeat(full: str, capsys: py
     assert capsys.readouterr().err.count("overfill up") == 1, "the hint comes once, after all addresses"
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "127.0.0.1:1,", ""])
-def test_an_invalid_address_is_bad_usage(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["health", "--address", address]) == 2
-    assert "address is" in capsys.readouterr().err.lower()
-
-
 def test_the_address_may_come_from_the_environment(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_ADDRESS", f"{full},{NOBODY}")
     assert main(["health", "--live"]) == 0

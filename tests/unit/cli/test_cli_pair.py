@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from click.testing import CliRunner
 
 from overfill.cli.pair import pair_group
-from overfill.model.manifest import Pair
 from overfill.model.pair_files import load_whole
 
 
@@ -21,14 +19,6 @@ def invoke_pair(*arguments: str) -> Any:
 def test_pair_path_prints_only_the_folder(tiny_pair: Path) -> None:
     result = invoke_pair("path", str(tiny_pair))
     assert result.stdout == f"{tiny_pair}\n"
-
-
-def test_pair_show_describes_both_halves(tiny_pair: Path) -> None:
-    facts = json.loads(invoke_pair("show", str(tiny_pair), "--json").stdout)
-    assert facts["decoder"]["intermediate_size"] == 64
-    assert facts["full"]["digest"] == Pair.load(tiny_pair).full_digest
-    assert facts["full"]["parameters"] > facts["decoder"]["parameters"]
-    assert Pair.load(tiny_pair).decoder_digest in invoke_pair("show", str(tiny_pair)).stdout
 
 
 @pytest.mark.parametrize(("size", "expected"), [("0.5", 64), ("48", 48), ("1.0", 128)])
@@ -47,16 +37,3 @@ def test_pair_build_takes_a_number_or_a_share(size: str, expected: int, tiny_pai
         f"overfill pair eval {out}",
     ]
     assert not set(result.stderr) & set("\r\x1b"), "lines and no bars, since this is no terminal"
-
-
-@pytest.mark.parametrize("size", ["0", "1.5", "-3", "many"])
-def test_pair_build_refuses_other_sizes(size: str, tiny_pair: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "built")
-    result = invoke_pair("build", "--full", str(tiny_pair / "full"), "--intermediate-size", size, "--out", out)
-    assert result.exit_code == 2
-
-
-def test_pair_build_does_not_overwrite(tiny_pair: Path, tmp_path: Path) -> None:
-    result = invoke_pair("build", "--full", str(tiny_pair / "full"), "--out", str(tmp_path))
-    assert result.exit_code == 2
-    assert "already exists" in result.stderr

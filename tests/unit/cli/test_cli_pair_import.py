@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from json_edits import edit
 
 from overfill.cli.main import main
 from overfill.model.manifest import Pair
@@ -52,8 +52,7 @@ def test_a_half_that_only_vllm_runs_is_named_with_the_option_that_serves_it(
     half: str, fresh: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = fresh()
-    config = json.loads((pair / half / "config.json").read_text())
-    (pair / half / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    edit(pair / half / "config.json", lambda config: config.update(quantization_config={"quant_method": "fp8"}))
     assert run(pair, "--out", str(tmp_path / "out")) == 0
     err = capsys.readouterr().err
     name = "full model" if half == "full" else "decoder"

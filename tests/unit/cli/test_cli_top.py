@@ -70,12 +70,6 @@ def test_json_is_a_line_for_scripts(fake_client: Any, capsys: pytest.CaptureFixt
     assert (decode["state"], decode["kv_blocks"], decode["running"]) == ("silent", None, None)
 
 
-def test_a_stack_of_an_older_version_has_no_activity(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_client.stack = replace(LOOK, activity=None)
-    assert main(["top", "--once"]) == 0
-    assert "prefill-0" in capsys.readouterr().out
-
-
 def test_into_a_pipe_it_prints_one_look_and_ends(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.stack = LOOK
     assert main(["top"]) == 0

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
 import pytest
 import yaml
 from click.testing import CliRunner
 from described import described, placed
+from json_edits import edit
 
 from overfill.cli import up
 from overfill.cli import welcome as welcome_module
@@ -29,9 +29,7 @@ from overfill.cli.main import main
 from overfill.errors import UnsupportedModel
 from overfill.process.extras import MissingExtra
 from overfill.rpc import certificates
-from overfill.settings.allowed import allowed
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
-from overfill.settings.config_file import flag_name
+from overfill.settings.config import DecodeConfig, PrefillConfig
 from overfill.stack import process_runner as stack_module
 from overfill.stack import shared as shared_module
 from overfill.stack.child import Child, StartFailed
@@ -104,16 +102,6 @@ def new_stack() -> Iterator[Callable[..., RecordingStack]]:
         stack.stop()
 
 
-def test_metrics_ports_follow_the_first() -> None:
-    planned = placed(routers=2, decode=2, metrics_port="9600")
-    configs = [*planned.routers, *planned.prefill, *planned.decode]
-    assert [config.metrics_port for config in configs] == [9600, 9601, 9602, 9603, 9604]
-    assert {config.metrics_port for config in (worker.config for worker in placed(metrics_port="off").workers)} == {
-        "off"
-    }
-    assert placed().routers[0].metrics_port == 0
-
-
 def test_every_worker_joins_every_router_and_routers_expect_every_worker() -> None:
     made = placed(prefill=2, decode=3, routers=2, port=7600)
     assert [router.port for router in made.routers] == [7600, 7601]
@@ -134,15 +122,6 @@ def test_routers_that_share_a_port_have_one_address_and_workers_join_each(tmp_pa
     assert {worker.routers for worker in (*made.prefill, *made.decode)} == {made.join_addresses}
     picked = placed(routers=2, http=0, share_port=True).routers
     assert len({port for router in picked for port in (router.port, router.http, router.join_port)}) == 4
-
-
-def test_each_process_gets_only_settings_that_it_has() -> None:
-    made = placed(max_num_batched_tokens="512", data_streams="3", kv_memory="64MiB", dtype="float32", grace_period="3")
-    assert made.prefill[0].max_num_batched_tokens == 512
-    assert made.decode[0].data_streams == 3
-    assert made.prefill[0].kv_memory == made.decode[0].kv_memory == 64 * 2**20
-    assert made.prefill[0].dtype == made.decode[0].dtype == "float32"
-    assert made.routers[0].grace_period == 3
 
 
 def test_the_pair_is_found_from_any_folder() -> None:
@@ -207,6 +186,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 def test_workers_take_the_gpus_in_turn(on_gpus: Callable[..., Any]) -> None:
     with on_gpus(["2", "GPU-7"], prefill=1, decode=2) as stack:
+        assert [stack.configs[name].gpu_share for name in ("prefill-0", "decode-0", "decode-1")] == [0.5, 1, 0.5]
         assert gpus_of(stack) == {"router-0": "None", "prefill-0": "2", "decode-0": "GPU-7", "decode-1": "2"}
         old = stack.worker("decode-0")
         os.kill(old.pid, signal.SIGKILL)
@@ -247,11 +227,6 @@ def test_workers_of_one_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert shares(["0"], monkeypatch, placed()) == {"prefill-0": 0.5, "decode-0": 0.7}
 
 
-def test_a_stack_starts_its_workers_with_their_shares(on_gpus: Callable[..., Any]) -> None:
-    with on_gpus(["0"]) as stack:
-        assert {stack.configs[name].gpu_share for name in ("prefill-0", "decode-0")} == {0.5}
-
-
 def test_variables_reach_the_workers_through_the_document_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_PREFILL_BLOCK_SIZE", "32")
     config = placed().prefill[0]
@@ -264,40 +239,12 @@ def test_variables_reach_the_workers_through_the_document_only(monkeypatch: pyte
     assert DecodeConfig.of(placed().decode[0].settings()).block_size is None
 
 
-def every_kind(base: type[ServiceConfig] = ServiceConfig) -> Iterator[type[ServiceConfig]]:
-    for kind in base.__subclasses__():
-        if hasattr(kind, "program"):
-            yield kind
-        yield from every_kind(kind)
-
-
-@pytest.mark.parametrize("kind", list(every_kind()))
-def test_a_child_inherits_no_variable_of_any_service(kind: type[ServiceConfig]) -> None:
-    environment = dict.fromkeys(kind.variables(), "x")
-    assert environment
-    assert not environment.keys() & child_environment(environment, threads=1).keys()
-
-
 def test_free_ports_are_different_and_no_connection_gets_them() -> None:
     ports = free_ports("127.0.0.1", 5)
     assert len(set(ports)) == 5
     limits = Path("/proc/sys/net/ipv4/ip_local_port_range")
     if limits.exists():
         assert max(ports) < int(limits.read_text().split()[0])
-
-
-@pytest.mark.parametrize(("grpc", "http"), [(7600, 7600), (7600, 7601), (7601, 7600)])
-def test_no_port_is_given_to_two_servers(grpc: int, http: int, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["up", "--pair", "/no/such/pair", "--grpc", str(grpc), "--router", "2", "--http", str(http)]
-    assert main(arguments) == 2
-    assert "is given to two servers, --grpc (router.ports) and --http" in " ".join(capsys.readouterr().err.split())
-
-
-def test_metrics_do_not_take_the_port_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["up", "--no-ray", "--pair", "/no/such/pair", "--colocated", "1", "--metrics-port", "7999"]
-    assert main(arguments) == 2  # workers' ports included
-    message = " ".join(capsys.readouterr().err.split())
-    assert "port 8000 is given to two servers, --http (router.http_ports) and --metrics-port" in message
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(7600, 7602), (7602, 7600), (0, 0)])
@@ -345,16 +292,6 @@ def test_a_folder_of_logs_that_cannot_be_made_is_named(tmp_path: Path, capsys: p
     folder = str(tmp_path / "file" / "logs")
     assert main(["up", "--no-ray", "--engine", "mock", "--grpc", "0", "--http", "off", "--log-dir", folder]) == 2
     assert f"--log-dir {folder}: cannot be made: Not a directory" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", [RouterConfig, PrefillConfig, DecodeConfig])
-def test_an_option_whose_setting_is_not_text_does_not_accept_any_text(kind: type[ServiceConfig]) -> None:
-    shown = (option for option in up.up_command.params if not getattr(option, "hidden", False))
-    flags = {option.opts[0]: option for option in shown}
-    texts = {name for name, field in kind.model_fields.items() if allowed(field) == "text"}
-    checked = {name for name in kind.model_fields if f"--{flag_name(name)}" in flags} - texts
-    assert "max_queue" in checked or "max_num_seqs" in checked
-    assert not {name for name in checked if flags[f"--{flag_name(name)}"].type is click.STRING}
 
 
 def test_the_error_for_an_open_host_lists_all_missing_options_of_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,18 +343,6 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     elsewhere = welcome(described(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
     assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
     assert '"model": "pair"' in welcome(described(http=8000))
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
-    """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
-    plans: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
-    monkeypatch.setattr(up, "check_engines", lambda spec: None)
-    return plans
 
 
 def test_the_openai_endpoint_is_on_by_default(
@@ -504,9 +429,7 @@ def test_a_pair_that_no_worker_runs_is_refused_before_anything_starts(
     started: list[object] = []
     monkeypatch.setattr(up, "run", lambda *arguments: started.append(arguments) or 0)
     pair = fresh()
-    manifest = json.loads((pair / "pair.json").read_text())
-    manifest[half]["engines"] = ["vllm"]
-    (pair / "pair.json").write_text(json.dumps(manifest))
+    edit(pair / "pair.json", lambda manifest: manifest[half].update(engines=["vllm"]))
     arguments = ["up", stack, "--pair", str(pair), "--grpc", "0", "--http", "off"]
     assert main(arguments) == 1
     assert "the engine overfill cannot run the" in capsys.readouterr().err
@@ -574,10 +497,7 @@ def test_a_half_that_its_stages_engine_cannot_run_is_refused(
     started: list[object] = []
     monkeypatch.setattr(up, "run", lambda *arguments: started.append(arguments) or 0)
     pair = fresh()
-    manifest = json.loads((pair / "pair.json").read_text())
-    manifest["full"]["engines"] = manifest["decoder"]["engines"] = ["overfill", "vllm"]
-    manifest[half]["engines"] = ["overfill"]
-    (pair / "pair.json").write_text(json.dumps(manifest))
+    edit(pair / "pair.json", lambda manifest: manifest[half].update(engines=["overfill"]))
     arguments = ["up", "--no-ray", "--device", "cpu", "--pair", str(pair), "--grpc", "0", "--http", "off", *flags]
     assert main(arguments) == (1 if refusal else 0)
     assert (refusal or "") in capsys.readouterr().err
@@ -589,9 +509,7 @@ def test_on_a_joined_cluster_only_what_no_machine_could_run_is_refused(
 ) -> None:
     with_vllm(False)
     pair = fresh()
-    manifest = json.loads((pair / "pair.json").read_text())
-    manifest["decoder"]["engines"] = ["vllm"]
-    (pair / "pair.json").write_text(json.dumps(manifest))
+    edit(pair / "pair.json", lambda manifest: manifest["decoder"].update(engines=["vllm"]))
 
     def made(**settings: Any) -> StackSpec:
         return described(pair=pair, ray=RayPlacement(ray_address="auto"), **settings)
@@ -616,15 +534,6 @@ def test_a_port_in_use_is_reported_before_the_pair_is_looked_for(
     assert otherwise in err
     (other,) = re.findall(rf"give {flag} (\d+)", err)
     assert int(other) != port
-
-
-def test_a_taken_port_is_named_and_nothing_starts(new_stack: Callable[..., RecordingStack]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        stack = new_stack(port=port)
-        with pytest.raises(StartFailed, match=str(port)):
-            stack.start()
-    assert stack.started == []
 
 
 def test_ready_means_complete_and_our_own_router(
@@ -743,23 +652,6 @@ def test_a_full_disk_costs_the_lines_of_a_log_and_nothing_else(tmp_path: Path) -
         for name in ("decode-0", "decode-1"):
             write(name, "hello")
     assert (tmp_path / "decode-1.log").read_text(encoding="utf-8") == "hello\n"
-
-
-@pytest.mark.parametrize(
-    ("flag", "word"),
-    [
-        ("--port", "--http PORT"),
-        ("--tensor-parallel-size", "--prefill N"),
-        ("-tp", "--prefill N"),
-        ("--model", "overfill pair import"),
-        ("--enforce-eager", "--engine-args"),
-        ("--gpu-memory-utilization", "--kv-memory"),
-        ("--quantization", "--quantize int8"),
-    ],
-)
-def test_users_of_vllm_are_told_the_right_word(flag: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["up", flag, "1"]) == 2
-    assert word in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

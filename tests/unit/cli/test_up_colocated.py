@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 
 import pytest
 from described import placed
+from json_edits import edit
 
 from overfill.cli import up
 from overfill.cli.main import main
 from overfill.cli.welcome import welcome
-from overfill.errors import UnsupportedModel
 from overfill.process import gpus
 from overfill.settings.config import ColocatedConfig
 from overfill.settings.reader import BadSettings
 from overfill.stack import counts as up_stages
-from overfill.stack.describe import RayPlacement
-from overfill.stack.placed import PlacedStack, place
+from overfill.stack.placed import PlacedStack
 from overfill.stack.process_runner import ProcessRunner
 
 ONE = (1, 0, 0)
@@ -51,19 +49,16 @@ def machine(monkeypatch: pytest.MonkeyPatch, with_vllm: Callable[[bool], None]) 
 
 
 @pytest.fixture
-def started(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlacedStack]:
-    """Runs ``up`` with arguments and returns the plan that it would run. Exit code 2 raises UsageError's exit."""
-    plans: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr(up, "check_engines", lambda spec: None)
+def started(
+    machine: Callable[..., None], unchecked: list[PlacedStack], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., PlacedStack]:
+    """Runs ``up`` with arguments and returns the plan that it would run."""
     monkeypatch.setattr(up, "require_vllm", lambda: None)
     monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path("/pairs") / pair)
-    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
 
     def start(*arguments: str) -> PlacedStack:
         assert main(["up", "--grpc", "0", "--http", "off", *arguments]) == 0
-        return plans.pop()
+        return unchecked.pop()
 
     return start
 
@@ -85,43 +80,11 @@ def test_a_worker_with_both_stages_counts_in_both_and_has_one_process(monkeypatc
     assert ColocatedConfig.of(made.colocated[0].settings()) == made.colocated[0]
 
 
-def test_its_process_is_the_worker_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    spawned: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        ProcessRunner, "_spawn", lambda self, name, module, config, threads: spawned.append((name, module))
-    )
-    stack = ProcessRunner(plan(), lambda name, line: None)
-    stack.start()
-    stack._remove_folder()
-    router = ("router-0", "services.router.main")
-    assert spawned == [router, ("colocated-0", "services.colocated.main")]
-
-
 def test_objectives_reach_workers_with_both_stages(started: Callable[..., PlacedStack], tmp_path: Path) -> None:
     (worker,) = started("--no-ray", "--ttft-objective", "1", "--itl-objective", "0.05").colocated
     assert (worker.ttft_objective, worker.itl_objective) == (1, 0.05)
     (worker,) = plan("a=p:0,itl-objective=0.02,quantize=int8", "b=q", ttft_objective=3).colocated
     assert (worker.ttft_objective, worker.itl_objective, worker.quantize) == (3, 0.02, "int8")
-
-
-def test_workers_with_both_stages_are_in_the_default_tier() -> None:
-    made = plan("a=p:2", "b=q:0", "c=r", default_tier="b", colocated=2)
-    assert [(worker.id, worker.tier, worker.config.pair) for worker in made.workers] == [
-        ("colocated-0", "b", "q"), ("colocated-1", "b", "q"), ("decode-a-0", "a", "p"), ("decode-a-1", "a", "p"),
-        ("decode-c-0", "c", "r"),
-    ]  # fmt: skip
-    (router,) = made.routers
-    assert [str(tier) for tier in router.tiers] == ["a=p:2", "b=q:2", "c=r:1"]
-    assert (router.expect_prefill, router.expect_decode) == (2, 5)
-    with pytest.raises(BadSettings, match=r"tiers\.c\.replicas: the number of decode workers must be at least 1"):
-        plan("a=p:0", "c=q:0")
-    with pytest.raises(BadSettings, match=r"tiers\.a\.replicas: the number of decode workers must be at least 1"):
-        plan("a=p:0", prefill=1, colocated=0)
-
-
-def test_its_format_is_told_to_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_COLOCATED_QUANTIZE", "int8")
-    assert [str(tier) for tier in plan().tiers] == ["default=/p:1,quantize=int8"]
 
 
 def test_a_format_that_only_some_workers_of_a_tier_would_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,9 +253,7 @@ def test_a_pair_that_vllm_cannot_run_gets_one_worker_on_overfills_engine(
 ) -> None:
     machine(1, vllm=True)
     pair = fresh()
-    manifest = json.loads((pair / "pair.json").read_text())
-    manifest[half]["engines"] = ["overfill"]
-    (pair / "pair.json").write_text(json.dumps(manifest))
+    edit(pair / "pair.json", lambda manifest: manifest[half].update(engines=["overfill"]))
     assert counts(started("--pair", str(pair))) == ONE
     said = f"one worker with both stages, on OverFill's own engine, because vLLM cannot run the pair's {named} (docs/"
     assert said in capsys.readouterr().err
@@ -300,8 +261,8 @@ def test_a_pair_that_vllm_cannot_run_gets_one_worker_on_overfills_engine(
     machine(2, vllm=True)
     assert counts(started("--pair", str(pair))) == TWO
     machine(1, vllm=True)
-    manifest["full" if half == "decoder" else "decoder"]["engines"] = ["vllm"]
-    (pair / "pair.json").write_text(json.dumps(manifest))
+    other = "full" if half == "decoder" else "decoder"
+    edit(pair / "pair.json", lambda manifest: manifest[other].update(engines=["vllm"]))
     assert counts(started("--pair", str(pair))) == TWO, "OverFill's engine cannot run the other half"
 
 
@@ -369,32 +330,6 @@ def test_other_workers_may_have_another_engine() -> None:
     ]  # fmt: skip
     with pytest.raises(BadSettings, match="--engine-args are for vLLM"):
         plan(engine_args=args)
-
-
-@pytest.mark.parametrize("half", ["full", "decoder"])
-def test_a_pair_that_overfills_engine_cannot_run_is_refused(
-    half: str, fresh: Callable[[], Path], with_vllm: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_vllm(True)
-    pair = fresh()
-    manifest = json.loads((pair / "pair.json").read_text())
-    manifest[half]["engines"] = ["vllm"]
-    (pair / "pair.json").write_text(json.dumps(manifest))
-    for ray in (None, RayPlacement(ray_address="auto")):
-        with pytest.raises(UnsupportedModel, match="the engine overfill cannot run"):
-            up.check_engines(plan(pair=pair, ray=ray).spec)
-
-
-def test_config_commands_know_the_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "stack.toml"
-    file.write_text("[colocated]\nitl-objective = 0.05\n")
-    assert main(["config", "check", str(file)]) == 0
-    assert main(["config", "show", "--config", str(file)]) == 0
-    shown = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()]
-    assert ("itl-objective", "0.05") in shown
-    file.write_text("[colocated]\nengine = 'vllm'\n")
-    assert main(["config", "check", str(file)]) == 1
-    assert "a worker with both stages runs on OverFill's own engine" in capsys.readouterr().err
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

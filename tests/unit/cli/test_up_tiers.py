@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from described import placed
+from json_edits import edit
 
 from overfill.cli import up
 from overfill.cli.main import main
@@ -36,16 +37,10 @@ def parsed(*texts: str) -> tuple[TierSpec, ...]:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
+def plans(unchecked: list[PlacedStack], monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run. Pairs are found at ``/pairs``."""
-    made: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping: made.append(place(stack.spec)) or 0)
-    monkeypatch.setattr(up, "check_ports", lambda spec: None)
-    monkeypatch.setattr(up, "check_engines", lambda spec: None)
-    monkeypatch.setattr("overfill.cli.up.resolve_pair", lambda pair, report: Path(pair))
-    monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)
     monkeypatch.setattr(up, "_absolute", lambda pair: f"/pairs/{pair}")
-    return made
+    return unchecked
 
 
 def test_each_tier_has_workers_with_its_pair_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,35 +74,6 @@ def test_routers_know_the_tiers_and_expect_all_their_workers() -> None:
     ]
 
 
-def test_the_default_tier_may_be_chosen() -> None:
-    made = placed_tiers(default_tier="fast")
-    assert made.tiers[0].name == "fast"
-    assert {config.pair for config in (*made.routers, *made.prefill)} == {"fast"}
-    assert made.spec.model == "fast"
-
-
-def test_a_stack_with_one_pair_has_one_tier_that_its_workers_do_not_name() -> None:
-    made = placed(pair=Path("/p"), decode=2)
-    assert [worker.worker_id for worker in made.decode] == ["decode-0", "decode-1"]
-    assert {worker.tier for worker in made.decode} == {""}
-    assert [(tier.name, tier.pair, tier.replicas) for tier in made.tiers] == [("default", "/p", 2)]
-    assert tuple(worker.config for worker in made.workers if worker.tier == "default") == made.decode
-    assert not made.routers[0].tiers
-
-
-def test_routers_are_told_how_workers_load_their_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OVERFILL_DECODE_QUANTIZE", "int8")
-    monkeypatch.setenv("OVERFILL_DECODE_KV_CACHE_DTYPE", "int8")
-    made = placed_tiers("a=p", "b=q,quantize=none")
-    assert [str(tier) for tier in made.routers[0].tiers] == [
-        "a=p:1,quantize=int8,kv-cache-dtype=int8", "b=q:1,quantize=none,kv-cache-dtype=int8",
-    ]  # fmt: skip
-    assert RouterConfig.of(made.routers[0].settings()) == made.routers[0]
-    one = placed(pair=Path("/p"), decode=2)
-    assert [str(tier) for tier in one.tiers] == ["default=/p:2,quantize=int8,kv-cache-dtype=int8"]
-    assert not one.spec.tiers, "its workers still name none"
-
-
 def test_a_tier_may_have_an_engine_of_its_own() -> None:
     args = '{"enforce_eager": true}'
     made = placed_tiers("a=p", "b=p,engine=overfill", "c=p,engine=vllm", engine_args=args, decode_engine="vllm")
@@ -134,30 +100,6 @@ def test_a_pairs_folder_may_have_any_name() -> None:
     (router,) = place(describe(tiers=[tier])).routers
     assert RouterConfig.of(json.loads(json.dumps(router.settings()))) == router
     assert router.tiers[0].pair == "/p,q;r"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--pair", "p"], "--tier conflicts with --pair (also in the settings file, or as a variable)"),
-        (["--decode", "1", "--max-decode", "3"], "--tier conflicts with --decode and --max-decode"),
-        (["--tier", "a=q"], "two tiers have the name 'a'"),
-        (["--default-tier", "b"], "--default-tier: there is no tier 'b'; tiers are a"),
-        (["--brownout", "a > b"], "--brownout: there is no tier 'b'"),
-        (["--tier", "b=q:0"], "the number of decode workers must be at least 1"),
-        (["--tier", "b"], "expected NAME=PAIR"),
-        (["--no-ray", "--tier", "b=p:2,max=3"], "--no-ray conflicts with max of --tier b"),
-        (["--tier", "b=p:2,max=1"], "tier 'b': max must be a number of workers of at least 2, got '1'"),
-    ],
-)
-def test_conflicting_options_are_refused(
-    arguments: list[str], message: str, plans: list[PlacedStack], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        raise SystemExit(main(["up", "--tier", "a=p", *arguments]))
-    assert caught.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
-    assert not plans
 
 
 def test_flags_the_file_and_variables_set_tiers(
@@ -212,9 +154,7 @@ def test_pairs_of_different_full_models_are_refused_with_both(fresh: Callable[[]
     shutil.copytree(one, two, symlinks=True)
     tiers = parsed(f"a={one}", f"b={two}:2,quantize=int8")
     assert resolve_tiers(tiers, silent) == tiers
-    manifest = json.loads((two / "pair.json").read_text())
-    manifest["full"]["digest"] = "0" * 64
-    (two / "pair.json").write_text(json.dumps(manifest))
+    edit(two / "pair.json", lambda manifest: manifest["full"].update(digest="0" * 64))
     with pytest.raises(InvalidPair, match=f"different full models: {one} has .*, {two} has 0{{64}}"):
         resolve_tiers(tiers, silent)
 

@@ -164,18 +164,6 @@ def tiered(stack: Stack, tiny_tiers: tuple[TierSpec, ...]) -> list[str]:
     return [f"--tier={tier}" for tier in tiny_tiers]
 
 
-def test_every_tier_is_asked_and_judged_by_its_own_decoder(tiered: list[str], run: Callable[..., Any]) -> None:
-    result = run(*tiered)
-    assert result.return_value == 0, result.output
-    assert result.stdout.splitlines() == [
-        "full     3/3 correct (3 identical, 0 ties); 0 of 53 prompt tokens from the prefix cache",
-        "default  3/3 correct (3 identical, 0 ties); 0 of 53 prompt tokens from the prefix cache",
-        "fast     3/3 correct (3 identical, 0 ties); 48 of 53 prompt tokens from the prefix cache",
-        "9/9 correct (9 identical, 0 ties)",
-    ]
-    assert run(*tiered, "--ask=fast").stdout.splitlines()[1:] == ["3/3 correct (3 identical, 0 ties)"]
-
-
 def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
     stack: Stack, tiered: list[str], run: Callable[..., Any]
 ) -> None:
@@ -213,27 +201,6 @@ def test_tiers_that_contradict_each_other_are_bad_usage(options: list[str], says
     result = CliRunner().invoke(verify.verify_command, command, standalone_mode=False)
     assert isinstance(result.exception, click.UsageError)
     assert says in str(result.exception)
-
-
-STACKS: dict[str, tuple[Callable[[Stack], object], str]] = {
-    "bfloat16": (lambda s: setattr(s.processes[1].kv, "dtype", "bfloat16"), "--dtype float32"),
-    "bfloat16 prefill": (lambda s: setattr(s.processes[0].kv, "dtype", "bfloat16"), "--dtype float32"),
-    "codec": (lambda s: setattr(s.processes[1], "codec", "int8"), "raw codec"),
-    "no decode worker": (lambda s: s.processes.pop(), "no decode worker"),
-    "other full model": (lambda s: setattr(s.processes[0].model, "full_digest", "0"), "full model differ"),
-    "other decoder": (lambda s: setattr(s.processes[1].model, "decoder_digest", "0"), "decoder differ"),
-    "no identity": (lambda s: setattr(s.processes[1], "model", None), "does not report its model"),
-}
-
-
-@pytest.mark.parametrize("case", STACKS)
-def test_a_stack_that_cannot_be_judged_is_bad_usage(case: str, stack: Stack, run: Callable[..., Any]) -> None:
-    change, message = STACKS[case]
-    change(stack)
-    result = run()
-    assert isinstance(result.exception, click.ClickException)
-    assert result.exception.exit_code == 2
-    assert message in result.exception.message
 
 
 @pytest.mark.parametrize("content", ["", "[]\n", "{}\n", '{"prompt": 3}\n', '{"turns": []}\n', "not json\n"])

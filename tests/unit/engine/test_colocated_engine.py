@@ -32,7 +32,6 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.engine.thread import EngineThread
 from overfill.engine.turns import Turns
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
@@ -192,41 +191,6 @@ def test_held_tokens_are_not_copied(held):
     worker.assert_empty()
 
 
-def test_a_second_equal_prompt_is_cached_in_both_stages():
-    worker = Worker()
-    worker.prefill(worker.reserve("a", PROMPT))
-    worker.run()
-    worker.start(worker.engine._decode.receiving("a"))
-    again = worker.reserve("b", PROMPT)
-    assert worker.of(Reserved, "b")[0].held_tokens == 8
-    worker.prefill(again)
-    worker.run()
-    assert worker.of(PrefillScheduled, "prompt of b")[0].cached_tokens == 8
-    assert worker.kv(again) == kv_of(PROMPT)
-    assert worker.start(again) == [32, 33, 34]
-    worker.assert_empty()
-
-
-@pytest.mark.parametrize("length", [8, 11])
-def test_a_prompt_that_the_full_model_has_cached_is_copied_from_its_first_token(length):
-    """A prompt of whole blocks is cached wholly but for its last block, of which a token must be computed."""
-    worker = Worker()
-    prompt = PROMPT[:length]
-    worker.handle(Submit(PrefillSequence("remote", prompt, GREEDY)))
-    worker.run()
-    worker.handle(Release("remote"))
-    worker.full.steps.clear()
-    sequence = worker.reserve("a", prompt)
-    worker.prefill(sequence)
-    worker.run()
-    cached = worker.of(PrefillScheduled, "prompt of a")[0].cached_tokens
-    assert cached == (length - 1) // BLOCK_SIZE * BLOCK_SIZE
-    assert worker.full.steps == [[(prompt[cached:], cached)]]
-    assert worker.kv(sequence) == kv_of(prompt)
-    worker.handle(Release("a"))
-    worker.assert_empty()
-
-
 def preempted_worker(steps):
     """Makes a worker whose sequence "young" was preempted when ``steps`` chunks of its prompt had been computed."""
     turns = FixedTurns(4)
@@ -337,22 +301,6 @@ def test_a_failed_prefill_step_fails_its_prompts_and_leaves_the_answers_alone():
     worker.assert_empty()
 
 
-def test_a_failed_decode_step_leaves_prompts_alone():
-    worker = Worker(max_tokens=4)
-    failing = worker.reserve("failing", PROMPT[:3])
-    worker.prefill(failing)
-    worker.run()
-    worker.handle(Start("failing", 23))
-    sequence = worker.reserve("a", PROMPT)
-    worker.prefill(sequence)
-    worker.decoder.fail_next = MemoryError("no room")
-    worker.run()
-    assert worker.of(SequenceFailed, "failing")
-    worker.handle(Release("failing"))
-    assert worker.start(sequence) == [32, 33, 34]
-    worker.assert_empty()
-
-
 def test_a_copy_that_fails_fails_its_prompt(monkeypatch):
     worker = Worker()
     prompt = worker.prefill(worker.reserve("a", PROMPT))
@@ -382,18 +330,6 @@ def test_prompts_of_other_workers_keep_their_blocks_and_get_all_their_events():
     assert worker.engine.load().prefill.blocks_used == 2
     assert worker.start(sequence) == [32, 33, 34]
     worker.handle(Release("remote"))
-    worker.assert_empty()
-
-
-def test_prompts_that_another_worker_computed_are_decoded_beside():
-    worker = Worker()
-    received = worker.reserve("received", PROMPT)
-    local = worker.reserve("local", PROMPT[:5])
-    worker.prefill(local)
-    worker.handle(Start("received", 31))
-    worker.run()
-    assert worker.start(local) == [26, 27, 28]
-    assert [e.token.token_id for e in worker.of(TokenSampled, received.id)] == [32, 33, 34]
     worker.assert_empty()
 
 
@@ -437,20 +373,6 @@ def test_capacity_that_either_stage_frees_counts():
     assert replace(full, prefill=free).freed_capacity_since(before)
     assert replace(free, prefill=full).freed_capacity_since(before)
     assert not before.freed_capacity_since(before)
-
-
-def test_an_engine_thread_drives_both_stages():
-    worker = Worker()
-    engine = EngineThread(worker.engine, "w", 1)
-    sequence = DecodeSequence("a", PROMPT, [], GREEDY, StopRule(frozenset(), 4))
-    engine.send(Reserve(sequence))
-    engine.send(PrefillHere(PrefillSequence("p", PROMPT, GREEDY), "a", 0))
-    engine.send(Release("a"))
-    engine.start()
-    engine.stop()
-    assert engine.failure is None
-    assert engine.load == worker.engine.load()
-    assert engine.load.blocks_used == 0
 
 
 def test_random_requests_lose_no_block_and_get_right_answers():

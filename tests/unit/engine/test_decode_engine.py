@@ -6,12 +6,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from scheduling import GREEDY, EngineMachine, evict_all
+from scheduling import GREEDY, EngineMachine
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
     DecodeSequence,
-    FinishReason,
     Preempted,
     Refused,
     Release,
@@ -40,90 +39,40 @@ def tokens(events, name):
     return [e.token.token_id for e in events if isinstance(e, TokenSampled) and e.id == name and e.token]
 
 
+def start(engine, sequence, first):
+    """Reserves the sequence's blocks, and starts it as if its KV and its first token had arrived."""
+    engine.handle(Reserve(sequence))
+    engine.handle(Start(sequence.id, first))
+
+
+def finish(engine):
+    while engine.step():
+        pass
+
+
 def kinds(events):
     return [type(e) for e in events]
 
 
-def test_an_answer_continues_after_the_first_token_until_max_tokens(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("a", max_tokens=4)))
-    engine.handle(Start("a", 10))
-    while engine.step():
-        pass
-    assert tokens(events, "a") == [11, 12, 13]
-    assert events[-1].finish is FinishReason.LENGTH
-    assert [e.index for e in events if isinstance(e, TokenSampled)] == [1, 2, 3]
-
-
 def test_an_idle_engine_keeps_the_shape_of_its_last_step_but_no_sequence(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("ended")))
-    engine.handle(Start("ended", 10))
-    while engine.step():
-        pass
+    start(engine, sequence("ended"), 10)
+    finish(engine)
     assert engine.step_shape == (1, 1)
     gc.collect()
     assert not [each for each in gc.get_objects() if type(each) is DecodeSequence and each.id == "ended"]
 
 
-def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("a", max_tokens=9, stop=[12])))
-    engine.handle(Start("a", 10))
-    while engine.step():
-        pass
-    assert tokens(events, "a") == [11]
-    assert events[-1].token is None
-    assert events[-1].finish is FinishReason.STOP
-
-
-def test_sequences_join_and_leave_the_running_batch(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("a", max_tokens=4)))
-    engine.handle(Start("a", 10))
-    engine.step()
-    engine.handle(Reserve(sequence("b", max_tokens=3)))
-    engine.handle(Start("b", 20))
-    while engine.step():
-        pass
-    assert [len(step) for step in runner.steps] == [1, 2, 2]
-    assert tokens(events, "a") == [11, 12, 13]
-    assert tokens(events, "b") == [21, 22]
-
-
-def test_emitted_tokens_are_replayed_in_one_pass_and_not_sent_again(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("a", emitted=[10, 11, 12], max_tokens=5)))
-    engine.handle(Start("a", None))
-    while engine.step():
-        pass
-    assert runner.steps[0] == [([10, 11, 12], 4)]
-    assert tokens(events, "a") == [13, 14]
-    assert [e.index for e in events if isinstance(e, TokenSampled)] == [3, 4]
-
-
 def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
     engine = new_engine(runner, pool, events, replay_budget=4)
-    engine.handle(Reserve(sequence("a", emitted=range(10, 20), max_tokens=12)))
-    engine.handle(Start("a", None))
-    engine.handle(Reserve(sequence("b", max_tokens=3)))
-    engine.handle(Start("b", 50))
-    while engine.step():
-        pass
+    start(engine, sequence("a", emitted=range(10, 20), max_tokens=12), None)
+    start(engine, sequence("b", max_tokens=3), 50)
+    finish(engine)
     replayed = [step[0] for step in runner.steps if step[0][1] < 14 and step[0][0][0] < 50]
     assert replayed == [([10, 11, 12, 13], 4), ([14, 15, 16, 17], 8), ([18, 19], 12)]
     assert tokens(events, "a") == [20, 21]
     assert tokens(events, "b") == [51, 52]
     assert ([50], 4) in runner.steps[1]  # one decode step ran between two parts of the replay
-
-
-def test_refusal_when_blocks_are_short_changes_nothing(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("a", prompt=24)))
-    engine.handle(Reserve(sequence("b", prompt=8)))
-    assert kinds(events) == [Reserved, Refused]
-    assert "3 KV blocks needed; 1 free" in events[1].reason
-    engine.handle(Release("a"))
 
 
 def test_a_sequence_is_admitted_only_if_a_free_block_is_left_per_running_one(runner, events):
@@ -141,8 +90,7 @@ def test_a_preempted_sequence_resumes_only_if_a_free_block_is_left_per_running_o
     pool = BlockPool(9, 4)
     engine = new_engine(runner, pool, events)
     for name, prompt, most in (("long", 3, 20), ("short", 7, 6), ("young", 7, 12)):
-        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=most)))
-        engine.handle(Start(name, 10))
+        start(engine, sequence(name, prompt=prompt, max_tokens=most), 10)
     for _ in range(100):
         engine.step()
         told, events[:] = list(events), []
@@ -157,19 +105,10 @@ def test_a_preempted_sequence_resumes_only_if_a_free_block_is_left_per_running_o
     assert engine._pool.num_used == 0
 
 
-def test_refusal_when_the_worker_is_full(runner, pool, events):
-    engine = new_engine(runner, pool, events, max_num_seqs=1)
-    engine.handle(Reserve(sequence("a")))
-    engine.handle(Reserve(sequence("b")))
-    assert kinds(events) == [Reserved, Refused]
-    engine.handle(Release("a"))
-
-
 def reserve_old_and_young(engine):
     """Starts two sequences that together need more blocks than the pool has."""
     for name, prompt, first in (("old", 10, 10), ("young", 14, 30)):
-        engine.handle(Reserve(sequence(name, prompt=prompt, max_tokens=6)))
-        engine.handle(Start(name, first))
+        start(engine, sequence(name, prompt=prompt, max_tokens=6), first)
 
 
 def run_until_preempted(engine, events):
@@ -188,13 +127,11 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_resumes_with_its_toke
     before = tokens(events, "young")
     assert not engine.step() or tokens(events, "young") == before, "a yielding sequence is not computed"
     engine.handle(Yielded("young"))
-    while engine.step():
-        pass
+    finish(engine)
     assert tokens(events, "old") == [11, 12, 13, 14, 15]
     assert [e.id for e in events if isinstance(e, Reserved)] == ["old", "young", "young"]
     engine.handle(Start("young", None))
-    while engine.step():
-        pass
+    finish(engine)
     assert tokens(events, "young") == [31, 32, 33, 34, 35]
 
 
@@ -209,37 +146,16 @@ def test_preempted_sequences_come_before_new_ones(runner, pool, events):
         engine.handle(Release(name))
 
 
-def test_a_sequence_that_still_receives_its_kv_can_be_preempted(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("old", prompt=15, max_tokens=9)))
-    engine.handle(Reserve(sequence("receiving", prompt=11)))
-    engine.handle(Start("old", 10))
-    run_until_preempted(engine, events)
-    assert [e.id for e in events if isinstance(e, Preempted)] == ["receiving"]
-    engine.handle(Start("receiving", 30))  # sent before the preemption was known
-    assert pool.num_used == 8, "blocks stay until the receiver has let go of them"
-    engine.handle(Yielded("receiving"))
-    while engine.step():
-        pass
-    engine.handle(Start("receiving", 30))
-    while engine.step():
-        pass
-    assert tokens(events, "receiving") == [31, 32, 33]
-
-
 def test_a_failed_step_fails_its_sequences_only(runner, pool, events):
     engine = new_engine(runner, pool, events)
-    engine.handle(Reserve(sequence("a")))
-    engine.handle(Start("a", 10))
+    start(engine, sequence("a"), 10)
     runner.fail_next = MemoryError("no room")
     engine.step()
     assert kinds(events)[-1] is SequenceFailed
     assert not engine.step()
     engine.handle(Release("a"))
-    engine.handle(Reserve(sequence("b")))
-    engine.handle(Start("b", 20))
-    while engine.step():
-        pass
+    start(engine, sequence("b"), 20)
+    finish(engine)
     assert tokens(events, "b") == [21, 22, 23]
 
 
@@ -257,35 +173,13 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, e
     monkeypatch.setattr(runner, "run", run)
     engine = new_engine(runner, pool, events)
     for name, first in (("a", 10), ("b", 20), ("c", 30)):
-        engine.handle(Reserve(sequence(name)))
-        engine.handle(Start(name, first))
-    while engine.step():
-        pass
+        start(engine, sequence(name), first)
+    finish(engine)
     assert [tokens(events, name) for name in "abc"] == [[11, 12, 13], [21], [31, 32, 33]]
     (failed,) = [event for event in events if isinstance(event, SequenceFailed)]
     assert failed.id == "b"
     assert isinstance(failed.error, InternalError)
     engine.handle(Release("b"))
-
-
-def test_the_prompt_s_kv_is_held_and_the_decoder_s_own_is_not(runner, pool, events):
-    prefix = PrefixCache(pool)
-    engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
-    turn = sequence("one", prompt=6, max_tokens=8)
-    engine.handle(Reserve(turn))
-    engine.handle(Start("one", 10))
-    while engine.step():
-        pass
-    assert tokens(events, "one") == [11, 12, 13, 14, 15, 16, 17]
-    assert engine.load().blocks_used == 0
-    assert engine.load().blocks_cached == 1  # tokens 0..3; the block that the answer starts in is not kept
-    again = sequence("two", max_tokens=2)
-    again.prompt = [*turn.prompt, *turn.emitted, 5, 5, 5]
-    engine.handle(Reserve(again))
-    assert events[-1] == Reserved("two", again.blocks, held_tokens=4)
-    engine.handle(Release("two"))
-    prefix.check_integrity()
-    evict_all(prefix)
 
 
 def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):
@@ -297,8 +191,7 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
     for name in ("first", "second", "third", "fourth"):
         arriving = sequence(name, max_tokens=8)
         arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four shared blocks, one of its own
-        engine.handle(Reserve(arriving))
-        engine.handle(Start(name, 10))
+        start(engine, arriving, 10)
         if name == "first":
             engine.step()
     engine.step()
@@ -306,28 +199,6 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
         engine.handle(Release(name))
     assert prefix.num_cached == 8
     prefix.check_integrity()
-
-
-def test_kv_that_never_arrived_is_not_held(runner, pool, events):
-    engine = DecodeEngine(runner, pool, 8, 16, events.extend, PrefixCache(pool))
-    engine.handle(Reserve(sequence("a", prompt=9)))
-    engine.handle(Release("a"))  # the handoff failed
-    engine.handle(Reserve(sequence("b", prompt=9)))
-    assert events[-1].held_tokens == 0
-    engine.handle(Release("b"))
-
-
-def test_kv_is_held_within_its_cache_namespace_only(runner, pool, events):
-    prefix = PrefixCache(pool)
-    engine = DecodeEngine(runner, pool, 8, 16, events.extend, prefix)
-    for name, namespace, held in (("a", "x", 0), ("b", "y", 0), ("c", "x", 8)):
-        arriving = sequence(name, prompt=9)
-        arriving.cache_namespace = namespace
-        engine.handle(Reserve(arriving))
-        assert events[-1].held_tokens == held
-        engine.handle(Start(name, 10))
-        engine.handle(Release(name))
-    evict_all(prefix)
 
 
 class DecodeMachine(EngineMachine):

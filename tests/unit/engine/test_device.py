@@ -13,7 +13,6 @@ from overfill.engine.thread import EngineThread
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.request.params import SamplingParams
-from overfill.telemetry.engine_load import EngineLoad
 
 SECOND = torch.device("cuda", 1)
 
@@ -60,28 +59,10 @@ def test_kv_is_marked_as_written_on_the_device_that_computes_it(cuda):
     assert {mark.device for mark in marks} == {SECOND}
 
 
-def test_the_engine_s_thread_uses_its_device(cuda):
+def test_the_engine_s_thread_uses_its_device(cuda, core):
     stepped = []
-
-    class Core:
-        delay = 0.0
-
-        def handle(self, message):
-            stepped.append(threading.get_ident())
-
-        def step(self):
-            return False
-
-        def check(self):
-            pass
-
-        def close(self):
-            pass
-
-        def load(self):
-            return EngineLoad(0, 8, 0, 0)
-
-    engine = EngineThread(Core(), "e", 1, device=SECOND)
+    core.handle = lambda message: stepped.append(threading.get_ident())
+    engine = EngineThread(core, "e", 1, device=SECOND)
     engine.start()
     engine.send("work")
     engine.stop()

@@ -3,45 +3,9 @@
 import threading
 from dataclasses import replace
 
-import pytest
-
 from overfill.engine import thread
 from overfill.engine.thread import EngineThread
 from overfill.telemetry.engine_load import EngineLoad
-
-
-class Core:
-    """An engine core that counts its calls; its next check raises ``fault``."""
-
-    def __init__(self):
-        self.checked = threading.Semaphore(0)
-        self.fault = None
-
-    def handle(self, message):
-        pass
-
-    def step(self):
-        return False
-
-    step_shape = (3, 17)
-    delay = 0.0
-
-    def load(self):
-        return EngineLoad(0, 8, 0, 0)
-
-    def close(self):
-        pass
-
-    def check(self):
-        self.checked.release()
-        if self.fault is not None:
-            raise self.fault
-
-
-@pytest.fixture
-def core(monkeypatch):
-    monkeypatch.setattr(thread, "_IDLE", 0.01)
-    return Core()
 
 
 def test_a_core_is_checked_once_each_time_it_falls_idle(core):
@@ -56,14 +20,13 @@ def test_a_core_is_checked_once_each_time_it_falls_idle(core):
     assert engine.failure is None
 
 
-def test_only_freed_capacity_is_reported_at_once():
+def test_only_freed_capacity_is_reported_at_once(core):
     busy = EngineLoad(blocks_used=8, blocks_total=9, running=3, waiting=1)
     for change in ({"blocks_used": 9}, {"running": 4, "waiting": 0}, {"waiting": 2}, {"blocks_cached": 1}):
         assert not replace(busy, **change).freed_capacity_since(busy)
     for change in ({"blocks_used": 7}, {"running": 2}, {"waiting": 0}):
         assert replace(busy, **change).freed_capacity_since(busy)
     told = []
-    core = Core()
     engine = EngineThread(core, "e", 1, on_load_change=told.append)
     core.load = lambda: EngineLoad(2, 8, 1, 0)
     engine._publish_load()

@@ -32,29 +32,13 @@ def prompt(name, length, **options):
     return PrefillSequence(name, list(range(length)), GREEDY, **options)
 
 
+def release(engine, names):
+    for name in names:
+        engine.handle(Release(name))
+
+
 def of(kind, events):
     return [event for event in events if isinstance(event, kind)]
-
-
-def test_a_long_prompt_is_computed_in_chunks_within_the_budget(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Submit(prompt("a", 19)))
-    while engine.step():
-        pass
-    assert [[len(t) for t, _ in step] for step in runner.steps] == [[8], [8], [3]]
-    assert [(e.token_start, e.token_end) for e in of(ChunkComputed, events)] == [(0, 8), (8, 16), (16, 19)]
-    (done,) = of(PromptComputed, events)
-    assert done.first.token_id == 19
-    engine.handle(Release("a"))
-
-
-def test_kv_is_announced_layer_by_layer_before_the_first_token(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Submit(prompt("a", 5)))
-    engine.step()
-    assert [(e.layer, e.token_end) for e in of(KvWritten, events)] == [(0, 5), (1, 5)]
-    assert events.index(of(KvWritten, events)[-1]) < events.index(of(PromptComputed, events)[0])
-    engine.handle(Release("a"))
 
 
 @pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
@@ -80,8 +64,7 @@ def test_kv_of_short_prompts_is_announced_without_delaying_long_ones(pool, monke
     layers = [[(e.id, e.layer) for e in of(KvWritten, events)] for events in lists]
     short = [("short", 0), ("short", 1), ("short", 2)]
     assert [some for some in layers if some] == [[("long", 0)], [("long", 1)], [("long", 2), *short]]
-    for name in ("long", "short"):
-        engine.handle(Release(name))
+    release(engine, ("long", "short"))
 
 
 def test_several_prompts_share_a_step_in_order_of_arrival(runner, pool, events):
@@ -92,8 +75,7 @@ def test_several_prompts_share_a_step_in_order_of_arrival(runner, pool, events):
     assert [len(t) for t, _ in runner.steps[0]] == [5, 3]
     engine.step()
     assert [(len(t), start) for t, start in runner.steps[1]] == [(2, 3), (5, 0)]
-    for name in "abc":
-        engine.handle(Release(name))
+    release(engine, "abc")
 
 
 def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
@@ -114,77 +96,8 @@ def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
     assert steps <= 7  # 28 tokens, at least 4 of them in each step
     while engine.step():
         pass
-    for name in ("long", "longer", "short", "next-0", "next-1", "next-2"):
-        engine.handle(Release(name))
+    release(engine, ("long", "longer", "short", "next-0", "next-1", "next-2"))
     assert pool.num_used == 0
-
-
-def test_a_prompt_waits_until_all_its_blocks_are_free(runner, pool, events):
-    engine = new_engine(runner, pool, events, max_num_batched_tokens=64)
-    engine.handle(Submit(prompt("a", 20)))
-    engine.handle(Submit(prompt("b", 16)))
-    engine.step()
-    assert [e.id for e in of(PrefillScheduled, events)] == ["a"]
-    assert engine.load().waiting == 1
-    assert not engine.step()
-    engine.handle(Release("a"))
-    assert engine.step()
-    assert [e.id for e in of(PromptComputed, events)] == ["a", "b"]
-    engine.handle(Release("b"))
-
-
-def test_kv_stays_until_released(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Submit(prompt("a", 6)))
-    engine.step()
-    assert engine.load().blocks_used == 2
-    engine.handle(Release("a"))
-    assert engine.load().blocks_used == 0
-
-
-@pytest.mark.parametrize("steps_before", [0, 1, 2])
-def test_release_frees_a_prompt_wherever_it_is(runner, pool, events, steps_before):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Submit(prompt("a", 16)))
-    for _ in range(steps_before):
-        engine.step()
-    engine.handle(Release("a"))
-    engine.handle(Release("a"))
-    assert not engine.step()
-    assert engine.load().blocks_used == engine.load().waiting == engine.load().queued_tokens == 0
-
-
-def test_a_step_whose_prompts_are_cancelled_is_abandoned_between_layers(runner, pool, events, monkeypatch):
-    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", 1)
-    engine = new_engine(runner, pool, events)
-    sequence = prompt("a", 6)
-
-    def cancel_at_first_layer(told):
-        events.extend(told)
-        if of(KvWritten, told):
-            sequence.cancelled = True
-
-    engine._emit = cancel_at_first_layer
-    engine.handle(Submit(sequence))
-    engine.step()
-    assert [e.layer for e in of(KvWritten, events)] == [0]
-    assert not of(PromptComputed, events)
-    assert not engine.step()
-    engine.handle(Release("a"))
-
-
-def test_a_failed_step_fails_its_prompts_only(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    runner.fail_next = MemoryError("no room")
-    engine.handle(Submit(prompt("a", 6)))
-    engine.step()
-    assert [e.id for e in of(SequenceFailed, events)] == ["a"]
-    assert not engine.step()
-    engine.handle(Release("a"))
-    engine.handle(Submit(prompt("b", 6)))
-    engine.step()
-    assert [e.id for e in of(PromptComputed, events)] == ["b"]
-    engine.handle(Release("b"))
 
 
 def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events, monkeypatch):
@@ -202,40 +115,7 @@ def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, eve
     engine.step()
     assert [(e.id, type(e.error)) for e in of(SequenceFailed, events)] == [("a", InternalError)]
     assert [e.id for e in of(PromptComputed, events)] == ["b"]
-    engine.handle(Release("a"))
-    engine.handle(Release("b"))
-
-
-def test_no_first_token_is_sampled_for_a_replay(runner, pool, events):
-    engine = new_engine(runner, pool, events)
-    engine.handle(Submit(prompt("a", 6, sample_first_token=False)))
-    engine.step()
-    assert of(PromptComputed, events)[0].first is None
-    engine.handle(Release("a"))
-
-
-def test_a_prompt_is_computed_from_the_end_of_its_cached_prefix(runner, pool, events):
-    prefix = PrefixCache(pool)
-    engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
-    engine.handle(Submit(prompt("a", 10)))
-    engine.step()
-    engine.handle(Release("a"))
-    assert (engine.load().blocks_used, engine.load().blocks_cached) == (0, 2)
-    engine.handle(Submit(prompt("b", 13)))
-    engine.step()
-    assert runner.steps[1] == [(list(range(8, 13)), 8)]
-    first, second = of(PrefillScheduled, events)
-    assert (first.cached_tokens, second.cached_tokens) == (0, 8)
-    assert second.blocks[:2] == first.blocks[:2]
-    assert of(ChunkComputed, events)[-1] == ChunkComputed("b", 8, 13)
-    assert (engine.load().prefix_tokens_looked_up, engine.load().prefix_tokens_found) == (23, 8)
-    engine.handle(Release("b"))
-    engine.handle(Submit(prompt("all", 32)))  # evicts cached blocks
-    engine.step()
-    assert engine.load().blocks_used == 8
-    engine.handle(Release("all"))
-    prefix.check_integrity()
-    evict_all(prefix)
+    release(engine, "ab")
 
 
 def test_equal_prompts_that_arrive_together_are_computed_once(events):
@@ -251,8 +131,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
     assert len(of(PromptComputed, events)) == 8
     assert len({e.first.token_id for e in of(PromptComputed, events)}) == 1
     assert engine.load().blocks_used == 32 + 7, "each prompt has its own last block"
-    for name in "abcdefgh":
-        engine.handle(Release(name))
+    release(engine, "abcdefgh")
     evict_all(prefix)
 
 
@@ -270,8 +149,7 @@ def test_prompts_wait_for_shared_blocks_and_no_longer(runner, events):
         prefix.check_integrity()
     assert {e.id: e.cached_tokens for e in of(PrefillScheduled, events)} == {"first": 0, "other": 0, "same": 8}
     assert sorted(e.id for e in of(PromptComputed, events)) == ["first", "other", "same"]
-    for name in ("first", "same", "other"):
-        engine.handle(Release(name))
+    release(engine, ("first", "same", "other"))
     evict_all(prefix)
 
 
@@ -287,8 +165,7 @@ def test_prompts_do_not_wait_for_failed_or_released_ones_nor_without_a_cache(run
     while engine.step():
         pass
     assert [e.id for e in of(PromptComputed, events)] == ["c"]
-    for name in ("a", "b", "c"):
-        engine.handle(Release(name))
+    release(engine, ("a", "b", "c"))
     evict_all(prefix)
     plain = new_engine(runner, pool, events, max_num_batched_tokens=16)
     for name in ("d", "e"):

@@ -41,29 +41,6 @@ def executor():
         yield pool
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kv_read_from_one_cache_can_be_written_to_another(dtype):
-    source, target = make_cache(dtype), make_cache(dtype, layers=3, seed=1)
-    table, other = [5, 0, 3], [1, 7, 2]
-    kv_range = KvRange(1, 4, 2, 11, 0, 2)
-    chunk = Chunk(kv_range, read_range(source, table, kv_range))
-    assert target.write(other, LayerTargets({1: [0], 3: [1, 2]}), [chunk]) == 1
-    taken, placed = source.slots(table, 2, 11), target.slots(other, 2, 11)
-    for row, layer in ((0, 1), (1, 3), (2, 3)):
-        for half in (0, 1):
-            assert torch.equal(target.gather(row, placed)[half], source.gather(layer, taken)[half])
-
-
-def test_a_head_range_leaves_the_other_heads_alone():
-    source, target = make_cache(), make_cache(seed=1)
-    before = target.k.clone()
-    kv_range = KvRange(0, 1, 0, 4, 1, 2)
-    target.write([0], LayerTargets({0: [0]}), [Chunk(kv_range, read_range(source, [2], kv_range))])
-    assert torch.equal(target.k[0, 0, :, 1], source.k[0, 2, :, 1])
-    assert torch.equal(target.k[0, 0, :, 0], before[0, 0, :, 0])
-    assert torch.equal(target.k[1:], before[1:])
-
-
 def test_copy_within_a_process_follows_the_layer_map():
     source, target = make_cache(), make_cache(layers=2, seed=1)
     copy_sequence(source, [4, 1], target, [0, 6], [3, 1], 7)

@@ -74,15 +74,6 @@ def test_equal_keys_of_different_tokens_do_no_harm(monkeypatch):
     assert compute(cache, "c", list(range(9))) == 8
 
 
-def test_blocks_that_are_not_computed_yet_are_not_shared():
-    cache = new_cache()
-    cache.acquire("a", cache.blocks_of(range(12)), 3)
-    assert cache.acquire("b", cache.blocks_of(range(12)), 3).cached_tokens == 0
-    cache.publish("a", 7)
-    cache.release("b")
-    assert cache.acquire("c", cache.blocks_of(range(12)), 3).cached_tokens == 4
-
-
 def test_of_equal_blocks_computed_twice_one_is_kept_and_both_owners_continue():
     cache = new_cache(num_blocks=8)
     one = cache.acquire("a", cache.blocks_of([*range(8), 50, 51, 52, 53]), 3)
@@ -96,27 +87,6 @@ def test_of_equal_blocks_computed_twice_one_is_kept_and_both_owners_continue():
     cache.release("b")
     assert cache.num_cached == 4  # two shared blocks, and one of each owner
     assert compute(cache, "c", [*range(8), 60, 61, 62, 63, 1]) == 12
-
-
-def test_a_grant_that_does_not_fit_changes_nothing():
-    cache = new_cache(num_blocks=4)
-    compute(cache, "a", list(range(9)))
-    cache.acquire("b", cache.blocks_of([90] * 5), 2)
-    assert cache.acquire("c", cache.blocks_of([*range(8), *range(20, 29)]), 5) is None
-    cache.check_integrity()
-    assert (cache.num_used, cache.num_cached) == (2, 2)
-
-
-def test_blocks_in_use_are_never_evicted_and_the_rest_is():
-    cache = new_cache(num_blocks=4)
-    compute(cache, "a", list(range(9)))
-    held = cache.acquire("b", cache.blocks_of(list(range(9))), 3)
-    assert cache.extend("b", 2) is None
-    more = cache.extend("b", 1)
-    assert not set(more) & set(held.blocks)
-    cache.release("b")
-    assert cache.acquire("c", cache.blocks_of([1] * 16), 4) is not None
-    assert cache.num_cached == 0
 
 
 def test_the_least_recently_used_of_equals_goes_first():
@@ -143,25 +113,6 @@ def test_a_cache_that_is_off_keeps_nothing():
     compute(cache, "a", list(range(9)))
     assert compute(cache, "b", list(range(9))) == 0
     assert cache.num_cached == 0
-
-
-def test_the_share_of_found_tokens_is_counted():
-    cache = new_cache()
-    compute(cache, "a", list(range(9)))
-    compute(cache, "b", list(range(9)))
-    assert (cache.tokens_looked_up, cache.tokens_found) == (18, 8)
-
-
-def test_keys_chain_and_differ_by_model_and_tenant():
-    root = root_key("digest", "")
-    found = {
-        root,
-        root_key("other", ""),
-        root_key("digest", "t"),
-    }
-    assert len(found) == 3
-    first = block_key(root, token_bytes([1, 2, 3, 4]))
-    assert block_key(first, token_bytes([5, 6, 7, 8])) != block_key(root, token_bytes([5, 6, 7, 8]))
 
 
 def test_a_prompts_keys_are_those_that_the_cache_reports():

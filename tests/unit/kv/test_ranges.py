@@ -10,34 +10,6 @@ from overfill.kv import ranges
 from overfill.kv.ranges import Coverage, KvRange, runs, share_among_streams
 
 
-def test_complete_after_all_ranges_in_any_order():
-    coverage = Coverage([0, 2], (4, 8), num_heads=2)
-    for box in (KvRange(2, 3, 4, 8, 0, 2), KvRange(0, 1, 6, 8, 0, 2), KvRange(0, 1, 4, 6, 1, 2)):
-        coverage.add(box)
-        assert not coverage.complete
-    coverage.add(KvRange(0, 1, 4, 6, 0, 1))
-    assert coverage.complete
-
-
-@pytest.mark.parametrize(
-    "box",
-    [
-        KvRange(1, 2, 4, 8, 0, 2),  # a layer that is not sent
-        KvRange(0, 1, 3, 8, 0, 2),  # tokens that the receiver holds
-        KvRange(0, 1, 4, 9, 0, 2),
-        KvRange(0, 1, 4, 8, 0, 3),
-        KvRange(0, 1, 6, 6, 0, 2),
-        KvRange(0, 0, 4, 8, 0, 2),
-        KvRange(0, 3, 4, 8, 0, 2),  # spans the layer that is not sent
-    ],
-)
-def test_a_range_outside_the_transfer_is_refused(box):
-    coverage = Coverage([0, 2], (4, 8), num_heads=2)
-    with pytest.raises(TransferFailed, match="outside"):
-        coverage.add(box)
-    assert coverage.missing_vectors == 32
-
-
 def test_a_duplicate_or_overlap_is_refused_and_changes_nothing():
     coverage = Coverage([0], (0, 8), num_heads=1)
     coverage.add(KvRange(0, 1, 2, 6, 0, 1))
@@ -90,22 +62,6 @@ def test_few_ranges_are_judged_as_by_the_bitmap(boxes):
 def test_runs_of_consecutive_numbers():
     assert list(runs([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
     assert list(runs([])) == []
-
-
-def test_missing_vectors_are_reported_as_ranges_that_can_be_pulled_again():
-    coverage = Coverage([0, 1, 2, 5], (10, 20), 2)
-    whole = [KvRange(0, 3, 10, 20, 0, 2), KvRange(5, 6, 10, 20, 0, 2)]
-    assert coverage.missing(whole) == whole
-    coverage.add(KvRange(0, 2, 12, 15, 0, 2))
-    coverage.add(KvRange(2, 3, 10, 20, 0, 1))
-    missing = coverage.missing(whole)
-    assert KvRange(2, 3, 10, 20, 1, 2) in missing
-    assert KvRange(5, 6, 10, 20, 0, 2) in missing
-    assert len(missing) <= 6
-    assert coverage.missing([KvRange(0, 2, 12, 15, 0, 2)]) == []
-    for box in missing:  # no range overlaps another or a received one
-        coverage.add(box)
-    assert coverage.complete
 
 
 def positions(boxes):

@@ -184,16 +184,6 @@ async def test_memory_outside_the_segment_is_never_read(worker, connect, shared)
         peer.link.payload(kv_pb2.SharedPayload(**shared))
 
 
-async def test_when_the_link_is_lost_payloads_travel(worker, connect):
-    peer = await connect()
-    the_link(worker)
-    await worker.shm_server.stop()
-    await until(lambda: not peer.link.alive)
-    cache, stats = await pull(peer)
-    assert arrived(worker, cache)
-    assert stats.shared_bytes == 0
-
-
 async def test_when_no_memory_can_be_set_aside_payloads_travel(worker, connect, monkeypatch, caplog):
     def full(descriptor, size):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -262,11 +252,6 @@ async def test_without_the_token_nothing_is_shared(worker):
     with pytest.raises(ValueError, match="closed the link"):
         await ShmClient.connect(stranger)
     assert not worker.shm_server._links
-
-
-async def test_a_missing_server_is_an_error_at_once():
-    with pytest.raises(OSError, match="refused"):
-        await ShmClient.connect(prefill_pb2.ShmOffer(name="overfill-kv-nobody", token=bytes(16)))
 
 
 async def test_a_silent_stranger_delays_no_other_client(worker, connect):

@@ -89,21 +89,19 @@ def prompts(count, size, streams, unfair=1.0):
     ]
 
 
-@pytest.mark.parametrize(("streams", "unfair"), [(1, 1.0), (2, 1.0), (4, 1.0), (4, 3.0), (16, 1.0)])
-def test_many_transfers_on_one_link_all_finish(streams, unfair):
-    ended, faults = share_link(prompts(128, 512 * MIB, streams, unfair), GIGABIT)
+@pytest.mark.parametrize(
+    ("count", "size", "streams", "unfair", "rate"),
+    [
+        *((128, 512, streams, 1.0, GIGABIT) for streams in (1, 2, 4, 16)),
+        (128, 512, 4, 3.0, GIGABIT),
+        (128, 32, 2, 1.0, GIGABIT / 10),
+        (1, 64, 2, 1.0, 2e6 / 8),
+    ],
+)
+def test_many_transfers_on_one_link_all_finish(count, size, streams, unfair, rate):
+    ended, faults = share_link(prompts(count, size * MIB, streams, unfair), rate)
     assert not faults
-    assert ended == pytest.approx(128 * 512 * MIB / GIGABIT, rel=0.02)
-
-
-def test_many_transfers_on_a_slow_link_all_finish():
-    _, faults = share_link(prompts(128, 32 * MIB, 2), GIGABIT / 10)
-    assert not faults
-
-
-def test_a_transfer_alone_on_a_slow_link_finishes():
-    _, faults = share_link(prompts(1, 64 * MIB, 2), 2e6 / 8)
-    assert not faults
+    assert ended == pytest.approx(count * size * MIB / rate, rel=0.02)
 
 
 def test_a_trickle_ends_after_the_longest_time():

@@ -100,14 +100,6 @@ def test_data_that_cannot_be_had_is_named(
         load_data(Data(source=source), Tokenizer.load(tiny_pair / "full"))
 
 
-def test_answers_of_one_token_teach_nothing(tiny_pair: Path, tmp_path: Path) -> None:
-    file = tmp_path / "empty.jsonl"
-    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}
-    file.write_text(json.dumps(chat) + "\n")
-    with pytest.raises(InvalidRequest, match="holds no conversation with an answer"):
-        load_data(Data(source=str(file), held_out=str(file)), Tokenizer.load(tiny_pair / "full"))
-
-
 def test_conversations_of_both_spellings_are_read_up_to_their_last_answer() -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
     found = as_conversation(turns)

@@ -6,7 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from overfill.errors import InvalidRequest
 from overfill.making.conversations import Transcript
 from overfill.making.distill import train
 from overfill.making.distill.metrics import METRICS, read_metrics
-from overfill.making.distill.plot import metrics_file, plot_runs
 from overfill.making.distill.recipe import Training
 from overfill.making.distill.schedule import learning_rate
 from overfill.making.distill.train import Diverged, Run, run_folder
@@ -99,15 +98,6 @@ def test_training_lowers_the_loss_and_leaves_a_whole_pair_and_its_curve(tiny_pai
     assert (out / "distill" / "curve.png").stat().st_size > 1000
 
 
-def test_a_device_without_bfloat16_trains_in_float32(
-    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for native in ("float16", "float32"):
-        monkeypatch.setattr(train, "native_dtype", lambda device, native=native: native)
-        run(tiny_pair, tmp_path / native, TRAINING.model_copy(update={"steps": 1})).train()
-    assert losses(tmp_path / "float16") == losses(tmp_path / "float32")
-
-
 def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         train, "native_dtype", lambda device: "float32"
@@ -164,12 +154,6 @@ def test_a_cache_and_packing_change_nothing_that_matters(tiny_pair: Path, tmp_pa
     assert not (run_folder(tmp_path / "plain") / "cache").exists()
 
 
-def test_recomputing_activations_changes_nothing(tiny_pair: Path, tmp_path: Path) -> None:
-    run(tiny_pair, tmp_path / "plain").train()
-    run(tiny_pair, tmp_path / "recomputed", TRAINING.model_copy(update={"recompute_activations": True})).train()
-    assert losses(tmp_path / "recomputed") == losses(tmp_path / "plain")
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch emits warnings of its own while it compiles
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
@@ -179,27 +163,6 @@ def test_fusing_changes_nothing_but_rounding(tiny_pair: Path, tmp_path: Path, mo
     run(tiny_pair, tmp_path / "plain", training).train()
     run(tiny_pair, tmp_path / "fused", training.model_copy(update={"fused": True})).train()
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("device", "installed", "fused"),
-    [
-        ("cuda", "gcc", True),
-        ("cuda", "clang", True),
-        ("cuda", "g++", False),
-        ("cpu", "g++", True),
-        ("cpu", "gcc", False),
-    ],
-)
-def test_fusing_needs_the_compiler_of_the_device(
-    device: str, installed: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / installed).touch(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    lines: list[str] = []
-    on_device = SimpleNamespace(_accelerator=SimpleNamespace(device=torch.device(device)), _log_line=lines.append)
-    assert Run._can_fuse(cast(Run, on_device)) == fused
-    assert len(lines) == (not fused)
 
 
 def test_without_a_compiler_training_goes_on_unfused(
@@ -257,12 +220,6 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
     assert train.Checkpoints(run_folder(out) / "checkpoints").latest() == run_folder(out) / "checkpoints/step-00000005"
 
 
-def test_a_distilled_pair_can_be_distilled_again(tiny_pair: Path, tmp_path: Path) -> None:
-    first = run(tiny_pair, tmp_path / "first").train()
-    second = run(first.folder, tmp_path / "second").train()
-    assert second.recipe["distill"]["after"] == dict(first.recipe["distill"])
-
-
 def test_the_layer_map_is_kept(tiny_pair: Path, tmp_path: Path, fresh: Any) -> None:
     folder = fresh()
     write_manifest(folder, layer_map=[0, 1, 2, 2], recipe={"depth": {}})
@@ -287,17 +244,6 @@ def test_the_learning_rate_rises_then_follows_a_cosine() -> None:
     training = TRAINING.model_copy(update={"learning_rate": 1.0, "warmup": 0.2, "final_rate": 0.1})
     found = [learning_rate(training, done) for done in (0.1, 0.2, 0.6, 1.0)]
     assert found == pytest.approx([0.5, 1.0, 0.55, 0.1])
-
-
-def test_runs_are_drawn_together(tiny_pair: Path, tmp_path: Path) -> None:
-    run(tiny_pair, tmp_path / "out").train()
-    runs = [("pair", metrics_file(tmp_path / "out")), ("run", metrics_file(run_folder(tmp_path / "out")))]
-    assert runs[0][1] != runs[1][1]
-    plot_runs(runs, tmp_path / "both.svg")
-    drawn = (tmp_path / "both.svg").read_text()
-    assert all(text in drawn for text in ("<!-- pair -->", "<!-- run -->", "<!-- held-out NLL"))
-    with pytest.raises(InvalidRequest, match="holds no metrics"):
-        metrics_file(tmp_path)
 
 
 def test_a_half_written_line_of_metrics_is_passed_over(tmp_path: Path) -> None:

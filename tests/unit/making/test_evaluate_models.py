@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from overfill.cli.evaluate import _transcripts, compare_command, eval_command
-from overfill.engine.build import load_half
+from overfill.cli.evaluate import compare_command, eval_command
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.compare import compare
 from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
-from overfill.making.evaluate.forward import batches
 from overfill.making.evaluate.free_running import judge_answers
 from overfill.making.pair_json import write_manifest
 from overfill.making.seal import record_checksums
@@ -183,23 +179,6 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> N
     assert len({figures.nll for figures in result.free_running.values()}) == 3  # three writers
 
 
-@pytest.mark.usefixtures("no_garbage_collection")
-def test_one_engine_at_a_time_is_in_memory(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models: list[weakref.ref[object]] = []
-    alive: list[int] = []
-
-    def load(*args: Any, **options: Any) -> Any:
-        alive.append(sum(model() is not None for model in models))
-        loaded = load_half(*args, **options)
-        models.append(weakref.ref(loaded.model))
-        return loaded
-
-    for module in ("overfill.engine.build", "overfill.making.evaluate.evaluation"):
-        monkeypatch.setattr(f"{module}.load_half", load)
-    evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=2)
-    assert alive == [0, 1] * 4  # three writers, then the models that judge
-
-
 def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
     full = Transformer.load(tiny_pair / "full", torch.float32, torch.device("cpu"))
     prompts = [(5, 6, 7)] * 3
@@ -214,28 +193,9 @@ def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
     assert [(b.first, b.estimate.mean) for b in found.repeated.by_position] == [(2, 0), (4, 0.5)]
 
 
-def test_batches_keep_order_and_are_bounded() -> None:
-    sizes = [[len(t.token_ids) for t in batch] for batch in batches(TRANSCRIPTS, 100)]
-    assert sizes == [[50, 45, 3], [703], [412], [49]]
-    assert [len(batch) for batch in batches(TRANSCRIPTS[3:], 100)] == [1, 1, 1]
-
-
-def test_too_short_answers_are_refused(tiny_pair: Path) -> None:
-    with pytest.raises(InvalidRequest, match="two tokens"):
-        evaluate(tiny_pair, [Transcript((5, 6), 1)], free_running=False)
-
-
 def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:
     with pytest.raises(InvalidRequest, match="3000 tokens; the pair's context is 2048"):
         evaluate(tiny_pair, [Transcript((5,) * 3000, 10)], free_running=False)
-
-
-def test_long_conversations_are_judged_whole(tiny_pair: Path, tmp_path: Path) -> None:
-    file = tmp_path / "chats.jsonl"
-    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b " * 600}]}
-    file.write_text(json.dumps(chat) + "\n")
-    (transcript,) = _transcripts(tiny_pair, file, None)
-    assert len(transcript.answer) > 1024
 
 
 def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> None:
@@ -297,15 +257,6 @@ def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: P
     assert images == ["drift.png", "free_running.png"]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in images)
     assert Pair.load(folder).eval["full"]["agreement"] == 1
-
-
-def test_eval_prints_a_table(tiny_pair: Path, data: Path) -> None:
-    arguments = [str(tiny_pair), "--data", str(data), "--no-free-running", "--max-transcripts", "2"]
-    result = CliRunner().invoke(eval_command, arguments)
-    assert result.exit_code == 0, result.output
-    for text in ("full model", "two-stage", "decoder alone", "100.0 ± 0.0 %", "A decode step reads"):
-        assert text in result.stdout
-    assert "perplexity" not in result.stdout
 
 
 def test_compare_prints_json_lines_and_writes_a_plot(tiny_pair: Path, data: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from imported_pairs import FORMATS, assert_right_answers, edit, edit_tensors, imported, quantise
+from imported_pairs import FORMATS, assert_right_answers, edit_tensors, imported, quantise
+from json_edits import edit
 from safetensors.torch import load_file, save_file
 from two_stage_format import write_two_stage
 
 from overfill import LLM
-from overfill.errors import InvalidPair, OverfillError, UnsupportedModel
+from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.making import import_pair
 from overfill.making.import_pair import plan_import, write_import
 from overfill.making.tiny import make_tiny_pair
@@ -59,11 +60,6 @@ def test_one_checkpoint_as_both_halves_is_an_identity_pair(tiny_pair: Path, tmp_
     pair = imported(tiny_pair, tmp_path / "out", tiny_pair / "full")
     assert pair.identity
     assert pair.decoder_path == pair.full_path
-
-
-def test_a_copy_of_the_full_model_is_an_identity_pair_too(tiny_pair: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(tiny_pair / "full", tmp_path / "copy"))
-    assert imported(tiny_pair, tmp_path / "out", copy).identity
 
 
 def test_one_checkpoint_with_another_layer_map_is_no_identity_pair(tiny_pair: Path, tmp_path: Path) -> None:
@@ -205,110 +201,53 @@ def test_differing_fields_are_named_together_with_both_values(source: Path) -> N
         assert words in str(refused.value)
 
 
-REFUSED: dict[str, tuple[Callable[[Path], object], type[OverfillError], str]] = {
-    "rope": (
-        lambda d: edit(d / "config.json", lambda c: c.update(rope_parameters={"rope_theta": 5e5})),
-        InvalidPair,
-        r"rope\.theta \(full model 10000\.0, decoder 500000\.0\)",
-    ),
-    "depth": (
-        lambda d: edit(d / "config.json", lambda c: c.update(num_hidden_layers=3)),
-        InvalidPair,
-        "3 layers and the full model 4: say with --layer-map",
-    ),
-    "shape": (
-        lambda d: edit(d / "config.json", lambda c: c.update(intermediate_size=72)),
-        InvalidPair,
-        r"tensor model\.layers\.0\.mlp\..*has shape .*72",
-    ),
-    "surplus": (
-        lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(1))),
-        InvalidPair,
-        "tensor extra is not part of a llama",
-    ),
-    "absent": (
-        lambda d: edit_tensors(d, lambda t: t.pop(UP)),
-        InvalidPair,
-        rf"tensor {UP} is missing",
-    ),
-    "nan": (
-        lambda d: edit_tensors(d, lambda t: t[UP].fill_(float("nan"))),
-        InvalidPair,
-        rf"copy/decoder/model\.safetensors: tensor {UP} holds NaN or infinity",
-    ),
-    "infinity": (
-        lambda d: edit_tensors(d, lambda t: t[UP].view(-1)[-1:].fill_(float("-inf"))),
-        InvalidPair,
-        rf"tensor {UP} holds NaN or infinity",
-    ),
-    "nan-in-half": (
-        lambda d: edit_tensors(d, lambda t: t.update({UP: t[UP].half().fill_(float("nan"))})),
-        InvalidPair,
-        rf"tensor {UP} holds NaN or infinity",
-    ),
-    "no-weights": (
-        lambda d: (d / "model.safetensors").unlink(),
-        InvalidPair,
-        r"neither model\.safetensors nor model\.safetensors\.index\.json",
-    ),
-    "being-downloaded": (
-        lambda d: (d / "model.safetensors").rename(d / "model.safetensors.incomplete"),
-        InvalidPair,
-        r"model\.safetensors\.incomplete is being written",
-    ),
+def config(**fields: object) -> Callable[[Path], object]:
+    return lambda decoder: edit(decoder / "config.json", lambda content: content.update(fields))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object], metadata: str = "pt") -> Callable[[Path], object]:
+    return lambda decoder: edit_tensors(decoder, change, metadata)
+
+
+def renamed(name: str) -> Callable[[Path], object]:
+    return lambda decoder: (decoder / "model.safetensors").rename(decoder / name)
+
+
+NAN = rf"tensor {UP} holds NaN or infinity"
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "rope": (config(rope_parameters={"rope_theta": 5e5}), r"rope\.theta \(full model 10000\.0, decoder 500000\.0\)"),
+    "depth": (config(num_hidden_layers=3), "3 layers and the full model 4: say with --layer-map"),
+    "shape": (config(intermediate_size=72), r"tensor model\.layers\.0\.mlp\..*has shape .*72"),
+    "surplus": (tensors(lambda t: t.update(extra=torch.ones(1))), "tensor extra is not part of a llama"),
+    "absent": (tensors(lambda t: t.pop(UP)), rf"tensor {UP} is missing"),
+    "nan": (tensors(lambda t: t[UP].fill_(float("nan"))), rf"copy/decoder/model\.safetensors: {NAN}"),
+    "infinity": (tensors(lambda t: t[UP].view(-1)[-1:].fill_(float("-inf"))), NAN),
+    "nan-in-half": (tensors(lambda t: t.update({UP: t[UP].half().fill_(float("nan"))})), NAN),
+    "no-weights": (lambda d: (d / "model.safetensors").unlink(), r"has neither model\.safetensors nor"),
+    "being-downloaded": (renamed("model.safetensors.incomplete"), r"model\.safetensors\.incomplete is being written"),
     "being-written": (
         lambda d: os.truncate(d / "model.safetensors", 300_000),
-        InvalidPair,
         r"model\.safetensors: 300000 bytes, but its header describes",
     ),
-    "no-config": (
-        lambda d: (d / "config.json").unlink(),
-        InvalidPair,
-        r"config\.json is missing",
-    ),
-    "config-of-another-sort": (
-        lambda d: (d / "config.json").write_text("[]"),
-        InvalidPair,
-        r"config\.json holds a list",
-    ),
-    "gguf": (
-        lambda d: (d / "model.safetensors").rename(d / "model-Q4_K_M.gguf"),
-        UnsupportedModel,
-        r"model-Q4_K_M\.gguf: GGUF is not supported",
-    ),
-    "torch": (
-        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-        UnsupportedModel,
-        r"pytorch_model\.bin: torch's files are pickles and are not supported",
-    ),
-    "mlx": (
-        lambda d: edit_tensors(d, lambda t: None, "mlx"),
-        UnsupportedModel,
-        "MLX weights are not supported",
-    ),
-    "mlx-quantised": (
-        lambda d: edit(d / "config.json", lambda c: c.update(quantization={"group_size": 64, "bits": 4})),
-        UnsupportedModel,
-        "MLX weights are not supported",
-    ),
+    "no-config": (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
+    "config-of-another-sort": (lambda d: (d / "config.json").write_text("[]"), r"config\.json holds a list"),
+    "gguf": (renamed("model-Q4_K_M.gguf"), r"model-Q4_K_M\.gguf: GGUF is not supported"),
+    "torch": (renamed("pytorch_model.bin"), r"pytorch_model\.bin: torch's files are pickles and are not supported"),
+    "mlx": (tensors(lambda t: None, "mlx"), "MLX weights are not supported"),
+    "mlx-quantised": (config(quantization={"group_size": 64, "bits": 4}), "MLX weights are not supported"),
     "unknown-format": (
-        lambda d: edit(d / "config.json", lambda c: c.update(quantization_config={"quant_method": "hqq"})),
-        UnsupportedModel,
+        config(quantization_config={"quant_method": "hqq"}),
         r"quant_method='hqq' is not supported: known are fp8, awq, gptq, compressed-tensors",
     ),
-    "architecture": (
-        lambda d: edit(d / "config.json", lambda c: c.update(architectures=["GPT2LMHeadModel"])),
-        UnsupportedModel,
-        "GPT2LMHeadModel",
-    ),
+    "architecture": (config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_decoder_that_cannot_be_used_is_refused(case: str, source: Path, tmp_path: Path) -> None:
-    damage, error, message = REFUSED[case]
+    damage, message = REFUSED[case]
     damage(source / "decoder")
-    with pytest.raises(error, match=message) as refused:
+    with pytest.raises(InvalidPair, match=message) as refused:
         imported(source, tmp_path / "out")
     assert "decoder" in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]  # nothing is left behind

@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest
-from overfill.making.evaluate.forward import batches
 from overfill.making.tiny import make_tiny_pair
 from overfill.pair.hf_model import load_hf_model, load_tokenizer
 from overfill.pair.reference import TwoStageReference, _forward
@@ -173,16 +172,6 @@ def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.Monk
     assert model.loglikelihood_rolling(instances((text,))) == [pytest.approx(total, rel=1e-4)]
 
 
-def test_batches_of_any_size_give_the_same(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from overfill.making.evaluate import lm_eval_adapter
-
-    model = lm_eval_adapter.OverfillLM(tiny_pair, dtype="float32")
-    requests = instances(*((q["question"], " " + choice) for q in QUESTIONS for choice in q["choices"]))
-    together = flat(model.loglikelihood(requests, disable_tqdm=True))
-    monkeypatch.setattr(lm_eval_adapter, "batches", lambda transcripts: batches(transcripts, 1))
-    assert flat(model.loglikelihood(requests, disable_tqdm=True)) == pytest.approx(together, rel=1e-4)
-
-
 def test_options_that_nothing_reads_are_refused(tiny_pair: Path) -> None:
     from overfill.making.evaluate.lm_eval_adapter import OverfillLM
 
@@ -204,11 +193,3 @@ def test_the_command_prints_json(tiny_pair: Path, tasks: Path) -> None:
     figures = json.loads(result.stdout)["tiny_choose"]
     assert figures["acc"]["value"] in (0, 0.25, 0.5, 0.75, 1)
     assert figures["acc"]["stderr"] is not None
-
-
-@pytest.mark.slow  # the harness reads its thousands of task files
-def test_an_unknown_task_is_named(tiny_pair: Path, tasks: Path) -> None:
-    from overfill.making.evaluate.harness import run_tasks
-
-    with pytest.raises(InvalidRequest, match="no tiny_sing;"):
-        run_tasks(tiny_pair, ["tiny_sing", "tiny_choose"], include_path=tasks)

@@ -108,11 +108,6 @@ def test_conversion_gives_the_tokenizer_back(converted: tuple[Path, Path]) -> No
     assert (copy.eos_token, copy.chat_template) == ("<|im_end|>", CHAT_TEMPLATE)
 
 
-def test_digits_stand_alone_as_in_the_original_tokenizer(converted: tuple[Path, Path]) -> None:
-    pieces = Tokenizer.from_file(str(converted[1] / "tokenizer.json")).pre_tokenizer.pre_tokenize_str("ab  12")
-    assert [piece for piece, _ in pieces] == ["ab", "ĠĠ", "1", "2"]
-
-
 def test_a_gguf_of_another_architecture_is_refused(tiny_pair: Path, tmp_path: Path) -> None:
     file = write_gguf(tiny_pair / "full", tmp_path / "model.gguf", architecture="gemma")
     with pytest.raises(InvalidPair, match="'gemma'"):

@@ -15,7 +15,7 @@ from overfill.making.head_plan import head_mask_of, lower_rank
 from overfill.making.prune import HeadPlan
 from overfill.model.config import ModelConfig
 from overfill.model.head import low_rank_factors, tokens_in_row_order
-from overfill.model.loading import load_int8_weights, load_weights
+from overfill.model.loading import load_int8_weights
 from overfill.pair.hf_model import load_hf_model, round_to_int8
 
 CPU = torch.device("cpu")
@@ -64,15 +64,6 @@ def test_the_rows_of_frequent_tokens_stay() -> None:
     lowered = plan.apply(head, torch.eye(6))
     assert torch.equal(lowered[[0, 1, 3, 5]], head[[0, 1, 3, 5]])
     assert torch.linalg.matrix_rank(lowered[[2, 4, 6, 7]], rtol=1e-5) == 2
-
-
-def test_a_step_reads_the_parts(save_model, tmp_path: Path) -> None:
-    save_model(CONFIG)
-    config = ModelConfig.load(tmp_path)
-    weights = load_weights(tmp_path, config, torch.float32, CPU)
-    layers = sum(getattr(weights.layers[0], name).nbytes for name in ("qkv", "o", "gate_up", "down"))
-    vectors = 4 * (3 * 32)
-    assert weights.bytes_read == layers + vectors + 4 * (30 * 32 + 60 * 6 + 6 * 32)
 
 
 def test_int8_rounds_the_factors_as_the_reference_does(save_model, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig
 
 from overfill.errors import InvalidPair, UnsupportedModel
 from overfill.model.config import ModelConfig
@@ -42,34 +42,6 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_projections_are_fused_in_order(save_model, tmp_path: Path) -> None:
-    reference = save_model(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)).model.layers[1]
-    layer = load(tmp_path).layers[1]
-
-    attention, mlp = reference.self_attn, reference.mlp
-    for kind, qkv, gate_up in (
-        ("weight", layer.qkv, layer.gate_up),
-        ("bias", layer.qkv_bias, layer.gate_up_bias),
-    ):
-        parts = [getattr(p, kind) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        assert torch.equal(qkv, torch.cat(parts))
-        assert torch.equal(gate_up, torch.cat([getattr(mlp.gate_proj, kind), getattr(mlp.up_proj, kind)]))
-    assert torch.equal(layer.o, attention.o_proj.weight)
-    assert torch.equal(layer.o_bias, attention.o_proj.bias)
-    assert torch.equal(layer.down, mlp.down_proj.weight)
-    assert torch.equal(layer.down_bias, mlp.down_proj.bias)
-    assert torch.equal(layer.input_norm, reference.input_layernorm.weight)
-    assert torch.equal(layer.post_norm, reference.post_attention_layernorm.weight)
-    assert layer.q_norm is None
-
-
-def test_qk_norms_are_loaded(save_model, tmp_path: Path) -> None:
-    reference = save_model(Qwen3Config(**SHAPE, head_dim=8)).model.layers[0].self_attn
-    layer = load(tmp_path).layers[0]
-    assert torch.equal(layer.q_norm, reference.q_norm.weight)
-    assert torch.equal(layer.k_norm, reference.k_norm.weight)
-
-
 def test_shards_load_as_one_file_does(save_model, tmp_path: Path) -> None:
     model = save_model(LlamaConfig(**SHAPE))
     whole = load(tmp_path)
@@ -83,12 +55,6 @@ def test_shards_load_as_one_file_does(save_model, tmp_path: Path) -> None:
     for ours, theirs in zip(sharded.layers, whole.layers, strict=True):
         assert torch.equal(ours.qkv, theirs.qkv)
         assert torch.equal(ours.gate_up, theirs.gate_up)
-
-
-def test_a_tied_head_is_the_embedding(save_model, tmp_path: Path) -> None:
-    save_model(LlamaConfig(**SHAPE, tie_word_embeddings=True))
-    weights = load(tmp_path)
-    assert weights.head.data_ptr() == weights.embedding.data_ptr()
 
 
 def test_a_tied_head_that_is_stored_as_well_must_agree(save_model, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import torch
+from published_configs import LLAMA_31_8B
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from overfill.errors import InvalidPair, UnsupportedModel
@@ -17,36 +17,9 @@ from overfill.making.head_plan import head_mask_of
 from overfill.model.config import ModelConfig
 from overfill.model.head import tokens_in_row_order
 
-# The config of Llama 3.1 8B, written by transformers 4.
-LLAMA_31 = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
 LLAMA3_ROPE = RopeSpec("llama3", 500000.0, 8.0, 1.0, 4.0, original_max_positions=8192)
-MISTRAL = LLAMA_31 | {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": None}
-QWEN2 = LLAMA_31 | {"architectures": ["Qwen2ForCausalLM"], "rope_scaling": None, "use_sliding_window": False}
+MISTRAL = LLAMA_31_8B | {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": None}
+QWEN2 = LLAMA_31_8B | {"architectures": ["Qwen2ForCausalLM"], "rope_scaling": None, "use_sliding_window": False}
 QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
 
 
@@ -54,34 +27,9 @@ def without(config: dict, *names: str) -> dict:
     return {name: value for name, value in config.items() if name not in names}
 
 
-def test_every_field_of_a_llama_is_read() -> None:
-    assert ModelConfig.from_dict(LLAMA_31) == ModelConfig(
-        model_type="llama",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope=LLAMA3_ROPE,
-        max_positions=131072,
-        tie_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        head_tokens=128256,
-        tail_rank=0,
-        head_mask=b"",
-        eos_token_ids=(128001, 128008, 128009),
-    )
-
-
 def test_a_head_in_two_parts_is_read() -> None:
     parts = {"overfill_head": {"tokens": 40000, "tail_rank": 96}}
-    config = ModelConfig.from_dict(LLAMA_31 | parts)
+    config = ModelConfig.from_dict(LLAMA_31_8B | parts)
     assert (config.head_tokens, config.tail_rank) == (40000, 96)
     assert config.head_matrices == [(40000, 4096), (96, 4096), (88256, 96)]
     assert config.head_mask == b""
@@ -90,7 +38,7 @@ def test_a_head_in_two_parts_is_read() -> None:
 def test_the_whole_rows_may_be_of_any_tokens() -> None:
     tokens = torch.tensor([128255, 7, 64])
     parts = {"tokens": 3, "tail_rank": 2, "whole": b64encode(head_mask_of(tokens, 128256)).decode()}
-    order = tokens_in_row_order(128256, ModelConfig.from_dict(LLAMA_31 | {"overfill_head": parts}).head_mask)
+    order = tokens_in_row_order(128256, ModelConfig.from_dict(LLAMA_31_8B | {"overfill_head": parts}).head_mask)
     assert order[:5].tolist() == [7, 64, 128255, 0, 1]
     assert sorted(order.tolist()) == list(range(128256))
 
@@ -98,7 +46,7 @@ def test_the_whole_rows_may_be_of_any_tokens() -> None:
 @pytest.mark.parametrize("whole", [b64encode(head_mask_of(torch.arange(4), 128256)).decode(), "AQ==", "?", 7])
 def test_tokens_that_are_not_those_counted_are_refused(whole: object) -> None:
     with pytest.raises(InvalidPair, match="whole"):
-        ModelConfig.from_dict(LLAMA_31 | {"overfill_head": {"tokens": 3, "tail_rank": 2, "whole": whole}})
+        ModelConfig.from_dict(LLAMA_31_8B | {"overfill_head": {"tokens": 3, "tail_rank": 2, "whole": whole}})
 
 
 @pytest.mark.parametrize(
@@ -106,16 +54,7 @@ def test_tokens_that_are_not_those_counted_are_refused(whole: object) -> None:
 )
 def test_parts_that_do_not_fit_the_sizes_are_refused(parts: object) -> None:
     with pytest.raises(InvalidPair, match=r"overfill_head|tail_rank|tokens"):
-        ModelConfig.from_dict(LLAMA_31 | {"overfill_head": parts})
-
-
-def test_the_spelling_of_transformers_5_means_the_same() -> None:
-    new = without(LLAMA_31, "rope_scaling", "rope_theta", "torch_dtype") | {
-        "dtype": "bfloat16",
-        "layer_types": ["full_attention"] * 32,
-        "rope_parameters": {**LLAMA_31["rope_scaling"], "rope_theta": 500000.0},
-    }
-    assert ModelConfig.from_dict(new) == ModelConfig.from_dict(LLAMA_31)
+        ModelConfig.from_dict(LLAMA_31_8B | {"overfill_head": parts})
 
 
 @pytest.mark.parametrize("cls", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
@@ -130,9 +69,9 @@ def test_what_transformers_writes_is_read(cls, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hf_config", "flags"),
     [
-        (LLAMA_31, (False, False, False, False)),
-        (LLAMA_31 | {"attention_bias": True}, (True, True, False, False)),
-        (LLAMA_31 | {"mlp_bias": True}, (False, False, True, False)),
+        (LLAMA_31_8B, (False, False, False, False)),
+        (LLAMA_31_8B | {"attention_bias": True}, (True, True, False, False)),
+        (LLAMA_31_8B | {"mlp_bias": True}, (False, False, True, False)),
         (MISTRAL, (False, False, False, False)),
         (QWEN2, (True, False, False, False)),
         (QWEN3, (False, False, False, True)),
@@ -145,52 +84,16 @@ def test_biases_and_qk_norm_follow_the_architecture(hf_config: dict, flags: tupl
 
 
 def test_head_dim_may_differ_from_hidden_size_over_heads() -> None:
-    assert ModelConfig.from_dict(LLAMA_31 | {"head_dim": 64}).head_dim == 64
+    assert ModelConfig.from_dict(LLAMA_31_8B | {"head_dim": 64}).head_dim == 64
     odd = ModelConfig.from_dict(MISTRAL | {"hidden_size": 4097, "head_dim": 128})
     assert (odd.hidden_size, odd.head_dim) == (4097, 128)
 
 
 def test_a_llama_from_before_grouped_query_attention() -> None:
-    old = without(LLAMA_31, "num_key_value_heads", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias")
+    old = without(LLAMA_31_8B, "num_key_value_heads", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias")
     config = ModelConfig.from_dict(old)
     assert config.num_kv_heads == 32
     assert config.rope == RopeSpec(theta=10000.0)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "rope"),
-    [
-        ({"type": "linear", "factor": 4.0}, RopeSpec("linear", 500000.0, 4.0)),
-        (
-            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-            RopeSpec(
-                "yarn",
-                500000.0,
-                4.0,
-                original_max_positions=32768,
-                beta_fast=32,
-                beta_slow=1,
-                attention_factor=0.1 * math.log(4) + 1,
-                truncate=True,
-            ),
-        ),
-        (
-            {"rope_type": "yarn", "factor": 8, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16},
-            RopeSpec(
-                "yarn",
-                500000.0,
-                8.0,
-                original_max_positions=131072,
-                beta_fast=16,
-                beta_slow=1,
-                attention_factor=(0.07 * math.log(8) + 1) / (0.1 * math.log(8) + 1),
-                truncate=True,
-            ),
-        ),
-    ],
-)
-def test_rope_scalings(scaling: dict, rope: RopeSpec) -> None:
-    assert ModelConfig.from_dict(LLAMA_31 | {"rope_scaling": scaling}).rope == rope
 
 
 def test_a_window_as_long_as_the_context_is_no_window() -> None:
@@ -201,21 +104,21 @@ def test_a_window_as_long_as_the_context_is_no_window() -> None:
 @pytest.mark.parametrize(
     ("hf_config", "words"),
     [
-        (LLAMA_31 | {"architectures": ["GemmaForCausalLM"]}, ["GemmaFor", "LlamaFor", "Qwen3For"]),
+        (LLAMA_31_8B | {"architectures": ["GemmaForCausalLM"]}, ["GemmaFor", "LlamaFor", "Qwen3For"]),
         (MISTRAL | {"sliding_window": 4096}, ["sliding_window=4096", "131072"]),
         (without(MISTRAL, "sliding_window"), ["sliding_window=4096"]),
         (QWEN2 | {"use_sliding_window": True}, ["use_sliding_window=True"]),
         (QWEN3 | {"layer_types": ["sliding_attention"]}, ["layer_types", "sliding_attention"]),
-        (LLAMA_31 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "yarn"]),
-        (LLAMA_31 | {"rope_scaling": {"rope_type": "longrope"}}, ["rope_type='longrope'"]),
-        (LLAMA_31 | {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        (LLAMA_31_8B | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "yarn"]),
+        (LLAMA_31_8B | {"rope_scaling": {"rope_type": "longrope"}}, ["rope_type='longrope'"]),
+        (LLAMA_31_8B | {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         (QWEN3 | {"rope_parameters": {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor=0.25"]),
         (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["rope_parameters"]),
-        (LLAMA_31 | {"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
-        (LLAMA_31 | {"quantization_config": {"quant_method": "hqq"}}, ["quant_method='hqq'", "awq"]),
+        (LLAMA_31_8B | {"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
+        (LLAMA_31_8B | {"quantization_config": {"quant_method": "hqq"}}, ["quant_method='hqq'", "awq"]),
         (QWEN3 | {"num_experts": 128}, ["num_experts=128"]),
-        (LLAMA_31 | {"num_key_value_heads": 5}, ["num_key_value_heads=5", "32"]),
-        (LLAMA_31 | {"head_dim": 127}, ["head_dim=127"]),
+        (LLAMA_31_8B | {"num_key_value_heads": 5}, ["num_key_value_heads=5", "32"]),
+        (LLAMA_31_8B | {"head_dim": 127}, ["head_dim=127"]),
     ],
 )  # fmt: skip
 def test_unsupported_options_are_refused_by_name(hf_config: dict, words: list[str]) -> None:
@@ -240,7 +143,7 @@ def test_unsupported_options_are_refused_by_name(hf_config: dict, words: list[st
 )
 def test_missing_fields_are_named(name: str) -> None:
     with pytest.raises(InvalidPair, match=name):
-        ModelConfig.from_dict(without(LLAMA_31, name))
+        ModelConfig.from_dict(without(LLAMA_31_8B, name))
 
 
 @pytest.mark.parametrize("model", [MISTRAL, QWEN2])
@@ -255,17 +158,17 @@ def test_kv_heads_are_not_guessed(model: dict) -> None:
 def test_values_out_of_range_are_named(change: dict) -> None:
     (name,) = change
     with pytest.raises(InvalidPair, match=name):
-        ModelConfig.from_dict(LLAMA_31 | change)
+        ModelConfig.from_dict(LLAMA_31_8B | change)
 
 
 def test_generation_config_decides_what_ends_an_answer(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31 | {"eos_token_id": 2}))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_8B | {"eos_token_id": 2}))
     assert ModelConfig.load(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     assert ModelConfig.load(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     assert ModelConfig.load(tmp_path).eos_token_ids == (7, 8)
-    assert ModelConfig.from_dict(LLAMA_31 | {"eos_token_id": None}).eos_token_ids == ()
+    assert ModelConfig.from_dict(LLAMA_31_8B | {"eos_token_id": None}).eos_token_ids == ()
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "missing"), ("{", "not JSON"), ("[]", "not a JSON object")])
@@ -277,4 +180,4 @@ def test_a_config_that_cannot_be_read_is_named(content: str | None, message: str
 
 
 def test_kv_spec_is_what_the_cache_needs() -> None:
-    assert ModelConfig.from_dict(LLAMA_31).kv_spec("bfloat16") == KvSpec(32, 8, 128, "bfloat16", LLAMA3_ROPE)
+    assert ModelConfig.from_dict(LLAMA_31_8B).kv_spec("bfloat16") == KvSpec(32, 8, 128, "bfloat16", LLAMA3_ROPE)

@@ -36,16 +36,6 @@ def test_every_bit_of_seed_sample_and_position_counts(changed: tuple[int, int, i
     assert uniform([seed], [sample], [position]) != uniform([0], [0], [0])
 
 
-def test_sample_and_position_are_not_interchangeable() -> None:
-    assert uniform([5], [1], [2]) != uniform([5], [2], [1])
-
-
-def test_a_number_does_not_depend_on_its_neighbours() -> None:
-    together = uniform([2**64 - 1, 3, 4], [0, 1, 2], [9, 8, 7])
-    assert together[0] == uniform([2**64 - 1], [0], [9])[0]
-    assert together[2] == uniform([4], [2], [7])[0]
-
-
 def test_numbers_are_uniform_in_the_half_open_unit_interval() -> None:
     n = 100_000
     numbers = uniform([42] * n, [0] * n, range(n))

@@ -37,15 +37,6 @@ def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def test_nothing_is_made_for_requests_that_need_nothing(grammars: Grammars) -> None:
-    plain = SamplingParams(temperature=0.5, top_p=0.9, logprobs=3, stop_token_ids=(5,))
-    assert new_processor(plain, [1, 2], grammars, [END]) is None
-    logits = random_logits(2)
-    before = logits.clone()
-    assert process(logits, [None, None], [[3], []]) == {}
-    assert torch.equal(logits, before)
-
-
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
 def test_repetition_penalty_is_hugging_face_s(penalty: float) -> None:
     prompt, emitted = [3, 4, 4, 7], [9, 3, 9]

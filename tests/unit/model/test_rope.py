@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from overfill.model.config import ModelConfig
 from overfill.model.rope import apply_rope, inverse_frequencies, rope_tables
@@ -71,26 +71,6 @@ def test_frequencies_and_tables_are_those_of_transformers(name: str, theta: floa
     want_cos, want_sin = reference(torch.zeros(1), torch.arange(300)[None])
     torch.testing.assert_close(cos, want_cos[0, :, :32], rtol=0, atol=1e-4)
     torch.testing.assert_close(sin, want_sin[0, :, :32], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", [name for name in SCALINGS if name != "default"])
-def test_a_scaling_changes_the_tables(name: str) -> None:
-    plain = rope_tables(configs("default", 10000.0)[1].rope, 64, 300, CPU)
-    scaled = rope_tables(configs(name, 10000.0)[1].rope, 64, 300, CPU)
-    assert not torch.allclose(plain[0], scaled[0], atol=1e-2)
-
-
-def test_rotation_is_that_of_transformers() -> None:
-    hf, ours = configs("default", 10000.0)
-    q, k = torch.randn(40, 6, 64), torch.randn(40, 2, 64)
-    positions = torch.randperm(2048)[:40]
-    want_q, want_k = apply_rotary_pos_emb(
-        q.transpose(0, 1)[None], k.transpose(0, 1)[None], *LlamaRotaryEmbedding(hf)(q, positions[None])
-    )
-
-    cos, sin = (table[positions] for table in rope_tables(ours.rope, 64, 2048, CPU))
-    torch.testing.assert_close(apply_rope(q, cos, sin), want_q[0].transpose(0, 1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(apply_rope(k, cos, sin), want_k[0].transpose(0, 1), rtol=0, atol=1e-5)
 
 
 def test_low_precision_is_rotated_in_float32_and_keeps_its_dtype() -> None:

@@ -84,14 +84,6 @@ def test_the_filtered_distribution_is_that_of_transformers(options: dict, spread
     torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), want, rtol=1e-4, atol=1e-9)
 
 
-def test_each_row_is_filtered_by_its_own_parameters() -> None:
-    logits = torch.randn(len(FILTERS), 300) * 3
-    params = [SamplingParams(**options) for options in FILTERS]
-    together = filtered_weights(logits, params)
-    for row, own in enumerate(params):
-        assert torch.equal(together[row : row + 1], filtered_weights(logits[row : row + 1], [own]))
-
-
 def test_tokens_that_tie_with_the_kth_stay() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     assert filtered_weights(logits, [SamplingParams(top_k=2)])[0].gt(0).tolist() == [
@@ -167,19 +159,6 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     order = torch.randperm(n).tolist()
     shuffled = sample(logits[order], [params[row] for row in order], order, [0] * n)
     assert shuffled == [together[row] for row in order]
-
-
-def test_greedy_takes_the_most_likely_and_looks_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(5, 700)
-
-    def forbidden(*_args: object, **_options: object) -> None:
-        raise AssertionError("a greedy batch needs the argmax only")
-
-    monkeypatch.setattr("overfill.model.sampling.filtered_weights", forbidden)
-    monkeypatch.setattr(torch.Tensor, "log_softmax", forbidden)
-    tokens = sample(logits, [GREEDY] * 5, range(5), [0] * 5)
-    assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
-    assert all(token.logprob is None and token.top is None for token in tokens)
 
 
 def test_an_extreme_temperature_is_no_more_than_greedy_or_uniform() -> None:

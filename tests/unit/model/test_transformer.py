@@ -105,6 +105,19 @@ def test_a_sequence_does_not_see_its_neighbours(tiny: Transformer, runner) -> No
             torch.testing.assert_close(steps[step][row], alone[name][step], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("new", [[1], [1, 2, 3]], ids=["decode", "chunk"])
+def test_a_sequence_of_nan_keeps_to_itself(new: list[int], tiny: Transformer, runner) -> None:
+    """A failed sequence leaves NaN in its blocks."""
+    run, alone = runner(tiny), runner(tiny)
+    run.step({"a": PROMPT[:9], "bad": PROMPT[:11]})
+    alone.step({"a": PROMPT[:9]})
+    for part in run.floating:
+        part[:, torch.tensor(run._tables["bad"])] = float("nan")
+    got = run.step({"a": new, "bad": new})
+    torch.testing.assert_close(got[: len(new)], alone.step({"a": new}), atol=1e-5, rtol=0)
+    assert got[len(new) :].isnan().all()
+
+
 def test_decode_and_prefill_share_a_step(tiny: Transformer, runner) -> None:
     run = runner(tiny)
     run.step({"old": PROMPT[:9], "replayed": PROMPT[:6]})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from published_configs import LLAMA_32_3B
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from overfill.engine.runner import ModelRunner
@@ -26,36 +27,8 @@ PROMPT = torch.randint(2, 512, (30,), generator=torch.Generator().manual_seed(5)
 SIZES: dict[str, Any] = {"hidden_size": 65, "intermediate_size": 50, "num_layers": 3}
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3"]
 
-# The geometry of Llama-3.2-3B, and of the 1B decoder that the paper's authors pruned from it.
-LLAMA_3B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "num_attention_heads": 24,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 128256,
-}
-AUTHORS_1B = LLAMA_3B | {"hidden_size": 1689, "intermediate_size": 4505}
+# The 1B decoder that the paper's authors pruned from Llama 3.2 3B.
+AUTHORS_1B = LLAMA_32_3B | {"hidden_size": 1689, "intermediate_size": 4505}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,7 +87,10 @@ def test_plain_transformers_loads_a_decoder_of_an_odd_size(architecture: str, ti
 def test_a_llama_of_any_hidden_size_is_loaded_as_it_was_published(tmp_path: Path) -> None:
     full = make_tiny_pair(tmp_path / "pair", identity=True) / "full"
     config = read_config(full) | {"hidden_size": 65, "intermediate_size": 50, "num_hidden_layers": 3}
-    config["rope_parameters"] = LLAMA_3B["rope_scaling"] | {"rope_theta": 500.0, "original_max_position_embeddings": 64}
+    config["rope_parameters"] = LLAMA_32_3B["rope_scaling"] | {
+        "rope_theta": 500.0,
+        "original_max_position_embeddings": 64,
+    }
     decoder = write_checkpoint(tmp_path / "decoder", config, full)
     with pytest.raises(
         Exception, match="not a multiple"
@@ -129,7 +105,7 @@ def test_a_llama_of_any_hidden_size_is_loaded_as_it_was_published(tmp_path: Path
 
 
 def test_the_authors_decoders_are_understood() -> None:
-    parsed, full = ModelConfig.from_dict(AUTHORS_1B), ModelConfig.from_dict(LLAMA_3B)
+    parsed, full = ModelConfig.from_dict(AUTHORS_1B), ModelConfig.from_dict(LLAMA_32_3B)
     assert (parsed.hidden_size, parsed.num_heads, parsed.head_dim) == (1689, 24, 128)
     assert parsed.kv_spec("bfloat16") == full.kv_spec("bfloat16")
     as_mistral = ModelConfig.from_dict(loadable_config(AUTHORS_1B))
@@ -139,15 +115,15 @@ def test_the_authors_decoders_are_understood() -> None:
 
 def test_a_decoder_stays_a_llama_where_it_can() -> None:
     config = decoder_config(
-        LLAMA_3B, hidden_size=1680, intermediate_size=4505, num_layers=28, tie_word_embeddings=False
+        LLAMA_32_3B, hidden_size=1680, intermediate_size=4505, num_layers=28, tie_word_embeddings=False
     )
     changed = {"hidden_size": 1680, "intermediate_size": 4505, "tie_word_embeddings": False}
-    assert config == LLAMA_3B | changed
-    assert loadable_config(LLAMA_3B) == LLAMA_3B
+    assert config == LLAMA_32_3B | changed
+    assert loadable_config(LLAMA_32_3B) == LLAMA_32_3B
 
 
 def test_what_the_full_model_leaves_to_defaults_is_stated() -> None:
-    bare = {k: v for k, v in LLAMA_3B.items() if k not in ("head_dim", "num_key_value_heads", "rope_scaling")}
+    bare = {k: v for k, v in LLAMA_32_3B.items() if k not in ("head_dim", "num_key_value_heads", "rope_scaling")}
     config = decoder_config(bare, hidden_size=1689, intermediate_size=64, num_layers=2, tie_word_embeddings=False)
     assert (config["head_dim"], config["num_key_value_heads"], config["sliding_window"]) == (128, 24, None)
     assert ModelConfig.from_dict(config).rope == ModelConfig.from_dict(bare).rope
@@ -179,7 +155,7 @@ def test_layer_types_are_those_of_the_kept_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_a_llama_with_biases_has_no_equal(bias: str) -> None:
-    biased = LLAMA_3B | {bias: True}
+    biased = LLAMA_32_3B | {bias: True}
     sizes = {"intermediate_size": 64, "num_layers": 2, "tie_word_embeddings": False}
     assert decoder_config(biased, hidden_size=48, **sizes)[bias]
     with pytest.raises(UnsupportedModel, match=r"hidden_size=50 .* a multiple of its 24 attention heads"):
@@ -188,4 +164,4 @@ def test_a_llama_with_biases_has_no_equal(bias: str) -> None:
 
 def test_sizes_must_be_positive() -> None:
     with pytest.raises(InvalidPair, match="intermediate_size=0"):
-        decoder_config(LLAMA_3B, hidden_size=48, intermediate_size=0, num_layers=2, tie_word_embeddings=False)
+        decoder_config(LLAMA_32_3B, hidden_size=48, intermediate_size=0, num_layers=2, tie_word_embeddings=False)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, dtype="float32", device="cpu", kv_memory=2**20, max_model_len=256, max_num_batched_tokens=64)
+    return new_llm(folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,6 @@ def test_a_batch_gets_the_reference_s_answers(llm, reference):
     assert_nothing_leaked(llm)
 
 
-def test_a_prompt_alone_is_answered_as_in_a_batch(llm, reference):
-    assert llm.generate(PROMPTS[4:5], GREEDY)[0].token_ids == reference.generate(PROMPTS[4], 40)
-    assert llm.generate([], GREEDY) == []
-
-
 def test_preemption_changes_no_answer(folder, reference, monkeypatch):
     preempted = []
     handle = OfflineRun._answer
@@ -85,9 +80,7 @@ def test_preemption_changes_no_answer(folder, reference, monkeypatch):
         handle(run, event)
 
     monkeypatch.setattr(OfflineRun, "_answer", spy)
-    small = LLM(
-        folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, max_num_batched_tokens=64
-    )
+    small = new_llm(folder, kv_memory=16 * 16 * 1024)
     answers = small.generate(PROMPTS, GREEDY)
     assert preempted
     assert [a.token_ids for a in answers] == [reference.generate(p, 40) for p in PROMPTS]
@@ -149,14 +142,6 @@ def test_the_first_turn_s_answer_is_read_by_the_full_model_in_the_second(folder,
     assert all(position >= len(turn) for position, _ in computed.by["decoder"])
 
 
-def test_a_small_cache_forgets_prompts_before_it_refuses_any(folder, reference):
-    llm = new_llm(folder, kv_memory=24 * 16 * 1024)
-    for _ in range(2):
-        for prompt in PROMPTS:
-            assert llm.generate([prompt], GREEDY)[0].token_ids == reference.generate(prompt, 40)
-    assert_nothing_leaked(llm)
-
-
 def test_without_a_prefix_cache_every_prompt_is_computed(folder):
     llm = new_llm(folder, prefix_cache=False)
     assert [llm.generate(PROMPTS[5:], GREEDY)[0].cached_tokens for _ in range(2)] == [0, 0]
@@ -202,20 +187,6 @@ def test_an_interrupt_in_the_middle_of_bookkeeping_leaves_the_next_call_whole(fo
         llm.generate(PROMPTS, GREEDY)
     assert [a.token_ids for a in llm.generate(PROMPTS, GREEDY)] == [reference.generate(p, 40) for p in PROMPTS]
     assert_nothing_leaked(llm)
-
-
-def test_answers_end_by_themselves_unless_told_otherwise(llm, monkeypatch):
-    asked = []
-    request = LLM._request
-    monkeypatch.setattr(
-        LLM, "_request", lambda self, i, ids, choice: asked.append(choice) or request(self, i, ids, choice)
-    )
-    llm.generate(PROMPTS[:1])
-    llm.chat([{"role": "user", "content": "Hi"}])
-    assert {(s.temperature, s.max_tokens) for s in asked} == {(0.7, 256)}
-    own = SamplingParams(top_k=3, max_tokens=2)
-    llm.generate(PROMPTS[:1], own)
-    assert asked[-1] == own, "parameters that are given are taken as they are"
 
 
 def test_chat_is_the_template_s_prompt(llm):
@@ -315,16 +286,6 @@ def test_bias_and_penalties_reach_both_stages(llm):
     tokens = llm.generate(PROMPTS[:1], both)[0].token_ids
     assert set(tokens) == {77, 78}
     assert tokens.count(77) == 3
-
-
-def test_preemption_keeps_penalties_and_grammar(folder, llm):
-    small = LLM(
-        folder, dtype="float32", device="cpu", kv_memory=16 * 16 * 1024, max_model_len=256, max_num_batched_tokens=64
-    )
-    penalised = SamplingParams(temperature=0, max_tokens=40, presence_penalty=2.0, repetition_penalty=1.5)
-    for sampling in (penalised, SamplingParams(temperature=0, max_tokens=40, grammar=SCHEMA)):
-        expected = [a.token_ids for a in llm.generate(PROMPTS, sampling)]
-        assert [a.token_ids for a in small.generate(PROMPTS, sampling)] == expected
 
 
 def test_a_grammar_that_fails_on_the_way_ends_its_request_only_with_its_reason(llm, monkeypatch):

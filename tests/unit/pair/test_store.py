@@ -73,13 +73,6 @@ def test_another_process_prepares_a_named_pair_and_a_ready_one_is_found_without_
     assert load_whole(Path(again[0]), digests=True).identity
 
 
-def test_a_pair_that_cannot_be_prepared_here(cache: Path) -> None:
-    shutil.rmtree(cache)
-    cache.touch()
-    with pytest.raises(InvalidPair, match=r"cannot prepare the pair default: .*home"):
-        store.resolve_pair("default")
-
-
 def test_a_preparation_that_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(InvalidPair, match="cannot prepare the pair default: its process ended with status 1"):

@@ -7,12 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
-import pytest
 
-from overfill.routing.capacity import StepCost
 from overfill.routing.signals import COUNTS
 from overfill.stack.ray import policy as policy_module
-from overfill.stack.ray.policy import ScalingPolicy, latest, scaling_config
+from overfill.stack.ray.policy import ScalingPolicy, latest
 
 STATE = ("ready", "colocated", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens", "max_num_seqs")
 ZERO = dict.fromkeys(
@@ -150,13 +148,6 @@ def test_the_newest_complete_numbers_of_each_router_count() -> None:
         "empty": {"a": []},
     }
     assert latest(metrics) == {"a": {"arrivals": 2, "running_requests": 0}}
-
-
-def test_settings_are_the_scalers() -> None:
-    made = scaling_config({"ttft": 1.5, "step": [0.02, 0.001, 1e-6], "max_total": 8})
-    assert (made.ttft, made.step, made.max_total) == (1.5, StepCost(0.02, 0.001, 1e-6), 8)
-    with pytest.raises(ValueError, match="prefill: no such setting"):
-        scaling_config({"prefill": 3})
 
 
 def test_serve_can_ship_the_policy_to_its_controller_by_value() -> None:

@@ -139,12 +139,6 @@ def test_workers_with_both_stages_are_one_deployment_of_a_fixed_size() -> None:
     assert deployment_options(made, "colocated")["num_replicas"] == 2
 
 
-def test_workers_with_one_stage_beside_them_are_asked_for() -> None:
-    mixed = spec(**BOTH, prefill={"replicas": 1}, decode={"replicas": 3})
-    assert [*mixed.pools] == ["colocated", PREFILL, DECODE]
-    assert (mixed.router_config().expect_prefill, mixed.router_config().expect_decode) == (3, 5)
-
-
 def test_workers_with_both_stages_decode_in_the_default_tier() -> None:
     tiers = {"full": {"pair": "identity"}, "fast": {"pair": "fast", "replicas": 0, "itl_objective": 0.2}}
     made = StackSpec.model_validate({"tiers": tiers, **BOTH, "router": {"settings": {"default_tier": "fast"}}})

@@ -10,10 +10,8 @@ import pytest
 from rich.console import Console
 
 from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, prefill_seconds
-from overfill.lab.bench.engine.machine import Machine, median_machine
+from overfill.lab.bench.engine.machine import Machine
 from overfill.lab.bench.engine.rows import Row, rows_table
-from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns
-from overfill.model.manifest import Pair
 
 COST = ModelCost(
     weight_bytes=1000,
@@ -62,37 +60,6 @@ def test_prefill_counts_causal_attention_and_what_lies_behind_the_last_kv_once_p
     first_layer, last_layer = (6 + 3) * 2, (3 + 2) * 2
     assert prefill_seconds(COST, machine, [3, 2]) == 5 * 350 + 2 * (250 + 400) + first_layer + last_layer
     assert prefill_seconds(COST, Machine(bandwidth=1, matrix_rate=1e9), [3]) == 1000
-
-
-def test_flops_are_those_of_the_checkpoint_s_matrices(tiny_pair):
-    config = Pair.load(tiny_pair).full_config
-    cost = ModelCost.of(config, 0, 0)
-    # hidden 64, 4 heads and 2 KV heads of 16, MLP 128, 4 layers, vocabulary 512
-    assert cost.layer_flops == 2 * 4 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128)
-    assert cost.head_flops == 2 * 64 * 512
-    assert cost.attention_flops == 4 * 4 * 64
-
-
-def test_every_engine_has_a_turn_per_round():
-    class Fake:
-        def __init__(self, name):
-            self.name = name
-
-    order = []
-
-    def turn(engine):
-        order.append(engine.name)
-        return [1.0, 3.0]
-
-    def probe():
-        order.append("machine")
-        return Machine(len(order), 1.0)
-
-    samples, machine = in_turns(BenchPlan(rounds=2), [Fake("a"), Fake("b")], turn, probe)
-    assert order == ["machine", "a", "b"] * 2
-    assert samples["a"] == Timings((1.0, 3.0, 1.0, 3.0))
-    assert samples["a"].median == 2.0
-    assert machine == median_machine([Machine(1, 1.0), Machine(4, 1.0)])
 
 
 def test_a_row_is_a_line_of_json_with_ratios_to_bound_and_peer():

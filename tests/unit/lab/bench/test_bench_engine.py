@@ -11,9 +11,8 @@ from click import UsageError
 from click.testing import CliRunner
 
 from overfill.lab.bench.engine import machine, measure
-from overfill.lab.bench.engine.overfill_engine import EngineWorkload, load_engines
+from overfill.lab.bench.engine.overfill_engine import load_engines
 from overfill.lab.commands.bench import bench_group
-from overfill.model.manifest import Pair
 
 
 @pytest.fixture(autouse=True)
@@ -72,33 +71,3 @@ def test_vllm_that_is_not_installed_is_refused_with_what_to_do(tiny_pair, tmp_pa
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="--vllm: not installed; add --install-vllm to download it"):
         run("decode", f"--pair={tiny_pair}", "--vllm")
-
-
-@pytest.mark.parametrize("flag", ["--batch=0", "--batch=1,x"])
-def test_bad_values_are_named(tiny_pair, flag):
-    with pytest.raises(Exception, match="numbers such as"):
-        run("decode", f"--pair={tiny_pair}", flag)
-
-
-def test_int8_weights_count_as_the_bytes_they_are(tiny_pair):
-    pair = Pair.load(tiny_pair)
-    workload = EngineWorkload(batch=1, tokens=32)
-    costs = {}
-    for quantize in ("none", "int8"):
-        full, decoder = load_engines(
-            pair,
-            dtype="bfloat16",
-            device=torch.device("cpu"),
-            quantize=quantize,
-            workload=workload,
-            max_num_batched_tokens=64,
-        )
-        assert full.weights == "bfloat16"
-        costs[decoder.weights] = decoder.cost
-    config = pair.decoder_config
-    norms = 2 * config.hidden_size * (2 * config.num_layers + 1)
-    matrices = costs["bfloat16"].weight_bytes - norms
-    rows = config.num_layers * (64 + 64 + 64 + config.hidden_size + 2 * config.intermediate_size + config.hidden_size)
-    assert costs["int8"].weight_bytes < 0.6 * costs["bfloat16"].weight_bytes + 8 * rows
-    assert costs["int8"].weight_bytes > matrices / 2
-    assert costs["int8"].layer_flops == costs["bfloat16"].layer_flops

@@ -2,11 +2,9 @@
 
 import asyncio
 import json
-import math
 
 import pytest
 from click.testing import CliRunner
-from safetensors import safe_open
 
 from overfill.errors import InternalError
 from overfill.lab.bench.vllm.check import agreement
@@ -15,14 +13,10 @@ from overfill.lab.bench.vllm.figures import (
     Figure,
     PromptRound,
     decode_figures,
-    figures_table,
-    mean_context,
     prompt_figures,
 )
-from overfill.lab.bench.vllm.measure import VllmPlan, model_cost
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.lab.commands import bench_vllm
-from overfill.model.manifest import Pair
 from overfill.pair.reference import JudgedAnswer, Verdict
 
 
@@ -123,52 +117,10 @@ def test_the_first_token_has_an_aim_per_length(asked, ttft, reached):
     assert (found[f"ttft_{asked}"].cpu_ms, found[f"ttft_{asked}"].peer_cpu_ms) == (800, 700)
 
 
-def test_a_shortened_prompt_keeps_the_aim_of_the_length_asked_for():
-    found = by_name(prompt_figures(8184, 8192, [prompt_round(1.06)], None))
-    assert not found["ttft_ratio_8184"].reached
-
-
-def test_the_exposed_handoff_is_a_share_of_the_prefill():
-    found = by_name(prompt_figures(2048, 2048, [prompt_round(1.0, exposed=0.06)], None))
-    assert found["handoff_exposed_2048"].value == pytest.approx(0.06)
-    assert not found["handoff_exposed_2048"].reached
-    assert found["second_token_2048"].peer_ratio == pytest.approx(1.2)
-
-
-def test_the_context_is_that_in_the_middle_of_the_window():
-    assert mean_context(128, DecodeWindow((4, 2), 20, 1.0, 0.0)) == 128 + 3 + 5
-
-
 def test_agreement_counts_ties_and_is_zero_without_an_answer():
     verdicts = (Verdict(0, 5, 5, 0.0), Verdict(1, 6, 7, 1e-4), Verdict(2, 8, 9, 1.0), Verdict(3, 9, 9, 0.0))
     assert agreement([JudgedAnswer(verdicts)]).value == 0.75
     assert agreement([JudgedAnswer(verdicts), JudgedAnswer((), "no answer")]).value == 0
-
-
-def test_a_plan_cuts_prompts_to_the_context_and_reserves_kv():
-    plan = VllmPlan((1, 32), (512, 8192), 5)
-    assert plan.lengths(8192) == {512: 512, 8192: 8184}
-    assert (plan.max_model_len(8192), plan.max_model_len(1 << 17)) == (8192, 8200)
-    assert plan.kv_tokens(1 << 17) == 32 * (128 + 1024)
-    assert VllmPlan((1,), (64,), 5).max_model_len(1 << 17) == 128 + 1024
-
-
-def test_settings_reserve_what_the_run_needs(tiny_pair):
-    pair, plan = Pair.load(tiny_pair), VllmPlan((1, 64), (64,), 1)
-    settings = bench_vllm.engine_settings(pair, plan, "float32", "cpu", 2, None, '{"enforce_eager": true}')
-    assert settings.kv_memory == 1 << 30
-    assert settings.engine_args == {"enforce_eager": True}
-    assert (settings.max_num_seqs, settings.max_model_len) == (64, 1152)
-    assert bench_vllm.engine_settings(pair, plan, None, "cpu", 2, "2MiB", "").kv_memory == 2 << 20
-
-
-def test_a_models_cost_is_the_bytes_of_its_matrices(tiny_pair):
-    pair = Pair.load(tiny_pair)
-    for config, folder in ((pair.full_config, pair.full_path), (pair.decoder_config, pair.decoder_path)):
-        with safe_open(folder / "model.safetensors", "pt") as weights:
-            matrices = [weights.get_slice(name).get_shape() for name in weights.keys() if "embed" not in name]  # noqa: SIM118
-        elements = sum(math.prod(shape) for shape in matrices if len(shape) == 2)
-        assert model_cost(config, "bfloat16").weight_bytes == 2 * elements
 
 
 @pytest.fixture
@@ -210,12 +162,6 @@ def test_the_file_has_the_run_and_every_figure(command, tmp_path):
     assert not bad["reached"]
 
 
-def test_without_a_file_the_lines_go_to_stdout(command):
-    result = command([GOOD], "--json")
-    assert result.return_value == 0
-    assert [json.loads(line)["name"] for line in result.stdout.splitlines()] == ["run", "note", "decode_ratio_32"]
-
-
 @pytest.mark.parametrize(
     ("cause", "text"),
     [
@@ -242,7 +188,3 @@ def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_pa
 )
 def test_a_wrong_value_names_its_option(command, arguments, message):
     assert message in str(command([], *arguments).exception)
-
-
-def test_the_table_has_a_line_per_figure():
-    assert figures_table([GOOD, BAD]).row_count == 2

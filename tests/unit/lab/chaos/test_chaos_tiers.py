@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
-from click.testing import CliRunner
 
-from overfill.lab.chaos.load import LoadGenerator, RequestResult
+from overfill.lab.chaos.load import RequestResult
 from overfill.lab.chaos.trial import TrialResult
 from overfill.lab.chaos.trial_report import TrialReport
-from overfill.lab.commands.chaos import chaos_command
 from overfill.pair.reference import Summary, load_references
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry.progress import silent
@@ -58,27 +55,3 @@ def test_each_part_is_judged_at_the_token_that_the_answer_names(tiny_tiers: tupl
     counts = TrialReport(TrialResult([good, late, other]), summary, wrong, {}).tiers()
     assert (counts["full"]["answers"], counts["full"]["right"], counts["full"]["changed_within"]) == (2, 1, 2)
     assert (counts["default"]["changed_tier"], counts["default"]["with_fallback"]) == (0, 0)
-
-
-def test_requests_are_spread_over_the_tiers_and_some_allow_the_next_one() -> None:
-    load = LoadGenerator([], None, [], 1, 0, ["full", "default", "fast"], 0.5)
-    chosen = Counter(load._choose(number) for number in range(600))
-    following = {"full": "default", "default": "fast", "fast": "full"}
-    assert set(chosen) == {(tier, fallback) for tier in following for fallback in ("none", following[tier])}
-    assert all(70 <= count <= 130 for count in chosen.values())
-    assert {LoadGenerator([], None, [], 1, 0)._choose(number) for number in range(20)} == {("default", "none")}
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--tier=a=tiny:2", "--decode=3"], "--tier conflicts with --decode"),
-        (["--tier=a=tiny"], "give at least two decode workers"),
-        (["--tier=a=tiny", "--tier=a=tiny"], "two tiers have the name"),
-        (["--tier=a=tiny", "--tier=b=fast"], "all tiers have the pair tiny, or none"),
-    ],
-)
-def test_tiers_that_no_trial_can_have_are_bad_usage(options: list[str], says: str) -> None:
-    done = CliRunner().invoke(chaos_command, options)
-    assert done.exit_code == 2
-    assert says in " ".join(done.output.replace("\u2502", " ").split())

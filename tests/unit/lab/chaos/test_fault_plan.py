@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from overfill.lab.chaos.fault_plan import FAULTS, HOST_TARGETS, PHASES, TARGETS, draw, matrix, read_report
+from overfill.lab.chaos.fault_plan import FAULTS, PHASES, TARGETS, PlannedFault, draw, matrix, read_report
 from overfill.lab.chaos.trial import InjectedFault
+from overfill.lab.commands.chaos import chaos_command
 
 
 def test_a_seed_draws_the_same_faults() -> None:
@@ -54,10 +56,10 @@ def test_what_is_no_report_is_refused_by_name(tmp_path: Path, text: str) -> None
         read_report(report)
 
 
-def test_a_host_can_vanish_for_some_seconds_with_its_process() -> None:
-    vanished = matrix(0, 4, ["vanish"], possible=HOST_TARGETS)
-    assert {fault.target for fault in vanished} == {"router", "prefill", "decode", "client"}
-    assert all((fault.seconds > 0) == (fault.target != "client") for fault in vanished)
-    drawn = itertools.islice(draw(0, 1.0, ["vanish"], possible=HOST_TARGETS), 40)
-    assert {fault.target for fault in drawn} == {"router", "prefill", "decode", "client"}
-    assert {fault.target for fault in itertools.islice(draw(0, 1.0, ["vanish"]), 40)} == {"client"}
+def test_hosts_that_vanish_are_replayed_on_hosts_only(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    vanished = PlannedFault(0, "vanish", "decode", "decode", 2.0).as_dict()
+    report.write_text(json.dumps({"strikes": [vanished]}), encoding="utf-8")
+    done = CliRunner().invoke(chaos_command, [f"--replay={report}"])
+    assert done.exit_code == 2
+    assert "has hosts that vanish: add --hosts" in done.output

@@ -62,15 +62,6 @@ async def test_a_lossy_link_delivers_everything_after_retransmissions() -> None:
     assert seconds > 0.2  # minimum delay of one loss
 
 
-async def test_a_link_that_recovers_is_as_before() -> None:
-    async with echo() as proxy:
-        proxy.rate, proxy.delay, proxy.loss = 20_000.0, 1.0, 0.5
-        proxy.rate, proxy.delay, proxy.loss = None, 0.0, 0.0
-        back, seconds = await through(proxy)
-    assert back == DATA
-    assert seconds < 5  # at the earlier rate it would take ten
-
-
 CLOCK = """
 import sys, threading, time
 ahead = lambda since=time.time() - time.monotonic(): round(time.time() - time.monotonic() - since)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
 from overfill.lab.hosts import network
@@ -39,28 +37,6 @@ def test_what_the_links_need_is_named_when_it_is_missing(as_root, monkeypatch, t
     monkeypatch.setattr(network, "find_compiler", lambda names: None)
     with pytest.raises(CannotMakeHosts, match=r"a C compiler is missing.*: install one of cc, gcc, clang"):
         network.check_requirements()
-
-
-def fails_with(monkeypatch, stderr):
-    failed = subprocess.CompletedProcess([], 2, "", stderr)
-    monkeypatch.setattr(network.subprocess, "run", lambda *_, **__: failed)
-
-
-def test_a_kernel_without_tbf_is_told_from_other_failures(monkeypatch):
-    command = network.rate_command("space", "eth0", 1e6)
-    fails_with(monkeypatch, "Error: Specified qdisc kind is unknown.\n")
-    with pytest.raises(CannotMakeHosts, match="this kernel has no tbf, which limits rates: load its module sch_tbf"):
-        network.run_command(command)
-    fails_with(monkeypatch, "Error: Cannot find device.\n")
-    with pytest.raises(CannotMakeHosts, match=r"`tc -n space .*` failed: Error: Cannot find device\."):
-        network.run_command(command)
-
-
-def test_a_rate_limits_what_one_end_of_a_link_sends():
-    expected = "tc -n space qdisc replace dev eth0 root tbf rate 100000000bit burst 25000 limit 1250000"
-    assert network.rate_command("space", "eth0", 12.5e6) == expected.split()
-    assert network.rate_command("space", "eth0", 50_000)[-4:] == ["burst", "16384", "limit", "65536"]
-    assert network.rate_command("space", "eth0", None) == ["tc", "-n", "space", "qdisc", "del", "dev", "eth0", "root"]
 
 
 def test_names_of_devices_fit_the_kernel_for_every_process_id(monkeypatch):

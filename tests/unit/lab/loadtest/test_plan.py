@@ -10,15 +10,6 @@ from overfill.lab.loadtest.shapes import users_at
 from overfill.lab.loadtest.workload import Workload
 
 
-def test_the_shape_follows_from_what_is_given():
-    assert LoadPlan().kind == "constant"
-    assert LoadPlan(trace="x.csv").kind == LoadPlan(rate=1, requests=1).kind == "arrivals"
-    assert LoadPlan(trace="x.csv", shape="ramp").kind == "ramp"
-    assert LoadPlan().seconds == 60
-    assert LoadPlan(shape="soak").seconds == 3600
-    assert LoadPlan(trace="x.csv").seconds is None
-
-
 def test_a_target_without_a_scheme_is_a_router():
     for target in ("127.0.0.1:7600", "grpc://127.0.0.1:7600"):
         plan = LoadPlan(target=target)

@@ -108,27 +108,3 @@ def test_nothing_measured_is_told_apart_from_missed():
     err = io.StringIO()
     assert conclude(run, io.StringIO(), err) is LoadTestStatus.NOT_MEASURED
     assert "the server does not answer" in err.getvalue()
-
-
-def test_a_mixed_load_has_a_row_per_tier(tmp_path):
-    page = tmp_path / "report.html"
-    run = LoadTestRun(
-        LoadPlan(tier="full,fast", objective="ttft_p50=2,ttft_p99=3,itl_p99=1,errors=100%", report=str(page))
-    )
-    run.outcomes = [
-        Outcome(0.0, (1.0, 1.5), tier="full", written_by="full"),
-        Outcome(0.0, (2.5, 3.0), tier="full", written_by="fast"),
-        Outcome(0.0, (4.0, 4.5), tier="full", written_by="fast"),  # its first token is later than any limit
-        Outcome(0.0, (), "refused", tier="full"),
-        Outcome(0.0, (1.0, 3.5), tier="fast"),  # its tokens are too slow
-    ]
-    out = io.StringIO()
-    conclude(run, out, io.StringIO())
-    lines = [line.split() for line in out.getvalue().splitlines()]
-    assert ["fast", "1", "1", "0.0", "%", "1,000.0", "1,000.0", "2,500.0", "unknown", "1"] in lines
-    assert ["full", "4", "3", "50.0", "%", "2,500.0", "3,700.0", "500.0", "fast", "2,", "full", "1"] in lines
-    assert "<td>fast 2, full 1</td>" in page.read_text()
-    run.outcomes = [Outcome(0.0, (1.0, 1.5), written_by="full")]
-    out = io.StringIO()
-    conclude(run, out, io.StringIO())
-    assert "written by" not in out.getvalue(), "the requests named no tier"

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.run import LoadTestRun
 from overfill.lab.loadtest.workload import ProcessShard, Workload
 
 
@@ -36,14 +35,6 @@ def test_equal_hashes_are_equal_text_in_every_process(trace):
     assert here[1].output_tokens == 2
 
 
-def test_a_trace_may_lend_its_lengths_to_a_shape(trace):
-    workload = Workload(LoadPlan(trace=trace, shape="constant"))
-    assert workload.total is None
-    assert workload[3].blocks == workload[0].blocks
-    assert workload.prompt(3)[:512] == workload.prompt(0)[:512]
-    assert workload.prompt(3) != workload.prompt(0)[:1000] or workload[3].prompt_tokens <= 1024
-
-
 def test_arrivals_end_with_the_time_or_the_count(trace):
     assert Workload(LoadPlan(trace=trace, duration=1.5)).total == 2
     assert Workload(LoadPlan(trace=trace, requests=1)).total == 1
@@ -60,10 +51,3 @@ def test_every_request_falls_to_one_process_once():
     assert sorted(taken) == list(range(10))
     endless = ProcessShard(None, 1, 2)
     assert [endless.take() for _ in range(3)] == [1, 3, 5]
-
-
-def test_prompts_made_beforehand_are_the_same(trace):
-    plan = LoadPlan(trace=trace)
-    run, fresh = LoadTestRun(plan), Workload(plan)
-    run.begin(0, 1)
-    assert [run.workload.prompt(i) for i in range(3)] == [fresh.prompt(i) for i in range(3)]

@@ -6,15 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.simulate.options import SimTier, SimulationOptions
 from overfill.lab.simulate.policies import NAMES
-from overfill.lab.simulate.profiles import BUILT_IN, CPU
+from overfill.lab.simulate.profiles import CPU
 from overfill.lab.simulate.sizing import SizeSearch
 from overfill.lab.simulate.stack import Simulation
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest, concatenate, synthetic
-from overfill.routing.capacity import StepCost
 from overfill.routing.scaling import Bounds, ScalingConfig
 
 OBJECTIVE = Objective(ttft=2, itl=0.1)
@@ -41,18 +39,6 @@ def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
     assert request.last - request.first == pytest.approx(steps + handoff, rel=0.01)
 
 
-def test_a_prompt_that_stays_with_its_answer_needs_no_transfer():
-    slow_link = replace(CPU, link_bandwidth=1e5)
-    result = run([TraceRequest(0.0, 512, 11)], slow_link, prefill=0, decode=0, colocated=1, check=True)
-    [request] = result.requests
-    hops = 2 * CPU.hop  # start, and the first token
-    assert request.ttft == pytest.approx(CPU.prefill.step_seconds([(0, 512)]) + hops, abs=1e-6)
-    steps = sum(CPU.decode.cost.seconds(1, 513 + step) for step in range(10))
-    assert request.last - request.first == pytest.approx(steps, abs=1e-6)
-    assert result.figures(OBJECTIVE)["local"] == 1.0
-    assert run([TraceRequest(0.0, 512, 11)]).figures(OBJECTIVE)["local"] == 0.0
-
-
 @pytest.mark.parametrize("mtbf", [None, 5.0])
 def test_workers_with_both_stages_alone_answer_everything(mtbf):
     trace = synthetic(80, "poisson", 4, 300, 100, 0)
@@ -74,24 +60,6 @@ def test_prompts_leave_the_answers_of_a_worker_with_both_stages_within_the_objec
     # A chunk late in a prompt takes longer than the mean one, and the first prompts teach the rate.
     assert patient.gaps.percentile(0.99) < 0.1
     assert hurried.requests[-1].ttft < 3.2 < patient.requests[-1].ttft
-
-
-def test_conditional_keeps_short_prompts_and_sends_long_ones_away():
-    trace = [TraceRequest(0.5 * i, 1500 if i % 10 == 9 else 20, 20) for i in range(200)]
-    runs = {
-        policy: run(trace, prefill=1, decode=0, colocated=2, policy=policy)
-        for policy in ("conditional", "prefix-affinity")
-    }
-    local = {policy: result.figures(OBJECTIVE)["local"] for policy, result in runs.items()}
-    assert 0.8 <= local["conditional"] < 1
-    assert local["prefix-affinity"] < 0.6
-    assert runs["conditional"].figures(OBJECTIVE)["itl_p99"] < 0.1
-
-
-def test_a_profile_of_two_kinds_of_machine_has_no_worker_with_both_stages():
-    for name in ("h100-l4", "l4"):
-        with pytest.raises(InvalidRequest, match="has no worker with both stages"):
-            run([TraceRequest(0.0, 10, 2)], BUILT_IN[name], prefill=0, decode=0, colocated=1)
 
 
 def test_runs_repeat_and_another_seed_differs():
@@ -168,14 +136,6 @@ def test_what_is_too_large_or_too_much_is_refused():
     assert crowd.figures(OBJECTIVE)["failed"] == errors.count("Overloaded")
 
 
-def test_a_dead_decode_worker_s_answers_go_on_elsewhere():
-    trace = synthetic(60, "poisson", 3, 200, 200, 0)
-    result = run(trace, replace(CPU, startup=2), prefill=2, decode=2, mtbf=8, seed=1, check=True)
-    assert result.counters.failures > 2
-    assert result.counters.migrations > 0
-    assert all(request.ok for request in result.requests)
-
-
 def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
     """Messages are slow, so first tokens and KV are in transit whenever a decode worker dies."""
     profile = replace(CPU, hop=0.3, startup=2)
@@ -194,31 +154,6 @@ def test_prefixes_that_are_cached_are_not_computed_again():
     assert cached.requests[-1].ttft < plain.requests[-1].ttft / 3
 
 
-def test_pools_follow_the_kind_of_load():
-    """Long prompts with short answers, then the other way round, on six workers in all."""
-    prompts = synthetic(300, "poisson", 2, 1500, 5, 0)
-    answers = [replace(r, arrival=r.arrival + 150) for r in synthetic(600, "poisson", 4, 50, 600, 1)]
-    profile = replace(CPU, startup=5, decode=replace(CPU.decode, base=0.02, per_sequence=0.004, max_num_seqs=16))
-    config = ScalingConfig(
-        ttft=3,
-        itl=0.1,
-        prefill=Bounds(1, 5),
-        decode=Bounds(1, 5),
-        max_total=6,
-        prefill_rate=profile.prefill_rate,
-        step=profile.decode.cost,
-        max_batch=16,
-        stabilise=20,
-    )
-    result = run([*prompts, *answers], profile, prefill=3, decode=3, scaling=config)
-    early = next(s for s in result.samples if s.time >= 120)
-    late = next(s for s in result.samples if s.time >= 260)
-    assert early.prefill_ready > late.prefill_ready
-    assert early.decode_ready < late.decode_ready
-    assert all(s.prefill_workers + s.decode_workers <= 6 for s in result.samples)
-    assert all(request.ok for request in result.requests)
-
-
 def test_sizes_meet_the_objective_and_one_worker_less_does_not():
     trace = synthetic(150, "poisson", 6, 512, 64, 0)
     profile = replace(CPU, decode=replace(CPU.decode, per_sequence=0.02))
@@ -232,32 +167,8 @@ def test_sizes_meet_the_objective_and_one_worker_less_does_not():
                 assert run(trace, profile, prefill=prefill, decode=decode).attainment(OBJECTIVE) < 0.95
 
 
-def test_an_objective_that_no_number_of_workers_meets_is_said_to_be_one():
-    search = SizeSearch(
-        [TraceRequest(0.0, 4000, 5)], CPU, SimulationOptions(), Objective(ttft=0.1), 0.95, max_workers=4
-    )
-    with pytest.raises(OverfillError, match="not met by 95% of the requests with 4 workers"):
-        search.frontier()
-
-
-def test_an_unknown_policy_is_named():
-    with pytest.raises(InvalidRequest, match=r"policy: must be one of .*least-load.*, got 'best'"):
-        run([TraceRequest(0.0, 1, 1)], policy="best")
-
-
 FULL = replace(CPU, decode=CPU.decode.with_weights(6))
 TIERS = (SimTier("full", FULL, share=3, itl=0.05), SimTier("fast", CPU, share=1))
-
-
-def test_each_tier_has_its_workers_and_its_share_of_requests():
-    model = CPU.decode
-    assert FULL.decode.cost == StepCost(6 * model.base, 6 * model.per_sequence, model.per_kv_token)
-    result = run(synthetic(400, "poisson", 3, 200, 60, 0), prefill=2, tiers=TIERS, check=True)
-    figures = result.tier_figures(OBJECTIVE)
-    assert figures["full"]["requests"] == pytest.approx(300, rel=0.1)
-    assert figures["full"]["answers"] + figures["fast"]["answers"] == 400
-    assert figures["full"]["browned_out"] == 0
-    assert figures["full"]["request_itl_p95"] > 3 * figures["fast"]["request_itl_p95"], "its weights are six times more"
 
 
 def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():

@@ -1,6 +1,5 @@
 """Modelled workers without a router: times agree with the bound model and queueing theory, blocks are counted."""
 
-import math
 import random
 from dataclasses import replace
 
@@ -9,15 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overfill.errors import InvalidRequest
-from overfill.kv.keys import PromptBlocks
 from overfill.lab.bench.engine.bounds import ModelCost, decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine
-from overfill.lab.simulate.blocks import CountedBlocks, SharedBlocks
+from overfill.lab.simulate.blocks import CountedBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
+from overfill.lab.simulate.decode import SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
-from overfill.lab.simulate.profiles import BUILT_IN, CPU, DecodeModel, PrefillModel, Profile, load_profile
+from overfill.lab.simulate.profiles import BUILT_IN, CPU, DecodeModel, PrefillModel, load_profile
 
 
 class Listener:
@@ -91,62 +89,6 @@ def test_a_single_worker_reproduces_the_bound_model():
     assert chunked == pytest.approx(whole, rel=1e-9), "chunks cost what the whole costs"
 
 
-def test_a_sequence_joins_at_the_end_of_the_step_that_runs():
-    clock, listener, worker = decode_worker(base=1.0)
-    start(worker, "a", 10, 6)  # five steps
-    clock.at(1.5, lambda: start(worker, "b", 10, 3))
-    run(clock)
-    assert listener.done == {"a": 5.0, "b": 4.0}, "b waits for the step from 1 to 2, then runs two"
-
-
-def test_steps_slow_down_as_contexts_grow():
-    clock, listener, worker = decode_worker(base=1.0, per_sequence=0.5, per_kv_token=0.01)
-    start(worker, "a", 99, 4)
-    run(clock)
-    assert listener.done["a"] == pytest.approx(sum(1.5 + 0.01 * (100 + i) for i in range(3)))
-
-
-def test_a_preempted_sequence_replays_and_ends():
-    clock, listener, worker = decode_worker(base=1.0, kv_tokens=10 * 4, block_size=4, replay_per_token=0.25)
-    start(worker, "old", 15, 12)
-    young = start(worker, "young", 15, 12)
-    while not listener.lost:
-        clock.step()
-        worker.check()
-    assert young.state is SequenceState.PREEMPTED
-    emitted = young.emitted
-    assert 1 < emitted < 12
-    assert not worker.reserve(SimSequence(1, 1, 0, "new")), "preempted sequences come first"
-    while not listener.needed:
-        clock.step()
-        worker.check()
-    assert listener.done["old"] == 11.0
-    worker.kv_arrived(young)
-    run(clock)
-    worker.check()
-    assert listener.done["young"] == pytest.approx(11 + 0.25 * (emitted - 1) + 12 - emitted)
-    assert worker.used == 0
-
-
-def test_a_reservation_is_refused_when_it_does_not_fit():
-    clock, _, worker = decode_worker(base=1.0, kv_tokens=100, block_size=10, max_num_seqs=2)
-    assert worker.reserve(SimSequence(79, 5, 0, "a"))
-    assert not worker.reserve(SimSequence(10, 5, 0, "b")), "a block is left for a to grow into"
-    assert worker.reserve(SimSequence(9, 5, 0, "c"))
-    assert not worker.reserve(SimSequence(1, 1, 0, "d")), "two sequences are the most"
-    clock.step()
-    worker.check()
-
-
-def test_an_answer_of_one_token_needs_no_step():
-    _, listener, worker = decode_worker(base=1.0)
-    sequence = SimSequence(10, 1, 0, "a")
-    worker.reserve(sequence)
-    worker.first_token(sequence)
-    assert listener.done == {"a": 0.0}
-    assert worker.used == 0
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     sequences=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12),
@@ -209,81 +151,6 @@ def test_m_d_1_waits_as_the_formula_says():
     assert worker.busy == pytest.approx(20_000)
 
 
-def test_the_oldest_prompt_gets_half_of_a_step_and_short_ones_the_rest():
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, max_num_batched_tokens=100, kv_token_bytes=0)
-    worker.submit(Ticket("first", 100, (), None))
-    for name, tokens in (("long", 300), ("short", 30), ("medium", 60)):
-        worker.submit(Ticket(name, tokens, (), None))
-    run(clock)
-    assert {name: round(time, 6) for name, time in listener.computed.items()} == {
-        "first": 1.0,
-        "short": 2.0,
-        "medium": 3.0,
-        "long": 4.9,
-    }
-    worker.check()
-
-
-def test_kv_leaves_while_later_chunks_are_computed():
-    link = {"kv_token_bytes": 100, "link_bandwidth": 10_000.0, "layers": 10}
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, max_num_batched_tokens=100, **link)
-    worker.submit(Ticket("a", 100, (), None))
-    run(clock)
-    assert (listener.computed["a"], listener.sent["a"]) == (1.0, 1.1), "a tenth, the last layer, is left"
-    slow = dict(link, link_bandwidth=2_500.0)
-    clock, listener, worker = prefill_worker(seconds_per_token=0.01, max_num_batched_tokens=100, **slow)
-    worker.submit(Ticket("a", 100, (), None))
-    run(clock)
-    assert (listener.computed["a"], listener.sent["a"]) == (1.0, 4.0), "the link takes four seconds from the start"
-
-
-def test_prompts_share_blocks_and_the_cache_forgets_what_it_has_no_room_for():
-    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
-    assert blocks.acquire("a", 450, (1, 2, 3, 4, 5)) == 0
-    blocks.publish("a", 450)
-    assert blocks.acquire("b", 350, (1, 2, 3, 9)) == 300
-    assert blocks.used == 6
-    assert blocks.acquire("c", 450, (7,)) is None
-    blocks.release("a")
-    blocks.release("b")
-    assert (blocks.used, blocks.cached) == (0, 4)
-    assert blocks.acquire("c", 950, ()) == 0
-    delta = blocks.delta()
-    assert delta.replaces
-    assert len(delta.added) + len(delta.removed) == 4
-
-
-def test_a_prompt_that_waits_for_room_is_hashed_once(monkeypatch):
-    hashed = []
-
-    class Counted(PromptBlocks):
-        def __init__(self, tokens, *args):
-            hashed.append(len(tokens))
-            super().__init__(tokens, *args)
-
-    monkeypatch.setattr("overfill.kv.prefix.PromptBlocks", Counted)
-    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
-    assert blocks.acquire("a", 1000, (1,)) == 0
-    assert blocks.acquire("b", 300, (2, 3, 4)) is None
-    assert hashed == [10], "without a free block, a refusal hashes nothing"
-    blocks.release("a")
-    assert blocks.acquire("c", 900, (5,)) == 0
-    for _ in range(5):
-        assert blocks.acquire("b", 300, (2, 3, 4)) is None
-    assert hashed == [10, 9, 3]
-    blocks.release("c")
-    assert blocks.acquire("b", 300, (2, 3, 4)) == 0
-    assert hashed == [10, 9, 3]
-
-
-def test_a_prompt_that_gave_up_waiting_leaves_nothing_to_the_next():
-    blocks = SharedBlocks(kv_tokens=1000, block_size=100)
-    assert blocks.acquire("a", 900, (1, 2, 3, 4, 5, 6, 7, 8, 9)) == 0
-    blocks.publish("a", 900)
-    assert blocks.acquire("b", 300, (20, 21, 22)) is None
-    assert blocks.acquire("c", 400, (1, 2, 3, 30)) == 300
-
-
 def test_profiles_are_read_from_files_and_bench_output(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(BUILT_IN["h100-l4"].to_json())
@@ -324,21 +191,3 @@ def test_a_wrong_profile_is_named(tmp_path, text, message):
         load_profile(str(path))
     with pytest.raises(InvalidRequest, match="must be one of cpu, h100-l4"):
         load_profile("nothing-here")
-
-
-def test_a_datasheet_s_profile_is_its_arithmetic():
-    profile: Profile = BUILT_IN["h100-l4"]
-    assert profile.kv_token_bytes == 131_072
-    assert profile.decode.base == pytest.approx(6.4e9 / (0.8 * 300e9))
-    assert profile.prefill.seconds_per_token == pytest.approx(2 * 8.03e9 / (0.5 * 989e12))
-    assert "not measured" in profile.source
-
-
-def test_percentiles_of_a_histogram_are_within_a_hundredth():
-    histogram = Histogram()
-    for value in range(1, 10_001):
-        histogram.add(value / 1000)
-    for share in (0.01, 0.5, 0.99):
-        assert histogram.percentile(share) == pytest.approx(10 * share, rel=0.01)
-    assert Histogram().percentile(0.5) is None
-    assert math.isclose(histogram.total, 10_000)

@@ -12,7 +12,6 @@ from overfill.lab.traffic.traces import (
     concatenate,
     read_trace,
     scale_lengths,
-    scale_rate,
     set_rate,
     synthetic,
 )
@@ -99,16 +98,6 @@ def test_traces_in_a_row_keep_what_they_share_to_themselves(azure, mooncake):
     joined = concatenate([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
     assert [r.arrival for r in joined] == pytest.approx([0, 1.5, 1.5, 5.814579, 6.041977, 6.041977, 7.541977], abs=1e-5)
     assert [r.blocks for r in joined] == [(0, 1, 2), (0, 1, 7), (), (), (), (8, 9, 10), (8, 9, 15)]
-
-
-def test_the_rate_can_be_scaled(azure):
-    assert scale_rate(read_trace(azure), 2)[1].arrival == pytest.approx(4.314579 / 2, abs=1e-5)
-
-
-def test_a_file_s_kind_can_be_said(tmp_path):
-    path = tmp_path / "requests.txt"
-    path.write_text(AZURE)
-    assert len(read_trace(path, kind="azure")) == 3
 
 
 @pytest.mark.parametrize(
