@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
-from overfill.cli.options import Connection, connection_options, request_options
+from overfill.cli.options import ClientConnection, connection_options, request_options
 from overfill.errors import OverfillError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _HELP = "/new starts a new conversation; /exit or /quit ends; every other line i
 @click.option("-v", "--verbose", is_flag=True, help="Print speed and workers of each answer on stderr.")
 @connection_options
 def chat_command(
-    system: str | None, verbose: bool, params: SamplingParams, options: Options, connection: Connection
+    system: str | None, verbose: bool, params: SamplingParams, options: Options, connection: ClientConnection
 ) -> int:
     """Chat with the model.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import Connection, Number, connection_options
+from overfill.cli.options import ClientConnection, Number, connection_options
 
 if TYPE_CHECKING:
     from overfill.client import StackStatus
@@ -27,7 +27,7 @@ _POLL = 0.5  # seconds between checks of the worker
     help="Seconds to wait until the worker has left; 0 does not wait.",
 )
 @connection_options
-def drain_command(worker: str, timeout: float, connection: Connection) -> int:
+def drain_command(worker: str, timeout: float, connection: ClientConnection) -> int:
     """Take WORKER out of a running stack without losing a request. It refuses new requests and exits when it is idle.
 
     Requests that still run after the worker's --grace-period move to another worker. Exits with 1 if WORKER has not

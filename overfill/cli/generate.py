@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from overfill.cli.answering import note_cut, note_tier, stream_answer
-from overfill.cli.options import AnyNumber, Connection, connection_options, request_options
+from overfill.cli.options import AnyNumber, ClientConnection, connection_options, request_options
 
 if TYPE_CHECKING:
     from overfill.client import Options
@@ -38,7 +38,7 @@ def generate_command(
     verbose: bool,
     params: SamplingParams,
     options: Options,
-    connection: Connection,
+    connection: ClientConnection,
 ) -> int:
     """Answer one prompt; the answer streams to stdout.
 

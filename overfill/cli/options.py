@@ -105,7 +105,7 @@ def _named(error: InvalidRequest) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class ClientConnection:
     """Where a stack is, and what a client shows it."""
 
     address: str
@@ -123,12 +123,12 @@ class Connection:
 
 
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives ``command`` the argument ``connection``, a ``Connection``, from options of its address and credentials."""
+    """Gives ``command`` the argument ``connection``, made of options of its address and credentials."""
 
     @functools.wraps(command)
     def connected(address: str, api_key: str | None, **others: Any) -> Any:
         tls = client_tls(*(others.pop(f"tls_{part}") for part in ("ca", "cert", "key", "name")))
-        return command(connection=Connection(address, tls, api_key), **others)
+        return command(connection=ClientConnection(address, tls, api_key), **others)
 
     connected = click.option(
         "--api-key",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from overfill.cli.options import Connection, connection_options
+from overfill.cli.options import ClientConnection, connection_options
 
 _ANSWER_SECONDS = 5.0
 
@@ -13,7 +13,7 @@ _ANSWER_SECONDS = 5.0
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--wide", is_flag=True, help="Also show the workers' addresses, process ids and metrics addresses.")
 @connection_options
-def status_command(as_json: bool, wide: bool, connection: Connection) -> int:
+def status_command(as_json: bool, wide: bool, connection: ClientConnection) -> int:
     """Show the workers of a running stack.
 
     The stack is complete while each stage has at least as many ready workers as it was started with.

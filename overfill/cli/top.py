@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from overfill.cli.options import Connection, Number, connection_options
+from overfill.cli.options import ClientConnection, Number, connection_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,7 +25,7 @@ _ANSWER_SECONDS = 5.0
     "--json", "as_json", is_flag=True, help="Print a line of JSON per update until ctrl-C, or only one with --once."
 )
 @connection_options
-def top_command(interval: float, once: bool, as_json: bool, connection: Connection) -> int:
+def top_command(interval: float, once: bool, as_json: bool, connection: ClientConnection) -> int:
     """Watch a running stack: pools, queue, parts of the time to first token. Ctrl-C ends it.
 
     Percentiles cover the answers completed in the last minute, of all routers that share the --address. Routers with

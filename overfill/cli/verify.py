@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.options import TIER, Connection, check_replaced, connection_options
+from overfill.cli.options import TIER, ClientConnection, check_replaced, connection_options
 from overfill.errors import OverfillError
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
@@ -96,7 +96,7 @@ def verify_command(
     limit: int | None,
     concurrency: int,
     as_json: bool,
-    connection: Connection,
+    connection: ClientConnection,
 ) -> int:
     """Check a running stack's answers against plain transformers, token by token.
 

@@ -108,7 +108,7 @@ class FakeClient:
 def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     """Replaces the client of every client command."""
     client = FakeClient()
-    monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: client)
+    monkeypatch.setattr("overfill.cli.options.ClientConnection.client", lambda self: client)
     return client
 
 

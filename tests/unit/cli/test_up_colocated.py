@@ -120,7 +120,7 @@ def test_drain_counts_the_requests_of_both_stages(
     drained: list[str] = []
     lines: list[str] = []
     client = SimpleNamespace(drain=drained.append, status=lambda: status(states.pop(0)))
-    monkeypatch.setattr("overfill.cli.options.Connection.client", lambda self: contextlib.nullcontext(client))
+    monkeypatch.setattr("overfill.cli.options.ClientConnection.client", lambda self: contextlib.nullcontext(client))
     monkeypatch.setattr("overfill.cli.drain._POLL", 0)
     monkeypatch.setattr("rich.status.Status.update", lambda self, line: lines.append(line))
     assert main(["drain", "colocated-0"]) == 0

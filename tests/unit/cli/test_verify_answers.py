@@ -76,7 +76,7 @@ def stack(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
     def connect(*args: object) -> Iterator[Stack]:
         yield stack
 
-    monkeypatch.setattr("overfill.cli.options.Connection.client", connect)
+    monkeypatch.setattr("overfill.cli.options.ClientConnection.client", connect)
     return stack
 
 
