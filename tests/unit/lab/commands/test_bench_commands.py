@@ -1,4 +1,4 @@
-"""Tests that ``overfill bench kv``, ``handoff`` and ``router`` run and print their measurements."""
+"""Tests that ``overfill bench handoff`` and ``router`` run and print their measurements."""
 
 import json
 
