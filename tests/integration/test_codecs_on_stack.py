@@ -10,11 +10,11 @@ PROMPT = [(7 * i * 13) % 470 + 20 for i in range(100)]
 RAW_BYTES = 100 * 4 * 2 * 2 * 16 * 4
 
 
-def test_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
-    with running_stack(tiny_pair) as (_, address), Client(address) as client:
-        raw = client.generate(PROMPT, sampling=GREEDY, trace=True)
+def test_pools_and_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
+    with running_stack(tiny_pair, kv_codec="int8") as (_, address), Client(address) as client:
+        raw = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec="raw")
         assert (raw.codec, raw.trace.kv_bytes) == ("raw", RAW_BYTES)
-        first = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec="int8")
+        first = client.generate(PROMPT, sampling=GREEDY, trace=True)
         assert first.codec == "int8"
         assert first.usage.cached_tokens == 96  # the prefill worker's KV is not rounded
         assert first.trace.held_tokens == 0  # raw KV does not have the requested codec
@@ -22,7 +22,7 @@ def test_requests_choose_a_codec_and_share_kv_within_it_only(tiny_pair):
         again = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec="int8")
         assert again.trace.held_tokens == 96
         assert again.token_ids == first.token_ids
-        exact = client.generate(PROMPT, sampling=GREEDY, trace=True)
+        exact = client.generate(PROMPT, sampling=GREEDY, trace=True, kv_codec="raw")
         assert exact.trace.held_tokens == 96
         assert exact.token_ids == raw.token_ids
         with pytest.raises(InvalidRequest, match="kv_codec"):

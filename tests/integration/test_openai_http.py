@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import http.client
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack, closing
 
 import openai
 import pytest
@@ -19,7 +21,7 @@ from mocks import mock_stack
 from overfill.api import key_file as keys
 from overfill.api.openai.errors import NOT_SERVED
 from overfill.cli.main import main
-from overfill.client import Client, SamplingParams, Unauthenticated
+from overfill.client import Client, Overloaded, SamplingParams, Unauthenticated
 from overfill.rpc.constants import WIRE_VERSION
 from services.router.http import generate
 
@@ -29,7 +31,7 @@ TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_co
 
 @pytest.fixture(scope="module")
 def stack(tiny_pair):
-    with mock_stack(tiny_pair, max_request_bytes=1 << 20) as stack:
+    with mock_stack(tiny_pair) as stack:
         yield stack
 
 
@@ -367,6 +369,30 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
+def test_bodies_rpcs_and_connections_beyond_the_limits_are_refused(tiny_pair):
+    limits = {"max_request_bytes": 1024, "max_connections": 4}
+    answers = {"model": "tiny", "prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True}
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+    with (
+        mock_stack(tiny_pair, served_model_name="tiny", decode_settings={"step": 0.05}, **limits) as stack,
+        Client(stack.grpc) as ours,
+        ExitStack() as held,
+    ):
+        reply = call(f"{stack.url}/v1/completions", answers | {"prompt": "x" * 1024})
+        assert (reply.status, json.loads(reply.body)["error"]["code"]) == (413, "request_too_large")
+        for _ in range(2):  # each of the two workers holds an RPC, so that two are left
+            next(held.enter_context(ours.stream("x", sampling=sampling)))
+        with pytest.raises(Overloaded):
+            ours.generate("x")
+        host = stack.url.removeprefix("http://")
+        for _ in range(4):  # a connection without a request would give way
+            connection = held.enter_context(closing(http.client.HTTPConnection(host, timeout=30)))
+            connection.request("POST", "/v1/completions", json.dumps(answers), {"content-type": "application/json"})
+            assert connection.getresponse().status == 200
+        with socket.create_connection(tuple(host.split(":"))) as further:
+            assert b" 503 " in further.recv(1000).partition(b"\r\n")[0]
+
+
 def test_https_with_the_stack_s_certificate(tiny_pair, tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subject = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"

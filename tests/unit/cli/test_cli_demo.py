@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -9,8 +10,17 @@ from typing import Any
 
 import pytest
 
+from overfill.cli import demo
 from overfill.cli.demo_tiers import TIERS, ask_tiers, default_tiers
+from overfill.cli.main import main
 from overfill.client import Answer, Delta, SamplingParams, Usage
+
+PAIR: Any = SimpleNamespace(
+    decoder_config=SimpleNamespace(
+        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=64,
+        head_matrices=[(100, 32)],
+    )
+)  # fmt: skip
 
 
 class Stack:
@@ -19,6 +29,9 @@ class Stack:
     def __init__(self, answer: Callable[..., Answer]) -> None:
         self.asked: list[str] = []
         self._answer = answer
+
+    def tokenize(self, prompt: Any) -> list[int]:
+        return [5, 6, 7]
 
     def status(self) -> SimpleNamespace:
         workers = [SimpleNamespace(tier=None, process=None)]
@@ -41,12 +54,7 @@ class Stack:
 
 
 def test_every_tier_is_asked_in_turn_and_reads_its_own_weights_and_kv(answer: Callable[..., Answer]) -> None:
-    config = SimpleNamespace(
-        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=64,
-        head_matrices=[(100, 32)],
-    )  # fmt: skip
-    pairs: Any = dict.fromkeys(("full", "fast"), SimpleNamespace(decoder_config=config))
-    stack: Any = Stack(answer)
+    pairs, stack = dict.fromkeys(("full", "fast"), PAIR), Stack(answer)
     seen: list[tuple[str, str]] = []
     full, fast = ask_tiers(stack, pairs, "Why?", SamplingParams(), lambda tier, text: seen.append((tier, text)))
     assert stack.asked == ["full", "fast"]
@@ -70,3 +78,22 @@ def test_only_cpus_with_native_kernels_get_int8_and_never_the_full_model(
     full, *others = default_tiers()
     assert (full, tuple(tier.model_copy(update={"settings": {}}) for tier in others)) == (TIERS[0], TIERS[1:])
     assert {tier.quantize for tier in others} == {"int8" if int8 else None}
+
+
+def test_the_command_shows_answers_and_figures_of_each_tier_and_how_to_start_them(
+    answer: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_running", lambda spec: nullcontext(Stack(answer)))
+    monkeypatch.setattr(demo, "resolve_pairs", lambda spec, report: spec)
+    monkeypatch.setattr(demo, "tier_pair", lambda tier: PAIR)
+    monkeypatch.setattr(
+        demo, "with_agreement", lambda answers, *_: [dataclasses.replace(one, agreement=0.5) for one in answers]
+    )
+    tiers = ["--tier", "full=identity", "--tier", "fast=/p:2,quantize=int8"]
+    assert main(["demo", "--no-ray", *tiers]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["full", "fast"] in lines, "answers are side by side"
+    assert ["It", "scatters."] * 2 in lines
+    assert ["fast", "int8", "10.0", "0", "50", "%", "0", "of", "20"] in lines
+    assert " ".join(out.split()).endswith(" ".join(["overfill up", *tiers]))

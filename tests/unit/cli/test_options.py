@@ -75,6 +75,8 @@ from overfill.cli.main import main
         ("up --tier a=p --tier b", "expected NAME=PAIR"),
         ("up --tier a=p --no-ray --tier b=p:2,max=3", "--no-ray conflicts with max of --tier b"),
         ("up --tier a=p --tier b=p:2,max=1", "tier 'b': max must be a number of workers of at least 2, got '1'"),
+        ("pair build --full m --out .", "--out: . already exists"),
+        ("pair build --full m --out x --intermediate-size 1.5", "--intermediate-size"),
         ("keys create 'no name'", "NAME: is 'no name'"),
         ("certs certs --name é", "--name: 'é' is neither"),
     ],

@@ -154,6 +154,13 @@ def test_a_cache_and_packing_change_nothing_that_matters(tiny_pair: Path, tmp_pa
     assert not (run_folder(tmp_path / "plain") / "cache").exists()
 
 
+def test_recomputing_activations_changes_nothing(tiny_pair: Path, tmp_path: Path) -> None:
+    training = TRAINING.model_copy(update={"steps": 3})
+    run(tiny_pair, tmp_path / "plain", training).train()
+    run(tiny_pair, tmp_path / "recomputed", training.model_copy(update={"recompute_activations": True})).train()
+    assert losses(tmp_path / "recomputed") == losses(tmp_path / "plain")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch emits warnings of its own while it compiles
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
