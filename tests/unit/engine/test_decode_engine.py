@@ -193,6 +193,7 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
         arriving.prompt = [*range(16), *name.encode()[:4], 0]  # four shared blocks, one of its own
         start(engine, arriving, 10)
         if name == "first":
+            assert prefix._num_nodes == 4, "its last block waits for the next step"
             engine.step()
     engine.step()
     for name in ("first", "second", "third", "fourth"):
