@@ -39,10 +39,8 @@ _LONGEST = (
     "integration/test_named_pairs.py",
     "integration/test_chart_commands.py",
     "integration/test_openai_stack.py",
-    "integration/test_ray_home.py",
     "integration/test_loadtest.py",
     "integration/test_locust_options.py",
-    "integration/test_ray_tiers.py",  # last: two clusters that start at once on two cores take minutes
 )
 _SUITES = ("chaos", "integration", "fuzz", "unit")  # suites that start processes wait a lot, so they come first
 

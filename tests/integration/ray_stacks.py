@@ -61,11 +61,11 @@ class Up:
         process = psutil.Process(self.process.pid)
         return [process, *process.children(recursive=True)]
 
-    def workers(self, stage):
-        """Returns ``id -> pid`` of the workers of a stage that have joined the router and answer."""
+    def workers(self, stage, tier=None):
+        """Returns ``id -> pid`` of the workers of a stage, or of a tier, that have joined the router and answer."""
         with Client(self.address) as client:
-            found = client.status().workers
-        return {w.id: w.process.pid for w in found if w.process is not None and w.stage == stage}
+            found = [w for w in client.status().workers if w.process is not None and w.stage == stage]
+        return {w.id: w.process.pid for w in found if tier in (None, w.tier)}
 
     def _read(self):
         for line in self.process.stdout:

@@ -1,4 +1,4 @@
-"""Tests a stack of mock workers on a Ray that ``overfill up`` starts; all tests of the file share it."""
+"""Tests a stack of two tiers of mock workers on a Ray that ``overfill up`` starts; all tests of the file share it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ from ray_stacks import Up, cli, status_json, up_on_ray
 from stacks import Load, loads, wait_until
 
 from overfill.client import Client, SamplingParams
+from overfill.stack.ray.connection import RayConnection, RayUnavailable
 
 MOCK = ("--engine=mock", "--grace-period=1", "--log-level=info")
 SLOW_STEPS = {"OVERFILL_DECODE_ENGINE_ARGS": '{"step": 0.05, "answer_tokens": 1000000}'}
 
 
 @pytest.fixture(scope="module")
-def up(tiny_pair):
-    arguments = (*MOCK, f"--pair={tiny_pair}", "--prefill=1", "--decode=2", "--max-decode=3", "--itl-objective=0.06")
-    with up_on_ray(*arguments, environment=SLOW_STEPS) as running:
+def up(tiny_pair, tmp_path_factory):
+    file = tmp_path_factory.mktemp("home") / "file"
+    file.touch()
+    no_home = {"HOME": str(file / "home")}  # the home folder cannot be written, as in many containers
+    tiers = (f"--tier=full={tiny_pair}", f"--tier=fast={tiny_pair}:2,max=3,quantize=int8", "--default-tier=fast")
+    with up_on_ray(*MOCK, *tiers, "--prefill=1", "--itl-objective=0.06", environment=SLOW_STEPS | no_home) as running:
         yield running
+
+
+def fast_workers(up):
+    """Returns ``id -> pid`` of the workers of the default tier, which is the one that grows."""
+    return up.workers("decode", "fast")
 
 
 def test_the_stack_answers_and_lists_its_processes(up):
@@ -35,6 +44,14 @@ def test_the_stack_answers_and_lists_its_processes(up):
     assert answer.decode_worker in {w["id"] for w in status["workers"]}
     assert [line for line in up.lines if "joined router" in line], "lines of replicas are shown"
     assert not [line for line in up.lines if "\x1b" in line], "output to a pipe has no colours"
+
+
+def test_each_tier_is_a_deployment(up):
+    assert {tier: len(up.workers("decode", tier)) for tier in ("full", "fast")} == {"full": 1, "fast": 2}
+    with Client(up.address) as client:
+        for tier, expected in (("full", "full"), ("", "fast")):
+            answer = client.generate("Hello", sampling=SamplingParams(temperature=0, max_tokens=5), tier=tier)
+            assert (answer.tier, answer.decode_worker in up.workers("decode", expected)) == (expected, True)
 
 
 def test_nothing_listens_where_other_machines_could_reach_it(up):
@@ -51,7 +68,7 @@ def test_nothing_listens_where_other_machines_could_reach_it(up):
 
 def busy_decoder(up):
     """Returns the id of a decode worker that runs sequences."""
-    decoders, busy = up.workers("decode"), []
+    decoders, busy = fast_workers(up), []
 
     def found():
         busy[:] = [id for id, load in loads(up.address).items() if id in decoders and load.running]
@@ -62,30 +79,31 @@ def busy_decoder(up):
 
 
 def test_a_killed_worker_is_replaced_and_no_request_fails(up):
-    before = up.workers("decode")
+    before, others = fast_workers(up), up.workers("decode", "full")
     with Load(up.address, 4, 40) as load:
         load.wait_for_answers(4)
         victim = busy_decoder(up)  # an idle worker would have no request to move
         os.kill(before[victim], signal.SIGKILL)
-        wait_until(lambda: victim not in up.workers("decode"), 60, "the router forgets the worker")
-        wait_until(lambda: len(up.workers("decode").keys() - before.keys()) >= 1, 120, "another takes its place")
+        wait_until(lambda: victim not in fast_workers(up), 60, "the router forgets the worker")
+        wait_until(lambda: len(fast_workers(up).keys() - before.keys()) >= 1, 120, "another takes its place")
     assert load.errors == []
     assert sum(answer.migrations for answer in load.answers) >= 1
+    assert up.workers("decode", "full") == others, "the other tier's worker has stayed"
 
 
 def test_a_drained_worker_is_replaced_after_its_requests_have_migrated(up):
-    before = up.workers("decode")
+    before = fast_workers(up)
     with Load(up.address, 4, 60) as load:  # an answer takes three seconds, the grace period is one
         load.wait_for_answers(4)
         victim = next(iter(before))
         assert cli("drain", victim, "--address", up.address)[0] == 0
-        wait_until(lambda: len(up.workers("decode").keys() - before.keys()) >= 1, 120, "another takes its place")
+        wait_until(lambda: len(fast_workers(up).keys() - before.keys()) >= 1, 120, "another takes its place")
     assert load.errors == []
 
 
 def test_a_burst_makes_the_decode_pool_grow(up):
     with Load(up.address, 24, 40) as load:
-        wait_until(lambda: len(up.workers("decode")) == 3, 120, "a third decode worker")
+        wait_until(lambda: len(fast_workers(up)) == 3, 120, "a third decode worker")
     assert load.errors == []
     assert len(up.workers("prefill")) == 1
 
@@ -103,6 +121,17 @@ def test_ctrl_c_finishes_running_requests_and_leaves_no_process_behind(up):
     assert up.wait() == 0, "\n".join(up.lines)
     wait_until(lambda: not [p for p in tree if p.is_running() and p.status() != "zombie"], 30, "no process is left")
     assert glob.glob(f"/tmp/overfill-ray-{up.process.pid}-*") == []
+
+
+def test_an_error_of_the_system_says_what_to_do(monkeypatch):
+    def full(**arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("overfill.stack.ray.connection._init", full)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "restored after the test")
+    with pytest.raises(RayUnavailable, match=r"No space left on device; .*--no-ray"):
+        RayConnection.start_local(1, show_logs=False)
 
 
 @pytest.mark.slow
