@@ -14,11 +14,15 @@ from pydantic import SecretStr, ValidationError
 from overfill.settings.config import (
     SERVICES,
     ColocatedConfig,
+    DecodeConfig,
+    RouterConfig,
     ServiceConfig,
     read_checked,
 )
 from overfill.settings.config_file import BadConfigFile, ConfigFile, flag_name
 from overfill.settings.reader import SEPARATORS, BadSettings, Given
+from overfill.settings.tiers import TierSpec
+from overfill.stack.describe import tier_settings
 
 _NAMES = tuple(kind.section for kind in SERVICES)
 Row = tuple[str, str, str]
@@ -124,10 +128,19 @@ def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
     given: dict[str, Any] = {"pair": "-"} | {name: value for name, (_, value) in values.items()}
     origins = {name: f"{file.path}: {key}" for name, (key, _) in values.items()}
     try:
-        kind.model_validate(given)
+        config = kind.model_validate(given)
     except ValidationError as error:
         return list(kind.explain(error, origins, f"{file.path}: {kind.section}: "))
-    return []
+    tiers = config.tiers if isinstance(config, RouterConfig) else ()
+    return [f"{origins['tiers']}: {fault}" for tier in tiers for fault in _faults_of_tier(tier)]
+
+
+def _faults_of_tier(tier: TierSpec) -> Iterator[str]:
+    """Checks the settings that `overfill up` gives to the workers of the tier."""
+    try:
+        DecodeConfig.of({**tier_settings(tier, DecodeConfig), "pair": tier.pair})
+    except BadSettings as error:
+        yield f"tier {tier.name}: {str(error).removeprefix(f'--tier {tier.name}: ')}"
 
 
 @contextlib.contextmanager

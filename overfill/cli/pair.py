@@ -83,7 +83,8 @@ def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
-        click.echo(resolve_pair(name, report, source))
+        folder = resolve_pair(name, report, source)
+    click.echo(folder)
 
 
 @pair_group.command("build")

@@ -24,7 +24,8 @@ def show_progress() -> Iterator[Report]:
         yield progress_lines(lambda line: print(line, file=sys.stderr, flush=True))
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console)
+    # In a pipe, stdout holds a command's result: rich would write that to stderr, above the bars.
+    progress = Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty())
     tasks: dict[str, TaskID] = {}
 
     def report(step: str, done: int, total: int) -> None:

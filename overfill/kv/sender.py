@@ -66,8 +66,8 @@ class KvSender:
     """Sends one prompt's KV.
 
     The engine calls ``begin`` once, then ``mark_ready`` for each layer that it has computed. ``messages`` serves one
-    data stream. ``acknowledge`` records the ranges that have arrived. The blocks must not be released before every
-    ``messages`` iterator is closed.
+    data stream. ``acknowledge`` records the ranges that have arrived. ``whole_message`` has a little KV at once. The
+    blocks must not be released before it has returned and every ``messages`` iterator is closed.
 
     Attributes:
         ready_bytes: bytes of raw KV computed so far, in the layers that travel.

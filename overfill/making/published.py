@@ -62,7 +62,7 @@ class PublishedCheckpoint:
 
     def check_tied_head(self) -> None:
         """Raises InvalidPair if a head is stored and is not the embedding; the config must tie the two."""
-        if HEAD in self.tensors:
+        if {HEAD, EMBEDDING} <= self.tensors.keys():  # a quantised embedding has another name
             check_tied_head(self.files, self.read(EMBEDDING))
 
     def check_unchanged(self) -> None:

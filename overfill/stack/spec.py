@@ -249,7 +249,7 @@ class StackSpec(BaseModel):
                     )
 
     def check_apart(self, *, metrics: bool) -> None:
-        """Raises ValueError if two servers have the same port.
+        """Raises ValueError if two servers have the same port, or one has a port that does not exist.
 
         Args:
             metrics: the ports of metrics count too, because all processes run on one machine.
@@ -263,6 +263,8 @@ class StackSpec(BaseModel):
             ]
         servers: dict[int | str, str] = {0: "", "off": ""}
         for server, port in ((server, port) for server, ports in claims for port in ports):
+            if isinstance(port, int) and port > 65535:
+                raise ValueError(f"{server}: a process would have port {port}, above 65535: give a smaller first port")
             if other := servers.get(port):
                 same = "; on Ray, every process of a pool has the same metrics_port: give 0 or off"
                 raise ValueError(

@@ -132,7 +132,7 @@ class Lease:
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
-    """Serves Prefill, PullKv and Describe. The process sets ``engine`` and ``host`` before the server starts.
+    """Serves the RPCs of a prefill worker. The process sets ``engine`` and ``host`` before the server starts.
 
     Args:
         executor: threads that copy KV out of the cache.
@@ -224,6 +224,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     response.kv = await lease.sender.whole_message()
                 if request.trace:
                     response.done.trace.CopyFrom(lease.finished_trace())
+                    response.done.trace.first_token_sent_ns = response.done.trace.last_kv_sent_ns  # in one message
                 return response
 
     @asynccontextmanager

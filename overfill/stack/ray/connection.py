@@ -129,7 +129,7 @@ class RayConnection:
 
     def check_secret(self, spec: StackSpec) -> None:
         """Raises RayUnavailable if ``spec`` wants a new secret, a file here, and the cluster has other machines."""
-        if spec.new_secret and (count := len(_machines())) > 1:
+        if spec.new_secret and (count := len({node["NodeManagerAddress"] for node in _machines()})) > 1:
             raise RayUnavailable(
                 f"the cluster has {count} machines, and the stack's new secret would be a file on this one only: give "
                 "--tls FOLDER, which every machine has (`overfill certs FOLDER` makes it); in a document, set tls and "

@@ -80,6 +80,14 @@ def test_check(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "router.prot: no such setting; did you mean port?" in capsys.readouterr().err
 
 
+def test_check_finds_faults_in_the_settings_of_tiers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text('router: {tiers: "full=identity; fast=fast,bogus=1; other=fast,quantize=int3"}')
+    assert main(["config", "check", str(file)]) == 1
+    err = capsys.readouterr().err
+    assert f"{file}: router.tiers: tier fast: bogus: a tier has no such setting" in err
+    assert f"{file}: router.tiers: tier other: --quantize" in err
+
+
 def test_up_starts_what_the_file_says(
     file: Path, unchecked: list[PlacedStack], monkeypatch: pytest.MonkeyPatch
 ) -> None:

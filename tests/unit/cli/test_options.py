@@ -62,6 +62,7 @@ from overfill.cli.main import main
             "up --no-ray --colocated 1 --metrics-port 7999",
             "port 8000 is given to two servers, --http (router.http_ports) and --metrics-port",
         ),
+        ("up --no-ray --metrics-port 65535", "a process would have port 65536"),
         ("up --no-ray --max-decode 3", "--no-ray conflicts with --max-decode"),
         ("up --no-ray --ray-address auto --name x", "--no-ray conflicts with --ray-address, --name"),
         ("up --decode 3 --max-decode 2", "--max-decode 2 is less than --decode 3"),

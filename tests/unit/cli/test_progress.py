@@ -60,3 +60,16 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with show_progress() as report:
         report("Reading weights", 3, 3)
     assert "100%" in terminal.getvalue()
+
+
+def test_a_result_goes_to_the_pipe_beside_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``PAIR=$(overfill pair path default)``, typed in a terminal."""
+    terminal, pipe = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setenv("TERM", "xterm")
+    with show_progress() as report:
+        report("Reading weights", 1, 3)
+        print("result")
+    assert pipe.getvalue() == "result\n"

@@ -162,10 +162,11 @@ async def compute(servicer):
 
 async def test_a_little_kv_comes_at_once_with_the_first_token(bench):
     bench.cache.go_on.set()
-    answer = at_once(bench.servicer)
+    answer = at_once(bench.servicer, trace=True)
     lease = await compute(bench.servicer)
     response = await answer
     assert list(response.first_token.ids) == [7]
+    assert response.done.trace.first_token_sent_ns == response.done.trace.last_kv_sent_ns
     (chunk,) = parse_message(response.kv)
     assert check(lease.spec, chunk) == KvRange(0, 2, 0, 4, 0, 1)
     await until(lambda: bench.releases)

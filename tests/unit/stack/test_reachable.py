@@ -35,9 +35,10 @@ def test_several_machines_need_open_hosts_and_all_files(
 def test_a_new_secret_does_not_lie_on_one_of_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     made = StackSpec(pair="p", ray_address="auto", new_secret=True, settings={"api_keys": "keys.json"})
     joined = connection.RayConnection(owned=False)
-    monkeypatch.setattr(connection, "_machines", lambda: [{}])
+    one, other = {"NodeManagerAddress": "10.0.0.1"}, {"NodeManagerAddress": "10.0.0.2"}
+    monkeypatch.setattr(connection, "_machines", lambda: [one, one])  # two of Ray's nodes on one machine
     joined.check_secret(made)
-    monkeypatch.setattr(connection, "_machines", lambda: [{}, {}])
+    monkeypatch.setattr(connection, "_machines", lambda: [one, other])
     with pytest.raises(connection.RayUnavailable, match=r"the cluster has 2 machines.*--tls FOLDER"):
         joined.check_secret(made)
     joined.check_secret(made.model_copy(update={"new_secret": False}))
