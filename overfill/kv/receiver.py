@@ -218,7 +218,8 @@ class PromptPull:
         for repeats in itertools.count():
             call = self._peer.control.PrefillAtOnce(request, timeout=timeout, metadata=tracing.outgoing())
             message: prefill_pb2.PrefillResponse = await checked_response(call, self._worker)
-            self._note_response(message, on_first_token)
+            if not repeats:  # a repeat finds in the prefix cache what the first call computed, and has only KV to give
+                self._note_response(message, on_first_token)
             try:
                 if message.kv:
                     await self._take(message.kv, None, [])

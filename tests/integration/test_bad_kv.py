@@ -101,7 +101,9 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         message.CopyFrom(first)
         message.also.extend(others)
         first_token = self.first_token if request.sample_first_token and self.sends_first_token else None
-        return prefill_pb2.PrefillResponse(first_token=first_token, kv=message.SerializeToString())
+        # A repeat finds the prompt in the prefix cache.
+        scheduled = prefill_pb2.PrefillScheduled(cached_tokens=0 if request.sample_first_token else 6)
+        return prefill_pb2.PrefillResponse(scheduled=scheduled, first_token=first_token, kv=message.SerializeToString())
 
     async def PullKv(self, request, context):
         for chunk in self._chunks(request.transfer_id, request.ranges):
@@ -218,7 +220,7 @@ async def test_ranges_of_a_wrong_chunk_are_sent_again(pull, worker, kind, way):
     for layer in (0, 1):
         for half in cache.layer(layer):
             assert torch.equal(half[used], torch.ones(6, 2, 4))
-    assert pull.stats.broken_streams == 1
+    assert (pull.stats.broken_streams, pull.stats.cached_tokens) == (1, 0)
     assert worker.acknowledged == (48 if way == "pulled" else 0)
 
 
