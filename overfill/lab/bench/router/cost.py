@@ -37,6 +37,11 @@ _BURSTS = 5
 _REQUEST_CPU = 650.0
 """Bound of the CPU of a request of one token in microseconds, when several run."""
 
+_WORKERS_CPU = 1000.0
+"""Bound of the CPU of both stages' mock workers per request of two tokens in microseconds, with its KV."""
+
+_WORKERS_STREAMS = 32
+
 _TOKEN_CPU: dict[Protocol, float | None] = {"http": 25.0, "grpc": None}
 """Bound of the CPU per token in microseconds, at the most streams and one event per token."""
 
@@ -135,6 +140,9 @@ def _measure_saturation(
     into.add("tokens_per_core", window.per_core(window.counts.tokens), "1/s", 30_000, at_least=True)
     into.add("tokens_cores", window.cpu / window.seconds, "cores")
     into.add("tokens_busiest_other", window.busiest, "cores")
+    if server.others:
+        window = windows.measure(server, 2, min(_WORKERS_STREAMS, streams[-1]))
+        into.add("workers_request_cpu", 1e6 * window.workers / max(1, window.counts.ended), "us", _WORKERS_CPU)
 
 
 def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, into: _Figures, router: _Figures) -> None:
@@ -167,10 +175,8 @@ def _measure_open(windows: Windows, streams: int, server: Server, into: _Figures
 
 
 def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams: Sequence[int]) -> list[Measurement]:
-    peer = PEERS[protocol]
-    found = [
-        replace(one, name=f"{protocol}_{name}", peer=peer, peer_value=bare[name].value) for name, one in router.items()
-    ]
+    beside = {name: {"peer": PEERS[protocol], "peer_value": one.value} for name, one in bare.items()}
+    found = [replace(one, name=f"{protocol}_{name}", **beside.get(name, {})) for name, one in router.items()]
     name = f"token_cpu_{streams[-1]}"
     ratio = router[name].value / bare[name].value
     found.append(Measurement(f"{protocol}_token_cpu_ratio_{streams[-1]}", ratio, "x", _TOKEN_CPU_RATIO[protocol]))

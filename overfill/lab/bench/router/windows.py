@@ -65,12 +65,14 @@ class Window:
         cpu: Seconds of CPU time of the server.
         counts: What the clients received.
         busiest: Largest share of a core that a client or mock worker used.
+        workers: Seconds of CPU time of all mock workers.
     """
 
     seconds: float
     cpu: float
     counts: Received
     busiest: float
+    workers: float
 
     @property
     def tokens_per_event(self) -> float:
@@ -112,7 +114,7 @@ class Windows:
             cpu = cpu_seconds(server.pid) - cpu
             after, workers_after = counts(), _cpu_of(server.others)
         used = [b - a for a, b in zip(workers + before.cpu, workers_after + after.cpu, strict=True)]
-        return Window(passed, cpu, _difference(after, before), max(used) / passed)
+        return Window(passed, cpu, _difference(after, before), max(used) / passed, sum(used[: len(workers)]))
 
     def ttft(self, server: Server, rate: float) -> list[float]:
         """Sends requests of one token at fixed times. Returns the seconds to the first token of each."""
