@@ -46,6 +46,9 @@ MAX_REPEATS = 3
 """Limit on repeats of a data stream, each for the ranges that are still missing, and of ``PrefillAtOnce``, for all KV.
 The transfer then fails."""
 
+_MAX_ENCODED_AT_ONCE = 2 * MAX_KV_AT_ONCE
+"""Limit on the bytes of KV in an answer of PrefillAtOnce: KV, scales, and the heads of its chunks."""
+
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
 _REPEAT_DELAY = 0.02  # seconds before the first repeat; doubled for each further one
@@ -95,6 +98,7 @@ class PromptPull:
             the prefill worker does not offer it.
         kv: geometry of the full model's KV.
         layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
+        vocab_size: number of token ids; the first token's is below.
         held_tokens: leading prompt tokens whose KV is in ``blocks`` already.
         limits: time limits of the transfer.
 
@@ -112,6 +116,7 @@ class PromptPull:
         store: KvStore,
         blocks: Sequence[int],
         executor: Executor,
+        vocab_size: int,
         held_tokens: int = 0,
         limits: TransferLimits = DEFAULT_LIMITS,
     ) -> None:
@@ -122,6 +127,7 @@ class PromptPull:
         self._store = store
         self._blocks = blocks
         self._executor = executor
+        self._vocab_size = vocab_size
         self._limits = limits
         self._targets = LayerTargets(
             {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
@@ -202,7 +208,8 @@ class PromptPull:
         except BaseExceptionGroup as errors:
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
             if not self._has_all or not lost_peer:
-                raise _cause(errors) from errors
+                cause = _cause(errors)
+                raise (_not_the_users(cause) if isinstance(cause, InvalidRequest) else cause) from errors
             # Everything is in place; it does not matter that the worker has gone.
         finally:
             self._ended = True
@@ -215,9 +222,16 @@ class PromptPull:
         self._ended = True  # nothing can be released: the worker has released all when its answer arrives
         request = self._start.start
         request.without_kv = self._released
+        deadline = None if timeout is None else time.monotonic() + timeout
         for repeats in itertools.count():
-            call = self._peer.control.PrefillAtOnce(request, timeout=timeout, metadata=tracing.outgoing())
-            message: prefill_pb2.PrefillResponse = await checked_response(call, self._worker)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            call = self._peer.control.PrefillAtOnce(request, timeout=left, metadata=tracing.outgoing())
+            try:
+                message: prefill_pb2.PrefillResponse = await checked_response(call, self._worker)
+            except InvalidRequest as error:
+                raise _not_the_users(error) from error
+            if len(message.kv) > _MAX_ENCODED_AT_ONCE:
+                raise TransferFailed(f"{self._worker} sent {len(message.kv)} bytes; at most {_MAX_ENCODED_AT_ONCE} fit")
             if not repeats:  # a repeat finds in the prefix cache what the first call computed, and has only KV to give
                 self._note_response(message, on_first_token)
             try:
@@ -252,9 +266,16 @@ class PromptPull:
                     f"{self._worker} sent {len(first.ids)} tokens from index {first.first_index}; "
                     "a prefill worker sends one, the first"
                 )
-            self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
-            message.first_token.prefill_queue_ns = self._queue_ns
-            on_first_token(message.first_token)
+            if first.ids[0] >= self._vocab_size:
+                raise TransferFailed(f"{self._worker} sent the token {first.ids[0]} of {self._vocab_size}")
+            if len(first.logprobs) != self._start.start.sampling.HasField("logprobs"):
+                raise TransferFailed(f"{self._worker} sent {len(first.logprobs)} log-probabilities of the first token")
+            elapsed = self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
+            # No part is longer than the whole, whatever the worker says.
+            first.prefill_queue_ns = min(self._queue_ns, elapsed)
+            first.prefill_compute_ns = min(first.prefill_compute_ns, elapsed)
+            first.return_ns = min(first.return_ns, elapsed)
+            on_first_token(first)
         if message.HasField("done"):
             self.stats.prefill = message.done.trace
 
@@ -464,6 +485,11 @@ class PromptPull:
 
 def _release() -> prefill_pb2.PrefillRequest:
     return prefill_pb2.PrefillRequest(release=prefill_pb2.ReleaseKv())
+
+
+def _not_the_users(error: InvalidRequest) -> OverfillError:
+    """Returns ``error`` if it names a field of the request. Else a peer's transport refused, and another may do it."""
+    return error if error.field else TransferFailed(str(error))
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -25,6 +25,9 @@ SERVICE = prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name
 
 _SCALES, _PAYLOAD, _CHECKSUM, _ALSO = 6, 7, 8, 10
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MAX_PARTS = 1024
+"""Limit on chunks, scales and payloads of a message: each costs about 2 KiB of memory, and two bytes on the wire."""
+
 _CHECKSUM_FIELD = struct.Struct("<BQ")
 
 _WRITABLE = 0x200  # PyBUF_WRITE
@@ -127,6 +130,8 @@ def _split(view: memoryview) -> tuple[Chunk, list[memoryview]]:
             if end > len(view):
                 raise TransferFailed("a chunk is cut off")
             if kind == _BYTES and field in found:
+                if len(rest) == _MAX_PARTS:
+                    raise TransferFailed(f"a message has more than {_MAX_PARTS} parts")
                 found[field].append(view[position:end])
                 rest.append(view[start:tag_at])
                 start = end

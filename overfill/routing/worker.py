@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from google.protobuf.message import Message
+
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTYPE_FROM_PROTO
@@ -96,16 +98,23 @@ def _check_bounds(hello: registry_pb2.Hello) -> None:
     for name in ("worker_id", "address"):
         if not getattr(hello, name):
             raise InvalidRequest(f"hello.{name}", "is empty")
-    for name in ("worker_id", "address", "metrics_address", "tier", "engine", "software_version"):
-        text = getattr(hello, name)
+    texts = {f"hello.{name}": text for name, text in _texts(hello).items()}
+    texts |= {f"hello.model.{name}": text for name, text in _texts(hello.model).items()}
+    texts |= {f"hello.data_addresses[{i}].address": one.address for i, one in enumerate(hello.data_addresses)}
+    for name, text in texts.items():
         if len(text) > MAX_NAME_LENGTH or not text.isprintable():
             raise InvalidRequest(
-                f"hello.{name}",
+                name,
                 f"must be at most {MAX_NAME_LENGTH} printable characters; got {len(text)}, which begin {text[:40]!r}",
             )
     for name, most in _MAXIMA.items():
         if not 0 <= (number := getattr(hello, name)) <= most:
             raise InvalidRequest(f"hello.{name}", f"must be from 0 to {most:.0f}; got {number}")
+
+
+def _texts(message: Message) -> dict[str, str]:
+    """The fields of ``message`` that are set and are text, by name."""
+    return {field.name: value for field, value in message.ListFields() if isinstance(value, str)}
 
 
 def _stages(hello: registry_pb2.Hello) -> list[common_pb2.Stage]:

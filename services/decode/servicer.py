@@ -225,6 +225,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             self._half.store,
             session.blocks,
             self._executor,
+            self._half.config.vocab_size,
             session.held_tokens,
             self._limits,
         )

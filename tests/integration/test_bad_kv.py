@@ -51,6 +51,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         self.kv_dtype = None
         self.sends_first_token = True
         self.first_token = decode_pb2.Tokens(ids=[9])
+        self.kv = b""  # PrefillAtOnce sends it instead of KV
         self.ended = asyncio.Event()
         self.acknowledged = 0
         self.specs = {}
@@ -103,7 +104,8 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
         first_token = self.first_token if request.sample_first_token and self.sends_first_token else None
         # A repeat finds the prompt in the prefix cache.
         scheduled = prefill_pb2.PrefillScheduled(cached_tokens=0 if request.sample_first_token else 6)
-        return prefill_pb2.PrefillResponse(scheduled=scheduled, first_token=first_token, kv=message.SerializeToString())
+        kv = self.kv or message.SerializeToString()
+        return prefill_pb2.PrefillResponse(scheduled=scheduled, first_token=first_token, kv=kv)
 
     async def PullKv(self, request, context):
         for chunk in self._chunks(request.transfer_id, request.ranges):
@@ -168,7 +170,7 @@ async def pull(worker):
             )
             target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
             async with pool.use(target) as peer:
-                handoff = run.handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor)
+                handoff = run.handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor, 10)
                 await handoff.run(timeout, tokens.append)
                 run.stats = handoff.stats
             return cache, tokens
@@ -293,10 +295,40 @@ async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull
         await pull()
 
 
-@pytest.mark.parametrize("wrong", [{"ids": []}, {"ids": [9, 9]}, {"ids": [9], "first_index": 3}])
-async def test_a_first_token_that_is_not_one_and_the_first_fails(pull, worker, wrong, way):
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"ids": []}, "a prefill worker sends one, the first"),
+        ({"ids": [9, 9]}, "a prefill worker sends one, the first"),
+        ({"ids": [9], "first_index": 3}, "a prefill worker sends one, the first"),
+        ({"ids": [10]}, "sent the token 10 of 10"),
+        ({"ids": [9], "logprobs": [common_pb2.TokenLogprobs()]}, "sent 1 log-probabilities"),
+    ],
+)
+async def test_a_first_token_that_no_honest_worker_sends_fails(pull, worker, wrong, reason, way):
     worker.first_token = decode_pb2.Tokens(**wrong)
-    with pytest.raises(TransferFailed, match="a prefill worker sends one, the first"):
+    with pytest.raises(TransferFailed, match=reason):
+        await pull()
+
+
+async def test_no_part_of_the_first_tokens_time_is_longer_than_the_whole(pull, worker, way):
+    worker.first_token = decode_pb2.Tokens(ids=[9], return_ns=2**64 - 1, prefill_compute_ns=2**64 - 1)
+    _, (token,) = await pull()
+    assert max(token.return_ns, token.prefill_compute_ns) <= pull.stats.first_token_ns
+
+
+@pytest.mark.parametrize(
+    ("kv", "reason"),
+    [
+        (b"\x52\x00" * 2000, "more than 1024 parts"),  # empty chunks in `also`
+        (b"\x00" * (1 << 18), "bytes; at most"),
+        (b"\x00" * (9 << 20), "larger than max"),  # not the user's fault, although gRPC's status says so
+    ],
+)
+async def test_an_answer_that_would_cost_memory_fails_the_attempt(pull, worker, monkeypatch, kv, reason):
+    worker.kv = kv
+    monkeypatch.setattr(receiver, "MAX_KV_AT_ONCE", 6 * KV.token_bytes)
+    with pytest.raises(TransferFailed, match=reason):
         await pull()
 
 

@@ -82,6 +82,6 @@ async def pull(
         sample_first_token=True,
         cache_namespace=namespace,
     )
-    handoff = PromptPull(peer, request, spec, layer_map, cache, blocks, executor, **options)
+    handoff = PromptPull(peer, request, spec, layer_map, cache, blocks, executor, 2**32, **options)
     await handoff.run(timeout, on_token)
     return cache, handoff.stats

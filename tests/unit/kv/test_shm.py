@@ -113,7 +113,7 @@ async def pull(peer):
         request_id="r", prompt_token_ids=[0] * TOKENS, sampling=SamplingParams(temperature=0).to_proto()
     )
     with ThreadPoolExecutor(2) as executor:
-        handoff = PromptPull(peer, request, KV, range(3), cache, [1, 3, 0], executor)
+        handoff = PromptPull(peer, request, KV, range(3), cache, [1, 3, 0], executor, 1)
         await handoff.run(10.0, lambda token: None)
     return cache, handoff.stats
 

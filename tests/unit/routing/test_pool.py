@@ -197,6 +197,8 @@ def test_a_hello_becomes_the_workers_description():
         ({"worker_id": "p0\nINFO"}, "hello.worker_id"),
         ({"engine": "e" * 257}, "hello.engine"),
         ({"metrics_address": "h" * 257}, "hello.metrics_address"),
+        ({"model": common_pb2.ModelIdentity(decoder_digest="d" * 257)}, "hello.model.decoder_digest"),
+        ({"data_addresses": [kv_pb2.DataAddress(address="h" * 257)]}, "hello.data_addresses[0].address"),
         ({"max_model_len": (1 << 30) + 1}, "hello.max_model_len"),
         ({"vocab_size": (1 << 30) + 1}, "hello.vocab_size"),
         ({"max_num_seqs": (1 << 20) + 1}, "hello.max_num_seqs"),
