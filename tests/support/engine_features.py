@@ -142,7 +142,7 @@ FEATURES = (
     Feature("a decoder in a quantised format (here int8 in compressed-tensors)", vllm=("test_an_int8_decoder",)),
     Feature(
         "KV sent as int8; sockets or shared memory",
-        overfill=("test_requests_choose_a_codec_and_share_kv_within_it_only",),
+        overfill=("test_pools_and_requests_choose_a_codec_and_share_kv_within_it_only",),
         vllm=("test_codecs_and_sockets",),
         mixed=("test_codecs_and_sockets",),
     ),
