@@ -175,8 +175,9 @@ def _measure_open(windows: Windows, streams: int, server: Server, into: _Figures
 
 
 def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams: Sequence[int]) -> list[Measurement]:
-    beside = {name: {"peer": PEERS[protocol], "peer_value": one.value} for name, one in bare.items()}
-    found = [replace(one, name=f"{protocol}_{name}", **beside.get(name, {})) for name, one in router.items()]
+    found = [replace(one, name=f"{protocol}_{name}") for name, one in router.items() if name not in bare]
+    for name, one in bare.items():
+        found.append(replace(router[name], name=f"{protocol}_{name}", peer=PEERS[protocol], peer_value=one.value))
     name = f"token_cpu_{streams[-1]}"
     ratio = router[name].value / bare[name].value
     found.append(Measurement(f"{protocol}_token_cpu_ratio_{streams[-1]}", ratio, "x", _TOKEN_CPU_RATIO[protocol]))
