@@ -16,7 +16,11 @@ from overfill.errors import Overloaded
 from overfill.rpc.access import KeyHolder
 
 MAX_UNREAD_BYTES = 32 << 20
-"""Bytes of answers that one API key may leave unread. Without keys, the limit is that of all callers together."""
+"""Bytes of answers that one API key may leave unread. Without keys, the limit is that of all callers together.
+
+Without keys, a connection may also leave no more bytes unread than all callers together leave free. A connection that
+reads nothing gets half of the limit, the next one a quarter, and so on. So there is room for connections that read.
+"""
 
 SMALL_ANSWER = 16 << 10
 """Size in bytes up to which an unary answer does not count as unread. The limits of open RPCs bound their number."""
@@ -52,8 +56,8 @@ class RpcShares:
     """The callers of a server and what they use.
 
     An API key has a share of the RPCs. Callers of RPCs that need no credential have a smaller one together, and each of
-    their hosts a part of it. All others have no share of their own: processes of the stack, and clients where there
-    are no API keys.
+    their hosts a part of it. All others have no share of the RPCs: processes of the stack, and clients where there are
+    no API keys. Each of their connections has a share of the bytes.
 
     Args:
         max_rpcs: maximum number of RPCs of the server; None means no limit.
@@ -63,7 +67,7 @@ class RpcShares:
         self._max_rpcs = math.inf if max_rpcs is None else max_rpcs
         self._others = _Usage("this server", math.inf)
         self._without_credential = _Usage("everyone without a credential", self._part(OPEN_SHARE))
-        self._usages: dict[str, _Usage] = {}  # of keys and hosts that have RPCs open
+        self._usages: dict[str, _Usage] = {}  # of keys, connections and hosts that have RPCs open
 
     def open(self, key: KeyHolder | None, needs_credential: bool, peer: str) -> OpenRpc:
         """Counts an RPC until ``OpenRpc.end``.
@@ -80,7 +84,7 @@ class RpcShares:
         if key is not None:
             usages = (self._usage(f"API key {key.name!r}", KEY_SHARE),)
         elif needs_credential:
-            usages = (self._others,)
+            usages = (self._usage(f"connection {peer}", 1), self._others)
         else:
             usages = (self._usage(f"host {_host(peer)}", HOST_SHARE), self._without_credential)
         for usage in usages:
@@ -90,7 +94,7 @@ class RpcShares:
                     f"{int(usage.limit)}: read their answers, or cancel them"
                 )
         if key is not None and usages[0].unread >= MAX_UNREAD_BYTES:
-            raise _too_much_unread(usages[0])
+            raise _too_much_unread(usages)
         for usage in usages:
             self._usages[usage.name] = usage
             usage.rpcs += 1
@@ -119,22 +123,23 @@ class OpenRpc:
         Raises:
             Overloaded: the caller leaves too many bytes unread.
         """
-        usage = self._usages[0]
         if size <= SMALL_ANSWER:
             return
-        if usage.unread and usage.unread + size > MAX_UNREAD_BYTES:
-            raise _too_much_unread(usage)
+        # For a connection, its bytes plus those of all: it may have no more than all leave free.
+        if self._usages[-1].unread and sum(usage.unread + size for usage in self._usages) > MAX_UNREAD_BYTES:
+            raise _too_much_unread(self._usages)
         self.give_up(size)
 
     def give_up(self, size: int) -> None:
         """Counts a message of ``size`` bytes that has waited too long for the client."""
-        self._usages[0].unread += size
+        for usage in self._usages:
+            usage.unread += size
         self._unread += size
 
     def end(self) -> None:
         """Records that gRPC has sent the status of the RPC, or that the client has left."""
-        self._usages[0].unread -= self._unread
         for usage in self._usages:
+            usage.unread -= self._unread
             usage.rpcs -= 1
             if not usage.rpcs:
                 del self._all[usage.name]
@@ -144,11 +149,10 @@ current: ContextVar[OpenRpc] = ContextVar("current")
 """The RPC that the task serves."""
 
 
-def _too_much_unread(usage: _Usage) -> Overloaded:
-    return Overloaded(
-        f"{usage.name} has {usage.unread} bytes of answers that no client has read; the maximum is {MAX_UNREAD_BYTES}: "
-        "read them, or cancel their RPCs"
-    )
+def _too_much_unread(usages: tuple[_Usage, ...]) -> Overloaded:
+    have = " and ".join(f"{usage.name} has {usage.unread}" for usage in usages)
+    most = f"the maximum is {MAX_UNREAD_BYTES}" + (", and for a connection what all leave free" if usages[1:] else "")
+    return Overloaded(f"{have} bytes of answers that no client has read; {most}: read them, or cancel their RPCs")
 
 
 def _host(peer: str) -> str:

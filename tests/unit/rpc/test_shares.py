@@ -151,25 +151,55 @@ async def test_processes_of_the_stack_have_no_share() -> None:
             call.cancel()
 
 
-@pytest.mark.parametrize(("key", "says"), [("a", "API key 'a' has 2000 bytes"), ("", "this server has 2000 bytes")])
-async def test_unread_answers_of_a_key_or_of_all_without_keys_have_a_limit(
-    key: str, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unread_answers_of_a_key_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 2500)
     monkeypatch.setattr(shares, "SMALL_ANSWER", 100)
     large = b"x" * 1000
-    policy = POLICY if key else AccessPolicy(POLICY.rpcs)
+    async with serving(8192) as address, open_channel(address) as channel:
+        unread = await Unread.open(address)
+        for _ in range(10):
+            unread.call(ECHO, large, "a")
+        await unread.ended(8)
+        with pytest.raises(Overloaded, match=r"API key 'a' has 2000 bytes of answers .* the maximum is 2500:"):
+            await ask(channel, "a", large)
+        assert await ask(channel, "a") == b"x", "small answers pass"
+        assert await ask(channel, "b", large) == large
+        unread.close()
+
+
+@pytest.mark.parametrize("policy", [POLICY, AccessPolicy(POLICY.rpcs)], ids=["secret", "without keys"])
+async def test_unread_answers_of_a_connection_leave_room_for_others(
+    policy: AccessPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 4500)
+    monkeypatch.setattr(shares, "SMALL_ANSWER", 100)
+    large = b"x" * 1000
     async with serving(8192, policy) as address, open_channel(address) as channel:
         unread = await Unread.open(address)
         for _ in range(10):
-            unread.call(ECHO, large, key)
-        await unread.ended(8)
-        with pytest.raises(Overloaded, match=f"{says} of answers .* the maximum is 2500"):
-            await ask(channel, key, large)
-        assert await ask(channel, key) == b"x", "small answers pass"
-        if key:
-            assert await ask(channel, "b", large) == large
+            unread.call(ECHO, large, SECRET)
+        await unread.ended(6)  # the limit of all would refuse no more
+        assert await ask(channel, SECRET, large) == large
         unread.close()
+
+
+def test_unread_answers_of_all_connections_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 2_000_000)
+    callers = RpcShares(100)
+    rpcs = [callers.open(None, True, f"ipv4:192.0.2.1:{port}") for port in range(8)]
+    unread = []
+    for rpc in rpcs:
+        with pytest.raises(Overloaded, match=r"this server has .* the maximum is 2000000, and for a connection"):
+            for _ in range(100):
+                rpc.answer(20_000)
+        unread.append(rpc._unread // 20_000)
+    assert unread == [50, 25, 12, 6, 3, 2, 1, 0]
+    rpcs[0].end()
+    rpcs[-1].answer(20_000)
+    for rpc in rpcs[1:]:
+        rpc.end()
+    assert not callers._usages
+    assert not callers._others.unread
 
 
 def test_an_answer_larger_than_the_limit_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
