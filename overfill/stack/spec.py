@@ -20,7 +20,7 @@ from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_wildcard, split_address
 from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
-from overfill.settings.config_file import all_names, check_unique_keys, nearest
+from overfill.settings.config_file import StrictConstructor, all_names, nearest
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
@@ -509,12 +509,8 @@ def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConf
         raise ValueError("; ".join(hints))
 
 
-class _DocumentLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        check_unique_keys(node)
-        return super().construct_mapping(node, deep)
+class _DocumentLoader(StrictConstructor, yaml.SafeLoader):
+    """Loads plain data."""
 
 
 def _parse_json(text: str) -> Any:

@@ -234,6 +234,11 @@ def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any]
     assert message in str(caught.value)
 
 
+LEVELS = (f"a{level + 1}: &a{level + 1} [{', '.join([f'*a{level}'] * 10)}]" for level in range(6))
+LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
+"""A million values, made of aliases."""
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -249,6 +254,9 @@ def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any]
         ("a.json", "7", "expected the fields of a stack"),
         ("a.json", "[" * 100_000, "is nested too deeply"),
         ("a.yaml", "[" * 10_000, "is nested too deeply"),
+        ("a.yaml", "settings: {engine: mock, " + LAUGHS + "}", "has more than 10000 values, with each alias"),
+        ("a.yaml", "settings: &a {engine: mock, dtype: *a}", "has more than 10000 values, with each alias"),
+        ("a.yaml", "[" + "1, " * 10_000 + "]", "has more than 10000 values"),
     ],
 )
 def test_what_is_wrong_with_a_document_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -360,6 +368,12 @@ def test_processes_of_a_cluster_may_have_the_same_metrics_port_but_not_those_of_
     assert made.metrics_ports["prefill"] == [9600, 9600]
     with pytest.raises(StartFailed, match="on Ray, every process of a pool has the same metrics_port"):
         check_ports(made)
+
+
+def test_an_alias_repeats_a_part_of_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("prefill: &pool {settings: {threads: 2}}\ndecode: {<<: *pool, replicas: 2}")
+    made = StackSpec.load(tmp_path / "a.yaml")
+    assert (made.pools["decode"].replicas, made.worker_config("decode").threads) == (2, 2)
 
 
 @pytest.mark.parametrize(
