@@ -21,6 +21,9 @@ MAX_TIERS = 16
 """Maximum number of tiers of a stack: metrics have series for each."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")  # also a valid DNS label
+MAX_REPLICAS = 1000
+"""Maximum number of processes of a pool."""
+
 _SPEC = re.compile(r"(?P<name>[^=]*)=(?P<pair>[^,]+?)(:(?P<count>\d+))?(?P<settings>,.*)?", re.DOTALL)
 _NEXT_SETTING = re.compile(r",(?=[a-z][a-z0-9-]*=)")  # a comma within a JSON value starts no setting
 
@@ -34,7 +37,7 @@ class PoolSpec(BaseModel):
     """A pool: equal processes of a stack.
 
     Attributes:
-        replicas: number of processes; with ``max_replicas``, the minimum and initial number.
+        replicas: number of processes, at most 1000; with ``max_replicas``, the minimum and initial number.
         max_replicas: maximum number, on Ray; None means that the number is fixed.
         num_cpus, num_gpus, resources: resources that Ray reserves for each process. Fractions share a CPU or GPU, and
             the GPU's memory. With ``num_gpus`` 0, a process sees no GPU. Plain processes refuse these fields and divide
@@ -44,8 +47,9 @@ class PoolSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    replicas: int = Field(default=1, ge=1)
-    max_replicas: int | None = Field(default=None, ge=1)
+    # A stack checks MAX_REPLICAS, because a router's tiers also have totals over pools.
+    replicas: int = Field(default=1, ge=1, json_schema_extra={"maximum": MAX_REPLICAS})
+    max_replicas: int | None = Field(default=None, ge=1, json_schema_extra={"maximum": MAX_REPLICAS})
     num_cpus: float = Field(default=0.3, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
@@ -74,7 +78,7 @@ class TierSpec(PoolSpec):
         ttft_objective, itl_objective: objectives of this tier, in seconds; None means the routers'.
     """
 
-    replicas: int = Field(default=1, ge=0)
+    replicas: int = Field(default=1, ge=0, json_schema_extra={"maximum": MAX_REPLICAS})
     name: str
     pair: str
     fallback: str = ""

@@ -22,7 +22,7 @@ from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import StrictConstructor, all_names, nearest
 from overfill.settings.reader import BadSettings
-from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
+from overfill.settings.tiers import MAX_REPLICAS, PoolSpec, TierSpec, default_tier
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
@@ -171,6 +171,9 @@ class StackSpec(BaseModel):
             raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
         self._check_runner()
         for name, tier in self.tiers.items():
+        for name, pool in self.deployments.items():
+            if pool.most > MAX_REPLICAS:
+                raise ValueError(f"{_place(name)}: got {pool.most} replicas; a pool has at most {MAX_REPLICAS}")
             if not any(self.tier_of(pool) == name for pool in self.pools):
                 raise ValueError(
                     f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "

@@ -203,6 +203,8 @@ def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any
         ({"settings": {"host": "0.0.0.0"}}, "--tls-cert"),
         ({"decode": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
         ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
+        ({"router": {"replicas": 1001}}, "router: got 1001 replicas; a pool has at most 1000"),
+        ({"decode": {"max_replicas": 1001}}, "decode: got 1001 replicas; a pool has at most 1000"),
         ({"router": {"http_ports": [8000, 8001]}}, "one for each of the 1 ports, or none"),
         ({"router": {"ports": []}}, "give at least one"),
         ({"prefill": {"settings": {"kv_memroy": "1GiB"}}}, r"prefill.settings.kv_memroy: .* did you mean kv_memory\?"),
