@@ -61,6 +61,13 @@ def _check_positive(size: ByteSize) -> ByteSize:
         raise ValueError("must be a size above 0, such as 512MiB or 4GB")
     return size
 
+def _read_off(value: object) -> object:
+    """Reads False, which is ``off`` in YAML, as "off". True is no port either, although Python counts it as 1."""
+    if value is True:
+        raise ValueError("must be a whole number from 0 to 65535, or off")
+    return "off" if value is False else value
+
+
 
 def _short_size(size: int) -> str | int:
     return int(size) if size % (1 << 20) else f"{size >> 20}MiB"
@@ -88,3 +95,4 @@ Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], B
 Port = Annotated[int, Field(ge=0, le=65535)]
 # Text, because a Path would turn the folder ./default into the name default.
 PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]
+PortOrOff = Annotated[Port | Literal["off"], BeforeValidator(_read_off)]

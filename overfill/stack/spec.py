@@ -424,17 +424,17 @@ class StackSpec(BaseModel):
         number of their own follow the routers'.
         """
 
-        def ports(first: object) -> Iterator[int | str]:
-            if not str(first).isdecimal():
-                return itertools.repeat("off")
-            return itertools.count(int(str(first)), step) if int(str(first)) else itertools.repeat(0)
-
         step = 1 if self.runner == "processes" else 0
-        shared = ports(self.settings.get("metrics_port", 0))
+        shared: Iterator[int | str] | None = None
         found = {}
         for name, pool in self.deployments.items():
-            own = ports(pool.settings["metrics_port"]) if "metrics_port" in pool.settings else shared
-            found[name] = list(itertools.islice(own, pool.replicas))
+            first = (self.router_config() if name == ROUTER else self.worker_config(name)).metrics_port
+            ports: Iterator[int | str] = itertools.repeat(first)
+            if isinstance(first, int) and first:
+                ports = itertools.count(first, step)
+            if "metrics_port" not in pool.settings:
+                ports = shared = shared or ports
+            found[name] = list(itertools.islice(ports, pool.replicas))
         return found
 
     def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:

@@ -259,6 +259,7 @@ LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
         ("a.yaml", "settings: {engine: mock, " + LAUGHS + "}", "has more than 10000 values, with each alias"),
         ("a.yaml", "settings: &a {engine: mock, dtype: *a}", "has more than 10000 values, with each alias"),
         ("a.yaml", "[" + "1, " * 10_000 + "]", "has more than 10000 values"),
+        ("a.yaml", "settings: {metrics_port: on}", "must be a whole number from 0 to 65535, or off, got True"),
     ],
 )
 def test_what_is_wrong_with_a_document_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -370,6 +371,13 @@ def test_processes_of_a_cluster_may_have_the_same_metrics_port_but_not_those_of_
     assert made.metrics_ports["prefill"] == [9600, 9600]
     with pytest.raises(StartFailed, match="on Ray, every process of a pool has the same metrics_port"):
         check_ports(made)
+
+
+@pytest.mark.parametrize("text", ["{metrics_port: off}", "{metrics_port: 'off'}"])
+def test_off_means_no_metrics_on_ray_and_for_plain_processes(text: str) -> None:
+    made = spec(settings=yaml.safe_load(text), decode={"settings": {"metrics_port": " 9600"}})
+    assert made.metrics_ports == {"router": ["off"], "prefill": ["off"], "decode": [9600]}
+    assert (made.router_config().metrics_port, made.worker_config("decode").metrics_port) == ("off", 9600)
 
 
 def test_an_alias_repeats_a_part_of_a_document(tmp_path: Path) -> None:
