@@ -59,7 +59,7 @@ class SettingsReader(BaseModel):
     ``config`` for the path of the file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     program: ClassVar[str]
     section: ClassVar[str]
     """Section of this program in a settings file."""

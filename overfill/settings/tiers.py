@@ -45,7 +45,7 @@ class PoolSpec(BaseModel):
         settings: settings of this pool only, by field.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # A stack checks MAX_REPLICAS, because a router's tiers also have totals over pools.
     replicas: int = Field(default=1, ge=1, json_schema_extra={"maximum": MAX_REPLICAS})
@@ -82,8 +82,8 @@ class TierSpec(PoolSpec):
     name: str
     pair: str
     fallback: str = ""
-    ttft_objective: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    itl_objective: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ttft_objective: float | None = Field(default=None, gt=0)
+    itl_objective: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check_name(self) -> Self:

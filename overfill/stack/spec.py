@@ -130,7 +130,7 @@ class StackSpec(BaseModel):
         health_check_timeout: seconds to wait for the answer of a check.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     runner: Literal["ray", "processes"] = "ray"
     name: str = APPLICATION

@@ -259,6 +259,11 @@ LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
         ("a.yaml", "settings: {engine: mock, " + LAUGHS + "}", "has more than 10000 values, with each alias"),
         ("a.yaml", "settings: &a {engine: mock, dtype: *a}", "has more than 10000 values, with each alias"),
         ("a.yaml", "[" + "1, " * 10_000 + "]", "has more than 10000 values"),
+        ("a.yaml", "health_check_period: .inf", "health_check_period: Input should be a finite number"),
+        ("a.yaml", "health_check_timeout: .inf", "health_check_timeout: Input should be a finite number"),
+        ("a.yaml", "decode: {num_cpus: .inf, num_gpus: .inf}", "decode.num_gpus: Input should be a finite number"),
+        ("a.yaml", "decode: {resources: {a: .nan}}", "decode.resources.a: Input should be a finite number"),
+        ("a.yaml", "settings: {grace_period: .inf}", "GRACE_PERIOD): must be a number of at least 0, got inf"),
         ("a.yaml", "settings: {metrics_port: on}", "must be a whole number from 0 to 65535, or off, got True"),
     ],
 )
