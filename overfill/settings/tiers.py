@@ -12,18 +12,19 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from overfill.kv.spec import Quantization
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
+from overfill.settings.values import check_text
 
 MAX_TIERS = 16
 """Maximum number of tiers of a stack: metrics have series for each."""
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")  # also a valid DNS label
 MAX_REPLICAS = 1000
 """Maximum number of processes of a pool."""
 
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")  # also a valid DNS label
 _SPEC = re.compile(r"(?P<name>[^=]*)=(?P<pair>[^,]+?)(:(?P<count>\d+))?(?P<settings>,.*)?", re.DOTALL)
 _NEXT_SETTING = re.compile(r",(?=[a-z][a-z0-9-]*=)")  # a comma within a JSON value starts no setting
 
@@ -54,6 +55,8 @@ class PoolSpec(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    _check_text = field_validator("*", mode="before")(check_text)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
@@ -23,6 +23,7 @@ from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import StrictConstructor, all_names, nearest
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import MAX_REPLICAS, PoolSpec, TierSpec, default_tier
+from overfill.settings.values import Name, check_text
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
@@ -113,7 +114,7 @@ class StackSpec(BaseModel):
 
     Attributes:
         runner: ``ray`` runs the stack on Ray Serve, which replaces lost workers; ``processes`` runs plain processes.
-        name: name of the application on Ray.
+        name: name of the application on Ray, at most 256 printable characters.
         ray_address: Ray cluster to join, as for ``ray.init``; None starts one on this machine.
         pair: name of a pair, or a pair's folder, which must exist on every machine of the stack.
         tiers: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
@@ -133,7 +134,7 @@ class StackSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     runner: Literal["ray", "processes"] = "ray"
-    name: str = APPLICATION
+    name: Name = APPLICATION
     ray_address: str | None = None
     pair: str = DEFAULT_PAIR
     tiers: dict[str, TierSpec] = Field(default_factory=dict)
@@ -147,6 +148,8 @@ class StackSpec(BaseModel):
     log_dir: str | None = None
     health_check_period: float = Field(default=2.0, gt=0)
     health_check_timeout: float = Field(default=10.0, gt=0)
+
+    _check_text = field_validator("*", mode="before")(check_text)
 
     @model_validator(mode="before")
     @classmethod
@@ -169,11 +172,11 @@ class StackSpec(BaseModel):
     def _check_settings(self) -> Self:
         if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
             raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
-        self._check_runner()
-        for name, tier in self.tiers.items():
         for name, pool in self.deployments.items():
             if pool.most > MAX_REPLICAS:
                 raise ValueError(f"{_place(name)}: got {pool.most} replicas; a pool has at most {MAX_REPLICAS}")
+        self._check_runner()
+        for name, tier in self.tiers.items():
             if not any(self.tier_of(pool) == name for pool in self.pools):
                 raise ValueError(
                     f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "

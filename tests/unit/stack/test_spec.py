@@ -264,6 +264,12 @@ LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
         ("a.yaml", "decode: {num_cpus: .inf, num_gpus: .inf}", "decode.num_gpus: Input should be a finite number"),
         ("a.yaml", "decode: {resources: {a: .nan}}", "decode.resources.a: Input should be a finite number"),
         ("a.yaml", "settings: {grace_period: .inf}", "GRACE_PERIOD): must be a number of at least 0, got inf"),
+        ("a.json", r'{"log_dir": "/a\u0000b"}', r"log_dir: must be text without '\x00'"),
+        ("a.json", r'{"name": "a\nb"}', "name: must be at most 256 printable characters"),
+        ("a.json", r'{"tiers": {"a": {"pair": "p\ud800"}}}', r"tiers.a.pair: must be text without '\ud800'"),
+        ("a.json", r'{"settings": {"tls_ca": "a\u0000b"}}', r"TLS_CA): must be text without '\x00', got 'a\x00b'"),
+        ("a.json", r'{"settings": {"served_model_name": "\ud800"}}', r"NAME): must be text without '\ud800'"),
+        ("a.json", r'{"settings": {"served_model_name": ["a\u0000b"]}}', "NAME): must be at most 256 printable"),
         ("a.yaml", "settings: {metrics_port: on}", "must be a whole number from 0 to 65535, or off, got True"),
     ],
 )
