@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import ByteSize, Field, model_validator
 
@@ -16,7 +16,7 @@ from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessP
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.reader import SettingsReader
-from overfill.settings.values import Bytes, LogLevel, PairName, Port, Url
+from overfill.settings.values import Bytes, LogLevel, PairName, Port, PortOrOff, Url
 from overfill.telemetry.logs import LogFormat
 
 
@@ -75,7 +75,7 @@ class CommonSettings(SettingsReader):
         description="URL to which traces are sent over OTLP/gRPC, such as http://127.0.0.1:4317; by default "
         "$OTEL_EXPORTER_OTLP_ENDPOINT; no traces without either",
     )
-    metrics_port: Port | Literal["off"] = Field(
+    metrics_port: PortOrOff = Field(
         0,
         description="port of /metrics for Prometheus; 0 picks a free port, shown by `overfill status`; off disables it",
     )

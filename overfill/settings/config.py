@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -41,6 +41,7 @@ from overfill.settings.values import (
     Origins,
     PairName,
     Port,
+    PortOrOff,
 )
 
 STEP_TOKENS = 512
@@ -328,7 +329,7 @@ class RouterConfig(ServiceConfig):
         description="minimum number of tokens in a streamed event, except in the first and the last one; a request may "
         "ask for a larger one; with 1, tokens are merged only when the router cannot keep up",
     )
-    http: Port | Literal["off"] = Field(
+    http: PortOrOff = Field(
         "off", description="port of the OpenAI endpoint; 0 picks a free port; off disables the endpoint"
     )
     allowed_origins: Origins = Field(

@@ -16,6 +16,7 @@ This module checks only names. Each service checks its values as if they came fr
 from __future__ import annotations
 
 import difflib
+import itertools
 import os.path
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,8 @@ from overfill.errors import OverfillError
 from overfill.process.permissions import refusal
 
 COMMON = "common"
+
+_MAX_VALUES = 10_000  # of a YAML file
 
 
 class BadConfigFile(OverfillError):
@@ -145,15 +148,43 @@ def flag_name(field: str) -> str:
     return field.replace("_", "-")
 
 
-class _TextLoader(yaml.BaseLoader):
-    """Loads every scalar as text and refuses duplicate keys."""
+class StrictConstructor(yaml.constructor.BaseConstructor):
+    """Refuses duplicate keys, of which YAML would take the last, and aliases that stand for too much."""
+
+    def construct_document(self, node: Any) -> Any:
+        _check_size(node)
+        return super().construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        check_unique_keys(node)
+        _check_unique_keys(node)
         return super().construct_mapping(node, deep)
 
 
-def check_unique_keys(node: yaml.Node) -> None:
+class _TextLoader(StrictConstructor, yaml.BaseLoader):
+    """Loads every scalar as text."""
+
+
+def _check_size(document: yaml.Node) -> None:
+    """Raises ConstructorError if a YAML document has more than ``_MAX_VALUES`` values, its aliases expanded."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MAX_VALUES + 1  # for an alias inside of what it stands for
+            inner: Iterable[yaml.Node] = ()
+            if isinstance(node, yaml.MappingNode):
+                inner = itertools.chain.from_iterable(node.value)
+            elif isinstance(node, yaml.SequenceNode):
+                inner = node.value
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if size(document) > _MAX_VALUES:
+        text = f"has more than {_MAX_VALUES} values, with each alias (*NAME) counted as what it stands for"
+        raise yaml.constructor.ConstructorError(None, None, text, document.start_mark)
+
+
+def _check_unique_keys(node: yaml.Node) -> None:
     """Raises ConstructorError if a mapping of a YAML document has a key twice, of which YAML would take the last."""
     seen: set[str] = set()
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from overfill.settings.allowed import describe
 from overfill.settings.config_file import BadConfigFile, ConfigFile, all_names, flag_name, nearest
 from overfill.settings.flags import read_flags
+from overfill.settings.values import check_text
 
 SEPARATORS = {"tiers": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
@@ -59,12 +60,14 @@ class SettingsReader(BaseModel):
     ``config`` for the path of the file.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     program: ClassVar[str]
     section: ClassVar[str]
     """Section of this program in a settings file."""
     prefix: ClassVar[str]
     """Beginning of the names of this program's environment variables."""
+
+    _check_text = field_validator("*", mode="before")(check_text)
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:

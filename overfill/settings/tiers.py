@@ -12,13 +12,17 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from overfill.kv.spec import Quantization
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
+from overfill.settings.values import check_text
 
 MAX_TIERS = 16
 """Maximum number of tiers of a stack: metrics have series for each."""
+
+MAX_REPLICAS = 1000
+"""Maximum number of processes of a pool."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")  # also a valid DNS label
 _SPEC = re.compile(r"(?P<name>[^=]*)=(?P<pair>[^,]+?)(:(?P<count>\d+))?(?P<settings>,.*)?", re.DOTALL)
@@ -34,7 +38,7 @@ class PoolSpec(BaseModel):
     """A pool: equal processes of a stack.
 
     Attributes:
-        replicas: number of processes; with ``max_replicas``, the minimum and initial number.
+        replicas: number of processes, at most 1000; with ``max_replicas``, the minimum and initial number.
         max_replicas: maximum number, on Ray; None means that the number is fixed.
         num_cpus, num_gpus, resources: resources that Ray reserves for each process. Fractions share a CPU or GPU, and
             the GPU's memory. With ``num_gpus`` 0, a process sees no GPU. Plain processes refuse these fields and divide
@@ -42,14 +46,17 @@ class PoolSpec(BaseModel):
         settings: settings of this pool only, by field.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    replicas: int = Field(default=1, ge=1)
-    max_replicas: int | None = Field(default=None, ge=1)
+    # A stack checks MAX_REPLICAS, because a router's tiers also have totals over pools.
+    replicas: int = Field(default=1, ge=1, json_schema_extra={"maximum": MAX_REPLICAS})
+    max_replicas: int | None = Field(default=None, ge=1, json_schema_extra={"maximum": MAX_REPLICAS})
     num_cpus: float = Field(default=0.3, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    _check_text = field_validator("*", mode="before")(check_text)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -74,12 +81,12 @@ class TierSpec(PoolSpec):
         ttft_objective, itl_objective: objectives of this tier, in seconds; None means the routers'.
     """
 
-    replicas: int = Field(default=1, ge=0)
+    replicas: int = Field(default=1, ge=0, json_schema_extra={"maximum": MAX_REPLICAS})
     name: str
     pair: str
     fallback: str = ""
-    ttft_objective: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    itl_objective: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ttft_objective: float | None = Field(default=None, gt=0)
+    itl_objective: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check_name(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PlainSerializer
 
@@ -13,6 +13,17 @@ from overfill.routing.worker import MAX_NAME_LENGTH
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 EngineChoice = Literal["auto", "overfill", "vllm", "mock"]
+
+
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
+"""Control characters except line breaks and tabs, and the surrogates that stand for no byte of a file's name."""
+
+
+def check_text(value: Any) -> Any:
+    """Returns the value. Raises ValueError if it is a text with a character that no path and no protocol can have."""
+    if isinstance(value, str) and (found := _NO_TEXT.search(value)):
+        raise ValueError(f"must be text without {found[0]!r}")
+    return value
 
 
 def _split(value: object) -> object:
@@ -50,6 +61,13 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _read_off(value: object) -> object:
+    """Reads False, which is ``off`` in YAML, as "off". True is no port either, although Python counts it as 1."""
+    if value is True:
+        raise ValueError("must be a whole number from 0 to 65535, or off")
+    return "off" if value is False else value
+
+
 def _check_url(url: str) -> str:
     if not re.fullmatch(r"(https?://.+)?", url):
         raise ValueError("must be a URL such as http://127.0.0.1:4317")
@@ -83,8 +101,9 @@ Device = Annotated[str, AfterValidator(_check_device)]
 Name = Annotated[str, AfterValidator(_check_name)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_split)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+PortOrOff = Annotated[Port | Literal["off"], BeforeValidator(_read_off)]
 # Text, because a Path would turn the folder ./default into the name default.
 PairName = Annotated[str, BeforeValidator(lambda value: str(value.absolute()) if isinstance(value, Path) else value)]

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import is_wildcard, split_address
 from overfill.rpc.certificates import NAME, role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
-from overfill.settings.config_file import all_names, check_unique_keys, nearest
+from overfill.settings.config_file import StrictConstructor, all_names, nearest
 from overfill.settings.reader import BadSettings
-from overfill.settings.tiers import PoolSpec, TierSpec, default_tier
+from overfill.settings.tiers import MAX_REPLICAS, PoolSpec, TierSpec, default_tier
+from overfill.settings.values import Name, check_text
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
@@ -113,7 +114,7 @@ class StackSpec(BaseModel):
 
     Attributes:
         runner: ``ray`` runs the stack on Ray Serve, which replaces lost workers; ``processes`` runs plain processes.
-        name: name of the application on Ray.
+        name: name of the application on Ray, at most 256 printable characters.
         ray_address: Ray cluster to join, as for ``ray.init``; None starts one on this machine.
         pair: name of a pair, or a pair's folder, which must exist on every machine of the stack.
         tiers: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
@@ -130,10 +131,10 @@ class StackSpec(BaseModel):
         health_check_timeout: seconds to wait for the answer of a check.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     runner: Literal["ray", "processes"] = "ray"
-    name: str = APPLICATION
+    name: Name = APPLICATION
     ray_address: str | None = None
     pair: str = DEFAULT_PAIR
     tiers: dict[str, TierSpec] = Field(default_factory=dict)
@@ -147,6 +148,8 @@ class StackSpec(BaseModel):
     log_dir: str | None = None
     health_check_period: float = Field(default=2.0, gt=0)
     health_check_timeout: float = Field(default=10.0, gt=0)
+
+    _check_text = field_validator("*", mode="before")(check_text)
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +172,9 @@ class StackSpec(BaseModel):
     def _check_settings(self) -> Self:
         if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
             raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
+        for name, pool in self.deployments.items():
+            if pool.most > MAX_REPLICAS:
+                raise ValueError(f"{_place(name)}: got {pool.most} replicas; a pool has at most {MAX_REPLICAS}")
         self._check_runner()
         for name, tier in self.tiers.items():
             if not any(self.tier_of(pool) == name for pool in self.pools):
@@ -421,17 +427,17 @@ class StackSpec(BaseModel):
         number of their own follow the routers'.
         """
 
-        def ports(first: object) -> Iterator[int | str]:
-            if not str(first).isdecimal():
-                return itertools.repeat("off")
-            return itertools.count(int(str(first)), step) if int(str(first)) else itertools.repeat(0)
-
         step = 1 if self.runner == "processes" else 0
-        shared = ports(self.settings.get("metrics_port", 0))
+        shared: Iterator[int | str] | None = None
         found = {}
         for name, pool in self.deployments.items():
-            own = ports(pool.settings["metrics_port"]) if "metrics_port" in pool.settings else shared
-            found[name] = list(itertools.islice(own, pool.replicas))
+            first = (self.router_config() if name == ROUTER else self.worker_config(name)).metrics_port
+            ports: Iterator[int | str] = itertools.repeat(first)
+            if isinstance(first, int) and first:
+                ports = itertools.count(first, step)
+            if "metrics_port" not in pool.settings:
+                ports = shared = shared or ports
+            found[name] = list(itertools.islice(ports, pool.replicas))
         return found
 
     def openai_urls(self, addresses: Sequence[str]) -> tuple[str, ...]:
@@ -509,12 +515,8 @@ def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConf
         raise ValueError("; ".join(hints))
 
 
-class _DocumentLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        check_unique_keys(node)
-        return super().construct_mapping(node, deep)
+class _DocumentLoader(StrictConstructor, yaml.SafeLoader):
+    """Loads plain data."""
 
 
 def _parse_json(text: str) -> Any:

@@ -89,6 +89,7 @@ def test_variables_are_read_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> No
         (["--routers", "somewhere"], "HOST:PORT"),
         (["--port", "70000"], "PORT): must be a whole number from 0 to 65535, got '70000'"),
         (["--metrics-port", "on"], "METRICS_PORT): must be a whole number from 0 to 65535, or off, got 'on'"),
+        (["--grace-period", "inf"], "GRACE_PERIOD): must be a number of at least 0, got 'inf'"),
         (["--grace-period", "-1"], "GRACE_PERIOD): must be a number of at least 0, got '-1'"),
         (["--step-timeout", "0"], "STEP_TIMEOUT): must be a number above 0, got '0'"),
         (

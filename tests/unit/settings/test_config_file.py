@@ -111,6 +111,7 @@ def test_an_earlier_file_is_forgotten(file: Path) -> None:
             "router.kv-memory: no such setting; kv-memory is a setting of prefill and decode",
         ),
         ("prefill:\n  threads: 1\n  threads: 2", "the key threads appears twice"),
+        ("prefill: &a\n  threads: *a", "has more than 10000 values, with each alias"),
         ("prefill: 3", "prefill: expected settings in this section"),
         ("- a", "expected sections"),
         ("a: [", "expected"),

@@ -203,6 +203,8 @@ def test_wrong_tiers_are_named_before_anything_is_deployed(fields: dict[str, Any
         ({"settings": {"host": "0.0.0.0"}}, "--tls-cert"),
         ({"decode": {"replicas": 3, "max_replicas": 2}}, "max_replicas 2 is less than replicas 3"),
         ({"router": {"max_replicas": 2}}, "number of routers is fixed"),
+        ({"router": {"replicas": 1001}}, "router: got 1001 replicas; a pool has at most 1000"),
+        ({"decode": {"max_replicas": 1001}}, "decode: got 1001 replicas; a pool has at most 1000"),
         ({"router": {"http_ports": [8000, 8001]}}, "one for each of the 1 ports, or none"),
         ({"router": {"ports": []}}, "give at least one"),
         ({"prefill": {"settings": {"kv_memroy": "1GiB"}}}, r"prefill.settings.kv_memroy: .* did you mean kv_memory\?"),
@@ -234,6 +236,11 @@ def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any]
     assert message in str(caught.value)
 
 
+LEVELS = (f"a{level + 1}: &a{level + 1} [{', '.join([f'*a{level}'] * 10)}]" for level in range(6))
+LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
+"""A million values, made of aliases."""
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -249,6 +256,21 @@ def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any]
         ("a.json", "7", "expected the fields of a stack"),
         ("a.json", "[" * 100_000, "is nested too deeply"),
         ("a.yaml", "[" * 10_000, "is nested too deeply"),
+        ("a.yaml", "settings: {engine: mock, " + LAUGHS + "}", "has more than 10000 values, with each alias"),
+        ("a.yaml", "settings: &a {engine: mock, dtype: *a}", "has more than 10000 values, with each alias"),
+        ("a.yaml", "[" + "1, " * 10_000 + "]", "has more than 10000 values"),
+        ("a.yaml", "health_check_period: .inf", "health_check_period: Input should be a finite number"),
+        ("a.yaml", "health_check_timeout: .inf", "health_check_timeout: Input should be a finite number"),
+        ("a.yaml", "decode: {num_cpus: .inf, num_gpus: .inf}", "decode.num_gpus: Input should be a finite number"),
+        ("a.yaml", "decode: {resources: {a: .nan}}", "decode.resources.a: Input should be a finite number"),
+        ("a.yaml", "settings: {grace_period: .inf}", "GRACE_PERIOD): must be a number of at least 0, got inf"),
+        ("a.json", r'{"log_dir": "/a\u0000b"}', r"log_dir: must be text without '\x00'"),
+        ("a.json", r'{"name": "a\nb"}', "name: must be at most 256 printable characters"),
+        ("a.json", r'{"tiers": {"a": {"pair": "p\ud800"}}}', r"tiers.a.pair: must be text without '\ud800'"),
+        ("a.json", r'{"settings": {"tls_ca": "a\u0000b"}}', r"TLS_CA): must be text without '\x00', got 'a\x00b'"),
+        ("a.json", r'{"settings": {"served_model_name": "\ud800"}}', r"NAME): must be text without '\ud800'"),
+        ("a.json", r'{"settings": {"served_model_name": ["a\u0000b"]}}', "NAME): must be at most 256 printable"),
+        ("a.yaml", "settings: {metrics_port: on}", "must be a whole number from 0 to 65535, or off, got True"),
     ],
 )
 def test_what_is_wrong_with_a_document_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -360,6 +382,19 @@ def test_processes_of_a_cluster_may_have_the_same_metrics_port_but_not_those_of_
     assert made.metrics_ports["prefill"] == [9600, 9600]
     with pytest.raises(StartFailed, match="on Ray, every process of a pool has the same metrics_port"):
         check_ports(made)
+
+
+@pytest.mark.parametrize("text", ["{metrics_port: off}", "{metrics_port: 'off'}"])
+def test_off_means_no_metrics_on_ray_and_for_plain_processes(text: str) -> None:
+    made = spec(settings=yaml.safe_load(text), decode={"settings": {"metrics_port": " 9600"}})
+    assert made.metrics_ports == {"router": ["off"], "prefill": ["off"], "decode": [9600]}
+    assert (made.router_config().metrics_port, made.worker_config("decode").metrics_port) == ("off", 9600)
+
+
+def test_an_alias_repeats_a_part_of_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("prefill: &pool {settings: {threads: 2}}\ndecode: {<<: *pool, replicas: 2}")
+    made = StackSpec.load(tmp_path / "a.yaml")
+    assert (made.pools["decode"].replicas, made.worker_config("decode").threads) == (2, 2)
 
 
 @pytest.mark.parametrize(

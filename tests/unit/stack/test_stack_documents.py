@@ -44,6 +44,8 @@ def test_an_example_is_a_stack_and_comes_back_from_what_is_printed(name: str, tm
     "document",
     [
         {"decode": {"replica": 2}},
+        {"decode": {"max_replicas": 1001}},
+        {"tiers": {"a": {"pair": "p", "replicas": 1001}}},
         {"tiers": {"a": {}}},
         {"tiers": {"a": {"pair": "p", "name": "b"}}},
         {"router": {"ports": [70000]}},
