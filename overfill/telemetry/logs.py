@@ -67,8 +67,14 @@ def configure(
     """
     handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.addFilter(_is_news)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     _requests.setLevel(logging.INFO if each_request else logging.WARNING)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leaves out gRPC's traceback when a client leaves while its status is sent; the request's outcome is recorded."""
+    return not (record.name.startswith("grpc.") and record.getMessage().startswith("ExecuteBatchError raised in core"))
 
 
 def ended(stage: str, outcome: str, **fields: str | float) -> None:
