@@ -28,10 +28,11 @@ def tiered(pairs, key=None, **settings):
 def full_queue(stack, client, **options):
     """Keeps a worker that runs one sequence busy, and another request in the queue, which has room for one."""
     long = SamplingParams(max_tokens=200)
-    with client.stream("Hi", sampling=long, **options) as running, client.stream("Hi", sampling=long, **options):
-        next(running)
-        wait_until(lambda: stack.router.dispatcher.num_waiting == 1, 20, "the other one waits")
-        yield
+    with client.stream("Hi", sampling=long, **options) as running:
+        next(running)  # the other one would be refused while this one waits
+        with client.stream("Hi", sampling=long, **options):
+            wait_until(lambda: stack.router.dispatcher.num_waiting == 1, 20, "the other one waits")
+            yield
 
 
 def test_the_default_tier_can_be_chosen(tiny_family):
