@@ -208,8 +208,7 @@ class PromptPull:
         except BaseExceptionGroup as errors:
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
             if not self._has_all or not lost_peer:
-                cause = _cause(errors)
-                raise (_not_the_users(cause) if isinstance(cause, InvalidRequest) else cause) from errors
+                raise _not_the_users(_cause(errors)) from errors
             # Everything is in place; it does not matter that the worker has gone.
         finally:
             self._ended = True
@@ -271,7 +270,7 @@ class PromptPull:
             if len(first.logprobs) != self._start.start.sampling.HasField("logprobs"):
                 raise TransferFailed(f"{self._worker} sent {len(first.logprobs)} log-probabilities of the first token")
             elapsed = self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
-            # No part is longer than the whole, whatever the worker says.
+            # The prefill worker may report any number: each part is cut to the time that passed here.
             first.prefill_queue_ns = min(self._queue_ns, elapsed)
             first.prefill_compute_ns = min(first.prefill_compute_ns, elapsed)
             first.return_ns = min(first.return_ns, elapsed)
@@ -487,9 +486,9 @@ def _release() -> prefill_pb2.PrefillRequest:
     return prefill_pb2.PrefillRequest(release=prefill_pb2.ReleaseKv())
 
 
-def _not_the_users(error: InvalidRequest) -> OverfillError:
-    """Returns ``error`` if it names a field of the request. Else a peer's transport refused, and another may do it."""
-    return error if error.field else TransferFailed(str(error))
+def _not_the_users(error: BaseException) -> BaseException:
+    """Returns TransferFailed for a refusal that names no field of the request: another worker may accept it."""
+    return TransferFailed(str(error)) if isinstance(error, InvalidRequest) and not error.field else error
 
 
 def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
