@@ -37,21 +37,24 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def token_words(seed: int, position: int, sample_index: int, blocks: Tensor) -> Tensor:
+def token_words(
+    seeds: Sequence[int], positions: Sequence[int], sample_indices: Sequence[int], blocks: Tensor
+) -> Tensor:
     """The random words of blocks of four tokens.
 
     Token ``id`` has word ``id mod 4`` of the counter ``(position, sample_index, id div 4, 0)``. The key is the seed,
     low word first.
 
     Args:
-        seed: 64 bits.
-        position: 32 bits.
-        sample_index: 32 bits.
-        blocks: [N] int64; block ``b`` has the tokens ``4 b`` to ``4 b + 3``.
+        seeds: 64 bits, for each of N rows.
+        positions: 32 bits, per row.
+        sample_indices: 32 bits, per row.
+        blocks: [M] int64; block ``b`` has the tokens ``4 b`` to ``4 b + 3``.
 
     Returns:
-        [N, 4] int64 in [0, 2^32), on the device of ``blocks``.
+        [N, M, 4] int64 in [0, 2^32), on the device of ``blocks``.
     """
-    numbers = (position, sample_index, 0, seed & _WORD, seed >> 32)
-    c0, c1, c3, k0, k1 = torch.tensor(numbers, device=blocks.device).unsqueeze(1)
-    return torch.stack(philox4x32((c0, c1, blocks, c3), (k0, k1)), dim=1)
+    low, high = [seed & _WORD for seed in seeds], [seed >> 32 for seed in seeds]
+    numbers = torch.tensor([positions, sample_indices, low, high], device=blocks.device)
+    c0, c1, k0, k1 = numbers.unsqueeze(2)  # [N, 1] each
+    return torch.stack(philox4x32((c0, c1, blocks, torch.zeros_like(c0)), (k0, k1)), dim=2)

@@ -114,8 +114,8 @@ def race_keys(
 
     The key of a token that the filters leave is ``(logit - greatest logit) / temperature - log e``. Its exponential
     number ``e = -log1p(-v)`` comes from its word ``w`` (``philox.token_words``): ``v = (w + 1/2) / 2^32``, at most
-    ``1 - 2^-24``. So ``log e`` lies between -22.9 and 2.9, and the keys of a block of four tokens that are all more than
-    26 temperatures below the greatest logit are not computed.
+    ``1 - 2^-24``. So ``log e`` lies between -22.9 and 2.9. The keys of a block of four tokens that are all more than 26
+    temperatures below the greatest logit are not computed.
 
     Args:
         logits: [N, vocab] float32, with a greatest element that is finite.
@@ -128,13 +128,13 @@ def race_keys(
     """
     scaled = _scaled(logits, params).masked_fill_(~kept(logits, params), -math.inf)
     vocab = logits.shape[1]
-    keys = pad(scaled, (0, -vocab % 4), value=-math.inf).unflatten(1, (-1, 4))
-    for row, (p, position, sample_index) in enumerate(zip(params, positions, sample_indices, strict=True)):
-        able = keys[row].amax(dim=1) >= -_REACH
-        v = token_words(p.seed or 0, position, sample_index, able.nonzero().squeeze(1)).float().add_(0.5).mul_(2.0**-32)
-        keys[row, able] -= v.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_()
-        keys[row, ~able] = -math.inf
-    return keys.flatten(1)[:, :vocab]
+    keys: Tensor = pad(scaled, (0, -vocab % 4), value=-math.inf).unflatten(1, (-1, 4))
+    able = keys.amax(dim=2) >= -_REACH
+    blocks = able.any(dim=0).nonzero().squeeze(1)
+    words = token_words([p.seed or 0 for p in params], positions, sample_indices, blocks)
+    v = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    keys[:, blocks] -= v.neg_().log1p_().neg_().log_()
+    return keys.masked_fill_(~able.unsqueeze(2), -math.inf).flatten(1)[:, :vocab]
 
 
 def kept(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -14,7 +14,7 @@ def tensors(words: list[int]) -> list[torch.Tensor]:
 
 
 def token_words_of(seed: int, position: int, sample_index: int, vocab: int) -> list[int]:
-    return token_words(seed, position, sample_index, torch.arange(-(-vocab // 4))).flatten()[:vocab].tolist()
+    return token_words([seed], [position], [sample_index], torch.arange(-(-vocab // 4))).flatten()[:vocab].tolist()
 
 
 @pytest.mark.parametrize(("counter", "key", "result"), plain_race.RANDOM123)
