@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from overfill.making.conversations import (
     read_conversations,
     shipped_conversations,
 )
-from overfill.making.synthetic_data import generate_conversations
+from overfill.making.mixed_kinds import KINDS, LONG_TOKENS, mixed_conversations
+from overfill.making.overlap import overlapping
+from overfill.making.synthetic_data import QUESTION_SAMPLING, generate_conversations
 from overfill.pair.llm import Completion
 from overfill.request.params import SamplingParams
 
@@ -26,7 +30,10 @@ def chat(question: str, answer: str) -> Conversation:
 
 def test_conversations_survive_a_file(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
-    chats = [chat("What is 1 + 1?", "2"), chat("北京在哪里?", "In China.\nIn the north.")]
+    chats = [
+        replace(chat("What is 1 + 1?", "2"), finished=False, kind="explain"),
+        chat("北京在哪里?", "In China.\nIn the north."),
+    ]
     append_jsonl(file, chats[:1])
     append_jsonl(file, chats[1:])
     assert read_conversations(file) == chats
@@ -71,6 +78,30 @@ def test_shipped_parts_share_no_question() -> None:
     assert len(set(questions)) == len(questions)
 
 
+def test_the_test_set_shares_no_run_of_words_with_other_shipped_text() -> None:
+    others = [c for part in ("calibration", "held_out") for c in shipped_conversations(part)]
+    judged = shipped_conversations("test")
+    assert overlapping(judged, others, answers=True) == []
+    assert Counter(c.kind for c in judged) == dict.fromkeys(KINDS, 24)
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("One, two three four five six seven eight nine?", True),
+        ("Zero: two three four five six seven eight NINE", True),
+        ("one two three four five six seven", False),
+        ("Short question?", True),
+        ("A short question?", False),
+    ],
+)
+def test_a_run_of_eight_words_is_an_overlap(question: str, found: bool) -> None:
+    others = [chat("one two three four five six seven eight nine", "Yes."), chat("Short question", "Yes.")]
+    judged = [chat("Something else?", "Yes."), chat(question, "No.")]
+    assert overlapping(judged, others) == ([1] if found else [])
+    assert overlapping(judged, others, answers=True) == ([0, 1] if found else [0])
+
+
 class Author:
     """Replaces the engine; questions and answers depend on the seeds only."""
 
@@ -79,10 +110,13 @@ class Author:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
         opening = self.tokenizer.encode_user_opening()
-        return [
-            self._question(s.seed or 0) if prompt == opening else self._answer(prompt)
-            for prompt, s in zip(prompts, sampling, strict=True)
-        ]
+        if sampling and sampling[0] == replace(QUESTION_SAMPLING, seed=sampling[0].seed):
+            asked = [self._question if prompt == opening else self._follow_up for prompt in prompts]
+            return [question(s.seed or 0) for question, s in zip(asked, sampling, strict=True)]
+        return [self._answer(prompt) for prompt in prompts]
+
+    def _follow_up(self, seed: int) -> Completion:
+        return Completion(f" And {seed}, then? ", [5] * 20, "length" if seed % 2 else "stop", 1)
 
     def _question(self, seed: int) -> Completion:
         kinds = (f"What is {seed // 8} + 1?", f"What is {seed // 8} + 1?", "Hm?", f"How does {seed}", "\ufffd" * 20)
@@ -107,6 +141,36 @@ def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeyp
     assert all(c.messages[-1]["content"].startswith("It is this") for c in chats)
     assert write(0) == chats
     assert write(1) != chats
+
+
+def test_mixed_kinds_are_questions_about_what_the_model_wrote(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    plain = [chat(f"What is {n}?", " ".join([f"Text{n}"] * 90)) for n in range(60)]
+
+    def write(seed: int) -> list[Conversation]:
+        return list(mixed_conversations(tiny_pair / "full", plain, 60, part="test", seed=seed))
+
+    chats = write(0)
+    assert write(0) == chats
+    assert write(1) != chats
+    assert {c.kind for c in chats} == set(KINDS)
+    for c, own in zip(chats, plain, strict=True):
+        *earlier, question, answer = (message["content"] for message in c.messages)
+        assert answer.startswith("It is this")
+        text = own.messages[-1]["content"]
+        if c.kind == "dialogue" and earlier:  # a follow-up that was cut off leaves the first question only
+            assert earlier == [message["content"] for message in own.messages]
+            assert question.startswith("And ")
+        elif c.kind in ("explain", "dialogue"):
+            assert question == own.messages[0]["content"]
+        elif c.kind == "long":
+            assert question.startswith("Text 1: Text")
+            assert len(Tokenizer.load(tiny_pair / "full").encode(question)) <= LONG_TOKENS[1] + 100
+        else:
+            assert text in question
+            assert question != text
+    with pytest.raises(InvalidRequest, match="at least 2"):
+        list(mixed_conversations(tiny_pair / "full", plain[:1], 2))
 
 
 def test_an_unknown_source_of_calibration_text_is_refused(tiny_pair: Path) -> None:
