@@ -35,6 +35,11 @@ class Conversation:
     finished: bool = True
     kind: str = ""
 
+    @property
+    def prompt(self) -> tuple[tuple[str, str], ...]:
+        """Role and content of each message before the answer."""
+        return tuple((message["role"], message["content"]) for message in self.messages[:-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
