@@ -80,9 +80,9 @@ def eval_command(
     """Judge PAIR on conversations that it has not seen.
 
     Three variants are judged: the full model, both halves together, and the decoder alone. On the given answers, the
-    figures are likelihood, KL divergence from the full model and agreement with it. Each variant also writes greedy
-    answers of its own. The figures are their perplexity by the full model, their share of repeated 4-grams and their
-    length, beside those of the full model's answers. Three questions are shown with both answers.
+    figures are likelihood, KL divergence from the full model and agreement with it. The full model and the pair also
+    write greedy answers of their own. The figures are perplexity by the full model, share of repeated 4-grams and
+    length, the pair's beside the full model's. Three questions are shown with both answers.
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress

@@ -222,7 +222,11 @@ def _print_summary(pair: Pair, agreement: str) -> None:
     "--count", type=click.IntRange(min=1), default=300, show_default=True, help="Number of conversations to write."
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed gives other conversations."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 2),
+    default=0,
+    show_default=True,
+    help="Another seed gives other conversations. `pair build --calibration self` takes 4294967295.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option(
@@ -238,7 +242,7 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, mix
 
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
     With --mix, it also extracts from texts, rewrites them, answers a second question, and reads long prompts. Appends
-    each conversation to the file as soon as it is complete.
+    each conversation to the file as soon as it is complete, except for those whose prompt the file already has.
     """
     from overfill.cli.progress import show_progress
     from overfill.making.conversations import append_jsonl, read_conversations
@@ -246,13 +250,18 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, mix
     from overfill.making.mixed_kinds import mixed_conversations
     from overfill.making.synthetic_data import generate_conversations
 
+    present = read_conversations(out, "out") if out.exists() else []
+    known = {conversation.prompt for conversation in present}
     with show_progress() as report:
         folder = resolve_model(full, report)
         if mix is None:
-            written = generate_conversations(folder, count, seed=seed, threads=threads, report=report)
+            asked = {conversation.messages[0]["content"] for conversation in present}
+            written = generate_conversations(folder, count, seed=seed, known=asked, threads=threads, report=report)
         else:
             plain = read_conversations(mix, "mix")
             written = mixed_conversations(folder, plain, count, seed=seed, threads=threads, report=report)
         for conversation in written:
-            append_jsonl(out, [conversation])
+            if conversation.prompt not in known:
+                known.add(conversation.prompt)
+                append_jsonl(out, [conversation])
     click.echo(out)

@@ -6,7 +6,9 @@ therefore use the answer tokens only.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -32,6 +34,11 @@ class Conversation:
     messages: tuple[Message, ...]
     finished: bool = True
     kind: str = ""
+
+    @property
+    def prompt(self) -> tuple[tuple[str, str], ...]:
+        """Role and content of each message before the answer."""
+        return tuple((message["role"], message["content"]) for message in self.messages[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,16 @@ def encode(
             question = conversation.messages[-2]["content"]
             transcripts.append(Transcript(token_ids, len(prompt), question, conversation.kind))
     return transcripts
+
+
+def digest_of(transcripts: Iterable[Transcript | None]) -> str:
+    """Returns the SHA-256 of the transcripts and their order, in hexadecimal; None does not count."""
+    found = hashlib.sha256()
+    for transcript in transcripts:
+        if transcript is not None:
+            numbers = transcript.answer_start, *transcript.token_ids
+            found.update(struct.pack(f"<{len(numbers)}q", *numbers))
+    return found.hexdigest()
 
 
 def _conversation(line: str, where: str, field: str) -> Conversation:

@@ -29,11 +29,11 @@ from overfill.making.evaluate.teacher_forced import Candidate, forced_work, scor
 from overfill.making.evaluate.token_metrics import Estimate
 from overfill.making.evaluate.writer import write_answers
 from overfill.model.config import ModelConfig
-from overfill.model.loading import load_weights
+from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.pair_files import load_whole
-from overfill.model.transformer import ForwardModel, Transformer
+from overfill.model.transformer import Transformer
 from overfill.telemetry.progress import Report, silent
 
 FULL = "full model"
@@ -82,8 +82,8 @@ def compare(
 ) -> Iterator[TradeoffPoint]:
     """Judges the full model and each pair's decoder at every precision, one after the other.
 
-    Memory holds the full model and one decoder at one precision. Ignores the pairs' own quantisation. Takes the
-    arguments of ``evaluate`` and raises its errors. Only precisions in ``FREE_RUNNING`` write answers.
+    Memory holds the full model, one decoder, and a copy of that at one precision. Ignores the pairs' own quantisation.
+    Takes the arguments of ``evaluate`` and raises its errors. Only precisions in ``FREE_RUNNING`` write answers.
 
     Raises:
         InvalidRequest: the pairs have different full models, or two have the same name.
@@ -99,49 +99,39 @@ def compare(
     _check_comparable(pairs)
     prompts = [t.prompt for t in kept]
     max_tokens = max_tokens or answer_limit(kept)
-    first = pairs[0]
     positions = longest_sequence(kept, max_tokens)
-    tokenizer = Tokenizer.load(first.full_path)
-    decoders = [(FULL, first.full_path, first.full_config, tuple(range(first.full_config.num_layers)))]
-    decoders += [
-        (pair.name, pair.decoder_path, pair.decoder_config, pair.layer_map)
-        for pair in pairs
-        if pair.decoder_digest != pair.full_digest
-    ]
-
-    def load(path: Path, config: ModelConfig, precision: Precision | None) -> ForwardModel:
-        weights, limit = load_weights(path, config, torch_dtype, where), min(positions, config.max_positions)
-        if precision is None:
-            return fastest_model(Transformer(config, weights, limit))
-        return fastest_model(fake_quantized_model(config, weights, precision, limit))
-
-    def write(decoder: Candidate, name: str) -> FreeRunning:
-        answers = write_answers(full, decoder, prompts, max_tokens, step=f"Writing: {name}", report=report)
-        return judge_answers(full, tokenizer, kept, answers, step=f"Scoring: {name}", report=report)
-
-    full = load(first.full_path, first.full_config, None)
-    whole = Candidate(full, tuple(range(first.full_config.num_layers)))
+    tokenizer = Tokenizer.load(pairs[0].full_path)
+    config = pairs[0].full_config
+    weights = load_weights(pairs[0].full_path, config, torch_dtype, where)
+    full = fastest_model(Transformer(config, weights, min(positions, config.max_positions)))
+    whole, smaller = Candidate(full, range(config.num_layers)), [p for p in pairs if p.decoder_digest != p.full_digest]
     written = FREE_RUNNING if free_running else ()
     work = forced_work(("two_stage",))
     parts: list[Work] = [free_work] * free_running
-    for _ in decoders:
-        for precision in PRECISIONS:
-            parts += [work, free_work] if precision in written else [work]
+    for precision in [*PRECISIONS] * (1 + len(smaller)):
+        parts += [work, free_work] if precision in written else [work]
     end_part = announce(kept, lambda few: teacher_forced(full, whole, few), work, parts, report)
-    own = None
-    if free_running:
-        own = write(whole, FULL)
+
+    def write(decoder: Candidate, name: str) -> FreeRunning:
+        answers = write_answers(full, decoder, prompts, max_tokens, step=f"Writing: {name}", report=report)
+        judged = judge_answers(full, tokenizer, kept, answers, step=f"Scoring: {name}", report=report)
         end_part()
-    for name, path, config, layer_map in decoders:
-        for precision in PRECISIONS:
-            decoder, title = Candidate(load(path, config, precision), layer_map), f"{name}, {precision}"
+        return judged
+
+    own = write(whole, FULL) if free_running else None
+
+    def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[TradeoffPoint]:
+        # One precision at a time, because each is a copy of the decoder; the full model reads every transcript again.
+        limit = min(positions, config.max_positions)
+
+        def judge_at(precision: Precision) -> TradeoffPoint:
+            title = f"{name}, {precision}"
+            decoder = Candidate(fastest_model(fake_quantized_model(config, weights, precision, limit)), layer_map)
             _, judged = teacher_forced(full, decoder, kept, step=f"Judging: {title}", report=report)
             end_part()
-            figures, free = judged["two_stage"], None
-            if own is not None and precision in written:
-                free = write(decoder, title).beside(own)
-                end_part()
-            yield TradeoffPoint(
+            free = write(decoder, title).beside(own) if own is not None and precision in written else None
+            figures = judged["two_stage"]
+            return TradeoffPoint(
                 name=name,
                 precision=precision,
                 cost=DecodeCost.of(config, precision),
@@ -150,6 +140,18 @@ def compare(
                 kl=figures.kl.overall,
                 free=free,
             )
+
+        yield from map(judge_at, PRECISIONS)
+
+    yield from judge(FULL, config, weights, range(config.num_layers))
+    del weights
+    for pair in smaller:
+        yield from judge(
+            pair.name,
+            pair.decoder_config,
+            load_weights(pair.decoder_path, pair.decoder_config, torch_dtype, where),
+            pair.layer_map,
+        )
 
 
 def _check_comparable(pairs: Sequence[Pair]) -> None:

@@ -136,7 +136,7 @@ def evaluate(
 
     Args:
         data: Name of the judged set.
-        free_running: Also let the full model, the pair and the decoder alone write answers to the prompts.
+        free_running: Also let the full model and the pair write answers to the prompts.
         max_tokens: Maximum length of such an answer. None means ``answer_limit``.
         dtype: Type of weights and activations. None means the device's native type.
         threads: Number of CPU threads. None keeps torch's setting.
@@ -157,23 +157,19 @@ def evaluate(
     longest = longest_sequence(kept, max_tokens)
     full = load_model(pair, "full", dtype, where, longest)
     decoder = load_model(pair, "decoder", dtype, where, longest)
-    candidate, alone = Candidate(decoder, pair.layer_map), Candidate(decoder, range(pair.decoder_config.num_layers))
+    candidate = Candidate(decoder, pair.layer_map)
     tokenizer = Tokenizer.load(pair.full_path)
-    writers: dict[Variant, tuple[ForwardModel, Candidate]] = {}
+    writers: dict[Variant, Candidate] = {}
     if free_running:
-        writers = {
-            "full": (full, Candidate(full, range(pair.full_config.num_layers))),
-            "two_stage": (full, candidate),
-            "decoder_alone": (decoder, alone),
-        }
+        writers = {"full": Candidate(full, range(pair.full_config.num_layers)), "two_stage": candidate}
     forms: tuple[Form, ...] = get_args(Form)
     written: dict[Variant, FreeRunning] = {}
     parts = [work := forced_work(forms), *([free_work] * len(writers))]
     end_part = announce(kept, lambda few: teacher_forced(full, candidate, few, forms), work, parts, report)
     full_figures, figures = teacher_forced(full, candidate, kept, forms, report=report)
     end_part()
-    for name, (reader, writer) in writers.items():
-        answers = write_answers(reader, writer, prompts, max_tokens, step=f"Writing: {TITLES[name]}", report=report)
+    for name, writer in writers.items():
+        answers = write_answers(full, writer, prompts, max_tokens, step=f"Writing: {TITLES[name]}", report=report)
         step = f"Scoring: {TITLES[name]}"
         written[name] = judge_answers(full, tokenizer, kept, answers, step=step, report=report)
         end_part()

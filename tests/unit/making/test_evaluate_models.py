@@ -6,9 +6,11 @@ import json
 import math
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +20,19 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.cli.evaluate import compare_command, eval_command
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Conversation, Transcript
+from overfill.making.evaluate import compare as comparison
 from overfill.making.evaluate import writer
 from overfill.making.evaluate.compare import compare
 from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
+from overfill.making.evaluate.fake_quantization import fake_quantized_model
 from overfill.making.evaluate.free_running import judge_answers
 from overfill.making.evaluate.writer import Written
 from overfill.making.pair_json import write_manifest
 from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
+from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.transformer import Transformer
@@ -157,8 +162,7 @@ def test_an_identity_pair_is_the_full_model(identity: Path) -> None:
         assert kl == pytest.approx(0, abs=1e-4)
         assert nll == pytest.approx(figures(result)["full"][0], rel=1e-5)
     assert result.decoder == result.full
-    full, two_stage, alone = (result.free_running[name] for name in ("full", "two_stage", "decoder_alone"))
-    assert full == two_stage == alone
+    assert result.free_running["full"] == result.free_running["two_stage"]
 
 
 def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> None:
@@ -181,7 +185,7 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> N
     assert found.tokens.overall.mean == count / len(answers)
     assert found.finished.overall.mean == sum(len(a) < 24 for a in answers) / len(answers)
     assert found.nll.by_position[0].first == 0
-    assert len({figures.nll for figures in result.free_running.values()}) == 3  # three writers
+    assert len({figures.nll for figures in result.free_running.values()}) == 2  # two writers
 
 
 def test_own_answers_are_compared_with_the_full_models_overall_and_by_kind(tiny_pair: Path) -> None:
@@ -255,6 +259,31 @@ def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> Non
     assert found["tiny", "bf16"].free.ratio == pytest.approx(expected.ratio, rel=0.1)
 
 
+def test_comparison_holds_one_decoder_and_one_copy_at_a_time(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(tiny_pair, tmp_path / "other"))
+    copies: list[weakref.ref[torch.Tensor]] = []
+    loaded: list[weakref.ref[torch.Tensor]] = []
+
+    def rounded(*arguments: Any) -> Transformer:
+        assert not any(copy() is not None for copy in copies)
+        model = fake_quantized_model(*arguments)
+        copies.append(weakref.ref(model.weights.head))
+        return model
+
+    def load(*arguments: Any) -> Weights:
+        assert not any(decoder() is not None for decoder in loaded[1:])  # the first is the full model
+        weights = load_weights(*arguments)
+        loaded.append(weakref.ref(weights.head))
+        return weights
+
+    monkeypatch.setattr(comparison, "fake_quantized_model", rounded)
+    monkeypatch.setattr(comparison, "load_weights", load)
+    assert len(list(compare([tiny_pair, other], TRANSCRIPTS[:2], dtype="float32", max_tokens=4))) == 3 * len(PRECISIONS)
+    assert (len(copies), len(loaded)) == (3 * len(PRECISIONS), 3)
+
+
 def test_pairs_of_different_full_models_are_not_comparable(tiny_pair: Path, tmp_path: Path) -> None:
     other = make_tiny_pair(tmp_path / "other", seed=1)
     with pytest.raises(InvalidRequest, match="same full model"):
@@ -288,7 +317,7 @@ def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: P
     assert printed == json.loads((out / "evaluation.json").read_text())
     assert printed["transcripts"] == 3
     assert printed["teacher_forced"]["two_stage"]["nll"]["by_position"][0]["count"] == 3
-    assert printed["free_running"]["decoder_alone"]["perplexity"] > 1
+    assert printed["free_running"]["two_stage"]["perplexity"] > 1
     assert printed["max_tokens"] == 8
     assert [a["question"] for a in printed["answers"]] == ["What is a block?", "And a table?", "Why?"]
     assert printed["answers"][0]["two_stage"]["text"]
