@@ -29,7 +29,7 @@ _GRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedAnswer:
+class ScoredAnswer:
     """One answer with its figures.
 
     Attributes:
@@ -99,7 +99,7 @@ class FreeRunning:
     repeated: Metric
     tokens: Metric
     finished: Metric
-    answers: tuple[JudgedAnswer, ...]
+    answers: tuple[ScoredAnswer, ...]
 
     def beside(self, full: FreeRunning, kind: str | None = None) -> Comparison:
         """Compares with the full model's answers: all, or those of one kind."""
@@ -194,7 +194,7 @@ def judge_answers(
         tokens=tokens.metric(),
         finished=finished.metric(),
         answers=tuple(
-            JudgedAnswer(
+            ScoredAnswer(
                 tuple(a.token_ids),
                 tokenizer.decode(a.token_ids),
                 a.finished,
