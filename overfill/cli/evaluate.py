@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,7 @@ from overfill.cli.options import dtype_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from overfill.making.conversations import Transcript
+    from overfill.making.conversations import Conversation, Transcript
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -66,6 +66,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @_json_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
 @click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse conversations that share 8 words in a row with text that made the decoder."
+)
 def eval_command(
     pair: str,
     data: Path | None,
@@ -75,6 +78,7 @@ def eval_command(
     as_json: bool,
     out: Path | None,
     save: bool,
+    strict: bool,
     **on: Any,
 ) -> None:
     """Judge PAIR on held-out conversations.
@@ -86,14 +90,22 @@ def eval_command(
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
     from overfill.making.evaluate.evaluation import evaluate
-    from overfill.making.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
+    from overfill.making.evaluate.evaluation_report import (
+        cost_line,
+        evaluation_rows,
+        overlap_line,
+        save_summary,
+        write_evaluation,
+    )
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
+        conversations = _conversations(data, max_transcripts)
         result = evaluate(
             folder,
-            _transcripts(folder, data, max_transcripts),
+            _transcripts(folder, conversations),
+            overlap=_overlap(folder, conversations, strict),
             free_running=not no_free_running,
             max_tokens=max_tokens,
             report=report,
@@ -108,6 +120,7 @@ def eval_command(
         return
     console().print(_table(evaluation_rows(result)))
     click.echo(cost_line(result.full, result.decoder))
+    click.echo(overlap_line(result))
 
 
 @click.command("compare")
@@ -142,7 +155,7 @@ def compare_command(
     points = []
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
-        transcripts = _transcripts(folders[0], data, max_transcripts)
+        transcripts = _transcripts(folders[0], _conversations(data, max_transcripts))
         for point in compare(folders, transcripts, report=report, **on):
             points.append(point)
             if as_json:
@@ -210,14 +223,37 @@ def lm_eval_command(
     console().print(_table(rows))
 
 
-def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
-    """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
+def _conversations(data: Path | None, count: int | None) -> list[Conversation]:
+    """Reads the first ``count`` conversations of ``data``."""
+    from overfill.making.conversations import read_conversations, shipped_conversations
+
+    return (shipped_conversations("held_out") if data is None else read_conversations(data, "data"))[:count]
+
+
+def _transcripts(pair_folder: Path, conversations: Sequence[Conversation]) -> list[Transcript]:
+    """Tokenizes conversations without cutting them."""
     from overfill.api.tokenizer import Tokenizer
-    from overfill.making.conversations import encode, read_conversations, shipped_conversations
+    from overfill.making.conversations import encode
     from overfill.model.manifest import Pair
 
-    conversations = shipped_conversations("held_out") if data is None else read_conversations(data, "data")
-    return encode(conversations[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
+    return encode(conversations, Tokenizer.load(Pair.load(pair_folder).full_path))
+
+
+def _overlap(pair_folder: Path, conversations: Sequence[Conversation], strict: bool) -> list[int] | None:
+    """Finds conversations that overlap with text that the pair's decoder was made from; None if that is not known.
+
+    Raises:
+        InvalidRequest: ``strict``, and there are such conversations or it is not known.
+    """
+    from overfill.errors import InvalidRequest
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap
+    from overfill.model.manifest import Pair
+
+    digests = TextDigests.load(Pair.load(pair_folder))
+    shared = None if digests is None else digests.overlapping(conversations)
+    if strict and shared != []:
+        raise InvalidRequest("data", f"overlap: {describe_overlap(shared, len(conversations), DECODER_TEXT)}")
+    return shared
 
 
 def _table(rows: list[list[str]]) -> Table:

@@ -17,6 +17,7 @@ from overfill.making.fit import check_enough, fit
 from overfill.making.head_plan import HeadPlan
 from overfill.making.layer_selection import choose_layers
 from overfill.making.layerwise import PackedTranscripts, fold_norms
+from overfill.making.overlap import TextDigests
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import Scores, make_pruning_plan, score, slice_weights
 from overfill.making.recipe import DecoderRecipe
@@ -55,8 +56,9 @@ def build_pair(
     """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
 
     ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
-    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores. Until the
-    pair is whole, they are in ``kept_scores(out)``, where the next build finds them if a later step fails.
+    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores, and
+    ``text_digests.bin`` digests of the calibration text. Until the pair is whole, the scores are in
+    ``kept_scores(out)``, where the next build finds them if a later step fails.
 
     Args:
         full: Folder of the full model's checkpoint.
@@ -143,6 +145,7 @@ def _fill(
     )
     head = _head_plan(config, sizes, scores, transcripts)
     decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
+    TextDigests.of(conversations).save(folder)
     (folder / "decoder").mkdir()
     write_decoder(folder / "decoder", full, decoder, None if head is None else head.as_config())
     write_manifest(

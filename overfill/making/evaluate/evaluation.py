@@ -45,6 +45,8 @@ class Evaluation:
         pair: Name of the pair.
         dtype, device: Type and device of the computation.
         transcripts: Number of judged transcripts.
+        overlap: Indices of the judged conversations that overlap with text that the decoder was made from
+            (``TextDigests``). None if that is not known.
         full, decoder: Cost of one decode step; the full model's is that of bf16.
         teacher_forced, free_running: Figures by variant. ``free_running`` is empty if it was not requested.
     """
@@ -54,6 +56,7 @@ class Evaluation:
     dtype: DTypeName
     device: str
     transcripts: int
+    overlap: Sequence[int] | None
     full: DecodeCost
     decoder: DecodeCost
     teacher_forced: Mapping[Variant, TeacherForced]
@@ -67,6 +70,7 @@ class Evaluation:
             "dtype": self.dtype,
             "device": self.device,
             "transcripts": self.transcripts,
+            "overlap": None if self.overlap is None else list(self.overlap),
             "full": asdict(self.full),
             "decoder": asdict(self.decoder),
             "teacher_forced": {name: figures.to_json() for name, figures in self.teacher_forced.items()},
@@ -76,6 +80,7 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Returns the main figures by variant, for ``pair.json``."""
         figures: dict[str, Any] = {"dtype": self.dtype, "transcripts": self.transcripts}
+        figures["overlapping"] = None if self.overlap is None else len(self.overlap)
         for name, forced in self.teacher_forced.items():
             values = {"nll": forced.nll, "kl": forced.kl, "agreement": forced.agreement}
             figures[name] = {key: round(metric.overall.mean, 4) for key, metric in values.items()}
@@ -91,6 +96,7 @@ def evaluate(
     pair_folder: Path,
     transcripts: Sequence[Transcript],
     *,
+    overlap: Sequence[int] | None = None,
     free_running: bool = True,
     max_tokens: int = MAX_TOKENS,
     dtype: DTypeName | None = None,
@@ -101,6 +107,7 @@ def evaluate(
     """Judges the pair in ``pair_folder`` on ``transcripts``; leaves out answers of fewer than two tokens.
 
     Args:
+        overlap: Recorded in the result: as in ``Evaluation``.
         free_running: Also let each variant write its own answers to the prompts.
         max_tokens: Maximum length of such an answer.
         dtype: Type of weights and activations. None means the device's native type.
@@ -131,6 +138,7 @@ def evaluate(
         dtype=dtype,
         device=where.type,
         transcripts=len(kept),
+        overlap=overlap,
         full=DecodeCost.of(pair.full_config, "bf16"),
         decoder=DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16"),
         teacher_forced={

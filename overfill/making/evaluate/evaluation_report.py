@@ -13,6 +13,7 @@ from overfill.making.evaluate.compare import NOTE, TradeoffPoint
 from overfill.making.evaluate.costs import DecodeCost
 from overfill.making.evaluate.evaluation import TITLES, Evaluation
 from overfill.making.evaluate.token_metrics import Estimate, Metric
+from overfill.making.overlap import DECODER_TEXT, describe_overlap
 from overfill.making.seal import update_checksum
 from overfill.model.manifest import MANIFEST, Pair
 from overfill.pair.checksums import checksums_match
@@ -68,6 +69,11 @@ def cost_line(full: DecodeCost, decoder: DecodeCost) -> str:
     )
 
 
+def overlap_line(evaluation: Evaluation) -> str:
+    """Says how many judged conversations overlap with text that the decoder was made from."""
+    return f"Overlap: {describe_overlap(evaluation.overlap, evaluation.transcripts, DECODER_TEXT)}."
+
+
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Writes ``report.md``, its plots and ``evaluation.json`` into ``folder``; creates the folder if needed."""
     from overfill.making.evaluate.plots import save_drift
@@ -84,6 +90,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         f"{evaluation.transcripts} held-out conversations, {evaluation.dtype} on {evaluation.device}. NLL, KL "
         "and agreement are over answer tokens after the first, which is always the full model's. ± is one standard "
         "error over answers.",
+        overlap_line(evaluation),
         cost_line(evaluation.full, evaluation.decoder),
         _markdown(evaluation_rows(evaluation)),
         "## Given answers, by position",

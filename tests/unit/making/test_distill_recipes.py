@@ -12,7 +12,7 @@ import torch
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.making.conversations import Transcript
+from overfill.making.conversations import Transcript, read_conversations
 from overfill.making.distill.data import HubTranscripts, batches, digest, load_data
 from overfill.making.distill.recipe import Data, changed, read_recipe, recipe_names
 from overfill.making.distill.teacher_cache import Column, TeacherCache
@@ -83,9 +83,11 @@ def test_data_is_read_from_a_file(tiny_pair: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_pair / "full")
     file = str(write_chats(tmp_path / "chats.jsonl", 5))
     held_out = str(write_chats(tmp_path / "held_out.jsonl", 4))
-    transcripts, judged = load_data(Data(source=file, held_out=held_out, max_held_out=3), tokenizer)
-    assert (len(transcripts), len(judged)) == (5, 3)
-    assert digest(transcripts) != digest(judged) == digest(transcripts[:3])
+    loaded = load_data(Data(source=file, held_out=held_out, max_held_out=3), tokenizer)
+    assert (len(loaded.training), len(loaded.held_out)) == (5, 3)
+    assert digest(loaded.training) != digest(loaded.held_out) == digest(loaded.training[:3])
+    assert loaded.training_text == read_conversations(Path(file))
+    assert loaded.judged == loaded.training_text[:3]
 
 
 @pytest.mark.parametrize(
