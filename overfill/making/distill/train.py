@@ -201,7 +201,8 @@ class Run:
         norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
         self._check_finite(float(sums[0]), float(norm))
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        # Several processes keep their gradients: those of a pass before the exchange would not be views of the buckets.
+        self._optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
         seconds = self._agree(time.monotonic() - started)
         before = self._progress
         self._progress = TrainingState(before.step + 1, before.tokens + tokens, before.seconds + seconds)
@@ -326,5 +327,8 @@ def make_accelerator() -> Any:
     """
     with needs("pairs", "training"):
         from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
 
-    return Accelerator(mixed_precision="no")
+    # Gradients are views of the buckets that processes exchange, which saves 4 bytes per parameter.
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[views])
