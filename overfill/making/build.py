@@ -38,7 +38,7 @@ SCORING_TOKENS = 6_144
 SENSITIVITY_TOKENS = 3_072
 SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds all their activations
 SCORED_TRANSCRIPT_TOKENS = 2_048
-"""Longest transcript in such a pass. Its activations take about 12 MB per token at 8B."""
+"""Longest transcript in such a pass, which takes about 5 MB per token at 8B."""
 LAYER_TOKENS = 512
 
 
