@@ -1,52 +1,60 @@
-"""Philox4x32-10, a counter-based random generator, vectorised in numpy.
+"""Philox4x32-10, a counter-based random generator, in torch.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter's number never depends on earlier
-draws.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter's words never depend on earlier draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 _ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
-_HALF = np.uint64(32)
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
 
 
-def philox4x32(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Runs ten rounds of Philox. counters: [N, 4]; keys: [N, 2]; returns [N, 4] random words."""
-    c0, c1, c2, c3 = counters.T
-    k0, k1 = keys.T
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
-        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
-    return np.stack((c0, c1, c2, c3), axis=1)
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs ten rounds of Philox.
 
-
-def uniform(seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """Draws one number in [0, 1) per row, with 53 random bits.
-
-    The key is the 64-bit seed (low word first), the counter ``(position, sample_index, 0, 0)``.
+    Args:
+        counter: 4 int64 tensors of words in [0, 2^32) that broadcast.
+        key: 2 such tensors.
 
     Returns:
-        [N] float64.
+        4 int64 tensors of random words, of the broadcast shape.
     """
-    seed_words = np.array(seeds, dtype=np.uint64)
-    keys = np.stack((seed_words, seed_words >> _HALF), axis=1).astype(np.uint32)
-    counters = np.zeros((len(seed_words), 4), dtype=np.uint32)
-    counters[:, 0] = positions
-    counters[:, 1] = sample_indices
-    words = philox4x32(counters, keys)
-    return ((words[:, 0] >> 5) * 2.0**26 + (words[:, 1] >> 6)) * 2.0**-53
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap to their 64 bits
+        c0 = (product1 >> 32).bitwise_xor(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = (product0 >> 32).bitwise_xor(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = product1.bitwise_and_(_WORD), product0.bitwise_and_(_WORD)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
 
 
-def _multiply(multiplier: np.uint64, word: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Returns the high and the low word of the 64-bit product."""
-    product = multiplier * word.astype(np.uint64)
-    return (product >> _HALF).astype(np.uint32), product.astype(np.uint32)
+def token_words(
+    seeds: Sequence[int], positions: Sequence[int], sample_indices: Sequence[int], blocks: Tensor
+) -> Tensor:
+    """The random words of blocks of four tokens.
+
+    Token ``id`` has word ``id mod 4`` of the counter ``(position, sample_index, id div 4, 0)``. The key is the seed,
+    low word first.
+
+    Args:
+        seeds: 64 bits, for each of N rows.
+        positions: 32 bits, per row.
+        sample_indices: 32 bits, per row.
+        blocks: [M] int64; block ``b`` has the tokens ``4 b`` to ``4 b + 3``.
+
+    Returns:
+        [N, M, 4] int64 in [0, 2^32), on the device of ``blocks``.
+    """
+    low, high = [seed & _WORD for seed in seeds], [seed >> 32 for seed in seeds]
+    numbers = torch.tensor([positions, sample_indices, low, high], device=blocks.device)
+    c0, c1, k0, k1 = numbers.unsqueeze(2)  # [N, 1] each
+    return torch.stack(philox4x32((c0, c1, blocks, torch.zeros_like(c0)), (k0, k1)), dim=2)
