@@ -26,7 +26,6 @@ _DATA_HELP = (
 _MAX_TOKENS_HELP = "Maximum length of an own answer.  [default: the longest given answer and a quarter more]"
 _WIDTH = 80  # of examples, which are text for people
 _EXAMPLES = 3
-_QUESTION = 400  # characters of a question that are shown
 
 
 def _device_options(command: _F) -> _F:
@@ -129,8 +128,7 @@ def _print_examples(result: Evaluation) -> None:
     out = Console(highlight=False, width=_WIDTH)
     out.print("", RULE, style="dim", sep="\n")
     for title, question, *answers in examples(result, _EXAMPLES):
-        shown = question if len(question) <= _QUESTION else f"… {question[-_QUESTION:]}"
-        out.print("", Text(title, style="bold"), Text(shown, style="dim"), "", sep="\n")
+        out.print("", Text(title, style="bold"), Text(question, style="dim"), "", sep="\n")
         table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
         for heading in ("full model", result.pair):
             table.add_column(heading, ratio=1)
