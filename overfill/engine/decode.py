@@ -30,6 +30,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.engine.work import Runner, Work
+from overfill.errors import InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.telemetry.engine_load import EngineLoad
@@ -290,12 +291,12 @@ class DecodeEngine:
             if self.metrics is not None:
                 self.metrics.step_failed()
             for sequence in sequences:
-                sequence.failed = True  # until its Release arrives, it must not be scheduled again
+                self._fail(sequence, error)
             return [SequenceFailed(s.id, error) for s in sequences]
         events: list[DecodeEvent] = []
         for row, (sequence, token) in enumerate(zip(sequences, sampled, strict=True)):
             if row in refused:
-                sequence.failed = True
+                self._fail(sequence, refused[row])
                 events.append(SequenceFailed(sequence.id, refused[row]))
                 continue
             sequence.computed = sequence.num_tokens
@@ -322,6 +323,12 @@ class DecodeEngine:
         # Sampling would wait for the device, but this step samples nothing. Its blocks may be freed before the next.
         self._runner.synchronize()
         sequence.computed += len(part)
+
+    def _fail(self, sequence: DecodeSequence, error: Exception) -> None:
+        sequence.failed = True  # until its Release arrives, it must not be scheduled again
+        self._unpublished.pop(sequence.id, None)
+        if not isinstance(error, InvalidRequest):  # its KV may be the cause
+            self._prefix.forget(sequence.id)
 
     def _free(self, sequence: DecodeSequence) -> None:
         self._unpublished.pop(sequence.id, None)

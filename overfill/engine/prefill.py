@@ -35,7 +35,7 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.engine.work import Runner, Scoring, Work
-from overfill.errors import InternalError
+from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.model.steps import LayerHooks
@@ -160,6 +160,8 @@ class PrefillEngine:
             if self._metrics is not None:
                 self._metrics.step_failed()
             self._set_aside([s for s, _ in scheduled])
+            for sequence, _ in scheduled:
+                self._prefix.forget(sequence.id)
             self._events += [SequenceFailed(sequence.id, error) for sequence, _ in scheduled]
         self._emit_events()
         return True
@@ -282,8 +284,11 @@ class PrefillEngine:
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             self._events += unsent[sequence.id]
             sequence.computed = end
-            if sequence.id not in refused:  # a failed prompt is not published: its KV may be the cause
+            error = refused.get(sequence.id)
+            if error is None:
                 self._prefix.publish(sequence.id, end)
+            elif not isinstance(error, InvalidRequest):  # its KV may be the cause
+                self._prefix.forget(sequence.id)
             self._events.append(ChunkComputed(sequence.id, end - count, end))
         for sequence in finishing:
             del self._running[sequence.id]

@@ -22,7 +22,7 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.errors import InternalError
+from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 
@@ -180,6 +180,19 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, e
     assert failed.id == "b"
     assert isinstance(failed.error, InternalError)
     engine.handle(Release("b"))
+
+
+def test_kv_of_a_request_that_is_invalid_stays_cached(runner, events, monkeypatch):
+    """A client must not be able to empty the cache of the others."""
+    prefix = PrefixCache(BlockPool(8, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 16, events.extend, prefix)
+    refusal = InvalidRequest("too complex", "sampling.grammar")
+    monkeypatch.setattr(runner, "next_tokens", lambda works, sequences: ([None], {0: refusal}))
+    start(engine, sequence("a", prompt=9), 10)
+    engine.step()
+    engine.handle(Release("a"))
+    assert [event.error for event in events if isinstance(event, SequenceFailed)] == [refusal]
+    assert prefix.num_cached == 2
 
 
 def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):
