@@ -476,7 +476,12 @@ COMPLETIONS = [
     Case("prompt", "supported", "text, token ids, or an array of either", check=_prompt),
     Case("best_of", "refused", value=3),
     Case("echo", "supported", "400 together with `logprobs`: prompts are not scored", check=_echo),
-    Case("logprobs", "supported", "0 to 5", check=_old_logprobs),
+    Case(
+        "logprobs",
+        "supported",
+        "0 to 5; `text_offset` counts a character once, at the token that completes it",
+        check=_old_logprobs,
+    ),
     Case("suffix", "refused", value="x"),
 ]
 
