@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import ssl
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,19 @@ class ClientTls:
         )
 
     def reloaded(self) -> ReloadingValue[grpc.ChannelCredentials]:
-        """Returns the credentials as a value that follows changes of the files. Raises TlsError."""
-        return ReloadingValue((self.ca, self.cert, self.key), self.credentials, TlsError, _CERTIFICATES)
+        """Returns the process's credentials, as a value that follows changes of the files.
+
+        While the files do not fit each other, as during a renewal, a new channel uses those of the last good read.
+
+        Raises:
+            TlsError: the files cannot be read, and this process has not read them before.
+        """
+        return _reloaded(replace(self, name=""))
+
+
+@functools.cache
+def _reloaded(files: ClientTls) -> ReloadingValue[grpc.ChannelCredentials]:
+    return ReloadingValue((files.ca, files.cert, files.key), files.credentials, TlsError, _CERTIFICATES)
 
 
 @dataclass(frozen=True, slots=True)

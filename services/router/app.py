@@ -93,11 +93,13 @@ class Router:
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
-        BadKeyFile: the API keys cannot be read.
+        TlsError: a certificate cannot be read.
+        BadKeyFile: the API keys or the secret cannot be read.
         Unavailable: the folder of ``config.share_port`` cannot be used.
     """
 
     def __init__(self, config: RouterConfig) -> None:
+        config.check_files()
         self._config = config
         pairs = {spec.name: self._load_pair(spec.pair) for spec in config.ordered_tiers}
         check_family(pairs)
