@@ -16,6 +16,7 @@ from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.process.heap import Heap
+from overfill.process.open_files import allow_connections
 from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -31,6 +32,7 @@ from overfill.routing.tier import Objectives, Tier
 from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
+from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer, until_free
 from overfill.rpc.tls import TlsError
@@ -209,6 +211,7 @@ class Router:
             TlsError: the host is open to other machines and there is no TLS.
         """
         tracing.configure(self._config.program, self._id, __version__, self._config.trace_endpoint())
+        allow_connections(self._config.max_connections + MAX_CONNECTIONS, ", or lower --max-connections")
         try:
             await self._listen()
         except BaseException:
