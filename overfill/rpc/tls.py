@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import ssl
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from overfill.rpc.reload import ReloadingValue
 _CERTIFICATES = "the TLS certificates"
 """Name of the value in log messages about reloading."""
 _CLIENT_CA = "client CA certificate"
+
+_HANDSHAKE_TURNS = 4
+"""Number of turns of each end in which a TLS handshake is complete."""
 
 
 class TlsError(ValueError):
@@ -138,6 +142,26 @@ class ServerTls:
             return context
 
         return ReloadingValue((self.cert, self.key, self.client_ca), read, TlsError, _CERTIFICATES)
+
+    def check_name(self, client: ClientTls, host: str) -> None:
+        """Raises TlsError unless a client with ``client`` accepts this server's certificate at ``host``."""
+        asks = ssl.create_default_context(cafile=client.ca)
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        name = client.name or host.strip("[]")
+        ends = [
+            asks.wrap_bio(to_client, to_server, server_hostname=name),
+            self.contexts(client_certificates=False).value.wrap_bio(to_server, to_client, server_side=True),
+        ]
+        try:
+            for end in ends * _HANDSHAKE_TURNS:
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            raise TlsError(
+                f"the TLS server certificate {self.cert} cannot be used at {name}: {error.verify_message}; give the "
+                "name that it has (--tls-name, tls_name), which is overfill with `overfill certs`, and the authority "
+                "that signed it (--tls-ca, tls_ca)"
+            ) from error
 
     def _configuration(self) -> Any:
         _check_pair(self.cert, self.key, "server")
