@@ -286,6 +286,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             processor=processor,
             cache_namespace=start.cache_namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+            trace=start.trace,
         )
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
