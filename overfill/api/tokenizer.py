@@ -172,13 +172,16 @@ class Tokenizer:
         messages, tools, variables = shown
         return self._special.encode(self.render(messages, tools, replace(options, variables=variables)))
 
-    def encode_user_opening(self) -> list[int]:
-        """Token ids of a chat up to the text of the user's first message. A model continues them as the user.
+    def encode_user_opening(self, messages: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a chat up to the text of the user's next message. A model continues them as the user.
+
+        Args:
+            messages: The chat so far.
 
         Raises:
             InvalidRequest: the model has no chat template, or the template changes messages.
         """
-        before, shown, _ = self.render([{"role": "user", "content": _PROBE}]).partition(_PROBE)
+        before, shown, _ = self.render([*messages, {"role": "user", "content": _PROBE}]).partition(_PROBE)
         if not shown:
             raise InvalidRequest("chat", "the chat template changes a user's message, so the text before it is unknown")
         return self._encode(before, add_special_tokens=False)

@@ -222,25 +222,46 @@ def _print_summary(pair: Pair, agreement: str) -> None:
     "--count", type=click.IntRange(min=1), default=300, show_default=True, help="Number of conversations to write."
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed gives other conversations."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 2),
+    default=0,
+    show_default=True,
+    help="Another seed gives other conversations. `pair build --calibration self` takes 4294967295.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
+@click.option(
+    "--mix",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Conversations that this command wrote. Their texts become parts of questions of several kinds.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to append to.")
-def calibrate_command(full: str, count: int, seed: int, threads: int | None, out: Path) -> None:
+def calibrate_command(full: str, count: int, seed: int, threads: int | None, mix: Path | None, out: Path) -> None:
     """Let a full model write conversations.
 
     They serve to calibrate, train and judge its decoders.
 
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
-    Appends each conversation to the file as soon as it is complete.
+    With --mix, it also extracts from texts, rewrites them, answers a second question, and reads long prompts. Appends
+    each conversation to the file as soon as it is complete, except for those whose prompt the file already has.
     """
     from overfill.cli.progress import show_progress
-    from overfill.making.conversations import append_jsonl
+    from overfill.making.conversations import append_jsonl, read_conversations
     from overfill.making.full_models import resolve_model
+    from overfill.making.mixed_kinds import mixed_conversations
     from overfill.making.synthetic_data import generate_conversations
 
+    present = read_conversations(out, "out") if out.exists() else []
+    known = {conversation.prompt for conversation in present}
     with show_progress() as report:
         folder = resolve_model(full, report)
-        for conversation in generate_conversations(folder, count, seed=seed, threads=threads, report=report):
-            append_jsonl(out, [conversation])
+        if mix is None:
+            asked = {conversation.messages[0]["content"] for conversation in present}
+            written = generate_conversations(folder, count, seed=seed, known=asked, threads=threads, report=report)
+        else:
+            plain = read_conversations(mix, "mix")
+            written = mixed_conversations(folder, plain, count, seed=seed, threads=threads, report=report)
+        for conversation in written:
+            if conversation.prompt not in known:
+                known.add(conversation.prompt)
+                append_jsonl(out, [conversation])
     click.echo(out)

@@ -6,7 +6,9 @@ therefore use the answer tokens only.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,10 +28,17 @@ class Conversation:
     Attributes:
         messages: Each with ``role`` and ``content``; the last one is the assistant's.
         finished: False when the answer was cut off at a length limit.
+        kind: Kind of its question, such as "rewrite"; empty where unknown. Figures are given by kind too.
     """
 
     messages: tuple[Message, ...]
     finished: bool = True
+    kind: str = ""
+
+    @property
+    def prompt(self) -> tuple[tuple[str, str], ...]:
+        """Role and content of each message before the answer."""
+        return tuple((message["role"], message["content"]) for message in self.messages[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,7 @@ class Transcript:
 def read_conversations(file: Path, field: str = "calibration") -> list[Conversation]:
     """Reads JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last message an answer.
 
-    ``"finished": false`` beside the messages marks an answer that is cut off.
+    ``"finished": false`` beside the messages marks an answer that is cut off; ``"kind"`` names the kind of question.
 
     Args:
         file: File of conversations.
@@ -71,11 +80,16 @@ def read_conversations(file: Path, field: str = "calibration") -> list[Conversat
     ]
 
 
-def shipped_conversations(part: Literal["calibration", "held_out"]) -> list[Conversation]:
+ShippedPart = Literal["calibration", "held_out", "test"]
+
+
+def shipped_conversations(part: ShippedPart) -> list[Conversation]:
     """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote.
 
     Args:
-        part: "calibration" for scoring and fitting, "held_out" for judging. The parts share no question.
+        part: "calibration" for scoring and fitting; "held_out", the development set, for choices such as sizes; "test"
+            for the figures that are reported: nothing was chosen or trained on it. It shares no run of 8 words
+            (``overlap``) with the others, and has several kinds of question.
     """
     text = (resources.files("overfill.making") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
     return [_conversation(line, part, part) for line in text.splitlines()]
@@ -85,8 +99,12 @@ def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
     """Appends conversations to ``file`` in the form that ``read_conversations`` reads."""
     with file.open("a", encoding="utf-8") as out:
         for conversation in conversations:
-            cut = {} if conversation.finished else {"finished": False}
-            out.write(json.dumps({"messages": list(conversation.messages)} | cut, ensure_ascii=False) + "\n")
+            row: dict[str, object] = {"messages": list(conversation.messages)}
+            if not conversation.finished:
+                row["finished"] = False
+            if conversation.kind:
+                row["kind"] = conversation.kind
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def encode(
@@ -112,13 +130,25 @@ def encode(
     return transcripts
 
 
+def digest_of(transcripts: Iterable[Transcript | None]) -> str:
+    """Returns the SHA-256 of the transcripts and their order, in hexadecimal; None does not count."""
+    found = hashlib.sha256()
+    for transcript in transcripts:
+        if transcript is not None:
+            numbers = transcript.answer_start, *transcript.token_ids
+            found.update(struct.pack(f"<{len(numbers)}q", *numbers))
+    return found.hexdigest()
+
+
 def _conversation(line: str, where: str, field: str) -> Conversation:
     try:
         row = json.loads(line)
-        messages, finished = row["messages"], row.get("finished", True)
+        messages, finished, kind = row["messages"], row.get("finished", True), str(row.get("kind", ""))
         texts = [(message["role"], message["content"]) for message in messages]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidRequest(field, f'{where} is not {{"messages": [{{"role", "content"}}, …]}}') from None
     if len(texts) < 2 or texts[-1][0] != "assistant" or not all(isinstance(t, str) for m in texts for t in m):
         raise InvalidRequest(field, f"{where} must hold texts and end with a message of role assistant")
-    return Conversation(tuple({"role": role, "content": content} for role, content in texts), finished is not False)
+    return Conversation(
+        tuple({"role": role, "content": content} for role, content in texts), finished is not False, kind
+    )

@@ -6,13 +6,15 @@ answers (Magpie, arXiv 2406.08464). Both steps run in batches on the project's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from overfill.api.tokenizer import Tokenizer
 from overfill.engine.device import native_dtype, resolve_device
 from overfill.errors import InvalidPair
-from overfill.making.conversations import Conversation
+from overfill.making.conversations import Conversation, Message
 from overfill.making.identity_pair import identity_pair
 from overfill.model.config import ModelConfig
 from overfill.pair.llm import LLM, Completion
@@ -25,8 +27,65 @@ ANSWER_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=ANSWER_
 BATCH = 64
 DRAW_SIZE = 4 * BATCH
 """Conversations that start together. The engine runs BATCH of them at a time, so that few steps run half empty."""
+_LONGEST = 2 * (QUESTION_TOKENS + ANSWER_TOKENS)  # twice: the template adds tokens
+SELF_SEED = 2**32 - 1
+"""Seed of the text that ``overfill pair build --calibration self`` fits on; ``overfill pair calibrate`` refuses it."""
 _MIN_QUESTION_CHARS = 12
 _MIN_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer; ``finished`` is False when the length limit cut it off."""
+
+    message: Message
+    finished: bool
+
+
+class Writer:
+    """A full model that writes as the user and as the assistant. ``open`` makes one."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, full: Path, *, longest: int = _LONGEST, threads: int | None = None, report: Report = silent
+    ) -> Iterator[Writer]:
+        """Loads the checkpoint in ``full`` for conversations of up to ``longest`` tokens."""
+        with identity_pair(full, report=report) as folder:
+            dtype = native_dtype(resolve_device("auto"))
+            longest = min(longest, ModelConfig.load(full).max_positions)
+            kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH
+            yield cls(
+                LLM(
+                    folder, dtype=dtype, threads=threads, kv_memory=kv_memory, max_model_len=longest, max_num_seqs=BATCH
+                )
+            )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._llm.tokenizer
+
+    def questions(self, chats: Sequence[Sequence[Message]], seed: int) -> list[str | None]:
+        """Continues each chat as the user; None where the message is cut off, very short or no text.
+
+        Args:
+            seed: Seed of the first chat; the others follow.
+        """
+        openings = [self.tokenizer.encode_user_opening(chat) for chat in chats]
+        found: list[str | None] = []
+        for completion in self._llm.generate(openings, _each(QUESTION_SAMPLING, seed, len(chats))):
+            text = completion.text.strip()
+            whole = completion.finish_reason == "stop" and _is_text(text) and len(text) >= _MIN_QUESTION_CHARS
+            found.append(text if whole else None)
+        return found
+
+    def answers(self, chats: Sequence[Sequence[Message]], seed: int) -> list[Answer | None]:
+        """Answers each chat; None where the answer is very short or no text."""
+        prompts = [self.tokenizer.encode_chat(chat) for chat in chats]
+        return [_answer(c) for c in self._llm.generate(prompts, _each(ANSWER_SAMPLING, seed, len(chats)))]
 
 
 def generate_conversations(
@@ -34,6 +93,7 @@ def generate_conversations(
     count: int,
     *,
     seed: int = 0,
+    known: Collection[str] = (),
     threads: int | None = None,
     report: Report = silent,
 ) -> Iterator[Conversation]:
@@ -43,49 +103,43 @@ def generate_conversations(
     machine and dtype, equal seeds give equal conversations.
 
     Args:
+        seed: In 0..``SELF_SEED``. Other seeds draw other questions.
+        known: Questions to drop as well.
         threads: Number of CPU threads. None keeps torch's setting.
 
     Raises:
         InvalidPair: the checkpoint generates almost nothing usable.
         InvalidRequest: the checkpoint has no chat template.
     """
-    with identity_pair(full, report=report) as folder:
-        dtype = native_dtype(resolve_device("auto"))
-        longest = 2 * (QUESTION_TOKENS + ANSWER_TOKENS)  # twice: the template adds tokens
-        kv_memory = ModelConfig.load(full).kv_spec(dtype).token_bytes * longest * BATCH
-        llm = LLM(folder, dtype=dtype, threads=threads, kv_memory=kv_memory, max_model_len=longest, max_num_seqs=BATCH)
-        opening = llm.tokenizer.encode_user_opening()
-        seen: set[str] = set()
+    with Writer.open(full, threads=threads, report=report) as writer:
+        seen = set(known)
         done = drawn = 0
         while done < count:
-            if drawn > 8 * (count + DRAW_SIZE):
+            if drawn > 8 * (count + len(known) + DRAW_SIZE):
                 raise InvalidPair(f"{full}: only {done} of {drawn} conversations that it wrote are usable")
             draw = min(DRAW_SIZE, max(BATCH, 2 * (count - done)))
-            seeds = [(seed << 32) + drawn + i for i in range(draw)]
+            first = (seed << 32) + drawn
             drawn += draw
-            asked = [
-                c.text.strip() for c in llm.generate([opening] * draw, _each(QUESTION_SAMPLING, seeds)) if _ended(c)
-            ]
-            questions = [q for q in dict.fromkeys(asked) if len(q) >= _MIN_QUESTION_CHARS and q not in seen]
-            seen.update(questions)
-            prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
-            answers = llm.generate(prompts, _each(ANSWER_SAMPLING, seeds[: len(prompts)]))
-            for q, a in zip(questions, answers, strict=True):
-                if done < count and len(a.token_ids) >= _MIN_ANSWER_TOKENS and _is_text(a.text):
-                    messages = {"role": "user", "content": q}, {"role": "assistant", "content": a.text.strip()}
-                    yield Conversation(messages, finished=a.finish_reason == "stop")
+            asked = [q for q in dict.fromkeys(writer.questions([()] * draw, first)) if q is not None and q not in seen]
+            seen.update(asked)
+            chats = [({"role": "user", "content": question},) for question in asked]
+            for chat, answer in zip(chats, writer.answers(chats, first), strict=True):
+                if done < count and answer is not None:
+                    yield Conversation((*chat, answer.message), finished=answer.finished)
                     done += 1
             report("Writing conversations", done, count)
 
 
-def _ended(completion: Completion) -> bool:
-    """Returns True if the message is whole and holds text."""
-    return completion.finish_reason == "stop" and _is_text(completion.text)
+def _answer(completion: Completion) -> Answer | None:
+    if len(completion.token_ids) < _MIN_ANSWER_TOKENS or not _is_text(completion.text):
+        return None
+    message = {"role": "assistant", "content": completion.text.strip()}
+    return Answer(message, finished=completion.finish_reason == "stop")
 
 
 def _is_text(text: str) -> bool:
     return bool(text.strip()) and "\N{REPLACEMENT CHARACTER}" not in text
 
 
-def _each(sampling: SamplingParams, seeds: Sequence[int]) -> list[SamplingParams]:
-    return [replace(sampling, seed=seed) for seed in seeds]
+def _each(sampling: SamplingParams, first_seed: int, count: int) -> list[SamplingParams]:
+    return [replace(sampling, seed=first_seed + i) for i in range(count)]

@@ -1,52 +1,65 @@
-"""Philox4x32-10, a counter-based random generator, vectorised in numpy.
+"""Philox4x32-10, a counter-based random generator, in torch.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter's number never depends on earlier
-draws.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter's words never depend on earlier draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 _ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
-_HALF = np.uint64(32)
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+_WORDS = 4  # per counter
 
 
-def philox4x32(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Runs ten rounds of Philox. counters: [N, 4]; keys: [N, 2]; returns [N, 4] random words."""
-    c0, c1, c2, c3 = counters.T
-    k0, k1 = keys.T
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs ten rounds of Philox.
+
+    Args:
+        counter: 4 int64 tensors of words in [0, 2^32) that broadcast.
+        key: 2 such tensors.
+
+    Returns:
+        4 int64 tensors of random words, of the broadcast shape.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
-    return np.stack((c0, c1, c2, c3), axis=1)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
 
 
-def uniform(seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """Draws one number in [0, 1) per row, with 53 random bits.
+def token_words(seeds: Tensor, positions: Tensor, sample_indices: Tensor, vocab: int) -> Tensor:
+    """The random word of every token of a vocabulary.
 
-    The key is the 64-bit seed (low word first), the counter ``(position, sample_index, 0, 0)``.
+    Token ``id`` has word ``id mod 4`` of the counter ``(position, sample_index, id div 4, 0)``. The key is the seed,
+    low word first.
+
+    Args:
+        seeds: [N] int64 with the bits of 64-bit seeds.
+        positions: [N] int64.
+        sample_indices: [N] int64.
+        vocab: number of tokens.
 
     Returns:
-        [N] float64.
+        [N, vocab] int64 in [0, 2^32), on the device of ``seeds``.
     """
-    seed_words = np.array(seeds, dtype=np.uint64)
-    keys = np.stack((seed_words, seed_words >> _HALF), axis=1).astype(np.uint32)
-    counters = np.zeros((len(seed_words), 4), dtype=np.uint32)
-    counters[:, 0] = positions
-    counters[:, 1] = sample_indices
-    words = philox4x32(counters, keys)
-    return ((words[:, 0] >> 5) * 2.0**26 + (words[:, 1] >> 6)) * 2.0**-53
+    counter, answer, seed = (values.unsqueeze(1) for values in (positions, sample_indices, seeds))
+    blocks = torch.arange(-(-vocab // _WORDS), device=seeds.device).unsqueeze(0)
+    key = (seed & _WORD, seed >> 32 & _WORD)
+    words = philox4x32((counter, answer, blocks, torch.zeros_like(counter)), key)
+    return torch.stack(words, dim=2).flatten(1)[:, :vocab]
 
 
-def _multiply(multiplier: np.uint64, word: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the high and the low word of the 64-bit product."""
-    product = multiplier * word.astype(np.uint64)
-    return (product >> _HALF).astype(np.uint32), product.astype(np.uint32)
+    product = word * multiplier  # wraps to the product's 64 bits
+    return product >> 32 & _WORD, product & _WORD

@@ -2,22 +2,30 @@
 
 A row's token depends on its logits, parameters, seed, position and sample index only, neither on the other rows nor on
 earlier draws. This module does not know sequences or stop rules.
+
+A token is drawn by an exponential race (the Gumbel-max trick; Maddison et al., "A* sampling", 2014, section 2). Each
+token has its own random number, so that a small change of the logits changes the outcome only if two keys nearly tie.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from overfill.errors import InternalError
 from overfill.model.native.drawing import draw
-from overfill.model.philox import uniform
+from overfill.model.philox import token_words
 from overfill.model.steps import SampledToken
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
+
+_CHUNK = 1 << 20
+"""Tokens whose keys are computed at once; bounds the memory of temporaries."""
+
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-37, 1e37  # differences of logits stay numbers in float32
 
 
 def sample(
@@ -28,8 +36,8 @@ def sample(
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
     """Samples one token per row.
 
-    A greedy row gets the most likely token. Any other row draws ``u = Philox(seed; sample_index, position)`` and gets
-    the first token, in id order, at which the cumulative filtered distribution exceeds ``u``.
+    A greedy row gets the most likely token. Any other row gets the token with the greatest of ``race_keys``; of equals
+    the one with the lowest id.
 
     Args:
         logits: [N, vocab] float32.
@@ -51,12 +59,12 @@ def sample(
     chosen = _most_likely(logits) if len(drawn) < len(params) else logits.new_empty(len(params), dtype=torch.int64)
     if drawn:
         rows = _rows([not p.greedy for p in params], logits.device)
-        u = uniform(
-            [params[row].seed or 0 for row in drawn],
-            [sample_indices[row] for row in drawn],
+        chosen[rows] = _draw(
+            logits[rows],
+            [params[row] for row in drawn],
             [positions[row] for row in drawn],
+            [sample_indices[row] for row in drawn],
         )
-        chosen[rows] = _draw(logits[rows], [params[row] for row in drawn], u)
     tokens = chosen.tolist()
     failed = non_finite_errors(tokens)
     requested = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None and row not in failed}
@@ -78,20 +86,53 @@ def _most_likely(logits: Tensor) -> Tensor:
     return torch.where(finite, chosen, -1)
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64]) -> Tensor:
+def _draw(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> Tensor:
     """Draws a token for each row, -1 for rows whose logits are not finite. No row is greedy. [N] int64"""
-    native = draw(logits, params, u)
+    native = draw(logits, params, positions, sample_indices)
     if native is not None:
         return native
     lost = _most_likely(logits) < 0
-    # Broken rows become zeros, because the filters index by counts, which NaN would corrupt.
-    weights = filtered_weights(logits.masked_fill(lost.unsqueeze(1), 0), params)
-    tokens = _inverse_cdf(weights, torch.from_numpy(u).to(logits.device))
+    size = max(1, _CHUNK // logits.shape[1])
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
+        # Broken rows become zeros, because the filters index by counts, which NaN would corrupt.
+        usable = logits[part].masked_fill(lost[part].unsqueeze(1), 0)
+        tokens[part] = race_keys(usable, params[part], positions[part], sample_indices[part]).argmax(dim=-1)
     return torch.where(lost, -1, tokens)
 
 
-def filtered_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Unnormalised probabilities after temperature, top-k, top-p and min-p, in this order.
+def race_keys(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> Tensor:
+    """Keys of the exponential race, in which the greatest key wins.
+
+    The key of a token that the filters leave is ``(logit - greatest logit) / temperature - log e``. Its exponential
+    number ``e = -log1p(-v)`` comes from its word ``w`` (``philox.token_words``): ``v = (w + 1/2) / 2^32``, at most
+    ``1 - 2^-24``. So ``log e`` lies between -22.9 and 2.9.
+
+    Args:
+        logits: [N, vocab] float32, with a greatest element that is finite.
+        params: one per row, none greedy, all with a seed.
+        positions: position of the sampled token, per row.
+        sample_indices: number of the answer among the request's answers, per row.
+
+    Returns:
+        [N, vocab] float32; -inf for filtered tokens.
+    """
+    seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
+    counted = torch.from_numpy(np.array([seeds, positions, sample_indices], dtype=np.int64)).to(logits.device)
+    words = token_words(counted[0], counted[1], counted[2], logits.shape[1])
+    v = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    keys = v.neg_().log1p_().neg_().log_().neg_()
+    keys += _scaled(logits, params)
+    return keys.masked_fill_(~kept(logits, params), -math.inf)
+
+
+def kept(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Mask of the tokens that top-k, top-p and min-p leave, in this order, after temperature.
 
     The rules are those of Hugging Face *generate*:
 
@@ -100,55 +141,73 @@ def filtered_weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor
     - min-p compares with the most likely token, which always stays.
 
     Args:
-        logits: [N, vocab] float32.
+        logits: [N, vocab] float32, with a greatest element that is finite.
         params: one per row, none greedy.
 
     Returns:
-        [N, vocab] float64: 0 for filtered tokens, 1 for the most likely one.
+        [N, vocab] bool.
     """
-    temperatures = _column([p.temperature for p in params], logits.device)
-    weights = logits.double()  # changed in place below, because fresh memory costs more than the arithmetic
-    weights.sub_(weights.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
-    for drop, enabled in (
-        (_below_top_k, [p.top_k is not None for p in params]),
-        (_beyond_top_p, [p.top_p < 1 for p in params]),
-        (_below_min_p, [p.min_p > 0 for p in params]),
-    ):
-        if any(enabled):
-            rows = _rows(enabled, logits.device)
-            part = weights[rows]
-            dropped = drop(part, [p for p, on in zip(params, enabled, strict=True) if on])
-            weights[rows] = part.masked_fill_(dropped, 0)
-    return weights
+    least, last = filter_bounds(logits, params)
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return (logits > least) | ((logits == least) & (ids <= last))
 
 
-def _below_top_k(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Mask of the tokens that top-k drops. [N, vocab] bool"""
-    vocab = weights.shape[1]
-    counts = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=weights.device)
-    largest = weights.topk(int(counts.max()), dim=-1).values
-    return weights < largest.gather(1, counts.unsqueeze(1) - 1)
+def filter_bounds(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Expresses the filters of each row as bounds; see ``kept`` for arguments and rules.
+
+    Returns:
+        ``least``, [N, 1] float32, and ``last``, [N, 1] int64. A token stays if its logit exceeds ``least``, or equals
+        it and its id is at most ``last``.
+    """
+    rows, vocab = logits.shape
+    least = logits.new_full((rows, 1), -math.inf)
+    last = torch.full((rows, 1), vocab, device=logits.device)
+    enabled = [p.top_k is not None and p.top_k < vocab for p in params]
+    if any(enabled):
+        selected = _rows(enabled, logits.device)
+        counts = torch.tensor([p.top_k for p, on in zip(params, enabled, strict=True) if on], device=logits.device)
+        largest = logits[selected].topk(int(counts.max()), dim=-1).values
+        least[selected] = largest.gather(1, counts.unsqueeze(1) - 1)
+    enabled = [p.top_p < 1 for p in params]
+    if any(enabled):
+        selected = _rows(enabled, logits.device)
+        nucleus = [p for p, on in zip(params, enabled, strict=True) if on]
+        least[selected], last[selected] = _top_p_bounds(logits[selected], least[selected], nucleus)
+    if any(p.min_p > 0 for p in params):
+        shares = _column([p.min_p for p in params], logits.device).log_()
+        floor = (logits.amax(dim=-1, keepdim=True) + shares * _temperatures(params, logits.device)).float()
+        last.masked_fill_(floor > least, vocab)
+        least = torch.maximum(least, floor)
+    return least, last
 
 
-def _beyond_top_p(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Mask of the tokens that top-p drops. [N, vocab] bool"""
-    top_p = _column([p.top_p for p in params], weights.device)
-    total = weights.sum(dim=-1, keepdim=True)
-    # Tokens below this weight together have at most the mass that top-p drops, so they need no sorting.
-    candidates = (weights > (1 - top_p) * total / weights.shape[1]).sum(dim=-1, keepdim=True).clamp_(min=1)
-    largest = weights.topk(int(candidates.max()), dim=-1).values  # descending
-    before = largest.cumsum(dim=-1).roll(1, dims=-1)
-    before[:, 0] = 0  # mass of the tokens ahead of each
+def _top_p_bounds(logits: Tensor, least: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """``filter_bounds`` of top-p, for rows of which the tokens below ``least`` [N, 1] are dropped already."""
+    top_p = _column([p.top_p for p in params], logits.device)
+    weights = _scaled(logits, params).exp_().masked_fill_(logits < least, 0)
+    total = weights.sum(dim=-1, keepdim=True).double()
+    # Tokens below this weight together have less than the mass that top-p drops, so they need no sorting.
+    share = (0.999 * (1 - top_p) * total / logits.shape[1]).float()
+    candidates = (weights > share).sum(dim=-1, keepdim=True).clamp_(min=1)
+    largest = logits.topk(int(candidates.max()), dim=-1).values  # descending
+    mass = ((largest - largest[:, :1]) / _temperatures(params, logits.device)).exp_()
+    before = mass.cumsum(dim=-1) - mass  # mass of the tokens ahead of each
     count = torch.minimum((before < top_p * total).sum(dim=-1, keepdim=True), candidates)
     threshold = largest.gather(1, count - 1)
-    equal = weights == threshold
-    spare = count - (largest > threshold).sum(dim=-1, keepdim=True)  # number of equal tokens to keep
-    return (weights < threshold) | (equal & (equal.cumsum(dim=-1) > spare))
+    tied = count - (largest > threshold).sum(dim=-1, keepdim=True)  # number of tokens equal to the threshold that stay
+    ahead = (logits == threshold).cumsum(dim=-1, dtype=torch.int32) < tied
+    return threshold, ahead.sum(dim=-1, keepdim=True)
 
 
-def _below_min_p(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Mask of the tokens that min-p drops; the most likely token has weight 1. [N, vocab] bool"""
-    return weights < _column([p.min_p for p in params], weights.device)
+def _scaled(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """(logit - greatest logit) / temperature. [N, vocab] float32"""
+    temperatures = _temperatures(params, logits.device).float()
+    return (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
+
+
+def _temperatures(params: Sequence[SamplingParams], device: torch.device) -> Tensor:
+    """[N, 1] float64"""
+    return _column([min(max(p.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE) for p in params], device)
 
 
 def _rows(enabled: Sequence[bool], device: torch.device) -> Tensor | slice:
@@ -161,16 +220,6 @@ def _rows(enabled: Sequence[bool], device: torch.device) -> Tensor | slice:
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
     """Makes a column of ``values``. [N, 1] float64"""
     return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
-
-
-def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """First token whose cumulative weight exceeds ``u`` of the total. [N, vocab], [N] -> [N]
-
-    Overwrites ``weights``.
-    """
-    cumulative = weights.cumsum_(dim=-1)
-    target = u.unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
 def _logprobs(logits: Tensor, chosen: Tensor, requested: dict[int, int]) -> list[SampledToken]:

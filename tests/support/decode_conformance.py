@@ -72,9 +72,8 @@ class _AnswerTests(DecodeEngineConformance):
     @pytest.mark.parametrize("count", [1, 7, 40])
     @pytest.mark.parametrize("name", ["greedy", "frequency_penalty"])
     def test_emitted_tokens_are_replayed_and_neither_sampled_nor_reported_again(self, driver, name, count):
-        whole = Request(prompt(BLOCK_SIZE + 1), sampling(name, 48))
+        whole = Request(prompt(BLOCK_SIZE + 1), sampling(name, 48, ignore_eos=True))
         answer = driver.reference.answer(whole)
-        assert len(answer.tokens) == 48, "choose another prompt"
         (resumed,) = driver.answer(replace(whole, emitted=tuple(answer.ids[:count])))
         assert_right(driver, resumed)
         assert_same_tokens(resumed.tokens, answer.tokens[count:])

@@ -88,7 +88,8 @@ def compare(
 ) -> Iterator[TradeoffPoint]:
     """Judges the full model and each pair's decoder at every precision, one after the other.
 
-    Ignores the pairs' own quantisation. Takes the arguments of ``evaluate`` and raises its errors.
+    Memory holds the full model, one decoder, and a copy of that at one precision. Ignores the pairs' own quantisation.
+    Takes the arguments of ``evaluate`` and raises its errors.
 
     Raises:
         InvalidRequest: the pairs have different full models, or two have the same name.
@@ -108,19 +109,25 @@ def compare(
     full = Transformer(config, weights, positions)
 
     def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[TradeoffPoint]:
-        # Judges all precisions together, so that the full model reads every transcript once for them.
+        # One precision at a time, because each is a copy of the decoder; the full model reads every transcript again.
         limit = min(positions, config.max_positions)
-        models = {precision: fake_quantized_model(config, weights, precision, limit) for precision in PRECISIONS}
-        candidates: dict[str, Candidate] = {name: Candidate(model, layer_map) for name, model in models.items()}
-        _, judged = teacher_forced(full, candidates, kept, step=f"Judging: {name}", report=report)
-        for precision in PRECISIONS:
-            yield TradeoffPoint.of(name, precision, DecodeCost.of(config, precision), judged[precision])
+
+        def judge_at(precision: Precision) -> TradeoffPoint:
+            rounded = {name: Candidate(fake_quantized_model(config, weights, precision, limit), layer_map)}
+            _, judged = teacher_forced(full, rounded, kept, step=f"Judging: {name}, {precision}", report=report)
+            return TradeoffPoint.of(name, precision, DecodeCost.of(config, precision), judged[name])
+
+        yield from map(judge_at, PRECISIONS)
 
     yield from judge(FULL, config, weights, range(config.num_layers))
     for pair in pairs:
         if pair.decoder_digest != pair.full_digest:
-            decoder = load_weights(pair.decoder_path, pair.decoder_config, torch_dtype, where)
-            yield from judge(pair.name, pair.decoder_config, decoder, pair.layer_map)
+            yield from judge(
+                pair.name,
+                pair.decoder_config,
+                load_weights(pair.decoder_path, pair.decoder_config, torch_dtype, where),
+                pair.layer_map,
+            )
 
 
 def _check_comparable(pairs: Sequence[Pair]) -> None:

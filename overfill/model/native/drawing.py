@@ -7,20 +7,22 @@ from ctypes import byref
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from overfill.model.native import library
 from overfill.request.params import SamplingParams
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64]) -> Tensor | None:
-    """Draws one token per row.
+def draw(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> Tensor | None:
+    """Draws one token per row, by the race of ``model.sampling.race_keys``.
 
     Args:
         logits: [N, vocab] float32.
-        params: one per row, none greedy.
-        u: [N], in [0, 1).
+        params: one per row, none greedy, all with a seed.
+        positions: position of the sampled token, per row.
+        sample_indices: number of the answer among the request's answers, per row.
 
     Returns:
         [N] int64, -1 for rows whose logits are not finite. None if the kernels do not run here.
@@ -34,6 +36,8 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64
         for values in zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
     )
     top_k = np.array([min(p.top_k or vocab, vocab) for p in params], dtype=np.int64)
+    seeds = np.array([p.seed for p in params], dtype=np.uint64)
+    counters = np.array([positions, sample_indices], dtype=np.uint32)
     chosen = torch.empty(rows, dtype=torch.int64)
     native.ovf_draw(
         byref(
@@ -45,8 +49,10 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], u: NDArray[np.float64
                 temperatures=temperatures.ctypes.data,
                 top_p=top_p.ctypes.data,
                 min_p=min_p.ctypes.data,
-                u=u.ctypes.data,
                 top_k=top_k.ctypes.data,
+                seeds=seeds.ctypes.data,
+                positions=counters[0].ctypes.data,
+                sample_indices=counters[1].ctypes.data,
                 chosen=chosen.data_ptr(),
             )
         )

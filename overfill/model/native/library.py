@@ -60,7 +60,8 @@ class Draws(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("rows", "vocab", "threads")),
-        *((name, c_void_p) for name in ("logits", "temperatures", "top_p", "min_p", "u", "top_k", "chosen")),
+        *((name, c_void_p) for name in ("logits", "temperatures", "top_p", "min_p", "top_k", "seeds")),
+        *((name, c_void_p) for name in ("positions", "sample_indices", "chosen")),
     ]
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from overfill.api.tokenizer import Tokenizer
+from overfill.cli.pair import calibrate_command
 from overfill.errors import InvalidRequest
 from overfill.making.calibration import calibration_text
 from overfill.making.conversations import (
@@ -15,7 +19,9 @@ from overfill.making.conversations import (
     read_conversations,
     shipped_conversations,
 )
-from overfill.making.synthetic_data import generate_conversations
+from overfill.making.mixed_kinds import KINDS, LONG_TOKENS, mixed_conversations
+from overfill.making.overlap import overlapping
+from overfill.making.synthetic_data import QUESTION_SAMPLING, SELF_SEED, generate_conversations
 from overfill.pair.llm import Completion
 from overfill.request.params import SamplingParams
 
@@ -26,7 +32,10 @@ def chat(question: str, answer: str) -> Conversation:
 
 def test_conversations_survive_a_file(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
-    chats = [chat("What is 1 + 1?", "2"), chat("北京在哪里?", "In China.\nIn the north.")]
+    chats = [
+        replace(chat("What is 1 + 1?", "2"), finished=False, kind="explain"),
+        chat("北京在哪里?", "In China.\nIn the north."),
+    ]
     append_jsonl(file, chats[:1])
     append_jsonl(file, chats[1:])
     assert read_conversations(file) == chats
@@ -71,6 +80,30 @@ def test_shipped_parts_share_no_question() -> None:
     assert len(set(questions)) == len(questions)
 
 
+def test_the_test_set_shares_no_run_of_words_with_other_shipped_text() -> None:
+    others = [c for part in ("calibration", "held_out") for c in shipped_conversations(part)]
+    judged = shipped_conversations("test")
+    assert overlapping(judged, others, answers=True) == []
+    assert Counter(c.kind for c in judged) == dict.fromkeys(KINDS, 24)
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("One, two three four five six seven eight nine?", True),
+        ("Zero: two three four five six seven eight NINE", True),
+        ("one two three four five six seven", False),
+        ("Short question?", True),
+        ("A short question?", False),
+    ],
+)
+def test_a_run_of_eight_words_is_an_overlap(question: str, found: bool) -> None:
+    others = [chat("one two three four five six seven eight nine", "Yes."), chat("Short question", "Yes.")]
+    judged = [chat("Something else?", "Yes."), chat(question, "No.")]
+    assert overlapping(judged, others) == ([1] if found else [])
+    assert overlapping(judged, others, answers=True) == ([0, 1] if found else [0])
+
+
 class Author:
     """Replaces the engine; questions and answers depend on the seeds only."""
 
@@ -79,10 +112,13 @@ class Author:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams]) -> list[Completion]:
         opening = self.tokenizer.encode_user_opening()
-        return [
-            self._question(s.seed or 0) if prompt == opening else self._answer(prompt)
-            for prompt, s in zip(prompts, sampling, strict=True)
-        ]
+        if sampling and sampling[0] == replace(QUESTION_SAMPLING, seed=sampling[0].seed):
+            asked = [self._question if prompt == opening else self._follow_up for prompt in prompts]
+            return [question(s.seed or 0) for question, s in zip(asked, sampling, strict=True)]
+        return [self._answer(prompt) for prompt in prompts]
+
+    def _follow_up(self, seed: int) -> Completion:
+        return Completion(f" And {seed}, then? ", [5] * 20, "length" if seed % 2 else "stop", 1)
 
     def _question(self, seed: int) -> Completion:
         kinds = (f"What is {seed // 8} + 1?", f"What is {seed // 8} + 1?", "Hm?", f"How does {seed}", "\ufffd" * 20)
@@ -107,6 +143,81 @@ def test_what_a_model_writes_is_filtered_and_repeatable(tiny_pair: Path, monkeyp
     assert all(c.messages[-1]["content"].startswith("It is this") for c in chats)
     assert write(0) == chats
     assert write(1) != chats
+
+
+def test_mixed_kinds_are_questions_about_what_the_model_wrote(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    plain = [chat(f"What is {n}?", " ".join([f"Text{n}"] * 90)) for n in range(60)]
+
+    def write(seed: int) -> list[Conversation]:
+        return list(mixed_conversations(tiny_pair / "full", plain, 60, part="test", seed=seed))
+
+    chats = write(0)
+    assert write(0) == chats
+    assert write(1) != chats
+    assert {c.kind for c in chats} == set(KINDS)
+    for c, own in zip(chats, plain, strict=True):
+        *earlier, question, answer = (message["content"] for message in c.messages)
+        assert answer.startswith("It is this")
+        text = own.messages[-1]["content"]
+        if c.kind == "dialogue" and earlier:  # a follow-up that was cut off leaves the first question only
+            assert earlier == [message["content"] for message in own.messages]
+            assert question.startswith("And ")
+        elif c.kind in ("explain", "dialogue"):
+            assert question == own.messages[0]["content"]
+        elif c.kind == "long":
+            assert question.startswith("Text 1: Text")
+            assert len(Tokenizer.load(tiny_pair / "full").encode(question)) <= LONG_TOKENS[1] + 100
+        else:
+            assert text in question
+            assert question != text
+    with pytest.raises(InvalidRequest, match="at least 2"):
+        list(mixed_conversations(tiny_pair / "full", plain[:1], 2))
+
+
+def calibrate(tiny_pair: Path, out: Path, *options: str) -> Result:
+    arguments = ["--full", str(tiny_pair / "full"), "--count", "10", "--out", str(out), *options]
+    return CliRunner().invoke(calibrate_command, arguments)
+
+
+def test_calibrate_and_self_calibration_draw_different_questions(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, text that a user holds out with ``calibrate`` is what ``build --calibration self`` fitted on."""
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    out = tmp_path / "chats.jsonl"
+    assert calibrate(tiny_pair, out).exit_code == 0
+    fitted = calibration_text("self", tiny_pair / "full", 1000)
+    assert not {c.prompt for c in fitted} & {c.prompt for c in read_conversations(out)}
+    refused = calibrate(tiny_pair, out, "--seed", str(SELF_SEED))
+    assert refused.exit_code == 2
+    assert "4294967295 is not in the range 0<=x<=4294967294" in refused.output
+
+
+def test_calibrating_again_appends_other_conversations(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    out, mixed = tmp_path / "chats.jsonl", tmp_path / "mixed.jsonl"
+    for _ in range(3):
+        result = calibrate(tiny_pair, out)
+        assert result.exit_code == 0, result.output
+    prompts = [c.prompt for c in read_conversations(out)]
+    assert len(prompts) == len(set(prompts)) == 30
+
+    assert calibrate(tiny_pair, mixed, "--mix", str(out)).exit_code == 0
+    before = mixed.read_text()
+    assert calibrate(tiny_pair, mixed, "--mix", str(out)).exit_code == 0
+    assert mixed.read_text() == before
+
+
+def test_a_file_of_something_else_is_not_appended_to(tiny_pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_text("buy milk\n")
+    result = calibrate(tiny_pair, out)
+    assert isinstance(result.exception, InvalidRequest)
+    assert f"out: {out}:1 is not" in str(result.exception)
+    assert out.read_text() == "buy milk\n"
 
 
 def test_an_unknown_source_of_calibration_text_is_refused(tiny_pair: Path) -> None:

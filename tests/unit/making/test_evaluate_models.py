@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +18,17 @@ from click.testing import CliRunner
 from overfill.cli.evaluate import compare_command, eval_command
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Transcript
+from overfill.making.evaluate import compare as comparison
 from overfill.making.evaluate.compare import compare
 from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
+from overfill.making.evaluate.fake_quantization import fake_quantized_model
 from overfill.making.evaluate.free_running import judge_answers
 from overfill.making.pair_json import write_manifest
 from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
+from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.transformer import Transformer
@@ -216,6 +221,31 @@ def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> Non
     assert found["tiny", "bf16"].agreement.mean == pytest.approx(unrounded["two_stage"][2], abs=0.02)
     assert found["tiny", "bf16"].agreement_alone.mean == pytest.approx(unrounded["decoder_alone"][2], abs=0.02)
     assert found["tiny", "bf16"].nll_alone.mean == pytest.approx(unrounded["decoder_alone"][0], abs=0.005)
+
+
+def test_comparison_holds_one_decoder_and_one_copy_at_a_time(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(tiny_pair, tmp_path / "other"))
+    copies: list[weakref.ref[torch.Tensor]] = []
+    loaded: list[weakref.ref[torch.Tensor]] = []
+
+    def rounded(*arguments: Any) -> Transformer:
+        assert not any(copy() is not None for copy in copies)
+        model = fake_quantized_model(*arguments)
+        copies.append(weakref.ref(model.weights.head))
+        return model
+
+    def load(*arguments: Any) -> Weights:
+        assert not any(decoder() is not None for decoder in loaded[1:])  # the first is the full model
+        weights = load_weights(*arguments)
+        loaded.append(weakref.ref(weights.head))
+        return weights
+
+    monkeypatch.setattr(comparison, "fake_quantized_model", rounded)
+    monkeypatch.setattr(comparison, "load_weights", load)
+    assert len(list(compare([tiny_pair, other], TRANSCRIPTS[:2], dtype="float32"))) == 3 * len(PRECISIONS)
+    assert (len(copies), len(loaded)) == (3 * len(PRECISIONS), 3)
 
 
 def test_pairs_of_different_full_models_are_not_comparable(tiny_pair: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,48 +33,33 @@ FILTERS = [
 ]
 
 
-def reference(logits: torch.Tensor, params: list[SamplingParams], u: np.ndarray) -> torch.Tensor:
-    weights = sampling.filtered_weights(logits, params)
-    return sampling._inverse_cdf(weights, torch.from_numpy(u))
-
-
 @pytest.mark.parametrize("vocab", [3, 257, 5003])
-@pytest.mark.parametrize("spread", [0.3, 4.0])
+@pytest.mark.parametrize("spread", [0.3, 4.0, 20.0])
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_draws_are_those_of_the_reference(options: dict, spread: float, vocab: int) -> None:
-    """They may differ only if ``u`` is within a float32 rounding of the boundary between two tokens."""
+    """They may differ only where two keys lie within 1e-5, which float32 does not tell apart."""
     torch.manual_seed(1)
     rows = 300
     logits = torch.randn(rows, vocab) * spread
-    params = [SamplingParams(**options)] * rows
-    u = np.random.default_rng(2).random(rows)
+    request = [SamplingParams(seed=2**63 + 5, **options)] * rows, range(rows), [7] * rows
     torch.set_num_threads(2)
-    differing = int((draw(logits, params, u) != reference(logits, params, u)).sum())
+    tokens = draw(logits, *request)
     torch.set_num_threads(1)
-    assert differing <= 1
+    keys = sampling.race_keys(logits, *request)
+    assert (keys.gather(1, tokens.unsqueeze(1)).squeeze(1) >= keys.amax(dim=1) - 1e-5).all()
 
 
 def test_of_equal_tokens_the_filters_keep_what_the_reference_keeps() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0] * 50).expand(200, -1)
-    u = np.random.default_rng(2).random(200)  # not on one of the many boundaries
-    for options in ({"top_k": 120}, {"top_p": 0.7}, {"top_p": 0.9, "top_k": 60}, {"min_p": 0.3}):
-        params = [SamplingParams(**options)] * 200
-        assert torch.equal(draw(logits, params, u), reference(logits, params, u)), options
-
-
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.1}])
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
-def test_a_token_that_cannot_come_never_comes(options: dict, u: float) -> None:
-    logits = torch.full((1, 1000), -torch.inf)
-    logits[0, [300, 700]] = torch.tensor([1.0, 1.5])
-    (token,) = draw(logits, [SamplingParams(**options)], np.array([u])).tolist()
-    assert token in (300, 700)
+    for options in ({"top_k": 120}, {"top_p": 0.7}, {"top_p": 0.9, "top_k": 60}, {"min_p": 0.3}, {"top_p": 1e-9}):
+        request = [SamplingParams(seed=4, **options)] * 200, range(200), [0] * 200
+        assert torch.equal(draw(logits, *request), sampling.race_keys(logits, *request).argmax(dim=1)), options
 
 
 def test_broken_rows_are_reported_and_the_others_drawn() -> None:
     logits = torch.zeros(4, 100)
     logits[1, 50], logits[2, 0], logits[3] = torch.nan, torch.inf, -torch.inf
     for options in ({}, {"top_p": 0.5}):
-        tokens = draw(logits, [SamplingParams(**options)] * 4, np.full(4, 0.5)).tolist()
+        tokens = draw(logits, [SamplingParams(seed=0, **options)] * 4, range(4), [0] * 4).tolist()
         assert tokens[0] >= 0
         assert tokens[1:] == [-1, -1, -1]

@@ -1,47 +1,47 @@
-"""Tests that the generator is Philox4x32-10, and that its numbers are uniform, distinct and reproducible."""
+"""Tests that the generator is Philox4x32-10, that every bit of its input counts, and which word a token gets."""
 
 from __future__ import annotations
 
-import numpy as np
+import plain_race
 import pytest
+import torch
 
-from overfill.model.philox import philox4x32, uniform
-
-# From the known-answer file of Random123, the reference implementation: counter, key, result.
-KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]
+from overfill.model.philox import philox4x32, token_words
 
 
-def words(text: list[str]) -> np.ndarray:
-    return np.array([[int(word, 16) for word in line.split()] for line in text], dtype=np.uint32)
+def tensors(words: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor([word]) for word in words]
 
 
-def test_known_answers() -> None:
-    counters, keys, results = (words([row[i] for row in KNOWN]) for i in range(3))
-    assert np.array_equal(philox4x32(counters, keys), results)
+def token_words_of(seed: int, position: int, sample_index: int, vocab: int) -> list[int]:
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return token_words(*tensors([signed, position, sample_index]), vocab)[0].tolist()
 
 
-def test_uniform_is_made_of_the_first_two_words() -> None:
-    first, second = words(["6627e8d5 e169c58d"])[0].tolist()
-    want = ((first >> 5) * 2**26 + (second >> 6)) / 2**53
-    assert uniform([0], [0], [0]).tolist() == [want]
+@pytest.mark.parametrize(("counter", "key", "result"), plain_race.RANDOM123)
+def test_known_answers(counter: str, key: str, result: str) -> None:
+    counter, key, result = map(plain_race.words, (counter, key, result))
+    assert [word.item() for word in philox4x32(tensors(counter), tensors(key))] == result
+    assert plain_race.philox4x32(counter, key) == result
 
 
-@pytest.mark.parametrize("changed", [(1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 1)])
-def test_every_bit_of_seed_sample_and_position_counts(changed: tuple[int, int, int]) -> None:
-    seed, sample, position = changed
-    assert uniform([seed], [sample], [position]) != uniform([0], [0], [0])
+@pytest.mark.parametrize("vocab", [1, 4, 257])
+def test_a_token_has_its_own_word(vocab: int) -> None:
+    seed, position, sample_index = 0xFEDCBA9876543210, 2**31 + 5, 65535
+    key = [0x76543210, 0xFEDCBA98]
+    counters = [[position, sample_index, block, 0] for block in range(vocab // 4 + 1)]
+    want = [word for counter in counters for word in plain_race.philox4x32(counter, key)]
+    assert token_words_of(seed, position, sample_index, vocab) == want[:vocab]
 
 
-def test_numbers_are_uniform_in_the_half_open_unit_interval() -> None:
+@pytest.mark.parametrize("changed", [(1, 0, 0), (1 << 32, 0, 0), (1 << 63, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_every_bit_of_seed_position_and_sample_counts(changed: tuple[int, int, int]) -> None:
+    assert not set(token_words_of(*changed, vocab=100)) & set(token_words_of(0, 0, 0, vocab=100))
+
+
+def test_words_are_uniform_and_distinct() -> None:
     n = 100_000
-    numbers = uniform([42] * n, [0] * n, range(n))
-    assert numbers.dtype == np.float64
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
+    words = torch.tensor(token_words_of(42, 0, 0, vocab=n))
+    counts = (words.double() / 2**32).histc(bins=100, min=0, max=1)
     assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 160  # chi-square, 99 degrees: p < 1e-4 beyond
-    assert len(np.unique(numbers)) == n
+    assert len(words.unique()) > n - 10  # of 32 bits, about one pair is equal

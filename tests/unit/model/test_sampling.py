@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import plain_race
 import pytest
 import torch
 from transformers import (
@@ -18,8 +19,7 @@ from transformers import (
 
 from overfill.errors import InternalError
 from overfill.model import sampling
-from overfill.model.philox import uniform
-from overfill.model.sampling import filtered_weights
+from overfill.model.sampling import kept, race_keys
 from overfill.model.sampling import sample as sample_rows
 from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
@@ -75,29 +75,23 @@ FILTERS = [
 
 @pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
 @pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_the_filtered_distribution_is_that_of_transformers(options: dict, spread: float) -> None:
+def test_the_filters_leave_what_those_of_transformers_leave(options: dict, spread: float) -> None:
     logits = torch.randn(4, 300) * spread
     params = SamplingParams(**options)
-    weights = filtered_weights(logits, [params] * 4)
-    want = hugging_face(logits, params)
-    assert torch.equal(weights > 0, want > 0)
-    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), want, rtol=1e-4, atol=1e-9)
+    assert torch.equal(kept(logits, [params] * 4), hugging_face(logits, params) > 0)
 
 
 def test_tokens_that_tie_with_the_kth_stay() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
-    assert filtered_weights(logits, [SamplingParams(top_k=2)])[0].gt(0).tolist() == [
-        False, True, True, True, True, False,
-    ]  # fmt: skip
+    assert kept(logits, [SamplingParams(top_k=2)])[0].tolist() == [False, True, True, True, True, False]
 
 
 def test_top_p_keeps_the_smallest_set_and_of_equal_tokens_the_first() -> None:
     logits = torch.tensor([[0.1, 0.2, 0.2, 0.2, 0.3]]).log()
-    assert filtered_weights(logits, [SamplingParams(top_p=0.6)])[0].gt(0).tolist() == [
-        False, True, True, False, True,
-    ]  # fmt: skip
+    assert kept(logits, [SamplingParams(top_p=0.6)])[0].tolist() == [False, True, True, False, True]
     even = torch.zeros(1, 8)
-    assert filtered_weights(even, [SamplingParams(top_p=0.5)])[0].gt(0).tolist() == [True] * 4 + [False] * 4
+    assert kept(even, [SamplingParams(top_p=0.5)])[0].tolist() == [True] * 4 + [False] * 4
+    assert kept(even, [SamplingParams(top_p=0.5, min_p=1.0)])[0].tolist() == [True] * 4 + [False] * 4
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}])
@@ -113,19 +107,76 @@ def test_frequencies_follow_the_distribution(options: dict) -> None:
     assert chi_square < 27.9  # 5 degrees of freedom: p < 4e-5 beyond
 
 
-def test_the_token_is_the_first_beyond_u_in_id_order() -> None:
-    probabilities = [0.1, 0.4, 0.0, 0.3, 0.2]
-    logits = torch.tensor([probabilities]).log()  # a token with -inf cannot be drawn
-    for position, u in enumerate(uniform([9] * 50, [3] * 50, range(50))):
-        want = int(np.searchsorted(np.cumsum(probabilities), u, side="right"))
-        assert sample(logits, [SamplingParams(seed=9)], [position], [3])[0].token_id == want
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+def test_tokens_of_one_in_a_million_come_as_often_as_they_should(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+    draws, part, tail = 1_000_000, 50_000, 20
+    probabilities = torch.tensor([*[1e-6] * tail, 0.6, 0.25, 0.15 - 1e-3 - 1e-6 * tail, 1e-3], dtype=torch.float64)
+    logits = probabilities.log().float().expand(part, -1).contiguous()
+    params = [SamplingParams(seed=7)] * part
+    counts = np.zeros(len(probabilities))
+    for start in range(0, draws, part):
+        tokens = sample(logits, params, range(start, start + part), [0] * part)
+        counts += np.bincount([token.token_id for token in tokens], minlength=len(counts))
+    expected = probabilities.numpy() * draws
+    assert abs(counts[:tail].sum() - tail) < 4 * math.sqrt(tail)
+    chi_square = ((counts[tail:] - expected[tail:]) ** 2 / expected[tail:]).sum()
+    assert chi_square < 22.6  # about 3 degrees of freedom: p < 5e-5 beyond
 
 
-@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.25, 3), (1 - 2**-53, 3)])
-def test_a_token_without_weight_never_comes(u: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overfill.model.sampling.uniform", lambda *_: np.array([u]))
-    logits = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
-    assert sample(logits, [SamplingParams(seed=0)], [0], [0])[0].token_id == token
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+def test_known_draws(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+    params, positions, sample_indices, tokens = plain_race.known_requests()
+    logits = plain_race.LOGITS.expand(len(params), -1)
+    assert [token.token_id for token in sample(logits, params, positions, sample_indices)] == tokens
+
+
+def test_the_keys_are_those_of_the_definition() -> None:
+    logits = torch.randn(1, 50) * 3
+    logits[0, 7] = -torch.inf
+    (keys,) = race_keys(logits, [SamplingParams(seed=2**63 + 9, temperature=0.7)], [40], [3]).tolist()
+    greatest = logits.max().item()
+    for token, key in enumerate(keys):
+        luck = plain_race.luck(2**63 + 9, 40, 3, token)
+        assert key == pytest.approx((logits[0, token].item() - greatest) / 0.7 + luck, abs=1e-5)
+
+
+def test_the_most_extreme_words_give_finite_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "token_words", lambda *_: torch.tensor([[0, 2**32 - 1, 2**31]]))
+    keys = race_keys(torch.zeros(1, 3), [SamplingParams(seed=0)], [0], [0])[0].tolist()
+    assert keys == pytest.approx([33 * math.log(2), -math.log(24 * math.log(2)), -math.log(math.log(2))], abs=1e-5)
+
+
+def test_of_equal_keys_the_lowest_id_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+    monkeypatch.setattr(sampling, "token_words", lambda *_: torch.tensor([[0, 9, 9, 9]]))
+    logits = torch.tensor([[-20.0, 1.0, 1.0, 1.0]])
+    assert sample(logits, [SamplingParams(seed=0)], [0], [0])[0].token_id == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+def test_a_token_of_minus_infinity_never_comes(options: dict, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, [300, 700]] = torch.tensor([1.0, 1.5])
+    assert set(draw(logits, SamplingParams(seed=0, **options), 50)) <= {300, 700}
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-2])
+def test_noise_in_the_logits_changes_few_draws(noise: float) -> None:
+    n = 2000
+    logits = torch.randn(n, 2000) * 3
+    params = [SamplingParams(seed=3)] * n
+    before, after = (
+        torch.tensor([token.token_id for token in sample(row, params, range(n), [0] * n)])
+        for row in (logits, logits + torch.randn_like(logits) * noise)
+    )
+    assert (before != after).float().mean() < 2 * noise
 
 
 def test_a_draw_is_decided_by_seed_position_and_sample_index() -> None:
