@@ -257,12 +257,14 @@ class PrefillEngine:
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
         unsent: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
+        traced = [s for s, _ in scheduled if s.trace]
 
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
                 raise _Abandoned
-            now = time.monotonic_ns()
-            self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
+            if traced:
+                now = time.monotonic_ns()
+                self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
 
         def kv_written(layer: int) -> None:
             event, notify = record_event(self._runner.device), False

@@ -70,6 +70,7 @@ class PrefillSequence:
         sample_index: number of the answer among the request's answers.
         cache_namespace: tenant whose cached prefixes the prompt may share.
         prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
+        trace: whether the engine emits ``LayerStarted`` for this prompt.
         cached_tokens: prompt tokens whose KV was found in the prefix cache.
         computed: prompt tokens whose KV is in ``blocks``.
         scores: receives the log-probabilities of the prompt's tokens; None if they are not asked for.
@@ -84,6 +85,7 @@ class PrefillSequence:
     processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
+    trace: bool = False
     cancelled: bool = False
     cached_tokens: int = 0
     computed: int = 0
@@ -153,7 +155,7 @@ class PrefillScheduled:
 
 @dataclass(frozen=True, slots=True)
 class LayerStarted:
-    """The step of this prompt has reached ``layer``."""
+    """The step of this prompt, which has a trace, has reached ``layer``."""
 
     id: str
     layer: int

@@ -68,7 +68,7 @@ class PullStats:
     kv_bytes: int = 0
     kv_chunks: int = 0
     shared_bytes: int = 0  # part of kv_bytes that came through shared memory
-    cached_tokens: int = 0  # of the prompt, found in the prefill worker's prefix cache
+    cached_tokens: int | None = None  # of the prompt, found in the prefix cache; None until the prefill has begun
     held_tokens: int = 0  # of the prompt, in this worker's blocks before the transfer
     broken_streams: int = 0  # data streams that ended with a wrong chunk, missing ranges or an error
     prefill: kv_pb2.PrefillTrace | None = None

@@ -17,9 +17,10 @@ from typing import TypeVar
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown, Unavailable
 from overfill.process import startup
+from overfill.process.open_files import allow_connections
 from overfill.rpc import unfilled
 from overfill.rpc.addresses import instead_of_wildcard, split_address
-from overfill.rpc.constants import MAX_STARTUP
+from overfill.rpc.constants import MAX_CONNECTIONS, MAX_STARTUP
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer
@@ -136,6 +137,7 @@ class WorkerHost:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.drain)
+        allow_connections(MAX_CONNECTIONS)
         bound = await self._server.start(address)
         announce(self._hello, announced(bound, self._advertise))
         self._hello.startup_seconds = min(startup.seconds(), MAX_STARTUP)

@@ -304,6 +304,7 @@ class SequenceSession:
                         elif in_place:
                             self._metrics.handed_over(handoff.codec, handoff.stats)
                     finally:
+                        self._note_cached_tokens(handoff)
                         if handoff.codec:
                             self._metrics.received(handoff.codec, handoff.stats)
                             span.set(kv_bytes=handoff.stats.kv_bytes, codec=CODEC_NAMES[handoff.codec])
@@ -323,14 +324,15 @@ class SequenceSession:
             self._pull = None
 
     def _note_handoff(self) -> None:
-        """Keeps the codec of the latest handoff, and the cached tokens of the first prefill.
-
-        A later prefill would find the blocks that the first left.
-        """
+        """Keeps the codec of the latest handoff, and its cached tokens if it is the first."""
         if self._handoff is not None:
             self._codec = self._handoff.codec
-            if self._cached_tokens is None:
-                self._cached_tokens = self._handoff.stats.cached_tokens
+            self._note_cached_tokens(self._handoff)
+
+    def _note_cached_tokens(self, handoff: Handoff) -> None:
+        """Keeps the cached tokens of the first prefill that began: a later one finds the blocks that the first left."""
+        if self._cached_tokens is None:
+            self._cached_tokens = handoff.stats.cached_tokens
 
     async def _on_first_token(self, tokens: decode_pb2.Tokens) -> bool:
         if not self.wants_first_token or self._handoff is None:  # an earlier prefill of this session has sent it

@@ -287,6 +287,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             processor=processor,
             cache_namespace=start.cache_namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace) if scores is None else None,
+            trace=start.trace,
             scores=scores,
         )
 

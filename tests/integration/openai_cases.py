@@ -489,7 +489,8 @@ COMPLETIONS = [
     Case("echo", "supported",
         "with `logprobs`, the prompt's tokens have theirs, as `prompt_logprobs`, null for the first; `max_tokens` 1 "
         "always adds the scores of one token then, as lm-eval expects; not streamed", check=_echo),
-    Case("logprobs", "supported", "0 to 5", check=_old_logprobs),
+    Case("logprobs", "supported", "0 to 5; `text_offset` counts a character once, at the token that completes it",
+        check=_old_logprobs),
     Case("suffix", "refused", value="x"),
 ]
 

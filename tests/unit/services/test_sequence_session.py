@@ -20,7 +20,7 @@ from overfill.engine.sequence import (
     StopRule,
     Yielded,
 )
-from overfill.errors import InternalError, StepFailed, Unavailable
+from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
 from overfill.request.params import SamplingParams
@@ -226,6 +226,20 @@ async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_en
     so_far = tokens[0].tokens.so_far
     assert (so_far.usage.cached_tokens, so_far.codec, so_far.prefill_worker_id) == (2, common_pb2.KV_CODEC_RAW, "p")
     assert 0 < so_far.decode_ns < done.done.decode_ns
+
+
+async def test_the_cached_tokens_are_those_of_the_first_prefill_that_began(harness):
+    """A second one finds the blocks that a first one left, which a broken transfer ended before its first token."""
+    for cached, error in ((None, Unavailable("full")), (0, TransferFailed("damaged")), (2, None)):
+        pull = await harness.assign()
+        pull.stats.cached_tokens = cached
+        if error is None:
+            pull.on_in_place()
+        pull.end(error)
+        await settle()
+    while harness.engine.step():
+        await settle()
+    assert harness.told[-1].done.usage.cached_tokens == 0
 
 
 async def test_an_error_after_the_kv_is_in_place_asks_for_no_other_prefill(harness):
