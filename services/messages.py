@@ -60,9 +60,16 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
     )
 
 
-def first_token_to_proto(token: SampledToken, scheduled_ns: int, sampled_ns: int) -> decode_pb2.Tokens:
-    """Converts the full model's token. The times are when its prompt was scheduled and when it was sampled."""
+def first_token_to_proto(
+    token: SampledToken, scores: common_pb2.PromptLogprobs | None, scheduled_ns: int, sampled_ns: int
+) -> decode_pb2.Tokens:
+    """Converts the full model's token and the prompt's scores.
+
+    The times are when its prompt was scheduled and when it was sampled.
+    """
     tokens = tokens_to_proto(token, 0)
+    if scores is not None:
+        tokens.prompt_logprobs.CopyFrom(scores)
     tokens.prefill_compute_ns = sampled_ns - scheduled_ns
     tokens.return_ns = time.monotonic_ns() - sampled_ns
     return tokens

@@ -25,6 +25,8 @@ from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Log-probabilities of one prompt's tokens: each token has its own and those of its alternatives. They take 2 MiB."""
 
 _REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}*")
 _CODECS = frozenset(common_pb2.KvCodec.values())
@@ -67,6 +69,7 @@ def validate_generate(
             room = request.resume_identity.prompt_tokens
         prompt = _truncated(prompt, request.truncate_prompt_tokens, room)
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
+    _check_scores(sampling, len(prompt), vocab_size)
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed
     start = decode_pb2.StartDecode(
@@ -159,6 +162,20 @@ def _check_room(prompt_tokens: int, max_model_len: int) -> int:
             f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must also hold an answer",
         )
     return room
+
+
+def _check_scores(sampling: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
+    count = sampling.prompt_logprobs
+    if count is None:
+        return
+    if count > vocab_size:
+        raise InvalidRequest("sampling.prompt_logprobs", f"is {count}, more than the {vocab_size} token ids")
+    if (total := (1 + count) * prompt_tokens) > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequest(
+            "sampling.prompt_logprobs",
+            f"{count} for each of {prompt_tokens} tokens make {total} log-probabilities, with the tokens' own; at most "
+            f"{MAX_PROMPT_LOGPROBS} are allowed; ask for fewer, or score a shorter prompt",
+        )
 
 
 def _check_stop(stops: Sequence[str]) -> tuple[str, ...]:

@@ -40,7 +40,13 @@ DEFAULT_RECIPE = "smollm2-fast"
     "--minutes", type=AnyNumber(), help="Length of the run in minutes of training; the learning rate follows the clock."
 )
 @click.option("--epochs", type=AnyNumber(), help="Length of the run in passes over the data.")
-@click.option("--learning-rate", type=AnyNumber(), help="Peak learning rate.")
+@click.option(
+    "--rank",
+    type=int,
+    help="Train low-rank factors of this rank beside frozen matrices, and merge them at the end.  [default: the "
+    "recipe's, or everything is trained]",
+)
+@click.option("--learning-rate", type=AnyNumber(), help="Peak learning rate; low-rank factors take 8 times that.")
 @click.option("--batch-transcripts", type=int, help="Transcripts per step, over all processes.")
 @click.option("--cross-entropy", type=AnyNumber(), help="Weight of the answers' own tokens in the loss.")
 @click.option("--kl", type=AnyNumber(), help="Weight of the full model's distribution in the loss.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
-_NUM_JUDGED = 16  # held-out conversations for a first impression; `overfill pair eval` uses all
+_NUM_JUDGED = 16  # conversations of the development set, for a first impression
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -156,7 +156,7 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
     Attention heads and the KV cache always keep their sizes. The pair links to the full model's folder.
 
     Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
-    model on a few held-out answers, and the commands to use next.
+    model on a few answers of SmolLM2-135M-Instruct from the development set, and the commands to use next.
     """
     from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
@@ -180,7 +180,7 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
 
 
 def _agreement(pair: Pair, report: Report) -> str:
-    """Measures and describes the agreement with the full model on a few held-out answers."""
+    """Measures and describes the agreement with the full model on a few answers of the development set."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.making.conversations import encode, shipped_conversations
     from overfill.making.evaluate.evaluation import two_stage_agreement
@@ -195,7 +195,8 @@ def _agreement(pair: Pair, report: Report) -> str:
     except InvalidRequest as error:
         return f"not measured: {error}"
     share, deviation = 100 * found.mean, 100 * found.standard_error
-    return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {len(transcripts)} held-out answers"
+    text = f"{len(transcripts)} answers that SmolLM2-135M-Instruct wrote (development set)"
+    return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {text}"
 
 
 def _print_summary(pair: Pair, agreement: str) -> None:
@@ -222,7 +223,11 @@ def _print_summary(pair: Pair, agreement: str) -> None:
     "--count", type=click.IntRange(min=1), default=300, show_default=True, help="Number of conversations to write."
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed gives other conversations."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 2),
+    default=0,
+    show_default=True,
+    help="Another seed gives other conversations. `pair build --calibration self` takes 4294967295.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option(
@@ -238,7 +243,7 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, mix
 
     Given only the opening of a user's turn, an instruction-tuned model writes a question; then it answers the question.
     With --mix, it also extracts from texts, rewrites them, answers a second question, and reads long prompts. Appends
-    each conversation to the file as soon as it is complete.
+    each conversation to the file as soon as it is complete, except for those whose prompt the file already has.
     """
     from overfill.cli.progress import show_progress
     from overfill.making.conversations import append_jsonl, read_conversations
@@ -246,13 +251,18 @@ def calibrate_command(full: str, count: int, seed: int, threads: int | None, mix
     from overfill.making.mixed_kinds import mixed_conversations
     from overfill.making.synthetic_data import generate_conversations
 
+    present = read_conversations(out, "out") if out.exists() else []
+    known = {conversation.prompt for conversation in present}
     with show_progress() as report:
         folder = resolve_model(full, report)
         if mix is None:
-            written = generate_conversations(folder, count, seed=seed, threads=threads, report=report)
+            asked = {conversation.messages[0]["content"] for conversation in present}
+            written = generate_conversations(folder, count, seed=seed, known=asked, threads=threads, report=report)
         else:
             plain = read_conversations(mix, "mix")
             written = mixed_conversations(folder, plain, count, seed=seed, threads=threads, report=report)
         for conversation in written:
-            append_jsonl(out, [conversation])
+            if conversation.prompt not in known:
+                known.add(conversation.prompt)
+                append_jsonl(out, [conversation])
     click.echo(out)

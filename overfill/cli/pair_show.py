@@ -18,6 +18,7 @@ def show_command(name: str, as_json: bool) -> int:
     """Show what the pair NAME consists of.
 
     NAME is default, fast, identity or a pair folder. Shows the models, sizes, digests, engines, recipe and evaluation.
+    weights_read is the number of weights that one token of an answer reads; the embedding is not among them.
 
     Reads all weights, about a second per gigabyte. Sizes, digests and engines are those of the files as they are now.
     Exits with 1 if digest or engines differ from pair.json, a tensor does not fit its config, a tied head differs from
@@ -38,6 +39,8 @@ def show_command(name: str, as_json: bool) -> int:
         width = max(len(key) for key, _ in rows)
         for key, value in rows:
             click.echo(f"{key:<{width}}  {value}")
+        read, of_full = facts["decoder"]["weights_read"], facts["full"]["weights_read"]
+        click.echo(f"A token of an answer reads {100 * read / of_full:.0f} % of the full model's weights.")
     problems = [(half, problem) for half in ("full", "decoder") for problem in facts[half].get("problems", ())]
     for half, problem in problems:
         click.echo(f"overfill: {half}: {problem}", err=True)
@@ -73,6 +76,7 @@ def describe(pair: Pair, report: Report) -> dict[str, Any]:
 def _half(pair: Pair, half: Half, report: Report, digest: str | None = None) -> dict[str, Any]:
     """Describes one half. Its weights are read and checked unless ``digest`` is given."""
     from overfill.errors import OverfillError
+    from overfill.making.evaluate.costs import DecodeCost
     from overfill.making.finite import check_finite
     from overfill.making.published import PublishedCheckpoint
     from overfill.model.digest import StoredTensor, checkpoint_digest, list_tensors
@@ -114,6 +118,7 @@ def _half(pair: Pair, half: Half, report: Report, digest: str | None = None) -> 
         "path": str(path),
         "model_type": config.model_type,
         "parameters": count_parameters(config),
+        "weights_read": DecodeCost.of(config, "bf16").weights,
         **{name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_layers")},
         "weights": config.weight_format,
         "dtypes": sorted({tensor.dtype for tensor in tensors}),

@@ -23,12 +23,14 @@ class TokenLogprobs:
     """Natural-log probabilities under softmax(logits), before temperature and filters.
 
     Attributes:
-        logprob: Log-probability of the chosen token.
+        logprob: Log-probability of the token, which was chosen or is part of the prompt.
         top: Pairs (token id, log-probability) of the most likely tokens, the most likely first.
+        rank: Of a prompt's token: its rank among all token ids; 1 means that none is more likely. None in an answer.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Delta:
         logprobs: One entry per token; None means that the request did not ask for them.
         tool_calls: New parts of tool calls; ``text`` does not include them.
         parts: Parts of the answer that begin with one of ``token_ids``, because another tier continues the answer.
+        prompt_logprobs: In the first delta, if the request asks for it: as ``Answer.prompt_logprobs``.
     """
 
     first_index: int
@@ -105,6 +108,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None
     tool_calls: tuple[ToolCallDelta, ...] = ()
     parts: tuple[AnswerPart, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +274,8 @@ class Answer:
             at token 0, or after ``resume_token_ids``.
         brownout_from: Requested tier, if it was overloaded and another wrote the answer; otherwise None.
         identity: What the last part of the answer depends on; a request that resumes the answer needs this.
+        prompt_logprobs: One entry per token of the prompt, None for the first; None means that the request did not ask
+            for them.
     """
 
     text: str
@@ -296,6 +302,7 @@ class Answer:
     parts: tuple[AnswerPart, ...] = ()
     brownout_from: str | None = None
     identity: AnswerIdentity = field(default_factory=AnswerIdentity)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     @property
     def message(self) -> Message:
@@ -322,6 +329,7 @@ class AnswerBuilder:
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self._calls: list[ToolCall] = []
         self._requested_tier = ""
         self._identity = AnswerIdentity()  # of what writes the answer now
@@ -441,7 +449,10 @@ class AnswerBuilder:
             if not parts or parts[0].first_index != self._next_index:  # else the router has changed the tier again
                 parts = self._untold + parts
             self._untold = ()
-        delta = Delta(self._next_index, ids, message.text, logprobs if self._wants_logprobs else None, calls, parts)
+        scores = _prompt_logprobs(message.prompt_logprobs) if message.HasField("prompt_logprobs") else None
+        self._prompt_logprobs = self._prompt_logprobs or scores
+        own = logprobs if self._wants_logprobs else None
+        delta = Delta(self._next_index, ids, message.text, own, calls, parts, scores)
         for beginning in parts:
             _join(self._parts, beginning)
         for part in calls:
@@ -470,6 +481,9 @@ class AnswerBuilder:
     def _finish(self, accepted: Accepted, message: inference_pb2.Finished) -> Answer:
         if message.reason not in FINISH_REASONS:
             raise InternalError(f"the answer ended for a reason that this client does not know: {message.reason}")
+        wants_scores = self._request.sampling.HasField("prompt_logprobs") and not self._request.resume_token_ids
+        if wants_scores and self._prompt_logprobs is None:
+            raise InternalError("the server sent no log-probabilities of the prompt")
         if message.parts:
             self._parts = self._earlier_parts
             for part in _parts(message.parts):
@@ -499,7 +513,19 @@ class AnswerBuilder:
             parts=tuple(self._parts),
             brownout_from=accepted.brownout_from,
             identity=self._identity,
+            prompt_logprobs=self._prompt_logprobs,
         )
+
+
+def _prompt_logprobs(message: common_pb2.PromptLogprobs) -> tuple[TokenLogprobs | None, ...]:
+    """One entry per token of the prompt, None for tokens that have none."""
+    count = len(message.top_ids) // max(1, len(message.logprobs))
+    top = list(zip(message.top_ids, message.top_logprobs, strict=True))
+    scored = (
+        TokenLogprobs(logprob, tuple(top[index * count : (index + 1) * count]), rank)
+        for index, (logprob, rank) in enumerate(zip(message.logprobs, message.ranks, strict=True))
+    )
+    return (*[None] * message.first_index, *scored)
 
 
 def _parts(messages: Iterable[inference_pb2.AnswerPart]) -> tuple[AnswerPart, ...]:

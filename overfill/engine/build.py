@@ -19,7 +19,7 @@ from overfill.engine.gpu_memory import free_share
 from overfill.engine.protocol import DEFAULT_CPU_KV_BYTES, REPLAY_BUDGET, EngineOptions
 from overfill.engine.runner import ModelRunner
 from overfill.engine.stage import Stage, new_prefix_cache
-from overfill.engine.work import Work
+from overfill.engine.work import Scoring, Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName
@@ -32,6 +32,7 @@ from overfill.model.transformer import ForwardModel, Transformer
 from overfill.process.limits import available_memory
 from overfill.request.grammar import Grammars
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
+from overfill.v1 import common_pb2
 from overfill.version import __version__
 
 log = logging.getLogger(__name__)
@@ -257,7 +258,9 @@ def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: i
     before = torch.cuda.memory_allocated(device) if on_cuda else 0
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    runner.run([Work([0] * tokens, 0, blocks, wants_logits=True)])
+    targets = [0] * min(runner.max_scored if on_cuda else 1, tokens)
+    scoring = Scoring(targets, MAX_LOGPROBS, common_pb2.PromptLogprobs())
+    runner.next_tokens([Work([0] * tokens, 0, blocks, wants_logits=False, scoring=scoring)], [])
     # All sequences write to one block, because the results are discarded.
     logits = runner.run([Work([0], 0, blocks[:1], wants_logits=True)] * max_num_seqs)
     costly = SamplingParams(top_k=model.config.vocab_size, top_p=0.9, min_p=0.01, seed=0, logprobs=MAX_LOGPROBS)

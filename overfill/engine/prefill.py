@@ -6,6 +6,8 @@
   rest goes to the other prompts, those with the fewest remaining tokens first. What they leave goes to the oldest.
 - **Fairness.** A short prompt waits for shorter ones only, never for a long prompt as a whole. The oldest prompt
   finishes, or advances by at least half of the budget, in every step.
+- **Scores.** A prompt whose tokens are scored needs the logits of each, so that it takes nothing from the prefix cache
+  and puts nothing into it. A step scores a limited number of tokens, which bounds its memory.
 - **Sharing.** A prompt that has not started waits while another one computes its next block. It then starts behind
   that block, which it takes from the prefix cache.
 """
@@ -13,6 +15,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,7 +34,8 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
-from overfill.engine.work import Runner, Work
+from overfill.engine.work import Runner, Scoring, Work
+from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.model.steps import LayerHooks
@@ -174,12 +178,24 @@ class PrefillEngine:
         oldest, *others = candidates
         others.sort(key=lambda s: s.remaining)  # stable: among equals, the older one first
         share = budget if not others or oldest.remaining <= budget else max(1, budget // 2)
-        counts = {oldest.id: min(share, oldest.remaining)}
-        budget -= counts[oldest.id]
+        counts = dict.fromkeys((s.id for s in candidates), 0)
+        scored = self._runner.max_scored  # tokens that the step may still score
+        if oldest.scores is not None and oldest.remaining > scored and any(s.scores is not None for s in others):
+            share = min(share, max(1, scored // 2))  # so that others' scores do not wait for all of its
+
+        def take(sequence: PrefillSequence, most: int) -> None:
+            nonlocal budget, scored
+            count = min(most, sequence.remaining - counts[sequence.id])
+            if sequence.scores is not None:
+                count = min(count, scored)
+                scored -= count
+            counts[sequence.id] += count
+            budget -= count
+
+        take(oldest, share)
         for sequence in others:
-            counts[sequence.id] = min(budget, sequence.remaining)
-            budget -= counts[sequence.id]
-        counts[oldest.id] += min(budget, oldest.remaining - counts[oldest.id])
+            take(sequence, budget)
+        take(oldest, budget)
         scheduled = [(s, counts[s.id]) for s in (oldest, *others) if counts[s.id]]
         for sequence, _ in scheduled:
             if not _started(sequence):
@@ -220,7 +236,8 @@ class PrefillEngine:
                 break
             needed = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
-                sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
+                shared = sequence.prompt if sequence.scores is None else ()
+                sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
             allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
             if allocation is None:
                 break
@@ -234,7 +251,7 @@ class PrefillEngine:
         finishing = [s for (s, _), end in zip(scheduled, ends, strict=True) if end == len(s.prompt)]
         sampling = [s for s in finishing if s.sample_first_token]
         works = [
-            Work(s.prompt[s.computed : end], s.computed, s.blocks, wants_logits=s in sampling)
+            Work(s.prompt[s.computed : end], s.computed, s.blocks, s in sampling, _scoring(s, end))
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
         unsent: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
@@ -260,6 +277,7 @@ class PrefillEngine:
         sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
+        refused |= {s.id: error for s in finishing if (error := _score_error(s)) is not None}
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             self._events += unsent[sequence.id]
@@ -273,7 +291,7 @@ class PrefillEngine:
             if sequence.id in refused:
                 self._events.append(SequenceFailed(sequence.id, refused[sequence.id]))
                 continue
-            self._events.append(PromptComputed(sequence.id, tokens.get(sequence.id), now))
+            self._events.append(PromptComputed(sequence.id, tokens.get(sequence.id), now, sequence.scores))
 
     def _set_aside(self, sequences: list[PrefillSequence]) -> None:
         """Stops scheduling ``sequences``; they keep their blocks until their Release arrives."""
@@ -293,3 +311,17 @@ class PrefillEngine:
 def _started(sequence: PrefillSequence) -> bool:
     """True once a step has computed a token of the prompt."""
     return sequence.computed > sequence.cached_tokens
+
+
+def _scoring(sequence: PrefillSequence, end: int) -> Scoring | None:
+    """What a step that computes the prompt up to ``end`` scores: each token that follows one of the step's."""
+    count = sequence.sampling.prompt_logprobs
+    if sequence.scores is None or count is None:
+        return None
+    return Scoring(sequence.prompt[sequence.computed + 1 : end + 1], count, sequence.scores)
+
+
+def _score_error(sequence: PrefillSequence) -> Exception | None:
+    if sequence.scores is None or all(map(math.isfinite, sequence.scores.logprobs)):
+        return None
+    return InternalError("the logits are not finite")

@@ -25,7 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from overfill.engine.sequence import Processor
-from overfill.errors import Overloaded
+from overfill.errors import InvalidRequest, Overloaded
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
@@ -150,6 +150,7 @@ class ServedHalf:
         new_processor: makes what the engine keeps for the sampling of one answer.
         codecs: codecs in which KV can leave the store; decode workers store it in any of them.
         prefix_keys: changes of the prefix cache; None without one.
+        scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
     """
 
     engine_version: str
@@ -166,6 +167,7 @@ class ServedHalf:
     prefix_keys: KeyJournal | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
+    scores_prompts: bool = False
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""
@@ -192,6 +194,19 @@ class ServedHalf:
                 "grammars",
             )
         return await self.grammars.prepare(params.grammar, key, make)
+
+    def new_scores(self, params: SamplingParams) -> common_pb2.PromptLogprobs | None:
+        """Makes what receives the log-probabilities of a prompt's tokens; None if ``params`` ask for none.
+
+        Raises:
+            InvalidRequest: the engine cannot compute them.
+        """
+        if params.prompt_logprobs is None:
+            return None
+        if not self.scores_prompts:
+            reason = f"is not supported: {self.engine_version} does not score prompts; use workers of another engine"
+            raise InvalidRequest("sampling.prompt_logprobs", reason)
+        return common_pb2.PromptLogprobs(first_index=1)
 
     @property
     def model_identity(self) -> common_pb2.ModelIdentity:

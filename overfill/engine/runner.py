@@ -15,6 +15,7 @@ from overfill.kv.cache import KvCache, copy_sequence
 from overfill.model.batch import ForwardBatch
 from overfill.model.processors import process
 from overfill.model.sampling import non_finite_errors, sample
+from overfill.model.scoring import max_scored_rows, score
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 from overfill.model.transformer import ForwardModel, GreedyModel
 
@@ -25,11 +26,16 @@ _ROW_LIFETIME = 8
 def sample_next(
     logits: torch.Tensor, works: Sequence[Work], sequences: Sequence[Sampled]
 ) -> tuple[list[SampledToken], dict[int, Exception]]:
-    """Samples a token for every row of ``logits``.
+    """Scores the works' known tokens, and samples a token for each work that wants logits.
+
+    Args:
+        logits: as ``ModelRunner.run`` returns them.
 
     Returns:
         The tokens; and row -> error for rows that failed, whose tokens are meaningless.
     """
+    if any(work.num_scored for work in works):
+        logits = _score(logits, works)
     if not sequences:
         return [], {}
     refused = process(logits, [s.processor for s in sequences], [s.emitted for s in sequences])
@@ -52,23 +58,30 @@ class ModelRunner:
         self.token_layer_bytes = cache.spec.token_layer_bytes
         self._tables = BlockTables()
 
+    @property
+    def max_scored(self) -> int:
+        """Maximum number of tokens that one step scores."""
+        return max_scored_rows(self.model.config.vocab_size)
+
     def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
         """Runs one step.
 
         Returns:
-            Logits of the last token of each work that wants them, [number of such works, vocab_size] float32.
+            Logits, [N, vocab_size] float32, in the order of the works: of the tokens before each known token that a
+            work scores, then of its last token if it wants them.
         """
         return self.model.forward(self._batch(works), self.cache, hooks)
 
     def next_tokens(
         self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """Runs one step and samples; see ``Runner``.
+        """Runs one step, scores and samples; see ``Runner``.
 
         Raises:
             ValueError: a row that is not greedy has no seed.
         """
-        if sequences and all(map(plain_greedy, sequences)) and isinstance(self.model, GreedyModel):
+        scores = any(work.num_scored for work in works)
+        if sequences and not scores and all(map(plain_greedy, sequences)) and isinstance(self.model, GreedyModel):
             tokens = self.model.most_likely(self._batch(works), self.cache, hooks).tolist()
             return [SampledToken(token) for token in tokens], non_finite_errors(tokens)
         return sample_next(self.run(works, hooks), works, sequences)
@@ -124,13 +137,38 @@ class ModelRunner:
             context_lens=ends.tolist(),
             block_tables=self._tensor(tables),
             context_lens_device=self._tensor(ends),
-            logits_indices=self._tensor(last[np.array([work.wants_logits for work in works])]),
+            logits_indices=self._tensor(_logits_indices(works, last)),
             table_rows=self._tensor(rows) if on_host else None,
         )
 
     def _tensor(self, values: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(values)
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _logits_indices(works: Sequence[Work], last: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ascending rows whose logits the works want; ``last`` has the row of each work's last token."""
+    wanted = np.array([work.wants_logits for work in works])
+    if not any(work.num_scored for work in works):
+        chosen: NDArray[np.int64] = last[wanted]
+        return chosen
+    ends = last + 1
+    starts = ends - wanted - [work.num_scored for work in works]
+    return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True) if start < end])
+
+
+def _score(logits: torch.Tensor, works: Sequence[Work]) -> torch.Tensor:
+    """Scores the works' known tokens, and returns the rows of ``logits`` that are left to sample."""
+    sampled, row = [], 0
+    for work in works:
+        if work.scoring is not None:
+            end = row + work.num_scored
+            score(logits[row:end], work.scoring.targets, work.scoring.count, work.scoring.into)
+            row = end
+        if work.wants_logits:
+            sampled.append(row)
+            row += 1
+    return logits[sampled]
 
 
 @dataclass(slots=True)

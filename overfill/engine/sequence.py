@@ -72,6 +72,7 @@ class PrefillSequence:
         prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
         cached_tokens: prompt tokens whose KV was found in the prefix cache.
         computed: prompt tokens whose KV is in ``blocks``.
+        scores: receives the log-probabilities of the prompt's tokens; None if they are not asked for.
         submitted: when the engine took the prompt, on the clock of ``time.monotonic``.
     """
 
@@ -87,6 +88,7 @@ class PrefillSequence:
     cached_tokens: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    scores: common_pb2.PromptLogprobs | None = None
     submitted: float = 0.0
 
     @property
@@ -179,11 +181,15 @@ class ChunkComputed:
 
 @dataclass(frozen=True, slots=True)
 class PromptComputed:
-    """The whole prompt is computed; ``first`` is the full model's token, or None if none was requested."""
+    """The whole prompt is computed; ``first`` is the full model's token, or None if none was requested.
+
+    ``scores`` are the log-probabilities of the prompt's tokens, or None if none were requested.
+    """
 
     id: str
     first: SampledToken | None
     time_ns: int
+    scores: common_pb2.PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

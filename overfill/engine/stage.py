@@ -74,6 +74,7 @@ class Stage:
             codecs=self.codecs,
             prefix_keys=self.prefix.journal if self.half == "full" else None,
             kv_cache_dtype=self.options.kv_cache_dtype,
+            scores_prompts=self.runner.max_scored > 0,
         )
 
     def new_core(self, emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:

@@ -12,9 +12,25 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from overfill.engine.sequence import DecodeSequence, PrefillSequence
 from overfill.kv.store import KvStore
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
+from overfill.v1 import common_pb2
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Known tokens of a prompt whose log-probabilities a step computes.
+
+    Attributes:
+        targets: one per scored row. These rows are the last ones of the work, before the one that is sampled.
+        count: number of most likely tokens to list beside each.
+        into: receives the log-probabilities.
+    """
+
+    targets: Sequence[int]
+    count: int
+    into: common_pb2.PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +45,15 @@ class Work:
     start: int
     blocks: Sequence[int]
     wants_logits: bool
+    scoring: Scoring | None = None
 
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def num_scored(self) -> int:
+        return 0 if self.scoring is None else len(self.scoring.targets)
 
 
 Sampled: TypeAlias = PrefillSequence | DecodeSequence
@@ -53,7 +74,11 @@ class Runner(Protocol):
         device: where it computes; None means that it needs no torch.
         cache: its KV cache.
         token_layer_bytes: bytes of one token's keys and values in one layer.
+        max_scored: maximum number of tokens that one step scores; 0 if the runner cannot score tokens.
     """
+
+    @property
+    def max_scored(self) -> int: ...
 
     @property
     def device(self) -> torch.device | None: ...
@@ -71,7 +96,7 @@ class Runner(Protocol):
     def next_tokens(
         self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:
-        """Runs one step and samples the token after each work that wants logits.
+        """Runs one step, scores the works' known tokens, and samples the token after each work that wants logits.
 
         Args:
             sequences: one per work that wants logits.

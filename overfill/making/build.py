@@ -12,7 +12,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import link_relatively, write_decoder
-from overfill.making.conversations import Conversation, Transcript, encode
+from overfill.making.conversations import Conversation, Transcript, digest_of, encode
 from overfill.making.fit import check_enough, fit
 from overfill.making.head_plan import HeadPlan
 from overfill.making.layer_selection import choose_layers
@@ -36,6 +36,8 @@ SHIPPED_SCORES = Path(__file__).parent / "data" / SCORES_FILE
 SCORING_TOKENS = 6_144
 SENSITIVITY_TOKENS = 3_072
 SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds all their activations
+SCORED_TRANSCRIPT_TOKENS = 2_048
+"""Longest transcript in such a pass. Its activations take about 12 MB per token at 8B."""
 LAYER_TOKENS = 512
 
 
@@ -53,7 +55,8 @@ def build_pair(
     """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
 
     ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
-    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores.
+    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores. Until the
+    pair is whole, they are in ``kept_scores(out)``, where the next build finds them if a later step fails.
 
     Args:
         full: Folder of the full model's checkpoint.
@@ -71,10 +74,16 @@ def build_pair(
             transformers could not run the decoder.
     """
     with atomic_folder(out) as folder:
-        _fill(folder, full, recipe, conversations, calibration, report)
+        _fill(folder, full, recipe, conversations, calibration, kept_scores(out), report)
         if sealed:
             record_checksums(folder)
+    kept_scores(out).unlink(missing_ok=True)
     return Pair.load(out)
+
+
+def kept_scores(out: Path) -> Path:
+    """Returns the file beside the pair ``out`` that keeps its scores while the pair is not whole."""
+    return out.with_name(f"{out.name}.{SCORES_FILE}")
 
 
 def _fill(
@@ -83,6 +92,7 @@ def _fill(
     recipe: DecoderRecipe,
     conversations: Sequence[Conversation],
     calibration: str,
+    kept: Path,
     report: Report,
 ) -> None:
     config = ModelConfig.load(full)
@@ -113,7 +123,7 @@ def _fill(
     shipped = None
     if calibration == "shipped" and SHIPPED_SCORES.exists():
         shipped = Scores.load(SHIPPED_SCORES, digest)
-    scores = shipped or _score(weights, config, transcripts, report)
+    scores = shipped or _measured(weights, config, transcripts, digest, kept, report)
     scores.save(folder / SCORES_FILE, digest)
     layers = list(range(config.num_layers))
     if sizes["layers"] < config.num_layers:
@@ -158,12 +168,28 @@ def _head_plan(
     return HeadPlan(shares, sizes["head_tokens"], sizes["tail_rank"])
 
 
-def _score(weights: Weights, config: ModelConfig, transcripts: Sequence[Transcript], report: Report) -> Scores:
-    small_parts = PackedTranscripts.of(limit_answer_tokens(transcripts, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
+def _measured(
+    weights: Weights,
+    config: ModelConfig,
+    transcripts: Sequence[Transcript],
+    full_digest: str,
+    kept: Path,
+    report: Report,
+) -> Scores:
+    """Returns the scores that a failed build left in ``kept``, or measures them and writes them there.
+
+    Scores of another full model or of other text are measured again.
+    """
+    scored = limit_answer_tokens(shorten(transcripts, SCORED_TRANSCRIPT_TOKENS), SCORING_TOKENS)
+    text_digest = digest_of(scored)
+    if kept.exists() and (found := Scores.load(kept, full_digest, text_digest)) is not None:
+        report(f"Using the scores in {kept}", 1, 1)
+        return found
+    small_parts = PackedTranscripts.of(limit_answer_tokens(scored, SENSITIVITY_TOKENS), SENSITIVITY_ROWS)
     sensitivity = measure_sensitivity(weights, config, small_parts, report)
-    return score(
-        weights, config, PackedTranscripts.of(limit_answer_tokens(transcripts, SCORING_TOKENS)), sensitivity, report
-    )
+    scores = score(weights, config, PackedTranscripts.of(scored), sensitivity, report)
+    scores.save(kept, full_digest, text_digest)
+    return scores
 
 
 def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
@@ -194,3 +220,12 @@ def limit_answer_tokens(transcripts: Sequence[Transcript], answer_tokens: int) -
         taken.append(Transcript(transcript.token_ids[:end], transcript.answer_start))
         left -= answer
     return taken
+
+
+def shorten(transcripts: Sequence[Transcript], tokens: int) -> list[Transcript]:
+    """Cuts each transcript to ``tokens``: its prompt loses the beginning, and an answer that is as long its end."""
+    cut = []
+    for transcript in transcripts:
+        begin = max(0, min(len(transcript.token_ids) - tokens, transcript.answer_start - 1))
+        cut.append(Transcript(transcript.token_ids[begin:][:tokens], transcript.answer_start - begin))
+    return cut

@@ -26,9 +26,9 @@ def calibration_text(source: str, full: Path, tokens: int, report: Report = sile
         return shipped_conversations("calibration")
     count = max(32, tokens // _ANSWER_TOKENS)
     if source == "self":
-        from overfill.making.synthetic_data import generate_conversations
+        from overfill.making.synthetic_data import SELF_SEED, generate_conversations
 
-        return list(generate_conversations(full, count, report=report))
+        return list(generate_conversations(full, count, seed=SELF_SEED, report=report))
     if Path(source).is_file():
         return read_conversations(Path(source))
     if "/" not in source or Path(source).suffix == ".jsonl":

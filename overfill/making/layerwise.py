@@ -136,18 +136,20 @@ class LayerMath:
 
 
 def fold_norms(weights: Weights) -> Weights:
-    """Multiplies every RMSNorm's gain into the projections that read it. The model's function stays the same."""
-    layers = tuple(
-        replace(
-            layer,
-            qkv=layer.qkv * layer.input_norm,
-            gate_up=layer.gate_up * layer.post_norm,
-            input_norm=torch.ones_like(layer.input_norm),
-            post_norm=torch.ones_like(layer.post_norm),
-        )
-        for layer in weights.layers
-    )
-    return Weights(weights.embedding, layers, torch.ones_like(weights.norm), weights.head * weights.norm)
+    """Multiplies every RMSNorm's gain into the projections that read it. The model's function stays the same.
+
+    Changes ``weights`` in place, because a copy would double the memory. Only a head that is tied to the embedding
+    becomes a copy, since the embedding must not change.
+    """
+    for layer in weights.layers:
+        layer.qkv.mul_(layer.input_norm)
+        layer.gate_up.mul_(layer.post_norm)
+        layer.input_norm.fill_(1)
+        layer.post_norm.fill_(1)
+    tied = weights.head is weights.embedding
+    head = weights.head * weights.norm if tied else weights.head.mul_(weights.norm)
+    weights.norm.fill_(1)
+    return replace(weights, head=head)
 
 
 @dataclass(frozen=True, slots=True)

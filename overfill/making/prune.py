@@ -7,6 +7,7 @@ never change, so that the decoder fits the full model's KV cache (OverFill, arXi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import LayerWeights, Weights
 from overfill.telemetry.progress import Report, silent
 
-_DIGEST = "full_digest"
+_FULL_DIGEST, _TEXT_DIGEST = "full_digest", "text_digest"
 _ROWS_OF_LOGITS = 512  # computed at a time, because each row is as wide as the vocabulary
 
 
@@ -53,22 +54,36 @@ class Scores:
     direction_shares: Tensor
     token_shares: Tensor
 
-    def save(self, file: Path, full_digest: str) -> None:
-        """Writes the scores to ``file`` with the digest of the full model (``checkpoint_digest``)."""
+    def save(self, file: Path, full_digest: str, text_digest: str | None = None) -> None:
+        """Writes the scores to ``file``; it appears whole or not at all.
+
+        Args:
+            full_digest: Digest of the full model (``checkpoint_digest``).
+            text_digest: Digest of the transcripts that were scored (``digest_of``).
+        """
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
         tensors["neurons"] = self.neurons.to(torch.int32)
-        save_tensors(tensors, file, {_DIGEST: full_digest})
+        temporary = file.with_name(f".{file.name}.tmp")
+        text = {} if text_digest is None else {_TEXT_DIGEST: text_digest}
+        save_tensors(tensors, temporary, {_FULL_DIGEST: full_digest} | text)
+        os.replace(temporary, file)
 
     @classmethod
-    def load(cls, file: Path, full_digest: str) -> Scores | None:
-        """Reads scores; returns None if they belong to another checkpoint.
+    def load(cls, file: Path, full_digest: str, text_digest: str | None = None) -> Scores | None:
+        """Reads scores; returns None if they belong to another checkpoint, or to other text.
+
+        Args:
+            text_digest: None accepts scores of any text.
 
         Raises:
             InvalidPair: ``file`` holds no scores.
         """
         try:
             with safe_open(file, "pt") as stored:
-                if (stored.metadata() or {}).get(_DIGEST) != full_digest:
+                metadata = stored.metadata() or {}
+                if metadata.get(_FULL_DIGEST) != full_digest:
+                    return None
+                if text_digest is not None and metadata.get(_TEXT_DIGEST) != text_digest:
                     return None
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a mapping)
             return cls(**(tensors | {"neurons": tensors["neurons"].long()}))

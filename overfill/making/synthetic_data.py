@@ -6,7 +6,7 @@ answers (Magpie, arXiv 2406.08464). Both steps run in batches on the project's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,8 @@ BATCH = 64
 DRAW_SIZE = 4 * BATCH
 """Conversations that start together. The engine runs BATCH of them at a time, so that few steps run half empty."""
 _LONGEST = 2 * (QUESTION_TOKENS + ANSWER_TOKENS)  # twice: the template adds tokens
+SELF_SEED = 2**32 - 1
+"""Seed of the text that ``overfill pair build --calibration self`` fits on; ``overfill pair calibrate`` refuses it."""
 _MIN_QUESTION_CHARS = 12
 _MIN_ANSWER_TOKENS = 16
 
@@ -91,6 +93,7 @@ def generate_conversations(
     count: int,
     *,
     seed: int = 0,
+    known: Collection[str] = (),
     threads: int | None = None,
     report: Report = silent,
 ) -> Iterator[Conversation]:
@@ -100,6 +103,8 @@ def generate_conversations(
     machine and dtype, equal seeds give equal conversations.
 
     Args:
+        seed: In 0..``SELF_SEED``. Other seeds draw other questions.
+        known: Questions to drop as well.
         threads: Number of CPU threads. None keeps torch's setting.
 
     Raises:
@@ -107,10 +112,10 @@ def generate_conversations(
         InvalidRequest: the checkpoint has no chat template.
     """
     with Writer.open(full, threads=threads, report=report) as writer:
-        seen: set[str] = set()
+        seen = set(known)
         done = drawn = 0
         while done < count:
-            if drawn > 8 * (count + DRAW_SIZE):
+            if drawn > 8 * (count + len(known) + DRAW_SIZE):
                 raise InvalidPair(f"{full}: only {done} of {drawn} conversations that it wrote are usable")
             draw = min(DRAW_SIZE, max(BATCH, 2 * (count - done)))
             first = (seed << 32) + drawn

@@ -187,6 +187,8 @@ class LLM:
             )
         check_token_ids("prompt", prompt, self._config.vocab_size)
         sampling.check_vocab(self._config.vocab_size)
+        if sampling.prompt_logprobs is not None:
+            raise InvalidRequest("sampling.prompt_logprobs", "is for running stacks; LLM does not score prompts")
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
         max_answer, eos_ids = self.max_model_len - len(prompt), self._config.eos_token_ids

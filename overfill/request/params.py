@@ -104,6 +104,8 @@ class SamplingParams:
             At most 1,024.
         ignore_eos: Whether the answer continues past the model's own end-of-sequence ids.
         logprobs: Number of most likely tokens to report beside the chosen one, 0 to 20; None reports nothing.
+        prompt_logprobs: Number of most likely tokens to report beside each token of the prompt, 0 to 20; None does not
+            score the prompt. These log-probabilities are of the full model's unchanged logits.
         repetition_penalty: Divisor of positive logits and factor of negative logits, for tokens in the prompt or the
             answer so far (as in Hugging Face *generate*). In [0.01, 100]; 1 has no effect.
         presence_penalty: Value subtracted from the logit of every token in the answer so far, in [-2, 2].
@@ -128,6 +130,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -164,8 +167,10 @@ class SamplingParams:
         _check_counts(self.stop_token_ids, self.logit_bias)
         if any(t < 0 for t in self.stop_token_ids):
             raise _invalid("stop_token_ids", f"holds {min(self.stop_token_ids)}; token ids are 0 or more")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise _invalid("logprobs", f"must be in 0..{MAX_LOGPROBS}, got {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise _invalid(name, f"must be in 0..{MAX_LOGPROBS}, got {count}")
         if self.greedy and (self.top_k not in (None, 1) or self.top_p != 1 or self.min_p != 0):
             raise _invalid("temperature", "0 (greedy) conflicts with top_k, top_p and min_p; leave those out")
         # Larger penalties have no known use, and soon make float32 logits infinite.
@@ -215,6 +220,7 @@ class SamplingParams:
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

@@ -27,6 +27,7 @@ class AnswerDelta:
         text: text that became final with these tokens.
         tool_calls: new parts of tool calls; their text is not in ``text``.
         parts: parts of the answer that begin with one of the tokens, if the answer changed its tier there.
+        prompt_logprobs: log-probabilities of the prompt's tokens, in the first delta if the request asks for them.
     """
 
     first_index: int
@@ -35,6 +36,7 @@ class AnswerDelta:
     text: str = ""
     tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
     parts: Sequence[inference_pb2.AnswerPart] = ()
+    prompt_logprobs: common_pb2.PromptLogprobs | None = None
 
     def extend(self, later: AnswerDelta) -> None:
         """Appends the delta that follows this one."""
@@ -53,6 +55,7 @@ class AnswerDelta:
             logprobs=self.logprobs or None,
             tool_calls=self.tool_calls or None,
             parts=self.parts or None,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -61,6 +64,8 @@ class AnswerState:
 
     Args:
         tier: tier of which the client was told that it writes the answer.
+        num_scores: number of log-probabilities of the prompt's tokens, and of alternatives to each, that the first
+            token must bring; None if it brings none.
 
     Attributes:
         emitted: all tokens so far, those that the client brought included; at most ``max_tokens``.
@@ -78,8 +83,16 @@ class AnswerState:
             counts all tokens of the answer, replayed ones included.
     """
 
-    def __init__(self, emitted: Iterable[int], max_tokens: int, received: float, tier: str = DEFAULT_TIER) -> None:
+    def __init__(
+        self,
+        emitted: Iterable[int],
+        max_tokens: int,
+        received: float,
+        tier: str = DEFAULT_TIER,
+        num_scores: tuple[int, int] | None = None,
+    ) -> None:
         self.emitted = list(emitted)
+        self._num_scores = num_scores  # None once they have arrived
         self.received = received
         self.first_token_at = 0.0
         self.parts: list[inference_pb2.AnswerPart] = []
@@ -183,7 +196,7 @@ class AnswerState:
 
         Raises:
             InternalError: a gap, a repeat that differs, more than ``max_tokens`` tokens, or log-probabilities that do
-                not match the ids. Nothing is added.
+                not match the ids or the prompt. Nothing is added.
         """
         # Copies the entries: a reference to one keeps its whole WorkerMessage in memory, all sequences' tokens too.
         ids, logprobs = list(tokens.ids), [_copy(entry) for entry in tokens.logprobs]
@@ -199,17 +212,18 @@ class AnswerState:
             if repeated != ids[: len(repeated)]:
                 raise InternalError(f"tokens from index {first} on differ from those emitted before")
             ids, logprobs = ids[len(repeated) :], logprobs[len(repeated) :]
+        scores = self._scores(tokens)
         if tokens.HasField("so_far"):
             self._so_far.CopyFrom(tokens.so_far)  # a reference would keep the whole WorkerMessage
             self._so_far_at = now
-        if not ids:
+        if not ids and scores is None:
             return False
         self._last_token_at = now
         if not self.first_token_at:
             self.first_token_at = now
         self.emitted += ids
         if self._unread is None:
-            self._unread = AnswerDelta(known, ids, logprobs)
+            self._unread = AnswerDelta(known, ids, logprobs, prompt_logprobs=scores)
         else:
             self._unread.token_ids += ids
             self._unread.logprobs += logprobs
@@ -218,6 +232,20 @@ class AnswerState:
             self._told_tier = self.parts[-1].tier
         self._wake()
         return True
+
+    def _scores(self, tokens: decode_pb2.Tokens) -> common_pb2.PromptLogprobs | None:
+        """Returns a copy of the prompt's scores when they arrive. Raises InternalError if they do not match it."""
+        if self._num_scores is None:
+            return None
+        scored, alternatives = self._num_scores
+        scores = tokens.prompt_logprobs
+        found = (len(scores.logprobs), len(scores.ranks), len(scores.top_ids), len(scores.top_logprobs))
+        if found != (scored, scored, scored * alternatives, scored * alternatives):
+            raise InternalError(f"the worker sent {found} numbers about a prompt with {scored} tokens to score")
+        self._num_scores = None
+        copy = common_pb2.PromptLogprobs()
+        copy.CopyFrom(scores)
+        return copy
 
     def end(self, end: decode_pb2.DecodeDone | OverfillError) -> None:
         """Ends the answer. Only the first call has an effect."""

@@ -125,6 +125,13 @@ class Job:
         """True if the client brought the first tokens of the answer with its request."""
         return bool(self.start.emitted_token_ids)
 
+    @property
+    def num_scores(self) -> tuple[int, int] | None:
+        """Number of prompt tokens that the workers score, and of alternatives to each; None if they score none."""
+        if not self.start.sampling.HasField("prompt_logprobs") or self.client_resumed:
+            return None
+        return self.prompt_tokens - 1, self.start.sampling.prompt_logprobs
+
     def sample(self, index: int) -> Job:
         """Returns a copy, made before the start, for answer ``index`` among several to the prompt, with one seed."""
         start = decode_pb2.StartDecode()

@@ -105,7 +105,8 @@ class Relay:
         self._connector = connector
         self._max_attempts = max_attempts
         self._observer = observer or _NoObserver()
-        self.answer = AnswerState(request.start.emitted_token_ids, request.max_tokens, request.received, request.tier)
+        emitted, scores = request.start.emitted_token_ids, request.num_scores
+        self.answer = AnswerState(emitted, request.max_tokens, request.received, request.tier, scores)
         self.decode_worker = ""
         self.decode_engine = ""
         self._loop = asyncio.get_running_loop()

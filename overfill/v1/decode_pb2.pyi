@@ -177,7 +177,7 @@ class NeedPrefill(_message.Message):
     def __init__(self, reason: _Optional[_Union[NeedPrefill.Reason, str]] = ..., detail: _Optional[str] = ..., worker_id: _Optional[str] = ..., step_failed: bool = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns", "so_far")
+    __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns", "so_far", "prompt_logprobs")
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +185,7 @@ class Tokens(_message.Message):
     PREFILL_COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     RETURN_NS_FIELD_NUMBER: _ClassVar[int]
     SO_FAR_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     first_index: int
     ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
@@ -192,7 +193,8 @@ class Tokens(_message.Message):
     prefill_compute_ns: int
     return_ns: int
     so_far: DecodeDone
-    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ..., so_far: _Optional[_Union[DecodeDone, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _common_pb2.PromptLogprobs
+    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ..., so_far: _Optional[_Union[DecodeDone, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("load", "reason")

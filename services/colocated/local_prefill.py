@@ -81,6 +81,7 @@ class LocalPrefills:
         engines are on one thread.
         """
         answer, tenant = session.sequence, session.start.cache_namespace
+        scores = self._full.new_scores(answer.sampling) if session.wants_first_token else None
         return PrefillSequence(
             id=secrets.token_hex(8),
             prompt=answer.prompt,
@@ -89,7 +90,8 @@ class LocalPrefills:
             sample_first_token=session.wants_first_token,
             processor=answer.processor if session.wants_first_token else None,
             cache_namespace=tenant,
-            prompt_blocks=await self._hasher.blocks_of(answer.prompt, tenant),
+            prompt_blocks=await self._hasher.blocks_of(answer.prompt, tenant) if scores is None else None,
+            scores=scores,
         )
 
 
@@ -147,14 +149,14 @@ class LocalPrefill:
                         prefills.metrics.scheduled(queue_ns / 1e9)
                         tracing.current().past("prefill.queue", self.stats.started_ns, scheduled_ns)
                         tracing.current().set(cached_tokens=cached)
-                    case PromptComputed(first=first, time_ns=now):
+                    case PromptComputed(first=first, time_ns=now, scores=scores):
                         computed = True
                         prefills.metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None:
                             self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
-                            token = first_token_to_proto(first, scheduled_ns, now)
+                            token = first_token_to_proto(first, scores, scheduled_ns, now)
                             token.prefill_queue_ns = queue_ns
                             on_first_token(token)
                     case SequenceFailed() as failed:

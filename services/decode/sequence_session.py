@@ -343,6 +343,9 @@ class SequenceSession:
         self._first_token = tokens.ids[0]
         if emitted:
             self._emitted = 1
+        else:
+            del tokens.ids[:], tokens.logprobs[:]
+        if emitted or tokens.HasField("prompt_logprobs"):
             tokens.return_ns += time.monotonic_ns() - self._first_known_ns
             tokens.so_far.CopyFrom(self._so_far())
             self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))

@@ -273,8 +273,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         """
         sampling = SamplingParams.from_proto(start.sampling)
         _check_start(start, sampling, self._half)
-        prompt, processor = list(start.prompt_token_ids), None
-        if start.sample_first_token:
+        prompt, processor, scores = list(start.prompt_token_ids), None, None
+        if start.sample_first_token:  # otherwise an earlier attempt has sent the scores with the first token
+            scores = self._half.new_scores(sampling)
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
         return PrefillSequence(
@@ -285,7 +286,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             sample_first_token=start.sample_first_token,
             processor=processor,
             cache_namespace=start.cache_namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace) if scores is None else None,
+            scores=scores,
         )
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
@@ -351,12 +353,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     if not response.HasField("ready"):
                         response.ready.token_start = start
                     response.ready.token_end = end
-            case PromptComputed(first=first, time_ns=now):
+            case PromptComputed(first=first, time_ns=now, scores=scores):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
                 lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
                 if first is not None:
-                    response.first_token.CopyFrom(first_token_to_proto(first, lease.scheduled_ns, now))
+                    response.first_token.CopyFrom(first_token_to_proto(first, scores, lease.scheduled_ns, now))
             case SequenceFailed():
                 event.raise_for("prefill")
             case _:

@@ -144,6 +144,17 @@ class ServedTiers:
             "this router would continue another answer",
         )
 
+    def check_scores(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
+        """Raises InvalidRequest if ``request`` asks for scores of its prompt in a tier with another decoder."""
+        if not request.sampling.HasField("prompt_logprobs") or self._pairs[tier].identity:
+            return
+        exact = _list(name for name, pair in self._pairs.items() if pair.identity and _may_use(caller, name))
+        raise InvalidRequest(
+            "sampling.prompt_logprobs",
+            f"would be the full model's, but a smaller decoder writes the answers of the tier {tier!r}; to score the "
+            f"full model, name a tier whose decoder is the full model (here: {exact})",
+        )
+
     def max_model_len(self, tier: str = "") -> int:
         """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker.
 

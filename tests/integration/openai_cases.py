@@ -80,6 +80,7 @@ def _n(ask: Ask) -> None:
 
 def _max_tokens(ask: Ask) -> None:
     answer = ask(max_tokens=3)
+    refuses(ask, "max_tokens", max_tokens=0)
     assert answer["usage"]["completion_tokens"] == 3
     assert answer["choices"][0]["finish_reason"] == "length"
 
@@ -408,6 +409,14 @@ def _prompt(ask: Ask) -> None:
 
 def _echo(ask: Ask) -> None:
     assert text(ask(prompt="Say:", echo=True)) == "Say:" + text(ask(prompt="Say:"))
+    refuses(ask, "stream", echo=True, logprobs=1, stream=True)
+    refuses(ask, "echo", echo=True, logprobs=1)  # test_prompt_scores.py asks a tier whose decoder is the full model
+
+
+def _prompt_logprobs(ask: Ask) -> None:
+    refuses(ask, "stream", prompt_logprobs=1, stream=True)
+    refuses(ask, "n", prompt_logprobs=1, n=2)
+    refuses(ask, "prompt_logprobs", prompt_logprobs=1, max_tokens=0)
 
 
 def _model(ask: Ask) -> None:
@@ -420,7 +429,9 @@ SHARED = [
     Case("frequency_penalty", "supported", "at the first token and at every later one",
         check=_accepted(frequency_penalty=1)),
     Case("logit_bias", "supported", "keys are token ids of the served model; at most 1,024", check=_logit_bias),
-    Case("max_tokens", "supported", "more than the context leaves is 400 `context_length_exceeded`", check=_max_tokens),
+    Case("max_tokens", "supported",
+        "more than the context leaves is 400 `context_length_exceeded`; 0 only where the prompt is scored",
+        check=_max_tokens),
     Case("n", "supported", "up to 128; every choice is an answer of its own under one seed", check=_n),
     Case("presence_penalty", "supported", "as `frequency_penalty`", check=_accepted(presence_penalty=1)),
     Case("seed", "supported", "repeats the answer, best effort", check=_seed),
@@ -475,7 +486,9 @@ COMPLETIONS = [
     *SHARED,
     Case("prompt", "supported", "text, token ids, or an array of either", check=_prompt),
     Case("best_of", "refused", value=3),
-    Case("echo", "supported", "400 together with `logprobs`: prompts are not scored", check=_echo),
+    Case("echo", "supported",
+        "with `logprobs`, the prompt's tokens have theirs, as `prompt_logprobs`, null for the first; `max_tokens` 1 "
+        "always adds the scores of one token then, as lm-eval expects; not streamed", check=_echo),
     Case("logprobs", "supported", "0 to 5", check=_old_logprobs),
     Case("suffix", "refused", value="x"),
 ]
@@ -493,6 +506,9 @@ EXTENSIONS = [
     Case("min_tokens", "supported",
         "until then nothing ends the answer but a grammar that is complete; stop strings are text", check=_min_tokens),
     Case("priority", "supported", "-2 to 2; the smaller goes first", check=_accepted(priority=1)),
+    Case("prompt_logprobs", "supported",
+        "0 to 20; log-probabilities of the prompt's tokens under the full model, in vLLM's shape; in tiers whose "
+        "decoder is the full model; with `n` 1, not streamed; `max_tokens` may be 0", check=_prompt_logprobs),
     Case("repetition_penalty", "supported", "over prompt and answer, as Hugging Face; 0.01 to 100",
         check=_accepted(repetition_penalty=2)),
     Case("request_id", "supported", "the answer's `id`; the header `x-request-id` goes before it", check=_request_id),

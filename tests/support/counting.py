@@ -19,7 +19,10 @@ class CountingRunner:
     Attributes:
         steps: new tokens and the position of the first of them, by step and sequence.
         fail_next: error that the next step raises, once.
+        max_scored: as of every runner.
     """
+
+    max_scored = 6
 
     def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
         self.device = torch.device("cpu")
@@ -42,7 +45,7 @@ class CountingRunner:
         return sample_next(self.run(works, hooks), works, sequences)
 
     def run(self, works: Sequence[Work], hooks: LayerHooks = NO_HOOKS) -> torch.Tensor:
-        """Runs one step; returns logits, [number of works with ``wants_logits``, VOCAB_SIZE]."""
+        """Runs one step; returns logits as ``ModelRunner.run`` does, [N, VOCAB_SIZE]."""
         self.steps.append([(list(work.tokens), work.start) for work in works])
         for work in works:
             if work.end > len(work.blocks) * self._block_size:
@@ -53,8 +56,11 @@ class CountingRunner:
         for layer in range(self._num_layers):
             hooks.layer_start(layer)
             hooks.kv_written(layer)
-        last = [work.tokens[-1] for work in works if work.wants_logits]
-        logits = torch.zeros(len(last), VOCAB_SIZE)
-        for row, token in enumerate(last):
+        read = []
+        for work in works:
+            end = len(work.tokens) - work.wants_logits
+            read += [*work.tokens[end - work.num_scored : end], *work.tokens[end:]]
+        logits = torch.zeros(len(read), VOCAB_SIZE)
+        for row, token in enumerate(read):
             logits[row, (token + 1) % VOCAB_SIZE] = 10.0
         return logits

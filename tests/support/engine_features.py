@@ -79,6 +79,10 @@ FEATURES = (
         mixed=("test_every_sampling_parameter_crosses_from_one_engine_to_the_other",),
     ),
     Feature(
+        "log-probabilities of a prompt's tokens (`echo` with `logprobs`, `prompt_logprobs`)",
+        overfill=("test_scores_are_the_full_model_s",),
+    ),
+    Feature(
         "grammars: JSON, JSON schema, regex, Lark",
         both=(
             "test_sampling_parameters_mean_the_same_on_every_engine",

@@ -19,7 +19,7 @@ from overfill.v1 import common_pb2, inference_pb2
 MARK = "\0"
 """Stands for text or log-probabilities that are put into the JSON of a message later."""
 
-_PLACE = b'"logprobs":"\\u0000"'
+_PLACE = b'logprobs":"\\u0000"'
 
 _RULED_OUT = -9999.0
 """Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
@@ -100,6 +100,9 @@ class Choice:
         logprobs: Whether the request asked for log-probabilities.
         brownout_from: Requested tier, if it is overloaded and another writes the answer; otherwise empty.
         echo: Text that precedes the answer.
+        prompt: Token ids of the prompt, if it is scored.
+        prompt_logprobs: Whether the prompt's log-probabilities are apart from the answer's, as in vLLM's responses.
+        without_answer: Whether the response leaves out the answer.
         finished: Last message of the answer; None until it arrives.
         cached_tokens: Number of prompt tokens that were in a prefix cache, as far as it is known before ``finished``.
     """
@@ -111,17 +114,25 @@ class Choice:
     logprobs: bool
     brownout_from: str = ""
     echo: str = ""
+    prompt: Sequence[int] = ()
+    prompt_logprobs: bool = False
+    without_answer: bool = False
     finished: inference_pb2.Finished | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
     _text: list[str] = field(default_factory=list)
     _ids: list[int] = field(default_factory=list)
     _entries: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    _scores_of_prompt: PromptScores | None = None
     _offset: int = 0
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, delta: AnswerDelta) -> None:
         """Add ``delta`` to the whole answer."""
+        if delta.prompt_logprobs is not None:
+            self._scores_of_prompt = PromptScores(self.prompt, delta.prompt_logprobs)
+        if self.without_answer:
+            return
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)
         for part in delta.tool_calls:
@@ -136,16 +147,23 @@ class Choice:
         text = "".join(self._text)
         scores = MARK if self.logprobs else None
         if self.envelope.kind == "completion":
-            return {"index": self.index, "text": self.echo + text, "logprobs": scores, "finish_reason": self.reason}
+            apart = {"prompt_logprobs": MARK} if self.prompt_logprobs else {}
+            text = self.echo + text
+            return {"index": self.index, "text": text, "logprobs": scores, "finish_reason": self.reason, **apart}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self._calls:
             message["tool_calls"] = self._calls
             message["content"] = text or None
         return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.reason}
 
-    def whole_scores(self) -> Iterator[bytes]:
-        """The JSON of the log-probabilities of the whole answer, in pieces."""
-        return self._scores(self._ids, self._entries)
+    def whole_scores(self) -> Iterator[Iterator[bytes]]:
+        """The JSON of each of the choice's log-probabilities, in pieces: of the whole answer, and of the prompt."""
+        prompt = self._scores_of_prompt
+        if self.logprobs:
+            echoed = prompt if prompt is not None and not self.prompt_logprobs else None
+            yield self._scores(self._ids, self._entries, echoed)
+        if self.prompt_logprobs and prompt is not None:
+            yield prompt.write(self.envelope.tokens)
 
     def first(self) -> dict[str, Any] | None:
         """The choice for a stream's first chunk, before any token; None if there is nothing to send."""
@@ -222,28 +240,90 @@ class Choice:
         key = "text" if self.envelope.kind == "completion" else "delta"
         return {"index": self.index, key: content, "logprobs": scores, "finish_reason": None}
 
-    def _scores(self, ids: Sequence[int], entries: list[common_pb2.TokenLogprobs]) -> Iterator[bytes]:
-        """Writes ``entries``, and frees them on the way: to free all at once takes as long as some hundred pieces."""
+    def _scores(
+        self, ids: Sequence[int], entries: list[common_pb2.TokenLogprobs], echoed: PromptScores | None = None
+    ) -> Iterator[bytes]:
+        """Writes ``entries``, and frees them on the way: to free all at once takes as long as some hundred pieces.
+
+        Args:
+            echoed: The prompt's, which precede them.
+        """
         tokens = self.envelope.tokens
+
+        def each(write: Callable[[int, Any], bytes], free: bool = False) -> Iterator[bytes]:
+            if echoed is not None:
+                yield from _joined(echoed.ids, echoed, write)
+                if entries:
+                    yield b","
+            yield from _joined(ids, entries, write, free)
+
         if self.envelope.kind == "chat":
             yield b'{"content":['
             yield from _joined(ids, entries, tokens.score, free=True)
             yield b'],"refusal":null}'
             return
         yield b'{"tokens":['
-        yield from _joined(ids, entries, lambda token, _: tokens[token].json)
+        yield from each(lambda token, _: tokens[token].json)
         yield b'],"token_logprobs":['
-        yield from _joined(ids, entries, lambda _, entry: _number(entry.logprob))
+        yield from each(lambda _, entry: b"null" if entry is None else _number(entry.logprob))
         yield b'],"top_logprobs":['
-        yield from _joined(ids, entries, tokens.legacy_top, free=True)
+        yield from each(lambda token, entry: b"null" if entry is None else tokens.legacy_top(token, entry), free=True)
         yield b'],"text_offset":['
-        yield from _joined(ids, entries, self._next_offset)
+        yield from each(self._next_offset)
         yield b"]}"
 
-    def _next_offset(self, token: int, entry: common_pb2.TokenLogprobs) -> bytes:
+    def _next_offset(self, token: int, entry: object) -> bytes:
         offset = self._offset
         self._offset += len(self.envelope.tokens[token].text)
         return b"%d" % offset
+
+
+class PromptScores(Sequence[common_pb2.TokenLogprobs | None]):
+    """The log-probabilities of a prompt's tokens; None for tokens that have none. Entries are made as they are read.
+
+    Attributes:
+        ids: The prompt.
+    """
+
+    def __init__(self, ids: Sequence[int], scores: common_pb2.PromptLogprobs) -> None:
+        self.ids = ids
+        self._scores = scores
+        self._first = len(ids) - len(scores.logprobs)
+        self._count = len(scores.top_ids) // max(1, len(scores.logprobs))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = index - self._first
+        if place < 0:
+            return None
+        top, scores = slice(place * self._count, (place + 1) * self._count), self._scores
+        return common_pb2.TokenLogprobs(
+            logprob=scores.logprobs[place], top_ids=scores.top_ids[top], top_logprobs=scores.top_logprobs[top]
+        )
+
+    def write(self, tokens: TokenTexts) -> Iterator[bytes]:
+        """The JSON of vLLM's ``prompt_logprobs``, in pieces."""
+
+        def write(token: int, index: int) -> bytes:
+            entry = self[index]
+            if entry is None:
+                return b"null"
+            ranked = zip(entry.top_ids, entry.top_logprobs, range(1, 1 + self._count), strict=True)
+            rows = {token: (entry.logprob, self._scores.ranks[index - self._first])}
+            for id, logprob, rank in ranked:
+                rows.setdefault(id, (logprob, rank))
+            return b"{%b}" % b",".join(
+                b'"%d":{"logprob":%b,"rank":%d,"decoded_token":%b}' % (id, _number(logprob), rank, tokens[id].json)
+                for id, (logprob, rank) in rows.items()
+            )
+
+        yield b"["
+        yield from _joined(self.ids, range(len(self.ids)), write)
+        yield b"]"
 
 
 class TokenText(NamedTuple):
@@ -290,15 +370,20 @@ def _number(logprob: float) -> bytes:
 
 def _joined(
     ids: Sequence[int],
-    entries: list[common_pb2.TokenLogprobs],
-    write: Callable[[int, common_pb2.TokenLogprobs], bytes],
+    entries: Sequence[Any],
+    write: Callable[[int, Any], bytes],
     free: bool = False,
 ) -> Iterator[bytes]:
-    """The items of a JSON list, in pieces that take a millisecond or two. Replaces the written entries if ``free``."""
+    """The items of a JSON list, in pieces that take a millisecond or two.
+
+    Args:
+        free: Whether to replace the written entries; ``entries`` is a list then.
+    """
     start, end = 0, _FIRST_STEP
     while start < len(entries):
         items = b",".join([write(*pair) for pair in zip(ids[start:end], entries[start:end], strict=False)])
         if free:
+            assert isinstance(entries, list)
             entries[start:end] = [_WRITTEN] * len(entries[start:end])
         yield b"," + items if start else items
         start, end = end, end + _STEP
@@ -348,7 +433,7 @@ def pieces(message: dict[str, Any], scores: Sequence[Iterator[bytes]]) -> Iterat
     head, *tails = encode(message).split(_PLACE)
     yield head
     for score, tail in zip(scores, tails, strict=True):
-        yield b'"logprobs":'
+        yield b'logprobs":'
         yield from score
         yield tail
 

@@ -147,7 +147,7 @@ class Sampling(Strict):
     model: str
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 is for scores of the prompt
     n: Count | None = None
     presence_penalty: Penalty | None = None
     seed: Seed | None = None
@@ -170,6 +170,7 @@ class Sampling(Strict):
     min_p: UnitInterval | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # smaller numbers go first
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     request_id: RequestId | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
@@ -204,7 +205,6 @@ class Sampling(Strict):
     length_penalty: Any = refused("only beam search has one", 1)
     logprob_token_ids: Any = refused("'logprobs' scores the likeliest tokens; no others can be named")
     logits_processors: Any = refused("the server runs no code that requests name", [])
-    prompt_logprobs: Any = refused("prompts are not scored; 'logprobs' scores the answer")
     repetition_detection: Any = refused("use 'frequency_penalty' or 'repetition_penalty'", {})
     return_token_ids: Any = refused("use the gRPC client, whose answers have 'token_ids', or '/tokenize'", False)
     return_tokens_as_token_ids: Any = refused("'logprobs' has the bytes of every token", False)

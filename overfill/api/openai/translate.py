@@ -34,6 +34,7 @@ class ApiRequest:
         continuous_usage: Whether every chunk has token counts.
         echo: For each prompt, the text that precedes its answers; None means no text.
         grammar_field: Name of the field that sets the grammar of the answers; empty means that none does.
+        without_answer: Whether the prompt is scored and no answer is asked for. The router computes one token then.
     """
 
     prompts: tuple[inference_pb2.GenerateRequest, ...]
@@ -43,12 +44,27 @@ class ApiRequest:
     continuous_usage: bool
     echo: tuple[str | Sequence[int], ...] | None = None
     grammar_field: str = ""
+    without_answer: bool = False
 
-    def with_grammar_field(self, error: OverfillError) -> OverfillError:
-        """``error`` with the name of this request's grammar field, if the error is about the grammar."""
-        if not isinstance(error, InvalidRequest) or not error.field.startswith("sampling.grammar"):
+    @property
+    def echoes_scores(self) -> bool:
+        """Whether the prompt's log-probabilities are part of ``logprobs``, before the answer's."""
+        return self.echo is not None and self.prompts[0].sampling.HasField("logprobs")
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        """Whether the response has vLLM's ``prompt_logprobs``."""
+        return self.prompts[0].sampling.HasField("prompt_logprobs") and not self.echoes_scores
+
+    def with_own_field(self, error: OverfillError) -> OverfillError:
+        """``error`` with the name of this request's field, if it is about the grammar or the prompt's scores."""
+        if not isinstance(error, InvalidRequest):
             return error
         reason = str(error).removeprefix(f"{error.field}: ")
+        if error.field == "sampling.prompt_logprobs" and self.echoes_scores:
+            return InvalidRequest("echo", f"with 'logprobs' {reason}")
+        if not error.field.startswith("sampling.grammar"):
+            return error
         if error.field == "sampling.grammar.lark" and self.grammar_field.endswith("grammar"):
             reason += "; write the grammar in llguidance's dialect of Lark"
         return InvalidRequest(self.grammar_field, reason)
@@ -56,7 +72,8 @@ class ApiRequest:
 
 def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     """Translate a chat request. Raises ApiError."""
-    generate = _generate(request, request_id, _sampling(request, request.max_completion_tokens or request.max_tokens))
+    max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    generate = _generate(request, request_id, _sampling(request, max_tokens, request.prompt_logprobs))
     generate.chat.CopyFrom(_chat(request.messages, request))
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
@@ -74,14 +91,20 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
     prompts = _prompts(request.prompt)
     if len(prompts) > schema.MAX_PROMPTS:
         raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed")
+    scores = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
-        raise _invalid("echo", "cannot be combined with 'logprobs': prompts are not scored here")
+        if scores is not None:
+            raise _invalid("prompt_logprobs", "and 'echo' with 'logprobs' both score the prompt; give one of them")
+        scores = request.logprobs
     if request.echo and request.truncate_prompt_tokens is not None:
         raise _invalid("echo", "cannot be combined with 'truncate_prompt_tokens', which leaves part of the prompt out")
-    sampling = _sampling(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    sampling = _sampling(request, max_tokens, scores)
     field = _set_grammar(request, sampling)
     if request.logprobs is not None:
         sampling.logprobs = request.logprobs
+        # lm-eval cuts one token off the echoed scores, also where the one token of the answer would end it.
+        sampling.ignore_eos |= bool(request.echo) and max_tokens == 1 and not field
     made = []
     for index, prompt in enumerate(prompts):
         generate = _generate(request, f"{request_id}.{index}" if index else request_id, sampling)
@@ -125,6 +148,11 @@ def _api_request(
     if options is not None and not request.stream:
         raise _invalid("stream_options", "is only allowed when 'stream' is true")
     n = request.n or 1
+    if prompts[0].sampling.HasField("prompt_logprobs"):
+        if request.stream:
+            raise _invalid("stream", "must be false where the prompt is scored: its scores are not streamed")
+        if n > 1:
+            raise _invalid("n", "must be 1 where the prompt is scored")
     if len(prompts) * n > schema.MAX_PROMPTS:
         raise _invalid(
             "n",
@@ -138,6 +166,7 @@ def _api_request(
         bool(options and options.continuous_usage_stats),
         echo,
         grammar_field,
+        without_answer=request.max_tokens == 0,
     )
 
 
@@ -161,7 +190,11 @@ def _generate(
     return generate
 
 
-def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.SamplingParams:
+def _sampling(
+    request: schema.Sampling, max_tokens: int | None, prompt_logprobs: int | None
+) -> common_pb2.SamplingParams:
+    if max_tokens == 0 and prompt_logprobs is None:
+        raise _invalid("max_tokens", "must be at least 1, or 0 where the prompt is scored")
     temperature = 1.0 if request.temperature is None else request.temperature
     if request.top_p == 0:  # keeps only the most likely token
         temperature = 0.0
@@ -176,8 +209,10 @@ def _sampling(request: schema.Sampling, max_tokens: int | None) -> common_pb2.Sa
     )
     if request.logit_bias:
         params.logit_bias.update({_token_id(token): bias for token, bias in request.logit_bias.items()})
+    if prompt_logprobs is not None:
+        params.prompt_logprobs = prompt_logprobs
     if max_tokens is not None:
-        params.max_tokens = _uint32("max_tokens", max_tokens)
+        params.max_tokens = _uint32("max_tokens", max(1, max_tokens))
     _set_ids(params.stop_token_ids, request.stop_token_ids or (), "stop_token_ids")
     if temperature > 0:  # greedy needs no filters
         if request.top_p is not None:

@@ -21,6 +21,7 @@ class MockRunner:
     """A ``Runner`` without a model. Of a decoder, it checks that the KV of each sequence is that of its prompt."""
 
     device = None
+    max_scored = 0  # there are no logits
 
     def __init__(self, half: Half, cache: MockKvStore, options: MockOptions) -> None:
         self.cache = cache

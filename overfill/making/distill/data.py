@@ -13,6 +13,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import (
     Transcript,
+    digest_of,
     encode,
     read_conversations,
     shipped_conversations,
@@ -98,11 +99,7 @@ def digest(transcripts: Transcripts) -> str:
     """Returns a digest of the transcripts and their order."""
     if isinstance(transcripts, HubTranscripts):
         return hashlib.sha256(transcripts.fingerprint().encode()).hexdigest()
-    found = hashlib.sha256()
-    for transcript in transcripts:
-        if transcript is not None:
-            found.update(np.asarray((transcript.answer_start, *transcript.token_ids), dtype="<i8").tobytes())
-    return found.hexdigest()
+    return digest_of(transcripts)
 
 
 def batches(count: int, size: int, seed: int, first_step: int) -> Iterator[list[int]]:

@@ -102,10 +102,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, chunk_loss: _ChunkLoss, weights: LossWeights
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        of_hidden, of_head = ctx.needs_input_grad[:2]
         narrow_head = head.to(hidden.dtype)
-        hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        head_grad = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_grad else None
+        hidden_grad = torch.empty_like(hidden) if of_hidden else None
+        head_grad = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if of_head else None
         parts = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         chunk = min(_CHUNK.get(hidden.device.type, 1024), len(hidden))
         buffer = torch.empty(chunk, len(head), dtype=torch.float32, device=hidden.device)
@@ -114,9 +114,10 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = buffer[: rows.stop - rows.start]
             _product(hidden[rows], narrow_head, logits)
             logits_grad = chunk_loss(rows, logits, parts)
-            if hidden_grad is not None and head_grad is not None:
-                logits_grad = logits_grad.to(hidden.dtype)
+            logits_grad = logits_grad.to(hidden.dtype)
+            if hidden_grad is not None:
                 torch.mm(logits_grad, narrow_head, out=hidden_grad[rows])
+            if head_grad is not None:
                 _add_product(head_grad, logits_grad.T, hidden[rows])
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.mark_non_differentiable(parts)
@@ -126,7 +127,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
-        return hidden_grad * loss_grad.to(hidden_grad.dtype), head_grad.mul_(loss_grad), None, None
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
+        return hidden_grad, None if head_grad is None else head_grad.mul_(loss_grad), None, None
 
 
 class _Buffers:

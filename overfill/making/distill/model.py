@@ -1,8 +1,8 @@
 """A trainable Llama-family model: the engine's arithmetic, differentiable, over packed rows.
 
 The decoder and the frozen full model both use it. Parameters are named as in Hugging Face checkpoints, so that loading
-and saving are copies. The exception is a head in two parts (``overfill.model.head``): training works on the factors of
-its low-rank part. The module knows no loss and no data.
+and saving are copies. The exceptions are the factors of low-rank training, and a head in two parts
+(``overfill.model.head``): training works on the factors of its low-rank part. The module knows no loss and no data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from overfill.errors import InvalidPair
@@ -41,15 +41,45 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Projection(nn.Linear):
+    """A linear projection. ``add_factors`` freezes its weight and trains a low-rank product beside it.
+
+    Attributes:
+        up, down: [out, rank] and [rank, in], the factors of the product (LoRA, arXiv 2106.09685). None without one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_parameter("up", None)
+        self.register_parameter("down", None)
+
+    def add_factors(self, rank: int, generator: torch.Generator) -> None:
+        """Freezes the weight and adds factors whose product is zero: ``up`` is zero, ``down`` is uniform as in LoRA."""
+        bound = self.in_features**-0.5
+        down = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.down = nn.Parameter(down.to(self.weight))
+        self.up = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+        self.weight.requires_grad_(False)
+
+    @property
+    def merged(self) -> Tensor:
+        """The weight with the factors' product added, [out, in]."""
+        return self.weight if self.up is None else self.weight + self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight, self.bias)
+        return out if self.up is None else out + linear(linear(x, self.down), self.up)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Projection(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Projection(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Projection(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Projection(q_size, config.hidden_size, bias=config.o_bias)
         self.q_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -65,9 +95,9 @@ class Mlp(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=config.mlp_bias)
+        self.gate_proj = Projection(hidden, intermediate, bias=config.mlp_bias)
+        self.up_proj = Projection(hidden, intermediate, bias=config.mlp_bias)
+        self.down_proj = Projection(intermediate, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         down: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
@@ -138,7 +168,7 @@ class PackedModel(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
         self.model = Body(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.head_tokens, bias=False)
+            self.lm_head = Projection(config.hidden_size, config.head_tokens, bias=False)
         if config.tail_rank:
             self.tail_left = nn.Parameter(torch.empty(config.vocab_size - config.head_tokens, config.tail_rank))
             self.tail_right = nn.Parameter(torch.empty(config.tail_rank, config.hidden_size))
@@ -168,18 +198,40 @@ class PackedModel(nn.Module):
             assert isinstance(layer, Layer)
             layer.before, layer.after = _fused(before_attention), _fused(after_attention)
 
+    def train_low_rank(self, rank: int, seed: int) -> None:
+        """Freezes every matrix and adds trained factors of ``rank`` to all projections; vectors stay trained.
+
+        The embedding gets no factors, nor does a head that is tied to it, nor the low-rank part of a head in two parts.
+        """
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.ndim == 1)
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.add_factors(rank, generator)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     @property
     def head(self) -> Tensor:
         """The head's weights, [vocab, hidden]; a head in two parts is assembled at each access."""
         if self.config.tail_rank:
-            stored = torch.cat([self.lm_head.weight, self.tail_left @ self.tail_right])
+            stored = torch.cat([self.lm_head.merged, self.tail_left @ self.tail_right])
             return stored[self._places.to(stored.device)]
         tied = self.config.tie_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return self.model.embed_tokens.weight if tied else self.lm_head.merged
 
+    @torch.no_grad()
     def checkpoint(self) -> dict[str, Tensor]:
-        """Returns all tensors with the names and shapes of a Hugging Face checkpoint."""
-        tensors = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("tail_")}
+        """Returns all tensors with the names and shapes of a Hugging Face checkpoint; factors are merged."""
+        own = ("tail_left", "tail_right", ".up", ".down")
+        tensors = {name: p.detach() for name, p in self.named_parameters() if not name.endswith(own)}
+        for name, module in self.named_modules():
+            if isinstance(module, Projection):
+                tensors[f"{name}.weight"] = module.merged.detach()
         return tensors | ({HEAD: self.head.detach()} if self.config.tail_rank else {})
 
     def forward(self, rows: PackedRows, prefix: Tensor | None = None, on_kv: KvHook | None = None) -> Tensor:

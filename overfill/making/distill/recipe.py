@@ -19,6 +19,10 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+FACTOR_RATE = 8.0
+"""Learning rate of low-rank factors, as a multiple of the rate for whole matrices. A step of the optimiser changes a
+factor's product less than it would change the whole matrix."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +32,8 @@ class Training(_Frozen):
     """Hyperparameters of a run.
 
     Attributes:
+        rank: Train low-rank factors of this rank beside frozen matrices, at ``FACTOR_RATE`` times ``learning_rate``;
+            the norms' gains too. The written decoder has the factors merged. None trains everything.
         steps, minutes, epochs: Length of the run; exactly one of them is set. Minutes count training, not evaluation.
             With minutes the schedule follows the clock, so that two such runs are not bit-equal.
         batch_transcripts: Transcripts per step, over all processes.
@@ -48,6 +54,7 @@ class Training(_Frozen):
         cache_gib: Maximum GiB for the cache of the full model's outputs, which later epochs reuse. 0 turns it off.
     """
 
+    rank: Positive | None = None
     learning_rate: PositiveFloat = 6e-4
     steps: Positive | None = None
     minutes: PositiveFloat | None = None

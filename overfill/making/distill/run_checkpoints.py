@@ -38,7 +38,7 @@ class TrainingState:
 
 
 class Checkpoints:
-    """``step-<number>/`` folders with the decoder in float32, the optimiser's moments and the progress.
+    """``step-<number>/`` folders with the trained parameters in float32, the optimiser's moments and the progress.
 
     A resumed run continues exactly from these, because the position in the data, the learning rate and all random seeds
     follow from the progress.
@@ -58,7 +58,8 @@ class Checkpoints:
             return
         remove_leftovers(target)
         with atomic_folder(target) as folder:
-            save_tensors(_parameters(decoder), folder / "decoder.safetensors")
+            trained = {name: p.detach().cpu().contiguous() for name, p in decoder.trained.items()}
+            save_tensors(trained, folder / "decoder.safetensors")
             save_tensors(_moments(decoder, optimizer), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", asdict(progress))
         for old in self._folder.glob("step-*"):
@@ -69,7 +70,7 @@ class Checkpoints:
     def load(self, folder: Path, decoder: PackedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Restores the checkpoint in ``folder`` into ``decoder`` and ``optimizer``."""
         stored = load_file(folder / "decoder.safetensors")
-        for name, parameter in decoder.named_parameters():
+        for name, parameter in decoder.trained.items():
             parameter.copy_(stored[name])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(folder / "optimizer.safetensors").items():
@@ -77,10 +78,6 @@ class Checkpoints:
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return TrainingState(**json.loads((folder / "progress.json").read_text()))
-
-
-def _parameters(decoder: PackedModel) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in decoder.named_parameters()}
 
 
 def _moments(decoder: PackedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

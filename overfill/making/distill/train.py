@@ -24,7 +24,7 @@ from overfill.making.distill.metrics import METRICS, Metrics
 from overfill.making.distill.model import PackedModel
 from overfill.making.distill.packed_rows import in_packs, learnt_tokens
 from overfill.making.distill.plot import plot_runs
-from overfill.making.distill.recipe import Training
+from overfill.making.distill.recipe import FACTOR_RATE, Training
 from overfill.making.distill.run_checkpoints import Checkpoints, TrainingState, write_pair
 from overfill.making.distill.run_settings import SETTINGS, open_run_folder
 from overfill.making.distill.schedule import learning_rate
@@ -96,6 +96,8 @@ class Run:
         report("Loading models", 1, 2)
         decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
         decoder.save_activations = not training.recompute_activations
+        if training.rank is not None:
+            decoder.train_low_rank(training.rank, training.seed)
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
@@ -110,8 +112,10 @@ class Run:
         self._cache_bytes_left = training.cache_gib * 2**30
         self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
         self._cache(self._teacher, transcripts, "training", identity["data"])
+        trained = decoder.trained
+        factors = [trained.pop(name) for name in list(trained) if name.endswith((".up", ".down"))]
         optimizer = torch.optim.AdamW(
-            decoder.parameters(),
+            [{"params": list(trained.values()), "scale": 1.0}, {"params": factors, "scale": FACTOR_RATE}],
             lr=training.learning_rate,
             betas=(training.beta1, training.beta2),
             weight_decay=training.weight_decay,
@@ -183,7 +187,7 @@ class Run:
         half = 0.5 / self._steps if training.minutes is None else 0.0
         rate = learning_rate(training, done + half) or training.learning_rate / 1000
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, Self
@@ -14,6 +14,7 @@ from overfill.api.openai.errors import from_error
 from overfill.api.openai.translate import ApiRequest
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.routing.answer import AnswerDelta
+from overfill.routing.job import Job
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
 from services.router.http.request import Headers, Request
@@ -77,13 +78,14 @@ class RunningChoices:
         try:
             hold.take(received, len(asked.prompts) * asked.n)
             checked = [await handler.check(request, hold, received) for request in asked.prompts]
+            _check_scores(checked)
             for prompt, request in enumerate(checked):
                 for index in range(asked.n):
                     if self._running:
                         await asyncio.sleep(0)  # copying a long prompt for each answer delays other streams
                     answer = handler.start(request if asked.n == 1 else request.sample(index), hold)
                     self._running.append(self._stack.enter_context(answer))
-                    self.choices.append(self._choice(prompt, answer))
+                    self.choices.append(self._choice(prompt, request, answer))
         except BaseException as error:
             self._failure = error
             self.close()
@@ -95,19 +97,23 @@ class RunningChoices:
         return self._make_envelope(self._running[0].accepted.tier)
 
     def _raise_named(self, error: BaseException) -> None:
-        """Raises an error about the grammar again, with the grammar's field as the client named it."""
-        if isinstance(error, OverfillError) and (named := self._asked.with_grammar_field(error)) is not error:
+        """Raises an error about the grammar or the prompt's scores again, with the field as the client named it."""
+        if isinstance(error, OverfillError) and (named := self._asked.with_own_field(error)) is not error:
             raise named from error
 
-    def _choice(self, prompt: int, answer: RunningAnswer) -> Choice:
+    def _choice(self, prompt: int, request: Job, answer: RunningAnswer) -> Choice:
+        asked = self._asked
         return Choice(
             index=len(self.choices),
             envelope=self._envelope,
             seed=answer.accepted.seed,
             prompt_tokens=answer.accepted.prompt_tokens,
-            logprobs=self._asked.prompts[prompt].sampling.HasField("logprobs"),
+            logprobs=asked.prompts[prompt].sampling.HasField("logprobs"),
             brownout_from=answer.accepted.brownout_from,
             echo=self._echo(prompt),
+            prompt=request.prompt_token_ids if asked.echoes_scores or asked.prompt_logprobs else (),
+            prompt_logprobs=asked.prompt_logprobs,
+            without_answer=asked.without_answer,
         )
 
     async def whole(self, request: Request, headers: Headers) -> bytes:
@@ -120,13 +126,15 @@ class RunningChoices:
             OverfillError: an answer failed.
         """
         await self._run_all(self._collect)
+        of_chat = self._asked.prompt_logprobs and self._envelope.kind == "chat"
         message = self._envelope.wrap(
             [choice.whole() for choice in self.choices],
             chunk=False,
+            **({"prompt_logprobs": answers.MARK} if of_chat else {}),
             usage=answers.usage(self.choices, self._asked.n),
             overfill=self._envelope.extension(self.choices),
         )
-        pieces = answers.pieces(message, [choice.whole_scores() for choice in self.choices if choice.logprobs])
+        pieces = answers.pieces(message, [scores for choice in self.choices for scores in choice.whole_scores()])
         part, size = bytearray(), 0
         while (piece := await self._next(pieces, size)) is not None:
             part += piece
@@ -193,6 +201,8 @@ class RunningChoices:
         while (delta := await answer.next()) is not None:
             choice.add(delta)
             self._logprobs += len(delta.logprobs) + sum(len(entry.top_ids) for entry in delta.logprobs)
+            if (scores := delta.prompt_logprobs) is not None:
+                self._logprobs += len(scores.logprobs) + len(scores.top_logprobs)
             if self._logprobs > MAX_UNSTREAMED_LOGPROBS:
                 raise InvalidRequest(
                     "sampling.logprobs",
@@ -279,3 +289,15 @@ class RunningChoices:
             return ""
         text = self._asked.echo[prompt]
         return text if isinstance(text, str) else self._handler.tokenizer.decode(list(text))
+
+
+def _check_scores(requests: Sequence[Job]) -> None:
+    """Refuses requests whose prompts have more log-probabilities than a response may have, before any is computed."""
+    scores = [scores for request in requests if (scores := request.num_scores) is not None]
+    total = sum(tokens * (1 + alternatives) for tokens, alternatives in scores)
+    if total > MAX_UNSTREAMED_LOGPROBS:
+        raise InvalidRequest(
+            "prompt",
+            f"asks for {total} log-probabilities of {len(scores)} prompts, those of alternatives included; at most "
+            f"{MAX_UNSTREAMED_LOGPROBS} fit one response; send fewer prompts at once, or ask for fewer alternatives",
+        )

@@ -19,9 +19,9 @@ def token_bytes(token):
     return TEXTS[token] if token < len(TEXTS) else b"%d" % token
 
 
-def choice(kind="chat", logprobs=False):
+def choice(kind="chat", logprobs=False, **more):
     envelope = Envelope(kind, "id", "m", {}, "fp", TokenTexts(SimpleNamespace(token_bytes=token_bytes)))
-    return Choice(index=0, envelope=envelope, seed=1, prompt_tokens=3, logprobs=logprobs)
+    return Choice(index=0, envelope=envelope, seed=1, prompt_tokens=3, logprobs=logprobs, **more)
 
 
 def scored(tokens, first=0, text=""):
@@ -45,7 +45,7 @@ def whole(choice, *deltas):
         choice.add(delta)
     choice.finished = DONE
     message = {"text": '"logprobs":"\\u0000"', "choices": [choice.whole()], "end": 1}
-    made = list(answers.pieces(message, [choice.whole_scores()]))
+    made = list(answers.pieces(message, list(choice.whole_scores())))
     return made, json.loads(b"".join(made))
 
 
@@ -73,6 +73,62 @@ def test_a_whole_completion_has_the_log_probabilities_of_all_tokens(count):
     )
 
 
+def with_scores(prompt, top):
+    """A first delta with the scores of a prompt: its token i has the log-probability -i."""
+    entries, later = len(prompt) - 1, range(1, len(prompt))
+    return AnswerDelta(
+        0,
+        [],
+        prompt_logprobs=common_pb2.PromptLogprobs(
+            first_index=1,
+            logprobs=[-float(i) for i in later],
+            ranks=list(later),
+            top_ids=top * entries,
+            top_logprobs=[-0.5, -1.5] * entries,
+        ),
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 300])
+def test_an_echoed_prompt_s_scores_precede_those_of_the_answer(count):
+    prompt = [index % 7 for index in range(count)]
+    echoing = choice("completion", logprobs=True, prompt=prompt)
+    _, message = whole(echoing, with_scores(prompt, [2, 3]), scored(range(20)))
+    found = message["choices"][0]["logprobs"]
+    texts = [token_bytes(token).decode(errors="replace") for token in (*prompt, *range(20))]
+    assert found["tokens"] == texts
+    assert found["token_logprobs"] == [None, *(-float(i) for i in range(1, count)), *(-float(i) for i in range(20))]
+    assert found["top_logprobs"][:count] == [None, *[{texts_of(2): -0.5, texts_of(3): -1.5}] * (count - 1)]
+    assert found["text_offset"] == [len("".join(texts[:index])) for index in range(count + 20)]
+
+
+def test_scores_of_a_prompt_alone_leave_the_answer_out():
+    prompt = [4, 2, 9]
+    alone = choice("completion", logprobs=True, prompt=prompt, without_answer=True)
+    _, message = whole(alone, with_scores(prompt, [2, 3]), scored(range(20), text="x"))
+    assert message["choices"][0]["text"] == ""
+    assert message["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert alone.completion_tokens == 0
+
+
+def test_prompt_logprobs_are_those_of_vllm():
+    prompt = [4, 2, 9]
+    asked = choice("completion", prompt=prompt, prompt_logprobs=True)
+    _, message = whole(asked, with_scores(prompt, [2, 3]), AnswerDelta(0, [5], text="x"))
+    likely = {"2": {"logprob": -0.5, "rank": 1, "decoded_token": texts_of(2)}}
+    other = {"3": {"logprob": -1.5, "rank": 2, "decoded_token": texts_of(3)}}
+    assert message["choices"][0]["prompt_logprobs"] == [
+        None,
+        {"2": {"logprob": -1.0, "rank": 1, "decoded_token": texts_of(2)}} | other,
+        {"9": {"logprob": -2.0, "rank": 2, "decoded_token": texts_of(9)}} | likely | other,
+    ]
+    assert message["choices"][0]["logprobs"] is None
+
+
+def texts_of(token):
+    return token_bytes(token).decode(errors="replace")
+
+
 def test_chunks_have_the_log_probabilities_of_their_tokens():
     for kind in ("chat", "completion"):
         stream, offsets = choice(kind, logprobs=True), []
@@ -90,7 +146,7 @@ def test_chunks_have_the_log_probabilities_of_their_tokens():
 def test_log_probabilities_come_in_small_pieces_and_are_freed_on_the_way():
     long = choice(logprobs=True)
     long.add(scored(range(2000)))
-    pieces = long.whole_scores()
+    (pieces,) = long.whole_scores()
     (*_, last) = (next(pieces) for _ in range(10))
     assert last.count(b'"top_logprobs"') == answers._STEP
     assert sum(bool(entry.top_ids) for entry in long._entries) == 2000 - answers._FIRST_STEP - 8 * answers._STEP

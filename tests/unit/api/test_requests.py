@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from overfill.api import requests
 from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.chat_template import ChatTemplate
 from overfill.api.requests import validate_generate
@@ -230,3 +231,18 @@ def test_a_template_may_not_make_a_short_chat_long(
     assert caught.value.field == "chat"
     del chat.messages[100:]
     assert len(encode_chat(chat, byte_level_tokenizer)) == 100 * 100 * 100
+
+
+def test_scores_of_a_prompt_have_a_maximum(validate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MAX_PROMPT_LOGPROBS", 9)
+    assert validate(sampling=SamplingParams(prompt_logprobs=2)).num_scores == (2, 2)
+    with pytest.raises(InvalidRequest, match=r"3 tokens make 12 log-probabilities.*at most 9") as caught:
+        validate(sampling=SamplingParams(prompt_logprobs=3))
+    assert caught.value.field == "sampling.prompt_logprobs"
+    with pytest.raises(InvalidRequest, match=r"0\.\.20, got 21"):
+        validate(sampling=SamplingParams(prompt_logprobs=21))
+    assert validate().num_scores is None
+
+
+def test_8192_tokens_with_20_scores_each_are_allowed() -> None:
+    assert requests.MAX_PROMPT_LOGPROBS >= 8192 * 21

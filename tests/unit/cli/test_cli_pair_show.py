@@ -39,6 +39,25 @@ def test_the_digests_of_a_whole_pair(pair: Path, capsys: pytest.CaptureFixture[s
     assert "digest" not in captured.err
 
 
+def test_what_a_token_reads_stands_beside_the_parameters(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedding counts among the parameters; a token reads one row of it."""
+    assert main(["pair", "show", str(pair), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    full, decoder = told["full"], told["decoder"]
+    layers = 4 * (128 * 64 + 64 * 64)  # qkv and o: 4 heads and 2 KV heads of 16
+    assert full["weights_read"] == layers + 4 * 3 * 128 * 64 + 512 * 64
+    assert decoder["weights_read"] == layers + 4 * 3 * 64 * 64 + 512 * 64
+    norms = 9 * 64
+    assert full["parameters"] == full["weights_read"] + 512 * 64 + norms
+
+    assert main(["pair", "show", str(pair)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    named = [row.split()[0] for row in rows]
+    assert named[named.index("decoder.parameters") + 1] == "decoder.weights_read"
+    share = 100 * decoder["weights_read"] / full["weights_read"]
+    assert rows[-1] == f"A token of an answer reads {share:.0f} % of the full model's weights."
+
+
 @pytest.mark.parametrize("half", ["full", "decoder"])
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
 def test_weights_that_changed_are_shown_with_both_digests(

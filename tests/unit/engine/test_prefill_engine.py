@@ -1,5 +1,8 @@
 """Tests the prefill engine: chunks under a token budget, prefix sharing, and no lost block."""
 
+import itertools
+import math
+
 import pytest
 from counting import CountingRunner
 from hypothesis import settings
@@ -22,6 +25,8 @@ from overfill.engine.sequence import (
 from overfill.errors import InternalError
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
+from overfill.request.params import SamplingParams
+from overfill.v1 import common_pb2
 
 
 def new_engine(runner, pool, events, max_num_batched_tokens=8, max_num_seqs=4):
@@ -112,6 +117,64 @@ def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, eve
     engine = new_engine(runner, pool, events)
     engine.handle(Submit(prompt("a", 3)))
     engine.handle(Submit(prompt("b", 3)))
+    engine.step()
+    assert [(e.id, type(e.error)) for e in of(SequenceFailed, events)] == [("a", InternalError)]
+    assert [e.id for e in of(PromptComputed, events)] == ["b"]
+    release(engine, "ab")
+
+
+def scored(name, tokens, **options):
+    sampling = SamplingParams(temperature=0, prompt_logprobs=1)
+    return PrefillSequence(name, tokens, sampling, scores=common_pb2.PromptLogprobs(first_index=1), **options)
+
+
+def test_a_prompt_is_scored_in_steps_of_a_bounded_number_of_tokens(runner, events):
+    """The runner finds each token most likely after the one below it, with a logit of 10; all others have 0."""
+    engine = new_engine(runner, BlockPool(64, 4), events, max_num_batched_tokens=20)
+    tokens = [*range(9), 3, 4, 5, 6, 7, 0]
+    engine.handle(Submit(scored("a", tokens)))
+    engine.handle(Submit(scored("b", tokens[:2])))
+    engine.handle(Submit(prompt("plain", 15)))
+    while engine.step():
+        pass
+    assert [[len(t) for t, _ in step] for step in runner.steps] == [[3, 2, 15], [6], [6]]
+    (a,) = [e for e in of(PromptComputed, events) if e.id == "a"]
+    likely, unlikely = 10 - math.log(math.exp(10) + 63), -math.log(math.exp(10) + 63)
+    expected = [likely if b == a + 1 else unlikely for a, b in itertools.pairwise(tokens)]
+    assert list(a.scores.logprobs) == pytest.approx(expected, abs=1e-5)
+    assert list(a.scores.ranks) == [1 if value == likely else 2 for value in expected]
+    assert list(a.scores.top_ids) == [token + 1 for token in tokens[:-1]]
+    assert list(a.scores.top_logprobs) == pytest.approx([likely] * 14, abs=1e-5)
+    assert a.first.token_id == 1
+    release(engine, ("a", "b", "plain"))
+
+
+def test_a_scored_prompt_takes_nothing_from_the_prefix_cache_and_puts_nothing_in(runner, events):
+    prefix = PrefixCache(BlockPool(64, 4))
+    engine = PrefillEngine(runner, prefix.pool, 20, 8, events.extend, prefix)
+    for name, kind in (("cached", prompt), ("found", prompt), ("scored", lambda n, k: scored(n, list(range(k))))):
+        engine.handle(Submit(kind(name, 9)))
+        while engine.step():
+            pass
+    assert [e.cached_tokens for e in of(PrefillScheduled, events)] == [0, 8, 0]
+    assert prefix.num_leaked == 0
+    assert len(events[-1].scores.logprobs) == 8
+    release(engine, ("cached", "found", "scored"))
+    evict_all(prefix)
+
+
+def test_scores_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events, monkeypatch):
+    compute = runner.run
+
+    def run(works, *hooks):
+        logits = compute(works, *hooks)
+        logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner, "run", run)
+    engine = new_engine(runner, pool, events)
+    engine.handle(Submit(scored("a", [1, 2, 3])))
+    engine.handle(Submit(scored("b", [1, 2, 3])))
     engine.step()
     assert [(e.id, type(e.error)) for e in of(SequenceFailed, events)] == [("a", InternalError)]
     assert [e.id for e in of(PromptComputed, events)] == ["b"]

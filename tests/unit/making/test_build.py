@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,19 @@ from json_edits import edit
 from transformers import AutoModelForCausalLM
 
 from overfill.errors import InvalidRequest, UnsupportedModel
-from overfill.making.build import SCORES_FILE, build_pair
-from overfill.making.conversations import Conversation
-from overfill.making.prune import Scores
+from overfill.making import build
+from overfill.making.build import SCORES_FILE, build_pair, shorten
+from overfill.making.conversations import Conversation, Transcript
+from overfill.making.fit import fit
+from overfill.making.layerwise import PackedTranscripts
+from overfill.making.prune import Scores, score
 from overfill.making.recipe import DecoderRecipe, resolve_size
+from overfill.making.sensitivity import Sensitivity, measure_sensitivity
 from overfill.making.tiny import Architecture, make_tiny_pair
 from overfill.model.config import ModelConfig
 from overfill.model.digest import checkpoint_digest
 from overfill.model.head import tokens_in_row_order
-from overfill.model.loading import load_weights
+from overfill.model.loading import Weights, load_weights
 from overfill.model.pair_files import load_whole
 
 CHATS = [
@@ -96,6 +101,87 @@ def test_a_failed_build_leaves_nothing(tiny_pair: Path, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=message):
             build_pair(tiny_pair / "full", out, recipe, chats)
     assert [f.name for f in tmp_path.iterdir()] == []
+
+
+class FitFailed(Exception):
+    pass
+
+
+def fail(*_: object) -> Weights:
+    raise FitFailed
+
+
+def test_scores_outlive_a_build_that_fails_after_them(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, out, recipe = tiny_pair / "full", tmp_path / "built", DecoderRecipe(intermediate_size=64)
+    scored: list[int] = []
+
+    def count(*arguments: Any) -> Scores:
+        scored.append(len(arguments[2].answers))
+        return score(*arguments)
+
+    monkeypatch.setattr(build, "score", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "fit", fail)
+        with pytest.raises(FitFailed):
+            build_pair(full, out, recipe, CHATS)
+    assert [file.name for file in tmp_path.iterdir()] == ["built.scores.safetensors"]
+    kept = (tmp_path / "built.scores.safetensors").read_bytes()
+
+    steps: list[str] = []
+    pair = build_pair(full, out, recipe, CHATS, report=lambda step, done, total: steps.append(step))
+    assert len(scored) == 1
+    assert f"Using the scores in {tmp_path}/built.scores.safetensors" in steps
+    assert [file.name for file in tmp_path.iterdir()] == ["built"]
+    assert pair.decoder_digest == build_pair(full, tmp_path / "again", recipe, CHATS).decoder_digest
+    assert len(scored) == 2
+
+    # Scores of other text, or of another full model, are measured again.
+    other = make_tiny_pair(tmp_path / "other", identity=True, seed=1) / "full"
+    for model, chats in ((full, CHATS[:-1]), (other, CHATS)):
+        (tmp_path / "next.scores.safetensors").write_bytes(kept)
+        before = len(scored)
+        build_pair(model, tmp_path / "next", recipe, chats)
+        assert len(scored) == before + 1
+
+
+def test_long_transcripts_are_cut_for_scoring_only(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass of scoring holds all activations of a transcript; fitting holds those of one layer."""
+    monkeypatch.setattr(build, "SCORED_TRANSCRIPT_TOKENS", 200)
+    longest: dict[str, int] = {}
+
+    def note(name: str, packed: PackedTranscripts) -> None:
+        longest[name] = max(int(packed.positions.max()) + 1, longest.get(name, 0))
+
+    def sensitivity(*arguments: Any) -> Sensitivity:
+        note("sensitivity", arguments[2])
+        return measure_sensitivity(*arguments)
+
+    def fitted(*arguments: Any) -> Weights:
+        note("fit", arguments[3])
+        return fit(*arguments)
+
+    monkeypatch.setattr(build, "measure_sensitivity", sensitivity)
+    monkeypatch.setattr(build, "fit", fitted)
+    question, answer = CHATS[0].messages
+    long = Conversation(({**question, "content": "Please explain how this works. " * 40}, answer))
+    build_pair(tiny_pair / "full", tmp_path / "built", DecoderRecipe(intermediate_size=64), [long, *CHATS])
+    assert longest["sensitivity"] == 200
+    assert longest["fit"] > 390
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answer_start", "expected"),
+    [(9, 4, Transcript((2, 3, 4, 5, 6, 7, 8), 2)), (7, 4, Transcript((0, 1, 2, 3, 4, 5, 6), 4)),
+     (20, 2, Transcript((1, 2, 3, 4, 5, 6, 7), 1)), (9, 0, Transcript((0, 1, 2, 3, 4, 5, 6), 0))],
+)  # fmt: skip
+def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end(
+    tokens: int, answer_start: int, expected: Transcript
+) -> None:
+    assert shorten([Transcript(tuple(range(tokens)), answer_start)], 7) == [expected]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from overfill.api.tokenizer import Tokenizer
+from overfill.cli.pair import calibrate_command
 from overfill.errors import InvalidRequest
 from overfill.making.calibration import calibration_text
 from overfill.making.conversations import (
@@ -19,7 +21,7 @@ from overfill.making.conversations import (
 )
 from overfill.making.mixed_kinds import KINDS, LONG_TOKENS, mixed_conversations
 from overfill.making.overlap import overlapping
-from overfill.making.synthetic_data import QUESTION_SAMPLING, generate_conversations
+from overfill.making.synthetic_data import QUESTION_SAMPLING, SELF_SEED, generate_conversations
 from overfill.pair.llm import Completion
 from overfill.request.params import SamplingParams
 
@@ -171,6 +173,51 @@ def test_mixed_kinds_are_questions_about_what_the_model_wrote(tiny_pair: Path, m
             assert question != text
     with pytest.raises(InvalidRequest, match="at least 2"):
         list(mixed_conversations(tiny_pair / "full", plain[:1], 2))
+
+
+def calibrate(tiny_pair: Path, out: Path, *options: str) -> Result:
+    arguments = ["--full", str(tiny_pair / "full"), "--count", "10", "--out", str(out), *options]
+    return CliRunner().invoke(calibrate_command, arguments)
+
+
+def test_calibrate_and_self_calibration_draw_different_questions(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, text that a user holds out with ``calibrate`` is what ``build --calibration self`` fitted on."""
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    out = tmp_path / "chats.jsonl"
+    assert calibrate(tiny_pair, out).exit_code == 0
+    fitted = calibration_text("self", tiny_pair / "full", 1000)
+    assert not {c.prompt for c in fitted} & {c.prompt for c in read_conversations(out)}
+    refused = calibrate(tiny_pair, out, "--seed", str(SELF_SEED))
+    assert refused.exit_code == 2
+    assert "4294967295 is not in the range 0<=x<=4294967294" in refused.output
+
+
+def test_calibrating_again_appends_other_conversations(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overfill.making.synthetic_data.LLM", Author)
+    out, mixed = tmp_path / "chats.jsonl", tmp_path / "mixed.jsonl"
+    for _ in range(3):
+        result = calibrate(tiny_pair, out)
+        assert result.exit_code == 0, result.output
+    prompts = [c.prompt for c in read_conversations(out)]
+    assert len(prompts) == len(set(prompts)) == 30
+
+    assert calibrate(tiny_pair, mixed, "--mix", str(out)).exit_code == 0
+    before = mixed.read_text()
+    assert calibrate(tiny_pair, mixed, "--mix", str(out)).exit_code == 0
+    assert mixed.read_text() == before
+
+
+def test_a_file_of_something_else_is_not_appended_to(tiny_pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_text("buy milk\n")
+    result = calibrate(tiny_pair, out)
+    assert isinstance(result.exception, InvalidRequest)
+    assert f"out: {out}:1 is not" in str(result.exception)
+    assert out.read_text() == "buy milk\n"
 
 
 def test_an_unknown_source_of_calibration_text_is_refused(tiny_pair: Path) -> None:

@@ -106,6 +106,29 @@ def test_gradients_are_plain_transformers(tiny_pair: Path) -> None:
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-4 * scale)
 
 
+def test_low_rank_training_changes_factors_and_vectors_alone(tiny_pair: Path) -> None:
+    decoder, before = load(tiny_pair / "decoder"), load(tiny_pair / "decoder")
+    decoder.train_low_rank(4, seed=0)
+    rows = PackedRows.of_whole(TRANSCRIPTS)
+
+    def loss(model: PackedModel) -> torch.Tensor:
+        return distillation_loss(model(rows)[rows.predicting], model.head, rows.targets, None, LossWeights(1, 0)).loss
+
+    assert loss(decoder) == loss(before)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01, weight_decay=0)
+    for _ in range(2):
+        loss(decoder).backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in decoder.trained.values())
+    assert all(p.grad is None for p in decoder.parameters() if not p.requires_grad)
+    merged, start = decoder.checkpoint(), before.checkpoint()
+    assert merged.keys() == start.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], start[name])}
+    assert merged.keys() - changed <= {"model.embed_tokens.weight"}
+    ranks = {torch.linalg.matrix_rank(merged[n] - start[n], rtol=1e-3).item() for n in changed if merged[n].ndim == 2}
+    assert ranks == {4}
+
+
 def test_recomputing_activations_changes_no_gradient(tiny_pair: Path) -> None:
     def gradients(remember: bool) -> list[torch.Tensor]:
         decoder = load(tiny_pair / "decoder")

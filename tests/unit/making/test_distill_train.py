@@ -118,7 +118,13 @@ def test_the_written_decoder_was_evaluated(tiny_pair: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("changes", "standalone"),
-    [({"cache_gib": 0.0}, False), ({}, False), ({}, True), ({"top_tokens": 8, "sampled_tokens": 100}, False)],
+    [
+        ({"cache_gib": 0.0}, False),
+        ({}, False),
+        ({}, True),
+        ({"top_tokens": 8, "sampled_tokens": 100}, False),
+        ({"rank": 4}, False),
+    ],
 )
 def test_a_resumed_run_is_bit_equal(
     tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, float], standalone: bool
@@ -164,9 +170,12 @@ def test_recomputing_activations_changes_nothing(tiny_pair: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch emits warnings of its own while it compiles
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-def test_fusing_changes_nothing_but_rounding(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [None, 4])
+def test_fusing_changes_nothing_but_rounding(
+    rank: int | None, tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train, "native_dtype", lambda device: "float32")
-    training = TRAINING.model_copy(update={"steps": 3})
+    training = TRAINING.model_copy(update={"steps": 3, "rank": rank})
     run(tiny_pair, tmp_path / "plain", training).train()
     run(tiny_pair, tmp_path / "fused", training.model_copy(update={"fused": True})).train()
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from harness_tasks import QUESTIONS, flat, run_harness, write_tasks
 
 from overfill.errors import InvalidRequest
 from overfill.making.tiny import make_tiny_pair
@@ -21,18 +22,6 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 # The harness and its data sets emit warnings of their own.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-QUESTIONS = [
-    {"question": "What holds sixteen tokens", "choices": ["a block", "the river", "one sequence owns it"], "answer": 0},
-    {
-        "question": "Who crosses the bridge every morning, step by step",
-        "choices": ["people", "a", "Paris"],
-        "answer": 0,
-    },
-    {"question": "Capital of France", "choices": ["numbers such as 64", "Paris", "10"], "answer": 1},
-    {"question": "Why", "choices": ["2048", "because of the prompt and the whole answer", "x"], "answer": 2},
-    {"question": "How does this work", "choices": ["keys", "values", "keys and values"], "answer": 2},
-]
-
 
 @pytest.fixture(scope="module")
 def identity(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,58 +30,7 @@ def identity(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a multiple-choice, a generation and a perplexity task over the same questions."""
-    folder = tmp_path_factory.mktemp("tasks")
-    data = folder / "questions.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    common = (
-        "dataset_path: json\ntest_split: test\n"
-        f"dataset_kwargs:\n  cache_dir: {folder / 'cache'}\n  data_files:\n    test: {data}\n"
-    )
-    (folder / "choose.yaml").write_text(
-        f"task: tiny_choose\n{common}output_type: multiple_choice\n"
-        'doc_to_text: "Question: {{question}}?\\nAnswer:"\ndoc_to_target: answer\ndoc_to_choice: choices\n'
-        "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
-    )
-    (folder / "write.yaml").write_text(
-        f"task: tiny_write\n{common}output_type: generate_until\n"
-        'doc_to_text: "{{question}}"\ndoc_to_target: "{{choices[answer]}}"\n'
-        'generation_kwargs:\n  until: ["e"]\n  max_gen_toks: 12\n'
-        "metric_list:\n  - metric: exact_match\n"
-    )
-    (folder / "read.yaml").write_text(
-        f"task: tiny_read\n{common}output_type: loglikelihood_rolling\n"
-        'doc_to_text: ""\ndoc_to_target: "{{question}} {{choices[answer]}}"\n'
-        "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
-    )
-    return folder
-
-
-def harness(model: Any, tasks: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Runs the harness on ``model``; returns its results and the model's raw answers, by task."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    output = lm_eval.simple_evaluate(
-        model=model,
-        tasks=["tiny_choose", "tiny_write", "tiny_read"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    answers = {
-        name: [s["resps"] for s in sorted(own, key=lambda s: s["doc_id"])] for name, own in output["samples"].items()
-    }
-    return output["results"], answers
-
-
-def flat(values: Any) -> list[float]:
-    """Collects all numbers of nested lists, with booleans and numbers in text."""
-    if isinstance(values, (list, tuple)):
-        return [number for value in values for number in flat(value)]
-    return (
-        [float(values)] if not isinstance(values, str) else [{"True": 1.0, "False": 0.0}.get(values) or float(values)]
-    )
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def instances(*args: tuple[Any, ...]) -> list[Any]:
@@ -120,8 +58,8 @@ def test_an_identity_pair_scores_as_the_harness_own_model(identity: Path, tasks:
     from overfill.making.evaluate.lm_eval_adapter import OverfillLM
 
     theirs = HFLM(pretrained=str(identity / "full"), dtype="float32", device="cpu", batch_size=3)
-    expected, expected_answers = harness(theirs, tasks)
-    found, answers = harness(OverfillLM(identity, dtype="float32"), tasks)
+    expected, expected_answers = run_harness(theirs, tasks)
+    found, answers = run_harness(OverfillLM(identity, dtype="float32"), tasks)
     assert answers["tiny_write"] == expected_answers["tiny_write"]
     assert any("e" not in text and text for ((text,),) in answers["tiny_write"])
     for task in ("tiny_choose", "tiny_read"):

@@ -76,6 +76,21 @@ def test_a_sliced_model_is_the_full_one_without_the_dropped_neurons_and_layers(
     assert not torch.allclose(decoder(TOKENS).logits, unpruned, atol=0.1)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_norms_are_folded_without_a_second_copy_of_the_model(tied: bool, tiny_pair: Path) -> None:
+    config = ModelConfig.load(tiny_pair / "full")
+    weights = load_weights(tiny_pair / "full", config, torch.float32, torch.device("cpu"))
+    if tied:
+        weights = replace(weights, head=weights.embedding)
+    embedding, head = weights.embedding.clone(), weights.head * weights.norm
+    folded = fold_norms(weights)
+    for before, after in zip(weights.layers, folded.layers, strict=True):
+        assert all(getattr(before, name) is getattr(after, name) for name in ("qkv", "o", "gate_up", "down"))
+    assert (folded.head is weights.head) != tied
+    assert torch.equal(folded.head, head)
+    assert torch.equal(folded.embedding, embedding)
+
+
 def test_neurons_that_others_stand_in_for_go_first() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(400, 64, generator=generator)

@@ -78,9 +78,12 @@ def test_int8_rounds_the_factors_as_the_reference_does(save_model, tmp_path: Pat
     torch.testing.assert_close(ours, reference.lm_head.weight.detach(), atol=1e-5, rtol=0)
 
 
-def test_training_keeps_the_rank(save_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 4])
+def test_training_keeps_the_rank(rank: int | None, save_model, tmp_path: Path) -> None:
     plain = save_model(CONFIG)
     model = PackedModel.load(tmp_path, torch.float32, CPU)
+    if rank is not None:
+        model.train_low_rank(rank, seed=0)
     torch.testing.assert_close(model.head, plain.lm_head.weight, atol=1e-5, rtol=0)
 
     model.head.square().sum().backward()

@@ -69,3 +69,29 @@ async def test_log_probabilities_do_not_keep_the_workers_message():
     answer.accept(tokens, 0.0)
     tokens.logprobs[0].logprob = -2.0
     assert (await answer.next()).logprobs[0].logprob == -1.0, "the delta refers to the message"
+
+
+def scores(tokens=2, top=2, ranks=None):
+    values = [-1.0] * tokens
+    count = tokens if ranks is None else ranks
+    return common_pb2.PromptLogprobs(
+        first_index=1, logprobs=values, ranks=[1] * count, top_ids=[0] * tokens * top, top_logprobs=values * top
+    )
+
+
+async def test_scores_of_the_prompt_come_once_also_without_a_token():
+    for ids in ((7,), ()):
+        answer = AnswerState((), 10, 0.0, num_scores=(2, 2))
+        assert answer.accept(decode_pb2.Tokens(ids=ids, prompt_logprobs=scores()), 1.0)
+        delta = await answer.next()
+        assert (delta.token_ids, delta.prompt_logprobs) == ([*ids], scores())
+        answer.accept(decode_pb2.Tokens(first_index=len(ids), ids=[8]), 2.0)
+        assert (await answer.next()).prompt_logprobs is None
+
+
+@pytest.mark.parametrize("bad", [None, scores(1), scores(3), scores(2, 1), scores(2, 2, 1)])
+def test_scores_that_do_not_fit_the_prompt_are_an_error(bad):
+    answer = AnswerState((), 10, 0.0, num_scores=(2, 2))
+    with pytest.raises(InternalError, match="2 tokens to score"):
+        answer.accept(decode_pb2.Tokens(ids=[7], prompt_logprobs=bad), 1.0)
+    assert answer.emitted == []

@@ -41,6 +41,7 @@ class Prefilling:
             config=config,
             prepare_processor=AsyncMock(return_value=None),
             store=SimpleNamespace(block_size=4),
+            new_scores=lambda sampling: None,
             max_model_len=30,
         )
         self.metrics = PrefillMetrics()
