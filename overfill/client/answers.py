@@ -256,7 +256,7 @@ class Answer:
         timing: Durations, as the router reports them.
         request_id: Id of the request.
         model: Name of the model.
-        seed: Seed that the router used; with it and the tokens a request can resume or repeat the answer.
+        seed: Seed that the router used; with it and the tokens a request can resume the answer.
         prefill_worker: Id of the last prefill worker.
         decode_worker: Id of the last decode worker.
         migrations: Number of times that the sequence moved to another decode worker. Moves before the router

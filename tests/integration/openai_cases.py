@@ -434,7 +434,7 @@ SHARED = [
         check=_max_tokens),
     Case("n", "supported", "up to 128; every choice is an answer of its own under one seed", check=_n),
     Case("presence_penalty", "supported", "as `frequency_penalty`", check=_accepted(presence_penalty=1)),
-    Case("seed", "supported", "the same seed gives the same answer", check=_seed),
+    Case("seed", "supported", "repeats the answer, best effort", check=_seed),
     Case("stop", "supported", "up to 16 strings; found wherever tokens are cut, but not in tool calls", check=_stop),
     Case("stream", "supported", "server-sent events", check=_stream),
     Case("stream_options", "supported", "`include_usage`; `include_obfuscation` is ignored", check=_stream_options),
