@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table, with_agreement
+from overfill.cli.demo_tiers import answers_view, ask_tiers, default_tiers, figures_table
 from overfill.cli.options import TIER
 from overfill.cli.output import answer_details, console, print_json
 from overfill.cli.progress import show_progress
@@ -30,16 +30,16 @@ WARM_UP = """Write one sentence about a lighthouse."""
 
 QUESTION = """Read this passage, then answer the question below it.
 
-The tidal mill at Carrow stands where the river meets the estuary. Twice a day the rising sea pushes through a wooden \
-gate and fills a pond of about three hectares behind the mill. When the tide turns, the weight of the trapped water \
-swings the gate shut, and the miller waits. Only after the sea outside has fallen by two metres does he open the small \
-sluice under the building, and the pond empties through it, turning the wheel for five hours or so. Because high water \
-comes some fifty minutes later every day, the miller's working hours wander around the clock: in one week he grinds \
-before dawn, in the next after supper. The mill made flour until 1957, when the gate broke in a storm and nobody had \
-the money to mend it. A group of neighbours bought the ruin in 1984, rebuilt the gate from oak, and has ground wheat \
-there again on summer weekends ever since.
+The night train leaves Vienna at ten in the evening and arrives in Rome at nine in the morning. It has eight sleeping \
+cars and a small restaurant. Passengers who book early pay 49 euros for a bed. Breakfast is included: coffee or tea, \
+bread, butter and jam. Dogs may travel with their owners, but bicycles are not allowed. The conductor wakes the \
+passengers half an hour before they arrive. In summer, when many families travel to the sea, the train has two more \
+cars, and it stops in Florence at seven in the morning. The line opened in 2009 after a pause of eleven years. Since \
+then, more than two million people have travelled on it.
 
-Question: When did the mill stop making flour, and why?"""
+Question: When does the night train leave Vienna, and when does it arrive in Rome?"""
+# Both models answer this rightly, here and in a shorter and a longer passage. Of 143 questions that were tried, they did
+# so for about ten: both are small.
 
 _SAMPLING = SamplingParams(temperature=0, max_tokens=96)
 _NOTES = Console(stderr=True, highlight=False)
@@ -51,17 +51,15 @@ _NOTES = Console(stderr=True, highlight=False)
     "tiers",
     multiple=True,
     type=TIER,
-    help="A tier, as for `overfill up`; repeat it for each.  [default: full=identity, default=default and "
-    "fast=fast; the latter two have int8 weights and KV on CPUs with native kernels]",
+    help="A tier, as for `overfill up`; repeat it for each.  [default: full=identity and default=default; the latter "
+    "has int8 weights and KV on CPUs with native kernels]",
 )
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def demo_command(tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> int:
-    """Start a stack, ask one question in each tier, show speed and time to first token.
+    """Start a stack, ask one question in each tier, show answers, speed and time to first token.
 
     The stack has a router, a prefill worker and a decode worker per tier on free local ports. It is stopped at the end.
-    Then the full model reads each answer, and chooses a token at each place. An answer agrees with the full model
-    where both have the same token.
     """
     require("server", "`overfill demo`", "torch")
     if on_ray:
@@ -77,13 +75,10 @@ def demo_command(tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> in
         spec = resolve_pairs(spec, report)
     pairs = {name: tier_pair(tier) for name, tier in spec.tiers.items()}
     with _running(spec) as client:
-        prompt_ids = client.tokenize([Message("user", QUESTION)])
         if not as_json:
             click.echo(f"{click.style(QUESTION, dim=True)}\n")
         with _live(as_json) as show:
             answers = ask_tiers(client, pairs, QUESTION, _SAMPLING, show)
-    with _NOTES.status("Comparing the answers with the full model"):  # after the stack, which would share the cores
-        answers = with_agreement(answers, next(iter(pairs.values())), prompt_ids)
     if as_json:
         print_json({"question": QUESTION, "tiers": [one.to_json() for one in answers]})
         return 0

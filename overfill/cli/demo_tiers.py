@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.rpc.stack_status import WorkerStatus
 
-TIERS = tuple(
-    TierSpec(name=name, pair=pair) for name, pair in (("full", "identity"), ("default", "default"), ("fast", "fast"))
-)
-"""The tiers of the demonstration, from the best to the cheapest."""
+TIERS = (TierSpec(name="full", pair="identity"), TierSpec(name="default", pair="default"))
+"""The tiers of the demonstration: the full model, and the pair whose answers a person can read."""
 
 _INT8 = {"quantize": "int8", "kv_cache_dtype": "int8"}
 
@@ -40,8 +38,6 @@ class TierAnswer:
             differ.
         weight_bytes: bytes of the decoder's weights that each token reads.
         kv_bytes: bytes of KV that each token reads, on average.
-        agreement: share of its tokens that the full model would have chosen, given the same text before. None until it
-            is known, and for an answer of one token.
     """
 
     tier: str
@@ -49,7 +45,6 @@ class TierAnswer:
     precision: str
     weight_bytes: int
     kv_bytes: int
-    agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -58,13 +53,12 @@ class TierAnswer:
             "precision": self.precision,
             "weight_bytes_per_token": self.weight_bytes,
             "kv_bytes_per_token": self.kv_bytes,
-            "agreement": self.agreement,
             "answer": dataclasses.asdict(self.answer),
         }
 
 
 def default_tiers() -> tuple[TierSpec, ...]:
-    """Returns ``TIERS``. On a CPU with native kernels, all but the full model have int8 weights and KV.
+    """Returns ``TIERS``. On a CPU with native kernels, the pair ``default`` has int8 weights and KV.
 
     There, int8 about doubles the speed of a decoder and changes few of its tokens. The full model stays exact.
     """
@@ -73,7 +67,8 @@ def default_tiers() -> tuple[TierSpec, ...]:
 
     if resolve_device("auto").type != "cpu" or unavailable_reason() is not None:
         return TIERS
-    return (TIERS[0], *(tier.model_copy(update={"settings": _INT8}) for tier in TIERS[1:]))
+    full, default = TIERS
+    return (full, default.model_copy(update={"settings": _INT8}))
 
 
 def ask_tiers(
@@ -102,14 +97,6 @@ def ask_tiers(
     return answers
 
 
-def with_agreement(answers: Sequence[TierAnswer], pair: Pair, prompt_ids: Sequence[int]) -> list[TierAnswer]:
-    """Returns the answers with ``agreement``: the full model of ``pair`` reads each of them in one pass."""
-    from overfill.pair.reference import full_model_agreement
-
-    shares = full_model_agreement(pair.full_path, prompt_ids, [one.answer.token_ids for one in answers])
-    return [dataclasses.replace(one, agreement=share) for one, share in zip(answers, shares, strict=True)]
-
-
 def answers_view(texts: Mapping[str, str], width: int) -> RenderableType:
     """Returns the answers side by side, or one below the other if ``width`` characters are too few for that."""
     if width < _MIN_COLUMN * len(texts):
@@ -127,7 +114,7 @@ def figures_table(answers: Sequence[TierAnswer]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("tier")
     table.add_column("weights, KV")
-    for column in ("tokens/s", "MB per token", "agrees with full", "prompt cached"):
+    for column in ("tokens/s", "MB per token", "prompt cached"):
         table.add_column(column, justify="right")
     for one in answers:
         rate, usage = tokens_per_second(one.answer), one.answer.usage
@@ -136,7 +123,6 @@ def figures_table(answers: Sequence[TierAnswer]) -> Table:
             one.precision,
             "?" if rate is None else f"{rate:.1f}",
             f"{(one.weight_bytes + one.kv_bytes) / 1e6:.0f}",
-            "?" if one.agreement is None else f"{100 * one.agreement:.0f} %",
             f"{usage.cached_tokens} of {usage.prompt_tokens}",
         )
     return table

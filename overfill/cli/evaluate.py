@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from overfill.making.conversations import Transcript
+    from overfill.making.evaluate.evaluation import Evaluation
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+_DATA_HELP = (
+    "Conversations to judge on: the `test` set in the package, on which nothing was chosen; the `development` set, on "
+    "which the named pairs' sizes were chosen; or a file of JSON lines with `messages`."
+)
+_MAX_TOKENS_HELP = "Maximum length of an own answer.  [default: the longest given answer and a quarter more]"
+_WIDTH = 80  # of examples, which are text for people
+_EXAMPLES = 3
+_QUESTION = 400  # characters of a question that are shown
 
 
 def _device_options(command: _F) -> _F:
@@ -34,18 +44,18 @@ def _device_options(command: _F) -> _F:
 
 
 def _data_options(command: _F) -> _F:
-    """Adds ``data`` and ``max_transcripts``."""
+    """Adds ``data``, ``max_transcripts``, ``free_running`` and ``max_tokens``."""
     for option in (
+        click.option("--max-tokens", type=click.IntRange(min=1), help=_MAX_TOKENS_HELP),
+        click.option(
+            "--no-free-running", "free_running", flag_value=False, default=True, help="Write and judge no own answers."
+        ),
         click.option(
             "--max-transcripts",
             type=click.IntRange(min=1),
-            help="Evaluate only the first N conversations.  [default: all]",
+            help="Judge only the first N conversations.  [default: all]",
         ),
-        click.option(
-            "--data",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Conversations as JSON lines with `messages`.  [default: the held-out ones in the package]",
-        ),
+        click.option("--data", default="test", show_default=True, metavar="test|development|FILE", help=_DATA_HELP),
     ):
         command = option(command)
     return command
@@ -57,51 +67,42 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.command("eval")
 @click.argument("pair")
 @_data_options
-@click.option("--no-free-running", is_flag=True, help="Skip the answers that each variant writes by itself.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Maximum length of a free-running answer.",
-)
 @_device_options
 @_json_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
 @click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
 def eval_command(
     pair: str,
-    data: Path | None,
+    data: str,
     max_transcripts: int | None,
-    no_free_running: bool,
-    max_tokens: int,
     as_json: bool,
     out: Path | None,
     save: bool,
-    **on: Any,
+    **how: Any,
 ) -> None:
-    """Judge PAIR on held-out conversations.
+    """Judge PAIR on conversations that it has not seen.
 
     Three variants are judged: the full model, both halves together, and the decoder alone. On the given answers, the
-    figures are likelihood, KL divergence from the full model and agreement with it. Each variant also writes answers of
-    its own (free-running); the figures are their likelihood under the full model and their share of repetition.
+    figures are likelihood, KL divergence from the full model and agreement with it. The full model and the pair also
+    write greedy answers of their own. The figures are perplexity by the full model, share of repeated 4-grams and
+    length, the pair's beside the full model's. Three questions are shown with both answers.
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
     from overfill.making.evaluate.evaluation import evaluate
-    from overfill.making.evaluate.evaluation_report import cost_line, evaluation_rows, save_summary, write_evaluation
+    from overfill.making.evaluate.evaluation_report import (
+        cost_line,
+        forced_rows,
+        free_rows,
+        kind_rows,
+        save_summary,
+        write_evaluation,
+    )
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-        result = evaluate(
-            folder,
-            _transcripts(folder, data, max_transcripts),
-            free_running=not no_free_running,
-            max_tokens=max_tokens,
-            report=report,
-            **on,
-        )
+        result = evaluate(folder, _transcripts(folder, data, max_transcripts), data=data, report=report, **how)
     if out is not None:
         write_evaluation(out, result)
     if save:
@@ -109,8 +110,35 @@ def eval_command(
     if as_json:
         print_json(result.to_json())
         return
-    console().print(_table(evaluation_rows(result)))
-    click.echo(cost_line(result.full, result.decoder))
+    console().print(_table(forced_rows(result)))
+    if result.free_running:
+        console().print("", _table(free_rows(result)))
+    if result.kinds:
+        console().print("", _table(kind_rows(result)))
+    click.echo(f"\n{cost_line(result.full, result.decoder)}")
+    if result.free_running:
+        _print_examples(result)
+
+
+def _print_examples(result: Evaluation) -> None:
+    """Prints a few questions, each with the full model's and the pair's answer side by side."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from overfill.making.evaluate.evaluation_report import examples
+    from overfill.making.evaluate.examples import RULE
+
+    out = Console(highlight=False, width=_WIDTH)
+    out.print("", RULE, style="dim", sep="\n")
+    for title, question, *answers in examples(result, _EXAMPLES):
+        shown = question if len(question) <= _QUESTION else f"… {question[-_QUESTION:]}"
+        out.print("", Text(title, style="bold"), Text(shown, style="dim"), "", sep="\n")
+        table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
+        for heading in ("full model", result.pair):
+            table.add_column(heading, ratio=1)
+        table.add_row(*map(Text, answers))
+        out.print(table)
 
 
 @click.command("compare")
@@ -123,18 +151,19 @@ def eval_command(
 )
 def compare_command(
     pairs: tuple[str, ...],
-    data: Path | None,
+    data: str,
     max_transcripts: int | None,
     as_json: bool,
     out: Path | None,
-    **on: Any,
+    **how: Any,
 ) -> None:
     """Compare PAIRS with plain quantisation.
 
     PAIRS must share one full model.
 
     Judges every decoder and the full model with weights of 16, 8 and 4 bits. Shows the bytes that a decode step reads
-    and the operations that it computes. --json prints a line of JSON per result as soon as it is known.
+    and the operations that it computes. With 16 and 8 bits, and with 4-bit layers and an 8-bit head, each also writes
+    greedy answers of its own. --json prints a line of JSON per result as soon as it is known.
     """
     from overfill.cli.output import console
     from overfill.cli.progress import show_progress
@@ -146,7 +175,7 @@ def compare_command(
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
         transcripts = _transcripts(folders[0], data, max_transcripts)
-        for point in compare(folders, transcripts, report=report, **on):
+        for point in compare(folders, transcripts, report=report, **how):
             points.append(point)
             if as_json:
                 click.echo(json.dumps(point.to_json()))
@@ -235,14 +264,13 @@ def lm_eval_command(
     console().print(_table(rows))
 
 
-def _transcripts(pair_folder: Path, data: Path | None, count: int | None) -> list[Transcript]:
+def _transcripts(pair_folder: Path, data: str, count: int | None) -> list[Transcript]:
     """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
     from overfill.api.tokenizer import Tokenizer
-    from overfill.making.conversations import encode, read_conversations, shipped_conversations
+    from overfill.making.conversations import encode, judged_conversations
     from overfill.model.manifest import Pair
 
-    conversations = shipped_conversations("held_out") if data is None else read_conversations(data, "data")
-    return encode(conversations[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
+    return encode(judged_conversations(data)[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
 
 
 def _table(rows: list[list[str]]) -> Table:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
-_NUM_JUDGED = 16  # held-out conversations for a first impression; `overfill pair eval` uses all
+_NUM_JUDGED = 16  # conversations of the development set, for a first impression
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -156,7 +156,7 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
     Attention heads and the KV cache always keep their sizes. The pair links to the full model's folder.
 
     Prints the pair's folder on stdout. Prints progress on stderr, then the cost of a token, the agreement with the full
-    model on a few held-out answers, and the commands to use next.
+    model on a few answers of SmolLM2-135M-Instruct from the development set, and the commands to use next.
     """
     from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
@@ -180,7 +180,7 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
 
 
 def _agreement(pair: Pair, report: Report) -> str:
-    """Measures and describes the agreement with the full model on a few held-out answers."""
+    """Measures and describes the agreement with the full model on a few answers of the development set."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.making.conversations import encode, shipped_conversations
     from overfill.making.evaluate.evaluation import two_stage_agreement
@@ -195,7 +195,8 @@ def _agreement(pair: Pair, report: Report) -> str:
     except InvalidRequest as error:
         return f"not measured: {error}"
     share, deviation = 100 * found.mean, 100 * found.standard_error
-    return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {len(transcripts)} held-out answers"
+    text = f"{len(transcripts)} answers that SmolLM2-135M-Instruct wrote (development set)"
+    return f"{share:.1f} ± {deviation:.1f} % of tokens are the full model's, in {text}"
 
 
 def _print_summary(pair: Pair, agreement: str) -> None:

@@ -63,6 +63,7 @@ def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time
         seconds = now - begun[step]
         if now - said[step] >= LINE_SECONDS:
             said[step] = now
-            say(f"{step}: {100 * done / total:.0f} % after {seconds:.0f} s")
+            left = f", about {seconds * (total - done) / done:.0f} s left" if done else ""
+            say(f"{step}: {100 * done / total:.0f} % after {seconds:.0f} s{left}")
 
     return report

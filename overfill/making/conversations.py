@@ -43,10 +43,17 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """The tokens of a prompt and, from index ``answer_start``, of its answer."""
+    """The tokens of a prompt and, from index ``answer_start``, of its answer.
+
+    Attributes:
+        question: Text of the prompt's last message, for reports.
+        kind: Kind of the conversation; empty where unknown.
+    """
 
     token_ids: tuple[int, ...]
     answer_start: int
+    question: str = ""
+    kind: str = ""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -83,6 +90,10 @@ def read_conversations(file: Path, field: str = "calibration") -> list[Conversat
 ShippedPart = Literal["calibration", "held_out", "test"]
 
 
+JUDGED_SETS: Mapping[str, ShippedPart] = {"test": "test", "development": "held_out"}
+"""Names of the sets that pairs are judged on."""
+
+
 def shipped_conversations(part: ShippedPart) -> list[Conversation]:
     """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote.
 
@@ -93,6 +104,17 @@ def shipped_conversations(part: ShippedPart) -> list[Conversation]:
     """
     text = (resources.files("overfill.making") / "data" / f"{part}.jsonl").read_text(encoding="utf-8")
     return [_conversation(line, part, part) for line in text.splitlines()]
+
+
+def judged_conversations(data: str) -> list[Conversation]:
+    """Returns conversations to judge on: ``test`` or ``development`` of the package, or those of a file.
+
+    Raises:
+        InvalidRequest: as ``read_conversations``.
+    """
+    if data in JUDGED_SETS:
+        return shipped_conversations(JUDGED_SETS[data])
+    return read_conversations(Path(data), "data")
 
 
 def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
@@ -126,7 +148,8 @@ def encode(
         end = [tokenizer.end_of_answer] if conversation.finished and tokenizer.end_of_answer is not None else []
         token_ids = (*prompt, *answer, *end)[:max_tokens]
         if len(token_ids) > len(prompt):
-            transcripts.append(Transcript(token_ids, len(prompt)))
+            question = conversation.messages[-2]["content"]
+            transcripts.append(Transcript(token_ids, len(prompt), question, conversation.kind))
     return transcripts
 
 

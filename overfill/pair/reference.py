@@ -128,24 +128,6 @@ class TwoStageReference:
         return cache, logits[-1:]
 
 
-@torch.inference_mode()
-def full_model_agreement(
-    full_path: Path, prompt_ids: Sequence[int], answers: Iterable[Sequence[int]]
-) -> list[float | None]:
-    """Shares of the tokens of ``answers`` that the full model would have chosen, given the same text before.
-
-    Token 0 is not counted, because the full model wrote it. A share is None if an answer has no further token.
-    """
-    full = load_hf_model(full_path)
-    shares: list[float | None] = []
-    for answer in answers:
-        cache: Any = DynamicCache(config=full.config)
-        chosen = _forward(full, [*prompt_ids, *answer[:-1]], 0, cache)[len(prompt_ids) :].argmax(-1).tolist()
-        same = [a == b for a, b in zip(chosen, answer[1:], strict=True)]
-        shares.append(sum(same) / len(same) if same else None)
-    return shares
-
-
 def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
     """Computes the logits after each token, the first at ``position``, and extends the cache. [tokens, vocab]"""
     # transformers 5 renamed the argument.

@@ -14,20 +14,24 @@ from typing import Any
 
 import torch
 
+from overfill.api.tokenizer import Tokenizer
 from overfill.engine.device import native_dtype, resolve_device
 from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.costs import PRECISIONS, DecodeCost, Precision
-from overfill.making.evaluate.evaluation import check_lengths
+from overfill.making.evaluate.duration import Work, announce
+from overfill.making.evaluate.evaluation import check_lengths, longest_sequence
 from overfill.making.evaluate.fake_quantization import fake_quantized_model
-from overfill.making.evaluate.forward import cache_tokens
-from overfill.making.evaluate.teacher_forced import Candidate, Judgement, scorable, teacher_forced
+from overfill.making.evaluate.free_running import Comparison, FreeRunning, answer_limit, free_work, judge_answers
+from overfill.making.evaluate.teacher_forced import Candidate, forced_work, scorable, teacher_forced
 from overfill.making.evaluate.token_metrics import Estimate
+from overfill.making.evaluate.writer import write_answers
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
+from overfill.model.native.transformer import fastest_model
 from overfill.model.pair_files import load_whole
 from overfill.model.transformer import Transformer
 from overfill.telemetry.progress import Report, silent
@@ -40,14 +44,17 @@ NOTE = (
 )
 
 
+FREE_RUNNING: tuple[Precision, ...] = ("bf16", "int8", "int4+int8 head")
+"""Precisions whose answers are written and judged; those of a 4-bit head would take as long and serve nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class TradeoffPoint:
-    """One decoder at one precision, judged on the full model's KV of the prompt and as a model on its own.
+    """One decoder at one precision, judged on the unquantised full model's KV of the prompt.
 
     Attributes:
         name: The pair's name, or ``full model``.
-        agreement, nll, kl: Figures on the full model's KV of the prompt.
-        agreement_alone, nll_alone: Figures of the decoder that reads the prompt itself.
+        free: Figures of the answers that it writes, beside the unquantised full model's. None if it wrote none.
     """
 
     name: str
@@ -56,31 +63,18 @@ class TradeoffPoint:
     agreement: Estimate
     nll: Estimate
     kl: Estimate
-    agreement_alone: Estimate
-    nll_alone: Estimate
-
-    @classmethod
-    def of(cls, name: str, precision: Precision, cost: DecodeCost, judged: Judgement) -> TradeoffPoint:
-        two_stage, alone = judged.two_stage, judged.alone
-        return cls(
-            name=name,
-            precision=precision,
-            cost=cost,
-            agreement=two_stage.agreement.overall,
-            nll=two_stage.nll.overall,
-            kl=two_stage.kl.overall,
-            agreement_alone=alone.agreement.overall,
-            nll_alone=alone.nll.overall,
-        )
+    free: Comparison | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"free": None if self.free is None else self.free.to_json()}
 
 
 def compare(
     pair_folders: Sequence[Path],
     transcripts: Sequence[Transcript],
     *,
+    free_running: bool = True,
+    max_tokens: int | None = None,
     dtype: DTypeName | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -89,7 +83,7 @@ def compare(
     """Judges the full model and each pair's decoder at every precision, one after the other.
 
     Memory holds the full model, one decoder, and a copy of that at one precision. Ignores the pairs' own quantisation.
-    Takes the arguments of ``evaluate`` and raises its errors.
+    Takes the arguments of ``evaluate`` and raises its errors. Only precisions in ``FREE_RUNNING`` write answers.
 
     Raises:
         InvalidRequest: the pairs have different full models, or two have the same name.
@@ -103,31 +97,61 @@ def compare(
     for pair in pairs:
         check_lengths(pair, kept)
     _check_comparable(pairs)
-    positions = min(cache_tokens(kept), *(p.full_config.max_positions for p in pairs))
+    prompts = [t.prompt for t in kept]
+    max_tokens = max_tokens or answer_limit(kept)
+    positions = longest_sequence(kept, max_tokens)
+    tokenizer = Tokenizer.load(pairs[0].full_path)
     config = pairs[0].full_config
     weights = load_weights(pairs[0].full_path, config, torch_dtype, where)
-    full = Transformer(config, weights, positions)
+    full = fastest_model(Transformer(config, weights, min(positions, config.max_positions)))
+    whole, smaller = Candidate(full, range(config.num_layers)), [p for p in pairs if p.decoder_digest != p.full_digest]
+    written = FREE_RUNNING if free_running else ()
+    work = forced_work(("two_stage",))
+    parts: list[Work] = [free_work] * free_running
+    for precision in [*PRECISIONS] * (1 + len(smaller)):
+        parts += [work, free_work] if precision in written else [work]
+    end_part = announce(kept, lambda few: teacher_forced(full, whole, few), work, parts, report)
+
+    def write(decoder: Candidate, name: str) -> FreeRunning:
+        answers = write_answers(full, decoder, prompts, max_tokens, step=f"Writing: {name}", report=report)
+        judged = judge_answers(full, tokenizer, kept, answers, step=f"Scoring: {name}", report=report)
+        end_part()
+        return judged
+
+    own = write(whole, FULL) if free_running else None
 
     def judge(name: str, config: ModelConfig, weights: Weights, layer_map: Sequence[int]) -> Iterator[TradeoffPoint]:
         # One precision at a time, because each is a copy of the decoder; the full model reads every transcript again.
         limit = min(positions, config.max_positions)
 
         def judge_at(precision: Precision) -> TradeoffPoint:
-            rounded = {name: Candidate(fake_quantized_model(config, weights, precision, limit), layer_map)}
-            _, judged = teacher_forced(full, rounded, kept, step=f"Judging: {name}, {precision}", report=report)
-            return TradeoffPoint.of(name, precision, DecodeCost.of(config, precision), judged[name])
+            title = f"{name}, {precision}"
+            decoder = Candidate(fastest_model(fake_quantized_model(config, weights, precision, limit)), layer_map)
+            _, judged = teacher_forced(full, decoder, kept, step=f"Judging: {title}", report=report)
+            end_part()
+            free = write(decoder, title).beside(own) if own is not None and precision in written else None
+            figures = judged["two_stage"]
+            return TradeoffPoint(
+                name=name,
+                precision=precision,
+                cost=DecodeCost.of(config, precision),
+                agreement=figures.agreement.overall,
+                nll=figures.nll.overall,
+                kl=figures.kl.overall,
+                free=free,
+            )
 
         yield from map(judge_at, PRECISIONS)
 
     yield from judge(FULL, config, weights, range(config.num_layers))
-    for pair in pairs:
-        if pair.decoder_digest != pair.full_digest:
-            yield from judge(
-                pair.name,
-                pair.decoder_config,
-                load_weights(pair.decoder_path, pair.decoder_config, torch_dtype, where),
-                pair.layer_map,
-            )
+    del weights
+    for pair in smaller:
+        yield from judge(
+            pair.name,
+            pair.decoder_config,
+            load_weights(pair.decoder_path, pair.decoder_config, torch_dtype, where),
+            pair.layer_map,
+        )
 
 
 def _check_comparable(pairs: Sequence[Pair]) -> None:

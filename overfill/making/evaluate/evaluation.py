@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from overfill.api.tokenizer import Tokenizer
 from overfill.engine.build import load_half
 from overfill.engine.device import native_dtype, resolve_device
 from overfill.engine.protocol import EngineOptions
@@ -16,18 +18,25 @@ from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.costs import DecodeCost
+from overfill.making.evaluate.duration import announce
 from overfill.making.evaluate.forward import cache_tokens
-from overfill.making.evaluate.free_running import MAX_TOKENS, FreeRunning, judge_answers, write_answers
-from overfill.making.evaluate.teacher_forced import Candidate, TeacherForced, scorable, teacher_forced
+from overfill.making.evaluate.free_running import FreeRunning, answer_limit, free_work, judge_answers
+from overfill.making.evaluate.teacher_forced import (
+    Candidate,
+    Form,
+    TeacherForced,
+    forced_work,
+    scorable,
+    teacher_forced,
+)
 from overfill.making.evaluate.token_metrics import Estimate, finite_or_none
-from overfill.making.identity_pair import identity_pair
+from overfill.making.evaluate.writer import write_answers
 from overfill.model.manifest import Half, Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.transformer import ForwardModel
-from overfill.pair.llm import Completion
 from overfill.telemetry.progress import Report, silent
 
-Variant = Literal["full", "two_stage", "two_stage_int8", "two_stage_int8_cache", "decoder_alone"]
+Variant = Literal["full"] | Form
 TITLES: dict[Variant, str] = {
     "full": "full model",
     "two_stage": "two-stage",
@@ -43,46 +52,70 @@ class Evaluation:
 
     Attributes:
         pair: Name of the pair.
+        data: Name of the judged set.
         dtype, device: Type and device of the computation.
-        transcripts: Number of judged transcripts.
+        transcripts: The judged transcripts.
+        max_tokens: Maximum length of a free-running answer.
         full, decoder: Cost of one decode step; the full model's is that of bf16.
         teacher_forced, free_running: Figures by variant. ``free_running`` is empty if it was not requested.
     """
 
     pair: str
+    data: str
     recipe: Mapping[str, Any]
     dtype: DTypeName
     device: str
-    transcripts: int
+    transcripts: Sequence[Transcript]
+    max_tokens: int
     full: DecodeCost
     decoder: DecodeCost
     teacher_forced: Mapping[Variant, TeacherForced]
     free_running: Mapping[Variant, FreeRunning]
 
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """Kind of conversation and number of transcripts; empty if the set has no kinds."""
+        return Counter(t.kind for t in self.transcripts if t.kind)
+
     def to_json(self) -> dict[str, Any]:
         """Returns all figures as plain values."""
+        full = self.free_running.get("full")
         return {
             "pair": self.pair,
+            "data": self.data,
             "recipe": dict(self.recipe),
             "dtype": self.dtype,
             "device": self.device,
-            "transcripts": self.transcripts,
+            "transcripts": len(self.transcripts),
+            "kinds": dict(self.kinds),
+            "max_tokens": self.max_tokens,
             "full": asdict(self.full),
             "decoder": asdict(self.decoder),
             "teacher_forced": {name: figures.to_json() for name, figures in self.teacher_forced.items()},
-            "free_running": {name: figures.to_json() for name, figures in self.free_running.items()},
+            "free_running": {
+                name: figures.to_json(full) for name, figures in self.free_running.items() if full is not None
+            },
+            "answers": [
+                {
+                    "question": transcript.question,
+                    "kind": transcript.kind,
+                    **{name: figures.answers[i].to_json() for name, figures in self.free_running.items()},
+                }
+                for i, transcript in enumerate(self.transcripts)
+                if self.free_running
+            ],
         }
 
     def summary(self) -> dict[str, Any]:
         """Returns the main figures by variant, for ``pair.json``."""
-        figures: dict[str, Any] = {"dtype": self.dtype, "transcripts": self.transcripts}
+        figures: dict[str, Any] = {"data": self.data, "dtype": self.dtype, "transcripts": len(self.transcripts)}
         for name, forced in self.teacher_forced.items():
             values = {"nll": forced.nll, "kl": forced.kl, "agreement": forced.agreement}
             figures[name] = {key: round(metric.overall.mean, 4) for key, metric in values.items()}
             if name in self.free_running:
-                written = self.free_running[name]
-                figures[name]["teacher_perplexity"] = finite_or_none(round(written.perplexity, 4))
-                figures[name]["repeated_4grams"] = finite_or_none(round(written.repeated.overall.mean, 4))
+                free = self.free_running[name].beside(self.free_running["full"])
+                for key in ("perplexity", "repeated", "tokens"):
+                    figures[name][key] = finite_or_none(round(getattr(free, key), 4))
         figures["tokens"] = self.teacher_forced["full"].nll.overall.count
         return figures
 
@@ -91,8 +124,9 @@ def evaluate(
     pair_folder: Path,
     transcripts: Sequence[Transcript],
     *,
+    data: str = "",
     free_running: bool = True,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     dtype: DTypeName | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -101,8 +135,9 @@ def evaluate(
     """Judges the pair in ``pair_folder`` on ``transcripts``; leaves out answers of fewer than two tokens.
 
     Args:
-        free_running: Also let each variant write its own answers to the prompts.
-        max_tokens: Maximum length of such an answer.
+        data: Name of the judged set.
+        free_running: Also let the full model and the pair write answers to the prompts.
+        max_tokens: Maximum length of such an answer. None means ``answer_limit``.
         dtype: Type of weights and activations. None means the device's native type.
         threads: Number of CPU threads. None keeps torch's setting.
 
@@ -118,32 +153,38 @@ def evaluate(
     kept = scorable(transcripts)
     check_lengths(pair, kept)
     prompts = [t.prompt for t in kept]
-    answers = _write_all(pair, prompts, max_tokens, dtype, device, report) if free_running else {}
-    longest = max([cache_tokens(kept), *(len(p) + max_tokens for p in prompts)])
+    max_tokens = max_tokens or answer_limit(kept)
+    longest = longest_sequence(kept, max_tokens)
     full = load_model(pair, "full", dtype, where, longest)
     decoder = load_model(pair, "decoder", dtype, where, longest)
-    candidates = {"decoder": Candidate(decoder, pair.layer_map)}
-    full_figures, judged = teacher_forced(full, candidates, kept, kv_forms=("int8", "int8 cache"), report=report)
-    figures = judged["decoder"]
+    candidate = Candidate(decoder, pair.layer_map)
+    tokenizer = Tokenizer.load(pair.full_path)
+    writers: dict[Variant, Candidate] = {}
+    if free_running:
+        writers = {"full": Candidate(full, range(pair.full_config.num_layers)), "two_stage": candidate}
+    forms: tuple[Form, ...] = get_args(Form)
+    written: dict[Variant, FreeRunning] = {}
+    parts = [work := forced_work(forms), *([free_work] * len(writers))]
+    end_part = announce(kept, lambda few: teacher_forced(full, candidate, few, forms), work, parts, report)
+    full_figures, figures = teacher_forced(full, candidate, kept, forms, report=report)
+    end_part()
+    for name, writer in writers.items():
+        answers = write_answers(full, writer, prompts, max_tokens, step=f"Writing: {TITLES[name]}", report=report)
+        step = f"Scoring: {TITLES[name]}"
+        written[name] = judge_answers(full, tokenizer, kept, answers, step=step, report=report)
+        end_part()
     return Evaluation(
         pair=pair.name,
+        data=data,
         recipe=pair.recipe,
         dtype=dtype,
         device=where.type,
-        transcripts=len(kept),
+        transcripts=kept,
+        max_tokens=max_tokens,
         full=DecodeCost.of(pair.full_config, "bf16"),
         decoder=DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16"),
-        teacher_forced={
-            "full": full_figures,
-            "two_stage": figures.two_stage,
-            "two_stage_int8": figures.by_kv_form["int8"],
-            "two_stage_int8_cache": figures.by_kv_form["int8 cache"],
-            "decoder_alone": figures.alone,
-        },
-        free_running={
-            name: judge_answers(full, prompts, written, step=f"Scoring: {TITLES[name]}", report=report)
-            for name, written in answers.items()
-        },
+        teacher_forced={"full": full_figures, **{form: figures[form] for form in forms}},
+        free_running=written,
     )
 
 
@@ -158,9 +199,8 @@ def two_stage_agreement(pair: Pair, transcripts: Sequence[Transcript], *, report
     where = resolve_device("auto")
     dtype, longest = native_dtype(where), cache_tokens(kept)
     full, decoder = (load_model(pair, half, dtype, where, longest) for half in ("full", "decoder"))
-    candidates = {"decoder": Candidate(decoder, pair.layer_map)}
-    _, judged = teacher_forced(full, candidates, kept, step="Judging", report=report)
-    return judged["decoder"].two_stage.agreement.overall
+    _, figures = teacher_forced(full, Candidate(decoder, pair.layer_map), kept, step="Judging", report=report)
+    return figures["two_stage"].agreement.overall
 
 
 def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
@@ -171,6 +211,11 @@ def check_lengths(pair: Pair, transcripts: Sequence[Transcript]) -> None:
         raise InvalidRequest("data", f"holds a conversation of {longest} tokens; the pair's context is {context}")
 
 
+def longest_sequence(transcripts: Sequence[Transcript], max_tokens: int) -> int:
+    """Returns the number of positions for reading batches of ``transcripts`` and for answers of ``max_tokens``."""
+    return max(cache_tokens(transcripts), *(t.answer_start + max_tokens for t in transcripts))
+
+
 def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, longest: int) -> ForwardModel:
     """Loads one half as the services do, for sequences of up to ``longest`` tokens or its context."""
     longest = min(longest, pair.config(half).max_positions)
@@ -178,28 +223,3 @@ def load_model(pair: Pair, half: Half, dtype: DTypeName, device: torch.device, l
         device, dtype, block_size=1, max_model_len=longest, max_num_seqs=1, max_num_batched_tokens=1
     )
     return load_half(pair, half, options).model
-
-
-def _write_all(
-    pair: Pair,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    dtype: DTypeName,
-    device: str,
-    report: Report,
-) -> dict[Variant, list[Completion]]:
-    """Lets the full model, the pair and the decoder alone write answers, with one engine in memory at a time."""
-    answers: dict[Variant, list[Completion]] = {}
-
-    def write(name: Variant, folder: Path) -> None:
-        step = f"Writing: {TITLES[name]}"
-        answers[name] = write_answers(
-            folder, prompts, max_tokens=max_tokens, dtype=dtype, device=device, step=step, report=report
-        )
-
-    with identity_pair(pair.full_path) as folder:
-        write("full", folder)
-    write("two_stage", pair.folder)
-    with identity_pair(pair.decoder_path, pair.recipe) as folder:
-        write("decoder_alone", folder)
-    return answers

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overfill.making.evaluate.compare import NOTE, TradeoffPoint
+from overfill.making.evaluate.compare import FREE_RUNNING, NOTE, TradeoffPoint
 from overfill.making.evaluate.costs import DecodeCost
 from overfill.making.evaluate.evaluation import TITLES, Evaluation
+from overfill.making.evaluate.examples import RULE, choose_examples
+from overfill.making.evaluate.free_running import Comparison
 from overfill.making.evaluate.token_metrics import Estimate, Metric
 from overfill.making.seal import update_checksum
 from overfill.model.manifest import MANIFEST, Pair
@@ -21,18 +23,49 @@ TableRows = list[list[str]]
 """A header row and data rows, all of the same length."""
 
 
-def evaluation_rows(evaluation: Evaluation) -> TableRows:
-    """Returns one row per variant, with NLL and KL in nats per token."""
-    rows = [["", "NLL", "KL", "top-1 agreement"]]
-    if evaluation.free_running:
-        rows[0] += ["teacher perplexity", "repeated 4-grams", "mean length", "finished"]
+def forced_rows(evaluation: Evaluation) -> TableRows:
+    """Returns one row per variant with the figures on given answers; NLL and KL in nats per token."""
+    rows = [["given answers", "NLL", "KL", "top-1 agreement"]]
     for name, forced in evaluation.teacher_forced.items():
-        line = [TITLES[name], _figure(forced.nll.overall), _figure(forced.kl.overall), _share(forced.agreement.overall)]
-        if (written := evaluation.free_running.get(name)) is not None:
-            line += [f"{written.perplexity:.3f}", _share(written.repeated.overall)]
-            line += [f"{written.mean_tokens:.1f}", f"{100 * written.finished:.0f} %"]
-        rows.append(line)
+        figures = _figure(forced.nll.overall), _figure(forced.kl.overall), _share(forced.agreement.overall)
+        rows.append([TITLES[name], *figures])
     return rows
+
+
+def free_rows(evaluation: Evaluation) -> TableRows:
+    """Returns one row per variant with the figures of the answers that it wrote, beside the full model's."""
+    rows = [["own answers", "perplexity", "÷ full model's", "repeated 4-grams", "tokens", "finished"]]
+    for name, written in evaluation.free_running.items():
+        rows.append([TITLES[name], *_free(written.beside(evaluation.free_running["full"]))])
+    return rows
+
+
+def kind_rows(evaluation: Evaluation) -> TableRows:
+    """Returns one row per kind of conversation with the pair's figures."""
+    rows = [["two-stage, by kind", "answers", "agreement"]]
+    written = evaluation.free_running
+    if written:
+        rows[0] += ["perplexity ÷ full's", "repeated 4-grams", "tokens"]
+    for kind, count in evaluation.kinds.items():
+        row = [kind, str(count), _share(evaluation.teacher_forced["two_stage"].agreement.of_kind(kind))]
+        if written:
+            free = written["two_stage"].beside(written["full"], kind)
+            row += _free(free)[1:4]
+        rows.append(row)
+    return rows
+
+
+def examples(evaluation: Evaluation, count: int) -> list[tuple[str, str, str, str]]:
+    """Returns (title, question, the full model's answer, the pair's) of up to ``count`` answers, chosen by ``RULE``."""
+    full, pair = (evaluation.free_running[name].answers for name in ("full", "two_stage"))
+    shown = []
+    for example in choose_examples(pair, count):
+        transcript, own = evaluation.transcripts[example.index], pair[example.index]
+        likely = "empty" if math.isnan(own.nll) else f"perplexity {math.exp(own.nll):.1f}"
+        title = f"{example.why}: {likely}, {100 * own.repeated:.0f} % repeated 4-grams"
+        kind = f", {transcript.kind}" if transcript.kind else ""
+        shown.append((title + kind, transcript.question, full[example.index].text, own.text))
+    return shown
 
 
 def position_rows(metrics: Mapping[str, Metric], percent: bool) -> TableRows:
@@ -48,13 +81,15 @@ def position_rows(metrics: Mapping[str, Metric], percent: bool) -> TableRows:
 
 def point_rows(points: Sequence[TradeoffPoint]) -> TableRows:
     """Returns one row per decoder and precision."""
-    rows = [["decoder", "precision", "MB/token", "MFLOP/token", "top-1 agreement", "NLL", "KL", "alone: agreement"]]
-    rows[0].append("alone: NLL")
+    rows = [["decoder", "precision", "MB/token", "MFLOP/token", "top-1 agreement", "NLL"]]
+    written = any(point.free for point in points)
+    if written:
+        rows[0] += ["perplexity ÷ full's", "repeated 4-grams", "tokens"]
     for point in points:
         cost = [f"{point.cost.bytes / 1e6:.1f}", f"{point.cost.flops / 1e6:.1f}"]
-        judged = [_share(point.agreement), _figure(point.nll), _figure(point.kl)]
-        alone = [_share(point.agreement_alone), _figure(point.nll_alone)]
-        rows.append([point.name, point.precision, *cost, *judged, *alone])
+        rows.append([point.name, point.precision, *cost, _share(point.agreement), _figure(point.nll)])
+        if written:
+            rows[-1] += ["-"] * 3 if point.free is None else _free(point.free)[1:4]
     return rows
 
 
@@ -75,17 +110,20 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     forced = {TITLES[name]: figures for name, figures in evaluation.teacher_forced.items()}
     written = {TITLES[name]: figures for name, figures in evaluation.free_running.items()}
+    kinds = [_markdown(kind_rows(evaluation))] if evaluation.kinds else []
     agreement = {name: figures.agreement for name, figures in forced.items()}
     nll = {name: figures.nll for name, figures in forced.items()}
     panels = {"top-1 agreement with the full model": agreement, "NLL (nats per token)": nll}
     save_drift(folder / "drift.png", f"{evaluation.pair}: given answers", panels)
     parts = [
         f"# Evaluation of the pair {evaluation.pair}",
-        f"{evaluation.transcripts} held-out conversations, {evaluation.dtype} on {evaluation.device}. NLL, KL "
-        "and agreement are over answer tokens after the first, which is always the full model's. ± is one standard "
-        "error over answers.",
+        f"{len(evaluation.transcripts)} conversations ({evaluation.data}), {evaluation.dtype} on {evaluation.device}. "
+        "NLL, KL and agreement are over answer tokens after the first, which is always the full model's. ± is one "
+        "standard error over answers.",
         cost_line(evaluation.full, evaluation.decoder),
-        _markdown(evaluation_rows(evaluation)),
+        _markdown(forced_rows(evaluation)),
+        *([_markdown(free_rows(evaluation))] if written else []),
+        *kinds,
         "## Given answers, by position",
         "![agreement and NLL by position](drift.png)",
         "Top-1 agreement with the full model:",
@@ -100,13 +138,18 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         save_drift(folder / "free_running.png", f"{evaluation.pair}: answers of its own, greedy", panels)
         parts += [
             "## Answers of its own, by position",
-            "Each variant wrote greedy answers, which the full model then scored.",
+            f"Each variant wrote greedy answers of up to {evaluation.max_tokens} tokens, which the full model scored.",
             "![NLL under the full model by position](free_running.png)",
             "NLL under the full model:",
             _markdown(position_rows(teacher, percent=False)),
             "Share of 4-grams that occurred earlier in the answer:",
             _markdown(position_rows(repeated, percent=True)),
+            "## Ten answers",
+            RULE,
         ]
+        for title, question, *answers in examples(evaluation, 10):
+            texts = zip(("Question", "Full model", "Pair"), (question, *answers), strict=True)
+            parts += [f"### {title}", *(f"**{who}**\n\n{_quoted(text)}" for who, text in texts)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
 
@@ -119,13 +162,14 @@ def write_comparison(folder: Path, points: Sequence[TradeoffPoint]) -> None:
     save_tradeoff(folder / "tradeoff.png", points)
     parts = [
         "# Pruning beside plain quantisation",
-        "Decoders answer on the unquantised full model's KV of the prompt. In the columns *alone* they read the prompt "
-        "themselves; for the full model that is plain quantisation. int8 has one scale per output channel, int4 a "
-        "scale and an offset for every 32 weights; int4+int8 head keeps the output head at 8 bits, as 4-bit formats "
-        "usually do. ± is one standard error over answers.",
+        "Decoders answer on the unquantised full model's KV of the prompt. int8 has one scale per output channel, int4 "
+        "a scale and an offset for every 32 weights; int4+int8 head keeps the output head at 8 bits, as 4-bit formats "
+        "usually do. ± is one standard error over answers. The last three columns are of greedy answers that the "
+        f"decoder wrote, for {', '.join(FREE_RUNNING)}: their perplexity by the full model ÷ that of its own answers, "
+        "repeated 4-grams with the difference in points, and length ÷ the full model's.",
         NOTE,
         _markdown(point_rows(points)),
-        "![agreement against bytes and FLOPs](tradeoff.png)",
+        "![agreement and free-running perplexity against bytes](tradeoff.png)",
     ]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(point.to_json()) + "\n" for point in points)
@@ -157,6 +201,21 @@ def _share(estimate: Estimate) -> str:
     if math.isnan(estimate.mean):
         return "-"
     return f"{100 * estimate.mean:.1f} ± {100 * estimate.standard_error:.1f} %"
+
+
+def _free(free: Comparison) -> list[str]:
+    """Returns perplexity, its ratio, repeated 4-grams, length and share of finished answers."""
+    return [
+        f"{free.perplexity:.2f}",
+        f"{free.ratio:.2f} ± {free.ratio_error:.2f}",
+        f"{100 * free.repeated:.1f} % ({free.points:+.1f})",
+        f"{free.tokens:.0f} ({free.length:.2f}×)",
+        f"{100 * free.finished:.0f} %",
+    ]
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines()) or "> *(empty)*"
 
 
 def _markdown(rows: TableRows) -> str:

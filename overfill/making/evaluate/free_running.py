@@ -1,33 +1,80 @@
-"""Judge the answers that a decoder writes freely: their likelihood under the full model and their repetition.
+"""Judge the answers that a decoder writes freely: their likelihood under the full model, repetition and length.
 
-The serving engine writes the answers greedily, so that each error affects later tokens as it would for a user.
+The answers are greedy, and each error affects later tokens as it would for a user. Likelihood alone flatters an answer
+that repeats itself, because a model expects more of the same; so read it with the share of repeated 4-grams.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from overfill.kv.spec import DTypeName
+from overfill.api.tokenizer import Tokenizer
 from overfill.making.conversations import Transcript
+from overfill.making.evaluate.duration import READ, WRITTEN
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
-from overfill.making.evaluate.token_metrics import Metric, MetricAccumulator, finite_or_none
-from overfill.model.manifest import Pair
+from overfill.making.evaluate.token_metrics import Estimate, Metric, MetricAccumulator, finite_or_none
+from overfill.making.evaluate.writer import Written
 from overfill.model.transformer import ForwardModel
-from overfill.pair.llm import LLM, Completion
-from overfill.request.params import SamplingParams
 from overfill.telemetry.progress import Report, silent
 
-MAX_TOKENS = 128
-SEQUENCES = 32  # answers written at once
-_BLOCK_SIZE = 16
+HEADROOM = 1.25
 _ROWS = 128  # rows of logits at a time
 _GRAM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """One answer with its figures.
+
+    Attributes:
+        nll: Mean negative log likelihood of its tokens under the full model, in nats; NaN if it is empty.
+        repeated: Share of its 4-grams that occurred earlier in it; 0 if it has fewer than 4 tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finished: bool
+    nll: float
+    repeated: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "tokens": len(self.token_ids),
+            "finished": self.finished,
+            "nll": finite_or_none(self.nll),
+            "repeated": self.repeated,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Figures of one variant's answers, overall or of one kind, beside those of the full model's answers.
+
+    Attributes:
+        perplexity: Perplexity of the answers by the full model; ``ratio`` is that to its own answers'.
+        ratio_error: Standard error of ``ratio``, from those of both likelihoods as if they were independent.
+        repeated: Share of repeated 4-grams; ``points`` is the difference from the full model's, in percentage points.
+        tokens: Mean length of the answers; ``length`` is the ratio to the full model's.
+        finished: Share of answers that ended before the limit.
+    """
+
+    perplexity: float
+    ratio: float
+    ratio_error: float
+    repeated: float
+    points: float
+    tokens: float
+    length: float
+    finished: float
+
+    def to_json(self) -> dict[str, float | None]:
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,95 +84,106 @@ class FreeRunning:
     Attributes:
         nll: Negative log likelihood of the answer tokens under the full model, in nats.
         repeated: Share of 4-grams that occurred earlier in the same answer, by the position of their last token.
-        mean_tokens: Mean length of the answers.
-        finished: Share of answers that ended before the limit.
+        tokens, finished: Length of an answer, and 1 if it ended before the limit; one number per answer.
+        answers: In the order of the prompts.
     """
 
     nll: Metric
     repeated: Metric
-    mean_tokens: float
-    finished: float
+    tokens: Metric
+    finished: Metric
+    answers: tuple[JudgedAnswer, ...]
 
-    @property
-    def perplexity(self) -> float:
-        """Perplexity of the answers under the full model."""
-        return math.exp(self.nll.overall.mean)
+    def beside(self, full: FreeRunning, kind: str | None = None) -> Comparison:
+        """Compares with the full model's answers: all, or those of one kind."""
 
-    def to_json(self) -> dict[str, Any]:
+        def of(metric: Metric) -> Estimate:
+            return metric.overall if kind is None else metric.of_kind(kind)
+
+        nll, own = of(self.nll), of(full.nll)
+        ratio = math.exp(nll.mean - own.mean)
+        repeated, tokens = of(self.repeated).mean, of(self.tokens).mean
+        return Comparison(
+            perplexity=math.exp(nll.mean),
+            ratio=ratio,
+            ratio_error=0.0 if self is full else ratio * math.hypot(nll.standard_error, own.standard_error),
+            repeated=repeated,
+            points=100 * (repeated - of(full.repeated).mean),
+            tokens=tokens,
+            length=tokens / of(full.tokens).mean,
+            finished=of(self.finished).mean,
+        )
+
+    def to_json(self, full: FreeRunning) -> dict[str, Any]:
+        """Returns the figures beside those of the full model's answers, without the answers."""
         return {
-            "teacher_perplexity": finite_or_none(self.perplexity),
-            "teacher_nll": self.nll.to_json(),
+            **self.beside(full).to_json(),
+            "by_kind": {kind: self.beside(full, kind).to_json() for kind, _ in self.tokens.by_kind},
+            "nll": self.nll.to_json(),
             "repeated_4grams": self.repeated.to_json(),
-            "mean_tokens": self.mean_tokens,
-            "finished": self.finished,
         }
 
 
-def write_answers(
-    pair_folder: Path,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int = MAX_TOKENS,
-    dtype: DTypeName,
-    device: str = "auto",
-    step: str = "Writing answers",
-    report: Report = silent,
-) -> list[Completion]:
-    """Lets the pair write greedy answers; returns them in the order of ``prompts``.
+def answer_limit(transcripts: Sequence[Transcript]) -> int:
+    """Returns the maximum length of a free-running answer: the longest given answer and a quarter more."""
+    return math.ceil(HEADROOM * max(len(t.answer) for t in transcripts))
 
-    Raises:
-        PromptTooLong: a prompt fills the context.
-    """
-    config = Pair.load(pair_folder).full_config
-    longest = min(config.max_positions, max(map(len, prompts)) + max_tokens)
-    llm = LLM(
-        pair_folder,
-        dtype=dtype,
-        device=device,
-        block_size=_BLOCK_SIZE,
-        max_model_len=longest,
-        max_num_seqs=SEQUENCES,
-        kv_memory=SEQUENCES * (longest + _BLOCK_SIZE) * config.kv_spec(dtype).token_bytes,
-    )
-    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    completions: list[Completion] = []
-    for start in range(0, len(prompts), SEQUENCES):
-        completions += llm.generate([list(p) for p in prompts[start : start + SEQUENCES]], greedy)
-        report(step, len(completions), len(prompts))
-    return completions
+
+def free_work(transcript: Transcript) -> float:
+    """Work of an answer as long as the given one: its prompt is read, it is written, and the full model reads both."""
+    return (transcript.answer_start + len(transcript.token_ids)) * READ + len(transcript.answer) * WRITTEN
 
 
 def judge_answers(
     full: ForwardModel,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Completion],
+    tokenizer: Tokenizer,
+    transcripts: Sequence[Transcript],
+    answers: Sequence[Written],
     *,
     step: str = "Scoring answers",
     report: Report = silent,
 ) -> FreeRunning:
-    """Lets the full model score the answers to ``prompts``. Empty answers count for the mean length only."""
+    """Lets the full model score the answers to the prompts of ``transcripts``.
+
+    Empty answers count for length and end only.
+    """
+    pairs = list(zip(transcripts, answers, strict=True))
     written = [
-        Transcript((*prompt, *answer.token_ids), len(prompt))
-        for prompt, answer in zip(prompts, answers, strict=True)
+        Transcript((*t.prompt, *answer.token_ids), t.answer_start, kind=t.kind)
+        for t, answer in pairs
         if answer.token_ids
     ]
     reader = BatchModel(full, cache_tokens(written))
-    nll, repeated = MetricAccumulator(), MetricAccumulator()
-    done = 0
+    nll, repeated, tokens, finished = (MetricAccumulator() for _ in range(4))
+    means: list[tuple[float, float]] = []  # of the answers that are not empty
     for batch in batches(written):
         logits, targets = reader.read_all(batch, 0), target_tokens(batch, 0).to(full.device)
         chunks = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
         values = torch.cat([torch.nn.functional.cross_entropy(x, y, reduction="none") for x, y in chunks])
         for transcript, own in zip(batch, values.split([len(t.answer) for t in batch]), strict=True):
-            nll.add(own, 0)
-            repeated.add(repeats(transcript.answer), _GRAM - 1)
-        done += len(batch)
-        report(step, done, len(written))
+            grams = repeats(transcript.answer)
+            nll.add(own, 0, transcript.kind)
+            repeated.add(grams, _GRAM - 1, transcript.kind)
+            means.append((float(own.mean()), sum(grams) / max(1, len(grams))))
+        report(step, len(means), len(written))
+    for transcript, answer in pairs:
+        tokens.add([len(answer.token_ids)], 0, transcript.kind)
+        finished.add([float(answer.finished)], 0, transcript.kind)
+    left = iter(means)
     return FreeRunning(
         nll=nll.metric(),
         repeated=repeated.metric(),
-        mean_tokens=sum(len(a.token_ids) for a in answers) / len(answers),
-        finished=sum(a.finish_reason == "stop" for a in answers) / len(answers),
+        tokens=tokens.metric(),
+        finished=finished.metric(),
+        answers=tuple(
+            JudgedAnswer(
+                tuple(a.token_ids),
+                tokenizer.decode(a.token_ids),
+                a.finished,
+                *(next(left) if a.token_ids else (math.nan, 0.0)),
+            )
+            for a in answers
+        ),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import matplotlib as mpl
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
 _MARKERS = "Dos^vX*P"
+_Measure: TypeAlias = "Callable[[TradeoffPoint], float]"
 
 
 def save_drift(path: Path, title: str, panels: Mapping[str, Mapping[str, Metric]]) -> None:
@@ -55,30 +57,46 @@ def save_drift(path: Path, title: str, panels: Mapping[str, Mapping[str, Metric]
 
 
 def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
-    """Draws agreement against decode bytes and against decode FLOPs, so that equal precisions can be compared.
+    """Draws agreement against decode bytes and FLOPs, and free-running perplexity against bytes.
+
+    The perplexity is that of the decoder's own answers by the full model, divided by that of the full model's: 1 is the
+    full model, and larger is worse. Its panel is missing if no answers were written.
 
     Each precision has one colour and one line, which joins the decoders in order of size. Each decoder has one marker.
     """
     names = list(dict.fromkeys(point.name for point in points))
     markers = dict(zip(names, cycle(_MARKERS), strict=False))
     colours = dict(zip(PRECISIONS, _COLOURS, strict=False))
-    measures: list[tuple[str, Callable[[TradeoffPoint], float]]] = [
-        ("weights read per token (MB)", lambda p: p.cost.bytes / 1e6),
-        ("operations per token (MFLOP)", lambda p: p.cost.flops / 1e6),
+
+    def megabytes(point: TradeoffPoint) -> float:
+        return point.cost.bytes / 1e6
+
+    def agreement(point: TradeoffPoint) -> float:
+        return 100 * point.agreement.mean
+
+    def ratio(point: TradeoffPoint) -> float:
+        return math.nan if point.free is None else point.free.ratio
+
+    bytes_label, agreement_label = "weights read per token (MB)", "agreement with the full model (%)"
+    drawn: list[tuple[str, _Measure, str, _Measure]] = [
+        (bytes_label, megabytes, agreement_label, agreement),
+        ("operations per token (MFLOP)", lambda p: p.cost.flops / 1e6, agreement_label, agreement),
     ]
-    figure, panels = plt.subplots(1, 2, figsize=(8.2, 4.6), sharey=True)
-    for axes, (label, measure) in zip(panels, measures, strict=True):
+    if any(point.free for point in points):
+        drawn.append((bytes_label, megabytes, "perplexity of its own answers ÷ the full model's", ratio))
+    figure, panels = plt.subplots(1, len(drawn), figsize=(4.1 * len(drawn), 4.6))
+    for axes, (x_label, x, y_label, y) in zip(panels, drawn, strict=True):
         for index, (precision, colour) in enumerate(colours.items()):
             # When two decoders have one size, such as before and after training, the worse one comes first.
             line = sorted(
-                (point for point in points if point.precision == precision),
+                (point for point in points if point.precision == precision and math.isfinite(y(point))),
                 key=lambda p: (p.cost.weights, p.agreement.mean),
             )
-            axes.plot([measure(p) for p in line], [100 * p.agreement.mean for p in line], color=colour, linewidth=1.5)
+            axes.plot([x(p) for p in line], [y(p) for p in line], color=colour, linewidth=1.5)
             for point in line:
                 axes.plot(
-                    measure(point),
-                    100 * point.agreement.mean,
+                    x(point),
+                    y(point),
                     color=colour,
                     marker=markers[point.name],
                     markersize=11 - 1.2 * index,  # where precisions agree, each marker stays visible
@@ -86,11 +104,11 @@ def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
                     markeredgewidth=0.7,
                     zorder=3 + index,
                 )
-        axes.set(xlabel=label)
-        axes.set_xlim(0, 1.05 * max(measure(point) for point in points))  # no marker is cut
-        axes.set_ylim(top=101)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xlim(0, 1.05 * max(x(point) for point in points))  # no marker is cut
+        if y is agreement:
+            axes.set_ylim(top=101)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("agreement with the full model (%)")
     lines = [Line2D([], [], color=colour, linewidth=3, label=precision) for precision, colour in colours.items()]
     shapes = [
         Line2D([], [], color="#444444", marker=markers[name], markersize=8, linestyle="none", label=name)

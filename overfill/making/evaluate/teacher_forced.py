@@ -5,7 +5,7 @@ The full model always writes the first answer token, so that all figures are ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Transcript
+from overfill.making.evaluate.duration import JUDGED, READ, Work
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.making.evaluate.token_metrics import Metric, MetricAccumulator
 from overfill.model.transformer import ForwardModel
@@ -40,7 +41,9 @@ class TeacherForced:
         return {"nll": self.nll.to_json(), "kl": self.kl.to_json(), "agreement": self.agreement.to_json()}
 
 
-KvForm = Literal["int8", "int8 cache"]
+Form = Literal["two_stage", "two_stage_int8", "two_stage_int8_cache", "decoder_alone"]
+"""How a decoder is judged: on the full model's KV of the prompt, as it is, rounded to int8 on its way, or in an int8
+cache that holds the answer's KV too; or as a model that reads the prompt itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +52,6 @@ class Candidate:
 
     model: ForwardModel
     layer_map: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """Figures of one candidate.
-
-    Attributes:
-        two_stage: Figures on the full model's KV of the prompt.
-        alone: Figures of the candidate as a model that reads the prompt itself.
-        by_kv_form: Two-stage figures for each requested other form of KV.
-    """
-
-    two_stage: TeacherForced
-    alone: TeacherForced
-    by_kv_form: Mapping[KvForm, TeacherForced]
 
 
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
@@ -80,60 +68,53 @@ def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
 
 def teacher_forced(
     full: ForwardModel,
-    candidates: Mapping[str, Candidate],
+    candidate: Candidate,
     transcripts: Sequence[Transcript],
+    forms: Sequence[Form] = ("two_stage",),
     *,
-    kv_forms: Sequence[KvForm] = (),
     step: str = "Teacher forcing",
     report: Report = silent,
-) -> tuple[TeacherForced, dict[str, Judgement]]:
-    """Judges the full model and every candidate; the full model reads each transcript once.
-
-    All models must have the same device and dtype.
-
-    Args:
-        kv_forms: Further forms of KV to judge: int8 for the prompt's KV on its way, or an int8 cache for all KV.
+) -> tuple[TeacherForced, dict[Form, TeacherForced]]:
+    """Judges the full model, and the candidate in each of ``forms``. Both models have the same device and dtype.
 
     Raises:
         InvalidRequest: as ``scorable``.
     """
     transcripts = scorable(transcripts)
     max_tokens = cache_tokens(transcripts)
-    reader = BatchModel(full, max_tokens)
-    halves = {name: BatchModel(candidate.model, max_tokens) for name, candidate in candidates.items()}
-    int8_cached = {}
-    if "int8 cache" in kv_forms:
-        int8_cached = {name: BatchModel(candidate.model, max_tokens, "int8") for name, candidate in candidates.items()}
+    reader, half = BatchModel(full, max_tokens), BatchModel(candidate.model, max_tokens)
+    cached = BatchModel(candidate.model, max_tokens, "int8") if "two_stage_int8_cache" in forms else half
     full_accumulator = _TeacherForcedAccumulator()
-    two_stage = {name: _TeacherForcedAccumulator() for name in candidates}
-    alone = {name: _TeacherForcedAccumulator() for name in candidates}
-    by_kv_form = {name: {form: _TeacherForcedAccumulator() for form in kv_forms} for name in candidates}
+    accumulators = {form: _TeacherForcedAccumulator() for form in forms}
+
+    def logits(form: Form, batch: Sequence[Transcript]) -> Tensor:
+        if form == "decoder_alone":
+            return half.read_all(batch, 1)
+        writer = cached if form == "two_stage_int8_cache" else half
+        return writer.read_answers(batch, reader, candidate.layer_map, int8=form == "two_stage_int8")
+
     done = 0
     for batch in batches(transcripts):
         targets = target_tokens(batch, 1).to(full.device)
         truth = reader.read_all(batch, 1)
         full_accumulator.add(batch, truth, truth, targets)
-        for name, half in halves.items():
-            two_stage[name].add(batch, truth, half.read_answers(batch, reader, candidates[name].layer_map), targets)
-            for form, accumulator in by_kv_form[name].items():
-                layer_map = candidates[name].layer_map
-                if form == "int8 cache":
-                    logits = int8_cached[name].read_answers(batch, reader, layer_map)
-                else:
-                    logits = half.read_answers(batch, reader, layer_map, int8=True)
-                accumulator.add(batch, truth, logits, targets)
-            alone[name].add(batch, truth, half.read_all(batch, 1), targets)
+        for form, accumulator in accumulators.items():
+            accumulator.add(batch, truth, logits(form, batch), targets)
         done += len(batch)
         report(step, done, len(transcripts))
-    judgements = {
-        name: Judgement(
-            two_stage[name].result(),
-            alone[name].result(),
-            {form: accumulator.result() for form, accumulator in by_kv_form[name].items()},
-        )
-        for name in candidates
-    }
-    return full_accumulator.result(), judgements
+    return full_accumulator.result(), {form: accumulator.result() for form, accumulator in accumulators.items()}
+
+
+def forced_work(forms: Sequence[Form]) -> Work:
+    """Work of ``teacher_forced``: the full model and *alone* read all, other forms the answer, and each is judged."""
+    whole = 1 + forms.count("decoder_alone")
+    answers = len(forms) + 1 - whole
+
+    def work(transcript: Transcript) -> float:
+        judged = (len(forms) + 1) * JUDGED
+        return whole * READ * len(transcript.token_ids) + (answers * READ + judged) * len(transcript.answer)
+
+    return work
 
 
 class _TeacherForcedAccumulator:
@@ -149,7 +130,7 @@ class _TeacherForcedAccumulator:
         for transcript in batch:
             rows = slice(start, start + len(transcript.answer) - 1)
             for accumulator, values in ((self._nll, nll), (self._kl, kl), (self._agreement, agreement)):
-                accumulator.add(values[rows], 1)
+                accumulator.add(values[rows], 1, transcript.kind)
             start = rows.stop
 
     def result(self) -> TeacherForced:

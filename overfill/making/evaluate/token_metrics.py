@@ -1,4 +1,4 @@
-"""Average per-token numbers over many answers, overall and by position, with standard errors. Knows no models.
+"""Average numbers over many answers, overall, by position and by kind, with standard errors. Knows no models.
 
 Positions count from 0 and fall into buckets 0, 1, 2-3, 4-7, 8-15 and so on. The logarithmic scale shows drift within an
 answer, and every bucket has many tokens.
@@ -45,15 +45,26 @@ class PositionBucket:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Means of one number per token. ``by_position`` leaves out buckets without tokens."""
+    """Means of one number per token.
+
+    Attributes:
+        by_position: Leaves out buckets without tokens.
+        by_kind: Kind of conversation and its estimate, in order of appearance.
+    """
 
     overall: Estimate
     by_position: tuple[PositionBucket, ...]
+    by_kind: tuple[tuple[str, Estimate], ...] = ()
+
+    def of_kind(self, kind: str) -> Estimate:
+        """Returns the estimate of one kind; NaN if no answer of it was added."""
+        return dict(self.by_kind).get(kind, Estimate(math.nan, 0.0, 0))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns ``{"mean", "standard_error", "count", "by_position": [{"first", "last", "mean", …}]}``."""
+        """Returns ``{"mean", "standard_error", "count", "by_position": [{"first", …}], "by_kind": {kind: {…}}}``."""
         buckets = [{"first": b.first, "last": b.last, **b.estimate.to_json()} for b in self.by_position]
-        return {**self.overall.to_json(), "by_position": buckets}
+        kinds = {kind: estimate.to_json() for kind, estimate in self.by_kind}
+        return {**self.overall.to_json(), "by_position": buckets, "by_kind": kinds}
 
 
 class MetricAccumulator:
@@ -62,13 +73,15 @@ class MetricAccumulator:
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
         self._counts: list[Tensor] = []
+        self._kinds: list[str] = []
 
-    def add(self, values: Tensor | Sequence[float], first: int) -> None:
+    def add(self, values: Tensor | Sequence[float], first: int, kind: str = "") -> None:
         """Adds ``values`` [n], which belong to consecutive tokens of one answer from position ``first``."""
         values = torch.as_tensor(values, dtype=torch.float64).cpu()
         buckets = torch.tensor([p.bit_length() for p in range(first, first + len(values))], dtype=torch.int64)
         self._sums.append(torch.zeros(_BUCKETS, dtype=torch.float64).index_add_(0, buckets, values))
         self._counts.append(torch.bincount(buckets, minlength=_BUCKETS))
+        self._kinds.append(kind)
 
     def metric(self) -> Metric:
         """Returns the means so far; NaN if there are no tokens."""
@@ -80,7 +93,10 @@ class MetricAccumulator:
             for i in range(_BUCKETS)
             if counts[:, i].any()
         ]
-        return Metric(_estimate(sums.sum(1), counts.sum(1)), tuple(buckets))
+        sums, counts = sums.sum(1), counts.sum(1)
+        rows = {kind: torch.tensor([own == kind for own in self._kinds]) for kind in dict.fromkeys(self._kinds)}
+        by_kind = [(kind, _estimate(sums[chosen], counts[chosen])) for kind, chosen in rows.items() if kind]
+        return Metric(_estimate(sums, counts), tuple(buckets), tuple(by_kind))
 
 
 def finite_or_none(value: float) -> float | None:

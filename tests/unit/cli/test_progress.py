@@ -21,8 +21,8 @@ def test_lines_report_a_step_s_start_end_and_progress_now_and_then() -> None:
     report("Loading", 1, 1)
     assert lines == [
         "Fitting",
-        "Fitting: 40 % after 10 s",
-        "Fitting: 80 % after 20 s",
+        "Fitting: 40 % after 10 s, about 15 s left",
+        "Fitting: 80 % after 20 s, about 5 s left",
         "Fitting: done after 25 s",
         "Loading: done",
     ]

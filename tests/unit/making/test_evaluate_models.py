@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import weakref
@@ -15,16 +16,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from overfill.api.tokenizer import Tokenizer
 from overfill.cli.evaluate import compare_command, eval_command
 from overfill.errors import InvalidRequest
-from overfill.making.conversations import Transcript
+from overfill.making.conversations import Conversation, Transcript
 from overfill.making.evaluate import compare as comparison
+from overfill.making.evaluate import writer
 from overfill.making.evaluate.compare import compare
 from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
 from overfill.making.evaluate.fake_quantization import fake_quantized_model
 from overfill.making.evaluate.free_running import judge_answers
+from overfill.making.evaluate.writer import Written
 from overfill.making.pair_json import write_manifest
 from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
@@ -34,14 +38,14 @@ from overfill.model.pair_files import load_whole
 from overfill.model.transformer import Transformer
 from overfill.pair.checksums import checksums_match
 from overfill.pair.hf_model import load_hf_model
-from overfill.pair.llm import Completion
 from overfill.pair.reference import TwoStageReference, _forward
 
 _GENERATOR = torch.Generator().manual_seed(8)
 LENGTHS = ((30, 20), (5, 40), (1, 2), (700, 3), (12, 400), (40, 9))
+KINDS = ("explain", "rewrite", "explain", "long", "explain", "rewrite")
 TRANSCRIPTS = [
-    Transcript(tuple(torch.randint(2, 512, (prompt + answer,), generator=_GENERATOR).tolist()), prompt)
-    for prompt, answer in LENGTHS
+    Transcript(tuple(torch.randint(2, 512, (prompt + answer,), generator=_GENERATOR).tolist()), prompt, kind=kind)
+    for (prompt, answer), kind in zip(LENGTHS, KINDS, strict=True)
 ]
 ANSWER_TOKENS = sum(answer - 1 for _, answer in LENGTHS)
 
@@ -158,8 +162,7 @@ def test_an_identity_pair_is_the_full_model(identity: Path) -> None:
         assert kl == pytest.approx(0, abs=1e-4)
         assert nll == pytest.approx(figures(result)["full"][0], rel=1e-5)
     assert result.decoder == result.full
-    full, two_stage, alone = (result.free_running[name] for name in ("full", "two_stage", "decoder_alone"))
-    assert full == two_stage == alone
+    assert result.free_running["full"] == result.free_running["two_stage"]
 
 
 def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> None:
@@ -176,26 +179,56 @@ def test_free_running_answers_are_scored_by_the_full_model(tiny_pair: Path) -> N
             total -= float(rows[torch.arange(len(rows)), torch.tensor(transcript.answer)].sum())
             count += len(rows)
     found = result.free_running["two_stage"]
+    assert [list(answer.token_ids) for answer in found.answers] == answers
     assert found.nll.overall.count == count
     assert found.nll.overall.mean == pytest.approx(total / count, rel=1e-4)
-    assert found.mean_tokens == count / len(answers)
-    assert found.finished == sum(len(a) < 24 for a in answers) / len(answers)
+    assert found.tokens.overall.mean == count / len(answers)
+    assert found.finished.overall.mean == sum(len(a) < 24 for a in answers) / len(answers)
     assert found.nll.by_position[0].first == 0
-    assert len({figures.nll for figures in result.free_running.values()}) == 3  # three writers
+    assert len({figures.nll for figures in result.free_running.values()}) == 2  # two writers
+
+
+def test_own_answers_are_compared_with_the_full_models_overall_and_by_kind(tiny_pair: Path) -> None:
+    result = evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=24)
+    full, pair = result.free_running["full"], result.free_running["two_stage"]
+    found = pair.beside(full)
+    assert found.ratio == pytest.approx(found.perplexity / math.exp(full.nll.overall.mean))
+    assert found.points == pytest.approx(100 * (pair.repeated.overall.mean - full.repeated.overall.mean))
+    assert found.length == pytest.approx(pair.tokens.overall.mean / full.tokens.overall.mean)
+    own = full.beside(full)
+    assert (own.ratio, own.ratio_error, own.points, own.length) == (1, 0, 0, 1)
+    assert dict(result.kinds) == {"explain": 3, "rewrite": 2, "long": 1}
+    lengths = [len(a.token_ids) for a, kind in zip(pair.answers, KINDS, strict=True) if kind == "explain"]
+    printed = result.to_json()["free_running"]["two_stage"]["by_kind"]
+    assert list(printed) == ["explain", "rewrite", "long"]
+    assert printed["explain"]["tokens"] == sum(lengths) / len(lengths)
+    kinds = result.teacher_forced["two_stage"].agreement.by_kind
+    assert {kind: estimate.count for kind, estimate in kinds} == {"explain": 19 + 1 + 399, "rewrite": 39 + 8, "long": 2}
+
+
+def test_answers_written_together_are_those_written_alone(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=24).free_running["two_stage"].answers
+    monkeypatch.setattr(writer, "_CACHE_TOKENS", 16)  # the cache holds the longest sequence alone
+    alone = evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=24).free_running["two_stage"].answers
+    assert [a.token_ids for a in alone] == [a.token_ids for a in together]
+
+
+def test_the_limit_of_an_own_answer_is_that_of_the_given_answers_with_headroom(tiny_pair: Path) -> None:
+    result = evaluate(tiny_pair, TRANSCRIPTS[:2], dtype="float32")
+    assert result.max_tokens == 50  # the longest given answer has 40
+    assert max(len(a.token_ids) for figures in result.free_running.values() for a in figures.answers) <= 50
 
 
 def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
     full = Transformer.load(tiny_pair / "full", torch.float32, torch.device("cpu"))
-    prompts = [(5, 6, 7)] * 3
-    answers = [
-        Completion("", [8, 9, 10, 11, 12, 13], "length", 3),
-        Completion("", [], "stop", 3),
-        Completion("", [8, 8, 8, 8, 8, 8], "length", 3),
-    ]
-    found = judge_answers(full, prompts, answers)
-    assert (found.mean_tokens, found.finished) == (4, pytest.approx(1 / 3))
+    transcripts = [Transcript((5, 6, 7, 8), 3)] * 3
+    answers = [Written([8, 9, 10, 11, 12, 13]), Written([], finished=True), Written([8, 8, 8, 8, 8, 8])]
+    found = judge_answers(full, Tokenizer.load(tiny_pair / "full"), transcripts, answers)
+    assert (found.tokens.overall.mean, found.finished.overall.mean) == (4, pytest.approx(1 / 3))
     assert (found.nll.overall.count, found.repeated.overall.count) == (12, 6)
     assert [(b.first, b.estimate.mean) for b in found.repeated.by_position] == [(2, 0), (4, 0.5)]
+    assert [round(a.repeated, 3) for a in found.answers] == [0, 0, 0.667]
+    assert math.isnan(found.answers[1].nll)
 
 
 def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:
@@ -204,7 +237,7 @@ def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:
 
 
 def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> None:
-    points = list(compare([tiny_pair], TRANSCRIPTS, dtype="float32"))
+    points = list(compare([tiny_pair], TRANSCRIPTS, dtype="float32", max_tokens=24))
     found = {(p.name, p.precision): p for p in points}
     assert list(found) == [(n, p) for n in ("full model", "tiny") for p in PRECISIONS]
     full = [found["full model", p] for p in PRECISIONS]
@@ -219,8 +252,11 @@ def test_comparison_judges_both_models_at_each_precision(tiny_pair: Path) -> Non
     unrounded = plain_figures(tiny_pair, TRANSCRIPTS)
     assert found["tiny", "bf16"].kl.mean == pytest.approx(unrounded["two_stage"][1], rel=0.05)
     assert found["tiny", "bf16"].agreement.mean == pytest.approx(unrounded["two_stage"][2], abs=0.02)
-    assert found["tiny", "bf16"].agreement_alone.mean == pytest.approx(unrounded["decoder_alone"][2], abs=0.02)
-    assert found["tiny", "bf16"].nll_alone.mean == pytest.approx(unrounded["decoder_alone"][0], abs=0.005)
+    assert [p.precision for p in points if p.free is None] == ["int4", "int4"]
+    assert found["full model", "bf16"].free.ratio == pytest.approx(1, rel=0.1)
+    evaluated = evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=24).free_running
+    expected = evaluated["two_stage"].beside(evaluated["full"])
+    assert found["tiny", "bf16"].free.ratio == pytest.approx(expected.ratio, rel=0.1)
 
 
 def test_comparison_holds_one_decoder_and_one_copy_at_a_time(
@@ -244,7 +280,7 @@ def test_comparison_holds_one_decoder_and_one_copy_at_a_time(
 
     monkeypatch.setattr(comparison, "fake_quantized_model", rounded)
     monkeypatch.setattr(comparison, "load_weights", load)
-    assert len(list(compare([tiny_pair, other], TRANSCRIPTS[:2], dtype="float32"))) == 3 * len(PRECISIONS)
+    assert len(list(compare([tiny_pair, other], TRANSCRIPTS[:2], dtype="float32", max_tokens=4))) == 3 * len(PRECISIONS)
     assert (len(copies), len(loaded)) == (3 * len(PRECISIONS), 3)
 
 
@@ -261,7 +297,7 @@ def test_saving_keeps_a_valid_seal_and_a_loadable_pair(fresh: Callable[[], Path]
     assert checksums_match(folder)
     kept = load_whole(folder, digests=True).eval
     assert kept["two_stage"]["agreement"] == round(figures(evaluation)["two_stage"][2], 4)
-    assert kept["transcripts"] == len(TRANSCRIPTS)
+    assert (kept["data"], kept["transcripts"]) == ("", len(TRANSCRIPTS))
 
 
 def test_saving_does_not_bless_a_changed_folder(fresh: Callable[[], Path], evaluation: Evaluation) -> None:
@@ -281,7 +317,10 @@ def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: P
     assert printed == json.loads((out / "evaluation.json").read_text())
     assert printed["transcripts"] == 3
     assert printed["teacher_forced"]["two_stage"]["nll"]["by_position"][0]["count"] == 3
-    assert printed["free_running"]["decoder_alone"]["teacher_perplexity"] > 1
+    assert printed["free_running"]["two_stage"]["perplexity"] > 1
+    assert printed["max_tokens"] == 8
+    assert [a["question"] for a in printed["answers"]] == ["What is a block?", "And a table?", "Why?"]
+    assert printed["answers"][0]["two_stage"]["text"]
     page = (out / "report.md").read_text()
     images = re.findall(r"\]\((\S+\.png)\)", page)
     assert images == ["drift.png", "free_running.png"]
@@ -289,9 +328,41 @@ def test_eval_prints_json_and_writes_a_report(fresh: Callable[[], Path], data: P
     assert Pair.load(folder).eval["full"]["agreement"] == 1
 
 
+def test_eval_shows_answers_side_by_side_in_80_columns(fresh: Callable[[], Path], data: Path) -> None:
+    arguments = [str(fresh()), "--data", str(data), "--max-tokens", "8", "--threads", "1"]
+    result = CliRunner().invoke(eval_command, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Judging 3 conversations, about 1 min" in result.stderr
+    _, _, shown = result.stdout.partition("Answers of the pair are ordered")
+    assert max(map(len, shown.splitlines())) <= 80
+    for heading in ("median: perplexity", "most repetitive: perplexity", "least likely: perplexity"):
+        assert f"\n{heading}" in shown
+    assert shown.count("full model") == 4, "one in the rule, and one per example"
+    assert all(f"\n{question}" in shown for question in ("What is a block?", "And a table?", "Why?"))
+
+
+def test_the_judged_set_is_the_test_set_unless_another_is_named(
+    tiny_pair: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def conversations(data: str) -> list[Conversation]:
+        asked.append(data)
+        return [Conversation(({"role": "user", "content": "Why?"}, {"role": "assistant", "content": "For speed."}))]
+
+    monkeypatch.setattr("overfill.making.conversations.judged_conversations", conversations)
+    quick = ["--no-free-running", "--json"]
+    for command in (eval_command, compare_command):
+        for chosen in ([], ["--data", "development"]):
+            result = CliRunner().invoke(command, [str(tiny_pair), *quick, *chosen])
+            assert result.exit_code == 0, result.output
+    assert asked == ["test", "development"] * 2
+
+
 def test_compare_prints_json_lines_and_writes_a_plot(tiny_pair: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    result = CliRunner().invoke(compare_command, [str(tiny_pair), "--data", str(data), "--json", "--out", str(out)])
+    arguments = [str(tiny_pair), "--data", str(data), "--max-tokens", "8", "--json", "--out", str(out)]
+    result = CliRunner().invoke(compare_command, arguments)
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["precision"] for line in lines] == [*PRECISIONS] * 2
@@ -305,11 +376,11 @@ def test_int8_decoders_are_judged_as_they_are_served(identity: Path, tmp_path: P
     shutil.copytree(identity, folder)
     write_manifest(folder, decoder="full", recipe={"quantize": "int8"})
     result = evaluate(folder, TRANSCRIPTS, dtype="float32", max_tokens=8)
-    point = next(p for p in compare([identity], TRANSCRIPTS, dtype="float32") if p.precision == "int8")
+    points = compare([identity], TRANSCRIPTS, free_running=False, dtype="float32")
+    point = next(p for p in points if p.precision == "int8")
     assert figures(result)["two_stage"] == pytest.approx(
         (point.nll.mean, point.kl.mean, point.agreement.mean), rel=1e-3
     )
-    assert figures(result)["decoder_alone"][0] == pytest.approx(point.nll_alone.mean, rel=1e-3)
     assert figures(result)["two_stage"][1] > 1e-3
     assert result.decoder == point.cost
     assert result.full.bytes > result.decoder.bytes

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from overfill.making.conversations import Transcript
+from overfill.making.evaluate import duration
 from overfill.making.evaluate.costs import DecodeCost, weight_bytes
+from overfill.making.evaluate.duration import announce
+from overfill.making.evaluate.examples import choose_examples
 from overfill.making.evaluate.fake_quantization import fake_quantize
-from overfill.making.evaluate.free_running import repeats
+from overfill.making.evaluate.free_running import JudgedAnswer, repeats
 from overfill.making.evaluate.token_metrics import MetricAccumulator
 from overfill.model.config import ModelConfig
 
@@ -60,6 +65,64 @@ def test_repeated_grams_are_those_seen_before_in_the_answer() -> None:
     assert repeats([1, 2, 3, 4, 1, 2, 3, 4, 5]) == [0, 0, 0, 0, 1, 0]
     assert repeats([7, 7, 7, 7, 7, 7]) == [0, 1, 1]
     assert repeats([1, 2, 3]) == []
+
+
+def test_figures_are_split_by_kind() -> None:
+    accumulator = MetricAccumulator()
+    for kind, values in (("long", [1.0, 3.0]), ("short", [5.0]), ("long", [5.0])):
+        accumulator.add(values, 0, kind)
+    metric = accumulator.metric()
+    assert [(kind, e.mean, e.count) for kind, e in metric.by_kind] == [("long", 3.0, 3), ("short", 5.0, 1)]
+    assert (metric.of_kind("long").mean, metric.overall.mean) == (3.0, 3.5)
+    assert math.isnan(metric.of_kind("other").mean)
+    assert list(metric.to_json()["by_kind"]) == ["long", "short"]
+    accumulator = MetricAccumulator()
+    accumulator.add([1.0], 0)
+    assert accumulator.metric().by_kind == ()
+
+
+def _answer(nll: float, repeated: float) -> JudgedAnswer:
+    return JudgedAnswer((1, 2), "a text", True, nll, repeated)
+
+
+def test_three_examples_are_the_median_the_most_repetitive_and_the_least_likely() -> None:
+    figures = [(1.0, 0.0), (0.5, 0.9), (9.0, 0.0), (2.0, 0.1), (3.0, 0.2), (1.5, 0.0)]
+    chosen = choose_examples([_answer(*each) for each in figures], 3)
+    # Without index 2 and index 1, the likelihoods of indices 0, 5, 3 and 4 are left.
+    assert [(e.index, e.why) for e in chosen] == [(3, "median"), (1, "most repetitive"), (2, "least likely")]
+
+
+def test_more_examples_are_at_evenly_spaced_ranks_and_none_is_shown_twice() -> None:
+    answers = [_answer(float(i), i / 100) for i in range(22)]
+    chosen = choose_examples(answers, 10)
+    assert [e.index for e in chosen] == [1, 3, 6, 8, 11, 13, 16, 18, 20, 21]
+    assert chosen[0].why == "rank 2 of 20"
+    assert sorted(e.index for e in choose_examples(answers[:4], 10)) == [0, 1, 2, 3]
+
+
+def test_an_empty_answer_is_the_least_likely_one() -> None:
+    empty = JudgedAnswer((), "", True, math.nan, 0.0)
+    assert choose_examples([_answer(1.0, 0.0), empty, _answer(9.0, 0.0)], 3)[-1].index == 1
+
+
+def test_the_expected_time_is_announced_and_each_part_moves_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 106.0])
+    monkeypatch.setattr(duration.time, "monotonic", lambda: next(clock))
+    said: list[tuple[str, int, int]] = []
+    probed: list[Sequence[Transcript]] = []
+
+    def length(transcript: Transcript) -> float:
+        return len(transcript.token_ids)
+
+    transcripts = [Transcript((1,) * 100, 50), Transcript((1,) * 900, 50)]
+    parts = [length, lambda transcript: 3 * length(transcript)]
+    end_part = announce(transcripts, probed.append, length, parts, lambda *step: said.append(step))
+    assert probed == [transcripts[:1]]
+    end_part()
+    end_part()
+    # 6 s for 100 tokens; both parts together make the work of 4,000 tokens.
+    name = "Judging 2 conversations, about 4 min"
+    assert said == [(name, 0, 100), (name, 25, 100), (name, 100, 100)]
 
 
 def test_a_decode_step_reads_all_matrices_and_the_head_but_not_the_embedding() -> None:

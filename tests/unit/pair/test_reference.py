@@ -14,7 +14,6 @@ from overfill.pair.reference import (
     JudgedAnswer,
     TwoStageReference,
     Verdict,
-    full_model_agreement,
     judge,
     judge_parts,
     load_references,
@@ -233,9 +232,3 @@ def test_tiers_of_another_full_model_are_refused(tiny_tiers: tuple[TierSpec, ...
     other = TierSpec(name="other", pair=str(make_tiny_pair(tmp_path / "pair", seed=1)))
     with pytest.raises(InvalidPair, match="different full models"):
         load_references([*tiny_tiers, other])
-
-
-def test_agreement_with_the_full_model_is_over_the_tokens_after_the_first(tiers: dict[str, TwoStageReference]) -> None:
-    full_path = tiers["fast"].pair.full_path
-    answers = [written(tiers, PROMPTS[0], [("full", 0)]), written(tiers, PROMPTS[0], [("full", 0), ("fast", 7)]), [3]]
-    assert full_model_agreement(full_path, PROMPTS[0], answers) == [1.0, 6 / 9, None]
