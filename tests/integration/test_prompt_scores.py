@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from click.testing import CliRunner
 from harness_tasks import flat, run_harness, write_tasks
 from http_calls import call
 from mocks import mock_stack
-from stacks import idle, running_stack, wait_until
+from stacks import idle, loads, running_stack, wait_until
 
 from overfill.client import Client, InvalidRequest, SamplingParams
 from overfill.pair.hf_model import load_hf_model
@@ -287,3 +289,27 @@ def test_lm_eval_scores_a_tier_as_the_pair_alone(running, tiny_family, tmp_path,
             assert found[task][metric]["value"] == pytest.approx(figures["value"], rel=1e-4), (task, metric)
     refused = CliRunner().invoke(lm_eval_command, [*arguments, "--address", running[1], "--threads", "1"])
     assert "--address conflicts with --threads" in refused.output
+
+
+def test_workers_with_both_stages_score_prompts_and_a_migrated_answer_has_its_scores_once(tiny_family):
+    ids, start = prompt(90, 3), 40
+    expected = two_stage(tiny_family["default"], ids, start)
+    sampling = SamplingParams(temperature=0, max_tokens=300, prompt_logprobs=1, ignore_eos=True)
+    with (
+        running_stack(tiny_family["default"], 0, 0, colocated=2) as (stack, address),
+        Client(address) as client,
+    ):
+        whole = client.generate(ids, sampling=sampling, answer_start=start)
+        found = [entry.logprob for entry in whole.prompt_logprobs[start:]]
+        scores = [float(row[token]) for row, token in zip(expected, ids[start:], strict=True)]
+        assert found == pytest.approx(scores, **CLOSE)
+        with client.stream(ids, sampling=sampling, answer_start=start) as stream:
+            deltas = [next(stream)]
+            (busy,) = [id for id, load in loads(address).items() if load.running]
+            os.kill(stack.worker(busy).pid, signal.SIGKILL)
+            deltas += stream
+        assert stream.answer.migrations == 1
+        assert [delta.prompt_logprobs is not None for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+        assert stream.answer.token_ids == whole.token_ids
+        again = [entry.logprob for entry in stream.answer.prompt_logprobs[start:]]
+        assert again == pytest.approx(scores, **CLOSE)
