@@ -181,10 +181,11 @@ def _check_scores(
         return
     if count > vocab_size:
         raise InvalidRequest("sampling.prompt_logprobs", f"is {count}, more than the {vocab_size} token ids")
-    if (total := (1 + count) * prompt_tokens) > MAX_PROMPT_LOGPROBS:
+    scored = prompt_tokens - (request.answer_start if request.HasField("answer_start") else 1)
+    if (total := (1 + count) * scored) > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
             "sampling.prompt_logprobs",
-            f"{count} for each of {prompt_tokens} tokens make {total} log-probabilities, with the tokens' own; at most "
+            f"{count} for each of {scored} tokens make {total} log-probabilities, with the tokens' own; at most "
             f"{MAX_PROMPT_LOGPROBS} are allowed; ask for fewer, or score a shorter prompt",
         )
 
