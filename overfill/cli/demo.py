@@ -38,8 +38,8 @@ cars, and it stops in Florence at seven in the morning. The line opened in 2009 
 then, more than two million people have travelled on it.
 
 Question: When does the night train leave Vienna, and when does it arrive in Rome?"""
-# Both models answer this rightly, here and in a shorter and a longer passage. Of 143 questions that were tried, they did
-# so for about ten: both are small.
+# Both models answer this rightly, here and in a shorter and a longer passage. They did so for about ten of the 143
+# questions that were tried: both are small.
 
 _SAMPLING = SamplingParams(temperature=0, max_tokens=96)
 _NOTES = Console(stderr=True, highlight=False)

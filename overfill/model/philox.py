@@ -14,7 +14,6 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-_WORDS = 4  # per counter
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,36 +29,32 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
-        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap to their 64 bits
+        c0 = (product1 >> 32).bitwise_xor(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = (product0 >> 32).bitwise_xor(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = product1.bitwise_and_(_WORD), product0.bitwise_and_(_WORD)
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return c0, c1, c2, c3
 
 
-def token_words(seeds: Tensor, positions: Tensor, sample_indices: Tensor, vocab: int) -> Tensor:
-    """The random word of every token of a vocabulary.
+def token_words(
+    seeds: Sequence[int], positions: Sequence[int], sample_indices: Sequence[int], blocks: Tensor
+) -> Tensor:
+    """The random words of blocks of four tokens.
 
     Token ``id`` has word ``id mod 4`` of the counter ``(position, sample_index, id div 4, 0)``. The key is the seed,
     low word first.
 
     Args:
-        seeds: [N] int64 with the bits of 64-bit seeds.
-        positions: [N] int64.
-        sample_indices: [N] int64.
-        vocab: number of tokens.
+        seeds: 64 bits, for each of N rows.
+        positions: 32 bits, per row.
+        sample_indices: 32 bits, per row.
+        blocks: [M] int64; block ``b`` has the tokens ``4 b`` to ``4 b + 3``.
 
     Returns:
-        [N, vocab] int64 in [0, 2^32), on the device of ``seeds``.
+        [N, M, 4] int64 in [0, 2^32), on the device of ``blocks``.
     """
-    counter, answer, seed = (values.unsqueeze(1) for values in (positions, sample_indices, seeds))
-    blocks = torch.arange(-(-vocab // _WORDS), device=seeds.device).unsqueeze(0)
-    key = (seed & _WORD, seed >> 32 & _WORD)
-    words = philox4x32((counter, answer, blocks, torch.zeros_like(counter)), key)
-    return torch.stack(words, dim=2).flatten(1)[:, :vocab]
-
-
-def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the high and the low word of the 64-bit product."""
-    product = word * multiplier  # wraps to the product's 64 bits
-    return product >> 32 & _WORD, product & _WORD
+    low, high = [seed & _WORD for seed in seeds], [seed >> 32 for seed in seeds]
+    numbers = torch.tensor([positions, sample_indices, low, high], device=blocks.device)
+    c0, c1, k0, k1 = numbers.unsqueeze(2)  # [N, 1] each
+    return torch.stack(philox4x32((c0, c1, blocks, torch.zeros_like(c0)), (k0, k1)), dim=2)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from overfill.errors import InternalError
 from overfill.model.native.drawing import draw
@@ -22,8 +22,11 @@ from overfill.model.philox import token_words
 from overfill.model.steps import SampledToken
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
-_CHUNK = 1 << 20
-"""Tokens whose keys are computed at once; bounds the memory of temporaries."""
+_CHUNK = 1 << 16
+"""Tokens whose keys are computed at once. Small, because on CPUs fresh memory costs more than the arithmetic."""
+
+_REACH = 26.0
+"""A token this far below the greatest logit, after temperature, cannot win, because ``-log e`` differs by less."""
 
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-37, 1e37  # differences of logits stay numbers in float32
 
@@ -111,7 +114,8 @@ def race_keys(
 
     The key of a token that the filters leave is ``(logit - greatest logit) / temperature - log e``. Its exponential
     number ``e = -log1p(-v)`` comes from its word ``w`` (``philox.token_words``): ``v = (w + 1/2) / 2^32``, at most
-    ``1 - 2^-24``. So ``log e`` lies between -22.9 and 2.9.
+    ``1 - 2^-24``. So ``log e`` lies between -22.9 and 2.9. The keys of a block of four tokens that are all more than 26
+    temperatures below the greatest logit are not computed.
 
     Args:
         logits: [N, vocab] float32, with a greatest element that is finite.
@@ -120,15 +124,17 @@ def race_keys(
         sample_indices: number of the answer among the request's answers, per row.
 
     Returns:
-        [N, vocab] float32; -inf for filtered tokens.
+        [N, vocab] float32; -inf for tokens that are filtered or cannot win.
     """
-    seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
-    counted = torch.from_numpy(np.array([seeds, positions, sample_indices], dtype=np.int64)).to(logits.device)
-    words = token_words(counted[0], counted[1], counted[2], logits.shape[1])
+    scaled = _scaled(logits, params).masked_fill_(~kept(logits, params), -math.inf)
+    vocab = logits.shape[1]
+    keys: Tensor = pad(scaled, (0, -vocab % 4), value=-math.inf).unflatten(1, (-1, 4))
+    able = keys.amax(dim=2) >= -_REACH
+    blocks = able.any(dim=0).nonzero().squeeze(1)
+    words = token_words([p.seed or 0 for p in params], positions, sample_indices, blocks)
     v = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    keys = v.neg_().log1p_().neg_().log_().neg_()
-    keys += _scaled(logits, params)
-    return keys.masked_fill_(~kept(logits, params), -math.inf)
+    keys[:, blocks] -= v.neg_().log1p_().neg_().log_()
+    return keys.masked_fill_(~able.unsqueeze(2), -math.inf).flatten(1)[:, :vocab]
 
 
 def kept(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

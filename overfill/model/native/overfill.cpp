@@ -145,7 +145,7 @@ void ovf_draw(const OvfDraws* draws) {
     static Pool* pool = new Pool;  // never deleted, because its threads may still run at exit
     std::atomic<size_t> next{0};
     auto job = [&](int, int) {
-        DrawScratch scratch;
+        static thread_local DrawScratch scratch;
         for (size_t row; (row = next++) < static_cast<size_t>(draws->rows);) draws->chosen[row] = draw(*draws, row, scratch);
     };
     std::lock_guard<std::mutex> alone(busy);

@@ -83,20 +83,35 @@ inline void group_words(uint64_t seed, uint32_t position, uint32_t sample_index,
     words[2] = _mm512_unpacklo_epi64(high01, high23), words[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
+inline __mmask16 inside_of(__mmask16 real, __m512 x, float low, float high) {
+    const __mmask16 enough = _mm512_mask_cmp_ps_mask(real, x, _mm512_set1_ps(low), _CMP_GE_OQ);
+    return _mm512_mask_cmp_ps_mask(enough, x, _mm512_set1_ps(high), _CMP_LT_OQ);
+}
+
+inline __m512d add_to(__m512d sum, __m512 x) {
+    sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+    return _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+}
+
+// Writes the values in [low, high) to `out`, which has room for n + 16, in order. Returns their number.
+inline size_t pick(const float* values, size_t n, float low, float high, float* out) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 real = lanes(n - i);
+        const __m512 x = _mm512_maskz_loadu_ps(real, values + i);
+        const __mmask16 inside = inside_of(real, x, low, high);
+        _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(inside, x));
+        count += __builtin_popcount(inside);
+    }
+    return count;
+}
+
 // Writes the logits >= `least` to `out`, in order.
 inline void select(const DrawRow& row, float least, std::vector<float>& out) {
     out.resize(row.vocab + 16);
     size_t count = 0;
-    for (size_t g = 0; g < row.tops.size(); ++g) {
-        if (row.tops[g] < least) continue;
-        for (size_t i = 0; i < row.size_of(g); i += 16) {
-            const __mmask16 real = lanes(row.size_of(g) - i);
-            const __m512 x = _mm512_maskz_loadu_ps(real, row.logits + g * GROUP + i);
-            const __mmask16 selected = _mm512_mask_cmp_ps_mask(real, x, _mm512_set1_ps(least), _CMP_GE_OQ);
-            _mm512_storeu_ps(out.data() + count, _mm512_maskz_compress_ps(selected, x));
-            count += __builtin_popcount(selected);
-        }
-    }
+    for (size_t g = 0; g < row.tops.size(); ++g)
+        if (row.tops[g] >= least) count += pick(row.logits + g * GROUP, row.size_of(g), least, INFINITE, out.data() + count);
     out.resize(count);
 }
 
@@ -129,8 +144,7 @@ inline double weigh(const DrawRow& row, const std::vector<float>& logits, std::v
         const __mmask16 some = _mm512_mask_cmp_ps_mask(real, y, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
         const __m512 w = _mm512_maskz_mov_ps(some, exp_ps(y));
         _mm512_storeu_ps(weights.data() + i, w);
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(w)));
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(w, 1)));
+        sum = add_to(sum, w);
     }
     return _mm512_reduce_add_pd(sum);
 }
@@ -143,12 +157,9 @@ inline double mass_between(const std::vector<float>& logits, const std::vector<f
     for (size_t i = 0; i < logits.size(); i += 16) {
         const __mmask16 real = lanes(logits.size() - i);
         const __m512 x = _mm512_maskz_loadu_ps(real, logits.data() + i);
-        const __mmask16 inside = _mm512_mask_cmp_ps_mask(_mm512_mask_cmp_ps_mask(real, x, _mm512_set1_ps(low), _CMP_GE_OQ),
-                                                         x, _mm512_set1_ps(high), _CMP_LT_OQ);
-        const __m512 w = _mm512_maskz_loadu_ps(inside, weights.data() + i);
+        const __mmask16 inside = inside_of(real, x, low, high);
         count += __builtin_popcount(inside);
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(w)));
-        sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(w, 1)));
+        sum = add_to(sum, _mm512_maskz_loadu_ps(inside, weights.data() + i));
     }
     return _mm512_reduce_add_pd(sum);
 }
@@ -158,11 +169,13 @@ inline double mass_between(const std::vector<float>& logits, const std::vector<f
 inline Bounds top_p_bounds(const DrawRow& row, double top_p, float least, DrawScratch& s) {
     select(row, least, s.kept);
     const double total = weigh(row, s.kept, s.weights), target = top_p * total;
+    // Tokens below this weight together have less than the mass that top-p drops.
+    const double share = 0.999 * (1 - top_p) * total / row.vocab;
     // The boundary is the logit at which the mass of those above it reaches the target. Halving finds a short interval
     // [low, high) around it.
-    float low = std::max(least, -3e38f), high = std::nextafter(row.highest, INFINITE);
-    // Tokens below this weight together have less than the mass that top-p drops.
-    low = std::max<double>(low, row.highest + row.temperature * std::log(0.999 * (1 - top_p) * total / row.vocab));
+    float low = std::max<double>(std::max(least, -3e38f), row.highest + row.temperature * std::log(share));
+    float high = std::nextafter(row.highest, INFINITE);
+    if (low > least) select(row, low, s.kept), weigh(row, s.kept, s.weights);
     double above = 0;
     size_t between = s.kept.size();
     for (int halvings = 0; between > 64 && halvings < 24; ++halvings) {
@@ -173,9 +186,8 @@ inline Bounds top_p_bounds(const DrawRow& row, double top_p, float least, DrawSc
         if (above + mass >= target) low = middle, between = count;
         else high = middle, above += mass, between -= std::min(between, count);
     }
-    s.few.clear();
-    for (float x : s.kept)
-        if (low <= x && x < high) s.few.push_back(x);
+    s.few.resize(s.kept.size() + 16);
+    s.few.resize(pick(s.kept.data(), s.kept.size(), low, high, s.few.data()));
     std::sort(s.few.begin(), s.few.end(), std::greater<float>());
     size_t count = 0;
     double weight = 0;

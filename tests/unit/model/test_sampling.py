@@ -139,20 +139,21 @@ def test_the_keys_are_those_of_the_definition() -> None:
     logits[0, 7] = -torch.inf
     (keys,) = race_keys(logits, [SamplingParams(seed=2**63 + 9, temperature=0.7)], [40], [3]).tolist()
     greatest = logits.max().item()
+    assert min(logits[0, :7].min(), logits[0, 8:].min()) > greatest - 26 * 0.7
     for token, key in enumerate(keys):
         luck = plain_race.luck(2**63 + 9, 40, 3, token)
         assert key == pytest.approx((logits[0, token].item() - greatest) / 0.7 + luck, abs=1e-5)
 
 
 def test_the_most_extreme_words_give_finite_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "token_words", lambda *_: torch.tensor([[0, 2**32 - 1, 2**31]]))
+    monkeypatch.setattr(sampling, "token_words", lambda *_: torch.tensor([[[0, 2**32 - 1, 2**31, 0]]]))
     keys = race_keys(torch.zeros(1, 3), [SamplingParams(seed=0)], [0], [0])[0].tolist()
     assert keys == pytest.approx([33 * math.log(2), -math.log(24 * math.log(2)), -math.log(math.log(2))], abs=1e-5)
 
 
 def test_of_equal_keys_the_lowest_id_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
-    monkeypatch.setattr(sampling, "token_words", lambda *_: torch.tensor([[0, 9, 9, 9]]))
+    monkeypatch.setattr(sampling, "token_words", lambda *_: torch.tensor([[[0, 9, 9, 9]]]))
     logits = torch.tensor([[-20.0, 1.0, 1.0, 1.0]])
     assert sample(logits, [SamplingParams(seed=0)], [0], [0])[0].token_id == 1
 
