@@ -243,15 +243,27 @@ def check_start(
         ShuttingDown: the worker drains.
         Unavailable: the router means an earlier incarnation.
         Incompatible: the request asks for something that this version does not support: an adapter, or another
-            ``answer_start`` than the prompt's length, its default. A decoder computes no prompt token yet.
+            ``answer_start`` than the prompt's length, its default, without scores of the prompt.
     """
     if draining:
         raise ShuttingDown(f"{hello.worker_id} is draining")
     if start.expected_incarnation != hello.incarnation:
         raise Unavailable(f"{hello.worker_id} was restarted since the router chose it")
-    early = start.HasField("answer_start") and start.answer_start != len(start.prompt_token_ids)
+    early = shared_tokens(start) != len(start.prompt_token_ids) and not start.sampling.HasField("prompt_logprobs")
     adapter = isinstance(start, decode_pb2.StartDecode) and start.adapter_digest != ""
     unfilled.refuse(f"request {start.request_id}", {"answer_start": early, "adapter_digest": adapter})
+
+
+def shared_tokens(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> int:
+    """Number of leading prompt tokens that the full model computes, and whose KV is handed over."""
+    return start.answer_start if start.HasField("answer_start") else len(start.prompt_token_ids)
+
+
+def check_answer_start(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> None:
+    """Raises InvalidRequest unless the full model computes at least one prompt token, and at most all."""
+    if not 1 <= shared_tokens(start) <= len(start.prompt_token_ids):
+        reason = f"is {start.answer_start}, outside 1..{len(start.prompt_token_ids)}"
+        raise InvalidRequest("answer_start", reason)
 
 
 def fill_description(description: _Description, hello: registry_pb2.Hello) -> _Description:

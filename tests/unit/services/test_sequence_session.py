@@ -325,3 +325,57 @@ async def test_a_session_that_waits_when_its_worker_begins_to_drain_takes_the_wo
     await settle()
     (pull,) = harness.pulls
     assert pull.running
+
+
+def first_tokens(harness):
+    """The messages with index 0 that the router has got."""
+    return [update.tokens for update in harness.told if update.HasField("tokens") and not update.tokens.first_index]
+
+
+@pytest.mark.parametrize("stop", [(), (40,)])
+async def test_the_full_model_s_scores_reach_the_router_also_if_its_token_ends_the_answer(stop):
+    harness = SessionHarness()
+    sequence = harness.session.sequence
+    sequence.emitted.clear()
+    sequence.stop = StopRule(frozenset(stop), 4)
+    harness.session = SequenceSession(harness.session._served, sequence, harness)
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    pull = await harness.assign()
+    pull.release = lambda: True
+    scores = common_pb2.PromptLogprobs(first_index=1, logprobs=[-1, -2], ranks=[1, 2])
+    harness.session.inbox.put_nowait(decode_pb2.Tokens(ids=[40], prompt_logprobs=scores))
+    await settle()
+    (told,) = first_tokens(harness)
+    assert (list(told.ids), told.prompt_logprobs) == ([] if stop else [40], scores)
+    assert harness.kinds[-1] == ("done" if stop else "tokens")
+    pull.end()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("stop", [(), (4,)])
+async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
+    harness = SessionHarness()
+    sampling = SamplingParams(temperature=0, prompt_logprobs=0)
+    sequence = DecodeSequence("s", [5, 1, 2, 3], [], sampling, StopRule(frozenset(stop), 1), answer_start=2)
+    sequence.scores = common_pb2.PromptLogprobs()
+    harness.session = SequenceSession(harness.session._served, sequence, harness)
+    assert (harness.session.wants_first_token, harness.session.wants_scores) == (False, True)
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    pull = await harness.assign()
+    of_full = common_pb2.PromptLogprobs(first_index=2, logprobs=[-7], ranks=[9])
+    harness.session.inbox.put_nowait(decode_pb2.Tokens(prompt_logprobs=of_full, prefill_queue_ns=3))
+    pull.on_in_place()
+    pull.end()
+    await settle()
+    assert first_tokens(harness) == []
+    harness.engine.step()
+    await settle()
+    (told,) = first_tokens(harness)
+    assert list(told.ids) == ([] if stop else [4])
+    assert (told.prompt_logprobs.first_index, list(told.prompt_logprobs.ranks)) == (2, [9, 1])
+    assert told.prefill_queue_ns == 3
+    assert harness.kinds[-1] == "done"
+    await task
