@@ -35,7 +35,7 @@ _MIN_ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WrittenAnswer:
     """An answer; ``finished`` is False when the length limit cut it off."""
 
     message: Message
@@ -82,7 +82,7 @@ class Writer:
             found.append(text if whole else None)
         return found
 
-    def answers(self, chats: Sequence[Sequence[Message]], seed: int) -> list[Answer | None]:
+    def answers(self, chats: Sequence[Sequence[Message]], seed: int) -> list[WrittenAnswer | None]:
         """Answers each chat; None where the answer is very short or no text."""
         prompts = [self.tokenizer.encode_chat(chat) for chat in chats]
         return [_answer(c) for c in self._llm.generate(prompts, _each(ANSWER_SAMPLING, seed, len(chats)))]
@@ -130,11 +130,11 @@ def generate_conversations(
             report("Writing conversations", done, count)
 
 
-def _answer(completion: Completion) -> Answer | None:
+def _answer(completion: Completion) -> WrittenAnswer | None:
     if len(completion.token_ids) < _MIN_ANSWER_TOKENS or not _is_text(completion.text):
         return None
     message = {"role": "assistant", "content": completion.text.strip()}
-    return Answer(message, finished=completion.finish_reason == "stop")
+    return WrittenAnswer(message, finished=completion.finish_reason == "stop")
 
 
 def _is_text(text: str) -> bool:
