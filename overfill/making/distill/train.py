@@ -18,6 +18,7 @@ from overfill.engine.device import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.making.conversations import Conversation, Transcript
+from overfill.making.correction import shipped_correction
 from overfill.making.distill.data import Transcripts, batches, digest
 from overfill.making.distill.loss import LossWeights
 from overfill.making.distill.metrics import METRICS, Metrics
@@ -87,6 +88,7 @@ class Run:
         self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
         self._training_text = training_text
         self._report, self._log_line = report, log_line
+        self._continues: str | None = None
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
@@ -102,6 +104,10 @@ class Run:
         decoder.save_activations = not training.recompute_activations
         if training.rank is not None:
             decoder.train_low_rank(training.rank, training.seed)
+            correction = shipped_correction(pair.recipe)
+            if correction is not None and correction.rank <= training.rank:
+                decoder.continue_factors(correction.products(decoder.config))
+                self._continues = correction.digest
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
@@ -277,6 +283,7 @@ class Run:
             facts = {
                 **self._training.model_dump(exclude_none=True),
                 "standalone": self._student.standalone,
+                **({"continues": self._continues} if self._continues else {}),
                 "steps_done": self._progress.step,
                 "tokens": self._progress.tokens,
                 "seconds": round(self._progress.seconds, 1),

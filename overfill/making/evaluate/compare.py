@@ -32,7 +32,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest_model
-from overfill.model.pair_files import load_whole
+from overfill.model.pair_files import check_digests, load_whole
 from overfill.model.transformer import Transformer
 from overfill.telemetry.progress import Report, silent
 
@@ -45,7 +45,7 @@ NOTE = (
 
 
 FREE_RUNNING: tuple[Precision, ...] = ("bf16", "int8", "int4+int8 head")
-"""Precisions whose answers are written and judged; those of a 4-bit head would take as long and serve nobody."""
+"""Precisions at which decoders also write answers. A 4-bit head is left out: it costs even the full model quality."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ def compare(
         torch.set_num_threads(threads)
     where = resolve_device(device)
     torch_dtype = TORCH_DTYPES[dtype or native_dtype(where)]
-    pairs = [load_whole(folder, digests=True, report=report) for folder in pair_folders]
+    pairs = [load_whole(folder) for folder in pair_folders]
+    check_digests(pairs, report=report)
     kept = scorable(transcripts)
     for pair in pairs:
         check_lengths(pair, kept)
