@@ -5,7 +5,7 @@ Start a stack with `overfill up`, then:
     $ python examples/several_answers.py "Name a fruit." 4
 
 The prompt is prefilled once, because the prefix cache has its KV for the other answers. One seed gives all answers: the
-same seed repeats them. Ranking by mean log-probability is best-of-n in its simplest form.
+same seed asks for the same ones. Ranking by mean log-probability is best-of-n in its simplest form.
 """
 
 import math

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from overfill.cli.options import dtype_option
+from overfill.cli.options import ClientConnection, connection_options, dtype_option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from overfill.making.conversations import Transcript
+    from overfill.making.conversations import Conversation, Transcript
     from overfill.making.evaluate.evaluation import Evaluation
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -67,6 +70,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @_json_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
 @click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse conversations that share 8 words in a row with text that made the decoder."
+)
 def eval_command(
     pair: str,
     data: str,
@@ -74,6 +80,7 @@ def eval_command(
     as_json: bool,
     out: Path | None,
     save: bool,
+    strict: bool,
     **how: Any,
 ) -> None:
     """Judge PAIR on conversations that it has not seen.
@@ -85,12 +92,14 @@ def eval_command(
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
+    from overfill.making.conversations import judged_conversations
     from overfill.making.evaluate.evaluation import evaluate
     from overfill.making.evaluate.evaluation_report import (
         cost_line,
         forced_rows,
         free_rows,
         kind_rows,
+        overlap_line,
         save_summary,
         write_evaluation,
     )
@@ -98,7 +107,10 @@ def eval_command(
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-        result = evaluate(folder, _transcripts(folder, data, max_transcripts), data=data, report=report, **how)
+        conversations = judged_conversations(data)[:max_transcripts]
+        overlap = _overlap(folder, conversations, strict)
+        transcripts = _transcripts(folder, conversations)
+        result = evaluate(folder, transcripts, data=data, overlap=overlap, report=report, **how)
     if out is not None:
         write_evaluation(out, result)
     if save:
@@ -111,7 +123,7 @@ def eval_command(
         console().print("", _table(free_rows(result)))
     if result.kinds:
         console().print("", _table(kind_rows(result)))
-    click.echo(f"\n{cost_line(result.full, result.decoder)}")
+    click.echo(f"\n{cost_line(result.full, result.decoder)}\n{overlap_line(result)}")
     if result.free_running:
         _print_examples(result)
 
@@ -162,6 +174,7 @@ def compare_command(
     """
     from overfill.cli.output import console
     from overfill.cli.progress import show_progress
+    from overfill.making.conversations import judged_conversations
     from overfill.making.evaluate.compare import NOTE, compare
     from overfill.making.evaluate.evaluation_report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
@@ -169,7 +182,7 @@ def compare_command(
     points = []
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
-        transcripts = _transcripts(folders[0], data, max_transcripts)
+        transcripts = _transcripts(folders[0], judged_conversations(data)[:max_transcripts])
         for point in compare(folders, transcripts, report=report, **how):
             points.append(point)
             if as_json:
@@ -196,6 +209,14 @@ def compare_command(
 @click.option("--chat", is_flag=True, help="Put questions into the checkpoint's chat template.")
 @_device_options
 @_json_option
+@functools.partial(
+    connection_options,
+    address=click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Router of a stack that serves PAIR in one of its tiers, and computes.  [default: compute here]",
+    ),
+)
 def lm_eval_command(
     pair: str,
     tasks: str,
@@ -204,28 +225,42 @@ def lm_eval_command(
     num_fewshot: int | None,
     chat: bool,
     as_json: bool,
+    connection: ClientConnection | None,
     **on: Any,
 ) -> None:
     """Run tasks of the lm-evaluation-harness on PAIR.
 
-    The full model reads each context; the decoder writes or scores the continuation.
+    The full model reads each context; the decoder writes or scores the continuation. With --address, a running stack
+    computes, and PAIR says how to tokenize and which tier is meant.
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
     from overfill.making.evaluate.harness import run_tasks
+    from overfill.making.evaluate.lm_eval_adapter import OverfillLM, PairLM
+    from overfill.making.evaluate.served_lm import ServedLM
+    from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
+    source = click.get_current_context().get_parameter_source
+    given = [f"--{name}" for name in on if source(name) is not ParameterSource.DEFAULT]
+    if connection is not None and given:
+        raise click.UsageError(f"--address conflicts with {' and '.join(given)}: the stack computes")
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-    results = run_tasks(
-        folder,
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        chat=chat,
-        **on,
-    )
+    with contextlib.ExitStack() as clients:
+        model: PairLM = (
+            OverfillLM(folder, **on)
+            if connection is None
+            else ServedLM(Pair.load(folder), clients.enter_context(connection.client()))
+        )
+        results = run_tasks(
+            model,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            chat=chat,
+        )
     if as_json:
         print_json(results)
         return
@@ -237,13 +272,30 @@ def lm_eval_command(
     console().print(_table(rows))
 
 
-def _transcripts(pair_folder: Path, data: str, count: int | None) -> list[Transcript]:
-    """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
+def _transcripts(pair_folder: Path, conversations: Sequence[Conversation]) -> list[Transcript]:
+    """Tokenizes conversations without cutting them."""
     from overfill.api.tokenizer import Tokenizer
-    from overfill.making.conversations import encode, judged_conversations
+    from overfill.making.conversations import encode
     from overfill.model.manifest import Pair
 
-    return encode(judged_conversations(data)[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
+    return encode(conversations, Tokenizer.load(Pair.load(pair_folder).full_path))
+
+
+def _overlap(pair_folder: Path, conversations: Sequence[Conversation], strict: bool) -> list[int] | None:
+    """Finds conversations that overlap with text that the pair's decoder was made from; None if that is not known.
+
+    Raises:
+        InvalidRequest: ``strict``, and there are such conversations or it is not known.
+    """
+    from overfill.errors import InvalidRequest
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap
+    from overfill.model.manifest import Pair
+
+    digests = TextDigests.load(Pair.load(pair_folder))
+    shared = None if digests is None else digests.overlapping(conversations)
+    if strict and shared != []:
+        raise InvalidRequest("data", f"overlap: {describe_overlap(shared, len(conversations), DECODER_TEXT)}")
+    return shared
 
 
 def _table(rows: list[list[str]]) -> Table:

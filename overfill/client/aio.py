@@ -217,7 +217,7 @@ class AsyncClient:
         return AsyncStream(start, AddressFailover(self._addresses, timeout), builder, span)
 
     async def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
-        """Answer one prompt ``n`` times, concurrently and differently. The same seed gives the same ``n`` answers.
+        """Answer one prompt ``n`` times, concurrently and differently. A seed repeats the ``n`` answers, best effort.
 
         Args:
             prompt: As in ``generate``.

@@ -218,7 +218,7 @@ class Client:
         return Stream(start, AddressFailover(self._addresses, timeout), builder, span)
 
     def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
-        """Answer one prompt ``n`` times, concurrently and differently. The same seed gives the same ``n`` answers.
+        """Answer one prompt ``n`` times, concurrently and differently. A seed repeats the ``n`` answers, best effort.
 
         Args:
             prompt: As in ``generate``.

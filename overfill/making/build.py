@@ -19,6 +19,7 @@ from overfill.making.fit import check_enough, fit
 from overfill.making.head_plan import HeadPlan
 from overfill.making.layer_selection import choose_layers
 from overfill.making.layerwise import PackedTranscripts, fold_norms
+from overfill.making.overlap import TextDigests
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import Scores, make_pruning_plan, score, slice_weights
 from overfill.making.recipe import DecoderRecipe
@@ -39,7 +40,7 @@ SCORING_TOKENS = 6_144
 SENSITIVITY_TOKENS = 3_072
 SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds all their activations
 SCORED_TRANSCRIPT_TOKENS = 2_048
-"""Longest transcript in such a pass. Its activations take about 12 MB per token at 8B."""
+"""Longest transcript in such a pass, which takes about 5 MB per token at 8B."""
 LAYER_TOKENS = 512
 
 
@@ -58,8 +59,9 @@ def build_pair(
     """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
 
     ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
-    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores. Until the
-    pair is whole, they are in ``kept_scores(out)``, where the next build finds them if a later step fails.
+    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores, and
+    ``text_digests.bin`` digests of the calibration text. Until the pair is whole, the scores are in
+    ``kept_scores(out)``, where the next build finds them if a later step fails.
 
     Args:
         full: Folder of the full model's checkpoint.
@@ -159,6 +161,7 @@ def _fill(
             facts["correction"] = {"left_out": f"it was trained with another {other}"}
             report(f"Built without the trained correction: it was trained with another {other}", 1, 1)
             found = None
+    TextDigests.of(conversations).save(folder)
     (folder / "decoder").mkdir()
     write_decoder(
         folder / "decoder",

@@ -6,6 +6,9 @@ arithmetic is float32; an int8 decoder has its dequantised weights.
 
 Several decoders of one full model, the tiers of a stack, may write parts of one answer. Each part is then judged by its
 own tier's decoder.
+
+Answers are greedy or drawn with a seed. Each token is judged after the answer's own tokens before it, so that a tie
+does not put the rest of the answer in doubt.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from overfill.errors import InvalidPair
 from overfill.kv.spec import Quantization
 from overfill.model.manifest import HALVES, Pair
 from overfill.model.pair_files import load_whole
+from overfill.model.processors import new_processor, process
 from overfill.pair.hf_model import load_hf_model, round_to_int8
+from overfill.pair.margins import TIE_MARGIN, judge_rows
 from overfill.request.names import FinishReason
+from overfill.request.params import SamplingParams
 from overfill.settings.tiers import TierSpec
 
-TIE_MARGIN = 1e-3
-"""Largest distance from the maximum logit at which a token counts as a tie: batch shapes change the last bits."""
+GREEDY = SamplingParams(temperature=0)
 
 MAX_TIES_PER_TOKEN = 1e-3
 """Largest share of ties with which a run still passes."""
@@ -41,8 +46,8 @@ class Verdict:
 
     Attributes:
         index: Index of the token in the answer; one past the end for the stop token, which workers do not send.
-        token_id, reference_id: The judged token, and the reference's most likely token.
-        margin: The largest logit minus the judged token's logit.
+        token_id, reference_id: The judged token, and the reference's token.
+        margin: How far the judged token is from being the reference's, in logits (``judge_rows``).
     """
 
     index: int
@@ -83,27 +88,37 @@ class TwoStageReference:
 
     @torch.inference_mode()
     def score(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], stop_ids: Collection[int] = ()
+        self,
+        prompt_ids: Sequence[int],
+        answer_ids: Sequence[int],
+        stop_ids: Collection[int] = (),
+        sampling: SamplingParams = GREEDY,
+        sample_index: int = 0,
     ) -> list[Verdict]:
         """Judges each token, given the prompt and the tokens before it.
 
         Args:
-            stop_ids: Ids of the stop tokens if an unsent stop token ended the answer; else empty. The reference's most
-                likely one among them is then judged as the answer's last token.
+            stop_ids: Ids of the stop tokens if an unsent stop token ended the answer; else empty. The one of them with
+                the least margin is then judged as the answer's last token.
+            sampling: Parameters of the request, without a grammar; they have a seed unless they are greedy.
+            sample_index: Number of the answer among the request's answers.
         """
         cache, first = self._prefill(prompt_ids)
         inputs = list(answer_ids) if stop_ids else list(answer_ids[:-1])
         logits = torch.cat([first, _forward(self._decoder, inputs, len(prompt_ids), cache)]) if inputs else first
+        processor = new_processor(sampling, prompt_ids, None, self.pair.full_config.eos_token_ids)
+        for index in range(len(logits)):
+            process(logits[index : index + 1], [processor], [answer_ids[:index]])
+        positions = range(len(prompt_ids), len(prompt_ids) + len(logits))
+        chosen, margins = judge_rows(logits, sampling, positions, sample_index)
         judged = [*answer_ids]
         if stop_ids:
             candidates = sorted(stop_ids)
-            judged.append(candidates[int(logits[-1, candidates].argmax())])
-        verdicts = []
-        for index, token in enumerate(judged):
-            best = int(logits[index].argmax())
-            margin = float(logits[index, best] - logits[index, token])
-            verdicts.append(Verdict(index, token, best, margin))
-        return verdicts
+            judged.append(candidates[int(margins[-1, candidates].argmin())])
+        return [
+            Verdict(index, token, int(chosen[index]), float(margins[index, token]))
+            for index, token in enumerate(judged)
+        ]
 
     @torch.inference_mode()
     def generate(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
@@ -190,13 +205,16 @@ def judge(
     answer_ids: Sequence[int],
     finish_reason: FinishReason,
     max_tokens: int,
+    sampling: SamplingParams = GREEDY,
+    sample_index: int = 0,
 ) -> JudgedAnswer:
-    """Judges a served greedy answer, its end included.
+    """Judges a served answer, its end included.
 
     When the answer stopped, the reference must end it there too. When it reached its limit, it must have ``max_tokens``
     tokens.
     """
-    return judge_parts({"": reference}, [("", 0)], prompt_ids, answer_ids, finish_reason, max_tokens)
+    answer = prompt_ids, answer_ids, finish_reason, max_tokens
+    return judge_parts({"": reference}, [("", 0)], *answer, sampling, sample_index)
 
 
 def judge_parts(
@@ -206,6 +224,8 @@ def judge_parts(
     answer_ids: Sequence[int],
     finish_reason: FinishReason,
     max_tokens: int,
+    sampling: SamplingParams = GREEDY,
+    sample_index: int = 0,
 ) -> JudgedAnswer:
     """As ``judge``, for an answer that several tiers may have written: each part is judged by its own tier.
 
@@ -215,6 +235,7 @@ def judge_parts(
     Args:
         references: tier -> its reference. All have the same full model.
         parts: tier and index of the first token of each part, in order; the first index is 0.
+        sampling, sample_index: as for ``TwoStageReference.score``.
     """
     eos_ids = next(iter(references.values())).pair.full_config.eos_token_ids
     unsent_stop = finish_reason == "stop" and not (answer_ids and answer_ids[-1] in eos_ids)
@@ -233,7 +254,8 @@ def judge_parts(
         end = len(answer_ids) if last else starts[index + 1]
         if end > start or (last and unsent_stop):
             stop_ids = eos_ids if last and unsent_stop else ()
-            verdicts += references[tier].score(prompt_ids, answer_ids[:end], stop_ids)[start:]
+            judged = references[tier].score(prompt_ids, answer_ids[:end], stop_ids, sampling, sample_index)
+            verdicts += judged[start:]
     return JudgedAnswer(tuple(verdicts))
 
 

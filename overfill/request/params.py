@@ -93,7 +93,9 @@ class SamplingParams:
         top_k: Number of most likely tokens to keep; None keeps all.
         top_p: Probability mass, in (0, 1], of the smallest set of most likely tokens to keep.
         min_p: Share of the most likely token's probability, in [0, 1], below which a token is dropped.
-        seed: 64-bit key of the counter-based generator; None means that the router draws one.
+        seed: 64-bit key of the counter-based generator; None means that the router draws one. The same seed draws the
+            same token from the same logits. It repeats an answer best effort, because logits differ in their last bits
+            between batches, workers and engines.
         max_tokens: Maximum number of tokens in the answer, the first one included; None means all that the context
             allows.
         min_tokens: Minimum number of tokens in the answer. Until then, tokens that would end it cannot be sampled, and

@@ -52,7 +52,7 @@ BROKEN = (
     Broken("a request outlives its decode worker", "a lost worker ends the request",
         "RETRIED = ...", "RETRIED = (TransferFailed,)",
         "tests/unit/routing/test_relay.py::test_a_lost_worker_is_followed_by_another_that_knows_the_tokens"),
-    Broken("the answer continues token for token", "a worker may begin behind a gap",
+    Broken("the answer continues without a gap", "a worker may begin behind a gap",
         "first > known", "False",
         "tests/unit/routing/test_relay.py::test_a_gap_or_a_contradiction_ends_the_attempt_not_the_answer"),
     Broken("tokens that the client has are not computed again", "the next worker is not told the tokens so far",

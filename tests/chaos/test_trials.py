@@ -44,7 +44,8 @@ def broken(
     settings = SETTINGS | {"log_level": "error"}
     counts = {"prefill": of_each, "decode": of_each} | workers
     plan = place(describe(pair or "", routers=of_each, threads=1, settings=settings, tiers=tiers, **counts))
-    trial = Trial(faults, PROMPTS, requests=40, streams=8, max_tokens=MAX_TOKENS, **more)  # type: ignore[arg-type]
+    load: dict[str, Any] = {"requests": 40, "streams": 8, "max_tokens": MAX_TOKENS, "sampled_share": 0.75}
+    trial = Trial(faults, PROMPTS, **load, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
     report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {})
     # As text, because pytest shortens other values.
@@ -73,6 +74,7 @@ def test_answers_are_right_whatever_befalls_whom(tiny_pair: Path) -> None:
     ]
     report = broken(tiny_pair, faults, concurrent_faults=3)
     assert report.result.migrations > 0
+    assert report.as_dict()["sampled"]["migrated"] > 0
     assert len(report.result.ended("vanished")) == 1
 
 

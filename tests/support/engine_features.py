@@ -63,7 +63,7 @@ FEATURES = (
         mixed=("test_mixed_engines_answer_as_the_reference",),
     ),
     Feature(
-        "temperature, top-k, top-p, min-p; a seed repeats an answer",
+        "temperature, top-k, top-p, min-p; a seed draws the same token from the same logits",
         both=(
             "test_sampling_parameters_mean_the_same_on_every_engine",
             "test_the_first_token_is_sampled_as_the_request_says",

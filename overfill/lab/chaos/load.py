@@ -1,4 +1,4 @@
-"""Sends greedy requests while a stack breaks. On demand, a client reads slowly or disconnects."""
+"""Sends greedy and sampled requests while a stack breaks. On demand, a client reads slowly or disconnects."""
 
 from __future__ import annotations
 
@@ -7,19 +7,32 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import grpc.aio
 
 from overfill.client import AsyncClient, ClientTls, Options, SamplingParams
 from overfill.errors import OverfillError, Overloaded, Unavailable
+from overfill.pair.reference import GREEDY
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
 
 Ending = Literal["answered", "refused", "given up", "failed", "vanished"]
 
 _TIMEOUT = 300.0  # seconds for one request; a timeout counts as failed
 _SLOW = 0.15  # seconds that a slow client waits after each part
+
+SAMPLED = (
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=1.5, top_p=0.9),
+    SamplingParams(temperature=0.7, top_k=20),
+    SamplingParams(temperature=1.2, min_p=0.05),
+    SamplingParams(temperature=2.0, top_k=100, top_p=0.95, min_p=0.01),
+    SamplingParams(temperature=1.0, top_p=0.95, repetition_penalty=1.3),
+    SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=1.0),
+    SamplingParams(temperature=1.0, top_k=50, frequency_penalty=0.5, logit_bias=dict.fromkeys(range(5, 15), 4.0)),
+)
+"""Parameters of sampled requests."""
 
 
 @dataclass(slots=True)
@@ -31,6 +44,8 @@ class RequestResult:
             succeed. "vanished": the client disconnected on purpose. "failed": any other error.
         tier: Tier that was asked.
         fallback: Tier that may go on with the answer; "none" means no other.
+        sampling: Parameters of the request. A sampled answer has the seed here that the router used.
+        sample_index: Number of the answer, from which other tokens are drawn with the same seed.
         parts: Tier and index of the first token of each part of the answer.
         told_parts: The same for those parts that began while the answer streamed, as the stream told them.
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
@@ -41,6 +56,8 @@ class RequestResult:
     prompt: Sequence[int]
     tier: str = DEFAULT_TIER
     fallback: str = NO_FALLBACK
+    sampling: SamplingParams = GREEDY
+    sample_index: int = 0
     ending: Ending = "answered"
     error: str = ""
     token_ids: tuple[int, ...] = ()
@@ -76,6 +93,7 @@ class LoadGenerator:
         max_tokens: Maximum tokens of an answer.
         tiers: Tiers to ask, at random.
         fallback_share: Share of the requests that allow the next tier in ``tiers`` to go on with the answer.
+        sampled_share: Share of the requests that are sampled; the others are greedy.
         api_key: Key that is sent with every request; None means no key.
     """
 
@@ -88,6 +106,7 @@ class LoadGenerator:
         seed: int,
         tiers: Sequence[str] = (DEFAULT_TIER,),
         fallback_share: float = 0.0,
+        sampled_share: float = 0.0,
         api_key: str | None = None,
     ) -> None:
         self._addresses = addresses
@@ -98,6 +117,7 @@ class LoadGenerator:
         self._rng = random.Random(seed)
         self._tiers = tiers
         self._fallback_share = fallback_share
+        self._sampled_share = sampled_share
         self._api_key = api_key
         self._numbers = itertools.count()
         self._idle: list[AsyncClient] = []
@@ -112,7 +132,7 @@ class LoadGenerator:
         """Sends one request and waits for its end."""
         number = next(self._numbers)
         client = self._idle.pop() if self._idle else self._connect(number)
-        result = RequestResult(f"chaos-{number}", self._prompts[number % len(self._prompts)], *self._choose(number))
+        result = self.request(number)
         self._running[result.request] = client, result
         try:
             await self._read(client, result)
@@ -164,18 +184,31 @@ class LoadGenerator:
         for client in self._idle:
             await client.close()
 
-    def _choose(self, number: int) -> tuple[str, str]:
-        """Returns tier and fallback of a request, which depend only on the seed and its number."""
+    def request(self, number: int) -> RequestResult:
+        """Returns a request that is not sent yet. It depends only on the seed and its number.
+
+        The router draws the seed of half of the sampled requests.
+        """
         rng = random.Random(f"{self._seed}/{number}")
         tier = rng.randrange(len(self._tiers))
         falls_back = rng.random() < self._fallback_share and len(self._tiers) > 1
-        return self._tiers[tier], self._tiers[(tier + 1) % len(self._tiers)] if falls_back else NO_FALLBACK
+        sampling, sample_index = GREEDY, 0
+        if rng.random() < self._sampled_share:
+            seed = rng.choice([None, rng.getrandbits(64)])
+            sampling, sample_index = replace(rng.choice(SAMPLED), seed=seed), rng.randrange(3)
+        return RequestResult(
+            f"chaos-{number}",
+            self._prompts[number % len(self._prompts)],
+            self._tiers[tier],
+            self._tiers[(tier + 1) % len(self._tiers)] if falls_back else NO_FALLBACK,
+            replace(sampling, max_tokens=self._max_tokens),
+            sample_index,
+        )
 
     async def _read(self, client: AsyncClient, result: RequestResult) -> None:
-        sampling = SamplingParams(temperature=0, max_tokens=self._max_tokens)
         last = time.monotonic()
-        options: Options = {"sampling": sampling, "request_id": result.request, "timeout": _TIMEOUT}
-        options |= {"tier": result.tier, "fallback": result.fallback}
+        options: Options = {"sampling": result.sampling, "request_id": result.request, "timeout": _TIMEOUT}
+        options |= {"tier": result.tier, "fallback": result.fallback, "sample_index": result.sample_index}
         async with client.stream(result.prompt, **options) as stream:
             async for delta in stream:
                 result.told_parts += tuple((part.tier, part.first_index) for part in delta.parts)
@@ -187,6 +220,8 @@ class LoadGenerator:
                     await asyncio.sleep(_SLOW)
             answer = stream.answer
         result.token_ids, result.finish_reason = answer.token_ids, answer.finish_reason
+        if not result.sampling.greedy:
+            result.sampling = replace(result.sampling, seed=answer.seed)
         result.parts = tuple((part.tier, part.first_index) for part in answer.parts)
         result.migrations = answer.migrations
 

@@ -54,6 +54,7 @@ class Trial:
         concurrent_faults: Maximum number of faults at the same time.
         time_limit: Seconds after which no fault begins, and the trial waits for no more requests.
         fallback_share: Share of the requests that allow another tier to go on with the answer.
+        sampled_share: Share of the requests that are sampled; the others are greedy.
     """
 
     faults: Iterable[PlannedFault]
@@ -67,6 +68,7 @@ class Trial:
     time_limit: float = 3600.0
     seed: int = 0
     fallback_share: float = 0.0
+    sampled_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,9 @@ class TrialResult:
         max_tokens: int,
         report: Callable[[str, int, int], None],
     ) -> tuple[Summary, set[str]]:
-        """Compares each part of every answer with its tier's reference. Equal answers to equal prompts are judged once.
+        """Compares each part of every answer with its tier's reference.
+
+        Equal answers to equal requests are judged once.
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
@@ -167,10 +171,11 @@ class TrialResult:
         answered = self.ended("answered")
         for one in answered:
             answer = one.parts, tuple(one.prompt), one.token_ids, one.finish_reason
-            if answer not in known:
-                known[answer] = judge_parts(references, *answer, max_tokens)
-            judged.append(known[answer])
-            if not known[answer].correct:
+            request = one.sampling, one.sample_index
+            if (key := (*answer, *request)) not in known:
+                known[key] = judge_parts(references, *answer, max_tokens, *request)
+            judged.append(known[key])
+            if not known[key].correct:
                 wrong.add(one.request)
             report("Judging", len(judged), len(answered))
         return summarise(judged), wrong
@@ -232,6 +237,7 @@ class _TrialRun:
             trial.seed,
             [tier.name for tier in stack.placed.tiers],
             trial.fallback_share,
+            trial.sampled_share,
             stack.placed.api_key,
         )
         self._result = TrialResult(results=self._load.results)

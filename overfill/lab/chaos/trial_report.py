@@ -78,6 +78,17 @@ class TrialReport:
             "changed_within": sum(len(one.parts) > 1 for one in answered),
         }
 
+    def _sampled(self) -> dict[str, int]:
+        """Returns counts of the sampled answers. Empty if there are none."""
+        answered = [one for one in self.result.ended("answered") if not one.sampling.greedy]
+        if not answered:
+            return {}
+        return {
+            "answers": len(answered),
+            "right": sum(one.request not in self.wrong for one in answered),
+            "migrated": sum(one.migrations > 0 for one in answered),
+        }
+
     def as_dict(self) -> dict[str, Any]:
         result, delays = self.result, self.result.delays()
         endings = Counter(one.ending for one in result.results)
@@ -101,6 +112,7 @@ class TrialReport:
             "unavailable": result.unavailable,
             "migrations": result.migrations,
             "migrated_answers": len(delays),
+            "sampled": self._sampled(),
             "delay_p50": _round(quantile(delays, 0.5)),
             "delay_p95": _round(quantile(delays, 0.95)),
             "delay_max": _round(quantile(delays, 1.0)),

@@ -39,6 +39,7 @@ _TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _CONCURRENT_FAULTS = 2
 _SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
 _FALLBACK_SHARE = 0.25  # share of the requests that allow the next tier to go on with their answer
+_SAMPLED_SHARE = 0.5  # share of the requests that are sampled
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Not auto: by default, every machine breaks the same engine.
@@ -197,10 +198,15 @@ def chaos_command(
     With --tier, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
     that wrote it, and only requests that allow it, a quarter, may change their tier. A tier may lose its last worker.
 
+    Half of the requests are greedy, the others are sampled. A sampled token is right if it has the greatest key in the
+    reference's draw. It is a tie if its key is within 0.001 divided by the temperature of that. A token at the edge of
+    top-k, top-p or min-p is a tie too, if a change of the logits by 0.001 would move it across.
+
     The same seed draws the same faults. --replay injects the faults of an earlier run's report.
 
-    Exit code 0 when every request was answered right or refused with a reason, every process exited as it should, and
-    every KV block was free within two seconds of the last answer. Exit code 1 otherwise.
+    Exit code 0 when every request was answered right or refused with a reason, at most one token in a thousand was a
+    tie, every process exited as it should, and every KV block was free within two seconds of the last answer. Exit
+    code 1 otherwise.
     """
     from overfill.cli.progress import show_progress
     from overfill.lab.chaos.trial import Trial, run_trial
@@ -237,6 +243,7 @@ def chaos_command(
             time_limit=max(_TIME_LIMIT, soak * 60 if soak else 0.0),
             seed=seed,
             fallback_share=_FALLBACK_SHARE,
+            sampled_share=_SAMPLED_SHARE,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
         summary, wrong = result.judge(load_references(plan.tiers), max_tokens, report)

@@ -15,6 +15,7 @@ from overfill.making.evaluate.evaluation import TITLES, Evaluation
 from overfill.making.evaluate.examples import RULE, choose_examples
 from overfill.making.evaluate.free_running import Comparison
 from overfill.making.evaluate.token_metrics import Estimate, Metric
+from overfill.making.overlap import DECODER_TEXT, describe_overlap
 from overfill.making.seal import update_checksum
 from overfill.model.manifest import MANIFEST, Pair
 from overfill.pair.checksums import checksums_match
@@ -108,6 +109,11 @@ def cost_line(full: DecodeCost, decoder: DecodeCost) -> str:
     )
 
 
+def overlap_line(evaluation: Evaluation) -> str:
+    """Says how many judged conversations overlap with text that the decoder was made from."""
+    return f"Overlap: {describe_overlap(evaluation.overlap, len(evaluation.transcripts), DECODER_TEXT)}."
+
+
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Writes ``report.md``, its plots and ``evaluation.json`` into ``folder``; creates the folder if needed."""
     from overfill.making.evaluate.plots import save_drift
@@ -126,6 +132,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         "NLL, KL and agreement are over answer tokens after the first, which is always the full model's. ± is one "
         "standard error over answers.",
         cost_line(evaluation.full, evaluation.decoder),
+        overlap_line(evaluation),
         _markdown(forced_rows(evaluation)),
         *([_markdown(free_rows(evaluation))] if written else []),
         *kinds,
