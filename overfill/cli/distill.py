@@ -10,7 +10,9 @@ import click
 from overfill.cli.options import AnyNumber, set_threads
 
 if TYPE_CHECKING:
+    from overfill.making.distill.data import LoadedData
     from overfill.making.distill.recipe import Data, Recipe
+    from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
 DEFAULT_RECIPE = "smollm2-fast"
@@ -73,6 +75,9 @@ DEFAULT_RECIPE = "smollm2-fast"
     "--cache-gib", type=AnyNumber(), help="Maximum size of the cache of the full model's outputs, for later epochs."
 )
 @click.option("--standalone", is_flag=True, help="Train a baseline whose decoder reads the prompts itself.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse held-out conversations that share 8 words in a row with text trained on."
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run exactly where it stopped.")
 @click.option("--threads", type=int, help="CPU threads.")
 def distill_command(
@@ -83,6 +88,7 @@ def distill_command(
     recipe_name: str,
     max_tokens: int | None,
     standalone: bool,
+    strict: bool,
     resume: bool,
     threads: int | None,
     **hyperparameters: Any,
@@ -111,7 +117,16 @@ def distill_command(
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
     if data is not None and held_out is None:
         sources["held_out"] = recipe.data.held_out or "shipped"
-    _train(pair, recipe, changed(recipe.data, **sources), out, training, standalone=standalone, resume=resume)
+    _train(
+        pair,
+        recipe,
+        changed(recipe.data, **sources),
+        out,
+        training,
+        strict=strict,
+        standalone=standalone,
+        resume=resume,
+    )
 
 
 @click.command("distill-plot")
@@ -132,7 +147,15 @@ def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
 
 
 def _train(
-    name: str | None, recipe: Recipe, data: Data, out: Path, training: Any, *, standalone: bool, resume: bool
+    name: str | None,
+    recipe: Recipe,
+    data: Data,
+    out: Path,
+    training: Any,
+    *,
+    strict: bool,
+    standalone: bool,
+    resume: bool,
 ) -> None:
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.progress import show_progress
@@ -144,13 +167,15 @@ def _train(
 
     with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))
-        transcripts, held_out = load_data(data, Tokenizer.load(pair.full_path))
+        loaded = load_data(data, Tokenizer.load(pair.full_path))
+        _check_overlap(pair, loaded, strict)
         run = Run(
             pair,
             out,
-            transcripts,
-            held_out,
+            loaded.training,
+            loaded.held_out,
             training,
+            training_text=loaded.training_text,
             standalone=standalone,
             resume=resume,
             report=report,
@@ -163,6 +188,25 @@ def _train(
                 click.echo("overfill: stopped; give the same options and --resume to continue", err=True)
                 raise
     click.echo(out)
+
+
+def _check_overlap(pair: Pair, loaded: LoadedData, strict: bool) -> None:
+    """Says how many held-out conversations overlap with text that the decoder was made from, or is trained on."""
+    from overfill.errors import InvalidRequest
+    from overfill.making.distill.train import make_accelerator
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap, overlapping
+
+    judged, fitted, trained = loaded.judged, TextDigests.load(pair), loaded.training_text
+    overlaps = {
+        "the training text": None if trained is None else overlapping(judged, trained),
+        DECODER_TEXT: None if fitted is None else fitted.overlapping(judged),
+    }
+    lines = [f"overlap: {describe_overlap(shared, len(judged), text)}" for text, shared in overlaps.items()]
+    if strict and any(shared != [] for shared in overlaps.values()):
+        raise InvalidRequest("held_out", "; ".join(lines))
+    if make_accelerator().is_main_process:
+        for line in lines:
+            click.echo(line, err=True)
 
 
 def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,7 @@ from overfill.cli.options import dtype_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from overfill.making.conversations import Transcript
+    from overfill.making.conversations import Conversation, Transcript
     from overfill.making.evaluate.evaluation import Evaluation
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -26,7 +26,6 @@ _DATA_HELP = (
 _MAX_TOKENS_HELP = "Maximum length of an own answer.  [default: the longest given answer and a quarter more]"
 _WIDTH = 80  # of examples, which are text for people
 _EXAMPLES = 3
-_QUESTION = 400  # characters of a question that are shown
 
 
 def _device_options(command: _F) -> _F:
@@ -68,6 +67,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @_json_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
 @click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse conversations that share 8 words in a row with text that made the decoder."
+)
 def eval_command(
     pair: str,
     data: str,
@@ -75,6 +77,7 @@ def eval_command(
     as_json: bool,
     out: Path | None,
     save: bool,
+    strict: bool,
     **how: Any,
 ) -> None:
     """Judge PAIR on conversations that it has not seen.
@@ -86,12 +89,14 @@ def eval_command(
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
+    from overfill.making.conversations import judged_conversations
     from overfill.making.evaluate.evaluation import evaluate
     from overfill.making.evaluate.evaluation_report import (
         cost_line,
         forced_rows,
         free_rows,
         kind_rows,
+        overlap_line,
         save_summary,
         write_evaluation,
     )
@@ -99,7 +104,10 @@ def eval_command(
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-        result = evaluate(folder, _transcripts(folder, data, max_transcripts), data=data, report=report, **how)
+        conversations = judged_conversations(data)[:max_transcripts]
+        overlap = _overlap(folder, conversations, strict)
+        transcripts = _transcripts(folder, conversations)
+        result = evaluate(folder, transcripts, data=data, overlap=overlap, report=report, **how)
     if out is not None:
         write_evaluation(out, result)
     if save:
@@ -112,7 +120,7 @@ def eval_command(
         console().print("", _table(free_rows(result)))
     if result.kinds:
         console().print("", _table(kind_rows(result)))
-    click.echo(f"\n{cost_line(result.full, result.decoder)}")
+    click.echo(f"\n{cost_line(result.full, result.decoder)}\n{overlap_line(result)}")
     if result.free_running:
         _print_examples(result)
 
@@ -129,8 +137,7 @@ def _print_examples(result: Evaluation) -> None:
     out = Console(highlight=False, width=_WIDTH)
     out.print("", RULE, style="dim", sep="\n")
     for title, question, *answers in examples(result, _EXAMPLES):
-        shown = question if len(question) <= _QUESTION else f"… {question[-_QUESTION:]}"
-        out.print("", Text(title, style="bold"), Text(shown, style="dim"), "", sep="\n")
+        out.print("", Text(title, style="bold"), Text(question, style="dim"), "", sep="\n")
         table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
         for heading in ("full model", result.pair):
             table.add_column(heading, ratio=1)
@@ -164,6 +171,7 @@ def compare_command(
     """
     from overfill.cli.output import console
     from overfill.cli.progress import show_progress
+    from overfill.making.conversations import judged_conversations
     from overfill.making.evaluate.compare import NOTE, compare
     from overfill.making.evaluate.evaluation_report import point_rows, write_comparison
     from overfill.pair.store import resolve_pair
@@ -171,7 +179,7 @@ def compare_command(
     points = []
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
-        transcripts = _transcripts(folders[0], data, max_transcripts)
+        transcripts = _transcripts(folders[0], judged_conversations(data)[:max_transcripts])
         for point in compare(folders, transcripts, report=report, **how):
             points.append(point)
             if as_json:
@@ -239,13 +247,30 @@ def lm_eval_command(
     console().print(_table(rows))
 
 
-def _transcripts(pair_folder: Path, data: str, count: int | None) -> list[Transcript]:
-    """Tokenizes the first ``count`` conversations of ``data`` without cutting them."""
+def _transcripts(pair_folder: Path, conversations: Sequence[Conversation]) -> list[Transcript]:
+    """Tokenizes conversations without cutting them."""
     from overfill.api.tokenizer import Tokenizer
-    from overfill.making.conversations import encode, judged_conversations
+    from overfill.making.conversations import encode
     from overfill.model.manifest import Pair
 
-    return encode(judged_conversations(data)[:count], Tokenizer.load(Pair.load(pair_folder).full_path))
+    return encode(conversations, Tokenizer.load(Pair.load(pair_folder).full_path))
+
+
+def _overlap(pair_folder: Path, conversations: Sequence[Conversation], strict: bool) -> list[int] | None:
+    """Finds conversations that overlap with text that the pair's decoder was made from; None if that is not known.
+
+    Raises:
+        InvalidRequest: ``strict``, and there are such conversations or it is not known.
+    """
+    from overfill.errors import InvalidRequest
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap
+    from overfill.model.manifest import Pair
+
+    digests = TextDigests.load(Pair.load(pair_folder))
+    shared = None if digests is None else digests.overlapping(conversations)
+    if strict and shared != []:
+        raise InvalidRequest("data", f"overlap: {describe_overlap(shared, len(conversations), DECODER_TEXT)}")
+    return shared
 
 
 def _table(rows: list[list[str]]) -> Table:

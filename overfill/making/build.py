@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,12 @@ from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import link_relatively, write_decoder
 from overfill.making.conversations import Conversation, Transcript, digest_of, encode
+from overfill.making.correction import read_correction
 from overfill.making.fit import check_enough, fit
 from overfill.making.head_plan import HeadPlan
 from overfill.making.layer_selection import choose_layers
 from overfill.making.layerwise import PackedTranscripts, fold_norms
+from overfill.making.overlap import TextDigests
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import Scores, make_pruning_plan, score, slice_weights
 from overfill.making.recipe import DecoderRecipe
@@ -37,7 +40,7 @@ SCORING_TOKENS = 6_144
 SENSITIVITY_TOKENS = 3_072
 SENSITIVITY_ROWS = 512  # tokens in one forward and backward pass, which holds all their activations
 SCORED_TRANSCRIPT_TOKENS = 2_048
-"""Longest transcript in such a pass. Its activations take about 12 MB per token at 8B."""
+"""Longest transcript in such a pass, which takes about 5 MB per token at 8B."""
 LAYER_TOKENS = 512
 
 
@@ -49,14 +52,16 @@ def build_pair(
     conversations: Sequence[Conversation],
     *,
     calibration: str = "shipped",
+    correction: Path | None = None,
     sealed: bool = False,
     report: Report = silent,
 ) -> Pair:
     """Builds a pair and moves it to ``out`` once it is whole; replaces an existing folder.
 
     ``out/full`` becomes a relative link to ``full``. When the recipe has the full model's own sizes, the decoder is the
-    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores. Until the
-    pair is whole, they are in ``kept_scores(out)``, where the next build finds them if a later step fails.
+    full model itself, quantised or not: an identity pair. Otherwise ``scores.safetensors`` keeps the scores, and
+    ``text_digests.bin`` digests of the calibration text. Until the pair is whole, the scores are in
+    ``kept_scores(out)``, where the next build finds them if a later step fails.
 
     Args:
         full: Folder of the full model's checkpoint.
@@ -64,17 +69,19 @@ def build_pair(
         recipe: Sizes of the decoder, and the methods that make it.
         conversations: Calibration text. The full model wrote the answers, or they are in its style.
         calibration: Name of the text's source, recorded in ``pair.json``.
+        correction: Name of a correction (``overfill.making.correction``) to add to the fitted decoder. When it is for
+            another fit, the pair is built without it; ``report`` and ``pair.json`` say so.
         sealed: True records the files' checksums, as the cache of named pairs needs them.
         report: Called with a description of the step, its progress and its total.
 
     Raises:
-        InvalidPair: ``full`` is not a usable checkpoint.
+        InvalidPair: ``full`` is not a usable checkpoint, or the correction is damaged.
         InvalidRequest: A size is out of range, or there is too little calibration text.
         UnsupportedModel: The engine does not run ``full``, its files hold quantised weights, or plain
             transformers could not run the decoder.
     """
     with atomic_folder(out) as folder:
-        _fill(folder, full, recipe, conversations, calibration, kept_scores(out), report)
+        _fill(folder, full, recipe, conversations, calibration, correction, kept_scores(out), report)
         if sealed:
             record_checksums(folder)
     kept_scores(out).unlink(missing_ok=True)
@@ -92,6 +99,7 @@ def _fill(
     recipe: DecoderRecipe,
     conversations: Sequence[Conversation],
     calibration: str,
+    correction: Path | None,
     kept: Path,
     report: Report,
 ) -> None:
@@ -104,7 +112,7 @@ def _fill(
     if sizes == DecoderRecipe().sizes(config):
         write_manifest(folder, decoder="full", recipe={"quantize": recipe.quantize}, report=report)
         return
-    transcripts = _encode(full, config, conversations)
+    transcripts = encode_calibration(full, config, conversations)
     fits = recipe.fit == "least-squares"
     packed = PackedTranscripts.of(limit_answer_tokens(transcripts, recipe.tokens))
     if fits:
@@ -118,6 +126,7 @@ def _fill(
         num_layers=sizes["layers"],
         tie_word_embeddings=False,
     )
+    found = None if correction is None else read_correction(correction)
     weights = _load(full, config)
     digest = checkpoint_digest(full, report)
     shipped = None
@@ -143,17 +152,48 @@ def _fill(
     )
     head = _head_plan(config, sizes, scores, transcripts)
     decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
+    facts = recipe.as_json(**sizes, calibration=calibration, fitted_on_answer_tokens=len(packed.answers) if fits else 0)
+    if found is not None:
+        other = found.differs_in(fit_key(digest, config, recipe, scores, transcripts))
+        if other is None:
+            facts["correction"] = {"digest": found.digest, "answer_tokens": found.facts["answer_tokens"]}
+        else:
+            facts["correction"] = {"left_out": f"it was trained with another {other}"}
+            report(f"Built without the trained correction: it was trained with another {other}", 1, 1)
+            found = None
+    TextDigests.of(conversations).save(folder)
     (folder / "decoder").mkdir()
-    write_decoder(folder / "decoder", full, decoder, None if head is None else head.as_config())
+    write_decoder(
+        folder / "decoder",
+        full,
+        decoder,
+        None if head is None else head.as_config(),
+        None if found is None else found.add_to,
+    )
     write_manifest(
         folder,
-        recipe=recipe.as_json(
-            **sizes, calibration=calibration, fitted_on_answer_tokens=len(packed.answers) if fits else 0
-        ),
+        recipe=facts,
         full_digest=digest,
         layer_map=plan.layers,
         report=report,
     )
+
+
+def fit_key(
+    full_digest: str, config: ModelConfig, recipe: DecoderRecipe, scores: Scores, transcripts: Sequence[Transcript]
+) -> dict[str, Any]:
+    """Returns what a fit depends on, by the parts of a correction's key. It is equal on all machines.
+
+    Args:
+        config: The full model's config.
+        transcripts: All calibration text.
+    """
+    return {
+        "full": full_digest,
+        "recipe": recipe.as_json(**recipe.sizes(config), tokens=recipe.tokens),
+        "scores": scores.digest,
+        "text": digest_of(transcripts),
+    }
 
 
 def _head_plan(
@@ -192,7 +232,7 @@ def _measured(
     return scores
 
 
-def _encode(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
+def encode_calibration(full: Path, config: ModelConfig, conversations: Sequence[Conversation]) -> list[Transcript]:
     transcripts = encode(conversations, Tokenizer.load(full), config.max_positions)
     if not transcripts:
         raise InvalidRequest(

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,18 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapp
     file.chmod(mode)
 
 
-def write_decoder(folder: Path, full: Path, weights: Weights, head: Mapping[str, Any] | None = None) -> None:
+def write_decoder(
+    folder: Path,
+    full: Path,
+    weights: Weights,
+    head: Mapping[str, Any] | None = None,
+    correct: Callable[[Mapping[str, torch.Tensor], ModelConfig], None] | None = None,
+) -> None:
     """Writes a checkpoint of ``weights`` to the existing ``folder``; copies everything else from ``full``.
 
     Tensors get the dtype of the full model's files. A head in two parts (``head``, as in ``decoder_config``) is written
-    in float32, because rounding would raise the rank of its low-rank part.
+    in float32, because rounding would raise the rank of its low-rank part. ``correct`` may change the tensors before
+    they are rounded.
 
     Raises:
         UnsupportedModel: no transformers class runs a model of these sizes.
@@ -79,7 +86,10 @@ def write_decoder(folder: Path, full: Path, weights: Weights, head: Mapping[str,
     write_json(folder / "config.json", hf_config)
     copy_companions(full, folder)
     dtype = stored_dtype(full)
-    tensors = state_dict(ModelConfig.from_dict(hf_config), weights)
+    config = ModelConfig.from_dict(hf_config)
+    tensors = state_dict(config, weights)
+    if correct is not None:
+        correct(tensors, config)
     exact = {HEAD} if head is not None else set()
     write_weights(
         folder,

@@ -183,11 +183,8 @@ def run_full_layer(
 ) -> FullLayer:
     """Runs a full-model layer over the prompts and answers of ``part``; ``x`` is [rows of the part, hidden]."""
     normed = math.norm(x)
-    q, k, v = math.project(layer, normed, packed.positions[part.rows])
-    begin = part.rows.start
-    pieces = [slice(span.start - begin, span.end - begin) for span in part.spans]
-    attended = torch.cat([math.attend(q[rows], k[rows], v[rows]) for rows in pieces])
-    middle = x + linear(attended, layer.o, layer.o_bias)
+    attended, k, v = attend_part(math, layer, packed, part, normed)
+    middle = x + attended
     middle_normed = math.norm(middle)
     neurons = math.neurons(layer, middle_normed)
     return FullLayer(
@@ -199,6 +196,21 @@ def run_full_layer(
         neurons=neurons,
         out=middle + linear(neurons, layer.down, layer.down_bias),
     )
+
+
+def attend_part(
+    math: LayerMath, layer: LayerWeights, packed: PackedTranscripts, part: PackedPart, normed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a full-model layer's attention over the transcripts of ``part``.
+
+    Returns:
+        Output of the o projection, [rows, hidden]; keys (rotated) and values, [rows, kv_heads, D].
+    """
+    q, k, v = math.project(layer, normed, packed.positions[part.rows])
+    begin = part.rows.start
+    pieces = [slice(span.start - begin, span.end - begin) for span in part.spans]
+    attended = torch.cat([math.attend(q[rows], k[rows], v[rows]) for rows in pieces])
+    return linear(attended, layer.o, layer.o_bias), k, v
 
 
 def prompt_kv(layer: FullLayer, part: PackedPart) -> PromptKv:

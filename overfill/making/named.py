@@ -66,6 +66,7 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
     try:
         from overfill.making.build import build_pair
         from overfill.making.conversations import shipped_conversations
+        from overfill.making.correction import CORRECTIONS
         from overfill.making.sources import fetch_default
     except ModuleNotFoundError as error:
         raise InvalidPair(
@@ -81,7 +82,15 @@ def _prepare(name: str, source: Source, tell: Report) -> None:
             record_checksums(folder)
     out = pair_folder(name)
     remove_leftovers(out)
-    build_pair(full, out, RECIPES[name], shipped_conversations("calibration"), sealed=True, report=report)
+    build_pair(
+        full,
+        out,
+        RECIPES[name],
+        shipped_conversations("calibration"),
+        correction=CORRECTIONS / name,
+        sealed=True,
+        report=report,
+    )
 
 
 @contextmanager

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from heapq import nsmallest
+from pathlib import Path
 
+import numpy as np
+
+from overfill.errors import InvalidPair
 from overfill.making.conversations import Conversation
+from overfill.model.manifest import Pair
 
 RUN = 8
 """Words in a run. Shorter runs are mostly phrases that any two texts share."""
 
+MAX_DIGESTS = 131_072
+"""Digests that a pair keeps: 1 MB, enough for every run in about 6,000 short questions."""
+
+DIGESTS_FILE = "text_digests.bin"
+DECODER_TEXT = "the text that made the decoder"
+"""How messages name the text that ``TextDigests`` are of."""
+
+_NAMED = 10  # overlapping conversations in a message
 _WORD = re.compile(r"\w+")
 
 
@@ -25,6 +40,72 @@ def overlapping(
     """
     seen = {run for other in others for run in _runs(other, answers)}
     return [i for i, conversation in enumerate(conversations) if not seen.isdisjoint(_runs(conversation, answers))]
+
+
+class TextDigests:
+    """Digests of the runs of words in the questions that a decoder was fitted or trained on.
+
+    A pair keeps them in ``text_digests.bin``: 8 bytes each, little-endian, ascending. Of more than ``MAX_DIGESTS``, the
+    smallest stay, which are a random sample of the runs. Long questions that occur twice are found in it all the same.
+    """
+
+    def __init__(self, values: Iterable[int]) -> None:
+        self._values = frozenset(nsmallest(MAX_DIGESTS, set(values)))
+
+    @classmethod
+    def of(cls, conversations: Iterable[Conversation]) -> TextDigests:
+        return cls(_digest(run) for conversation in conversations for run in _runs(conversation, answers=False))
+
+    def __or__(self, other: TextDigests) -> TextDigests:
+        return TextDigests(self._values | other._values)
+
+    def overlapping(self, conversations: Sequence[Conversation]) -> list[int]:
+        """Returns the indices of the conversations whose questions have one of these runs."""
+        return [
+            index
+            for index, conversation in enumerate(conversations)
+            if not self._values.isdisjoint(map(_digest, _runs(conversation, answers=False)))
+        ]
+
+    def save(self, pair_folder: Path) -> None:
+        np.array(sorted(self._values), dtype="<u8").tofile(pair_folder / DIGESTS_FILE)
+
+    @classmethod
+    def load(cls, pair: Pair) -> TextDigests | None:
+        """Reads the digests of a pair; returns None if it keeps none, such as one that was made elsewhere.
+
+        A decoder that is the full model was made from no text.
+
+        Raises:
+            InvalidPair: the file cannot be read or was cut off.
+        """
+        file = pair.folder / DIGESTS_FILE
+        try:
+            stored = file.read_bytes()
+        except FileNotFoundError:
+            return cls(()) if pair.decoder_path == pair.full_path else None
+        except OSError as error:
+            raise InvalidPair(f"{file} cannot be read: {error}") from None
+        if len(stored) % 8:
+            raise InvalidPair(f"{file} has {len(stored)} bytes, which is not a multiple of 8; it is damaged")
+        return cls(np.frombuffer(stored, dtype="<u8").tolist())
+
+
+def describe_overlap(shared: Sequence[int] | None, judged: int, text: str) -> str:
+    """Says how many of ``judged`` conversations share runs of words with ``text``, and which, counted from 1.
+
+    Args:
+        shared: Indices, as ``overlapping`` returns them. None if nothing is known of ``text``.
+    """
+    if shared is None:
+        return f"not known for {text}, of which no digests are kept"
+    named = ", ".join(str(index + 1) for index in shared[:_NAMED]) + ", …" * (len(shared) > _NAMED)
+    which = f" (numbers {named})" if shared else ""
+    return f"{len(shared)} of {judged} judged conversations{which} share {RUN} words in a row with {text}"
+
+
+def _digest(run: Sequence[str]) -> int:
+    return int.from_bytes(blake2b(" ".join(run).encode(), digest_size=8).digest(), "little")
 
 
 def _runs(conversation: Conversation, answers: bool) -> Iterator[tuple[str, ...]]:

@@ -7,6 +7,7 @@ never change, so that the decoder fits the full model's KV cache (OverFill, arXi
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -53,6 +54,11 @@ class Scores:
     directions: Tensor
     direction_shares: Tensor
     token_shares: Tensor
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all values, in hexadecimal."""
+        return hashlib.sha256(b"".join(getattr(self, f.name).numpy().tobytes() for f in fields(self))).hexdigest()
 
     def save(self, file: Path, full_digest: str, text_digest: str | None = None) -> None:
         """Writes the scores to ``file``; it appears whole or not at all.

@@ -9,8 +9,10 @@ token has its own random number, so that a small change of the logits changes th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,8 +24,13 @@ from overfill.model.philox import token_words
 from overfill.model.steps import SampledToken
 from overfill.request.params import MAX_LOGPROBS, SamplingParams
 
+log = logging.getLogger(__name__)
+
 _CHUNK = 1 << 16
 """Tokens whose keys are computed at once. Small, because on CPUs fresh memory costs more than the arithmetic."""
+
+_KERNEL_CHUNK = 1 << 22
+"""Tokens whose filters are computed at once on a CUDA device."""
 
 _REACH = 26.0
 """A token this far below the greatest logit, after temperature, cannot win, because ``-log e`` differs by less."""
@@ -96,15 +103,53 @@ def _draw(
     native = draw(logits, params, positions, sample_indices)
     if native is not None:
         return native
-    lost = _most_likely(logits) < 0
-    size = max(1, _CHUNK // logits.shape[1])
+    if _kernel_runs(logits.device):
+        winners, size = race_in_kernel, _KERNEL_CHUNK // logits.shape[1]
+    else:
+        winners, size = _race_in_torch, _CHUNK // logits.shape[1]
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
-    for start in range(0, len(logits), size):
-        part = slice(start, start + size)
-        # Broken rows become zeros, because the filters index by counts, which NaN would corrupt.
-        usable = logits[part].masked_fill(lost[part].unsqueeze(1), 0)
-        tokens[part] = race_keys(usable, params[part], positions[part], sample_indices[part]).argmax(dim=-1)
-    return torch.where(lost, -1, tokens)
+    for start in range(0, len(logits), max(1, size)):
+        part = slice(start, start + max(1, size))
+        tokens[part] = winners(logits[part], params[part], positions[part], sample_indices[part])
+    return torch.where(_most_likely(logits) < 0, -1, tokens)
+
+
+def _race_in_torch(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> Tensor:
+    """The winner of each row. [N] int64"""
+    return race_keys(logits, params, positions, sample_indices).argmax(dim=-1)
+
+
+def race_in_kernel(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> Tensor:
+    """The token with the greatest of ``race_keys`` for each row, found by a Triton kernel. [N] int64"""
+    from overfill.model.race_kernel import race  # builds of torch for CPUs have no Triton
+
+    temperatures = _temperatures(params, logits.device).float()
+    # Tensors hold the seeds' bits as signed numbers.
+    seeds = torch.tensor([((p.seed or 0) ^ 1 << 63) - (1 << 63) for p in params], device=logits.device)
+    counters = torch.tensor([positions, sample_indices], device=logits.device)
+    return race(logits.contiguous(), temperatures, filter_bounds(logits, params), seeds, counters)
+
+
+@cache
+def _kernel_runs(device: torch.device) -> bool:
+    """True if ``race_in_kernel`` runs on ``device`` and draws what ``race_keys`` says. Logs the reason if not."""
+    if device.type != "cuda":
+        return False
+    request = [SamplingParams(seed=seed) for seed in range(64)], range(64), [0] * 64
+    logits = torch.linspace(0, 5, 64 * 3000, device=device).view(64, 3000)
+    try:
+        keys, tokens = race_keys(logits, *request), race_in_kernel(logits, *request)
+        ties = keys.gather(1, tokens.unsqueeze(1)) >= keys.amax(dim=1, keepdim=True) - 1e-5
+        reason = None if ties.all() else "it draws other tokens than the reference"
+    except Exception as error:  # Triton needs a C compiler and Python's headers, and reports their absence in many ways
+        reason = str(error)
+    if reason is not None:
+        log.warning("the kernel that draws tokens on %s is not used, and sampling is slower: %s", device, reason)
+    return reason is None
 
 
 def race_keys(
@@ -198,7 +243,7 @@ def _top_p_bounds(logits: Tensor, least: Tensor, params: Sequence[SamplingParams
     largest = logits.topk(int(candidates.max()), dim=-1).values  # descending
     mass = ((largest - largest[:, :1]) / _temperatures(params, logits.device)).exp_()
     before = mass.cumsum(dim=-1) - mass  # mass of the tokens ahead of each
-    count = torch.minimum((before < top_p * total).sum(dim=-1, keepdim=True), candidates)
+    count = torch.minimum((before < top_p * total).sum(dim=-1, keepdim=True), candidates).clamp_(min=1)  # 0 with NaN
     threshold = largest.gather(1, count - 1)
     tied = count - (largest > threshold).sum(dim=-1, keepdim=True)  # number of tokens equal to the threshold that stay
     ahead = (logits == threshold).cumsum(dim=-1, dtype=torch.int32) < tied

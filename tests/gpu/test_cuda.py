@@ -77,3 +77,14 @@ def test_an_int8_cache_returns_the_same_values_as_on_the_cpu():
     for on_gpu, on_cpu in zip(*found, strict=True):
         # Codes may round differently where the last bit differs.
         torch.testing.assert_close(on_gpu, on_cpu, atol=0.05, rtol=0)
+
+
+def test_the_kernel_draws_what_the_reference_draws():
+    from overfill.model.sampling import race_in_kernel, race_keys
+
+    logits = torch.randn(64, 50_000, device="cuda") * 4
+    for options in ({}, {"temperature": 0.5}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.01}):
+        request = [SamplingParams(seed=2**63 + 5, **options)] * 64, range(64), [7] * 64
+        keys = race_keys(logits, *request)
+        tokens = race_in_kernel(logits, *request)
+        assert (keys.gather(1, tokens.unsqueeze(1)).squeeze(1) >= keys.amax(dim=1) - 1e-5).all()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,6 +14,7 @@ import numpy as np
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import (
+    Conversation,
     Transcript,
     digest_of,
     encode,
@@ -25,8 +28,25 @@ Transcripts = Sequence[Transcript | None]
 """None stands for a conversation with nothing to learn: its answer has one token, or its prompt fills the context."""
 
 
-def load_data(data: Data, tokenizer: Tokenizer) -> tuple[Transcripts, list[Transcript]]:
-    """Returns the transcripts to train on and the held-out ones.
+@dataclass(frozen=True, slots=True)
+class LoadedData:
+    """Transcripts of a run, and the conversations that they are made of.
+
+    Attributes:
+        training: Transcripts to train on.
+        held_out: Transcripts to judge on.
+        training_text: Conversations of ``training``. None for a hub data set, which is too large to compare.
+        judged: Conversations of ``held_out``, in their order.
+    """
+
+    training: Transcripts
+    held_out: list[Transcript]
+    training_text: list[Conversation] | None
+    judged: list[Conversation]
+
+
+def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
+    """Loads the transcripts to train on and the held-out ones.
 
     Raises:
         InvalidRequest: a source cannot be read or has no usable conversation.
@@ -34,21 +54,21 @@ def load_data(data: Data, tokenizer: Tokenizer) -> tuple[Transcripts, list[Trans
     training = _load(data, data.source, data.split, "calibration", tokenizer)
     held_out_source = data.held_out or (data.source if data.held_out_split else "shipped")
     held_out = _load(data, held_out_source, data.held_out_split or data.split, "held_out", tokenizer)
-    judged: list[Transcript] = []
-    for transcript in held_out:
-        if transcript is not None:
-            judged.append(transcript)
-        if len(judged) == data.max_held_out:
-            break
+    judged = list(islice(held_out.with_text() if isinstance(held_out, HubTranscripts) else held_out, data.max_held_out))
     if not len(training) or not judged:
         empty = data.source if not len(training) else held_out_source
         raise InvalidRequest("data", f"{empty} holds no conversation with an answer of at least two tokens")
-    return training, judged
+    return LoadedData(
+        training=training if isinstance(training, HubTranscripts) else [transcript for _, transcript in training],
+        held_out=[transcript for _, transcript in judged],
+        training_text=None if isinstance(training, HubTranscripts) else [text for text, _ in training],
+        judged=[text for text, _ in judged],
+    )
 
 
 def _load(
     data: Data, source: str, split: str, part: Literal["calibration", "held_out"], tokenizer: Tokenizer
-) -> Transcripts:
+) -> list[tuple[Conversation, Transcript]] | HubTranscripts:
     if source == "shipped":
         conversations = shipped_conversations(part)
     elif Path(source).exists():
@@ -57,7 +77,12 @@ def _load(
         return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:
         raise InvalidRequest("data", f"{source} is neither `shipped`, nor a file, nor the id of a hub data set")
-    return [t for t in encode(conversations, tokenizer, data.max_tokens) if _has_answer_tokens(t)]
+    return [
+        (conversation, transcript)
+        for conversation in conversations
+        for transcript in encode([conversation], tokenizer, data.max_tokens)
+        if _has_answer_tokens(transcript)
+    ]
 
 
 def _has_answer_tokens(transcript: Transcript) -> bool:
@@ -82,7 +107,17 @@ class HubTranscripts(Sequence[Transcript | None]):
     def __getitem__(self, index: int | slice) -> Transcript | list[Transcript | None] | None:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        conversation = as_conversation(self._rows[index][self._data.column])
+        return self._encoded(as_conversation(self._rows[index][self._data.column]))
+
+    def with_text(self) -> Iterator[tuple[Conversation, Transcript]]:
+        """Yields the usable conversations with their transcripts."""
+        for row in self._rows:
+            conversation = as_conversation(row[self._data.column])
+            transcript = self._encoded(conversation)
+            if conversation is not None and transcript is not None:
+                yield conversation, transcript
+
+    def _encoded(self, conversation: Conversation | None) -> Transcript | None:
         if conversation is None:
             return None
         try:

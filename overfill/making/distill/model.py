@@ -7,7 +7,7 @@ and saving are copies. The exceptions are the factors of low-rank training, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,14 @@ class Projection(nn.Linear):
         self.down = nn.Parameter(down.to(self.weight))
         self.up = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def continue_factors(self, up: Tensor, down: Tensor) -> None:
+        """Moves the product of ``up`` [out, n] and ``down`` [n, in], n ≤ rank, from the weight to the factors."""
+        assert self.up is not None
+        self.up[:, : up.shape[1]] = up
+        self.down[: len(down)] = down
+        self.weight -= up.to(self.weight) @ down.to(self.weight)
 
     @property
     def merged(self) -> Tensor:
@@ -209,6 +217,17 @@ class PackedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Projection):
                 module.add_factors(rank, generator)
+
+    def continue_factors(self, products: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Makes products that the weights contain the start of the factors; the model's function stays the same.
+
+        Args:
+            products: ``up`` and ``down`` by the name of the matrix.
+        """
+        for name, (up, down) in products.items():
+            projection = self.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(projection, Projection)
+            projection.continue_factors(up, down)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

@@ -25,6 +25,8 @@ def metrics_file(folder: Path) -> Path:
 def plot_runs(runs: Sequence[tuple[str, Path]], out: Path) -> None:
     """Draws training loss, held-out NLL and agreement against the number of answer tokens learnt.
 
+    The legend has each run's label and its minutes of training.
+
     Args:
         runs: (label, metrics file) of each run.
         out: Picture to write; the suffix sets its format.
@@ -38,6 +40,7 @@ def plot_runs(runs: Sequence[tuple[str, Path]], out: Path) -> None:
         steps = [entry for entry in entries if "loss" in entry]
         judged = [entry for entry in entries if "held_out" in entry]
         tokens = [entry["tokens"] for entry in judged]
+        label = f"{label}, {max(entry['seconds'] for entry in entries) / 60:.0f} min"
         loss.plot([e["tokens"] for e in steps], _smoothed([e["loss"] for e in steps]), label=label)
         nll.plot(tokens, [e["held_out"]["nll"] for e in judged], marker=".", label=label)
         agreement.plot(tokens, [100 * e["held_out"]["agreement"] for e in judged], marker=".", label=label)

@@ -22,6 +22,7 @@ from overfill.making.checkpoint import (
     write_weights,
 )
 from overfill.making.distill.model import PackedModel
+from overfill.making.overlap import TextDigests
 from overfill.making.pair_json import write_manifest
 from overfill.model.files import HEAD
 from overfill.model.manifest import Pair
@@ -92,6 +93,7 @@ def write_pair(
     decoder: PackedModel,
     distilled: Mapping[str, Any],
     extras: Sequence[Path],
+    text: TextDigests | None,
     report: Report = silent,
 ) -> Pair:
     """Writes the pair ``out``: a link to the full model of ``source``, and ``decoder`` in the dtype of its decoder.
@@ -99,6 +101,7 @@ def write_pair(
     Args:
         distilled: Facts of the training, recorded in the manifest's recipe under ``distill``.
         extras: Files to copy to ``distill/``.
+        text: Digests of the training text, which the pair keeps beside those of ``source``. None if they are not known.
     """
     dtype = stored_dtype(source.decoder_path)
     recipe = dict(source.recipe)
@@ -114,6 +117,8 @@ def write_pair(
         shutil.copyfile(source.decoder_path / "config.json", folder / "decoder" / "config.json")
         copy_companions(source.decoder_path, folder / "decoder")
         (folder / "distill").mkdir()
+        if text is not None:
+            (text | (TextDigests.load(source) or TextDigests(()))).save(folder)
         for file in extras:
             shutil.copyfile(file, folder / "distill" / file.name)
         write_manifest(folder, layer_map=source.layer_map, recipe={**recipe, "distill": dict(distilled)}, report=report)

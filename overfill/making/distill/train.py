@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor
 from overfill.engine.device import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.making.conversations import Transcript
+from overfill.making.conversations import Conversation, Transcript
+from overfill.making.correction import shipped_correction
 from overfill.making.distill.data import Transcripts, batches, digest
 from overfill.making.distill.loss import LossWeights
 from overfill.making.distill.metrics import METRICS, Metrics
@@ -31,6 +32,7 @@ from overfill.making.distill.schedule import learning_rate
 from overfill.making.distill.student import HeldOutResult, Student, evaluate
 from overfill.making.distill.teacher import LogitsForm, Teacher
 from overfill.making.distill.teacher_cache import TeacherCache
+from overfill.making.overlap import TextDigests
 from overfill.model.manifest import Pair
 from overfill.process.compiled import COMPILERS, find_compiler
 from overfill.process.extras import needs
@@ -58,6 +60,7 @@ class Run:
 
     Args:
         out: Pair folder to write. The run's own folder is beside it (``run_folder``).
+        training_text: Conversations of ``transcripts``, whose digests the written pair keeps. None keeps none.
         standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
         resume: Continue exactly from the last checkpoint of a run with the same settings.
         log_line: Called with a readable line at every evaluation.
@@ -74,6 +77,7 @@ class Run:
         held_out: list[Transcript],
         training: Training,
         *,
+        training_text: Sequence[Conversation] | None = None,
         standalone: bool = False,
         resume: bool = False,
         report: Report = silent,
@@ -82,7 +86,9 @@ class Run:
         self._accelerator = accelerator = make_accelerator()
         self._pair, self._out, self._training = pair, out, training
         self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
+        self._training_text = training_text
         self._report, self._log_line = report, log_line
+        self._continues: str | None = None
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
@@ -98,6 +104,10 @@ class Run:
         decoder.save_activations = not training.recompute_activations
         if training.rank is not None:
             decoder.train_low_rank(training.rank, training.seed)
+            correction = shipped_correction(pair.recipe)
+            if correction is not None and correction.rank <= training.rank:
+                decoder.continue_factors(correction.products(decoder.config))
+                self._continues = correction.digest
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
@@ -197,7 +207,8 @@ class Run:
         norm = accelerator.clip_grad_norm_(self._model.parameters(), training.clip)
         self._check_finite(float(sums[0]), float(norm))
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        # Several processes keep their gradients: those of a pass before the exchange would not be views of the buckets.
+        self._optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
         seconds = self._agree(time.monotonic() - started)
         before = self._progress
         self._progress = TrainingState(before.step + 1, before.tokens + tokens, before.seconds + seconds)
@@ -272,6 +283,7 @@ class Run:
             facts = {
                 **self._training.model_dump(exclude_none=True),
                 "standalone": self._student.standalone,
+                **({"continues": self._continues} if self._continues else {}),
                 "steps_done": self._progress.step,
                 "tokens": self._progress.tokens,
                 "seconds": round(self._progress.seconds, 1),
@@ -279,7 +291,8 @@ class Run:
             }
             plot_runs([(self._out.name, self.folder / METRICS)], self.folder / "curve.png")
             files = [self.folder / name for name in (METRICS, "curve.png", SETTINGS)]
-            write_pair(self._out, self._pair, self._student.decoder, facts, files, self._report)
+            text = None if self._training_text is None else TextDigests.of(self._training_text)
+            write_pair(self._out, self._pair, self._student.decoder, facts, files, text, self._report)
         self._accelerator.wait_for_everyone()
         return Pair.load(self._out)
 
@@ -321,5 +334,8 @@ def make_accelerator() -> Any:
     """
     with needs("pairs", "training"):
         from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
 
-    return Accelerator(mixed_precision="no")
+    # Gradients are views of the buckets that processes exchange, which saves 4 bytes per parameter.
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[views])

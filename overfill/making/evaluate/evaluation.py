@@ -55,6 +55,8 @@ class Evaluation:
         data: Name of the judged set.
         dtype, device: Type and device of the computation.
         transcripts: The judged transcripts.
+        overlap: Indices of the judged conversations that overlap with text that the decoder was made from
+            (``TextDigests``). None if that is not known.
         max_tokens: Maximum length of a free-running answer.
         full, decoder: Cost of one decode step; the full model's is that of bf16.
         teacher_forced, free_running: Figures by variant. ``free_running`` is empty if it was not requested.
@@ -66,6 +68,7 @@ class Evaluation:
     dtype: DTypeName
     device: str
     transcripts: Sequence[Transcript]
+    overlap: Sequence[int] | None
     max_tokens: int
     full: DecodeCost
     decoder: DecodeCost
@@ -88,6 +91,7 @@ class Evaluation:
             "device": self.device,
             "transcripts": len(self.transcripts),
             "kinds": dict(self.kinds),
+            "overlap": None if self.overlap is None else list(self.overlap),
             "max_tokens": self.max_tokens,
             "full": asdict(self.full),
             "decoder": asdict(self.decoder),
@@ -109,6 +113,7 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Returns the main figures by variant, for ``pair.json``."""
         figures: dict[str, Any] = {"data": self.data, "dtype": self.dtype, "transcripts": len(self.transcripts)}
+        figures["overlapping"] = None if self.overlap is None else len(self.overlap)
         for name, forced in self.teacher_forced.items():
             values = {"nll": forced.nll, "kl": forced.kl, "agreement": forced.agreement}
             figures[name] = {key: round(metric.overall.mean, 4) for key, metric in values.items()}
@@ -125,6 +130,7 @@ def evaluate(
     transcripts: Sequence[Transcript],
     *,
     data: str = "",
+    overlap: Sequence[int] | None = None,
     free_running: bool = True,
     max_tokens: int | None = None,
     dtype: DTypeName | None = None,
@@ -136,6 +142,7 @@ def evaluate(
 
     Args:
         data: Name of the judged set.
+        overlap: As in ``Evaluation``.
         free_running: Also let the full model and the pair write answers to the prompts.
         max_tokens: Maximum length of such an answer. None means ``answer_limit``.
         dtype: Type of weights and activations. None means the device's native type.
@@ -180,6 +187,7 @@ def evaluate(
         dtype=dtype,
         device=where.type,
         transcripts=kept,
+        overlap=overlap,
         max_tokens=max_tokens,
         full=DecodeCost.of(pair.full_config, "bf16"),
         decoder=DecodeCost.of(pair.decoder_config, "int8" if pair.quantize == "int8" else "bf16"),

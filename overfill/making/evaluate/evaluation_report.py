@@ -15,9 +15,13 @@ from overfill.making.evaluate.evaluation import TITLES, Evaluation
 from overfill.making.evaluate.examples import RULE, choose_examples
 from overfill.making.evaluate.free_running import Comparison
 from overfill.making.evaluate.token_metrics import Estimate, Metric
+from overfill.making.overlap import DECODER_TEXT, describe_overlap
 from overfill.making.seal import update_checksum
 from overfill.model.manifest import MANIFEST, Pair
 from overfill.pair.checksums import checksums_match
+
+_QUESTION = 400
+"""Characters of a question that are shown, from its end."""
 
 TableRows = list[list[str]]
 """A header row and data rows, all of the same length."""
@@ -34,7 +38,7 @@ def forced_rows(evaluation: Evaluation) -> TableRows:
 
 def free_rows(evaluation: Evaluation) -> TableRows:
     """Returns one row per variant with the figures of the answers that it wrote, beside the full model's."""
-    rows = [["own answers", "perplexity", "÷ full model's", "repeated 4-grams", "tokens", "finished"]]
+    rows = [["own answers", "perplexity", "÷ full's", "new text: ÷", "repeated", "tokens", "finished"]]
     for name, written in evaluation.free_running.items():
         rows.append([TITLES[name], *_free(written.beside(evaluation.free_running["full"]))])
     return rows
@@ -45,12 +49,12 @@ def kind_rows(evaluation: Evaluation) -> TableRows:
     rows = [["two-stage, by kind", "answers", "agreement"]]
     written = evaluation.free_running
     if written:
-        rows[0] += ["perplexity ÷ full's", "repeated 4-grams", "tokens"]
+        rows[0] += ["perplexity ÷", "new text: ÷", "repeated", "tokens"]
     for kind, count in evaluation.kinds.items():
         row = [kind, str(count), _share(evaluation.teacher_forced["two_stage"].agreement.of_kind(kind))]
         if written:
             free = written["two_stage"].beside(written["full"], kind)
-            row += _free(free)[1:4]
+            row += _free(free)[1:5]
         rows.append(row)
     return rows
 
@@ -64,7 +68,9 @@ def examples(evaluation: Evaluation, count: int) -> list[tuple[str, str, str, st
         likely = "empty" if math.isnan(own.nll) else f"perplexity {math.exp(own.nll):.1f}"
         title = f"{example.why}: {likely}, {100 * own.repeated:.0f} % repeated 4-grams"
         kind = f", {transcript.kind}" if transcript.kind else ""
-        shown.append((title + kind, transcript.question, full[example.index].text, own.text))
+        question = transcript.question
+        question = question if len(question) <= _QUESTION else f"… {question[-_QUESTION:]}"
+        shown.append((title + kind, question, full[example.index].text, own.text))
     return shown
 
 
@@ -84,12 +90,12 @@ def point_rows(points: Sequence[TradeoffPoint]) -> TableRows:
     rows = [["decoder", "precision", "MB/token", "MFLOP/token", "top-1 agreement", "NLL"]]
     written = any(point.free for point in points)
     if written:
-        rows[0] += ["perplexity ÷ full's", "repeated 4-grams", "tokens"]
+        rows[0] += ["perplexity ÷ full's", "new text: ÷", "repeated 4-grams", "tokens"]
     for point in points:
         cost = [f"{point.cost.bytes / 1e6:.1f}", f"{point.cost.flops / 1e6:.1f}"]
         rows.append([point.name, point.precision, *cost, _share(point.agreement), _figure(point.nll)])
         if written:
-            rows[-1] += ["-"] * 3 if point.free is None else _free(point.free)[1:4]
+            rows[-1] += ["-"] * 4 if point.free is None else _free(point.free)[1:5]
     return rows
 
 
@@ -101,6 +107,11 @@ def cost_line(full: DecodeCost, decoder: DecodeCost) -> str:
         f"{full.bytes / 1e6:.1f} MB, for {full.flops / 1e6:.1f} MFLOP "
         f"(weights {100 * decoder.weights / full.weights:.1f} %, bytes {100 * decoder.bytes / full.bytes:.1f} %)."
     )
+
+
+def overlap_line(evaluation: Evaluation) -> str:
+    """Says how many judged conversations overlap with text that the decoder was made from."""
+    return f"Overlap: {describe_overlap(evaluation.overlap, len(evaluation.transcripts), DECODER_TEXT)}."
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
@@ -121,6 +132,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         "NLL, KL and agreement are over answer tokens after the first, which is always the full model's. ± is one "
         "standard error over answers.",
         cost_line(evaluation.full, evaluation.decoder),
+        overlap_line(evaluation),
         _markdown(forced_rows(evaluation)),
         *([_markdown(free_rows(evaluation))] if written else []),
         *kinds,
@@ -138,7 +150,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         save_drift(folder / "free_running.png", f"{evaluation.pair}: answers of its own, greedy", panels)
         parts += [
             "## Answers of its own, by position",
-            f"Each variant wrote greedy answers of up to {evaluation.max_tokens} tokens, which the full model scored.",
+            f"Each variant wrote greedy answers of up to {evaluation.max_tokens} tokens, which the full model scored. "
+            "New text: the tokens that do not end a repeated 4-gram.",
             "![NLL under the full model by position](free_running.png)",
             "NLL under the full model:",
             _markdown(position_rows(teacher, percent=False)),
@@ -164,9 +177,10 @@ def write_comparison(folder: Path, points: Sequence[TradeoffPoint]) -> None:
         "# Pruning beside plain quantisation",
         "Decoders answer on the unquantised full model's KV of the prompt. int8 has one scale per output channel, int4 "
         "a scale and an offset for every 32 weights; int4+int8 head keeps the output head at 8 bits, as 4-bit formats "
-        "usually do. ± is one standard error over answers. The last three columns are of greedy answers that the "
+        "usually do. ± is one standard error over answers. The last four columns are of greedy answers that the "
         f"decoder wrote, for {', '.join(FREE_RUNNING)}: their perplexity by the full model ÷ that of its own answers, "
-        "repeated 4-grams with the difference in points, and length ÷ the full model's.",
+        "the same without the tokens that end a repeated 4-gram, repeated 4-grams with the difference in points, and "
+        "length ÷ the full model's.",
         NOTE,
         _markdown(point_rows(points)),
         "![agreement and free-running perplexity against bytes](tradeoff.png)",
@@ -204,10 +218,11 @@ def _share(estimate: Estimate) -> str:
 
 
 def _free(free: Comparison) -> list[str]:
-    """Returns perplexity, its ratio, repeated 4-grams, length and share of finished answers."""
+    """Returns perplexity, its ratio, that of new text, repeated 4-grams, length and share of finished answers."""
     return [
         f"{free.perplexity:.2f}",
         f"{free.ratio:.2f} ± {free.ratio_error:.2f}",
+        f"{free.new_ratio:.2f} ± {free.new_ratio_error:.2f}",
         f"{100 * free.repeated:.1f} % ({free.points:+.1f})",
         f"{free.tokens:.0f} ({free.length:.2f}×)",
         f"{100 * free.finished:.0f} %",

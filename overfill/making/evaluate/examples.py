@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overfill.making.evaluate.free_running import JudgedAnswer
+from overfill.making.evaluate.free_running import ScoredAnswer
 
 RULE = (
     "Answers of the pair are ordered by their perplexity under the full model. Shown are the least likely one, of the "
@@ -22,7 +22,7 @@ class Example:
     why: str
 
 
-def choose_examples(answers: Sequence[JudgedAnswer], count: int) -> list[Example]:
+def choose_examples(answers: Sequence[ScoredAnswer], count: int) -> list[Example]:
     """Returns up to ``count`` examples by ``RULE``, likelier answers first; empty answers count as the least likely."""
     order = sorted(range(len(answers)), key=lambda i: math.inf if math.isnan(answers[i].nll) else answers[i].nll)
     worst = [Example(order.pop(), "least likely")] if count > 1 else []

@@ -1,7 +1,8 @@
 """Judge the answers that a decoder writes freely: their likelihood under the full model, repetition and length.
 
 The answers are greedy, and each error affects later tokens as it would for a user. Likelihood alone flatters an answer
-that repeats itself, because a model expects more of the same; so read it with the share of repeated 4-grams.
+that repeats itself, because a model expects more of the same. So it is also given for new text: the tokens that do not
+end a repeated 4-gram.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _GRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedAnswer:
+class ScoredAnswer:
     """One answer with its figures.
 
     Attributes:
@@ -59,6 +60,7 @@ class Comparison:
     Attributes:
         perplexity: Perplexity of the answers by the full model; ``ratio`` is that to its own answers'.
         ratio_error: Standard error of ``ratio``, from those of both likelihoods as if they were independent.
+        new_perplexity, new_ratio, new_ratio_error: The same for new text only.
         repeated: Share of repeated 4-grams; ``points`` is the difference from the full model's, in percentage points.
         tokens: Mean length of the answers; ``length`` is the ratio to the full model's.
         finished: Share of answers that ended before the limit.
@@ -67,6 +69,9 @@ class Comparison:
     perplexity: float
     ratio: float
     ratio_error: float
+    new_perplexity: float
+    new_ratio: float
+    new_ratio_error: float
     repeated: float
     points: float
     tokens: float
@@ -83,16 +88,18 @@ class FreeRunning:
 
     Attributes:
         nll: Negative log likelihood of the answer tokens under the full model, in nats.
+        new_nll: The same for new text only; its positions count new tokens.
         repeated: Share of 4-grams that occurred earlier in the same answer, by the position of their last token.
         tokens, finished: Length of an answer, and 1 if it ended before the limit; one number per answer.
         answers: In the order of the prompts.
     """
 
     nll: Metric
+    new_nll: Metric
     repeated: Metric
     tokens: Metric
     finished: Metric
-    answers: tuple[JudgedAnswer, ...]
+    answers: tuple[ScoredAnswer, ...]
 
     def beside(self, full: FreeRunning, kind: str | None = None) -> Comparison:
         """Compares with the full model's answers: all, or those of one kind."""
@@ -100,13 +107,21 @@ class FreeRunning:
         def of(metric: Metric) -> Estimate:
             return metric.overall if kind is None else metric.of_kind(kind)
 
-        nll, own = of(self.nll), of(full.nll)
-        ratio = math.exp(nll.mean - own.mean)
+        def ratio(mine: Estimate, own: Estimate) -> tuple[float, float]:
+            value = math.exp(mine.mean - own.mean)
+            return value, 0.0 if self is full else value * math.hypot(mine.standard_error, own.standard_error)
+
+        nll, new_nll = of(self.nll), of(self.new_nll)
+        whole, whole_error = ratio(nll, of(full.nll))
+        new, new_error = ratio(new_nll, of(full.new_nll))
         repeated, tokens = of(self.repeated).mean, of(self.tokens).mean
         return Comparison(
             perplexity=math.exp(nll.mean),
-            ratio=ratio,
-            ratio_error=0.0 if self is full else ratio * math.hypot(nll.standard_error, own.standard_error),
+            ratio=whole,
+            ratio_error=whole_error,
+            new_perplexity=math.exp(new_nll.mean),
+            new_ratio=new,
+            new_ratio_error=new_error,
             repeated=repeated,
             points=100 * (repeated - of(full.repeated).mean),
             tokens=tokens,
@@ -154,7 +169,7 @@ def judge_answers(
         if answer.token_ids
     ]
     reader = BatchModel(full, cache_tokens(written))
-    nll, repeated, tokens, finished = (MetricAccumulator() for _ in range(4))
+    nll, new_nll, repeated, tokens, finished = (MetricAccumulator() for _ in range(5))
     means: list[tuple[float, float]] = []  # of the answers that are not empty
     for batch in batches(written):
         logits, targets = reader.read_all(batch, 0), target_tokens(batch, 0).to(full.device)
@@ -163,6 +178,8 @@ def judge_answers(
         for transcript, own in zip(batch, values.split([len(t.answer) for t in batch]), strict=True):
             grams = repeats(transcript.answer)
             nll.add(own, 0, transcript.kind)
+            new = [not again for again in (*[0.0] * (_GRAM - 1), *grams)][: len(own)]
+            new_nll.add(own[torch.tensor(new)], 0, transcript.kind)
             repeated.add(grams, _GRAM - 1, transcript.kind)
             means.append((float(own.mean()), sum(grams) / max(1, len(grams))))
         report(step, len(means), len(written))
@@ -172,11 +189,12 @@ def judge_answers(
     left = iter(means)
     return FreeRunning(
         nll=nll.metric(),
+        new_nll=new_nll.metric(),
         repeated=repeated.metric(),
         tokens=tokens.metric(),
         finished=finished.metric(),
         answers=tuple(
-            JudgedAnswer(
+            ScoredAnswer(
                 tuple(a.token_ids),
                 tokenizer.decode(a.token_ids),
                 a.finished,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.making.conversations import Transcript
+from overfill.making.conversations import Transcript, read_conversations
 from overfill.making.distill.data import HubTranscripts, batches, digest, load_data
 from overfill.making.distill.recipe import Data, changed, read_recipe, recipe_names
 from overfill.making.distill.teacher_cache import Column, TeacherCache
 from overfill.making.hub_data import as_conversation
+from overfill.model.config import ModelConfig
+from overfill.model.loading import count_parameters
 
 SIZES = {
     "llama-3.2-3b-to-1b": (1689, 4505),
@@ -48,6 +51,41 @@ def test_every_packaged_recipe_is_valid() -> None:
         assert (decoder.hidden_size, decoder.intermediate_size) == sizes
         assert decoder.hidden_size % 128 == 0 if "aligned" in name else decoder.hidden_size % 128
     assert read_recipe("smollm2-fast").training.learning_rate == 3e-4
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128_256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": False,
+}
+LLAMA_3B = LLAMA_8B | {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_recipes_state_the_memory_that_their_sizes_need(name: str) -> None:
+    full = LLAMA_8B if "8b" in name else LLAMA_3B
+    hidden, intermediate = SIZES[name]
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "tie_word_embeddings": False}
+    read = 2 * count_parameters(ModelConfig.from_dict(full)) / 1e9
+    trained = count_parameters(ModelConfig.from_dict(full | sizes)) / 1e9
+    text = (resources.files("overfill.making") / "recipes" / f"{name}.toml").read_text()
+    comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# "))
+    assert f"{read + 16 * trained:.1f} GB before activations: the full model in bf16, {read:.1f} GB, and 16" in comment
+    assert f"decoder's {trained:.2f} B parameters, {16 * trained:.1f} GB" in comment
 
 
 @pytest.mark.parametrize(
@@ -83,9 +121,11 @@ def test_data_is_read_from_a_file(tiny_pair: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_pair / "full")
     file = str(write_chats(tmp_path / "chats.jsonl", 5))
     held_out = str(write_chats(tmp_path / "held_out.jsonl", 4))
-    transcripts, judged = load_data(Data(source=file, held_out=held_out, max_held_out=3), tokenizer)
-    assert (len(transcripts), len(judged)) == (5, 3)
-    assert digest(transcripts) != digest(judged) == digest(transcripts[:3])
+    loaded = load_data(Data(source=file, held_out=held_out, max_held_out=3), tokenizer)
+    assert (len(loaded.training), len(loaded.held_out)) == (5, 3)
+    assert digest(loaded.training) != digest(loaded.held_out) == digest(loaded.training[:3])
+    assert loaded.training_text == read_conversations(Path(file))
+    assert loaded.judged == loaded.training_text[:3]
 
 
 @pytest.mark.parametrize(

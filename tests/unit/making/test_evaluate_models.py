@@ -195,6 +195,7 @@ def test_own_answers_are_compared_with_the_full_models_overall_and_by_kind(tiny_
     assert found.ratio == pytest.approx(found.perplexity / math.exp(full.nll.overall.mean))
     assert found.points == pytest.approx(100 * (pair.repeated.overall.mean - full.repeated.overall.mean))
     assert found.length == pytest.approx(pair.tokens.overall.mean / full.tokens.overall.mean)
+    assert found.new_ratio == pytest.approx(math.exp(pair.new_nll.overall.mean - full.new_nll.overall.mean))
     own = full.beside(full)
     assert (own.ratio, own.ratio_error, own.points, own.length) == (1, 0, 0, 1)
     assert dict(result.kinds) == {"explain": 3, "rewrite": 2, "long": 1}
@@ -229,6 +230,7 @@ def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
     assert [(b.first, b.estimate.mean) for b in found.repeated.by_position] == [(2, 0), (4, 0.5)]
     assert [round(a.repeated, 3) for a in found.answers] == [0, 0, 0.667]
     assert math.isnan(found.answers[1].nll)
+    assert found.new_nll.overall.count == 6 + 4  # the last answer's second and third 4-gram repeat its first
 
 
 def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:

@@ -14,7 +14,7 @@ from overfill.making.evaluate.costs import DecodeCost, weight_bytes
 from overfill.making.evaluate.duration import announce
 from overfill.making.evaluate.examples import choose_examples
 from overfill.making.evaluate.fake_quantization import fake_quantize
-from overfill.making.evaluate.free_running import JudgedAnswer, repeats
+from overfill.making.evaluate.free_running import ScoredAnswer, repeats
 from overfill.making.evaluate.token_metrics import MetricAccumulator
 from overfill.model.config import ModelConfig
 
@@ -81,8 +81,8 @@ def test_figures_are_split_by_kind() -> None:
     assert accumulator.metric().by_kind == ()
 
 
-def _answer(nll: float, repeated: float) -> JudgedAnswer:
-    return JudgedAnswer((1, 2), "a text", True, nll, repeated)
+def _answer(nll: float, repeated: float) -> ScoredAnswer:
+    return ScoredAnswer((1, 2), "a text", True, nll, repeated)
 
 
 def test_three_examples_are_the_median_the_most_repetitive_and_the_least_likely() -> None:
@@ -101,7 +101,7 @@ def test_more_examples_are_at_evenly_spaced_ranks_and_none_is_shown_twice() -> N
 
 
 def test_an_empty_answer_is_the_least_likely_one() -> None:
-    empty = JudgedAnswer((), "", True, math.nan, 0.0)
+    empty = ScoredAnswer((), "", True, math.nan, 0.0)
     assert choose_examples([_answer(1.0, 0.0), empty, _answer(9.0, 0.0)], 3)[-1].index == 1
 
 

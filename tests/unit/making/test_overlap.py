@@ -1,0 +1,141 @@
+"""Digests of the text that made a decoder, and the commands that compare judged text with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from overfill.cli import distill
+from overfill.cli.distill import distill_command
+from overfill.cli.evaluate import eval_command
+from overfill.errors import InvalidPair, InvalidRequest
+from overfill.making import overlap
+from overfill.making.build import build_pair
+from overfill.making.conversations import Conversation, append_jsonl, shipped_conversations
+from overfill.making.overlap import DIGESTS_FILE, TextDigests, overlapping
+from overfill.making.recipe import DecoderRecipe
+from overfill.making.tiny import make_tiny_pair
+from overfill.model.manifest import Pair
+
+
+def chat(question: str, answer: str = "It is a river, a bridge and the people who cross it.") -> Conversation:
+    return Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+FITTED = [chat(f"What is {n} and {n + 1} and {n + 2}, if you please?") for n in range(30)]
+OTHERS = [chat(f"How does the number {n} follow {n - 1} in our questions?") for n in range(100, 104)]
+
+
+@pytest.fixture
+def built(tiny_pair: Path, tmp_path: Path) -> Pair:
+    recipe = DecoderRecipe(intermediate_size=64, fit="none")
+    return build_pair(tiny_pair / "full", tmp_path / "built", recipe, FITTED, calibration="chats.jsonl")
+
+
+def write(file: Path, conversations: list[Conversation]) -> str:
+    append_jsonl(file, conversations)
+    return str(file)
+
+
+def test_digests_find_what_the_text_itself_finds(built: Pair) -> None:
+    calibration, held_out = (shipped_conversations(part) for part in ("calibration", "held_out"))
+    shared = overlapping(held_out, calibration)
+    assert shared
+    digests = TextDigests.of(calibration)
+    assert digests.overlapping(held_out) == shared
+    digests.save(built.folder)
+    assert (built.folder / DIGESTS_FILE).stat().st_size < 64 * 1024
+    stored = TextDigests.load(built)
+    assert stored is not None
+    assert stored.overlapping(held_out) == shared
+    both = stored | TextDigests.of(held_out[:5])
+    assert both.overlapping(held_out) == sorted({*range(5), *shared})
+
+
+def test_the_digests_of_much_text_are_a_sample_of_bounded_size(built: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "MAX_DIGESTS", 500)
+    texts = [chat(" ".join(f"word{n}x{i}" for i in range(200))) for n in range(50)]  # 9,650 runs
+    digests = TextDigests.of(texts[:25]) | TextDigests.of(texts[25:])
+    digests.save(built.folder)
+    assert (built.folder / DIGESTS_FILE).stat().st_size == 500 * 8
+    found = digests.overlapping([*texts, *OTHERS])
+    assert found == TextDigests.of(texts).overlapping([*texts, *OTHERS])
+    assert len(found) > 45
+    assert max(found) < 50
+
+
+def test_a_pair_that_was_made_elsewhere_is_not_known_and_an_identity_pair_has_seen_nothing(
+    tiny_pair: Path, built: Pair, tmp_path: Path
+) -> None:
+    assert TextDigests.load(Pair.load(tiny_pair)) is None
+    unfitted = TextDigests.load(Pair.load(make_tiny_pair(tmp_path / "identity", identity=True)))
+    assert unfitted is not None
+    assert unfitted.overlapping(FITTED) == []
+    (built.folder / DIGESTS_FILE).write_bytes(b"123456789")
+    with pytest.raises(InvalidPair, match=r"text_digests\.bin has 9 bytes, which is not a multiple of 8"):
+        TextDigests.load(built)
+
+
+def judge(pair: Path, data: str, *options: str) -> Result:
+    arguments = [str(pair), "--data", data, "--no-free-running", "--dtype", "float32", *options]
+    return CliRunner().invoke(eval_command, arguments)
+
+
+def test_eval_says_which_conversations_the_decoder_has_seen(built: Pair, tmp_path: Path) -> None:
+    mixed = write(tmp_path / "mixed.jsonl", [*OTHERS[:2], FITTED[7]])
+    clean = write(tmp_path / "clean.jsonl", OTHERS)
+    result = judge(built.folder, mixed)
+    assert "Overlap: 1 of 3 judged conversations (numbers 3) share 8 words in a row with the text that" in result.stdout
+    assert json.loads(judge(built.folder, mixed, "--json").stdout)["overlap"] == [2]
+    refused = judge(built.folder, mixed, "--strict")
+    assert isinstance(refused.exception, InvalidRequest)
+    assert str(refused.exception).startswith("data: overlap: 1 of 3 judged conversations (numbers 3)")
+
+    result = judge(built.folder, clean, "--strict", "--save")
+    assert "Overlap: 0 of 4 judged conversations share 8 words" in result.stdout
+    assert Pair.load(built.folder).eval["overlapping"] == 0
+
+
+def test_an_overlap_that_cannot_be_known_is_refused_when_strict(tiny_pair: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", OTHERS)
+    result = judge(tiny_pair, data)
+    assert "Overlap: not known for the text that made the decoder" in result.stdout
+    assert json.loads(judge(tiny_pair, data, "--json").stdout)["overlap"] is None
+    assert isinstance(judge(tiny_pair, data, "--strict").exception, InvalidRequest)
+
+
+def train(pair: Path, out: Path, data: str, held_out: str, *options: str) -> Result:
+    arguments = [str(pair), "--out", str(out), "--data", data, "--held-out", held_out, "--steps", "1", "--not-fused"]
+    return CliRunner().invoke(distill_command, [*arguments, *options])
+
+
+def test_distill_compares_held_out_text_with_all_that_makes_the_decoder(
+    built: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "set_threads", lambda threads: None)
+    data = write(tmp_path / "data.jsonl", OTHERS[1:])
+    held_out = write(tmp_path / "held_out.jsonl", [OTHERS[0], OTHERS[2], FITTED[0], FITTED[1]])
+    clean = write(tmp_path / "clean.jsonl", [chat("Where does the river go when nobody looks at the bridge?")])
+
+    refused = train(built.folder, tmp_path / "trained", data, held_out, "--strict")
+    assert isinstance(refused.exception, InvalidRequest)
+    what = "of 4 judged conversations (numbers {}) share 8 words in a row with the {}"
+    overlaps = (
+        f"overlap: 1 {what.format('2', 'training text')}",
+        f"overlap: 2 {what.format('3, 4', 'text that made the decoder')}",
+    )
+    assert str(refused.exception) == f"held_out: {'; '.join(overlaps)}"
+    assert not (tmp_path / "trained.run").exists()
+
+    trained = train(built.folder, tmp_path / "trained", data, held_out)
+    assert trained.exit_code == 0, trained.output
+    assert set(overlaps) < {*trained.stderr.splitlines()}
+    assert train(built.folder, tmp_path / "again", data, clean, "--strict").exit_code == 0
+
+    # The trained pair has seen the text of both.
+    seen = TextDigests.load(Pair.load(tmp_path / "trained"))
+    assert seen is not None
+    assert seen.overlapping([OTHERS[0], OTHERS[2], FITTED[0]]) == [1, 2]
