@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from overfill.engine.device import resolve_device, use_device
 from overfill.engine.gpu_memory import loading_turn
 from overfill.engine.load import LoadedColocated, load_colocated, load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
-from overfill.model.manifest import EngineName, Half, Pair
-from overfill.model.pair_files import load_whole
+from overfill.model.manifest import HALVES, EngineName, Half, Pair
+from overfill.model.pair_files import check_digests, load_whole
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
 from overfill.settings.config import STEP_TOKENS, ColocatedConfig, DecodeConfig, PrefillConfig, WorkerConfig
@@ -32,18 +32,19 @@ _Loaded = TypeVar("_Loaded")
 
 
 async def load_half_of(config: WorkerConfig, half: Half) -> LoadedEngine:
-    """Loads and warms the ``half`` of ``config.pair`` that a worker runs, in a thread. Checks the digests."""
+    """Loads and warms the ``half`` of ``config.pair`` that a worker runs, in a thread, and checks its digest.
+
+    The other half's digest is what ``pair.json`` states; its weights may be absent. Peers compare it.
+    """
     options = engine_options(config, half)
-    return await _in_thread(options, lambda: load_engine(config.engine, _load_pair(config, half), half, options))
+    return await _in_thread(config, [half], options, lambda pair: load_engine(config.engine, pair, half, options))
 
 
 async def load_both_halves_of(config: ColocatedConfig) -> LoadedColocated:
     """Loads and warms both halves of ``config.pair``, as ``load_half_of`` does."""
     full, decoder = engine_options(config, "full"), engine_options(config, "decoder")
     engine: EngineName = "mock" if config.engine == "mock" else "overfill"
-    return await _in_thread(
-        full, lambda: load_colocated(_load_pair(config, "full", "decoder"), full, decoder, engine=engine)
-    )
+    return await _in_thread(config, HALVES, full, lambda pair: load_colocated(pair, full, decoder, engine=engine))
 
 
 def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
@@ -88,11 +89,11 @@ def torch_threads(config: WorkerConfig) -> int | None:
     return None if config.engine == "mock" else config.threads
 
 
-def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
-    """Returns the worker's pair, and warns if ``auto`` does not choose vLLM on a GPU."""
+def _load_pair(config: WorkerConfig, halves: Sequence[Half]) -> Pair:
+    """Returns the worker's pair, and warns if ``auto`` does not choose vLLM on a GPU. Reads no weights."""
     with startup.once():
         folder = resolve_pair(config.pair, log_steps(logger))
-    pair = Pair.load(folder) if config.engine == "mock" else load_whole(folder, digests=True)
+    pair = load_whole(folder, halves)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
     if config.engine == "auto":
@@ -102,11 +103,23 @@ def _load_pair(config: WorkerConfig, *halves: Half) -> Pair:
     return pair
 
 
-async def _in_thread(options: EngineOptions, load: Callable[[], _Loaded]) -> _Loaded:
+async def _in_thread(
+    config: WorkerConfig, halves: Sequence[Half], options: EngineOptions, load: Callable[[Pair], _Loaded]
+) -> _Loaded:
+    """Loads ``halves`` of the worker's pair with ``load``, in a thread; another one checks their digests meanwhile."""
+    if config.engine == "mock":
+        halves = ()  # its pairs have no weights
+
     def run() -> _Loaded:
         use_device(options.device)
-        with loading_turn(options):
-            return load()
+        pair = _load_pair(config, halves)
+        with ThreadPoolExecutor(1, "digests") as reader:
+            checked = reader.submit(check_digests, [pair], halves)
+            try:
+                with loading_turn(options):
+                    return load(pair)
+            finally:
+                checked.result()  # that files are damaged explains why they do not load
 
     # The thread ends with the loading. If it lived on, OpenMP would count its idle team beside that of the engine's
     # thread as more threads than there are cores, and let threads sleep at each barrier: 10 ms per step on two cores.

@@ -61,13 +61,13 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
 
 
 def first_token_to_proto(
-    token: SampledToken, scores: common_pb2.PromptLogprobs | None, scheduled_ns: int, sampled_ns: int
+    token: SampledToken | None, scores: common_pb2.PromptLogprobs | None, scheduled_ns: int, sampled_ns: int
 ) -> decode_pb2.Tokens:
-    """Converts the full model's token and the prompt's scores.
+    """Converts the full model's token, if it has sampled one, and its scores of the prompt.
 
     The times are when its prompt was scheduled and when it was sampled.
     """
-    tokens = tokens_to_proto(token, 0)
+    tokens = decode_pb2.Tokens() if token is None else tokens_to_proto(token, 0)
     if scores is not None:
         tokens.prompt_logprobs.CopyFrom(scores)
     tokens.prefill_compute_ns = sampled_ns - scheduled_ns

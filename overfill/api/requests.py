@@ -69,7 +69,7 @@ def validate_generate(
             room = request.resume_identity.prompt_tokens
         prompt = _truncated(prompt, request.truncate_prompt_tokens, room)
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
-    _check_scores(sampling, len(prompt), vocab_size)
+    _check_scores(request, sampling, len(prompt), vocab_size)
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed
     start = decode_pb2.StartDecode(
@@ -81,6 +81,7 @@ def validate_generate(
         trace=request.trace,
         codec=request.kv_codec,
         sample_index=request.sample_index,
+        answer_start=request.answer_start if request.HasField("answer_start") else None,
     )
     start.sampling.max_tokens = max_tokens
     if sampling.seed is None:
@@ -164,16 +165,27 @@ def _check_room(prompt_tokens: int, max_model_len: int) -> int:
     return room
 
 
-def _check_scores(sampling: SamplingParams, prompt_tokens: int, vocab_size: int) -> None:
+def _check_scores(
+    request: inference_pb2.GenerateRequest, sampling: SamplingParams, prompt_tokens: int, vocab_size: int
+) -> None:
     count = sampling.prompt_logprobs
+    if request.HasField("answer_start"):
+        if count is None:
+            raise InvalidRequest("answer_start", "is only for requests that score their prompt; set prompt_logprobs")
+        if request.HasField("truncate_prompt_tokens"):
+            raise InvalidRequest("answer_start", "counts tokens of the whole prompt; leave truncate_prompt_tokens out")
+        if not 1 <= request.answer_start < prompt_tokens:
+            allowed = f"must be at least 1 and less than the prompt's {prompt_tokens} tokens"
+            raise InvalidRequest("answer_start", f"{allowed}; got {request.answer_start}")
     if count is None:
         return
     if count > vocab_size:
         raise InvalidRequest("sampling.prompt_logprobs", f"is {count}, more than the {vocab_size} token ids")
-    if (total := (1 + count) * prompt_tokens) > MAX_PROMPT_LOGPROBS:
+    scored = prompt_tokens - (request.answer_start if request.HasField("answer_start") else 1)
+    if (total := (1 + count) * scored) > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
             "sampling.prompt_logprobs",
-            f"{count} for each of {prompt_tokens} tokens make {total} log-probabilities, with the tokens' own; at most "
+            f"{count} for each of {scored} tokens make {total} log-probabilities, with the tokens' own; at most "
             f"{MAX_PROMPT_LOGPROBS} are allowed; ask for fewer, or score a shorter prompt",
         )
 

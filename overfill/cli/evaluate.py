@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from overfill.cli.options import dtype_option
+from overfill.cli.options import ClientConnection, connection_options, dtype_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -206,6 +209,14 @@ def compare_command(
 @click.option("--chat", is_flag=True, help="Put questions into the checkpoint's chat template.")
 @_device_options
 @_json_option
+@functools.partial(
+    connection_options,
+    address=click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Router of a stack that serves PAIR in one of its tiers, and computes.  [default: compute here]",
+    ),
+)
 def lm_eval_command(
     pair: str,
     tasks: str,
@@ -214,28 +225,42 @@ def lm_eval_command(
     num_fewshot: int | None,
     chat: bool,
     as_json: bool,
+    connection: ClientConnection | None,
     **on: Any,
 ) -> None:
     """Run tasks of the lm-evaluation-harness on PAIR.
 
-    The full model reads each context; the decoder writes or scores the continuation.
+    The full model reads each context; the decoder writes or scores the continuation. With --address, a running stack
+    computes, and PAIR says how to tokenize and which tier is meant.
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
     from overfill.making.evaluate.harness import run_tasks
+    from overfill.making.evaluate.lm_eval_adapter import OverfillLM, PairLM
+    from overfill.making.evaluate.served_lm import ServedLM
+    from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
+    source = click.get_current_context().get_parameter_source
+    given = [f"--{name}" for name in on if source(name) is not ParameterSource.DEFAULT]
+    if connection is not None and given:
+        raise click.UsageError(f"--address conflicts with {' and '.join(given)}: the stack computes")
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-    results = run_tasks(
-        folder,
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        chat=chat,
-        **on,
-    )
+    with contextlib.ExitStack() as clients:
+        model: PairLM = (
+            OverfillLM(folder, **on)
+            if connection is None
+            else ServedLM(Pair.load(folder), clients.enter_context(connection.client()))
+        )
+        results = run_tasks(
+            model,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            chat=chat,
+        )
     if as_json:
         print_json(results)
         return

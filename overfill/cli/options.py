@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -122,13 +122,18 @@ class ClientConnection:
             raise click.UsageError(str(error)) from error
 
 
-def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives ``command`` the argument ``connection``, made of options of its address and credentials."""
+def connection_options(command: Callable[..., Any], address: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+    """Gives ``command`` the argument ``connection``, made of options of its address and credentials.
+
+    Args:
+        address: adds another option ``address``; without one, ``connection`` is None.
+    """
 
     @functools.wraps(command)
-    def connected(address: str, api_key: str | None, **others: Any) -> Any:
+    def connected(address: str | None, api_key: str | None, **others: Any) -> Any:
         tls = client_tls(*(others.pop(f"tls_{part}") for part in ("ca", "cert", "key", "name")))
-        return command(connection=ClientConnection(address, tls, api_key), **others)
+        connection = None if address is None else ClientConnection(address, tls, api_key)
+        return command(connection=connection, **others)
 
     connected = click.option(
         "--api-key",
@@ -136,7 +141,8 @@ def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_envvar=True,
         help="API key, if the stack requires one. Prefer the variable: other users of this machine can see flags.",
     )(tls_options(connected))
-    return address_option("Address of the stack's router, or of several, separated by commas.")(connected)
+    address = address or address_option("Address of the stack's router, or of several, separated by commas.")
+    return cast("Callable[..., Any]", address(connected))
 
 
 def address_option(help: str) -> Callable[[_F], _F]:

@@ -130,7 +130,7 @@ def _half(pair: Pair, half: Half, report: Report, digest: str | None = None) -> 
 
 
 def _digests(found: str, pair: Pair, half: Half) -> dict[str, str]:
-    stated = pair.full_digest if half == "full" else pair.decoder_digest
+    stated = pair.digest(half)
     return {"digest": found} if found == stated else {"digest": found, "manifest_digest": stated}
 
 

@@ -118,7 +118,7 @@ class Usage:
     Attributes:
         prompt_tokens: Number of tokens in the prompt.
         completion_tokens: Number of tokens in the answer, those of ``resume_token_ids`` included.
-        cached_tokens: Number of prompt tokens whose KV came from a prefix cache.
+        cached_tokens: Number of prompt tokens whose KV came from a prefix cache when the prompt was first computed.
     """
 
     prompt_tokens: int
@@ -337,6 +337,7 @@ class AnswerBuilder:
         self._untold: tuple[AnswerPart, ...] = ()  # a part that begins with the next delta, after another router's
         self._parts: list[AnswerPart] = []
         self._client_ttft: float | None = None
+        self._cached_tokens: int | None = None  # as the first router has said: a later one finds what that one left
         self._answer: Answer | None = None
 
     def request(self) -> inference_pb2.GenerateRequest:
@@ -437,6 +438,7 @@ class AnswerBuilder:
             raise InternalError(f"{len(message.logprobs)} log-probabilities came for {len(ids)} tokens")
         if ids and self._client_ttft is None:
             self._client_ttft = self._clock() - self.started
+            self._cached_tokens = message.cached_tokens
         logprobs = tuple(
             TokenLogprobs(entry.logprob, tuple(zip(entry.top_ids, entry.top_logprobs, strict=False)))
             for entry in message.logprobs
@@ -488,12 +490,15 @@ class AnswerBuilder:
             self._parts = self._earlier_parts
             for part in _parts(message.parts):
                 _join(self._parts, part)
+        usage, cached = message.usage, message.usage.cached_tokens
+        if self._routers > 1 and self._cached_tokens is not None:
+            cached = self._cached_tokens
         return Answer(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
             finish_reason=FINISH_REASONS[message.reason],
-            usage=Usage(message.usage.prompt_tokens, message.usage.completion_tokens, message.usage.cached_tokens),
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens, cached),
             timing=Timing.from_proto(message.timing),
             request_id=accepted.request_id,
             model=accepted.model,

@@ -163,6 +163,8 @@ class Options(TypedDict, total=False):
             together with ``max_tokens``.
         stream_interval: Minimum number of tokens in a delta, except in the first and the last one. The router's own
             minimum counts if it is larger.
+        answer_start: Index of the first prompt token that the tier's decoder computes, on the full model's KV of those
+            before; only with ``prompt_logprobs``. The full model scores this token, the decoder those after it.
         tier: Tier that writes the answer; empty means the one in ``model``, as in "NAME:TIER", or the stack's default.
         fallback: Tier that continues the answer when its own tier has no decode worker left; "none" means that the
             request waits; empty means what the tier's settings say.
@@ -189,6 +191,7 @@ class Options(TypedDict, total=False):
     parse_special: bool
     truncate_prompt_tokens: int
     stream_interval: int
+    answer_start: int
     tier: str
     fallback: str
     allow_brownout: bool | None
@@ -229,6 +232,8 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         request.resume_identity.CopyFrom(identity.to_proto())
     if (allowed := options.get("allow_brownout")) is not None:
         request.allow_brownout = allowed
+    if "answer_start" in options:
+        request.answer_start = _uint32("answer_start", options["answer_start"])
     if "truncate_prompt_tokens" in options:
         request.truncate_prompt_tokens = _int32("truncate_prompt_tokens", options["truncate_prompt_tokens"])
     if isinstance(prompt, str):

@@ -3,6 +3,8 @@
 - **Steps.** Every step computes one token of every running sequence.
 - **Replay.** A sequence that arrives with emitted tokens (migrated or preempted) first replays them through the
   decoder. A replay takes a step without decoding sequences, or several steps when it exceeds the replay budget.
+- **Scores.** A sequence whose prompt is scored has the full model's KV up to ``answer_start``, and replays the rest of
+  its prompt. These steps score it.
 - **Preemption.** When blocks run out, the engine preempts the youngest sequence. It resumes the sequence, before it
   reserves blocks for a new one, when blocks are free again.
 - **Admission.** The engine admits or resumes a sequence only if one free block remains for each other sequence to grow
@@ -29,7 +31,8 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.engine.work import Runner, Work
+from overfill.engine.work import Runner, Work, new_scoring, score_error
+from overfill.errors import InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.telemetry.engine_load import EngineLoad
@@ -158,7 +161,7 @@ class DecodeEngine:
             self.replayed_last = False
             chosen = decodes
         if chosen:
-            self.step_shape = (len(chosen), sum(min(len(s.pending()), self._replay_budget) for s in chosen))
+            self.step_shape = (len(chosen), sum(min(len(s.pending()), self._budget(s)) for s in chosen))
             events.extend(self._compute(chosen))
         if events:
             self._emit(events)
@@ -190,12 +193,15 @@ class DecodeEngine:
         """
         needed = self._pool.blocks_for(sequence.num_tokens + 1)
         if sequence.prompt_blocks is None:
-            sequence.prompt_blocks = self._prefix.blocks_of(sequence.prompt, sequence.cache_namespace)
+            shared = sequence.prompt[: sequence.num_shared]
+            sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
         allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
         if allocation is None:
             return None
         sequence.blocks = allocation.blocks
         sequence.computed = 0
+        if sequence.scores is not None:
+            sequence.scores.Clear()
         sequence.state = DecodeState.RECEIVING
         return Reserved(sequence.id, allocation.blocks, allocation.cached_tokens)
 
@@ -208,7 +214,7 @@ class DecodeEngine:
             sequence.emitted.append(first)
         # If the sequence was preempted before this message arrived, its KV is fetched again.
         if sequence.state is DecodeState.RECEIVING:
-            sequence.computed = len(sequence.prompt)
+            sequence.computed = sequence.num_shared
             sequence.state = DecodeState.RUNNING
             self._unpublished[sequence.id] = sequence
             self._publish()
@@ -217,7 +223,7 @@ class DecodeEngine:
         """Publishes received prompts in the prefix cache, oldest first, until the step's quota is used up."""
         while self._unpublished and self._publish_quota:
             sequence = next(iter(self._unpublished.values()))
-            self._publish_quota -= self._prefix.publish(sequence.id, len(sequence.prompt), self._publish_quota)
+            self._publish_quota -= self._prefix.publish(sequence.id, sequence.num_shared, self._publish_quota)
             if self._publish_quota:
                 del self._unpublished[sequence.id]
 
@@ -266,36 +272,44 @@ class DecodeEngine:
     def _within_budget(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
         """The oldest replays that fit into one step; at least one, even if it exceeds the budget."""
         chosen: list[DecodeSequence] = []
-        budget = self._replay_budget
+        budget, used = self._replay_budget, 0
         for sequence in replays:
-            budget -= min(len(sequence.pending()), self._replay_budget)
-            if budget < 0:
+            budget = min(budget, self._budget(sequence))
+            used += min(len(sequence.pending()), budget)
+            if chosen and used > budget:
                 break
             chosen.append(sequence)
         return chosen
 
+    def _budget(self, sequence: DecodeSequence) -> int:
+        """Maximum number of tokens that a step replays with ``sequence`` in it."""
+        budget = self._replay_budget
+        return budget if sequence.scores is None else min(budget, self._runner.max_scored)
+
     def _compute(self, sequences: list[DecodeSequence]) -> list[DecodeEvent]:
         started = time.monotonic_ns()
         try:
-            if len(sequences[0].pending()) > self._replay_budget:
-                self._replay_part(sequences[0])
-                self._count_step(started, 1, 0, self._replay_budget)
+            if len(sequences[0].pending()) > (budget := self._budget(sequences[0])):
+                self._replay_part(sequences[0], budget)
+                self._count_step(started, 1, 0, budget)
                 return []
             replayed = sum(len(s.pending()) - 1 for s in sequences)
-            works = [Work(s.pending(), s.computed, s.blocks, wants_logits=True) for s in sequences]
-            sampled, refused = self._runner.next_tokens(works, sequences)
+            works = [Work(s.pending(), s.computed, s.blocks, True, new_scoring(s, s.pending()[1:])) for s in sequences]
+            sampled, failed = self._runner.next_tokens(works, sequences)
+            scored = {row: error for row, s in enumerate(sequences) if (error := score_error(s)) is not None}
+            refused = scored | failed
         except Exception as error:
             log.exception("decode step failed")
             self._runner.clean_up(error)
             if self.metrics is not None:
                 self.metrics.step_failed()
             for sequence in sequences:
-                sequence.failed = True  # until its Release arrives, it must not be scheduled again
+                self._fail(sequence, error)
             return [SequenceFailed(s.id, error) for s in sequences]
         events: list[DecodeEvent] = []
         for row, (sequence, token) in enumerate(zip(sequences, sampled, strict=True)):
             if row in refused:
-                sequence.failed = True
+                self._fail(sequence, refused[row])
                 events.append(SequenceFailed(sequence.id, refused[row]))
                 continue
             sequence.computed = sequence.num_tokens
@@ -303,11 +317,12 @@ class DecodeEngine:
             emitted, finish = sequence.stop.judge(token.token_id, index)
             if emitted:
                 sequence.emitted.append(token.token_id)
+            scores, sequence.scores = sequence.scores, None
             if finish is not None:
                 # No kernel touches the blocks any more. They are free before the router learns of the end.
                 self._free(sequence)
                 del self._sequences[sequence.id]
-            events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started))
+            events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started, scores))
         self._count_step(started, len(sequences), len(sequences), replayed)
         return events
 
@@ -315,13 +330,19 @@ class DecodeEngine:
         if self.metrics is not None:
             self.metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, tokens, replayed)
 
-    def _replay_part(self, sequence: DecodeSequence) -> None:
+    def _replay_part(self, sequence: DecodeSequence, budget: int) -> None:
         """Replays the first tokens of a replay that exceeds the budget. It is the step's only sequence."""
-        part = sequence.pending()[: self._replay_budget]
-        self._runner.run([Work(part, sequence.computed, sequence.blocks, wants_logits=False)])
+        part, scoring = sequence.pending()[:budget], new_scoring(sequence, sequence.pending()[1 : budget + 1])
+        self._runner.next_tokens([Work(part, sequence.computed, sequence.blocks, False, scoring)], [])
         # Sampling would wait for the device, but this step samples nothing. Its blocks may be freed before the next.
         self._runner.synchronize()
         sequence.computed += len(part)
+
+    def _fail(self, sequence: DecodeSequence, error: Exception) -> None:
+        sequence.failed = True  # until its Release arrives, it must not be scheduled again
+        self._unpublished.pop(sequence.id, None)
+        if not isinstance(error, InvalidRequest):  # its KV may be the cause
+            self._prefix.forget(sequence.id)
 
     def _free(self, sequence: DecodeSequence) -> None:
         self._unpublished.pop(sequence.id, None)

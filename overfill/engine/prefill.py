@@ -6,8 +6,8 @@
   rest goes to the other prompts, those with the fewest remaining tokens first. What they leave goes to the oldest.
 - **Fairness.** A short prompt waits for shorter ones only, never for a long prompt as a whole. The oldest prompt
   finishes, or advances by at least half of the budget, in every step.
-- **Scores.** A prompt whose tokens are scored needs the logits of each, so that it takes nothing from the prefix cache
-  and puts nothing into it. A step scores a limited number of tokens, which bounds its memory.
+- **Scores.** A prompt whose tokens are all scored needs the logits of each, so that it takes nothing from the prefix
+  cache and puts nothing into it. A step scores a limited number of tokens, which bounds its memory.
 - **Sharing.** A prompt that has not started waits while another one computes its next block. It then starts behind
   that block, which it takes from the prefix cache.
 """
@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,8 +33,8 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
-from overfill.engine.work import Runner, Scoring, Work
-from overfill.errors import InternalError
+from overfill.engine.work import Runner, Scoring, Work, new_scoring, score_error
+from overfill.errors import InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.model.steps import LayerHooks
@@ -160,6 +159,8 @@ class PrefillEngine:
             if self._metrics is not None:
                 self._metrics.step_failed()
             self._set_aside([s for s, _ in scheduled])
+            for sequence, _ in scheduled:
+                self._prefix.forget(sequence.id)
             self._events += [SequenceFailed(sequence.id, error) for sequence, _ in scheduled]
         self._emit_events()
         return True
@@ -180,13 +181,13 @@ class PrefillEngine:
         share = budget if not others or oldest.remaining <= budget else max(1, budget // 2)
         counts = dict.fromkeys((s.id for s in candidates), 0)
         scored = self._runner.max_scored  # tokens that the step may still score
-        if oldest.scores is not None and oldest.remaining > scored and any(s.scores is not None for s in others):
+        if oldest.scores_all and oldest.remaining > scored and any(s.scores_all for s in others):
             share = min(share, max(1, scored // 2))  # so that others' scores do not wait for all of its
 
         def take(sequence: PrefillSequence, most: int) -> None:
             nonlocal budget, scored
             count = min(most, sequence.remaining - counts[sequence.id])
-            if sequence.scores is not None:
+            if sequence.scores_all:
                 count = min(count, scored)
                 scored -= count
             counts[sequence.id] += count
@@ -236,7 +237,7 @@ class PrefillEngine:
                 break
             needed = self._pool.blocks_for(len(sequence.prompt))
             if sequence.prompt_blocks is None:
-                shared = sequence.prompt if sequence.scores is None else ()
+                shared = () if sequence.scores_all else sequence.prompt
                 sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
             allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
             if allocation is None:
@@ -255,12 +256,14 @@ class PrefillEngine:
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
         unsent: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
+        traced = [s for s, _ in scheduled if s.trace]
 
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
                 raise _Abandoned
-            now = time.monotonic_ns()
-            self._events += [LayerStarted(sequence.id, layer, now) for sequence, _ in scheduled]
+            if traced:
+                now = time.monotonic_ns()
+                self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
 
         def kv_written(layer: int) -> None:
             event, notify = record_event(self._runner.device), False
@@ -277,13 +280,16 @@ class PrefillEngine:
         sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
-        refused |= {s.id: error for s in finishing if (error := _score_error(s)) is not None}
+        refused |= {s.id: error for s in finishing if (error := score_error(s)) is not None}
         now = time.monotonic_ns()
         for (sequence, count), end in zip(scheduled, ends, strict=True):
             self._events += unsent[sequence.id]
             sequence.computed = end
-            if sequence.id not in refused:  # a failed prompt is not published: its KV may be the cause
+            error = refused.get(sequence.id)
+            if error is None:
                 self._prefix.publish(sequence.id, end)
+            elif not isinstance(error, InvalidRequest):  # its KV may be the cause
+                self._prefix.forget(sequence.id)
             self._events.append(ChunkComputed(sequence.id, end - count, end))
         for sequence in finishing:
             del self._running[sequence.id]
@@ -315,13 +321,8 @@ def _started(sequence: PrefillSequence) -> bool:
 
 def _scoring(sequence: PrefillSequence, end: int) -> Scoring | None:
     """What a step that computes the prompt up to ``end`` scores: each token that follows one of the step's."""
-    count = sequence.sampling.prompt_logprobs
-    if sequence.scores is None or count is None:
-        return None
-    return Scoring(sequence.prompt[sequence.computed + 1 : end + 1], count, sequence.scores)
-
-
-def _score_error(sequence: PrefillSequence) -> Exception | None:
-    if sequence.scores is None or all(map(math.isfinite, sequence.scores.logprobs)):
-        return None
-    return InternalError("the logits are not finite")
+    if sequence.follower is None:
+        targets = sequence.prompt[sequence.computed + 1 : end + 1]
+    else:
+        targets = [sequence.follower] if end == len(sequence.prompt) else []
+    return new_scoring(sequence, targets)

@@ -70,9 +70,11 @@ class PrefillSequence:
         sample_index: number of the answer among the request's answers.
         cache_namespace: tenant whose cached prefixes the prompt may share.
         prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
+        trace: whether the engine emits ``LayerStarted`` for this prompt.
         cached_tokens: prompt tokens whose KV was found in the prefix cache.
         computed: prompt tokens whose KV is in ``blocks``.
         scores: receives the log-probabilities of the prompt's tokens; None if they are not asked for.
+        follower: token behind ``prompt`` that alone is scored; None scores the tokens of ``prompt``.
         submitted: when the engine took the prompt, on the clock of ``time.monotonic``.
     """
 
@@ -84,17 +86,24 @@ class PrefillSequence:
     processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
+    trace: bool = False
     cancelled: bool = False
     cached_tokens: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     scores: common_pb2.PromptLogprobs | None = None
+    follower: int | None = None
     submitted: float = 0.0
 
     @property
     def emitted(self) -> Sequence[int]:
         """The answer so far: none, because a prompt is computed before it."""
         return ()
+
+    @property
+    def scores_all(self) -> bool:
+        """True if the logits of every token of the prompt are needed, so that none can come from the prefix cache."""
+        return self.scores is not None and self.follower is None
 
     @property
     def remaining(self) -> int:
@@ -153,7 +162,7 @@ class PrefillScheduled:
 
 @dataclass(frozen=True, slots=True)
 class LayerStarted:
-    """The step of this prompt has reached ``layer``."""
+    """The step of this prompt, which has a trace, has reached ``layer``."""
 
     id: str
     layer: int
@@ -238,7 +247,10 @@ class DecodeSequence:
     Attributes:
         sample_index: number of the answer among the request's answers.
         cache_namespace: tenant and KV codec; the sequence shares cached prefixes with sequences of the same ones.
-        prompt_blocks: block hashes of ``prompt`` in ``cache_namespace``. None means that the engine's thread hashes.
+        prompt_blocks: block hashes of the first ``num_shared`` tokens in ``cache_namespace``. None means that the
+            engine's thread hashes.
+        answer_start: index of the first prompt token that the decoder computes; None means the prompt's length.
+        scores: receives the log-probabilities of the prompt's tokens behind that one; None if they are not asked for.
         failed: True after a step of the sequence failed; the engine does not schedule it again.
         computed: tokens of prompt and answer whose KV is in ``blocks``.
     """
@@ -252,6 +264,8 @@ class DecodeSequence:
     processor: Processor | None = None
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
+    answer_start: int | None = None
+    scores: common_pb2.PromptLogprobs | None = None
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False
     computed: int = 0
@@ -261,9 +275,15 @@ class DecodeSequence:
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.emitted)
 
+    @property
+    def num_shared(self) -> int:
+        """Number of leading prompt tokens whose KV is the full model's."""
+        return len(self.prompt) if self.answer_start is None else self.answer_start
+
     def pending(self) -> list[int]:
-        """Known tokens whose KV is not computed: one in a normal step, all emitted tokens in a replay."""
-        return self.emitted[self.computed - len(self.prompt) :]
+        """Known tokens whose KV is not computed: one in a normal step, all of the decoder's in a replay."""
+        own = self.computed - len(self.prompt)
+        return self.emitted[own:] if own >= 0 else [*self.prompt[own:], *self.emitted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,13 +343,17 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class TokenSampled:
-    """The step has sampled a token of the answer. ``token`` is None when a stop id ended the sequence."""
+    """The step has sampled a token of the answer. ``token`` is None when a stop id ended the sequence.
+
+    ``scores``, with the first token, are those of the prompt's tokens if the sequence asks for them.
+    """
 
     id: str
     index: int
     token: SampledToken | None
     finish: FinishReason | None
     step_started_ns: int
+    scores: common_pb2.PromptLogprobs | None = None
 
 
 DecodeEvent = Reserved | Refused | Preempted | TokenSampled | SequenceFailed

@@ -5,11 +5,13 @@ Two runners take it: ``engine.runner`` computes, and ``engine.mock.runner`` wait
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from overfill.engine.sequence import DecodeSequence, PrefillSequence
+from overfill.errors import InternalError
 from overfill.kv.store import KvStore
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 from overfill.v1 import common_pb2
@@ -67,6 +69,19 @@ def plain_greedy(sequence: Sampled) -> bool:
     return sampling.greedy and not changed and sampling.logprobs is None
 
 
+def new_scoring(sequence: Sampled, targets: Sequence[int]) -> Scoring | None:
+    """What a step scores of a sequence; None if nothing."""
+    count = sequence.sampling.prompt_logprobs
+    return None if sequence.scores is None or count is None else Scoring(targets, count, sequence.scores)
+
+
+def score_error(sequence: Sampled) -> Exception | None:
+    """The error of a sequence whose scores are not finite, because its logits are not."""
+    if sequence.scores is None or all(map(math.isfinite, sequence.scores.logprobs)):
+        return None
+    return InternalError("the logits are not finite")
+
+
 class Runner(Protocol):
     """A model with the KV cache that it reads and writes, as the schedulers see it.
 
@@ -88,10 +103,6 @@ class Runner(Protocol):
 
     @property
     def token_layer_bytes(self) -> int: ...
-
-    def run(self, works: Sequence[Work]) -> object:
-        """Runs one step that samples nothing."""
-        ...
 
     def next_tokens(
         self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS

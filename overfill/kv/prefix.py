@@ -29,6 +29,7 @@ class _Node:
 
     Attributes:
         refs: number of owners that hold it. Each of them holds its ancestors too.
+        forgotten: True once no other owner can find it; the block becomes free when ``refs`` reaches 0.
         worth: priority against eviction.
         stamp: orders nodes of equal worth. An entry of the heap with another stamp is outdated.
     """
@@ -40,6 +41,7 @@ class _Node:
     depth: int
     children: dict[bytes, _Node] = field(default_factory=dict)
     refs: int = 0
+    forgotten: bool = False
     worth: float = 0.0
     stamp: int = 0
 
@@ -59,6 +61,11 @@ class _Holder:
     table: list[int]
     own: set[int]
     path: list[_Node]
+
+    @property
+    def behind_forgotten(self) -> bool:
+        """True if no block can be found behind ``path``, because a part of it is forgotten."""
+        return bool(self.path) and self.path[-1].forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ class PrefixCache:
         self._leaves: list[tuple[float, int, _Node]] = []  # a heap; entries may be outdated
         self._stamps = itertools.count(1)
         self._level = 0.0
-        self._num_nodes = 0
+        self._num_nodes = 0  # those that are forgotten and held included
         self._num_idle = 0
 
     @property
@@ -195,7 +202,7 @@ class PrefixCache:
         """
         holder = self._holders[owner]
         index = len(holder.path)
-        if index >= len(holder.prompt.tokens):
+        if index >= len(holder.prompt.tokens) or holder.behind_forgotten:
             return None
         parent = holder.path[-1] if holder.path else holder.prompt.cache_namespace
         return parent, holder.prompt.tokens[index]
@@ -226,7 +233,7 @@ class PrefixCache:
         prompt = holder.prompt
         begin, complete = len(holder.path), min(num_tokens // self.pool.block_size, len(prompt.tokens))
         end = complete if max_blocks is None else min(complete, begin + max_blocks)
-        if begin >= end:
+        if begin >= end or holder.behind_forgotten:
             return 0
         node = holder.path[-1] if holder.path else self._root(prompt.cache_namespace)
         part = slice(begin, end)
@@ -244,15 +251,38 @@ class PrefixCache:
             node = found
         return end - begin
 
+    def forget(self, owner: str) -> None:
+        """Stops sharing the blocks of ``owner``'s prompt, and those behind them. Those in use stay their owners'."""
+        path = self._holders[owner].path
+        if not path or path[0].forgotten:
+            return
+        root = path[0].parent
+        assert root is not None
+        del root.children[path[0].tokens]
+        self._drop_if_empty(root)
+        stack = [path[0]]
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            node.children.clear()  # their blocks may be reused
+            node.forgotten = True
+            self.journal.remove(node.key)
+            if node.refs == 0:
+                node.stamp = 0
+                self._num_idle -= 1
+                self._free(node)
+
     def release(self, owner: str) -> None:
-        """Takes back all blocks of ``owner``. Published blocks stay cached until they are evicted."""
+        """Takes back all blocks of ``owner``. Published blocks stay cached until they are evicted or forgotten."""
         holder = self._holders.pop(owner, None)
         if holder is None:
             return
         self.pool.release(owner, holder.own)
         for node in reversed(holder.path):
             node.refs -= 1
-            if node.refs == 0:
+            if node.refs == 0 and node.forgotten:
+                self._free(node)
+            elif node.refs == 0:
                 self._num_idle += 1
                 self._set_worth(node)
 
@@ -274,7 +304,9 @@ class PrefixCache:
                 _require(self.pool.owner(block) == name, f"block {block} is not {name}'s")
             for node in holder.path:
                 refs[node.block] = refs.get(node.block, 0) + 1
-        nodes = list(self._nodes())
+        findable = {*self._nodes()}
+        _require(not any(node.forgotten for node in findable), "a forgotten block can be found")
+        nodes = findable | {node for holder in self._holders.values() for node in holder.path}
         _require(len({node.block for node in nodes}) == len(nodes) == self._num_nodes, "a block is cached twice")
         for node in nodes:
             _require(self.pool.owner(node.block) == _CACHE, f"block {node.block} is cached and not the cache's")
@@ -348,17 +380,25 @@ class PrefixCache:
         assert parent is not None
         del parent.children[node.tokens]
         node.stamp = 0
-        self._num_nodes -= 1
         self._num_idle -= 1
-        self.pool.release(_CACHE, [node.block])
+        self._free(node)
         self.journal.remove(node.key)
-        if parent.parent is not None:
-            if parent.refs == 0:
-                self._offer(parent)
-        elif not parent.children:
-            self._roots = {name: root for name, root in self._roots.items() if root is not parent}
+        if parent.parent is None:
+            self._drop_if_empty(parent)
+        elif parent.refs == 0:
+            self._offer(parent)
+
+    def _drop_if_empty(self, root: _Node) -> None:
+        if not root.children:
+            self._roots = {name: kept for name, kept in self._roots.items() if kept is not root}
+
+    def _free(self, node: _Node) -> None:
+        """Returns the block of ``node``, which neither an owner nor the trie holds any more, to the pool."""
+        self._num_nodes -= 1
+        self.pool.release(_CACHE, [node.block])
 
     def _nodes(self) -> Iterator[_Node]:
+        """All nodes that can be found."""
         stack = [child for root in self._roots.values() for child in root.children.values()]
         while stack:
             node = stack.pop()

@@ -68,7 +68,7 @@ class PullStats:
     kv_bytes: int = 0
     kv_chunks: int = 0
     shared_bytes: int = 0  # part of kv_bytes that came through shared memory
-    cached_tokens: int = 0  # of the prompt, found in the prefill worker's prefix cache
+    cached_tokens: int | None = None  # of the prompt, found in the prefix cache; None until the prefill has begun
     held_tokens: int = 0  # of the prompt, in this worker's blocks before the transfer
     broken_streams: int = 0  # data streams that ended with a wrong chunk, missing ranges or an error
     prefill: kv_pb2.PrefillTrace | None = None
@@ -124,6 +124,8 @@ class PromptPull:
         self._peer = peer
         self._worker = f"prefill worker {peer.target.worker_id}"
         self._sample_first_token = start.sample_first_token
+        # With an answer_start, scores of the prompt come where the first token would.
+        self._awaits_first = start.sample_first_token or start.sampling.HasField("prompt_logprobs")
         self._store = store
         self._blocks = blocks
         self._executor = executor
@@ -137,7 +139,7 @@ class PromptPull:
             start.attempt,
             kv,
             layers,
-            (held_tokens, len(start.prompt_token_ids)),
+            (held_tokens, start.answer_start if start.HasField("answer_start") else len(start.prompt_token_ids)),
             start.codec if start.codec in peer.codecs else common_pb2.KV_CODEC_RAW,
         )
         self._start = prefill_pb2.PrefillRequest(start=start)
@@ -243,6 +245,7 @@ class PromptPull:
                 self.stats.broken_streams += 1
                 logger.warning("%s: an answer broke: %s", self._worker, error)
                 request.sample_first_token = False
+                request.sampling.ClearField("prompt_logprobs")
                 self._expect_all()
             else:
                 break
@@ -260,14 +263,14 @@ class PromptPull:
             self._note_ready(message.ready.token_start, message.ready.token_end)
         if message.HasField("first_token"):
             first = message.first_token
-            if len(first.ids) != 1 or first.first_index:
+            if len(first.ids) != self._sample_first_token or first.first_index:
                 raise TransferFailed(
                     f"{self._worker} sent {len(first.ids)} tokens from index {first.first_index}; "
-                    "a prefill worker sends one, the first"
+                    "a prefill worker sends one, the first, if it is asked to"
                 )
-            if first.ids[0] >= self._vocab_size:
+            if first.ids and first.ids[0] >= self._vocab_size:
                 raise TransferFailed(f"{self._worker} sent the token {first.ids[0]} of {self._vocab_size}")
-            if len(first.logprobs) != self._start.start.sampling.HasField("logprobs"):
+            if len(first.logprobs) != len(first.ids) * self._start.start.sampling.HasField("logprobs"):
                 raise TransferFailed(f"{self._worker} sent {len(first.logprobs)} log-probabilities of the first token")
             elapsed = self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
             # The prefill worker may report any number: each part is cut to the time that passed here.
@@ -317,7 +320,7 @@ class PromptPull:
 
     @property
     def _has_first_token(self) -> bool:
-        return self.stats.first_token_ns > 0 or not self._sample_first_token
+        return self.stats.first_token_ns > 0 or not self._awaits_first
 
     def _check_in_place(self) -> None:
         if self._has_all:

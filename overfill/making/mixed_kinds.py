@@ -7,6 +7,7 @@ that no text from elsewhere is needed. The full model writes the follow-up quest
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -120,9 +121,9 @@ def mixed_conversations(
             prompts = [_prompt(plain, done + i, random, part, writer.tokenizer) for i in range(size)]
             kinds = [kind for kind, _ in prompts]
             chats = _with_follow_ups(writer, prompts, (seed << 32) + done)
-            for kind, chat, answer in zip(kinds, chats, writer.answers(chats, (seed << 32) + done), strict=True):
-                if answer is not None:
-                    yield Conversation((*chat, answer.message), finished=answer.finished, kind=kind)
+            for kind, conversation in zip(kinds, writer.answers(chats, (seed << 32) + done), strict=True):
+                if conversation is not None:
+                    yield replace(conversation, kind=kind)
             done += size
             report("Writing conversations", done, count)
 

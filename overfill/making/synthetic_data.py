@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from overfill.api.tokenizer import Tokenizer
@@ -32,14 +32,6 @@ SELF_SEED = 2**32 - 1
 """Seed of the text that ``overfill pair build --calibration self`` fits on; ``overfill pair calibrate`` refuses it."""
 _MIN_QUESTION_CHARS = 12
 _MIN_ANSWER_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer; ``finished`` is False when the length limit cut it off."""
-
-    message: Message
-    finished: bool
 
 
 class Writer:
@@ -82,10 +74,11 @@ class Writer:
             found.append(text if whole else None)
         return found
 
-    def answers(self, chats: Sequence[Sequence[Message]], seed: int) -> list[Answer | None]:
+    def answers(self, chats: Sequence[tuple[Message, ...]], seed: int) -> list[Conversation | None]:
         """Answers each chat; None where the answer is very short or no text."""
         prompts = [self.tokenizer.encode_chat(chat) for chat in chats]
-        return [_answer(c) for c in self._llm.generate(prompts, _each(ANSWER_SAMPLING, seed, len(chats)))]
+        completions = self._llm.generate(prompts, _each(ANSWER_SAMPLING, seed, len(chats)))
+        return [_conversation(chat, written) for chat, written in zip(chats, completions, strict=True)]
 
 
 def generate_conversations(
@@ -123,18 +116,18 @@ def generate_conversations(
             asked = [q for q in dict.fromkeys(writer.questions([()] * draw, first)) if q is not None and q not in seen]
             seen.update(asked)
             chats = [({"role": "user", "content": question},) for question in asked]
-            for chat, answer in zip(chats, writer.answers(chats, first), strict=True):
-                if done < count and answer is not None:
-                    yield Conversation((*chat, answer.message), finished=answer.finished)
+            for conversation in writer.answers(chats, first):
+                if done < count and conversation is not None:
+                    yield conversation
                     done += 1
             report("Writing conversations", done, count)
 
 
-def _answer(completion: Completion) -> Answer | None:
-    if len(completion.token_ids) < _MIN_ANSWER_TOKENS or not _is_text(completion.text):
+def _conversation(chat: tuple[Message, ...], answer: Completion) -> Conversation | None:
+    if len(answer.token_ids) < _MIN_ANSWER_TOKENS or not _is_text(answer.text):
         return None
-    message = {"role": "assistant", "content": completion.text.strip()}
-    return Answer(message, finished=completion.finish_reason == "stop")
+    message = {"role": "assistant", "content": answer.text.strip()}
+    return Conversation((*chat, message), finished=answer.finish_reason == "stop")
 
 
 def _is_text(text: str) -> bool:

@@ -43,6 +43,7 @@ FORMAT = "overfill-pair/1"
 MANIFEST = "pair.json"
 
 Half = Literal["full", "decoder"]
+HALVES: tuple[Half, ...] = ("full", "decoder")
 
 EngineName = Literal["overfill", "vllm", "mock"]
 """The mock engine runs every pair, computes nothing and is never named in a manifest."""
@@ -175,6 +176,10 @@ class Pair:
     def path(self, half: Half) -> Path:
         """Absolute path of the checkpoint of ``half``."""
         return self.full_path if half == "full" else self.decoder_path
+
+    def digest(self, half: Half) -> str:
+        """SHA-256 of the tensors of ``half``, as ``pair.json`` states it."""
+        return self.full_digest if half == "full" else self.decoder_digest
 
     def engines(self, half: Half) -> tuple[str, ...]:
         """Names of the engines that can run ``half``."""

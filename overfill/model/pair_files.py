@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from overfill.errors import InvalidPair
-from overfill.model.digest import checkpoint_digest, list_tensors
-from overfill.model.manifest import MANIFEST, Pair
+from overfill.model.digest import checkpoint_digest, checkpoint_files, list_tensors
+from overfill.model.manifest import HALVES, MANIFEST, Half, Pair
 from overfill.telemetry.progress import Report, silent
 
 
-def load_whole(folder: Path, *, digests: bool = False, report: Report = silent) -> Pair:
+def load_whole(
+    folder: Path, halves: Collection[Half] = HALVES, *, digests: bool = False, report: Report = silent
+) -> Pair:
     """Reads a pair as ``Pair.load`` does, and checks that its files of weights are complete.
 
     Args:
         folder: folder with ``pair.json``.
-        digests: True reads both checkpoints (about a second per gigabyte), and compares their digests.
+        halves: halves whose weights the caller reads. Those of another half may be absent.
+        digests: True also calls ``check_digests``.
         report: called with a description, the bytes read and the bytes in total.
 
     Raises:
         InvalidPair, UnsupportedModel: as ``Pair.load``; or a file of weights is missing, incomplete or damaged.
     """
     pair = Pair.load(folder)
-    stated = {pair.decoder_path: ("decoder", pair.decoder_digest)} | {pair.full_path: ("full", pair.full_digest)}
-    for path, (half, digest) in stated.items():
-        if not digests:
-            list_tensors(path)
-        elif (actual := checkpoint_digest(path, report)) != digest:
-            raise InvalidPair(
-                f"{pair.folder / MANIFEST}: {half}.digest is {digest}, but the checkpoint in {path} has {actual}; it "
-                "is damaged"
-            )
+    for half in halves:
+        list_tensors(pair.path(half))
+    if digests:
+        check_digests([pair], halves, report=report)
     return pair
+
+
+def check_digests(pairs: Sequence[Pair], halves: Collection[Half] = HALVES, *, report: Report = silent) -> None:
+    """Reads the checkpoints of ``halves``, about a second per gigabyte, and compares their digests with the manifests.
+
+    Reads files once that several halves or pairs link to.
+
+    Raises:
+        InvalidPair: a digest differs, or a file is missing, malformed or damaged.
+    """
+    found: dict[tuple[Path, ...], str] = {}
+    for pair in pairs:
+        for half in halves:
+            path = pair.path(half)
+            files = tuple(file.resolve() for file in checkpoint_files(path))
+            if files not in found:
+                found[files] = checkpoint_digest(path, report)
+            if (actual := found[files]) != pair.digest(half):
+                raise InvalidPair(
+                    f"{pair.folder / MANIFEST}: {half}.digest is {pair.digest(half)}, but the checkpoint in {path} has "
+                    f"{actual}; it is damaged"
+                )

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 
 from overfill.errors import InvalidPair
 from overfill.kv.spec import Quantization
-from overfill.model.manifest import Pair
+from overfill.model.manifest import HALVES, Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.processors import new_processor, process
 from overfill.pair.hf_model import load_hf_model, round_to_int8
@@ -77,7 +77,7 @@ class TwoStageReference:
     def __init__(
         self, pair_folder: Path, quantize: Quantization | None = None, shares: TwoStageReference | None = None
     ) -> None:
-        pair = load_whole(pair_folder, digests=True)
+        pair = load_whole(pair_folder, HALVES if shares is None else ["decoder"], digests=True)
         if shares is not None and shares.pair.full_digest != pair.full_digest:
             raise InvalidPair(f"{pair.folder} and {shares.pair.folder} have different full models")
         self.pair: Pair = pair if quantize is None else pair.with_quantize(quantize)

@@ -106,6 +106,7 @@ class AnswerState:
         self._ended_workers: list[str] = []  # by a failed step with the request in it, as they have said themselves
         self._max_tokens = max_tokens
         self._so_far = decode_pb2.DecodeDone()  # the latest that the current decode worker has said
+        self._cached_tokens: int | None = None  # as the first decode worker has said that said any
         self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
         self._unread: AnswerDelta | None = None
         self._end: decode_pb2.DecodeDone | OverfillError | None = None
@@ -141,8 +142,16 @@ class AnswerState:
 
     @property
     def cached_tokens(self) -> int:
-        """Number of prompt tokens that were in a prefix cache; 0 until a worker has said it."""
-        return self._so_far.usage.cached_tokens
+        """Number of prompt tokens that were in a prefix cache; 0 until a worker has said it.
+
+        The first worker's number stays: later attempts find the blocks that the first one left in the cache.
+        """
+        return self._cached_tokens or 0
+
+    def note_usage(self, said: decode_pb2.DecodeDone) -> None:
+        """Notes what a decode worker says of the prefix cache; see ``cached_tokens``."""
+        if self._cached_tokens is None and said.HasField("usage"):
+            self._cached_tokens = said.usage.cached_tokens
 
     @property
     def progress(self) -> str:
@@ -161,12 +170,9 @@ class AnswerState:
         return max(0, self.reservations - 1)
 
     def begin_attempt(self) -> None:
-        """Notes that another decode worker continues the answer. Discards the timings of the previous worker.
-
-        The number of cached prompt tokens stays until the new worker says its own.
-        """
+        """Notes that another decode worker continues the answer. Discards what the previous worker has said."""
         self.decode_base = max(1, len(self.emitted))  # the prefill worker samples token 0
-        self._so_far = decode_pb2.DecodeDone(usage=self._so_far.usage)
+        self._so_far = decode_pb2.DecodeDone()
 
     def note_ended_worker(self, worker: str, reason: str) -> InvalidRequest | None:
         """Notes that a worker of either stage was ended by a failed step with the request in it, as it says itself.
@@ -216,6 +222,7 @@ class AnswerState:
         if tokens.HasField("so_far"):
             self._so_far.CopyFrom(tokens.so_far)  # a reference would keep the whole WorkerMessage
             self._so_far_at = now
+            self.note_usage(tokens.so_far)
         if not ids and scores is None:
             return False
         self._last_token_at = now

@@ -130,7 +130,8 @@ class Job:
         """Number of prompt tokens that the workers score, and of alternatives to each; None if they score none."""
         if not self.start.sampling.HasField("prompt_logprobs") or self.client_resumed:
             return None
-        return self.prompt_tokens - 1, self.start.sampling.prompt_logprobs
+        first = self.start.answer_start if self.start.HasField("answer_start") else 1
+        return self.prompt_tokens - first, self.start.sampling.prompt_logprobs
 
     def sample(self, index: int) -> Job:
         """Returns a copy, made before the start, for answer ``index`` among several to the prompt, with one seed."""

@@ -308,5 +308,7 @@ class Relay:
         self.answer.prefill_worker = done.prefill_worker_id or self.answer.prefill_worker
         end = decode_pb2.DecodeDone()
         end.CopyFrom(done)  # a reference would keep the whole WorkerMessage
+        self.answer.note_usage(done)
         end.usage.prompt_tokens, end.usage.completion_tokens = self.request.prompt_tokens, len(self.answer.emitted)
+        end.usage.cached_tokens = self.answer.cached_tokens
         return end

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import DTYPE_FROM_PROTO
-from overfill.rpc.constants import MAX_STARTUP
+from overfill.rpc.constants import MAX_NAME_LENGTH, MAX_STARTUP
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
 PREFILL = common_pb2.STAGE_PREFILL
@@ -26,9 +26,6 @@ STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
 STALE_AFTER = 3.0
 """Seconds without a report after which the router places no requests on a worker. A report is due every second."""
-
-MAX_NAME_LENGTH = 256
-"""Maximum number of characters of a text in a Hello. Names of workers are labels of metrics and part of log lines."""
 
 _MAXIMA = {"max_model_len": 1 << 30, "vocab_size": 1 << 30, "max_num_seqs": 1 << 20, "startup_seconds": MAX_STARTUP}
 """Maximum of each number in a Hello. Requests wait for absent workers as long as these take to start."""

@@ -40,7 +40,7 @@ def open_channel(
         ping_timeout: seconds that a ping may stay unanswered; None means ``KEEPALIVE_TIMEOUT``.
 
     Raises:
-        TlsError: a TLS file is missing, unreadable or does not match the others.
+        TlsError: a TLS file is missing, unreadable or does not match the others, and the process never read good ones.
     """
     return cast(grpc.aio.Channel, _open(address, shown, grpc.aio, ping_timeout))
 

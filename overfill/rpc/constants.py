@@ -10,6 +10,9 @@ WIRE_VERSION: Final = 3
 LAST_UPDATES: Final = ("done", "refused", "failed")
 """Kinds of ``SequenceUpdate`` that end a sequence."""
 
+MAX_NAME_LENGTH: Final = 256
+"""Maximum number of characters of a text in a Hello. Names of workers are labels of metrics and part of log lines."""
+
 MAX_STARTUP: Final = 86_400.0
 """Maximum ``startup_seconds`` of a Hello. A worker in a process that has run for longer says this."""
 

@@ -22,7 +22,7 @@ from overfill.v1 import decode_pb2
 
 _MAX_TOKENS_PER_UPDATE = 1_024
 _MAX_TOKENS_PER_MESSAGE = 16_384
-"""Bounds a message's size after a router has read slowly. A token counts 1, each of its log-probabilities 1 more."""
+"""Bounds a message's size after a router has read slowly. A token counts 1, each log-probability 1 more."""
 
 
 @dataclass(eq=False, slots=True)
@@ -227,7 +227,7 @@ class OutgoingUpdates:
             number, waiting = next(iter(self._waiting.items()))
             while waiting and size < _MAX_TOKENS_PER_MESSAGE:
                 update = waiting.popleft()
-                size += 1 + len(update.tokens.ids) + sum(len(entry.top_ids) for entry in update.tokens.logprobs)
+                size += _size(update.tokens)
                 message.updates.append(update)
             if not waiting:
                 del self._waiting[number]
@@ -241,6 +241,12 @@ class OutgoingUpdates:
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+
+def _size(tokens: decode_pb2.Tokens) -> int:
+    scores = tokens.prompt_logprobs
+    of_prompt = len(scores.logprobs) + len(scores.top_logprobs)
+    return 1 + len(tokens.ids) + sum(len(entry.top_ids) for entry in tokens.logprobs) + of_prompt
 
 
 def _continues(last: decode_pb2.SequenceUpdate, update: decode_pb2.SequenceUpdate) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import ssl
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from overfill.rpc.reload import ReloadingValue
 _CERTIFICATES = "the TLS certificates"
 """Name of the value in log messages about reloading."""
 _CLIENT_CA = "client CA certificate"
+
+_HANDSHAKE_TURNS = 4
+"""Number of turns of each end in which a TLS handshake is complete."""
 
 
 class TlsError(ValueError):
@@ -57,8 +62,19 @@ class ClientTls:
         )
 
     def reloaded(self) -> ReloadingValue[grpc.ChannelCredentials]:
-        """Returns the credentials as a value that follows changes of the files. Raises TlsError."""
-        return ReloadingValue((self.ca, self.cert, self.key), self.credentials, TlsError, _CERTIFICATES)
+        """Returns the process's credentials, as a value that follows changes of the files.
+
+        While the files do not fit each other, as during a renewal, a new channel uses those of the last good read.
+
+        Raises:
+            TlsError: the files cannot be read, and this process has not read them before.
+        """
+        return _reloaded(replace(self, name=""))
+
+
+@functools.cache
+def _reloaded(files: ClientTls) -> ReloadingValue[grpc.ChannelCredentials]:
+    return ReloadingValue((files.ca, files.cert, files.key), files.credentials, TlsError, _CERTIFICATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +142,26 @@ class ServerTls:
             return context
 
         return ReloadingValue((self.cert, self.key, self.client_ca), read, TlsError, _CERTIFICATES)
+
+    def check_name(self, client: ClientTls, host: str) -> None:
+        """Raises TlsError unless a client with ``client`` accepts this server's certificate at ``host``."""
+        asks = ssl.create_default_context(cafile=client.ca)
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        name = client.name or host.strip("[]")
+        ends = [
+            asks.wrap_bio(to_client, to_server, server_hostname=name),
+            self.contexts(client_certificates=False).value.wrap_bio(to_server, to_client, server_side=True),
+        ]
+        try:
+            for end in ends * _HANDSHAKE_TURNS:
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            raise TlsError(
+                f"the TLS server certificate {self.cert} cannot be used at {name}: {error.verify_message}; give the "
+                "name that it has (--tls-name, tls_name), which is overfill with `overfill certs`, and the authority "
+                "that signed it (--tls-ca, tls_ca)"
+            ) from error
 
     def _configuration(self) -> Any:
         _check_pair(self.cert, self.key, "server")

@@ -17,9 +17,10 @@ from typing import TypeVar
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown, Unavailable
 from overfill.process import startup
+from overfill.process.open_files import allow_connections
 from overfill.rpc import unfilled
 from overfill.rpc.addresses import instead_of_wildcard, split_address
-from overfill.rpc.constants import MAX_STARTUP
+from overfill.rpc.constants import MAX_CONNECTIONS, MAX_STARTUP
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
 from overfill.rpc.server import RpcServer
@@ -136,6 +137,7 @@ class WorkerHost:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.drain)
+        allow_connections(MAX_CONNECTIONS)
         bound = await self._server.start(address)
         announce(self._hello, announced(bound, self._advertise))
         self._hello.startup_seconds = min(startup.seconds(), MAX_STARTUP)
@@ -241,15 +243,27 @@ def check_start(
         ShuttingDown: the worker drains.
         Unavailable: the router means an earlier incarnation.
         Incompatible: the request asks for something that this version does not support: an adapter, or another
-            ``answer_start`` than the prompt's length, its default. A decoder computes no prompt token yet.
+            ``answer_start`` than the prompt's length, its default, without scores of the prompt.
     """
     if draining:
         raise ShuttingDown(f"{hello.worker_id} is draining")
     if start.expected_incarnation != hello.incarnation:
         raise Unavailable(f"{hello.worker_id} was restarted since the router chose it")
-    early = start.HasField("answer_start") and start.answer_start != len(start.prompt_token_ids)
+    early = shared_tokens(start) != len(start.prompt_token_ids) and not start.sampling.HasField("prompt_logprobs")
     adapter = isinstance(start, decode_pb2.StartDecode) and start.adapter_digest != ""
     unfilled.refuse(f"request {start.request_id}", {"answer_start": early, "adapter_digest": adapter})
+
+
+def shared_tokens(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> int:
+    """Number of leading prompt tokens that the full model computes, and whose KV is handed over."""
+    return start.answer_start if start.HasField("answer_start") else len(start.prompt_token_ids)
+
+
+def check_answer_start(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> None:
+    """Raises InvalidRequest unless the full model computes at least one prompt token, and at most all."""
+    if not 1 <= shared_tokens(start) <= len(start.prompt_token_ids):
+        reason = f"is {start.answer_start}, outside 1..{len(start.prompt_token_ids)}"
+        raise InvalidRequest("answer_start", reason)
 
 
 def fill_description(description: _Description, hello: registry_pb2.Hello) -> _Description:

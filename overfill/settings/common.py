@@ -145,9 +145,10 @@ class CommonSettings(SettingsReader):
             TlsError: a certificate cannot be read.
             BadKeyFile: the API keys or the secret cannot be read.
         """
-        for tls in (self.server_tls(), self.client_tls()):
-            if tls is not None:
-                tls.credentials()
+        if (server := self.server_tls()) is not None:
+            server.credentials()
+        if (client := self.client_tls()) is not None:
+            client.reloaded()
         self.metrics_access()
 
     def _secret(self) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PlainSerializer
 
-from overfill.routing.worker import MAX_NAME_LENGTH
+from overfill.rpc.constants import MAX_NAME_LENGTH
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 EngineChoice = Literal["auto", "overfill", "vllm", "mock"]

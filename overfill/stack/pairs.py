@@ -57,7 +57,7 @@ def check_engines(spec: StackSpec) -> None:
         for stage in kind_of(name).stages:
             half: Half = "full" if stage == "prefill" else "decoder"
             engine: EngineChoice = "overfill" if isinstance(worker, ColocatedConfig) else worker.engine
-            pair = load_whole(Path(worker.pair))
+            pair = load_whole(Path(worker.pair), [half])
             if isinstance(worker, DecodeConfig) and worker.quantize is not None:
                 pair = pair.with_quantize(worker.quantize)
             if not spec.joins_cluster:

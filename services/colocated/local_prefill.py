@@ -81,17 +81,19 @@ class LocalPrefills:
         engines are on one thread.
         """
         answer, tenant = session.sequence, session.start.cache_namespace
-        scores = self._full.new_scores(answer.sampling) if session.wants_first_token else None
+        prompt, rest = answer.prompt[: answer.num_shared], answer.prompt[answer.num_shared :]
+        scores = self._full.new_scores(answer.sampling, len(prompt) if rest else 1) if session.wants_scores else None
         return PrefillSequence(
             id=secrets.token_hex(8),
-            prompt=answer.prompt,
+            prompt=prompt,
             sampling=answer.sampling,
             sample_index=answer.sample_index,
             sample_first_token=session.wants_first_token,
             processor=answer.processor if session.wants_first_token else None,
             cache_namespace=tenant,
-            prompt_blocks=await self._hasher.blocks_of(answer.prompt, tenant) if scores is None else None,
+            prompt_blocks=await self._hasher.blocks_of(prompt, tenant) if rest or scores is None else None,
             scores=scores,
+            follower=rest[0] if rest else None,
         )
 
 
@@ -154,7 +156,7 @@ class LocalPrefill:
                         prefills.metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
-                        if first is not None:
+                        if first is not None or scores is not None:
                             self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
                             token = first_token_to_proto(first, scores, scheduled_ns, now)
                             token.prefill_queue_ns = queue_ns

@@ -153,6 +153,7 @@ class SequenceSession:
         self._received_ns = time.monotonic_ns()
         self._emitted = len(sequence.emitted)
         self._first_token: int | None = None
+        self._full_scores = decode_pb2.Tokens()  # the full model's part of the prompt's scores, and its times
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
         self._prefill_worker = ""
@@ -168,8 +169,13 @@ class SequenceSession:
 
     @property
     def wants_first_token(self) -> bool:
-        """True while the answer has no token, so that the full model must sample the first one."""
-        return self._emitted == 0
+        """True while the full model must sample the answer's first token."""
+        return self._emitted == 0 and self.sequence.num_shared == len(self.sequence.prompt)
+
+    @property
+    def wants_scores(self) -> bool:
+        """True while the full model must score tokens of the prompt: the first token brings the scores."""
+        return self._emitted == 0 and self.sequence.sampling.prompt_logprobs is not None
 
     async def run(self) -> None:
         """Handles events until the attempt ends. Then joins the pull and has the engine release the sequence.
@@ -304,6 +310,7 @@ class SequenceSession:
                         elif in_place:
                             self._metrics.handed_over(handoff.codec, handoff.stats)
                     finally:
+                        self._note_cached_tokens(handoff)
                         if handoff.codec:
                             self._metrics.received(handoff.codec, handoff.stats)
                             span.set(kv_bytes=handoff.stats.kv_bytes, codec=CODEC_NAMES[handoff.codec])
@@ -323,19 +330,23 @@ class SequenceSession:
             self._pull = None
 
     def _note_handoff(self) -> None:
-        """Keeps the codec of the latest handoff, and the cached tokens of the first prefill.
-
-        A later prefill would find the blocks that the first left.
-        """
+        """Keeps the codec of the latest handoff, and its cached tokens if it is the first."""
         if self._handoff is not None:
             self._codec = self._handoff.codec
-            if self._cached_tokens is None:
-                self._cached_tokens = self._handoff.stats.cached_tokens
+            self._note_cached_tokens(self._handoff)
+
+    def _note_cached_tokens(self, handoff: Handoff) -> None:
+        """Keeps the cached tokens of the first prefill that began: a later one finds the blocks that the first left."""
+        if self._cached_tokens is None:
+            self._cached_tokens = handoff.stats.cached_tokens
 
     async def _on_first_token(self, tokens: decode_pb2.Tokens) -> bool:
-        if not self.wants_first_token or self._handoff is None:  # an earlier prefill of this session has sent it
+        if self._emitted or self._handoff is None:  # an earlier prefill of this session has sent it
             return False
         self._note_handoff()
+        if not tokens.ids:  # the decoder samples the first token, and scores the prompt's last ones
+            self._full_scores = tokens
+            return False
         stats = self._handoff.stats
         emitted, finish = self.sequence.stop.judge(tokens.ids[0], 0)
         self._first_known_ns = stats.started_ns + stats.first_token_ns
@@ -359,9 +370,14 @@ class SequenceSession:
             self._first_step_ns = event.step_started_ns
             if self._first_known_ns is not None:
                 self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
+        tokens = decode_pb2.Tokens()
         if event.token is not None:
             self._emitted = event.index + 1
             tokens = tokens_to_proto(event.token, event.index)
+        if event.scores is not None:
+            tokens.MergeFrom(self._full_scores)
+            tokens.prompt_logprobs.MergeFrom(event.scores)
+        if event.token is not None or event.scores is not None:
             if self._untold:
                 self._untold = False
                 tokens.so_far.CopyFrom(self._so_far())

@@ -18,7 +18,7 @@ from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.interceptors import Context
 from overfill.rpc.sequences import ServedSequence, serve_sequences
-from overfill.rpc.worker import WorkerHost, check_start, fill_description
+from overfill.rpc.worker import WorkerHost, check_answer_start, check_start, fill_description, shared_tokens
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
@@ -126,7 +126,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """
         sampling = SamplingParams.from_proto(start.sampling)
         self._check(start, sampling)
-        prompt = list(start.prompt_token_ids)
+        prompt, shared = list(start.prompt_token_ids), shared_tokens(start)
+        own = shared < len(prompt)  # the decoder computes tokens of the prompt
+        scores = self._half.new_scores(sampling, shared) if own else None
         processor = await self._half.prepare_processor(sampling, prompt, start.eos_token_ids, start.cache_namespace)
         namespace = self._cache_namespace(start)
         return DecodeSequence(
@@ -138,7 +140,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             sample_index=start.sample_index,
             processor=processor,
             cache_namespace=namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, namespace),
+            prompt_blocks=await self._hasher.blocks_of(prompt[:shared], namespace),
+            answer_start=shared if own else None,
+            scores=None if start.emitted_token_ids else scores,
         )
 
     def _cache_namespace(self, start: decode_pb2.StartDecode) -> str:
@@ -188,6 +192,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 "prompt_token_ids",
                 f"{prompt} prompt tokens and {emitted} answer tokens do not fit the context length of {longest}",
             )
+        check_answer_start(start)
         check_token_ids("prompt_token_ids", start.prompt_token_ids, vocab)
         check_token_ids("emitted_token_ids", start.emitted_token_ids, vocab)
         if start.codec and start.codec not in CODEC_NAMES:
@@ -216,7 +221,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             cache_namespace=start.cache_namespace,
             codec=start.codec or self._codec,
             trace=start.trace,
+            answer_start=session.sequence.answer_start,
         )
+        if not session.wants_scores:
+            request.sampling.ClearField("prompt_logprobs")
         return PromptPull(
             peer,
             request,

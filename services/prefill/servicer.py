@@ -40,7 +40,7 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost, check_start, fill_description
+from overfill.rpc.worker import WorkerHost, check_answer_start, check_start, fill_description, shared_tokens
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
@@ -273,9 +273,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         """
         sampling = SamplingParams.from_proto(start.sampling)
         _check_start(start, sampling, self._half)
-        prompt, processor, scores = list(start.prompt_token_ids), None, None
-        if start.sample_first_token:  # otherwise an earlier attempt has sent the scores with the first token
-            scores = self._half.new_scores(sampling)
+        whole, shared = list(start.prompt_token_ids), shared_tokens(start)
+        prompt, rest, processor = whole[:shared], whole[shared:], None
+        scores = self._half.new_scores(sampling, shared if rest else 1)
+        if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
         return PrefillSequence(
@@ -286,8 +287,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             sample_first_token=start.sample_first_token,
             processor=processor,
             cache_namespace=start.cache_namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace) if scores is None else None,
+            prompt_blocks=(
+                await self._hasher.blocks_of(prompt, start.cache_namespace) if rest or scores is None else None
+            ),
+            trace=start.trace,
             scores=scores,
+            follower=rest[0] if rest else None,
         )
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
@@ -357,7 +362,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
                 lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
-                if first is not None:
+                if first is not None or scores is not None:
                     response.first_token.CopyFrom(first_token_to_proto(first, scores, lease.scheduled_ns, now))
             case SequenceFailed():
                 event.raise_for("prefill")
@@ -389,10 +394,13 @@ def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, serv
     if length > served.max_model_len:
         raise PromptTooLong("prompt_token_ids", f"has {length} tokens; the limit here is {served.max_model_len}")
     check_token_ids("prompt_token_ids", start.prompt_token_ids, served.config.vocab_size)
-    if start.already_held_tokens >= length:
+    check_answer_start(start)
+    if start.already_held_tokens >= (shared := shared_tokens(start)):
         raise InvalidRequest(
-            "already_held_tokens", f"must be less than the prompt's {length} tokens; got {start.already_held_tokens}"
+            "already_held_tokens", f"must be less than the prompt's {shared} tokens; got {start.already_held_tokens}"
         )
+    if start.sample_first_token and shared < length:
+        raise InvalidRequest("sample_first_token", "is true, but the decoder computes the prompt's last tokens")
     layers = list(start.layers)
     if not layers or layers != sorted(set(layers)) or layers[-1] >= served.config.num_layers:
         raise InvalidRequest("layers", f"must be ascending, distinct and below {served.config.num_layers}")

@@ -24,11 +24,12 @@ from ray.util import get_node_ip_address
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.rpc.addresses import is_loopback, is_wildcard, split_address
+from overfill.rpc.addresses import instead_of_wildcard, is_loopback, target_host
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
-from overfill.settings.config import ServiceConfig
+from overfill.rpc.worker import announced
+from overfill.settings.config import ServiceConfig, WorkerConfig
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.stack.ray import directory
 from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace, kind_of
@@ -68,14 +69,22 @@ class Replica:
     """Seconds for which the replica counts as healthy after its service has drained and ended."""
 
     _service: Service
+    _address: str  # at which other processes reach the service
     _serving: asyncio.Task[Any]
     _ended_at: float
     _grace: float
     _tls: ClientTls | None
 
     async def start(self, config: ServiceConfig, run: Callable[[Ready], Coroutine[Any, Any, Any]]) -> None:
-        """Starts ``run`` and returns when the service serves. Raises the error of ``run`` if it fails before."""
+        """Starts ``run`` and returns when the service serves. Raises the error of ``run`` if it fails before.
+
+        Raises:
+            TlsError: the service's certificate does not name the address at which others reach it.
+        """
         self._grace, self._tls = config.grace_period, config.client_tls()
+        if (server := config.server_tls()) is not None and self._tls is not None:
+            advertise = config.advertise if isinstance(config, WorkerConfig) else ""
+            server.check_name(self._tls, target_host(self._reached_at(announced(f"{config.host}:0", advertise))))
         ready: asyncio.Future[Service] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(run(ready.set_result))
         self._serving.add_done_callback(self._note_end)
@@ -84,6 +93,7 @@ class Replica:
             self._serving.result()
             raise RuntimeError("the service ended before it served; see its log")
         self._service = ready.result()
+        self._address = self._reached_at(self._service.address)
 
     async def check_health(self) -> None:
         """Queries the service's own health service through its port. Raises if Serve should replace the replica."""
@@ -93,7 +103,7 @@ class Replica:
             if not self._service.draining or since_end >= self.healthy_after_drain:
                 raise RuntimeError("the service has ended")
         elif not self._service.draining:
-            await check_alive(self._service.address, self._tls)
+            await check_alive(self._address, self._tls)
 
     async def drain(self) -> None:
         """Drains the service and waits for its end. Other workers continue requests left after the grace period."""
@@ -102,6 +112,10 @@ class Replica:
             await asyncio.wait_for(asyncio.shield(self._serving), self._grace + DRAIN_MARGIN)
         except TimeoutError:
             logger.warning("the service has not ended; exiting anyway, %.0f s after its drain began", self._grace)
+
+    @staticmethod
+    def _reached_at(address: str) -> str:
+        return instead_of_wildcard(address, get_node_ip_address())
 
     def _note_end(self, serving: asyncio.Task[Any]) -> None:
         self._ended_at = asyncio.get_running_loop().time()
@@ -152,8 +166,6 @@ class RouterReplica(Replica):
             await router.run()
 
         await self.start(spec.router_config(), run)
-        host, port = split_address(self._service.address)
-        self._address = f"{get_node_ip_address()}:{port}" if is_wildcard(host) else self._service.address
         self._reporting = asyncio.create_task(
             directory.keep_reported(self._application, self._address, lambda: not self._service.draining)
         )

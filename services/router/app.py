@@ -16,6 +16,7 @@ from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
 from overfill.pair.store import resolve_pair
 from overfill.process.heap import Heap
+from overfill.process.open_files import allow_connections
 from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -31,6 +32,7 @@ from overfill.routing.tier import Objectives, Tier
 from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
+from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer, until_free
 from overfill.rpc.tls import TlsError
@@ -93,11 +95,13 @@ class Router:
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
-        BadKeyFile: the API keys cannot be read.
+        TlsError: a certificate cannot be read.
+        BadKeyFile: the API keys or the secret cannot be read.
         Unavailable: the folder of ``config.share_port`` cannot be used.
     """
 
     def __init__(self, config: RouterConfig) -> None:
+        config.check_files()
         self._config = config
         pairs = {spec.name: self._load_pair(spec.pair) for spec in config.ordered_tiers}
         check_family(pairs)
@@ -207,6 +211,7 @@ class Router:
             TlsError: the host is open to other machines and there is no TLS.
         """
         tracing.configure(self._config.program, self._id, __version__, self._config.trace_endpoint())
+        allow_connections(self._config.max_connections + MAX_CONNECTIONS, ", or lower --max-connections")
         try:
             await self._listen()
         except BaseException:

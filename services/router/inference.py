@@ -41,12 +41,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 identity = partial(handler.tiers.identity, prompt=checked.prompt_token_ids)
                 answer.accepted.identity.CopyFrom(identity(answer.accepted.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
-                last = None
+                last, first = None, True
                 while (delta := await answer.next()) is not None:
                     if delta.first_index and answer.complete:
                         last = delta  # it shares a message with the end, which is known
                     else:
-                        await self._write(context, _Response(delta=_delta(delta, identity)))
+                        message = _delta(delta, identity)
+                        if first:
+                            message.cached_tokens, first = answer.cached_tokens, False
+                        await self._write(context, _Response(delta=message))
                 if last is not None:
                     if answer.rest is not None:
                         last.extend(answer.rest)

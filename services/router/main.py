@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import resource
 import signal
 import sys
 import traceback
@@ -14,16 +12,10 @@ from typing import NoReturn
 from overfill.errors import OverfillError
 from overfill.process import startup
 from overfill.process.leaving import exit_now
-from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.telemetry import logs
 from services.router.app import Router
-
-logger = logging.getLogger(__name__)
-
-SPARE_FILES = 256
-"""Open files that a router needs in addition to its clients' connections over HTTP and gRPC."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -46,21 +38,7 @@ async def _serve(config: RouterConfig) -> NoReturn:
     exit_now(0)
 
 
-def _allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files to ``count``, or as far as it may. Logs a warning if that is less."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        if allowed < count:
-            logger.warning(
-                "this process may open %d files, but --max-connections may need %d: raise the limit of open files "
-                "(ulimit -n, LimitNOFILE) or lower --max-connections", allowed, count,
-            )  # fmt: skip
-
-
 async def _run(config: RouterConfig) -> None:
-    _allow_open_files(config.max_connections + MAX_CONNECTIONS + SPARE_FILES)
     router = Router(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

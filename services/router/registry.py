@@ -82,11 +82,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         stream = _Stream(self._roster.join_all(infos), context, first.hello.metrics_address)
         if previous is not None and previous.incarnation != info.incarnation:
             self._connector.forget(previous)
-        self._connector.add(info)
         self._streams[info.id] = stream
-        logger.info("worker %s joined at %s", info.id, info.address)
         demand_task: asyncio.Task[None] | None = None
         try:
+            self._connector.add(info)
+            logger.info("worker %s joined at %s", info.id, info.address)
             await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
             async for message in request_iterator:
                 if not message.HasField("report"):

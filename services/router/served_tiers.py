@@ -145,14 +145,16 @@ class ServedTiers:
         )
 
     def check_scores(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
-        """Raises InvalidRequest if ``request`` asks for scores of its prompt in a tier with another decoder."""
-        if not request.sampling.HasField("prompt_logprobs") or self._pairs[tier].identity:
+        """Raises InvalidRequest if ``request`` asks for scores that the tier's decoder cannot be given for."""
+        scored, split = request.sampling.HasField("prompt_logprobs"), request.HasField("answer_start")
+        if not scored or split or self._pairs[tier].identity:
             return
         exact = _list(name for name, pair in self._pairs.items() if pair.identity and _may_use(caller, name))
         raise InvalidRequest(
             "sampling.prompt_logprobs",
             f"would be the full model's, but a smaller decoder writes the answers of the tier {tier!r}; to score the "
-            f"full model, name a tier whose decoder is the full model (here: {exact})",
+            f"full model, name a tier whose decoder is the full model (here: {exact}); to score the decoder, set "
+            "answer_start, the index of the first prompt token that it computes, as `pair lm-eval --address` does",
         )
 
     def max_model_len(self, tier: str = "") -> int:
@@ -213,7 +215,7 @@ class ServedTiers:
         tier = request.tier or named or self.roster.default_tier
         if caller is not None and not caller.may_use(tier):
             raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {usable}")
-        fallback = self._fallback(tier, request.fallback, caller)
+        fallback = "" if request.HasField("answer_start") else self._fallback(tier, request.fallback, caller)
         if fallback and self._lost(tier) and not self._lost(fallback):
             # It starts there, because it would leave its own tier's queue at once.
             return TierChoice(fallback, fallback_from=tier)
@@ -240,8 +242,8 @@ class ServedTiers:
         allowed = caller is not None and caller.allow_brownout
         if request.HasField("allow_brownout"):
             allowed = request.allow_brownout
-        # A client that resumes an answer has tokens of the tier that it asks for.
-        if brownout is None or not allowed or request.resume_token_ids:
+        # A client that resumes an answer has tokens of the tier that it asks for. Scores of a decoder are of no other.
+        if brownout is None or not allowed or request.resume_token_ids or request.HasField("answer_start"):
             admit(asked)
             return choice
 

@@ -413,6 +413,13 @@ def _echo(ask: Ask) -> None:
     refuses(ask, "echo", echo=True, logprobs=1)  # test_prompt_scores.py asks a tier whose decoder is the full model
 
 
+def _answer_start(ask: Ask) -> None:
+    refuses(ask, "answer_start", answer_start=1)
+    refuses(ask, "answer_start", answer_start=1 << 20, prompt_logprobs=0)
+    refuses(ask, "answer_start", answer_start=1, prompt_logprobs=0, truncate_prompt_tokens=1)
+    refuses(ask, "answer_start", answer_start=0, prompt_logprobs=0)
+
+
 def _prompt_logprobs(ask: Ask) -> None:
     refuses(ask, "stream", prompt_logprobs=1, stream=True)
     refuses(ask, "n", prompt_logprobs=1, n=2)
@@ -489,7 +496,8 @@ COMPLETIONS = [
     Case("echo", "supported",
         "with `logprobs`, the prompt's tokens have theirs, as `prompt_logprobs`, null for the first; `max_tokens` 1 "
         "always adds the scores of one token then, as lm-eval expects; not streamed", check=_echo),
-    Case("logprobs", "supported", "0 to 5", check=_old_logprobs),
+    Case("logprobs", "supported", "0 to 5; `text_offset` counts a character once, at the token that completes it",
+        check=_old_logprobs),
     Case("suffix", "refused", value="x"),
 ]
 
@@ -507,8 +515,8 @@ EXTENSIONS = [
         "until then nothing ends the answer but a grammar that is complete; stop strings are text", check=_min_tokens),
     Case("priority", "supported", "-2 to 2; the smaller goes first", check=_accepted(priority=1)),
     Case("prompt_logprobs", "supported",
-        "0 to 20; log-probabilities of the prompt's tokens under the full model, in vLLM's shape; in tiers whose "
-        "decoder is the full model; with `n` 1, not streamed; `max_tokens` may be 0", check=_prompt_logprobs),
+        "0 to 20; log-probabilities of the prompt's tokens under the full model, in vLLM's shape; other tiers need "
+        "`answer_start`; with `n` 1, not streamed; `max_tokens` may be 0", check=_prompt_logprobs),
     Case("repetition_penalty", "supported", "over prompt and answer, as Hugging Face; 0.01 to 100",
         check=_accepted(repetition_penalty=2)),
     Case("request_id", "supported", "the answer's `id`; the header `x-request-id` goes before it", check=_request_id),
@@ -565,6 +573,10 @@ CHAT_EXTENSIONS = [
 ]
 
 COMPLETIONS_EXTENSIONS = [
+    Case("answer_start", "supported",
+        "our own: index of the first prompt token that the tier's decoder computes, where the prompt is scored; the "
+        "full model scores this token, the decoder those after it, and tokens before it get null",
+        check=_answer_start),
     Case("response_format", "supported", "as for chats", check=_old_response_format),
     *_refused(
         refusals(CompletionRequest).keys() - _BOTH.keys() - {case.name for case in COMPLETIONS},

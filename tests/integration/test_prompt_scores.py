@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
+from click.testing import CliRunner
 from harness_tasks import flat, run_harness, write_tasks
 from http_calls import call
 from mocks import mock_stack
-from stacks import idle, running_stack, wait_until
+from stacks import idle, loads, running_stack, wait_until
 
-from overfill.client import Client, SamplingParams
+from overfill.client import Client, InvalidRequest, SamplingParams
 from overfill.pair.hf_model import load_hf_model
+from overfill.pair.reference import TwoStageReference, _forward
 from services.router.http import generate
 
 END = 1  # the end-of-sequence token of tiny pairs
@@ -205,3 +209,107 @@ def test_a_response_has_a_maximum_of_scores_before_any_is_computed(tiny_family, 
         reply = call(f"{stack.url}/v1/completions", body)
     assert reply.status == 400
     assert "12 log-probabilities of 3 prompts" in json.loads(reply.body)["error"]["message"]
+
+
+@torch.inference_mode()
+def two_stage(folder, ids, start):
+    """The log-softmax of the full model at token ``start``, and of the decoder at those after it. [tokens, vocab]"""
+    two = TwoStageReference(folder)
+    cache, first = two._prefill(ids[:start])
+    rest = _forward(two._decoder, ids[start:-1], start, cache) if start < len(ids) - 1 else first[:0]
+    return torch.cat([first, rest]).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize(("length", "start"), [(2, 1), (90, 89), (90, 70), (150, 7)])
+@pytest.mark.parametrize("tier", ["default", "fast", "full"])
+def test_scores_from_answer_start_on_are_the_decoder_s(running, client, tiny_family, tier, length, start):
+    ids = prompt(length, start)
+    expected = two_stage(tiny_family[tier], ids, start)
+    sampling = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2)
+    for cached in (False, True):
+        answer = client.generate(ids, sampling=sampling, answer_start=start, tier=tier)
+        assert answer.prompt_logprobs[:start] == (None,) * start
+        found = answer.prompt_logprobs[start:]
+        assert [entry.logprob for entry in found] == pytest.approx(
+            [float(row[token]) for row, token in zip(expected, ids[start:], strict=True)], **CLOSE
+        )
+        assert [[value for _, value in entry.top] for entry in found] == [
+            pytest.approx(row.topk(2).values.tolist(), **CLOSE) for row in expected
+        ]
+        assert cached is False or answer.usage.cached_tokens == (start - 1) // 16 * 16
+        assert len(answer.token_ids) == 4
+    wait_until(lambda: idle(running[1]), 5, "all blocks free")
+
+
+def test_the_answer_behind_answer_start_is_the_decoder_s_from_its_first_token_on(client, tiny_family):
+    """No KV that the decoder wrote is found by the next request with the same prompt."""
+    ids = prompt(100, 5)
+    two = TwoStageReference(tiny_family["default"])
+    plain = two.generate(ids, 6)
+    sampling = SamplingParams(temperature=0, max_tokens=6)
+    scoring = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=0)
+    split = client.generate(ids, sampling=scoring, answer_start=40, tier="default").token_ids
+    assert list(client.generate(ids, sampling=sampling, tier="default").token_ids) == plain
+    cache, _ = two._prefill(ids[:40])
+    with torch.inference_mode():
+        logits = _forward(two._decoder, ids[40:], 40, cache)
+    assert split[0] == int(logits[-1].argmax())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"answer_start": 0}, "must be at least 1 and less than the prompt's 30 tokens; got 0"),
+        ({"answer_start": 30}, "got 30"),
+        ({"answer_start": 5, "sampling": SamplingParams()}, "only for requests that score their prompt"),
+        ({"answer_start": 5, "truncate_prompt_tokens": 9}, "leave truncate_prompt_tokens out"),
+    ],
+)
+def test_an_answer_start_that_does_not_fit_is_refused(client, options, words):
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        client.generate(prompt(30), **({"sampling": SamplingParams(prompt_logprobs=0)} | options))
+    assert caught.value.field == "answer_start"
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness and its data sets emit warnings of their own
+@pytest.mark.parametrize("tier", ["default", "full"])
+def test_lm_eval_scores_a_tier_as_the_pair_alone(running, tiny_family, tmp_path, tier):
+    pytest.importorskip("lm_eval", reason="needs the extra `pairs`")
+    from overfill.cli.evaluate import lm_eval_command
+
+    tasks = write_tasks(tmp_path)
+    arguments = [str(tiny_family[tier]), "--tasks", "tiny_choose,tiny_read,tiny_write", "--json"]
+    arguments += ["--include-path", str(tasks)]
+    here = CliRunner().invoke(lm_eval_command, [*arguments, "--dtype", "float32"])
+    served = CliRunner().invoke(lm_eval_command, [*arguments, "--address", running[1]])
+    assert (here.exit_code, served.exit_code) == (0, 0), served.output
+    expected, found = json.loads(here.stdout), json.loads(served.stdout)
+    for task in ("tiny_choose", "tiny_read", "tiny_write"):
+        for metric, figures in expected[task].items():
+            assert found[task][metric]["value"] == pytest.approx(figures["value"], rel=1e-4), (task, metric)
+    refused = CliRunner().invoke(lm_eval_command, [*arguments, "--address", running[1], "--threads", "1"])
+    assert "--address conflicts with --threads" in refused.output
+
+
+def test_workers_with_both_stages_score_prompts_and_a_migrated_answer_has_its_scores_once(tiny_family):
+    ids, start = prompt(90, 3), 40
+    expected = two_stage(tiny_family["default"], ids, start)
+    sampling = SamplingParams(temperature=0, max_tokens=300, prompt_logprobs=1, ignore_eos=True)
+    with (
+        running_stack(tiny_family["default"], 0, 0, colocated=2) as (stack, address),
+        Client(address) as client,
+    ):
+        whole = client.generate(ids, sampling=sampling, answer_start=start)
+        found = [entry.logprob for entry in whole.prompt_logprobs[start:]]
+        scores = [float(row[token]) for row, token in zip(expected, ids[start:], strict=True)]
+        assert found == pytest.approx(scores, **CLOSE)
+        with client.stream(ids, sampling=sampling, answer_start=start) as stream:
+            deltas = [next(stream)]
+            (busy,) = [id for id, load in loads(address).items() if load.running]
+            os.kill(stack.worker(busy).pid, signal.SIGKILL)
+            deltas += stream
+        assert stream.answer.migrations == 1
+        assert [delta.prompt_logprobs is not None for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+        assert stream.answer.token_ids == whole.token_ids
+        again = [entry.logprob for entry in stream.answer.prompt_logprobs[start:]]
+        assert again == pytest.approx(scores, **CLOSE)

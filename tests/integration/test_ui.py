@@ -90,6 +90,28 @@ def test_an_answer_streams_and_its_parts_add_up(browser, stack):
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
+def test_a_new_chat_begins_without_the_answer_that_it_interrupted(browser, tiny_pair):
+    with mock_stack(tiny_pair, decode_settings={"step": 0.1}) as stack:
+        browser.get(f"{stack.url}/ui")
+        until(browser, "document.getElementById('model').textContent", "the status arrived")
+        browser.execute_script("""
+            window.asked = [];
+            const fetched = window.fetch;
+            window.fetch = (url, options) => {
+                if (options?.body) asked.push(JSON.parse(options.body).messages);
+                return fetched(url, options);
+            };
+        """)
+        ask(browser, "Tell me about a river.", most=300)
+        until(browser, "document.querySelector('.turn:last-child .text')?.textContent.length > 3", "the answer began")
+        browser.find_element("id", "clear").click()
+        until(browser, "!document.getElementById('send').disabled", "the answer has ended")
+        ask(browser, "Hi", most=5)
+        until(browser, "document.querySelector('.details') !== null", "the answer is complete")
+        assert browser.execute_script("return asked[1]") == [{"role": "user", "content": "Hi"}]
+        assert browser.execute_script("return document.querySelectorAll('.turn').length") == 2
+
+
 def test_the_page_shows_a_killed_worker(browser, stack):
     browser.get(f"{stack[1]}/ui")
     state = "(w => w && w.querySelector('.state').textContent)(document.querySelector('[data-worker=decode-1]'))"

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engine_conformance import BLOCK_SIZE, LENGTHS, MAX_NUM_SEQS, SAMPLING, EngineConformance, prompt, sampling
 from engine_drivers import DecodeDriver, Decoding
 from sampled_reference import Request, assert_same_tokens
 
 from overfill.engine.sequence import FinishReason, Release, Start, Yielded
-from overfill.errors import InvalidRequest
+from overfill.errors import InternalError, InvalidRequest
 from overfill.model.processors import LogitProcessor
 from overfill.request.params import Grammar, SamplingParams
 
@@ -230,6 +231,23 @@ class DecodeConformance(_AnswerTests):
         (second,) = driver.answer(request)
         assert second.held_tokens == 0
         assert_right(driver, second)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_kv_that_fails_its_sequence_is_not_found_again(self, driver, cached):
+        """With ``cached``, the sequence that fails found the prompt's beginning in the cache."""
+        request = Request(prompt(70), sampling("greedy", 5))
+        if cached:
+            driver.answer(replace(request, prompt=prompt(70)[: BLOCK_SIZE + 1]))
+        failing = driver.reserve(request)
+        driver.write(failing, torch.full_like(driver.reference.kv(request.prompt), torch.nan))
+        driver.start(failing)
+        driver.run()
+        assert isinstance(failing.error, InternalError)
+        assert (failing.held_tokens > 0) is cached
+        driver.release(failing)
+        (again,) = driver.answer(request)
+        assert again.held_tokens == 0
+        assert_right(driver, again)
 
     def test_the_next_turns_of_a_chat_never_find_kv_that_the_decoder_wrote(self, driver):
         turn, written_by_the_full_model = prompt(45), 0

@@ -221,9 +221,10 @@ class PrefillConformance(EngineConformance):
             driver.core.handle(Release(id))
         driver.run()
 
-    def test_a_prompt_that_cannot_be_sampled_fails_and_leaves_no_kv_in_the_cache(self, driver):
-        """Its KV may be the cause."""
-        failing, beside = driver.submit(greedy(40, 6)), driver.submit(greedy(20, 7))
+    @pytest.mark.parametrize("length", [40, 2 * MAX_NUM_BATCHED_TOKENS + 40])
+    def test_a_prompt_that_cannot_be_sampled_fails_and_leaves_no_kv_in_the_cache(self, driver, length):
+        """Its KV may be the cause, that of earlier chunks too."""
+        failing, beside = driver.submit(greedy(length, 6)), driver.submit(greedy(20, 7))
         failing.sequence.processor = Unwilling(failing.request.sampling, [], None)
         driver.run()
         assert str(failing.error) == "unwilling"

@@ -35,6 +35,7 @@ OTHER_OPTIONS = {
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
     *("--exit-code-on-error", "--class-picker", "--config-users", "--tags", "--exclude-tags", "--build-arg"),
     *("--migration-limit", "--shutdown-timeout", "--dashboard-host", "--num-cpus"),
+    *("--include_path", "--model_args"),  # of lm_eval
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ _FIRST_STEP, _STEP = 16, 64
 """Number of tokens of which the first piece and later ones hold log-probabilities. A token takes some 25 µs."""
 
 _WRITTEN = common_pb2.TokenLogprobs()
+
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 _MAX_KNOWN = 1 << 15
 """Number of tokens whose texts are kept as JSON."""
@@ -124,7 +127,8 @@ class Choice:
     _ids: list[int] = field(default_factory=list)
     _entries: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     _scores_of_prompt: PromptScores | None = None
-    _offset: int = 0
+    _offset: int = 0  # number of characters in the tokens of which ``_next_offset`` was called
+    _characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8(errors="replace"))
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, delta: AnswerDelta) -> None:
@@ -273,8 +277,9 @@ class Choice:
         yield b"]}"
 
     def _next_offset(self, token: int, entry: object) -> bytes:
+        """The number of characters before ``token``. Like vLLM, counts a character at the token that completes it."""
         offset = self._offset
-        self._offset += len(self.envelope.tokens[token].text)
+        self._offset += len(self._characters.decode(self.envelope.tokens[token].data))
         return b"%d" % offset
 
 
@@ -327,9 +332,9 @@ class PromptScores(Sequence[common_pb2.TokenLogprobs | None]):
 
 
 class TokenText(NamedTuple):
-    """A token's text, the text as JSON, and its bytes as a JSON list."""
+    """A token's bytes, its text as JSON, and its bytes as a JSON list."""
 
-    text: str
+    data: bytes
     json: bytes
     bytes: bytes
 
@@ -344,8 +349,7 @@ class TokenTexts(dict[int, TokenText]):
         if len(self) >= _MAX_KNOWN:
             self.clear()
         data = self._tokenizer.token_bytes(token)
-        text = data.decode(errors="replace")
-        self[token] = made = TokenText(text, encode_text(text), to_json(list(data)))
+        made = self[token] = TokenText(data, encode_text(data.decode(errors="replace")), to_json(list(data)))
         return made
 
     def score(self, token: int, entry: common_pb2.TokenLogprobs) -> bytes:

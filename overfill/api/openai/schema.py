@@ -336,6 +336,9 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
+    # An extension of our own.
+    answer_start: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+
     best_of: Any = refused("give 1 or the value of 'n', which asks for several answers", 1)
     suffix: Any = refused("leave it out: models here only continue a text", "")
 

@@ -112,6 +112,8 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
             generate.text = prompt
         else:
             _set_ids(generate.token_ids.ids, prompt, "prompt")
+        if request.answer_start is not None:
+            generate.answer_start = request.answer_start
         made.append(generate)
     return _api_request(request, tuple(made), field, tuple(prompts) if request.echo else None)
 

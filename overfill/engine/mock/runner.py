@@ -33,9 +33,6 @@ class MockRunner:
         """Seconds of a decode step, which its engine waits."""
         return max(_LEAST_STEP, self._options.step + self._options.per_sequence * sequences)
 
-    def run(self, works: Sequence[Work]) -> None:
-        """Replays known tokens, which leaves nothing to do."""
-
     def next_tokens(
         self, works: Sequence[Work], sequences: Sequence[Sampled], hooks: LayerHooks = NO_HOOKS
     ) -> tuple[list[SampledToken], dict[int, Exception]]:

@@ -221,8 +221,9 @@ class VllmPrefillEngine(VllmEngine):
             self._emit(events)
 
     def layer_started(self, layer: int) -> None:
-        now = time.monotonic_ns()
-        self._events += [LayerStarted(chunk.sequence.id, layer, now) for chunk in self._chunks]
+        if traced := [chunk.sequence for chunk in self._chunks if chunk.sequence.trace]:
+            now = time.monotonic_ns()
+            self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
 
     def layer_written(self, layer: int) -> None:
         event, notify = record_event(self._device), False

@@ -32,7 +32,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
 from overfill.model.native.transformer import fastest_model
-from overfill.model.pair_files import load_whole
+from overfill.model.pair_files import check_digests, load_whole
 from overfill.model.transformer import Transformer
 from overfill.telemetry.progress import Report, silent
 
@@ -92,7 +92,8 @@ def compare(
         torch.set_num_threads(threads)
     where = resolve_device(device)
     torch_dtype = TORCH_DTYPES[dtype or native_dtype(where)]
-    pairs = [load_whole(folder, digests=True, report=report) for folder in pair_folders]
+    pairs = [load_whole(folder) for folder in pair_folders]
+    check_digests(pairs, report=report)
     kept = scorable(transcripts)
     for pair in pairs:
         check_lengths(pair, kept)

@@ -10,21 +10,17 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from overfill.errors import InvalidRequest
-from overfill.kv.spec import DTypeName
-from overfill.making.evaluate.lm_eval_adapter import OverfillLM
+from overfill.making.evaluate.lm_eval_adapter import PairLM
 
 
 def run_tasks(
-    pair_folder: Path,
+    model: PairLM,
     tasks: Sequence[str],
     *,
     include_path: Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat: bool = False,
-    dtype: DTypeName | None = None,
-    device: str = "auto",
-    threads: int | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Runs tasks of the harness on a pair.
 
@@ -42,7 +38,7 @@ def run_tasks(
     """
     manager = _find_tasks(tasks, include_path)
     output = lm_eval.simple_evaluate(
-        model=OverfillLM(pair_folder, dtype=dtype, device=device, threads=threads),
+        model=model,
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         limit=limit,

@@ -1,4 +1,4 @@
-"""Present a pair as a model to the lm-evaluation-harness: the full model reads the context, the decoder continues it.
+"""Present pairs as models to the lm-evaluation-harness: the full model reads the context, the decoder continues it.
 
 Tokenizing, truncating and cutting follow the harness's own ``hf`` model. An identity pair therefore scores what its
 full model scores there. Needs the extra ``pairs``.
@@ -6,7 +6,7 @@ full model scores there. Needs the extra ``pairs``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.evaluation import load_model
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
+from overfill.model.manifest import Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.transformer import ForwardModel
 from overfill.pair.hf_model import load_tokenizer
@@ -34,36 +35,21 @@ _SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
 _ENGINE_MEMORY = 0.5  # share of the free memory; the rest is for the scoring models
 
 
-class OverfillLM(TemplateLM):  # type: ignore[misc]
-    """The pair in ``pair_folder``, as a model of the harness.
+class PairLM(TemplateLM):  # type: ignore[misc]
+    """A pair as a model of the harness; subclasses say where it computes.
 
     The full model predicts the first token of every continuation. The decoder predicts the others, on the full model's
     KV of the context.
 
     Args:
-        dtype: Type of weights and activations. None means the device's native type.
-        threads: Number of CPU threads. None keeps torch's setting.
-
-    Raises:
-        InvalidPair: as ``load_whole``.
+        max_length: Maximum number of tokens of a context and its continuation, without the last one.
     """
 
-    def __init__(
-        self,
-        pair_folder: Path,
-        *,
-        dtype: DTypeName | None = None,
-        device: str = "auto",
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, pair: Pair, max_length: int) -> None:
         super().__init__()
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.pair = load_whole(pair_folder, digests=True)
-        self.tokenizer: Any = load_tokenizer(self.pair.full_path)
-        self.max_length = min(self.pair.full_config.max_positions, self.pair.decoder_config.max_positions)
-        self._device = resolve_device(device)
-        self._dtype: DTypeName = dtype or native_dtype(self._device)
+        self.pair = pair
+        self.tokenizer: Any = load_tokenizer(pair.full_path)
+        self.max_length = max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -117,21 +103,7 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Returns, for each (key, context, continuation), the log likelihood and whether greedy decoding gives it."""
         transcripts = [self._transcript(context, continuation) for _, context, continuation in requests]
-        order = sorted(range(len(transcripts)), key=lambda i: len(transcripts[i].token_ids), reverse=True)
-        longest_first = [transcripts[i] for i in order]
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        max_tokens = cache_tokens(longest_first)
-        full, decoder = (BatchModel(model, max_tokens) for model in self._models)
-        places = iter(order)
-        for batch in batches(longest_first):
-            first = _judge(full.read_prompts(batch), torch.tensor([t.answer[0] for t in batch]))
-            rest = _judge(decoder.read_answers(batch, full, self.pair.layer_map), target_tokens(batch, 1))
-            start = 0
-            for row, transcript in enumerate(batch):
-                rows = slice(start, start + len(transcript.answer) - 1)
-                value = float(first[0][row] + rest[0][rows].sum())
-                results[next(places)] = value, bool(first[1][row] and rest[1][rows].all())
-                start = rows.stop
+        results = list(self._scores(transcripts))
         for (key, _context, _continuation), result in zip(requests, results, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, result)
@@ -155,8 +127,8 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
             choices.append(sampling)
             stops.append(until)
         answers = [
-            cut(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True), until)
-            for completion, until in zip(self._engine.generate(prompts, choices), stops, strict=True)
+            cut(self.tokenizer.decode(ids, skip_special_tokens=True), until)
+            for ids, until in zip(self._answers(prompts, choices), stops, strict=True)
         ]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
@@ -170,6 +142,62 @@ class OverfillLM(TemplateLM):  # type: ignore[misc]
             )
         tokens = (*context, *continuation)[-(self.max_length + 1) :]
         return Transcript(tokens, len(tokens) - len(continuation))
+
+    def _scores(self, transcripts: Sequence[Transcript]) -> Sequence[tuple[float, bool]]:
+        """Returns the log likelihood of each answer, and whether greedy decoding gives it."""
+        raise NotImplementedError
+
+    def _answers(self, prompts: Sequence[list[int]], choices: Sequence[SamplingParams]) -> Iterable[Sequence[int]]:
+        """Returns the answer to each prompt."""
+        raise NotImplementedError
+
+
+class OverfillLM(PairLM):
+    """The pair in ``pair_folder``, which computes in this process.
+
+    Args:
+        dtype: Type of weights and activations. None means the device's native type.
+        threads: Number of CPU threads. None keeps torch's setting.
+
+    Raises:
+        InvalidPair: as ``load_whole``.
+    """
+
+    def __init__(
+        self,
+        pair_folder: Path,
+        *,
+        dtype: DTypeName | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        pair = load_whole(pair_folder, digests=True)
+        super().__init__(pair, min(pair.full_config.max_positions, pair.decoder_config.max_positions))
+        self._device = resolve_device(device)
+        self._dtype: DTypeName = dtype or native_dtype(self._device)
+
+    def _scores(self, transcripts: Sequence[Transcript]) -> Sequence[tuple[float, bool]]:
+        order = sorted(range(len(transcripts)), key=lambda i: len(transcripts[i].token_ids), reverse=True)
+        longest_first = [transcripts[i] for i in order]
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(transcripts)
+        max_tokens = cache_tokens(longest_first)
+        full, decoder = (BatchModel(model, max_tokens) for model in self._models)
+        places = iter(order)
+        for batch in batches(longest_first):
+            first = _judge(full.read_prompts(batch), torch.tensor([t.answer[0] for t in batch]))
+            rest = _judge(decoder.read_answers(batch, full, self.pair.layer_map), target_tokens(batch, 1))
+            start = 0
+            for row, transcript in enumerate(batch):
+                rows = slice(start, start + len(transcript.answer) - 1)
+                value = float(first[0][row] + rest[0][rows].sum())
+                results[next(places)] = value, bool(first[1][row] and rest[1][rows].all())
+                start = rows.stop
+        return results
+
+    def _answers(self, prompts: Sequence[list[int]], choices: Sequence[SamplingParams]) -> Iterable[Sequence[int]]:
+        return (completion.token_ids for completion in self._engine.generate(prompts, choices))
 
     @cached_property
     def _models(self) -> tuple[ForwardModel, ForwardModel]:

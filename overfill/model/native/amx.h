@@ -17,6 +17,7 @@ namespace ovf {
 
 constexpr size_t AMX_ROWS = 16;   // rows of a tile
 constexpr size_t AMX_STEPS = 16;  // steps of a panel in a tile of weights: 32 columns of bfloat16, 64 of int8
+constexpr size_t AMX_COLUMNS = 65536;  // columns of a matrix at most: 65536 * 127 * 255 fits 31 bits
 
 // True if this process may use tiles. Asks the operating system's kernel once, for all threads.
 inline bool has_amx() {
@@ -60,7 +61,7 @@ struct AmxScope {
 };
 
 #define OVF_LOAD_TILE(tile, from, stride) \
-    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(static_cast<size_t>(stride)))
+    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(static_cast<size_t>(stride)) : "memory")
 #define OVF_STORE_TILE(tile, to, stride) \
     asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(static_cast<size_t>(stride)) : "memory")
 #define OVF_ADD_PRODUCTS(kind, sums, a, b) asm volatile(kind " %%tmm" #b ", %%tmm" #a ", %%tmm" #sums ::)

@@ -6,12 +6,14 @@
 //
 // - bfloat16: VDPBF16PS.
 // - int8: VPDPWSSD. Even and odd bytes are each widened to a pair of int16 and multiplied with activations that are
-//   rounded to int16 (13 bits or more, see `int16_limit`).
+//   rounded to int16, relative to the largest of their row. Sums are exact: an int32 sum has the products of at most
+//   `EXACT_COLUMNS` columns, and float64 adds these sums. The total is rounded to float32 once.
 //
 // A thread reads its panels from front to back.
 //
 // Steps of many rows use AMX tiles if the CPU has them. AMX sums bfloat16 in another order. With int8 weights it
-// multiplies the upper and the lower bytes of int16 activations separately, and the sums are equal to the last bit.
+// multiplies the upper and the lower bytes of int16 activations separately. While these sums are below 2^24, as nearly
+// all are, the results are equal to the last bit.
 #pragma once
 #include <algorithm>
 
@@ -24,6 +26,7 @@ constexpr int MAX_TILE = 12;   // activation rows of a tile: 24 sums, 2 weights 
 constexpr size_t STRIP = 192;  // activation rows that stay in the second-level cache while all panels are read
 constexpr size_t MIN_ROWS_PER_THREAD = 128;  // with as many activation rows, threads share rows; with fewer, panels
 constexpr size_t STEP_BYTES = 4 * PANEL;
+constexpr size_t EXACT_COLUMNS = 512;  // 512 * 127 * 32768 fits 31 bits
 constexpr size_t ROW_UNIT = 64;   // operand rows are padded with zeros to a multiple of it, because AMX reads them
 constexpr size_t AMX_BLOCK = 32;  // operand rows that AMX reads at once; they must be allocated, with any contents
 constexpr size_t AMX_STRIP_BYTES = 1 << 20;  // operands that stay in the second-level cache while all panels are read
@@ -56,20 +59,13 @@ struct Activations {
     bool amx = false;  // multiply in AMX tiles
 };
 
-// Maximum int16 magnitude whose products with int8 weights cannot overflow a sum over `cols` columns.
-inline float int16_limit(size_t cols) {
-    const double limit = 2147483647.0 / (127.0 * static_cast<double>(cols));
-    return limit > 32767.0 ? 32767.0f : static_cast<float>(static_cast<int>(limit));
-}
-
 // Stores x [n] as an operand. A NaN or infinity in x makes the scale NaN.
 inline void store_operand(const float* x, size_t n, Operand kind, uint16_t* out, float* scale) {
     __m512 factor = _mm512_set1_ps(1.0f);
     if (kind != Operand::BF16) {
         const auto [top, nan_or_zero] = extent(n, [&](size_t i) { return _mm512_maskz_loadu_ps(lanes(n - i), x + i); });
-        const float limit = int16_limit(n);
-        *scale = top / limit + nan_or_zero;
-        factor = _mm512_set1_ps(top > 0 ? limit / top : 0.0f);
+        *scale = top / 32767.0f + nan_or_zero;
+        factor = _mm512_set1_ps(top > 1e-30f ? 32767.0f / top : 0.0f);
     }
     for (size_t i = 0; i < round_up(n, ROW_UNIT); i += 16) {
         const __m512 v = i < n ? _mm512_maskz_loadu_ps(lanes(n - i), x + i) : _mm512_setzero_ps();
@@ -97,43 +93,71 @@ inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x
     else asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
+// Adds sixteen int32 to sixteen float64.
+inline void add_exactly(double* sums, __m512i x) {
+    const __m512d front = _mm512_cvtepi32_pd(_mm512_castsi512_si256(x));
+    const __m512d back = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1));
+    _mm512_store_pd(sums, _mm512_add_pd(_mm512_load_pd(sums), front));
+    _mm512_store_pd(sums + 8, _mm512_add_pd(_mm512_load_pd(sums + 8), back));
+}
+
+// Rounds sixteen float64 to float32.
+inline __m512 rounded(const double* x) {
+    const __m256 front = _mm512_cvtpd_ps(_mm512_load_pd(x)), back = _mm512_cvtpd_ps(_mm512_load_pd(x + 8));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(front), back, 1);
+}
+
 // Computes a tile: TILE activation rows times one panel into out [TILE][32] float32, rows `out_stride` elements apart.
 // Int8 scales are not applied. Fetches `fetch` bytes per step from `ahead` into the second-level cache.
 template <int TILE, bool INT8>
 void tile(const uint16_t* a, size_t stride, const char* panel, size_t steps, const char* ahead, size_t fetch,
           float* out, size_t out_stride) {
     __m512i low[TILE], high[TILE];
-#pragma GCC unroll 12
-    for (int r = 0; r < TILE; ++r) low[r] = high[r] = _mm512_setzero_si512();
     // With four bases every row is base + {0, 1, 2} * stride, which is an x86 addressing mode.
     const uint16_t* base[4];
     for (int i = 0; i < 4; ++i) base[i] = a + 3 * i * stride;
-    for (size_t k = 0; k < steps; ++k) {
-        const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * STEP_BYTES);
-        _mm_prefetch(ahead + k * fetch, _MM_HINT_T1);
-        if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * fetch + 64, _MM_HINT_T1);
-#pragma GCC unroll 2
-        for (int part = 0; part < (INT8 ? 2 : 1); ++part) {
-            __m512i w0 = w[0], w1 = w[1];
-            if constexpr (INT8) {
-                if (part == 0) w0 = _mm512_slli_epi16(w0, 8), w1 = _mm512_slli_epi16(w1, 8);
-                w0 = _mm512_srai_epi16(w0, 8), w1 = _mm512_srai_epi16(w1, 8);
-            }
+    alignas(64) double exact[INT8 ? TILE : 1][PANEL];
+    const size_t part_steps = INT8 ? EXACT_COLUMNS / 4 : steps;
+    const bool parts = steps > part_steps;
+    if (parts) memset(exact, 0, sizeof exact);
+    for (size_t begin = 0; begin < steps; begin += part_steps) {
 #pragma GCC unroll 12
-            for (int r = 0; r < TILE; ++r) {
-                int pair;
-                memcpy(&pair, base[r / 3] + (r % 3) * stride + (INT8 ? 4 : 2) * k + 2 * part, 4);
-                const __m512i x = _mm512_set1_epi32(pair);
-                add_products<INT8>(low[r], x, w0);
-                add_products<INT8>(high[r], x, w1);
+        for (int r = 0; r < TILE; ++r) low[r] = high[r] = _mm512_setzero_si512();
+        for (size_t k = begin; k < std::min(steps, begin + part_steps); ++k) {
+            const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * STEP_BYTES);
+            _mm_prefetch(ahead + k * fetch, _MM_HINT_T1);
+            if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * fetch + 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+            for (int half = 0; half < (INT8 ? 2 : 1); ++half) {
+                __m512i w0 = w[0], w1 = w[1];
+                if constexpr (INT8) {
+                    if (half == 0) w0 = _mm512_slli_epi16(w0, 8), w1 = _mm512_slli_epi16(w1, 8);
+                    w0 = _mm512_srai_epi16(w0, 8), w1 = _mm512_srai_epi16(w1, 8);
+                }
+#pragma GCC unroll 12
+                for (int r = 0; r < TILE; ++r) {
+                    int pair;
+                    memcpy(&pair, base[r / 3] + (r % 3) * stride + (INT8 ? 4 : 2) * k + 2 * half, 4);
+                    const __m512i x = _mm512_set1_epi32(pair);
+                    add_products<INT8>(low[r], x, w0);
+                    add_products<INT8>(high[r], x, w1);
+                }
             }
+        }
+        if constexpr (INT8) {
+            if (!parts) break;
+#pragma GCC unroll 12
+            for (int r = 0; r < TILE; ++r) add_exactly(exact[r], low[r]), add_exactly(exact[r] + 16, high[r]);
         }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < TILE; ++r) {
-        _mm512_store_ps(out + r * out_stride, INT8 ? _mm512_cvtepi32_ps(low[r]) : (__m512)low[r]);
-        _mm512_store_ps(out + r * out_stride + 16, INT8 ? _mm512_cvtepi32_ps(high[r]) : (__m512)high[r]);
-    }
+    for (int r = 0; r < TILE; ++r)
+        for (int i = 0; i < 2; ++i) {
+            const __m512i sums = i ? high[r] : low[r];
+            const double* wide = exact[INT8 ? r : 0] + 16 * i;
+            const __m512 x = !INT8 ? (__m512)sums : parts ? rounded(wide) : _mm512_cvtepi32_ps(sums);
+            _mm512_store_ps(out + r * out_stride + 16 * i, x);
+        }
 }
 
 using TileFunction = void (*)(const uint16_t*, size_t, const char*, size_t, const char*, size_t, float*, size_t);
@@ -199,7 +223,8 @@ void multiply_amx(const Matrix& w, const Activations& a, size_t count, size_t fi
                         half[i] = _mm512_load_ps(sums + 16 * i);
                         if (!w.int8) continue;
                         const __m512i lower = _mm512_load_si512(sums + AMX_ROWS * PANEL + 16 * i);
-                        half[i] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32((__m512i)half[i], 8), lower));
+                        const __m512 upper = _mm512_cvtepi32_ps((__m512i)half[i]);
+                        half[i] = _mm512_fmadd_ps(upper, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(lower));
                     }
                     emit_row(w, a, row + r, p, half[0], half[1], sink);
                 }

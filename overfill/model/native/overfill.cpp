@@ -54,10 +54,10 @@ void* ovf_create(const OvfShape* shape, const uint16_t* embedding, const int32_t
     m->shape = *shape;
     const auto& s = m->shape;
     m->attention = {static_cast<size_t>(s.heads), static_cast<size_t>(s.kv_heads), static_cast<size_t>(s.head_dim)};
-    m->amx = s.amx && has_amx();
     m->embedding = embedding, m->order = order, m->cos = cos, m->sin = sin;
     m->layers.resize(s.layers);
     const size_t hidden = s.hidden, attended = s.heads * s.head_dim, qkv = (s.heads + 2 * s.kv_heads) * s.head_dim;
+    m->amx = s.amx && has_amx() && std::max({hidden, attended, static_cast<size_t>(s.intermediate)}) <= AMX_COLUMNS;
     for (Layer& layer : m->layers) {
         layer.qkv.rows = qkv, layer.qkv.cols = hidden;
         layer.o.rows = hidden, layer.o.cols = attended;

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +16,13 @@ TEXTS = [b"a", b' "b"\n', "é".encode(), b"\xff", b"\0", b"a"]  # of tokens 0 to
 DONE = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP)
 
 
-def token_bytes(token):
-    return TEXTS[token] if token < len(TEXTS) else b"%d" % token
+def token_bytes(token, data=TEXTS):
+    return data[token] if token < len(data) else b"%d" % token
 
 
-def choice(kind="chat", logprobs=False, **more):
-    envelope = Envelope(kind, "id", "m", {}, "fp", TokenTexts(SimpleNamespace(token_bytes=token_bytes)))
+def choice(kind="chat", logprobs=False, data=TEXTS, **more):
+    tokenizer = SimpleNamespace(token_bytes=partial(token_bytes, data=data))
+    envelope = Envelope(kind, "id", "m", {}, "fp", TokenTexts(tokenizer))
     return Choice(index=0, envelope=envelope, seed=1, prompt_tokens=3, logprobs=logprobs, **more)
 
 
@@ -143,6 +145,21 @@ def test_chunks_have_the_log_probabilities_of_their_tokens():
     assert offsets == [0, 1, 6, 7, 8, 9]
 
 
+def test_a_character_counts_once_in_text_offset_at_the_token_that_completes_it():
+    ids, data = [0, 1, 2, 3, 4, 5, 6], [b"a", b"\xf0\x9f", b"\x98", b"\x80b", b"\xc3", b"c", b"\xff\xe2\x82"]
+    ids, data = [*ids, 7, 8], [*data, b"\xac", b"d"]
+    texts = ["a", "", "", "\U0001f600b", "", "\ufffdc", "\ufffd", "€", "d"]
+    assert b"".join(data).decode(errors="replace") == "".join(texts)
+    expected = [len("".join(texts[:index])) for index in ids]
+    for parts in ([ids], [ids[:2], ids[2:]], [[i] for i in ids]):  # a stream may divide a character
+        stream, offsets = choice("completion", logprobs=True, data=data), []
+        for part in parts:
+            delta = scored(part, part[0])
+            made = json.loads(b"".join(answers.pieces(stream.chunk(delta), [stream.scores(delta)])))
+            offsets += made["logprobs"]["text_offset"]
+        assert offsets == expected == [0, 1, 1, 1, 3, 3, 5, 6, 7]
+
+
 def test_log_probabilities_come_in_small_pieces_and_are_freed_on_the_way():
     long = choice(logprobs=True)
     long.add(scored(range(2000)))
@@ -155,7 +172,7 @@ def test_log_probabilities_come_in_small_pieces_and_are_freed_on_the_way():
 def test_the_texts_of_few_tokens_are_kept(monkeypatch):
     monkeypatch.setattr(answers, "_MAX_KNOWN", 4)
     texts = choice().envelope.tokens
-    assert [texts[token].text for token in range(10, 30)] == [str(token) for token in range(10, 30)]
+    assert [texts[token].data for token in range(10, 30)] == [b"%d" % token for token in range(10, 30)]
     assert len(texts) <= 4
 
 

@@ -234,10 +234,11 @@ def test_a_template_may_not_make_a_short_chat_long(
 
 
 def test_scores_of_a_prompt_have_a_maximum(validate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "MAX_PROMPT_LOGPROBS", 9)
+    monkeypatch.setattr(requests, "MAX_PROMPT_LOGPROBS", 7)
     assert validate(sampling=SamplingParams(prompt_logprobs=2)).num_scores == (2, 2)
-    with pytest.raises(InvalidRequest, match=r"3 tokens make 12 log-probabilities.*at most 9") as caught:
+    with pytest.raises(InvalidRequest, match=r"2 tokens make 8 log-probabilities.*at most 7") as caught:
         validate(sampling=SamplingParams(prompt_logprobs=3))
+    assert validate(sampling=SamplingParams(prompt_logprobs=3), answer_start=2).num_scores == (1, 3)
     assert caught.value.field == "sampling.prompt_logprobs"
     with pytest.raises(InvalidRequest, match=r"0\.\.20, got 21"):
         validate(sampling=SamplingParams(prompt_logprobs=21))

@@ -93,6 +93,18 @@ def test_a_resumed_answer_continues_after_its_tokens() -> None:
         fold([say.accepted(), say.delta(0, [1])], request)
 
 
+def test_the_cached_tokens_are_those_that_the_first_router_found() -> None:
+    """The second router's prefill finds what the first one's left."""
+    first, end = say.delta(0, [1]), say.finished(usage=common_pb2.Usage(cached_tokens=48))
+    first.delta.cached_tokens = 16
+    again = say.delta(1, [2])
+    again.delta.cached_tokens = 48
+    _, answer = fold([say.accepted(), first, say.accepted(), again, end])
+    assert answer.usage.cached_tokens == 16
+    _, answer = fold([say.accepted(), say.accepted(), end])
+    assert answer.usage.cached_tokens == 48, "the first router had said nothing"
+
+
 def test_events_out_of_order_are_an_error() -> None:
     for events in (
         say.GOOD[1:],

@@ -320,7 +320,7 @@ def test_prompts_of_other_workers_keep_their_blocks_and_get_all_their_events():
     worker = Worker(max_tokens=16)
     sequence = worker.reserve("a", PROMPT)
     prompt = worker.prefill(sequence)
-    worker.handle(Submit(PrefillSequence("remote", [50] * 5, GREEDY)))
+    worker.handle(Submit(PrefillSequence("remote", [50] * 5, GREEDY, trace=True)))
     worker.run()
     assert {event.id for event in worker.told} == {"a", prompt.id}
     assert {event.id for event in worker.told_others} == {"remote"}

@@ -11,6 +11,7 @@ from scheduling import GREEDY, EngineMachine
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
     DecodeSequence,
+    DecodeState,
     Preempted,
     Refused,
     Release,
@@ -22,9 +23,11 @@ from overfill.engine.sequence import (
     TokenSampled,
     Yielded,
 )
-from overfill.errors import InternalError
+from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
+from overfill.request.params import SamplingParams
+from overfill.v1 import common_pb2
 
 
 def new_engine(runner, pool, events, max_num_seqs=8, replay_budget=16):
@@ -73,6 +76,86 @@ def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
     assert tokens(events, "a") == [20, 21]
     assert tokens(events, "b") == [51, 52]
     assert ([50], 4) in runner.steps[1]  # one decode step ran between two parts of the replay
+
+
+def scored(name, prompt, answer_start):
+    sampling = SamplingParams(temperature=0, prompt_logprobs=1)
+    made = DecodeSequence(name, prompt, [], sampling, StopRule(frozenset(), 2), answer_start=answer_start)
+    made.scores = common_pb2.PromptLogprobs()
+    return made
+
+
+def ranks(events, name):
+    """The ranks in the scores that came with the first token of ``name``, and the first token."""
+    (first,) = [e for e in events if isinstance(e, TokenSampled) and e.id == name and e.index == 0]
+    return list(first.scores.ranks), first.token.token_id
+
+
+def test_the_rest_of_a_scored_prompt_passes_in_steps_of_a_bounded_number_of_tokens(runner, events):
+    """The runner finds each token most likely after the one below it."""
+    engine = new_engine(runner, BlockPool(32, 4), events)
+    start(engine, scored("a", [1, 2, 3, *range(10, 18), 30, 31], 2), None)
+    start(engine, scored("b", [1, 2, 3, 9], 3), None)
+    start(engine, sequence("plain", max_tokens=6), 50)
+    finish(engine)
+    parts = [step for step in runner.steps if ([50 + len(step)], 4) not in step]
+    assert max(sum(len(t) for t, _ in step) for step in parts) <= runner.max_scored
+    assert [part for step in runner.steps for part in step if part[0][0] in (3, 15)] == [
+        ([3, 10, 11, 12, 13, 14], 2),
+        ([15, 16, 17, 30, 31], 8),
+    ]
+    assert ranks(events, "a") == ([2, 1, 1, 1, 1, 1, 1, 1, 2, 1], 32)
+    assert ranks(events, "b") == ([], 10)
+    assert [e.scores for e in events if isinstance(e, TokenSampled) and e.index] == [None] * 7
+    assert tokens(events, "a") == [32, 33]
+
+
+def test_no_kv_from_answer_start_on_is_cached(runner, events):
+    prefix = PrefixCache(BlockPool(32, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 16, events.extend, prefix)
+    prompt = list(range(20))
+    start(engine, scored("a", prompt, 10), None)
+    finish(engine)
+    engine.handle(Reserve(sequence("next", prompt=1)))
+    again = scored("again", prompt, 18)
+    engine.handle(Reserve(again))
+    assert events[-1].held_tokens == 8, "two blocks of the full model's KV"
+    for name in ("next", "again"):
+        engine.handle(Release(name))
+
+
+def test_a_preempted_sequence_scores_its_prompt_anew(runner, events):
+    engine = new_engine(runner, BlockPool(32, 4), events)
+    whole = scored("a", list(range(20)), 2)
+    start(engine, whole, None)
+    engine.step()
+    assert len(whole.scores.ranks) == runner.max_scored
+    whole.state = DecodeState.YIELDING  # as when blocks run out
+    engine.handle(Yielded("a"))
+    engine.step()
+    assert isinstance(events[-1], Reserved)
+    engine.handle(Start("a", None))
+    finish(engine)
+    assert ranks(events, "a") == ([1] * 17, 20)
+
+
+def test_scores_that_are_not_finite_fail_their_own_sequence_only(runner, pool, events, monkeypatch):
+    compute = runner.run
+
+    def run(works, *hooks):
+        logits = compute(works, *hooks)
+        logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner, "run", run)
+    engine = new_engine(runner, pool, events)
+    start(engine, scored("a", [1, 2, 3], 1), None)
+    start(engine, scored("b", [1, 2, 3], 1), None)
+    engine.step()
+    assert [e.id for e in events if isinstance(e, SequenceFailed)] == ["a"]
+    assert [e.id for e in events if isinstance(e, TokenSampled)] == ["b"]
+    engine.handle(Release("a"))
+    engine.handle(Release("b"))
 
 
 def test_a_sequence_is_admitted_only_if_a_free_block_is_left_per_running_one(runner, events):
@@ -180,6 +263,19 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_only(runner, pool, e
     assert failed.id == "b"
     assert isinstance(failed.error, InternalError)
     engine.handle(Release("b"))
+
+
+def test_kv_of_a_request_that_is_invalid_stays_cached(runner, events, monkeypatch):
+    """A client must not be able to empty the cache of the others."""
+    prefix = PrefixCache(BlockPool(8, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 16, events.extend, prefix)
+    refusal = InvalidRequest("too complex", "sampling.grammar")
+    monkeypatch.setattr(runner, "next_tokens", lambda works, sequences: ([None], {0: refusal}))
+    start(engine, sequence("a", prompt=9), 10)
+    engine.step()
+    engine.handle(Release("a"))
+    assert [event.error for event in events if isinstance(event, SequenceFailed)] == [refusal]
+    assert prefix.num_cached == 2
 
 
 def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events, monkeypatch):

@@ -15,6 +15,7 @@ from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
     ChunkComputed,
     KvWritten,
+    LayerStarted,
     PrefillScheduled,
     PrefillSequence,
     PromptComputed,
@@ -57,6 +58,15 @@ def test_kv_is_announced_once_it_is_worth_a_message(pool, monkeypatch, worth_tel
     assert [some for some in layers if some] == told
     assert isinstance(lists[0][0], PrefillScheduled), "without waiting for anything"
     engine.handle(Release("a"))
+
+
+def test_layers_are_told_of_prompts_with_a_trace_only(pool, events):
+    engine = new_engine(CountingRunner(num_layers=3), pool, events)
+    for name in "ab":
+        engine.handle(Submit(prompt(name, 4, trace=name == "b")))
+    engine.step()
+    assert [(event.id, event.layer) for event in of(LayerStarted, events)] == [("b", 0), ("b", 1), ("b", 2)]
+    release(engine, "ab")
 
 
 def test_kv_of_short_prompts_is_announced_without_delaying_long_ones(pool, monkeypatch):
@@ -246,9 +256,10 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     engine.step()
     runner.fail_next = MemoryError("no room")
     engine.step()
+    assert prefix.num_used == 4
     engine.handle(Release("a"))
-    assert engine.load().blocks_cached == 2  # blocks of the step before
-    evict_all(prefix)
+    assert prefix.num_used == prefix.num_cached == 0, "the blocks of the step before are forgotten too"
+    prefix.check_integrity()
 
 
 class PrefillMachine(EngineMachine):

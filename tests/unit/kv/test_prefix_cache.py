@@ -143,6 +143,32 @@ def test_a_prompt_of_many_groups_has_the_keys_of_its_blocks(monkeypatch):
     assert len(set(made.tokens)) == len(made.keys) == 8
 
 
+def test_forgotten_blocks_are_found_no_more_and_freed_with_their_last_owner():
+    journal = KeyJournal()
+    cache = new_cache(12, journal=journal)
+    feed = journal.feed()
+    prompt = [*range(8), *[9] * 9]
+    compute(cache, "idle", [*range(8), *[7] * 5])
+    for owner in ("a", "b"):
+        cache.acquire(owner, cache.blocks_of(prompt), 5)
+    cache.publish("a", 12)
+    assert cache.num_cached == 1
+    cache.forget("a")
+    cache.check_integrity()
+    assert cache.num_cached == 0, "the idle block behind a forgotten one is free"
+    assert cache.next_unpublished_key("b") is None
+    assert cache.publish("b", 17) == 0
+    assert cache.extend_cached_prefix("b") is None
+    cache.release("a")
+    cache.check_integrity()
+    assert cache.num_used == 5, "b keeps what it had"
+    cache.release("b")
+    assert cache.num_available == cache.pool.num_free == 12
+    assert not feed.take().added
+    assert compute(cache, "again", prompt) == 0
+    assert compute(cache, "again", prompt) == 16
+
+
 def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
     journal = KeyJournal()
     cache = new_cache(num_blocks=2, journal=journal)
@@ -230,6 +256,15 @@ class Machine(RuleBasedStateMachine):
         owner = data.draw(st.sampled_from(sorted(self.live)))
         del self.live[owner]
         self.cache.release(owner)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def forget(self, data):
+        owner = data.draw(st.sampled_from(sorted(self.live)))
+        self.cache.forget(owner)
+        _, _, computed, blocks = self.live[owner]
+        for block in blocks[: computed // BLOCK]:
+            self.written[block] = "forgotten"
 
     @invariant()
     def nothing_is_lost(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from json_edits import edit
 from overfill.errors import Incompatible, InvalidPair, UnsupportedModel
 from overfill.kv.handshake import check_compatible
 from overfill.making.pair_json import write_manifest
-from overfill.model.manifest import Pair, check_family
-from overfill.model.pair_files import load_whole
+from overfill.model import pair_files
+from overfill.model.digest import checkpoint_digest
+from overfill.model.manifest import Half, Pair, check_family
+from overfill.model.pair_files import check_digests, load_whole
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -120,6 +123,38 @@ def test_a_router_s_pair_needs_no_weights(fresh: Callable[[], Path]) -> None:
     for weights in whole.folder.rglob("*.safetensors"):
         weights.unlink()
     assert Pair.load(whole.folder) == whole
+
+
+@pytest.mark.parametrize(("half", "absent"), [("full", "decoder"), ("decoder", "full")])
+def test_weights_of_a_half_that_is_not_read_may_be_absent(half: Half, absent: Half, fresh: Callable[[], Path]) -> None:
+    whole = Pair.load(fresh())
+    (whole.path(absent) / "model.safetensors").unlink()
+    assert load_whole(whole.folder, [half], digests=True) == whole
+    with pytest.raises(InvalidPair, match=rf"{absent} has neither model\.safetensors"):
+        load_whole(whole.folder, [absent])
+
+
+def test_files_that_halves_or_pairs_share_are_read_once(
+    fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fresh()
+    for name in ("identity", "linked"):
+        shutil.copytree(folder, folder.with_name(name), ignore=shutil.ignore_patterns("full"))
+        folder.with_name(name).joinpath("full").symlink_to(folder / "full")
+    shutil.rmtree(folder.with_name("identity") / "decoder")
+    edit(
+        folder.with_name("identity") / "pair.json",
+        lambda manifest: manifest["decoder"].update(path="full", digest=manifest["full"]["digest"]),
+    )
+    read: list[Path] = []
+
+    def digest(path: Path, *arguments: Any) -> str:
+        read.append(path.relative_to(folder.parent))
+        return checkpoint_digest(path, *arguments)
+
+    monkeypatch.setattr(pair_files, "checkpoint_digest", digest)
+    check_digests([load_whole(folder.with_name(name)) for name in ("identity", folder.name, "linked")])
+    assert [str(path) for path in read] == ["identity/full", f"{folder.name}/decoder", "linked/decoder"]
 
 
 @pytest.mark.parametrize("half", ["full", "decoder"])

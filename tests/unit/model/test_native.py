@@ -158,6 +158,38 @@ def test_only_the_rows_asked_for_go_through_the_end_of_the_model(
     assert torch.equal(run.step({"a": [PROMPT[90]]}), every.step({"a": [PROMPT[90]]}))
 
 
+@on_both_units
+@pytest.mark.parametrize("columns", [512, 513, 1024, 4096, 4097, 5001, 14336])
+def test_int8_products_with_outliers_are_nearer_to_float64_than_those_of_bfloat16_activations(
+    columns: int, amx: bool, save_model, runner, tmp_path: Path
+) -> None:
+    """Only the MLP changes the hidden state, and only its ``down`` is long; five of its columns have outliers."""
+    model = save_model(LlamaConfig(**SHAPE | {"intermediate_size": columns, "num_hidden_layers": 1}))
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.up_proj.weight[:: columns // 5] *= 100
+    model.save_pretrained(tmp_path)
+    loaded = Transformer.load(tmp_path, torch.bfloat16, CPU, quantize="int8")
+    weights, tokens = loaded.weights, PROMPT[:12]
+    layer = weights.layers[0]
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + loaded.config.rms_norm_eps).rsqrt() * weight
+
+    hidden = weights.embedding[tokens].double()
+    gate, up = (norm(hidden, layer.post_norm) @ layer.gate_up.dequantised().double().T).split(columns, 1)
+    down, head = (matrix.dequantised().double().T for matrix in (layer.down, weights.head))
+    gated = torch.nn.functional.silu(gate) * up
+    assert (gated.abs().amax(1) > 10 * gated.square().mean(1).sqrt()).all(), "these are outliers"
+    exact, rounded = (norm(hidden + x @ down, weights.norm) @ head for x in (gated, gated.bfloat16().double()))
+
+    run = runner(NativeTransformer(loaded, amx=amx))
+    together = run.step({"all": tokens})
+    assert (together - exact).norm() <= 0.8 * (rounded - exact).norm()
+    assert torch.equal(torch.cat([run.step({f"{row}": [token]}) for row, token in enumerate(tokens)]), together)
+
+
 @pytest.mark.skipif(not library.has_amx(), reason="no AMX here")
 @pytest.mark.parametrize("hidden", [32, 33, 63, 66, 98])
 def test_amx_tiles_are_exact_whatever_remains_of_rows_and_columns(

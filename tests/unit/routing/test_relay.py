@@ -435,9 +435,9 @@ async def test_an_answer_that_the_router_ends_has_the_usage_and_timing_that_its_
 async def test_an_answer_that_is_cut_after_its_end_keeps_the_worker_s_last_word(stack):
     async with stack.request(max_tokens=9) as relay:
         stream = await answer_of_three_tokens(stack, relay)
-        stream.done(usage=common_pb2.Usage(cached_tokens=1), decode_ns=8)
+        stream.done(codec=common_pb2.KV_CODEC_RAW, decode_ns=8)
         finish = relay.finish_at(2)
-        assert (finish.usage.cached_tokens, relay.answer.timing.decode_ns) == (1, 4)
+        assert (finish.codec, relay.answer.timing.decode_ns) == (common_pb2.KV_CODEC_RAW, 4)
 
 
 async def test_decode_time_is_divided_among_the_tokens_of_this_router_s_worker(stack):
@@ -477,7 +477,32 @@ async def test_what_a_lost_worker_has_told_does_not_describe_its_successor(stack
         assert not relay.answer.timing.HasField("handoff_exposed_ns")
         assert relay.answer.prefill_worker == prefill_worker
         assert finish.codec == common_pb2.KV_CODEC_UNSPECIFIED
-        assert finish.usage.cached_tokens == 2, "the best that is known"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_the_blocks_that_a_lost_attempt_left_in_the_prefix_cache_are_not_counted_as_found(stack, cut):
+    async with stack.request(max_tokens=9) as relay:
+        stream = await answer_of_three_tokens(stack, relay)
+        assert relay.answer.cached_tokens == 2
+        stream.fail(Unavailable("gone"))
+        stream = await stack.accepted()
+        again = decode_pb2.DecodeDone(usage=common_pb2.Usage(prompt_tokens=3, cached_tokens=3))
+        stream.tokens(3, 9, so_far=again)
+        if not cut:
+            stream.done(usage=again.usage)
+            await read_all(relay)
+        relay.close()
+        assert relay.finish_at(4).usage == common_pb2.Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=2)
+        assert relay.answer.cached_tokens == 2
+
+
+async def test_without_a_word_of_the_first_worker_the_second_one_s_cached_tokens_count(stack):
+    async with stack.request(max_tokens=9) as relay:
+        (await stack.accepted()).fail(Unavailable("gone"))
+        stream = await stack.accepted()
+        stream.tokens(0, 6)
+        stream.done(usage=common_pb2.Usage(cached_tokens=3))
+        assert (await read_all(relay))[1].usage.cached_tokens == 3
 
 
 async def test_a_worker_lost_after_the_last_token_has_told_its_usage(stack):

@@ -253,6 +253,25 @@ async def test_certificates_are_replaced_under_running_servers_and_channels(tmp_
     await server.stop()
 
 
+async def test_a_channel_opened_while_certificates_are_replaced_uses_the_last_good_ones(
+    tmp_path: Path, at_once: None
+) -> None:
+    """A router opens one to each worker that joins, and a decode worker to each prefill worker."""
+    certificates.make(tmp_path)
+    server, address = await serve(tmp_path, Role.WORKER)
+    tls = client_tls(tmp_path, Role.ROUTER)
+    tls.reloaded()  # as each process does when it starts
+    certificate = (tmp_path / "router.crt").read_bytes()
+    (tmp_path / "router.crt").write_bytes((tmp_path / "worker.crt").read_bytes())  # a certificate without its key
+    assert await outcome(address, tls, DESCRIBE) == OK
+    (tmp_path / "router.crt").unlink()
+    assert await outcome(address, tls, DESCRIBE) == OK
+    (tmp_path / "router.crt").write_bytes(certificate)
+    certificates.make(tmp_path)
+    assert await outcome(address, tls, DESCRIBE) == OK
+    await server.stop()
+
+
 async def test_certificates_revoked_by_a_new_authority_stay_revoked(tmp_path: Path, at_once: None) -> None:
     """A server with a new authority refuses the old certificates; its clients load their new ones."""
     certificates.make(tmp_path)

@@ -450,6 +450,23 @@ async def test_what_a_slow_router_has_not_read_leaves_in_messages_of_bounded_siz
     assert sent == [length] * sequences
 
 
+async def test_scores_of_long_prompts_that_a_slow_router_has_not_read_leave_in_messages_of_bounded_size() -> None:
+    outgoing = OutgoingUpdates()
+    scores = common_pb2.PromptLogprobs(
+        logprobs=[-1.0] * 8191,
+        ranks=[100_000] * 8191,
+        top_ids=[100_000] * (20 * 8191),
+        top_logprobs=[-1.0] * (20 * 8191),
+    )
+    for number in range(8):
+        outgoing.put(number, Update(tokens=decode_pb2.Tokens(ids=[1], prompt_logprobs=scores)))
+    sizes = []
+    while (message := outgoing.take()).updates:
+        sizes.append(message.ByteSize())
+    assert len(sizes) == 8
+    assert max(sizes) < MAX_MESSAGE_BYTES / 4
+
+
 async def test_tokens_with_a_gap_or_of_another_form_do_not_merge() -> None:
     outgoing = OutgoingUpdates()
     entry = common_pb2.TokenLogprobs(logprob=-1.0)

@@ -19,7 +19,7 @@ from overfill.errors import Unavailable
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.server import RpcServer
 from overfill.rpc.status import from_rpc_error
-from overfill.rpc.tls import ClientTls, ServerTls
+from overfill.rpc.tls import ClientTls, ServerTls, TlsError
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
 
@@ -93,11 +93,16 @@ async def test_a_client_without_certificate_is_refused_by_mutual_tls_only(
 async def test_the_name_that_a_certificate_must_have_can_be_set(certificates: Path, address: str) -> None:
     _, _, port = address.rpartition(":")
     # In a cluster certificates have names and addresses are arbitrary; here the certificate has an address.
+    server = ServerTls(certificates / "server.pem", certificates / "server.key", certificates / "ca.pem")
+    server.check_name(ClientTls(certificates / "ca.pem"), "127.0.0.1")
     for name, right in (("", False), ("127.0.0.1", True), ("other.internal", False)):
         tls = ClientTls(certificates / "ca.pem", certificates / "client.pem", certificates / "client.key", name)
         if right:
             await check(f"localhost:{port}", tls)
+            server.check_name(tls, "localhost")
             continue
+        with pytest.raises(TlsError, match=rf"server\.pem cannot be used at {name or 'localhost'}: .*mismatch"):
+            server.check_name(tls, "localhost")
         with pytest.raises(Unavailable, match=r"does not name this address: .*--tls-name"):
             await check(f"localhost:{port}", tls)
 

@@ -12,6 +12,8 @@ HELLO = registry_pb2.Hello(worker_id="w")
 START = decode_pb2.StartDecode(request_id="r", prompt_token_ids=[1, 2, 3])
 PREFILL = prefill_pb2.StartPrefill(request_id="r", prompt_token_ids=[1, 2, 3])
 
+SCORED = common_pb2.SamplingParams(prompt_logprobs=0)
+
 
 def check(start):
     check_start(start, HELLO, draining=False)
@@ -59,6 +61,8 @@ def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, messa
         (check, START),
         (check, with_fields(START, answer_start=3)),
         (check, with_fields(PREFILL, answer_start=3)),
+        (check, with_fields(START, answer_start=2, sampling=SCORED)),
+        (check, with_fields(PREFILL, answer_start=2, sampling=SCORED)),
     ],
 )
 def test_defaults_are_accepted(check, message):

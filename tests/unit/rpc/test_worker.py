@@ -8,6 +8,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overfill.process import startup
+from overfill.process.open_files import SPARE_FILES
+from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, announced, fill_description
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
@@ -71,6 +73,15 @@ async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
     assert hello.max_num_seqs == HANDLE.capacity
+
+
+async def test_a_worker_may_have_as_many_connections_as_its_server_accepts(monkeypatch):
+    wanted = []
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 20_000))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: wanted.append(limits))
+    host = WorkerHost(RpcServer(), registry_pb2.Hello(worker_id="w"), HANDLE, routers=[], tls=None, grace=0.0)
+    assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
+    assert wanted == [(MAX_CONNECTIONS + SPARE_FILES, 20_000)]
 
 
 async def test_a_worker_without_routers_says_that_it_gets_no_requests(caplog):

@@ -1,13 +1,15 @@
-"""Tests what a worker on a GPU says at start when it does not run vLLM."""
+"""Tests how a worker reads its half of a pair, and what it says on a GPU when it does not run vLLM."""
 
 import json
 import logging
+import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from overfill.settings.config import ColocatedConfig, DecodeConfig
+from overfill.errors import InvalidPair
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig
 from services import loading
 
 EXPECTED = "--engine auto runs the {} on OverFill's own engine, not on vLLM, the engine for GPUs, because "
@@ -92,6 +94,50 @@ async def test_a_worker_loads_with_its_share_of_the_gpu_and_in_its_turn(with_vll
     await warnings(DecodeConfig, "--gpu-share", "0.25")
     await warnings(DecodeConfig)
     assert turns == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("loads", [True, False])
+async def test_damaged_weights_are_refused_whether_they_load_or_not(loads, fresh, monkeypatch):
+    def load(*what):
+        assert loads, "the weights make no sense"
+
+    monkeypatch.setattr(loading, "load_engine", load)
+    file = fresh() / "decoder" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    flags = ["--pair", str(file.parent.parent), "--device", "cpu"]
+    with pytest.raises(InvalidPair, match=r"decoder\.digest"):
+        await loading.load_half_of(DecodeConfig.parse(flags), "decoder")
+    monkeypatch.setattr(loading, "load_colocated", lambda *what, **named: load())
+    with pytest.raises(InvalidPair, match=r"decoder\.digest"):
+        await loading.load_both_halves_of(ColocatedConfig.parse(flags))
+
+
+async def test_a_worker_ignores_the_weights_of_the_other_half(fresh, monkeypatch):
+    monkeypatch.setattr(loading, "load_engine", lambda *what: what[1].decoder_digest)
+    folder = fresh()
+    (folder / "decoder" / "model.safetensors").unlink()
+    config = PrefillConfig.parse(["--pair", str(folder), "--device", "cpu"])
+    stated = json.loads((folder / "pair.json").read_text())["decoder"]["digest"]
+    assert await loading.load_half_of(config, "full") == stated
+
+
+async def test_weights_are_checked_while_they_load(fresh, monkeypatch):
+    loads, checks = threading.Event(), threading.Event()
+
+    def check(pairs, halves):
+        assert halves == ["decoder"]
+        checks.set()
+        assert loads.wait(60)
+
+    def load(*what):
+        loads.set()
+        assert checks.wait(60)
+
+    monkeypatch.setattr(loading, "check_digests", check)
+    monkeypatch.setattr(loading, "load_engine", load)
+    await loading.load_half_of(DecodeConfig.parse(["--pair", str(fresh()), "--device", "cpu"]), "decoder")
 
 
 async def test_nothing_is_said_on_a_cpu_or_after_a_choice(with_vllm, warnings):

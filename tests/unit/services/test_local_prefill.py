@@ -41,7 +41,6 @@ class Prefilling:
             config=config,
             prepare_processor=AsyncMock(return_value=None),
             store=SimpleNamespace(block_size=4),
-            new_scores=lambda sampling: None,
             max_model_len=30,
         )
         self.metrics = PrefillMetrics()
@@ -50,7 +49,9 @@ class Prefilling:
         sampling = common_pb2.SamplingParams(temperature=0, seed=3)
         start = decode_pb2.StartDecode(sampling=sampling, sample_index=2, cache_namespace="tenant")
         sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4), 2)
-        self.session = SimpleNamespace(start=start, sequence=sequence, wants_first_token=not emitted, held_tokens=2)
+        self.session = SimpleNamespace(
+            start=start, sequence=sequence, wants_first_token=not emitted, wants_scores=False, held_tokens=2
+        )
         self.handoff = self.prefills.handoff(self.session)
 
     async def start(self, timeout=None):

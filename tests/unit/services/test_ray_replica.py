@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from overfill.api.key_file import create
 from overfill.errors import Unavailable
+from overfill.process.open_files import SPARE_FILES
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
+from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.server import RpcServer
+from overfill.rpc.tls import TlsError
 from overfill.stack.spec import RouterSpec, StackSpec
 from services.router.app import Router
 
@@ -24,6 +31,47 @@ async def test_a_router_without_workers_is_not_replaced_and_a_dead_one_is() -> N
     await server.stop()
     with pytest.raises(Unavailable):
         await replicas.check_alive(address, None)
+
+
+async def test_a_router_on_ray_may_have_all_its_connections(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 20_000))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: wanted.append(limits))
+    settings = {"max_connections": 5000}
+    router = await replicas._listening_router(
+        StackSpec(pair=str(tiny_pair), router=RouterSpec(ports=(0,), settings=settings))
+    )
+    router.drain()
+    await router.run()
+    assert wanted == [(5000 + MAX_CONNECTIONS + SPARE_FILES, 20_000)]
+
+
+@pytest.mark.parametrize(("machine", "named"), [("127.0.0.1", True), ("127.0.0.2", False)])
+async def test_a_replica_that_listens_on_every_interface_is_checked_at_its_machine_s_address(
+    machine: str, named: bool, tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others reach it there too, so its certificate must name that address, unless all have one name."""
+    certificates.make(tmp_path)
+    files = certificates.role_files(tmp_path, Role.ROUTER)
+    create(tmp_path / "keys.json", "a")
+    settings = {"host": "0.0.0.0", "api_keys": tmp_path / "keys.json"}
+    settings |= {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca}
+    spec = StackSpec(pair=str(tiny_pair), router=RouterSpec(ports=(0,), settings=settings))
+    monkeypatch.setattr(replicas, "get_node_ip_address", lambda: machine)
+    replica = replicas.Replica()
+
+    async def run(ready: Callable[[Router], None]) -> None:
+        router = await replicas._listening_router(spec)
+        ready(router)
+        await router.run()
+
+    if named:
+        await replica.start(spec.router_config(), run)
+        await replica.check_health()
+        await replica.drain()
+    else:
+        with pytest.raises(TlsError, match=r"router\.crt cannot be used at 127\.0\.0\.2: IP address mis.*tls_name"):
+            await replica.start(spec.router_config(), run)
 
 
 async def test_a_router_whose_port_is_taken_says_so_once_and_starts_when_it_is_free(

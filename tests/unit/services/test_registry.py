@@ -13,9 +13,14 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
 from overfill.rpc.constants import WIRE_VERSION
+from overfill.rpc.tls import TlsError
+from overfill.settings.config import RouterConfig
 from overfill.v1 import common_pb2, registry_pb2
 from services.router import registry as registry_module
+from services.router.app import Router
 from services.router.registry import RegistryServicer
 
 TIER = {"tier": "default"}  # of every decode worker
@@ -193,6 +198,36 @@ async def test_a_worker_that_vanishes_before_it_is_welcomed_leaves_no_trace():
     with pytest.raises(asyncio.CancelledError):
         await servicer.Join(stream.messages(), stream)
     assert roster.workers() == servicer.targets() == []
+
+
+async def test_a_worker_to_which_no_channel_opens_is_not_waited_for():
+    class Failing(Connector):
+        def add(self, info):
+            raise TlsError("the key does not belong to the certificate")
+
+    roster, stream, placed = Roster(tiers=[Tier("full"), Tier("fast")]), Stream(), []
+    roster.join_all(WorkerInfo.from_hello(changed(worker_id="other", tier="fast")))
+    dispatcher = AsyncDispatcher(Dispatcher(roster))
+    servicer = RegistryServicer("r", roster, dispatcher, Failing())
+    job = make_job("a", 10, 10, tier="full", fallback="fast")
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="full")))
+    with pytest.raises(TlsError):
+        await servicer.Join(stream.messages(), stream)
+    dispatcher.submit(job, placed.append)
+    assert job.tier == "fast", "its own tier has no worker that starts"
+    assert [worker.id for worker in roster.workers()] == ["other"]
+    assert servicer.targets() == []
+
+
+async def test_a_worker_joins_while_a_router_s_certificate_is_being_replaced(tiny_pair, tmp_path):
+    certificates.make(tmp_path)
+    files = certificates.role_files(tmp_path, Role.ROUTER)
+    tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": certificates.NAME}
+    router = Router(RouterConfig(pair=str(tiny_pair), http="off", metrics_port="off", **tls))
+    files.cert.write_bytes(certificates.role_files(tmp_path, Role.WORKER).cert.read_bytes())  # its key follows later
+    (info,) = WorkerInfo.from_hello(HELLO)
+    router._connector.add(info)
+    await router._connector.close()
 
 
 async def test_scrape_targets_and_counts_name_the_tier():

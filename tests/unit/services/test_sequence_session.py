@@ -20,7 +20,7 @@ from overfill.engine.sequence import (
     StopRule,
     Yielded,
 )
-from overfill.errors import InternalError, StepFailed, Unavailable
+from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
 from overfill.request.params import SamplingParams
@@ -228,6 +228,20 @@ async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_en
     assert 0 < so_far.decode_ns < done.done.decode_ns
 
 
+async def test_the_cached_tokens_are_those_of_the_first_prefill_that_began(harness):
+    """A second one finds the blocks that a first one left, which a broken transfer ended before its first token."""
+    for cached, error in ((None, Unavailable("full")), (0, TransferFailed("damaged")), (2, None)):
+        pull = await harness.assign()
+        pull.stats.cached_tokens = cached
+        if error is None:
+            pull.on_in_place()
+        pull.end(error)
+        await settle()
+    while harness.engine.step():
+        await settle()
+    assert harness.told[-1].done.usage.cached_tokens == 0
+
+
 async def test_an_error_after_the_kv_is_in_place_asks_for_no_other_prefill(harness):
     pull = await harness.assign()
     pull.on_in_place()
@@ -311,3 +325,57 @@ async def test_a_session_that_waits_when_its_worker_begins_to_drain_takes_the_wo
     await settle()
     (pull,) = harness.pulls
     assert pull.running
+
+
+def first_tokens(harness):
+    """The messages with index 0 that the router has got."""
+    return [update.tokens for update in harness.told if update.HasField("tokens") and not update.tokens.first_index]
+
+
+@pytest.mark.parametrize("stop", [(), (40,)])
+async def test_the_full_model_s_scores_reach_the_router_also_if_its_token_ends_the_answer(stop):
+    harness = SessionHarness()
+    sequence = harness.session.sequence
+    sequence.emitted.clear()
+    sequence.stop = StopRule(frozenset(stop), 4)
+    harness.session = SequenceSession(harness.session._served, sequence, harness)
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    pull = await harness.assign()
+    pull.release = lambda: True
+    scores = common_pb2.PromptLogprobs(first_index=1, logprobs=[-1, -2], ranks=[1, 2])
+    harness.session.inbox.put_nowait(decode_pb2.Tokens(ids=[40], prompt_logprobs=scores))
+    await settle()
+    (told,) = first_tokens(harness)
+    assert (list(told.ids), told.prompt_logprobs) == ([] if stop else [40], scores)
+    assert harness.kinds[-1] == ("done" if stop else "tokens")
+    pull.end()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("stop", [(), (4,)])
+async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
+    harness = SessionHarness()
+    sampling = SamplingParams(temperature=0, prompt_logprobs=0)
+    sequence = DecodeSequence("s", [5, 1, 2, 3], [], sampling, StopRule(frozenset(stop), 1), answer_start=2)
+    sequence.scores = common_pb2.PromptLogprobs()
+    harness.session = SequenceSession(harness.session._served, sequence, harness)
+    assert (harness.session.wants_first_token, harness.session.wants_scores) == (False, True)
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    pull = await harness.assign()
+    of_full = common_pb2.PromptLogprobs(first_index=2, logprobs=[-7], ranks=[9])
+    harness.session.inbox.put_nowait(decode_pb2.Tokens(prompt_logprobs=of_full, prefill_queue_ns=3))
+    pull.on_in_place()
+    pull.end()
+    await settle()
+    assert first_tokens(harness) == []
+    harness.engine.step()
+    await settle()
+    (told,) = first_tokens(harness)
+    assert list(told.ids) == ([] if stop else [4])
+    assert (told.prompt_logprobs.first_index, list(told.prompt_logprobs.ranks)) == (2, [9, 1])
+    assert told.prefill_queue_ns == 3
+    assert harness.kinds[-1] == "done"
+    await task

@@ -8,7 +8,7 @@ const POLL_MS = 1000;
 const GONE_MS = 60000; // time for which the page shows a worker that has left
 
 const $ = (id) => document.getElementById(id);
-const messages = [];
+let messages = []; // of the chat that the page shows; a new chat has its own, which an older answer never reaches
 const seen = new Map(); // key of an entry -> {id, stage, at}; `at` is when the status last had the entry
 const key = ({ id, stage }) => `${stage} ${id}`; // a worker with both stages has an entry in each
 let model = "";
@@ -66,6 +66,7 @@ async function* events(response) {
 async function answer() {
   const shown = turn("Answer", "");
   const text = shown.querySelector(".text");
+  const chat = messages;
   let whole = "", reported = null, usage = null, finish = null;
   running = new AbortController();
   $("log").setAttribute("aria-busy", "true");
@@ -76,7 +77,7 @@ async function answer() {
       signal: running.signal,
       headers: { "content-type": "application/json", ...headers() },
       body: JSON.stringify({
-        model: $("tier").value || model, messages, stream: true, stream_options: { include_usage: true },
+        model: $("tier").value || model, messages: chat, stream: true, stream_options: { include_usage: true },
         max_tokens: Number($("max-tokens").value), temperature: Number($("temperature").value),
       }),
     });
@@ -103,7 +104,7 @@ async function answer() {
     $("log").scrollTop = $("log").scrollHeight;
     busy(false);
   }
-  messages.push({ role: "assistant", content: whole });
+  chat.push({ role: "assistant", content: whole });
 }
 
 function details(reported, usage) {
@@ -171,7 +172,7 @@ $("prompt").addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   running?.abort();
-  messages.length = 0;
+  messages = [];
   $("log").replaceChildren();
   $("prompt").focus();
 });
