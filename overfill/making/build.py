@@ -161,7 +161,8 @@ def _fill(
             facts["correction"] = {"left_out": f"it was trained with another {other}"}
             report(f"Built without the trained correction: it was trained with another {other}", 1, 1)
             found = None
-    TextDigests.of(conversations).save(folder)
+    text = TextDigests.of(conversations)
+    (text if found is None else text | found.text).save(folder)
     (folder / "decoder").mkdir()
     write_decoder(
         folder / "decoder",

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from overfill.errors import InvalidPair
 from overfill.making.checkpoint import save_tensors
+from overfill.making.overlap import TextDigests
 from overfill.model.config import ModelConfig
 from overfill.model.files import EMBEDDING, HEAD
 from overfill.model.head import tokens_in_row_order
@@ -29,6 +31,7 @@ CORRECTIONS = Path(__file__).parent / "corrections"
 """Corrections of the named pairs; CONTRIBUTING.md says how to renew them."""
 
 MAX_FILE_BYTES = 2_000_000
+_TEXT_DIGESTS = 16_384  # 131 kB
 _GROUP = 32
 _FACTS = "correction"  # key of a file's metadata
 
@@ -46,12 +49,14 @@ class Correction:
         digest: SHA-256 of the files, in hexadecimal.
         factors: [n] float32; for each matrix in the order of names, ``up`` [out, rank] and ``down`` [rank, in].
         gains: [m] float32; differences of all vectors, in the order of names.
+        text: A sample of the digests of the training text.
     """
 
     facts: Mapping[str, Any]
     digest: str
     factors: Tensor
     gains: Tensor
+    text: TextDigests
 
     @property
     def rank(self) -> int:
@@ -122,6 +127,7 @@ def read_correction(name: Path) -> Correction | None:
     facts: list[dict[str, Any]] = []
     factors: list[Tensor] = []
     gains: list[Tensor] = []
+    text: list[int] = []
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -130,13 +136,14 @@ def read_correction(name: Path) -> Correction | None:
                 facts.append(json.loads(stored.metadata()[_FACTS]))
                 factors.append(_dequantised(stored.get_tensor("values"), stored.get_tensor("scales")))
                 gains.append(stored.get_tensor("gains").float())
+                text += stored.get_tensor("text").numpy().view("<u8").tolist()
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InvalidPair(f"{file} is damaged; install the package again: {error}") from None
         if not (factors[-1].isfinite().all() and gains[-1].isfinite().all()):
             raise InvalidPair(f"{file} is damaged; install the package again: a number is not finite")
     if any(fact != facts[0] for fact in facts) or facts[0]["files"] != len(files):
         raise InvalidPair(f"{name}-*.safetensors are not the files of one correction; install the package again")
-    return Correction(facts[0], digest.hexdigest(), torch.cat(factors), torch.cat(gains))
+    return Correction(facts[0], digest.hexdigest(), torch.cat(factors), torch.cat(gains), TextDigests(text))
 
 
 def shipped_correction(recipe: Mapping[str, Any]) -> Correction | None:
@@ -157,25 +164,31 @@ def shipped_correction(recipe: Mapping[str, Any]) -> Correction | None:
 
 
 def write_correction(
-    name: Path, products: Mapping[str, tuple[Tensor, Tensor]], gains: Tensor, facts: Mapping[str, Any]
+    name: Path,
+    products: Mapping[str, tuple[Tensor, Tensor]],
+    gains: Tensor,
+    text: TextDigests,
+    facts: Mapping[str, Any],
 ) -> list[Path]:
     """Writes a correction to ``name-*.safetensors``, in place of the one there; returns the files.
 
     Args:
         products: ``up`` and ``down`` by the name of the matrix, in the order of names.
         gains: [m]; differences of all vectors, in the order of names.
+        text: Digests of the training text, of which a sample is kept.
         facts: As ``Correction.facts``, without ``files``.
     """
     values, scales = _quantised(torch.cat([factor.flatten() for pair in products.values() for factor in pair]))
-    stored_bytes = values.nbytes + scales.nbytes + 2 * len(gains)
+    digests = torch.from_numpy(np.array(text.sample(_TEXT_DIGESTS), dtype="<u8").view("<i8"))
+    stored_bytes = values.nbytes + scales.nbytes + digests.nbytes + 2 * len(gains)
     count = -(-stored_bytes // (MAX_FILE_BYTES - 8_192))  # a header is shorter than that
     name.parent.mkdir(exist_ok=True)
     for old in name.parent.glob(f"{name.name}-*-of-*.safetensors"):
         old.unlink()
     files = [name.with_name(f"{name.name}-{i + 1}-of-{count}.safetensors") for i in range(count)]
-    parts = zip(files, *(t.tensor_split(count) for t in (values, scales, gains.half())), strict=True)
+    parts = zip(files, *(t.tensor_split(count) for t in (values, scales, gains.half(), digests)), strict=True)
     for file, *tensors in parts:
-        contents = dict(zip(("values", "scales", "gains"), (t.contiguous() for t in tensors), strict=True))
+        contents = dict(zip(("values", "scales", "gains", "text"), (t.contiguous() for t in tensors), strict=True))
         save_tensors(contents, file, {_FACTS: json.dumps({**facts, "files": count}, sort_keys=True)})
     return files
 

@@ -67,6 +67,10 @@ class TextDigests:
             if not self._values.isdisjoint(map(_digest, _runs(conversation, answers=False)))
         ]
 
+    def sample(self, count: int) -> list[int]:
+        """Returns the ``count`` smallest digests, or all; they are a random sample of the runs."""
+        return nsmallest(count, self._values)
+
     def save(self, pair_folder: Path) -> None:
         np.array(sorted(self._values), dtype="<u8").tofile(pair_folder / DIGESTS_FILE)
 

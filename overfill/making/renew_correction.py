@@ -18,6 +18,7 @@ from overfill.making.correction import CORRECTIONS, corrected_shapes, write_corr
 from overfill.making.distill.run_checkpoints import Checkpoints
 from overfill.making.distill.train import run_folder
 from overfill.making.named import RECIPES
+from overfill.making.overlap import TextDigests
 from overfill.making.prune import Scores
 from overfill.model.manifest import Pair
 
@@ -33,7 +34,9 @@ def renew(name: str, trained: Path, corrections: Path = CORRECTIONS) -> list[Pat
     """
     pair = Pair.load(trained)
     run, before = pair.recipe.get("distill", {}), pair.recipe.get("correction", {})
-    expected = RECIPES[name].as_json(**RECIPES[name].sizes(pair.full_config))
+    expected = RECIPES[name].as_json(
+        **RECIPES[name].sizes(pair.full_config), calibration="shipped", fitted_on_answer_tokens=RECIPES[name].tokens
+    )
     if other := sorted(key for key, value in expected.items() if pair.recipe.get(key) != value):
         raise InvalidRequest("trained", f"{trained} was not trained from {name}: {', '.join(other)} differ")
     if "rank" not in run or "after" in run:
@@ -47,6 +50,11 @@ def renew(name: str, trained: Path, corrections: Path = CORRECTIONS) -> list[Pat
     if scores is None or folder is None:
         missing = SHIPPED_SCORES if scores is None else run_folder(trained) / "checkpoints"
         raise InvalidRequest("trained", f"{missing} has nothing for {trained}")
+    text = TextDigests.load(pair)
+    if text is None:
+        raise InvalidRequest(
+            "trained", f"{trained} keeps no digests of its training text; write them with TextDigests.of(…).save"
+        )
     stored = load_file(folder / "decoder.safetensors")
     shapes = corrected_shapes(pair.decoder_config)
     matrices = [key.removesuffix("weight") for key, shape in shapes.items() if len(shape) == 2]
@@ -58,7 +66,7 @@ def renew(name: str, trained: Path, corrections: Path = CORRECTIONS) -> list[Pat
         "answer_tokens": run["tokens"] + before.get("answer_tokens", 0),
     }
     products = {matrix: (stored[f"{matrix}up"], stored[f"{matrix}down"]) for matrix in matrices}
-    return write_correction(corrections / name, products, torch.cat(gains), facts)
+    return write_correction(corrections / name, products, torch.cat(gains), text, facts)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from overfill.making.correction import read_correction, write_correction
 from overfill.making.distill import train
 from overfill.making.distill.recipe import Training
 from overfill.making.distill.train import Run
+from overfill.making.overlap import TextDigests
 from overfill.making.recipe import DecoderRecipe
 from overfill.making.renew_correction import renew
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
 
-RECIPE = DecoderRecipe(hidden_size=48, intermediate_size=64, head_tokens=300, tail_rank=16, tokens=2_000)
+RECIPE = DecoderRecipe(hidden_size=48, intermediate_size=64, head_tokens=300, tail_rank=16, tokens=900)
 TRAINING = Training(
     rank=6, steps=12, batch_transcripts=4, learning_rate=2e-3, eval_steps=100, cross_entropy=0, kl=1, cache_gib=0
 )
@@ -37,6 +38,15 @@ CHATS = [
         )
     )
     for n in range(40)
+]
+
+TRAINED = [
+    Conversation(
+        (
+            {"role": "user", "content": "one two three four five six seven eight"},
+            {"role": "assistant", "content": "nine"},
+        )
+    )
 ]
 
 
@@ -74,7 +84,7 @@ def distilled(pair: Path, out: Path, **changes: Any) -> Pair:
     loaded = Pair.load(pair)
     transcripts = encode(CHATS, Tokenizer.load(loaded.full_path))
     training = TRAINING.model_copy(update=changes)
-    return Run(loaded, out, list(transcripts), transcripts[:2], training).train()
+    return Run(loaded, out, list(transcripts), transcripts[:2], training, training_text=TRAINED).train()
 
 
 def decoder(pair: Path) -> dict[str, torch.Tensor]:
@@ -98,6 +108,9 @@ def test_a_built_pair_has_what_training_found_and_training_continues_it(
     assert [file.name for file in files] == ["fit-1-of-1.safetensors"]
     assert built.recipe["correction"] == {"digest": found.digest, "answer_tokens": found.facts["answer_tokens"]}
     assert found.facts["answer_tokens"] == Pair.load(made / "trained").recipe["distill"]["tokens"]
+    digests = TextDigests.load(built)
+    assert digests is not None
+    assert digests.overlapping([*TRAINED, CHATS[3]]) == [0, 1]
     moved = distance(made / "fit", made / "trained")
     assert distance(tmp_path / "corrected", made / "trained") < 0.2 * moved  # rounded to 4 bits
 
@@ -136,8 +149,8 @@ def test_a_correction_is_left_out_of_every_other_fit(
 ) -> None:
     renew("fit", made / "trained", shipped)
     other_model = make_tiny_pair(tmp_path / "other", identity=True, num_layers=2, seed=5) / "full"
-    narrower = DecoderRecipe(hidden_size=40, intermediate_size=64, head_tokens=300, tail_rank=16, tokens=2_000)
-    fewer_tokens = DecoderRecipe(hidden_size=48, intermediate_size=64, head_tokens=300, tail_rank=16, tokens=1_000)
+    narrower = DecoderRecipe(hidden_size=40, intermediate_size=64, head_tokens=300, tail_rank=16, tokens=900)
+    fewer_tokens = DecoderRecipe(hidden_size=48, intermediate_size=64, head_tokens=300, tail_rank=16, tokens=600)
     steps: list[str] = []
 
     def check(other: str, model: Path, recipe: DecoderRecipe, chats: list[Conversation]) -> None:
@@ -205,7 +218,8 @@ def test_factors_keep_their_values_within_4_bits(tmp_path: Path) -> None:
     up, down = torch.randn(50, 6) * 1e-3, torch.randn(6, 33)
     up[0] = 0
     facts = {"key": {}, "rank": 6, "answer_tokens": 1}
-    write_correction(tmp_path / "name", {"a.": (up, down)}, torch.tensor([0.25, -0.5]), facts)
+    text = TextDigests([3, 2**64 - 1])
+    write_correction(tmp_path / "name", {"a.": (up, down)}, torch.tensor([0.25, -0.5]), text, facts)
     found = read_correction(tmp_path / "name")
     assert found is not None
     values = torch.cat([up.flatten(), down.flatten()])
@@ -213,6 +227,7 @@ def test_factors_keep_their_values_within_4_bits(tmp_path: Path) -> None:
     errors = (found.factors.view(-1, 32) - groups).abs().amax(1)
     assert (errors <= groups.abs().amax(1) / 8 + 1e-6).all()
     assert found.gains.tolist() == [0.25, -0.5]
+    assert found.text.sample(5) == [3, 2**64 - 1]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +238,7 @@ def test_other_runs_make_no_correction(
     changes: dict[str, Any], message: str, made: Path, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if changes.pop("recipe", False):
-        recipe = DecoderRecipe(hidden_size=48, intermediate_size=64, head_tokens=300, tail_rank=12, tokens=2_000)
+        recipe = DecoderRecipe(hidden_size=48, intermediate_size=64, head_tokens=300, tail_rank=12, tokens=900)
         monkeypatch.setattr(renew_correction, "RECIPES", {"fit": recipe})
     distilled(made / "fit", tmp_path / "trained", steps=1, **changes)
     with pytest.raises(InvalidRequest, match=message):

@@ -14,6 +14,7 @@ import torch
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.making.conversations import Transcript, read_conversations
+from overfill.making.distill import data as distill_data
 from overfill.making.distill.data import HubTranscripts, batches, digest, load_data
 from overfill.making.distill.recipe import Data, changed, read_recipe, recipe_names
 from overfill.making.distill.teacher_cache import Column, TeacherCache
@@ -149,6 +150,26 @@ def test_conversations_of_both_spellings_are_read_up_to_their_last_answer() -> N
     assert as_conversation([{"role": "user", "content": None}, *turns[1:]]) is None
     assert as_conversation(None) is None
     assert as_conversation([None]) is None
+
+
+def test_a_hub_data_set_is_judged_on_its_first_usable_rows(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training text is too large to compare with the held-out text, so that nothing is known of an overlap."""
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a bridge."}]
+    rows = [{"messages": None}, *({"messages": turns} for _ in range(3))]
+    asked: list[str] = []
+
+    def load_hub(source: str, split: str, column: str) -> list[Any]:
+        asked.append(f"{source} {split} {column}")
+        return rows
+
+    monkeypatch.setattr(distill_data, "load_hub", load_hub)
+    data = Data(source="owner/name", held_out_split="test", max_held_out=2)
+    loaded = load_data(data, Tokenizer.load(tiny_pair / "full"))
+    assert asked == ["owner/name train messages", "owner/name test messages"]
+    assert [transcript is None for transcript in loaded.training] == [True, False, False, False]
+    assert loaded.held_out == [loaded.training[1]] * 2
+    assert loaded.training_text is None
+    assert [conversation.messages for conversation in loaded.judged] == [tuple(turns)] * 2
 
 
 def test_a_hub_row_that_the_chat_template_refuses_is_skipped(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
