@@ -23,6 +23,7 @@ from overfill.making.conversations import (
 )
 from overfill.making.distill.recipe import Data
 from overfill.making.hub_data import as_conversation, load_hub
+from overfill.making.overlap import TextDigests
 
 Transcripts = Sequence[Transcript | None]
 """None stands for a conversation with nothing to learn: its answer has one token, or its prompt fills the context."""
@@ -30,18 +31,18 @@ Transcripts = Sequence[Transcript | None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedData:
-    """Transcripts of a run, and the conversations that they are made of.
+    """Transcripts of a run, and what is known of their text.
 
     Attributes:
         training: Transcripts to train on.
         held_out: Transcripts to judge on.
-        training_text: Conversations of ``training``. None for a hub data set, which is too large to compare.
+        training_text: Digests of the text of ``training``. None for a hub data set, which is too large to compare.
         judged: Conversations of ``held_out``, in their order.
     """
 
     training: Transcripts
     held_out: list[Transcript]
-    training_text: list[Conversation] | None
+    training_text: TextDigests | None
     judged: list[Conversation]
 
 
@@ -61,7 +62,7 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
     return LoadedData(
         training=training if isinstance(training, HubTranscripts) else [transcript for _, transcript in training],
         held_out=[transcript for _, transcript in judged],
-        training_text=None if isinstance(training, HubTranscripts) else [text for text, _ in training],
+        training_text=None if isinstance(training, HubTranscripts) else TextDigests.of(text for text, _ in training),
         judged=[text for text, _ in judged],
     )
 
