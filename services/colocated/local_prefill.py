@@ -91,7 +91,7 @@ class LocalPrefills:
             sample_first_token=session.wants_first_token,
             processor=answer.processor if session.wants_first_token else None,
             cache_namespace=tenant,
-            prompt_blocks=await self._hasher.blocks_of(prompt, tenant) if rest or scores is None else None,
+            prompt_blocks=await self._hasher.blocks_of(prompt, tenant),
             scores=scores,
             follower=rest[0] if rest else None,
         )
