@@ -18,9 +18,9 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.duration import READ, WRITTEN
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
+from overfill.making.evaluate.greedy_answers import Written, write_answers
 from overfill.making.evaluate.teacher_forced import Candidate
 from overfill.making.evaluate.token_metrics import Estimate, Metric, MetricAccumulator, finite_or_none
-from overfill.making.evaluate.writer import Written, write_answers
 from overfill.model.transformer import ForwardModel
 from overfill.telemetry.progress import Report, silent
 
