@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import (
     Conversation,
+    ShippedPart,
     Transcript,
     digest_of,
     encode,
@@ -54,7 +55,7 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
     """
     training = _load(data, data.source, data.split, "calibration", tokenizer)
     held_out_source = data.held_out or (data.source if data.held_out_split else "shipped")
-    held_out = _load(data, held_out_source, data.held_out_split or data.split, "held_out", tokenizer)
+    held_out = _load(data, held_out_source, data.held_out_split or data.split, "development", tokenizer)
     judged = list(islice(held_out.with_text() if isinstance(held_out, HubTranscripts) else held_out, data.max_held_out))
     if not len(training) or not judged:
         empty = data.source if not len(training) else held_out_source
@@ -68,10 +69,10 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
 
 
 def _load(
-    data: Data, source: str, split: str, part: Literal["calibration", "held_out"], tokenizer: Tokenizer
+    data: Data, source: str, split: str, shipped: ShippedPart, tokenizer: Tokenizer
 ) -> list[tuple[Conversation, Transcript]] | HubTranscripts:
     if source == "shipped":
-        conversations = shipped_conversations(part)
+        conversations = shipped_conversations(shipped)
     elif Path(source).exists():
         conversations = read_conversations(Path(source), "data")
     elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):

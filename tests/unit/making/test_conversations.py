@@ -75,9 +75,9 @@ def test_a_transcript_is_the_prompt_the_answer_and_its_end(tiny_pair: Path) -> N
 
 
 def test_shipped_parts_share_no_question() -> None:
-    calibration, held_out = (shipped_conversations(part) for part in ("calibration", "held_out"))
-    assert len(held_out) >= 30
-    questions = [c.messages[0]["content"] for c in (*calibration, *held_out)]
+    calibration, development = (shipped_conversations(part) for part in ("calibration", "development"))
+    assert len(development) >= 30
+    questions = [c.messages[0]["content"] for c in (*calibration, *development)]
     assert len(set(questions)) == len(questions)
 
 
@@ -86,7 +86,7 @@ def test_the_test_set_shares_no_run_of_words_with_other_shipped_text() -> None:
         """Conversations whose answers are part of the prompt, and so compared as well."""
         return [replace(c, messages=(*c.messages, c.messages[-1])) for c in shipped_conversations(part)]
 
-    others = TextDigests.of([*with_answers("calibration"), *with_answers("held_out")])
+    others = TextDigests.of([*with_answers("calibration"), *with_answers("development")])
     judged = shipped_conversations("test")
     assert others.overlapping(with_answers("test")) == []
     assert Counter(c.kind for c in judged) == dict.fromkeys(KINDS, 24)
