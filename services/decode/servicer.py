@@ -128,7 +128,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._check(start, sampling)
         prompt, shared = list(start.prompt_token_ids), shared_tokens(start)
         own = shared < len(prompt)  # the decoder computes tokens of the prompt
-        scores = self._half.new_scores(sampling, shared) if own else None
+        scores = self._half.new_scores(sampling) if own else None
         processor = await self._half.prepare_processor(sampling, prompt, start.eos_token_ids, start.cache_namespace)
         namespace = self._cache_namespace(start)
         return DecodeSequence(

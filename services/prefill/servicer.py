@@ -288,7 +288,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             cache_namespace=start.cache_namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
             trace=start.trace,
-            scores=self._half.new_scores(sampling, shared if rest else 1),
+            scores=self._half.new_scores(sampling),
             follower=rest[0] if rest else None,
         )
 
