@@ -273,8 +273,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         """
         sampling = SamplingParams.from_proto(start.sampling)
         _check_start(start, sampling, self._half)
-        whole, shared = list(start.prompt_token_ids), shared_tokens(start)
-        prompt, rest, processor = whole[:shared], whole[shared:], None
+        tokens, shared = list(start.prompt_token_ids), shared_tokens(start)
+        prompt, rest = tokens[:shared], tokens[shared:]
+        processor = None
         if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
