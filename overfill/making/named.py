@@ -28,7 +28,7 @@ from overfill.telemetry.progress import Report, silent
 
 RECIPES: dict[str, DecoderRecipe] = {
     "default": DecoderRecipe(hidden_size=544, intermediate_size=1263, head_tokens=20_480, tail_rank=96, tokens=38_912),
-    "fast": DecoderRecipe(hidden_size=384, intermediate_size=840, head_tokens=16_384, tail_rank=64, tokens=49_152),
+    "fast": DecoderRecipe(hidden_size=448, intermediate_size=1024, head_tokens=16_384, tail_rank=64, tokens=49_152),
     "identity": DecoderRecipe(),
 }
 """The recipes of the named pairs' decoders, from SmolLM2-135M-Instruct (hidden 576, MLP 1536, 30 layers)."""

@@ -47,7 +47,7 @@ MODEL = "smollm2-135m-instruct"
 MOCK = "mock"
 """Name of the pair that ships with the package for ``--engine mock``. It has no weights."""
 
-VERSION = "v5"
+VERSION = "v6"
 """Version of the recipes' results. A change makes every cached pair be built again."""
 
 
