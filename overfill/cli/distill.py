@@ -194,14 +194,12 @@ def _check_overlap(pair: Pair, loaded: LoadedData, strict: bool) -> None:
     """Says how many held-out conversations overlap with text that the decoder was made from, or is trained on."""
     from overfill.errors import InvalidRequest
     from overfill.making.distill.train import make_accelerator
-    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap, overlapping
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap
 
-    judged, fitted, trained = loaded.judged, TextDigests.load(pair), loaded.training_text
-    overlaps = {
-        "the training text": None if trained is None else overlapping(judged, trained),
-        DECODER_TEXT: None if fitted is None else fitted.overlapping(judged),
-    }
-    lines = [f"overlap: {describe_overlap(shared, len(judged), text)}" for text, shared in overlaps.items()]
+    judged = loaded.judged
+    texts = {"the training text": loaded.training_text, DECODER_TEXT: TextDigests.load(pair)}
+    overlaps = {name: None if text is None else text.overlapping(judged) for name, text in texts.items()}
+    lines = [f"overlap: {describe_overlap(shared, len(judged), name)}" for name, shared in overlaps.items()]
     if strict and any(shared != [] for shared in overlaps.values()):
         raise InvalidRequest("held_out", "; ".join(lines))
     if make_accelerator().is_main_process:

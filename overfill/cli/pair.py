@@ -190,7 +190,7 @@ def _agreement(pair: Pair, report: Report) -> str:
     tokenizer = Tokenizer.load(pair.full_path)
     context = min(pair.full_config.max_positions, pair.decoder_config.max_positions)
     try:
-        transcripts = encode(shipped_conversations("held_out")[:_NUM_JUDGED], tokenizer, context)
+        transcripts = encode(shipped_conversations("development")[:_NUM_JUDGED], tokenizer, context)
         found = two_stage_agreement(pair, transcripts, report=report)
     except InvalidRequest as error:
         return f"not measured: {error}"

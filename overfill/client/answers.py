@@ -414,10 +414,10 @@ class AnswerBuilder:
         elif self.accepted is None:
             raise InternalError("the server sent an answer before it accepted the request")
         elif kind == "delta":
-            return self._add_delta(response.delta)
+            return self._add_delta(self.accepted, response.delta)
         elif kind == "finished":
             finished = response.finished
-            rest = self._add_delta(finished.rest) if finished.HasField("rest") else None
+            rest = self._add_delta(self.accepted, finished.rest) if finished.HasField("rest") else None
             self._answer = self._finish(self.accepted, finished)
             return rest
         return None
@@ -428,7 +428,7 @@ class AnswerBuilder:
             raise InternalError("the stream ended before the answer did")
         return self._answer
 
-    def _add_delta(self, message: inference_pb2.Delta) -> Delta:
+    def _add_delta(self, accepted: Accepted, message: inference_pb2.Delta) -> Delta:
         ids = tuple(message.token_ids)
         if ids and message.first_index != self._next_index:
             raise InternalError(
@@ -451,7 +451,9 @@ class AnswerBuilder:
             if not parts or parts[0].first_index != self._next_index:  # else the router has changed the tier again
                 parts = self._untold + parts
             self._untold = ()
-        scores = _prompt_logprobs(message.prompt_logprobs) if message.HasField("prompt_logprobs") else None
+        scores = None
+        if message.HasField("prompt_logprobs"):
+            scores = _prompt_logprobs(message.prompt_logprobs, accepted.prompt_tokens)
         self._prompt_logprobs = self._prompt_logprobs or scores
         own = logprobs if self._wants_logprobs else None
         delta = Delta(self._next_index, ids, message.text, own, calls, parts, scores)
@@ -522,15 +524,15 @@ class AnswerBuilder:
         )
 
 
-def _prompt_logprobs(message: common_pb2.PromptLogprobs) -> tuple[TokenLogprobs | None, ...]:
-    """One entry per token of the prompt, None for tokens that have none."""
+def _prompt_logprobs(message: common_pb2.PromptLogprobs, prompt_tokens: int) -> tuple[TokenLogprobs | None, ...]:
+    """One entry per token of the prompt, None for the first ones, which have none."""
     count = len(message.top_ids) // max(1, len(message.logprobs))
     top = list(zip(message.top_ids, message.top_logprobs, strict=True))
     scored = (
         TokenLogprobs(logprob, tuple(top[index * count : (index + 1) * count]), rank)
         for index, (logprob, rank) in enumerate(zip(message.logprobs, message.ranks, strict=True))
     )
-    return (*[None] * message.first_index, *scored)
+    return (*[None] * (prompt_tokens - len(message.logprobs)), *scored)
 
 
 def _parts(messages: Iterable[inference_pb2.AnswerPart]) -> tuple[AnswerPart, ...]:

@@ -236,7 +236,7 @@ class PrefillEngine:
             if sequence.cancelled:  # its Release will arrive
                 break
             needed = self._pool.blocks_for(len(sequence.prompt))
-            if sequence.prompt_blocks is None:
+            if sequence.prompt_blocks is None or sequence.scores_all:
                 shared = () if sequence.scores_all else sequence.prompt
                 sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
             allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)

@@ -195,11 +195,8 @@ class ServedHalf:
             )
         return await self.grammars.prepare(params.grammar, key, make)
 
-    def new_scores(self, params: SamplingParams, first: int) -> common_pb2.PromptLogprobs | None:
+    def new_scores(self, params: SamplingParams) -> common_pb2.PromptLogprobs | None:
         """Makes what receives the log-probabilities of a prompt's tokens; None if ``params`` ask for none.
-
-        Args:
-            first: index of the first token that has one.
 
         Raises:
             InvalidRequest: the engine cannot compute them.
@@ -209,7 +206,7 @@ class ServedHalf:
         if not self.scores_prompts:
             reason = f"is not supported: {self.engine_version} does not score prompts; use workers of another engine"
             raise InvalidRequest("sampling.prompt_logprobs", reason)
-        return common_pb2.PromptLogprobs(first_index=first)
+        return common_pb2.PromptLogprobs()
 
     @property
     def model_identity(self) -> common_pb2.ModelIdentity:

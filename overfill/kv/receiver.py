@@ -39,6 +39,7 @@ from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.constants import MAX_KV_AT_ONCE
+from overfill.rpc.worker import shared_tokens
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
@@ -139,7 +140,7 @@ class PromptPull:
             start.attempt,
             kv,
             layers,
-            (held_tokens, start.answer_start if start.HasField("answer_start") else len(start.prompt_token_ids)),
+            (held_tokens, shared_tokens(start)),
             start.codec if start.codec in peer.codecs else common_pb2.KV_CODEC_RAW,
         )
         self._start = prefill_pb2.PrefillRequest(start=start)

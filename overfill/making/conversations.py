@@ -87,18 +87,16 @@ def read_conversations(file: Path, field: str = "calibration") -> list[Conversat
     ]
 
 
-ShippedPart = Literal["calibration", "held_out", "test"]
+ShippedPart = Literal["calibration", "development", "test"]
 
-
-JUDGED_SETS: Mapping[str, ShippedPart] = {"test": "test", "development": "held_out"}
-"""Names of the sets that pairs are judged on."""
+JUDGED_SETS: tuple[ShippedPart, ...] = ("test", "development")
 
 
 def shipped_conversations(part: ShippedPart) -> list[Conversation]:
     """Returns the conversations in the package, which SmolLM2-135M-Instruct wrote.
 
     Args:
-        part: "calibration" for scoring and fitting; "held_out", the development set, for choices such as sizes; "test"
+        part: "calibration" for scoring and fitting; "development" to judge on for choices such as sizes; "test"
             for the figures that are reported: nothing was chosen or trained on it. It shares no run of 8 words
             (``overlap``) with the others, and has several kinds of question.
     """
@@ -112,8 +110,9 @@ def judged_conversations(data: str) -> list[Conversation]:
     Raises:
         InvalidRequest: as ``read_conversations``.
     """
-    if data in JUDGED_SETS:
-        return shipped_conversations(JUDGED_SETS[data])
+    for part in JUDGED_SETS:
+        if data == part:
+            return shipped_conversations(part)
     return read_conversations(Path(data), "data")
 
 

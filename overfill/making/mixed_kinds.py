@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
@@ -20,7 +20,7 @@ from overfill.telemetry.progress import Report, silent
 
 Kind = Literal["explain", "extract", "rewrite", "dialogue", "long"]
 
-KINDS: tuple[Kind, ...] = ("explain", "extract", "rewrite", "dialogue", "long")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 LONG_TOKENS = 500, 2_000
 """Shortest and longest prompt of the kind ``long``, in tokens."""
 

@@ -22,39 +22,29 @@ MAX_DIGESTS = 131_072
 
 DIGESTS_FILE = "text_digests.bin"
 DECODER_TEXT = "the text that made the decoder"
-"""How messages name the text that ``TextDigests`` are of."""
+"""How messages name the text of a pair's digests."""
 
 _NAMED = 10  # overlapping conversations in a message
 _WORD = re.compile(r"\w+")
 
 
-def overlapping(
-    conversations: Sequence[Conversation], others: Iterable[Conversation], *, answers: bool = False
-) -> list[int]:
-    """Returns the indices of the conversations that share a run of 8 words with one of ``others``.
-
-    Case and punctuation do not count. A text of fewer words is one run.
-
-    Args:
-        answers: Compares the answers as well. Answers of one model share many phrases.
-    """
-    seen = {run for other in others for run in _runs(other, answers)}
-    return [i for i, conversation in enumerate(conversations) if not seen.isdisjoint(_runs(conversation, answers))]
-
-
 class TextDigests:
-    """Digests of the runs of words in the questions that a decoder was fitted or trained on.
+    """64-bit digests of the runs of 8 words in the questions of conversations.
 
-    A pair keeps them in ``text_digests.bin``: 8 bytes each, little-endian, ascending. Of more than ``MAX_DIGESTS``, the
-    smallest stay, which are a random sample of the runs. Long questions that occur twice are found in it all the same.
+    Case and punctuation do not count, nor do system messages, which are often the same. A text of fewer words is one
+    run. Answers are left out, because those of one model share many phrases.
+
+    A pair keeps the digests of the text that its decoder was fitted or trained on in ``text_digests.bin``: 8 bytes
+    each, little-endian, ascending. Of more than ``MAX_DIGESTS`` it keeps the smallest, which are a random sample of the
+    runs. Long questions that occur twice are found in it all the same.
     """
 
     def __init__(self, values: Iterable[int]) -> None:
-        self._values = frozenset(nsmallest(MAX_DIGESTS, set(values)))
+        self._values = frozenset(values)
 
     @classmethod
     def of(cls, conversations: Iterable[Conversation]) -> TextDigests:
-        return cls(_digest(run) for conversation in conversations for run in _runs(conversation, answers=False))
+        return cls(digest for conversation in conversations for digest in _digests(conversation))
 
     def __or__(self, other: TextDigests) -> TextDigests:
         return TextDigests(self._values | other._values)
@@ -62,17 +52,15 @@ class TextDigests:
     def overlapping(self, conversations: Sequence[Conversation]) -> list[int]:
         """Returns the indices of the conversations whose questions have one of these runs."""
         return [
-            index
-            for index, conversation in enumerate(conversations)
-            if not self._values.isdisjoint(map(_digest, _runs(conversation, answers=False)))
+            i for i, conversation in enumerate(conversations) if not self._values.isdisjoint(_digests(conversation))
         ]
 
     def sample(self, count: int) -> list[int]:
-        """Returns the ``count`` smallest digests, or all; they are a random sample of the runs."""
+        """Returns the ``count`` smallest digests, or all, in ascending order; they are a random sample of the runs."""
         return nsmallest(count, self._values)
 
     def save(self, pair_folder: Path) -> None:
-        np.array(sorted(self._values), dtype="<u8").tofile(pair_folder / DIGESTS_FILE)
+        np.array(self.sample(MAX_DIGESTS), dtype="<u8").tofile(pair_folder / DIGESTS_FILE)
 
     @classmethod
     def load(cls, pair: Pair) -> TextDigests | None:
@@ -99,7 +87,7 @@ def describe_overlap(shared: Sequence[int] | None, judged: int, text: str) -> st
     """Says how many of ``judged`` conversations share runs of words with ``text``, and which, counted from 1.
 
     Args:
-        shared: Indices, as ``overlapping`` returns them. None if nothing is known of ``text``.
+        shared: Indices, as ``TextDigests.overlapping`` returns them. None if nothing is known of ``text``.
     """
     if shared is None:
         return f"not known for {text}, of which no digests are kept"
@@ -108,15 +96,11 @@ def describe_overlap(shared: Sequence[int] | None, judged: int, text: str) -> st
     return f"{len(shared)} of {judged} judged conversations{which} share {RUN} words in a row with {text}"
 
 
-def _digest(run: Sequence[str]) -> int:
-    return int.from_bytes(blake2b(" ".join(run).encode(), digest_size=8).digest(), "little")
-
-
-def _runs(conversation: Conversation, answers: bool) -> Iterator[tuple[str, ...]]:
-    messages = conversation.messages if answers else conversation.messages[:-1]
-    for message in messages:
-        if message["role"] == "system":  # often the same for all conversations
+def _digests(conversation: Conversation) -> Iterator[int]:
+    for message in conversation.messages[:-1]:
+        if message["role"] == "system":
             continue
-        words = tuple(_WORD.findall(message["content"].lower()))
+        words = _WORD.findall(message["content"].lower())
         for start in range(max(1, len(words) - RUN + 1) if words else 0):
-            yield words[start : start + RUN]
+            run = " ".join(words[start : start + RUN])
+            yield int.from_bytes(blake2b(run.encode(), digest_size=8).digest(), "little")

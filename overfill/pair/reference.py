@@ -205,16 +205,13 @@ def judge(
     answer_ids: Sequence[int],
     finish_reason: FinishReason,
     max_tokens: int,
-    sampling: SamplingParams = GREEDY,
-    sample_index: int = 0,
 ) -> JudgedAnswer:
-    """Judges a served answer, its end included.
+    """Judges a served greedy answer, its end included.
 
     When the answer stopped, the reference must end it there too. When it reached its limit, it must have ``max_tokens``
     tokens.
     """
-    answer = prompt_ids, answer_ids, finish_reason, max_tokens
-    return judge_parts({"": reference}, [("", 0)], *answer, sampling, sample_index)
+    return judge_parts({"": reference}, [("", 0)], prompt_ids, answer_ids, finish_reason, max_tokens)
 
 
 def judge_parts(
@@ -227,7 +224,9 @@ def judge_parts(
     sampling: SamplingParams = GREEDY,
     sample_index: int = 0,
 ) -> JudgedAnswer:
-    """As ``judge``, for an answer that several tiers may have written: each part is judged by its own tier.
+    """As ``judge``, for a greedy or drawn answer that several tiers may have written.
+
+    Each part is judged by its own tier.
 
     The decoder of a part reads the prompt's KV, which the full model computed, and all earlier tokens of the answer, as
     the worker does that goes on with the answer. Token 0 is the full model's in every tier.

@@ -244,6 +244,7 @@ def check_start(
         Unavailable: the router means an earlier incarnation.
         Incompatible: the request asks for something that this version does not support: an adapter, or another
             ``answer_start`` than the prompt's length, its default, without scores of the prompt.
+        InvalidRequest: ``answer_start`` leaves the full model no token of the prompt, or is behind it.
     """
     if draining:
         raise ShuttingDown(f"{hello.worker_id} is draining")
@@ -252,18 +253,14 @@ def check_start(
     early = shared_tokens(start) != len(start.prompt_token_ids) and not start.sampling.HasField("prompt_logprobs")
     adapter = isinstance(start, decode_pb2.StartDecode) and start.adapter_digest != ""
     unfilled.refuse(f"request {start.request_id}", {"answer_start": early, "adapter_digest": adapter})
+    prompt = len(start.prompt_token_ids)
+    if start.HasField("answer_start") and not 1 <= start.answer_start <= prompt:
+        raise InvalidRequest("answer_start", f"must be in 1..{prompt}, the prompt's length; got {start.answer_start}")
 
 
 def shared_tokens(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> int:
     """Number of leading prompt tokens that the full model computes, and whose KV is handed over."""
     return start.answer_start if start.HasField("answer_start") else len(start.prompt_token_ids)
-
-
-def check_answer_start(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> None:
-    """Raises InvalidRequest unless the full model computes at least one prompt token, and at most all."""
-    if not 1 <= shared_tokens(start) <= len(start.prompt_token_ids):
-        reason = f"is {start.answer_start}, outside 1..{len(start.prompt_token_ids)}"
-        raise InvalidRequest("answer_start", reason)
 
 
 def fill_description(description: _Description, hello: registry_pb2.Hello) -> _Description:

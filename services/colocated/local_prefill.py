@@ -82,7 +82,6 @@ class LocalPrefills:
         """
         answer, tenant = session.sequence, session.start.cache_namespace
         prompt, rest = answer.prompt[: answer.num_shared], answer.prompt[answer.num_shared :]
-        scores = self._full.new_scores(answer.sampling, len(prompt) if rest else 1) if session.wants_scores else None
         return PrefillSequence(
             id=secrets.token_hex(8),
             prompt=prompt,
@@ -91,8 +90,8 @@ class LocalPrefills:
             sample_first_token=session.wants_first_token,
             processor=answer.processor if session.wants_first_token else None,
             cache_namespace=tenant,
-            prompt_blocks=await self._hasher.blocks_of(prompt, tenant) if rest or scores is None else None,
-            scores=scores,
+            prompt_blocks=await self._hasher.blocks_of(prompt, tenant),
+            scores=self._full.new_scores(answer.sampling) if session.wants_scores else None,
             follower=rest[0] if rest else None,
         )
 

@@ -18,7 +18,7 @@ from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.interceptors import Context
 from overfill.rpc.sequences import ServedSequence, serve_sequences
-from overfill.rpc.worker import WorkerHost, check_answer_start, check_start, fill_description, shared_tokens
+from overfill.rpc.worker import WorkerHost, check_start, fill_description, shared_tokens
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
@@ -128,7 +128,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._check(start, sampling)
         prompt, shared = list(start.prompt_token_ids), shared_tokens(start)
         own = shared < len(prompt)  # the decoder computes tokens of the prompt
-        scores = self._half.new_scores(sampling, shared) if own else None
+        scores = self._half.new_scores(sampling) if own else None
         processor = await self._half.prepare_processor(sampling, prompt, start.eos_token_ids, start.cache_namespace)
         namespace = self._cache_namespace(start)
         return DecodeSequence(
@@ -192,7 +192,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 "prompt_token_ids",
                 f"{prompt} prompt tokens and {emitted} answer tokens do not fit the context length of {longest}",
             )
-        check_answer_start(start)
         check_token_ids("prompt_token_ids", start.prompt_token_ids, vocab)
         check_token_ids("emitted_token_ids", start.emitted_token_ids, vocab)
         if start.codec and start.codec not in CODEC_NAMES:

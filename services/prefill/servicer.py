@@ -40,7 +40,7 @@ from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost, check_answer_start, check_start, fill_description, shared_tokens
+from overfill.rpc.worker import WorkerHost, check_start, fill_description, shared_tokens
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
@@ -273,9 +273,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         """
         sampling = SamplingParams.from_proto(start.sampling)
         _check_start(start, sampling, self._half)
-        whole, shared = list(start.prompt_token_ids), shared_tokens(start)
-        prompt, rest, processor = whole[:shared], whole[shared:], None
-        scores = self._half.new_scores(sampling, shared if rest else 1)
+        tokens, shared = list(start.prompt_token_ids), shared_tokens(start)
+        prompt, rest = tokens[:shared], tokens[shared:]
+        processor = None
         if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
@@ -287,11 +287,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             sample_first_token=start.sample_first_token,
             processor=processor,
             cache_namespace=start.cache_namespace,
-            prompt_blocks=(
-                await self._hasher.blocks_of(prompt, start.cache_namespace) if rest or scores is None else None
-            ),
+            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
             trace=start.trace,
-            scores=scores,
+            scores=self._half.new_scores(sampling),
             follower=rest[0] if rest else None,
         )
 
@@ -394,7 +392,6 @@ def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, serv
     if length > served.max_model_len:
         raise PromptTooLong("prompt_token_ids", f"has {length} tokens; the limit here is {served.max_model_len}")
     check_token_ids("prompt_token_ids", start.prompt_token_ids, served.config.vocab_size)
-    check_answer_start(start)
     if start.already_held_tokens >= (shared := shared_tokens(start)):
         raise InvalidRequest(
             "already_held_tokens", f"must be less than the prompt's {shared} tokens; got {start.already_held_tokens}"

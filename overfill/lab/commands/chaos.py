@@ -366,7 +366,7 @@ def prepare(
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
     check_engines(spec)
     limit = plan.workers[0].config.max_model_len or 512
-    questions = [c.messages[0]["content"] for c in shipped_conversations("held_out")]
+    questions = [c.messages[0]["content"] for c in shipped_conversations("development")]
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions]
 
 

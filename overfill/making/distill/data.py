@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import (
     Conversation,
+    ShippedPart,
     Transcript,
     digest_of,
     encode,
@@ -23,6 +24,7 @@ from overfill.making.conversations import (
 )
 from overfill.making.distill.recipe import Data
 from overfill.making.hub_data import as_conversation, load_hub
+from overfill.making.overlap import TextDigests
 
 Transcripts = Sequence[Transcript | None]
 """None stands for a conversation with nothing to learn: its answer has one token, or its prompt fills the context."""
@@ -30,18 +32,18 @@ Transcripts = Sequence[Transcript | None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedData:
-    """Transcripts of a run, and the conversations that they are made of.
+    """Transcripts of a run, and what is known of their text.
 
     Attributes:
         training: Transcripts to train on.
         held_out: Transcripts to judge on.
-        training_text: Conversations of ``training``. None for a hub data set, which is too large to compare.
+        training_text: Digests of the text of ``training``. None for a hub data set, which is too large to compare.
         judged: Conversations of ``held_out``, in their order.
     """
 
     training: Transcripts
     held_out: list[Transcript]
-    training_text: list[Conversation] | None
+    training_text: TextDigests | None
     judged: list[Conversation]
 
 
@@ -53,7 +55,7 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
     """
     training = _load(data, data.source, data.split, "calibration", tokenizer)
     held_out_source = data.held_out or (data.source if data.held_out_split else "shipped")
-    held_out = _load(data, held_out_source, data.held_out_split or data.split, "held_out", tokenizer)
+    held_out = _load(data, held_out_source, data.held_out_split or data.split, "development", tokenizer)
     judged = list(islice(held_out.with_text() if isinstance(held_out, HubTranscripts) else held_out, data.max_held_out))
     if not len(training) or not judged:
         empty = data.source if not len(training) else held_out_source
@@ -61,16 +63,16 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
     return LoadedData(
         training=training if isinstance(training, HubTranscripts) else [transcript for _, transcript in training],
         held_out=[transcript for _, transcript in judged],
-        training_text=None if isinstance(training, HubTranscripts) else [text for text, _ in training],
+        training_text=None if isinstance(training, HubTranscripts) else TextDigests.of(text for text, _ in training),
         judged=[text for text, _ in judged],
     )
 
 
 def _load(
-    data: Data, source: str, split: str, part: Literal["calibration", "held_out"], tokenizer: Tokenizer
+    data: Data, source: str, split: str, shipped: ShippedPart, tokenizer: Tokenizer
 ) -> list[tuple[Conversation, Transcript]] | HubTranscripts:
     if source == "shipped":
-        conversations = shipped_conversations(part)
+        conversations = shipped_conversations(shipped)
     elif Path(source).exists():
         conversations = read_conversations(Path(source), "data")
     elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):

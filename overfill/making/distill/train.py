@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from overfill.engine.device import native_dtype
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.making.conversations import Conversation, Transcript
+from overfill.making.conversations import Transcript
 from overfill.making.correction import shipped_correction
 from overfill.making.distill.data import Transcripts, batches, digest
 from overfill.making.distill.loss import LossWeights
@@ -60,7 +60,7 @@ class Run:
 
     Args:
         out: Pair folder to write. The run's own folder is beside it (``run_folder``).
-        training_text: Conversations of ``transcripts``, whose digests the written pair keeps. None keeps none.
+        training_text: Digests of the text of ``transcripts``, which the written pair keeps. None keeps none.
         standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
         resume: Continue exactly from the last checkpoint of a run with the same settings.
         log_line: Called with a readable line at every evaluation.
@@ -77,7 +77,7 @@ class Run:
         held_out: list[Transcript],
         training: Training,
         *,
-        training_text: Sequence[Conversation] | None = None,
+        training_text: TextDigests | None = None,
         standalone: bool = False,
         resume: bool = False,
         report: Report = silent,
@@ -291,8 +291,8 @@ class Run:
             }
             plot_runs([(self._out.name, self.folder / METRICS)], self.folder / "curve.png")
             files = [self.folder / name for name in (METRICS, "curve.png", SETTINGS)]
-            text = None if self._training_text is None else TextDigests.of(self._training_text)
-            write_pair(self._out, self._pair, self._student.decoder, facts, files, text, self._report)
+            decoder, text = self._student.decoder, self._training_text
+            write_pair(self._out, self._pair, decoder, facts, files, text, self._report)
         self._accelerator.wait_for_everyone()
         return Pair.load(self._out)
 

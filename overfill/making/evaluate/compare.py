@@ -24,10 +24,9 @@ from overfill.making.evaluate.costs import PRECISIONS, DecodeCost, Precision
 from overfill.making.evaluate.duration import Work, announce
 from overfill.making.evaluate.evaluation import check_lengths, longest_sequence
 from overfill.making.evaluate.fake_quantization import fake_quantized_model
-from overfill.making.evaluate.free_running import Comparison, FreeRunning, answer_limit, free_work, judge_answers
+from overfill.making.evaluate.free_running import Comparison, FreeRunning, answer_limit, free_work, judge_free_running
 from overfill.making.evaluate.teacher_forced import Candidate, forced_work, scorable, teacher_forced
 from overfill.making.evaluate.token_metrics import Estimate
-from overfill.making.evaluate.writer import write_answers
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
 from overfill.model.manifest import Pair
@@ -98,7 +97,6 @@ def compare(
     for pair in pairs:
         check_lengths(pair, kept)
     _check_comparable(pairs)
-    prompts = [t.prompt for t in kept]
     max_tokens = max_tokens or answer_limit(kept)
     positions = longest_sequence(kept, max_tokens)
     tokenizer = Tokenizer.load(pairs[0].full_path)
@@ -114,8 +112,7 @@ def compare(
     end_part = announce(kept, lambda few: teacher_forced(full, whole, few), work, parts, report)
 
     def write(decoder: Candidate, name: str) -> FreeRunning:
-        answers = write_answers(full, decoder, prompts, max_tokens, step=f"Writing: {name}", report=report)
-        judged = judge_answers(full, tokenizer, kept, answers, step=f"Scoring: {name}", report=report)
+        judged = judge_free_running(full, tokenizer, decoder, kept, max_tokens, title=name, report=report)
         end_part()
         return judged
 

@@ -12,8 +12,10 @@ Work = Callable[[Transcript], float]
 """Work that a transcript makes, in any unit."""
 
 READ, JUDGED, WRITTEN = 1.0, 2.0, 6.0
-"""Work per token: to read one, to compare the distributions of one with the full model's, and to write one. Measured with
-a model of 135 M parameters; writing many answers together takes less, few answers more."""
+"""Work per token: to read one, to compare the distributions of one with the full model's, and to write one.
+
+Measured with a model of 135 M parameters; writing many answers together takes less, few answers more.
+"""
 
 
 def announce(

@@ -20,7 +20,7 @@ from overfill.making.conversations import Transcript
 from overfill.making.evaluate.costs import DecodeCost
 from overfill.making.evaluate.duration import announce
 from overfill.making.evaluate.forward import cache_tokens
-from overfill.making.evaluate.free_running import FreeRunning, answer_limit, free_work, judge_answers
+from overfill.making.evaluate.free_running import FreeRunning, answer_limit, free_work, judge_free_running
 from overfill.making.evaluate.teacher_forced import (
     Candidate,
     Form,
@@ -30,7 +30,6 @@ from overfill.making.evaluate.teacher_forced import (
     teacher_forced,
 )
 from overfill.making.evaluate.token_metrics import Estimate, finite_or_none
-from overfill.making.evaluate.writer import write_answers
 from overfill.model.manifest import Half, Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.transformer import ForwardModel
@@ -159,7 +158,6 @@ def evaluate(
     dtype = dtype or native_dtype(where)
     kept = scorable(transcripts)
     check_lengths(pair, kept)
-    prompts = [t.prompt for t in kept]
     max_tokens = max_tokens or answer_limit(kept)
     longest = longest_sequence(kept, max_tokens)
     full = load_model(pair, "full", dtype, where, longest)
@@ -176,9 +174,8 @@ def evaluate(
     full_figures, figures = teacher_forced(full, candidate, kept, forms, report=report)
     end_part()
     for name, writer in writers.items():
-        answers = write_answers(full, writer, prompts, max_tokens, step=f"Writing: {TITLES[name]}", report=report)
-        step = f"Scoring: {TITLES[name]}"
-        written[name] = judge_answers(full, tokenizer, kept, answers, step=step, report=report)
+        title = TITLES[name]
+        written[name] = judge_free_running(full, tokenizer, writer, kept, max_tokens, title=title, report=report)
         end_part()
     return Evaluation(
         pair=pair.name,

@@ -18,8 +18,9 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.duration import READ, WRITTEN
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
+from overfill.making.evaluate.greedy_answers import Written, write_answers
+from overfill.making.evaluate.teacher_forced import Candidate
 from overfill.making.evaluate.token_metrics import Estimate, Metric, MetricAccumulator, finite_or_none
-from overfill.making.evaluate.writer import Written
 from overfill.model.transformer import ForwardModel
 from overfill.telemetry.progress import Report, silent
 
@@ -147,6 +148,27 @@ def answer_limit(transcripts: Sequence[Transcript]) -> int:
 def free_work(transcript: Transcript) -> float:
     """Work of an answer as long as the given one: its prompt is read, it is written, and the full model reads both."""
     return (transcript.answer_start + len(transcript.token_ids)) * READ + len(transcript.answer) * WRITTEN
+
+
+def judge_free_running(
+    full: ForwardModel,
+    tokenizer: Tokenizer,
+    decoder: Candidate,
+    transcripts: Sequence[Transcript],
+    max_tokens: int,
+    *,
+    title: str,
+    report: Report = silent,
+) -> FreeRunning:
+    """Lets ``decoder`` write answers to the prompts of ``transcripts``, and the full model score them.
+
+    Args:
+        max_tokens: Maximum length of an answer.
+        title: Name of the decoder in progress reports.
+    """
+    prompts = [t.prompt for t in transcripts]
+    answers = write_answers(full, decoder, prompts, max_tokens, step=f"Writing: {title}", report=report)
+    return judge_answers(full, tokenizer, transcripts, answers, step=f"Scoring: {title}", report=report)
 
 
 def judge_answers(

@@ -82,7 +82,6 @@ def with_scores(prompt, top):
         0,
         [],
         prompt_logprobs=common_pb2.PromptLogprobs(
-            first_index=1,
             logprobs=[-float(i) for i in later],
             ranks=list(later),
             top_ids=top * entries,

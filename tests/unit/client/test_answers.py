@@ -125,6 +125,13 @@ def test_logprobs() -> None:
     assert deltas[0].logprobs == answer.logprobs == (expected, expected)
 
 
+def test_scores_of_a_prompt_are_those_of_its_last_tokens() -> None:
+    scores = common_pb2.PromptLogprobs(logprobs=[-1, -2], ranks=[3, 1], top_ids=[8, 9], top_logprobs=[-0.5, -2])
+    deltas, answer = fold([say.accepted(), say.delta(0, [10], prompt_logprobs=scores), say.finished()])
+    expected = (None, TokenLogprobs(-1.0, ((8, -0.5),), 3), TokenLogprobs(-2.0, ((9, -2.0),), 1))
+    assert deltas[0].prompt_logprobs == answer.prompt_logprobs == expected
+
+
 def test_tokens_without_their_logprobs_are_an_error() -> None:
     with pytest.raises(InternalError, match="1 log-probabilities came for 2 tokens"):
         fold([say.accepted(), say.delta(0, [4, 5], logprobs=[LOGPROBS])], WITH_LOGPROBS)

@@ -135,7 +135,7 @@ def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, eve
 
 def scored(name, tokens, **options):
     sampling = SamplingParams(temperature=0, prompt_logprobs=1)
-    return PrefillSequence(name, tokens, sampling, scores=common_pb2.PromptLogprobs(first_index=1), **options)
+    return PrefillSequence(name, tokens, sampling, scores=common_pb2.PromptLogprobs(), **options)
 
 
 def test_a_prompt_is_scored_in_steps_of_a_bounded_number_of_tokens(runner, events):

@@ -84,7 +84,7 @@ def distilled(pair: Path, out: Path, **changes: Any) -> Pair:
     loaded = Pair.load(pair)
     transcripts = encode(CHATS, Tokenizer.load(loaded.full_path))
     training = TRAINING.model_copy(update=changes)
-    return Run(loaded, out, list(transcripts), transcripts[:2], training, training_text=TRAINED).train()
+    return Run(loaded, out, list(transcripts), transcripts[:2], training, training_text=TextDigests.of(TRAINED)).train()
 
 
 def decoder(pair: Path) -> dict[str, torch.Tensor]:

@@ -21,14 +21,14 @@ from overfill.cli.evaluate import compare_command, eval_command
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Conversation, Transcript
 from overfill.making.evaluate import compare as comparison
-from overfill.making.evaluate import writer
+from overfill.making.evaluate import greedy_answers
 from overfill.making.evaluate.compare import compare
 from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
 from overfill.making.evaluate.evaluation_report import save_summary
 from overfill.making.evaluate.fake_quantization import fake_quantized_model
 from overfill.making.evaluate.free_running import judge_answers
-from overfill.making.evaluate.writer import Written
+from overfill.making.evaluate.greedy_answers import Written
 from overfill.making.pair_json import write_manifest
 from overfill.making.seal import record_checksums
 from overfill.making.tiny import make_tiny_pair
@@ -209,7 +209,7 @@ def test_own_answers_are_compared_with_the_full_models_overall_and_by_kind(tiny_
 
 def test_answers_written_together_are_those_written_alone(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=24).free_running["two_stage"].answers
-    monkeypatch.setattr(writer, "_CACHE_TOKENS", 16)  # the cache holds the longest sequence alone
+    monkeypatch.setattr(greedy_answers, "_CACHE_TOKENS", 16)  # the cache holds the longest sequence alone
     alone = evaluate(tiny_pair, TRANSCRIPTS, dtype="float32", max_tokens=24).free_running["two_stage"].answers
     assert [a.token_ids for a in alone] == [a.token_ids for a in together]
 

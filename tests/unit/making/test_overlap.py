@@ -15,8 +15,8 @@ from overfill.cli.evaluate import eval_command
 from overfill.errors import InvalidPair, InvalidRequest
 from overfill.making import overlap
 from overfill.making.build import build_pair
-from overfill.making.conversations import Conversation, append_jsonl, shipped_conversations
-from overfill.making.overlap import DIGESTS_FILE, TextDigests, overlapping
+from overfill.making.conversations import Conversation, append_jsonl
+from overfill.making.overlap import DIGESTS_FILE, TextDigests
 from overfill.making.recipe import DecoderRecipe
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
@@ -41,29 +41,36 @@ def write(file: Path, conversations: list[Conversation]) -> str:
     return str(file)
 
 
-def test_digests_find_what_the_text_itself_finds(built: Pair) -> None:
-    calibration, held_out = (shipped_conversations(part) for part in ("calibration", "held_out"))
-    shared = overlapping(held_out, calibration)
-    assert shared
-    digests = TextDigests.of(calibration)
-    assert digests.overlapping(held_out) == shared
-    digests.save(built.folder)
-    assert (built.folder / DIGESTS_FILE).stat().st_size < 64 * 1024
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("One, two three four five six seven eight nine?", [1]),
+        ("Zero: two three four five six seven eight NINE", [1]),
+        ("one two three four five six seven", []),
+        ("Short question?", [1]),
+        ("A short question?", []),
+    ],
+)
+def test_a_run_of_eight_words_in_a_question_is_an_overlap(question: str, found: list[int]) -> None:
+    digests = TextDigests.of([chat("one two three four five six seven eight nine"), chat("Short question")])
+    assert digests.overlapping([chat("Something else?"), chat(question)]) == found
+
+
+def test_a_pair_keeps_the_digests_of_all_text(built: Pair) -> None:
+    (TextDigests.of(OTHERS[:1]) | TextDigests.of(FITTED[:2])).save(built.folder)
     stored = TextDigests.load(built)
     assert stored is not None
-    assert stored.overlapping(held_out) == shared
-    both = stored | TextDigests.of(held_out[:5])
-    assert both.overlapping(held_out) == sorted({*range(5), *shared})
+    assert stored.overlapping([*OTHERS, *FITTED]) == [0, 4, 5]
 
 
-def test_the_digests_of_much_text_are_a_sample_of_bounded_size(built: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_much_text_a_pair_keeps_a_sample_of_bounded_size(built: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "MAX_DIGESTS", 500)
     texts = [chat(" ".join(f"word{n}x{i}" for i in range(200))) for n in range(50)]  # 9,650 runs
-    digests = TextDigests.of(texts[:25]) | TextDigests.of(texts[25:])
-    digests.save(built.folder)
+    TextDigests.of(texts).save(built.folder)
     assert (built.folder / DIGESTS_FILE).stat().st_size == 500 * 8
-    found = digests.overlapping([*texts, *OTHERS])
-    assert found == TextDigests.of(texts).overlapping([*texts, *OTHERS])
+    stored = TextDigests.load(built)
+    assert stored is not None
+    found = stored.overlapping([*texts, *OTHERS])
     assert len(found) > 45
     assert max(found) < 50
 

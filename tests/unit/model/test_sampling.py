@@ -55,6 +55,13 @@ def hugging_face(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return logits.double().softmax(-1)
 
 
+@pytest.fixture(params=["native", "reference"])
+def each_implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test with native draws, and again with the reference's."""
+    if request.param == "reference":
+        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+
+
 FILTERS = [
     {},
     {"temperature": 0.3},
@@ -107,10 +114,8 @@ def test_frequencies_follow_the_distribution(options: dict) -> None:
     assert chi_square < 27.9  # 5 degrees of freedom: p < 4e-5 beyond
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
-def test_tokens_of_one_in_a_million_come_as_often_as_they_should(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native:
-        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+@pytest.mark.usefixtures("each_implementation")
+def test_tokens_of_one_in_a_million_come_as_often_as_they_should() -> None:
     draws, part, tail = 1_000_000, 50_000, 20
     probabilities = torch.tensor([*[1e-6] * tail, 0.6, 0.25, 0.15 - 1e-3 - 1e-6 * tail, 1e-3], dtype=torch.float64)
     logits = probabilities.log().float().expand(part, -1).contiguous()
@@ -125,10 +130,8 @@ def test_tokens_of_one_in_a_million_come_as_often_as_they_should(native: bool, m
     assert chi_square < 22.6  # about 3 degrees of freedom: p < 5e-5 beyond
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
-def test_known_draws(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native:
-        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+@pytest.mark.usefixtures("each_implementation")
+def test_known_draws() -> None:
     params, positions, sample_indices, tokens = plain_race.known_requests()
     logits = plain_race.LOGITS.expand(len(params), -1)
     assert [token.token_id for token in sample(logits, params, positions, sample_indices)] == tokens
@@ -159,10 +162,8 @@ def test_of_equal_keys_the_lowest_id_wins(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.1}], ids=str)
-@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
-def test_a_token_of_minus_infinity_never_comes(options: dict, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native:
-        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
+@pytest.mark.usefixtures("each_implementation")
+def test_a_token_of_minus_infinity_never_comes(options: dict) -> None:
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, [300, 700]] = torch.tensor([1.0, 1.5])
     assert set(draw(logits, SamplingParams(seed=0, **options), 50)) <= {300, 700}
@@ -242,12 +243,10 @@ def test_more_logprobs_than_tokens() -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=1, top_k=3, top_p=0.5)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3, [math.nan] * 3])
-@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+@pytest.mark.usefixtures("each_implementation")
 def test_broken_logits_yield_no_token_and_leave_their_neighbours_alone(
-    native: bool, row: list[float], params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+    row: list[float], params: SamplingParams
 ) -> None:
-    if not native:
-        monkeypatch.setattr(sampling, "draw", lambda *arguments: None)
     logits = torch.tensor([row, [1.0, 2.0, 3.0], row])
     neighbour = replace(params, seed=5, logprobs=2)
     want = sample(logits[1:2], [neighbour], [7], [0])

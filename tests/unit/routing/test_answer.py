@@ -75,7 +75,7 @@ def scores(tokens=2, top=2, ranks=None):
     values = [-1.0] * tokens
     count = tokens if ranks is None else ranks
     return common_pb2.PromptLogprobs(
-        first_index=1, logprobs=values, ranks=[1] * count, top_ids=[0] * tokens * top, top_logprobs=values * top
+        logprobs=values, ranks=[1] * count, top_ids=[0] * tokens * top, top_logprobs=values * top
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from overfill.errors import Incompatible
+from overfill.errors import Incompatible, InvalidRequest
 from overfill.rpc import unfilled
 from overfill.rpc.worker import check_start
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
@@ -67,3 +67,10 @@ def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, messa
 )
 def test_defaults_are_accepted(check, message):
     check(message)
+
+
+@pytest.mark.parametrize("answer_start", [0, 4])
+@pytest.mark.parametrize("message", [START, PREFILL], ids=["decode", "prefill"])
+def test_an_answer_start_outside_the_prompt_is_refused(message, answer_start):
+    with pytest.raises(InvalidRequest, match=rf"answer_start: must be in 1\.\.3.* got {answer_start}"):
+        check(with_fields(message, answer_start=answer_start, sampling=SCORED))

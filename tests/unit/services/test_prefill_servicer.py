@@ -58,7 +58,7 @@ async def bench(monkeypatch):
         max_model_len=64,
         config=SimpleNamespace(vocab_size=64, num_layers=2),
         codecs=tuple(CODECS.values()),
-        new_scores=lambda sampling, first: None,
+        new_scores=lambda sampling: None,
     )
     released_while_busy = []
 

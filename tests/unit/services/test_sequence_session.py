@@ -343,7 +343,7 @@ async def test_the_full_model_s_scores_reach_the_router_also_if_its_token_ends_t
     await settle()
     pull = await harness.assign()
     pull.release = lambda: True
-    scores = common_pb2.PromptLogprobs(first_index=1, logprobs=[-1, -2], ranks=[1, 2])
+    scores = common_pb2.PromptLogprobs(logprobs=[-1, -2], ranks=[1, 2])
     harness.session.inbox.put_nowait(decode_pb2.Tokens(ids=[40], prompt_logprobs=scores))
     await settle()
     (told,) = first_tokens(harness)
@@ -365,7 +365,7 @@ async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
     task = asyncio.ensure_future(harness.session.run())
     await settle()
     pull = await harness.assign()
-    of_full = common_pb2.PromptLogprobs(first_index=2, logprobs=[-7], ranks=[9])
+    of_full = common_pb2.PromptLogprobs(logprobs=[-7], ranks=[9])
     harness.session.inbox.put_nowait(decode_pb2.Tokens(prompt_logprobs=of_full, prefill_queue_ns=3))
     pull.on_in_place()
     pull.end()
@@ -375,7 +375,7 @@ async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
     await settle()
     (told,) = first_tokens(harness)
     assert list(told.ids) == ([] if stop else [4])
-    assert (told.prompt_logprobs.first_index, list(told.prompt_logprobs.ranks)) == (2, [9, 1])
+    assert list(told.prompt_logprobs.ranks) == [9, 1]
     assert told.prefill_queue_ns == 3
     assert harness.kinds[-1] == "done"
     await task

@@ -95,4 +95,4 @@ def _parameters(config: ModelConfig) -> int:
 
 
 def _questions() -> list[str]:
-    return [c.messages[0]["content"] for c in shipped_conversations("held_out")[:_QUESTIONS]]
+    return [c.messages[0]["content"] for c in shipped_conversations("development")[:_QUESTIONS]]
