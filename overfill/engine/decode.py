@@ -4,7 +4,7 @@
 - **Replay.** A sequence that arrives with emitted tokens (migrated or preempted) first replays them through the
   decoder. A replay takes a step without decoding sequences, or several steps when it exceeds the replay budget.
 - **Scores.** A sequence whose prompt is scored has the full model's KV up to ``answer_start``, and replays the rest of
-  its prompt. These steps score it.
+  its prompt. These steps score it, and are short while answers wait.
 - **Preemption.** When blocks run out, the engine preempts the youngest sequence. It resumes the sequence, before it
   reserves blocks for a new one, when blocks are free again.
 - **Admission.** The engine admits or resumes a sequence only if one free block remains for each other sequence to grow
@@ -44,6 +44,10 @@ _MAX_PUBLISHED_BLOCKS = 256
 """Maximum number of blocks that the engine publishes in the prefix cache between two steps. Publishing a prompt of
 128 k tokens at once takes 25 ms and delays every stream."""
 
+_MAX_SCORED_BESIDE_ANSWERS = 32
+"""Maximum number of prompt tokens in a step that scores them while answers wait. The client chooses how many tokens the
+decoder scores, so their steps must not delay every answer."""
+
 
 class DecodeEngine:
     """Single-threaded core of a decode worker: ``handle`` takes messages, ``step`` computes.
@@ -82,6 +86,7 @@ class DecodeEngine:
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self.replayed_last = False
         self.step_shape = (0, 0)
+        self._answers_wait = False  # for the step that replays
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
 
@@ -153,6 +158,7 @@ class DecodeEngine:
         ready = [s for s in ready if s.state is DecodeState.RUNNING]
         replays = [s for s in ready if len(s.pending()) > 1]
         decodes = [s for s in ready if len(s.pending()) == 1]
+        self._answers_wait = bool(decodes)
         # While there are both, replays and normal steps alternate.
         if replays and (not decodes or not self.replayed_last):
             self.replayed_last = True
@@ -283,8 +289,10 @@ class DecodeEngine:
 
     def _budget(self, sequence: DecodeSequence) -> int:
         """Maximum number of tokens that a step replays with ``sequence`` in it."""
-        budget = self._replay_budget
-        return budget if sequence.scores is None else min(budget, self._runner.max_scored)
+        if sequence.scores is None:
+            return self._replay_budget
+        budget = min(self._replay_budget, self._runner.max_scored)
+        return min(budget, _MAX_SCORED_BESIDE_ANSWERS) if self._answers_wait else budget
 
     def _compute(self, sequences: list[DecodeSequence]) -> list[DecodeEvent]:
         started = time.monotonic_ns()

@@ -69,18 +69,18 @@ class TextDigests:
         A decoder that is the full model was made from no text.
 
         Raises:
-            InvalidPair: the file cannot be read or was cut off.
+            InvalidPair: the file cannot be read, or has a size that no file of digests has.
         """
         file = pair.folder / DIGESTS_FILE
         try:
-            stored = file.read_bytes()
+            if (size := file.stat().st_size) > 8 * MAX_DIGESTS or size % 8:
+                allowed = f"must be a multiple of 8, at most {8 * MAX_DIGESTS}"
+                raise InvalidPair(f"{file} has {size} bytes; the number {allowed}; it is damaged")
+            return cls(np.fromfile(file, dtype="<u8").tolist())
         except FileNotFoundError:
             return cls(()) if pair.decoder_path == pair.full_path else None
         except OSError as error:
             raise InvalidPair(f"{file} cannot be read: {error}") from None
-        if len(stored) % 8:
-            raise InvalidPair(f"{file} has {len(stored)} bytes, which is not a multiple of 8; it is damaged")
-        return cls(np.frombuffer(stored, dtype="<u8").tolist())
 
 
 def describe_overlap(shared: Sequence[int] | None, judged: int, text: str) -> str:

@@ -133,6 +133,13 @@ class Job:
         first = self.start.answer_start if self.start.HasField("answer_start") else 1
         return self.prompt_tokens - first, self.start.sampling.prompt_logprobs
 
+    @property
+    def cacheable_tokens(self) -> int:
+        """Number of leading prompt tokens that prefill workers take from their prefix cache and put into it."""
+        if self.start.HasField("answer_start"):
+            return self.start.answer_start
+        return self.prompt_tokens if self.num_scores is None else 0
+
     def sample(self, index: int) -> Job:
         """Returns a copy, made before the start, for answer ``index`` among several to the prompt, with one seed."""
         start = decode_pb2.StartDecode()

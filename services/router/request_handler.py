@@ -334,7 +334,7 @@ def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> J
     checked = validate_generate(*arguments)
     if root is None:
         return checked
-    keys = PromptKeys(root, checked.prompt_token_ids)
+    keys = PromptKeys(root, checked.prompt_token_ids[: checked.cacheable_tokens])
     for size in filter(None, block_sizes):
         keys.fill(size)
     checked.block_keys = keys

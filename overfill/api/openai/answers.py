@@ -238,7 +238,7 @@ class Choice:
     def reason(self) -> str:
         """Finish reason of the answer, once it has ended."""
         assert self.finished is not None
-        return FINISH_REASONS[self.finished.reason]
+        return "length" if self.without_answer else FINISH_REASONS[self.finished.reason]
 
     def _chunk(self, content: Any, scores: Any) -> dict[str, Any]:
         key = "text" if self.envelope.kind == "completion" else "delta"

@@ -176,6 +176,7 @@ inline Bounds top_p_bounds(const DrawRow& row, double top_p, float least, DrawSc
     float low = std::max<double>(std::max(least, -3e38f), row.highest + row.temperature * std::log(share));
     float high = std::nextafter(row.highest, INFINITE);
     if (low > least) select(row, low, s.kept), weigh(row, s.kept, s.weights);
+    low = *std::min_element(s.kept.begin(), s.kept.end());  // at high temperatures far above the bound by weight
     double above = 0;
     size_t between = s.kept.size();
     for (int halvings = 0; between > 64 && halvings < 24; ++halvings) {

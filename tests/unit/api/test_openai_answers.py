@@ -187,3 +187,9 @@ def test_a_chunk_has_one_entry_per_tool_call():
         {"index": 0, "function": {"arguments": "}"}},
         {"index": 1, "id": "call_1", "type": "function", "function": {"name": "now", "arguments": '{"a": 1'}},
     ]
+
+
+def test_a_scored_prompt_without_an_answer_ends_by_its_length():
+    """Also where the token that the router computes all the same would end an answer."""
+    scored = choice(without_answer=True, finished=inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP))
+    assert scored.reason == "length"

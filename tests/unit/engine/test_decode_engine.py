@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from scheduling import GREEDY, EngineMachine
 
+from overfill.engine import decode
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
     DecodeSequence,
@@ -108,6 +109,18 @@ def test_the_rest_of_a_scored_prompt_passes_in_steps_of_a_bounded_number_of_toke
     assert ranks(events, "b") == ([], 10)
     assert [e.scores for e in events if isinstance(e, TokenSampled) and e.index] == [None] * 7
     assert tokens(events, "a") == [32, 33]
+
+
+def test_steps_that_score_a_prompt_are_short_while_answers_wait(runner, events, monkeypatch):
+    monkeypatch.setattr(decode, "_MAX_SCORED_BESIDE_ANSWERS", 2)
+    engine = new_engine(runner, BlockPool(32, 4), events)
+    start(engine, sequence("plain", max_tokens=3), 50)
+    start(engine, scored("a", list(range(10, 25)), 3), None)
+    finish(engine)
+    parts = [(len(part), len(step)) for step in runner.steps for part, _ in step if 13 <= part[0] < 25]
+    assert parts == [(2, 1), (2, 1), (runner.max_scored, 1), (2, 1)]
+    assert runner.steps[1] == [([50], 4)], "an answer's token came between two parts"
+    assert ranks(events, "a") == ([1] * 11, 25)
 
 
 def test_no_kv_from_answer_start_on_is_cached(runner, events):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,13 @@ def test_a_pair_that_was_made_elsewhere_is_not_known_and_an_identity_pair_has_se
     unfitted = TextDigests.load(Pair.load(make_tiny_pair(tmp_path / "identity", identity=True)))
     assert unfitted is not None
     assert unfitted.overlapping(FITTED) == []
-    (built.folder / DIGESTS_FILE).write_bytes(b"123456789")
-    with pytest.raises(InvalidPair, match=r"text_digests\.bin has 9 bytes, which is not a multiple of 8"):
+
+
+@pytest.mark.parametrize("size", [9, 1 << 40])
+def test_a_file_of_digests_of_a_wrong_size_is_damaged(built: Pair, size: int) -> None:
+    """A larger one would take the memory for all of it. The file of a terabyte has no blocks."""
+    os.truncate(built.folder / DIGESTS_FILE, size)
+    with pytest.raises(InvalidPair, match=rf"text_digests\.bin has {size} bytes; .* multiple of 8, at most 1048576"):
         TextDigests.load(built)
 
 

@@ -30,6 +30,7 @@ FILTERS = [
     {"temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.05},
     {"temperature": 1.8, "top_k": 300, "top_p": 0.95},
     {"temperature": 1.5, "top_p": 0.95, "min_p": 0.2},
+    {"temperature": 1e30, "top_p": 0.5},
 ]
 
 

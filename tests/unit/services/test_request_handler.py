@@ -16,7 +16,7 @@ from overfill.routing.admission import KeyLimiter
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.pool import Roster
 from overfill.telemetry.router_metrics import RouterMetrics
-from overfill.v1 import inference_pb2
+from overfill.v1 import common_pb2, inference_pb2
 from services.router.bounded_executor import BoundedExecutor
 from services.router.limits import RequestLimits
 from services.router.request_handler import LONG_REQUEST, MAX_DETOKENIZED, RequestHandler
@@ -74,7 +74,8 @@ def submitted():
 
 
 def new_handler(tokenizer, dispatcher, max_positions, prefill=None):
-    pair: Any = SimpleNamespace(full_config=SimpleNamespace(vocab_size=100, max_positions=max_positions))
+    config = SimpleNamespace(vocab_size=100, max_positions=max_positions)
+    pair: Any = SimpleNamespace(full_config=config, identity=True)
     roster: Any = Roster()
     tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
     if prefill is not None:
@@ -220,6 +221,23 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(tokenizer, submitted, 
     for answer in answers:
         with answer:
             pass
+
+
+@pytest.mark.parametrize(("scored", "cacheable"), [({}, 0), ({"answer_start": 40}, 32)])
+async def test_what_prefix_caches_cannot_have_of_a_scored_prompt_does_not_count_as_cached(
+    tokenizer, submitted, scored, cacheable
+):
+    tokenizer.proceed.set()
+    worker: Any = PrefillWorker()
+    handler, policy = new_handler(tokenizer, submitted, 200, worker), PrefixAffinity()
+    sampling = common_pb2.SamplingParams(prompt_logprobs=1)
+    with handler.hold_quota() as hold:
+        job = await handler.check(inference_pb2.GenerateRequest(text="x", sampling=sampling, **scored), hold, 0.0)
+        plain = await handler.check(inference_pb2.GenerateRequest(text="x"), hold, 0.0)
+    policy.put(worker)
+    policy.placed(job, worker)
+    assert policy.placed(plain, worker) == cacheable, "the scored prompt promises no more"
+    assert policy.placed(job, worker) == cacheable, "the plain prompt's blocks are of no use to it"
 
 
 async def test_a_drain_waits_for_a_request_that_is_tokenized(submitted, tokenizer):
