@@ -156,8 +156,8 @@ class DecodeEngine:
         else:
             self._resume_preempted(events)
         ready = [s for s in ready if s.state is DecodeState.RUNNING]
-        replays = [s for s in ready if len(s.pending()) > 1]
-        decodes = [s for s in ready if len(s.pending()) == 1]
+        replays = [s for s in ready if s.num_pending > 1]
+        decodes = [s for s in ready if s.num_pending == 1]
         self._answers_wait = bool(decodes)
         # While there are both, replays and normal steps alternate.
         if replays and (not decodes or not self.replayed_last):
@@ -167,7 +167,7 @@ class DecodeEngine:
             self.replayed_last = False
             chosen = decodes
         if chosen:
-            self.step_shape = (len(chosen), sum(min(len(s.pending()), self._budget(s)) for s in chosen))
+            self.step_shape = (len(chosen), sum(min(s.num_pending, self._budget(s)) for s in chosen))
             events.extend(self._compute(chosen))
         if events:
             self._emit(events)
@@ -281,7 +281,7 @@ class DecodeEngine:
         budget, used = self._replay_budget, 0
         for sequence in replays:
             budget = min(budget, self._budget(sequence))
-            used += min(len(sequence.pending()), budget)
+            used += min(sequence.num_pending, budget)
             if chosen and used > budget:
                 break
             chosen.append(sequence)
@@ -297,11 +297,11 @@ class DecodeEngine:
     def _compute(self, sequences: list[DecodeSequence]) -> list[DecodeEvent]:
         started = time.monotonic_ns()
         try:
-            if len(sequences[0].pending()) > (budget := self._budget(sequences[0])):
+            if sequences[0].num_pending > (budget := self._budget(sequences[0])):
                 self._replay_part(sequences[0], budget)
                 self._count_step(started, 1, 0, budget)
                 return []
-            replayed = sum(len(s.pending()) - 1 for s in sequences)
+            replayed = sum(s.num_pending - 1 for s in sequences)
             works = [Work(s.pending(), s.computed, s.blocks, True, new_scoring(s, s.pending()[1:])) for s in sequences]
             sampled, failed = self._runner.next_tokens(works, sequences)
             scored = {row: error for row, s in enumerate(sequences) if (error := score_error(s)) is not None}

@@ -280,6 +280,11 @@ class DecodeSequence:
         """Number of leading prompt tokens whose KV is the full model's."""
         return len(self.prompt) if self.answer_start is None else self.answer_start
 
+    @property
+    def num_pending(self) -> int:
+        """Number of tokens in ``pending``, without a copy of a long prompt's."""
+        return self.num_tokens - self.computed
+
     def pending(self) -> list[int]:
         """Known tokens whose KV is not computed: one in a normal step, all of the decoder's in a replay."""
         own = self.computed - len(self.prompt)

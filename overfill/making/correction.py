@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def shipped_correction(recipe: Mapping[str, Any]) -> Correction | None:
 
 def write_correction(
     name: Path,
-    products: Mapping[str, tuple[Tensor, Tensor]],
+    products: Iterable[tuple[Tensor, Tensor]],
     gains: Tensor,
     text: TextDigests,
     facts: Mapping[str, Any],
@@ -173,12 +173,12 @@ def write_correction(
     """Writes a correction to ``name-*.safetensors``, in place of the one there; returns the files.
 
     Args:
-        products: ``up`` and ``down`` by the name of the matrix, in the order of names.
+        products: ``up`` and ``down`` of each matrix, in the order of names.
         gains: [m]; differences of all vectors, in the order of names.
         text: Digests of the training text, of which a sample is kept.
         facts: As ``Correction.facts``, without ``files``.
     """
-    values, scales = _quantised(torch.cat([factor.flatten() for pair in products.values() for factor in pair]))
+    values, scales = _quantised(torch.cat([factor.flatten() for pair in products for factor in pair]))
     digests = torch.from_numpy(np.array(text.sample(_TEXT_DIGESTS), dtype="<u8").view("<i8"))
     stored_bytes = values.nbytes + scales.nbytes + digests.nbytes + 2 * len(gains)
     count = -(-stored_bytes // (MAX_FILE_BYTES - 8_192))  # a header is shorter than that

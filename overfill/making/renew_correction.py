@@ -65,7 +65,7 @@ def renew(name: str, trained: Path, corrections: Path = CORRECTIONS) -> list[Pat
         "rank": run["rank"],
         "answer_tokens": run["tokens"] + before.get("answer_tokens", 0),
     }
-    products = {matrix: (stored[f"{matrix}up"], stored[f"{matrix}down"]) for matrix in matrices}
+    products = [(stored[f"{matrix}up"], stored[f"{matrix}down"]) for matrix in matrices]
     return write_correction(corrections / name, products, torch.cat(gains), text, facts)
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -240,9 +241,9 @@ class Pair:
             folder=folder,
             full_path=full_path,
             decoder_path=decoder_path,
-            full_digest=full.get("digest", str),
-            decoder_digest=decoder.get("digest", str),
-            tokenizer_digest=manifest.get("tokenizer_digest", str),
+            full_digest=full.digest("digest"),
+            decoder_digest=decoder.digest("digest"),
+            tokenizer_digest=manifest.digest("tokenizer_digest"),
             full_config=full_config,
             decoder_config=decoder_config,
             full_engines=full.engines(engines_that_run(full_config)),
@@ -308,6 +309,13 @@ class _Section:
             what = "is missing" if name not in self._values else f"must be {kind.__name__}, got {value!r}"
             raise self.error(name, what)
         return value
+
+    def digest(self, name: str) -> str:
+        """A SHA-256. A worker compares those of weights that it does not read with its peers' only."""
+        digest = self.get(name, str)
+        if re.fullmatch("[0-9a-f]{64}", digest) is None:
+            raise self.error(name, f"must have 64 digits of 0-9 and a-f, got {digest[:80]!r}")
+        return digest
 
     def section(self, name: str) -> _Section:
         return _Section(self._file, f"{self._prefix}{name}.", self.get(name, dict))

@@ -145,7 +145,7 @@ class ServedTiers:
         )
 
     def check_scores(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
-        """Raises InvalidRequest if ``request`` asks for scores that the tier's decoder cannot be given for."""
+        """Raises InvalidRequest if ``request`` has its whole prompt scored in a tier with a smaller decoder."""
         scored, split = request.sampling.HasField("prompt_logprobs"), request.HasField("answer_start")
         if not scored or split or self._pairs[tier].identity:
             return

@@ -20,7 +20,7 @@ from overfill.v1 import common_pb2, inference_pb2
 MARK = "\0"
 """Stands for text or log-probabilities that are put into the JSON of a message later."""
 
-_PLACE = b'logprobs":"\\u0000"'
+_PLACE = b'logprobs":"\\u0000"'  # of ``logprobs`` and of ``prompt_logprobs``
 
 _RULED_OUT = -9999.0
 """Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
@@ -127,7 +127,7 @@ class Choice:
     _ids: list[int] = field(default_factory=list)
     _entries: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     _scores_of_prompt: PromptScores | None = None
-    _offset: int = 0  # number of characters in the tokens of which ``_next_offset`` was called
+    _offset: int = 0  # number of characters in the tokens that ``_next_offset`` has seen
     _characters: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8(errors="replace"))
     _calls: list[dict[str, Any]] = field(default_factory=list)
 

@@ -123,6 +123,12 @@ def test_steps_that_score_a_prompt_are_short_while_answers_wait(runner, events, 
     assert ranks(events, "a") == ([1] * 11, 25)
 
 
+def test_the_number_of_pending_tokens_is_that_of_the_list():
+    waiting = scored("a", list(range(20)), 3)
+    for waiting.computed, waiting.emitted in ((3, []), (19, []), (20, [7]), (3, [7, 8]), (21, [7, 8])):
+        assert waiting.num_pending == len(waiting.pending()) > 0
+
+
 def test_no_kv_from_answer_start_on_is_cached(runner, events):
     prefix = PrefixCache(BlockPool(32, 4))
     engine = DecodeEngine(runner, prefix.pool, 8, 16, events.extend, prefix)

@@ -219,7 +219,7 @@ def test_factors_keep_their_values_within_4_bits(tmp_path: Path) -> None:
     up[0] = 0
     facts = {"key": {}, "rank": 6, "answer_tokens": 1}
     text = TextDigests([3, 2**64 - 1])
-    write_correction(tmp_path / "name", {"a.": (up, down)}, torch.tensor([0.25, -0.5]), text, facts)
+    write_correction(tmp_path / "name", [(up, down)], torch.tensor([0.25, -0.5]), text, facts)
     found = read_correction(tmp_path / "name")
     assert found is not None
     values = torch.cat([up.flatten(), down.flatten()])

@@ -43,6 +43,8 @@ BAD_FIELDS: dict[str, tuple[Edit, str]] = {
     "no-full": (lambda m: m.pop("full"), "full"),
     "full-not-an-object": (lambda m: m.update(full="full"), "full"),
     "no-digest": (lambda m: m["decoder"].pop("digest"), r"decoder\.digest"),
+    "digest-empty": (lambda m: m["full"].update(digest=""), r"full\.digest must have 64 digits .* got ''"),
+    "digest-upper-case": (lambda m: m["decoder"].update(digest="A" * 64), r"decoder\.digest must have 64"),
     "path-missing": (lambda m: m["decoder"].update(path="elsewhere"), r"decoder\.path"),
     "path-absolute": (lambda m: m["full"].update(path="/etc"), r"full\.path"),
     "path-outside": (lambda m: m["full"].update(path="../full"), r"full\.path"),
