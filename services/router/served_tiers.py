@@ -144,7 +144,7 @@ class ServedTiers:
             "this router would continue another answer",
         )
 
-    def check_scores(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
+    def check_can_score(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
         """Raises InvalidRequest if ``request`` has its whole prompt scored in a tier with a smaller decoder."""
         scored, split = request.sampling.HasField("prompt_logprobs"), request.HasField("answer_start")
         if not scored or split or self._pairs[tier].identity:
