@@ -69,7 +69,7 @@ def validate_generate(
             room = request.resume_identity.prompt_tokens
         prompt = _truncated(prompt, request.truncate_prompt_tokens, room)
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
-    _check_scores(request, sampling, len(prompt), vocab_size)
+    _check_answer_start(request, len(prompt))
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed
     start = decode_pb2.StartDecode(
@@ -88,13 +88,15 @@ def validate_generate(
         start.sampling.seed = int.from_bytes(drawn[16:], "little")
     if tools is not None:
         start.sampling.grammar.CopyFrom(tools.to_proto())
-    return Job(
+    job = Job(
         start=start,
         prompt_token_ids=prompt,
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
     )
+    _check_num_scores(job, vocab_size)
+    return job
 
 
 def _check_request_id(id: str) -> None:
@@ -165,28 +167,27 @@ def _check_room(prompt_tokens: int, max_model_len: int) -> int:
     return room
 
 
-def _check_scores(
-    request: inference_pb2.GenerateRequest, sampling: SamplingParams, prompt_tokens: int, vocab_size: int
-) -> None:
-    count = sampling.prompt_logprobs
-    if request.HasField("answer_start"):
-        if count is None:
-            raise InvalidRequest("answer_start", "is only for requests that score their prompt; set prompt_logprobs")
-        if request.HasField("truncate_prompt_tokens"):
-            raise InvalidRequest("answer_start", "counts tokens of the whole prompt; leave truncate_prompt_tokens out")
-        if not 1 <= request.answer_start < prompt_tokens:
-            allowed = f"must be at least 1 and less than the prompt's {prompt_tokens} tokens"
-            raise InvalidRequest("answer_start", f"{allowed}; got {request.answer_start}")
-    if count is None:
+def _check_answer_start(request: inference_pb2.GenerateRequest, prompt_tokens: int) -> None:
+    if not request.HasField("answer_start"):
         return
+    if not request.sampling.HasField("prompt_logprobs"):
+        raise InvalidRequest("answer_start", "is only for requests that score their prompt; set prompt_logprobs")
+    if request.HasField("truncate_prompt_tokens"):
+        raise InvalidRequest("answer_start", "counts tokens of the whole prompt; leave truncate_prompt_tokens out")
+    if not 1 <= request.answer_start < prompt_tokens:
+        allowed = f"must be at least 1 and less than the prompt's {prompt_tokens} tokens"
+        raise InvalidRequest("answer_start", f"{allowed}; got {request.answer_start}")
+
+
+def _check_num_scores(job: Job, vocab_size: int) -> None:
+    count, scores = job.start.sampling.prompt_logprobs, job.num_scores
     if count > vocab_size:
         raise InvalidRequest("sampling.prompt_logprobs", f"is {count}, more than the {vocab_size} token ids")
-    scored = prompt_tokens - (request.answer_start if request.HasField("answer_start") else 1)
-    if (total := (1 + count) * scored) > MAX_PROMPT_LOGPROBS:
+    if scores is not None and scores.logprobs > MAX_PROMPT_LOGPROBS:
         raise InvalidRequest(
             "sampling.prompt_logprobs",
-            f"{count} for each of {scored} tokens make {total} log-probabilities, with the tokens' own; at most "
-            f"{MAX_PROMPT_LOGPROBS} are allowed; ask for fewer, or score a shorter prompt",
+            f"{count} for each of {scores.tokens} tokens make {scores.logprobs} log-probabilities, with the tokens' "
+            f"own; at most {MAX_PROMPT_LOGPROBS} are allowed; ask for fewer, or score a shorter prompt",
         )
 
 

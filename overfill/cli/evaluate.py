@@ -236,7 +236,7 @@ def lm_eval_command(
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
     from overfill.making.evaluate.harness import run_tasks
-    from overfill.making.evaluate.lm_eval_adapter import OverfillLM, PairLM
+    from overfill.making.evaluate.lm_eval_adapter import LocalLM, PairLM
     from overfill.making.evaluate.served_lm import ServedLM
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
@@ -249,7 +249,7 @@ def lm_eval_command(
         folder = resolve_pair(pair, report)
     with contextlib.ExitStack() as clients:
         model: PairLM = (
-            OverfillLM(folder, **on)
+            LocalLM(folder, **on)
             if connection is None
             else ServedLM(Pair.load(folder), clients.enter_context(connection.client()))
         )

@@ -91,6 +91,7 @@ class AnswerIdentity:
         prompt_digest: Digest of the prompt's token ids, each 4 bytes, little-endian.
         kv_dtype: Element type in which the workers compute, such as "bfloat16"; empty means that the router did not
             know it yet, and fits each.
+        answer_start: The request's ``answer_start``; 0 means that it had none.
     """
 
     full_digest: str = ""
@@ -107,6 +108,7 @@ class AnswerIdentity:
     prompt_tokens: int = 0
     prompt_digest: str = ""
     kv_dtype: str = ""
+    answer_start: int = 0
 
     def to_proto(self) -> inference_pb2.AnswerIdentity:
         return inference_pb2.AnswerIdentity(**asdict(self))

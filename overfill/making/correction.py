@@ -33,7 +33,8 @@ CORRECTIONS = Path(__file__).parent / "corrections"
 MAX_FILE_BYTES = 2_000_000
 _TEXT_DIGESTS = 16_384  # 131 kB
 _GROUP = 32
-_FACTS = "correction"  # key of a file's metadata
+_METADATA = "correction"  # key of the facts in a file's metadata
+_FACTS = "key", "rank", "answer_tokens", "files"
 
 _PARTS = {"full": "full model", "recipe": "recipe", "scores": "pruning scores", "text": "calibration text"}
 """Parts of a correction's key, by their names for users."""
@@ -133,7 +134,8 @@ def read_correction(name: Path) -> Correction | None:
         try:
             digest.update(file.read_bytes())
             with safe_open(file, "pt") as stored:
-                facts.append(json.loads(stored.metadata()[_FACTS]))
+                found = json.loads(stored.metadata()[_METADATA])
+                facts.append({name: found[name] for name in _FACTS})
                 factors.append(_dequantised(stored.get_tensor("values"), stored.get_tensor("scales")))
                 gains.append(stored.get_tensor("gains").float())
                 text += stored.get_tensor("text").numpy().view("<u8").tolist()
@@ -189,7 +191,7 @@ def write_correction(
     parts = zip(files, *(t.tensor_split(count) for t in (values, scales, gains.half(), digests)), strict=True)
     for file, *tensors in parts:
         contents = dict(zip(("values", "scales", "gains", "text"), (t.contiguous() for t in tensors), strict=True))
-        save_tensors(contents, file, {_FACTS: json.dumps({**facts, "files": count}, sort_keys=True)})
+        save_tensors(contents, file, {_METADATA: json.dumps({**facts, "files": count}, sort_keys=True)})
     return files
 
 

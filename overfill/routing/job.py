@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from overfill.routing.tier import DEFAULT_TIER, TierChoice
 from overfill.routing.worker import Worker
@@ -18,6 +19,18 @@ class JobState(enum.Enum):
     WANTS_PREFILL = "blocks reserved, waiting for a prefill slot"
     RUNNING = "on a decode worker, prefill assigned"
     FINISHED = "finished"
+
+
+class NumScores(NamedTuple):
+    """Number of prompt tokens that the workers score, and of alternatives to each."""
+
+    tokens: int
+    alternatives: int
+
+    @property
+    def logprobs(self) -> int:
+        """Number of log-probabilities: each token has its own and those of its alternatives."""
+        return self.tokens * (1 + self.alternatives)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -126,12 +139,12 @@ class Job:
         return bool(self.start.emitted_token_ids)
 
     @property
-    def num_scores(self) -> tuple[int, int] | None:
-        """Number of prompt tokens that the workers score, and of alternatives to each; None if they score none."""
+    def num_scores(self) -> NumScores | None:
+        """What the workers score of the prompt; None if they score nothing."""
         if not self.start.sampling.HasField("prompt_logprobs") or self.client_resumed:
             return None
         first = self.start.answer_start if self.start.HasField("answer_start") else 1
-        return self.prompt_tokens - first, self.start.sampling.prompt_logprobs
+        return NumScores(self.prompt_tokens - first, self.start.sampling.prompt_logprobs)
 
     @property
     def cacheable_tokens(self) -> int:

@@ -129,7 +129,7 @@ class RequestHandler:
         caller, now = hold.caller, asyncio.get_running_loop().time()
         choice = self.tiers.requested(request, caller)
         hold.tier = choice.tier
-        self.tiers.check_scores(request, choice.fallback_from or choice.tier, caller)
+        self.tiers.check_can_score(request, choice.fallback_from or choice.tier, caller)
         size = self._size(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)

@@ -44,7 +44,7 @@ class ServedTiers:
         self._pairs = pairs
         self.roster = roster
         self._brownout = brownout
-        self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and prompt, by tier
+        self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and request, by tier
         self._said: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
@@ -81,8 +81,8 @@ class ServedTiers:
         rounded = "".join(f"-{name}" for name in names if name)
         return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
 
-    def identity(self, tier: str, prompt: Sequence[int]) -> inference_pb2.AnswerIdentity:
-        """Returns what an answer of ``tier`` to the token ids ``prompt`` depends on."""
+    def identity(self, tier: str, prompt: Sequence[int], answer_start: int) -> inference_pb2.AnswerIdentity:
+        """Returns what an answer of ``tier`` to the token ids ``prompt`` depends on; ``answer_start`` 0 means none."""
         if tier not in self._identities:
             self._identities[tier] = self._identity(tier)
         identity = inference_pb2.AnswerIdentity()
@@ -91,6 +91,7 @@ class ServedTiers:
             setattr(identity, name, _rounded(form))
         identity.prompt_tokens = len(prompt)
         identity.prompt_digest = hashlib.sha256(array("I", prompt)).hexdigest()
+        identity.answer_start = answer_start
         return identity
 
     def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
@@ -134,7 +135,7 @@ class ServedTiers:
                     "resume_identity", "is missing; to resume an answer, give the identity with which it was accepted"
                 )
             return
-        here, there = self.identity(tier, prompt), request.resume_identity
+        here, there = self.identity(tier, prompt, request.answer_start), request.resume_identity
         unknown = set(_FORMATS) - self._formats(tier).keys()
         unknown |= {name for name in CHOSEN_BY_WORKERS.values() if not getattr(there, name)}
         names = [f.name for f in here.DESCRIPTOR.fields if f.name not in unknown]
@@ -144,7 +145,7 @@ class ServedTiers:
             "this router would continue another answer",
         )
 
-    def check_scores(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
+    def check_can_score(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
         """Raises InvalidRequest if ``request`` has its whole prompt scored in a tier with a smaller decoder."""
         scored, split = request.sampling.HasField("prompt_logprobs"), request.HasField("answer_start")
         if not scored or split or self._pairs[tier].identity:

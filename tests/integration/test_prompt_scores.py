@@ -180,7 +180,7 @@ def test_lm_eval_scores_the_full_model_through_the_endpoint(running, tiny_family
     pytest.importorskip("lm_eval", reason="needs the extra `pairs`")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    from overfill.making.evaluate.lm_eval_adapter import OverfillLM
+    from overfill.making.evaluate.lm_eval_adapter import LocalLM
 
     tasks, folder = write_tasks(tmp_path), tiny_family["full"]
     served = LocalCompletionsAPI(
@@ -191,7 +191,7 @@ def test_lm_eval_scores_the_full_model_through_the_endpoint(running, tiny_family
         batch_size=4,
         max_length=512,
     )
-    assert_same_scores(served, OverfillLM(folder, dtype="float32"), tasks)
+    assert_same_scores(served, LocalLM(folder, dtype="float32"), tasks)
 
 
 def test_an_engine_that_cannot_score_prompts_is_named(tiny_family):

@@ -57,7 +57,12 @@ class Worker(decode_pb2_grpc.DecodeServicer):
         served.put(decode_pb2.SequenceUpdate(reserved=decode_pb2.Reserved(blocks=1)))
         first = len(served.start.emitted_token_ids)
         ids = written(served.start.prompt_token_ids, self.pair.decoder_digest)[first : self.stops_at]
-        served.put(decode_pb2.SequenceUpdate(tokens=decode_pb2.Tokens(first_index=first, ids=ids)))
+        tokens = decode_pb2.Tokens(first_index=first, ids=ids)
+        if served.start.sampling.HasField("prompt_logprobs") and not first:
+            scored = len(served.start.prompt_token_ids) - served.start.answer_start
+            tokens.prompt_logprobs.logprobs.extend([-1.0] * scored)
+            tokens.prompt_logprobs.ranks.extend([1] * scored)
+        served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         if self.stops_at < LENGTH:
             await asyncio.Event().wait()
         done = decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_LENGTH)
@@ -97,7 +102,7 @@ async def lost(*others, blocks=128, pair, **options):
         address = await exits.enter_async_context(stack(pair, blocks, BEFORE))
         proxy = await exits.enter_async_context(TcpProxy(address))
         client = await exits.enter_async_context(AsyncClient(",".join([proxy.address, *others])))
-        stream = await exits.enter_async_context(client.stream(PROMPT, sampling=SAMPLING, **options))
+        stream = await exits.enter_async_context(client.stream(PROMPT, **{"sampling": SAMPLING, **options}))
         first = await anext(stream)
         assert len(first.token_ids) == BEFORE
         proxy.forward_to("127.0.0.1:1")  # no process listens there
@@ -201,3 +206,19 @@ async def test_an_answer_that_is_resumed_by_hand_keeps_its_prompt_and_writer(pai
         with pytest.raises(InvalidRequest) as missing:
             await client.generate(PROMPT, sampling=SAMPLING, resume_token_ids=produced.token_ids)
         assert missing.value.field == "resume_identity"
+
+
+async def test_an_answer_behind_an_answer_start_goes_on_only_behind_the_same(pairs):
+    scored = replace(SAMPLING, prompt_logprobs=0)
+    async with lost(pair=pairs["pair"], sampling=scored, answer_start=40) as stream:
+        with pytest.raises(Unavailable) as caught:
+            await rest_of(stream)
+    produced = caught.value.produced
+    resumed = {"resume_token_ids": produced.token_ids, "resume_identity": produced.identity}
+    async with stack(pairs["pair"]) as address, AsyncClient(address) as client:
+        answer = await client.generate(PROMPT, sampling=scored, answer_start=40, **resumed)
+        assert [*produced.token_ids, *answer.token_ids] == answer_of(pairs, PROMPT)
+        for options in ({"sampling": SAMPLING}, {"sampling": scored, "answer_start": 41}):
+            with pytest.raises(Incompatible) as refused:
+                await client.generate(PROMPT, **options, **resumed)
+            assert refused.value.fields == ("resume_identity.answer_start",)

@@ -21,11 +21,10 @@ from overfill.kv.spec import DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.costs import PRECISIONS, DecodeCost, Precision
-from overfill.making.evaluate.duration import Work, announce
 from overfill.making.evaluate.evaluation import check_lengths, longest_sequence
 from overfill.making.evaluate.fake_quantization import fake_quantized_model
-from overfill.making.evaluate.free_running import Comparison, FreeRunning, answer_limit, free_work, judge_free_running
-from overfill.making.evaluate.teacher_forced import Candidate, forced_work, scorable, teacher_forced
+from overfill.making.evaluate.free_running import Comparison, FreeRunning, answer_limit, judge_free_running
+from overfill.making.evaluate.teacher_forced import Candidate, scorable, teacher_forced
 from overfill.making.evaluate.token_metrics import Estimate
 from overfill.model.config import ModelConfig
 from overfill.model.loading import Weights, load_weights
@@ -105,16 +104,9 @@ def compare(
     full = fastest_model(Transformer(config, weights, min(positions, config.max_positions)))
     whole, smaller = Candidate(full, range(config.num_layers)), [p for p in pairs if p.decoder_digest != p.full_digest]
     written = FREE_RUNNING if free_running else ()
-    work = forced_work(("two_stage",))
-    parts: list[Work] = [free_work] * free_running
-    for precision in [*PRECISIONS] * (1 + len(smaller)):
-        parts += [work, free_work] if precision in written else [work]
-    end_part = announce(kept, lambda few: teacher_forced(full, whole, few), work, parts, report)
 
     def write(decoder: Candidate, name: str) -> FreeRunning:
-        judged = judge_free_running(full, tokenizer, decoder, kept, max_tokens, title=name, report=report)
-        end_part()
-        return judged
+        return judge_free_running(full, tokenizer, decoder, kept, max_tokens, title=name, report=report)
 
     own = write(whole, FULL) if free_running else None
 
@@ -126,7 +118,6 @@ def compare(
             title = f"{name}, {precision}"
             decoder = Candidate(fastest_model(fake_quantized_model(config, weights, precision, limit)), layer_map)
             _, judged = teacher_forced(full, decoder, kept, step=f"Judging: {title}", report=report)
-            end_part()
             free = write(decoder, title).beside(own) if own is not None and precision in written else None
             figures = judged["two_stage"]
             return TradeoffPoint(

@@ -18,17 +18,9 @@ from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
 from overfill.making.evaluate.costs import DecodeCost
-from overfill.making.evaluate.duration import announce
 from overfill.making.evaluate.forward import cache_tokens
-from overfill.making.evaluate.free_running import FreeRunning, answer_limit, free_work, judge_free_running
-from overfill.making.evaluate.teacher_forced import (
-    Candidate,
-    Form,
-    TeacherForced,
-    forced_work,
-    scorable,
-    teacher_forced,
-)
+from overfill.making.evaluate.free_running import FreeRunning, answer_limit, judge_free_running
+from overfill.making.evaluate.teacher_forced import Candidate, Form, TeacherForced, scorable, teacher_forced
 from overfill.making.evaluate.token_metrics import Estimate, finite_or_none
 from overfill.model.manifest import Half, Pair
 from overfill.model.pair_files import load_whole
@@ -169,14 +161,10 @@ def evaluate(
         writers = {"full": Candidate(full, range(pair.full_config.num_layers)), "two_stage": candidate}
     forms: tuple[Form, ...] = get_args(Form)
     written: dict[Variant, FreeRunning] = {}
-    parts = [work := forced_work(forms), *([free_work] * len(writers))]
-    end_part = announce(kept, lambda few: teacher_forced(full, candidate, few, forms), work, parts, report)
     full_figures, figures = teacher_forced(full, candidate, kept, forms, report=report)
-    end_part()
     for name, writer in writers.items():
         title = TITLES[name]
         written[name] = judge_free_running(full, tokenizer, writer, kept, max_tokens, title=title, report=report)
-        end_part()
     return Evaluation(
         pair=pair.name,
         data=data,

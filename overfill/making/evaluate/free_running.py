@@ -16,7 +16,6 @@ import torch
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.making.conversations import Transcript
-from overfill.making.evaluate.duration import READ, WRITTEN
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.making.evaluate.greedy_answers import Written, write_answers
 from overfill.making.evaluate.teacher_forced import Candidate
@@ -143,11 +142,6 @@ class FreeRunning:
 def answer_limit(transcripts: Sequence[Transcript]) -> int:
     """Returns the maximum length of a free-running answer: the longest given answer and a quarter more."""
     return math.ceil(HEADROOM * max(len(t.answer) for t in transcripts))
-
-
-def free_work(transcript: Transcript) -> float:
-    """Work of an answer as long as the given one: its prompt is read, it is written, and the full model reads both."""
-    return (transcript.answer_start + len(transcript.token_ids)) * READ + len(transcript.answer) * WRITTEN
 
 
 def judge_free_running(

@@ -6,6 +6,7 @@ full model scores there. Needs the extra ``pairs``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -143,16 +144,16 @@ class PairLM(TemplateLM):  # type: ignore[misc]
         tokens = (*context, *continuation)[-(self.max_length + 1) :]
         return Transcript(tokens, len(tokens) - len(continuation))
 
+    @abstractmethod
     def _scores(self, transcripts: Sequence[Transcript]) -> Sequence[tuple[float, bool]]:
         """Returns the log likelihood of each answer, and whether greedy decoding gives it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answers(self, prompts: Sequence[list[int]], choices: Sequence[SamplingParams]) -> Iterable[Sequence[int]]:
         """Returns the answer to each prompt."""
-        raise NotImplementedError
 
 
-class OverfillLM(PairLM):
+class LocalLM(PairLM):
     """The pair in ``pair_folder``, which computes in this process.
 
     Args:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Transcript
-from overfill.making.evaluate.duration import JUDGED, READ, Work
 from overfill.making.evaluate.forward import BatchModel, batches, cache_tokens, target_tokens
 from overfill.making.evaluate.token_metrics import Metric, MetricAccumulator
 from overfill.model.transformer import ForwardModel
@@ -103,18 +102,6 @@ def teacher_forced(
         done += len(batch)
         report(step, done, len(transcripts))
     return full_accumulator.result(), {form: accumulator.result() for form, accumulator in accumulators.items()}
-
-
-def forced_work(forms: Sequence[Form]) -> Work:
-    """Work of ``teacher_forced``: the full model and *alone* read all, other forms the answer, and each is judged."""
-    whole = 1 + forms.count("decoder_alone")
-    answers = len(forms) + 1 - whole
-
-    def work(transcript: Transcript) -> float:
-        judged = (len(forms) + 1) * JUDGED
-        return whole * READ * len(transcript.token_ids) + (answers * READ + judged) * len(transcript.answer)
-
-    return work
 
 
 class _TeacherForcedAccumulator:

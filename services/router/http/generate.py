@@ -78,7 +78,7 @@ class RunningChoices:
         try:
             hold.take(received, len(asked.prompts) * asked.n)
             checked = [await handler.check(request, hold, received) for request in asked.prompts]
-            _check_scores(checked)
+            _check_response_scores(checked)
             for prompt, request in enumerate(checked):
                 for index in range(asked.n):
                     if self._running:
@@ -291,11 +291,10 @@ class RunningChoices:
         return text if isinstance(text, str) else self._handler.tokenizer.decode(list(text))
 
 
-def _check_scores(requests: Sequence[Job]) -> None:
+def _check_response_scores(requests: Sequence[Job]) -> None:
     """Refuses requests whose prompts have more log-probabilities than a response may have, before any is computed."""
     scores = [scores for request in requests if (scores := request.num_scores) is not None]
-    total = sum(tokens * (1 + alternatives) for tokens, alternatives in scores)
-    if total > MAX_UNSTREAMED_LOGPROBS:
+    if (total := sum(each.logprobs for each in scores)) > MAX_UNSTREAMED_LOGPROBS:
         raise InvalidRequest(
             "prompt",
             f"asks for {total} log-probabilities of {len(scores)} prompts, those of alternatives included; at most "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,21 @@ def poison(file: Path) -> None:
     save_tensors(tensors, file, metadata)
 
 
+def strip(file: Path) -> None:
+    """Removes the number of files from the metadata of all of them."""
+    for each in file.parent.iterdir():
+        with correction.safe_open(each, "pt") as stored:
+            facts = json.loads(stored.metadata()["correction"])
+        del facts["files"]
+        save_tensors(load_file(each), each, {"correction": json.dumps(facts)})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (cut, r"fit-2-of-3\.safetensors is damaged"),
         (poison, r"fit-2-of-3\.safetensors is damaged.*not finite"),
+        (strip, r"fit-1-of-3\.safetensors is damaged.*'files'"),
         (Path.unlink, "are not the files of one correction"),
     ],
 )

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 
-from overfill.making.conversations import Transcript
-from overfill.making.evaluate import duration
 from overfill.making.evaluate.costs import DecodeCost, weight_bytes
-from overfill.making.evaluate.duration import announce
 from overfill.making.evaluate.examples import choose_examples
 from overfill.making.evaluate.fake_quantization import fake_quantize
 from overfill.making.evaluate.free_running import ScoredAnswer, repeats
@@ -103,26 +99,6 @@ def test_more_examples_are_at_evenly_spaced_ranks_and_none_is_shown_twice() -> N
 def test_an_empty_answer_is_the_least_likely_one() -> None:
     empty = ScoredAnswer((), "", True, math.nan, 0.0)
     assert choose_examples([_answer(1.0, 0.0), empty, _answer(9.0, 0.0)], 3)[-1].index == 1
-
-
-def test_the_expected_time_is_announced_and_each_part_moves_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 106.0])
-    monkeypatch.setattr(duration.time, "monotonic", lambda: next(clock))
-    said: list[tuple[str, int, int]] = []
-    probed: list[Sequence[Transcript]] = []
-
-    def length(transcript: Transcript) -> float:
-        return len(transcript.token_ids)
-
-    transcripts = [Transcript((1,) * 100, 50), Transcript((1,) * 900, 50)]
-    parts = [length, lambda transcript: 3 * length(transcript)]
-    end_part = announce(transcripts, probed.append, length, parts, lambda *step: said.append(step))
-    assert probed == [transcripts[:1]]
-    end_part()
-    end_part()
-    # 6 s for 100 tokens; both parts together make the work of 4,000 tokens.
-    name = "Judging 2 conversations, about 4 min"
-    assert said == [(name, 0, 100), (name, 25, 100), (name, 100, 100)]
 
 
 def test_a_decode_step_reads_all_matrices_and_the_head_but_not_the_embedding() -> None:

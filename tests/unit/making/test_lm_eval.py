@@ -55,11 +55,11 @@ def two_stage(folder: Path, context: str, continuation: str) -> tuple[float, boo
 def test_an_identity_pair_scores_as_the_harness_own_model(identity: Path, tasks: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from overfill.making.evaluate.lm_eval_adapter import OverfillLM
+    from overfill.making.evaluate.lm_eval_adapter import LocalLM
 
     theirs = HFLM(pretrained=str(identity / "full"), dtype="float32", device="cpu", batch_size=3)
     expected, expected_answers = run_harness(theirs, tasks)
-    found, answers = run_harness(OverfillLM(identity, dtype="float32"), tasks)
+    found, answers = run_harness(LocalLM(identity, dtype="float32"), tasks)
     assert answers["tiny_write"] == expected_answers["tiny_write"]
     assert any("e" not in text and text for ((text,),) in answers["tiny_write"])
     for task in ("tiny_choose", "tiny_read"):
@@ -69,10 +69,10 @@ def test_an_identity_pair_scores_as_the_harness_own_model(identity: Path, tasks:
 
 
 def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny_pair: Path) -> None:
-    from overfill.making.evaluate.lm_eval_adapter import OverfillLM
+    from overfill.making.evaluate.lm_eval_adapter import LocalLM
 
     pairs = [(f"Question: {q['question']}?", f" {choice}") for q in QUESTIONS for choice in q["choices"]]
-    found = OverfillLM(tiny_pair, dtype="float32").loglikelihood(instances(*pairs), disable_tqdm=True)
+    found = LocalLM(tiny_pair, dtype="float32").loglikelihood(instances(*pairs), disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
         expected, expected_greedy = two_stage(tiny_pair, context, continuation)
         assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -81,9 +81,9 @@ def test_the_first_token_is_the_full_models_and_the_rest_the_decoders(tiny_pair:
 
 def test_greedy_answers_are_greedy(tiny_pair: Path) -> None:
     """Scoring finds each token of the pair's own answer most likely."""
-    from overfill.making.evaluate.lm_eval_adapter import OverfillLM
+    from overfill.making.evaluate.lm_eval_adapter import LocalLM
 
-    model = OverfillLM(tiny_pair, dtype="float32")
+    model = LocalLM(tiny_pair, dtype="float32")
     contexts = ["Numbers such as 0", "Write a short story", "x"]
     written = model.generate_until(instances(*((c, {"until": [], "max_gen_toks": 6}) for c in contexts)))
     reference, tokenizer = TwoStageReference(tiny_pair), load_tokenizer(tiny_pair / "full")
@@ -94,7 +94,7 @@ def test_greedy_answers_are_greedy(tiny_pair: Path) -> None:
 def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from overfill.making.evaluate import lm_eval_adapter
 
-    model = lm_eval_adapter.OverfillLM(identity, dtype="float32")
+    model = lm_eval_adapter.LocalLM(identity, dtype="float32")
     monkeypatch.setattr(model, "max_length", 8)
     text = "The full model reads the whole prompt and the decoder writes the answer. " * 2
     ids = model.tok_encode(text)
@@ -111,9 +111,9 @@ def test_long_texts_are_read_in_windows(identity: Path, monkeypatch: pytest.Monk
 
 
 def test_options_that_nothing_reads_are_refused(tiny_pair: Path) -> None:
-    from overfill.making.evaluate.lm_eval_adapter import OverfillLM
+    from overfill.making.evaluate.lm_eval_adapter import LocalLM
 
-    model = OverfillLM(tiny_pair, dtype="float32")
+    model = LocalLM(tiny_pair, dtype="float32")
     with pytest.raises(InvalidRequest, match="num_beams is not supported"):
         model.generate_until(instances(("a", {"num_beams": 4})))
     with pytest.raises(InvalidRequest, match="context of 2048"):

@@ -9,7 +9,7 @@ import pytest
 from overfill.errors import DeadlineExceeded, Overloaded
 from overfill.rpc import shares
 from overfill.rpc.shares import RpcShares
-from overfill.v1 import inference_pb2
+from overfill.v1 import decode_pb2, inference_pb2
 from services.router import inference
 from services.router.inference import InferenceServicer
 
@@ -32,11 +32,11 @@ class Answer(nullcontext):
 
 
 async def check(*arguments):
-    return SimpleNamespace(tier="default", prompt_token_ids=())
+    return SimpleNamespace(tier="default", prompt_token_ids=(), start=decode_pb2.StartDecode())
 
 
 HANDLER = SimpleNamespace(
-    tiers=SimpleNamespace(identity=lambda tier, prompt: inference_pb2.AnswerIdentity()),
+    tiers=SimpleNamespace(identity=lambda tier, prompt, answer_start: inference_pb2.AnswerIdentity()),
     check=check,
     hold_quota=nullcontext,
     start=lambda *arguments: Answer(),
