@@ -57,7 +57,7 @@ _NOTES = Console(stderr=True, highlight=False)
 @click.option("--ray/--no-ray", "on_ray", default=True, help="Run on Ray Serve, or as plain processes.  [default: ray]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def demo_command(tiers: tuple[TierSpec, ...], on_ray: bool, as_json: bool) -> int:
-    """Start a stack, ask one question in each tier, show answers, speed and time to first token.
+    """Start a stack, ask one question in each tier, show answers, speed and TTFT.
 
     The stack has a router, a prefill worker and a decode worker per tier on free local ports. It is stopped at the end.
     """

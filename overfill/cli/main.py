@@ -25,7 +25,7 @@ from overfill.version import __version__
 # nothing outside the lab imports it.
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Run a stack": {
-        "demo": ("overfill.cli", "Start a stack, ask one question in each tier, show answers, speed and time to first token."),
+        "demo": ("overfill.cli", "Start a stack, ask one question in each tier, show answers, speed and TTFT."),
         "up": ("overfill.cli", "Run a stack: routers and workers."),
     },
     "Ask": {
