@@ -19,6 +19,7 @@ class CountingRunner:
     Attributes:
         steps: new tokens and the position of the first of them, by step and sequence.
         fail_next: error that the next step raises, once.
+        spoilt: rows of logits that hold one number, by their index in each step.
         max_scored: as of every runner.
     """
 
@@ -29,6 +30,7 @@ class CountingRunner:
         self.token_layer_bytes = 64
         self.steps: list[list[tuple[list[int], int]]] = []
         self.fail_next: Exception | None = None
+        self.spoilt: dict[int, float] = {}
         self._num_layers = num_layers
         self._block_size = block_size
 
@@ -63,4 +65,6 @@ class CountingRunner:
         logits = torch.zeros(len(read), VOCAB_SIZE)
         for row, token in enumerate(read):
             logits[row, (token + 1) % VOCAB_SIZE] = 10.0
+        for row, number in self.spoilt.items():
+            logits[row] = number
         return logits

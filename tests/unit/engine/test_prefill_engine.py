@@ -115,15 +115,8 @@ def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(runner, events):
     assert pool.num_used == 0
 
 
-def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events, monkeypatch):
-    compute = runner.run
-
-    def run(works, *hooks):
-        logits = compute(works, *hooks)
-        logits[0] = float("inf")
-        return logits
-
-    monkeypatch.setattr(runner, "run", run)
+def test_logits_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events):
+    runner.spoilt = {0: math.inf}
     engine = new_engine(runner, pool, events)
     engine.handle(Submit(prompt("a", 3)))
     engine.handle(Submit(prompt("b", 3)))
@@ -173,15 +166,8 @@ def test_a_scored_prompt_takes_nothing_from_the_prefix_cache_and_puts_nothing_in
     evict_all(prefix)
 
 
-def test_scores_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events, monkeypatch):
-    compute = runner.run
-
-    def run(works, *hooks):
-        logits = compute(works, *hooks)
-        logits[1] = float("nan")
-        return logits
-
-    monkeypatch.setattr(runner, "run", run)
+def test_scores_that_are_not_finite_fail_their_own_prompt_only(runner, pool, events):
+    runner.spoilt = {1: math.nan}
     engine = new_engine(runner, pool, events)
     engine.handle(Submit(scored("a", [1, 2, 3])))
     engine.handle(Submit(scored("b", [1, 2, 3])))
