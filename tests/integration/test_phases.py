@@ -58,8 +58,9 @@ class Gate:
 class GatedRunner:
     def __init__(self, runner, gate):
         self._runner, self._gate = runner, gate
-        self.device, self.cache, self.token_layer_bytes = runner.device, runner.cache, runner.token_layer_bytes
-        self.synchronize, self.clean_up = runner.synchronize, runner.clean_up
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
 
     def next_tokens(self, works, specs, hooks=NO_HOOKS):
         def start(layer):

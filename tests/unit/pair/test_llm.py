@@ -149,7 +149,7 @@ def test_without_a_prefix_cache_every_prompt_is_computed(folder):
 
 
 @pytest.mark.parametrize("half", ["full", "decoder"])
-def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(folder, reference, monkeypatch, half):
+def test_a_step_that_fails_leaves_the_next_call_its_blocks(folder, reference, monkeypatch, half):
     llm = new_llm(folder)
     llm.generate(PROMPTS[5:], GREEDY)
     broken = getattr(llm._loaded, half).runner
@@ -168,7 +168,10 @@ def test_a_step_that_fails_leaves_the_next_call_its_blocks_and_its_prefixes(fold
     assert_nothing_leaked(llm)
     again = llm.generate(PROMPTS, GREEDY)
     assert [a.token_ids for a in again] == [reference.generate(p, 40) for p in PROMPTS]
-    assert again[5].cached_tokens >= len(PROMPTS[5]) // 16 * 16 - 16
+    if half == "full":  # the failed step's KV may be the cause
+        assert again[5].cached_tokens == 0
+    else:
+        assert again[5].cached_tokens >= len(PROMPTS[5]) // 16 * 16 - 16
     assert_nothing_leaked(llm)
 
 

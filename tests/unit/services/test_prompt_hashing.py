@@ -126,6 +126,7 @@ def parts(prefix):
         config=SimpleNamespace(vocab_size=64, num_layers=2),
         prepare_processor=AsyncMock(return_value=None),
         codecs=tuple(CODECS.values()),
+        new_scores=lambda params: None,
     )
 
 
