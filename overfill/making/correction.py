@@ -34,7 +34,7 @@ MAX_FILE_BYTES = 2_000_000
 _TEXT_DIGESTS = 16_384  # 131 kB
 _GROUP = 32
 _METADATA = "correction"  # key of the facts in a file's metadata
-_FACTS = "key", "rank", "answer_tokens", "files"
+_NUMBERS = "rank", "answer_tokens", "files"  # facts beside the key
 
 _PARTS = {"full": "full model", "recipe": "recipe", "scores": "pruning scores", "text": "calibration text"}
 """Parts of a correction's key, by their names for users."""
@@ -135,7 +135,7 @@ def read_correction(name: Path) -> Correction | None:
             digest.update(file.read_bytes())
             with safe_open(file, "pt") as stored:
                 found = json.loads(stored.metadata()[_METADATA])
-                facts.append({name: found[name] for name in _FACTS})
+                facts.append({"key": dict(found["key"]), **{name: int(found[name]) for name in _NUMBERS}})
                 factors.append(_dequantised(stored.get_tensor("values"), stored.get_tensor("scales")))
                 gains.append(stored.get_tensor("gains").float())
                 text += stored.get_tensor("text").numpy().view("<u8").tolist()

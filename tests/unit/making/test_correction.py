@@ -183,13 +183,17 @@ def poison(file: Path) -> None:
     save_tensors(tensors, file, metadata)
 
 
-def strip(file: Path) -> None:
-    """Removes the number of files from the metadata of all of them."""
-    for each in file.parent.iterdir():
-        with correction.safe_open(each, "pt") as stored:
-            facts = json.loads(stored.metadata()["correction"])
-        del facts["files"]
-        save_tensors(load_file(each), each, {"correction": json.dumps(facts)})
+def with_facts(**changes: Any) -> Callable[[Path], None]:
+    """Returns what changes the facts in the metadata of all files; None removes one."""
+
+    def damage(file: Path) -> None:
+        for each in file.parent.iterdir():
+            with correction.safe_open(each, "pt") as stored:
+                facts = json.loads(stored.metadata()["correction"]) | changes
+            facts = {name: value for name, value in facts.items() if value is not None}
+            save_tensors(load_file(each), each, {"correction": json.dumps(facts)})
+
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,9 @@ def strip(file: Path) -> None:
     [
         (cut, r"fit-2-of-3\.safetensors is damaged"),
         (poison, r"fit-2-of-3\.safetensors is damaged.*not finite"),
-        (strip, r"fit-1-of-3\.safetensors is damaged.*'files'"),
+        (with_facts(files=None), r"fit-1-of-3\.safetensors is damaged.*'files'"),
+        (with_facts(key=7), r"fit-1-of-3\.safetensors is damaged.*iterable"),
+        (with_facts(rank="many"), r"fit-1-of-3\.safetensors is damaged.*'many'"),
         (Path.unlink, "are not the files of one correction"),
     ],
 )
