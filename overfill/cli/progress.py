@@ -32,7 +32,7 @@ def show_progress() -> Iterator[Report]:
         # Start the display only now, because one without bars would print an empty line.
         progress.start()
         if step not in tasks:
-            tasks[step] = progress.add_task(step, total=total)
+            tasks[step] = progress.add_task(step, total=total, completed=done)
         progress.update(tasks[step], completed=done, total=total)
 
     try:
@@ -45,6 +45,7 @@ def show_progress() -> Iterator[Report]:
 def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Report:
     """Returns a callback that prints a line when a step begins, every ``LINE_SECONDS`` and when it ends."""
     begun: dict[str, float] = {}
+    first: dict[str, int] = {}  # done when the step began: more than 0 in training that is resumed
     said: dict[str, float] = {}
     ended: set[str] = set()
 
@@ -59,11 +60,13 @@ def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time
         if step not in begun or step in ended:  # a later step may have the same name
             ended.discard(step)
             begun[step] = said[step] = now
+            first[step] = done
             say(step)
         seconds = now - begun[step]
         if now - said[step] >= LINE_SECONDS:
             said[step] = now
-            left = f", about {seconds * (total - done) / done:.0f} s left" if done else ""
+            new = done - first[step]
+            left = f", about {seconds * (total - done) / new:.0f} s left" if new > 0 else ""
             say(f"{step}: {100 * done / total:.0f} % after {seconds:.0f} s{left}")
 
     return report

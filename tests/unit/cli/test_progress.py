@@ -39,6 +39,15 @@ def test_a_repeated_step_is_reported_again() -> None:
     assert lines == ["Reading weights", "Reading weights: done after 3 s"] * 2
 
 
+def test_a_resumed_step_s_end_is_told_from_what_was_done_since() -> None:
+    now, lines = 0.0, list[str]()
+    report = progress_lines(lines.append, lambda: now)
+    report("Distilling", 50, 100)
+    now = 10
+    report("Distilling", 55, 100)
+    assert lines == ["Distilling", "Distilling: 55 % after 10 s, about 90 s left"]
+
+
 def test_a_pipe_gets_lines_and_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat every output as a terminal
     pipe = io.StringIO()
