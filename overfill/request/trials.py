@@ -191,7 +191,11 @@ class Trials:
         if self._helper is None or not self._helper.alive:
             self._helper = _Helper(self._bench)
             weakref.finalize(self, self._helper.end)
-        return self._helper, self._helper.send(body)
+        try:
+            return self._helper, self._helper.send(body)
+        except OSError:
+            self.close()  # its end may not have been noticed yet
+            raise
 
 
 class _Helper:

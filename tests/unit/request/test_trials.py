@@ -17,6 +17,7 @@ import pytest
 from realistic_grammars import grammars as realistic_grammars
 
 from overfill.errors import InvalidRequest, Overloaded
+from overfill.request import trial_frames
 from overfill.request.fair_permits import FairPermits
 from overfill.request.grammar import GrammarFailed, Grammars, Matcher
 from overfill.request.grammar_limits import GrammarLimits
@@ -132,6 +133,20 @@ async def test_a_dead_helper_is_replaced_and_its_trials_are_repeated(trials: Tri
     os.kill(first, signal.SIGKILL)
     assert await trial >= 0
     assert trials.helper_pid not in (None, first)
+
+
+async def test_a_helper_that_takes_no_request_is_replaced_at_once(trials: Trials, monkeypatch) -> None:
+    await trials.try_text("regex", "a")
+    first, write = trials.helper_pid, trial_frames.write_frame
+
+    def broken(*frame: Any) -> None:
+        if trials.helper_pid == first:  # its end is not noticed before both attempts
+            raise BrokenPipeError
+        write(*frame)
+
+    monkeypatch.setattr(trial_frames, "write_frame", broken)
+    assert await trials.try_text("regex", "b") >= 0
+    assert trials.helper_pid != first
 
 
 async def test_a_cancelled_trial_goes_on_and_frees_its_turn(trials: Trials) -> None:
