@@ -101,12 +101,13 @@ def mixed_conversations(
 ) -> Iterator[Conversation]:
     """Lets the checkpoint in ``full`` write up to ``count`` conversations of all kinds, about the texts of ``plain``.
 
-    Leaves out answers that are very short or hold no text, and dialogues whose second question is cut off.
+    Leaves out answers that are very short or hold no text, and dialogues with such a second question or one that is
+    cut off.
 
     Args:
-        plain: Conversations of one question and one answer that ``generate_conversations`` wrote. Each is used once as
-            a question or a text; more give longer prompts more variety.
-        part: ``test`` has other instructions, and as many conversations of each kind.
+        plain: Conversations of one question and one answer that ``generate_conversations`` wrote. They are used in turn
+            as a question or a text, and again from the first when all were. Long prompts join random ones.
+        part: ``test`` has other instructions, and draws all kinds with equal probability.
 
     Raises:
         InvalidRequest: ``plain`` holds fewer than two conversations.
@@ -119,9 +120,10 @@ def mixed_conversations(
         while done < count:
             size = min(_DRAW, count - done)
             prompts = [_prompt(plain, done + i, random, part, writer.tokenizer) for i in range(size)]
-            kinds = [kind for kind, _ in prompts]
-            chats = _with_follow_ups(writer, prompts, (seed << 32) + done)
-            for kind, conversation in zip(kinds, writer.answers(chats, (seed << 32) + done), strict=True):
+            followed = _with_follow_ups(writer, prompts, (seed << 32) + done)
+            chats = [(kind, chat) for (kind, _), chat in zip(prompts, followed, strict=True) if chat is not None]
+            answered = writer.answers([chat for _, chat in chats], (seed << 32) + done)
+            for (kind, _), conversation in zip(chats, answered, strict=True):
                 if conversation is not None:
                     yield replace(conversation, kind=kind)
             done += size
@@ -166,13 +168,11 @@ def _long_text(plain: Sequence[Conversation], random: Random, part: str, tokeniz
 
 def _with_follow_ups(
     writer: Writer, prompts: Sequence[tuple[Kind, tuple[Message, ...]]], seed: int
-) -> list[tuple[Message, ...]]:
-    """Adds a second question, which the full model writes, to the dialogues; keeps one question where it fails."""
-    chats = [messages for _, messages in prompts]
-    dialogues = [i for i, (kind, _) in enumerate(prompts) if kind == "dialogue"]
-    for i, question in zip(dialogues, writer.questions([chats[i] for i in dialogues], seed), strict=True):
-        if question is None:
-            chats[i] = chats[i][:-1]
-        else:
-            chats[i] = (*chats[i], {"role": "user", "content": question})
+) -> list[tuple[Message, ...] | None]:
+    """Adds a second question, which the full model writes, to the dialogues; None where ``questions`` gives none."""
+    chats: list[tuple[Message, ...] | None] = [messages for _, messages in prompts]
+    dialogues = [(i, messages) for i, (kind, messages) in enumerate(prompts) if kind == "dialogue"]
+    questions = writer.questions([messages for _, messages in dialogues], seed)
+    for (i, messages), question in zip(dialogues, questions, strict=True):
+        chats[i] = None if question is None else (*messages, {"role": "user", "content": question})
     return chats

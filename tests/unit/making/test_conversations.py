@@ -83,13 +83,18 @@ def test_shipped_parts_share_no_question() -> None:
 
 def test_the_test_set_shares_no_run_of_words_with_other_shipped_text() -> None:
     def with_answers(part: ShippedPart) -> list[Conversation]:
-        """Conversations whose answers are part of the prompt, and so compared as well."""
-        return [replace(c, messages=(*c.messages, c.messages[-1])) for c in shipped_conversations(part)]
+        """Conversations in which all messages are users', and so compared as well."""
+        return [
+            replace(c, messages=tuple({**message, "role": "user"} for message in (*c.messages, c.messages[-1])))
+            for c in shipped_conversations(part)
+        ]
 
     others = TextDigests.of([*with_answers("calibration"), *with_answers("development")])
     judged = shipped_conversations("test")
     assert others.overlapping(with_answers("test")) == []
-    assert Counter(c.kind for c in judged) == dict.fromkeys(KINDS, 24)
+    # Four follow-up questions failed; reported figures are on the set as it is.
+    messages = {(kind, 2): 24 for kind in KINDS} | {("dialogue", 4): 20, ("dialogue", 2): 4}
+    assert Counter((c.kind, len(c.messages)) for c in judged) == messages
 
 
 class Author:
@@ -143,19 +148,24 @@ def test_mixed_kinds_are_questions_about_what_the_model_wrote(tiny_pair: Path, m
     chats = write(0)
     assert write(0) == chats
     assert write(1) != chats
-    assert {c.kind for c in chats} == set(KINDS)
-    for c, own in zip(chats, plain, strict=True):
+    kinds = Counter(c.kind for c in chats)
+    assert set(kinds) == set(KINDS)
+    assert 60 - len(chats) == kinds["dialogue"] == 5  # every second follow-up question is cut off
+    unused = iter([m["content"] for m in own.messages] for own in plain)
+    for c in chats:
         *earlier, question, answer = (message["content"] for message in c.messages)
         assert answer.startswith("It is this")
-        text = own.messages[-1]["content"]
-        if c.kind == "dialogue" and earlier:  # a follow-up that was cut off leaves the first question only
-            assert earlier == [message["content"] for message in own.messages]
-            assert question.startswith("And ")
-        elif c.kind in ("explain", "dialogue"):
-            assert question == own.messages[0]["content"]
-        elif c.kind == "long":
+        if c.kind == "long":
             assert question.startswith("Text 1: Text")
             assert len(Tokenizer.load(tiny_pair / "full").encode(question)) <= LONG_TOKENS[1] + 100
+            continue
+        prompt = c.messages[0]["content"]
+        first, text = next(texts for texts in unused if any(t in prompt for t in texts))
+        if c.kind == "dialogue":
+            assert earlier == [first, text]
+            assert question.startswith("And ")
+        elif c.kind == "explain":
+            assert question == first
         else:
             assert text in question
             assert question != text
