@@ -102,6 +102,7 @@ def write_pair(
         distilled: Facts of the training, recorded in the manifest's recipe under ``distill``.
         extras: Files to copy to ``distill/``.
         text: Digests of the training text, which the pair keeps beside those of ``source``. None if they are not known.
+            If either is not known, the pair keeps none, because a part would pass for all of the text.
     """
     dtype = stored_dtype(source.decoder_path)
     recipe = dict(source.recipe)
@@ -117,8 +118,9 @@ def write_pair(
         shutil.copyfile(source.decoder_path / "config.json", folder / "decoder" / "config.json")
         copy_companions(source.decoder_path, folder / "decoder")
         (folder / "distill").mkdir()
-        if text is not None:
-            (text | (TextDigests.load(source) or TextDigests(()))).save(folder)
+        before = TextDigests.load(source)
+        if text is not None and before is not None:
+            (text | before).save(folder)
         for file in extras:
             shutil.copyfile(file, folder / "distill" / file.name)
         write_manifest(folder, layer_map=source.layer_map, recipe={**recipe, "distill": dict(distilled)}, report=report)

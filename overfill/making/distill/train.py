@@ -60,7 +60,8 @@ class Run:
 
     Args:
         out: Pair folder to write. The run's own folder is beside it (``run_folder``).
-        training_text: Digests of the text of ``transcripts``, which the written pair keeps. None keeps none.
+        training_text: Digests of the text of ``transcripts``, which the written pair keeps if those of ``pair`` are
+            known too. None keeps none.
         standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
         resume: Continue exactly from the last checkpoint of a run with the same settings.
         log_line: Called with a readable line at every evaluation.

@@ -152,3 +152,17 @@ def test_distill_compares_held_out_text_with_all_that_makes_the_decoder(
     seen = TextDigests.load(Pair.load(tmp_path / "trained"))
     assert seen is not None
     assert seen.overlapping([OTHERS[0], OTHERS[2], FITTED[0]]) == [1, 2]
+
+
+def test_a_pair_keeps_no_digests_if_a_part_of_its_text_is_not_known(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the other part would pass for all of the text."""
+    monkeypatch.setattr(distill, "set_threads", lambda threads: None)
+    data = write(tmp_path / "data.jsonl", OTHERS[1:])
+    trained = train(tiny_pair, tmp_path / "trained", data, data)
+    assert trained.exit_code == 0, trained.output
+    assert TextDigests.load(Pair.load(tmp_path / "trained")) is None
+    refused = train(tiny_pair, tmp_path / "strict", data, write(tmp_path / "other.jsonl", OTHERS[:1]), "--strict")
+    assert isinstance(refused.exception, InvalidRequest)
+    assert "not known for the text that made the decoder" in str(refused.exception)
