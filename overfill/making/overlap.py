@@ -31,8 +31,8 @@ _WORD = re.compile(r"\w+")
 class TextDigests:
     """64-bit digests of the runs of 8 words in the questions of conversations.
 
-    Case and punctuation do not count, nor do system messages, which are often the same. A text of fewer words is one
-    run. Answers are left out, because those of one model share many phrases.
+    Case and punctuation do not count. A question of fewer words is one run. Only users' messages are questions: system
+    messages are often the same, and the answers of one model share many phrases.
 
     A pair keeps the digests of the text that its decoder was fitted or trained on in ``text_digests.bin``: 8 bytes
     each, little-endian, ascending. Of more than ``MAX_DIGESTS`` it keeps the smallest, which are a random sample of the
@@ -98,7 +98,7 @@ def describe_overlap(shared: Sequence[int] | None, judged: int, text: str) -> st
 
 def _digests(conversation: Conversation) -> Iterator[int]:
     for message in conversation.messages[:-1]:
-        if message["role"] == "system":
+        if message["role"] != "user":
             continue
         words = _WORD.findall(message["content"].lower())
         for start in range(max(1, len(words) - RUN + 1) if words else 0):

@@ -56,6 +56,20 @@ def test_a_run_of_eight_words_in_a_question_is_an_overlap(question: str, found: 
     assert digests.overlapping([chat("Something else?"), chat(question)]) == found
 
 
+def test_only_what_users_wrote_is_compared() -> None:
+    earlier, question = (
+        chat("Short question", "one two three four five six seven eight"),
+        chat("What else?", "Nothing."),
+    )
+    system = {"role": "system", "content": "nine ten eleven twelve one two three four"}
+    dialogue = Conversation((system, *earlier.messages, *question.messages))
+    digests = TextDigests.of([dialogue])
+    judged = [chat(message["content"]) for message in dialogue.messages]
+    assert digests.overlapping(judged) == [1, 3]
+    assert TextDigests.of(judged).overlapping([dialogue]) == [0]
+    assert TextDigests.of([judged[0], judged[2], judged[4]]).overlapping([dialogue]) == []
+
+
 def test_a_pair_keeps_the_digests_of_all_text(built: Pair) -> None:
     (TextDigests.of(OTHERS[:1]) | TextDigests.of(FITTED[:2])).save(built.folder)
     stored = TextDigests.load(built)
