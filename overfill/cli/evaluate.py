@@ -107,9 +107,8 @@ def eval_command(
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-        conversations = judged_conversations(data)[:max_transcripts]
+        conversations, transcripts = _judged(folder, judged_conversations(data)[:max_transcripts])
         overlap = _overlap(folder, conversations, strict)
-        transcripts = _transcripts(folder, conversations)
         result = evaluate(folder, transcripts, data=data, overlap=overlap, report=report, **how)
     if out is not None:
         write_evaluation(out, result)
@@ -182,7 +181,7 @@ def compare_command(
     points = []
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
-        transcripts = _transcripts(folders[0], judged_conversations(data)[:max_transcripts])
+        _, transcripts = _judged(folders[0], judged_conversations(data)[:max_transcripts])
         for point in compare(folders, transcripts, report=report, **how):
             points.append(point)
             if as_json:
@@ -272,13 +271,16 @@ def lm_eval_command(
     console().print(_table(rows))
 
 
-def _transcripts(pair_folder: Path, conversations: Sequence[Conversation]) -> list[Transcript]:
-    """Tokenizes conversations without cutting them."""
+def _judged(pair_folder: Path, conversations: Sequence[Conversation]) -> tuple[list[Conversation], list[Transcript]]:
+    """Tokenizes conversations without cutting them; leaves out those whose answers are too short to judge."""
     from overfill.api.tokenizer import Tokenizer
     from overfill.making.conversations import encode
+    from overfill.making.evaluate.teacher_forced import is_scorable
     from overfill.model.manifest import Pair
 
-    return encode(conversations, Tokenizer.load(Pair.load(pair_folder).full_path))
+    tokenizer = Tokenizer.load(Pair.load(pair_folder).full_path)
+    judged = [(c, t) for c in conversations for t in encode([c], tokenizer) if is_scorable(t)]
+    return [conversation for conversation, _ in judged], [transcript for _, transcript in judged]
 
 
 def _overlap(pair_folder: Path, conversations: Sequence[Conversation], strict: bool) -> list[int] | None:

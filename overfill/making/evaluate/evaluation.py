@@ -133,7 +133,7 @@ def evaluate(
 
     Args:
         data: Name of the judged set.
-        overlap: As in ``Evaluation``.
+        overlap: As in ``Evaluation``: the transcripts that are left out do not count.
         free_running: Also let the full model and the pair write answers to the prompts.
         max_tokens: Maximum length of such an answer. None means ``answer_limit``.
         dtype: Type of weights and activations. None means the device's native type.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,17 @@ def test_eval_says_which_conversations_the_decoder_has_seen(built: Pair, tmp_pat
     result = judge(built.folder, clean, "--strict", "--save")
     assert "Overlap: 0 of 4 judged conversations share 8 words" in result.stdout
     assert Pair.load(built.folder).eval["overlapping"] == 0
+
+
+def test_a_conversation_that_is_not_judged_does_not_count_as_an_overlap(built: Pair, tmp_path: Path) -> None:
+    question = FITTED[3].messages[0]["content"]
+    unjudged = [replace(chat(question, ""), finished=False), chat(question, "")]  # answers of no token, and of one
+    mixed = write(tmp_path / "mixed.jsonl", [*unjudged, OTHERS[0], FITTED[7]])
+    assert "Overlap: 1 of 2 judged conversations (numbers 2)" in judge(built.folder, mixed).stdout
+    found = json.loads(judge(built.folder, mixed, "--json").stdout)
+    assert (found["transcripts"], found["overlap"]) == (2, [1])
+    clean = write(tmp_path / "clean.jsonl", [*unjudged, OTHERS[0]])
+    assert judge(built.folder, clean, "--strict").exit_code == 0
 
 
 def test_an_overlap_that_cannot_be_known_is_refused_when_strict(tiny_pair: Path, tmp_path: Path) -> None:
