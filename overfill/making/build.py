@@ -69,8 +69,9 @@ def build_pair(
         recipe: Sizes of the decoder, and the methods that make it.
         conversations: Calibration text. The full model wrote the answers, or they are in its style.
         calibration: Name of the text's source, recorded in ``pair.json``.
-        correction: Name of a correction (``overfill.making.correction``) to add to the fitted decoder. When it is for
-            another fit, the pair is built without it; ``report`` and ``pair.json`` say so.
+        correction: Path of a correction's files without ``-1-of-N.safetensors``, such as ``CORRECTIONS / "fast"``
+            (``overfill.making.correction``), to add to the fitted decoder. When it is for another fit, the pair is
+            built without it; ``report`` and ``pair.json`` say so.
         sealed: True records the files' checksums, as the cache of named pairs needs them.
         report: Called with a description of the step, its progress and its total.
 

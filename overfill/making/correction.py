@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ CORRECTIONS = Path(__file__).parent / "corrections"
 MAX_FILE_BYTES = 2_000_000
 _TEXT_DIGESTS = 16_384  # 131 kB
 _GROUP = 32
+_FILE = re.compile(r"(.+)-\d+-of-\d+\.safetensors")
 _METADATA = "correction"  # key of the facts in a file's metadata
 _NUMBERS = "rank", "answer_tokens", "files"  # facts beside the key
 
@@ -116,23 +118,25 @@ def corrected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | ({HEAD: (config.head_tokens, config.hidden_size)} if HEAD in shapes else {})
 
 
-def read_correction(name: Path) -> Correction | None:
-    """Reads the correction in the files ``name-*.safetensors``; returns None if there are none.
+def read_correction(stem: Path) -> Correction | None:
+    """Reads a correction; returns None if there are no files of it.
+
+    Args:
+        stem: Path of the correction's files without ``-1-of-N.safetensors``, such as ``CORRECTIONS / "fast"``.
 
     Raises:
         InvalidPair: a file is missing or damaged, or a number is not finite.
     """
-    files = sorted(name.parent.glob(f"{name.name}-*-of-*.safetensors"))
+    files = _files(stem)
     if not files:
         return None
     facts: list[dict[str, Any]] = []
     factors: list[Tensor] = []
     gains: list[Tensor] = []
     text: list[int] = []
-    digest = hashlib.sha256()
+    digest = _digest(files)
     for file in files:
         try:
-            digest.update(file.read_bytes())
             with safe_open(file, "pt") as stored:
                 found = json.loads(stored.metadata()[_METADATA])
                 facts.append({"key": dict(found["key"]), **{name: int(found[name]) for name in _NUMBERS}})
@@ -144,12 +148,14 @@ def read_correction(name: Path) -> Correction | None:
         if not (factors[-1].isfinite().all() and gains[-1].isfinite().all()):
             raise InvalidPair(f"{file} is damaged; install the package again: a number is not finite")
     if any(fact != facts[0] for fact in facts) or facts[0]["files"] != len(files):
-        raise InvalidPair(f"{name}-*.safetensors are not the files of one correction; install the package again")
-    return Correction(facts[0], digest.hexdigest(), torch.cat(factors), torch.cat(gains), TextDigests(text))
+        raise InvalidPair(f"{stem}-*.safetensors are not the files of one correction; install the package again")
+    return Correction(facts[0], digest, torch.cat(factors), torch.cat(gains), TextDigests(text))
 
 
 def shipped_correction(recipe: Mapping[str, Any]) -> Correction | None:
-    """Returns the correction in the package that a pair's decoder contains; None if training changed it since.
+    """Returns the correction in the package that a pair's decoder contains.
+
+    Returns None if there is none, as after a renewal, or if training changed the decoder since.
 
     Args:
         recipe: As in ``pair.json``.
@@ -160,21 +166,21 @@ def shipped_correction(recipe: Mapping[str, Any]) -> Correction | None:
     digest = recipe.get("correction", {}).get("digest")
     if digest is None or "distill" in recipe:
         return None
-    names = {file.with_name(file.name.partition("-")[0]) for file in CORRECTIONS.glob("*-*-of-*.safetensors")}
-    found = [correction for name in sorted(names) if (correction := read_correction(name)) is not None]
-    return next((correction for correction in found if correction.digest == digest), None)
+    stems = {file.with_name(name) for file in CORRECTIONS.glob("*.safetensors") if (name := _name(file))}
+    return next((read_correction(stem) for stem in sorted(stems) if _digest(_files(stem)) == digest), None)
 
 
 def write_correction(
-    name: Path,
+    stem: Path,
     products: Iterable[tuple[Tensor, Tensor]],
     gains: Tensor,
     text: TextDigests,
     facts: Mapping[str, Any],
 ) -> list[Path]:
-    """Writes a correction to ``name-*.safetensors``, in place of the one there; returns the files.
+    """Writes a correction in place of the one there; returns the files.
 
     Args:
+        stem: As in ``read_correction``.
         products: ``up`` and ``down`` of each matrix, in the order of names.
         gains: [m]; differences of all vectors, in the order of names.
         text: Digests of the training text, of which a sample is kept.
@@ -184,15 +190,52 @@ def write_correction(
     digests = torch.from_numpy(np.array(text.sample(_TEXT_DIGESTS), dtype="<u8").view("<i8"))
     stored_bytes = values.nbytes + scales.nbytes + digests.nbytes + 2 * len(gains)
     count = -(-stored_bytes // (MAX_FILE_BYTES - 8_192))  # a header is shorter than that
-    name.parent.mkdir(exist_ok=True)
-    for old in name.parent.glob(f"{name.name}-*-of-*.safetensors"):
+    stem.parent.mkdir(exist_ok=True)
+    for old in _present(stem):
         old.unlink()
-    files = [name.with_name(f"{name.name}-{i + 1}-of-{count}.safetensors") for i in range(count)]
+    files = _numbered(stem, count)
     parts = zip(files, *(t.tensor_split(count) for t in (values, scales, gains.half(), digests)), strict=True)
     for file, *tensors in parts:
         contents = dict(zip(("values", "scales", "gains", "text"), (t.contiguous() for t in tensors), strict=True))
         save_tensors(contents, file, {_METADATA: json.dumps({**facts, "files": count}, sort_keys=True)})
     return files
+
+
+def _name(file: Path) -> str | None:
+    """The name of the correction that a file is part of, which may have hyphens; None for other files."""
+    found = _FILE.fullmatch(file.name)
+    return None if found is None else found[1]
+
+
+def _present(stem: Path) -> set[Path]:
+    return {file for file in stem.parent.glob("*.safetensors") if _name(file) == stem.name}
+
+
+def _numbered(stem: Path, count: int) -> list[Path]:
+    return [stem.with_name(f"{stem.name}-{i + 1}-of-{count}.safetensors") for i in range(count)]
+
+
+def _files(stem: Path) -> list[Path]:
+    """The files of a correction, in their order.
+
+    Raises:
+        InvalidPair: some are missing, or there are those of another correction too.
+    """
+    present = _present(stem)
+    files = _numbered(stem, len(present))
+    if present != set(files):
+        raise InvalidPair(f"{stem}-*.safetensors are not the files of one correction; install the package again")
+    return files
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(file.read_bytes())
+        except OSError as error:
+            raise InvalidPair(f"{file} is damaged; install the package again: {error}") from None
+    return digest.hexdigest()
 
 
 def _quantised(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from overfill.making import build, correction, renew_correction
 from overfill.making.build import build_pair
 from overfill.making.checkpoint import save_tensors
 from overfill.making.conversations import Conversation, encode
-from overfill.making.correction import read_correction, write_correction
+from overfill.making.correction import read_correction, shipped_correction, write_correction
 from overfill.making.distill import train
 from overfill.making.distill.recipe import Training
 from overfill.making.distill.train import Run
@@ -41,6 +41,7 @@ CHATS = [
     for n in range(40)
 ]
 
+FACTS = {"key": {}, "rank": 6, "answer_tokens": 1}
 TRAINED = [
     Conversation(
         (
@@ -234,9 +235,8 @@ def test_factors_keep_their_values_within_4_bits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     up, down = torch.randn(50, 6) * 1e-3, torch.randn(6, 33)
     up[0] = 0
-    facts = {"key": {}, "rank": 6, "answer_tokens": 1}
     text = TextDigests([3, 2**64 - 1])
-    write_correction(tmp_path / "name", [(up, down)], torch.tensor([0.25, -0.5]), text, facts)
+    write_correction(tmp_path / "name", [(up, down)], torch.tensor([0.25, -0.5]), text, FACTS)
     found = read_correction(tmp_path / "name")
     assert found is not None
     values = torch.cat([up.flatten(), down.flatten()])
@@ -245,6 +245,45 @@ def test_factors_keep_their_values_within_4_bits(tmp_path: Path) -> None:
     assert (errors <= groups.abs().amax(1) / 8 + 1e-6).all()
     assert found.gains.tolist() == [0.25, -0.5]
     assert found.text.sample(5) == [3, 2**64 - 1]
+
+
+def test_many_files_are_read_in_the_order_of_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction, "MAX_FILE_BYTES", 8_192 + 512)
+    torch.manual_seed(0)
+    gains = torch.randn(100).half().float()
+    products = [(torch.randn(100, 6), torch.randn(6, 100)) for _ in range(8)]
+    files = write_correction(tmp_path / "name", products, gains, TextDigests([3]), FACTS)
+    assert len(files) > 10
+    found = read_correction(tmp_path / "name")
+    assert found is not None
+    assert torch.equal(found.gains, gains)
+    values = torch.cat([factor.flatten() for pair in products for factor in pair])
+    assert float((found.factors[: len(values)] - values).abs().max()) < 0.5
+
+    files[-1].rename(tmp_path / "kept")
+    with pytest.raises(InvalidPair, match="are not the files of one correction"):
+        read_correction(tmp_path / "name")
+    (tmp_path / "kept").rename(tmp_path / f"name-{len(files) + 1}-of-{len(files)}.safetensors")
+    with pytest.raises(InvalidPair, match="are not the files of one correction"):
+        read_correction(tmp_path / "name")
+
+
+def test_a_correction_is_found_by_its_digest_whatever_its_name(shipped: Path) -> None:
+    for number, name in enumerate(("fit", "fit-2x", "fit-2x-1")):
+        facts = {**FACTS, "answer_tokens": number}
+        write_correction(
+            shipped / name, [(torch.ones(2, 6), torch.ones(6, 2))], torch.ones(2), TextDigests([number]), facts
+        )
+    assert len([*shipped.iterdir()]) == 3
+    for number, name in enumerate(("fit", "fit-2x", "fit-2x-1")):
+        written = read_correction(shipped / name)
+        assert written is not None
+        recipe = {"correction": {"digest": written.digest}}
+        found = shipped_correction(recipe)
+        assert found is not None
+        assert (found.digest, found.facts["answer_tokens"]) == (written.digest, number)
+        assert shipped_correction({**recipe, "distill": {}}) is None
+    assert shipped_correction({"correction": {"digest": "0"}}) is None
 
 
 @pytest.mark.parametrize(
