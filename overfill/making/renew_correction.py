@@ -43,7 +43,7 @@ def renew(name: str, trained: Path, corrections: Path = CORRECTIONS) -> list[Pat
         raise InvalidRequest("trained", f"{trained} was not trained by `overfill pair distill {name} --rank N` alone")
     if run.get("continues") != before.get("digest"):
         raise InvalidRequest(
-            "trained", f"{trained} does not continue the correction of {name}; give at least its rank, {before}"
+            "trained", f"{trained} does not continue the correction of {name}; give a rank that is not smaller than its"
         )
     scores = Scores.load(SHIPPED_SCORES, pair.full_digest)
     folder = Checkpoints(run_folder(trained) / "checkpoints").latest()
