@@ -62,7 +62,7 @@ class Comparison:
         ratio_error: Standard error of ``ratio``, from those of both likelihoods as if they were independent.
         new_perplexity, new_ratio, new_ratio_error: The same for new text only.
         repeated: Share of repeated 4-grams; ``points`` is the difference from the full model's, in percentage points.
-        tokens: Mean length of the answers; ``length`` is the ratio to the full model's.
+        tokens: Mean length of the answers; ``length`` is the ratio to the full model's, NaN if those are all empty.
         finished: Share of answers that ended before the limit.
     """
 
@@ -114,7 +114,7 @@ class FreeRunning:
         nll, new_nll = of(self.nll), of(self.new_nll)
         whole, whole_error = ratio(nll, of(full.nll))
         new, new_error = ratio(new_nll, of(full.new_nll))
-        repeated, tokens = of(self.repeated).mean, of(self.tokens).mean
+        repeated, tokens, full_tokens = of(self.repeated).mean, of(self.tokens).mean, of(full.tokens).mean
         return Comparison(
             perplexity=math.exp(nll.mean),
             ratio=whole,
@@ -125,7 +125,7 @@ class FreeRunning:
             repeated=repeated,
             points=100 * (repeated - of(full.repeated).mean),
             tokens=tokens,
-            length=tokens / of(full.tokens).mean,
+            length=tokens / full_tokens if full_tokens else math.nan,
             finished=of(self.finished).mean,
         )
 

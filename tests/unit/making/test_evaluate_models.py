@@ -233,6 +233,19 @@ def test_empty_answers_count_for_length_only(tiny_pair: Path) -> None:
     assert found.new_nll.overall.count == 6 + 4  # the last answer's second and third 4-gram repeat its first
 
 
+def test_beside_empty_answers_a_length_is_no_number(tiny_pair: Path) -> None:
+    full = Transformer.load(tiny_pair / "full", torch.float32, torch.device("cpu"))
+    transcripts = [Transcript((5, 6, 7, 8), 3, kind="explain")] * 2
+    written, nothing = (
+        judge_answers(full, Tokenizer.load(tiny_pair / "full"), transcripts, [Written(tokens, finished=True)] * 2)
+        for tokens in ([8, 9, 10, 11, 12], [])
+    )
+    found = written.beside(nothing, "explain")
+    assert found.tokens == 5
+    assert math.isnan(found.length)
+    assert nothing.to_json(nothing)["length"] is None
+
+
 def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:
     with pytest.raises(InvalidRequest, match="3000 tokens; the pair's context is 2048"):
         evaluate(tiny_pair, [Transcript((5,) * 3000, 10)], free_running=False)
