@@ -26,7 +26,9 @@ DEFAULT_RECIPE = "smollm2-fast"
     help="Conversations to train on: `shipped`, a file of JSON lines, or a hub data set.  [default: the recipe's]",
 )
 @click.option(
-    "--held-out", metavar="SOURCE", help="Conversations to judge on: `shipped` or a file.  [default: the recipe's]"
+    "--held-out",
+    metavar="development|FILE",
+    help="Conversations to judge on: the `development` set in the package, or a file.  [default: the recipe's]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Pair folder to write; must not exist.")
 @click.option(
@@ -116,7 +118,7 @@ def distill_command(
         raise click.UsageError(f"--out: {out} already exists; give a new folder")
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
     if data is not None and held_out is None:
-        sources["held_out"] = recipe.data.held_out or "shipped"
+        sources["held_out"] = recipe.data.held_out or "development"
     _train(
         pair,
         recipe,

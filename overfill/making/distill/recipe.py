@@ -101,7 +101,7 @@ class Data(_Frozen):
             ``owner/name:split`` instead of ``split``.
         split, held_out_split: Splits of a hub data set; other sources have none.
         column: Column of a hub data set that holds messages with ``role`` and ``content``, or ``from`` and ``value``.
-        held_out: ``shipped`` or a file. None means ``held_out_split``.
+        held_out: ``development`` (the set in the package) or a file. None means ``held_out_split``.
         max_tokens: Maximum length of a transcript. Longer ones lose the end of their answer.
         max_held_out: Maximum number of transcripts to evaluate.
     """

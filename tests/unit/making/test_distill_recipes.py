@@ -13,7 +13,7 @@ import torch
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.making.conversations import Transcript, read_conversations
+from overfill.making.conversations import Transcript, read_conversations, shipped_conversations
 from overfill.making.distill import data as distill_data
 from overfill.making.distill.data import HubTranscripts, batches, digest, load_data
 from overfill.making.distill.recipe import Data, changed, read_recipe, recipe_names
@@ -128,6 +128,14 @@ def test_data_is_read_from_a_file(tiny_pair: Path, tmp_path: Path) -> None:
     assert loaded.training_text is not None
     assert loaded.training_text.overlapping(read_conversations(Path(file))) == list(range(5))
     assert loaded.judged == read_conversations(Path(held_out))[:3]
+
+
+def test_shipped_text_is_trained_on_and_the_development_set_judged(tiny_pair: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_pair / "full")
+    for data in (Data(), Data(held_out="development")):
+        assert load_data(data, tokenizer).judged == shipped_conversations("development")
+    with pytest.raises(InvalidRequest, match="shipped is neither `development`, nor a file"):
+        load_data(Data(held_out="shipped"), tokenizer)
 
 
 @pytest.mark.parametrize(
