@@ -78,7 +78,10 @@ DEFAULT_RECIPE = "smollm2-fast"
 )
 @click.option("--standalone", is_flag=True, help="Train a baseline whose decoder reads the prompts itself.")
 @click.option(
-    "--strict", is_flag=True, help="Refuse held-out conversations that share 8 words in a row with text trained on."
+    "--strict",
+    is_flag=True,
+    help="Refuse held-out conversations that share 8 words in a row with the training text or with text that made the "
+    "decoder, and all if one of these is not known, as for a hub data set.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run exactly where it stopped.")
 @click.option("--threads", type=int, help="CPU threads.")
@@ -193,7 +196,11 @@ def _train(
 
 
 def _check_overlap(pair: Pair, loaded: LoadedData, strict: bool) -> None:
-    """Says how many held-out conversations overlap with text that the decoder was made from, or is trained on."""
+    """Says how many held-out conversations overlap with text that the decoder was made from, or is trained on.
+
+    Raises:
+        InvalidRequest: ``strict``, and there are such conversations or it is not known.
+    """
     from overfill.errors import InvalidRequest
     from overfill.making.distill.train import make_accelerator
     from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap

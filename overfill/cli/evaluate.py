@@ -26,7 +26,9 @@ _DATA_HELP = (
     "Conversations to judge on: the `test` set in the package, on which nothing was chosen; the `development` set, on "
     "which the named pairs' sizes were chosen; or a file of JSON lines with `messages`."
 )
-_MAX_TOKENS_HELP = "Maximum length of an own answer.  [default: the longest given answer and a quarter more]"
+_MAX_TOKENS_HELP = (
+    "Maximum tokens of an answer that a model writes.  [default: the longest given answer and a quarter more]"
+)
 _WIDTH = 80  # of examples, which are text for people
 _EXAMPLES = 3
 
@@ -47,7 +49,11 @@ def _data_options(command: _F) -> _F:
     for option in (
         click.option("--max-tokens", type=click.IntRange(min=1), help=_MAX_TOKENS_HELP),
         click.option(
-            "--no-free-running", "free_running", flag_value=False, default=True, help="Write and judge no own answers."
+            "--no-free-running",
+            "free_running",
+            flag_value=False,
+            default=True,
+            help="Do not let the models write answers.",
         ),
         click.option(
             "--max-transcripts",
@@ -71,7 +77,10 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
 @click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
 @click.option(
-    "--strict", is_flag=True, help="Refuse conversations that share 8 words in a row with text that made the decoder."
+    "--strict",
+    is_flag=True,
+    help="Refuse conversations that share 8 words in a row with text that made the decoder, and all if that text is "
+    "not known, as for an imported decoder.",
 )
 def eval_command(
     pair: str,
@@ -85,10 +94,11 @@ def eval_command(
 ) -> None:
     """Judge PAIR on conversations that it has not seen.
 
-    Three variants are judged: the full model, both halves together, and the decoder alone. On the given answers, the
-    figures are likelihood, KL divergence from the full model and agreement with it. The full model and the pair also
-    write greedy answers of their own. The figures are perplexity by the full model, share of repeated 4-grams and
-    length, the pair's beside the full model's. Three questions are shown with both answers.
+    Five variants are judged: the full model; both halves together, with the prompt's KV as it is, in int8 on its way,
+    and in an int8 cache; and the decoder alone. On the given answers, the figures are likelihood, KL divergence from
+    the full model and agreement with it. The full model and the pair also write greedy answers of their own. The
+    figures are perplexity by the full model, share of repeated 4-grams and length, the pair's beside the full model's.
+    Three questions are shown with both answers.
     """
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress

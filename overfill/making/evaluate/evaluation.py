@@ -1,4 +1,8 @@
-"""Judge a pair on held-out conversations: the full model, both halves together, and the decoder alone."""
+"""Judge a pair on held-out conversations, in five variants.
+
+They are the full model; both halves together, with the prompt's KV as it is, in int8 on its way, and in an int8 cache;
+and the decoder alone.
+"""
 
 from __future__ import annotations
 

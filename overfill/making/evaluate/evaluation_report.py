@@ -157,7 +157,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
             _markdown(position_rows(teacher, percent=False)),
             "Share of 4-grams that occurred earlier in the answer:",
             _markdown(position_rows(repeated, percent=True)),
-            "## Ten answers",
+            "## Examples",
             RULE,
         ]
         for title, question, *answers in examples(evaluation, 10):
