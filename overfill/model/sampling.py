@@ -111,20 +111,21 @@ def _draw(
     for start in range(0, len(logits), max(1, size)):
         part = slice(start, start + max(1, size))
         tokens[part] = winners(logits[part], params[part], positions[part], sample_indices[part])
-    return torch.where(_most_likely(logits) < 0, -1, tokens)
+    return tokens
 
 
 def _race_in_torch(
     logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
 ) -> Tensor:
-    """The winner of each row. [N] int64"""
-    return race_keys(logits, params, positions, sample_indices).argmax(dim=-1)
+    """The token with the greatest of ``race_keys`` for each row, -1 for broken rows. [N] int64"""
+    winners = race_keys(logits, params, positions, sample_indices).argmax(dim=-1)
+    return torch.where(_most_likely(logits) < 0, -1, winners)
 
 
 def race_in_kernel(
     logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
 ) -> Tensor:
-    """The token with the greatest of ``race_keys`` for each row, found by a Triton kernel. [N] int64"""
+    """The same as ``_race_in_torch``, found by a Triton kernel."""
     from overfill.model.race_kernel import race  # builds of torch for CPUs have no Triton
 
     temperatures = _temperatures(params, logits.device).float()
