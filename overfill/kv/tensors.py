@@ -11,12 +11,13 @@ import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 
 from overfill.kv.chunks import Chunk, digest, num_undamaged
+from overfill.kv.spec import DTypeName
 from overfill.kv.store import DeviceEvent, LayerTargets
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -25,7 +26,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+_DTYPE_NAMES: dict[torch.dtype, DTypeName] = {TORCH_DTYPES[name]: name for name in get_args(DTypeName)}
+
 _Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+def dtype_name(dtype: torch.dtype) -> DTypeName:
+    """The name of one of ``TORCH_DTYPES``."""
+    return _DTYPE_NAMES[dtype]
 
 
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int, device: torch.device) -> torch.Tensor:

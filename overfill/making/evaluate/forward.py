@@ -14,8 +14,8 @@ from torch import Tensor
 
 from overfill.kv.cache import KvCache, copy_sequence
 from overfill.kv.codecs import quantise, restore
-from overfill.kv.spec import DTypeName, KvCacheDtype
-from overfill.kv.tensors import TORCH_DTYPES
+from overfill.kv.spec import KvCacheDtype
+from overfill.kv.tensors import dtype_name
 from overfill.making.conversations import Transcript
 from overfill.model.batch import ForwardBatch
 from overfill.model.transformer import ForwardModel
@@ -66,7 +66,7 @@ class BatchModel:
 
     def __init__(self, model: ForwardModel, max_tokens: int, kv_cache_dtype: KvCacheDtype = "auto") -> None:
         self.model = model
-        spec = model.config.kv_spec(_dtype_name(model.dtype))
+        spec = model.config.kv_spec(dtype_name(model.dtype))
         self.cache = KvCache(spec, max_tokens, 1, model.device, kv_cache_dtype)
 
     def read_all(self, batch: Sequence[Transcript], skip: int) -> Tensor:
@@ -162,8 +162,3 @@ def _logits_rows(sequences: Sequence[_NewTokens]) -> Tensor:
         end += len(sequence.tokens)
         rows.append(torch.arange(end - sequence.num_logits, end))
     return torch.cat(rows)
-
-
-def _dtype_name(dtype: torch.dtype) -> DTypeName:
-    names: dict[torch.dtype, DTypeName] = {TORCH_DTYPES[name]: name for name in ("float32", "bfloat16", "float16")}
-    return names[dtype]

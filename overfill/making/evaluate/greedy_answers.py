@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from overfill.engine.runner import ModelRunner
 from overfill.engine.work import Work
 from overfill.kv.cache import KvCache
-from overfill.kv.spec import DTypeName
-from overfill.kv.tensors import TORCH_DTYPES
+from overfill.kv.tensors import dtype_name
 from overfill.making.evaluate.teacher_forced import Candidate
 from overfill.model.transformer import ForwardModel
 from overfill.telemetry.progress import Report, silent
@@ -101,6 +100,5 @@ def write_answers(
 
 
 def _runner(model: ForwardModel, num_blocks: int) -> ModelRunner:
-    names: dict[object, DTypeName] = {TORCH_DTYPES[name]: name for name in ("float32", "bfloat16", "float16")}
-    spec = model.config.kv_spec(names[model.dtype])
+    spec = model.config.kv_spec(dtype_name(model.dtype))
     return ModelRunner(model, KvCache(spec, num_blocks, _BLOCK_SIZE, model.device))
