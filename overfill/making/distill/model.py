@@ -219,7 +219,7 @@ class PackedModel(nn.Module):
                 module.add_factors(rank, generator)
 
     def continue_factors(self, products: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Makes products that the weights contain the start of the factors; the model's function stays the same.
+        """Moves products from the weights into the factors, which start from them. The model's function stays the same.
 
         Args:
             products: ``up`` and ``down`` by the name of the matrix.

@@ -22,7 +22,7 @@ class ServedLM(PairLM):
     """The pair, in the tier of a stack that has its decoder. The pair's folder needs no weights here.
 
     Args:
-        client: of the stack; this model does not close it.
+        client: Client of the stack; the caller closes it.
 
     Raises:
         InvalidRequest: no tier that the client may use has this full model and this decoder.
