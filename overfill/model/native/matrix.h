@@ -93,18 +93,45 @@ inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x
     else asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
-// Adds sixteen int32 to sixteen float64.
-inline void add_exactly(double* sums, __m512i x) {
-    const __m512d front = _mm512_cvtepi32_pd(_mm512_castsi512_si256(x));
-    const __m512d back = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1));
-    _mm512_store_pd(sums, _mm512_add_pd(_mm512_load_pd(sums), front));
-    _mm512_store_pd(sums + 8, _mm512_add_pd(_mm512_load_pd(sums + 8), back));
-}
-
-// Rounds sixteen float64 to float32.
-inline __m512 rounded(const double* x) {
-    const __m256 front = _mm512_cvtpd_ps(_mm512_load_pd(x)), back = _mm512_cvtpd_ps(_mm512_load_pd(x + 8));
-    return _mm512_insertf32x8(_mm512_castps256_ps512(front), back, 1);
+// Sums a tile over the steps from `begin` to `end` into out [TILE][32], float32 or int32, rows `out_stride` elements apart.
+// Fetches `fetch` bytes per step from `ahead` into the second-level cache. A function of its own, because the compiler
+// keeps its sums in registers only if nothing else is live.
+template <int TILE, bool INT8>
+__attribute__((noinline)) void sum_steps(const uint16_t* a, size_t stride, const char* panel, size_t begin, size_t end,
+                                         const char* ahead, size_t fetch, void* out, size_t out_stride) {
+    __m512i low[TILE], high[TILE];
+#pragma GCC unroll 12
+    for (int r = 0; r < TILE; ++r) low[r] = high[r] = _mm512_setzero_si512();
+    // With four bases every row is base + {0, 1, 2} * stride, which is an x86 addressing mode.
+    const uint16_t* base[4];
+    for (int i = 0; i < 4; ++i) base[i] = a + 3 * i * stride;
+    for (size_t k = begin; k < end; ++k) {
+        const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * STEP_BYTES);
+        _mm_prefetch(ahead + k * fetch, _MM_HINT_T1);
+        if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * fetch + 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+        for (int part = 0; part < (INT8 ? 2 : 1); ++part) {
+            __m512i w0 = w[0], w1 = w[1];
+            if constexpr (INT8) {
+                if (part == 0) w0 = _mm512_slli_epi16(w0, 8), w1 = _mm512_slli_epi16(w1, 8);
+                w0 = _mm512_srai_epi16(w0, 8), w1 = _mm512_srai_epi16(w1, 8);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < TILE; ++r) {
+                int pair;
+                memcpy(&pair, base[r / 3] + (r % 3) * stride + (INT8 ? 4 : 2) * k + 2 * part, 4);
+                const __m512i x = _mm512_set1_epi32(pair);
+                add_products<INT8>(low[r], x, w0);
+                add_products<INT8>(high[r], x, w1);
+            }
+        }
+    }
+    int32_t* row = static_cast<int32_t*>(out);
+#pragma GCC unroll 12
+    for (int r = 0; r < TILE; ++r) {
+        _mm512_store_si512(row + r * out_stride, low[r]);
+        _mm512_store_si512(row + r * out_stride + 16, high[r]);
+    }
 }
 
 // Computes a tile: TILE activation rows times one panel into out [TILE][32] float32, rows `out_stride` elements apart.
@@ -112,52 +139,34 @@ inline __m512 rounded(const double* x) {
 template <int TILE, bool INT8>
 void tile(const uint16_t* a, size_t stride, const char* panel, size_t steps, const char* ahead, size_t fetch,
           float* out, size_t out_stride) {
-    __m512i low[TILE], high[TILE];
-    // With four bases every row is base + {0, 1, 2} * stride, which is an x86 addressing mode.
-    const uint16_t* base[4];
-    for (int i = 0; i < 4; ++i) base[i] = a + 3 * i * stride;
-    alignas(64) double exact[INT8 ? TILE : 1][PANEL];
-    const size_t part_steps = INT8 ? EXACT_COLUMNS / 4 : steps;
-    const bool parts = steps > part_steps;
-    if (parts) memset(exact, 0, sizeof exact);
-    for (size_t begin = 0; begin < steps; begin += part_steps) {
-#pragma GCC unroll 12
-        for (int r = 0; r < TILE; ++r) low[r] = high[r] = _mm512_setzero_si512();
-        for (size_t k = begin; k < std::min(steps, begin + part_steps); ++k) {
-            const __m512i* w = reinterpret_cast<const __m512i*>(panel + k * STEP_BYTES);
-            _mm_prefetch(ahead + k * fetch, _MM_HINT_T1);
-            if constexpr (TILE < MAX_TILE) _mm_prefetch(ahead + k * fetch + 64, _MM_HINT_T1);
-#pragma GCC unroll 2
-            for (int half = 0; half < (INT8 ? 2 : 1); ++half) {
-                __m512i w0 = w[0], w1 = w[1];
-                if constexpr (INT8) {
-                    if (half == 0) w0 = _mm512_slli_epi16(w0, 8), w1 = _mm512_slli_epi16(w1, 8);
-                    w0 = _mm512_srai_epi16(w0, 8), w1 = _mm512_srai_epi16(w1, 8);
+    if constexpr (!INT8) {
+        sum_steps<TILE, INT8>(a, stride, panel, 0, steps, ahead, fetch, out, out_stride);
+    } else {
+        alignas(64) int32_t sums[TILE][PANEL];
+        alignas(64) double exact[TILE][PANEL];
+        for (size_t begin = 0; begin < steps; begin += EXACT_COLUMNS / 4) {
+            const size_t end = std::min(steps, begin + EXACT_COLUMNS / 4);
+            sum_steps<TILE, INT8>(a, stride, panel, begin, end, ahead, fetch, sums, PANEL);
+            for (size_t i = 0; i < TILE * PANEL; i += 16) {
+                const __m512i x = _mm512_load_si512(&sums[0][i]);
+                double* total = &exact[0][i];
+                __m512d front = _mm512_cvtepi32_pd(_mm512_castsi512_si256(x));
+                __m512d back = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1));
+                if (begin > 0) {
+                    front = _mm512_add_pd(front, _mm512_load_pd(total));
+                    back = _mm512_add_pd(back, _mm512_load_pd(total + 8));
                 }
-#pragma GCC unroll 12
-                for (int r = 0; r < TILE; ++r) {
-                    int pair;
-                    memcpy(&pair, base[r / 3] + (r % 3) * stride + (INT8 ? 4 : 2) * k + 2 * half, 4);
-                    const __m512i x = _mm512_set1_epi32(pair);
-                    add_products<INT8>(low[r], x, w0);
-                    add_products<INT8>(high[r], x, w1);
+                if (end < steps) {
+                    _mm512_store_pd(total, front);
+                    _mm512_store_pd(total + 8, back);
+                } else {
+                    const __m512 once = _mm512_castps256_ps512(_mm512_cvtpd_ps(front));
+                    const __m512 both = _mm512_insertf32x8(once, _mm512_cvtpd_ps(back), 1);
+                    _mm512_store_ps(out + i / PANEL * out_stride + i % PANEL, both);
                 }
             }
         }
-        if constexpr (INT8) {
-            if (!parts) break;
-#pragma GCC unroll 12
-            for (int r = 0; r < TILE; ++r) add_exactly(exact[r], low[r]), add_exactly(exact[r] + 16, high[r]);
-        }
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < TILE; ++r)
-        for (int i = 0; i < 2; ++i) {
-            const __m512i sums = i ? high[r] : low[r];
-            const double* wide = exact[INT8 ? r : 0] + 16 * i;
-            const __m512 x = !INT8 ? (__m512)sums : parts ? rounded(wide) : _mm512_cvtepi32_ps(sums);
-            _mm512_store_ps(out + r * out_stride + 16 * i, x);
-        }
 }
 
 using TileFunction = void (*)(const uint16_t*, size_t, const char*, size_t, const char*, size_t, float*, size_t);
