@@ -59,8 +59,8 @@ def save_drift(path: Path, title: str, panels: Mapping[str, Mapping[str, Metric]
 def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
     """Draws agreement against decode bytes and FLOPs, and free-running perplexity against bytes.
 
-    The perplexity is that of the decoder's own answers by the full model, divided by that of the full model's: 1 is the
-    full model, and larger is worse. Its panel is missing if no answers were written.
+    The perplexity is that of new text in the decoder's own answers by the full model, divided by that of the full
+    model's: 1 is the full model, and larger is worse. Its panel is missing if no answers were written.
 
     Each precision has one colour and one line, which joins the decoders in order of size. Each decoder has one marker.
     """
@@ -75,7 +75,7 @@ def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
         return 100 * point.agreement.mean
 
     def ratio(point: TradeoffPoint) -> float:
-        return math.nan if point.free is None else point.free.ratio
+        return math.nan if point.free is None else point.free.new_ratio
 
     bytes_label, agreement_label = "weights read per token (MB)", "agreement with the full model (%)"
     drawn: list[tuple[str, _Measure, str, _Measure]] = [
@@ -83,7 +83,7 @@ def save_tradeoff(path: Path, points: Sequence[TradeoffPoint]) -> None:
         ("operations per token (MFLOP)", lambda p: p.cost.flops / 1e6, agreement_label, agreement),
     ]
     if any(point.free for point in points):
-        drawn.append((bytes_label, megabytes, "perplexity of its own answers ÷ the full model's", ratio))
+        drawn.append((bytes_label, megabytes, "perplexity of new text ÷ the full model's", ratio))
     figure, panels = plt.subplots(1, len(drawn), figsize=(4.1 * len(drawn), 4.6))
     for axes, (x_label, x, y_label, y) in zip(panels, drawn, strict=True):
         for index, (precision, colour) in enumerate(colours.items()):
