@@ -261,7 +261,7 @@ class VllmDecodeEngine(VllmEngine):
         if error is not None or token is None:
             sequence.failed = True
             if self._vllm.known(id):
-                self._vllm.forget(self._vllm.blocks(id))  # their KV may be the cause
+                self._vllm.discard(self._vllm.blocks(id))  # their KV may be the cause
             self._end(id)
             events.append(SequenceFailed(id, error or InternalError("vLLM sampled no token")))
             return

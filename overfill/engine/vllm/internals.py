@@ -268,6 +268,18 @@ class VllmCore:
         """Takes blocks out of the prefix cache; those in use stay in use."""
         self._manager.evict_blocks(set(blocks))
 
+    def discard(self, blocks: Iterable[int]) -> None:
+        """Forgets blocks whose KV may be spoilt, and clears those that no other request has.
+
+        Attention on CPUs multiplies the unused slots of a block by 0, and 0 times NaN is NaN. A later request that gets
+        the block would fail, too.
+        """
+        spoilt = set(blocks)
+        self.forget(spoilt)
+        alone = [block for block in spoilt if self._pool.blocks[block].ref_cnt <= 1]
+        for cache in hub.caches.values():
+            cache[alone] = 0
+
     def num_cached(self, ids: Iterable[str]) -> int:
         """Blocks that hold a cached prefix and are in no live request; ``ids`` are all live ones."""
         in_use = {block for id in ids if self.known(id) for block in self.blocks(id)}

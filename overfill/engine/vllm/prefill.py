@@ -271,6 +271,6 @@ class VllmPrefillEngine(VllmEngine):
         if error is None and sequence.sample_first_token and (token is None or [token.token_id] != list(taken)):
             error = InternalError("vLLM took another first token than was sampled")
         if error is not None:
-            self._vllm.forget(sequence.blocks)  # their KV may be the cause
+            self._vllm.discard(sequence.blocks)  # their KV may be the cause
             return SequenceFailed(id, error)
         return PromptComputed(id, token, now)
