@@ -15,10 +15,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from overfill import pair
+from overfill.making.conversations import ShippedPart, shipped_conversations
 from overfill.making.pair_json import write_manifest
 
 FOLDER = Path(pair.__file__).parent / "mock"
-DATA = Path(__file__).parent / "data"
 
 VOCAB_SIZE = 6144
 """Rows of the embedding that the model would have: the tokens, and rows without a token up to a multiple of 1,024."""
@@ -101,9 +101,10 @@ def _config(end: list[int]) -> dict[str, Any]:
 
 
 def _texts() -> Iterator[str]:
-    for name in ("calibration.jsonl", "development.jsonl"):
-        for line in (DATA / name).read_text(encoding="utf-8").splitlines():
-            yield from (message["content"] for message in json.loads(line)["messages"])
+    parts: tuple[ShippedPart, ...] = ("calibration", "development")  # those of when the shipped tokenizer was trained
+    for part in parts:
+        for conversation in shipped_conversations(part):
+            yield from (message["content"] for message in conversation.messages)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,10 +53,10 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
     Raises:
         InvalidRequest: a source cannot be read or has no usable conversation.
     """
-    training = _load(data, data.source, data.split, {"shipped": "calibration"}, tokenizer)
+    training = _load(data, data.source, data.split, "shipped", "calibration", tokenizer)
     held_out_source = data.held_out or (data.source if data.held_out_split else "development")
     held_out_split = data.held_out_split or data.split
-    held_out = _load(data, held_out_source, held_out_split, {"development": "development"}, tokenizer)
+    held_out = _load(data, held_out_source, held_out_split, "development", "development", tokenizer)
     judged = list(islice(held_out.with_text() if isinstance(held_out, HubTranscripts) else held_out, data.max_held_out))
     if not len(training) or not judged:
         empty = data.source if not len(training) else held_out_source
@@ -70,16 +70,16 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
 
 
 def _load(
-    data: Data, source: str, split: str, shipped: Mapping[str, ShippedPart], tokenizer: Tokenizer
+    data: Data, source: str, split: str, name: str, part: ShippedPart, tokenizer: Tokenizer
 ) -> list[tuple[Conversation, Transcript]] | HubTranscripts:
-    if source in shipped:
-        conversations = shipped_conversations(shipped[source])
+    """Loads ``source``; ``name`` stands for ``part`` of the package."""
+    if source == name:
+        conversations = shipped_conversations(part)
     elif Path(source).exists():
         conversations = read_conversations(Path(source), "data")
     elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):
         return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:
-        (name,) = shipped
         raise InvalidRequest("data", f"{source} is neither `{name}`, nor a file, nor the id of a hub data set")
     return [
         (conversation, transcript)

@@ -93,9 +93,8 @@ inline __attribute__((always_inline)) void add_products(__m512i& sums, __m512i x
     else asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
 }
 
-// Sums a tile over the steps from `begin` to `end` into out [TILE][32], float32 or int32, rows `out_stride` elements apart.
-// Fetches `fetch` bytes per step from `ahead` into the second-level cache. A function of its own, because the compiler
-// keeps its sums in registers only if nothing else is live.
+// Sums a tile over the steps from `begin` to `end` into out [TILE][32], float32 or int32; other parameters as in `tile`.
+// A function of its own, because the compiler keeps its sums in registers only if nothing else is live.
 template <int TILE, bool INT8>
 __attribute__((noinline)) void sum_steps(const uint16_t* a, size_t stride, const char* panel, size_t begin, size_t end,
                                          const char* ahead, size_t fetch, void* out, size_t out_stride) {
