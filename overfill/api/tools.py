@@ -28,7 +28,7 @@ MAX_TOOLS = 128
 HEAD = f'{BEGIN}\n{{"name": "'
 ARGUMENTS = '", "arguments": '
 TAIL = f"}}\n{END}"
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
 Mode = Literal["auto", "none", "required"]
 
@@ -61,7 +61,7 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
     for index, tool in enumerate(tools):
         place = f"chat.tools[{index}]"
         if not _NAME.fullmatch(tool.name):
-            raise InvalidRequest(f"{place}.name", f"is {tool.name[:80]!r}; give 1 to 64 letters, digits, _ or -")
+            raise InvalidRequest(f"{place}.name", f"is {tool.name[:80]!r}; give 1 to 128 letters, digits, _ or -")
         if tool.name in seen:
             raise InvalidRequest(
                 f"{place}.name", f"is {tool.name!r}, which is another tool's name too; give each tool its own name"
