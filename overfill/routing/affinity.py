@@ -17,7 +17,7 @@ MAX_HOLDERS = 8
 """Maximum number of workers with a cached prefix that are compared per request and block size."""
 
 PROMISED_BLOCKS = 64
-"""Number of a placed prompt's first uncached blocks that count as cached on its worker before the worker reports them."""
+"""Number of a placed prompt's first unreported blocks that count as cached on its worker before it reports them."""
 
 MAX_PROMISES = 1 << 16
 """Maximum number of promised blocks that are kept."""
@@ -141,7 +141,7 @@ class PrefixAffinity(Policy):
             self._keep(key, worker)
 
     def _first_unreported(self, job: Job, worker: Worker) -> Iterator[int]:
-        """Returns the keys of the prompt's blocks that may be promised: the first ones that ``worker`` has not reported."""
+        """Returns the keys of the blocks that may be promised: the first ones that ``worker`` has not reported."""
         size = worker.block_size
         if job.block_keys is None or not size:
             return iter(())
@@ -187,7 +187,7 @@ class PrefixAffinity(Policy):
         return self._found
 
     def _choices(self, job: Job, levels: _Levels) -> dict[Worker, None]:
-        """Returns workers to compare: those with the longest cached prefixes, the session's latest, the least loaded."""
+        """Returns workers to compare: with the longest cached prefixes, the session's latest, and the least loaded."""
         found: dict[Worker, None] = {}
         if job.block_keys is not None:
             known = self._found_for(job.block_keys).holders

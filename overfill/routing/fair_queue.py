@@ -193,7 +193,7 @@ class FairQueue:
             self._count_new(job, 1)
 
     def _move_up(self, jobs: list[Job]) -> None:
-        """Gives the first of a key's jobs, which has the last of their places, the first; the others move back by one."""
+        """Gives the first of a key's jobs the first of their places; it has the last. The others move back by one."""
         places = [self._positions[job][0] for job in (*jobs[1:], jobs[0])]
         for job, place in zip(jobs, places, strict=True):
             self._order[self._index(place)] = place, job
