@@ -11,7 +11,7 @@ from overfill.errors import InvalidRequest
 
 MAX_TOOLS = 128
 
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
 Mode = Literal["auto", "none", "required"]
 
@@ -44,7 +44,7 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
     for index, tool in enumerate(tools):
         place = f"chat.tools[{index}]"
         if not _NAME.fullmatch(tool.name):
-            raise InvalidRequest(f"{place}.name", f"is {tool.name[:80]!r}; give 1 to 64 letters, digits, _ or -")
+            raise InvalidRequest(f"{place}.name", f"is {tool.name[:80]!r}; give 1 to 128 letters, digits, _ or -")
         if tool.name in seen:
             raise InvalidRequest(
                 f"{place}.name", f"is {tool.name!r}, which is another tool's name too; give each tool its own name"
