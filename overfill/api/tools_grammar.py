@@ -132,7 +132,8 @@ def tools_grammar(
             *lines,
             f"call: {_literals(rules.before)} function {rules.after}",
             "function: " + " | ".join(f"function_{i}" for i in range(len(tools))),
-            *(f"function_{i}: {_literals(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
+            *(f"function_{i}: {_literals(head)} rest_{i}" for i, (head, _) in enumerate(rules.functions)),
+            *(f"rest_{i}: {more}" for i, (_, more) in enumerate(rules.functions)),
             *rules.lines,
             "",
         ]
@@ -157,11 +158,10 @@ def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
             lines.append(f"trigger[lazy]: TEXT {marker.lark}")
     if rules.bare is not None:
         choices.append(f"bare {rules.after} {rest}")
-        lines.append("bare: " + " | ".join(f"bare_{i} more_{i}" for i in range(len(rules.functions))))
+        lines.append("bare: " + " | ".join(f"bare_{i} rest_{i}" for i in range(len(rules.functions))))
         lines.append(r"LINES: /((.|\n)*\n)?/")
-        for i, (head, more) in enumerate(rules.functions):
-            opening = "".join([rules.bare, *rules.before, *head])
-            lines += [f"bare_{i}[lazy]: LINES {json.dumps(opening)}", f"more_{i}: {more}"]
+        for i, (head, _) in enumerate(rules.functions):
+            lines.append(f"bare_{i}[lazy]: LINES {json.dumps(''.join([rules.bare, *rules.before, *head]))}")
     return ["start: " + " | ".join(choices), *lines]
 
 

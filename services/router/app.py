@@ -108,7 +108,7 @@ class Router:
         pair = pairs[config.ordered_tiers[0].name]
         # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        tokenizer = Tokenizer.load(pair.full_path)
+        tokenizer = Tokenizer.load(pair.full_path, config.tool_call_parser)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
         self._address = self._join_address = self._http_address = ""

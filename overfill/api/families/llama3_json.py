@@ -21,6 +21,7 @@ class Llama3Json(ToolFormat):
 
     name = "llama3_json"
     special = ("<|python_tag|>",)
+    most_in_template = 1
     instruction = "To call a function, answer with nothing but a JSON object with its name and parameters:"
 
     def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class ToolFormat(ABC):
     """Name of the parser for this format in vLLM."""
     special: ClassVar[tuple[str, ...]] = ()
     """Texts that some tokenizers have as special tokens."""
+    most_in_template: ClassVar[float] = math.inf
+    """Number of calls of one message that the family's chat templates take."""
     instruction: ClassVar[str]
     """Tells a model how to call a function; an example follows it."""
 
