@@ -129,6 +129,7 @@ ROUTES: Mapping[str, Rule] = {
     "/v1/models/{model:path}": _INFER,
     "/v1/chat/completions": _INFER,
     "/v1/completions": _INFER,
+    "/v1/responses": _INFER,
     "/tokenize": _INFER,
     "/detokenize": _INFER,
     "/health": _OPEN,

@@ -15,6 +15,8 @@ from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
+from overfill.api.responses.schema import ResponsesRequest
+from overfill.api.responses.translate import responses
 from overfill.api.translation import Served, Translation
 from overfill.errors import OverfillError
 from overfill.request.params import REQUEST_ID_CHARACTERS
@@ -103,6 +105,7 @@ class HttpApi:
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completions),
+            ("/v1/responses", "POST", self._responses),
             ("/v1/models", "GET", self._models),
             ("/v1/models/{model:path}", "GET", self._model),
             ("/tokenize", "POST", self._tokenize),
@@ -183,10 +186,15 @@ class HttpApi:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
 
     async def _chat(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl")
+        await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl-")
 
     async def _completions(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl")
+        await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl-")
+
+    async def _responses(self, request: Request, caller: ApiKey | None) -> None:
+        await self._answer_once(
+            request, caller, ResponsesRequest, lambda body, _, request_id: responses(body, request_id), "resp_"
+        )
 
     async def _generate(
         self,
@@ -346,4 +354,4 @@ class HttpApi:
 def _request_id(request: Request, of_body: str | None, prefix: str) -> str:
     """Returns the id from the header if it is valid, as vLLM does; else from the body; else a new one."""
     given = request.header(b"x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else of_body or f"{prefix}-{secrets.token_hex(16)}"
+    return given if _REQUEST_ID.fullmatch(given) else of_body or f"{prefix}{secrets.token_hex(16)}"
