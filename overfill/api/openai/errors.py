@@ -27,8 +27,6 @@ _MAX_PARAM = 200
 NOT_SERVED: Mapping[str, Sequence[str]] = {
     "this server stores no responses: it cannot show, delete or cancel one, or compact a conversation; send all "
     "items of the conversation to POST /v1/responses, and close the connection to cancel": ("/v1/responses/",),
-    "this server has no Messages API; it speaks Chat Completions (POST /v1/chat/completions). Choose OpenAI as the "
-    "client's provider, or put a proxy that translates in front": ("/v1/messages",),
     "this server does not have Ollama's or TGI's API; it speaks OpenAI's (POST /v1/chat/completions)": (
         "/api/chat",
         "/api/generate",

@@ -208,7 +208,7 @@ class ReasoningOptions(Strict):
     summary: Ignored
 
 
-class ToolReference(_Open):
+class ChosenTool(_Open):
     """A tool's name in ``tool_choice``."""
 
     type: Name
@@ -216,9 +216,9 @@ class ToolReference(_Open):
     namespace: Name | None = None
 
 
-class ToolChoiceObject(ToolReference):
+class ToolChoiceObject(ChosenTool):
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[Items[ToolReference], Field(min_length=1)] | None = None
+    tools: Annotated[Items[ChosenTool], Field(min_length=1)] | None = None
 
 
 class ResponsesRequest(Strict):
@@ -278,3 +278,7 @@ class ResponsesRequest(Strict):
     prompt: Any = refused("no prompts are stored; send its text as 'instructions' and 'input'")
     store: Any = refused("this server stores no responses; leave it out or send false", False)
     top_logprobs: Any = refused("'/v1/chat/completions' has log-probabilities", 0)
+
+    @property
+    def named_session(self) -> str | None:
+        return self.prompt_cache_key

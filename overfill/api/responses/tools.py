@@ -93,7 +93,7 @@ class ToolSet:
         """Returns the name that the model sees."""
         return f"{namespace}{SEPARATOR}{name}" if namespace else name
 
-    def chosen(self, choice: schema.ToolReference, place: str) -> str:
+    def chosen(self, choice: schema.ChosenTool, place: str) -> str:
         """Returns the model's name of a tool that ``tool_choice`` names. Raises ApiError."""
         if choice.type not in ("function", "custom"):
             raise invalid(
