@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
-from overfill.api.chat import encode_chat
+from overfill.api.chat import encode_chat, read_tools
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.params import (
@@ -93,6 +93,7 @@ def validate_generate(
         prompt_token_ids=prompt,
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
+        tools=() if tools is None else read_tools(request.chat),
         answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
     )
     _check_num_scores(job, vocab_size)
