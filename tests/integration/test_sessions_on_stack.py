@@ -78,3 +78,19 @@ def test_status_top_and_metrics_count_sessions_without_their_names(stack, capsys
     assert samples["overfill_router_prompt_tokens_total", "chat"] > 0
     assert samples["overfill_router_completion_tokens_total", "chat", "default"] >= 12
     assert "secret" not in json.dumps(status) + rendered
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_prompts_with_other_attribution_lines_share_their_beginning(tiny_pair, drop):
+    with mock_stack(tiny_pair, http=0, drop_attribution=drop) as stack:
+        cached, counted = [], []
+        for number in range(2):
+            line = f"x-anthropic-billing-header: cc_version=2.1.332.{number}; cc_entrypoint=sdk-cli;"
+            system = {"role": "system", "content": f"{line}\n{'You are an agent with many tools. ' * 8}"}
+            messages = [system, {"role": "user", "content": "go"}]
+            body = {"model": stack.router._handler.tiers.model, "messages": messages}
+            usage = json.loads(call(f"{stack.url}/v1/chat/completions", {**body, "max_tokens": 1}).body)["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+            counted.append(json.loads(call(f"{stack.url}/tokenize", body).body)["count"] - usage["prompt_tokens"])
+    assert counted == [0, 0]
+    assert (cached[1] > 100) is drop
