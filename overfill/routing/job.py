@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from overfill.routing.tier import DEFAULT_TIER, TierChoice
 from overfill.routing.worker import Worker
@@ -48,6 +48,7 @@ class Job:
         prompt_token_ids: the prompt of ``start``, in a form that Python reads four times as fast.
         stop: non-empty stop strings.
         continues_text: whether the answer continues the prompt's text, so that its first word keeps its space.
+        tools: definitions of the tools (``api.tools.ToolDefinition``) that the answer may call.
         answer_digest: digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
             conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
         stream_interval: minimum number of tokens in a message to the client.
@@ -83,6 +84,7 @@ class Job:
     prompt_token_ids: Sequence[int]
     stop: tuple[str, ...] = ()
     continues_text: bool = False
+    tools: Sequence[Any] = ()
     answer_digest: str | None = None
     stream_interval: int = 1
     received: float = 0.0

@@ -332,7 +332,7 @@ class RouterConfig(ServiceConfig):
     drop_attribution: bool = Field(
         True,
         description="leave the line x-anthropic-billing-header, with which Claude Code begins its system prompt, out of "
-        "prompts; it differs between sessions and requests, so that their prompts would share no cached beginning",
+        "prompts; it differs between sessions, so that their prompts would share no cached beginning",
     )
     http: PortOrOff = Field(
         "off", description="port of the OpenAI endpoint; 0 picks a free port; off disables the endpoint"
