@@ -193,5 +193,5 @@ class MessagesRequest(CountTokensRequest):
 
     @property
     def named_session(self) -> str | None:
-        user = self.metadata and self.metadata.user_id
-        return user and session_of_user(user)
+        user_id = None if self.metadata is None else self.metadata.user_id
+        return None if user_id is None else session_of_user(user_id)
