@@ -331,7 +331,7 @@ class RouterConfig(ServiceConfig):
     )
     drop_attribution: bool = Field(
         True,
-        description="leave the line x-anthropic-billing-header, with which Claude Code begins its system prompt, out of "
+        description="leave Claude Code's line x-anthropic-billing-header at the beginning of system messages out of "
         "prompts; it differs between sessions, so that their prompts would share no cached beginning",
     )
     http: PortOrOff = Field(
