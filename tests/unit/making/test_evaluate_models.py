@@ -154,6 +154,19 @@ def test_every_answer_token_but_the_first_is_counted_where_it_stands(evaluation:
             assert sum(counts.values()) == ANSWER_TOKENS
 
 
+def test_what_cannot_be_judged_is_refused_before_checkpoints_are_read(tiny_pair: Path) -> None:
+    read: list[str] = []
+
+    def report(step: str, done: int, total: int) -> None:
+        read.append(step)
+
+    with pytest.raises(InvalidRequest, match="data: holds no answer of two tokens"):
+        evaluate(tiny_pair, [], report=report)
+    with pytest.raises(InvalidRequest, match=f"pairs: 2 are named {tiny_pair.name}; rename their folders"):
+        next(compare([tiny_pair, tiny_pair], TRANSCRIPTS, report=report))
+    assert read == []
+
+
 def test_an_identity_pair_is_the_full_model(identity: Path) -> None:
     result = evaluate(identity, TRANSCRIPTS[:3], dtype="float32", max_tokens=24)
     for name in ("full", "two_stage", "decoder_alone"):
