@@ -147,6 +147,8 @@ def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
     named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
     if not all(label and str(folder) != "." for label, folder in named):
         raise click.UsageError("give each run as LABEL=FOLDER")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--out: {out} must end in .png, .svg or .pdf")
     plot_runs([(label, metrics_file(folder)) for label, folder in named], out)
     click.echo(out)
 
