@@ -149,7 +149,9 @@ def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
         raise click.UsageError("give each run as LABEL=FOLDER")
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--out: {out} must end in .png, .svg or .pdf")
-    plot_runs([(label, metrics_file(folder)) for label, folder in named], out)
+    files = [(label, metrics_file(folder)) for label, folder in named]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot_runs(files, out)
     click.echo(out)
 
 

@@ -92,7 +92,7 @@ def test_the_recipes_state_the_memory_that_their_sizes_need(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("source = 'x'\n[training]\nsteps = 1\nlearning_rat = 1\n", r"mine\.toml: training\.learning_rat: no such key$"),
+        ("source = 'x'\n[training]\nsteps = 1\nlearning_rat = 1\n", r"toml: training\.learning_rat: no such key$"),
         ("source = 'x'\n[training]\nsteps = 0\n", r"training\.steps: Input should be greater than 0, got 0$"),
         ("source = 'x'\n[training]\n", "training: give exactly one of steps, minutes and epochs"),
         ("[training]\nsteps = 1\n", "source: Field required$"),
@@ -117,7 +117,7 @@ def test_options_override_a_recipe_and_a_length_replaces_the_other() -> None:
     assert (training.steps, training.minutes, training.kl, training.learning_rate) == (5, None, 0.7, 1e-3)
     with pytest.raises(InvalidRequest, match=r"learning_rate: Input should be greater than 0, got -1\.0$"):
         changed(training, learning_rate=-1.0)
-    with pytest.raises(InvalidRequest, match="^give exactly one of steps"):
+    with pytest.raises(InvalidRequest, match=r"^give exactly one of steps"):
         changed(training, steps=5, minutes=1.0)
 
 
