@@ -44,7 +44,7 @@ def test_a_pair_is_distilled_and_drawn(tmp_path: Path, chats: str) -> None:
     alone = call(pair, "--out", tmp_path / "alone", *options, "--standalone")
     assert alone.exit_code == 0, alone.output
     runs = [f"two-stage={out}", f"alone={tmp_path / 'alone.run'}"]
-    picture = tmp_path / "new" / "both.png"
+    picture = tmp_path / "both.png"
     drawn = CliRunner().invoke(distill_plot_command, [*runs, "--out", str(picture)])
     assert drawn.exit_code == 0, drawn.output
     assert picture.stat().st_size > 1000
