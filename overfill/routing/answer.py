@@ -25,6 +25,7 @@ class AnswerDelta:
         first_index: index of ``token_ids[0]`` in the answer.
         logprobs: one entry per token id, or empty.
         text: text that became final with these tokens.
+        reasoning: such text that the model thinks before it answers; it is not in ``text`` and precedes it.
         tool_calls: new parts of tool calls; their text is not in ``text``.
         parts: parts of the answer that begin with one of the tokens, if the answer changed its tier there.
         prompt_logprobs: log-probabilities of the prompt's tokens, in the first delta if the request asks for them.
@@ -34,6 +35,7 @@ class AnswerDelta:
     token_ids: list[int]
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
     tool_calls: Sequence[inference_pb2.ToolCallDelta] = ()
     parts: Sequence[inference_pb2.AnswerPart] = ()
     prompt_logprobs: common_pb2.PromptLogprobs | None = None
@@ -43,6 +45,7 @@ class AnswerDelta:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.text += later.text
+        self.reasoning += later.reasoning
         self.tool_calls = [*self.tool_calls, *later.tool_calls]
         self.parts = [*self.parts, *later.parts]
 
@@ -52,6 +55,7 @@ class AnswerDelta:
             first_index=self.first_index,
             token_ids=self.token_ids,
             text=self.text,
+            reasoning=self.reasoning,
             logprobs=self.logprobs or None,
             tool_calls=self.tool_calls or None,
             parts=self.parts or None,

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_json
 
+from overfill.api.report import answer_report
 from overfill.api.tokenizer import Tokenizer
-from overfill.request.names import CODEC_NAMES, FINISH_REASONS
+from overfill.request.names import FINISH_REASONS
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2, inference_pb2
 
@@ -24,22 +25,6 @@ _PLACE = b'logprobs":"\\u0000"'  # of ``logprobs`` and of ``prompt_logprobs``
 
 _RULED_OUT = -9999.0
 """Log-probability that OpenAI reports for a probability of zero, because JSON has no infinity."""
-
-_TIMES: tuple[tuple[str, Any], ...] = tuple(
-    (f"{name}_ms", f"{name}_ns")
-    for name in (
-        "ttft",
-        "router_queue",
-        "decode_reservation",
-        "prefill_queue",
-        "prefill_compute",
-        "return_path",
-        "handoff_exposed",
-        "decode",
-        "total",
-    )
-)
-"""Durations of an answer: the name in the response, and the field of ``Timing``."""
 
 _FIRST_STEP, _STEP = 16, 64
 """Number of tokens of which the first piece and later ones hold log-probabilities. A token takes some 25 µs."""
@@ -214,25 +199,7 @@ class Choice:
     def report(self) -> dict[str, Any]:
         """The choice in the ``overfill`` object, once its answer has ended: who wrote it, in which times."""
         assert self.finished is not None
-        finished, timing = self.finished, self.finished.timing
-        return {
-            "index": self.index,
-            "tier": finished.parts[-1].tier if finished.parts else None,
-            "parts": [{"tier": part.tier, "first_index": part.first_index} for part in finished.parts],
-            "brownout_from": self.brownout_from or None,
-            "prefill_worker": finished.prefill_worker,
-            "decode_worker": finished.decode_worker,
-            "prefill_engine": finished.prefill_engine or None,
-            "decode_engine": finished.decode_engine or None,
-            "migrations": finished.migrations,
-            "codec": CODEC_NAMES.get(finished.codec),
-            "seed": self.seed,
-            "stop": finished.stop or None,
-            "timing": {
-                name: round(getattr(timing, field) / 1e6, 3) if timing.HasField(field) else None
-                for name, field in _TIMES
-            },
-        }
+        return {"index": self.index, **answer_report(self.finished, self.seed, self.brownout_from)}
 
     @property
     def reason(self) -> str:

@@ -11,9 +11,9 @@ from pydantic_core import from_json
 
 from overfill.api.chat import MAX_ITEMS
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.schema import CompletionRequest, Message, refusals
+from overfill.api.openai.schema import CompletionRequest, Strict, refusals
 
-R = TypeVar("R", bound=BaseModel)
+R = TypeVar("R", bound=Strict)
 
 _MAX_PROBLEMS = 1000
 """Limit on validation errors that are examined. More are only counted: describing them costs more than the request."""
@@ -21,8 +21,8 @@ _MAX_PROBLEMS = 1000
 _BAD_JSON = "We could not parse the JSON body of your request"
 
 
-def check_items(body: bytes) -> None:
-    """Raise ApiError if ``body`` has too many messages, parts and tool calls together.
+def check_items(body: bytes, name: str) -> None:
+    """Raise ApiError if the list ``name`` of ``body``, a request's messages, has too many items with their parts.
 
     Parsing them takes a hundred times as long as this check, and holds the interpreter's lock for all that time.
     """
@@ -30,16 +30,16 @@ def check_items(body: bytes) -> None:
         value = from_json(body)
     except ValueError:
         return  # ``parse`` says what is wrong
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list):
+    items = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(items, list):
         return
-    lists = [m[name] for m in messages if isinstance(m, dict) for name in ("content", "tool_calls") if name in m]
-    count = len(messages) + sum(len(items) for items in lists if isinstance(items, list))
+    lists = [value for item in items if isinstance(item, dict) for value in item.values() if isinstance(value, list)]
+    count = len(items) + sum(len(parts) for parts in lists)
     if count > MAX_ITEMS:
         raise ApiError(
             400,
-            f"'messages' has {count} messages, parts and tool calls together; at most {MAX_ITEMS} are allowed",
-            param="messages",
+            f"'{name}' has {count} items with their parts and tool calls; at most {MAX_ITEMS} are allowed",
+            param=name,
             code="invalid_value",
         )
 
@@ -53,9 +53,10 @@ def parse(kind: type[R], body: bytes) -> R:
     except RecursionError:
         raise ApiError(400, f"{_BAD_JSON}: it is nested too deeply", code="invalid_json") from None
     _check_refused(request, "")
-    messages: Sequence[Message] = getattr(request, "messages", None) or ()
-    for index, message in enumerate(messages):
-        _check_refused(message, f"messages[{index}].")
+    items: Any = getattr(request, kind.ITEMS, None)
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, BaseModel):
+            _check_refused(item, f"{kind.ITEMS}[{index}].")
     for name in ("response_format", "structured_outputs"):
         shape: BaseModel | None = getattr(request, name, None)
         if shape is not None:

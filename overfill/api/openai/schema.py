@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -76,6 +76,9 @@ class Strict(BaseModel):
     """Base class that refuses unknown fields, converts no types, and allows finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    ITEMS: ClassVar[str] = "messages"
+    """Name of the field with the conversation's items."""
 
 
 class Extensible(Strict):

@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel
-
 from overfill.api.keys import ApiKey
 from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
+from overfill.api.translation import Served, Translation
+from overfill.errors import OverfillError
 from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
 from overfill.rpc.addresses import is_loopback
@@ -26,6 +26,7 @@ from overfill.rpc.stack_status_json import stack_json
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry import tracing
 from overfill.telemetry.metric_set import CONTENT_TYPE
+from overfill.telemetry.tracing import Span
 from overfill.v1 import admin_pb2
 from overfill.version import __version__
 from services.router.bounded_executor import BoundedExecutor
@@ -33,11 +34,13 @@ from services.router.http import page
 from services.router.http.body import read
 from services.router.http.cors import Cors
 from services.router.http.generate import RunningChoices
+from services.router.http.one_answer import OneAnswer
 from services.router.http.request import Headers, Request
 from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
+from services.router.running_answer import RunningAnswer
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=schema.Strict)
 S = TypeVar("S", bound=schema.Sampling)
 T = TypeVar("T")
 
@@ -206,14 +209,10 @@ class HttpApi:
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
             def envelope(tier: str) -> Envelope:
-                tiers = handler.tiers
-                model = f"{tiers.model}:{tier}" if tiers.several else tiers.model
-                return Envelope(kind, id, model, self._pair_json(tier), tiers.fingerprint(tier), self._tokens)
+                fingerprint = handler.tiers.fingerprint(tier)
+                return Envelope(kind, id, self._model_name(tier), self._pair_json(tier), fingerprint, self._tokens)
 
-            parent = request.headers.get(tracing.TRACEPARENT.encode())
-            trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
-            span = tracing.serve("router.request", trace, route=request.path)
-            answers = RunningChoices(handler, asked, envelope, span, self._encoding)
+            answers = RunningChoices(handler, asked, envelope, self._span(request), self._encoding)
             with handler.statistics.refusing(hold, ApiError):
                 await answers.start(received, hold)
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
@@ -227,6 +226,59 @@ class HttpApi:
             request.respond(200, rest, headers)
         else:
             request.write(rest, last=True)
+
+    async def _answer_once(
+        self,
+        request: Request,
+        caller: ApiKey | None,
+        shape: type[B],
+        convert: Callable[[B, Request, str], Translation],
+        prefix: str,
+    ) -> None:
+        """Answers a request of an API whose responses have one answer.
+
+        Args:
+            convert: translates the body; it gets the request, for its headers, and the router's id of it.
+        """
+        handler, id = self._handler, _request_id(request, None, prefix)
+        with handler.hold_quota(caller) as hold:
+            with handler.statistics.refusing(hold, ApiError, asyncio.CancelledError):
+                asked = await self._read(request, shape, lambda body: convert(body, request, id), hold)
+            received = asyncio.get_running_loop().time()  # the upload is not the router's time
+            span = self._span(request)
+            try:
+                with handler.statistics.refusing(hold, ApiError):
+                    answer = await self._start(asked, hold, received)
+            except BaseException as error:
+                span.end(error)
+                raise
+        served = Served(id, self._model_name(answer.accepted.tier), self._pair_json(answer.accepted.tier))
+        headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
+        if asked.left_out:
+            headers.append((b"x-overfill-left-out", ", ".join(asked.left_out).encode()))
+        with OneAnswer(answer, asked.writer(served), request, headers, span) as running:
+            if asked.stream:
+                await running.stream()
+            else:
+                request.respond(200, await running.whole(), [_JSON, *headers])
+
+    async def _start(self, asked: Translation, hold: QuotaHold, received: float) -> RunningAnswer:
+        try:
+            hold.take(received)
+            return self._handler.start(await self._handler.check(asked.generate, hold, received), hold)
+        except OverfillError as error:
+            if (named := asked.own_field(error)) is not error:
+                raise named from error
+            raise
+
+    def _span(self, request: Request) -> Span:
+        parent = request.headers.get(tracing.TRACEPARENT.encode())
+        trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
+        return tracing.serve("router.request", trace, route=request.path)
+
+    def _model_name(self, tier: str) -> str:
+        tiers = self._handler.tiers
+        return f"{tiers.model}:{tier}" if tiers.several else tiers.model
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:

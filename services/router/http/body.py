@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from pydantic import BaseModel
-
 from overfill.api.openai.errors import not_json
 from overfill.api.openai.parse import check_items, parse
+from overfill.api.openai.schema import Strict
 from services.router.bounded_executor import BoundedExecutor
 from services.router.http.request import Request
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=Strict)
 T = TypeVar("T")
 
 _LONG = 64 << 10
@@ -41,5 +40,5 @@ async def read(request: Request, kind: type[B], convert: Callable[[B], T], parse
 
 
 def _parse_long(kind: type[B], body: bytes, convert: Callable[[B], T]) -> T:
-    check_items(body)
+    check_items(body, kind.ITEMS)
     return convert(parse(kind, body))

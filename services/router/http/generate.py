@@ -22,7 +22,7 @@ from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
 from services.router.running_answer import RunningAnswer
 
-_STREAM_HEADERS = (
+STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -165,7 +165,7 @@ class RunningChoices:
         Raises:
             OverfillError: an answer failed before the first event. Later errors become an event.
         """
-        request_headers = (*_STREAM_HEADERS, *headers)
+        request_headers = (*STREAM_HEADERS, *headers)
 
         async def send(choice: Choice, answer: RunningAnswer) -> None:
             await self._send(choice, answer, request, request_headers)

@@ -42,11 +42,11 @@ async def test_a_failed_call_leaves_no_circle_of_references() -> None:
 def test_messages_parts_and_tool_calls_are_counted_together_before_they_are_parsed() -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "a"}] * 63}
     count = MAX_ITEMS // 64
-    check_items(encode({"messages": [message] * count}))
-    with pytest.raises(ApiError, match=f"has {64 * (count + 1)} messages, parts and tool calls together"):
-        check_items(encode({"messages": [message] * (count + 1)}))
+    check_items(encode({"messages": [message] * count}), "messages")
+    with pytest.raises(ApiError, match=f"has {64 * (count + 1)} items with their parts and tool calls"):
+        check_items(encode({"messages": [message] * (count + 1)}), "messages")
 
 
 @pytest.mark.parametrize("body", ["", "[", "[]", '{"messages": 1}', '{"messages": [1, {"content": 2}]}', "\xff"])
 def test_what_is_no_list_of_messages_is_left_to_the_parser(body: str) -> None:
-    check_items(body.encode("latin-1"))
+    check_items(body.encode("latin-1"), "messages")
