@@ -42,7 +42,7 @@ class OutPath(click.Path):
         out = Path(os.fsdecode(super().convert(value, param, ctx)))
         if self._kind == "new folder" and os.path.lexists(out):
             self.fail(f"{out} already exists; give a new folder", param, ctx)
-        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        place = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
         if not place.is_dir() and place != out.absolute():
             self.fail(f"{out} cannot be made, because {place} is a file", param, ctx)
         if self._kind == "file" and place not in (out.absolute(), out.absolute().parent):
