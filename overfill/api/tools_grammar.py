@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from overfill.api.chat import read_tools, tool_choice
+from overfill.api.text_grammar import text_in_json_string
 from overfill.api.tools import ARGUMENTS, BEGIN, HEAD, TAIL, Mode, ToolDefinition
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar, compact
@@ -37,7 +38,7 @@ def try_tools(payload: bytes, bench: Bench) -> bytes:
     try:
         bench.try_grammar(made)
     except InvalidRequest as error:
-        raise InvalidRequest("chat.tools", str(error).removeprefix(f"{error.field}: ")) from error
+        raise InvalidRequest("chat.tools", error.reason) from error
     return made.text.encode()
 
 
@@ -71,18 +72,19 @@ def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> Gra
         return grammar()
     for index, tool in tools.items():
         try:
-            tools[index] = enforceable(tool)
+            if tool.input is not None:
+                check_grammar(Grammar("lark", f"start: {text_in_json_string(tool.input)}"))
+            else:
+                tools[index] = enforceable(tool)
         except InvalidRequest as error:
-            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {_reason(error)}"
+            if tool.input is not None:
+                raise InvalidRequest(f"chat.tools[{index}].input", error.reason) from error
+            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {error.reason}"
             raise InvalidRequest(f"chat.tools[{index}].parameters", reason) from error
     try:
         return grammar()
     except InvalidRequest as error:
-        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {_reason(error)}") from error
-
-
-def _reason(error: InvalidRequest) -> str:
-    return str(error).removeprefix(f"{error.field}: ")
+        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {error.reason}") from error
 
 
 def tools_grammar(
@@ -96,7 +98,7 @@ def tools_grammar(
         answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
             calls without text before them: a model that begins with other text could not end its answer without a call.
     """
-    functions = [f"{json.dumps(tool.name + ARGUMENTS)} %json {json.dumps(_arguments(tool))}" for tool in tools]
+    functions = [f"{json.dumps(tool.name + ARGUMENTS)} {_arguments_expression(tool)}" for tool in tools]
     more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
     start = f"{json.dumps(BEGIN)} body{more}"
     if mode == "auto":
@@ -166,6 +168,14 @@ def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]
                 elif keyword not in _VALUES:
                     parts.append(value)
     return copy
+
+
+def _arguments_expression(tool: ToolDefinition) -> str:
+    """A Lark expression of the arguments, as JSON text."""
+    if tool.input is None:
+        return f"%json {json.dumps(_arguments(tool))}"
+    head, tail = json.dumps({"input": "|"}).split("|")
+    return f"{json.dumps(head)} {text_in_json_string(tool.input)} {json.dumps(tail)}"
 
 
 def _arguments(tool: ToolDefinition) -> dict[str, Any]:
