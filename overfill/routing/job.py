@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from overfill.routing.tier import DEFAULT_TIER, TierChoice
 from overfill.routing.worker import Worker
@@ -48,6 +48,7 @@ class Job:
         prompt_token_ids: the prompt of ``start``, in a form that Python reads four times as fast.
         stop: non-empty stop strings.
         continues_text: whether the answer continues the prompt's text, so that its first word keeps its space.
+        tools: definitions of the tools (``api.tools.ToolDefinition``) that the answer may call.
         answer_digest: digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
             conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
         stream_interval: minimum number of tokens in a message to the client.
@@ -57,6 +58,8 @@ class Job:
         fallback: name of the tier to which the job goes when its tier has no worker left; empty means none.
         priority: smaller values go first.
         key: API key to whose share the job is charged; "" stands for requests without a key.
+        session: session of the client, within the key, to which the job belongs; empty means none.
+        api: API of the request, one of ``telemetry.router_metrics.APIS``.
         deadline: seconds on the caller's clock, or None.
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
@@ -81,6 +84,7 @@ class Job:
     prompt_token_ids: Sequence[int]
     stop: tuple[str, ...] = ()
     continues_text: bool = False
+    tools: Sequence[Any] = ()
     answer_digest: str | None = None
     stream_interval: int = 1
     received: float = 0.0
@@ -89,6 +93,8 @@ class Job:
     fallback: str = ""
     priority: int = 0
     key: str = ""
+    session: str = ""
+    api: str = "grpc"
     deadline: float | None = None
     block_keys: Callable[[int], Iterator[int]] | None = None
     id: str = field(init=False)

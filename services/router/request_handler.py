@@ -16,6 +16,7 @@ from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
 from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import validate_generate
+from overfill.api.sessions import session_name
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
@@ -102,12 +103,12 @@ class RequestHandler:
         return self._draining
 
     @contextmanager
-    def hold_quota(self, caller: ApiKey | None = None) -> Iterator[QuotaHold]:
+    def hold_quota(self, caller: ApiKey | None = None, api: str = "grpc") -> Iterator[QuotaHold]:
         """Yields the hold on a key's quota with which the answers of one client request are checked and started."""
         self._preparing += 1
         self._note_idle()
         try:
-            with QuotaHold(self._key_limiter, caller) as hold:
+            with QuotaHold(self._key_limiter, caller, api) as hold:
                 yield hold
         finally:
             self._preparing -= 1
@@ -133,16 +134,21 @@ class RequestHandler:
         size = self._size(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
+        session = session_name(request.session)
 
         def admit(tier: str) -> None:
-            self._dispatcher.admit(tier, priority, _name(caller), time_left, client_resumes=client_resumes)
+            self._dispatcher.admit(
+                tier, priority, _name(caller), time_left, session=session, client_resumes=client_resumes
+            )
 
         choice = self.tiers.admitted(choice, request, caller, admit, now)
         hold.take(now)
         asked = choice.asked
         # Parsing a grammar may be slow, also for the grammars of tools.
         with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
-        tools = await tried_grammar(request, self._trials, _name(caller)) if with_grammar else None
+        tools = None
+        if with_grammar:
+            tools = await tried_grammar(request, self._trials, self.tokenizer.tool_format, _name(caller))
         arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size, tools)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
         block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
@@ -154,7 +160,7 @@ class RequestHandler:
             choice = replace(choice, tier=asked, brownout_from="")
         checked.choice, checked.tier, checked.fallback = choice, choice.tier, choice.fallback
         hold.tier = choice.tier
-        checked.priority, checked.key = priority, _name(caller)
+        checked.priority, checked.key, checked.session, checked.api = priority, _name(caller), session, hold.api
         checked.stream_interval = max(self._limits.stream_interval, request.stream_interval)
         deadline = min(received + self._limits.max_time, math.inf if time_left is None else now + time_left)
         checked.received, checked.deadline = received, None if deadline == math.inf else deadline
@@ -181,12 +187,17 @@ class RequestHandler:
             observer=self.statistics.metrics,
             on_close=self._closed,
         )
-        digest = request.answer_digest
+        digest, format = request.answer_digest, self.tokenizer.tool_format
         text = AnswerText(
-            StreamDetokenizer(self.tokenizer, request.prompt_token_ids if request.continues_text else ()),
+            StreamDetokenizer(
+                self.tokenizer,
+                request.prompt_token_ids if request.continues_text else (),
+                None if digest is None else format.shown,
+            ),
             request.stop,
             replayed=start.emitted_token_ids,
-            tool_call_id_seed=digest and f"{digest}/{request.id}/{start.sample_index}",
+            tools=None if digest is None else (format, request.tools),
+            tool_call_id_seed=f"{digest}/{request.id}/{start.sample_index}",
             min_tokens=start.sampling.min_tokens,
         )
         self._open.add(relay)
