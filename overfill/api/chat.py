@@ -18,6 +18,7 @@ from overfill.api.tools import (
 )
 from overfill.errors import InvalidRequest
 from overfill.request.json_text import read_json
+from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -117,7 +118,13 @@ def read_tools(chat: inference_pb2.Chat) -> list[ToolDefinition]:
         parameters: Any = read_json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
         if parameters is not None and not isinstance(parameters, dict):
             raise InvalidRequest(f"chat.tools[{index}].parameters", "is not a JSON object")
-        known = ToolDefinition(tool.name, tool.description, strict=tool.strict)
+        text = None
+        if tool.HasField("input"):
+            try:
+                text = Grammar.from_proto(tool.input)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"chat.tools[{index}].input", error.reason) from error
+        known = ToolDefinition(tool.name, tool.description, strict=tool.strict, input=text)
         tools.append(replace(known, parameters=parameters) if parameters else known)
     check_tools(tools)
     return tools

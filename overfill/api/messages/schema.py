@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 
 from overfill.api.chat import MAX_MESSAGES, MAX_PARTS
 from overfill.api.openai.schema import MAX_INT32, Extensible, Ignored, Items, Temperature, UnitInterval
+from overfill.api.sessions import session_of_user
 from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import MAX_STOPS
 
@@ -118,7 +119,7 @@ class Message(Extensible):
     content: str | Annotated[Items[Block], Field(max_length=MAX_PARTS)]
 
 
-class Tool(Extensible):
+class ToolParam(Extensible):
     """A tool of the client, which brings its schema, or one that Anthropic defines, which has a type."""
 
     type: str | None = None
@@ -163,7 +164,7 @@ class CountTokensRequest(Extensible):
     system: str | Annotated[Items[TextBlock], Field(max_length=MAX_PARTS)] | None = None
     thinking: Thinking | None = None
     tool_choice: ToolChoice | None = None
-    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[ToolParam], Field(max_length=MAX_TOOLS)] | None = None
     output_config: OutputConfig | None = None
 
     cache_control: Ignored
@@ -189,3 +190,8 @@ class MessagesRequest(CountTokensRequest):
     speed: Ignored
     user_profile_id: Ignored
     workspace_id: Ignored
+
+    @property
+    def named_session(self) -> str | None:
+        user_id = None if self.metadata is None else self.metadata.user_id
+        return None if user_id is None else session_of_user(user_id)
