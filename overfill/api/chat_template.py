@@ -67,6 +67,7 @@ class ChatTemplate:
         special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``; the template can read them.
 
     Attributes:
+        source: As the argument.
         knows_tools: Whether the template itself renders tools.
 
     Raises:
@@ -82,6 +83,7 @@ class ChatTemplate:
             self._known = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise InvalidPair(f"the chat template does not compile: {error}") from error
+        self.source = source
         self.knows_tools = "tools" in self._known
         self._special_tokens = dict(special_tokens)
         self._reserved = {*_OWN_VARIABLES, *special_tokens, *environment.globals}

@@ -80,8 +80,11 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, chat_template: Path | None = None) -> Self:
         """Read tokenizer.json, tokenizer_config.json, the chat template, config.json and generation_config.json.
+
+        Args:
+            chat_template: File with a chat template that replaces the checkpoint's own.
 
         Raises:
             InvalidPair: tokenizer.json or config.json is missing, or a file is damaged.
@@ -98,7 +101,10 @@ class Tokenizer:
             raise InvalidPair(f"{folder / 'config.json'} has no vocab_size")
         tokenizer_config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(tokenizer_config)
-        template = _chat_template_source(folder, tokenizer_config)
+        if chat_template is None:
+            template = _chat_template_source(folder, tokenizer_config)
+        else:
+            template = _read_text(chat_template)
         generation_config = _read_json(folder / "generation_config.json")
         return cls(
             backend,
@@ -129,6 +135,11 @@ class Tokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text inside a longer text: the tokenizer adds no special tokens."""
         return self._encode(text, add_special_tokens=False)
+
+    @property
+    def chat_template_source(self) -> str:
+        """Jinja source of the chat template; empty without one."""
+        return "" if self._chat_template is None else self._chat_template.source
 
     @property
     def template_knows_tools(self) -> bool:
@@ -203,6 +214,15 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return token.replace("▁", " ").encode()
 
+    def added_id(self, text: str) -> int | None:
+        """The id of the added token ``text``, such as "<think>"; None without such a token."""
+        id = self._backend.token_to_id(text)
+        return id if id in self._added_ids else None
+
+    def is_space(self, token_id: int) -> bool:
+        """Whether the text of a token is white space only."""
+        return self.token_bytes(token_id).isspace()
+
     def has_text(self, token_id: int) -> bool:
         """Whether decoding uses this id; it skips special tokens and unknown ids."""
         return token_id not in self._skipped_ids and self._backend.id_to_token(token_id) is not None
@@ -240,7 +260,7 @@ def _check_unicode(text: str) -> None:
 def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return _read(path).decode()
+        return _read_text(path)
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
@@ -263,6 +283,13 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidPair(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read(path).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidPair(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from overfill.api.answer_text import AnswerText
 from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
+from overfill.api.reasoning import Reasoning
 from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class RequestHandler:
     Args:
         tiers: the tiers, and the choice of one for each request.
         trials: tries the grammars of requests.
+        reasoning: how the model marks what it thinks; None if that is not separated from answers.
 
     Attributes:
         tiers: as the argument.
@@ -74,6 +76,7 @@ class RequestHandler:
         statistics: Statistics,
         key_limiter: KeyLimiter,
         limits: RequestLimits,
+        reasoning: Reasoning | None = None,
     ) -> None:
         self.tiers = tiers
         self.tokenizer = tokenizer
@@ -85,6 +88,7 @@ class RequestHandler:
         self._dispatcher = dispatcher
         self._connector = connector
         self._limits = limits
+        self._reasoning = reasoning
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
         self._preparing = 0  # requests that are being checked and started
@@ -143,7 +147,8 @@ class RequestHandler:
         # Parsing a grammar may be slow, also for the grammars of tools.
         with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
         tools = await tried_grammar(request, self._trials, _name(caller)) if with_grammar else None
-        arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size, tools)
+        room, vocab_size = self.tiers.max_model_len(asked), self.tiers.vocab_size
+        arguments = (request, self.tokenizer, room, vocab_size, tools, self._reasoning)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
         block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
@@ -188,6 +193,7 @@ class RequestHandler:
             replayed=start.emitted_token_ids,
             tool_call_id_seed=digest and f"{digest}/{request.id}/{start.sample_index}",
             min_tokens=start.sampling.min_tokens,
+            thinking=request.thinking,
         )
         self._open.add(relay)
         self._note_idle()
