@@ -87,7 +87,7 @@ class Tokenizer:
             chat_template: File with a chat template that replaces the checkpoint's own.
 
         Raises:
-            InvalidPair: tokenizer.json or config.json is missing, or a file is damaged.
+            InvalidPair: tokenizer.json, config.json or the file ``chat_template`` is missing, or a file is damaged.
         """
         folder = Path(folder)
         data = _read(folder / "tokenizer.json")
@@ -101,10 +101,7 @@ class Tokenizer:
             raise InvalidPair(f"{folder / 'config.json'} has no vocab_size")
         tokenizer_config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(tokenizer_config)
-        if chat_template is None:
-            template = _chat_template_source(folder, tokenizer_config)
-        else:
-            template = _read_text(chat_template)
+        template = _chat_template(folder, chat_template, tokenizer_config, special_tokens)
         generation_config = _read_json(folder / "generation_config.json")
         return cls(
             backend,
@@ -112,7 +109,7 @@ class Tokenizer:
             eos_token_ids=eos_ids(generation_config) or eos_ids(config),
             vocab_size=vocab_size,
             special_tokens=special_tokens,
-            chat_template=ChatTemplate(template, special_tokens) if template is not None else None,
+            chat_template=template,
         )
 
     @property
@@ -257,14 +254,19 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return _read_text(path)
-    template = tokenizer_config.get("chat_template")
+def _chat_template(
+    folder: Path, given: Path | None, tokenizer_config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    """The chat template in the file ``given``, or else that of the checkpoint."""
+    own = folder / "chat_template.jinja"
+    path = given or (own if own.exists() else None)
+    template = tokenizer_config.get("chat_template") if path is None else _read_text(path)
     if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    try:
+        return None if template is None else ChatTemplate(template, special_tokens)
+    except InvalidPair as error:
+        raise InvalidPair(f"{path or folder / 'tokenizer_config.json'}: {error}") from error
 
 
 def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
