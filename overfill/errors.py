@@ -81,7 +81,17 @@ class InvalidRequest(OverfillError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt, or prompt and answer together, exceed the context; the message gives both lengths."""
+    """The prompt, or prompt and answer together, exceed the context; the message gives both lengths.
+
+    Attributes:
+        tokens, limit: Length of the prompt and the longest that fits, in tokens. 0 means unknown: errors that come from
+            another process have neither.
+    """
+
+    def __init__(self, field: str, message: str, tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(field, message)
+        self.tokens = tokens
+        self.limit = limit
 
 
 class ModelNotFound(OverfillError):

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Sequence
 
 from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.families.reader import ToolCallReader
+from overfill.api.families.tool_format import ToolFormat
 from overfill.api.reasoning import ReasoningReader
 from overfill.api.stop import StopStrings
-from overfill.api.tools import ToolCallReader
-from overfill.request.thinking import Thinking
+from overfill.api.tools import ToolDefinition
+from overfill.request.thinking import ThinkingTokens
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
 
@@ -19,8 +21,9 @@ class AnswerText:
 
     Args:
         replayed: tokens whose text the client already has.
-        tool_call_id_seed: id of the answer if it may call tools, else None. The ids of tool calls derive from it, so
-            that they stay the same if another router continues the answer.
+        tools: format of calls, and the tools that the answer may call; None if it may not call any.
+        tool_call_id_seed: id of the answer. The ids of tool calls derive from it, so that they stay the same if another
+            router continues the answer.
         min_tokens: number of tokens before which no stop string ends the answer.
         thinking: how the answer thinks; None if all of its text is the answer. Stop strings do not count in thinking.
 
@@ -34,16 +37,17 @@ class AnswerText:
         detokenizer: StreamDetokenizer,
         stops: Sequence[str],
         replayed: Sequence[int] = (),
-        tool_call_id_seed: str | None = None,
+        tools: tuple[ToolFormat, Sequence[ToolDefinition]] | None = None,
+        tool_call_id_seed: str = "",
         min_tokens: int = 0,
-        thinking: Thinking | None = None,
+        thinking: ThinkingTokens | None = None,
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
         self._has_stops = bool(stops)
         self._tool_call_id_seed = tool_call_id_seed
         self._min_tokens = min_tokens
-        self._reader = None if tool_call_id_seed is None else ToolCallReader(self._stops)
+        self._reader = None if tools is None else ToolCallReader(self._stops, *tools)
         self._reasoning = None if thinking is None else ReasoningReader(thinking, detokenizer)
         self.num_tokens = 0
         self.stop: str | None = None

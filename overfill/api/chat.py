@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from overfill.api.chat_template import TemplateOptions
+from overfill.api.families.tool_format import ToolFormat
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import (
     Mode,
@@ -14,8 +15,6 @@ from overfill.api.tools import (
     as_openai,
     check_count,
     check_tools,
-    describe_tools,
-    write_calls,
 )
 from overfill.errors import InvalidRequest
 from overfill.request.json_text import read_json
@@ -55,11 +54,12 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
         return []
     shown = tools if mode != "none" else []
     if tokenizer.template_knows_tools:
-        native = [_native(m) for m in chat.messages]
+        native = [_native(m, tokenizer.tool_format) for m in chat.messages]
         return tokenizer.encode_chat(native, [as_openai(t) for t in shown] or None, options)
-    messages = [_plain(m) for m in chat.messages]
+    format = tokenizer.tool_format
+    messages = [_plain(m, format) for m in chat.messages]
     if shown:
-        text = describe_tools(shown)
+        text = format.describe(shown)
         if messages[0]["role"] == "system":
             messages[0] = {"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}
         else:
@@ -137,7 +137,7 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+def _native(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str, Any]:
     """``message`` for a template that supports tools: the arguments of calls are objects.
 
     When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Models may also write lone
@@ -145,7 +145,7 @@ def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     """
     arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
     if None in arguments:
-        return _plain(message)
+        return _plain(message, format)
     result: dict[str, Any] = {"role": message.role, "content": message.content} | _reasoning(message)
     if message.tool_calls:
         result["tool_calls"] = [
@@ -157,13 +157,13 @@ def _native(message: inference_pb2.ChatMessage) -> dict[str, Any]:
     return result
 
 
-def _plain(message: inference_pb2.ChatMessage) -> dict[str, str]:
+def _plain(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str, str]:
     """``message`` with role and content only: tool calls and their results become text."""
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
     content = message.content
     if message.tool_calls:
-        calls = write_calls([(call.name, call.arguments or "{}") for call in message.tool_calls])
+        calls = format.write([(call.name, call.arguments or "{}") for call in message.tool_calls])
         content = f"{content}\n{calls}" if content else calls
     return {"role": message.role, "content": content} | _reasoning(message)
 

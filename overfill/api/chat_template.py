@@ -67,7 +67,7 @@ class ChatTemplate:
         special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``; the template can read them.
 
     Attributes:
-        source: As the argument.
+        source: Jinja source.
         knows_tools: Whether the template itself renders tools.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from overfill.api.tokenizer import Tokenizer
 
@@ -25,22 +25,29 @@ class StreamDetokenizer:
     Args:
         prompt_ids: Prompt that the answer continues, given for plain text prompts, so that the first word keeps its
             leading space. Without it the answer is decoded as a separate text.
+        shown: Text that stands for special tokens, by id. Other special tokens have no text.
 
     Attributes:
-        tokenizer: as the argument.
+        tokenizer, shown: as the arguments.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), shown: Mapping[int, str] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.shown = shown or {}
         self._context = [i for i in prompt_ids[-_MAX_CONTEXT:] if tokenizer.has_text(i)]
         self._context_text = tokenizer.decode(self._context) if self._context else ""
         self._held: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that becomes final with ``ids``: whole characters only. Special tokens have no text."""
+        """The text that becomes final with ``ids``: whole characters only."""
         text = ""
         for token in ids:
-            if not self._held and (piece := self.tokenizer.piece(token)) is not None:
+            if token in self.shown:
+                text += self.finish() + self.shown[token]
+                self._context, self._context_text = [], ""
+            elif not self._held and (piece := self.tokenizer.piece(token)) is not None:
                 if self._context:
                     self._context, self._context_text = [], ""
                 text += piece

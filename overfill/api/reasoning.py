@@ -9,7 +9,7 @@ from typing import Any, Literal
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidPair
-from overfill.request.thinking import ReasoningParser, Thinking
+from overfill.request.thinking import ReasoningParser, ThinkingTokens
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -63,7 +63,7 @@ class Reasoning:
         self._form, self._begin, self._end = form, begin, end
         self._tokenizer = tokenizer
 
-    def thinking(self, prompt: Sequence[int], continued: str | None = None) -> Thinking | None:
+    def thinking(self, prompt: Sequence[int], continued: str | None = None) -> ThinkingTokens | None:
         """Returns how an answer to a chat thinks; None if it only answers, because the prompt has closed the thinking.
 
         Args:
@@ -72,11 +72,11 @@ class Reasoning:
         """
         if continued is not None:
             opened = continued.rfind(self._form.begin) > continued.rfind(self._form.end)
-            return Thinking(self._begin, self._end, True) if opened else None
+            return ThinkingTokens(self._begin, self._end, True) if opened else None
         last = next((id for id in reversed(prompt) if not self._tokenizer.is_space(id)), None)
         if last == self._end:
             return None
-        return Thinking(self._begin, self._end, last == self._begin or self._form.assumed)
+        return ThinkingTokens(self._begin, self._end, last == self._begin or self._form.assumed)
 
 
 def find_reasoning(parser: ReasoningParser, tokenizer: Tokenizer) -> Reasoning | None:
@@ -127,7 +127,7 @@ class ReasoningReader:
         over: whether the rest of the tokens are the answer's.
     """
 
-    def __init__(self, thinking: Thinking, detokenizer: StreamDetokenizer) -> None:
+    def __init__(self, thinking: ThinkingTokens, detokenizer: StreamDetokenizer) -> None:
         self.tokens = 0
         self.over = False
         self._thinking = thinking
@@ -176,13 +176,16 @@ class ReasoningReader:
         try:
             end = ids.index(self._thinking.end, read)
         except ValueError:
-            return self._shown(self._detokenizer.push(ids[read:])), len(ids)
+            return self._text(ids[read:]), len(ids)
         self.over = True
-        return self._shown(self._detokenizer.push(ids[read:end]) + self._detokenizer.finish()), end + 1
+        return self._text(ids[read:end]), end + 1
 
-    def _shown(self, text: str) -> str:
-        """Returns what of ``text`` is known not to be white space at an end of the thinking."""
-        text = self._held + text
+    def _text(self, ids: Sequence[int]) -> str:
+        """Returns what of the text of ``ids`` is known not to be white space at an end of the thinking."""
+        # Texts that stand for special tokens are for readers of the answer.
+        text = self._held + self._detokenizer.push([id for id in ids if id not in self._detokenizer.shown])
+        if self.over:
+            text += self._detokenizer.finish()
         if not self._has_text:
             text = text.lstrip()
         shown = text.rstrip()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-from overfill.request.grammar import compact
+from overfill.request.json_schemas import compact
 from overfill.request.params import Grammar
-from overfill.request.thinking import Thinking
+from overfill.request.thinking import ThinkingTokens
 
 _REGEX_PART = re.compile(r"\\?[/\n]|\\.")
 
 
-def after_thinking(grammar: Grammar, thinking: Thinking) -> Grammar:
+def after_thinking(grammar: Grammar, thinking: ThinkingTokens) -> Grammar:
     """Returns a grammar in Lark of any thinking, then of an answer in ``grammar``.
 
     The thinking has no special tokens, so it cannot be mistaken for an answer. An answer whose prompt has not opened it

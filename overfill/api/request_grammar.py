@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
+from overfill.api.families.tool_format import ToolFormat
 from overfill.request.params import Grammar
 from overfill.request.trials import Trials
 from overfill.v1 import inference_pb2
 
 
-async def tried_grammar(request: inference_pb2.GenerateRequest, trials: Trials, key: str = "") -> Grammar | None:
+async def tried_grammar(
+    request: inference_pb2.GenerateRequest, trials: Trials, format: ToolFormat, key: str = ""
+) -> Grammar | None:
     """Returns the grammar that the tools of ``request`` need, tried; None if it has no tools to call.
 
     Tries the request's own grammar too.
 
     Args:
+        format: how the model writes calls.
         key: client, for fairness between clients.
 
     Raises:
@@ -26,7 +32,8 @@ async def tried_grammar(request: inference_pb2.GenerateRequest, trials: Trials, 
         chat = inference_pb2.Chat(tools=request.chat.tools, single_tool_call=request.chat.single_tool_call)
         if request.chat.HasField("tool_choice"):
             chat.tool_choice.CopyFrom(request.chat.tool_choice)
-        payload = inference_pb2.GenerateRequest(chat=chat, sampling=sampling).SerializeToString(deterministic=True)
+        message = inference_pb2.GenerateRequest(chat=chat, sampling=sampling).SerializeToString(deterministic=True)
+        payload = json.dumps([format.name, format.ids]).encode() + b"\0" + message
         made = await trials.run("overfill.api.tools_grammar:try_tools", payload, "chat.tools", key)
         if made:
             return Grammar("lark", made.decode())

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
-from overfill.api.chat import encode_chat
+from overfill.api.chat import encode_chat, read_tools
 from overfill.api.reasoning import Reasoning
 from overfill.api.reasoning_grammar import after_thinking
 from overfill.api.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def validate_generate(
         thinking = reasoning.thinking(prompt, request.chat.messages[-1].content if continues else None)
         if thinking is not None and sampling.grammar is not None:
             sampling = replace(sampling, grammar=after_thinking(sampling.grammar, thinking))
-    max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len)
+    max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len, request.fit_max_tokens)
     _check_answer_start(request, len(prompt))
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed
@@ -103,6 +103,7 @@ def validate_generate(
         prompt_token_ids=prompt,
         stop=stop,
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
+        tools=() if tools is None else read_tools(request.chat),
         answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
         thinking=thinking,
     )
@@ -155,16 +156,17 @@ def _truncated(prompt: Sequence[int], count: int, room: int) -> Sequence[int]:
     return prompt[-max(1, room if count == -1 else count) :]
 
 
-def _resolve_max_tokens(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> int:
+def _resolve_max_tokens(sampling: SamplingParams, prompt_tokens: int, max_model_len: int, fit: bool) -> int:
     room = _check_room(prompt_tokens, max_model_len)
-    for name, asked in (("max_tokens", sampling.max_tokens), ("min_tokens", sampling.min_tokens)):
+    max_tokens = None if fit and (sampling.max_tokens or 0) > room else sampling.max_tokens
+    for name, asked in (("max_tokens", max_tokens), ("min_tokens", sampling.min_tokens)):
         if asked is not None and asked > room:
             raise PromptTooLong(
                 f"sampling.{name}",
                 f"{asked} tokens after a prompt of {prompt_tokens} do not fit the context of {max_model_len} "
                 f"tokens; at most {room} fit",
             )
-    return room if sampling.max_tokens is None else sampling.max_tokens
+    return room if max_tokens is None else max_tokens
 
 
 def _check_room(prompt_tokens: int, max_model_len: int) -> int:
@@ -174,6 +176,8 @@ def _check_room(prompt_tokens: int, max_model_len: int) -> int:
         raise PromptTooLong(
             "prompt",
             f"has {prompt_tokens} tokens; the context of {max_model_len} tokens must also hold an answer",
+            prompt_tokens,
+            max_model_len - 1,
         )
     return room
 

@@ -12,9 +12,12 @@ from typing import Any, Self
 import tokenizers
 
 from overfill.api.chat_template import ChatTemplate, TemplateOptions
+from overfill.api.families.choose import choose_format
+from overfill.api.families.tool_format import ToolFormat
 from overfill.api.special_tokens import SpecialTokens
 from overfill.errors import InvalidPair, InvalidRequest
 from overfill.model.config import eos_ids, read_json
+from overfill.request.names import ToolCallParser
 
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -49,6 +52,7 @@ class Tokenizer:
         eos_token_ids: End-of-sequence ids from generation_config.json, or from config.json if it has none.
         vocab_size: Number of rows of the model's embedding. Smaller ids are valid, even those without text.
         special_tokens: Special tokens by name, such as ``{"bos_token": "<s>"}``.
+        tool_format: How the model writes tool calls.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Tokenizer:
         vocab_size: int,
         special_tokens: Mapping[str, str],
         chat_template: ChatTemplate | None,
+        tool_call_parser: ToolCallParser = "auto",
     ) -> None:
         # tokenizer.json may hold truncation and padding from training, which would cut prompts.
         backend.no_truncation()
@@ -68,7 +73,11 @@ class Tokenizer:
         self._chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
-        self._skipped_ids = frozenset(i for i, t in added.items() if t.special)
+        special = {t.content: i for i, t in added.items() if t.special}
+        self._skipped_ids = frozenset(special.values())
+        self.tool_format: ToolFormat = choose_format(
+            tool_call_parser, "" if chat_template is None else chat_template.source, special
+        )
         self._special = SpecialTokens(backend)
         self._byte_level = "ByteLevel" in str(backend.decoder)
         # Other decoders look at a token's neighbours, for example to drop the first space of a text.
@@ -80,10 +89,13 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
 
     @classmethod
-    def load(cls, folder: str | Path, chat_template: Path | None = None) -> Self:
+    def load(
+        cls, folder: str | Path, tool_call_parser: ToolCallParser = "auto", chat_template: Path | None = None
+    ) -> Self:
         """Read tokenizer.json, tokenizer_config.json, the chat template, config.json and generation_config.json.
 
         Args:
+            tool_call_parser: Format of the model's tool calls.
             chat_template: File with a chat template that replaces the checkpoint's own.
 
         Raises:
@@ -110,6 +122,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             special_tokens=special_tokens,
             chat_template=template,
+            tool_call_parser=tool_call_parser,
         )
 
     @property

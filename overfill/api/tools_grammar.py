@@ -9,9 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from overfill.api.chat import read_tools, tool_choice
-from overfill.api.tools import ARGUMENTS, BEGIN, HEAD, TAIL, Mode, ToolDefinition
+from overfill.api.families.choose import make_format
+from overfill.api.families.hermes import Hermes
+from overfill.api.families.tool_format import CallRules, ToolFormat
+from overfill.api.tools import Mode, ToolDefinition
 from overfill.errors import InvalidRequest
-from overfill.request.grammar import check_grammar, compact
+from overfill.request.grammar import check_grammar
+from overfill.request.json_schemas import compact
 from overfill.request.params import Grammar
 from overfill.request.trial import Bench
 from overfill.v1 import inference_pb2
@@ -20,18 +24,24 @@ from overfill.v1 import inference_pb2
 _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"enum", "const", "default", "example", "examples"})
 
+_HERMES = Hermes()
+
 
 def try_tools(payload: bytes, bench: Bench) -> bytes:
-    """Makes the grammar of the tools in ``payload``, a GenerateRequest, and tries it. Runs in a trial.
+    """Makes the grammar of the tools in ``payload`` and tries it. Runs in a trial.
+
+    Args:
+        payload: name and ids of the ``ToolFormat`` as JSON, a zero byte, and a GenerateRequest.
 
     Returns:
         The grammar, in Lark; nothing if the tools must not be called.
     """
-    request = inference_pb2.GenerateRequest.FromString(payload)
+    format, _, message = payload.partition(b"\0")
+    request = inference_pb2.GenerateRequest.FromString(message)
     answer = Grammar.from_proto(request.sampling.grammar) if request.sampling.HasField("grammar") else None
     if answer is not None:
         check_grammar(answer)
-    made = chat_grammar(request.chat, answer)
+    made = chat_grammar(request.chat, answer, make_format(*json.loads(format)))
     if made is None:
         return b""
     try:
@@ -41,13 +51,16 @@ def try_tools(payload: bytes, bench: Bench) -> bytes:
     return made.text.encode()
 
 
-def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> Grammar | None:
+def chat_grammar(
+    chat: inference_pb2.Chat, answer: Grammar | None = None, format: ToolFormat = _HERMES
+) -> Grammar | None:
     """A checked grammar of answers to ``chat``; None if they may not call tools. Raises InvalidRequest.
 
     Of tools that are not strict, it leaves out what llguidance cannot enforce.
 
     Args:
         answer: Grammar of answers that call no tools, of kind "json_object" or "json_schema"; None allows any text.
+        format: How the model writes calls.
     """
     mode, name = tool_choice(chat)
     if mode == "none":
@@ -63,7 +76,7 @@ def chat_grammar(chat: inference_pb2.Chat, answer: Grammar | None = None) -> Gra
     tools = {index: tool for index, tool in enumerate(read_tools(chat)) if name in ("", tool.name)}
 
     def grammar() -> Grammar:
-        text = tools_grammar(list(tools.values()), mode, single=chat.single_tool_call, answer=schema)
+        text = tools_grammar(list(tools.values()), mode, single=chat.single_tool_call, answer=schema, format=format)
         check_grammar(made := Grammar("lark", text))
         return made
 
@@ -86,7 +99,12 @@ def _reason(error: InvalidRequest) -> str:
 
 
 def tools_grammar(
-    tools: Sequence[ToolDefinition], mode: Mode, *, single: bool, answer: Mapping[str, Any] | None = None
+    tools: Sequence[ToolDefinition],
+    mode: Mode,
+    *,
+    single: bool,
+    answer: Mapping[str, Any] | None = None,
+    format: ToolFormat = _HERMES,
 ) -> str:
     """A Lark grammar of answers that call ``tools``.
 
@@ -95,28 +113,52 @@ def tools_grammar(
         single: Whether an answer may have at most one call.
         answer: JSON schema of an answer without calls. In mode "auto", the answer is either JSON of this schema or
             calls without text before them: a model that begins with other text could not end its answer without a call.
+        format: How the model writes calls.
     """
-    functions = [f"{json.dumps(tool.name + ARGUMENTS)} %json {json.dumps(_arguments(tool))}" for tool in tools]
-    more = "" if single else f' ("\\n" {json.dumps(BEGIN)} body)*'
-    start = f"{json.dumps(BEGIN)} body{more}"
-    if mode == "auto":
-        start = f"TEXT | first{more}" if answer is None else f"answer | {start}"
-    lines = [
-        "%llguidance {}",
-        f"start: {start}",
-        f"body: {json.dumps(HEAD.removeprefix(BEGIN))} function {json.dumps(TAIL)}",
-        "function: " + " | ".join(f"function_{i}" for i in range(len(functions))),
-        *(f"function_{i}: {function}" for i, function in enumerate(functions)),
-    ]
-    if mode == "auto" and answer is not None:
-        lines.append(f"answer: %json {json.dumps(compact(dict(answer)))}")
-    elif mode == "auto":
-        lines += [
-            "first: trigger body",
-            f"trigger[lazy]: TEXT {json.dumps(BEGIN)}",
-            r"TEXT: /(.|\n)*/",
+    rules = format.rules(tools, lambda tool: f"%json {json.dumps(_arguments(tool))}")
+    rest = rules.closing if single else f"({rules.separator} call)* {rules.closing}"
+    marker = rules.marker
+    opening = "" if marker is None else marker.lark if rules.bare is None else f"{marker.lark}?"
+    calls = f"{opening} {rules.lead} call {rest}"
+    lines = ["%llguidance {}"]
+    if mode == "required":
+        lines.append(f"start: {calls}")
+    elif answer is not None:
+        lines += [f"start: answer | {calls}", f"answer: %json {json.dumps(compact(dict(answer)))}"]
+    else:
+        lines += [*_text_then_calls(rules, rest), r"TEXT: /(.|\n)*/"]
+    before = json.dumps(rules.before) if rules.before else ""
+    return "\n".join(
+        [
+            *lines,
+            f"call: {before} function {rules.after}",
+            "function: " + " | ".join(f"function_{i}" for i in range(len(tools))),
+            *(f"function_{i}: {json.dumps(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
+            *rules.lines,
+            "",
         ]
-    return "\n".join(lines) + "\n"
+    )
+
+
+def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
+    """Rules for an answer of any text, or of text before calls.
+
+    A lazy rule ends the text as soon as calls begin, so that calls are never read as text.
+    """
+    marker = rules.marker
+    choices, lines = ["TEXT"], []
+    if marker is not None:
+        text = f"TEXT {marker.lark}" if marker.is_token else "trigger"
+        choices.append(f"{text} {rules.lead} call {rest}")
+        if not marker.is_token:
+            lines.append(f"trigger[lazy]: TEXT {marker.lark}")
+    if rules.bare is not None:
+        choices.append(f"bare {rules.after} {rest}")
+        lines.append("bare: " + " | ".join(f"bare_{i} more_{i}" for i in range(len(rules.functions))))
+        lines.append(r"LINES: /((.|\n)*\n)?/")
+        for i, (head, more) in enumerate(rules.functions):
+            lines += [f"bare_{i}[lazy]: LINES {json.dumps(rules.bare + rules.before + head)}", f"more_{i}: {more}"]
+    return ["start: " + " | ".join(choices), *lines]
 
 
 def enforceable(tool: ToolDefinition) -> ToolDefinition:
@@ -170,5 +212,5 @@ def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]
 
 def _arguments(tool: ToolDefinition) -> dict[str, Any]:
     """The schema of the arguments, for llguidance."""
-    # Require an object even if the schema does not, because `ToolCallReader` reads only objects.
+    # Require an object even if the schema does not, because calls have only objects.
     return compact({**(tool.parameters or {"properties": {}}), "type": "object"}, lenient=not tool.strict)

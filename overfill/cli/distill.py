@@ -173,7 +173,7 @@ def _train(
     with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))
         loaded = load_data(data, Tokenizer.load(pair.full_path))
-        _check_overlap(pair, loaded, strict)
+        _say_overlaps(pair, loaded, strict)
         run = Run(
             pair,
             out,
@@ -195,25 +195,20 @@ def _train(
     click.echo(out)
 
 
-def _check_overlap(pair: Pair, loaded: LoadedData, strict: bool) -> None:
+def _say_overlaps(pair: Pair, loaded: LoadedData, strict: bool) -> None:
     """Says how many held-out conversations overlap with text that the decoder was made from, or is trained on.
 
     Raises:
-        InvalidRequest: ``strict``, and there are such conversations or it is not known.
+        InvalidRequest: as ``find_overlaps``.
     """
-    from overfill.errors import InvalidRequest
     from overfill.making.distill.train import make_accelerator
-    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap, find_overlaps
 
-    judged = loaded.judged
     texts = {"the training text": loaded.training_text, DECODER_TEXT: TextDigests.load(pair)}
-    overlaps = {name: None if text is None else text.overlapping(judged) for name, text in texts.items()}
-    lines = [f"overlap: {describe_overlap(shared, len(judged), name)}" for name, shared in overlaps.items()]
-    if strict and any(shared != [] for shared in overlaps.values()):
-        raise InvalidRequest("held_out", "; ".join(lines))
+    overlaps = find_overlaps(loaded.judged, texts, "held_out", strict=strict)
     if make_accelerator().is_main_process:
-        for line in lines:
-            click.echo(line, err=True)
+        for name, shared in overlaps.items():
+            click.echo(f"overlap: {describe_overlap(shared, len(loaded.judged), name)}", err=True)
 
 
 def _starting_pair(recipe: Recipe, out: Path, report: Report) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,6 @@ from overfill.cli.options import ClientConnection, connection_options, dtype_opt
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from overfill.making.conversations import Conversation, Transcript
     from overfill.making.evaluate.evaluation import Evaluation
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -100,9 +99,10 @@ def eval_command(
     figures are perplexity by the full model, share of repeated 4-grams and length, the pair's beside the full model's.
     Three questions are shown with both answers.
     """
+    from overfill.api.tokenizer import Tokenizer
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
-    from overfill.making.conversations import judged_conversations
+    from overfill.making.conversations import encode_judged, judged_conversations
     from overfill.making.evaluate.evaluation import evaluate
     from overfill.making.evaluate.evaluation_report import (
         cost_line,
@@ -113,13 +113,18 @@ def eval_command(
         save_summary,
         write_evaluation,
     )
+    from overfill.making.overlap import DECODER_TEXT, TextDigests, find_overlaps
+    from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
         folder = resolve_pair(pair, report)
-        conversations, transcripts = _judged(folder, judged_conversations(data)[:max_transcripts])
-        overlap = _overlap(folder, conversations, strict)
-        result = evaluate(folder, transcripts, data=data, overlap=overlap, report=report, **how)
+        loaded = Pair.load(folder)
+        judged = encode_judged(judged_conversations(data)[:max_transcripts], Tokenizer.load(loaded.full_path))
+        texts = {DECODER_TEXT: TextDigests.load(loaded)}
+        overlaps = find_overlaps([conversation for conversation, _ in judged], texts, "data", strict=strict)
+        transcripts = [transcript for _, transcript in judged]
+        result = evaluate(folder, transcripts, data=data, overlap=overlaps[DECODER_TEXT], report=report, **how)
     if out is not None:
         write_evaluation(out, result)
     if save:
@@ -181,17 +186,20 @@ def compare_command(
     and the operations that it computes. With 16 and 8 bits, and with 4-bit layers and an 8-bit head, each also writes
     greedy answers of its own. --json prints a line of JSON per result as soon as it is known.
     """
+    from overfill.api.tokenizer import Tokenizer
     from overfill.cli.output import console
     from overfill.cli.progress import show_progress
-    from overfill.making.conversations import judged_conversations
+    from overfill.making.conversations import encode, judged_conversations
     from overfill.making.evaluate.compare import NOTE, compare
     from overfill.making.evaluate.evaluation_report import point_rows, write_comparison
+    from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
     points = []
     with show_progress() as report:
         folders = [resolve_pair(pair, report) for pair in pairs]
-        _, transcripts = _judged(folders[0], judged_conversations(data)[:max_transcripts])
+        tokenizer = Tokenizer.load(Pair.load(folders[0]).full_path)
+        transcripts = encode(judged_conversations(data)[:max_transcripts], tokenizer)
         for point in compare(folders, transcripts, report=report, **how):
             points.append(point)
             if as_json:
@@ -279,35 +287,6 @@ def lm_eval_command(
             error = "" if value["stderr"] is None else f"{value['stderr']:.4f}"
             rows.append([task, metric, f"{value['value']:.4f}", error])
     console().print(_table(rows))
-
-
-def _judged(pair_folder: Path, conversations: Sequence[Conversation]) -> tuple[list[Conversation], list[Transcript]]:
-    """Tokenizes conversations without cutting them; leaves out those whose answers are too short to judge."""
-    from overfill.api.tokenizer import Tokenizer
-    from overfill.making.conversations import encode
-    from overfill.making.evaluate.teacher_forced import is_scorable
-    from overfill.model.manifest import Pair
-
-    tokenizer = Tokenizer.load(Pair.load(pair_folder).full_path)
-    judged = [(c, t) for c in conversations for t in encode([c], tokenizer) if is_scorable(t)]
-    return [conversation for conversation, _ in judged], [transcript for _, transcript in judged]
-
-
-def _overlap(pair_folder: Path, conversations: Sequence[Conversation], strict: bool) -> list[int] | None:
-    """Finds conversations that overlap with text that the pair's decoder was made from; None if that is not known.
-
-    Raises:
-        InvalidRequest: ``strict``, and there are such conversations or it is not known.
-    """
-    from overfill.errors import InvalidRequest
-    from overfill.making.overlap import DECODER_TEXT, TextDigests, describe_overlap
-    from overfill.model.manifest import Pair
-
-    digests = TextDigests.load(Pair.load(pair_folder))
-    shared = None if digests is None else digests.overlapping(conversations)
-    if strict and shared != []:
-        raise InvalidRequest("data", f"overlap: {describe_overlap(shared, len(conversations), DECODER_TEXT)}")
-    return shared
 
 
 def _table(rows: list[list[str]]) -> Table:

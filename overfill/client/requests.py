@@ -39,7 +39,7 @@ class Tool:
     """A function that the model may call.
 
     Args:
-        name: Name of the function: 1 to 64 letters, digits, ``_`` and ``-``.
+        name: Name of the function: 1 to 128 letters, digits, ``_`` and ``-``.
         description: What it does, for the model.
         parameters: JSON schema of its arguments; None means that it has none.
         strict: Whether a schema that a grammar cannot enforce in full is an error. Otherwise, calls follow what it can

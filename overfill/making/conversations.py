@@ -63,6 +63,11 @@ class Transcript:
     def answer(self) -> tuple[int, ...]:
         return self.token_ids[self.answer_start :]
 
+    @property
+    def has_judged_tokens(self) -> bool:
+        """True if there are a prompt and two answer tokens or more, because the full model writes the first one."""
+        return self.answer_start > 0 and len(self.answer) > 1
+
 
 def read_conversations(file: Path, field: str = "calibration") -> list[Conversation]:
     """Reads JSON lines: ``{"messages": [{"role": "user", "content": "…"}, …]}``, the last message an answer.
@@ -150,6 +155,18 @@ def encode(
             question = conversation.messages[-2]["content"]
             transcripts.append(Transcript(token_ids, len(prompt), question, conversation.kind))
     return transcripts
+
+
+def encode_judged(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> list[tuple[Conversation, Transcript]]:
+    """Tokenizes as ``encode`` does; leaves out what has nothing to judge or to learn (``has_judged_tokens``)."""
+    return [
+        (conversation, transcript)
+        for conversation in conversations
+        for transcript in encode([conversation], tokenizer, max_tokens)
+        if transcript.has_judged_tokens
+    ]
 
 
 def digest_of(transcripts: Iterable[Transcript | None]) -> str:

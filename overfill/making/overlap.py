@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from heapq import nsmallest
 from pathlib import Path
 
 import numpy as np
 
-from overfill.errors import InvalidPair
+from overfill.errors import InvalidPair, InvalidRequest
 from overfill.making.conversations import Conversation
 from overfill.model.manifest import Pair
 
@@ -81,6 +81,26 @@ class TextDigests:
             return cls(()) if pair.decoder_path == pair.full_path else None
         except OSError as error:
             raise InvalidPair(f"{file} cannot be read: {error}") from None
+
+
+def find_overlaps(
+    judged: Sequence[Conversation], texts: Mapping[str, TextDigests | None], field: str, *, strict: bool
+) -> dict[str, list[int] | None]:
+    """Returns the indices of the conversations that overlap with each text; None for a text that is not known.
+
+    Args:
+        texts: Digests of each text, by the text's name in messages.
+        field: Name of ``judged`` in error messages.
+        strict: Refuse conversations that overlap, and all if a text is not known.
+
+    Raises:
+        InvalidRequest: ``strict`` refuses the conversations; the message describes all overlaps.
+    """
+    found = {name: None if text is None else text.overlapping(judged) for name, text in texts.items()}
+    if strict and any(shared != [] for shared in found.values()):
+        lines = (f"overlap: {describe_overlap(shared, len(judged), name)}" for name, shared in found.items())
+        raise InvalidRequest(field, "; ".join(lines))
+    return found
 
 
 def describe_overlap(shared: Sequence[int] | None, judged: int, text: str) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from overfill.errors import InvalidRequest
 from overfill.request.fair_permits import FairPermits
 from overfill.request.grammar_limits import GrammarLimits
-from overfill.request.json_schemas import close_objects
+from overfill.request.json_schemas import compact
 from overfill.request.params import Grammar
 from overfill.request.trials import Trials
 
@@ -69,12 +69,6 @@ _COSTLY = 0.05
 _MAX_COSTLY = 1024  # that wait to be compiled, of one client
 _FIELD = "sampling.grammar."
 _LIMIT_WORDS = re.compile("fuel|[Tt]oo many|too big|too large|exceeds limit|recursion limit|too deeply|; max is")
-
-# Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-# Ignores keywords and formats that llguidance does not support, and reads oneOf as anyOf.
-_LENIENT = {"lenient": True, "coerce_one_of": True}
 
 
 class GrammarFailed(InvalidRequest):
@@ -272,15 +266,6 @@ def check_grammar(grammar: Grammar) -> None:
         raise InvalidRequest(_FIELD + grammar.kind, _reason(messages[0]))
     for message in messages:
         log.debug("grammar: %s", message)
-
-
-def compact(schema: dict[str, Any], *, lenient: bool = False) -> dict[str, Any]:
-    """``schema`` with closed objects, and with an option that fixes the white space to that of ``json.dumps``.
-
-    Args:
-        lenient: Whether the grammar ignores those constraints of the schema that llguidance does not support.
-    """
-    return {"x-guidance": _COMPACT | (_LENIENT if lenient else {}), **close_objects(schema)}
 
 
 def _limits() -> Any:

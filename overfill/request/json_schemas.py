@@ -28,6 +28,12 @@ _OWN = (*_OBJECT_KEYWORDS, "unevaluatedProperties", "required", "minProperties",
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated"})
 _DEFINITIONS = frozenset({"$defs", "definitions"})
 
+# Fixes the white space of JSON. Otherwise a model may write white space without end, and layouts differ by answer.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# Ignores keywords and formats that llguidance does not support, and reads oneOf as anyOf.
+_LENIENT = {"lenient": True, "coerce_one_of": True}
+
 _Schema = dict[str, Any]
 
 
@@ -60,6 +66,15 @@ def close_objects(schema: Mapping[str, Any], *, allow_more: bool = False) -> _Sc
         if id(part) not in together and _can_close(part):
             part["additionalProperties"] = allow_more
     return copy
+
+
+def compact(schema: Mapping[str, Any], *, lenient: bool = False) -> _Schema:
+    """``schema`` with closed objects, and with an option that fixes the white space to that of ``json.dumps``.
+
+    Args:
+        lenient: Whether the grammar ignores those constraints of the schema that llguidance does not support.
+    """
+    return {"x-guidance": _COMPACT | (_LENIENT if lenient else {}), **close_objects(schema)}
 
 
 def forbid_additional_properties(schema: Mapping[str, Any]) -> _Schema:

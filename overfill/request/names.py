@@ -1,4 +1,4 @@
-"""Names of the wire's enum values, for answers, flags and metrics. No torch."""
+"""Names that answers, flags and metrics use: of the wire's enum values, and of formats. No torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ FINISH_REASONS: dict[int, FinishReason] = {
     common_pb2.FINISH_REASON_LENGTH: "length",
     common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
+
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder"]
+"""Names of vLLM's parsers for the formats of tool calls; "auto" chooses by the chat template."""
 
 CodecName = Literal["raw", "int8"]
 

@@ -10,7 +10,7 @@ ReasoningParser = Literal["auto", "none", "qwen3", "deepseek_r1", "mistral"]
 
 
 @dataclass(frozen=True, slots=True)
-class Thinking:
+class ThinkingTokens:
     """The tokens around what a model thinks at the beginning of an answer.
 
     Attributes:

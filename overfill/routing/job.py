@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from overfill.request.thinking import Thinking
+from overfill.request.thinking import ThinkingTokens
 from overfill.routing.tier import DEFAULT_TIER, TierChoice
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2
@@ -49,6 +49,7 @@ class Job:
         prompt_token_ids: the prompt of ``start``, in a form that Python reads four times as fast.
         stop: non-empty stop strings.
         continues_text: whether the answer continues the prompt's text, so that its first word keeps its space.
+        tools: definitions of the tools (``api.tools.ToolDefinition``) that the answer may call.
         answer_digest: digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
             conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
         thinking: how the answer thinks before it answers; None if it only answers.
@@ -83,8 +84,9 @@ class Job:
     prompt_token_ids: Sequence[int]
     stop: tuple[str, ...] = ()
     continues_text: bool = False
+    tools: Sequence[Any] = ()
     answer_digest: str | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingTokens | None = None
     stream_interval: int = 1
     received: float = 0.0
     choice: TierChoice = field(default_factory=TierChoice)

@@ -5,7 +5,7 @@ caller sends one or more of these credentials:
 
 * a certificate, if the listener requires one. Its subject alternative names carry the caller's roles:
   ``URI:overfill://role/worker``, or ``DNS:worker.role.overfill.internal`` for issuers that make DNS names only;
-* an API key (``authorization: Bearer KEY``), which has scopes;
+* an API key (``authorization: Bearer KEY``; over HTTP also ``x-api-key: KEY``), which has scopes;
 * the stack's secret, in the same header. Processes of one stack use it where they have no certificates.
 
 If none of the three is configured, everything in the table is open. Servers allow that on loopback only.
@@ -129,6 +129,8 @@ ROUTES: Mapping[str, Rule] = {
     "/v1/models/{model:path}": _INFER,
     "/v1/chat/completions": _INFER,
     "/v1/completions": _INFER,
+    "/v1/messages": _INFER,
+    "/v1/messages/count_tokens": _INFER,
     "/tokenize": _INFER,
     "/detokenize": _INFER,
     "/health": _OPEN,

@@ -115,6 +115,12 @@ class CommonSettings(SettingsReader):
             return None
         return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
 
+    def check_certificate(self, host: str) -> None:
+        """Raises TlsError unless the other processes accept this process's certificate at ``host``."""
+        server, client = self.server_tls(), self.client_tls()
+        if server is not None and client is not None:
+            server.check_name(client, host)
+
     def grammar_limits(self) -> GrammarLimits:
         """Returns what a client's grammar may cost."""
         return GrammarLimits(self.grammar_memory, self.grammar_seconds)

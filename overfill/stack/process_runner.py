@@ -12,7 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from overfill.settings.config import ServiceConfig
+from overfill.rpc.addresses import reachable, target_host
+from overfill.rpc.tls import TlsError
+from overfill.rpc.worker import announced
+from overfill.settings.config import ServiceConfig, WorkerConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 from overfill.settings.reader import SETTINGS
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
@@ -55,9 +58,14 @@ class ProcessRunner:
         self._reported: set[str] = set()
 
     def start(self) -> None:
-        """Starts every process, routers first. Raises StartFailed when a port is in use."""
+        """Starts every process, routers first.
+
+        Raises:
+            StartFailed: a port is in use, or a process has a certificate that the others would not accept.
+        """
         if not self._prefixes:  # the ports of another namespace cannot be tried from here
             check_ports(self.spec)
+        self._check_certificates()
         make_shared_folder(self.placed.folder, self.spec.new_secret)
         self._held.enter_context(hold_folder(self.placed.folder))
         if not self._prefixes:
@@ -137,6 +145,14 @@ class ProcessRunner:
             raise
         finally:
             self._remove_folder()
+
+    def _check_certificates(self) -> None:
+        for config in (*self.placed.routers, *(worker.config for worker in self.placed.workers)):
+            advertise = config.advertise if isinstance(config, WorkerConfig) else ""
+            try:
+                config.check_certificate(target_host(announced(f"{reachable(config.host)}:0", advertise)))
+            except TlsError as error:
+                raise StartFailed(str(error)) from error
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self.placed.folder, ignore_errors=True)

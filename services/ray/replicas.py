@@ -82,9 +82,8 @@ class Replica:
             TlsError: the service's certificate does not name the address at which others reach it.
         """
         self._grace, self._tls = config.grace_period, config.client_tls()
-        if (server := config.server_tls()) is not None and self._tls is not None:
-            advertise = config.advertise if isinstance(config, WorkerConfig) else ""
-            server.check_name(self._tls, target_host(self._reached_at(announced(f"{config.host}:0", advertise))))
+        advertise = config.advertise if isinstance(config, WorkerConfig) else ""
+        config.check_certificate(target_host(self._reached_at(announced(f"{config.host}:0", advertise))))
         ready: asyncio.Future[Service] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(run(ready.set_result))
         self._serving.add_done_callback(self._note_end)

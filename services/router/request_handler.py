@@ -146,7 +146,9 @@ class RequestHandler:
         asked = choice.asked
         # Parsing a grammar may be slow, also for the grammars of tools.
         with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
-        tools = await tried_grammar(request, self._trials, _name(caller)) if with_grammar else None
+        tools = None
+        if with_grammar:
+            tools = await tried_grammar(request, self._trials, self.tokenizer.tool_format, _name(caller))
         room, vocab_size = self.tiers.max_model_len(asked), self.tiers.vocab_size
         arguments = (request, self.tokenizer, room, vocab_size, tools, self._reasoning)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
@@ -186,12 +188,17 @@ class RequestHandler:
             observer=self.statistics.metrics,
             on_close=self._closed,
         )
-        digest = request.answer_digest
+        digest, format = request.answer_digest, self.tokenizer.tool_format
         text = AnswerText(
-            StreamDetokenizer(self.tokenizer, request.prompt_token_ids if request.continues_text else ()),
+            StreamDetokenizer(
+                self.tokenizer,
+                request.prompt_token_ids if request.continues_text else (),
+                None if digest is None else format.shown,
+            ),
             request.stop,
             replayed=start.emitted_token_ids,
-            tool_call_id_seed=digest and f"{digest}/{request.id}/{start.sample_index}",
+            tools=None if digest is None else (format, request.tools),
+            tool_call_id_seed=f"{digest}/{request.id}/{start.sample_index}",
             min_tokens=start.sampling.min_tokens,
             thinking=request.thinking,
         )

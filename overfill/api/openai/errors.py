@@ -28,8 +28,6 @@ NOT_SERVED: Mapping[str, Sequence[str]] = {
     "this server has no Responses API; it speaks Chat Completions (POST /v1/chat/completions). Switch the client: "
     'OpenAI Agents SDK: set_default_openai_api("chat_completions"); LangChain: ChatOpenAI(use_responses_api=False); '
     'PydanticAI: OpenAIChatModel; Vercel AI SDK: openai.chat("MODEL")': ("/v1/responses",),
-    "this server has no Messages API; it speaks Chat Completions (POST /v1/chat/completions). Choose OpenAI as the "
-    "client's provider, or put a proxy that translates in front": ("/v1/messages",),
     "this server does not have Ollama's or TGI's API; it speaks OpenAI's (POST /v1/chat/completions)": (
         "/api/chat",
         "/api/generate",

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import write_calls
 from overfill.engine.mock.options import MockOptions, ScriptedAnswer
 from overfill.errors import InvalidRequest
 from overfill.model.steps import SampledToken
@@ -56,8 +55,8 @@ class Script:
                         "engine_args", f"script: token {token} is not below {self._tokenizer.vocab_size}"
                     )
             return list(answer.tokens)
-        calls = write_calls([(call.name, json.dumps(call.arguments)) for call in answer.tool_calls])
-        return self._tokenizer.encode_continuation(answer.text + calls)
+        calls = [(call.name, json.dumps(call.arguments)) for call in answer.tool_calls]
+        return self._tokenizer.encode_continuation(answer.text + self._tokenizer.tool_format.write(calls))
 
 
 class Player:

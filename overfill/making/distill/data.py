@@ -18,7 +18,7 @@ from overfill.making.conversations import (
     ShippedPart,
     Transcript,
     digest_of,
-    encode,
+    encode_judged,
     read_conversations,
     shipped_conversations,
 )
@@ -81,16 +81,7 @@ def _load(
         return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:
         raise InvalidRequest("data", f"{source} is neither `{name}`, nor a file, nor the id of a hub data set")
-    return [
-        (conversation, transcript)
-        for conversation in conversations
-        for transcript in encode([conversation], tokenizer, data.max_tokens)
-        if _has_answer_tokens(transcript)
-    ]
-
-
-def _has_answer_tokens(transcript: Transcript) -> bool:
-    return len(transcript.answer) > 1
+    return encode_judged(conversations, tokenizer, data.max_tokens)
 
 
 class HubTranscripts(Sequence[Transcript | None]):
@@ -125,10 +116,10 @@ class HubTranscripts(Sequence[Transcript | None]):
         if conversation is None:
             return None
         try:
-            transcripts = encode([conversation], self._tokenizer, self._data.max_tokens)
+            usable = encode_judged([conversation], self._tokenizer, self._data.max_tokens)
         except InvalidRequest:  # the chat template refuses this conversation; training skips it
             return None
-        return transcripts[0] if transcripts and _has_answer_tokens(transcripts[0]) else None
+        return usable[0][1] if usable else None
 
     def fingerprint(self) -> str:
         return f"{self._rows._fingerprint}:{self._data.column}:{self._data.max_tokens}:{self._tokenizer.digest}"

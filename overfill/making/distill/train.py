@@ -89,7 +89,10 @@ class Run:
         self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
         self._training_text = training_text
         self._report, self._log_line = report, log_line
-        self._continues: str | None = None
+        correction = None if training.rank is None else shipped_correction(pair.recipe)
+        if correction is not None and correction.rank > (training.rank or 0):
+            correction = None
+        self._continues = None if correction is None else correction.digest
         self.folder = run_folder(out)
         if training.batch_transcripts < accelerator.num_processes:
             raise InvalidRequest("batch_transcripts", f"must be at least {accelerator.num_processes}, one per process")
@@ -105,10 +108,8 @@ class Run:
         decoder.save_activations = not training.recompute_activations
         if training.rank is not None:
             decoder.train_low_rank(training.rank, training.seed)
-            correction = shipped_correction(pair.recipe)
-            if correction is not None and correction.rank <= training.rank:
+            if correction is not None:
                 decoder.continue_factors(correction.products(decoder.config))
-                self._continues = correction.digest
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
@@ -306,6 +307,7 @@ class Run:
             "processes": self._accelerator.num_processes,
             "full": self._pair.full_digest,
             "decoder": self._pair.decoder_digest,
+            "continues": self._continues,
             "layer_map": list(self._pair.layer_map),
             "data": digest(self._transcripts),
             "held_out": digest(list(self._held_out.values())),

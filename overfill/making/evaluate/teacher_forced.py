@@ -53,18 +53,13 @@ class Candidate:
     layer_map: Sequence[int]
 
 
-def is_scorable(transcript: Transcript) -> bool:
-    """True if there are a prompt and two answer tokens or more, because the first one is not judged."""
-    return transcript.answer_start > 0 and len(transcript.answer) > 1
-
-
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:
-    """Returns the transcripts for which ``is_scorable`` is True.
+    """Returns the transcripts that have judged tokens.
 
     Raises:
         InvalidRequest: no transcript qualifies.
     """
-    kept = [t for t in transcripts if is_scorable(t)]
+    kept = [t for t in transcripts if t.has_judged_tokens]
     if not kept:
         raise InvalidRequest("data", "holds no answer of two tokens or more; give conversations with longer answers")
     return kept

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from overfill.api.keys import ApiKey
+from overfill.api.messages import translate as messages
+from overfill.api.messages.errors import error_body
+from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
 from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
@@ -103,6 +106,8 @@ class HttpApi:
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completions),
+            ("/v1/messages", "POST", self._messages),
+            ("/v1/messages/count_tokens", "POST", self._count_tokens),
             ("/v1/models", "GET", self._models),
             ("/v1/models/{model:path}", "GET", self._model),
             ("/tokenize", "POST", self._tokenize),
@@ -153,7 +158,7 @@ class HttpApi:
                 raise foreign("origin", origin, reason)
         if self._local_names_only and host and not is_loopback(_PORT.sub("", host)):
             raise foreign("host", host, "use 127.0.0.1 or localhost; other names need a router with API keys")
-        shown = bearer(request.header(b"authorization"))
+        shown = bearer(request.header(b"authorization")) or request.header(b"x-api-key") or None
         if route is None:
             unknown(self._access, shown, request.roles)
             return None
@@ -170,7 +175,12 @@ class HttpApi:
             headers.append((b"x-trace-id", trace_id.encode()))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        self._json(request, error.body, headers, error.status)
+        body = error.body
+        if _is_anthropic(request):
+            id = _request_id(request, None, "req_")
+            body = error_body(error, id)
+            headers.append((b"request-id", id.encode()))
+        self._json(request, body, headers, error.status)
 
     def _json(self, request: Request, content: dict[str, Any], headers: Headers = (), status: int = 200) -> None:
         request.respond(status, encode(content), [_JSON, *headers, *self._cors.headers(request)])
@@ -183,10 +193,10 @@ class HttpApi:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
 
     async def _chat(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl")
+        await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl-")
 
     async def _completions(self, request: Request, caller: ApiKey | None) -> None:
-        await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl")
+        await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl-")
 
     async def _generate(
         self,
@@ -227,6 +237,21 @@ class HttpApi:
         else:
             request.write(rest, last=True)
 
+    async def _messages(self, request: Request, caller: ApiKey | None) -> None:
+        await self._answer_once(
+            request, caller, MessagesRequest, lambda body, _, id: messages.messages(body, id), "msg_"
+        )
+
+    async def _count_tokens(self, request: Request, caller: ApiKey | None) -> None:
+        with self._handler.hold_quota(caller) as hold:
+            asked, own_field = await self._read(request, CountTokensRequest, messages.count_tokens, hold)
+            try:
+                ids = await self._handler.tokenize(asked, hold)
+            except OverfillError as error:
+                raise own_field(error) from error
+        id = _request_id(request, None, "req_")
+        self._json(request, {"input_tokens": len(ids)}, [(b"request-id", id.encode())])
+
     async def _answer_once(
         self,
         request: Request,
@@ -254,8 +279,10 @@ class HttpApi:
                 raise
         served = Served(id, self._model_name(answer.accepted.tier), self._pair_json(answer.accepted.tier))
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
+        if _is_anthropic(request):
+            headers.append((b"request-id", id.encode()))
         if asked.left_out:
-            headers.append((b"x-overfill-left-out", ", ".join(asked.left_out).encode()))
+            headers.append((b"x-overfill-left-out", _listed(asked.left_out)))
         with OneAnswer(answer, asked.writer(served), request, headers, span) as running:
             if asked.stream:
                 await running.stream()
@@ -343,7 +370,17 @@ class HttpApi:
         return {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
 
 
+def _is_anthropic(request: Request) -> bool:
+    """True if the client expects the form of Anthropic's API: of errors, and of what all routes have."""
+    return request.path.startswith("/v1/messages") or b"anthropic-version" in request.headers
+
+
+def _listed(names: Sequence[str]) -> bytes:
+    """Names as the value of a header: at most 1,000 printable characters."""
+    return re.sub(rb"[^ -~]", b"?", ", ".join(names).encode())[:1000]
+
+
 def _request_id(request: Request, of_body: str | None, prefix: str) -> str:
     """Returns the id from the header if it is valid, as vLLM does; else from the body; else a new one."""
     given = request.header(b"x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else of_body or f"{prefix}-{secrets.token_hex(16)}"
+    return given if _REQUEST_ID.fullmatch(given) else of_body or f"{prefix}{secrets.token_hex(16)}"

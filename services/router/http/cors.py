@@ -8,7 +8,7 @@ from services.router.http.request import Request
 
 _Headers = list[tuple[bytes, bytes]]
 
-_EXPOSED = b"x-request-id, x-trace-id, retry-after"
+_EXPOSED = b"x-request-id, request-id, x-trace-id, x-overfill-left-out, retry-after"
 _MAX_AGE = b"600"  # seconds for which a browser remembers a preflight
 
 

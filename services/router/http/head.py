@@ -17,7 +17,7 @@ MAX_TARGET = 16 << 10
 MAX_HEADERS = 256
 """Maximum number of headers of a request, and of its trailers."""
 
-_SINGLE = frozenset({b"host", b"origin", b"authorization"})
+_SINGLE = frozenset({b"host", b"origin", b"authorization", b"x-api-key"})
 """Headers that decide who may do what. If one stood twice, a proxy might obey one value and this server the other."""
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")

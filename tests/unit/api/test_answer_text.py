@@ -4,10 +4,12 @@ import pytest
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.families.hermes import Hermes
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import write_calls
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import common_pb2
+
+HERMES = Hermes()
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def write(tokenizer, ids, cuts, stops=(), replayed=(), calls=None):
 
     Adds tool calls to the list ``calls``; without one, the answer has none.
     """
-    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed, None if calls is None else "seed")
+    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed, None if calls is None else (HERMES, ()))
     pieces, tokens, first = [], [], len(replayed)
     for start in range(0, len(ids), cuts):
         if text.stop is not None:
@@ -110,7 +112,7 @@ CALLS = [("weather", '{"city": "Paris", "days": [1]}'), ("now", "{}")]
 @pytest.mark.parametrize("stop", ["\n", "}", "Paris", "</tool_call>", "<tool_call>", "Paris, not"])
 def test_a_stop_string_inside_or_between_calls_does_not_count(tokenizer, cuts, stop):
     calls = []
-    text, tokens, state = write(tokenizer, ids := tokenizer.encode(write_calls(CALLS)), cuts, [stop], calls=calls)
+    text, tokens, state = write(tokenizer, ids := tokenizer.encode(HERMES.write(CALLS)), cuts, [stop], calls=calls)
     assert (text, calls, state.stop, tokens) == ("", CALLS, None, ids)
     assert state.called_tools
 
@@ -118,7 +120,7 @@ def test_a_stop_string_inside_or_between_calls_does_not_count(tokenizer, cuts, s
 @pytest.mark.parametrize("cuts", [1, 2, 3, 100])
 def test_a_stop_string_before_a_call_ends_the_answer(tokenizer, cuts):
     calls = []
-    ids = tokenizer.encode(f"Let me look.END {write_calls(CALLS)}")
+    ids = tokenizer.encode(f"Let me look.END {HERMES.write(CALLS)}")
     text, _, state = write(tokenizer, ids, cuts, stops=["END"], calls=calls)
     assert (text, calls, state.stop) == ("Let me look.", [], "END")
 
@@ -126,7 +128,7 @@ def test_a_stop_string_before_a_call_ends_the_answer(tokenizer, cuts):
 @pytest.mark.parametrize("cuts", [1, 2, 3, 100])
 def test_the_beginning_of_a_stop_string_before_a_call_is_text(tokenizer, cuts):
     calls = []
-    ids = tokenizer.encode(f"Let me look: EN{write_calls(CALLS)}")
+    ids = tokenizer.encode(f"Let me look: EN{HERMES.write(CALLS)}")
     text, _, state = write(tokenizer, ids, cuts, stops=["END", "EN<tool"], calls=calls)
     assert (text, calls, state.stop) == ("Let me look: EN", CALLS, None)
 

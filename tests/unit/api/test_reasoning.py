@@ -10,20 +10,22 @@ import pytest
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.families.hermes import Hermes
 from overfill.api.reasoning import Reasoning, find_reasoning, thinking_variables
 from overfill.api.reasoning_grammar import after_thinking
 from overfill.api.requests import validate_generate
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolDefinition, write_calls
+from overfill.api.tools import ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.errors import InvalidPair, InvalidRequest
 from overfill.pair.store import resolve_pair
 from overfill.request.grammar import Grammars
 from overfill.request.params import Grammar
-from overfill.request.thinking import Thinking
+from overfill.request.thinking import ThinkingTokens
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
 
+HERMES = Hermes()
 MODEL = resolve_pair("mock") / "model"
 
 OPENS = (
@@ -47,16 +49,16 @@ def tokenizer():
 def with_template(folder, source):
     file = folder / "template.jinja"
     file.write_text(source)
-    return Tokenizer.load(MODEL, file)
+    return Tokenizer.load(MODEL, chat_template=file)
 
 
 def tags(tokenizer, opened, begin="<think>", end="</think>"):
-    return Thinking(tokenizer.added_id(begin), tokenizer.added_id(end), opened)
+    return ThinkingTokens(tokenizer.added_id(begin), tokenizer.added_id(end), opened)
 
 
 def read(tokenizer, ids, cuts, thinking, stops=(), replayed=(), tools=False):
     """Returns reasoning, text, calls and the state of an answer whose ``ids`` come in parts that end at ``cuts``."""
-    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed, "seed" if tools else None, thinking=thinking)
+    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed, (HERMES, ()) if tools else None, thinking=thinking)
     parts = []
     for start, end in itertools.pairwise([0, *cuts, len(ids)]):
         if text.stop is None:
@@ -135,7 +137,7 @@ def test_stop_strings_count_in_the_answer_only(tokenizer, stop):
 
 
 def test_calls_come_from_the_answer_and_not_from_the_reasoning(tokenizer):
-    call, other = write_calls([("now", '{"a": 1}')]), write_calls([("other", "{}")])
+    call, other = HERMES.write([("now", '{"a": 1}')]), HERMES.write([("other", "{}")])
     ids = tokenizer.encode_continuation(f"I may write {other} now.\n</think>\n\n{call}")
     for cuts in divisions(len(ids)):
         reasoning, text, calls, _ = read(tokenizer, ids, cuts, tags(tokenizer, True), tools=True)
@@ -223,7 +225,7 @@ def test_reasoning_is_sent_back_to_templates_that_show_it(tmp_path):
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL = ToolDefinition("now", parameters=SCHEMA)
-CALL = write_calls([("now", '{"a": 1}')])
+CALL = HERMES.write([("now", '{"a": 1}')])
 
 # A grammar, answers in it, and others.
 GRAMMARS = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from overfill.api.families.hermes import Hermes
 from overfill.api.request_grammar import tried_grammar
 from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest
@@ -16,6 +17,7 @@ from overfill.request.trials import Trials
 from overfill.v1 import common_pb2
 from overfill.v1.inference_pb2 import Chat, GenerateRequest, ToolChoice
 
+HERMES = Hermes()
 BOMB = {"type": "integer", "multipleOf": 4000037}
 NONE = ToolChoice(mode=ToolChoice.MODE_NONE)
 
@@ -40,16 +42,15 @@ def request(schema: str = "", **chat: Any) -> GenerateRequest:
 
 async def test_the_grammar_of_tools_is_that_of_the_chat(trials: Trials) -> None:
     asked = request(tools=[tool({"type": "object", "properties": {"a": {"type": "string"}}})])
-    assert await tried_grammar(asked, trials) == chat_grammar(asked.chat)
+    assert await tried_grammar(asked, trials, HERMES) == chat_grammar(asked.chat)
     both = request('{"type": "boolean"}', tools=[tool({})])
-    assert "answer" in (await tried_grammar(both, trials)).text  # type: ignore[union-attr]
+    assert "answer" in (await tried_grammar(both, trials, HERMES)).text  # type: ignore[union-attr]
 
 
 async def test_a_grammar_without_tools_needs_no_other(trials: Trials) -> None:
-    assert await tried_grammar(request('{"type": "boolean"}'), trials) is None
-    assert (
-        await tried_grammar(GenerateRequest(sampling={"grammar": common_pb2.Grammar(json_object=True)}), trials) is None
-    )
+    assert await tried_grammar(request('{"type": "boolean"}'), trials, HERMES) is None
+    any_object = GenerateRequest(sampling={"grammar": common_pb2.Grammar(json_object=True)})
+    assert await tried_grammar(any_object, trials, HERMES) is None
 
 
 @pytest.mark.parametrize(
@@ -66,4 +67,4 @@ async def test_a_grammar_without_tools_needs_no_other(trials: Trials) -> None:
 )
 async def test_errors_name_the_field(trials: Trials, field: str, reason: str, asked: GenerateRequest) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}: .*{reason}"):
-        await tried_grammar(asked, trials)
+        await tried_grammar(asked, trials, HERMES)

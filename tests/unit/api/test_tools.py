@@ -10,17 +10,20 @@ from pydantic import UUID4, IPvAnyAddress, SecretStr, create_model
 
 from overfill.api.chat import encode_chat
 from overfill.api.chat_template import ChatTemplate
+from overfill.api.families.hermes import Hermes
+from overfill.api.families.reader import ToolCallReader
 from overfill.api.openai import schema, translate
 from overfill.api.openai.parse import parse
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolCallReader, ToolDefinition, check_tools, describe_tools, write_calls
+from overfill.api.tools import ToolDefinition, check_tools
 from overfill.api.tools_grammar import chat_grammar, tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
 from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
+HERMES = Hermes()
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer"}},
@@ -33,7 +36,7 @@ CALLS = [("weather", '{"city": "Köln }{ \\" ]", "days": 3}'), ("now", "{}")]
 
 def read(text, cut):
     """Pushes ``text`` in pieces of ``cut`` characters; returns the text outside and the calls."""
-    reader, outside, calls = ToolCallReader(StopStrings(())), [], []
+    reader, outside, calls = ToolCallReader(StopStrings(()), HERMES, TOOLS), [], []
     for start in range(0, len(text), cut):
         said, parts = reader.push(text[start : start + cut])
         outside.append(said)
@@ -50,7 +53,7 @@ def read(text, cut):
 @pytest.mark.parametrize("cut", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("before", ["", "Let me look.", "<tool_call> is no call", "a\n\n"])
 def test_calls_are_read_back_however_the_text_is_cut(cut, before):
-    text = f"{before}\n{write_calls(CALLS)}" if before else write_calls(CALLS)
+    text = f"{before}\n{HERMES.write(CALLS)}" if before else HERMES.write(CALLS)
     assert read(text, cut) == (before.rstrip(), CALLS)
 
 
@@ -63,14 +66,14 @@ def test_text_without_calls_stays_as_it_is(cut, text):
 
 
 def test_text_is_given_out_as_soon_as_it_is_certain():
-    reader = ToolCallReader(StopStrings(()))
+    reader = ToolCallReader(StopStrings(()), HERMES, TOOLS)
     assert reader.push("Hello wor")[0] == "Hello wor"
     assert reader.push("ld <tool")[0] == "ld"
     assert reader.push("box>")[0] == " <toolbox>"
 
 
 def test_arguments_are_given_out_while_they_come():
-    reader = ToolCallReader(StopStrings(()))
+    reader = ToolCallReader(StopStrings(()), HERMES, TOOLS)
     parts = reader.push('<tool_call>\n{"name": "weather", "arguments": {"city": "K')[1]
     assert [(part.name, part.arguments) for part in parts] == [("weather", ""), ("", '{"city": "K')]
     assert reader.calls == 0, "the call is not complete"
@@ -103,14 +106,14 @@ def accepts(grammars, grammar, text):
 @pytest.mark.parametrize("single", [True, False])
 def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, single):
     grammar = tools_grammar(TOOLS, mode, single=single)
-    one, two = write_calls(CALLS[:1]), write_calls(CALLS)
+    one, two = HERMES.write(CALLS[:1]), HERMES.write(CALLS)
     assert accepts(grammars, grammar, one)
     assert accepts(grammars, grammar, two) == (not single)
     assert accepts(grammars, grammar, "Just text.") == (mode == "auto")
     assert accepts(grammars, grammar, f"First text.\n{one}") == (mode == "auto")
     for wrong in ('{"city": 5}', '{"days": 1}', '{"city": "x", "other": 1}', '{"city": "x"'):
-        assert not accepts(grammars, grammar, write_calls([("weather", wrong)])), wrong
-    assert not accepts(grammars, grammar, write_calls([("unknown", "{}")]))
+        assert not accepts(grammars, grammar, HERMES.write([("weather", wrong)])), wrong
+    assert not accepts(grammars, grammar, HERMES.write([("unknown", "{}")]))
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
@@ -118,7 +121,7 @@ def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, si
 def test_an_answer_with_a_schema_is_of_this_schema_or_calls_tools(grammars, mode, single):
     schema = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"type": "integer"}}}}}
     grammar = tools_grammar(TOOLS, mode, single=single, answer=schema)
-    one, two = write_calls(CALLS[:1]), write_calls(CALLS)
+    one, two = HERMES.write(CALLS[:1]), HERMES.write(CALLS)
     assert accepts(grammars, grammar, '{"n": 1}') == (mode == "auto")
     assert accepts(grammars, grammar, one)
     assert accepts(grammars, grammar, two) == (not single)
@@ -150,7 +153,7 @@ def chat(**fields):
 def test_a_template_that_knows_no_tools_gets_them_in_the_system_message(byte_level_tokenizer):
     tool = inference_pb2.Tool(name="weather", description="Tells.", parameters=json.dumps(SCHEMA))
     text = byte_level_tokenizer.decode(encode_chat(chat(tools=[tool]), byte_level_tokenizer))
-    assert describe_tools([ToolDefinition("weather", "Tells.", SCHEMA)]) in text
+    assert HERMES.describe([ToolDefinition("weather", "Tells.", SCHEMA)]) in text
     system = {"role": "system", "content": "Be brief."}
     text = byte_level_tokenizer.decode(
         encode_chat(chat(tools=[tool], messages=[system, {"role": "user", "content": "Hi"}]), byte_level_tokenizer)
@@ -168,7 +171,7 @@ def test_calls_and_their_results_go_back_to_the_model(byte_level_tokenizer):
         {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
     ]
     text = byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
-    assert write_calls([("weather", '{"city": "Rome"}')]) in text
+    assert HERMES.write([("weather", '{"city": "Rome"}')]) in text
     assert "<tool_response>\nsunny\n</tool_response>" in text
 
 
@@ -181,7 +184,7 @@ def calls_of_an_assistant(*arguments):
 @pytest.mark.parametrize("arguments", ['{"city": "Ro', "{", "[1]", '"x"', "[" * 10_000], ids=lambda text: text[:9])
 def test_arguments_that_are_no_object_go_back_to_the_model_as_they_are(byte_level_tokenizer, arguments):
     messages = calls_of_an_assistant('{"city": "Rome"}', arguments)
-    said = write_calls([("weather", '{"city": "Rome"}'), ("weather", arguments)])
+    said = HERMES.write([("weather", '{"city": "Rome"}'), ("weather", arguments)])
     assert f"Look:\n{said}" in byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
 
 
@@ -200,9 +203,9 @@ def test_a_template_that_knows_tools_gets_calls_as_objects_and_cut_calls_as_text
 
     cut = '{"city": "Ro'
     assert "Look:[city=Rome][]" in shown('{"city": "Rome"}', "")
-    assert "Look:\n" + write_calls([("weather", "{}"), ("weather", cut)]) in shown("", cut)
+    assert "Look:\n" + HERMES.write([("weather", "{}"), ("weather", cut)]) in shown("", cut)
     for unreadable in ('{"city": "\\ud800"}', '{"city": NaN}', '{"a":' * 300 + "1" + "}" * 300):
-        assert "Look:\n" + write_calls([("weather", unreadable)]) in shown(unreadable)
+        assert "Look:\n" + HERMES.write([("weather", unreadable)]) in shown(unreadable)
 
 
 def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
@@ -256,8 +259,8 @@ ENFORCED = {
 @pytest.mark.parametrize("parameters", [*NOT_ENFORCED.values(), *ENFORCED.values()], ids=[*NOT_ENFORCED, *ENFORCED])
 def test_schemas_as_agents_send_them_are_accepted(grammars, parameters):
     made = chat_grammar(chat_of_agent(False, **parameters)).text
-    assert accepts(grammars, made, write_calls([("ok", "{}")]))
-    assert not accepts(grammars, made, write_calls([("f", "[]")])), "arguments are an object"
+    assert accepts(grammars, made, HERMES.write([("ok", "{}")]))
+    assert not accepts(grammars, made, HERMES.write([("f", "[]")])), "arguments are an object"
 
 
 @pytest.mark.parametrize("parameters", NOT_ENFORCED.values(), ids=NOT_ENFORCED)
@@ -276,14 +279,14 @@ def test_a_strict_tool_whose_schema_can_be_enforced_is_accepted(parameters):
 def test_what_can_be_enforced_of_a_schema_still_is(grammars, name):
     made = chat_grammar(chat_of_agent(False, **NOT_ENFORCED[name])).text
     for arguments, fits in ('{"a": "B--", "days": 3}', True), ('{"a": 5}', False), ('{"a": "b", "days": "x"}', False):
-        assert accepts(grammars, made, write_calls([("f", arguments)])) == fits, arguments
+        assert accepts(grammars, made, HERMES.write([("f", arguments)])) == fits, arguments
 
 
 def test_a_property_may_be_named_pattern(grammars):
     parameters = {"properties": {"pattern": {"type": "string", "pattern": "(?=a)"}}, "required": ["pattern"]}
     made = chat_grammar(chat_of_agent(False, **parameters)).text
-    assert accepts(grammars, made, write_calls([("f", '{"pattern": "a"}')]))
-    assert not accepts(grammars, made, write_calls([("f", "{}")]))
+    assert accepts(grammars, made, HERMES.write([("f", '{"pattern": "a"}')]))
+    assert not accepts(grammars, made, HERMES.write([("f", "{}")]))
 
 
 @pytest.mark.parametrize("keyword", ["enum", "const"])
@@ -293,30 +296,30 @@ def test_values_that_look_like_schemas_stay_as_they_are(grammars, keyword):
     parameters = of_property(**data) | {"propertyNames": {"minLength": 1}}
     parameters["properties"]["days"] = {"type": "string", "pattern": "(?=a)"}
     made = chat_grammar(chat_of_agent(False, **parameters)).text
-    assert accepts(grammars, made, write_calls([("f", json.dumps({"a": value}))]))
-    assert not accepts(grammars, made, write_calls([("f", '{"a": {}}')]))
+    assert accepts(grammars, made, HERMES.write([("f", json.dumps({"a": value}))]))
+    assert not accepts(grammars, made, HERMES.write([("f", '{"a": {}}')]))
 
 
 def test_a_property_may_be_named_like_a_keyword_with_values(grammars):
     inner = {"properties": {"enum": {"type": "string", "pattern": "(?=a)"}, "days": {"type": "integer"}}}
     made = chat_grammar(chat_of_agent(False, properties={"default": {"type": "object"} | inner})).text
-    assert accepts(grammars, made, write_calls([("f", '{"default": {"enum": "b", "days": 3}}')]))
-    assert not accepts(grammars, made, write_calls([("f", '{"default": {"enum": "b", "days": "x"}}')]))
+    assert accepts(grammars, made, HERMES.write([("f", '{"default": {"enum": "b", "days": 3}}')]))
+    assert not accepts(grammars, made, HERMES.write([("f", '{"default": {"enum": "b", "days": "x"}}')]))
 
 
 def test_a_pattern_that_can_be_enforced_is_enforced_beside_one_that_cannot(grammars):
     pattern = {"type": "string", "pattern": "^[a-z]+$"}
     parameters = {"properties": {"good": pattern, "bad": {"type": "string", "pattern": "(?=a)"}}}
     made = chat_grammar(chat_of_agent(False, **parameters)).text
-    assert accepts(grammars, made, write_calls([("f", '{"good": "a", "bad": "B"}')]))
-    assert not accepts(grammars, made, write_calls([("f", '{"good": "A", "bad": "B"}')]))
+    assert accepts(grammars, made, HERMES.write([("f", '{"good": "a", "bad": "B"}')]))
+    assert not accepts(grammars, made, HERMES.write([("f", '{"good": "A", "bad": "B"}')]))
 
 
 def test_a_pattern_that_contradicts_its_format_leaves_the_rest_of_the_schema(grammars):
     pattern = {"type": "string", "format": "date", "pattern": "^x$"}
     made = chat_grammar(chat_of_agent(False, properties={"a": pattern}, required=["a"])).text
-    assert accepts(grammars, made, write_calls([("f", '{"a": "2026-01-01"}')]))
-    assert not accepts(grammars, made, write_calls([("f", '{"a": 5}')]))
+    assert accepts(grammars, made, HERMES.write([("f", '{"a": "2026-01-01"}')]))
+    assert not accepts(grammars, made, HERMES.write([("f", '{"a": 5}')]))
 
 
 def test_a_chat_s_grammar_has_the_schema_of_its_answers():

@@ -558,6 +558,27 @@ def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], ro
     assert fake.asked == list(stack.placed.addresses)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"host": "127.0.0.2"}, r"router\.crt cannot be used at 127\.0\.0\.2: IP address mis.*tls_name"),
+        ({"advertise": "[::2]:0"}, r"router\.crt cannot be used at ::2"),  # only workers have an address to announce
+        ({"tls_ca": "router.key"}, r"cannot read the TLS CA certificate .*router\.key"),
+        ({"host": "127.0.0.2", "tls_name": "overfill"}, None),
+    ],
+)
+def test_a_certificate_that_others_would_refuse_is_found_before_anything_starts(
+    changed: dict[str, str], says: str | None, new_stack: Callable[..., RecordingStack], tmp_path: Path
+) -> None:
+    certificates.make(tmp_path)
+    files = {"tls_cert": "router.crt", "tls_key": "router.key", "tls_ca": "ca.crt"}
+    settings = changed | {key: str(tmp_path / changed.get(key, name)) for key, name in files.items()}
+    stack = new_stack(**settings)
+    with pytest.raises(StartFailed, match=says) if says else contextlib.nullcontext():
+        stack.start()
+    assert bool(stack.started) is (says is None)
+
+
 def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
     new_stack: Callable[..., RecordingStack], routers: Callable[..., Routers]
 ) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from overfill.api.families.hermes import Hermes
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolDefinition, write_calls
+from overfill.api.tools import ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.engine.load import load_colocated, load_engine
 from overfill.engine.mock.options import ANSWER, MockOptions
@@ -77,6 +78,7 @@ def play(tokenizer: Tokenizer, grammars: Grammars) -> Callable[..., list[int]]:
     return play
 
 
+HERMES = Hermes()
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -109,7 +111,7 @@ def test_special_tokens_of_a_text_are_tokens_and_calls_have_the_routers_format(t
     assert names[0] == "[TOOL_CALLS]"
     assert names[-1] == "</s>"
     ids = play(GREEDY, script=[{"text": "I read.", "tool_calls": [call]}])
-    assert tokenizer.decode(ids) == "I read." + write_calls([("read", json.dumps(call["arguments"]))])
+    assert tokenizer.decode(ids) == "I read." + HERMES.write([("read", json.dumps(call["arguments"]))])
     tool = ToolDefinition("read", parameters={"type": "object", "properties": {"path": {"type": "string"}}})
     calling = replace(GREEDY, grammar=Grammar("lark", tools_grammar([tool], "auto", single=False)))
     assert play(calling, script=[{"text": "I read.", "tool_calls": [call]}]) == ids

@@ -82,11 +82,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def distilled(pair: Path, out: Path, **changes: Any) -> Pair:
+def distilled(pair: Path, out: Path, *, resume: bool = False, **changes: Any) -> Pair:
     loaded = Pair.load(pair)
     transcripts = encode(CHATS, Tokenizer.load(loaded.full_path))
     training = TRAINING.model_copy(update=changes)
-    return Run(loaded, out, list(transcripts), transcripts[:2], training, training_text=TextDigests.of(TRAINED)).train()
+    text = TextDigests.of(TRAINED)
+    run = Run(loaded, out, list(transcripts), transcripts[:2], training, training_text=text, resume=resume)
+    return run.train()
 
 
 def decoder(pair: Path) -> dict[str, torch.Tensor]:
@@ -119,6 +121,8 @@ def test_a_built_pair_has_what_training_found_and_training_continues_it(
     again = distilled(tmp_path / "corrected", tmp_path / "longer", seed=1, rank=8)
     assert again.recipe["distill"]["continues"] == found.digest
     renew("fit", tmp_path / "longer", shipped)
+    with pytest.raises(InvalidRequest, match="continues"):  # else the old correction would count twice
+        distilled(tmp_path / "corrected", tmp_path / "longer", resume=True, seed=1, rank=8)
     longer = build_pair(made / "full", tmp_path / "built again", RECIPE, CHATS, correction=shipped / "fit")
     tokens = again.recipe["distill"]["tokens"]
     assert longer.recipe["correction"]["answer_tokens"] == found.facts["answer_tokens"] + tokens

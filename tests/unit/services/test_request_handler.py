@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from overfill.api.families.hermes import Hermes
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, Overloaded, ShuttingDown
 from overfill.kv import keys
@@ -33,6 +34,7 @@ class BlockingTokenizer:
     """A tokenizer whose calls wait for ``proceed``, and then return 100 tokens."""
 
     eos_token_ids = (0,)
+    tool_format = Hermes()
 
     def __init__(self):
         self.begun, self.proceed = threading.Event(), threading.Event()

@@ -1,0 +1,1 @@
+"""Requests and answers of Anthropic's Messages API as JSON, to and from the wire's messages."""

@@ -1,0 +1,28 @@
+"""Errors in the format of Anthropic's API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overfill.api.openai.errors import ApiError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+
+
+def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
+    """Returns the JSON of ``error``.
+
+    A server without capacity answers 429, never 529: Anthropic's clients wait for ``retry-after`` and try a 429 again,
+    but give up after few of the other.
+    """
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    message = error.body["error"]["message"]
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
