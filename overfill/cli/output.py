@@ -104,6 +104,9 @@ def _headline(status: StackStatus, tls: bool) -> str:
     parts = [f"{status.process.address}: {stack_state(status)}"]
     parts += [f"OpenAI API at {url}"] if url else []
     parts += [f"metrics at {metrics}"] if metrics and len(status.routers) < 2 else []
+    if status.activity is not None and status.activity.sessions:
+        cached = percent(status.activity.cached_share)
+        parts.append(f"{counted(status.activity.sessions, 'session')}, {cached} of the last minute's prompts cached")
     return "; ".join(parts)
 
 
@@ -137,14 +140,18 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
     for worker in status.workers:
         row = _worker_json(worker)
         numbers = ("?" if row[key] is None else str(row[key]) for key in _WORKER_NUMBERS)
-        rate = row["prefix_hit_rate"]
-        hits = "?" if rate is None else f"{100 * rate:.1f} %"
+        hits = percent(row["prefix_hit_rate"])
         tier = [row["tier"] or "–"] if status.several_tiers else []
         stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
         names = (worker.id, stage, *tier, row["engine"] or "?", worker.state)
         place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–") if wide else ()
         table.add_row(*names, *numbers, hits, *place)
     return table
+
+
+def percent(share: float | None) -> str:
+    """Returns a share as text; a question mark if it is unknown."""
+    return "?" if share is None else f"{100 * share:.1f} %"
 
 
 def stack_state(status: StackStatus) -> str:
@@ -214,6 +221,7 @@ def _router_json(router: RouterStatus) -> dict[str, Any]:
         **_fields(activity, "running", "waiting"),
         "tokens_per_second": None if activity is None else round(activity.tokens_per_second, 2),
         "answers_last_minute": None if activity is None else activity.answers,
+        **_fields(activity, "sessions", "cached_share"),
     }
 
 

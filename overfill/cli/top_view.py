@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from overfill.cli.output import PART_NAMES, bar, counted
+from overfill.cli.output import PART_NAMES, bar, counted, percent
 from overfill.client import TTFT_PARTS, Activity, StackStatus, WorkerLoad, WorkerStatus
 
 _BAR = 24
@@ -29,6 +29,8 @@ def top_view(status: StackStatus) -> RenderableType:
         shown.append(_pool("decode", decode))
     if activity is not None:
         shown.append(_times(activity))
+        if activity.sessions:
+            shown.append(_sessions(activity))
     return Group(*shown)
 
 
@@ -43,6 +45,8 @@ def _headline(status: StackStatus) -> Text:
         line.append(
             f"   {activity.tokens_per_second:.1f} tokens/s   {counted(activity.answers, 'answer')} in the last minute"
         )
+        if activity.cached_share is not None:
+            line.append(f"   {percent(activity.cached_share)} of the prompts cached")
     return line
 
 
@@ -76,6 +80,19 @@ def _kv_bar(load: WorkerLoad) -> Text:
     used = round(_BAR * load.kv_blocks_used / total)
     cached = min(_BAR - used, round(_BAR * load.kv_blocks_cached / total))
     return Text.assemble(("█" * used, "cyan"), ("▒" * cached, "cyan"), ("·" * (_BAR - used - cached), "dim"))
+
+
+def _sessions(activity: Activity) -> Table:
+    table = Table(
+        title=f"{counted(activity.sessions, 'session')} in the last five minutes",
+        title_justify="left", title_style="bold", box=None, padding=(0, 1),
+    )  # fmt: skip
+    table.add_column("busiest", min_width=20)
+    for column in ("turns", "cached"):
+        table.add_column(column, justify="right", min_width=9)
+    for session in activity.busiest_sessions:
+        table.add_row(session.id, str(session.turns), percent(session.cached_share))
+    return table
 
 
 def _times(activity: Activity) -> Table:

@@ -157,6 +157,8 @@ class Options(TypedDict, total=False):
         sample_index: Number of this answer among several answers to the prompt. With one seed, each index gives a
             different answer.
         priority: Class in the router's queue, -2 to 2; smaller numbers go first.
+        session: Session of yours to which the request belongs, such as a chat's id; empty means none. Its next request
+            goes to the same workers, where its prompt is cached, and the sessions of an API key take turns.
         kv_codec: Encoding in which the prompt's KV travels: "raw" or "int8"; empty means that the workers
             choose.
         tools: Tools that the model may call; only with a chat.
@@ -191,6 +193,7 @@ class Options(TypedDict, total=False):
     sample_index: int
     kv_codec: str
     priority: int
+    session: str
     tools: Sequence[Tool]
     tool_choice: str
     single_tool_call: bool
@@ -230,6 +233,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
         sample_index=_uint32("sample_index", options.get("sample_index", 0)),
         kv_codec=_codec(options.get("kv_codec", "")),
         priority=_int32("priority", options.get("priority", 0)),
+        session=_text("session", options.get("session", "")),
         stream_interval=_uint32("stream_interval", options.get("stream_interval", 0)),
         tier=_text("tier", options.get("tier", "")),
         fallback=_text("fallback", options.get("fallback", "")),

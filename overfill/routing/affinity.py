@@ -10,16 +10,20 @@ from typing import TypeAlias
 
 from overfill.routing.job import Job
 from overfill.routing.policy import LeastLoad, Policy
+from overfill.routing.sessions import LatestWorkers
 from overfill.routing.worker import Worker
 
 MAX_HOLDERS = 8
 """Maximum number of workers with a cached prefix that are compared per request and block size."""
 
 PROMISED_BLOCKS = 64
-"""Number of leading blocks of a placed prompt that count as cached on its worker before the worker reports them."""
+"""Number of a placed prompt's first unreported blocks that count as cached on its worker before it reports them."""
 
 MAX_PROMISES = 1 << 16
 """Maximum number of promised blocks that are kept."""
+
+SESSION_TOKENS = 512
+"""Tokens by which the worker that a session used last may have more ahead than another, and still goes before it."""
 
 NUM_LEAST_LOADED = 4
 """Number of least loaded workers that are compared as well, cached prefix or not."""
@@ -53,7 +57,8 @@ class PrefixAffinity(Policy):
     """Orders workers by the tokens to compute first: those queued on the worker plus the uncached part of the prompt.
 
     So a worker does not get the prompt if its queue exceeds the least loaded worker's by more than its cache saves. The
-    policy knows only blocks that workers have reported and blocks of prompts placed since.
+    policy knows only blocks that workers have reported and blocks of prompts placed since. Among workers that are about
+    equal, the session's latest one goes first.
 
     Workers may differ in block size. Keys of different block sizes are unrelated, so each worker is looked up with the
     keys of its own block size.
@@ -62,6 +67,7 @@ class PrefixAffinity(Policy):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._load = LeastLoad(seed)
+        self._latest = LatestWorkers()
         self._admissible: dict[Worker, int] = {}  # worker -> its block size
         self._block_sizes: Counter[int] = Counter()  # number of admissible workers of each block size
         self._holders: dict[int, dict[Worker, None]] = {}
@@ -97,22 +103,24 @@ class PrefixAffinity(Policy):
 
     def best(self, job: Job) -> Iterator[Worker]:
         preferred: list[Worker] = []
-        # A single worker needs no comparison.
-        if len(self._admissible) > 1 and (levels := self._levels(job, self._block_sizes)):
-            ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(job, levels)}
-            preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.rank(w), w.id))
+        if len(self._admissible) > 1:  # a single worker needs no comparison
+            levels, latest = self._levels(job, self._block_sizes), self._latest.of(job)
+            if levels or (latest is not None and latest in self._admissible):
+                ahead = {w: w.queued_tokens - _cached_tokens(levels, w) for w in self._choices(job, levels)}
+                if latest is not None and latest in ahead:
+                    ahead[latest] -= SESSION_TOKENS
+                preferred = sorted(ahead, key=lambda w: (ahead[w], LeastLoad.rank(w), w.id))
         yield from preferred
         yield from (worker for worker in self._load.best(job) if worker not in preferred)
 
     def placed(self, job: Job, worker: Worker) -> int:
+        self._latest.placed(job, worker)
         cached = job.prompt_tokens - self.uncached_tokens(job, worker)
-        if job.block_keys is not None and worker.block_size:
-            for key in islice(job.block_keys(worker.block_size), PROMISED_BLOCKS):
-                if worker not in self._holders.get(key, ()):
-                    if self._promised.get(key) is not worker:
-                        self._found = None
-                        self._promised[key] = worker
-                    self._promised.move_to_end(key)
+        for key in self._first_unreported(job, worker):
+            if self._promised.get(key) is not worker:
+                self._found = None
+                self._promised[key] = worker
+            self._promised.move_to_end(key)
         while len(self._promised) > MAX_PROMISES:
             self._found = None
             self._promised.popitem(last=False)
@@ -124,13 +132,22 @@ class PrefixAffinity(Policy):
         return max(1, job.prompt_tokens - cached)
 
     def not_computed(self, job: Job, worker: Worker) -> None:
-        if job.block_keys is not None and worker.block_size:
-            for key in islice(job.block_keys(worker.block_size), PROMISED_BLOCKS):
-                self._keep(key, worker)
+        for key in self._first_unreported(job, worker):
+            self._keep(key, worker)
 
     def left(self, worker: Worker) -> None:
+        self._latest.left(worker)
         for key in [key for key, promised in self._promised.items() if promised is worker]:
             self._keep(key, worker)
+
+    def _first_unreported(self, job: Job, worker: Worker) -> Iterator[int]:
+        """Returns the keys of the blocks that may be promised: the first ones that ``worker`` has not reported."""
+        size = worker.block_size
+        if job.block_keys is None or not size:
+            return iter(())
+        levels = self._levels(job, [size]).get(size, [])
+        reported = bisect_left(levels, True, key=lambda level: worker not in level[0])
+        return islice(job.block_keys(size), reported, reported + PROMISED_BLOCKS)
 
     def _forget(self, worker: Worker) -> None:
         if (size := self._admissible.pop(worker, None)) is not None:
@@ -170,7 +187,7 @@ class PrefixAffinity(Policy):
         return self._found
 
     def _choices(self, job: Job, levels: _Levels) -> dict[Worker, None]:
-        """Returns workers to compare: those with the longest cached prefixes, and the least loaded."""
+        """Returns workers to compare: with the longest cached prefixes, the session's latest, and the least loaded."""
         found: dict[Worker, None] = {}
         if job.block_keys is not None:
             known = self._found_for(job.block_keys).holders
@@ -178,6 +195,9 @@ class PrefixAffinity(Policy):
                 if size not in known:
                     known[size] = self._holders_of(levels_of_size)
                 found |= known[size]
+        latest = self._latest.of(job)
+        if latest is not None and latest in self._admissible:
+            found[latest] = None
         return found | dict.fromkeys(islice(self._load.best(job), NUM_LEAST_LOADED))
 
     def _holders_of(self, levels: list[_Level]) -> dict[Worker, None]:

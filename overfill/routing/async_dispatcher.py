@@ -53,12 +53,25 @@ class AsyncDispatcher:
             await self._changed.wait()
 
     def admit(
-        self, tier: str, priority: int, key: str, time_left: float | None, *, client_resumes: bool = False
+        self,
+        tier: str,
+        priority: int,
+        key: str,
+        time_left: float | None,
+        *,
+        session: str = "",
+        client_resumes: bool = False,
     ) -> None:
         """Raises Overloaded if the router would refuse a new job now. See ``Dispatcher.admit``."""
         now = self._now()
         self._dispatcher.admit(
-            tier, priority, key, now, None if time_left is None else now + time_left, client_resumes=client_resumes
+            tier,
+            priority,
+            key,
+            now,
+            None if time_left is None else now + time_left,
+            session=session,
+            client_resumes=client_resumes,
         )
 
     def submit(self, job: Job, on_placed: OnPlaced) -> None:

@@ -194,19 +194,28 @@ class Dispatcher:
         return self._free_prefill_slots > 0
 
     def admit(
-        self, tier: str, priority: int, key: str, now: float, deadline: float | None, *, client_resumes: bool = False
+        self,
+        tier: str,
+        priority: int,
+        key: str,
+        now: float,
+        deadline: float | None,
+        *,
+        session: str = "",
+        client_resumes: bool = False,
     ) -> None:
         """Raises if a new job would be refused now. It is cheap; call it before any other work for a request.
 
         Args:
             tier: tier that would write its answer.
+            session: its session, within the key.
             client_resumes: True if the client has part of the answer already.
 
         Raises:
             Overloaded: the job would be refused; the error says when to try again.
         """
         queue = self._tiers[tier]
-        waiting, ahead = queue.jobs.waiting(priority), queue.jobs.ahead(priority, key)
+        waiting, ahead = queue.jobs.waiting(priority), queue.jobs.ahead(priority, key, session)
         own = queue.jobs.waiting_of(priority, key) if key else 0
         queue.admission.check(waiting, ahead, now, deadline, own, client_resumes=client_resumes)
 
@@ -219,7 +228,8 @@ class Dispatcher:
         """
         if error := self._too_large(job):
             raise error
-        self.admit(job.tier, job.priority, job.key, now, job.deadline, client_resumes=bool(job.emitted))
+        resumes = bool(job.emitted)
+        self.admit(job.tier, job.priority, job.key, now, job.deadline, session=job.session, client_resumes=resumes)
         self._jobs.add(job)
         self._wait(job, now)
 

@@ -60,6 +60,8 @@ class Job:
         fallback: name of the tier to which the job goes when its tier has no worker left; empty means none.
         priority: smaller values go first.
         key: API key to whose share the job is charged; "" stands for requests without a key.
+        session: session of the client, within the key, to which the job belongs; empty means none.
+        api: API of the request, one of ``telemetry.router_metrics.APIS``.
         deadline: seconds on the caller's clock, or None.
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
@@ -94,6 +96,8 @@ class Job:
     fallback: str = ""
     priority: int = 0
     key: str = ""
+    session: str = ""
+    api: str = "grpc"
     deadline: float | None = None
     block_keys: Callable[[int], Iterator[int]] | None = None
     id: str = field(init=False)

@@ -1,4 +1,4 @@
-"""A router's last minute: tokens per second, and the quantiles of the answers' times. No I/O."""
+"""A router's last minute: tokens per second, cached tokens, and the quantiles of the answers' times. No I/O."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from overfill.routing.session_stats import busiest_of
 from overfill.v1 import admin_pb2, inference_pb2
 
 WINDOW = 60.0
@@ -31,7 +32,7 @@ class RollingStats:
 
     def __init__(self) -> None:
         self._tokens: deque[list[int]] = deque()  # second, tokens in it
-        self._answers: deque[tuple[float, dict[str, int]]] = deque(maxlen=_MAX_ANSWERS)
+        self._answers: deque[tuple[float, dict[str, int], int, int]] = deque(maxlen=_MAX_ANSWERS)
 
     def tokens(self, count: int, now: float) -> None:
         """Counts ``count`` tokens that the router handed to a client."""
@@ -45,7 +46,8 @@ class RollingStats:
 
     def answered(self, finished: inference_pb2.Finished, now: float) -> None:
         """Counts a complete answer."""
-        self._answers.append((now, _times(finished)))
+        usage = finished.usage
+        self._answers.append((now, _times(finished), usage.prompt_tokens, usage.cached_tokens))
 
     def activity(self, running: int, waiting: int, now: float) -> admin_pb2.Activity:
         """Returns the statistics as the Status RPC reports them. ``running`` and ``waiting`` are requests now."""
@@ -54,10 +56,15 @@ class RollingStats:
         last = int(now)
         tokens = sum(count for second, count in self._tokens if last - RATE_SECONDS <= second < last)
         activity = admin_pb2.Activity(
-            running=running, waiting=waiting, tokens_per_second=tokens / RATE_SECONDS, answers=len(self._answers)
+            running=running,
+            waiting=waiting,
+            tokens_per_second=tokens / RATE_SECONDS,
+            answers=len(self._answers),
+            prompt_tokens=sum(prompt for _, _, prompt, _ in self._answers),
+            cached_tokens=sum(cached for _, _, _, cached in self._answers),
         )
         for name in _NAMES:
-            if values := sorted(times[name] for _, times in self._answers if name in times):
+            if values := sorted(times[name] for _, times, _, _ in self._answers if name in times):
                 _add_timing(activity, name, [_rank(values, percentile) for percentile in _PERCENTILES])
         return activity
 
@@ -65,7 +72,7 @@ class RollingStats:
         """Yields the times of the last minute's answers in a form that ``add_up`` adds to other routers'."""
         self._forget(now)
         for name in _NAMES:
-            if counts := Counter(_bucket(times[name]) for _, times in self._answers if name in times):
+            if counts := Counter(_bucket(times[name]) for _, times, _, _ in self._answers if name in times):
                 yield admin_pb2.Histogram(name=name, bucket=counts.keys(), count=counts.values())
 
     def _forget(self, now: float) -> None:
@@ -79,13 +86,17 @@ def add_up(activities: Iterable[admin_pb2.Activity]) -> admin_pb2.Activity:
     Args:
         activities: of one router each, with ``histograms``.
     """
-    total = admin_pb2.Activity()
+    activities = list(activities)
+    total = admin_pb2.Activity(busiest_sessions=busiest_of(activity.busiest_sessions for activity in activities))
     times: dict[str, Counter[int]] = {name: Counter() for name in _NAMES}
     for activity in activities:
         total.running += activity.running
         total.waiting += activity.waiting
         total.tokens_per_second += activity.tokens_per_second
         total.answers += activity.answers
+        total.sessions += activity.sessions
+        total.prompt_tokens += activity.prompt_tokens
+        total.cached_tokens += activity.cached_tokens
         for histogram in activity.histograms:
             if histogram.name in times:  # a newer router may have more times
                 times[histogram.name].update(dict(zip(histogram.bucket, histogram.count, strict=True)))

@@ -241,6 +241,32 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionActivity:
+    """What one session has done while it was active: with a request in each five minutes.
+
+    Attributes:
+        id: Digest of its name.
+        turns: Number of complete answers.
+        prompt_tokens: Prompt tokens of these answers.
+        cached_tokens: Those of them that came from a prefix cache.
+    """
+
+    id: str
+    turns: int
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def cached_share(self) -> float | None:
+        """Share of the prompt tokens that came from a prefix cache; None before the first answer."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.SessionActivity) -> SessionActivity:
+        return cls(**shared_fields(cls, message))
+
+
+@dataclass(frozen=True, slots=True)
 class Activity:
     """Current and recent activity of one router or several.
 
@@ -251,6 +277,10 @@ class Activity:
         answers: Number of answers completed in the last minute.
         timing: Percentiles of these answers by name: the fields of ``Timing``, ``unattributed``, and ``itl``, which is
             the mean time between an answer's tokens.
+        sessions: Number of clients' sessions with a request in the last five minutes.
+        prompt_tokens: Prompt tokens of these answers.
+        cached_tokens: Those of them that came from a prefix cache.
+        busiest_sessions: Up to five of the sessions, the most turns first.
     """
 
     running: int
@@ -258,11 +288,23 @@ class Activity:
     tokens_per_second: float
     answers: int
     timing: dict[str, Percentiles]
+    sessions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    busiest_sessions: tuple[SessionActivity, ...] = ()
+
+    @property
+    def cached_share(self) -> float | None:
+        """Share of the last minute's prompt tokens that came from a prefix cache; None without an answer."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
     @classmethod
     def from_proto(cls, message: admin_pb2.Activity) -> Activity:
-        timing = {t.name: Percentiles(t.p50_seconds, t.p90_seconds, t.p99_seconds) for t in message.timing}
-        return cls(message.running, message.waiting, message.tokens_per_second, message.answers, timing)
+        changed = {
+            "timing": {t.name: Percentiles(t.p50_seconds, t.p90_seconds, t.p99_seconds) for t in message.timing},
+            "busiest_sessions": tuple(SessionActivity.from_proto(one) for one in message.busiest_sessions),
+        }
+        return cls(**shared_fields(cls, message) | changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,12 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
             "waiting": activity.waiting,
             "tokens_per_second": round(activity.tokens_per_second, 2),
             "answers_last_minute": activity.answers,
+            "cached_share": activity.cached_share,
+            "sessions": activity.sessions,
+            "busiest_sessions": [
+                {"id": one.id, "turns": one.turns, "cached_share": one.cached_share}
+                for one in activity.busiest_sessions
+            ],
             "timing_ms": {
                 name: {mark: round(1e3 * seconds, 3) for mark, seconds in asdict(percentiles).items()}
                 for name, percentiles in activity.timing.items()

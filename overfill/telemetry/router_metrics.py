@@ -15,6 +15,9 @@ _TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS if part != "
 STAGES = ("prefill", "decode")
 WORKER_STATES = ("ready", "starting", "draining", "silent")
 
+APIS = ("chat", "completions", "responses", "messages", "grpc")
+"""The APIs through which requests come: values of the label ``api``."""
+
 PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
 """Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
 
@@ -57,8 +60,8 @@ class RouterMetrics(MetricSet):
         self._http = counts("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
         self._requests = counts(
             "requests_total",
-            "Generation requests that have ended, by outcome and tier.",
-            {"outcome": OUTCOMES, "tier": asked},
+            "Generation requests that have ended, by outcome, tier and API.",
+            {"outcome": OUTCOMES, "tier": asked, "api": APIS},
         )
         self._ttft = self._tallies(
             "ttft_seconds",
@@ -87,12 +90,12 @@ class RouterMetrics(MetricSet):
         self._total = self._tallies(
             "request_seconds", "Time from receiving a request to the end of its answer.", LATENCY_BUCKETS, tier
         )
-        self._prompt = counts("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self._prompt = counts("prompt_tokens_total", "Prompt tokens of accepted requests, by API.", {"api": APIS})
         self._cached = counts(
             "cached_prompt_tokens_total",
             "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
         )
-        self._completion = counts("completion_tokens_total", "Tokens handed to clients.", tier)
+        self._completion = counts("completion_tokens_total", "Tokens handed to clients.", {**tier, "api": APIS})
         self._migrations = counts("migrations_total", "Migrations of an answer to another decode worker.", tier)
         self._brownouts = counts(
             "brownouts_total",
@@ -166,6 +169,13 @@ class RouterMetrics(MetricSet):
         self._running: Callable[[], Sampled] = lambda: []
         self._workers: Callable[[], Sampled] = lambda: []
         self._in_brownout: Callable[[], Sampled] = lambda: []
+        self._sessions: Callable[[], int] = lambda: 0
+        self._read(
+            "sessions",
+            "gauge",
+            "Clients' sessions with a request in the last five minutes; at most 10,000 are counted.",
+            lambda: [((), self._sessions())],
+        )
         self._read("waiting_requests", "gauge", "Requests in the router's queue.", lambda: self._waiting(), tier)
         self._read("running_requests", "gauge", "Requests running on workers.", lambda: self._running(), tier)
         self._read(
@@ -189,35 +199,37 @@ class RouterMetrics(MetricSet):
         running: Callable[[], Sampled],
         workers: Callable[[], Sampled],
         brownout: Callable[[], Sampled],
+        sessions: Callable[[], int],
     ) -> None:
         """Sets the functions that gauges read at each scrape.
 
-        ``workers`` returns counts by stage, tier and state; the others return values by tier.
+        ``workers`` returns counts by stage, tier and state, ``sessions`` a number; the others return values by tier.
         """
         self._waiting, self._running, self._workers, self._in_brownout = waiting, running, workers, brownout
+        self._sessions = sessions
 
     def http(self, route: str, status: int) -> None:
         """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
         self._http[route, str(status)] += 1
 
-    def accepted(self, prompt_tokens: int, key: str) -> None:
+    def accepted(self, prompt_tokens: int, key: str, api: str) -> None:
         """Counts an accepted request. ``key`` is the name of its API key; empty without keys."""
-        self._prompt[()] += prompt_tokens
+        self._prompt[api,] += prompt_tokens
         key = self._key(key)
         self._key_requests[key,] += 1
         self._key_tokens[key, "prompt"] += prompt_tokens
 
-    def tokens(self, count: int, since_last: float | None, key: str, tier: str) -> None:
+    def tokens(self, count: int, since_last: float | None, key: str, tier: str, api: str) -> None:
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
-        self._completion[tier,] += count
+        self._completion[tier, api] += count
         self._key_tokens[self._key(key), "completion"] += count
         if since_last is not None and count:
             # One value per token: clients choose the stream interval, and must not look slow by a long one.
             self._itl[tier,].observe(since_last / count, count)
 
-    def refused(self, error: BaseException, tier: str) -> None:
+    def refused(self, error: BaseException, tier: str, api: str) -> None:
         """Counts a request that ``error`` has refused. ``tier`` is empty while it is unknown."""
-        self.ended(error, tier)
+        self.ended(error, tier, api)
         self._refusals.labels(refusal_reason(error), tier).inc()
 
     def fell_back(self, tier: str, to: str) -> None:
@@ -252,9 +264,9 @@ class RouterMetrics(MetricSet):
         pools = self._targets.pools()
         return [((stage, tier, *labels), value) for stage, tier, pool in pools for labels, value in values(pool)]
 
-    def ended(self, error: BaseException | None, tier: str) -> None:
+    def ended(self, error: BaseException | None, tier: str, api: str) -> None:
         """Counts a request that has ended; ``error`` is None after success, ``tier`` empty if none was chosen."""
-        self._requests[outcome_of(error), tier] += 1
+        self._requests[outcome_of(error), tier, api] += 1
 
     def answered(self, finished: inference_pb2.Finished, tier: str) -> None:
         """Records timing and token counts of a complete answer that ends in ``tier``."""

@@ -58,20 +58,40 @@ class PoolStatus(_message.Message):
     def __init__(self, stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., ready: _Optional[int] = ..., expected: _Optional[int] = ..., tier: _Optional[str] = ..., brownout: bool = ...) -> None: ...
 
 class Activity(_message.Message):
-    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing", "histograms")
+    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing", "histograms", "sessions", "prompt_tokens", "cached_tokens", "busiest_sessions")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     HISTOGRAMS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BUSIEST_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tokens_per_second: float
     answers: int
     timing: _containers.RepeatedCompositeFieldContainer[Percentiles]
     histograms: _containers.RepeatedCompositeFieldContainer[Histogram]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ..., histograms: _Optional[_Iterable[_Union[Histogram, _Mapping]]] = ...) -> None: ...
+    sessions: int
+    prompt_tokens: int
+    cached_tokens: int
+    busiest_sessions: _containers.RepeatedCompositeFieldContainer[SessionActivity]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ..., histograms: _Optional[_Iterable[_Union[Histogram, _Mapping]]] = ..., sessions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., busiest_sessions: _Optional[_Iterable[_Union[SessionActivity, _Mapping]]] = ...) -> None: ...
+
+class SessionActivity(_message.Message):
+    __slots__ = ("id", "turns", "prompt_tokens", "cached_tokens")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    turns: int
+    prompt_tokens: int
+    cached_tokens: int
+    def __init__(self, id: _Optional[str] = ..., turns: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("name", "bucket", "count")

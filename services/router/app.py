@@ -138,6 +138,7 @@ class Router:
             lambda: [((tier,), count) for tier, count in self.dispatcher.running_by_tier().items()],
             lambda: worker_counts(self.roster, time.monotonic()),
             lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
+            lambda: self._handler.statistics.sessions.num_active(time.monotonic()),
         )
         self._exporter: MetricsServer | None = None
         self._trials = Trials(
@@ -441,8 +442,10 @@ class Router:
     def activity(self, histograms: bool) -> admin_pb2.Activity:
         """Returns the rolling statistics; with True, their histograms too."""
         waiting, stats = self.dispatcher.num_waiting, self._handler.statistics.rolling
-        now = asyncio.get_running_loop().time()
+        now, sessions = asyncio.get_running_loop().time(), self._handler.statistics.sessions
         activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        activity.sessions = sessions.num_active(now)
+        activity.busiest_sessions.extend(sessions.busiest(now))
         if histograms:
             activity.histograms.extend(stats.histograms(now))
         return activity

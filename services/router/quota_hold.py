@@ -16,14 +16,16 @@ class QuotaHold:
 
     Args:
         caller: API key of the request; None if the router uses no keys.
+        api: API of the request, one of ``telemetry.router_metrics.APIS``.
 
     Attributes:
-        caller: as the argument.
+        caller, api: as the arguments.
         tier: tier that the request's latest answer would have; empty while it is unknown.
     """
 
-    def __init__(self, limiter: KeyLimiter, caller: ApiKey | None) -> None:
+    def __init__(self, limiter: KeyLimiter, caller: ApiKey | None, api: str) -> None:
         self.caller = caller
+        self.api = api
         self.tier = ""
         self._limiter = limiter
         self._taken = 0

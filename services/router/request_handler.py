@@ -17,6 +17,7 @@ from overfill.api.keys import ApiKey
 from overfill.api.reasoning import Reasoning
 from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import validate_generate
+from overfill.api.sessions import session_name
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
 from overfill.kv.keys import PromptKeys, root_key
@@ -106,12 +107,12 @@ class RequestHandler:
         return self._draining
 
     @contextmanager
-    def hold_quota(self, caller: ApiKey | None = None) -> Iterator[QuotaHold]:
+    def hold_quota(self, caller: ApiKey | None = None, api: str = "grpc") -> Iterator[QuotaHold]:
         """Yields the hold on a key's quota with which the answers of one client request are checked and started."""
         self._preparing += 1
         self._note_idle()
         try:
-            with QuotaHold(self._key_limiter, caller) as hold:
+            with QuotaHold(self._key_limiter, caller, api) as hold:
                 yield hold
         finally:
             self._preparing -= 1
@@ -137,9 +138,12 @@ class RequestHandler:
         size = self._size(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
+        session = session_name(request.session)
 
         def admit(tier: str) -> None:
-            self._dispatcher.admit(tier, priority, _name(caller), time_left, client_resumes=client_resumes)
+            self._dispatcher.admit(
+                tier, priority, _name(caller), time_left, session=session, client_resumes=client_resumes
+            )
 
         choice = self.tiers.admitted(choice, request, caller, admit, now)
         hold.take(now)
@@ -161,7 +165,7 @@ class RequestHandler:
             choice = replace(choice, tier=asked, brownout_from="")
         checked.choice, checked.tier, checked.fallback = choice, choice.tier, choice.fallback
         hold.tier = choice.tier
-        checked.priority, checked.key = priority, _name(caller)
+        checked.priority, checked.key, checked.session, checked.api = priority, _name(caller), session, hold.api
         checked.stream_interval = max(self._limits.stream_interval, request.stream_interval)
         deadline = min(received + self._limits.max_time, math.inf if time_left is None else now + time_left)
         checked.received, checked.deadline = received, None if deadline == math.inf else deadline

@@ -145,7 +145,9 @@ class RunningAnswer:
         self._finished = _finished(relay, text, self.rest, end, self._ttft_ns)
         self._failure = None
         tracing.current().set(completion_tokens=text.num_tokens, migrations=self._finished.migrations)
-        self._statistics.answered(self._finished, asyncio.get_running_loop().time(), relay.answer.decode_base)
+        self._statistics.answered(
+            relay.request, self._finished, asyncio.get_running_loop().time(), relay.answer.decode_base
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -187,6 +187,14 @@ def _request_id(ask: Ask) -> None:
     refuses(ask, "request_id", request_id="a b")
 
 
+def _session(name: str) -> Callable[[Ask], None]:
+    def check(ask: Ask) -> None:
+        assert text(ask(**{name: "any name, of any length " * 20})) == text(ask())
+        refuses(ask, name, **{name: 1})
+
+    return check
+
+
 def _tier(ask: Ask) -> None:
     for fields in ({"tier": "default"}, {"fallback": "none"}, {"allow_brownout": True}):
         assert text(ask(**fields)) == text(ask()), fields
@@ -474,7 +482,7 @@ CHAT = [
     Case("moderation", "refused", value={"model": "x"}),
     Case("parallel_tool_calls", "supported", "", check=_parallel),
     Case("prediction", "ignored", "it would change no answer", value={"type": "content", "content": "x"}),
-    Case("prompt_cache_key", "ignored", "", value="k"),
+    Case("prompt_cache_key", "supported", "names the [session](#sessions)", check=_session("prompt_cache_key")),
     Case("prompt_cache_options", "ignored", "", value={}),
     Case("prompt_cache_retention", "ignored", "", value="24h"),
     Case("reasoning_effort", "supported",
@@ -544,7 +552,7 @@ EXTENSIONS = [
     Case("guided_decoding_backend", "ignored", "llguidance is the only one", value="xgrammar"),
     Case("return_mm_kwargs", "ignored", "vLLM's `render` endpoints alone read it", value=False),
     Case("return_token_offsets", "ignored", "vLLM's `render` endpoints alone read it", value=True),
-    Case("session_id", "ignored", "prompts that begin the same share their KV without it", value="s"),
+    Case("session_id", "supported", "as `prompt_cache_key`", check=_session("session_id")),
     Case("stream_interval", "supported",
         "minimum number of tokens in an event, except in the first and the last; the router's `--stream-interval` "
         "counts if it is larger", check=_stream_interval),

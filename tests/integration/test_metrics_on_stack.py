@@ -42,12 +42,12 @@ def test_an_answer_and_its_tokens(stack):
     def grown(*key):
         return after[key] - before.get(key, 0.0)
 
-    assert grown("requests_total", "ok", "default") == 1
+    assert grown("requests_total", "grpc", "ok", "default") == 1
     assert grown("ttft_seconds_count", "default") == 1
     assert grown("ttft_seconds_sum", "default") == pytest.approx(answer.timing.ttft, abs=1e-6)
     assert grown("request_seconds_sum", "default") == pytest.approx(answer.timing.total, abs=1e-6)
-    assert grown("prompt_tokens_total") == 3
-    assert grown("completion_tokens_total", "default") == 6
+    assert grown("prompt_tokens_total", "grpc") == 3
+    assert grown("completion_tokens_total", "grpc", "default") == 6
     assert grown("key_tokens_total", "none", "completion") == 6
     parts = [grown("ttft_part_seconds_sum", part) for part in ("router_queue", "prefill_compute", "unattributed")]
     assert parts[-1] == pytest.approx(max(0.0, answer.timing.unattributed), abs=1e-6)
@@ -68,16 +68,19 @@ def test_failures_count(stack):
                 list(stream)
     wait_until(
         lambda: (
-            scrape(stack)["requests_total", "cancelled", "default"]
-            == before["requests_total", "cancelled", "default"] + 1
+            scrape(stack)["requests_total", "grpc", "cancelled", "default"]
+            == before["requests_total", "grpc", "cancelled", "default"] + 1
         ),
         10,
         "the cancelled request is counted",
     )
     after = scrape(stack)
     for outcome in ("invalid", "too_long"):
-        assert after["requests_total", outcome, "default"] == before["requests_total", outcome, "default"] + 1
-    assert after["requests_total", "ok", "default"] == before["requests_total", "ok", "default"]
+        assert (
+            after["requests_total", "grpc", outcome, "default"]
+            == before["requests_total", "grpc", outcome, "default"] + 1
+        )
+    assert after["requests_total", "grpc", "ok", "default"] == before["requests_total", "grpc", "ok", "default"]
 
 
 def test_workers_by_state_and_where_their_metrics_are(tiny_pair):

@@ -27,6 +27,8 @@ def router() -> Dashboard:
                     "running": "sum(overfill_router_running_requests)",
                 },
             ),
+            lines("Requests by API", {"{{api}}": rate("overfill_router_requests_total", "api")}, PER_SECOND),
+            lines("Sessions", {"active": "sum(overfill_router_sessions)"}, what="With a request in five minutes."),
             lines("Wait in the router", quantiles("overfill_router_ttft_part_seconds", 'part="router_queue"'), SECONDS),
             lines("Not taken, by reason", {"{{reason}}": rate("overfill_router_refusals_total", "reason")}, PER_SECOND),
             lines(

@@ -81,6 +81,11 @@ class Strict(BaseModel):
     ITEMS: ClassVar[str] = "messages"
     """Name of the field with the conversation's items."""
 
+    @property
+    def named_session(self) -> str | None:
+        """The session that the body names; see ``overfill.api.sessions``."""
+        return None
+
 
 class Extensible(Strict):
     """Base class that ignores unknown fields.
@@ -177,6 +182,7 @@ class Sampling(Strict):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     request_id: RequestId | None = None
+    session_id: str | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     structured_outputs: StructuredOutputs | None = None
     top_k: int | None = None
@@ -192,7 +198,6 @@ class Sampling(Strict):
     guided_decoding_backend: Ignored  # this server has only one
     return_mm_kwargs: Ignored  # vLLM also ignores this and the next field here
     return_token_offsets: Ignored
-    session_id: Ignored
     spaces_between_special_tokens: Ignored  # answers never show special tokens
 
     allowed_token_ids: Any = refused(
@@ -219,6 +224,10 @@ class Sampling(Strict):
     use_beam_search: Any = refused("ask for several answers with 'n'", False)
     vllm_xargs: Any = refused("no extension reads it", {})
     watermarking: Any = refused("the sampler draws without a watermark", False)
+
+    @property
+    def named_session(self) -> str | None:
+        return self.session_id
 
 
 class ContentPart(BaseModel):
@@ -305,13 +314,13 @@ class ChatRequest(Sampling, Templated):
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
     reasoning_effort: Effort | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     metadata: Ignored
     prediction: Ignored
-    prompt_cache_key: Ignored
     prompt_cache_options: Ignored
     prompt_cache_retention: Ignored
     safety_identifier: Ignored
@@ -331,6 +340,10 @@ class ChatRequest(Sampling, Templated):
     echo: Any = refused("put the last message before the answer yourself", False)
 
     return_prompt_text: Any = refused("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", False)
+
+    @property
+    def named_session(self) -> str | None:
+        return self.prompt_cache_key or self.session_id
 
 
 class CompletionRequest(Sampling):

@@ -18,6 +18,7 @@ from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
+from overfill.api.sessions import session_of
 from overfill.api.translation import Served, Translation
 from overfill.errors import OverfillError
 from overfill.request.params import REQUEST_ID_CHARACTERS
@@ -51,6 +52,13 @@ _REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}{{1,100}}")
 _PORT = re.compile(r":\d+$")
 _CLIENT_GONE = 499  # the client has disconnected; the status is only for the metrics
 _JSON = (b"content-type", b"application/json")
+_APIS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+}
+"""Values of the label ``api`` of metrics, by path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +217,13 @@ class HttpApi:
     ) -> None:
         def convert_with_id(body: S) -> tuple[ApiRequest, str]:
             id = _request_id(request, body.request_id, prefix)
-            return convert(body, id), id
+            asked, session = convert(body, id), session_of(request.header, body.named_session)
+            for prompt in asked.prompts:
+                prompt.session = session
+            return asked, id
 
         handler = self._handler
-        with handler.hold_quota(caller) as hold:
+        with handler.hold_quota(caller, _APIS[request.path]) as hold:
             # What is not valid, or has not arrived when the client disconnects, counts only as an HTTP request.
             with handler.statistics.refusing(hold, ApiError, asyncio.CancelledError):
                 asked, id = await self._read(request, shape, convert_with_id, hold)
@@ -266,9 +277,15 @@ class HttpApi:
             convert: translates the body; it gets the request, for its headers, and the router's id of it.
         """
         handler, id = self._handler, _request_id(request, None, prefix)
-        with handler.hold_quota(caller) as hold:
+
+        def convert_with_session(body: B) -> Translation:
+            asked = convert(body, request, id)
+            asked.generate.session = session_of(request.header, body.named_session)
+            return asked
+
+        with handler.hold_quota(caller, _APIS[request.path]) as hold:
             with handler.statistics.refusing(hold, ApiError, asyncio.CancelledError):
-                asked = await self._read(request, shape, lambda body: convert(body, request, id), hold)
+                asked = await self._read(request, shape, convert_with_session, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
             span = self._span(request)
             try:

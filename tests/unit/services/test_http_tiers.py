@@ -63,7 +63,7 @@ class FakeHandler:
         self.error: Exception | None = None
 
     def hold_quota(self, *_: Any) -> nullcontext[SimpleNamespace]:
-        return nullcontext(SimpleNamespace(take=lambda *_: None, tier=""))
+        return nullcontext(SimpleNamespace(take=lambda *_: None, tier="", api="chat"))
 
     async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> Job:
         self.requests.append(request)

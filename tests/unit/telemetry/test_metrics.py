@@ -98,9 +98,9 @@ def test_an_answer_that_was_resumed_has_no_time_to_first_token():
 def test_many_keys_share_a_series():
     metrics = RouterMetrics()
     for index in range(MAX_KEY_SERIES + 5):
-        metrics.accepted(10, f"key-{index}")
-    metrics.accepted(1, "")
-    metrics.tokens(4, None, "key-0", "default")
+        metrics.accepted(10, f"key-{index}", "chat")
+    metrics.accepted(1, "", "grpc")
+    metrics.tokens(4, None, "key-0", "default", "chat")
     requests = values(metrics, "overfill_router_key_requests_total")
     assert len(requests) == MAX_KEY_SERIES + 2
     assert requests["other",] == 5
@@ -114,7 +114,7 @@ def test_the_time_between_tokens_does_not_depend_on_the_stream_interval():
     def exported(tokens_per_message):
         metrics = RouterMetrics()
         for _ in range(128 // tokens_per_message):
-            metrics.tokens(tokens_per_message, tokens_per_message / 64, "", "default")
+            metrics.tokens(tokens_per_message, tokens_per_message / 64, "", "default", "chat")
         return [s for f in metrics.registry.collect() if f.name == "overfill_router_itl_seconds" for s in f.samples]
 
     assert exported(64) == exported(1)
@@ -124,7 +124,7 @@ def test_a_tally_exports_what_a_histogram_would():
     itl, seconds = RouterMetrics(), (0.0, 0.001, 0.0012, 0.0301, 60.0, 61.0)
     histogram = Histogram("overfill_router_itl_seconds", "x", registry=None, buckets=LATENCY_BUCKETS)
     for value in seconds:
-        itl.tokens(1, value, "", "default")
+        itl.tokens(1, value, "", "default", "chat")
         histogram.observe(value)
     samples = next(iter(histogram.collect())).samples
     expected = {(s.name, "default", *s.labels.values()): s.value for s in samples}
@@ -202,7 +202,7 @@ def test_refusals_by_reason():
     with pytest.raises(errors.Overloaded) as full:
         Admission(max_queue=1).check(waiting=1, ahead=1, now=0.0, deadline=None)
     for error in (full.value, errors.PromptTooLong("prompt", "is long"), errors.Unavailable("x")):
-        metrics.refused(error, "default")
+        metrics.refused(error, "default", "chat")
     refusals = values(metrics, "overfill_router_refusals_total")
     assert {labels for labels, count in refusals.items() if count} == {
         (reason, "default") for reason in ("queue_full", "too_long", "other")

@@ -1,0 +1,80 @@
+"""Tests where the turns of agents' sessions go on a stack of mock workers, and what its status says of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from http_calls import call
+from mocks import mock_stack
+from prometheus_client.parser import text_string_to_metric_families
+
+from overfill.cli.main import main
+from overfill.client import Client, Message, SamplingParams
+
+AGENTS = {
+    "claude": {"x-claude-code-session-id": "secret-claude"},
+    "codex": {"session-id": "secret-codex"},
+    "opencode": {"x-session-id": "secret-opencode"},
+}
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_pair):
+    with mock_stack(tiny_pair, prefill=3, decode=3, http=0) as running:
+        yield running
+
+
+def ask(stack, headers, turn, **fields):
+    """Sends a turn of a conversation, whose beginning all agents share; returns the workers and the cached tokens."""
+    messages = [{"role": "user", "content": "The instructions of an agent. " * 8 + " and then" * (20 * turn)}]
+    body = {"model": stack.router._handler.tiers.model, "messages": messages, "max_tokens": 2, **fields}
+    reply = call(f"{stack.url}/v1/chat/completions", body, headers=headers)
+    assert reply.status == 200, reply.body
+    answer = json.loads(reply.body)
+    (told,) = answer["overfill"]["choices"]
+    return (told["prefill_worker"], told["decode_worker"]), answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_the_turns_of_each_session_go_to_one_worker_of_each_stage(stack):
+    where = {agent: set() for agent in AGENTS}
+    for turn in range(4):
+        for agent, headers in AGENTS.items():
+            workers, cached = ask(stack, headers, turn)
+            where[agent].add(workers)
+            assert not turn or cached, agent
+    assert [len(workers) for workers in where.values()] == [1] * len(AGENTS)
+    assert len({decode for workers in where.values() for _, decode in workers}) == len(AGENTS), "they spread"
+    for fields in ({"prompt_cache_key": "secret-codex"}, {"session_id": "secret-codex"}):
+        assert {ask(stack, {}, 4, **fields)[0]} == where["codex"]
+    with Client(stack.grpc) as client:
+        answer = client.chat([Message("user", "x")], sampling=SamplingParams(max_tokens=2), session="secret-codex")
+    assert answer.decode_worker == next(iter(where["codex"]))[1]
+
+
+def test_status_top_and_metrics_count_sessions_without_their_names(stack, capsys):
+    for turn in range(6):
+        ask(stack, AGENTS["codex"], turn)
+    status = json.loads(call(f"{stack.url}/status").body)
+    assert 1 <= status["sessions"] <= len(AGENTS)
+    assert 0 < status["cached_share"] < 1
+    busiest = status["busiest_sessions"][0]
+    assert busiest["turns"] >= 6
+    assert 0 < busiest["cached_share"] < 1
+    for command in (["top", "--once"], ["status"]):
+        assert main([*command, f"--address={stack.grpc}"]) == 0
+        shown = capsys.readouterr().out
+        assert f"{status['sessions']} session" in shown
+        assert "secret" not in shown
+        assert (busiest["id"] in shown) == (command[0] == "top")
+    rendered = stack.router._metrics.render().decode()
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(rendered)
+        for sample in family.samples
+    }
+    assert samples["overfill_router_sessions",] == status["sessions"]
+    assert samples["overfill_router_requests_total", "chat", "ok", "default"] >= 6
+    assert samples["overfill_router_prompt_tokens_total", "chat"] > 0
+    assert samples["overfill_router_completion_tokens_total", "chat", "default"] >= 12
+    assert "secret" not in json.dumps(status) + rendered
