@@ -30,23 +30,30 @@ def stack_for(agent: Agent, folder: Path) -> Iterator[Stack]:
         yield stack
 
 
-def run(agent: Agent, folder: Path, proxy: RecordingProxy) -> list[Exchange]:
-    """Has ``agent`` repair a file; returns the exchanges of its turns."""
+def start(agent: Agent, folder: Path, url: str) -> subprocess.CompletedProcess[str]:
+    """Asks ``agent`` to repair a file in the project of ``folder``. Skips the test if it is not installed."""
+    if not agent.program.exists():
+        pytest.skip(f"{agent.name} is not installed: {agent.program} is missing")
     project, home = folder / "project", folder / "home"
     for place in (project, home):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
     (project / "sums.py").write_text(BROKEN, encoding="utf-8")
-    environment = agent.run_environment(home, proxy.url)
-    done = subprocess.run(
-        agent.start(proxy.url, agent.prompt),
+    return subprocess.run(
+        agent.start(url, agent.prompt),
         cwd=project,
-        env=environment,
+        env=agent.run_environment(home, url),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
+
+
+def run(agent: Agent, folder: Path, proxy: RecordingProxy) -> list[Exchange]:
+    """Has ``agent`` repair a file; returns the exchanges of its turns."""
+    done = start(agent, folder, proxy.url)
+    project = folder / "project"
     said = f"{done.stdout}\n{done.stderr}"
     statuses = [(exchange.method, exchange.path, exchange.status) for exchange in proxy.exchanges]
     assert done.returncode == 0, said
@@ -98,8 +105,6 @@ def _values(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 @pytest.mark.parametrize("agent", AGENTS, ids=lambda agent: agent.name)
 def test_an_agent_finishes_its_task_and_does_not_notice_a_killed_worker(agent, tmp_path):
-    if not agent.program.exists():
-        pytest.skip(f"{agent.name} is not installed: {agent.program} is missing")
     killed: list[str] = []
     before, after = (answer["text"].encode() for answer in agent.script(tmp_path)[:2])
 
