@@ -84,9 +84,7 @@ class ToolSet:
             raise invalid(f"{place}.name", f"makes the model see {name[:140]!r}, which is another tool's name too")
         custom = isinstance(tool, schema.CustomTool)
         if len(self.places) == MAX_TOOLS:
-            raise invalid(
-                place, f"is one too many: at most {MAX_TOOLS} tools, those in namespaces included"
-            )
+            raise invalid(place, f"is one too many: at most {MAX_TOOLS} tools, those in namespaces included")
         self.callees[name] = Callee(tool.name, namespace, custom)
         if not place.startswith("tools"):
             self._repeatable[name] = tool
