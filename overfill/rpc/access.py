@@ -140,6 +140,7 @@ ROUTES: Mapping[str, Rule] = {
     "/status": _STATUS,
     "/ui": _OPEN,  # a page without data: it asks for the key, and sends it to the other routes
     "/": _OPEN,  # redirects to /ui
+    "/api/hello": _OPEN,  # says nothing: Claude Code asks for its head, to know whether there is a server
 }
 """Rules of the OpenAI endpoint's routes."""
 

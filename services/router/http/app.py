@@ -14,6 +14,7 @@ from overfill.api.keys import ApiKey
 from overfill.api.messages import translate as messages
 from overfill.api.messages.errors import error_body
 from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
+from overfill.api.model_list import describe_model, list_models
 from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
@@ -128,6 +129,7 @@ class HttpApi:
             ("/version", "GET", self._version),
             ("/status", "GET", self._stack_status),
             ("/ui", "GET", self._page),
+            ("/api/hello", "GET", self._hello),
             ("/", "GET", self._redirect),
         )
         # A path without a rule is closed, as if there were nothing.
@@ -198,7 +200,7 @@ class HttpApi:
 
     async def _models(self, request: Request, caller: ApiKey | None) -> None:
         names = self._handler.tiers.listed(caller)
-        self._json(request, {"object": "list", "data": [self._model_json(name, caller) for name in names]})
+        self._json(request, list_models([self._model_json(name, caller) for name in names]))
 
     async def _model(self, request: Request, caller: ApiKey | None) -> None:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
@@ -372,19 +374,15 @@ class HttpApi:
         html, headers = page.page()
         request.respond(200, html, headers)
 
+    async def _hello(self, request: Request, caller: ApiKey | None) -> None:
+        self._json(request, {"message": "hello"})
+
     async def _redirect(self, request: Request, caller: ApiKey | None) -> None:
         request.respond(307, b"", [(b"location", b"/ui")])
 
     def _model_json(self, name: str, caller: ApiKey | None) -> dict[str, Any]:
         model = self._handler.tiers.describe(name, caller)
-        return {
-            "id": model.name,
-            "object": "model",
-            "created": self._started,
-            "owned_by": "overfill",
-            "max_model_len": model.max_model_len,
-            "overfill": {"tier": model.tier, "pair": self._pair_json(model.tier), "dtype": model.dtype or None},
-        }
+        return describe_model(model, self._started, self._pair_json(model.tier))
 
     def _pair_json(self, tier: str) -> dict[str, Any]:
         pair = self._handler.tiers.pair(tier)
