@@ -33,8 +33,7 @@ def check_items(body: bytes, name: str) -> None:
     items = value.get(name) if isinstance(value, dict) else None
     if not isinstance(items, list):
         return
-    lists = [value for item in items if isinstance(item, dict) for value in item.values() if isinstance(value, list)]
-    count = len(items) + sum(len(parts) for parts in lists)
+    count = _count(items, 3)  # messages, their parts, and the parts of a tool's result
     if count > MAX_ITEMS:
         raise ApiError(
             400,
@@ -42,6 +41,14 @@ def check_items(body: bytes, name: str) -> None:
             param=name,
             code="invalid_value",
         )
+
+
+def _count(items: list[Any], depth: int) -> int:
+    """The number of ``items`` and, down to ``depth``, of those in the lists that they hold."""
+    if depth == 1:
+        return len(items)
+    lists = [value for item in items if isinstance(item, dict) for value in item.values() if isinstance(value, list)]
+    return len(items) + sum(_count(parts, depth - 1) for parts in lists)
 
 
 def parse(kind: type[R], body: bytes) -> R:

@@ -187,7 +187,7 @@ class HttpApi:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error.body
         if _is_anthropic(request):
-            id = _request_id(request, None, "req_")
+            id = request.answer_id or _request_id(request, None, "req_")
             body = error_body(error, id)
             headers.append((b"request-id", id.encode()))
         self._json(request, body, headers, error.status)
@@ -279,6 +279,7 @@ class HttpApi:
             convert: translates the body; it gets the request, for its headers, and the router's id of it.
         """
         handler, id = self._handler, _request_id(request, None, prefix)
+        request.answer_id = id
 
         def convert_with_session(body: B) -> Translation:
             asked = convert(body, request, id)
