@@ -129,6 +129,7 @@ ROUTES: Mapping[str, Rule] = {
     "/v1/models/{model:path}": _INFER,
     "/v1/chat/completions": _INFER,
     "/v1/completions": _INFER,
+    "/v1/responses": _INFER,
     "/v1/messages": _INFER,
     "/v1/messages/count_tokens": _INFER,
     "/tokenize": _INFER,

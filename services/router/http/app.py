@@ -19,6 +19,8 @@ from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
+from overfill.api.responses.schema import ResponsesRequest
+from overfill.api.responses.translate import responses
 from overfill.api.sessions import session_of
 from overfill.api.translation import Served, Translation
 from overfill.errors import OverfillError
@@ -115,6 +117,7 @@ class HttpApi:
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completions),
+            ("/v1/responses", "POST", self._responses),
             ("/v1/messages", "POST", self._messages),
             ("/v1/messages/count_tokens", "POST", self._count_tokens),
             ("/v1/models", "GET", self._models),
@@ -208,6 +211,9 @@ class HttpApi:
     async def _completions(self, request: Request, caller: ApiKey | None) -> None:
         await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl-")
 
+    async def _responses(self, request: Request, caller: ApiKey | None) -> None:
+        await self._answer_once(request, caller, ResponsesRequest, responses, "resp_")
+
     async def _generate(
         self,
         request: Request,
@@ -251,9 +257,7 @@ class HttpApi:
             request.write(rest, last=True)
 
     async def _messages(self, request: Request, caller: ApiKey | None) -> None:
-        await self._answer_once(
-            request, caller, MessagesRequest, lambda body, _, id: messages.messages(body, id), "msg_"
-        )
+        await self._answer_once(request, caller, MessagesRequest, messages.messages, "msg_")
 
     async def _count_tokens(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:
@@ -270,19 +274,19 @@ class HttpApi:
         request: Request,
         caller: ApiKey | None,
         shape: type[B],
-        convert: Callable[[B, Request, str], Translation],
+        convert: Callable[[B, str], Translation],
         prefix: str,
     ) -> None:
         """Answers a request of an API whose responses have one answer.
 
         Args:
-            convert: translates the body; it gets the request, for its headers, and the router's id of it.
+            convert: translates the body; it gets the router's id of the request too.
         """
         handler, id = self._handler, _request_id(request, None, prefix)
         request.answer_id = id
 
         def convert_with_session(body: B) -> Translation:
-            asked = convert(body, request, id)
+            asked = convert(body, id)
             asked.generate.session = session_of(request.header, body.named_session)
             return asked
 
