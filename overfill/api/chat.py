@@ -55,10 +55,10 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
         return []
     shown = tools if mode != "none" else []
     if tokenizer.template_knows_tools:
-        native = [_native(m, tokenizer.tool_format) for m in chat.messages]
+        native = [_native(m, tokenizer.tool_format, tools) for m in chat.messages]
         return tokenizer.encode_chat(native, [as_openai(t) for t in shown] or None, options)
     format = tokenizer.tool_format
-    messages = [_plain(m, format) for m in chat.messages]
+    messages = [_plain(m, format, tools) for m in chat.messages]
     if shown:
         text = format.describe(shown)
         if messages[0]["role"] == "system":
@@ -144,7 +144,7 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def _native(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str, Any]:
+def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequence[ToolDefinition]) -> dict[str, Any]:
     """``message`` for a template that supports tools: the arguments of calls are objects.
 
     When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Models may also write lone
@@ -152,25 +152,25 @@ def _native(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str,
     """
     arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
     if None in arguments:
-        return _plain(message, format)
+        return _plain(message, format, tools)
     result: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         result["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": value}}
+            {"id": format.template_id(call.id), "type": "function", "function": {"name": call.name, "arguments": value}}
             for call, value in zip(message.tool_calls, arguments, strict=True)
         ]
     if message.tool_call_id:
-        result["tool_call_id"] = message.tool_call_id
+        result["tool_call_id"] = format.template_id(message.tool_call_id)
     return result
 
 
-def _plain(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str, str]:
+def _plain(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequence[ToolDefinition]) -> dict[str, str]:
     """``message`` with role and content only: tool calls and their results become text."""
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
     content = message.content
     if message.tool_calls:
-        calls = format.write([(call.name, call.arguments or "{}") for call in message.tool_calls])
+        calls = format.write([(call.name, call.arguments or "{}") for call in message.tool_calls], tools)
         content = f"{content}\n{calls}" if content else calls
     return {"role": message.role, "content": content}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -129,17 +129,20 @@ def tools_grammar(
         lines += [f"start: answer | {calls}", f"answer: %json {json.dumps(compact(dict(answer)))}"]
     else:
         lines += [*_text_then_calls(rules, rest), r"TEXT: /(.|\n)*/"]
-    before = json.dumps(rules.before) if rules.before else ""
     return "\n".join(
         [
             *lines,
-            f"call: {before} function {rules.after}",
+            f"call: {_literals(rules.before)} function {rules.after}",
             "function: " + " | ".join(f"function_{i}" for i in range(len(tools))),
-            *(f"function_{i}: {json.dumps(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
+            *(f"function_{i}: {_literals(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
             *rules.lines,
             "",
         ]
     )
+
+
+def _literals(pieces: Iterable[str]) -> str:
+    return " ".join(map(json.dumps, pieces))
 
 
 def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
@@ -159,7 +162,8 @@ def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
         lines.append("bare: " + " | ".join(f"bare_{i} more_{i}" for i in range(len(rules.functions))))
         lines.append(r"LINES: /((.|\n)*\n)?/")
         for i, (head, more) in enumerate(rules.functions):
-            lines += [f"bare_{i}[lazy]: LINES {json.dumps(rules.bare + rules.before + head)}", f"more_{i}: {more}"]
+            opening = "".join([rules.bare, *rules.before, *head])
+            lines += [f"bare_{i}[lazy]: LINES {json.dumps(opening)}", f"more_{i}: {more}"]
     return ["start: " + " | ".join(choices), *lines]
 
 
