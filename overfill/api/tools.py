@@ -13,10 +13,11 @@ from overfill.request.params import Grammar
 
 MAX_TOOLS = 128
 
+TEXT_PARAMETER = "input"
 TEXT_PARAMETERS = {
     "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
+    "properties": {TEXT_PARAMETER: {"type": "string"}},
+    "required": [TEXT_PARAMETER],
     "additionalProperties": False,
 }
 """Parameters of a tool that takes text."""
