@@ -118,7 +118,7 @@ class Message(Extensible):
     content: str | Annotated[Items[Block], Field(max_length=MAX_PARTS)]
 
 
-class Tool(Extensible):
+class ToolParam(Extensible):
     """A tool of the client, which brings its schema, or one that Anthropic defines, which has a type."""
 
     type: str | None = None
@@ -163,7 +163,7 @@ class CountTokensRequest(Extensible):
     system: str | Annotated[Items[TextBlock], Field(max_length=MAX_PARTS)] | None = None
     thinking: Thinking | None = None
     tool_choice: ToolChoice | None = None
-    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[ToolParam], Field(max_length=MAX_TOOLS)] | None = None
     output_config: OutputConfig | None = None
 
     cache_control: Ignored
