@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from overfill.api.families.call_text import CallText
 from overfill.api.families.parameters import Parameter, named_parameters
 from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
-from overfill.api.tools import ToolDefinition
+from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _KEYWORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORDS = {"true": "True", "false": "False", "null": "None"}
@@ -32,10 +32,10 @@ class Pythonic(ToolFormat):
     def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         functions, lines = [], []
         for i, tool in enumerate(tools):
-            parameters = named_parameters(tool, _KEYWORD)
             if tool.input is not None:
-                functions.append(([f'{tool.name}(input="'], expressions.input(tool.input, '"') + ' ")"'))
+                functions.append(([f'{tool.name}({TEXT_PARAMETER}="'], expressions.input(tool.input, '"') + ' ")"'))
                 continue
+            parameters = named_parameters(tool, _KEYWORD)
             if parameters is None:
                 functions.append(([f"{tool.name}("], f'"**" {expressions.arguments(tool)} ")"'))
                 continue

@@ -12,7 +12,7 @@ from overfill.api.families.choose import choose_format, make_format
 from overfill.api.families.reader import ToolCallReader
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import TEXT_PARAMETERS, ToolDefinition
+from overfill.api.tools import ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.making.mock_pair import FOLDER
@@ -61,6 +61,11 @@ TOOLS = [
     ToolDefinition("open", parameters={"type": "object", "properties": {"a": STRING}, "additionalProperties": True}),
     ToolDefinition("odd", parameters=closed(**{"two words": STRING, "b": INTEGER})),
     ToolDefinition("exact", parameters=closed(["day"], day={"type": "string", "format": "date"}), strict=True),
+    ToolDefinition(
+        "patch",
+        parameters=closed(["input"], input=STRING),
+        input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF'),
+    ),
 ]
 BY_NAME = {tool.name: tool for tool in TOOLS}
 
@@ -78,6 +83,7 @@ CALLS = {
     "text like JSON": [("write", {"path": "null", "text": '{"a": [1, true]}'}), ("write", {"path": "12"})],
     "text with tags": [("write", {"path": "</parameter>", "text": "\n<parameter=x>\n</parameter> \n</function>\n"})],
     "other fields": [("open", {"a": "b", "c": {"d": [None]}})],
+    "text of a grammar": [("patch", {"input": "+\n+\t\"\\ 世界\u2028 </parameter>\n+</tool_call>\n"}), ("now", {})],
     "odd names": [("odd", {"two words": "x", "b": 2})],
 }  # fmt: skip
 
@@ -197,6 +203,8 @@ def test_the_grammar_accepts_what_the_format_writes(format_of, grammars, tokeniz
         ("place-it", {"colour": "blue"}),
         ("place-it", {"place": {"at": []}}),
         ("exact", {"day": "today"}),
+        ("patch", {"input": "+a\n-b\n"}),
+        ("patch", {"input": "+a"}),
     ],
 )
 @pytest.mark.parametrize("name", PARSERS)
@@ -376,18 +384,3 @@ def test_a_parser_that_is_named_is_taken():
     assert choose_format("pythonic", "<tool_call>", {}).name == "pythonic"
     assert choose_format("mistral", "", {}).name == "mistral"
     assert choose_format("mistral", "", {"[TOOL_CALLS]": 3, "[ARGS]": 5}).shown == {3: "\udc00", 5: "\udc01"}
-
-
-@pytest.mark.parametrize("name", PARSERS)
-def test_a_tool_that_takes_text_has_text_of_its_grammar_in_each_format(format_of, grammars, tokenizer, name):
-    format = format_of(name)
-    lines = Grammar("lark", 'start: LINE+\nLINE: "+" /[^\\n]*/ "\\n"')
-    patch = ToolDefinition("patch", parameters=TEXT_PARAMETERS, input=lines)
-    for mode in ("auto", "required"):
-        grammar = tools_grammar([patch, *TOOLS], mode, single=False, format=format)
-        for text, fits in (('+a "b"\\\n', True), ("+\n+ö\t}\n", True), ("-a\n", False), ("+a", False)):
-            calls = [("patch", {"input": text}), *CALLS["one"]]
-            written = format.write(as_json(calls), [patch, *TOOLS])
-            assert accepts(grammars, tokenizer, grammar, written) == fits
-            if fits:
-                assert read(format, list(marked(format, written)), [patch, *TOOLS]) == ("", as_json(calls), True)
