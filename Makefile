@@ -23,7 +23,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 PYTEST_VLLM := $(ONE_THREAD) .venv-vllm/bin/python -m pytest tests/vllm
 
-.PHONY: help setup demo audit check test test-vllm test-images test-all images bench proto sdk dashboards chart docs docs-serve test-docs tables size
+.PHONY: help setup demo audit check test test-vllm test-agents test-images test-all images bench proto sdk dashboards chart docs docs-serve test-docs tables size
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,7 +78,7 @@ audit: setup  ## Write the bill of materials in .venv/sbom.json; look for known 
 test: setup  ## check, and all tests except the slow ones
 	@checked=$$(mktemp); trap 'rm -f "$$checked"' EXIT; failed=0; \
 	$(MAKE) --no-print-directory check >"$$checked" 2>&1 & check=$$!; \
-	$(PYTEST) -m "not slow and not gpu and not images" --ignore tests/docs \
+	$(PYTEST) -m "not slow and not gpu and not images" --ignore tests/docs --ignore tests/agents \
 	  -n 4 --dist loadfile --no-loadscope-reorder --durations 20 || failed=$$?; \
 	wait $$check || failed=$$?; \
 	cat "$$checked"; exit $$failed
@@ -86,12 +86,19 @@ test: setup  ## check, and all tests except the slow ones
 test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment of their own
 	$(PYTEST_VLLM) -m "not slow and not gpu"
 
+# The tests with agents need a network namespace that has only a loopback device, so that nothing can leave. Where none can be
+# made, pytest skips them.
+ALONE = $(shell for way in 'unshare --net' 'unshare --map-root-user --net'; do $$way true 2>/dev/null && echo "$$way" && exit; done)
+test-agents: setup .venv/.agents  ## Have agents do a task on a stack: Codex, Claude Code, opencode, Agents SDK
+	$(ALONE) env $(PYTEST) tests/agents
+
 test-images: setup .venv/.containers  ## Run the tests with containers and network namespaces; needs root
 	$(PYTEST) -m images tests/images
 
 test-all: setup check .venv/.docs .venv/.clients .venv/.browser .venv/.prometheus .venv/.containers .venv-vllm/.installed  ## check, then all tests that this machine can run
 	$(PYTEST)
 	$(PYTEST_VLLM)
+	$(MAKE) --no-print-directory test-agents
 
 # helm and kubectl, for the tests of the chart.
 .venv/.kubernetes: | .venv/.installed
@@ -102,6 +109,18 @@ test-all: setup check .venv/.docs .venv/.clients .venv/.browser .venv/.prometheu
 # Client libraries that tests run in processes of their own. instructor needs older releases than the tools in .venv.
 .venv/.clients: | .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/clients 'instructor>=1.17' 'langchain-openai>=1.7'
+	@touch $@
+
+# Agents of others, each from its registry. Claude Code and opencode are single programs, so no release of Node is needed.
+ARCH = $(subst x86_64,x64,$(subst aarch64,arm64,$(shell uname -m)))
+AGENTS = @openai/codex@~0.171.0 @anthropic-ai/claude-code-linux-$(ARCH)@~2.1.332 opencode-linux-$(ARCH)@~1.18.33
+.venv/.agents: | .venv/.installed
+	@mkdir -p .venv/agents
+	@for agent in $(AGENTS); do \
+	  npm install --prefix .venv/agents --silent --no-audit --no-fund --ignore-scripts "$$agent" || \
+	  echo "$$agent cannot be installed: its tests will be skipped" >&2; done
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/agents/python \
+	  'openai-agents>=0.24,<0.25' 'anthropic>=2.14,<3' || echo "openai-agents cannot be installed: its tests will be skipped" >&2
 	@touch $@
 
 # Installs Chromium for the tests of /ui if it can; without Chromium, pytest skips them.

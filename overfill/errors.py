@@ -73,11 +73,11 @@ class OverfillError(Exception):
 
 
 class InvalidRequest(OverfillError):
-    """The request is wrong. ``field`` is the path of the wrong part, such as ``sampling.top_p``."""
+    """The request is wrong. ``field`` is the path of what is wrong, such as ``sampling.top_p``; ``reason`` says why."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}" if field else message)
-        self.field = field
+        self.field, self.reason = field, message
 
 
 class PromptTooLong(InvalidRequest):

@@ -18,6 +18,7 @@ from overfill.api.tools import (
 )
 from overfill.errors import InvalidRequest
 from overfill.request.json_text import read_json
+from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -54,10 +55,10 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
         return []
     shown = tools if mode != "none" else []
     if tokenizer.template_knows_tools:
-        native = [_native(m, tokenizer.tool_format) for m in chat.messages]
+        native = [_native(m, tokenizer.tool_format, tools) for m in chat.messages]
         return tokenizer.encode_chat(native, [as_openai(t) for t in shown] or None, options)
     format = tokenizer.tool_format
-    messages = [_plain(m, format) for m in chat.messages]
+    messages = [_plain(m, format, tools) for m in chat.messages]
     if shown:
         text = format.describe(shown)
         if messages[0]["role"] == "system":
@@ -117,7 +118,13 @@ def read_tools(chat: inference_pb2.Chat) -> list[ToolDefinition]:
         parameters: Any = read_json(f"chat.tools[{index}].parameters", tool.parameters) if tool.parameters else None
         if parameters is not None and not isinstance(parameters, dict):
             raise InvalidRequest(f"chat.tools[{index}].parameters", "is not a JSON object")
-        known = ToolDefinition(tool.name, tool.description, strict=tool.strict)
+        text = None
+        if tool.HasField("input"):
+            try:
+                text = Grammar.from_proto(tool.input)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"chat.tools[{index}].input", error.reason) from error
+        known = ToolDefinition(tool.name, tool.description, strict=tool.strict, input=text)
         tools.append(replace(known, parameters=parameters) if parameters else known)
     check_tools(tools)
     return tools
@@ -137,7 +144,7 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def _native(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str, Any]:
+def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequence[ToolDefinition]) -> dict[str, Any]:
     """``message`` for a template that supports tools: the arguments of calls are objects.
 
     When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Models may also write lone
@@ -145,25 +152,25 @@ def _native(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str,
     """
     arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
     if None in arguments:
-        return _plain(message, format)
+        return _plain(message, format, tools)
     result: dict[str, Any] = {"role": message.role, "content": message.content} | _reasoning(message)
     if message.tool_calls:
         result["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": value}}
+            {"id": format.template_id(call.id), "type": "function", "function": {"name": call.name, "arguments": value}}
             for call, value in zip(message.tool_calls, arguments, strict=True)
         ]
     if message.tool_call_id:
-        result["tool_call_id"] = message.tool_call_id
+        result["tool_call_id"] = format.template_id(message.tool_call_id)
     return result
 
 
-def _plain(message: inference_pb2.ChatMessage, format: ToolFormat) -> dict[str, str]:
+def _plain(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequence[ToolDefinition]) -> dict[str, str]:
     """``message`` with role and content only: tool calls and their results become text."""
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
     content = message.content
     if message.tool_calls:
-        calls = format.write([(call.name, call.arguments or "{}") for call in message.tool_calls])
+        calls = format.write([(call.name, call.arguments or "{}") for call in message.tool_calls], tools)
         content = f"{content}\n{calls}" if content else calls
     return {"role": message.role, "content": content} | _reasoning(message)
 

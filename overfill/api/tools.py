@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overfill.errors import InvalidRequest
+from overfill.request.params import Grammar
 
 MAX_TOOLS = 128
+
+TEXT_PARAMETERS = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+"""Parameters of a tool that takes text."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
@@ -23,12 +33,14 @@ class ToolDefinition:
     Args:
         parameters: JSON schema of its arguments object.
         strict: Whether a schema that a grammar cannot enforce in full is an error.
+        input: Grammar of the text that the tool takes; its parameters are then TEXT_PARAMETERS.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool = False
+    input: Grammar | None = None
 
 
 def check_count(count: int) -> None:
@@ -52,6 +64,10 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
         kind = tool.parameters.get("type", "object")
         if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             raise InvalidRequest(f"{place}.parameters", f'has "type" {str(kind)[:80]!r}; it must be "object"')
+        if tool.input is not None and tool.parameters != TEXT_PARAMETERS:
+            raise InvalidRequest(
+                f"{place}.parameters", f"of a tool with an input must be {json.dumps(TEXT_PARAMETERS)}"
+            )
         seen.add(tool.name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from overfill.api.chat import read_tools, tool_choice
 from overfill.api.families.choose import make_format
 from overfill.api.families.hermes import Hermes
 from overfill.api.families.tool_format import CallRules, ToolFormat
+from overfill.api.text_grammar import text_in_json_string
 from overfill.api.tools import Mode, ToolDefinition
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar
@@ -47,7 +48,7 @@ def try_tools(payload: bytes, bench: Bench) -> bytes:
     try:
         bench.try_grammar(made)
     except InvalidRequest as error:
-        raise InvalidRequest("chat.tools", str(error).removeprefix(f"{error.field}: ")) from error
+        raise InvalidRequest("chat.tools", error.reason) from error
     return made.text.encode()
 
 
@@ -84,18 +85,19 @@ def chat_grammar(
         return grammar()
     for index, tool in tools.items():
         try:
-            tools[index] = enforceable(tool)
+            if tool.input is not None:
+                check_grammar(Grammar("lark", f"start: {text_in_json_string(tool.input)}"))
+            else:
+                tools[index] = enforceable(tool)
         except InvalidRequest as error:
-            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {_reason(error)}"
+            if tool.input is not None:
+                raise InvalidRequest(f"chat.tools[{index}].input", error.reason) from error
+            reason = f"of the strict tool {tool.name!r} cannot be turned into a grammar: {error.reason}"
             raise InvalidRequest(f"chat.tools[{index}].parameters", reason) from error
     try:
         return grammar()
     except InvalidRequest as error:
-        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {_reason(error)}") from error
-
-
-def _reason(error: InvalidRequest) -> str:
-    return str(error).removeprefix(f"{error.field}: ")
+        raise InvalidRequest("chat.tools", f"cannot be turned into a grammar: {error.reason}") from error
 
 
 def tools_grammar(
@@ -115,7 +117,7 @@ def tools_grammar(
             calls without text before them: a model that begins with other text could not end its answer without a call.
         format: How the model writes calls.
     """
-    rules = format.rules(tools, lambda tool: f"%json {json.dumps(_arguments(tool))}")
+    rules = format.rules(tools, _arguments_expression)
     rest = rules.closing if single else f"({rules.separator} call)* {rules.closing}"
     marker = rules.marker
     opening = "" if marker is None else marker.lark if rules.bare is None else f"{marker.lark}?"
@@ -127,17 +129,20 @@ def tools_grammar(
         lines += [f"start: answer | {calls}", f"answer: %json {json.dumps(compact(dict(answer)))}"]
     else:
         lines += [*_text_then_calls(rules, rest), r"TEXT: /(.|\n)*/"]
-    before = json.dumps(rules.before) if rules.before else ""
     return "\n".join(
         [
             *lines,
-            f"call: {before} function {rules.after}",
+            f"call: {_literals(rules.before)} function {rules.after}",
             "function: " + " | ".join(f"function_{i}" for i in range(len(tools))),
-            *(f"function_{i}: {json.dumps(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
+            *(f"function_{i}: {_literals(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
             *rules.lines,
             "",
         ]
     )
+
+
+def _literals(pieces: Iterable[str]) -> str:
+    return " ".join(map(json.dumps, pieces))
 
 
 def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
@@ -157,7 +162,8 @@ def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
         lines.append("bare: " + " | ".join(f"bare_{i} more_{i}" for i in range(len(rules.functions))))
         lines.append(r"LINES: /((.|\n)*\n)?/")
         for i, (head, more) in enumerate(rules.functions):
-            lines += [f"bare_{i}[lazy]: LINES {json.dumps(rules.bare + rules.before + head)}", f"more_{i}: {more}"]
+            opening = "".join([rules.bare, *rules.before, *head])
+            lines += [f"bare_{i}[lazy]: LINES {json.dumps(opening)}", f"more_{i}: {more}"]
     return ["start: " + " | ".join(choices), *lines]
 
 
@@ -208,6 +214,14 @@ def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]
                 elif keyword not in _VALUES:
                     parts.append(value)
     return copy
+
+
+def _arguments_expression(tool: ToolDefinition) -> str:
+    """A Lark expression of the arguments, as JSON text."""
+    if tool.input is None:
+        return f"%json {json.dumps(_arguments(tool))}"
+    head, tail = json.dumps({"input": "|"}).split("|")
+    return f"{json.dumps(head)} {text_in_json_string(tool.input)} {json.dumps(tail)}"
 
 
 def _arguments(tool: ToolDefinition) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.options import AnyNumber, set_threads
+from overfill.cli.options import AnyNumber, OutPath, set_threads
 
 if TYPE_CHECKING:
     from overfill.making.distill.data import LoadedData
@@ -30,7 +30,7 @@ DEFAULT_RECIPE = "smollm2-fast"
     metavar="development|FILE",
     help="Conversations to judge on: the `development` set in the package, or a file.  [default: the recipe's]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Pair folder to write; must not exist.")
+@click.option("--out", type=OutPath("new folder"), help="Pair folder to write; must not exist.")
 @click.option(
     "--recipe",
     "recipe_name",
@@ -117,8 +117,6 @@ def distill_command(
     training = changed(recipe.training, **hyperparameters)
     if out is None:
         raise click.UsageError("--out is missing; name the folder for the trained pair")
-    if out.exists():
-        raise click.UsageError(f"--out: {out} already exists; give a new folder")
     sources = {"source": data, "held_out": held_out, "max_tokens": max_tokens}
     if data is not None and held_out is None:
         sources["held_out"] = recipe.data.held_out or "development"
@@ -136,7 +134,7 @@ def distill_command(
 
 @click.command("distill-plot")
 @click.argument("runs", nargs=-1, required=True, metavar="LABEL=FOLDER…")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Image file to write: .png, .svg or .pdf.")
+@click.option("--out", required=True, type=OutPath("file"), help="Image file to write: .png, .svg or .pdf.")
 def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
     """Draw the learning curves of several runs in one picture.
 
@@ -147,6 +145,8 @@ def distill_plot_command(runs: tuple[str, ...], out: Path) -> None:
     named = [(label, Path(folder)) for label, _, folder in (run.partition("=") for run in runs)]
     if not all(label and str(folder) != "." for label, folder in named):
         raise click.UsageError("give each run as LABEL=FOLDER")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--out: {out} must end in .png, .svg or .pdf")
     plot_runs([(label, metrics_file(folder)) for label, folder in named], out)
     click.echo(out)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import ClientConnection, connection_options, dtype_option
+from overfill.cli.options import ClientConnection, OutPath, connection_options, dtype_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,7 +73,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @_data_options
 @_device_options
 @_json_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report with plots.")
+@click.option("--out", type=OutPath("folder"), help="Folder for a report with plots.")
 @click.option("--save", is_flag=True, help="Write the main figures into the pair's pair.json.")
 @click.option(
     "--strict",
@@ -167,9 +167,7 @@ def _print_examples(result: Evaluation) -> None:
 @_data_options
 @_device_options
 @_json_option
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write a report with a plot to."
-)
+@click.option("--out", type=OutPath("folder"), help="Folder to write a report with a plot to.")
 def compare_command(
     pairs: tuple[str, ...],
     data: str,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -24,6 +25,31 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class OutPath(click.Path):
+    """A file or folder that a command writes at its end. Refuses what cannot be written before the work begins.
+
+    Args:
+        kind: "file", in a folder that exists; "folder"; or "new folder", which must not exist.
+    """
+
+    def __init__(self, kind: Literal["file", "folder", "new folder"]) -> None:
+        super().__init__(file_okay=kind != "folder", dir_okay=kind != "file")
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        out = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if self._kind == "new folder" and os.path.lexists(out):
+            self.fail(f"{out} already exists; give a new folder", param, ctx)
+        place = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+        if not place.is_dir() and place != out.absolute():
+            self.fail(f"{out} cannot be made, because {place} is a file", param, ctx)
+        if self._kind == "file" and place not in (out.absolute(), out.absolute().parent):
+            self.fail(f"{out} cannot be made: make the folder {out.parent} first", param, ctx)
+        if not os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0)):
+            self.fail(f"{out} cannot be written, because you may not write to {place}", param, ctx)
+        return out
 
 
 class TierParam(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on

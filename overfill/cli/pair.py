@@ -10,7 +10,7 @@ import click
 
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
-from overfill.cli.options import set_threads
+from overfill.cli.options import FILE, OutPath, set_threads
 from overfill.cli.pair_import import import_command
 from overfill.cli.pair_list import list_command
 from overfill.cli.pair_show import show_command
@@ -146,7 +146,7 @@ def path_command(name: str, source: Literal["wheel", "hub"] | None) -> None:
     help="Quantise the decoder's weights on load; the checkpoint stays as it is.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--out", required=True, type=OutPath("new folder"), help="Folder to write; must not exist.")
 def build_command(full: str, calibration: str, threads: int | None, out: Path, **sizes: Any) -> None:
     """Build a pair from a full model.
 
@@ -162,8 +162,6 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
     from overfill.making.full_models import resolve_model
     from overfill.making.recipe import DecoderRecipe
 
-    if out.exists():
-        raise click.UsageError(f"--out: {out} already exists; give a new folder")
     recipe = DecoderRecipe(**sizes)
     with show_progress() as report:
         folder = resolve_model(full, report)
@@ -232,10 +230,10 @@ def _print_summary(pair: Pair, agreement: str) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--mix",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FILE,
     help="Conversations that this command wrote. Their texts become parts of questions of several kinds.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to append to.")
+@click.option("--out", required=True, type=OutPath("file"), help="File of JSON lines to append to.")
 def calibrate_command(full: str, count: int, seed: int, threads: int | None, mix: Path | None, out: Path) -> None:
     """Let a full model write conversations.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from overfill.cli.options import OutPath
 from overfill.making.recipe import KeptLayers
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LayerMapType(click.ParamType):  # type: ignore[type-arg]  # generic from c
 )
 @click.option("--copy", is_flag=True, help="Copy the files instead of linking to them.")
 @click.option("--dry-run", is_flag=True, help="Only check that the halves fit; write nothing.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--out", type=OutPath("new folder"), help="Folder to write; must not exist.")
 def import_command(
     full: str,
     decoder: str,
@@ -77,8 +77,6 @@ def import_command(
     """
     if out is None and not dry_run:
         raise click.UsageError("--out is missing: the folder to write. To only check the halves, add --dry-run")
-    if out is not None:
-        _check_new(out)
     from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
     from overfill.making.import_pair import plan_import, write_import
@@ -96,15 +94,6 @@ def import_command(
     _print_summary(plan, None if dry_run else out)
     if out is not None and not dry_run:
         click.echo(out)
-
-
-def _check_new(out: Path) -> None:
-    """Refuses a folder that cannot be made, before anything is downloaded or read."""
-    if os.path.lexists(out):
-        raise click.UsageError(f"--out: {out} already exists; give a new folder")
-    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise click.UsageError(f"--out: {out} cannot be made, because {parent} is not a folder that you can write to")
 
 
 def _engine_options(plan: ImportPlan) -> str:

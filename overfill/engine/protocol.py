@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from overfill.engine.sequence import Processor
 from overfill.errors import InvalidRequest, Overloaded
@@ -107,6 +107,9 @@ class EngineOptions:
         grammars: what a client's grammar may cost.
         engine_args: arguments of the engine itself, by name; only vLLM and the mock engine have some.
         device: where the engine computes; None for the mock engine, which needs no torch.
+
+    Raises:
+        InvalidRequest: a value is one that no engine has; ``field`` names it.
     """
 
     device: torch.device | None
@@ -122,6 +125,13 @@ class EngineOptions:
     threads: int = 1
     grammars: GrammarLimits = field(default_factory=GrammarLimits)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "kv_memory", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InvalidRequest(name, f"must be at least 1, got {value}")
+        if self.dtype not in (None, *get_args(DTypeName)):
+            raise InvalidRequest("dtype", f"must be one of {', '.join(get_args(DTypeName))}, got {self.dtype!r}")
 
     @property
     def compute_device(self) -> torch.device:

@@ -446,10 +446,8 @@ class PromptPull:
         if codec == common_pb2.KV_CODEC_RAW:
             chunk = check_head(self._spec, received)
         else:
-            from overfill.kv.codecs import (
-                check_scales,
-                decode,
-            )  # imports torch, which a process without codecs may lack
+            # Imported here, because it imports torch, which a process without codecs may lack.
+            from overfill.kv.codecs import check_scales, decode
 
             kv_range = check(self._spec, received)
             if codec == self._store.codec:

@@ -127,7 +127,7 @@ def _fill(
         num_layers=sizes["layers"],
         tie_word_embeddings=False,
     )
-    found = None if correction is None else read_correction(correction)
+    trained = None if correction is None else read_correction(correction)
     weights = _load(full, config)
     digest = checkpoint_digest(full, report)
     shipped = None
@@ -135,50 +135,36 @@ def _fill(
         shipped = Scores.load(SHIPPED_SCORES, digest)
     scores = shipped or _measured(weights, config, transcripts, digest, kept, report)
     scores.save(folder / SCORES_FILE, digest)
-    layers = list(range(config.num_layers))
-    if sizes["layers"] < config.num_layers:
-        layers = choose_layers(
-            weights,
-            config,
-            PackedTranscripts.of(limit_answer_tokens(transcripts, LAYER_TOKENS)),
-            sizes["layers"],
-            report,
-        )
+    judged = PackedTranscripts.of(limit_answer_tokens(transcripts, LAYER_TOKENS))
     plan = make_pruning_plan(
         scores,
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
-        layers=layers,
+        layers=choose_layers(weights, config, judged, sizes["layers"], report),
         method=recipe.method,
     )
     head = _head_plan(config, sizes, scores, transcripts)
     decoder = fit(weights, config, plan, packed, report, head) if fits else slice_weights(weights, plan, head)
     facts = recipe.as_json(**sizes, calibration=calibration, fitted_on_answer_tokens=len(packed.answers) if fits else 0)
-    if found is not None:
-        other = found.differs_in(fit_key(digest, config, recipe, scores, transcripts))
+    if trained is not None:
+        other = trained.differs_in(fit_key(digest, config, recipe, scores, transcripts))
         if other is None:
-            facts["correction"] = {"digest": found.digest, "answer_tokens": found.facts["answer_tokens"]}
+            facts["correction"] = {"digest": trained.digest, "answer_tokens": trained.facts["answer_tokens"]}
         else:
             facts["correction"] = {"left_out": f"it was trained with another {other}"}
             report(f"Built without the trained correction: it was trained with another {other}", 1, 1)
-            found = None
+            trained = None
     text = TextDigests.of(conversations)
-    (text if found is None else text | found.text).save(folder)
+    (text if trained is None else text | trained.text).save(folder)
     (folder / "decoder").mkdir()
     write_decoder(
         folder / "decoder",
         full,
         decoder,
         None if head is None else head.as_config(),
-        None if found is None else found.add_to,
+        None if trained is None else trained.add_to,
     )
-    write_manifest(
-        folder,
-        recipe=facts,
-        full_digest=digest,
-        layer_map=plan.layers,
-        report=report,
-    )
+    write_manifest(folder, recipe=facts, full_digest=digest, layer_map=plan.layers, report=report)
 
 
 def fit_key(

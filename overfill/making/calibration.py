@@ -6,6 +6,7 @@ from pathlib import Path
 
 from overfill.errors import InvalidRequest
 from overfill.making.conversations import Conversation, read_conversations, shipped_conversations
+from overfill.making.hub_data import hub_conversations, is_dataset
 from overfill.telemetry.progress import Report, silent
 
 _ANSWER_TOKENS = 150  # typical length of a generated answer
@@ -29,10 +30,9 @@ def calibration_text(source: str, full: Path, tokens: int, report: Report = sile
         from overfill.making.synthetic_data import SELF_SEED, generate_conversations
 
         return list(generate_conversations(full, count, seed=SELF_SEED, report=report))
-    if Path(source).is_file():
+    if Path(source).exists():
         return read_conversations(Path(source))
-    if "/" not in source or Path(source).suffix == ".jsonl":
-        raise InvalidRequest("calibration", f"{source!r} is not a file; give shipped, self, a file, or a hub id")
-    from overfill.making.hub_data import hub_conversations
-
+    if not is_dataset(source):
+        reason = f"{source} is neither `shipped`, nor `self`, nor a file, nor the id of a hub data set"
+        raise InvalidRequest("calibration", reason)
     return hub_conversations(source, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,12 @@ from overfill.process.extras import needs
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _COLUMNS = ("messages", "conversations")
+
+
+def is_dataset(source: str) -> bool:
+    """True if ``source`` may be the id of a data set: ``owner/name``, or ``owner/name:split``."""
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\S+)?", source, re.ASCII) is not None
+    return named and not source.endswith((".jsonl", ".json"))
 
 
 def hub_conversations(dataset: str, count: int) -> list[Conversation]:

@@ -25,8 +25,10 @@ def choose_layers(
         full: Weights in float32 with the norms folded in.
         packed: Transcripts with a few hundred answer tokens. Memory and time grow with them and with the layers.
     """
-    trial = _LayerRemovalTrial(full, config, packed)
     kept = list(range(config.num_layers))
+    if keep == len(kept):
+        return kept
+    trial = _LayerRemovalTrial(full, config, packed)
     for removed in range(config.num_layers - keep):
         damage = {layer: trial.damage([k for k in kept if k != layer]) for layer in kept}
         kept.remove(min(damage, key=damage.__getitem__))

@@ -136,9 +136,9 @@ def make_tiny_tiers(
 ) -> tuple[TierSpec, ...]:
     """Writes a tiny pair for each tier to ``folder`` (created), all with one full model. Returns the tiers with them.
 
-    The first tier's decoder is the full model. Those of the others have weights of their own, so that nearly every
-    token of an answer differs between the tiers, and one token of another tier is noticed. A pruned decoder would
-    agree with its full model on most tokens.
+    The first tier's decoder is the full model. The other decoders have random weights. So nearly every token of an
+    answer differs between the tiers, and a test notices one token of another tier. A pruned decoder would agree with
+    its full model on most tokens.
     """
     return tuple(
         tier.model_copy(

@@ -40,8 +40,8 @@ def check_tensors(
     """Checks names, shapes and dtypes of a checkpoint's tensors.
 
     A quantised format may store a matrix as several tensors with names of their own, such as ``qweight`` and
-    ``scales``. In such a checkpoint, the shape of a tensor is checked only if it has the name of an expected one, its
-    dtype is not checked, and a matrix is missing only if no tensor of its module is there.
+    ``scales``. In such a checkpoint, only tensors with expected names have their shapes checked, and no dtype is
+    checked. A matrix is missing if no tensor of its module is there.
 
     Args:
         expected: shape of each tensor, by name.

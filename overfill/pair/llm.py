@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,6 +75,7 @@ class LLM:
         prefix_cache: Keep the KV of prompts for later calls. An interrupted call empties the cache.
 
     Raises:
+        InvalidRequest: An argument is out of range, or ``max_model_len`` exceeds the model's context.
         InvalidPair: There is no such pair, or its files are damaged.
         UnsupportedModel: OverFill's engine does not run one of its halves.
         NotEnoughMemory: The device cannot hold both halves with a KV cache.
@@ -99,9 +101,8 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         prefix_cache: bool = True,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        loaded_pair = load_whole(resolve_pair(pair), digests=True)
+        if not 0 < memory_fraction <= 1:
+            raise InvalidRequest("memory_fraction", f"must be above 0 and at most 1, got {memory_fraction}")
         self._device = resolve_device(device)
         options = EngineOptions(
             self._device,
@@ -112,7 +113,11 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=prefix_cache,
+            threads=1 if threads is None else threads,
         )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded_pair = load_whole(resolve_pair(pair), digests=True)
         with on_device(self._device):
             self._loaded = load_colocated(loaded_pair, options, replace(options, prefix_cache=False), memory_fraction)
         self._config = loaded_pair.full_config
@@ -135,6 +140,7 @@ class LLM:
 
         Raises:
             Overloaded: the KV cache is too small for one of the requests.
+            TypeError: a token id is no integer.
             InvalidRequest: a prompt is empty, is too long or has ids outside the vocabulary; or ``sampling`` and
                 ``prompts`` differ in length.
         """
@@ -144,7 +150,7 @@ class LLM:
         choices = [each] * len(prompts) if isinstance(each, SamplingParams) else list(each)
         if len(choices) != len(prompts):
             raise InvalidRequest("sampling", f"has {len(choices)} entries for {len(prompts)} prompts")
-        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(map(operator.index, p)) for p in prompts]
         requests = [self._request(i, ids, choice) for i, (ids, choice) in enumerate(zip(encoded, choices, strict=True))]
         notify = None if on_token is None else lambda request, token: on_token(request.index, token)
         run = OfflineRun(self._loaded, notify)

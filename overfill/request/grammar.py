@@ -268,6 +268,14 @@ def check_grammar(grammar: Grammar) -> None:
         log.debug("grammar: %s", message)
 
 
+def first_bytes(lark: str) -> frozenset[int]:
+    """The bytes with which a text of the expression ``lark``, in UTF-8, may begin. Call it in a trial only."""
+    tokenizer = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(f"start: {lark}"), log_level=0)
+    mask: bytes = matcher.compute_bitmask()
+    return frozenset(byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1)
+
+
 def _limits() -> Any:
     return llguidance.LLParserLimits(**_PARSER_LIMITS, verbose_errors=False)
 

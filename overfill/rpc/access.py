@@ -129,6 +129,7 @@ ROUTES: Mapping[str, Rule] = {
     "/v1/models/{model:path}": _INFER,
     "/v1/chat/completions": _INFER,
     "/v1/completions": _INFER,
+    "/v1/responses": _INFER,
     "/v1/messages": _INFER,
     "/v1/messages/count_tokens": _INFER,
     "/tokenize": _INFER,
@@ -139,6 +140,7 @@ ROUTES: Mapping[str, Rule] = {
     "/status": _STATUS,
     "/ui": _OPEN,  # a page without data: it asks for the key, and sends it to the other routes
     "/": _OPEN,  # redirects to /ui
+    "/api/hello": _OPEN,  # says nothing: Claude Code asks for its head, to know whether there is a server
 }
 """Rules of the OpenAI endpoint's routes."""
 

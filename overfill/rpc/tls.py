@@ -162,9 +162,9 @@ class ServerTls:
                     end.do_handshake()
         except ssl.SSLCertVerificationError as error:
             raise TlsError(
-                f"the TLS server certificate {self.cert} cannot be used at {name}: {error.verify_message}; give the "
-                "name that it has (--tls-name, tls_name), which is overfill with `overfill certs`, and the authority "
-                "that signed it (--tls-ca, tls_ca)"
+                f"the TLS server certificate {self.cert} cannot be used at {name}: {error.verify_message.rstrip('.')}; "
+                "give the name that it has (--tls-name, tls_name), which is overfill with `overfill certs`, and the "
+                "authority that signed it (--tls-ca, tls_ca)"
             ) from error
 
     def _configuration(self) -> Any:

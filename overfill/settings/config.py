@@ -340,6 +340,11 @@ class RouterConfig(ServiceConfig):
         description="minimum number of tokens in a streamed event, except in the first and the last one; a request may "
         "ask for a larger one; with 1, tokens are merged only when the router cannot keep up",
     )
+    drop_attribution: bool = Field(
+        True,
+        description="leave Claude Code's line x-anthropic-billing-header at the beginning of system messages out of "
+        "prompts; it differs between sessions, so that their prompts would share no cached beginning",
+    )
     http: PortOrOff = Field(
         "off", description="port of the OpenAI endpoint; 0 picks a free port; off disables the endpoint"
     )

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from overfill.api.answer_text import AnswerText
+from overfill.api.attribution import drop_attribution
 from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
@@ -58,6 +59,7 @@ class RequestHandler:
         tiers: the tiers, and the choice of one for each request.
         trials: tries the grammars of requests.
         reasoning: how the model marks what it thinks; None if that is not separated from answers.
+        drop_attribution: leave Claude Code's attribution line out of prompts; see ``api.attribution``.
 
     Attributes:
         tiers: as the argument.
@@ -77,7 +79,9 @@ class RequestHandler:
         statistics: Statistics,
         key_limiter: KeyLimiter,
         limits: RequestLimits,
+        *,
         reasoning: Reasoning | None = None,
+        drop_attribution: bool = True,
     ) -> None:
         self.tiers = tiers
         self.tokenizer = tokenizer
@@ -90,6 +94,7 @@ class RequestHandler:
         self._connector = connector
         self._limits = limits
         self._reasoning = reasoning
+        self._drop_attribution = drop_attribution
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
         self._preparing = 0  # requests that are being checked and started
@@ -136,6 +141,7 @@ class RequestHandler:
         hold.tier = choice.tier
         self.tiers.check_can_score(request, choice.fallback_from or choice.tier, caller)
         size = self._size(request)
+        self._shorten(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
         session = session_name(request.session)
@@ -231,6 +237,7 @@ class RequestHandler:
         self._check_open()
         self.tiers.parse_model(request.model, hold.caller)
         size = self._size(request)
+        self._shorten(request)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
@@ -333,6 +340,11 @@ class RequestHandler:
     def _check_open(self) -> None:
         if self._draining:
             raise ShuttingDown("this router is shutting down")
+
+    def _shorten(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> None:
+        """Removes from the prompt what is for others than the model."""
+        if self._drop_attribution and request.HasField("chat"):
+            drop_attribution(request.chat)
 
     def _size(
         self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest

@@ -85,7 +85,11 @@ class MockStack:
 
 
 def _flags(settings):
-    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    named = {name.replace("_", "-"): value for name, value in settings.items() if value is not None}
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in named.items()
+    ]
 
 
 @contextmanager

@@ -239,7 +239,6 @@ def test_paths_methods_and_content_types(stack):
 
 def test_routes_of_other_servers_are_answered_with_what_to_do(stack):
     hints = {route: hint for hint, routes in NOT_SERVED.items() for route in routes}
-    assert 'set_default_openai_api("chat_completions")' in hints["/v1/responses"]
     for route, hint in hints.items():
         for path in (route, f"{route}/x"):
             for status, _, body in (call(f"{stack.url}{path}", b"{}"), get(f"{stack.url}{path}")):

@@ -78,3 +78,34 @@ def test_status_top_and_metrics_count_sessions_without_their_names(stack, capsys
     assert samples["overfill_router_prompt_tokens_total", "chat"] > 0
     assert samples["overfill_router_completion_tokens_total", "chat", "default"] >= 12
     assert "secret" not in json.dumps(status) + rendered
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_prompts_with_other_attribution_lines_share_their_beginning(tiny_pair, drop):
+    with mock_stack(tiny_pair, http=0, drop_attribution=drop) as stack:
+        model = stack.router._handler.tiers.model
+
+        def send(path, body, **more):
+            return json.loads(call(f"{stack.url}{path}", {"model": model, **body, **more}).body)
+
+        def chat(line, rest):
+            messages = [{"role": "system", "content": f"{line}\n{rest}"}, {"role": "user", "content": "go"}]
+            usage = send("/v1/chat/completions", {"messages": messages}, max_tokens=1)["usage"]
+            assert send("/tokenize", {"messages": messages})["count"] == usage["prompt_tokens"]
+            return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+
+        def message(line, rest):
+            body = {
+                "system": [{"type": "text", "text": text} for text in (line, rest)],
+                "messages": [{"role": "user", "content": "go"}],
+            }
+            usage = send("/v1/messages", body, max_tokens=1)["usage"]
+            counted = send("/v1/messages/count_tokens", body)["input_tokens"]
+            assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
+            return usage["cache_read_input_tokens"], counted
+
+        for ask_once, rest in ((chat, "You are one agent. " * 12), (message, "You are another agent. " * 12)):
+            lines = [f"x-anthropic-billing-header: cc_version=2.1.332.{number}; cch=a1b2c;" for number in range(2)]
+            (first, _), (cached, prompt) = [ask_once(line, rest) for line in lines]
+            assert first < 64
+            assert (cached > 0.8 * prompt) is drop

@@ -12,8 +12,24 @@ Waits = Generator[None, None, None]
 """A function that yields where it needs more text."""
 WaitsFor = Generator[None, None, str]
 
+_FIRST_MARKER, _MOST_MARKERS = 0xDC00, 8
+_NO_MARKERS = dict.fromkeys(range(_FIRST_MARKER, _FIRST_MARKER + _MOST_MARKERS))
+
 _WORD = re.compile(r"[A-Za-z0-9+.\-]*")
 _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def marker_character(number: int) -> str:
+    """A character that stands for a special token. It is a lone surrogate, to which no tokenizer decodes bytes."""
+    return chr(_FIRST_MARKER + number)
+
+
+def without_markers(text: str) -> str:
+    """``text`` without such characters. A grammar allows them only where a format reads them.
+
+    Tokens that a client gives to resume an answer are read before a worker checks them against the grammar.
+    """
+    return text if text.isascii() else text.translate(_NO_MARKERS)
 
 
 class CallText:
@@ -39,10 +55,11 @@ class CallText:
 
     def begin(self, name: str) -> None:
         """Begins a call of ``name``."""
-        self._parts.append(ToolCallDelta(index=self.calls, name=name))
+        self._parts.append(ToolCallDelta(index=self.calls, name=without_markers(name)))
 
     def arguments(self, text: str) -> None:
         """Adds JSON text to the arguments of the call."""
+        text = without_markers(text)
         if self._parts and self._parts[-1].index == self.calls and not self._parts[-1].name:
             self._parts[-1].arguments += text
         elif text:

@@ -29,9 +29,9 @@ class Hermes(ToolFormat):
     def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
         begin, end = self._markers
         return CallRules(
-            [(tool.name + _ARGUMENTS, arguments(tool)) for tool in tools],
+            [([tool.name + _ARGUMENTS], arguments(tool)) for tool in tools],
             marker=begin,
-            before=_HEAD,
+            before=[_HEAD],
             after=f"{json.dumps(_TAIL)} {end.lark}",
             separator=f'"\\n" {begin.lark}',
         )
@@ -48,7 +48,7 @@ class Hermes(ToolFormat):
             yield from text.until(_TAIL + end.shown)
             text.end()
 
-    def write(self, calls: Sequence[tuple[str, str]]) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
         begin, end = self._markers
         return "\n".join(
             f"{begin.text}{_HEAD}{name}{_ARGUMENTS}{arguments}{_TAIL}{end.text}" for name, arguments in calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from overfill.api.families.call_text import CallText
+from overfill.api.families.call_text import CallText, without_markers
 from overfill.api.families.tool_format import ToolFormat
 from overfill.api.stop import StopStrings
 from overfill.api.tools import ToolDefinition
@@ -93,7 +93,7 @@ class ToolCallReader:
 
     def _text(self, text: str, may_end: bool) -> str:
         """What may be shown of the text after more ``text``: white space only if no call can follow it."""
-        text, self.stop = self._stops.push(text, may_end=may_end)
+        text, self.stop = self._stops.push(without_markers(text), may_end=may_end)
         text = self._space + text
         shown = text.rstrip() if self.stop is None else text
         self._space = text[len(shown) :]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from overfill.api.families.call_text import CallText
+from overfill.api.families.call_text import CallText, marker_character
 from overfill.api.tools import ToolDefinition, as_openai
 
 Arguments = Callable[[ToolDefinition], str]
@@ -44,6 +44,9 @@ class CallRules:
 
     The calls of an answer are ``marker lead call (separator call)* closing``; a call is ``before function after``.
 
+    Literal texts are given in pieces: lexemes of the grammar. The lexer takes the longest lexeme and never goes back.
+    Where JSON may stand too, the pieces are therefore those of JSON.
+
     Args:
         functions: for each tool the text with which its call begins, and what follows up to ``after``.
         marker: what shows that calls begin, or None.
@@ -52,10 +55,10 @@ class CallRules:
         lines: rules to which ``functions`` refer.
     """
 
-    functions: Sequence[tuple[str, str]]
+    functions: Sequence[tuple[Sequence[str], str]]
     marker: Marker | None = None
     lead: str = ""
-    before: str = ""
+    before: Sequence[str] = ()
     after: str = ""
     separator: str = ""
     closing: str = ""
@@ -100,8 +103,17 @@ class ToolFormat(ABC):
         """Reads all calls. ``text`` begins with one of ``openings``. Yields where it needs more text."""
 
     @abstractmethod
-    def write(self, calls: Sequence[tuple[str, str]]) -> str:
-        """Text of ``calls``, pairs of name and arguments as JSON text, as the model writes it."""
+    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+        """Text of ``calls`` as the model writes it.
+
+        Args:
+            calls: pairs of name and arguments, which are JSON text.
+            tools: the called tools, as far as they are known.
+        """
+
+    def template_id(self, id: str) -> str:
+        """The id of a call as the model's chat template takes it."""
+        return id
 
     def describe(self, tools: Sequence[ToolDefinition]) -> str:
         """Text that describes ``tools``, for the system message of models whose chat template supports no tools."""
@@ -114,5 +126,6 @@ class ToolFormat(ABC):
 
 
 def _marker(number: int, text: str, id: int | None) -> Marker:
-    # No tokenizer decodes bytes to a lone surrogate.
-    return Marker(text, text, json.dumps(text)) if id is None else Marker(text, chr(0xDC00 + number), f"<[{id}]>")
+    if id is None:
+        return Marker(text, text, json.dumps(text))
+    return Marker(text, marker_character(number), f"<[{id}]>")

@@ -18,11 +18,7 @@ _TYPES = {
 
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
-    """Returns the JSON of ``error``.
-
-    A server without capacity answers 429, never 529: Anthropic's clients wait for ``retry-after`` and try a 429 again,
-    but give up after few of the other.
-    """
+    """Returns the JSON of ``error``."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     message = error.body["error"]["message"]
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}

@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 
 from overfill.api.chat import MAX_MESSAGES, MAX_PARTS
 from overfill.api.openai.schema import MAX_INT32, Extensible, Ignored, Items, Temperature, UnitInterval
+from overfill.api.sessions import session_of_user
 from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import MAX_STOPS
 
@@ -189,3 +190,8 @@ class MessagesRequest(CountTokensRequest):
     speed: Ignored
     user_profile_id: Ignored
     workspace_id: Ignored
+
+    @property
+    def named_session(self) -> str | None:
+        user_id = None if self.metadata is None else self.metadata.user_id
+        return None if user_id is None else session_of_user(user_id)

@@ -265,7 +265,8 @@ def _json(place: str, value: Any) -> str:
 
 
 def _refused(block: schema.OtherBlock, place: str) -> ApiError:
-    return _invalid(f"{place}.type", f"{block.type[:50]!r} is not supported: this model reads text only")
+    supported = "blocks of text, thinking, tool_use and tool_result are"
+    return _invalid(f"{place}.type", f"{block.type[:50]!r} is not supported; {supported}")
 
 
 def _invalid(place: str, message: str) -> ApiError:

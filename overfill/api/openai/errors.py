@@ -25,9 +25,8 @@ _MAX_MESSAGE = 2048  # characters
 _MAX_PARAM = 200
 
 NOT_SERVED: Mapping[str, Sequence[str]] = {
-    "this server has no Responses API; it speaks Chat Completions (POST /v1/chat/completions). Switch the client: "
-    'OpenAI Agents SDK: set_default_openai_api("chat_completions"); LangChain: ChatOpenAI(use_responses_api=False); '
-    'PydanticAI: OpenAIChatModel; Vercel AI SDK: openai.chat("MODEL")': ("/v1/responses",),
+    "this server stores no responses: it cannot show, delete or cancel one, or compact a conversation; send all "
+    "items of the conversation to POST /v1/responses, and close the connection to cancel": ("/v1/responses/",),
     "this server does not have Ollama's or TGI's API; it speaks OpenAI's (POST /v1/chat/completions)": (
         "/api/chat",
         "/api/generate",
@@ -75,15 +74,18 @@ NOT_SERVED: Mapping[str, Sequence[str]] = {
     ),
     "the tokenizer's files are in the pair's folder; POST /tokenize and /detokenize use them": ("/tokenizer_info",),
 }
-"""What the server says instead of a route that clients of OpenAI, vLLM and others ask for, and the routes."""
+"""What the server says instead of a route that clients of OpenAI, vLLM and others ask for, and the routes.
+
+A route that ends in a slash stands for the paths below it only.
+"""
 
 # Patterns of our field paths, and the names that OpenAI has for these fields.
 _PARAMS = (
     (re.compile(r"^sampling\.max_tokens$"), "max_tokens"),
+    (re.compile(r"^(chat\.(?:.*\.)?(?:tools|tool_calls)\[\d+\])\.(\w+)$"), r"\1.function.\2"),
     (re.compile(r"^(sampling|chat)\."), ""),
     (re.compile(r"^(token_ids\.ids|text|prompt)$"), "prompt"),
     (re.compile(r"^chat$"), "messages"),
-    (re.compile(r"((?:tools|tool_calls)\[\d+\])\.(\w+)$"), r"\1.function.\2"),
 )
 
 
@@ -126,7 +128,7 @@ def _cut(text: str, length: int) -> str:
 def unknown_url(method: str, path: str) -> ApiError:
     message = f"Invalid URL ({method} {path[:200]})"
     for hint, routes in NOT_SERVED.items():
-        if any(path == route or path.startswith(f"{route}/") for route in routes):
+        if any(path == route or path.startswith(f"{route.removesuffix('/')}/") for route in routes):
             message += f": {hint}"
     return ApiError(404, message, code="unknown_url")
 

@@ -79,9 +79,9 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     generate = _generate(request, request_id, _sampling(request, max_tokens, request.prompt_logprobs))
     generate.chat.CopyFrom(_chat(request.messages, request, thinking_variables(request.reasoning_effort)))
     if request.max_tokens is not None and request.max_completion_tokens is not None:
-        raise _invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
+        raise invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
     if request.top_logprobs and not request.logprobs:
-        raise _invalid("top_logprobs", "needs 'logprobs' to be true")
+        raise invalid("top_logprobs", "needs 'logprobs' to be true")
     if request.logprobs:
         generate.sampling.logprobs = request.top_logprobs or 0
     _tool_choice(request, generate.chat)
@@ -93,14 +93,14 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
     """Translate a completion request. Raises ApiError."""
     prompts = _prompts(request.prompt)
     if len(prompts) > schema.MAX_PROMPTS:
-        raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed")
+        raise invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed")
     scores = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         if scores is not None:
-            raise _invalid("prompt_logprobs", "and 'echo' with 'logprobs' both score the prompt; give one of them")
+            raise invalid("prompt_logprobs", "and 'echo' with 'logprobs' both score the prompt; give one of them")
         scores = request.logprobs
     if request.echo and request.truncate_prompt_tokens is not None:
-        raise _invalid("echo", "cannot be combined with 'truncate_prompt_tokens', which leaves part of the prompt out")
+        raise invalid("echo", "cannot be combined with 'truncate_prompt_tokens', which leaves part of the prompt out")
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     sampling = _sampling(request, max_tokens, scores)
     field = _set_grammar(request, sampling)
@@ -124,13 +124,13 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
 def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
     """Translate a request to tokenize. Raises ApiError."""
     if (request.prompt is None) == (request.messages is None):
-        raise _invalid("prompt", "or 'messages' must be given, and not both")
+        raise invalid("prompt", "or 'messages' must be given, and not both")
     if request.messages is not None:
         chat = _chat(request.messages, request)
         return inference_pb2.TokenizeRequest(model=request.model or "", chat=chat)
     for name in schema.Templated.model_fields:
         if getattr(request, name):
-            raise _invalid(name, "is for 'messages'; leave it out with 'prompt'")
+            raise invalid(name, "is for 'messages'; leave it out with 'prompt'")
     return inference_pb2.TokenizeRequest(
         model=request.model or "", text=request.prompt, no_special_tokens=not request.add_special_tokens
     )
@@ -151,15 +151,15 @@ def _api_request(
 ) -> ApiRequest:
     options = request.stream_options
     if options is not None and not request.stream:
-        raise _invalid("stream_options", "is only allowed when 'stream' is true")
+        raise invalid("stream_options", "is only allowed when 'stream' is true")
     n = request.n or 1
     if prompts[0].sampling.HasField("prompt_logprobs"):
         if request.stream:
-            raise _invalid("stream", "must be false where the prompt is scored: its scores are not streamed")
+            raise invalid("stream", "must be false where the prompt is scored: its scores are not streamed")
         if n > 1:
-            raise _invalid("n", "must be 1 where the prompt is scored")
+            raise invalid("n", "must be 1 where the prompt is scored")
     if len(prompts) * n > schema.MAX_PROMPTS:
-        raise _invalid(
+        raise invalid(
             "n",
             f"asks for {n * len(prompts)} answers to {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed",
         )
@@ -199,7 +199,7 @@ def _sampling(
     request: schema.Sampling, max_tokens: int | None, prompt_logprobs: int | None
 ) -> common_pb2.SamplingParams:
     if max_tokens == 0 and prompt_logprobs is None:
-        raise _invalid("max_tokens", "must be at least 1, or 0 where the prompt is scored")
+        raise invalid("max_tokens", "must be at least 1, or 0 where the prompt is scored")
     temperature = 1.0 if request.temperature is None else request.temperature
     if request.top_p == 0:  # keeps only the most likely token
         temperature = 0.0
@@ -207,7 +207,7 @@ def _sampling(
         temperature=temperature,
         seed=None if request.seed is None else request.seed % (1 << 64),
         ignore_eos=bool(request.ignore_eos),
-        min_tokens=None if not request.min_tokens else _uint32("min_tokens", request.min_tokens),
+        min_tokens=None if not request.min_tokens else uint32("min_tokens", request.min_tokens),
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
@@ -217,7 +217,7 @@ def _sampling(
     if prompt_logprobs is not None:
         params.prompt_logprobs = prompt_logprobs
     if max_tokens is not None:
-        params.max_tokens = _uint32("max_tokens", max(1, max_tokens))
+        params.max_tokens = uint32("max_tokens", max(1, max_tokens))
     _set_ids(params.stop_token_ids, request.stop_token_ids or (), "stop_token_ids")
     if temperature > 0:  # greedy needs no filters
         if request.top_p is not None:
@@ -226,7 +226,7 @@ def _sampling(
             params.min_p = request.min_p
         if request.top_k not in (None, 0, -1):  # for vLLM, 0 and -1 mean all tokens
             assert request.top_k is not None
-            params.top_k = _uint32("top_k", request.top_k)
+            params.top_k = uint32("top_k", request.top_k)
     return params
 
 
@@ -242,14 +242,14 @@ def _chat(
     variables = {**(thinking or {}), **(how.chat_template_kwargs or {})}
     if how.documents is not None:
         if "documents" in variables:
-            raise _invalid("documents", "and 'chat_template_kwargs.documents' mean the same; give one of them")
+            raise invalid("documents", "and 'chat_template_kwargs.documents' mean the same; give one of them")
         variables["documents"] = how.documents
     if variables:
-        chat.chat_template_kwargs = _json("chat_template_kwargs", variables)
+        chat.chat_template_kwargs = json_text("chat_template_kwargs", variables)
     for index, message in enumerate(messages):
         # This server, as OpenAI's, writes null for an assistant's content if the answer has no text.
         if message.content is None and message.role != "assistant":
-            raise _invalid(f"messages[{index}].content", f"is missing; a message of role {message.role!r} needs it")
+            raise invalid(f"messages[{index}].content", f"is missing; a message of role {message.role!r} needs it")
         made = chat.messages.add(
             role="system" if message.role == "developer" else message.role,
             content=_content(message.content, f"messages[{index}].content"),
@@ -260,16 +260,16 @@ def _chat(
         for call in message.tool_calls or ():
             made.tool_calls.add(id=call.id, name=call.function.name, arguments=call.function.arguments)
         if message.role == "tool" and message.tool_call_id is None:
-            raise _invalid(f"messages[{index}].tool_call_id", "is missing; a message of role 'tool' needs it")
+            raise invalid(f"messages[{index}].tool_call_id", "is missing; a message of role 'tool' needs it")
     for index, tool in enumerate(how.tools or ()):
         function = tool.function
         parameters, field = function.parameters, f"tools[{index}].function.parameters"
         if function.strict:
-            parameters = _forbid_additional(field, parameters or {"type": "object", "properties": {}})
+            parameters = forbid_additional(field, parameters or {"type": "object", "properties": {}})
         chat.tools.add(
             name=function.name,
             description=function.description or "",
-            parameters=_json(field, parameters) if parameters else "",
+            parameters=json_text(field, parameters) if parameters else "",
             strict=bool(function.strict),
         )
     return chat
@@ -284,14 +284,14 @@ def _content(content: str | Sequence[schema.ContentPart] | None, place: str) -> 
         return content or ""
     for index, part in enumerate(content):
         if part.type != "text" or part.text is None:
-            raise _invalid(f"{place}[{index}].type", f"{part.type[:50]!r} is not supported: this model reads text only")
+            raise invalid(f"{place}[{index}].type", f"{part.type[:50]!r} is not supported: this model reads text only")
     return "\n".join(part.text or "" for part in content)
 
 
 def _tool_choice(request: schema.ChatRequest, chat: inference_pb2.Chat) -> None:
     choice = request.tool_choice
     if choice is not None and not request.tools:
-        raise _invalid("tool_choice", "is only allowed when 'tools' are given")
+        raise invalid("tool_choice", "is only allowed when 'tools' are given")
     if isinstance(choice, schema.NamedTool):
         chat.tool_choice.mode, chat.tool_choice.name = _Choice.MODE_REQUIRED, choice.function.name
     elif isinstance(choice, schema.AllowedTools):
@@ -300,7 +300,7 @@ def _tool_choice(request: schema.ChatRequest, chat: inference_pb2.Chat) -> None:
     elif choice is not None:
         chat.tool_choice.mode = _MODES[choice]
     if request.parallel_tool_calls is not None and not request.tools:
-        raise _invalid("parallel_tool_calls", "is only allowed when 'tools' are given")
+        raise invalid("parallel_tool_calls", "is only allowed when 'tools' are given")
     # As with OpenAI, a model calls a named tool once.
     chat.single_tool_call = request.parallel_tool_calls is False or isinstance(choice, schema.NamedTool)
 
@@ -311,7 +311,7 @@ def _keep_tools(allowed: Sequence[schema.NamedTool], chat: inference_pb2.Chat) -
     for index, tool in enumerate(allowed):
         if tool.function.name not in known:
             place = f"tool_choice.allowed_tools.tools[{index}].function.name"
-            raise _invalid(place, f"is {tool.function.name[:80]!r}, which is not one of the tools")
+            raise invalid(place, f"is {tool.function.name[:80]!r}, which is not one of the tools")
     names = {tool.function.name for tool in allowed}
     kept = [tool for tool in chat.tools if tool.name in names]
     del chat.tools[:]
@@ -325,7 +325,7 @@ def _set_grammar(request: schema.Sampling, sampling: common_pb2.SamplingParams) 
         return ""
     (field, grammar), *others = grammars
     if others:
-        raise _invalid(others[0][0], f"and '{field}' both set the form of the answer; give one of them")
+        raise invalid(others[0][0], f"and '{field}' both set the form of the answer; give one of them")
     sampling.grammar.CopyFrom(grammar.to_proto())
     return field
 
@@ -343,7 +343,7 @@ def _response_format(request: schema.Sampling) -> _FieldGrammars:
         return
     described = given.json_schema
     if described is None:
-        raise _invalid(f"{field}.json_schema", "is missing; type 'json_schema' needs it")
+        raise invalid(f"{field}.json_schema", "is missing; type 'json_schema' needs it")
     if described.schema_ is None:
         yield field, Grammar("json_object")
     else:
@@ -379,25 +379,26 @@ def _guided(request: schema.Sampling) -> _FieldGrammars:
 
 def _schema(request: schema.Sampling, field: str, given: dict[str, Any] | str, *, strict: bool = False) -> Grammar:
     """A grammar for the schema that ``field`` holds."""
-    grammar = _grammar(field, "json_schema", given if isinstance(given, str) else _json(field, given))
+    grammar = _grammar(field, "json_schema", given if isinstance(given, str) else json_text(field, given))
     if strict:
-        return Grammar.json_schema(_forbid_additional(field, json.loads(grammar.text)))
+        return Grammar.json_schema(forbid_additional(field, json.loads(grammar.text)))
     options = request.structured_outputs
     if options is not None and options.disable_additional_properties is False:
         return Grammar.json_schema(close_objects(json.loads(grammar.text), allow_more=True))
     return grammar
 
 
-def _forbid_additional(field: str, schema: dict[str, Any]) -> dict[str, Any]:
+def forbid_additional(field: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """``schema``, from ``field``, with objects that have only the keys that they name. Raises ApiError."""
     try:
         return forbid_additional_properties(schema)
     except CannotForbid as error:
-        raise _invalid(field, f"{error} 'strict'; name all properties in one object") from None
+        raise invalid(field, f"{error} 'strict'; name all properties in one object") from None
 
 
 def _choice(field: str, texts: Sequence[str]) -> Grammar:
     if not texts:
-        raise _invalid(field, "is empty")
+        raise invalid(field, "is empty")
     return Grammar("regex", f"(?:{'|'.join(map(re.escape, texts))})")
 
 
@@ -405,28 +406,29 @@ def _grammar(field: str, kind: GrammarKind, text: str) -> Grammar:
     try:
         return Grammar(kind, text)
     except InvalidRequest as error:
-        raise _invalid(field, str(error).removeprefix(f"{error.field}: ")) from None
+        raise invalid(field, str(error).removeprefix(f"{error.field}: ")) from None
 
 
 def _truncate(request: schema.Sampling) -> int | None:
     count = request.truncate_prompt_tokens
     if count == 0:
-        raise _invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
+        raise invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
     return count
 
 
-def _json(field: str, value: Any) -> str:
+def json_text(field: str, value: Any) -> str:
+    """``value``, from ``field``, as JSON text. Raises ApiError."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
-        raise _invalid(field, "holds NaN or an infinite number, which JSON does not have") from None
+        raise invalid(field, "holds NaN or an infinite number, which JSON does not have") from None
 
 
 def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise _invalid("prompt", "is empty")
+        raise invalid("prompt", "is empty")
     if isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
     return list(prompt)  # type: ignore[arg-type]
@@ -438,22 +440,24 @@ def _stop(stop: str | Sequence[str] | None) -> Sequence[str]:
 
 def _token_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise _invalid("logit_bias", f"keys are token ids, such as '50256'; got {text[:50]!r}")
+        raise invalid("logit_bias", f"keys are token ids, such as '50256'; got {text[:50]!r}")
     return int(text)
 
 
 def _set_ids(target: object, ids: Sequence[int], name: str) -> None:
     if ids and not (min(ids) >= 0 and max(ids) < 1 << 32):
         index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < 1 << 32)
-        raise _invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
+        raise invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
     target.extend(ids)  # type: ignore[attr-defined]
 
 
-def _uint32(name: str, value: int) -> int:
+def uint32(name: str, value: int) -> int:
+    """``value``, from the field ``name``. Raises ApiError if it does not fit the wire's integer."""
     if not 0 < value < 1 << 32:
-        raise _invalid(name, f"must be in [1, 2^32), got {value}")
+        raise invalid(name, f"must be in [1, 2^32), got {value}")
     return value
 
 
-def _invalid(param: str, message: str) -> ApiError:
+def invalid(param: str, message: str) -> ApiError:
+    """The error that the field ``param`` has a wrong value."""
     return ApiError(400, f"'{param}' {message}", param=param, code="invalid_value")

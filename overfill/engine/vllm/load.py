@@ -43,7 +43,7 @@ from overfill.engine.vllm_release import installed, untested_warning
 from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
-from overfill.kv.spec import KvSpec
+from overfill.kv.spec import DTypeName, KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
@@ -89,42 +89,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     dtype = options.dtype or native_dtype(options.compute_device)
     spec = config.kv_spec(dtype)
     folder = str(pair.path(half))
-    longest = config.longest(options.max_model_len)
-    if half == "full":
-        batched = max(options.max_num_batched_tokens, options.max_num_seqs)
-        share = -(-batched // 2)  # so that a short prompt does not wait for a long one, as in OverFill's engine
-    else:  # every sequence gets its token beside two replays
-        batched, share = options.max_num_seqs + 2 * REPLAY_BUDGET, REPLAY_BUDGET
-    kv_memory = options.kv_memory
-    if kv_memory is None and options.compute_device.type == "cpu":
-        kv_memory = DEFAULT_CPU_KV_BYTES
-    arguments: dict[str, Any] = {
-        "model": folder,
-        "dtype": dtype,
-        "max_model_len": options.max_model_len or -1,
-        "block_size": options.block_size,
-        "max_num_seqs": options.max_num_seqs,
-        "max_num_batched_tokens": batched,
-        "long_prefill_token_threshold": min(share, longest),
-        "kv_cache_memory_bytes": kv_memory,
-        "enable_prefix_caching": options.prefix_cache,
-        "skip_tokenizer_init": True,
-        "use_tqdm_on_load": False,
-        "async_scheduling": False,  # the sampler needs each token before the next step
-        "logits_processors": [OverfillSampler],
-        "kv_events_config": KVEventsConfig(
-            enable_kv_cache_events=half == "full" and options.prefix_cache, publisher="null"
-        ),
-        "kv_transfer_config": KVTransferConfig(
-            kv_connector=CONNECTOR,
-            kv_connector_module_path="overfill.engine.vllm.connector",
-            kv_role="kv_producer" if half == "full" else "kv_consumer",
-            kv_load_failure_policy="fail",
-            kv_connector_extra_config={"by_layer": half == "full"},
-        ),
-    }
-    if (utilization := vllm_utilization(options)) is not None:
-        arguments["gpu_memory_utilization"] = utilization
+    arguments = _arguments(folder, half, options, dtype, config.longest(options.max_model_len))
     try:
         vllm = VllmCore(_vllm_config(arguments, options.engine_args))
         store = _store(vllm, spec, folder)
@@ -162,6 +127,46 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
 
     return LoadedEngine(served, new_core)
+
+
+def _arguments(folder: str, half: Half, options: EngineOptions, dtype: DTypeName, longest: int) -> dict[str, Any]:
+    """Returns vLLM's arguments for a half's checkpoint and sequences of up to ``longest`` tokens."""
+    if half == "full":
+        batched = max(options.max_num_batched_tokens, options.max_num_seqs)
+        share = -(-batched // 2)  # so that a short prompt does not wait for a long one, as in OverFill's engine
+    else:  # every sequence gets its token beside two replays
+        batched, share = options.max_num_seqs + 2 * REPLAY_BUDGET, REPLAY_BUDGET
+    kv_memory = options.kv_memory
+    if kv_memory is None and options.compute_device.type == "cpu":
+        kv_memory = DEFAULT_CPU_KV_BYTES
+    arguments: dict[str, Any] = {
+        "model": folder,
+        "dtype": dtype,
+        "max_model_len": options.max_model_len or -1,
+        "block_size": options.block_size,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": batched,
+        "long_prefill_token_threshold": min(share, longest),
+        "kv_cache_memory_bytes": kv_memory,
+        "enable_prefix_caching": options.prefix_cache,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "async_scheduling": False,  # the sampler needs each token before the next step
+        "logits_processors": [OverfillSampler],
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=half == "full" and options.prefix_cache, publisher="null"
+        ),
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector=CONNECTOR,
+            kv_connector_module_path="overfill.engine.vllm.connector",
+            kv_role="kv_producer" if half == "full" else "kv_consumer",
+            kv_load_failure_policy="fail",
+            kv_connector_extra_config={"by_layer": half == "full"},
+        ),
+    }
+    if (utilization := vllm_utilization(options)) is not None:
+        arguments["gpu_memory_utilization"] = utilization
+    return arguments
 
 
 def _says_more_than_dtypes(record: logging.LogRecord) -> bool:

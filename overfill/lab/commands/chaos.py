@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import TIER, Number, check_replaced
+from overfill.cli.options import FILE, TIER, Number, OutPath, check_replaced
 from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
@@ -40,7 +40,6 @@ _CONCURRENT_FAULTS = 2
 _SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
 _FALLBACK_SHARE = 0.25  # share of the requests that allow the next tier to go on with their answer
 _SAMPLED_SHARE = 0.5  # share of the requests that are sampled
-_FILE = click.Path(dir_okay=False, path_type=Path)
 
 # Not auto: by default, every machine breaks the same engine.
 _ENGINE = click.Choice(get_args(EngineChoice))
@@ -93,7 +92,7 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 )
 @click.option(
     "--replay",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Inject the faults of this JSON report again.",
 )
 @click.option(
@@ -158,7 +157,7 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     help="Run each process on a host of its own: a network namespace with a real link, mutual TLS, no shared memory. "
     "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
 )
-@click.option("--report", "report_file", type=_FILE, help="Write a JSON report to this file.")
+@click.option("--report", "report_file", type=OutPath("file"), help="Write a JSON report to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def chaos_command(
     pair: str,

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from overfill.cli.options import Number, option_errors, tls_options
+from overfill.cli.options import FILE, Number, OutPath, option_errors, tls_options
 from overfill.lab.loadtest.plan import API_KEY, LoadPlan, help_of
 from overfill.process.extras import require
 from overfill.process.tied import tied_to_parent
@@ -41,7 +41,7 @@ def _kind(f: Field[Any]) -> Any:
     if choices := f.metadata.get("choices"):
         return click.Choice(choices)
     if f.metadata["kind"] is Path:
-        return click.Path(exists="output" not in f.metadata, dir_okay=False, path_type=Path)
+        return OutPath("file") if "output" in f.metadata else FILE
     if "minimum" in f.metadata:
         return click.IntRange(f.metadata["minimum"])
     return Number(f.metadata["more_than"], min_open=True) if "more_than" in f.metadata else f.metadata["kind"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import Number, option_errors
+from overfill.cli.options import Number, OutPath, option_errors
 from overfill.cli.output import console, print_json
 from overfill.lab.simulate.policies import DEFAULT, NAMES
 from overfill.lab.traffic.traces import Arrivals, TraceKind, TraceRequest
@@ -215,7 +215,7 @@ class _Load:
 )
 @click.option(
     "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutPath("file"),
     help="Plot the timeline to this file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -23,7 +23,7 @@ from overfill.making.conversations import (
     shipped_conversations,
 )
 from overfill.making.distill.recipe import Data
-from overfill.making.hub_data import as_conversation, load_hub
+from overfill.making.hub_data import as_conversation, is_dataset, load_hub
 from overfill.making.overlap import TextDigests
 
 Transcripts = Sequence[Transcript | None]
@@ -77,7 +77,7 @@ def _load(
         conversations = shipped_conversations(part)
     elif Path(source).exists():
         conversations = read_conversations(Path(source), "data")
-    elif source.count("/") == 1 and not source.endswith((".jsonl", ".json")):
+    elif is_dataset(source):
         return HubTranscripts(load_hub(source, split, data.column), data, tokenizer)
     else:
         raise InvalidRequest("data", f"{source} is neither `{name}`, nor a file, nor the id of a hub data set")

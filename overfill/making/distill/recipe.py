@@ -190,5 +190,13 @@ def changed(part: _Part, **changes: object) -> _Part:
 
 
 def describe(error: ValidationError) -> str:
-    """Lists all problems in one line, each with its dotted key."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
+    """Lists all problems in one line, each with its dotted key and its value."""
+    problems = []
+    for each in error.errors():
+        text = each["msg"].removeprefix("Value error, ")
+        if each["type"] == "extra_forbidden":
+            text = "no such key"
+        elif each["type"] not in ("missing", "value_error"):
+            text += f", got {each['input']!r}"
+        problems.append(": ".join([*filter(None, [".".join(map(str, each["loc"]))]), text]))
+    return "; ".join(problems)

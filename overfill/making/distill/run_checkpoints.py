@@ -61,7 +61,7 @@ class Checkpoints:
         with atomic_folder(target) as folder:
             trained = {name: p.detach().cpu().contiguous() for name, p in decoder.trained.items()}
             save_tensors(trained, folder / "decoder.safetensors")
-            save_tensors(_moments(decoder, optimizer), folder / "optimizer.safetensors")
+            save_tensors(_moments(optimizer), folder / "optimizer.safetensors")
             write_json(folder / "progress.json", asdict(progress))
         for old in self._folder.glob("step-*"):
             if old != target:
@@ -81,7 +81,7 @@ class Checkpoints:
         return TrainingState(**json.loads((folder / "progress.json").read_text()))
 
 
-def _moments(decoder: PackedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Flattens the optimiser's state to tensors named ``<state>.<index of the parameter>``."""
     state = optimizer.state_dict()["state"]
     return {f"{key}.{index}": value.cpu() for index, values in state.items() for key, value in values.items()}

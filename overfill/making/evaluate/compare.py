@@ -7,6 +7,7 @@ comes from 4-bit weights (``pair.sources``), so that a 4-bit copy of its layers 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,12 +91,12 @@ def compare(
         torch.set_num_threads(threads)
     where = resolve_device(device)
     torch_dtype = TORCH_DTYPES[dtype or native_dtype(where)]
-    pairs = [load_whole(folder) for folder in pair_folders]
-    check_digests(pairs, report=report)
     kept = scorable(transcripts)
+    pairs = [load_whole(folder) for folder in pair_folders]
+    _check_comparable(pairs)
     for pair in pairs:
         check_lengths(pair, kept)
-    _check_comparable(pairs)
+    check_digests(pairs, report=report)
     max_tokens = max_tokens or answer_limit(kept)
     positions = longest_sequence(kept, max_tokens)
     tokenizer = Tokenizer.load(pairs[0].full_path)
@@ -147,5 +148,6 @@ def _check_comparable(pairs: Sequence[Pair]) -> None:
     if len({p.full_digest for p in pairs}) != 1:
         names = ", ".join(p.name for p in pairs)
         raise InvalidRequest("pairs", f"{names} must have the same full model; compare them in groups that do")
-    if len({p.name for p in pairs}) != len(pairs):
-        raise InvalidRequest("pairs", "two have the same name; rename the folder of one")
+    name, count = Counter(p.name for p in pairs).most_common(1)[0]
+    if count > 1:
+        raise InvalidRequest("pairs", f"{count} are named {name}; rename their folders")

@@ -149,10 +149,10 @@ def evaluate(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    pair = load_whole(pair_folder, digests=True, report=report)
     where = resolve_device(device)
     dtype = dtype or native_dtype(where)
     kept = scorable(transcripts)
+    pair = load_whole(pair_folder, digests=True, report=report)
     check_lengths(pair, kept)
     max_tokens = max_tokens or answer_limit(kept)
     longest = longest_sequence(kept, max_tokens)

@@ -218,13 +218,16 @@ def _share(estimate: Estimate) -> str:
 
 
 def _free(free: Comparison) -> list[str]:
-    """Returns perplexity, its ratio, that of new text, repeated 4-grams, length and share of finished answers."""
+    """Returns perplexity, its ratio, that of new text, repeated 4-grams, length and share of finished answers.
+
+    A hyphen replaces figures that empty or very short answers do not have.
+    """
     return [
-        f"{free.perplexity:.2f}",
-        f"{free.ratio:.2f} ± {free.ratio_error:.2f}",
-        f"{free.new_ratio:.2f} ± {free.new_ratio_error:.2f}",
-        f"{100 * free.repeated:.1f} % ({free.points:+.1f})",
-        f"{free.tokens:.0f} ({free.length:.2f}×)",
+        "-" if math.isnan(free.perplexity) else f"{free.perplexity:.2f}",
+        "-" if math.isnan(free.ratio) else f"{free.ratio:.2f} ± {free.ratio_error:.2f}",
+        "-" if math.isnan(free.new_ratio) else f"{free.new_ratio:.2f} ± {free.new_ratio_error:.2f}",
+        "-" if math.isnan(free.points) else f"{100 * free.repeated:.1f} % ({free.points:+.1f})",
+        f"{free.tokens:.0f}" + ("" if math.isnan(free.length) else f" ({free.length:.2f}×)"),
         f"{100 * free.finished:.0f} %",
     ]
 

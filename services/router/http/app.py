@@ -14,10 +14,13 @@ from overfill.api.keys import ApiKey
 from overfill.api.messages import translate as messages
 from overfill.api.messages.errors import error_body
 from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
+from overfill.api.model_list import describe_model, list_models
 from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
 from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
+from overfill.api.responses.schema import ResponsesRequest
+from overfill.api.responses.translate import responses
 from overfill.api.sessions import session_of
 from overfill.api.translation import Served, Translation
 from overfill.errors import OverfillError
@@ -114,6 +117,7 @@ class HttpApi:
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completions),
+            ("/v1/responses", "POST", self._responses),
             ("/v1/messages", "POST", self._messages),
             ("/v1/messages/count_tokens", "POST", self._count_tokens),
             ("/v1/models", "GET", self._models),
@@ -125,6 +129,7 @@ class HttpApi:
             ("/version", "GET", self._version),
             ("/status", "GET", self._stack_status),
             ("/ui", "GET", self._page),
+            ("/api/hello", "GET", self._hello),
             ("/", "GET", self._redirect),
         )
         # A path without a rule is closed, as if there were nothing.
@@ -195,7 +200,7 @@ class HttpApi:
 
     async def _models(self, request: Request, caller: ApiKey | None) -> None:
         names = self._handler.tiers.listed(caller)
-        self._json(request, {"object": "list", "data": [self._model_json(name, caller) for name in names]})
+        self._json(request, list_models([self._model_json(name, caller) for name in names]))
 
     async def _model(self, request: Request, caller: ApiKey | None) -> None:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
@@ -205,6 +210,9 @@ class HttpApi:
 
     async def _completions(self, request: Request, caller: ApiKey | None) -> None:
         await self._generate(request, caller, "completion", schema.CompletionRequest, translate.completion, "cmpl-")
+
+    async def _responses(self, request: Request, caller: ApiKey | None) -> None:
+        await self._answer_once(request, caller, ResponsesRequest, responses, "resp_")
 
     async def _generate(
         self,
@@ -249,9 +257,7 @@ class HttpApi:
             request.write(rest, last=True)
 
     async def _messages(self, request: Request, caller: ApiKey | None) -> None:
-        await self._answer_once(
-            request, caller, MessagesRequest, lambda body, _, id: messages.messages(body, id), "msg_"
-        )
+        await self._answer_once(request, caller, MessagesRequest, messages.messages, "msg_")
 
     async def _count_tokens(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:
@@ -268,18 +274,18 @@ class HttpApi:
         request: Request,
         caller: ApiKey | None,
         shape: type[B],
-        convert: Callable[[B, Request, str], Translation],
+        convert: Callable[[B, str], Translation],
         prefix: str,
     ) -> None:
         """Answers a request of an API whose responses have one answer.
 
         Args:
-            convert: translates the body; it gets the request, for its headers, and the router's id of it.
+            convert: translates the body; it gets the router's id of the request too.
         """
         handler, id = self._handler, _request_id(request, None, prefix)
 
         def convert_with_session(body: B) -> Translation:
-            asked = convert(body, request, id)
+            asked = convert(body, id)
             asked.generate.session = session_of(request.header, body.named_session)
             return asked
 
@@ -368,19 +374,15 @@ class HttpApi:
         html, headers = page.page()
         request.respond(200, html, headers)
 
+    async def _hello(self, request: Request, caller: ApiKey | None) -> None:
+        self._json(request, {"message": "hello"})
+
     async def _redirect(self, request: Request, caller: ApiKey | None) -> None:
         request.respond(307, b"", [(b"location", b"/ui")])
 
     def _model_json(self, name: str, caller: ApiKey | None) -> dict[str, Any]:
         model = self._handler.tiers.describe(name, caller)
-        return {
-            "id": model.name,
-            "object": "model",
-            "created": self._started,
-            "owned_by": "overfill",
-            "max_model_len": model.max_model_len,
-            "overfill": {"tier": model.tier, "pair": self._pair_json(model.tier), "dtype": model.dtype or None},
-        }
+        return describe_model(model, self._started, self._pair_json(model.tier))
 
     def _pair_json(self, tier: str) -> dict[str, Any]:
         pair = self._handler.tiers.pair(tier)

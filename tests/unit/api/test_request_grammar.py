@@ -11,6 +11,7 @@ import pytest
 
 from overfill.api.families.hermes import Hermes
 from overfill.api.request_grammar import tried_grammar
+from overfill.api.tools import TEXT_PARAMETERS
 from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest
 from overfill.request.trials import Trials
@@ -31,6 +32,11 @@ async def trials(tiny_pair: Path) -> AsyncIterator[Trials]:
 
 def tool(schema: Any, **fields: Any) -> dict[str, Any]:
     return {"name": "f", "parameters": schema if isinstance(schema, str) else json.dumps(schema), **fields}
+
+
+def taking(**text: Any) -> dict[str, Any]:
+    """A tool that takes a text with a grammar."""
+    return {"name": "text", "parameters": json.dumps(TEXT_PARAMETERS), "input": common_pb2.Grammar(**text)}
 
 
 def request(schema: str = "", **chat: Any) -> GenerateRequest:
@@ -62,6 +68,11 @@ async def test_a_grammar_without_tools_needs_no_other(trials: Trials) -> None:
         ("sampling.grammar.json_schema", "Unimplemented", request('{"not": {}}', tools=[tool({})], tool_choice=NONE)),
         ("chat.tools", "is too complex", request(tools=[tool({"properties": {"a": BOMB}})])),
         (r"chat.tools\[0\].parameters", "is nested too deeply", request(tools=[tool('{"a":' * 5000)])),
+        (r"chat.tools\[0\].input", 'unknown name: "a"', request(tools=[taking(lark="start: a")])),
+        (r"chat.tools\[1\].input", r"itself \(a -> a\)", request(tools=[tool({}), taking(lark='start: a\na: "b" a?')])),
+        (r"chat.tools\[0\].input", "give a regex or a Lark grammar", request(tools=[taking(json_object=True)])),
+        (r"chat.tools\[0\].input", "is empty", request(tools=[taking()])),
+        (r"chat.tools\[0\].parameters", "of a tool with an input", request(tools=[tool({}, input={"regex": "a"})])),
         (r"chat.tools\[0\].parameters", "strict tool 'f'", request(tools=[tool({"not": {}}, strict=True)])),
     ],
 )

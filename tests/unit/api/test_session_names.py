@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from overfill.api.messages.schema import MessagesRequest
 from overfill.api.openai.schema import ChatRequest, CompletionRequest
 from overfill.api.sessions import MAX_SESSION_LENGTH, session_name, session_of, session_of_user
 
@@ -56,7 +57,7 @@ def test_the_session_in_the_user_id_of_the_messages_api(user_id, session):
     assert session_of_user(user_id) == session
 
 
-def test_fields_of_chat_completions_and_completions_that_name_a_session():
+def test_fields_that_name_a_session():
     chat = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     for fields, session in (
         ({}, None),
@@ -65,3 +66,5 @@ def test_fields_of_chat_completions_and_completions_that_name_a_session():
     ):
         assert ChatRequest(**chat, **fields).named_session == session
     assert CompletionRequest(model="m", prompt="x", session_id="s").named_session == "s"
+    for fields, session in (({}, None), ({"metadata": {}}, None), ({"metadata": {"user_id": "u"}}, "u")):
+        assert MessagesRequest(**chat, max_tokens=1, **fields).named_session == session

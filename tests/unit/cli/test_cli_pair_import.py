@@ -64,21 +64,9 @@ def test_a_half_that_only_vllm_runs_is_named_with_the_option_that_serves_it(
     assert "overfill pair eval" not in err
 
 
-@pytest.mark.parametrize(
-    ("out", "code", "message"),
-    [
-        ("dangling", 2, "dangling already exists"),
-        ("file/new", 2, "file is not a folder that you can write to"),
-        ("/proc/new", 1, "cannot write the pair /proc/new"),
-    ],
-)
-def test_a_folder_that_cannot_be_made(
-    out: str, code: int, message: str, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "dangling").symlink_to("nowhere")
-    (tmp_path / "file").touch()
-    assert run(tiny_pair, "--out", str(tmp_path / out)) == code
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_a_folder_that_cannot_be_made(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tiny_pair, "--out", "/proc/new") == 1
+    assert "cannot write the pair /proc/new" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

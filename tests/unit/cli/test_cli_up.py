@@ -561,7 +561,7 @@ def test_every_router_must_be_ready(new_stack: Callable[..., RecordingStack], ro
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"host": "127.0.0.2"}, r"router\.crt cannot be used at 127\.0\.0\.2: IP address mis.*tls_name"),
+        ({"host": "127.0.0.2"}, r"router\.crt cannot be used at 127\.0\.0\.2: IP address mis.*2'; give .*tls_name"),
         ({"advertise": "[::2]:0"}, r"router\.crt cannot be used at ::2"),  # only workers have an address to announce
         ({"tls_ca": "router.key"}, r"cannot read the TLS CA certificate .*router\.key"),
         ({"host": "127.0.0.2", "tls_name": "overfill"}, None),

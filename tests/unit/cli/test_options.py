@@ -76,7 +76,20 @@ from overfill.cli.main import main
         ("up --tier a=p --tier b", "expected NAME=PAIR"),
         ("up --tier a=p --no-ray --tier b=p:2,max=3", "--no-ray conflicts with max of --tier b"),
         ("up --tier a=p --tier b=p:2,max=1", "tier 'b': max must be a number of workers of at least 2, got '1'"),
-        ("pair build --full m --out .", "--out: . already exists"),
+        ("pair build --full m --out .", "--out': . already exists; give a new folder"),
+        ("pair build --full m --out dangling", "--out': dangling already exists"),
+        ("pair distill m --out .", "--out': . already exists"),
+        ("pair import --full m --decoder m --out file/new", "file/new cannot be made, because"),
+        ("pair eval m --out file", "--out': directory 'file' is a file"),
+        ("pair compare m --out file/new", "file is a file"),
+        (
+            "pair calibrate --full m --out missing/x.jsonl",
+            "x.jsonl cannot be made: make the folder missing first",
+        ),
+        ("pair distill-plot a=b --out .", "--out': file '.' is a directory"),
+        ("chaos --report missing/x", "--report': missing/x cannot be made"),
+        ("simulate --plot missing/x", "--plot': missing/x cannot be made"),
+        ("loadtest --records missing/x", "--records': missing/x cannot be made"),
         ("pair build --full m --out x --intermediate-size 1.5", "--intermediate-size"),
         ("keys create 'no name'", "NAME: is 'no name'"),
         ("certs certs --name é", "--name: 'é' is neither"),
@@ -86,5 +99,22 @@ def test_a_wrong_option_is_wrong_usage_and_named(
     command: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
     assert main(shlex.split(command)) == 2
     assert says.lower() in " ".join(capsys.readouterr().err.replace("│", " ").split()).lower()
+
+
+@pytest.mark.parametrize("place", [".", "file"])
+def test_an_output_that_this_user_may_not_write_is_refused_first(
+    place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    refused = (tmp_path / place).resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != refused)  # root may write anywhere
+    out = "new" if place == "." else place
+    assert main(["pair", "calibrate", "--full", "m", "--out", out]) == 2
+    assert f"{out} cannot be written, because you may not write to {refused}" in " ".join(
+        capsys.readouterr().err.split()
+    )

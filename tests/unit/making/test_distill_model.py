@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from overfill.making.distill.loss import (
     distillation_loss,
     top_k_distillation_loss,
 )
-from overfill.making.distill.model import PackedModel
+from overfill.making.distill.model import Layer, PackedModel
 from overfill.making.distill.packed_rows import PackedRows, in_packs
 from overfill.making.distill.sampled_vocabulary import sample_vocabulary
 from overfill.making.distill.teacher import Teacher
@@ -129,14 +130,25 @@ def test_low_rank_training_changes_factors_and_vectors_alone(tiny_pair: Path) ->
     assert ranks == {4}
 
 
-def test_recomputing_activations_changes_no_gradient(tiny_pair: Path) -> None:
+def test_recomputing_activations_changes_no_gradient(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Layer] = []
+    forward = Layer.forward
+
+    def counted(layer: Layer, *given: Any) -> torch.Tensor:
+        computed.append(layer)
+        return forward(layer, *given)
+
     def gradients(remember: bool) -> list[torch.Tensor]:
         decoder = load(tiny_pair / "decoder")
         decoder.save_activations = remember
         decoder(PackedRows.of_whole(TRANSCRIPTS)).square().sum().backward()
-        return [p.grad for p in decoder.parameters() if p.grad is not None]
+        return [p.grad for p in decoder.model.parameters()]
 
-    assert all(map(torch.equal, gradients(True), gradients(False)))
+    monkeypatch.setattr(Layer, "forward", counted)
+    saved, once = gradients(True), len(computed)
+    recomputed = gradients(False)
+    assert len(computed) == 3 * once > 0
+    assert all(torch.equal(one, other) for one, other in zip(saved, recomputed, strict=True))
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])

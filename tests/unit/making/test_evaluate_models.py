@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from overfill.making.evaluate import greedy_answers
 from overfill.making.evaluate.compare import compare
 from overfill.making.evaluate.costs import PRECISIONS
 from overfill.making.evaluate.evaluation import Evaluation, evaluate
-from overfill.making.evaluate.evaluation_report import save_summary
+from overfill.making.evaluate.evaluation_report import free_rows, save_summary
 from overfill.making.evaluate.fake_quantization import fake_quantized_model
 from overfill.making.evaluate.free_running import judge_answers
 from overfill.making.evaluate.greedy_answers import Written
@@ -154,6 +155,19 @@ def test_every_answer_token_but_the_first_is_counted_where_it_stands(evaluation:
             assert sum(counts.values()) == ANSWER_TOKENS
 
 
+def test_what_cannot_be_judged_is_refused_before_checkpoints_are_read(tiny_pair: Path) -> None:
+    read: list[str] = []
+
+    def report(step: str, done: int, total: int) -> None:
+        read.append(step)
+
+    with pytest.raises(InvalidRequest, match="data: holds no answer of two tokens"):
+        evaluate(tiny_pair, [], report=report)
+    with pytest.raises(InvalidRequest, match=f"pairs: 2 are named {tiny_pair.name}; rename their folders"):
+        next(compare([tiny_pair, tiny_pair], TRANSCRIPTS, report=report))
+    assert read == []
+
+
 def test_an_identity_pair_is_the_full_model(identity: Path) -> None:
     result = evaluate(identity, TRANSCRIPTS[:3], dtype="float32", max_tokens=24)
     for name in ("full", "two_stage", "decoder_alone"):
@@ -244,6 +258,9 @@ def test_beside_empty_answers_a_length_is_no_number(tiny_pair: Path) -> None:
     assert found.tokens == 5
     assert math.isnan(found.length)
     assert nothing.to_json(nothing)["length"] is None
+    _, full_row, pair_row = free_rows(SimpleNamespace(free_running={"full": nothing, "two_stage": written}))  # type: ignore[arg-type]
+    assert full_row == ["full model", "-", "-", "-", "-", "0", "100 %"]
+    assert pair_row[2:] == ["-", "-", "-", "5", "100 %"]
 
 
 def test_too_long_conversations_are_refused(tiny_pair: Path) -> None:

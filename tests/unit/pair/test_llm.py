@@ -260,6 +260,28 @@ def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(folder):
         LLM(folder, device="cpu", max_model_len=4096)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens: must be at least 1, got 0"),
+        ({"block_size": 0}, "block_size: must be at least 1, got 0"),
+        ({"kv_memory": -1}, "kv_memory: must be at least 1, got -1"),
+        ({"threads": 0}, "threads: must be at least 1, got 0"),
+        ({"memory_fraction": 1.5}, r"memory_fraction: must be above 0 and at most 1, got 1\.5"),
+        ({"dtype": "int8"}, "dtype: must be one of float32, bfloat16, float16, got 'int8'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_a_pair_is_read(arguments, says):
+    with pytest.raises(InvalidRequest, match=f"^{says}$"):
+        LLM("no such pair", **arguments)
+
+
+def test_a_token_id_that_is_no_integer_is_refused(llm):
+    with pytest.raises(TypeError, match="'float' object"):
+        llm.generate([[5, 6.5]], GREEDY)
+
+
 SCHEMA = Grammar.json_schema(
     {
         "type": "object",

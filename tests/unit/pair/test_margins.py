@@ -147,6 +147,7 @@ def test_more_slack_leaves_more_tokens(sampling: SamplingParams) -> None:
     masks = [kept_with_slack(some_logits(), sampling, slack) for slack in (-0.1, -0.01, 0.0, 0.01, 0.1)]
     for less, more in itertools.pairwise(masks):
         assert not (less & ~more).any()
+    assert (masks[-1] & ~masks[0]).any() == (sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0)
 
 
 def test_greedy_margins_are_distances_from_the_largest_logit() -> None:

@@ -15,7 +15,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -23,10 +23,17 @@ from overfill.errors import Unavailable
 from overfill.v1 import inference_pb2
 
 TOKEN_TEXT = b"~"
-"""Text of every token that mock workers send. It appears nowhere else in an answer over HTTP."""
+"""Text of every token that mock workers send."""
 
-_TOKENS = re.compile(TOKEN_TEXT + b"+")
-"""The tokens of one event."""
+Api = Literal["chat", "responses", "messages"]
+"""The APIs over HTTP."""
+
+_TOKENS: dict[Api, re.Pattern[bytes]] = {
+    "chat": re.compile(b'"content":"(~+)"'),
+    "responses": re.compile(b'"delta":"(~+)"'),
+    "messages": re.compile(b'"text":"(~+)"'),
+}
+"""The tokens of one event. Events of the end that repeat the whole text do not match."""
 
 GRPC_PATH = b"/overfill.v1.Inference/Generate"
 
@@ -43,6 +50,7 @@ class Load:
         tokens: Tokens of a complete answer.
         streams: Number of requests that run at any time. The next one starts when one ends.
         rate: Requests per second, sent at fixed times instead. None means ``streams``.
+        api: API of a request over HTTP.
     """
 
     protocol: Protocol
@@ -51,6 +59,7 @@ class Load:
     tokens: int
     streams: int = 0
     rate: float | None = None
+    api: Api = "chat"
 
 
 @dataclass(slots=True)
@@ -117,7 +126,7 @@ class LoadProcesses:
             rate = None if load.rate is None else load.rate / count
             # The processes of an open loop take turns.
             pause = 0.0 if load.rate is None else index / load.rate
-            pipe.send((Load(load.protocol, load.address, load.request, load.tokens, streams, rate), pause))
+            pipe.send((replace(load, streams=streams, rate=rate), pause))
         try:
             yield self._counts
         finally:
@@ -237,24 +246,27 @@ class _Client:
 
 
 class _HttpConnection:
-    """A connection with one request at a time. Received events by their field name and tokens by their text."""
+    """A connection with one request at a time. It finds the tokens of an event by the name before their text."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._socket = client.connect(self._read)
         self._sent = self._last = 0.0
+        self._find_tokens = _TOKENS[client.load.api].findall
         self._tokens = 0
+        self._rest = b""  # of an event that has not arrived as a whole
         self._tail = b""
 
     def begin(self) -> None:
-        self._sent, self._tokens, self._tail = time.perf_counter(), 0, b""
+        self._sent, self._tokens, self._rest, self._tail = time.perf_counter(), 0, b"", b""
         self._socket.sendall(self._client.load.request)
 
     def _read(self) -> None:
         data = self._socket.recv(1 << 18)
         counts = self._client.counts
-        if tokens := data.count(TOKEN_TEXT):
-            events = 1 if tokens == 1 else len(_TOKENS.findall(data))
+        whole, _, self._rest = (self._rest + data).rpartition(b"\n\n")
+        if found := self._find_tokens(whole):
+            events, tokens = len(found), sum(map(len, found))
             if self._tokens:
                 self._last = self._client.events(self._last, events)
             else:

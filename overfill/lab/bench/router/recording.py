@@ -10,7 +10,7 @@ import grpc
 
 from overfill.errors import Unavailable
 from overfill.lab.bench.router.bare_server import Recording
-from overfill.lab.bench.router.load import GRPC_PATH, TOKEN_TEXT, Protocol
+from overfill.lab.bench.router.load import GRPC_PATH, TOKEN_TEXT, Api, Protocol
 from overfill.request.params import SamplingParams
 from overfill.v1 import inference_pb2
 
@@ -23,17 +23,20 @@ _END = b"\n\n"
 """End of a server-sent event."""
 
 
-def make_request(protocol: Protocol, model: str, tokens: int) -> bytes:
-    """A greedy request for ``tokens`` tokens: a whole HTTP request (chat, streamed), or a ``GenerateRequest``."""
+_PATHS: dict[Api, str] = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+
+
+def make_request(protocol: Protocol, model: str, tokens: int, api: Api = "chat") -> bytes:
+    """A greedy request for ``tokens`` tokens: a whole HTTP request to ``api``, streamed, or a ``GenerateRequest``."""
     if protocol == "grpc":
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True).to_proto()
         ids = inference_pb2.TokenIds(ids=_PROMPT)
         return inference_pb2.GenerateRequest(token_ids=ids, sampling=sampling).SerializeToString()
+    items, most = ("input", "max_output_tokens") if api == "responses" else ("messages", "max_tokens")
     message = {"role": "user", "content": _TEXT}
-    options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    body = json.dumps({"model": model, "messages": [message], **options}).encode()
+    body = json.dumps({"model": model, items: [message], most: tokens, "temperature": 0, "stream": True}).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+        f"POST {_PATHS[api]} HTTP/1.1\r\nhost: localhost\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

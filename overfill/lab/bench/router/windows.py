@@ -18,7 +18,7 @@ from overfill.client import Client
 from overfill.errors import Unavailable
 from overfill.lab.bench.cpu_clock import cpu_seconds
 from overfill.lab.bench.router.bare_server import SendingPace
-from overfill.lab.bench.router.load import TOKEN_TEXT, Load, LoadProcesses, Protocol, Received
+from overfill.lab.bench.router.load import TOKEN_TEXT, Api, Load, LoadProcesses, Protocol, Received
 from overfill.lab.bench.router.recording import make_request
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
@@ -34,6 +34,9 @@ _START_SECONDS = 60.0
 _SETTLE_SECONDS = 0.4
 """Maximum time between the start of a load and its window, and after its end."""
 
+_ANSWER = 1 << 20
+"""Tokens of a mock answer, more than any request asks for."""
+
 _SPARE = 64
 """Sequences that a worker takes beyond those of a load, because ended ones leave a little later."""
 
@@ -48,6 +51,7 @@ class Server:
     Attributes:
         pid: Its process.
         others: Processes that must not be the bottleneck, such as mock workers.
+        api: API of the requests over HTTP.
     """
 
     protocol: Protocol
@@ -55,6 +59,12 @@ class Server:
     pid: int
     model: str
     others: tuple[int, ...] = ()
+    api: Api = "chat"
+
+    def load(self, tokens: int, streams: int = 0, rate: float | None = None) -> Load:
+        """A load of requests for ``tokens`` tokens."""
+        request = make_request(self.protocol, self.model, tokens, self.api)
+        return Load(self.protocol, self.address, request, tokens, streams, rate, self.api)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +112,7 @@ class Windows:
 
     def measure(self, server: Server, tokens: int, streams: int) -> Window:
         """Keeps ``streams`` requests of ``tokens`` tokens running, and measures once all have their first token."""
-        load = Load(
-            server.protocol, server.address, make_request(server.protocol, server.model, tokens), tokens, streams
-        )
-        with self._running(load) as counts:
+        with self._running(server.load(tokens, streams)) as counts:
             _wait_for_first_tokens(counts, streams)
             time.sleep(self._settle)
             before, workers, cpu, start = counts(), _cpu_of(server.others), cpu_seconds(server.pid), time.perf_counter()
@@ -118,8 +125,7 @@ class Windows:
 
     def ttft(self, server: Server, rate: float) -> list[float]:
         """Sends requests of one token at fixed times. Returns the seconds to the first token of each."""
-        request = make_request(server.protocol, server.model, 1)
-        with self._running(Load(server.protocol, server.address, request, 1, rate=rate)) as counts:
+        with self._running(server.load(1, rate=rate)) as counts:
             time.sleep(self._settle)
             counts()
             time.sleep(2 * self._seconds)
@@ -127,14 +133,12 @@ class Windows:
 
     def ttft_at_once(self, server: Server, streams: int) -> list[float]:
         """Starts ``streams`` requests of two tokens at once. Returns the seconds to the first token of each."""
-        load = Load(server.protocol, server.address, make_request(server.protocol, server.model, 2), 2, streams)
-        with self._running(load) as counts:
+        with self._running(server.load(2, streams)) as counts:
             return _wait_for_first_tokens(counts, streams)
 
     def memory(self, server: Server, streams: int) -> float:
         """KiB per open stream that has its first token and waits for the next."""
-        process, request = psutil.Process(server.pid), make_request(server.protocol, server.model, 2)
-        load = Load(server.protocol, server.address, request, 2, streams)
+        process, load = psutil.Process(server.pid), server.load(2, streams)
         with self._running(replace(load, streams=_WARM_STREAMS)) as counts:
             _wait_for_first_tokens(counts, _WARM_STREAMS)
         time.sleep(2 * self._settle)
@@ -154,7 +158,12 @@ class Windows:
 @contextmanager
 def paced_stack(pair: Path, pace: SendingPace, sequences: int) -> Iterator[tuple[Server, Server]]:
     """Starts a router whose mock workers keep ``pace`` and take ``sequences`` requests each."""
-    times = {"step": pace.step, "per_sequence": pace.per_sequence, "answer": TOKEN_TEXT.decode()}
+    times = {
+        "step": pace.step,
+        "per_sequence": pace.per_sequence,
+        "answer": TOKEN_TEXT.decode(),
+        "answer_tokens": _ANSWER,
+    }
     settings = {
         "engine": "mock",
         "engine_args": json.dumps(times),

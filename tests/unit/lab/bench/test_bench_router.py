@@ -64,3 +64,22 @@ class TestLoad:
     def test_a_bare_server_sends_what_was_recorded(self, protocol):
         with bare_server(protocol, recording(protocol), SendingPace()) as (address, _):
             assert record(protocol, address, "m") == recording(protocol)
+
+
+@pytest.mark.parametrize(
+    ("api", "event", "end"),
+    [
+        ("chat", '{"delta":{"content":"~"}}', '{"delta":{}}'),
+        ("responses", '{"type":"output_text.delta","delta":"~"}', '{"type":"output_text.done","text":"~~~"}'),
+        ("messages", '{"delta":{"type":"text_delta","text":"~"}}', '{"type":"message_stop"}'),
+    ],
+)  # fmt: skip
+def test_the_tokens_of_each_api_are_counted_once(clients, api, event, end):
+    token, tail = (f"data: {data}\n\n".encode() for data in (event, end))
+    answer = Recording((b"event: first\ndata: {}\n\n",), token, (tail,))
+    with bare_server("http", answer, SendingPace(step=0.001)) as (address, _):
+        load = Load("http", address, make_request("http", "m", 3), 3, streams=2, api=api)
+        with clients.running(load) as counts:
+            found = wait_for(counts, lambda found: found.ended >= 20)
+    assert found.failed == 0
+    assert found.events == found.tokens
