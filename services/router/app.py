@@ -164,7 +164,7 @@ class Router:
             RequestLimits(
                 config.max_attempts, config.max_request_bytes, config.max_request_time, config.stream_interval
             ),
-            reasoning=reasoning,
+            reasoning,
             drop_attribution=config.drop_attribution,
         )
         keys = config.key_ring()

@@ -58,8 +58,8 @@ class RequestHandler:
     Args:
         tiers: the tiers, and the choice of one for each request.
         trials: tries the grammars of requests.
-        reasoning: how the model marks what it thinks; None if that is not separated from answers.
         drop_attribution: leave Claude Code's attribution line out of prompts; see ``api.attribution``.
+        reasoning: how the model marks what it thinks; None if that is not separated from answers.
 
     Attributes:
         tiers: as the argument.
@@ -79,8 +79,8 @@ class RequestHandler:
         statistics: Statistics,
         key_limiter: KeyLimiter,
         limits: RequestLimits,
-        *,
         reasoning: Reasoning | None = None,
+        *,
         drop_attribution: bool = True,
     ) -> None:
         self.tiers = tiers
@@ -93,8 +93,8 @@ class RequestHandler:
         self._dispatcher = dispatcher
         self._connector = connector
         self._limits = limits
-        self._reasoning = reasoning
         self._drop_attribution = drop_attribution
+        self._reasoning = reasoning
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
         self._preparing = 0  # requests that are being checked and started
