@@ -3,8 +3,10 @@
 import json
 import socket
 import time
+from typing import Literal
 
 import anthropic
+import pydantic
 import pytest
 from http_calls import bearer, call
 from mocks import mock_stack
@@ -276,6 +278,35 @@ def test_errors_before_the_route_have_the_same_form(stack, tiny_pair, tmp_path):
         limited = call(url, body, {"x-api-key": key})
         assert told(limited) == (429, "error", "rate_limit_error")
         assert int(limited.headers["retry-after"]) > 0
+
+
+@anthropic.beta_tool
+def read(path: str) -> str:
+    """Reads a file.
+
+    Args:
+        path: of the file.
+    """
+    return f"Of {path}: be short."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_client_s_tool_runner_sends_the_whole_conversation(client, stream):
+    """It asks for a thread first, in which the server would keep the conversation."""
+    runner = client.beta.messages.tool_runner(
+        model="claude-test", max_tokens=300, tools=[read], stream=stream, **say("read it")
+    )
+    messages = [turn.get_final_message() if stream else turn for turn in runner]
+    assert [message.stop_reason for message in messages] == ["tool_use", "end_turn"]
+    assert texts(messages[1]) == "Short."
+
+
+def test_the_client_parses_structured_answers(client):
+    class Picked(pydantic.BaseModel):
+        n: Literal[1]
+
+    answer = client.messages.parse(model="claude-test", max_tokens=300, messages=HI, output_format=Picked)
+    assert answer.parsed_output == Picked(n=1)
 
 
 def test_what_is_left_out_is_named_in_a_header(client):

@@ -11,6 +11,7 @@ from typing import Any
 
 from overfill.api.messages import schema
 from overfill.api.messages.answers import MessageWriter
+from overfill.api.messages.errors import THREAD_UNSUPPORTED
 from overfill.api.messages.signatures import hidden_text
 from overfill.api.openai.errors import ApiError
 from overfill.api.translation import Served, Translation
@@ -40,6 +41,9 @@ _TOOL = re.compile(r"(?<=^tools\[)\d+")
 
 def messages(request: schema.MessagesRequest, request_id: str) -> Translation:
     """Translate a request for a message. Raises ApiError."""
+    if request.thread is not None:
+        message = "'thread' is not supported: the server stores nothing; send the whole conversation"
+        raise ApiError(400, message, param="thread", code=THREAD_UNSUPPORTED)
     chat, places, left_out = _chat(request)
     generate = inference_pb2.GenerateRequest(
         model=request.model,

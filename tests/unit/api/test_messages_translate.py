@@ -270,6 +270,7 @@ LAST_USES = [*HI, {"role": "assistant", "content": [CALL]}]
         ({"output_config": {"effort": "huge"}}, "'output_config.effort'"),
         ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "'output_config.format.type'"),
         ({"metadata": {"user_id": 5}}, "'metadata.user_id'"),
+        ({"thread": {"type": "create"}}, "'thread' is not supported"),
         ({"tools": [READ] * 129}, "'tools'"),
         ({"tools": [{"name": "read"}]}, "'tools[0].input_schema' is missing"),
         ({"tools": [READ | {"input_schema": "x"}]}, "'tools[0].input_schema'"),
