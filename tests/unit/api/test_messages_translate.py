@@ -9,6 +9,7 @@ from overfill.api.messages.signatures import signature
 from overfill.api.messages.translate import count_tokens, messages
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import check_items, parse
+from overfill.api.reasoning import thinking_variables
 from overfill.errors import InvalidRequest, Overloaded, PromptTooLong
 from overfill.v1.inference_pb2 import Chat, ToolChoice
 
@@ -210,6 +211,21 @@ def test_tools_are_offered_left_out_or_deferred(fields, names, left_out):
 def test_the_choice_of_tools(choice, expected):
     chat = translate(tools=[READ], tool_choice=choice).generate.chat
     assert (chat.tool_choice, chat.single_tool_call) == (expected.tool_choice, expected.single_tool_call)
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}),
+        ({"thinking": {"type": "adaptive"}}, {}),
+        ({"thinking": {"type": "disabled"}}, thinking_variables(enabled=False)),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, thinking_variables(enabled=True)),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, thinking_variables("high", False)),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "medium"}}, thinking_variables("medium")),
+    ],
+)
+def test_thinking_is_a_variable_of_the_chat_template(fields, variables):
+    assert json.loads(translate(**fields).generate.chat.chat_template_kwargs or "{}") == variables
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
