@@ -9,13 +9,10 @@ from typing import Any, TypeVar
 
 from overfill.client.requests import AnswerIdentity, Message, ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
-from overfill.request.names import CODEC_NAMES, FINISH_REASONS, FinishReason
+from overfill.request.names import CODEC_NAMES, FINISH_REASONS, TTFT_PARTS, FinishReason
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
 E = TypeVar("E", bound=OverfillError)
-
-TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
-"""Fields of ``Timing`` that add up to its ``ttft``, in the order in which they happen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import pytest
 from http_calls import call
 from mocks import mock_stack
 from prometheus_client.parser import text_string_to_metric_families
+from stacks import wait_until
 
 from overfill.cli.main import main
 from overfill.client import Client, Message, SamplingParams
@@ -25,10 +26,19 @@ def stack(tiny_pair):
         yield running
 
 
+def wait_for_reports(stack):
+    """Waits until the router knows of all answers that they have ended: until then they count as load."""
+    workers = stack.router.roster.workers()
+    wait_until(
+        lambda: not any(worker.requests for worker in workers), 10, "all workers have reported that they are idle"
+    )
+
+
 def ask(stack, headers, turn, **fields):
     """Sends a turn of a conversation, whose beginning all agents share; returns the workers and the cached tokens."""
     messages = [{"role": "user", "content": "The instructions of an agent. " * 8 + " and then" * (20 * turn)}]
     body = {"model": stack.router._handler.tiers.model, "messages": messages, "max_tokens": 2, **fields}
+    wait_for_reports(stack)
     reply = call(f"{stack.url}/v1/chat/completions", body, headers=headers)
     assert reply.status == 200, reply.body
     answer = json.loads(reply.body)
@@ -47,9 +57,21 @@ def test_the_turns_of_each_session_go_to_one_worker_of_each_stage(stack):
     assert len({decode for workers in where.values() for _, decode in workers}) == len(AGENTS), "they spread"
     for fields in ({"prompt_cache_key": "secret-codex"}, {"session_id": "secret-codex"}):
         assert {ask(stack, {}, 4, **fields)[0]} == where["codex"]
+    decode = next(iter(where["codex"]))[1]
+    wait_for_reports(stack)
     with Client(stack.grpc) as client:
         answer = client.chat([Message("user", "x")], sampling=SamplingParams(max_tokens=2), session="secret-codex")
-    assert answer.decode_worker == next(iter(where["codex"]))[1]
+    assert answer.decode_worker == decode
+    asked = {"model": stack.router._handler.tiers.model}
+    messages = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for path, body in (
+        ("/v1/responses", {"input": "x", "max_output_tokens": 2, "prompt_cache_key": "secret-codex"}),
+        ("/v1/messages", {**messages, "metadata": {"user_id": '{"session_id": "secret-codex"}'}}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 2, "session_id": "secret-codex"}),
+    ):
+        wait_for_reports(stack)
+        told = json.loads(call(f"{stack.url}{path}", {**asked, **body}).body)["overfill"]
+        assert told.get("choices", [told])[0]["decode_worker"] == decode, path
 
 
 def test_status_top_and_metrics_count_sessions_without_their_names(stack, capsys):
@@ -75,6 +97,8 @@ def test_status_top_and_metrics_count_sessions_without_their_names(stack, capsys
     }
     assert samples["overfill_router_sessions",] == status["sessions"]
     assert samples["overfill_router_requests_total", "chat", "ok", "default"] >= 6
+    for api in ("completions", "responses", "messages", "grpc"):
+        assert samples["overfill_router_requests_total", api, "ok", "default"] == 1
     assert samples["overfill_router_prompt_tokens_total", "chat"] > 0
     assert samples["overfill_router_completion_tokens_total", "chat", "default"] >= 12
     assert "secret" not in json.dumps(status) + rendered
