@@ -47,6 +47,7 @@ class Produced:
         seed: Seed that the router used.
         tier: Tier that wrote the last token; empty means that the router did not say.
         identity: What the answer depends on, an ``overfill.client.AnswerIdentity``.
+        reasoning: What the model thought before ``text``.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Produced:
     seed: int
     tier: str = ""
     identity: Any = None
+    reasoning: str = ""
 
 
 class OverfillError(Exception):

@@ -153,7 +153,7 @@ def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Seque
     arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
     if None in arguments:
         return _plain(message, format, tools)
-    result: dict[str, Any] = {"role": message.role, "content": message.content}
+    result: dict[str, Any] = {"role": message.role, "content": message.content} | _reasoning(message)
     if message.tool_calls:
         result["tool_calls"] = [
             {"id": format.template_id(call.id), "type": "function", "function": {"name": call.name, "arguments": value}}
@@ -172,7 +172,12 @@ def _plain(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequen
     if message.tool_calls:
         calls = format.write([(call.name, call.arguments or "{}") for call in message.tool_calls], tools)
         content = f"{content}\n{calls}" if content else calls
-    return {"role": message.role, "content": content}
+    return {"role": message.role, "content": content} | _reasoning(message)
+
+
+def _reasoning(message: inference_pb2.ChatMessage) -> dict[str, str]:
+    """What the assistant thought, by the name that chat templates read."""
+    return {"reasoning_content": message.reasoning} if message.reasoning else {}
 
 
 def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
@@ -180,6 +185,10 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
         place = f"chat.messages[{index}]"
         if message.role not in ROLES:
             raise InvalidRequest(f"{place}.role", f"must be one of {', '.join(ROLES)}; got {message.role[:80]!r}")
+        if message.reasoning and message.role != "assistant":
+            raise InvalidRequest(
+                f"{place}.reasoning", f"is set in a message of role {message.role!r}; only an assistant thinks"
+            )
         if message.tool_calls and message.role != "assistant":
             raise InvalidRequest(
                 f"{place}.tool_calls", f"is set in a message of role {message.role!r}; only an assistant calls tools"

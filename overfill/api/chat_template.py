@@ -87,6 +87,10 @@ class ChatTemplate:
         self.knows_tools = "tools" in self._known
         self._special_tokens = dict(special_tokens)
         self._reserved = {*_OWN_VARIABLES, *special_tokens, *environment.globals}
+        odd = not self._takes("user", "assistant", "user")  # it does not show messages as they are; it gets them so
+        self._system_anywhere = odd or self._takes("system", "system", "user", "assistant", "system", "user")
+        self._system_first = odd or self._takes("system", "user")
+        self._turns_in_parts = odd or self._takes("user", "user")
 
     def render(
         self,
@@ -104,7 +108,7 @@ class ChatTemplate:
                 variables; the last message cannot be continued; or the text is too long.
         """
         self._check_variables(options.variables)
-        shown = [dict(message) for message in messages]
+        shown = self._adapted(messages)
         if options.continue_final_message:
             content = shown[-1].get("content") if shown else None
             if not content or not isinstance(content, str):
@@ -136,13 +140,46 @@ class ChatTemplate:
             return text
         # The text must contain the message once and unchanged; some templates repeat a message or cut it.
         before, found, _ = text.rpartition(_END_OF_TEXT)
-        wanted = messages[-1]["content"].strip()
+        wanted = shown[-1]["content"].removesuffix(_END_OF_TEXT).strip()
         if not found or _END_OF_TEXT in before or not before.rstrip().endswith(wanted):
             raise InvalidRequest(
                 "chat.continue_final_message",
                 "the chat template of this model repeats or changes the last message, so it cannot be continued",
             )
         return before
+
+    def _takes(self, *roles: str) -> bool:
+        """Whether the template shows messages of these roles, all of them and in their order."""
+        texts = [f"text {index} 8d0b6c" for index in range(len(roles))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        try:
+            shown = self._template.render(
+                documents=None, messages=messages, tools=None, add_generation_prompt=True, **self._special_tokens
+            )
+        except Exception:  # a template is code that may raise anything
+            return False
+        places = [shown.find(text) for text in texts]
+        return places[0] >= 0 and places == sorted(places)
+
+    def _adapted(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Copies of ``messages``, without what the template would refuse or leave out.
+
+        Agents send several system messages, also late ones, and several messages of the user in a row. A system message
+        that the template does not take becomes the user's in the same place: the text before it, which is in prefix
+        caches, stays the same.
+        """
+        made: list[dict[str, Any]] = []
+        for message in messages:
+            role = message["role"]
+            if role == "system" and not self._system_anywhere:
+                first = not made or made[-1]["role"] == "system"  # it follows nothing else, as later ones are renamed
+                role = "system" if first and self._system_first else "user"
+            several = {"system": self._system_anywhere, "user": self._turns_in_parts}.get(role, True)
+            if made and made[-1]["role"] == role and not several:
+                made[-1]["content"] += f"\n\n{message['content']}"
+            else:
+                made.append({**message, "role": role})
+        return made
 
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         for name in variables:

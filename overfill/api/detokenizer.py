@@ -26,13 +26,16 @@ class StreamDetokenizer:
         prompt_ids: Prompt that the answer continues, given for plain text prompts, so that the first word keeps its
             leading space. Without it the answer is decoded as a separate text.
         shown: Text that stands for special tokens, by id. Other special tokens have no text.
+
+    Attributes:
+        tokenizer, shown: as the arguments.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), shown: Mapping[int, str] | None = None
     ) -> None:
-        self._tokenizer = tokenizer
-        self._shown = shown or {}
+        self.tokenizer = tokenizer
+        self.shown = shown or {}
         self._context = [i for i in prompt_ids[-_MAX_CONTEXT:] if tokenizer.has_text(i)]
         self._context_text = tokenizer.decode(self._context) if self._context else ""
         self._held: list[int] = []
@@ -41,14 +44,14 @@ class StreamDetokenizer:
         """The text that becomes final with ``ids``: whole characters only."""
         text = ""
         for token in ids:
-            if token in self._shown:
-                text += self.finish() + self._shown[token]
+            if token in self.shown:
+                text += self.finish() + self.shown[token]
                 self._context, self._context_text = [], ""
-            elif not self._held and (piece := self._tokenizer.piece(token)) is not None:
+            elif not self._held and (piece := self.tokenizer.piece(token)) is not None:
                 if self._context:
                     self._context, self._context_text = [], ""
                 text += piece
-            elif self._tokenizer.has_text(token):
+            elif self.tokenizer.has_text(token):
                 text += self._push_one(token)
         return text
 
@@ -70,7 +73,7 @@ class StreamDetokenizer:
 
         def damage(cut: int) -> int:
             # A cut inside a character yields more replacement characters than a cut between two characters.
-            head, tail = self._text_after_context(self._held[:cut]), self._tokenizer.decode(self._held[cut:])
+            head, tail = self._text_after_context(self._held[:cut]), self.tokenizer.decode(self._held[cut:])
             return head.count(_REPLACEMENT) + tail.count(_REPLACEMENT)
 
         last = len(self._held)
@@ -82,15 +85,15 @@ class StreamDetokenizer:
         if released:
             del self._held[:count]
             self._context = released
-            self._context_text = self._tokenizer.decode(released)
+            self._context_text = self.tokenizer.decode(released)
         return text
 
     def _held_text(self) -> str:
         return self._text_after_context(self._held)
 
     def _text_after_context(self, ids: list[int]) -> str:
-        whole = self._tokenizer.decode(self._context + ids)
+        whole = self.tokenizer.decode(self._context + ids)
         if whole.startswith(self._context_text):
             return whole[len(self._context_text) :]
         # With the new tokens the context decodes differently, but its text has been returned. Decode them separately.
-        return self._tokenizer.decode(ids)
+        return self.tokenizer.decode(ids)

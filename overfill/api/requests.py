@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from overfill.api.chat import encode_chat, read_tools
+from overfill.api.reasoning import Reasoning
+from overfill.api.reasoning_grammar import after_thinking
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.request.params import (
@@ -38,6 +40,7 @@ def validate_generate(
     max_model_len: int,
     vocab_size: int,
     tools: Grammar | None = None,
+    reasoning: Reasoning | None = None,
 ) -> Job:
     """Check ``request``, tokenize its prompt, and set request id, seed and ``max_tokens`` where they are missing.
 
@@ -45,6 +48,7 @@ def validate_generate(
         max_model_len: Maximum number of tokens of prompt and answer together.
         vocab_size: Size of the vocabulary; token ids are below it.
         tools: Result of ``tried_grammar``, which checks the request's grammars: the grammar that its tools need.
+        reasoning: How the model marks what it thinks; None if that is not separated from answers.
 
     Raises:
         PromptTooLong: the context has no space after the prompt for an answer, ``max_tokens`` or ``min_tokens``.
@@ -68,6 +72,12 @@ def validate_generate(
         if request.HasField("resume_identity"):  # another router, of another capacity, may have truncated the prompt
             room = request.resume_identity.prompt_tokens
         prompt = _truncated(prompt, request.truncate_prompt_tokens, room)
+    thinking = None
+    if reasoning is not None and request.HasField("chat"):
+        continues = request.chat.continue_final_message
+        thinking = reasoning.thinking(prompt, request.chat.messages[-1].content if continues else None)
+        if thinking is not None and sampling.grammar is not None:
+            sampling = replace(sampling, grammar=after_thinking(sampling.grammar, thinking))
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len, request.fit_max_tokens)
     _check_answer_start(request, len(prompt))
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
@@ -86,8 +96,8 @@ def validate_generate(
     start.sampling.max_tokens = max_tokens
     if sampling.seed is None:
         start.sampling.seed = int.from_bytes(drawn[16:], "little")
-    if tools is not None:
-        start.sampling.grammar.CopyFrom(tools.to_proto())
+    if sampling.grammar is not None:
+        start.sampling.grammar.CopyFrom(sampling.grammar.to_proto())
     job = Job(
         start=start,
         prompt_token_ids=prompt,
@@ -95,6 +105,7 @@ def validate_generate(
         continues_text=request.WhichOneof("prompt") == "text" or request.chat.continue_final_message,
         tools=() if tools is None else read_tools(request.chat),
         answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
+        thinking=thinking,
     )
     _check_num_scores(job, vocab_size)
     return job

@@ -71,13 +71,13 @@ def text_in_json_string(grammar: Grammar) -> str:
 
 
 def text_before(end: str, grammar: Grammar) -> str:
-    """A Lark expression of the texts in ``grammar`` that do not contain ``end``, each followed by ``end``.
+    """A Lark expression of the texts in ``grammar``, each followed by ``end``, which occurs nowhere else.
 
     Raises:
         InvalidRequest: as ``text_in_json_string``.
     """
     last = "".join(map(_quoted, end))
-    text = f"({_START} & ~/(?s:.*){last}(?s:.*)/) /{last}/"
+    text = f"({_START} /{last}/) & ~/(?s:.*){last}(?s:.+)/"
     return f"%lark {{\nstart: TEXT-BEFORE-END\nTEXT-BEFORE-END: {text}\n{_terminals(grammar, in_json=False)}\n}}"
 
 

@@ -89,14 +89,17 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
 
     @classmethod
-    def load(cls, folder: str | Path, tool_call_parser: ToolCallParser = "auto") -> Self:
+    def load(
+        cls, folder: str | Path, tool_call_parser: ToolCallParser = "auto", chat_template: Path | None = None
+    ) -> Self:
         """Read tokenizer.json, tokenizer_config.json, the chat template, config.json and generation_config.json.
 
         Args:
             tool_call_parser: Format of the model's tool calls.
+            chat_template: File with a chat template that replaces the checkpoint's own.
 
         Raises:
-            InvalidPair: tokenizer.json or config.json is missing, or a file is damaged.
+            InvalidPair: tokenizer.json, config.json or the file ``chat_template`` is missing, or a file is damaged.
         """
         folder = Path(folder)
         data = _read(folder / "tokenizer.json")
@@ -110,7 +113,7 @@ class Tokenizer:
             raise InvalidPair(f"{folder / 'config.json'} has no vocab_size")
         tokenizer_config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(tokenizer_config)
-        template = _chat_template_source(folder, tokenizer_config)
+        template = _chat_template(folder, chat_template, tokenizer_config, special_tokens)
         generation_config = _read_json(folder / "generation_config.json")
         return cls(
             backend,
@@ -118,7 +121,7 @@ class Tokenizer:
             eos_token_ids=eos_ids(generation_config) or eos_ids(config),
             vocab_size=vocab_size,
             special_tokens=special_tokens,
-            chat_template=ChatTemplate(template, special_tokens) if template is not None else None,
+            chat_template=template,
             tool_call_parser=tool_call_parser,
         )
 
@@ -142,6 +145,11 @@ class Tokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text inside a longer text: the tokenizer adds no special tokens."""
         return self._encode(text, add_special_tokens=False)
+
+    @property
+    def chat_template_source(self) -> str:
+        """Jinja source of the chat template; empty without one."""
+        return "" if self._chat_template is None else self._chat_template.source
 
     @property
     def template_knows_tools(self) -> bool:
@@ -216,6 +224,15 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return token.replace("▁", " ").encode()
 
+    def added_id(self, text: str) -> int | None:
+        """The id of the added token ``text``, such as "<think>"; None without such a token."""
+        id = self._backend.token_to_id(text)
+        return id if id in self._added_ids else None
+
+    def is_space(self, token_id: int) -> bool:
+        """Whether the text of a token is white space only."""
+        return self.token_bytes(token_id).isspace()
+
     def has_text(self, token_id: int) -> bool:
         """Whether decoding uses this id; it skips special tokens and unknown ids."""
         return token_id not in self._skipped_ids and self._backend.id_to_token(token_id) is not None
@@ -250,14 +267,19 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _chat_template_source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return _read(path).decode()
-    template = tokenizer_config.get("chat_template")
+def _chat_template(
+    folder: Path, given: Path | None, tokenizer_config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    """The chat template in the file ``given``, or else that of the checkpoint."""
+    own = folder / "chat_template.jinja"
+    path = given or (own if own.exists() else None)
+    template = tokenizer_config.get("chat_template") if path is None else _read_text(path)
     if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    try:
+        return None if template is None else ChatTemplate(template, special_tokens)
+    except InvalidPair as error:
+        raise InvalidPair(f"{path or folder / 'tokenizer_config.json'}: {error}") from error
 
 
 def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -276,6 +298,13 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidPair(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read(path).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidPair(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,8 @@ from overfill.request.params import Grammar
 
 MAX_TOOLS = 128
 
-TEXT_PARAMETERS = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
-    "additionalProperties": False,
-}
-"""Parameters of a tool that takes text."""
+TEXT_PARAMETER = "input"
+"""The only parameter of a tool that takes text."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
@@ -33,7 +27,7 @@ class ToolDefinition:
     Args:
         parameters: JSON schema of its arguments object.
         strict: Whether a schema that a grammar cannot enforce in full is an error.
-        input: Grammar of the text that the tool takes; its parameters are then TEXT_PARAMETERS.
+        input: Grammar of the text that the tool takes; its only parameter is then ``TEXT_PARAMETER``.
     """
 
     name: str
@@ -64,10 +58,9 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
         kind = tool.parameters.get("type", "object")
         if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             raise InvalidRequest(f"{place}.parameters", f'has "type" {str(kind)[:80]!r}; it must be "object"')
-        if tool.input is not None and tool.parameters != TEXT_PARAMETERS:
-            raise InvalidRequest(
-                f"{place}.parameters", f"of a tool with an input must be {json.dumps(TEXT_PARAMETERS)}"
-            )
+        properties = tool.parameters.get("properties")
+        if tool.input is not None and not (isinstance(properties, dict) and properties.keys() == {TEXT_PARAMETER}):
+            raise InvalidRequest(f"{place}.parameters", f"of a tool with an input have {TEXT_PARAMETER!r} only")
         seen.add(tool.name)
 
 

@@ -13,7 +13,7 @@ from overfill.api.families.choose import make_format
 from overfill.api.families.hermes import Hermes
 from overfill.api.families.tool_format import CallRules, ToolFormat
 from overfill.api.text_grammar import text_in_json_string
-from overfill.api.tools import Mode, ToolDefinition
+from overfill.api.tools import TEXT_PARAMETER, Mode, ToolDefinition
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar
 from overfill.request.json_schemas import compact
@@ -220,7 +220,7 @@ def _arguments_expression(tool: ToolDefinition) -> str:
     """A Lark expression of the arguments, as JSON text."""
     if tool.input is None:
         return f"%json {json.dumps(_arguments(tool))}"
-    head, tail = json.dumps({"input": "|"}).split("|")
+    head, tail = json.dumps({TEXT_PARAMETER: "|"}).split("|")
     return f"{json.dumps(head)} {text_in_json_string(tool.input)} {json.dumps(tail)}"
 
 

@@ -70,9 +70,16 @@ def note_tier(answer: Answer, asked: str) -> None:
 
 def _stream(client: Client, prompt: Prompt, sampling: SamplingParams, quiet: bool, options: Options) -> Answer:
     asked: Options = {**options, "sampling": sampling}
+    thought = False  # since the last text
     with client.stream(prompt, **asked) as stream:
         for delta in stream:
             if not quiet:
+                if delta.reasoning:
+                    click.secho(delta.reasoning, nl=False, err=True, dim=True)
+                    thought = True
+                if delta.text and thought:
+                    click.echo("\n", err=True)
+                    thought = False
                 click.echo(delta.text, nl=False)
                 sys.stdout.flush()
         return stream.answer

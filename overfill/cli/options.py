@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from overfill.rpc.tls import ClientTls
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_PICTURES = ".png", ".svg", ".pdf"
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -31,21 +32,24 @@ class OutPath(click.Path):
     """A file or folder that a command writes at its end. Refuses what cannot be written before the work begins.
 
     Args:
-        kind: "file", in a folder that exists; "folder"; or "new folder", which must not exist.
+        kind: "file", in a folder that exists; "picture", a file that matplotlib draws; "folder"; or "new folder", which
+            must not exist.
     """
 
-    def __init__(self, kind: Literal["file", "folder", "new folder"]) -> None:
-        super().__init__(file_okay=kind != "folder", dir_okay=kind != "file")
+    def __init__(self, kind: Literal["file", "picture", "folder", "new folder"]) -> None:
+        super().__init__(file_okay=kind != "folder", dir_okay=kind not in ("file", "picture"))
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         out = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if self._kind == "picture" and out.suffix not in _PICTURES:
+            self.fail(f"{out} must end in {', '.join(_PICTURES)}", param, ctx)
         if self._kind == "new folder" and os.path.lexists(out):
             self.fail(f"{out} already exists; give a new folder", param, ctx)
         place = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
         if not place.is_dir() and place != out.absolute():
             self.fail(f"{out} cannot be made, because {place} is a file", param, ctx)
-        if self._kind == "file" and place not in (out.absolute(), out.absolute().parent):
+        if self._kind in ("file", "picture") and place not in (out.absolute(), out.absolute().parent):
             self.fail(f"{out} cannot be made: make the folder {out.parent} first", param, ctx)
         if not os.access(place, os.W_OK | (os.X_OK if place.is_dir() else 0)):
             self.fail(f"{out} cannot be written, because you may not write to {place}", param, ctx)

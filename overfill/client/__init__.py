@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from overfill.client.aio import AsyncClient, AsyncStream
 from overfill.client.answers import (
-    TTFT_PARTS,
     Accepted,
     Answer,
     AnswerPart,
@@ -47,6 +46,7 @@ from overfill.errors import (
     Unauthenticated,
     Unavailable,
 )
+from overfill.request.names import TTFT_PARTS
 from overfill.request.params import Grammar, SamplingParams
 from overfill.rpc.stack_status import (
     Activity,

@@ -9,13 +9,10 @@ from typing import Any, TypeVar
 
 from overfill.client.requests import AnswerIdentity, Message, ToolCall
 from overfill.errors import InternalError, OverfillError, Produced
-from overfill.request.names import CODEC_NAMES, FINISH_REASONS, FinishReason
+from overfill.request.names import CODEC_NAMES, FINISH_REASONS, TTFT_PARTS, FinishReason
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
 
 E = TypeVar("E", bound=OverfillError)
-
-TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
-"""Fields of ``Timing`` that add up to its ``ttft``, in the order in which they happen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +97,7 @@ class Delta:
         tool_calls: New parts of tool calls; ``text`` does not include them.
         parts: Parts of the answer that begin with one of ``token_ids``, because another tier continues the answer.
         prompt_logprobs: In the first delta, if the request asks for it: as ``Answer.prompt_logprobs``.
+        reasoning: New text of what the model thinks before it answers; ``text`` does not include it.
     """
 
     first_index: int
@@ -109,6 +107,7 @@ class Delta:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     parts: tuple[AnswerPart, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +118,13 @@ class Usage:
         prompt_tokens: Number of tokens in the prompt.
         completion_tokens: Number of tokens in the answer, those of ``resume_token_ids`` included.
         cached_tokens: Number of prompt tokens whose KV came from a prefix cache when the prompt was first computed.
+        reasoning_tokens: Number of tokens of the answer with which the model thought; part of ``completion_tokens``.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +277,7 @@ class Answer:
         identity: What the last part of the answer depends on; a request that resumes the answer needs this.
         prompt_logprobs: One entry per token of the prompt, None for the first; None means that the request did not ask
             for them.
+        reasoning: What the model thought before it answered; ``text`` does not include it.
     """
 
     text: str
@@ -303,11 +305,12 @@ class Answer:
     brownout_from: str | None = None
     identity: AnswerIdentity = field(default_factory=AnswerIdentity)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    reasoning: str = ""
 
     @property
     def message(self) -> Message:
-        """The answer, with its tool calls, as the next message of the chat."""
-        return Message("assistant", self.text, self.tool_calls)
+        """The answer, with its reasoning and tool calls, as the next message of the chat."""
+        return Message("assistant", self.text, self.tool_calls, reasoning=self.reasoning)
 
 
 class AnswerBuilder:
@@ -328,6 +331,7 @@ class AnswerBuilder:
         self._next_index = len(request.resume_token_ids)
         self._token_ids: list[int] = []
         self._text: list[str] = []
+        self._reasoning: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self._calls: list[ToolCall] = []
@@ -377,7 +381,10 @@ class AnswerBuilder:
         if self.accepted is not None:
             accepted = self.accepted
             text, ids = "".join(self._text), tuple(self._token_ids)
-            error.produced = Produced(text, ids, accepted.request_id, accepted.seed, self._tier, self._identity)
+            reasoning = "".join(self._reasoning)
+            error.produced = Produced(
+                text, ids, accepted.request_id, accepted.seed, self._tier, self._identity, reasoning
+            )
         return error
 
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
@@ -456,7 +463,7 @@ class AnswerBuilder:
             scores = _prompt_logprobs(message.prompt_logprobs, accepted.prompt_tokens)
         self._prompt_logprobs = self._prompt_logprobs or scores
         own = logprobs if self._wants_logprobs else None
-        delta = Delta(self._next_index, ids, message.text, own, calls, parts, scores)
+        delta = Delta(self._next_index, ids, message.text, own, calls, parts, scores, message.reasoning)
         for beginning in parts:
             _join(self._parts, beginning)
         for part in calls:
@@ -464,6 +471,7 @@ class AnswerBuilder:
         self._next_index += len(ids)
         self._token_ids += ids
         self._text.append(message.text)
+        self._reasoning.append(message.reasoning)
         self._logprobs += logprobs
         return delta
 
@@ -500,7 +508,7 @@ class AnswerBuilder:
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
             finish_reason=FINISH_REASONS[message.reason],
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens, cached),
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens, cached, usage.reasoning_tokens),
             timing=Timing.from_proto(message.timing),
             request_id=accepted.request_id,
             model=accepted.model,
@@ -521,6 +529,7 @@ class AnswerBuilder:
             brownout_from=accepted.brownout_from,
             identity=self._identity,
             prompt_logprobs=self._prompt_logprobs,
+            reasoning="".join(self._reasoning),
         )
 
 

@@ -61,12 +61,15 @@ class Message:
         content: Text of the message.
         tool_calls: Tool calls that the assistant made in this message; only with role "assistant".
         tool_call_id: Id of the tool call that ``content`` answers; only with role "tool".
+        reasoning: What the assistant thought before ``content``; only with role "assistant". A chat template may leave
+            it out.
     """
 
     role: str
     content: str = ""
     tool_calls: Sequence[ToolCall] = ()
     tool_call_id: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,8 @@ class AnswerIdentity:
         kv_dtype: Element type in which the workers compute, such as "bfloat16"; empty means that the router did not
             know it yet, and fits each.
         answer_start: The request's ``answer_start``; 0 means that it had none.
+        answer_format: Formats in which the router reads the answer's text, such as "qwen3" for its reasoning; empty
+            means none.
     """
 
     full_digest: str = ""
@@ -109,6 +114,7 @@ class AnswerIdentity:
     prompt_digest: str = ""
     kv_dtype: str = ""
     answer_start: int = 0
+    answer_format: str = ""
 
     def to_proto(self) -> inference_pb2.AnswerIdentity:
         return inference_pb2.AnswerIdentity(**asdict(self))
@@ -314,6 +320,7 @@ def _message(index: int, given: Any) -> inference_pb2.ChatMessage:
         content=_text(f"{field}.content", content),
         tool_calls=[_tool_call(f"{field}.tool_calls[{i}]", call) for i, call in enumerate(message.tool_calls)],
         tool_call_id=_text(f"{field}.tool_call_id", message.tool_call_id),
+        reasoning=_text(f"{field}.reasoning", message.reasoning),
     )
 
 

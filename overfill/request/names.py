@@ -1,4 +1,4 @@
-"""Names that answers, flags and metrics use: of the wire's enum values, and of formats. No torch."""
+"""Names that answers, flags and metrics use: of the wire's enum values, of formats, and of times. No torch."""
 
 from __future__ import annotations
 
@@ -25,3 +25,6 @@ CODECS: dict[CodecName, common_pb2.KvCodec] = {
 }
 CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
 """Use ``get``: it returns None for an unspecified codec or one that this version does not know."""
+
+TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
+"""Fields of ``Timing`` that add up to its ``ttft``, in the order in which they happen."""

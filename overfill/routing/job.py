@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from overfill.request.thinking import ThinkingTokens
 from overfill.routing.tier import DEFAULT_TIER, TierChoice
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2
@@ -51,6 +52,7 @@ class Job:
         tools: definitions of the tools (``api.tools.ToolDefinition``) that the answer may call.
         answer_digest: digest of what determines the answer, if it may contain tool calls; else None. Two turns of a
             conversation may have one request id, but not one digest. A request that resumes has its first attempt's.
+        thinking: how the answer thinks before it answers; None if it only answers.
         stream_interval: minimum number of tokens in a message to the client.
         received: time when the router received the request, seconds on the event loop's clock.
         choice: the tier with which the request was accepted, and why. ``tier`` may have changed since.
@@ -86,6 +88,7 @@ class Job:
     continues_text: bool = False
     tools: Sequence[Any] = ()
     answer_digest: str | None = None
+    thinking: ThinkingTokens | None = None
     stream_interval: int = 1
     received: float = 0.0
     choice: TierChoice = field(default_factory=TierChoice)

@@ -15,6 +15,7 @@ from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.request.names import CodecName
 from overfill.request.params import MAX_STREAM_INTERVAL
+from overfill.request.thinking import ReasoningParser
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
@@ -321,6 +322,16 @@ class RouterConfig(ServiceConfig):
         gt=0,
         description="seconds without any worker of a stage after which requests that need one fail; by default twice "
         "the longest start-up time of the stage's workers, but at least 10",
+    )
+    chat_template: Path | None = Field(
+        None,
+        description="file with a chat template in Jinja, which replaces the one of the pair; every router of a stack "
+        "needs the same",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto",
+        description="format of what the model thinks before it answers, by vLLM's name; auto means the one that the "
+        "chat template shows; none leaves it in the answer; every router of a stack needs the same",
     )
     stream_interval: int = Field(
         1,

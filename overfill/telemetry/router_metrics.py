@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
+from overfill.request.names import TTFT_PARTS
 from overfill.telemetry.metric_set import LATENCY_BUCKETS, Labels, MetricSet, Sampled
 from overfill.telemetry.outcomes import OUTCOMES, REFUSALS, outcome_of, refusal_reason
 from overfill.v1 import decode_pb2, inference_pb2
 
-TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed")
-_TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS if part != "unattributed")
+_TIMED_PARTS = tuple(((part,), f"{part}_ns") for part in TTFT_PARTS)
 STAGES = ("prefill", "decode")
 WORKER_STATES = ("ready", "starting", "draining", "silent")
 
@@ -73,7 +73,7 @@ class RouterMetrics(MetricSet):
             "ttft_part_seconds",
             "Parts of the time to first token, each measured on its own; unattributed is the rest.",
             LATENCY_BUCKETS,
-            {"part": TTFT_PARTS},
+            {"part": (*TTFT_PARTS, "unattributed")},
         )
         self._itl = self._tallies(
             "itl_seconds",

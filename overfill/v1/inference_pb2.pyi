@@ -91,7 +91,7 @@ class Chat(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., single_tool_call: bool = ..., chat_template_kwargs: _Optional[str] = ..., continue_final_message: bool = ..., add_generation_prompt: bool = ..., parse_special: bool = ...) -> None: ...
 
 class AnswerIdentity(_message.Message):
-    __slots__ = ("full_digest", "config_digest", "reader_digest", "reader_quantize", "tokenizer_digest", "decoder_digest", "decoder_config_digest", "decoder_quantize", "kv_cache_dtype", "adapter_digest", "revision", "prompt_tokens", "prompt_digest", "kv_dtype", "answer_start")
+    __slots__ = ("full_digest", "config_digest", "reader_digest", "reader_quantize", "tokenizer_digest", "decoder_digest", "decoder_config_digest", "decoder_quantize", "kv_cache_dtype", "adapter_digest", "revision", "prompt_tokens", "prompt_digest", "kv_dtype", "answer_start", "answer_format")
     FULL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     READER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class AnswerIdentity(_message.Message):
     PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     ANSWER_START_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FORMAT_FIELD_NUMBER: _ClassVar[int]
     full_digest: str
     config_digest: str
     reader_digest: str
@@ -122,7 +123,8 @@ class AnswerIdentity(_message.Message):
     prompt_digest: str
     kv_dtype: str
     answer_start: int
-    def __init__(self, full_digest: _Optional[str] = ..., config_digest: _Optional[str] = ..., reader_digest: _Optional[str] = ..., reader_quantize: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., decoder_config_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., revision: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., prompt_digest: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., answer_start: _Optional[int] = ...) -> None: ...
+    answer_format: str
+    def __init__(self, full_digest: _Optional[str] = ..., config_digest: _Optional[str] = ..., reader_digest: _Optional[str] = ..., reader_quantize: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., decoder_config_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., revision: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., prompt_digest: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., answer_start: _Optional[int] = ..., answer_format: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "resume_token_ids", "request_id", "trace", "sample_index", "kv_codec", "priority", "truncate_prompt_tokens", "stream_interval", "tier", "fallback", "allow_brownout", "resume_identity", "answer_start", "session", "fit_max_tokens")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from overfill.api.reasoning import find_reasoning
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown, Unavailable
 from overfill.model.manifest import Pair, check_family
@@ -108,7 +109,8 @@ class Router:
         pair = pairs[config.ordered_tiers[0].name]
         # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        tokenizer = Tokenizer.load(pair.full_path)
+        tokenizer = Tokenizer.load(pair.full_path, chat_template=config.chat_template)
+        reasoning = find_reasoning(config.reasoning_parser, tokenizer)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
         self._address = self._join_address = self._http_address = ""
@@ -146,7 +148,13 @@ class Router:
             config.grammar_limits(),
         )
         self._handler = RequestHandler(
-            ServedTiers(config.served_model_name or (pair.name,), pairs, self.roster, self._brownout),
+            ServedTiers(
+                config.served_model_name or (pair.name,),
+                pairs,
+                self.roster,
+                self._brownout,
+                "" if reasoning is None else reasoning.name,
+            ),
             tokenizer,
             self._trials,
             async_dispatcher,
@@ -156,6 +164,7 @@ class Router:
             RequestLimits(
                 config.max_attempts, config.max_request_bytes, config.max_request_time, config.stream_interval
             ),
+            reasoning,
             drop_attribution=config.drop_attribution,
         )
         keys = config.key_ring()

@@ -15,6 +15,7 @@ from overfill.api.attribution import drop_attribution
 from overfill.api.chat import added_by_template, encode_chat
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.keys import ApiKey
+from overfill.api.reasoning import Reasoning
 from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import validate_generate
 from overfill.api.sessions import session_name
@@ -58,6 +59,7 @@ class RequestHandler:
         tiers: the tiers, and the choice of one for each request.
         trials: tries the grammars of requests.
         drop_attribution: leave Claude Code's attribution line out of prompts; see ``api.attribution``.
+        reasoning: how the model marks what it thinks; None if that is not separated from answers.
 
     Attributes:
         tiers: as the argument.
@@ -77,6 +79,7 @@ class RequestHandler:
         statistics: Statistics,
         key_limiter: KeyLimiter,
         limits: RequestLimits,
+        reasoning: Reasoning | None = None,
         *,
         drop_attribution: bool = True,
     ) -> None:
@@ -91,6 +94,7 @@ class RequestHandler:
         self._connector = connector
         self._limits = limits
         self._drop_attribution = drop_attribution
+        self._reasoning = reasoning
         self._running: dict[Relay, ApiKey | None] = {}
         self._key_limiter = key_limiter
         self._preparing = 0  # requests that are being checked and started
@@ -155,7 +159,8 @@ class RequestHandler:
         tools = None
         if with_grammar:
             tools = await tried_grammar(request, self._trials, self.tokenizer.tool_format, _name(caller))
-        arguments = (request, self.tokenizer, self.tiers.max_model_len(asked), self.tiers.vocab_size, tools)
+        room, vocab_size = self.tiers.max_model_len(asked), self.tiers.vocab_size
+        arguments = (request, self.tokenizer, room, vocab_size, tools, self._reasoning)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
         block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
@@ -205,6 +210,7 @@ class RequestHandler:
             tools=None if digest is None else (format, request.tools),
             tool_call_id_seed=f"{digest}/{request.id}/{start.sample_index}",
             min_tokens=start.sampling.min_tokens,
+            thinking=request.thinking,
         )
         self._open.add(relay)
         self._note_idle()

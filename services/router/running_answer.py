@@ -208,7 +208,7 @@ def _finished(
         decode_engine=relay.decode_engine,
         parts=parts,
     )
-    finished.usage.completion_tokens = text.num_tokens
+    finished.usage.completion_tokens, finished.usage.reasoning_tokens = text.num_tokens, text.reasoning_tokens
     if ttft_ns is not None:
         finished.timing.ttft_ns = ttft_ns
     finished.timing.total_ns = _nanoseconds_since(relay.answer.received)

@@ -31,6 +31,7 @@ class ServedTiers:
         pairs: pair of each tier, by the tier's name, the default tier's first.
         roster: the workers.
         brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
+        answer_format: as in AnswerIdentity.
 
     Attributes:
         roster: as the argument.
@@ -38,12 +39,18 @@ class ServedTiers:
     """
 
     def __init__(
-        self, names: Sequence[str], pairs: Mapping[str, Pair], roster: Roster, brownout: Brownout | None = None
+        self,
+        names: Sequence[str],
+        pairs: Mapping[str, Pair],
+        roster: Roster,
+        brownout: Brownout | None = None,
+        answer_format: str = "",
     ) -> None:
         self._names = tuple(names)
         self._pairs = pairs
         self.roster = roster
         self._brownout = brownout
+        self._answer_format = answer_format
         self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and request, by tier
         self._said: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
         full = pairs[roster.default_tier].full_config
@@ -96,7 +103,7 @@ class ServedTiers:
 
     def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
         model = self._pairs[tier].model_identity("decoder")
-        identity = inference_pb2.AnswerIdentity()
+        identity = inference_pb2.AnswerIdentity(answer_format=self._answer_format)
         for name in {f.name for f in identity.DESCRIPTOR.fields} & {f.name for f in model.DESCRIPTOR.fields}:
             setattr(identity, name, getattr(model, name))
         for name in _FORMATS:

@@ -18,6 +18,7 @@ HOME = Path(sys.prefix) / "agents"
 """Folder where ``make test-agents`` installs the agents."""
 MODULES = HOME / "node_modules"
 _ARCH = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+_TRIPLE = f"{platform.machine()}-unknown-linux-musl"
 
 MODEL = "mock"
 BROKEN, REPAIRED = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
@@ -74,8 +75,24 @@ class Agent:
         return {"PATH": python, "HOME": str(home), "TERM": "dumb"} | self.environment(url)
 
 
+_CODEX = MODULES / f"@openai/codex-linux-{_ARCH}/vendor/{_TRIPLE}/bin/codex"
 _CLAUDE = MODULES / f"@anthropic-ai/claude-code-linux-{_ARCH}/claude"
 _OPENCODE = MODULES / f"opencode-linux-{_ARCH}/bin/opencode"
+_SDK = HOME / "python/agents/__init__.py"
+
+
+def _codex_files(url: str) -> dict[str, str]:
+    return {
+        ".codex/config.toml": f"""\
+model = "{MODEL}"
+model_provider = "overfill"
+
+[model_providers.overfill]
+name = "OverFill"
+base_url = "{url}/v1"
+wire_api = "responses"
+"""
+    }
 
 
 def _opencode_files(url: str) -> dict[str, str]:
@@ -86,6 +103,20 @@ def _opencode_files(url: str) -> dict[str, str]:
 
 
 AGENTS = (
+    Agent(
+        "codex",
+        _CODEX,
+        "/v1/responses",
+        lambda url, prompt: [
+            str(_CODEX), "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", prompt
+        ],
+        lambda project: (
+            ("exec_command", {"cmd": "cat sums.py"}),
+            ("exec_command", {"cmd": "sed -i 's/a - b/a + b/' sums.py"}),
+            ("exec_command", {"cmd": _COMMAND}),
+        ),
+        files=_codex_files,
+    ),
     Agent(
         "claude",
         _CLAUDE,
@@ -117,4 +148,18 @@ AGENTS = (
         lambda url: {"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1"},
         _opencode_files,
     ),
-)
+    Agent(
+        "agents-sdk",
+        _SDK,
+        "/v1/responses",
+        lambda url, prompt: [
+            sys.executable, str(Path(__file__).with_name("agents_sdk_task.py")), f"{url}/v1", MODEL, prompt
+        ],
+        lambda project: (
+            ("read", {"path": "sums.py"}),
+            ("edit", {"path": "sums.py", "old": "a - b", "new": "a + b"}),
+            ("run", {"command": _COMMAND}),
+        ),
+        lambda url: {"PYTHONPATH": str(HOME / "python")},
+    ),
+)  # fmt: skip

@@ -266,6 +266,13 @@ def _template_kwargs(ask: Ask) -> None:
         refuses(ask, f"chat_template_kwargs.{name}", chat_template_kwargs={name: 1})
 
 
+def _effort(ask: Ask) -> None:
+    """This template does not think; ``test_reasoning_on_stack`` has one that does."""
+    for effort in ("none", "minimal", "low", "medium", "high", "xhigh", "max"):
+        assert text(ask(reasoning_effort=effort)) == text(ask())
+    refuses(ask, "reasoning_effort", reasoning_effort="much")
+
+
 def _generation_prompt(ask: Ask) -> None:
     assert ask(add_generation_prompt=True)["usage"] == ask()["usage"]
     assert ask(add_generation_prompt=False)["usage"]["prompt_tokens"] < ask()["usage"]["prompt_tokens"]
@@ -463,7 +470,8 @@ CHAT = [
     Case("messages", "supported",
         "text only; roles system, developer (as system), user, assistant, tool; the content may be empty, and an "
         "assistant's null or missing; arguments of a call that are no JSON object, as when `max_tokens` cut them, are "
-        "shown as text; other keys are ignored", check=_messages),
+        "shown as text; an assistant's `reasoning_content`, or `reasoning`, is shown by templates that know it; other "
+        "keys are ignored", check=_messages),
     Case("audio", "refused", value={"voice": "x", "format": "wav"}),
     Case("function_call", "refused", value="auto"),
     Case("functions", "refused", value=[]),
@@ -477,8 +485,9 @@ CHAT = [
     Case("prompt_cache_key", "supported", "names the [session](#sessions)", check=_session("prompt_cache_key")),
     Case("prompt_cache_options", "ignored", "", value={}),
     Case("prompt_cache_retention", "ignored", "", value="24h"),
-    Case("reasoning_effort", "ignored",
-        "models that reason have a variable in their chat template; set it with `chat_template_kwargs`", value="low"),
+    Case("reasoning_effort", "supported",
+        "`none` switches the thinking off and the others on, where the chat template has a variable for it: it sets "
+        "`enable_thinking`, `thinking` and `reasoning_effort`, unless `chat_template_kwargs` does", check=_effort),
     Case("response_format", "supported",
         "`json_object`, `json_schema`; objects have only the keys that the schema names, also without `strict`, unless "
         "it says `additionalProperties`; what the grammar library cannot obey is 400; beside `tools`, the form of "
@@ -573,6 +582,8 @@ CHAT_EXTENSIONS = [
         'variables of the chat template, such as `{"enable_thinking": false}`; a template does not look at others',
         check=_template_kwargs),
     Case("continue_final_message", "supported", "contradicts `add_generation_prompt`", check=_continue),
+    Case("include_reasoning", "supported", "whether the response has `reasoning_content`; true by default",
+        check=_accepted(include_reasoning=False)),
     Case("parse_special", "supported",
         "whether the text of a special token, such as `<|im_end|>`, becomes that token in messages, tools and template "
         "variables too, as from vLLM; false by default; llama.cpp's name", check=_parse_special),

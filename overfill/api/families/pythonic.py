@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from overfill.api.families.call_text import CallText
 from overfill.api.families.parameters import Parameter, named_parameters
 from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
-from overfill.api.tools import ToolDefinition
+from overfill.api.text_grammar import text_in_json_string
+from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _KEYWORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORDS = {"true": "True", "false": "False", "null": "None"}
@@ -32,6 +33,9 @@ class Pythonic(ToolFormat):
     def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
         functions, lines = [], []
         for i, tool in enumerate(tools):
+            if tool.input is not None:
+                functions.append(([f'{tool.name}({TEXT_PARAMETER}="'], f'{text_in_json_string(tool.input)} "\\")"'))
+                continue
             parameters = named_parameters(tool, _KEYWORD)
             if parameters is None:
                 functions.append(([f"{tool.name}("], f'"**" {arguments(tool)} ")"'))

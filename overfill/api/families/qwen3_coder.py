@@ -26,7 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from overfill.api.families.call_text import CallText
 from overfill.api.families.parameters import Parameter, Texts, named_parameters
 from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
-from overfill.api.tools import ToolDefinition
+from overfill.api.text_grammar import text_before
+from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _HEAD, _FUNCTION_END = "\n<function=", "</function>\n"
 _PARAMETER, _PARAMETER_END = "<parameter=", "\n</parameter>\n"
@@ -45,6 +46,10 @@ class Qwen3Coder(ToolFormat):
         begin, end = self._markers
         functions, lines = [], [f"raw[lazy]: RAW {json.dumps(_PARAMETER_END)}", r"RAW: /(.|\n)*/"]
         for i, tool in enumerate(tools):
+            if tool.input is not None:
+                tag = f"{_PARAMETER}{TEXT_PARAMETER}>\n"
+                functions.append(([f"{tool.name}>\n", tag], text_before(_PARAMETER_END, tool.input)))
+                continue
             parameters = named_parameters(tool, _NAME)
             if parameters is None:
                 functions.append(([f"{tool.name}>\n"], f'{arguments(tool)} "\\n"'))

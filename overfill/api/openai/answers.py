@@ -91,6 +91,7 @@ class Choice:
         prompt: Token ids of the prompt, if it is scored.
         prompt_logprobs: Whether the prompt's log-probabilities are apart from the answer's, as in vLLM's responses.
         without_answer: Whether the response leaves out the answer.
+        include_reasoning: Whether the response shows what the model thinks before it answers.
         finished: Last message of the answer; None until it arrives.
         cached_tokens: Number of prompt tokens that were in a prefix cache, as far as it is known before ``finished``.
     """
@@ -105,10 +106,12 @@ class Choice:
     prompt: Sequence[int] = ()
     prompt_logprobs: bool = False
     without_answer: bool = False
+    include_reasoning: bool = True
     finished: inference_pb2.Finished | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
     _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
     _ids: list[int] = field(default_factory=list)
     _entries: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     _scores_of_prompt: PromptScores | None = None
@@ -124,6 +127,7 @@ class Choice:
             return
         self.completion_tokens += len(delta.token_ids)
         self._text.append(delta.text)
+        self._reasoning.append(self._shown_reasoning(delta))
         for part in delta.tool_calls:
             if part.name:
                 self._calls.append(_call(part.id, part.name))
@@ -140,6 +144,8 @@ class Choice:
             text = self.echo + text
             return {"index": self.index, "text": text, "logprobs": scores, "finish_reason": self.reason, **apart}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning := "".join(self._reasoning):
+            message["reasoning_content"] = reasoning
         if self._calls:
             message["tool_calls"] = self._calls
             message["content"] = text or None
@@ -162,7 +168,7 @@ class Choice:
 
     def only_text(self, delta: AnswerDelta) -> bool:
         """Count the tokens of ``delta`` and return True if its chunk is ``text(delta.text)``; else do nothing."""
-        if self.logprobs or delta.tool_calls or not delta.text:
+        if self.logprobs or delta.tool_calls or delta.reasoning or not delta.text:
             return False
         self.completion_tokens += len(delta.token_ids)
         return True
@@ -178,11 +184,14 @@ class Choice:
         """
         self.completion_tokens += len(delta.token_ids)
         scores = MARK if self.logprobs else None
-        if not delta.text and not delta.tool_calls and not delta.logprobs:
+        reasoning = self._shown_reasoning(delta)
+        if not reasoning and not delta.text and not delta.tool_calls and not delta.logprobs:
             return None
         if self.envelope.kind == "completion":
             return self._chunk(delta.text, scores)
-        content: dict[str, Any] = {"content": delta.text} if delta.text or not delta.tool_calls else {}
+        content: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
+        if delta.text or not (reasoning or delta.tool_calls):
+            content["content"] = delta.text
         if delta.tool_calls:
             content["tool_calls"] = _call_deltas(delta.tool_calls)
         return self._chunk(content, scores)
@@ -206,6 +215,9 @@ class Choice:
         """Finish reason of the answer, once it has ended."""
         assert self.finished is not None
         return "length" if self.without_answer else FINISH_REASONS[self.finished.reason]
+
+    def _shown_reasoning(self, delta: AnswerDelta) -> str:
+        return delta.reasoning if self.include_reasoning else ""
 
     def _chunk(self, content: Any, scores: Any) -> dict[str, Any]:
         key = "text" if self.envelope.kind == "completion" else "delta"
@@ -384,12 +396,13 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
         choice.cached_tokens if choice.finished is None else choice.finished.usage.cached_tokens
         for choice in choices[::n]
     )
+    reasoning = sum(choice.finished.usage.reasoning_tokens for choice in choices if choice.finished is not None)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning, "audio_tokens": 0},
     }
 
 

@@ -22,7 +22,7 @@ _BAD_JSON = "We could not parse the JSON body of your request"
 
 
 def check_items(body: bytes, name: str) -> None:
-    """Raise ApiError if the list ``name`` of ``body``, a request's messages, has too many items with their parts.
+    """Raise ApiError if the list ``name`` of ``body``, its items, or its tools have too many elements with their parts.
 
     Parsing them takes a hundred times as long as this check, and holds the interpreter's lock for all that time.
     """
@@ -30,18 +30,23 @@ def check_items(body: bytes, name: str) -> None:
         value = from_json(body)
     except ValueError:
         return  # ``parse`` says what is wrong
-    items = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(items, list):
+    if not isinstance(value, dict):
         return
-    lists = [value for item in items if isinstance(item, dict) for value in item.values() if isinstance(value, list)]
-    count = len(items) + sum(len(parts) for parts in lists)
-    if count > MAX_ITEMS:
-        raise ApiError(
-            400,
-            f"'{name}' has {count} items with their parts and tool calls; at most {MAX_ITEMS} are allowed",
-            param=name,
-            code="invalid_value",
-        )
+    for field in (name, "tools"):
+        if (count := _count(value.get(field))) > MAX_ITEMS:
+            raise ApiError(
+                400,
+                f"'{field}' has {count} items with their parts and tool calls; at most {MAX_ITEMS} are allowed",
+                param=field,
+                code="invalid_value",
+            )
+
+
+def _count(value: Any) -> int:
+    """The number of elements of a list, and of the lists in its elements."""
+    if not isinstance(value, list):
+        return 0
+    return len(value) + sum(_count(part) for item in value if isinstance(item, dict) for part in item.values())
 
 
 def parse(kind: type[R], body: bytes) -> R:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from overfill.api.chat import MAX_DOCUMENTS, MAX_MESSAGES, MAX_PARTS
+from overfill.api.reasoning import Effort
 from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import (
     MAX_LOGIT_BIASES,
@@ -218,7 +219,7 @@ class Sampling(Strict):
     return_tokens_as_token_ids: Any = refused("'logprobs' has the bytes of every token", False)
     routed_experts_prompt_start: Any = refused("answers do not show which experts computed them", 0)
     skip_special_tokens: Any = refused("answers never show special tokens", True)
-    thinking_token_budget: Any = refused("reasoning is not separated from the answer; use 'max_tokens'", -1)
+    thinking_token_budget: Any = refused("nothing ends the thinking before the model does; use 'max_tokens'", -1)
     truncation_side: Any = refused("'truncate_prompt_tokens' keeps the prompt's last tokens, which is 'left'", "left")
     use_beam_search: Any = refused("ask for several answers with 'n'", False)
     vllm_xargs: Any = refused("no extension reads it", {})
@@ -254,6 +255,8 @@ class Message(Extensible):
     content: str | Annotated[Items[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     tool_calls: Annotated[Items[ToolCall], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # of an assistant, as answers have it
+    reasoning: str | None = None  # vLLM's name of it
     audio: Any = refused("this model reads text only")
     function_call: Any = refused("use 'tool_calls'")
 
@@ -307,10 +310,12 @@ class ChatRequest(Sampling, Templated):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    include_reasoning: bool | None = None  # vLLM's name
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
+    reasoning_effort: Effort | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -318,7 +323,6 @@ class ChatRequest(Sampling, Templated):
     prediction: Ignored
     prompt_cache_options: Ignored
     prompt_cache_retention: Ignored
-    reasoning_effort: Ignored
     safety_identifier: Ignored
     service_tier: Ignored
     store: Ignored
@@ -334,9 +338,6 @@ class ChatRequest(Sampling, Templated):
     add_special_tokens: Any = refused("the chat template writes special tokens itself", False)
     best_of: Any = refused("ask for several answers with 'n'", 1)
     echo: Any = refused("put the last message before the answer yourself", False)
-    include_reasoning: Any = refused(
-        "reasoning is not separated from the answer; 'chat_template_kwargs' may switch it off", True
-    )
 
     return_prompt_text: Any = refused("'/tokenize' gives the prompt's tokens, and '/detokenize' their text", False)
 

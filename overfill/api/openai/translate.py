@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from overfill.api.openai import schema
 from overfill.api.openai.errors import ApiError
+from overfill.api.reasoning import thinking_variables
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.json_schemas import CannotForbid, close_objects, forbid_additional_properties
 from overfill.request.params import Grammar, GrammarKind
@@ -34,6 +35,7 @@ class ApiRequest:
         continuous_usage: Whether every chunk has token counts.
         echo: For each prompt, the text that precedes its answers; None means no text.
         grammar_field: Name of the field that sets the grammar of the answers; empty means that none does.
+        include_reasoning: Whether the response shows what the model thinks before it answers.
         without_answer: Whether the prompt is scored and no answer is asked for. The router computes one token then.
     """
 
@@ -45,6 +47,7 @@ class ApiRequest:
     echo: tuple[str | Sequence[int], ...] | None = None
     grammar_field: str = ""
     without_answer: bool = False
+    include_reasoning: bool = True
 
     @property
     def echoes_scores(self) -> bool:
@@ -74,7 +77,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
     """Translate a chat request. Raises ApiError."""
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     generate = _generate(request, request_id, _sampling(request, max_tokens, request.prompt_logprobs))
-    generate.chat.CopyFrom(_chat(request.messages, request))
+    generate.chat.CopyFrom(_chat(request.messages, request, thinking_variables(request.reasoning_effort)))
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise invalid("max_tokens", "and 'max_completion_tokens' mean the same; give one of them")
     if request.top_logprobs and not request.logprobs:
@@ -83,7 +86,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
         generate.sampling.logprobs = request.top_logprobs or 0
     _tool_choice(request, generate.chat)
     field = _set_grammar(request, generate.sampling) or ("tools" if request.tools else "")
-    return _api_request(request, (generate,), field)
+    return replace(_api_request(request, (generate,), field), include_reasoning=request.include_reasoning is not False)
 
 
 def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest:
@@ -227,13 +230,16 @@ def _sampling(
     return params
 
 
-def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inference_pb2.Chat:
+def _chat(
+    messages: Sequence[schema.Message], how: schema.Templated, thinking: Mapping[str, Any] | None = None
+) -> inference_pb2.Chat:
+    """The chat of a request. ``thinking`` are variables of the template that the request may set otherwise."""
     chat = inference_pb2.Chat(
         continue_final_message=bool(how.continue_final_message), parse_special=bool(how.parse_special)
     )
     if how.add_generation_prompt is not None:
         chat.add_generation_prompt = how.add_generation_prompt
-    variables = dict(how.chat_template_kwargs or {})
+    variables = {**(thinking or {}), **(how.chat_template_kwargs or {})}
     if how.documents is not None:
         if "documents" in variables:
             raise invalid("documents", "and 'chat_template_kwargs.documents' mean the same; give one of them")
@@ -248,6 +254,8 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
             role="system" if message.role == "developer" else message.role,
             content=_content(message.content, f"messages[{index}].content"),
             tool_call_id=message.tool_call_id or "",
+            # Clients send answers back whole, and some add the field to every message.
+            reasoning=_reasoning(message) if message.role == "assistant" else "",
         )
         for call in message.tool_calls or ():
             made.tool_calls.add(id=call.id, name=call.function.name, arguments=call.function.arguments)
@@ -265,6 +273,10 @@ def _chat(messages: Sequence[schema.Message], how: schema.Templated) -> inferenc
             strict=bool(function.strict),
         )
     return chat
+
+
+def _reasoning(message: schema.Message) -> str:
+    return message.reasoning_content or message.reasoning or ""
 
 
 def _content(content: str | Sequence[schema.ContentPart] | None, place: str) -> str:

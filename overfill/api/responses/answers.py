@@ -18,6 +18,9 @@ from overfill.request.names import FINISH_REASONS
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
 
+ENCRYPTED = "overfill-reasoning-1:"
+"""Begins the ``encrypted_content`` of reasoning that this server wrote. The rest is its text in base64."""
+
 _UNKNOWN = inference_pb2.Accepted()
 
 
@@ -28,12 +31,13 @@ class Asked:
     Attributes:
         echo: fields of the response that repeat the request.
         callees: the client's tool for each name that the model sees.
-        encrypted: what begins the ``encrypted_content`` of reasoning; empty if the client has not asked for it.
+        encrypts: whether the client asks for the ``encrypted_content`` of reasoning. Codex sends no other text of it
+            back.
     """
 
     echo: Mapping[str, Any]
     callees: Mapping[str, Callee]
-    encrypted: str
+    encrypts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +105,13 @@ class _Item:
     def text(self) -> str:
         return "".join(self._texts)
 
-    def item(self, status: str, encrypted: str = "") -> bytes:
-        """Returns the item with its text, as JSON.
-
-        Args:
-            encrypted: what begins its ``encrypted_content``; empty means that it has none.
-        """
+    def item(self, status: str, *, encrypts: bool = False) -> bytes:
+        """Returns the item with its text, as JSON, and with ``encrypted_content`` if ``encrypts``."""
         kind, text, fields = self.kind, self.text, self.fields | {"status": status}
         if kind.part is None:
             return encode(fields | {kind.text: text})
-        if encrypted:
-            fields["encrypted_content"] = encrypted + base64.b64encode(text.encode()).decode()
+        if encrypts:
+            fields["encrypted_content"] = encrypted(text)
         opened = status != "in_progress"
         return encode(fields | {"content": [kind.part | {kind.text: text}] if opened else []})
 
@@ -245,7 +245,7 @@ class ResponseWriter:
         if item is None:
             return b""
         kind, index, text = item.kind, len(self._done), item.text
-        made = item.item(status, self._asked.encrypted if kind is _REASONING else "")
+        made = item.item(status, encrypts=self._asked.encrypts and kind is _REASONING)
         events = self._event(
             kind.done, b'%b%b,"%b":%b' % (item.place, kind.more, kind.text.encode(), encode_text(text))
         )
@@ -280,6 +280,11 @@ class ResponseWriter:
             changing["overfill"] = {"pair": self._served.pair, **report}
         output = b"" if status == "in_progress" else b",".join(self._done)
         return b'%b,%b,"output":[%b]}' % (self._constant, encode(changing)[1:-1], output)
+
+
+def encrypted(text: str) -> str:
+    """Returns the ``encrypted_content`` of reasoning. The client has the text too, so nothing is secret."""
+    return ENCRYPTED + base64.b64encode(text.encode()).decode()
 
 
 def _usage(usage: Any) -> dict[str, Any]:

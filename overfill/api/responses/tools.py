@@ -11,6 +11,7 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from overfill.api.openai.translate import forbid_additional, invalid, json_text
 from overfill.api.responses import schema
+from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
@@ -82,6 +83,8 @@ class ToolSet:
                 return True
             raise invalid(f"{place}.name", f"makes the model see {name[:140]!r}, which is another tool's name too")
         custom = isinstance(tool, schema.CustomTool)
+        if len(self.places) == MAX_TOOLS:
+            raise invalid(place, f"is one too many: at most {MAX_TOOLS} tools, those in namespaces included")
         self.callees[name] = Callee(tool.name, namespace, custom)
         if not place.startswith("tools"):
             self._repeatable[name] = tool

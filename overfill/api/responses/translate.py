@@ -12,15 +12,12 @@ from typing import Any
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.translate import forbid_additional, invalid, json_text, uint32
 from overfill.api.responses import schema
-from overfill.api.responses.answers import Asked, ResponseWriter
+from overfill.api.responses.answers import ENCRYPTED, Asked, ResponseWriter
 from overfill.api.responses.tools import ToolSet
 from overfill.api.translation import AnswerWriter, Served, Translation
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.params import Grammar
 from overfill.v1 import common_pb2, inference_pb2
-
-ENCRYPTED = "overfill-reasoning-1:"
-"""Begins the ``encrypted_content`` of reasoning that this server wrote. The rest is its text in base64."""
 
 _SCHEMA = "text.format.schema"
 _LIST = re.compile(r"chat\.(messages|tools)\[(\d+)\](.*)")
@@ -58,8 +55,8 @@ def responses(request: schema.ResponsesRequest, request_id: str) -> Translation:
         conversation.add(request.input)
     _tool_choice(request, tools, chat)
     _format(request, generate.sampling)
-    encrypted = ENCRYPTED if "reasoning.encrypted_content" in (request.include or ()) else ""
-    asked = Asked(_echo(request, tools), tools.callees, encrypted)
+    encrypts = "reasoning.encrypted_content" in (request.include or ())
+    asked = Asked(_echo(request, tools), tools.callees, encrypts)
 
     def writer(served: Served) -> AnswerWriter:
         return ResponseWriter(served, asked)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from overfill.cli.options import Number, client_tls, option_errors, tls_options
+from overfill.cli.options import FILE, Number, client_tls, option_errors, tls_options
 from overfill.cli.output import console
 from overfill.lab.commands.bench_options import install_option, json_option
 from overfill.lab.traffic.traces import Arrivals, TraceRequest
@@ -17,9 +17,6 @@ from overfill.lab.traffic.traces import Arrivals, TraceRequest
 if TYPE_CHECKING:
     from overfill.lab.bench.serve.report import LoadShape
     from overfill.lab.traffic.outcome import Outcome
-
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("serve", short_help="Latency, throughput and goodput of servers under load.")
@@ -32,7 +29,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Server to measure; repeat it to compare several: NAME=http://HOST:PORT/v1, NAME=grpc://HOST:PORT, or "
     "vllm:PAIR, which starts vLLM's server with the pair's full model.",
 )
-@click.option("--trace", type=_FILE, help="Trace to play: Azure's CSV or Mooncake's JSON lines.  [default: synthetic]")
+@click.option("--trace", type=FILE, help="Trace to play: Azure's CSV or Mooncake's JSON lines.  [default: synthetic]")
 @click.option(
     "--requests",
     "count",

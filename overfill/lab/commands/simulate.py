@@ -215,8 +215,8 @@ class _Load:
 )
 @click.option(
     "--plot",
-    type=OutPath("file"),
-    help="Plot the timeline to this file.",
+    type=OutPath("picture"),
+    help="Plot the timeline to this file: .png, .svg or .pdf.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @option_errors()

@@ -23,10 +23,8 @@ from overfill.lab.simulate.prefill import PrefillListener, SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.routing.tier import Objectives
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
+from overfill.rpc.membership import REPORT_INTERVAL
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
-
-REPORT_INTERVAL = 1.0
-"""Seconds between reports while nothing changes."""
 
 _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
 

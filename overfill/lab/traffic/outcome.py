@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overfill.client.answers import TTFT_PARTS, Timing
+from overfill.client import TTFT_PARTS, Timing
 from overfill.errors import InvalidRequest
 
 PERCENTILES = (50, 90, 99)

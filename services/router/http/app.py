@@ -190,7 +190,7 @@ class HttpApi:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error.body
         if _is_anthropic(request):
-            id = _request_id(request, None, "req_")
+            id = request.answer_id or _request_id(request, None, "req_")
             body = error_body(error, id)
             headers.append((b"request-id", id.encode()))
         self._json(request, body, headers, error.status)
@@ -283,6 +283,7 @@ class HttpApi:
             convert: translates the body; it gets the router's id of the request too.
         """
         handler, id = self._handler, _request_id(request, None, prefix)
+        request.answer_id = id
 
         def convert_with_session(body: B) -> Translation:
             asked = convert(body, id)

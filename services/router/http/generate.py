@@ -114,6 +114,7 @@ class RunningChoices:
             prompt=request.prompt_token_ids if asked.echoes_scores or asked.prompt_logprobs else (),
             prompt_logprobs=asked.prompt_logprobs,
             without_answer=asked.without_answer,
+            include_reasoning=asked.include_reasoning,
         )
 
     async def whole(self, request: Request, headers: Headers) -> bytes:

@@ -41,13 +41,14 @@ class Request:
         headers: values by name in lower case; the values of one name are joined by commas.
         keep_alive: True if the connection stays open after the response.
         key: id of the API key that pays for the request's bytes; empty without one.
+        answer_id: id of the answer; empty before it has one.
         status: status of the response; None before it.
         answered: True once the whole response has been written.
     """
 
     __slots__ = (
-        "_body", "_channel", "_chunked", "_error", "_head", "_modern", "_received", "_state", "_waiter", "answered",
-        "headers", "keep_alive", "key", "method", "path", "status",
+        "_body", "_channel", "_chunked", "_error", "_head", "_modern", "_received", "_state", "_waiter", "answer_id",
+        "answered", "headers", "keep_alive", "key", "method", "path", "status",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,7 @@ class Request:
         self.headers = headers
         self.keep_alive = keep_alive
         self.key = ""
+        self.answer_id = ""
         self.status: int | None = None
         self.answered = False
         self._channel = channel

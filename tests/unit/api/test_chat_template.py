@@ -154,3 +154,36 @@ def test_indented_json_has_a_maximum_length(monkeypatch):
         deep = [deep]
     with pytest.raises(InvalidRequest, match="becomes more than 1000 characters long when this model's chat template"):
         template.render([HI], [{"a": deep}])
+
+
+ANYWHERE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+REFUSING = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('first') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+DROPPING = (
+    "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }}{% endif %}"
+    "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if m.role == 'system' or (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (ANYWHERE, "[system]a[system]b[user]c[user]d[assistant]e[system]f[user]g"),
+        (REFUSING, "[system]a\n\nb[user]c[user]d[assistant]e[user]f[user]g"),
+        (DROPPING, "[system]a\n\nb[user]c[user]d[assistant]e[user]f[user]g"),
+        (ALTERNATING, "[user]a\n\nb\n\nc\n\nd[assistant]e[user]f\n\ng"),
+    ],
+)
+def test_messages_that_a_template_would_refuse_or_drop_are_joined_or_become_the_user_s(source, text):
+    roles = ("system", "system", "user", "user", "assistant", "system", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, "abcdefg", strict=True)]
+    template = ChatTemplate(source, {})
+    assert template.render(messages) == text
+    for turn in (4, 5):
+        assert text.startswith(template.render(messages[:turn])), "what earlier turns have cached stays a prefix"

@@ -8,7 +8,7 @@ from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
 from overfill.api.messages.signatures import signature
 from overfill.api.messages.translate import count_tokens, messages
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.parse import parse
+from overfill.api.openai.parse import check_items, parse
 from overfill.errors import InvalidRequest, Overloaded, PromptTooLong
 from overfill.v1.inference_pb2 import Chat, ToolChoice
 
@@ -287,11 +287,38 @@ def test_a_wrong_request_names_its_field(fields, told):
     assert told in caught.value.message
 
 
-def test_numbers_that_json_does_not_have_are_refused_by_field():
-    body = b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"a"}],'
-    body += b'"tools":[{"name":"a","input_schema":{"x":NaN}}]}'
-    with pytest.raises(ApiError, match=r"'tools\[0\].input_schema' holds NaN"):
-        messages(parse(MessagesRequest, body), "msg_1")
+PLACES = {
+    "input": {"messages": [{"role": "assistant", "content": [CALL | {"input": "HERE"}]}, *HI]},
+    "tool": {"tools": [READ | {"input_schema": "HERE"}]},
+    "format": {"output_config": {"format": {"type": "json_schema", "schema": "HERE"}}},
+}
+HOSTILE = {
+    "deep": '{"a":' * 300 + "1" + "}" * 300,
+    "deeper": '{"a":' * 50_000 + "1" + "}" * 50_000,
+    "surrogate": '{"a":"\\ud800"}',
+    "not a number": '{"a":NaN}',
+    "beyond a double": '{"a":1e999}',
+    "digits": '{"a":' + "1" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("place", PLACES)
+def test_json_that_is_not_json_is_refused(place, hostile):
+    body = json.dumps({"model": "m", "max_tokens": 1, "messages": HI} | PLACES[place])
+    with pytest.raises(ApiError) as caught:
+        messages(parse(MessagesRequest, body.replace('"HERE"', HOSTILE[hostile]).encode()), "msg_1")
+    assert caught.value.status == 400
+
+
+def test_parts_of_results_count_as_items():
+    def body(count):
+        result = {"type": "tool_result", "tool_use_id": "t", "content": [text("a")] * 1000}
+        return json.dumps({"messages": [{"role": "user", "content": [result] * count}]}).encode()
+
+    check_items(body(16), "messages")
+    with pytest.raises(ApiError, match="'messages' has 17018 items"):
+        check_items(body(17), "messages")
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ def test_what_a_model_may_write_reads_as_a_text_of_the_grammar(kind, source):
 def test_a_text_may_have_the_beginning_of_what_ends_it():
     grammar = f"start: {text_before(END, Grammar('regex', '(?s:.)*'))}"
     assert accepts(grammar, f"<\n</parameter>.\n</parameter\n\n</parameter \\n {END}")
-    assert not accepts(grammar, f"a{END}b{END}")
+    for text in (f"a{END}b", END, "a\n</parameter>"):
+        assert not accepts(grammar, text + END)
 
 
 @pytest.mark.parametrize("name", COMMON)

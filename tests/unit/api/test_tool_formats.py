@@ -61,6 +61,11 @@ TOOLS = [
     ToolDefinition("open", parameters={"type": "object", "properties": {"a": STRING}, "additionalProperties": True}),
     ToolDefinition("odd", parameters=closed(**{"two words": STRING, "b": INTEGER})),
     ToolDefinition("exact", parameters=closed(["day"], day={"type": "string", "format": "date"}), strict=True),
+    ToolDefinition(
+        "patch",
+        parameters=closed(["input"], input=STRING),
+        input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF'),
+    ),
 ]
 BY_NAME = {tool.name: tool for tool in TOOLS}
 
@@ -78,6 +83,7 @@ CALLS = {
     "text like JSON": [("write", {"path": "null", "text": '{"a": [1, true]}'}), ("write", {"path": "12"})],
     "text with tags": [("write", {"path": "</parameter>", "text": "\n<parameter=x>\n</parameter> \n</function>\n"})],
     "other fields": [("open", {"a": "b", "c": {"d": [None]}})],
+    "text of a grammar": [("patch", {"input": "+\n+\t\"\\ 世界\u2028 </parameter>\n+</tool_call>\n"}), ("now", {})],
     "odd names": [("odd", {"two words": "x", "b": 2})],
 }  # fmt: skip
 
@@ -197,6 +203,8 @@ def test_the_grammar_accepts_what_the_format_writes(format_of, grammars, tokeniz
         ("place-it", {"colour": "blue"}),
         ("place-it", {"place": {"at": []}}),
         ("exact", {"day": "today"}),
+        ("patch", {"input": "+a\n-b\n"}),
+        ("patch", {"input": "+a"}),
     ],
 )
 @pytest.mark.parametrize("name", PARSERS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import router_events as say
 
-from overfill.client.answers import TTFT_PARTS, Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs
+from overfill.client import TTFT_PARTS
+from overfill.client.answers import Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs
 from overfill.client.requests import Message, ToolCall
 from overfill.errors import InternalError
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
