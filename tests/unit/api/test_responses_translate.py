@@ -168,6 +168,15 @@ def test_options():
     assert not greedy.HasField("top_k")
 
 
+def test_reasoning_effort_switches_the_thinking_on_and_off():
+    made = [chat(reasoning={"effort": effort}).chat_template_kwargs for effort in ("none", "high")]
+    assert [json.loads(variables)["enable_thinking"] for variables in made] == [False, True]
+    mine = {"enable_thinking": True}
+    made = json.loads(chat(reasoning={"effort": "none"}, chat_template_kwargs=mine).chat_template_kwargs)
+    assert made["enable_thinking"] is True
+    assert not chat(reasoning={"summary": "auto"}).chat_template_kwargs
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 FORMATS = [
     ({"type": "text"}, {}),
