@@ -77,7 +77,7 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
         return error
     reason = str(error).removeprefix(f"{error.field}: ")
     if isinstance(error, PromptTooLong) and error.tokens:
-        # Claude Code knows this sentence, and shortens its conversation.
+        # Claude Code recognises this sentence.
         return PromptTooLong("", f"prompt is too long: {error.tokens} tokens > {error.limit} maximum")
     name = error.field
     for pattern, replacement in _FIELDS:
