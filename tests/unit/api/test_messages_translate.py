@@ -191,6 +191,14 @@ def test_tools_are_offered_left_out_or_deferred(fields, names, left_out):
     assert asked.left_out == left_out
 
 
+def test_a_strict_tool_has_only_the_keys_that_it_names():
+    (tool,) = translate(tools=[EDIT | {"strict": True}]).generate.chat.tools
+    assert (tool.strict, json.loads(tool.parameters)) == (True, {"type": "object", "additionalProperties": False})
+    schema = {"type": "object", "properties": {}, "anyOf": [{"required": ["a"]}]}
+    with pytest.raises(ApiError, match=r"'tools\[0\].input_schema'.*'strict'"):
+        translate(tools=[EDIT | {"strict": True, "input_schema": schema}])
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
