@@ -35,7 +35,7 @@ _FIELDS = (
     (re.compile(r"^(sampling|chat)\."), ""),
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"^messages\[.*"), "messages"),  # joined turns have other numbers
-    (re.compile(r"^continue_final_message$"), "messages"),
+    (re.compile(r"^(chat|prompt|continue_final_message)$"), "messages"),
     (re.compile(r"\.parameters$"), ".input_schema"),
 )
 _TOOL = re.compile(r"(?<=^tools\[)\d+")
@@ -77,9 +77,10 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
     if not isinstance(error, InvalidRequest):
         return error
     reason = str(error).removeprefix(f"{error.field}: ")
-    if isinstance(error, PromptTooLong) and error.tokens:
+    if isinstance(error, PromptTooLong) and error.field == "prompt":
         # Claude Code recognises this sentence.
-        return PromptTooLong("", f"prompt is too long: {error.tokens} tokens > {error.limit} maximum")
+        told = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else reason
+        return PromptTooLong("", f"prompt is too long: {told}")
     name = error.field
     for pattern, replacement in _FIELDS:
         name = pattern.sub(replacement, name)

@@ -360,6 +360,8 @@ def test_parts_of_results_count_as_items():
             "'messages' needs a last message that has text",
         ),
         ("sampling.grammar.json_schema", "has no type", "'output_config.format' has no type"),
+        ("chat", "becomes too long", "'messages' becomes too long"),
+        ("prompt", "is empty", "'messages' is empty"),
         ("sampling.top_k", "is more than the vocabulary", "'top_k' is more than the vocabulary"),
         ("", "the request has 9 bytes", "the request has 9 bytes"),
     ],
@@ -376,6 +378,8 @@ def test_other_errors_and_a_prompt_that_is_too_long():
     assert asked.own_field(overloaded) is overloaded
     told = asked.own_field(PromptTooLong("prompt", "has 9 tokens", 9, 8))
     assert (str(told), type(told)) == ("prompt is too long: 9 tokens > 8 maximum", PromptTooLong)
+    told = asked.own_field(PromptTooLong("prompt", "needs 9 tokens; the largest worker holds 8"))
+    assert str(told) == "prompt is too long: needs 9 tokens; the largest worker holds 8"
     told = asked.own_field(PromptTooLong("sampling.max_tokens", "9 tokens do not fit"))
     assert (str(told), type(told)) == ("'max_tokens' 9 tokens do not fit", PromptTooLong)
 
