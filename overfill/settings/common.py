@@ -115,11 +115,10 @@ class CommonSettings(SettingsReader):
             return None
         return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name)
 
-    def check_certificate(self, host: str) -> None:
-        """Raises TlsError unless the other processes accept this process's certificate at ``host``."""
-        server, client = self.server_tls(), self.client_tls()
-        if server is not None and client is not None:
-            server.check_name(client, host)
+    def check_certificate(self, caller: ClientTls | None, host: str) -> None:
+        """Raises TlsError unless a process with the files of ``caller`` accepts this one's certificate at ``host``."""
+        if (server := self.server_tls()) is not None and caller is not None:
+            server.check_name(caller, host)
 
     def grammar_limits(self) -> GrammarLimits:
         """Returns what a client's grammar may cost."""

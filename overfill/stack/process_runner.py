@@ -147,10 +147,13 @@ class ProcessRunner:
             self._remove_folder()
 
     def _check_certificates(self) -> None:
-        for config in (*self.placed.routers, *(worker.config for worker in self.placed.workers)):
-            advertise = config.advertise if isinstance(config, WorkerConfig) else ""
+        routers, workers = self.placed.routers, [worker.config for worker in self.placed.workers]
+        for config in (*routers, *workers):
+            advertise, callers = (config.advertise, routers) if isinstance(config, WorkerConfig) else ("", workers)
+            host = announced(f"{reachable(config.host)}:0", advertise)
+            caller = next(iter(callers), config)  # another process, because it may trust another authority
             try:
-                config.check_certificate(target_host(announced(f"{reachable(config.host)}:0", advertise)))
+                config.check_certificate(caller.client_tls(), target_host(host))
             except TlsError as error:
                 raise StartFailed(str(error)) from error
 

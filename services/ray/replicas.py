@@ -83,7 +83,7 @@ class Replica:
         """
         self._grace, self._tls = config.grace_period, config.client_tls()
         advertise = config.advertise if isinstance(config, WorkerConfig) else ""
-        config.check_certificate(target_host(self._reached_at(announced(f"{config.host}:0", advertise))))
+        config.check_certificate(self._tls, target_host(self._reached_at(announced(f"{config.host}:0", advertise))))
         ready: asyncio.Future[Service] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(run(ready.set_result))
         self._serving.add_done_callback(self._note_end)

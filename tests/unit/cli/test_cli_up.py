@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from overfill.cli.main import main
 from overfill.errors import UnsupportedModel
 from overfill.process.extras import MissingExtra
 from overfill.rpc import certificates
+from overfill.rpc.access import Role
 from overfill.settings.config import DecodeConfig, PrefillConfig
 from overfill.stack import process_runner as stack_module
 from overfill.stack import shared as shared_module
@@ -577,6 +579,25 @@ def test_a_certificate_that_others_would_refuse_is_found_before_anything_starts(
     with pytest.raises(StartFailed, match=says) if says else contextlib.nullcontext():
         stack.start()
     assert bool(stack.started) is (says is None)
+
+
+@pytest.mark.parametrize("says", [None, r"router\.crt cannot be used at 127\.0\.0\.1"])
+def test_routers_and_workers_may_have_certificates_of_different_authorities(
+    says: str | None, new_stack: Callable[..., RecordingStack], tmp_path: Path
+) -> None:
+    def files(own: str, role: Role, others: str) -> dict[str, Path]:
+        mine = certificates.role_files(tmp_path / own, role)
+        return {"tls_cert": mine.cert, "tls_key": mine.key, "tls_ca": tmp_path / others / "ca.crt"}
+
+    for authority in ("routers", "workers"):
+        certificates.make(tmp_path / authority)
+    of_routers = files("routers", Role.ROUTER, "workers")
+    of_workers = files("workers", Role.WORKER, "routers" if says is None else "workers")
+    stack = new_stack()
+    placed = stack.placed.with_configs(lambda worker: worker.config.model_copy(update=of_workers))
+    stack.placed = replace(placed, routers=tuple(one.model_copy(update=of_routers) for one in placed.routers))
+    with pytest.raises(StartFailed, match=says) if says else contextlib.nullcontext():
+        stack.start()
 
 
 def test_a_worker_that_dies_at_start_stops_everything_and_its_last_lines_are_shown(
