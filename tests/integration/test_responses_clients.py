@@ -196,6 +196,46 @@ def test_a_stream_has_what_the_whole_response_has(client, case):
             assert stream.get_final_response().output_text == whole.output_text
 
 
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}"
+)
+THOUGHTS = [
+    {"text": "I think. 世 <tool_call>\n</think>\n\nIt is so.<|im_end|>"},
+    {"when": "[I think", "text": "You thought.\n</think>\n\nYou did.<|im_end|>"},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_comes_as_an_item_and_goes_back_as_one(tmp_path, stream):
+    template = tmp_path / "thinks.jinja"
+    template.write_text(THINKS)
+    script = {"script": THOUGHTS, "answer_tokens": None}
+    with (
+        mock_stack("mock", workers=script, chat_template=template) as stack,
+        openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def ask(items, **fields):
+            made = client.responses.create(model="mock", input=items, stream=stream, **fields)
+            return list(made)[-1].response if stream else made
+
+        first = ask([user("Is it so?")], include=["reasoning.encrypted_content"])
+        Response.model_validate(first.to_dict(), strict=True)
+        thought, said = first.output
+        assert [part.text for part in thought.content] == ["I think. 世 <tool_call>"]
+        assert said.content[0].text == "It is so."
+        assert 0 < first.usage.output_tokens_details.reasoning_tokens < first.usage.output_tokens
+        as_codex = thought.to_dict() | {"content": None}  # Codex sends back the encrypted text only
+        for back in (thought.to_dict(), as_codex):
+            second = ask([user("Is it so?"), back, said.to_dict(), user("Sure?")])
+            assert second.output_text == "You did."
+        cut = ask([user("Is it so?")], max_output_tokens=3)
+        assert [(item.type, item.status) for item in cut.output] == [("reasoning", "incomplete")]
+        assert ask([user("Is it so?")], reasoning={"effort": "none"}).output[0].type == "message"
+
+
 class City(BaseModel):
     city: str
 

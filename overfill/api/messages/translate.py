@@ -11,8 +11,10 @@ from typing import Any
 
 from overfill.api.messages import schema
 from overfill.api.messages.answers import MessageWriter
+from overfill.api.messages.errors import THREAD_UNSUPPORTED
 from overfill.api.messages.signatures import hidden_text
 from overfill.api.openai.errors import ApiError
+from overfill.api.reasoning import thinking_variables
 from overfill.api.translation import Served, Translation
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.request.params import Grammar
@@ -40,6 +42,9 @@ _TOOL = re.compile(r"(?<=^tools\[)\d+")
 
 def messages(request: schema.MessagesRequest, request_id: str) -> Translation:
     """Translate a request for a message. Raises ApiError."""
+    if request.thread is not None:
+        message = "'thread' is not supported: the server stores nothing; send the whole conversation"
+        raise ApiError(400, message, param="thread", code=THREAD_UNSUPPORTED)
     chat, places, left_out = _chat(request)
     generate = inference_pb2.GenerateRequest(
         model=request.model,
@@ -122,6 +127,8 @@ def _chat(request: schema.CountTokensRequest) -> tuple[inference_pb2.Chat, list[
             place = f"messages[{len(request.messages) - 1}]"
             raise _invalid(place, "is the last message and uses tools; give their results in a message after it")
         chat.continue_final_message = True
+    if variables := _thinking(request):
+        chat.chat_template_kwargs = json.dumps(variables)
     places, left_out = _add_tools(request, turns.offered, chat)
     _choose_tools(request.tool_choice, chat)
     if request.mcp_servers:
@@ -240,6 +247,13 @@ def _add_tools(
             strict=bool(tool.strict),
         )
     return places, left_out
+
+
+def _thinking(request: schema.CountTokensRequest) -> dict[str, Any]:
+    """The variables of the chat template that say whether and how much the model thinks."""
+    effort = None if request.output_config is None else request.output_config.effort
+    kind = "" if request.thinking is None else request.thinking.type
+    return thinking_variables(effort, {"enabled": True, "disabled": False}.get(kind))
 
 
 def _choose_tools(choice: schema.ToolChoice | None, chat: inference_pb2.Chat) -> None:

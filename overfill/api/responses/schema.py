@@ -21,6 +21,7 @@ from overfill.api.openai.schema import (
     UnitInterval,
     refused,
 )
+from overfill.api.reasoning import Effort
 from overfill.api.tools import MAX_TOOLS
 from overfill.request.params import MAX_PRIORITY, MAX_REPETITION_PENALTY, MAX_STOPS, MIN_REPETITION_PENALTY
 
@@ -201,7 +202,7 @@ class TextOptions(Strict):
 
 
 class ReasoningOptions(Strict):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     context: Ignored
     generate_summary: Ignored
     mode: Ignored

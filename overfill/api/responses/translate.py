@@ -11,9 +11,11 @@ from typing import Any
 
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.translate import forbid_additional, invalid, json_text, uint32
+from overfill.api.reasoning import thinking_variables
 from overfill.api.responses import schema
 from overfill.api.responses.answers import ENCRYPTED, Asked, ResponseWriter
 from overfill.api.responses.tools import ToolSet
+from overfill.api.tools import TEXT_PARAMETER
 from overfill.api.translation import AnswerWriter, Served, Translation
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.params import Grammar
@@ -41,8 +43,9 @@ def responses(request: schema.ResponsesRequest, request_id: str) -> Translation:
     if request.allow_brownout is not None:
         generate.allow_brownout = request.allow_brownout
     chat = generate.chat
-    if request.chat_template_kwargs:
-        chat.chat_template_kwargs = json_text("chat_template_kwargs", request.chat_template_kwargs)
+    effort = request.reasoning.effort if request.reasoning is not None else None
+    if variables := thinking_variables(effort) | (request.chat_template_kwargs or {}):
+        chat.chat_template_kwargs = json_text("chat_template_kwargs", variables)
     tools = ToolSet(chat.tools)
     tools.add(request.tools or (), "tools")
     conversation = _Conversation(chat, tools)
@@ -100,7 +103,7 @@ class _Conversation:
                 case schema.FunctionCallItem():
                     self._call(item, item.arguments, place)
                 case schema.CustomCallItem():
-                    self._call(item, json.dumps({"input": item.input}, ensure_ascii=False), place)
+                    self._call(item, json.dumps({TEXT_PARAMETER: item.input}, ensure_ascii=False), place)
                 case schema.CallOutputItem():
                     self._output(item, place)
                 case schema.AdditionalToolsItem():
@@ -239,14 +242,13 @@ def _echo(request: schema.ResponsesRequest, tools: ToolSet) -> dict[str, Any]:
     text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
     if request.text is not None:
         text |= request.text.model_dump(by_alias=True, exclude_none=True, exclude={"format": {"description"}})
-    reasoning = request.reasoning
     choice = request.tool_choice
     return {
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "prompt_cache_key": request.prompt_cache_key,
-        "reasoning": {"effort": reasoning.effort if reasoning is not None else None, "summary": None},
+        "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
         "safety_identifier": request.safety_identifier,
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": text,

@@ -9,6 +9,7 @@ from overfill.api.messages.signatures import signature
 from overfill.api.messages.translate import count_tokens, messages
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import check_items, parse
+from overfill.api.reasoning import thinking_variables
 from overfill.errors import InvalidRequest, Overloaded, PromptTooLong
 from overfill.v1.inference_pb2 import Chat, ToolChoice
 
@@ -212,6 +213,21 @@ def test_the_choice_of_tools(choice, expected):
     assert (chat.tool_choice, chat.single_tool_call) == (expected.tool_choice, expected.single_tool_call)
 
 
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}),
+        ({"thinking": {"type": "adaptive"}}, {}),
+        ({"thinking": {"type": "disabled"}}, thinking_variables(enabled=False)),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, thinking_variables(enabled=True)),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, thinking_variables("high", False)),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "medium"}}, thinking_variables("medium")),
+    ],
+)
+def test_thinking_is_a_variable_of_the_chat_template(fields, variables):
+    assert json.loads(translate(**fields).generate.chat.chat_template_kwargs or "{}") == variables
+
+
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 TOO_MANY = [text("a")] * 1025
 LAST_USES = [*HI, {"role": "assistant", "content": [CALL]}]
@@ -270,6 +286,7 @@ LAST_USES = [*HI, {"role": "assistant", "content": [CALL]}]
         ({"output_config": {"effort": "huge"}}, "'output_config.effort'"),
         ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "'output_config.format.type'"),
         ({"metadata": {"user_id": 5}}, "'metadata.user_id'"),
+        ({"thread": {"type": "create"}}, "'thread' is not supported"),
         ({"tools": [READ] * 129}, "'tools'"),
         ({"tools": [{"name": "read"}]}, "'tools[0].input_schema' is missing"),
         ({"tools": [READ | {"input_schema": "x"}]}, "'tools[0].input_schema'"),
