@@ -195,8 +195,11 @@ class FairQueue:
     def _move_up(self, jobs: list[Job]) -> None:
         """Gives the first of a key's jobs the first of their places; it has the last. The others move back by one."""
         places = [self._positions[job][0] for job in (*jobs[1:], jobs[0])]
+        index = self._index(places[0])
         for job, place in zip(jobs, places, strict=True):
-            self._order[self._index(place)] = place, job
+            while self._order[index][0] is not place:  # the places of other keys
+                index += 1
+            self._order[index] = place, job
             self._positions[job] = place, self._positions[job][1]
 
     def _index(self, place: Any) -> int:

@@ -5,6 +5,7 @@ import random
 from itertools import pairwise
 
 import pytest
+import tokenizers
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
@@ -382,3 +383,21 @@ def test_a_parser_that_is_named_is_taken():
     assert choose_format("pythonic", "<tool_call>", {}).name == "pythonic"
     assert choose_format("mistral", "", {}).name == "mistral"
     assert choose_format("mistral", "", {"[TOOL_CALLS]": 3, "[ARGS]": 5}).shown == {3: "\udc00", 5: "\udc01"}
+
+
+def test_a_tag_that_is_a_shown_token_is_this_token_in_answers(tmp_path):
+    for file in (FOLDER / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(tag, special=False) for tag in ("<tool_call>", "</tool_call>")])
+    backend.save(str(tmp_path / "tokenizer.json"))  # as Qwen's
+    tokenizer = Tokenizer.load(tmp_path)
+    format, calls = tokenizer.tool_format, as_json(CALLS["several"])
+    ids = tokenizer.encode_continuation(f"So: {format.write(calls)}")
+    grammars = Grammars(tmp_path / "tokenizer.json", 6144, tokenizer.eos_token_ids)
+    matcher = grammars.matcher(Grammar("lark", tools_grammar(TOOLS, "auto", single=False, format=format)))
+    matcher.accept([*ids, tokenizer.end_of_answer])
+    text = AnswerText(StreamDetokenizer(tokenizer, (), format.shown), (), (), (format, TOOLS))
+    delta = text.push(AnswerDelta(0, ids))
+    assert [part.name for part in delta.tool_calls if part.name] == [name for name, _ in calls]
+    assert (delta.text, text.called_tools) == ("So:", True)

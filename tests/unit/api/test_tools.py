@@ -185,6 +185,16 @@ def test_calls_and_their_results_go_back_to_the_model(byte_level_tokenizer):
     assert "<tool_response>\nsunny\n</tool_response>" in text
 
 
+def test_a_result_needs_its_call(byte_level_tokenizer):
+    call = {"role": "assistant", "tool_calls": [{"id": "c1", "name": "weather"}]}
+    result = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
+    for messages, wrong in (([result], 0), ([result, call], 0), ([call, result, result | {"tool_call_id": "c2"}], 2)):
+        with pytest.raises(InvalidRequest, match="the id of no tool call in the messages before it") as caught:
+            encode_chat(chat(messages=messages), byte_level_tokenizer)
+        assert caught.value.field == f"chat.messages[{wrong}].tool_call_id"
+    assert encode_chat(chat(messages=[call, result, result]), byte_level_tokenizer)
+
+
 def calls_of_an_assistant(*arguments):
     calls = [{"id": f"c{n}", "name": "weather", "arguments": text} for n, text in enumerate(arguments)]
     return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Look:", "tool_calls": calls}]
