@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from overfill.api.openai.errors import ApiError
+from overfill.api.openai.schema import Generating
 from overfill.errors import InvalidRequest
 from overfill.request.json_schemas import CannotForbid, forbid_additional_properties
 from overfill.request.params import Grammar, GrammarKind
@@ -70,6 +71,37 @@ def function_tool(
         parameters=json_text(field, parameters) if parameters else "",
         strict=bool(strict),
     )
+
+
+def router_request(
+    request: Generating, request_id: str, sampling: common_pb2.SamplingParams
+) -> inference_pb2.GenerateRequest:
+    """A router request without its prompt."""
+    generate = inference_pb2.GenerateRequest(
+        model=request.model,
+        sampling=sampling,
+        stop=[request.stop] if isinstance(request.stop, str) else request.stop or (),
+        request_id=request_id,
+        priority=request.priority or 0,
+        tier=request.tier,
+        fallback=request.fallback,
+    )
+    if request.allow_brownout is not None:
+        generate.allow_brownout = request.allow_brownout
+    return generate
+
+
+def sampling_params(request: Generating) -> common_pb2.SamplingParams:
+    """The sampling parameters that all of OpenAI's APIs have. Raises ApiError."""
+    params = common_pb2.SamplingParams(
+        seed=None if request.seed is None else request.seed % (1 << 64),
+        ignore_eos=bool(request.ignore_eos),
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+    )
+    set_filters(params, request.temperature, request.top_p, request.top_k, request.min_p)
+    return params
 
 
 def set_filters(

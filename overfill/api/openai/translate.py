@@ -14,8 +14,9 @@ from overfill.api.openai.fields import (
     grammar_of,
     invalid,
     json_text,
+    router_request,
+    sampling_params,
     schema_grammar,
-    set_filters,
     uint32,
 )
 from overfill.api.reasoning import thinking_variables
@@ -187,19 +188,13 @@ def _generate(
     request: schema.Sampling, request_id: str, sampling: common_pb2.SamplingParams
 ) -> inference_pb2.GenerateRequest:
     """A router request without its prompt."""
-    generate = inference_pb2.GenerateRequest(
-        model=request.model,
-        sampling=sampling,
-        stop=_stop(request.stop),
-        request_id=request_id,
-        priority=request.priority or 0,
-        truncate_prompt_tokens=_truncate(request),
-        stream_interval=request.stream_interval,
-        tier=request.tier,
-        fallback=request.fallback,
-    )
-    if request.allow_brownout is not None:
-        generate.allow_brownout = request.allow_brownout
+    generate = router_request(request, request_id, sampling)
+    if (count := request.truncate_prompt_tokens) is not None:
+        if count == 0:
+            raise invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
+        generate.truncate_prompt_tokens = count
+    if request.stream_interval is not None:
+        generate.stream_interval = request.stream_interval
     return generate
 
 
@@ -208,14 +203,9 @@ def _sampling(
 ) -> common_pb2.SamplingParams:
     if max_tokens == 0 and prompt_logprobs is None:
         raise invalid("max_tokens", "must be at least 1, or 0 where the prompt is scored")
-    params = common_pb2.SamplingParams(
-        seed=None if request.seed is None else request.seed % (1 << 64),
-        ignore_eos=bool(request.ignore_eos),
-        min_tokens=None if not request.min_tokens else uint32("min_tokens", request.min_tokens),
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-    )
+    params = sampling_params(request)
+    if request.min_tokens:
+        params.min_tokens = uint32("min_tokens", request.min_tokens)
     if request.logit_bias:
         params.logit_bias.update({_token_id(token): bias for token, bias in request.logit_bias.items()})
     if prompt_logprobs is not None:
@@ -223,7 +213,6 @@ def _sampling(
     if max_tokens is not None:
         params.max_tokens = uint32("max_tokens", max(1, max_tokens))
     _set_ids(params.stop_token_ids, request.stop_token_ids or (), "stop_token_ids")
-    set_filters(params, request.temperature, request.top_p, request.top_k, request.min_p)
     return params
 
 
@@ -386,13 +375,6 @@ def _choice(field: str, texts: Sequence[str]) -> Grammar:
     return Grammar("regex", f"(?:{'|'.join(map(re.escape, texts))})")
 
 
-def _truncate(request: schema.Sampling) -> int | None:
-    count = request.truncate_prompt_tokens
-    if count == 0:
-        raise invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
-    return count
-
-
 def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
     if isinstance(prompt, str):
         return [prompt]
@@ -401,10 +383,6 @@ def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int
     if isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
     return list(prompt)  # type: ignore[arg-type]
-
-
-def _stop(stop: str | Sequence[str] | None) -> Sequence[str]:
-    return [stop] if isinstance(stop, str) else stop or ()
 
 
 def _token_id(text: str) -> int:

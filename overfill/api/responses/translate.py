@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.fields import invalid, json_text, schema_grammar, set_filters, uint32
+from overfill.api.openai.fields import invalid, json_text, router_request, sampling_params, schema_grammar, uint32
 from overfill.api.reasoning import thinking_variables
 from overfill.api.responses import schema
 from overfill.api.responses.answers import ENCRYPTED, Asked, ResponseWriter
@@ -31,17 +31,10 @@ _MODES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Cho
 
 def responses(request: schema.ResponsesRequest, request_id: str) -> Translation:
     """Translates a request. Raises ApiError."""
-    generate = inference_pb2.GenerateRequest(
-        model=request.model,
-        sampling=_sampling(request),
-        stop=[request.stop] if isinstance(request.stop, str) else request.stop or (),
-        request_id=request_id,
-        priority=request.priority or 0,
-        tier=request.tier,
-        fallback=request.fallback,
-    )
-    if request.allow_brownout is not None:
-        generate.allow_brownout = request.allow_brownout
+    sampling = sampling_params(request)
+    if request.max_output_tokens is not None:
+        sampling.max_tokens = uint32("max_output_tokens", request.max_output_tokens)
+    generate = router_request(request, request_id, sampling)
     chat = generate.chat
     effort = request.reasoning.effort if request.reasoning is not None else None
     if variables := thinking_variables(effort) | (request.chat_template_kwargs or {}):
@@ -174,20 +167,6 @@ def _reasoning(item: schema.ReasoningItem, place: str) -> str:
         except (binascii.Error, UnicodeDecodeError):
             raise invalid(f"{place}.encrypted_content", "is not what this server has sent") from None
     return _text(item.summary or (), f"{place}.summary")
-
-
-def _sampling(request: schema.ResponsesRequest) -> common_pb2.SamplingParams:
-    params = common_pb2.SamplingParams(
-        seed=None if request.seed is None else request.seed % (1 << 64),
-        ignore_eos=bool(request.ignore_eos),
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-    )
-    if request.max_output_tokens is not None:
-        params.max_tokens = uint32("max_output_tokens", request.max_output_tokens)
-    set_filters(params, request.temperature, request.top_p, request.top_k, request.min_p)
-    return params
 
 
 def _format(request: schema.ResponsesRequest, sampling: common_pb2.SamplingParams) -> None:
