@@ -148,10 +148,11 @@ def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Seque
     """``message`` for a template that supports tools: the arguments of calls are objects.
 
     When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Models may also write lone
-    surrogates, which no text can show. Then all calls of the message become text, as the model wrote them.
+    surrogates, which no text can show. Then all calls of the message become text, as the model wrote them. So they do
+    if they are more than the family's templates take.
     """
     arguments = [_object(call.arguments or "{}") for call in message.tool_calls]
-    if None in arguments:
+    if None in arguments or len(arguments) > format.most_in_template:
         return _plain(message, format, tools)
     result: dict[str, Any] = {"role": message.role, "content": message.content} | _reasoning(message)
     if message.tool_calls:
@@ -181,6 +182,7 @@ def _reasoning(message: inference_pb2.ChatMessage) -> dict[str, str]:
 
 
 def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
+    called: set[str] = set()
     for index, message in enumerate(messages):
         place = f"chat.messages[{index}]"
         if message.role not in ROLES:
@@ -196,6 +198,12 @@ def _check_messages(messages: Sequence[inference_pb2.ChatMessage]) -> None:
         for call, made in enumerate(message.tool_calls):
             if not made.name:
                 raise InvalidRequest(f"{place}.tool_calls[{call}].name", "is empty; give the name of the called tool")
+            called.add(made.id)
+        if message.role == "tool" and message.tool_call_id not in called:
+            raise InvalidRequest(
+                f"{place}.tool_call_id",
+                f"is {message.tool_call_id[:80]!r}, which is the id of no tool call in the messages before it",
+            )
 
 
 def _object(text: str) -> dict[str, Any] | None:

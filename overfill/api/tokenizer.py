@@ -73,10 +73,12 @@ class Tokenizer:
         self._chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
-        special = {t.content: i for i, t in added.items() if t.special}
-        self._skipped_ids = frozenset(special.values())
+        self._skipped_ids = frozenset(i for i, t in added.items() if t.special)
+        # To llguidance, tokens such as <tool_call> are special even if answers show them, as those of Qwen do.
         self.tool_format: ToolFormat = choose_format(
-            tool_call_parser, "" if chat_template is None else chat_template.source, special
+            tool_call_parser,
+            "" if chat_template is None else chat_template.source,
+            {token.content: id for id, token in added.items()},
         )
         self._special = SpecialTokens(backend)
         self._byte_level = "ByteLevel" in str(backend.decoder)

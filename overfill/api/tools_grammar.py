@@ -12,7 +12,7 @@ from overfill.api.chat import read_tools, tool_choice
 from overfill.api.families.choose import make_format
 from overfill.api.families.hermes import Hermes
 from overfill.api.families.tool_format import CallRules, ToolFormat
-from overfill.api.text_grammar import text_in_json_string
+from overfill.api.text_grammar import text_before, text_in_json_string
 from overfill.api.tools import TEXT_PARAMETER, Mode, ToolDefinition
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_grammar
@@ -85,10 +85,7 @@ def chat_grammar(
         return grammar()
     for index, tool in tools.items():
         try:
-            if tool.input is not None:
-                check_grammar(Grammar("lark", f"start: {text_in_json_string(tool.input)}"))
-            else:
-                tools[index] = enforceable(tool)
+            tools[index] = enforceable(tool, format)
         except InvalidRequest as error:
             if tool.input is not None:
                 raise InvalidRequest(f"chat.tools[{index}].input", error.reason) from error
@@ -117,7 +114,7 @@ def tools_grammar(
             calls without text before them: a model that begins with other text could not end its answer without a call.
         format: How the model writes calls.
     """
-    rules = format.rules(tools, _arguments_expression)
+    rules = format.rules(tools, _Expressions())
     rest = rules.closing if single else f"({rules.separator} call)* {rules.closing}"
     marker = rules.marker
     opening = "" if marker is None else marker.lark if rules.bare is None else f"{marker.lark}?"
@@ -134,7 +131,8 @@ def tools_grammar(
             *lines,
             f"call: {_literals(rules.before)} function {rules.after}",
             "function: " + " | ".join(f"function_{i}" for i in range(len(tools))),
-            *(f"function_{i}: {_literals(head)} {more}" for i, (head, more) in enumerate(rules.functions)),
+            *(f"function_{i}: {_literals(head)} rest_{i}" for i, (head, _) in enumerate(rules.functions)),
+            *(f"rest_{i}: {more}" for i, (_, more) in enumerate(rules.functions)),
             *rules.lines,
             "",
         ]
@@ -159,30 +157,29 @@ def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
             lines.append(f"trigger[lazy]: TEXT {marker.lark}")
     if rules.bare is not None:
         choices.append(f"bare {rules.after} {rest}")
-        lines.append("bare: " + " | ".join(f"bare_{i} more_{i}" for i in range(len(rules.functions))))
-        lines.append(r"LINES: /((.|\n)*\n)?/")
-        for i, (head, more) in enumerate(rules.functions):
-            opening = "".join([rules.bare, *rules.before, *head])
-            lines += [f"bare_{i}[lazy]: LINES {json.dumps(opening)}", f"more_{i}: {more}"]
+        lines.append("bare: " + " | ".join(f"bare_{i} rest_{i}" for i in range(len(rules.functions))))
+        lines.append(r"LINES: /(.|\n)*\n|\s*/")
+        for i, (head, _) in enumerate(rules.functions):
+            lines.append(f"bare_{i}[lazy]: LINES {json.dumps(''.join([rules.bare, *rules.before, *head]))}")
     return ["start: " + " | ".join(choices), *lines]
 
 
-def enforceable(tool: ToolDefinition) -> ToolDefinition:
-    """``tool`` with as much of its schema as a grammar can enforce.
+def enforceable(tool: ToolDefinition, format: ToolFormat) -> ToolDefinition:
+    """``tool`` with as much of its schema as a grammar of calls in ``format`` can enforce.
 
     Tries, in this order: the whole schema; the schema without the patterns that no grammar can enforce; the schema
     without any pattern. If none works, the arguments are any object.
 
     Raises:
-        InvalidRequest: ``tool`` is strict, and a grammar cannot enforce all of its schema.
+        InvalidRequest: ``tool`` is strict or takes text, and a grammar cannot enforce all of its schema or its grammar.
     """
     choices: Sequence[Callable[[str], bool]] = (lambda _: False, _unenforceable, lambda _: True)
     for unwanted in choices:
         candidate = replace(tool, parameters=_without_patterns(tool.parameters, unwanted))
         try:
-            check_grammar(Grammar.json_schema(_arguments(candidate)))
+            check_grammar(Grammar("lark", tools_grammar([candidate], "required", single=True, format=format)))
         except InvalidRequest:
-            if tool.strict:
+            if tool.strict or tool.input is not None:
                 raise
         else:
             return candidate
@@ -216,12 +213,17 @@ def _without_patterns(schema: Mapping[str, Any], unwanted: Callable[[str], bool]
     return copy
 
 
-def _arguments_expression(tool: ToolDefinition) -> str:
-    """A Lark expression of the arguments, as JSON text."""
-    if tool.input is None:
-        return f"%json {json.dumps(_arguments(tool))}"
-    head, tail = json.dumps({TEXT_PARAMETER: "|"}).split("|")
-    return f"{json.dumps(head)} {text_in_json_string(tool.input)} {json.dumps(tail)}"
+class _Expressions:
+    """Lark expressions of what calls contain; see ``tool_format.Expressions``."""
+
+    def arguments(self, tool: ToolDefinition) -> str:
+        if tool.input is None:
+            return f"%json {json.dumps(_arguments(tool))}"
+        head, tail = json.dumps({TEXT_PARAMETER: "|"}).split("|")
+        return f"{json.dumps(head)} {text_in_json_string(tool.input)} {json.dumps(tail)}"
+
+    def input(self, text: Grammar, end: str) -> str:
+        return f"{text_in_json_string(text)} {json.dumps(end)}" if end == '"' else text_before(end, text)
 
 
 def _arguments(tool: ToolDefinition) -> dict[str, Any]:

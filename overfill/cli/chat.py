@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -79,17 +80,19 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Drops all turns except the system prompt."""
+        """Drops all turns except the system prompt, and begins another session."""
         from overfill.client import Message
 
         self._messages: list[Message] = [Message("system", self._system)] if self._system is not None else []
+        self._session = secrets.token_hex(8)
 
     def say(self, text: str) -> None:
         """Sends a user's turn and streams the answer to stdout, with a line end."""
         from overfill.client import Message
 
         messages = [*self._messages, Message("user", text)]
-        answer = stream_answer(self._client, messages, self._sampling, self._options)
+        options: Options = {**self._options, "session": self._session}
+        answer = stream_answer(self._client, messages, self._sampling, options)
         click.echo()
         note_cut(answer, self._sampling)
         note_tier(answer, self._options.get("tier", ""))

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from overfill.api.keys import KeyRing
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
-from overfill.request.names import CodecName
+from overfill.request.names import CodecName, ToolCallParser
 from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.request.thinking import ReasoningParser
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
@@ -281,6 +281,11 @@ class RouterConfig(ServiceConfig):
         (),
         description="model names that clients may request, separated by commas; answers carry the first; by default "
         "the pair's name",
+    )
+    tool_call_parser: ToolCallParser = Field(
+        "auto",
+        description="format in which the model writes tool calls, by the name of vLLM's parser; auto chooses by the "
+        "chat template, and hermes for an unknown one",
     )
     tiers: Tiers = Field(
         (),

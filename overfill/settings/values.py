@@ -85,14 +85,17 @@ def _short_size(size: int) -> str | int:
 
 
 def _check_engine_args(text: str) -> str:
-    """Returns the JSON object in one form, so that equal settings are equal text; empty without arguments."""
+    """Returns the JSON object with its arguments in order, so that equal settings are equal text; empty without any.
+
+    The values stay as they are: a mock engine plays the arguments of a scripted tool call in their order.
+    """
     try:
         values = json.loads(text) if text else {}
     except ValueError as error:
         raise ValueError(f"expected a JSON object such as '{{\"enforce_eager\": true}}': {error}") from None
     if not isinstance(values, dict):
         raise ValueError("expected a JSON object such as '{\"enforce_eager\": true}'")
-    return json.dumps(values, sort_keys=True) if values else ""
+    return json.dumps(dict(sorted(values.items()))) if values else ""
 
 
 EngineArgs = Annotated[str, AfterValidator(_check_engine_args)]

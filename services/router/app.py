@@ -109,7 +109,7 @@ class Router:
         pair = pairs[config.ordered_tiers[0].name]
         # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        tokenizer = Tokenizer.load(pair.full_path, chat_template=config.chat_template)
+        tokenizer = Tokenizer.load(pair.full_path, config.tool_call_parser, config.chat_template)
         reasoning = find_reasoning(config.reasoning_parser, tokenizer)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
@@ -153,7 +153,7 @@ class Router:
                 pairs,
                 self.roster,
                 self._brownout,
-                "" if reasoning is None else reasoning.name,
+                answer_format=",".join([tokenizer.tool_format.name, *([reasoning.name] if reasoning else [])]),
             ),
             tokenizer,
             self._trials,

@@ -1,15 +1,16 @@
-"""The agents that the tests run: where they are, how they are started, and the task that the mock engine has them do.
+"""The agents that the tests run, set up as ``docs/how-to/agents.md`` says, and their task, which the mock engine plays.
 
-Every agent gets an environment and a home of its own, without telemetry and without look-ups of updates or models.
+Each agent has an environment and a home of its own.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ HOME = Path(sys.prefix) / "agents"
 """Folder where ``make test-agents`` installs the agents."""
 MODULES = HOME / "node_modules"
 _ARCH = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-_TRIPLE = f"{platform.machine()}-unknown-linux-musl"
 
-MODEL = "mock"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "agents.md"
+MODEL, URL, PROMPT = "coder", "http://127.0.0.1:8000", "Repair sums.py, please."
+"""What the page has in its files and commands."""
+_FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
 BROKEN, REPAIRED = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
 _COMMAND = "python3 -c 'import sums; print(sums.add(2, 3))' > result.txt"
 
@@ -32,134 +36,94 @@ class Agent:
     """An agent with its task.
 
     Attributes:
-        program: file without which the agent is not installed.
-        start: returns the command, for the base URL of a stack (without ``/v1``) and a prompt.
-        calls: returns the calls that read, edit and run, for the project's folder.
+        title: heading of its section on the page.
+        program: replaces the first word of the section's command.
+        installed: file without which the agent is not installed.
         path: of the API that the agent speaks.
-        environment: beside ``PATH`` and ``HOME``.
-        files: returns the configuration, by path below the home, for the base URL.
+        calls: returns the calls that read, edit and run, for the project's folder.
+        options: what the command also needs where nobody can be asked, and no namespaces can be made.
+        environment: what it needs beside the variables of the section, for the same reason.
     """
 
     name: str
+    title: str
     program: Path
+    installed: Path
     path: str
-    start: Callable[[str, str], list[str]]
     calls: Callable[[Path], tuple[Call, ...]]
-    environment: Callable[[str], dict[str, str]] = lambda url: {}
-    files: Callable[[str], Mapping[str, str]] = field(default=lambda url: {})
+    options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
-    def prompt(self) -> str:
-        return f"Repair sums.py with {self.name}, please."
+    def final(self) -> str:
+        return f"The file is repaired, says {self.name}."
 
     def script(self, project: Path) -> list[dict[str, Any]]:
         """The answers of the mock engine. Each is for prompts that have the text of the answer before."""
-        answers, when = [], self.prompt
+        answers, when = [], PROMPT
         for number, (name, arguments) in enumerate(self.calls(project), 1):
             text = f"Step {number} of {self.name}: I call {name} now, and look at what it says before I go on."
             answers.append({"when": when, "text": text, "tool_calls": [{"name": name, "arguments": arguments}]})
             when = text
         return [*answers, {"when": when, "text": self.final}]
 
-    @property
-    def final(self) -> str:
-        return f"The file is repaired, says {self.name}."
-
-    def run_environment(self, home: Path, url: str) -> dict[str, str]:
-        """Writes the configuration into ``home``; returns the whole environment."""
-        for name, text in self.files(url).items():
-            file = home / name
+    def set_up(self, home: Path, project: Path, url: str) -> tuple[list[str], dict[str, str]]:
+        """Writes the files of the page's section. Returns its command, and the whole environment."""
+        section = PAGE.read_text(encoding="utf-8").partition(f"\n## {self.title}\n")[2].partition("\n## ")[0]
+        typed: list[str] = []
+        for language, title, text in _FENCE.findall(section.replace(URL, url)):
+            if language == "console":
+                typed += [line.removeprefix("$ ") for line in text.splitlines()]
+                continue
+            file = home / title.removeprefix("~/") if title.startswith("~/") else project / title
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        python = f"{Path(sys.executable).parent}:{os.defpath}"
-        return {"PATH": python, "HOME": str(home), "TERM": "dumb"} | self.environment(url)
+        *exports, command = typed
+        variables = dict(line.removeprefix("export ").split("=", 1) for line in exports)
+        *words, prompt = shlex.split(command)
+        path = f"{Path(sys.executable).parent}:{os.defpath}"
+        environment = {"PATH": path, "HOME": str(home), "TERM": "dumb"} | variables | self.environment
+        return [str(self.program), *words[1:], *self.options, prompt], environment
 
 
-_CODEX = MODULES / f"@openai/codex-linux-{_ARCH}/vendor/{_TRIPLE}/bin/codex"
+_CODEX = MODULES / f"@openai/codex-linux-{_ARCH}/vendor/{platform.machine()}-unknown-linux-musl/bin/codex"
 _CLAUDE = MODULES / f"@anthropic-ai/claude-code-linux-{_ARCH}/claude"
 _OPENCODE = MODULES / f"opencode-linux-{_ARCH}/bin/opencode"
-_SDK = HOME / "python/agents/__init__.py"
-
-
-def _codex_files(url: str) -> dict[str, str]:
-    return {
-        ".codex/config.toml": f"""\
-model = "{MODEL}"
-model_provider = "overfill"
-
-[model_providers.overfill]
-name = "OverFill"
-base_url = "{url}/v1"
-wire_api = "responses"
-"""
-    }
-
-
-def _opencode_files(url: str) -> dict[str, str]:
-    models = {MODEL: {"limit": {"context": 131072, "output": 8192}}}
-    provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{url}/v1"}, "models": models}
-    config = {"provider": {"overfill": provider}, "model": f"overfill/{MODEL}"}
-    return {".config/opencode/opencode.json": json.dumps(config)}
-
 
 AGENTS = (
     Agent(
-        "codex",
-        _CODEX,
-        "/v1/responses",
-        lambda url, prompt: [
-            str(_CODEX), "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", prompt
-        ],
+        "codex", "Codex", _CODEX, _CODEX, "/v1/responses",
         lambda project: (
             ("exec_command", {"cmd": "cat sums.py"}),
             ("exec_command", {"cmd": "sed -i 's/a - b/a + b/' sums.py"}),
             ("exec_command", {"cmd": _COMMAND}),
         ),
-        files=_codex_files,
+        ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
     ),
     Agent(
-        "claude",
-        _CLAUDE,
-        "/v1/messages",
-        lambda url, prompt: [str(_CLAUDE), "--print", "--dangerously-skip-permissions", "--model", MODEL, prompt],
+        "claude", "Claude Code", _CLAUDE, _CLAUDE, "/v1/messages",
         lambda project: (
             ("Read", {"file_path": f"{project}/sums.py"}),
             ("Edit", {"file_path": f"{project}/sums.py", "old_string": "a - b", "new_string": "a + b"}),
             ("Bash", {"command": _COMMAND}),
         ),
-        lambda url: {
-            "ANTHROPIC_BASE_URL": url,
-            "ANTHROPIC_API_KEY": "none",
-            "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "IS_SANDBOX": "1",
-        },
+        ("--dangerously-skip-permissions",), {"IS_SANDBOX": "1"},
     ),
     Agent(
-        "opencode",
-        _OPENCODE,
-        "/v1/chat/completions",
-        lambda url, prompt: [str(_OPENCODE), "run", prompt],
+        "opencode", "opencode", _OPENCODE, _OPENCODE, "/v1/chat/completions",
         lambda project: (
             ("read", {"filePath": f"{project}/sums.py"}),
             ("edit", {"filePath": f"{project}/sums.py", "oldString": "a - b", "newString": "a + b"}),
             ("bash", {"command": _COMMAND}),
         ),
-        lambda url: {"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1"},
-        _opencode_files,
     ),
     Agent(
-        "agents-sdk",
-        _SDK,
-        "/v1/responses",
-        lambda url, prompt: [
-            sys.executable, str(Path(__file__).with_name("agents_sdk_task.py")), f"{url}/v1", MODEL, prompt
-        ],
+        "agents-sdk", "Agents SDK", Path(sys.executable), HOME / "python/agents/__init__.py", "/v1/responses",
         lambda project: (
             ("read", {"path": "sums.py"}),
             ("edit", {"path": "sums.py", "old": "a - b", "new": "a + b"}),
             ("run", {"command": _COMMAND}),
         ),
-        lambda url: {"PYTHONPATH": str(HOME / "python")},
+        environment={"PYTHONPATH": str(HOME / "python")},
     ),
 )  # fmt: skip

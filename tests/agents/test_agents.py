@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from real_agents import AGENTS, BROKEN, REPAIRED, Agent
+from real_agents import AGENTS, BROKEN, MODEL, REPAIRED, Agent
 from recording_proxy import Exchange, RecordingProxy
 from up_stack import Stack, stack_of
 
@@ -26,23 +26,26 @@ def stack_for(agent: Agent, folder: Path) -> Iterator[Stack]:
     script = folder / "script.json"
     script.write_text(json.dumps(agent.script(folder / "project")), encoding="utf-8")
     arguments = json.dumps({"script": str(script), "step": STEP})
-    with stack_of("--engine", "mock", "--decode", "2", "--engine-args", arguments) as stack:
+    with stack_of(
+        "--engine", "mock", "--served-model-name", MODEL, "--decode", "2", "--engine-args", arguments
+    ) as stack:
         yield stack
 
 
 def start(agent: Agent, folder: Path, url: str) -> subprocess.CompletedProcess[str]:
     """Asks ``agent`` to repair a file in the project of ``folder``. Skips the test if it is not installed."""
-    if not agent.program.exists():
-        pytest.skip(f"{agent.name} is not installed: {agent.program} is missing")
+    if not agent.installed.exists():
+        pytest.skip(f"{agent.name} is not installed: {agent.installed} is missing")
     project, home = folder / "project", folder / "home"
     for place in (project, home):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
     (project / "sums.py").write_text(BROKEN, encoding="utf-8")
+    command, environment = agent.set_up(home, project, url)
     return subprocess.run(
-        agent.start(url, agent.prompt),
+        command,
         cwd=project,
-        env=agent.run_environment(home, url),
+        env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

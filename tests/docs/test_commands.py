@@ -41,7 +41,10 @@ def test_the_commands_of_a_page(page: Path, sandbox: Sandbox) -> None:
     with terminals(sandbox.checkout, sandbox.environment) as opened:
         for step in read(page):
             if isinstance(step, SavedFile):
-                (sandbox.checkout / step.name).write_text(step.text, encoding="utf-8")
+                home, name = step.name.startswith("~/"), step.name.removeprefix("~/")
+                file = (sandbox.home if home else sandbox.checkout) / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(step.text, encoding="utf-8")
             else:
                 if step.terminal not in opened:
                     opened[step.terminal] = Terminal(sandbox.checkout, sandbox.environment)

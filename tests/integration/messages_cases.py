@@ -226,7 +226,9 @@ REQUEST = [
     _ignored("inference_geo", "eu"),
     _ignored("service_tier", "auto"),
     _ignored("speed", "fast"),
-    _ignored("thread", {"x": 1}),
+    Case("thread", "refused",
+        "the server stores nothing. Anthropic's tool runner then sends the whole conversation",
+        {"thread": {"type": "create"}}),
     _ignored("user_profile_id", "u"),
     _ignored("workspace_id", "w"),
 ]

@@ -3,8 +3,10 @@
 import json
 import socket
 import time
+from typing import Literal
 
 import anthropic
+import pydantic
 import pytest
 from http_calls import bearer, call
 from mocks import mock_stack
@@ -196,6 +198,62 @@ def test_there_are_forty_cases():
     assert len(CASES) >= 40
 
 
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n"
+    "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+)
+"""A chat template of a model that thinks."""
+THOUGHT = "The user asks é 世. " * 4
+THINKING_SCRIPT = [
+    {"text": f"{THOUGHT}\n</think>\n\nIt is so."},
+    {"when": "read it", "text": "Hm\n</think>\n\n", "tool_calls": [{"name": "read", "arguments": {"path": "a"}}]},
+]
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    file = tmp_path_factory.mktemp("template") / "thinks.jinja"
+    file.write_text(THINKS)
+    workers = {"script": THINKING_SCRIPT}
+    with (
+        mock_stack("mock", served_model_name="claude-test", chat_template=file, workers=workers) as stack,
+        anthropic.Anthropic(base_url=stack.url, api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds", "thought"),
+    [
+        ({}, ["thinking", "text"], THOUGHT.strip()),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, ["thinking", "text"], THOUGHT.strip()),
+        ({"thinking": {"type": "adaptive", "display": "omitted"}}, ["thinking", "text"], ""),
+        ({"max_tokens": 4}, ["thinking"], "The user asks"),
+        (say("read it") | {"tools": [READ]}, ["thinking", "tool_use"], "Hm"),
+        ({"stop_sequences": ["user", " so"]}, ["thinking", "text"], THOUGHT.strip()),
+    ],
+)
+def test_what_a_model_thinks_is_a_block_of_its_own(thinker, fields, kinds, thought):
+    whole, streamed = (ask(thinker, stream, **fields)[0] for stream in (False, True))
+    assert same(whole) == same(streamed)
+    assert [block.type for block in whole.content] == kinds
+    assert whole.content[0].thinking == thought
+    assert whole.content[0].signature
+    assert 0 < whole.usage.output_tokens_details.thinking_tokens <= whole.usage.output_tokens
+
+
+def test_thinking_is_read_again_shown_or_not_and_can_be_switched_off(thinker):
+    def counted(answer, **fields):
+        turns = [*HI, {"role": "assistant", "content": answer}, *HI]
+        return thinker.messages.count_tokens(model="claude-test", messages=turns, **fields).input_tokens
+
+    hidden = {"thinking": {"type": "adaptive", "display": "omitted"}}
+    shown, omitted = (ask(thinker, True, **fields)[0].content for fields in ({}, hidden))
+    assert counted(shown) == counted(omitted) > counted(shown[1:])
+    assert counted(shown, thinking={"type": "disabled"}) > counted(shown)
+
+
 def refused(error, client, **fields):
     """The error of a request, of which the client makes an exception of a class ``error``."""
     with pytest.raises(error) as caught:
@@ -276,6 +334,35 @@ def test_errors_before_the_route_have_the_same_form(stack, tiny_pair, tmp_path):
         limited = call(url, body, {"x-api-key": key})
         assert told(limited) == (429, "error", "rate_limit_error")
         assert int(limited.headers["retry-after"]) > 0
+
+
+@anthropic.beta_tool
+def read(path: str) -> str:
+    """Reads a file.
+
+    Args:
+        path: of the file.
+    """
+    return f"Of {path}: be short."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_client_s_tool_runner_sends_the_whole_conversation(client, stream):
+    """It asks for a thread first, in which the server would keep the conversation."""
+    runner = client.beta.messages.tool_runner(
+        model="claude-test", max_tokens=300, tools=[read], stream=stream, **say("read it")
+    )
+    messages = [turn.get_final_message() if stream else turn for turn in runner]
+    assert [message.stop_reason for message in messages] == ["tool_use", "end_turn"]
+    assert texts(messages[1]) == "Short."
+
+
+def test_the_client_parses_structured_answers(client):
+    class Picked(pydantic.BaseModel):
+        n: Literal[1]
+
+    answer = client.messages.parse(model="claude-test", max_tokens=300, messages=HI, output_format=Picked)
+    assert answer.parsed_output == Picked(n=1)
 
 
 def test_what_is_left_out_is_named_in_a_header(client):

@@ -33,7 +33,7 @@ def choose_format(parser: ToolCallParser, template: str, special: Mapping[str, i
     Args:
         parser: name of the format; "auto" chooses by ``template``.
         template: source of the chat template; "" if there is none.
-        special: ids of the tokenizer's special tokens, by text.
+        special: ids of the tokenizer's special and other added tokens, by text.
     """
     name: str = parser
     if parser == "auto":

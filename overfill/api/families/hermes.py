@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
+from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
 from overfill.api.tools import ToolDefinition
 
 _HEAD, _ARGUMENTS, _TAIL = '\n{"name": "', '", "arguments": ', "}\n"
@@ -26,10 +26,10 @@ class Hermes(ToolFormat):
     special = ("<tool_call>", "</tool_call>")
     instruction = "To call a function, answer with nothing but a JSON object with its name and arguments in tags:"
 
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         begin, end = self._markers
         return CallRules(
-            [([tool.name + _ARGUMENTS], arguments(tool)) for tool in tools],
+            [([tool.name + _ARGUMENTS], expressions.arguments(tool)) for tool in tools],
             marker=begin,
             before=[_HEAD],
             after=f"{json.dumps(_TAIL)} {end.lark}",

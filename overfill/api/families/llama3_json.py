@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
+from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
 from overfill.api.tools import ToolDefinition
 
 _HEAD, _ARGUMENTS = '{"name": "', '", "parameters": '
@@ -21,12 +21,13 @@ class Llama3Json(ToolFormat):
 
     name = "llama3_json"
     special = ("<|python_tag|>",)
+    most_in_template = 1
     instruction = "To call a function, answer with nothing but a JSON object with its name and parameters:"
 
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         (tag,) = self._markers
         return CallRules(
-            [([f'"{tool.name}"', ", ", '"parameters"', ": "], arguments(tool)) for tool in tools],
+            [([f'"{tool.name}"', ", ", '"parameters"', ": "], expressions.arguments(tool)) for tool in tools],
             marker=tag if tag.is_token else None,
             before=["{", '"name"', ": "],
             after='"}"',

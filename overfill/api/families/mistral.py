@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
+from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
 from overfill.api.tools import ToolDefinition
 
 _HEAD, _ARGUMENTS = '{"name": "', '", "arguments": '
@@ -28,9 +28,9 @@ class Mistral(ToolFormat):
     special: ClassVar[tuple[str, ...]] = ("[TOOL_CALLS]",)
     instruction = "To call functions, answer with nothing but a list of JSON objects with their names and arguments:"
 
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         return CallRules(
-            [([tool.name + _ARGUMENTS], arguments(tool)) for tool in tools],
+            [([tool.name + _ARGUMENTS], expressions.arguments(tool)) for tool in tools],
             marker=self._markers[0],
             lead='" "? "["',
             before=[_HEAD],
@@ -65,10 +65,12 @@ class MistralArgs(Mistral):
     special = ("[TOOL_CALLS]", "[ARGS]")
     instruction = "To call functions, answer with nothing but their names and their arguments as JSON objects:"
 
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         begin, args = self._markers
         return CallRules(
-            [([tool.name], f"{args.lark} {arguments(tool)}") for tool in tools], marker=begin, separator=begin.lark
+            [([tool.name], f"{args.lark} {expressions.arguments(tool)}") for tool in tools],
+            marker=begin,
+            separator=begin.lark,
         )
 
     def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:

@@ -70,7 +70,8 @@ def named_parameters(tool: ToolDefinition, names: re.Pattern[str]) -> list[Param
     shared = {keyword: root[keyword] for keyword in _DEFINITIONS if keyword in root}
     parameters = []
     for name, schema in properties.items():
-        wanted = json.dumps(compact({**shared, **schema}, lenient=not tool.strict))
+        whole = {**shared, **schema} if any(_references(schema)) else schema
+        wanted = json.dumps(compact(whole, lenient=not tool.strict))
         types = frozenset(_types(root, schema))
         parameters.append(
             Parameter(name, name in required, f"%json {wanted}", types, _texts(root, schema, strict=tool.strict))

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
 from overfill.api.families.parameters import Parameter, named_parameters
-from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
-from overfill.api.text_grammar import text_in_json_string
+from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _KEYWORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -30,15 +29,15 @@ class Pythonic(ToolFormat):
     name = "pythonic"
     instruction = "To call functions, answer with nothing but a list of calls in Python's syntax, with literal values:"
 
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         functions, lines = [], []
         for i, tool in enumerate(tools):
             if tool.input is not None:
-                functions.append(([f'{tool.name}({TEXT_PARAMETER}="'], f'{text_in_json_string(tool.input)} "\\")"'))
+                functions.append(([f'{tool.name}({TEXT_PARAMETER}="'], expressions.input(tool.input, '"') + ' ")"'))
                 continue
             parameters = named_parameters(tool, _KEYWORD)
             if parameters is None:
-                functions.append(([f"{tool.name}("], f'"**" {arguments(tool)} ")"'))
+                functions.append(([f"{tool.name}("], f'"**" {expressions.arguments(tool)} ")"'))
                 continue
             functions.append(([f"{tool.name}("], f'first_{i}_0 ")"'))
             for k, parameter in enumerate(parameters):

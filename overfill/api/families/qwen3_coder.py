@@ -25,8 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
 from overfill.api.families.parameters import Parameter, Texts, named_parameters
-from overfill.api.families.tool_format import Arguments, CallRules, ToolFormat
-from overfill.api.text_grammar import text_before
+from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _HEAD, _FUNCTION_END = "\n<function=", "</function>\n"
@@ -42,17 +41,17 @@ class Qwen3Coder(ToolFormat):
     special = ("<tool_call>", "</tool_call>")
     instruction = "To call a function, answer with nothing but its name and the values of its parameters in tags:"
 
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         begin, end = self._markers
         functions, lines = [], [f"raw[lazy]: RAW {json.dumps(_PARAMETER_END)}", r"RAW: /(.|\n)*/"]
         for i, tool in enumerate(tools):
             if tool.input is not None:
                 tag = f"{_PARAMETER}{TEXT_PARAMETER}>\n"
-                functions.append(([f"{tool.name}>\n", tag], text_before(_PARAMETER_END, tool.input)))
+                functions.append(([f"{tool.name}>\n", tag], expressions.input(tool.input, _PARAMETER_END)))
                 continue
             parameters = named_parameters(tool, _NAME)
             if parameters is None:
-                functions.append(([f"{tool.name}>\n"], f'{arguments(tool)} "\\n"'))
+                functions.append(([f"{tool.name}>\n"], f'{expressions.arguments(tool)} "\\n"'))
                 continue
             functions.append(([f"{tool.name}>\n"], f"parameters_{i}"))
             values = ['""']

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from overfill.api.families.call_text import CallText, marker_character
 from overfill.api.tools import ToolDefinition, as_openai
+from overfill.request.params import Grammar
 
-Arguments = Callable[[ToolDefinition], str]
-"""Returns the Lark expression of a tool's arguments as one JSON object."""
+
+class Expressions(Protocol):
+    """Lark expressions of what calls contain."""
+
+    def arguments(self, tool: ToolDefinition) -> str:
+        """The arguments of ``tool`` as one JSON object."""
+        ...
+
+    def input(self, text: Grammar, end: str) -> str:
+        """The text that a tool takes, and ``end``. It is text of a JSON string if ``end`` is its closing quote."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,8 @@ class CallRules:
         functions: for each tool the text with which its call begins, and what follows up to ``after``.
         marker: what shows that calls begin, or None.
         before: text of each call before its function.
-        bare: text in place of ``marker lead`` for calls without the marker, which begin a line; None forbids them.
+        bare: text in place of ``marker lead`` for calls without the marker, which begin a line, or the answer after
+            white space. None forbids them.
         lines: rules to which ``functions`` refer.
     """
 
@@ -77,6 +89,8 @@ class ToolFormat(ABC):
     """Name of the parser for this format in vLLM."""
     special: ClassVar[tuple[str, ...]] = ()
     """Texts that some tokenizers have as special tokens."""
+    most_in_template: ClassVar[float] = math.inf
+    """Number of calls of one message that the family's chat templates take."""
     instruction: ClassVar[str]
     """Tells a model how to call a function; an example follows it."""
 
@@ -91,7 +105,7 @@ class ToolFormat(ABC):
         return {id: marker.shown for id, marker in pairs if id is not None}
 
     @abstractmethod
-    def rules(self, tools: Sequence[ToolDefinition], arguments: Arguments) -> CallRules:
+    def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         """Rules for answers that call ``tools``."""
 
     @abstractmethod

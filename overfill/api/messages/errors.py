@@ -16,9 +16,14 @@ _TYPES = {
     504: "timeout_error",
 }
 
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+"""Code of an error after which Anthropic's clients send the whole conversation, without ``thread``."""
+
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
     """Returns the JSON of ``error``."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    message = error.body["error"]["message"]
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    told: dict[str, Any] = {"type": kind, "message": error.body["error"]["message"]}
+    if error.code == THREAD_UNSUPPORTED:
+        told["details"] = {"error_code": error.code, "unsupported": []}
+    return {"type": "error", "error": told, "request_id": request_id}

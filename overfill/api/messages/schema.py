@@ -179,6 +179,7 @@ class MessagesRequest(CountTokensRequest):
     metadata: Metadata | None = None
     stop_sequences: Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
+    thread: Any = None  # refused
     temperature: Temperature | None = None
     top_k: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
     top_p: UnitInterval | None = None

@@ -11,8 +11,11 @@ from typing import Any
 
 from overfill.api.messages import schema
 from overfill.api.messages.answers import MessageWriter
+from overfill.api.messages.errors import THREAD_UNSUPPORTED
 from overfill.api.messages.signatures import hidden_text
 from overfill.api.openai.errors import ApiError
+from overfill.api.openai.translate import forbid_additional, invalid, json_text
+from overfill.api.reasoning import thinking_variables
 from overfill.api.translation import Served, Translation
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.request.params import Grammar
@@ -32,7 +35,7 @@ _FIELDS = (
     (re.compile(r"^(sampling|chat)\."), ""),
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"^messages\[.*"), "messages"),  # joined turns have other numbers
-    (re.compile(r"^continue_final_message$"), "messages"),
+    (re.compile(r"^(chat|prompt|continue_final_message)$"), "messages"),
     (re.compile(r"\.parameters$"), ".input_schema"),
 )
 _TOOL = re.compile(r"(?<=^tools\[)\d+")
@@ -40,6 +43,9 @@ _TOOL = re.compile(r"(?<=^tools\[)\d+")
 
 def messages(request: schema.MessagesRequest, request_id: str) -> Translation:
     """Translate a request for a message. Raises ApiError."""
+    if request.thread is not None:
+        message = "'thread' is not supported: the server stores nothing; send the whole conversation"
+        raise ApiError(400, message, param="thread", code=THREAD_UNSUPPORTED)
     chat, places, left_out = _chat(request)
     generate = inference_pb2.GenerateRequest(
         model=request.model,
@@ -71,9 +77,10 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
     if not isinstance(error, InvalidRequest):
         return error
     reason = str(error).removeprefix(f"{error.field}: ")
-    if isinstance(error, PromptTooLong) and error.tokens:
-        # Claude Code knows this sentence, and shortens its conversation.
-        return PromptTooLong("", f"prompt is too long: {error.tokens} tokens > {error.limit} maximum")
+    if isinstance(error, PromptTooLong) and error.field == "prompt":
+        # Claude Code recognises this sentence.
+        told = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else reason
+        return PromptTooLong("", f"prompt is too long: {told}")
     name = error.field
     for pattern, replacement in _FIELDS:
         name = pattern.sub(replacement, name)
@@ -94,9 +101,9 @@ def _sampling(request: schema.MessagesRequest) -> common_pb2.SamplingParams:
     if config is not None and config.format is not None:
         place = "output_config.format.schema"
         try:
-            grammar = Grammar("json_schema", _json(place, config.format.schema_))
+            grammar = Grammar("json_schema", json_text(place, config.format.schema_))
         except InvalidRequest as error:
-            raise _invalid(place, str(error).removeprefix(f"{error.field}: ")) from None
+            raise invalid(place, str(error).removeprefix(f"{error.field}: ")) from None
         params.grammar.CopyFrom(grammar.to_proto())
     return params
 
@@ -115,13 +122,15 @@ def _chat(request: schema.CountTokensRequest) -> tuple[inference_pb2.Chat, list[
             reasoning="\n".join(turn.reasoning),
         )
     if not turns.all:
-        raise _invalid("messages", "have no text")
+        raise invalid("messages", "have no text")
     last = turns.all[-1]
     if last.role == "assistant":
         if last.calls:
             place = f"messages[{len(request.messages) - 1}]"
-            raise _invalid(place, "is the last message and uses tools; give their results in a message after it")
+            raise invalid(place, "is the last message and uses tools; give their results in a message after it")
         chat.continue_final_message = True
+    if variables := _thinking(request):
+        chat.chat_template_kwargs = json.dumps(variables)
     places, left_out = _add_tools(request, turns.offered, chat)
     _choose_tools(request.tool_choice, chat)
     if request.mcp_servers:
@@ -180,12 +189,12 @@ class _Turns:
                 self._turn(role).texts.append(block.text)
             case schema.ToolUseBlock(), "assistant":
                 self._called.add(block.id)
-                arguments = _json(f"{place}.input", block.input)
+                arguments = json_text(f"{place}.input", block.input)
                 self._turn(role).calls.append(inference_pb2.ToolCall(id=block.id, name=block.name, arguments=arguments))
             case schema.ToolResultBlock(), "user":
                 if block.tool_use_id not in self._called:
                     id = block.tool_use_id[:80]
-                    raise _invalid(f"{place}.tool_use_id", f"is {id!r}; no 'tool_use' block before it has this id")
+                    raise invalid(f"{place}.tool_use_id", f"is {id!r}; no 'tool_use' block before it has this id")
                 self.all.append(_Turn("tool", block.tool_use_id, [self._result(block, place)]))
             case schema.ThinkingBlock(), "assistant":
                 text = block.thinking or hidden_text(block.signature)
@@ -198,7 +207,7 @@ class _Turns:
             case schema.OtherBlock(), _:
                 raise _refused(block, place)
             case _:
-                raise _invalid(f"{place}.type", f"{block.type!r} is not allowed in a message of role {role!r}")
+                raise invalid(f"{place}.type", f"{block.type!r} is not allowed in a message of role {role!r}")
 
     def _result(self, result: schema.ToolResultBlock, place: str) -> str:
         """The text of a tool's result."""
@@ -231,15 +240,23 @@ def _add_tools(
         if tool.defer_loading and tool.name not in offered:
             continue
         if tool.input_schema is None:
-            raise _invalid(place, "is missing; give the JSON schema of the tool's input")
+            raise invalid(place, "is missing; give the JSON schema of the tool's input")
         places.append(index)
+        described = forbid_additional(place, tool.input_schema) if tool.strict else tool.input_schema
         chat.tools.add(
             name=tool.name,
             description=tool.description or "",
-            parameters=_json(place, tool.input_schema),
+            parameters=json_text(place, described),
             strict=bool(tool.strict),
         )
     return places, left_out
+
+
+def _thinking(request: schema.CountTokensRequest) -> dict[str, Any]:
+    """The variables of the chat template that say whether and how much the model thinks."""
+    effort = None if request.output_config is None else request.output_config.effort
+    kind = "" if request.thinking is None else request.thinking.type
+    return thinking_variables(effort, {"enabled": True, "disabled": False}.get(kind))
 
 
 def _choose_tools(choice: schema.ToolChoice | None, chat: inference_pb2.Chat) -> None:
@@ -247,27 +264,16 @@ def _choose_tools(choice: schema.ToolChoice | None, chat: inference_pb2.Chat) ->
         return
     chat.tool_choice.mode = _MODES[choice.type]
     if choice.type == "any" and not chat.tools:
-        raise _invalid("tool_choice.type", "is 'any', but the request has no tool that this server can offer")
+        raise invalid("tool_choice.type", "is 'any', but the request has no tool that this server can offer")
     if choice.type == "tool":
         if choice.name not in {tool.name for tool in chat.tools}:
             name = (choice.name or "")[:80]
-            raise _invalid("tool_choice.name", f"is {name!r}, which is not one of the tools that this server can offer")
+            raise invalid("tool_choice.name", f"is {name!r}, which is not one of the tools that this server can offer")
         chat.tool_choice.name = choice.name
     # A model calls a named tool once.
     chat.single_tool_call = bool(choice.disable_parallel_tool_use) or choice.type == "tool"
 
 
-def _json(place: str, value: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-    except ValueError:
-        raise _invalid(place, "holds NaN or an infinite number, which JSON does not have") from None
-
-
 def _refused(block: schema.OtherBlock, place: str) -> ApiError:
     supported = "blocks of text, thinking, tool_use and tool_result are"
-    return _invalid(f"{place}.type", f"{block.type[:50]!r} is not supported; {supported}")
-
-
-def _invalid(place: str, message: str) -> ApiError:
-    return ApiError(400, f"'{place}' {message}", param=place, code="invalid_value")
+    return invalid(f"{place}.type", f"{block.type[:50]!r} is not supported; {supported}")

@@ -419,7 +419,7 @@ def _truncate(request: schema.Sampling) -> int | None:
 def json_text(field: str, value: Any) -> str:
     """``value``, from ``field``, as JSON text. Raises ApiError."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
     except ValueError:
         raise invalid(field, "holds NaN or an infinite number, which JSON does not have") from None
 

@@ -47,7 +47,7 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
             f"a KV cache of {kv_memory} bytes holds {num_blocks * block_size} tokens, fewer than "
             f"--max-model-len {max(2, longest)}; give at least --kv-memory {max(2, longest) * spec.token_bytes}"
         )
-    tokenizer = Tokenizer.load(pair.full_path)
+    tokenizer = Tokenizer.load(pair.full_path, mock.tool_call_parser)
     script = Script(tokenizer, mock)
     eos_ids = pair.full_config.eos_token_ids
     return Stage(

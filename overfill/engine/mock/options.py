@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from overfill.errors import InvalidRequest
+from overfill.request.names import ToolCallParser
 
 ANSWER = (
     "The full model reads the whole prompt at once, and the smaller decoder writes the answer on its keys and values. "
@@ -31,7 +32,7 @@ class ScriptedAnswer(BaseModel):
     Attributes:
         when: text that the prompt must contain; empty matches every prompt.
         text: the answer's text. The text of a special token is that token, so that a family's raw output can be given.
-        tool_calls: calls of tools after the text, in the format that routers read.
+        tool_calls: calls of tools after the text, in the format of tool_call_parser.
         tokens: the answer as token ids, in place of ``text`` and ``tool_calls``.
     """
 
@@ -71,6 +72,11 @@ class MockOptions(BaseModel):
         ge=0,
         description="tokens of such an answer, which then begins where the seed says; by default those of the text, "
         "once",
+    )
+    tool_call_parser: ToolCallParser = Field(
+        "auto",
+        description="format in which scripted tool calls are written, by the name of vLLM's parser; auto chooses by "
+        "the chat template",
     )
     script: tuple[ScriptedAnswer, ...] = Field(
         (),

@@ -55,7 +55,7 @@ class Script:
                         "engine_args", f"script: token {token} is not below {self._tokenizer.vocab_size}"
                     )
             return list(answer.tokens)
-        calls = [(call.name, json.dumps(call.arguments)) for call in answer.tool_calls]
+        calls = [(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in answer.tool_calls]
         return self._tokenizer.encode_continuation(answer.text + self._tokenizer.tool_format.write(calls))
 
 

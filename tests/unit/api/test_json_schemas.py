@@ -74,7 +74,7 @@ def compiled(**fields):
     request = asked(**fields)
     text = request.sampling.grammar.json_schema
     if request.chat.tools:
-        (line,) = (line for line in chat_grammar(request.chat).text.splitlines() if line.startswith("function_0"))
+        (line,) = (line for line in chat_grammar(request.chat).text.splitlines() if line.startswith("rest_0"))
         text = line.partition("%json ")[2]
     return {keyword: value for keyword, value in compact(json.loads(text)).items() if keyword in CLOSED}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from overfill.api.messages.answers import MessageWriter
-from overfill.api.messages.errors import error_body
+from overfill.api.messages.errors import THREAD_UNSUPPORTED, error_body
 from overfill.api.messages.signatures import hidden_text, signature
 from overfill.api.openai.errors import ApiError
 from overfill.api.translation import Served
@@ -223,6 +223,11 @@ def test_errors_have_anthropic_s_form(status, kind):
     }
     name, data = writer(True).fail(error).decode().removesuffix("\n\n").split("\n")
     assert (name, json.loads(data.removeprefix("data: "))) == ("event: error", error_body(error, "msg_1"))
+
+
+def test_an_error_about_threads_has_the_code_that_clients_look_for():
+    error = ApiError(400, "no threads", code=THREAD_UNSUPPORTED)
+    assert error_body(error, "req_1")["error"]["details"] == {"error_code": THREAD_UNSUPPORTED, "unsupported": []}
 
 
 def test_a_ping_is_an_event_of_its_own():

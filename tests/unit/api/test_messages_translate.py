@@ -9,6 +9,7 @@ from overfill.api.messages.signatures import signature
 from overfill.api.messages.translate import count_tokens, messages
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import check_items, parse
+from overfill.api.reasoning import thinking_variables
 from overfill.errors import InvalidRequest, Overloaded, PromptTooLong
 from overfill.v1.inference_pb2 import Chat, ToolChoice
 
@@ -190,6 +191,14 @@ def test_tools_are_offered_left_out_or_deferred(fields, names, left_out):
     assert asked.left_out == left_out
 
 
+def test_a_strict_tool_has_only_the_keys_that_it_names():
+    (tool,) = translate(tools=[EDIT | {"strict": True}]).generate.chat.tools
+    assert (tool.strict, json.loads(tool.parameters)) == (True, {"type": "object", "additionalProperties": False})
+    schema = {"type": "object", "properties": {}, "anyOf": [{"required": ["a"]}]}
+    with pytest.raises(ApiError, match=r"'tools\[0\].input_schema'.*'strict'"):
+        translate(tools=[EDIT | {"strict": True, "input_schema": schema}])
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
@@ -210,6 +219,21 @@ def test_tools_are_offered_left_out_or_deferred(fields, names, left_out):
 def test_the_choice_of_tools(choice, expected):
     chat = translate(tools=[READ], tool_choice=choice).generate.chat
     assert (chat.tool_choice, chat.single_tool_call) == (expected.tool_choice, expected.single_tool_call)
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}),
+        ({"thinking": {"type": "adaptive"}}, {}),
+        ({"thinking": {"type": "disabled"}}, thinking_variables(enabled=False)),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, thinking_variables(enabled=True)),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, thinking_variables("high", False)),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "medium"}}, thinking_variables("medium")),
+    ],
+)
+def test_thinking_is_a_variable_of_the_chat_template(fields, variables):
+    assert json.loads(translate(**fields).generate.chat.chat_template_kwargs or "{}") == variables
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
@@ -270,6 +294,7 @@ LAST_USES = [*HI, {"role": "assistant", "content": [CALL]}]
         ({"output_config": {"effort": "huge"}}, "'output_config.effort'"),
         ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "'output_config.format.type'"),
         ({"metadata": {"user_id": 5}}, "'metadata.user_id'"),
+        ({"thread": {"type": "create"}}, "'thread' is not supported"),
         ({"tools": [READ] * 129}, "'tools'"),
         ({"tools": [{"name": "read"}]}, "'tools[0].input_schema' is missing"),
         ({"tools": [READ | {"input_schema": "x"}]}, "'tools[0].input_schema'"),
@@ -335,6 +360,8 @@ def test_parts_of_results_count_as_items():
             "'messages' needs a last message that has text",
         ),
         ("sampling.grammar.json_schema", "has no type", "'output_config.format' has no type"),
+        ("chat", "becomes too long", "'messages' becomes too long"),
+        ("prompt", "is empty", "'messages' is empty"),
         ("sampling.top_k", "is more than the vocabulary", "'top_k' is more than the vocabulary"),
         ("", "the request has 9 bytes", "the request has 9 bytes"),
     ],
@@ -351,6 +378,8 @@ def test_other_errors_and_a_prompt_that_is_too_long():
     assert asked.own_field(overloaded) is overloaded
     told = asked.own_field(PromptTooLong("prompt", "has 9 tokens", 9, 8))
     assert (str(told), type(told)) == ("prompt is too long: 9 tokens > 8 maximum", PromptTooLong)
+    told = asked.own_field(PromptTooLong("prompt", "needs 9 tokens; the largest worker holds 8"))
+    assert str(told) == "prompt is too long: needs 9 tokens; the largest worker holds 8"
     told = asked.own_field(PromptTooLong("sampling.max_tokens", "9 tokens do not fit"))
     assert (str(told), type(told)) == ("'max_tokens' 9 tokens do not fit", PromptTooLong)
 

@@ -187,6 +187,12 @@ def test_an_answer_that_does_not_fit_is_refused_with_both_numbers(validate: Any)
     with pytest.raises(PromptTooLong, match=r"30 tokens after a prompt of 3 .* 32 tokens") as caught:
         validate(sampling=SamplingParams(max_tokens=30))
     assert caught.value.field == "sampling.max_tokens"
+    for asked, given in ((30, MAX_MODEL_LEN - 3), (29, 29), (1, 1), ((1 << 32) - 1, MAX_MODEL_LEN - 3)):
+        fitted = validate(sampling=SamplingParams(max_tokens=asked), fit_max_tokens=True)
+        assert fitted.start.sampling.max_tokens == given
+    with pytest.raises(PromptTooLong) as caught:
+        validate(token_ids=TokenIds(ids=[5] * 40), fit_max_tokens=True)
+    assert (caught.value.tokens, caught.value.limit) == (40, MAX_MODEL_LEN - 1)
 
 
 def called(count: int, name: str = "f") -> ChatMessage:

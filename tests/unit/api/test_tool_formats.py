@@ -5,6 +5,7 @@ import random
 from itertools import pairwise
 
 import pytest
+import tokenizers
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
@@ -12,7 +13,7 @@ from overfill.api.families.choose import choose_format, make_format
 from overfill.api.families.reader import ToolCallReader
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolDefinition
+from overfill.api.tools import TEXT_PARAMETERS, ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.making.mock_pair import FOLDER
@@ -62,9 +63,7 @@ TOOLS = [
     ToolDefinition("odd", parameters=closed(**{"two words": STRING, "b": INTEGER})),
     ToolDefinition("exact", parameters=closed(["day"], day={"type": "string", "format": "date"}), strict=True),
     ToolDefinition(
-        "patch",
-        parameters=closed(["input"], input=STRING),
-        input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF'),
+        "patch", parameters=TEXT_PARAMETERS, input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF')
     ),
 ]
 BY_NAME = {tool.name: tool for tool in TOOLS}
@@ -272,10 +271,16 @@ def test_stop_strings_count_only_before_calls(format_of, name, stop):
 def test_calls_without_a_marker_begin_a_line(format_of, grammars, tokenizer, name):
     format = format_of(name, with_tokens=False)
     written = format.write(as_json(CALLS["one"]), TOOLS)
+    grammar = tools_grammar(TOOLS, "auto", single=False, format=format)
+    for before in ("", " ", "\n\t ", "Now:\n"):
+        for pieces in divisions(before + written):
+            assert read(format, pieces) == (before.strip(), as_json(CALLS["one"]), True)
+        assert accepts(grammars, tokenizer, grammar, before + written)
+        assert not accepts(grammars, tokenizer, grammar, f"{before}{written} more")
     for text in (f"So: {written}", written[:-1].replace("write", "rewrite"), '[1] and {"name": "Bob"}\n[wr', "{", "[x"):
         for pieces in divisions(text):
             assert read(format, pieces) == (text, [], True)
-        assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text)
+        assert accepts(grammars, tokenizer, grammar, text)
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -384,3 +389,21 @@ def test_a_parser_that_is_named_is_taken():
     assert choose_format("pythonic", "<tool_call>", {}).name == "pythonic"
     assert choose_format("mistral", "", {}).name == "mistral"
     assert choose_format("mistral", "", {"[TOOL_CALLS]": 3, "[ARGS]": 5}).shown == {3: "\udc00", 5: "\udc01"}
+
+
+def test_a_tag_that_is_a_shown_token_is_this_token_in_answers(tmp_path):
+    for file in (FOLDER / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(tag, special=False) for tag in ("<tool_call>", "</tool_call>")])
+    backend.save(str(tmp_path / "tokenizer.json"))  # as Qwen's
+    tokenizer = Tokenizer.load(tmp_path)
+    format, calls = tokenizer.tool_format, as_json(CALLS["several"])
+    ids = tokenizer.encode_continuation(f"So: {format.write(calls)}")
+    grammars = Grammars(tmp_path / "tokenizer.json", 6144, tokenizer.eos_token_ids)
+    matcher = grammars.matcher(Grammar("lark", tools_grammar(TOOLS, "auto", single=False, format=format)))
+    matcher.accept([*ids, tokenizer.end_of_answer])
+    text = AnswerText(StreamDetokenizer(tokenizer, (), format.shown), (), (), (format, TOOLS))
+    delta = text.push(AnswerDelta(0, ids))
+    assert [part.name for part in delta.tool_calls if part.name] == [name for name, _ in calls]
+    assert (delta.text, text.called_tools) == ("So:", True)

@@ -16,7 +16,7 @@ from overfill.api.openai import schema, translate
 from overfill.api.openai.parse import parse
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import ToolDefinition, check_tools
+from overfill.api.tools import TEXT_PARAMETERS, ToolDefinition, check_tools
 from overfill.api.tools_grammar import chat_grammar, tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
@@ -118,7 +118,7 @@ def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, si
 
 def test_the_grammar_of_a_text_holds_inside_the_call(grammars):
     text = Grammar("lark", 'start: "\\"" /[^"]*/ "\\""')
-    taking = ToolDefinition("note", parameters={"properties": {"input": {"type": "string"}}}, input=text)
+    taking = ToolDefinition("note", parameters=TEXT_PARAMETERS, input=text)
     grammar = tools_grammar([*TOOLS, taking], "auto", single=False)
     for text, right in [('"a\n\\ \u2028"', True), ('""', True), ("a", False), ('"a"b"', False)]:
         call = HERMES.write([("note", json.dumps({"input": text}, ensure_ascii=False)), *CALLS])
@@ -183,6 +183,16 @@ def test_calls_and_their_results_go_back_to_the_model(byte_level_tokenizer):
     text = byte_level_tokenizer.decode(encode_chat(chat(messages=messages), byte_level_tokenizer))
     assert HERMES.write([("weather", '{"city": "Rome"}')]) in text
     assert "<tool_response>\nsunny\n</tool_response>" in text
+
+
+def test_a_result_needs_its_call(byte_level_tokenizer):
+    call = {"role": "assistant", "tool_calls": [{"id": "c1", "name": "weather"}]}
+    result = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
+    for messages, wrong in (([result], 0), ([result, call], 0), ([call, result, result | {"tool_call_id": "c2"}], 2)):
+        with pytest.raises(InvalidRequest, match="the id of no tool call in the messages before it") as caught:
+            encode_chat(chat(messages=messages), byte_level_tokenizer)
+        assert caught.value.field == f"chat.messages[{wrong}].tool_call_id"
+    assert encode_chat(chat(messages=[call, result, result]), byte_level_tokenizer)
 
 
 def calls_of_an_assistant(*arguments):

@@ -143,6 +143,8 @@ def test_chat_keeps_the_turns(
         [system, Message("user", "one"), said, Message("user", "two")],
         [system, Message("user", "three")],
     ]
+    first, second, third = [options["session"] for _, options in fake_client.requests]
+    assert first == second != third, "each conversation is a session"
     assert capsys.readouterr().out == "It scatters.\n" * 3
 
 
