@@ -11,7 +11,7 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from overfill.api.openai.translate import forbid_additional, invalid, json_text
 from overfill.api.responses import schema
-from overfill.api.tools import MAX_TOOLS, TEXT_PARAMETER
+from overfill.api.tools import MAX_TOOLS, TEXT_PARAMETERS
 from overfill.request.params import Grammar
 from overfill.v1 import inference_pb2
 
@@ -130,21 +130,12 @@ def _function(tool: schema.FlatFunctionTool, name: str, place: str) -> inference
 
 
 def _custom(tool: schema.CustomTool, name: str, place: str) -> inference_pb2.Tool:
-    text: dict[str, Any] = {"type": "string"}
-    made = inference_pb2.Tool(name=name, description=tool.description or "")
+    made = inference_pb2.Tool(name=name, description=tool.description or "", parameters=json.dumps(TEXT_PARAMETERS))
     if tool.format is not None and tool.format.type == "grammar":
         syntax, definition = tool.format.syntax, tool.format.definition
         if syntax is None or not definition:
             raise invalid(f"{place}.format", "of type 'grammar' needs 'syntax' and 'definition'")
         form = "Lark grammar" if syntax == "lark" else "regular expression"
-        text["description"] = f"Text of this {form}:\n{definition}"
+        made.description += f"\n\nIts input is text of this {form}:\n{definition}"
         made.input.CopyFrom(Grammar(syntax, definition).to_proto())
-    made.parameters = json.dumps(
-        {
-            "type": "object",
-            "properties": {TEXT_PARAMETER: text},
-            "required": [TEXT_PARAMETER],
-            "additionalProperties": False,
-        }
-    )
     return made

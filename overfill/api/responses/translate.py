@@ -15,7 +15,6 @@ from overfill.api.reasoning import thinking_variables
 from overfill.api.responses import schema
 from overfill.api.responses.answers import ENCRYPTED, Asked, ResponseWriter
 from overfill.api.responses.tools import ToolSet
-from overfill.api.tools import TEXT_PARAMETER
 from overfill.api.translation import AnswerWriter, Served, Translation
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.request.params import Grammar
@@ -110,7 +109,7 @@ class _Conversation:
                 case schema.FunctionCallItem():
                     self._call(item, item.arguments, place)
                 case schema.CustomCallItem():
-                    self._call(item, json.dumps({TEXT_PARAMETER: item.input}, ensure_ascii=False), place)
+                    self._call(item, json.dumps({"input": item.input}, ensure_ascii=False), place)
                 case schema.CallOutputItem():
                     self._output(item, place)
                 case schema.AdditionalToolsItem():
