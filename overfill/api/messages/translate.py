@@ -14,11 +14,10 @@ from overfill.api.messages.answers import MessageWriter
 from overfill.api.messages.errors import THREAD_UNSUPPORTED
 from overfill.api.messages.signatures import hidden_text
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.translate import forbid_additional, invalid, json_text
+from overfill.api.openai.fields import function_tool, invalid, json_text, schema_grammar, set_filters
 from overfill.api.reasoning import thinking_variables
 from overfill.api.translation import Served, Translation
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
-from overfill.request.params import Grammar
 from overfill.v1 import common_pb2, inference_pb2
 
 _Choice = inference_pb2.ToolChoice
@@ -28,6 +27,9 @@ _MODES = {
     "tool": _Choice.MODE_REQUIRED,
     "none": _Choice.MODE_NONE,
 }
+
+_SEARCH = "tool_search_tool_"
+"""Beginning of the types of Anthropic's tools that search tools."""
 
 # Patterns of our field paths, and the names that Anthropic has for these fields.
 _FIELDS = (
@@ -76,34 +78,23 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
     """``error`` with Anthropic's name of the field. ``tools`` are the places of the tools in the request."""
     if not isinstance(error, InvalidRequest):
         return error
-    reason = str(error).removeprefix(f"{error.field}: ")
     if isinstance(error, PromptTooLong) and error.field == "prompt":
         # Claude Code recognises this sentence.
-        told = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else reason
+        told = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else error.reason
         return PromptTooLong("", f"prompt is too long: {told}")
     name = error.field
     for pattern, replacement in _FIELDS:
         name = pattern.sub(replacement, name)
     name = _TOOL.sub(lambda number: str(tools[int(number[0])]), name)
-    return type(error)("", f"'{name}' {reason}" if name else reason)
+    return type(error)("", f"'{name}' {error.reason}" if name else error.reason)
 
 
 def _sampling(request: schema.MessagesRequest) -> common_pb2.SamplingParams:
-    temperature = 1.0 if request.temperature is None else request.temperature
-    if request.top_p == 0:  # keeps only the most likely token
-        temperature = 0.0
-    params = common_pb2.SamplingParams(temperature=temperature, max_tokens=max(1, request.max_tokens))
-    if temperature > 0:  # greedy needs no filters
-        params.top_p = 1.0 if request.top_p is None else request.top_p
-        if request.top_k:
-            params.top_k = request.top_k
+    params = common_pb2.SamplingParams(max_tokens=max(1, request.max_tokens))
+    set_filters(params, request.temperature, request.top_p, request.top_k)
     config = request.output_config
     if config is not None and config.format is not None:
-        place = "output_config.format.schema"
-        try:
-            grammar = Grammar("json_schema", json_text(place, config.format.schema_))
-        except InvalidRequest as error:
-            raise invalid(place, str(error).removeprefix(f"{error.field}: ")) from None
+        grammar = schema_grammar("output_config.format.schema", config.format.schema_)
         params.grammar.CopyFrom(grammar.to_proto())
     return params
 
@@ -231,24 +222,20 @@ def _add_tools(
     request: schema.CountTokensRequest, offered: set[str], chat: inference_pb2.Chat
 ) -> tuple[list[int], list[str]]:
     """Add the tools of a request to ``chat``. Returns their places in the request, and the types of those left out."""
-    places, left_out = [], []
-    for index, tool in enumerate(request.tools or ()):
+    places, left_out, tools = [], [], request.tools or ()
+    # This server cannot search the deferred tools for the model, so it offers all of them.
+    unsearched = any((tool.type or "").startswith(_SEARCH) for tool in tools)
+    for index, tool in enumerate(tools):
         place = f"tools[{index}].input_schema"
         if tool.type not in (None, "custom"):
             left_out.append(tool.type)
             continue
-        if tool.defer_loading and tool.name not in offered:
+        if tool.defer_loading and not unsearched and tool.name not in offered:
             continue
         if tool.input_schema is None:
             raise invalid(place, "is missing; give the JSON schema of the tool's input")
         places.append(index)
-        described = forbid_additional(place, tool.input_schema) if tool.strict else tool.input_schema
-        chat.tools.add(
-            name=tool.name,
-            description=tool.description or "",
-            parameters=json_text(place, described),
-            strict=bool(tool.strict),
-        )
+        chat.tools.append(function_tool(tool.name, tool.description, place, tool.input_schema, strict=tool.strict))
     return places, left_out
 
 
