@@ -9,8 +9,6 @@ from overfill.request.json_schemas import compact
 from overfill.request.params import Grammar
 from overfill.request.thinking import ThinkingTokens
 
-_REGEX_PART = re.compile(r"\\?[/\n]|\\.")
-
 
 def after_thinking(grammar: Grammar, thinking: ThinkingTokens) -> Grammar:
     """Returns a grammar in Lark of any thinking, then of an answer in ``grammar``.
@@ -42,11 +40,8 @@ def _nested(grammar: Grammar) -> str:
         case "json_schema":
             return f"%json {json.dumps(compact(json.loads(grammar.text)))}"
         case "regex":
-            return f"/{_REGEX_PART.sub(_between_slashes, grammar.text)}/"
+            # Between slashes, a slash has a backslash before it.
+            escaped = re.sub(r"(\\.)|/", lambda part: part[1] or r"\/", grammar.text, flags=re.DOTALL)
+            return f"/{escaped}/"
         case "lark":
             return f"%lark {{\n{grammar.text}\n}}"
-
-
-def _between_slashes(part: re.Match[str]) -> str:
-    """Returns a part of a regular expression as Lark has it: slashes and line breaks have a backslash before them."""
-    return {"/": r"\/", "\n": r"\n"}.get(part[0][-1], part[0])

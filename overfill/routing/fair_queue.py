@@ -21,6 +21,9 @@ from overfill.routing.job import Job
 
 _MAX_KEYS = 1024  # number of finish tags from which on the queue drops past ones
 
+_MAX_SESSIONS = 1024
+"""Number of sessions of a key after which a new round begins, so that new ones cannot go first for ever."""
+
 
 class VirtualClock:
     """Virtual time of one priority, and the finish tag of each key's latest job, in tokens."""
@@ -44,6 +47,13 @@ class VirtualClock:
     def advance_virtual_time(self, tag: float) -> None:
         """Moves virtual time to the start tag of a job that leaves the queue for a worker."""
         self._virtual_time = max(self._virtual_time, tag)
+
+    def skip(self, tokens: float) -> None:
+        """Moves virtual time by ``tokens``."""
+        self._virtual_time += tokens
+
+    def __len__(self) -> int:
+        return len(self._finish_tags)
 
     def refund(self, key: str, tokens: int) -> None:
         """Refunds ``tokens`` that were charged to ``key`` and not used."""
@@ -69,6 +79,8 @@ class _KeyJobs:
 
     def add(self, job: Job, arrival: int) -> list[Job]:
         """Adds a job. Returns it and the jobs behind it."""
+        if len(self._clock) >= _MAX_SESSIONS:
+            self._clock.skip(1)
         turn = self._turns[job] = self._clock.start_tag(job.session, 1), arrival
         index = bisect_left(self._order, turn, key=lambda entry: entry[:2])
         self._order.insert(index, (*turn, job))

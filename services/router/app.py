@@ -153,7 +153,7 @@ class Router:
                 pairs,
                 self.roster,
                 self._brownout,
-                "" if reasoning is None else reasoning.name,
+                answer_format=",".join([tokenizer.tool_format.name, *([reasoning.name] if reasoning else [])]),
             ),
             tokenizer,
             self._trials,

@@ -127,13 +127,14 @@ def test_another_router_goes_on_inside_the_reasoning_only_if_it_reads_the_answer
         first = client.chat(ASK, sampling=GREEDY)
     other = tmp_path / "other.jinja"
     other.write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>\n\n"))
-    wrong = {
-        "resume_identity.answer_format": (template, "none"),
-        "resume_identity.prompt_digest": (other, "auto"),
-    }
-    for field, (file, parser) in wrong.items():
+    wrong = [
+        (template, {"reasoning_parser": "none"}, "resume_identity.answer_format"),
+        (template, {"tool_call_parser": "pythonic"}, "resume_identity.answer_format"),
+        (other, {}, "resume_identity.prompt_digest"),
+    ]
+    for file, settings, field in wrong:
         resumed = {"resume_token_ids": first.token_ids[:50], "resume_identity": first.identity}
-        with stack(file, reasoning_parser=parser) as second, Client(second.grpc) as client:
+        with stack(file, **settings) as second, Client(second.grpc) as client:
             with pytest.raises(Incompatible) as caught:
                 client.chat(ASK, sampling=GREEDY, **resumed)
             assert field in caught.value.fields

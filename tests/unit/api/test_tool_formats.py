@@ -273,10 +273,16 @@ def test_stop_strings_count_only_before_calls(format_of, name, stop):
 def test_calls_without_a_marker_begin_a_line(format_of, grammars, tokenizer, name):
     format = format_of(name, with_tokens=False)
     written = format.write(as_json(CALLS["one"]), TOOLS)
+    grammar = tools_grammar(TOOLS, "auto", single=False, format=format)
+    for before in ("", " ", "\n\t ", "Now:\n"):
+        for pieces in divisions(before + written):
+            assert read(format, pieces) == (before.strip(), as_json(CALLS["one"]), True)
+        assert accepts(grammars, tokenizer, grammar, before + written)
+        assert not accepts(grammars, tokenizer, grammar, f"{before}{written} more")
     for text in (f"So: {written}", written[:-1].replace("write", "rewrite"), '[1] and {"name": "Bob"}\n[wr', "{", "[x"):
         for pieces in divisions(text):
             assert read(format, pieces) == (text, [], True)
-        assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text)
+        assert accepts(grammars, tokenizer, grammar, text)
 
 
 @pytest.mark.parametrize("name", PARSERS)

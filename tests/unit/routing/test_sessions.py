@@ -163,6 +163,23 @@ def test_many_sessions_gain_a_key_nothing_over_other_keys():
     assert [job.key for job in queue] == ["plain", "split"] * 6
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_new_sessions_without_end_neither_grow_the_queue_nor_go_first_for_ever(cancelled):
+    queue = FairQueue()
+    for index in range(2):
+        queue.append(job_of("waits", name=f"waits-{index}", key="k"))
+    second = list(queue)[1]
+    for index in range(10_000):
+        queue.append(job_of(f"s{index}", name="new", key="k"))
+        if cancelled:
+            queue.discard(next(job for job in queue if job.session != "waits"))
+        else:
+            queue.take(next(iter(queue)))
+        if jobs := queue._of_key.get((0, "k")):
+            assert len(jobs._clock) < 2100
+    assert (second in queue) is cancelled
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_sessions_change_no_order_among_keys_and_none_waits_long_for_others(seed):
     """Compares with a queue without sessions, over random arrivals and placements; half of the runs cancel jobs too."""
