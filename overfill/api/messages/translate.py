@@ -28,6 +28,9 @@ _MODES = {
     "none": _Choice.MODE_NONE,
 }
 
+_SEARCH = "tool_search_tool_"
+"""Beginning of the types of Anthropic's tools that search tools."""
+
 # Patterns of our field paths, and the names that Anthropic has for these fields.
 _FIELDS = (
     (re.compile(r"^sampling\.grammar.*"), "output_config.format"),
@@ -219,13 +222,15 @@ def _add_tools(
     request: schema.CountTokensRequest, offered: set[str], chat: inference_pb2.Chat
 ) -> tuple[list[int], list[str]]:
     """Add the tools of a request to ``chat``. Returns their places in the request, and the types of those left out."""
-    places, left_out = [], []
-    for index, tool in enumerate(request.tools or ()):
+    places, left_out, tools = [], [], request.tools or ()
+    # This server cannot search the deferred tools for the model, so it offers all of them.
+    unsearched = any((tool.type or "").startswith(_SEARCH) for tool in tools)
+    for index, tool in enumerate(tools):
         place = f"tools[{index}].input_schema"
         if tool.type not in (None, "custom"):
             left_out.append(tool.type)
             continue
-        if tool.defer_loading and tool.name not in offered:
+        if tool.defer_loading and not unsearched and tool.name not in offered:
             continue
         if tool.input_schema is None:
             raise invalid(place, "is missing; give the JSON schema of the tool's input")

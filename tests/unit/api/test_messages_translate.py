@@ -152,6 +152,11 @@ def test_sampling():
         ({"mcp_servers": [{"type": "url", "name": "x", "url": "https://x"}]}, [], ["mcp_servers"]),
         ({"tools": [READ, EDIT | {"defer_loading": True}]}, ["read"], []),
         (
+            {"tools": [{"type": "tool_search_tool_regex_20251119", "name": "s"}, EDIT | {"defer_loading": True}]},
+            ["edit"],
+            ["tool_search_tool_regex_20251119"],
+        ),
+        (
             {
                 "tools": [READ, EDIT | {"defer_loading": True}],
                 "messages": [
