@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +13,7 @@ from overfill.request.params import Grammar
 MAX_TOOLS = 128
 
 TEXT_PARAMETER = "input"
-TEXT_PARAMETERS = {
-    "type": "object",
-    "properties": {TEXT_PARAMETER: {"type": "string"}},
-    "required": [TEXT_PARAMETER],
-    "additionalProperties": False,
-}
-"""Parameters of a tool that takes text."""
+"""The only parameter of a tool that takes text."""
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
@@ -34,7 +27,7 @@ class ToolDefinition:
     Args:
         parameters: JSON schema of its arguments object.
         strict: Whether a schema that a grammar cannot enforce in full is an error.
-        input: Grammar of the text that the tool takes; its parameters are then TEXT_PARAMETERS.
+        input: Grammar of the text that the tool takes; its only parameter is then ``TEXT_PARAMETER``.
     """
 
     name: str
@@ -65,10 +58,9 @@ def check_tools(tools: Sequence[ToolDefinition]) -> None:
         kind = tool.parameters.get("type", "object")
         if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             raise InvalidRequest(f"{place}.parameters", f'has "type" {str(kind)[:80]!r}; it must be "object"')
-        if tool.input is not None and tool.parameters != TEXT_PARAMETERS:
-            raise InvalidRequest(
-                f"{place}.parameters", f"of a tool with an input must be {json.dumps(TEXT_PARAMETERS)}"
-            )
+        properties = tool.parameters.get("properties")
+        if tool.input is not None and not (isinstance(properties, dict) and properties.keys() == {TEXT_PARAMETER}):
+            raise InvalidRequest(f"{place}.parameters", f"of a tool with an input have {TEXT_PARAMETER!r} only")
         seen.add(tool.name)
 
 

@@ -129,7 +129,7 @@ def _named(error: InvalidRequest) -> str:
     path = error.field.split(".")
     for index, part in enumerate(path):
         if name := flags.get(f"--{part.replace('_', '-')}") or names.get(part):
-            message = str(error).removeprefix(f"{error.field}: ")
+            message = error.reason
             return ": ".join([name, *filter(None, [".".join(path[index + 1 :])]), message])
     return str(error)
 

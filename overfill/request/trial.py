@@ -64,7 +64,7 @@ class Bench:
             except GrammarFailed as error:
                 if token and isinstance(error, GrammarStuck):  # a model may choose other tokens
                     break
-                raise InvalidRequest(field, str(error).removeprefix(f"{error.field}: ")) from error
+                raise InvalidRequest(field, error.reason) from error
         if _status("VmRSS") - before > self.limits.memory:
             raise InvalidRequest(field, f"is too complex: {self.limits.too_much_memory}")
         return seconds

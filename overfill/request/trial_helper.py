@@ -150,7 +150,7 @@ def _try(bench: _Bench, function: Callable[[bytes, _Bench], bytes], argument: by
         try:
             reply = OK + function(argument, bench)
         except InvalidRequest as error:
-            message = str(error).removeprefix(f"{error.field}: ")
+            message = error.reason
             reply = INVALID + json.dumps([error.field, message]).encode()
         except RecursionError:
             reply = TOO_COMPLEX + _TOO_DEEP.encode()

@@ -14,10 +14,10 @@ from overfill.api.messages.answers import MessageWriter
 from overfill.api.messages.errors import THREAD_UNSUPPORTED
 from overfill.api.messages.signatures import hidden_text
 from overfill.api.openai.errors import ApiError
+from overfill.api.openai.fields import invalid, json_text, schema_grammar, set_filters
 from overfill.api.reasoning import thinking_variables
 from overfill.api.translation import Served, Translation
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
-from overfill.request.params import Grammar
 from overfill.v1 import common_pb2, inference_pb2
 
 _Choice = inference_pb2.ToolChoice
@@ -75,7 +75,6 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
     """``error`` with Anthropic's name of the field. ``tools`` are the places of the tools in the request."""
     if not isinstance(error, InvalidRequest):
         return error
-    reason = str(error).removeprefix(f"{error.field}: ")
     if isinstance(error, PromptTooLong) and error.tokens:
         # Claude Code knows this sentence, and shortens its conversation.
         return PromptTooLong("", f"prompt is too long: {error.tokens} tokens > {error.limit} maximum")
@@ -83,25 +82,15 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
     for pattern, replacement in _FIELDS:
         name = pattern.sub(replacement, name)
     name = _TOOL.sub(lambda number: str(tools[int(number[0])]), name)
-    return type(error)("", f"'{name}' {reason}" if name else reason)
+    return type(error)("", f"'{name}' {error.reason}" if name else error.reason)
 
 
 def _sampling(request: schema.MessagesRequest) -> common_pb2.SamplingParams:
-    temperature = 1.0 if request.temperature is None else request.temperature
-    if request.top_p == 0:  # keeps only the most likely token
-        temperature = 0.0
-    params = common_pb2.SamplingParams(temperature=temperature, max_tokens=max(1, request.max_tokens))
-    if temperature > 0:  # greedy needs no filters
-        params.top_p = 1.0 if request.top_p is None else request.top_p
-        if request.top_k:
-            params.top_k = request.top_k
+    params = common_pb2.SamplingParams(max_tokens=max(1, request.max_tokens))
+    set_filters(params, request.temperature, request.top_p, request.top_k)
     config = request.output_config
     if config is not None and config.format is not None:
-        place = "output_config.format.schema"
-        try:
-            grammar = Grammar("json_schema", _json(place, config.format.schema_))
-        except InvalidRequest as error:
-            raise _invalid(place, str(error).removeprefix(f"{error.field}: ")) from None
+        grammar = schema_grammar("output_config.format.schema", config.format.schema_)
         params.grammar.CopyFrom(grammar.to_proto())
     return params
 
@@ -120,12 +109,12 @@ def _chat(request: schema.CountTokensRequest) -> tuple[inference_pb2.Chat, list[
             reasoning="\n".join(turn.reasoning),
         )
     if not turns.all:
-        raise _invalid("messages", "have no text")
+        raise invalid("messages", "have no text")
     last = turns.all[-1]
     if last.role == "assistant":
         if last.calls:
             place = f"messages[{len(request.messages) - 1}]"
-            raise _invalid(place, "is the last message and uses tools; give their results in a message after it")
+            raise invalid(place, "is the last message and uses tools; give their results in a message after it")
         chat.continue_final_message = True
     if variables := _thinking(request):
         chat.chat_template_kwargs = json.dumps(variables)
@@ -187,12 +176,12 @@ class _Turns:
                 self._turn(role).texts.append(block.text)
             case schema.ToolUseBlock(), "assistant":
                 self._called.add(block.id)
-                arguments = _json(f"{place}.input", block.input)
+                arguments = json_text(f"{place}.input", block.input)
                 self._turn(role).calls.append(inference_pb2.ToolCall(id=block.id, name=block.name, arguments=arguments))
             case schema.ToolResultBlock(), "user":
                 if block.tool_use_id not in self._called:
                     id = block.tool_use_id[:80]
-                    raise _invalid(f"{place}.tool_use_id", f"is {id!r}; no 'tool_use' block before it has this id")
+                    raise invalid(f"{place}.tool_use_id", f"is {id!r}; no 'tool_use' block before it has this id")
                 self.all.append(_Turn("tool", block.tool_use_id, [self._result(block, place)]))
             case schema.ThinkingBlock(), "assistant":
                 text = block.thinking or hidden_text(block.signature)
@@ -205,7 +194,7 @@ class _Turns:
             case schema.OtherBlock(), _:
                 raise _refused(block, place)
             case _:
-                raise _invalid(f"{place}.type", f"{block.type!r} is not allowed in a message of role {role!r}")
+                raise invalid(f"{place}.type", f"{block.type!r} is not allowed in a message of role {role!r}")
 
     def _result(self, result: schema.ToolResultBlock, place: str) -> str:
         """The text of a tool's result."""
@@ -238,12 +227,12 @@ def _add_tools(
         if tool.defer_loading and tool.name not in offered:
             continue
         if tool.input_schema is None:
-            raise _invalid(place, "is missing; give the JSON schema of the tool's input")
+            raise invalid(place, "is missing; give the JSON schema of the tool's input")
         places.append(index)
         chat.tools.add(
             name=tool.name,
             description=tool.description or "",
-            parameters=_json(place, tool.input_schema),
+            parameters=json_text(place, tool.input_schema),
             strict=bool(tool.strict),
         )
     return places, left_out
@@ -261,27 +250,16 @@ def _choose_tools(choice: schema.ToolChoice | None, chat: inference_pb2.Chat) ->
         return
     chat.tool_choice.mode = _MODES[choice.type]
     if choice.type == "any" and not chat.tools:
-        raise _invalid("tool_choice.type", "is 'any', but the request has no tool that this server can offer")
+        raise invalid("tool_choice.type", "is 'any', but the request has no tool that this server can offer")
     if choice.type == "tool":
         if choice.name not in {tool.name for tool in chat.tools}:
             name = (choice.name or "")[:80]
-            raise _invalid("tool_choice.name", f"is {name!r}, which is not one of the tools that this server can offer")
+            raise invalid("tool_choice.name", f"is {name!r}, which is not one of the tools that this server can offer")
         chat.tool_choice.name = choice.name
     # A model calls a named tool once.
     chat.single_tool_call = bool(choice.disable_parallel_tool_use) or choice.type == "tool"
 
 
-def _json(place: str, value: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-    except ValueError:
-        raise _invalid(place, "holds NaN or an infinite number, which JSON does not have") from None
-
-
 def _refused(block: schema.OtherBlock, place: str) -> ApiError:
     supported = "blocks of text, thinking, tool_use and tool_result are"
-    return _invalid(f"{place}.type", f"{block.type[:50]!r} is not supported; {supported}")
-
-
-def _invalid(place: str, message: str) -> ApiError:
-    return ApiError(400, f"'{place}' {message}", param=place, code="invalid_value")
+    return invalid(f"{place}.type", f"{block.type[:50]!r} is not supported; {supported}")

@@ -195,7 +195,7 @@ def from_error(error: OverfillError) -> ApiError:
 
 def _message(error: InvalidRequest) -> str:
     """The message of ``error`` with OpenAI's name of the field."""
-    reason = str(error).removeprefix(f"{error.field}: ")
+    reason = error.reason
     param = _param(error.field)
     return f"'{param}' {reason}" if param else reason
 

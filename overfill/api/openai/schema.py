@@ -150,21 +150,38 @@ class StructuredOutputs(Strict):
     whitespace_pattern: Any = refused("JSON is written in one way, without white space to choose")
 
 
-class Sampling(Strict):
-    """Fields of every request that generates text."""
+class Generating(Strict):
+    """Fields of every request that generates text, in all of OpenAI's APIs."""
 
     model: str
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 is for scores of the prompt
-    n: Count | None = None
     presence_penalty: Penalty | None = None
     seed: Seed | None = None
     stop: str | Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     temperature: Temperature | None = None
     top_p: UnitInterval | None = None
+
+    # Extensions, with vLLM's names.
+    ignore_eos: bool | None = None
+    min_p: UnitInterval | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # smaller numbers go first
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    top_k: int | None = None
+
+    # Extensions of our own.
+    allow_brownout: bool | None = None
+    fallback: str | None = None
+    tier: str | None = None
+
+
+class Sampling(Generating):
+    """Fields of chats and completions."""
+
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIASES)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 is for scores of the prompt
+    n: Count | None = None
+    stream_options: StreamOptions | None = None
     user: Ignored
 
     # OpenAI supports this for chats only; vLLM supports it for both.
@@ -175,25 +192,15 @@ class Sampling(Strict):
     guided_grammar: str | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    ignore_eos: bool | None = None
-    min_p: UnitInterval | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # smaller numbers go first
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     request_id: RequestId | None = None
     session_id: str | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     structured_outputs: StructuredOutputs | None = None
-    top_k: int | None = None
     # the router's own counts if it is larger
     stream_interval: Annotated[int, Field(ge=1, le=MAX_STREAM_INTERVAL)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
-
-    # Extensions of our own.
-    allow_brownout: bool | None = None
-    fallback: str | None = None
-    tier: str | None = None
 
     guided_decoding_backend: Ignored  # this server has only one
     return_mm_kwargs: Ignored  # vLLM also ignores this and the next field here

@@ -9,11 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from overfill.api.openai import schema
-from overfill.api.openai.errors import ApiError
+from overfill.api.openai.fields import (
+    function_tool,
+    grammar_of,
+    invalid,
+    json_text,
+    router_request,
+    sampling_params,
+    schema_grammar,
+    uint32,
+)
 from overfill.api.reasoning import thinking_variables
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.request.json_schemas import CannotForbid, close_objects, forbid_additional_properties
-from overfill.request.params import Grammar, GrammarKind
+from overfill.request.json_schemas import close_objects
+from overfill.request.params import Grammar
 from overfill.v1 import common_pb2, inference_pb2
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -63,7 +72,7 @@ class ApiRequest:
         """``error`` with the name of this request's field, if it is about the grammar or the prompt's scores."""
         if not isinstance(error, InvalidRequest):
             return error
-        reason = str(error).removeprefix(f"{error.field}: ")
+        reason = error.reason
         if error.field == "sampling.prompt_logprobs" and self.echoes_scores:
             return InvalidRequest("echo", f"with 'logprobs' {reason}")
         if not error.field.startswith("sampling.grammar"):
@@ -179,19 +188,13 @@ def _generate(
     request: schema.Sampling, request_id: str, sampling: common_pb2.SamplingParams
 ) -> inference_pb2.GenerateRequest:
     """A router request without its prompt."""
-    generate = inference_pb2.GenerateRequest(
-        model=request.model,
-        sampling=sampling,
-        stop=_stop(request.stop),
-        request_id=request_id,
-        priority=request.priority or 0,
-        truncate_prompt_tokens=_truncate(request),
-        stream_interval=request.stream_interval,
-        tier=request.tier,
-        fallback=request.fallback,
-    )
-    if request.allow_brownout is not None:
-        generate.allow_brownout = request.allow_brownout
+    generate = router_request(request, request_id, sampling)
+    if (count := request.truncate_prompt_tokens) is not None:
+        if count == 0:
+            raise invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
+        generate.truncate_prompt_tokens = count
+    if request.stream_interval is not None:
+        generate.stream_interval = request.stream_interval
     return generate
 
 
@@ -200,18 +203,9 @@ def _sampling(
 ) -> common_pb2.SamplingParams:
     if max_tokens == 0 and prompt_logprobs is None:
         raise invalid("max_tokens", "must be at least 1, or 0 where the prompt is scored")
-    temperature = 1.0 if request.temperature is None else request.temperature
-    if request.top_p == 0:  # keeps only the most likely token
-        temperature = 0.0
-    params = common_pb2.SamplingParams(
-        temperature=temperature,
-        seed=None if request.seed is None else request.seed % (1 << 64),
-        ignore_eos=bool(request.ignore_eos),
-        min_tokens=None if not request.min_tokens else uint32("min_tokens", request.min_tokens),
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-    )
+    params = sampling_params(request)
+    if request.min_tokens:
+        params.min_tokens = uint32("min_tokens", request.min_tokens)
     if request.logit_bias:
         params.logit_bias.update({_token_id(token): bias for token, bias in request.logit_bias.items()})
     if prompt_logprobs is not None:
@@ -219,14 +213,6 @@ def _sampling(
     if max_tokens is not None:
         params.max_tokens = uint32("max_tokens", max(1, max_tokens))
     _set_ids(params.stop_token_ids, request.stop_token_ids or (), "stop_token_ids")
-    if temperature > 0:  # greedy needs no filters
-        if request.top_p is not None:
-            params.top_p = request.top_p
-        if request.min_p is not None:
-            params.min_p = request.min_p
-        if request.top_k not in (None, 0, -1):  # for vLLM, 0 and -1 mean all tokens
-            assert request.top_k is not None
-            params.top_k = uint32("top_k", request.top_k)
     return params
 
 
@@ -263,14 +249,9 @@ def _chat(
             raise invalid(f"messages[{index}].tool_call_id", "is missing; a message of role 'tool' needs it")
     for index, tool in enumerate(how.tools or ()):
         function = tool.function
-        parameters, field = function.parameters, f"tools[{index}].function.parameters"
-        if function.strict:
-            parameters = forbid_additional(field, parameters or {"type": "object", "properties": {}})
-        chat.tools.add(
-            name=function.name,
-            description=function.description or "",
-            parameters=json_text(field, parameters) if parameters else "",
-            strict=bool(function.strict),
+        field = f"tools[{index}].function.parameters"
+        chat.tools.append(
+            function_tool(function.name, function.description, field, function.parameters, strict=function.strict)
         )
     return chat
 
@@ -346,8 +327,10 @@ def _response_format(request: schema.Sampling) -> _FieldGrammars:
         raise invalid(f"{field}.json_schema", "is missing; type 'json_schema' needs it")
     if described.schema_ is None:
         yield field, Grammar("json_object")
+    elif described.strict:
+        yield field, schema_grammar(field, described.schema_, strict=True)
     else:
-        yield field, _schema(request, field, described.schema_, strict=bool(described.strict))
+        yield field, _schema(request, field, described.schema_)
 
 
 def _structured_outputs(request: schema.Sampling) -> _FieldGrammars:
@@ -357,11 +340,11 @@ def _structured_outputs(request: schema.Sampling) -> _FieldGrammars:
     if given.json_ is not None:
         yield f"{field}.json", _schema(request, f"{field}.json", given.json_)
     if given.regex is not None:
-        yield f"{field}.regex", _grammar(f"{field}.regex", "regex", given.regex)
+        yield f"{field}.regex", grammar_of(f"{field}.regex", "regex", given.regex)
     if given.choice is not None:
         yield f"{field}.choice", _choice(f"{field}.choice", given.choice)
     if given.grammar is not None:
-        yield f"{field}.grammar", _grammar(f"{field}.grammar", "lark", given.grammar)
+        yield f"{field}.grammar", grammar_of(f"{field}.grammar", "lark", given.grammar)
     if given.json_object:
         yield f"{field}.json_object", Grammar("json_object")
 
@@ -370,58 +353,26 @@ def _guided(request: schema.Sampling) -> _FieldGrammars:
     if request.guided_json is not None:
         yield "guided_json", _schema(request, "guided_json", request.guided_json)
     if request.guided_regex is not None:
-        yield "guided_regex", _grammar("guided_regex", "regex", request.guided_regex)
+        yield "guided_regex", grammar_of("guided_regex", "regex", request.guided_regex)
     if request.guided_choice is not None:
         yield "guided_choice", _choice("guided_choice", request.guided_choice)
     if request.guided_grammar is not None:
-        yield "guided_grammar", _grammar("guided_grammar", "lark", request.guided_grammar)
+        yield "guided_grammar", grammar_of("guided_grammar", "lark", request.guided_grammar)
 
 
-def _schema(request: schema.Sampling, field: str, given: dict[str, Any] | str, *, strict: bool = False) -> Grammar:
+def _schema(request: schema.Sampling, field: str, given: dict[str, Any] | str) -> Grammar:
     """A grammar for the schema that ``field`` holds."""
-    grammar = _grammar(field, "json_schema", given if isinstance(given, str) else json_text(field, given))
-    if strict:
-        return Grammar.json_schema(forbid_additional(field, json.loads(grammar.text)))
+    grammar = grammar_of(field, "json_schema", given if isinstance(given, str) else json_text(field, given))
     options = request.structured_outputs
     if options is not None and options.disable_additional_properties is False:
         return Grammar.json_schema(close_objects(json.loads(grammar.text), allow_more=True))
     return grammar
 
 
-def forbid_additional(field: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema``, from ``field``, with objects that have only the keys that they name. Raises ApiError."""
-    try:
-        return forbid_additional_properties(schema)
-    except CannotForbid as error:
-        raise invalid(field, f"{error} 'strict'; name all properties in one object") from None
-
-
 def _choice(field: str, texts: Sequence[str]) -> Grammar:
     if not texts:
         raise invalid(field, "is empty")
     return Grammar("regex", f"(?:{'|'.join(map(re.escape, texts))})")
-
-
-def _grammar(field: str, kind: GrammarKind, text: str) -> Grammar:
-    try:
-        return Grammar(kind, text)
-    except InvalidRequest as error:
-        raise invalid(field, str(error).removeprefix(f"{error.field}: ")) from None
-
-
-def _truncate(request: schema.Sampling) -> int | None:
-    count = request.truncate_prompt_tokens
-    if count == 0:
-        raise invalid("truncate_prompt_tokens", "must be at least 1, or -1 for all that fit the context; got 0")
-    return count
-
-
-def json_text(field: str, value: Any) -> str:
-    """``value``, from ``field``, as JSON text. Raises ApiError."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        raise invalid(field, "holds NaN or an infinite number, which JSON does not have") from None
 
 
 def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | Sequence[int]]:
@@ -432,10 +383,6 @@ def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int
     if isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
     return list(prompt)  # type: ignore[arg-type]
-
-
-def _stop(stop: str | Sequence[str] | None) -> Sequence[str]:
-    return [stop] if isinstance(stop, str) else stop or ()
 
 
 def _token_id(text: str) -> int:
@@ -449,15 +396,3 @@ def _set_ids(target: object, ids: Sequence[int], name: str) -> None:
         index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < 1 << 32)
         raise invalid(f"{name}[{index}]", f"is not a token id: {str(token)[:50]}")
     target.extend(ids)  # type: ignore[attr-defined]
-
-
-def uint32(name: str, value: int) -> int:
-    """``value``, from the field ``name``. Raises ApiError if it does not fit the wire's integer."""
-    if not 0 < value < 1 << 32:
-        raise invalid(name, f"must be in [1, 2^32), got {value}")
-    return value
-
-
-def invalid(param: str, message: str) -> ApiError:
-    """The error that the field ``param`` has a wrong value."""
-    return ApiError(400, f"'{param}' {message}", param=param, code="invalid_value")

@@ -10,20 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from overfill.api.chat import MAX_MESSAGES, MAX_PARTS
-from overfill.api.openai.schema import (
-    Extensible,
-    Ignored,
-    Items,
-    Penalty,
-    Seed,
-    Strict,
-    Temperature,
-    UnitInterval,
-    refused,
-)
+from overfill.api.openai.schema import Extensible, Generating, Ignored, Items, Strict, refused
 from overfill.api.reasoning import Effort
 from overfill.api.tools import MAX_TOOLS
-from overfill.request.params import MAX_PRIORITY, MAX_REPETITION_PENALTY, MAX_STOPS, MIN_REPETITION_PENALTY
 
 MAX_METADATA = 16
 _STATELESS = "nothing is stored; send all items of the conversation as 'input'"
@@ -222,12 +211,11 @@ class ToolChoiceObject(ChosenTool):
     tools: Annotated[Items[ChosenTool], Field(min_length=1)] | None = None
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Generating):
     """``POST /v1/responses``."""
 
     ITEMS: ClassVar[str] = "input"
 
-    model: str
     input: str | Annotated[Items[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     include: Annotated[Items[str], Field(max_length=16)] | None = None
     instructions: str | None = None
@@ -237,29 +225,14 @@ class ResponsesRequest(Strict):
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     reasoning: ReasoningOptions | None = None
     safety_identifier: Annotated[str, Field(max_length=1024)] | None = None
-    stream: bool | None = None
-    temperature: Temperature | None = None
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoiceObject | None = None
     tools: Tools | None = None
-    top_p: UnitInterval | None = None
     truncation: Literal["auto", "disabled"] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
 
-    # Extensions, with the names that they have in ``/v1/chat/completions``.
-    allow_brownout: bool | None = None
+    # An extension, with the name that it has in ``/v1/chat/completions``.
     chat_template_kwargs: dict[str, Any] | None = None
-    fallback: str | None = None
-    frequency_penalty: Penalty | None = None
-    ignore_eos: bool | None = None
-    min_p: UnitInterval | None = None
-    presence_penalty: Penalty | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
-    seed: Seed | None = None
-    stop: str | Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
-    tier: str | None = None
-    top_k: int | None = None
 
     access_programs: Ignored
     background_options: Ignored

@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
-from overfill.api.openai.translate import forbid_additional, invalid, json_text
+from overfill.api.openai.fields import function_tool, invalid
 from overfill.api.responses import schema
 from overfill.api.tools import MAX_TOOLS, TEXT_PARAMETER
 from overfill.request.params import Grammar
@@ -89,7 +89,11 @@ class ToolSet:
         if not place.startswith("tools"):
             self._repeatable[name] = tool
         self.places.append(place)
-        self._target.append(_custom(tool, name, place) if custom else _function(tool, name, place))
+        if custom:
+            self._target.append(_custom(tool, name, place))
+        else:
+            field = f"{place}.parameters"
+            self._target.append(function_tool(name, tool.description, field, tool.parameters, strict=tool.strict))
         return True
 
     def flat(self, namespace: str | None, name: str) -> str:
@@ -115,18 +119,6 @@ class ToolSet:
         del self._target[:]
         self._target.extend([tool for tool, _ in kept])
         self.places[:] = [place for _, place in kept]
-
-
-def _function(tool: schema.FlatFunctionTool, name: str, place: str) -> inference_pb2.Tool:
-    parameters, field = tool.parameters, f"{place}.parameters"
-    if tool.strict:
-        parameters = forbid_additional(field, parameters or {"type": "object", "properties": {}})
-    return inference_pb2.Tool(
-        name=name,
-        description=tool.description or "",
-        parameters=json_text(field, parameters) if parameters else "",
-        strict=bool(tool.strict),
-    )
 
 
 def _custom(tool: schema.CustomTool, name: str, place: str) -> inference_pb2.Tool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.translate import forbid_additional, invalid, json_text, uint32
+from overfill.api.openai.fields import invalid, json_text, router_request, sampling_params, schema_grammar, uint32
 from overfill.api.reasoning import thinking_variables
 from overfill.api.responses import schema
 from overfill.api.responses.answers import ENCRYPTED, Asked, ResponseWriter
@@ -30,17 +30,10 @@ _MODES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Cho
 
 def responses(request: schema.ResponsesRequest, request_id: str) -> Translation:
     """Translates a request. Raises ApiError."""
-    generate = inference_pb2.GenerateRequest(
-        model=request.model,
-        sampling=_sampling(request),
-        stop=[request.stop] if isinstance(request.stop, str) else request.stop or (),
-        request_id=request_id,
-        priority=request.priority or 0,
-        tier=request.tier,
-        fallback=request.fallback,
-    )
-    if request.allow_brownout is not None:
-        generate.allow_brownout = request.allow_brownout
+    sampling = sampling_params(request)
+    if request.max_output_tokens is not None:
+        sampling.max_tokens = uint32("max_output_tokens", request.max_output_tokens)
+    generate = router_request(request, request_id, sampling)
     chat = generate.chat
     effort = request.reasoning.effort if request.reasoning is not None else None
     if variables := thinking_variables(effort) | (request.chat_template_kwargs or {}):
@@ -186,30 +179,6 @@ def _reasoning(item: schema.ReasoningItem, place: str) -> str:
     return _text(item.summary or (), f"{place}.summary")
 
 
-def _sampling(request: schema.ResponsesRequest) -> common_pb2.SamplingParams:
-    temperature = 1.0 if request.temperature is None else request.temperature
-    if request.top_p == 0:  # keeps only the most likely token
-        temperature = 0.0
-    params = common_pb2.SamplingParams(
-        temperature=temperature,
-        seed=None if request.seed is None else request.seed % (1 << 64),
-        ignore_eos=bool(request.ignore_eos),
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-    )
-    if request.max_output_tokens is not None:
-        params.max_tokens = uint32("max_output_tokens", request.max_output_tokens)
-    if temperature > 0:  # greedy needs no filters
-        if request.top_p is not None:
-            params.top_p = request.top_p
-        if request.min_p is not None:
-            params.min_p = request.min_p
-        if request.top_k not in (None, 0, -1):  # 0 and -1 mean all tokens
-            params.top_k = uint32("top_k", request.top_k)
-    return params
-
-
 def _format(request: schema.ResponsesRequest, sampling: common_pb2.SamplingParams) -> None:
     asked = request.text.format if request.text is not None else None
     if asked is None or asked.type == "text":
@@ -219,11 +188,7 @@ def _format(request: schema.ResponsesRequest, sampling: common_pb2.SamplingParam
     elif asked.schema_ is None:
         raise invalid("text.format.schema", "is missing; type 'json_schema' needs it")
     else:
-        described = forbid_additional(_SCHEMA, asked.schema_) if asked.strict else asked.schema_
-        try:
-            grammar = Grammar("json_schema", json_text(_SCHEMA, described))
-        except InvalidRequest as error:
-            raise invalid(_SCHEMA, reason(error)) from None
+        grammar = schema_grammar(_SCHEMA, asked.schema_, strict=bool(asked.strict))
     sampling.grammar.CopyFrom(grammar.to_proto())
 
 
@@ -286,7 +251,7 @@ class _FieldNames:
         if not isinstance(error, InvalidRequest):
             return error
         field = self._name(error.field)
-        return error if field == error.field else type(error)(field, reason(error))
+        return error if field == error.field else type(error)(field, error.reason)
 
     def _name(self, field: str) -> str:
         if found := _LIST.fullmatch(field):
@@ -304,8 +269,3 @@ class _FieldNames:
         if field == "sampling.max_tokens":
             return "max_output_tokens"
         return field.removeprefix("sampling.").removeprefix("chat.")
-
-
-def reason(error: InvalidRequest) -> str:
-    """Returns the message of ``error`` without the field."""
-    return str(error).removeprefix(f"{error.field}: ")

@@ -90,7 +90,7 @@ def _init(environment: Environment, **_: Any) -> None:
         _refuse(options, plan)
         run = LoadTestRun(plan)
     except InvalidRequest as error:
-        message = str(error).removeprefix(f"{error.field}: ")
+        message = error.reason
         print(f"loadtest: {_flag(error.field, options)}: {message}", file=sys.stderr)
         sys.exit(2)
     options.num_users = plan.users  # locust's default is 1

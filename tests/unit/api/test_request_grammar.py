@@ -11,7 +11,6 @@ import pytest
 
 from overfill.api.families.hermes import Hermes
 from overfill.api.request_grammar import tried_grammar
-from overfill.api.tools import TEXT_PARAMETERS
 from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest
 from overfill.request.trials import Trials
@@ -20,6 +19,7 @@ from overfill.v1.inference_pb2 import Chat, GenerateRequest, ToolChoice
 
 HERMES = Hermes()
 BOMB = {"type": "integer", "multipleOf": 4000037}
+TEXT = {"type": "object", "properties": {"input": {"type": "string", "description": "Text."}}, "required": ["input"]}
 NONE = ToolChoice(mode=ToolChoice.MODE_NONE)
 
 
@@ -36,7 +36,7 @@ def tool(schema: Any, **fields: Any) -> dict[str, Any]:
 
 def taking(**text: Any) -> dict[str, Any]:
     """A tool that takes a text with a grammar."""
-    return {"name": "text", "parameters": json.dumps(TEXT_PARAMETERS), "input": common_pb2.Grammar(**text)}
+    return {"name": "text", "parameters": json.dumps(TEXT), "input": common_pb2.Grammar(**text)}
 
 
 def request(schema: str = "", **chat: Any) -> GenerateRequest:
@@ -73,6 +73,11 @@ async def test_a_grammar_without_tools_needs_no_other(trials: Trials) -> None:
         (r"chat.tools\[0\].input", "give a regex or a Lark grammar", request(tools=[taking(json_object=True)])),
         (r"chat.tools\[0\].input", "is empty", request(tools=[taking()])),
         (r"chat.tools\[0\].parameters", "of a tool with an input", request(tools=[tool({}, input={"regex": "a"})])),
+        (
+            r"chat.tools\[0\].parameters",
+            "of a tool with an input",
+            request(tools=[tool({"properties": 5}, input={"regex": "a"})]),
+        ),
         (r"chat.tools\[0\].parameters", "strict tool 'f'", request(tools=[tool({"not": {}}, strict=True)])),
     ],
 )

@@ -14,6 +14,7 @@ from overfill.api.responses.schema import ResponsesRequest
 from overfill.api.responses.tools import ToolSet
 from overfill.api.responses.translate import _Conversation, responses
 from overfill.api.tools import MAX_TOOLS
+from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.v1 import inference_pb2
 
@@ -119,7 +120,9 @@ def test_tools_are_flattened_and_those_that_the_server_cannot_offer_left_out():
 @pytest.mark.parametrize(("syntax", "definition"), [("lark", 'start: "a"+'), ("regex", "a+")])
 def test_a_custom_tool_s_grammar_is_enforced_and_shown(syntax, definition):
     tool = PATCH | {"format": {"type": "grammar", "syntax": syntax, "definition": definition}}
-    [made] = chat(tools=[tool]).tools
+    request = chat(tools=[tool])
+    assert chat_grammar(request) is not None  # raises if it refuses the tool
+    [made] = request.tools
     assert getattr(made.input, syntax) == definition
     assert json.loads(made.parameters)["properties"]["input"]["description"].endswith(definition)
 

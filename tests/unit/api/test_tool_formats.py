@@ -13,7 +13,7 @@ from overfill.api.families.choose import choose_format, make_format
 from overfill.api.families.reader import ToolCallReader
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import TEXT_PARAMETERS, ToolDefinition
+from overfill.api.tools import ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.making.mock_pair import FOLDER
@@ -63,7 +63,9 @@ TOOLS = [
     ToolDefinition("odd", parameters=closed(**{"two words": STRING, "b": INTEGER})),
     ToolDefinition("exact", parameters=closed(["day"], day={"type": "string", "format": "date"}), strict=True),
     ToolDefinition(
-        "patch", parameters=TEXT_PARAMETERS, input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF')
+        "patch",
+        parameters=closed(["input"], input=STRING),
+        input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF'),
     ),
 ]
 BY_NAME = {tool.name: tool for tool in TOOLS}

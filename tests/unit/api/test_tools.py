@@ -16,7 +16,7 @@ from overfill.api.openai import schema, translate
 from overfill.api.openai.parse import parse
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
-from overfill.api.tools import TEXT_PARAMETERS, ToolDefinition, check_tools
+from overfill.api.tools import ToolDefinition, check_tools
 from overfill.api.tools_grammar import chat_grammar, tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import Grammars
@@ -118,7 +118,7 @@ def test_the_grammar_accepts_calls_as_write_calls_writes_them(grammars, mode, si
 
 def test_the_grammar_of_a_text_holds_inside_the_call(grammars):
     text = Grammar("lark", 'start: "\\"" /[^"]*/ "\\""')
-    taking = ToolDefinition("note", parameters=TEXT_PARAMETERS, input=text)
+    taking = ToolDefinition("note", parameters={"properties": {"input": {"type": "string"}}}, input=text)
     grammar = tools_grammar([*TOOLS, taking], "auto", single=False)
     for text, right in [('"a\n\\ \u2028"', True), ('""', True), ("a", False), ('"a"b"', False)]:
         call = HERMES.write([("note", json.dumps({"input": text}, ensure_ascii=False)), *CALLS])

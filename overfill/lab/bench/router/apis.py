@@ -22,7 +22,7 @@ _STREAMS = 256
 _RATIO = 1.25
 """Bound of the CPU of an API over that of chat completions."""
 
-_LOAD = 0.5
+_LOAD = 0.25
 """Share of the router's core, for chat completions, that the tokens of long answers take."""
 
 Rounds = dict[Api, list[float]]
