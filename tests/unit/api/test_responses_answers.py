@@ -287,4 +287,5 @@ def test_numbers_that_json_does_not_have_are_null_where_the_response_repeats_the
 @pytest.mark.parametrize("arguments", ["", "{}", '{"input": 5}', '{"x": "y"}', "[1]", '{"input": "a\\x"}'])
 def test_arguments_of_another_form_are_no_error(arguments):
     reader = InputText()
-    assert reader.push(arguments) + reader.push("z") in ("", "a")
+    assert reader.push(arguments) + reader.push("z" * 100) in ("", "a")
+    assert reader.push('{"input": "b"}') == "", "it does not read the rest again and again"

@@ -271,6 +271,7 @@ ROUTER = [
     ("chat.tools[3].name", "input[5].tools[0].name"),
     ("chat.tools", "tools"),
     ("chat.chat_template_kwargs.tools", "chat_template_kwargs.tools"),
+    ("chat.documents", "chat_template_kwargs.documents"),
     ("sampling.max_tokens", "max_output_tokens"),
     ("sampling.top_k", "top_k"),
     ("sampling.grammar.json_schema", "text.format.schema"),
