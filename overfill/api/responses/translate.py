@@ -24,6 +24,13 @@ from overfill.v1 import common_pb2, inference_pb2
 _SCHEMA = "text.format.schema"
 _LIST = re.compile(r"chat\.(messages|tools)\[(\d+)\](.*)")
 _CALL = re.compile(r"\.tool_calls\[(\d+)\](.*)")
+_NAMES = {
+    **dict.fromkeys(("prompt", "chat", "chat.messages", "text"), "input"),
+    "chat.documents": "chat_template_kwargs.documents",
+    "sampling.max_tokens": "max_output_tokens",
+}
+"""The client's names of fields that have no place in a list."""
+
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"})
 _Choice = inference_pb2.ToolChoice
 _MODES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Choice.MODE_REQUIRED}
@@ -252,10 +259,8 @@ class _FieldNames:
             if call := _CALL.fullmatch(rest):
                 return calls[int(call[1])] + call[2]
             return place + rest
-        if field in ("prompt", "chat", "chat.messages", "text"):
-            return "input"
         if field.startswith("sampling.grammar"):
             return _SCHEMA if field.endswith("json_schema") else "text.format"
-        if field == "sampling.max_tokens":
-            return "max_output_tokens"
+        if field in _NAMES:
+            return _NAMES[field]
         return field.removeprefix("sampling.").removeprefix("chat.")

@@ -271,4 +271,5 @@ def test_the_text_of_a_custom_tool_does_not_depend_on_the_pieces(value, ascii):
 @pytest.mark.parametrize("arguments", ["", "{}", '{"input": 5}', '{"x": "y"}', "[1]", '{"input": "a\\x"}'])
 def test_arguments_of_another_form_are_no_error(arguments):
     reader = InputText()
-    assert reader.push(arguments) + reader.push("z") in ("", "a")
+    assert reader.push(arguments) + reader.push("z" * 100) in ("", "a")
+    assert reader.push('{"input": "b"}') == "", "it does not read the rest again and again"

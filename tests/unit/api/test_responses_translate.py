@@ -242,6 +242,7 @@ BAD = [
     ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'minimal'"),
     ({"truncation": "middle"}, "truncation", "'disabled'"),
     ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16"),
+    ({"metadata": {"a": "x" * 513}}, "metadata.a", "at most 512"),
     ({"made_up": 1}, "made_up", "Unrecognized"),
 ]  # fmt: skip
 
@@ -268,6 +269,7 @@ ROUTER = [
     ("chat.tools[3].name", "input[5].tools[0].name"),
     ("chat.tools", "tools"),
     ("chat.chat_template_kwargs.tools", "chat_template_kwargs.tools"),
+    ("chat.documents", "chat_template_kwargs.documents"),
     ("sampling.max_tokens", "max_output_tokens"),
     ("sampling.top_k", "top_k"),
     ("sampling.grammar.json_schema", "text.format.schema"),
