@@ -62,13 +62,18 @@ class Agent:
     def final(self) -> str:
         return f"The file is repaired, says {self.name}."
 
+    def says(self, number: int) -> str:
+        """The text of an answer before its call."""
+        return f"Step {number} of {self.name}: I call a tool now, and look at what it says before I go on."
+
     def script(self, project: Path) -> list[dict[str, Any]]:
         """The answers of the mock engine. Each is for prompts that have the text of the answer before."""
         answers, when = [], PROMPT
         for number, (name, arguments) in enumerate(self.calls(project), 1):
-            text = f"Step {number} of {self.name}: I call {name} now, and look at what it says before I go on."
+            text = self.says(number)
             call = {"name": name, "arguments": arguments}
-            answers.append({"when": when, "text": f"{text}\n", "tool_calls": [call]})
+            thought = f"<think>\nThe next tool is {name}.\n</think>\n\n"
+            answers.append({"when": when, "text": f"{thought}{text}\n", "tool_calls": [call]})
             when = text
         return [*answers, {"when": when, "text": self.final}]
 
