@@ -36,7 +36,7 @@ class Parameter:
     """A parameter of a tool.
 
     Args:
-        json: Lark expression of its values as JSON.
+        json: Lark expression of its values as JSON. Parameters of one type have the same.
         types: JSON types of its values, as far as its schema names them.
         texts: its values, if they are texts and nothing else but null; else None.
     """
@@ -70,7 +70,8 @@ def named_parameters(tool: ToolDefinition, names: re.Pattern[str]) -> list[Param
     shared = {keyword: root[keyword] for keyword in _DEFINITIONS if keyword in root}
     parameters = []
     for name, schema in properties.items():
-        whole = {**shared, **schema} if any(_references(schema)) else schema
+        whole = {keyword: value for keyword, value in schema.items() if keyword not in _ANNOTATIONS}
+        whole = {**shared, **whole} if any(_references(schema)) else whole
         wanted = json.dumps(compact(whole, lenient=not tool.strict))
         types = frozenset(_types(root, schema))
         parameters.append(

@@ -31,6 +31,7 @@ class Pythonic(ToolFormat):
 
     def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         functions, lines = [], []
+        types: dict[str, str] = {}  # a rule for all parameters of one type, by its body
         for i, tool in enumerate(tools):
             if tool.input is not None:
                 functions.append(([f'{tool.name}({TEXT_PARAMETER}="'], expressions.input(tool.input, '"') + ' ")"'))
@@ -45,8 +46,10 @@ class Pythonic(ToolFormat):
                 lines.append(f"first_{i}_{k}: value_{i}_{k} next_{i}_{k + 1}{skip}")
                 skip = "" if parameter.required else f" | next_{i}_{k + 1}"
                 lines.append(f'next_{i}_{k}: ", " value_{i}_{k} next_{i}_{k + 1}{skip}')
-                lines.append(f"value_{i}_{k}: {json.dumps(parameter.name + '=')} {_value(parameter)}")
+                type = types.setdefault(_value(parameter), f"type_{len(types)}")
+                lines.append(f"value_{i}_{k}: {json.dumps(parameter.name + '=')} {type}")
             lines += [f'first_{i}_{len(parameters)}: ""', f'next_{i}_{len(parameters)}: ""']
+        lines += [f"{type}: {body}" for body, type in types.items()]
         return CallRules(functions, lead='"["', separator='", "', closing='"]"', bare="[", lines=lines)
 
     def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
@@ -81,7 +84,7 @@ def _value(parameter: Parameter) -> str:
     """The Lark expression of a parameter's values."""
     words = ["True", "False"] if "boolean" in parameter.types else []
     words += ["None"] if "null" in parameter.types else []
-    return f"({' | '.join([*map(json.dumps, words), parameter.json])})"
+    return " | ".join([*map(json.dumps, words), parameter.json])
 
 
 def _keywords(arguments: str, whole: bool) -> str:

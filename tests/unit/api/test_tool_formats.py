@@ -252,6 +252,28 @@ def test_a_cut_leaves_the_beginning_of_the_call(format_of, name):
 
 
 @pytest.mark.parametrize("name", PARSERS)
+def test_another_router_goes_on_inside_any_call(format_of, tokenizer, name):
+    format, calls = format_of(name), [*CALLS["several"], *CALLS["nested"], *CALLS["unicode and quotes"]]
+    ids = tokenizer.encode_continuation(f"Look.\n{format.write(as_json(calls), TOOLS)}")
+
+    def answer(replayed):
+        return AnswerText(StreamDetokenizer(tokenizer, (), format.shown), ["STOP"], replayed, (format, TOOLS), "seed")
+
+    def shown(deltas):
+        made = [["", "", ""] for _ in calls]
+        for part in (part for delta in deltas for part in delta.tool_calls):
+            new = (part.id, part.name, part.arguments)
+            made[part.index] = [old + more for old, more in zip(made[part.index], new, strict=True)]
+        return "".join(delta.text for delta in deltas), made
+
+    whole = shown([answer(()).push(AnswerDelta(0, list(ids)))])
+    assert [(name, arguments) for _, name, arguments in whole[1]] == as_json(calls)
+    for cut in range(1, len(ids)):
+        before = answer(()).push(AnswerDelta(0, ids[:cut]))
+        assert shown([before, answer(ids[:cut]).push(AnswerDelta(cut, ids[cut:]))]) == whole
+
+
+@pytest.mark.parametrize("name", PARSERS)
 @pytest.mark.parametrize("stop", ["\n", "}", "write", "[", "<", "a.py"])
 def test_stop_strings_count_only_before_calls(format_of, name, stop):
     format = format_of(name)
