@@ -24,6 +24,9 @@ HEADERS = (
 )
 """Headers with a session, the first that is sent counts. A subagent belongs to the session that has started it."""
 
+_MAX_USER_ID = 4096
+"""Characters of a user id in JSON. Reading more would delay other requests."""
+
 _NAME = re.compile(f"{REQUEST_ID_CHARACTERS}{{1,{MAX_SESSION_LENGTH}}}")
 _IN_USER_ID = re.compile(r"_session_([0-9a-f-]{36})$")
 
@@ -49,7 +52,7 @@ def session_of_user(user_id: str) -> str:
     """Returns the session in the Messages API's ``metadata.user_id``, if Claude Code has written it; else all of it."""
     if found := _IN_USER_ID.search(user_id):  # Claude Code before 2026
         return found[1]
-    if user_id.startswith("{"):
+    if user_id.startswith("{") and len(user_id) <= _MAX_USER_ID:
         try:
             fields = json.loads(user_id)
         except (ValueError, RecursionError):

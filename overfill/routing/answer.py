@@ -63,6 +63,25 @@ class AnswerDelta:
         )
 
 
+def joined(parts: Sequence[AnswerDelta]) -> AnswerDelta:
+    """Returns all parts of an answer as one, with one part of each call. It has no log-probabilities."""
+    in_calls: dict[int, list[inference_pb2.ToolCallDelta]] = {}
+    for call in (call for part in parts for call in part.tool_calls):
+        in_calls.setdefault(call.index, []).append(call)
+    return AnswerDelta(
+        0,
+        [token for part in parts for token in part.token_ids],
+        text="".join([part.text for part in parts]),
+        reasoning="".join([part.reasoning for part in parts]),
+        tool_calls=[
+            inference_pb2.ToolCallDelta(
+                index=index, id=calls[0].id, name=calls[0].name, arguments="".join([c.arguments for c in calls])
+            )
+            for index, calls in in_calls.items()
+        ],
+    )
+
+
 class AnswerState:
     """The tokens of one request across its attempts. It has one writer, which never waits, and one reader.
 

@@ -145,10 +145,10 @@ class FairQueue:
         """Number of waiting jobs of ``priority`` and ``key``, migrated ones excluded."""
         return self._num_of[priority, key]
 
-    def ahead(self, priority: int, key: str, session: str = "") -> int:
-        """Number of jobs that would go before a new one."""
-        jobs = self._of_key.get((priority, key))
-        if jobs is not None and (behind := jobs.first_behind(session)) is not None:
+    def ahead(self, priority: int, key: str, session: str | None = None) -> int:
+        """Number of jobs that would go before a new one; without ``session``, before one behind all jobs of its key."""
+        jobs = None if session is None else self._of_key.get((priority, key))
+        if session is not None and jobs is not None and (behind := jobs.first_behind(session)) is not None:
             return self._index(self._positions[behind][0])
         tag = self._clocks[priority].next_start_tag(key) if priority in self._clocks else 0.0
         return self._index((1, priority, 1, tag, self._count + 1))

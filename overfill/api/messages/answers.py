@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +22,8 @@ _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 _DELTA = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%b","%b":'
 _DELTA_END = b"}}\n\n"
+
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)")
 
 _EMPTY: dict[str, dict[str, Any]] = {
     "text": {"type": "text", "text": ""},
@@ -62,7 +65,7 @@ class MessageWriter:
         if not self._stream:
             return b""
         usage = _usage(accepted.prompt_tokens, cached_tokens, 0, 0)
-        return _event("message_start", message=self._message([], None, None, usage))
+        return _event("message_start", message={**self._message(None, None, usage), "content": []})
 
     def delta(self, delta: AnswerDelta) -> bytes:
         """Returns the events with a part of the answer."""
@@ -112,41 +115,36 @@ class MessageWriter:
 
     def whole(self, finished: inference_pb2.Finished) -> bytes:
         """Returns the whole message."""
-        message = self._message(self._content(), *self._reason(finished), self._final_usage(finished))
-        return encode({**message, "overfill": self._report(finished)})
+        message = self._message(*self._reason(finished), self._final_usage(finished))
+        head = encode({**message, "overfill": self._report(finished)})[:-1]
+        return b'%b,"content":[%b]}' % (head, b",".join(self._content()))
 
-    def _message(
-        self, content: list[Any], reason: str | None, stop: str | None, usage: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _message(self, reason: str | None, stop: str | None, usage: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": self._served.id,
             "type": "message",
             "role": "assistant",
             "model": self._served.model,
-            "content": content,
             "stop_reason": reason,
             "stop_sequence": stop,
             "usage": usage,
         }
 
-    def _content(self) -> list[dict[str, Any]]:
-        """The blocks of the whole answer, as clients put them together from the events of a stream."""
-        content: list[dict[str, Any]] = []
+    def _content(self) -> list[bytes]:
+        """The blocks of the whole answer as JSON, as clients put them together from the events of a stream."""
+        content: list[bytes] = []
         answer = self._whole
         if answer is None:
             return content
         if answer.reasoning:
             shown, hidden = ("", answer.reasoning) if self._hide_thinking else (answer.reasoning, "")
-            content.append({"type": "thinking", "thinking": shown, "signature": signature(hidden)})
+            content.append(encode({"type": "thinking", "thinking": shown, "signature": signature(hidden)}))
         if answer.text:
-            content.append({"type": "text", "text": answer.text})
-        arguments: dict[int, str] = {}
+            content.append(encode({"type": "text", "text": answer.text}))
         for part in answer.tool_calls:
-            if part.name:
-                content.append(_tool_use(part))
-            arguments[len(content) - 1] = arguments.get(len(content) - 1, "") + part.arguments
-        for place, text in arguments.items():
-            content[place]["input"] = _object(text) if text else {}
+            content.append(
+                b'%b,"input":%b}' % (encode(_tool_use(part))[: -len(',"input":{}}')], _object(part.arguments))
+            )
         return content
 
     def _opened(self, kind: str) -> bytes:
@@ -203,15 +201,18 @@ def _usage(prompt: int, cached: int, completion: int, reasoning: int) -> dict[st
     }
 
 
-def _object(text: str) -> Any:
-    """The object in ``text``, as much as ``max_tokens`` has left of it."""
-    try:
-        return from_json(text, allow_partial=True)
-    except ValueError:  # a lone surrogate, which JSON can name and no text can show
-        with suppress(ValueError):
-            shown = json.dumps(json.loads(text), ensure_ascii=False)
-            return json.loads(shown.encode(errors="replace"))
-    return {}
+def _object(text: str) -> bytes:
+    """The JSON of the object in ``text``, as much as ``max_tokens`` has left of it.
+
+    Many readers refuse escapes of lone surrogates.
+    """
+    text = _ESCAPE.sub(lambda escape: "?" if escape["lone"] else escape[0], text)
+    with suppress(ValueError, RecursionError):
+        json.loads(text, parse_int=float)
+        return text.encode()  # what Python reads may differ, such as of 1e999
+    with suppress(ValueError):
+        return encode(from_json(text, allow_partial=True))
+    return b"{}"
 
 
 def _tool_use(part: inference_pb2.ToolCallDelta) -> dict[str, Any]:

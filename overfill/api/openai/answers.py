@@ -407,8 +407,8 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """``message`` as JSON without white space."""
-    return to_json(message)
+    """``message`` as JSON without white space. Numbers that JSON does not have, which clients may send, are null."""
+    return to_json(message, inf_nan_mode="null")
 
 
 def pieces(message: dict[str, Any], scores: Sequence[Iterator[bytes]]) -> Iterator[bytes]:

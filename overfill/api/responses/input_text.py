@@ -7,7 +7,7 @@ import re
 
 _HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
 _BODY = re.compile(r'(?:[^"\\]++|\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))*+')
-_HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}$")
+_HIGH = re.compile(r"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})$")
 _LONGEST = 64
 """Characters that may wait for more. Other arguments than these are not read to their end."""
 
@@ -38,7 +38,7 @@ class InputText:
         known = body[0]
         self._ended = text[len(known) : len(known) + 1] == '"'
         if not self._ended and (high := _HIGH.search(known)) is not None:
-            known = known[: high.start()]  # its other half may come
+            known = known[: high.start(1)]  # its other half may come
         self._rest = text[len(known) :]
         self._ended |= len(self._rest) > _LONGEST
         if "\\" not in known:

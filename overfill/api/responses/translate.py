@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Sequence
@@ -80,7 +79,11 @@ class _Conversation:
         self._chat = chat
         self._tools = tools
         self._calls: dict[str, bool] = {}  # id of a call -> whether its tool is custom
-        self._open: inference_pb2.ChatMessage | None = None  # the assistant's message that the next item may extend
+        # The assistant's message that the next item may extend, and its parts so far: a message with a part more would
+        # be a copy.
+        self._open: inference_pb2.ChatMessage | None = None
+        self._reasoning: list[str] = []
+        self._texts: list[str] = []
 
     def system(self, text: str, place: str) -> None:
         self._message("system", place).content = text
@@ -92,14 +95,15 @@ class _Conversation:
                 case schema.MessageItem():
                     text = _text(item.content, f"{place}.content")
                     if item.role == "assistant":
-                        message = self._assistant(place, after_calls=False)
-                        message.content = f"{message.content}\n\n{text}" if message.content else text
+                        self._assistant(place, after_calls=False)
+                        self._texts += [text] if text else []
                     else:
                         role = "system" if item.role == "developer" else item.role
                         self._message(role, place).content = text
                 case schema.ReasoningItem():
                     if text := _reasoning(item, place):
-                        self._assistant(place, after_calls=False, after_text=False).reasoning += text
+                        self._assistant(place, after_calls=False, after_text=False)
+                        self._reasoning.append(text)
                 case schema.FunctionCallItem():
                     self._call(item, item.arguments, place)
                 case schema.CustomCallItem():
@@ -110,16 +114,22 @@ class _Conversation:
                     self._tools.add(item.tools, f"{place}.tools")
                 case schema.OtherItem():
                     raise _unknown(item, place)
+        self._close()
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.reasoning, self._open.content = "".join(self._reasoning), "\n\n".join(self._texts)
+            self._open, self._reasoning, self._texts = None, [], []
 
     def _message(self, role: str, place: str) -> inference_pb2.ChatMessage:
-        self._open = None
+        self._close()
         self.places.append((place, []))
         return self._chat.messages.add(role=role)
 
     def _assistant(self, place: str, *, after_calls: bool = True, after_text: bool = True) -> inference_pb2.ChatMessage:
         """Returns the open message, or a new one if the item cannot follow what the open one has."""
         message = self._open
-        if message is None or (message.tool_calls and not after_calls) or (message.content and not after_text):
+        if message is None or (message.tool_calls and not after_calls) or (self._texts and not after_text):
             message = self._message("assistant", place)
             self._open = message
         return message
@@ -171,7 +181,7 @@ def _reasoning(item: schema.ReasoningItem, place: str) -> str:
         assert item.encrypted_content is not None
         try:
             return base64.b64decode(item.encrypted_content.removeprefix(ENCRYPTED), validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             raise invalid(f"{place}.encrypted_content", "is not what this server has sent") from None
     return _text(item.summary or (), f"{place}.summary")
 

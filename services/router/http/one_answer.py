@@ -8,7 +8,7 @@ from typing import Self
 
 from overfill.api.openai.errors import from_error
 from overfill.api.translation import AnswerWriter
-from overfill.routing.answer import AnswerDelta
+from overfill.routing.answer import AnswerDelta, joined
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
 from services.router.http.generate import STREAM_HEADERS
@@ -66,7 +66,7 @@ class OneAnswer:
         if answer.rest is not None:
             parts.append(answer.rest)
         writer.begin(answer.accepted, answer.cached_tokens)
-        writer.delta(_joined(parts))
+        writer.delta(joined(parts))
         return writer.whole(answer.finished)
 
     async def stream(self) -> None:
@@ -110,14 +110,3 @@ class OneAnswer:
             self._request.write(self._begin() or self._writer.ping())
         self._wrote = False
         self._timer = asyncio.get_running_loop().call_later(PING_INTERVAL, self._look_for_silence)
-
-
-def _joined(parts: list[AnswerDelta]) -> AnswerDelta:
-    """All parts of an answer as one."""
-    return AnswerDelta(
-        0,
-        [token for part in parts for token in part.token_ids],
-        text="".join([part.text for part in parts]),
-        reasoning="".join([part.reasoning for part in parts]),
-        tool_calls=[call for part in parts for call in part.tool_calls],
-    )

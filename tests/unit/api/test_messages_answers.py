@@ -1,6 +1,8 @@
 """Tests what the Messages API's writer makes of an answer: its events one by one, and that the whole is the same."""
 
 import json
+import math
+from functools import reduce
 
 import pytest
 
@@ -9,7 +11,7 @@ from overfill.api.messages.errors import THREAD_UNSUPPORTED, error_body
 from overfill.api.messages.signatures import hidden_text, signature
 from overfill.api.openai.errors import ApiError
 from overfill.api.translation import Served
-from overfill.routing.answer import AnswerDelta
+from overfill.routing.answer import AnswerDelta, joined
 from overfill.v1.common_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_TOOL_CALLS, Usage
 from overfill.v1.inference_pb2 import Accepted, Finished, ToolCallDelta
 
@@ -48,10 +50,7 @@ def streamed(parts, end, **settings):
 
 def whole(parts, end, **settings):
     made = writer(False, **settings)
-    joined = part(
-        "".join(p.text for p in parts), "".join(p.reasoning for p in parts), [c for p in parts for c in p.tool_calls]
-    )
-    assert made.begin(ACCEPTED, 4) + made.delta(joined) == b""
+    assert made.begin(ACCEPTED, 4) + made.delta(joined(parts)) == b""
     return json.loads(made.whole(end))
 
 
@@ -188,13 +187,24 @@ def test_the_reason_for_which_an_answer_stopped(max_tokens, end, reason):
         ('{"a":1,"b":"cut by max_tok', {"a": 1}),
         ("{", {}),
         ("", {}),
-        ('{"a":"\\ud800x"}', {"a": "?x"}),
+        ('{"a":"\\ud800x\\ud83d\\ude00\\\\ud83d"}', {"a": "?x😀\\ud83d"}),
         ('{"a":"\\ud800', {}),
+        ('{"a":-1e999}', {"a": -math.inf}),  # JSON text that Python's encoder would change
+        ('{"a":-1e999,"b":"cut', {"a": None}),
+        ('{"a":' + 300 * "[" + 300 * "]" + "}", {"a": reduce(lambda inner, _: [inner], range(299), [])}),
+        ('{"a":' + 9999 * "[" + 9999 * "]" + "}", {}),
     ],
 )
 def test_input_of_a_call_is_an_object_as_far_as_it_goes(arguments, input):
     (block,) = whole([part(calls=[call(0, "read", arguments)])], finished(FINISH_REASON_LENGTH))["content"]
     assert block == {"type": "tool_use", "id": "call_0", "name": "read", "input": input}
+
+
+def test_a_long_number_in_an_input_stays_as_it_is():
+    number = b"9" * 5000
+    made = writer(False)
+    made.delta(part(calls=[call(0, "read", f'{{"a":{number.decode()}}}')]))
+    assert b'"input":{"a":%b}}' % number in made.whole(finished())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tests how answers become items and events of the Responses API, however their parts are divided."""
 
 import json
+import math
 import random
 
 import pytest
@@ -247,7 +248,17 @@ def test_a_ping_is_an_event_that_every_client_knows():
     assert ping["response"]["output"] == []
 
 
-TEXTS = ["", "plain", 'q " \\ / \n\t\b\f\r', "é\u2028\u0000", "😀😀", "a\ud83d", "\ude00b", "\ud83dx\ud83d\ude00"]
+TEXTS = [
+    "",
+    "plain",
+    "\\ud83d",
+    'q " \\ / \n\t\b\f\r',
+    "é\u2028\u0000",
+    "😀😀",
+    "a\ud83d",
+    "\ude00b",
+    "\ud83dx\ud83d\ude00",
+]
 
 
 @pytest.mark.parametrize("ascii", [True, False])
@@ -266,6 +277,11 @@ def test_the_text_of_a_custom_tool_does_not_depend_on_the_pieces(value, ascii):
             rest = rest[size:]
         assert made == expected
         assert reader.push("more") == ""
+
+
+def test_numbers_that_json_does_not_have_are_null_where_the_response_repeats_them():
+    made = writer(tools=[{"type": "function", "name": "f", "x": math.nan, "y": math.inf}])  # as Python writes them
+    assert b'"x":null,"y":null}' in made.whole(finished())
 
 
 @pytest.mark.parametrize("arguments", ["", "{}", '{"input": 5}', '{"x": "y"}', "[1]", '{"input": "a\\x"}'])

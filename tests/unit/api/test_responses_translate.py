@@ -1,6 +1,7 @@
 """Tests what becomes of a request of the Responses API: messages, tools, options, and the names of wrong fields."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from google.protobuf.json_format import MessageToDict
@@ -10,10 +11,12 @@ from overfill.api.openai.errors import ApiError, from_error
 from overfill.api.openai.parse import check_items, parse
 from overfill.api.responses.answers import ENCRYPTED, encrypted
 from overfill.api.responses.schema import ResponsesRequest
-from overfill.api.responses.translate import responses
+from overfill.api.responses.tools import ToolSet
+from overfill.api.responses.translate import _Conversation, responses
 from overfill.api.tools import MAX_TOOLS
 from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.v1 import inference_pb2
 
 USER = {"role": "user", "content": "Hi"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -72,7 +75,7 @@ MESSAGES = {
         [{"role": "assistant", "content": "A"}, {"type": "reasoning", "content": [part("text", "Hm")]},
             {"role": "assistant", "content": "B"}],
         [message("assistant", "A"), message("assistant", "B", reasoning="Hm")]),
-    "two texts in a row are one": ([{"role": "assistant", "content": t} for t in "AB"],
+    "two texts in a row are one": ([{"role": "assistant", "content": t} for t in ("A", "", "B", "")],
         [message("assistant", "A\n\nB")]),
     "reasoning by its summary": ([{"type": "reasoning", "summary": [part("summary_text", "Hm")]}, CALL],
         [message("assistant", reasoning="Hm", toolCalls=[call("weather", '{"city":"Paris"}')])]),
@@ -214,8 +217,8 @@ BAD = [
     ({"input": [CALL, RESULT | {"call_id": "c2"}]}, "input[1].call_id", "'c2', but no call before it"),
     ({"input": [CALL, RESULT | {"type": "custom_tool_call_output"}]}, "input[1].type", "a 'function_call_output'"),
     ({"input": [CALL | {"arguments": {"a": 1}}]}, "input[0].arguments", "valid string"),
-    ({"input": [{"type": "reasoning", "encrypted_content": ENCRYPTED + "%"}]}, "input[0].encrypted_content",
-        "not what"),
+    *(({"input": [{"type": "reasoning", "encrypted_content": ENCRYPTED + text}]}, "input[0].encrypted_content",
+        "not what") for text in ("%", "é", "/w==")),
     ({"input": [USER] * (MAX_MESSAGES + 1)}, "input", f"at most {MAX_MESSAGES} items"),
     ({"tools": [{"name": "x"}]}, "tools[0].type", "Missing"),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].name", "'weather', which is another tool's name too"),
@@ -316,3 +319,19 @@ def test_nesting_is_bounded():
     body = b'{"model": "m", "input": [{"role": "user", "content": %b}]}' % (b"[" * 5000 + b"]" * 5000)
     with pytest.raises(ApiError):
         parse(ResponsesRequest, body)
+
+
+def test_thousands_of_items_of_one_message_are_joined_once():
+    sets = []
+
+    class Message:
+        tool_calls = ()
+
+        def __setattr__(self, name, value):
+            sets.append((name, len(value)))
+
+    kept = SimpleNamespace(messages=SimpleNamespace(add=lambda role: Message()))
+    items = [{"type": "reasoning", "content": [part("text", "Hm")]}] * 9 + [{"role": "assistant", "content": "A"}] * 9
+    request = parse(ResponsesRequest, json.dumps({"model": "m", "input": items}).encode())
+    _Conversation(kept, ToolSet(inference_pb2.Chat().tools)).add(request.input)
+    assert sets == [("reasoning", 18), ("content", 25)]

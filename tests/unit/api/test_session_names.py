@@ -9,6 +9,7 @@ from overfill.api.openai.schema import ChatRequest, CompletionRequest
 from overfill.api.sessions import MAX_SESSION_LENGTH, session_name, session_of, session_of_user
 
 UUID = "01a2296f-5e5a-7eb3-8ecc-604502201fe8"
+LONG = json.dumps({"session_id": UUID, "more": "x" * 4096})
 OTHER = "f9cfb2f5-3bc9-4ea1-a8e9-bbcee5a551bb"
 
 
@@ -50,6 +51,7 @@ def test_any_other_name_is_hashed(odd):
         ('{"session_id": 7}', '{"session_id": 7}'),
         ('{"session_id": ""}', '{"session_id": ""}'),
         ("{", "{"),
+        (LONG, LONG),  # it takes time to read
         ('{"a":' * 100_000, '{"a":' * 100_000),
     ],
 )

@@ -3,8 +3,8 @@
 import pytest
 
 from overfill.errors import InternalError, Unavailable
-from overfill.routing.answer import AnswerState
-from overfill.v1 import common_pb2, decode_pb2
+from overfill.routing.answer import AnswerDelta, AnswerState, joined
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 DONE = decode_pb2.DecodeDone(reason=common_pb2.FINISH_REASON_STOP)
 
@@ -95,3 +95,19 @@ def test_scores_that_do_not_fit_the_prompt_are_an_error(bad):
     with pytest.raises(InternalError, match="2 tokens to score"):
         answer.accept(decode_pb2.Tokens(ids=[7], prompt_logprobs=bad), 1.0)
     assert answer.emitted == []
+
+
+def test_parts_of_an_answer_join_with_one_part_of_each_call():
+    parts = [
+        AnswerDelta(0, [1], reasoning="Hm"),
+        AnswerDelta(1, [2, 3], text="a"),
+        AnswerDelta(3, [4], text="b", tool_calls=[call(0, "", "c0", "f")]),
+        AnswerDelta(4, [5], tool_calls=[call(0, '{"x"'), call(0, ":1}"), call(1, "{", "c1", "g")]),
+        AnswerDelta(5, [], tool_calls=[call(1, "}")]),
+    ]
+    calls = [call(0, '{"x":1}', "c0", "f"), call(1, "{}", "c1", "g")]
+    assert joined(parts) == AnswerDelta(0, [1, 2, 3, 4, 5], text="ab", reasoning="Hm", tool_calls=calls)
+
+
+def call(index, arguments, id="", name=""):
+    return inference_pb2.ToolCallDelta(index=index, id=id, name=name, arguments=arguments)
