@@ -40,8 +40,11 @@ def _nested(grammar: Grammar) -> str:
         case "json_schema":
             return f"%json {json.dumps(compact(json.loads(grammar.text)))}"
         case "regex":
-            # Between slashes, a slash has a backslash before it.
-            escaped = re.sub(r"(\\.)|/", lambda part: part[1] or r"\/", grammar.text, flags=re.DOTALL)
-            return f"/{escaped}/"
+            return regex_in_lark(grammar.text)
         case "lark":
             return f"%lark {{\n{grammar.text}\n}}"
+
+
+def regex_in_lark(regex: str) -> str:
+    """Returns ``regex`` between slashes. There, a slash has a backslash before it, and no line ends after one."""
+    return "/" + re.sub(r"(?s)(\\.)|/", lambda part: (part[1] or r"\/").replace("\n", "n"), regex) + "/"
