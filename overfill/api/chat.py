@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from overfill.api.chat_template import TemplateOptions
+from overfill.api.families.parameters import KnownTools
 from overfill.api.families.tool_format import ToolFormat
 from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools import (
@@ -53,12 +54,12 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
     options = replace(template_options(chat), max_length=MAX_EXPANSION * size + EXPANSION_ROOM)
     if not chat.messages:
         return []
-    shown = tools if mode != "none" else []
+    shown, known = tools if mode != "none" else [], KnownTools(tools)
     if tokenizer.template_knows_tools:
-        native = [_native(m, tokenizer.tool_format, tools) for m in chat.messages]
+        native = [_native(m, tokenizer.tool_format, known) for m in chat.messages]
         return tokenizer.encode_chat(native, [as_openai(t) for t in shown] or None, options)
     format = tokenizer.tool_format
-    messages = [_plain(m, format, tools) for m in chat.messages]
+    messages = [_plain(m, format, known) for m in chat.messages]
     if shown:
         text = format.describe(shown)
         if messages[0]["role"] == "system":
@@ -144,7 +145,7 @@ def tool_choice(chat: inference_pb2.Chat) -> tuple[Mode, str]:
     return ("required" if choice.mode == _Choice.MODE_REQUIRED else "auto"), choice.name
 
 
-def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequence[ToolDefinition]) -> dict[str, Any]:
+def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: KnownTools) -> dict[str, Any]:
     """``message`` for a template that supports tools: the arguments of calls are objects.
 
     When ``max_tokens`` has cut a call, its arguments are no object, which templates expect. Models may also write lone
@@ -165,7 +166,7 @@ def _native(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Seque
     return result
 
 
-def _plain(message: inference_pb2.ChatMessage, format: ToolFormat, tools: Sequence[ToolDefinition]) -> dict[str, str]:
+def _plain(message: inference_pb2.ChatMessage, format: ToolFormat, tools: KnownTools) -> dict[str, str]:
     """``message`` with role and content only: tool calls and their results become text."""
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}

@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
+from overfill.api.families.parameters import KnownTools
+from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import ToolDefinition
 
 _HEAD, _ARGUMENTS, _TAIL = '\n{"name": "', '", "arguments": ', "}\n"
@@ -39,7 +40,7 @@ class Hermes(ToolFormat):
     def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
         return {self._markers[0].shown + _HEAD: False}
 
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         begin, end = self._markers
         while True:
             yield from text.until(begin.shown + _HEAD)
@@ -48,7 +49,7 @@ class Hermes(ToolFormat):
             yield from text.until(_TAIL + end.shown)
             text.end()
 
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         begin, end = self._markers
         return "\n".join(
             f"{begin.text}{_HEAD}{name}{_ARGUMENTS}{arguments}{_TAIL}{end.text}" for name, arguments in calls

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
+from overfill.api.families.parameters import KnownTools
+from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import ToolDefinition
 
 _HEAD, _ARGUMENTS = '{"name": "', '", "parameters": '
@@ -40,7 +41,7 @@ class Llama3Json(ToolFormat):
         tags = {tag.shown: False} if tag.is_token else {}
         return tags | {f"{_HEAD}{tool.name}{_ARGUMENTS}": True for tool in tools}
 
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         while True:
             yield from text.until(_HEAD)
             text.begin((yield from text.until(_ARGUMENTS)))
@@ -48,5 +49,5 @@ class Llama3Json(ToolFormat):
             yield from text.until("}")
             text.end()
 
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         return "; ".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}}}" for name, arguments in calls)

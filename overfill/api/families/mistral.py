@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
+from overfill.api.families.parameters import KnownTools
+from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import ToolDefinition
 
 _HEAD, _ARGUMENTS = '{"name": "', '", "arguments": '
@@ -45,7 +46,7 @@ class Mistral(ToolFormat):
             return {begin.shown: False}
         return {f"{begin.text}{space}[{_HEAD}": False for space in (" ", "")}  # JSON has quotes in strings as escapes
 
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         while True:
             yield from text.until(_HEAD)
             text.begin((yield from text.until(_ARGUMENTS)))
@@ -53,7 +54,7 @@ class Mistral(ToolFormat):
             yield from text.until("}")
             text.end()
 
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         listed = ", ".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}}}" for name, arguments in calls)
         return f"{self._markers[0].text} [{listed}]"
 
@@ -82,7 +83,7 @@ class MistralArgs(Mistral):
             return {begin.shown: False}
         return {f"{begin.text}{tool.name}{args.shown}{object}": False for tool in tools for object in ('{"', "{}")}
 
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         begin, args = self._markers
         while True:
             yield from text.until(begin.shown)
@@ -90,6 +91,6 @@ class MistralArgs(Mistral):
             yield from text.value()
             text.end()
 
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         begin, args = self._markers
         return "".join(f"{begin.text}{name}{args.text}{arguments}" for name, arguments in calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ _DEFINITIONS = ("$defs", "definitions")
 _ROOT = {"type", "properties", "required", "additionalProperties", *_DEFINITIONS, *_ANNOTATIONS}
 _TEXT = {"type", "enum", "const", "anyOf", "oneOf", "$ref", *_ANNOTATIONS}
 _PYTHON_WORDS = {"True": "boolean", "False": "boolean", "None": "null"}
-_MAX_REFERENCES = 8
+_MAX_REFERENCES, _MAX_CHOICES = 8, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,35 @@ class Parameter:
     """A parameter of a tool.
 
     Args:
-        json: Lark expression of its values as JSON, and of True, False and None where JSON has true, false and null.
-            Parameters of one type have the same.
-        texts: its values, if they are texts and nothing else but null; else None.
+        schema: schema of its values.
+        root: schema of the tool's arguments, to whose definitions ``schema`` may refer.
+        strict: whether the tool is strict.
     """
 
     name: str
     required: bool
-    json: str
-    texts: Texts | None
+    schema: Mapping[str, Any]
+    root: Mapping[str, Any]
+    strict: bool
+
+    def json(self) -> str:
+        """Lark expression of its values as JSON, and of True, False and None where JSON has true, false and null.
+
+        Parameters of one type have the same. Call it in a trial only, because it repeats the definitions.
+        """
+        whole = {keyword: value for keyword, value in self.schema.items() if keyword not in _ANNOTATIONS}
+        if any(_references(self.schema)):
+            whole = {keyword: self.root[keyword] for keyword in _DEFINITIONS if keyword in self.root} | whole
+        types = _types(self.root, self.schema)
+        words = [json.dumps(word) for word, type in _PYTHON_WORDS.items() if type in types]
+        return f"({' | '.join([*words, f'%json {json.dumps(compact(whole, lenient=not self.strict))}'])})"
+
+    def texts(self) -> Texts | None:
+        """Its values, if they are texts and nothing else but null; else None.
+
+        Other constraints on a text count only if the tool is strict: then the values are not just texts.
+        """
+        return _texts(self.root, self.schema, self.strict, set())
 
 
 def named_parameters(tool: ToolDefinition, names: re.Pattern[str]) -> list[Parameter] | None:
@@ -62,22 +82,32 @@ def named_parameters(tool: ToolDefinition, names: re.Pattern[str]) -> list[Param
         return None
     if not all(names.fullmatch(name) and isinstance(schema, dict) for name, schema in properties.items()):
         return None
-    if not isinstance(required, list) or not all(name in properties for name in required):
+    if not isinstance(required, list) or not all(isinstance(name, str) and name in properties for name in required):
         return None
     prefixes = tuple(f"#/{keyword}/" for keyword in _DEFINITIONS)
     if not all(isinstance(reference, str) and reference.startswith(prefixes) for reference in _references(root)):
         return None
-    shared = {keyword: root[keyword] for keyword in _DEFINITIONS if keyword in root}
-    parameters = []
-    for name, schema in properties.items():
-        whole = {keyword: value for keyword, value in schema.items() if keyword not in _ANNOTATIONS}
-        whole = {**shared, **whole} if any(_references(schema)) else whole
-        types = set(_types(root, schema))
-        words = [word for word, type in _PYTHON_WORDS.items() if type in types]
-        wanted = [*map(json.dumps, words), f"%json {json.dumps(compact(whole, lenient=not tool.strict))}"]
-        texts = _texts(root, schema, strict=tool.strict)
-        parameters.append(Parameter(name, name in required, f"({' | '.join(wanted)})", texts))
-    return parameters
+    return [Parameter(name, name in required, schema, root, tool.strict) for name, schema in properties.items()]
+
+
+class KnownTools:
+    """Tools by name, whose parameters are read once: a chat may have thousands of calls of a tool with a large schema.
+
+    Args:
+        tools: the tools of a request.
+    """
+
+    def __init__(self, tools: Sequence[ToolDefinition] = ()) -> None:
+        self._tools = {tool.name: tool for tool in tools}
+        self._read: dict[str, list[Parameter] | None] = {}
+
+    def parameters(self, name: str, names: re.Pattern[str]) -> list[Parameter] | None:
+        """The ``named_parameters`` of a tool; none for an unknown tool."""
+        if name not in self._tools:
+            return []
+        if name not in self._read:
+            self._read[name] = named_parameters(self._tools[name], names)
+        return self._read[name]
 
 
 def _references(schema: Any) -> Iterator[Any]:
@@ -104,11 +134,17 @@ def _resolved(root: Mapping[str, Any], schema: Any) -> dict[str, Any]:
     return {}
 
 
-def _types(root: Mapping[str, Any], schema: Any, depth: int = 0) -> Iterator[str]:
-    schema = _resolved(root, schema)
-    yield from _own_types(schema)
-    for part in _choices(schema) if depth < _MAX_REFERENCES else ():
-        yield from _types(root, part, depth + 1)
+def _types(root: Mapping[str, Any], schema: Any) -> set[str]:
+    """Names of the types that ``schema`` or one of its choices allows."""
+    types: set[str] = set()
+    parts, seen = [schema], set()
+    while parts:
+        part = _resolved(root, parts.pop())
+        if id(part) not in seen:
+            seen.add(id(part))
+            types |= _own_types(part)
+            parts += _choices(part)
+    return types
 
 
 def _own_types(schema: Mapping[str, Any]) -> set[str]:
@@ -121,29 +157,25 @@ def _choices(schema: Mapping[str, Any]) -> list[Any]:
     return choices if isinstance(choices, list) else []
 
 
-def _texts(root: Mapping[str, Any], schema: Any, *, strict: bool, depth: int = 0) -> Texts | None:
-    """The texts that ``schema`` allows; None if it allows other values, or if a strict tool constrains them further."""
+def _texts(root: Mapping[str, Any], schema: Any, strict: bool, seen: set[int]) -> Texts | None:
     schema = _resolved(root, schema)
-    if (strict and not schema.keys() <= _TEXT | set(_DEFINITIONS)) or depth > _MAX_REFERENCES:
+    if id(schema) in seen or len(seen) > _MAX_CHOICES or (strict and not schema.keys() <= _TEXT | set(_DEFINITIONS)):
         return None
+    seen.add(id(schema))
     listed = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(listed, list):
-        texts = tuple(value for value in listed if isinstance(value, str))
+        words = tuple(value for value in listed if isinstance(value, str))
         nulls = [value for value in listed if value is None]
-        return Texts(texts, bool(nulls)) if texts and len(texts) + len(nulls) == len(listed) else None
+        return Texts(words, bool(nulls)) if words and len(words) + len(nulls) == len(listed) else None
     if choices := _choices(schema):
-        nullable, parts = False, []
-        for choice in choices:
-            if isinstance(choice, dict) and choice.get("type") == "null":
-                nullable = True
-            elif (part := _texts(root, choice, strict=strict, depth=depth + 1)) is not None:
-                parts.append(part)
-            else:
-                return None
-        allowed: list[str] | None = []
-        for part in parts:
-            nullable = nullable or part.nullable
-            allowed = None if allowed is None or part.allowed is None else [*allowed, *part.allowed]
-        return Texts(None if allowed is None else tuple(allowed), nullable) if parts else None
+        others = [choice for choice in choices if not (isinstance(choice, dict) and choice.get("type") == "null")]
+        parts = [_texts(root, choice, strict, seen) for choice in others]
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        nullable = len(others) < len(choices) or any(part.nullable for part in known)
+        if any(part.allowed is None for part in known):
+            return Texts(None, nullable)
+        return Texts(tuple(word for part in known for word in part.allowed or ()), nullable)
     types = _own_types(schema)
     return Texts(None, "null" in types) if "string" in types and types <= {"string", "null"} else None

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.parameters import named_parameters
-from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
+from overfill.api.families.parameters import KnownTools, named_parameters
+from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _KEYWORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -46,7 +46,7 @@ class Pythonic(ToolFormat):
                 lines.append(f"first_{i}_{k}: value_{i}_{k} next_{i}_{k + 1}{skip}")
                 skip = "" if parameter.required else f" | next_{i}_{k + 1}"
                 lines.append(f'next_{i}_{k}: ", " value_{i}_{k} next_{i}_{k + 1}{skip}')
-                type = types.setdefault(parameter.json, f"type_{len(types)}")
+                type = types.setdefault(parameter.json(), f"type_{len(types)}")
                 lines.append(f"value_{i}_{k}: {json.dumps(parameter.name + '=')} {type}")
             lines += [f'first_{i}_{len(parameters)}: ""', f'next_{i}_{len(parameters)}: ""']
         lines += [f"{type}: {body}" for body, type in types.items()]
@@ -55,7 +55,7 @@ class Pythonic(ToolFormat):
     def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
         return {f"[{tool.name}(": True for tool in tools}
 
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         yield from text.until("[")
         while True:
             text.begin((yield from text.until("(")))
@@ -74,9 +74,10 @@ class Pythonic(ToolFormat):
             if not (yield from text.first_of(", ")):
                 return
 
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
-        whole = {tool.name for tool in tools if named_parameters(tool, _KEYWORD) is None}
-        written = [f"{name}({_keywords(arguments, name in whole)})" for name, arguments in calls]
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
+        written = [
+            f"{name}({_keywords(arguments, tools.parameters(name, _KEYWORD) is None)})" for name, arguments in calls
+        ]
         return f"[{', '.join(written)}]"
 
 

@@ -24,8 +24,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.parameters import Parameter, Texts, named_parameters
-from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
+from overfill.api.families.parameters import KnownTools, Parameter, Texts, named_parameters
+from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
 _HEAD, _FUNCTION_END = "\n<function=", "</function>\n"
@@ -75,15 +75,13 @@ class Qwen3Coder(ToolFormat):
     def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
         return {self._markers[0].shown + _HEAD: False}
 
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         begin, end = self._markers
         while True:
             yield from text.until(begin.shown + _HEAD)
             name = yield from text.until(">\n")
             text.begin(name)
-            tool = tools.get(name)  # tokens that a client gives to resume an answer may name any tool
-            parameters = None if tool is None else named_parameters(tool, _NAME)
-            texts = {p.name: _texts(p) for p in parameters or ()}
+            named = {parameter.name: parameter for parameter in tools.parameters(name, _NAME) or ()}
             separator = "{"
             while not (yield from text.first_of(_FUNCTION_END)):
                 if not (yield from text.first_of(_PARAMETER)):
@@ -91,10 +89,10 @@ class Qwen3Coder(ToolFormat):
                     yield from text.until(_FUNCTION_END)
                     separator = ""
                     break
-                parameter = yield from text.until(">\n")
-                text.arguments(f"{separator}{json.dumps(parameter, ensure_ascii=False)}: ")
+                key = yield from text.until(">\n")
+                text.arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
                 separator = ", "
-                taken = texts.get(parameter, _ANY_TEXT)
+                taken = _texts(named[key]) if key in named else _ANY_TEXT  # any text, if a client gave these tokens
                 if taken is None:
                     yield from text.value()
                     yield from text.until(_PARAMETER_END)
@@ -108,18 +106,15 @@ class Qwen3Coder(ToolFormat):
             yield from text.until(end.shown)
             text.end()
 
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         begin, end = self._markers
-        whole = {tool.name for tool in tools if named_parameters(tool, _NAME) is None}
-        return "\n".join(
-            f"{begin.text}{_HEAD}{name}>\n{_parameters(arguments, name in whole)}{_FUNCTION_END}{end.text}"
-            for name, arguments in calls
-        )
+        written = [(name, _parameters(arguments, tools.parameters(name, _NAME))) for name, arguments in calls]
+        return "\n".join(f"{begin.text}{_HEAD}{name}>\n{body}{_FUNCTION_END}{end.text}" for name, body in written)
 
 
 def _texts(parameter: Parameter) -> Texts | None:
     """The texts that are written without quotes; None if the values are JSON."""
-    texts = parameter.texts
+    texts = parameter.texts()
     if texts is None or texts.allowed is None:
         return texts
     confusing = any(_PARAMETER_END.strip() in text or (text == "null" and texts.nullable) for text in texts.allowed)
@@ -130,23 +125,24 @@ def _value(parameter: Parameter) -> str:
     end = json.dumps(_PARAMETER_END)
     texts = _texts(parameter)
     if texts is None:
-        return f"{parameter.json} {end}"
+        return f"{parameter.json()} {end}"
     if texts.allowed is None:
         return "raw"
     words = [*texts.allowed, *(["null"] if texts.nullable else [])]
     return f"({' | '.join(map(json.dumps, words))}) {end}"
 
 
-def _parameters(arguments: str, whole: bool) -> str:
-    """``arguments``, JSON text that ``max_tokens`` may have cut, in tags; as one object if ``whole``."""
+def _parameters(arguments: str, parameters: Sequence[Parameter] | None) -> str:
+    """``arguments``, JSON text that ``max_tokens`` may have cut, in tags; as one object if ``parameters`` is None."""
     try:
         values = json.loads(arguments)
     except (ValueError, RecursionError):
         values = None
-    if whole or not isinstance(values, dict) or not all(map(_NAME.fullmatch, values)):
+    if parameters is None or not isinstance(values, dict) or not all(map(_NAME.fullmatch, values)):
         return f"{arguments}\n"
+    quoted = {parameter.name for parameter in parameters if parameter.name in values and _texts(parameter) is None}
     texts = {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        name: value if isinstance(value, str) and name not in quoted else json.dumps(value, ensure_ascii=False)
         for name, value in values.items()
     }
     if any((text + _PARAMETER_END).find(_PARAMETER_END) < len(text) for text in texts.values()):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from overfill.api.families.call_text import CallText, without_markers
+from overfill.api.families.parameters import KnownTools
 from overfill.api.families.tool_format import ToolFormat
 from overfill.api.stop import StopStrings
 from overfill.api.tools import ToolDefinition
@@ -33,7 +34,7 @@ class ToolCallReader:
         self._longest = max(map(len, self._openings))
         self._first = re.compile(f"[{re.escape(''.join({opening[0] for opening in self._openings}))}]")
         self._calls = CallText()
-        self._reading = format.read(self._calls, {tool.name: tool for tool in tools})
+        self._reading = format.read(self._calls, KnownTools(tools))
         self._began = False
 
     @property

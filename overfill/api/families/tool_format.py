@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from overfill.api.families.call_text import CallText, marker_character
+from overfill.api.families.parameters import KnownTools
 from overfill.api.tools import ToolDefinition, as_openai
 from overfill.request.params import Grammar
+
+NO_TOOLS = KnownTools()
 
 
 class Expressions(Protocol):
@@ -113,16 +116,16 @@ class ToolFormat(ABC):
         """Texts with which calls may begin; True if this text must begin a line."""
 
     @abstractmethod
-    def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
+    def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         """Reads all calls. ``text`` begins with one of ``openings``. Yields where it needs more text."""
 
     @abstractmethod
-    def write(self, calls: Sequence[tuple[str, str]], tools: Sequence[ToolDefinition] = ()) -> str:
+    def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         """Text of ``calls`` as the model writes it.
 
         Args:
             calls: pairs of name and arguments, which are JSON text.
-            tools: the called tools, as far as they are known.
+            tools: the called tools, if they are known.
         """
 
     def template_id(self, id: str) -> str:

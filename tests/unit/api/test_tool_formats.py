@@ -10,6 +10,7 @@ import tokenizers
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
 from overfill.api.families.choose import choose_format, make_format
+from overfill.api.families.parameters import KnownTools
 from overfill.api.families.reader import ToolCallReader
 from overfill.api.stop import StopStrings
 from overfill.api.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ TOOLS = [
         input=Grammar("lark", 'start: ("+" /.*/ LF)+\n%import common.LF'),
     ),
 ]
-BY_NAME = {tool.name: tool for tool in TOOLS}
+KNOWN = KnownTools(TOOLS)
 
 CALLS = {
     "one": [("write", {"path": "a.py", "text": "x = 1\n"})],
@@ -165,7 +166,7 @@ def accepts(grammars, tokenizer, grammar, text):
 def test_calls_are_read_back_however_the_text_is_cut(format_of, name, calls, with_tokens):
     format = format_of(name, with_tokens)
     for before in ("", "Let me [look] at <it> {now}.\n"):
-        text = marked(format, before + format.write(as_json(calls), TOOLS))
+        text = marked(format, before + format.write(as_json(calls), KNOWN))
         for pieces in divisions(text):
             said, got, complete = read(format, pieces)
             assert (said, complete) == (before.rstrip(), True)
@@ -176,7 +177,7 @@ def test_calls_are_read_back_however_the_text_is_cut(format_of, name, calls, wit
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("name", PARSERS)
 def test_the_grammar_accepts_what_the_format_writes(format_of, grammars, tokenizer, name, calls):
-    format, text = format_of(name), format_of(name).write(as_json(calls), TOOLS)
+    format, text = format_of(name), format_of(name).write(as_json(calls), KNOWN)
     for mode in ("auto", "required"):
         for single in (True, False):
             grammar = tools_grammar(TOOLS, mode, single=single, format=format)
@@ -213,7 +214,7 @@ def test_the_grammar_accepts_what_the_format_writes(format_of, grammars, tokeniz
 def test_the_grammar_refuses_other_calls(format_of, grammars, tokenizer, name, wrong):
     format = format_of(name)
     grammar = tools_grammar(TOOLS, "required", single=False, format=format)
-    assert not accepts(grammars, tokenizer, grammar, format.write(as_json([wrong]), TOOLS))
+    assert not accepts(grammars, tokenizer, grammar, format.write(as_json([wrong]), KNOWN))
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -241,7 +242,7 @@ def test_any_answer_of_the_grammar_is_read(format_of, grammars, tokenizer, name)
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_cut_leaves_the_beginning_of_the_call(format_of, name):
     format = format_of(name)
-    text = marked(format, format.write(as_json(CALLS["several"]), TOOLS))
+    text = marked(format, format.write(as_json(CALLS["several"]), KNOWN))
     whole = read(format, [text])[1]
     for cut in range(1, len(text)):
         said, calls, complete = read(format, [text[:cut]])
@@ -255,7 +256,7 @@ def test_a_cut_leaves_the_beginning_of_the_call(format_of, name):
 @pytest.mark.parametrize("name", PARSERS)
 def test_another_router_goes_on_inside_any_call(format_of, tokenizer, name):
     format, calls = format_of(name), [*CALLS["several"], *CALLS["nested"], *CALLS["unicode and quotes"]]
-    ids = tokenizer.encode_continuation(f"Look.\n{format.write(as_json(calls), TOOLS)}")
+    ids = tokenizer.encode_continuation(f"Look.\n{format.write(as_json(calls), KNOWN)}")
 
     def answer(replayed):
         return AnswerText(StreamDetokenizer(tokenizer, (), format.shown), ["STOP"], replayed, (format, TOOLS), "seed")
@@ -278,7 +279,7 @@ def test_another_router_goes_on_inside_any_call(format_of, tokenizer, name):
 @pytest.mark.parametrize("stop", ["\n", "}", "write", "[", "<", "a.py"])
 def test_stop_strings_count_only_before_calls(format_of, name, stop):
     format = format_of(name)
-    text = marked(format, format.write(as_json(CALLS["one"]), TOOLS))
+    text = marked(format, format.write(as_json(CALLS["one"]), KNOWN))
     for before, expected in (("", ""), ("See: STOP no ", "See: ")):
         for pieces in divisions(before + text):
             reader = ToolCallReader(StopStrings([stop, "STOP"]), format, TOOLS)
@@ -295,7 +296,7 @@ def test_stop_strings_count_only_before_calls(format_of, name, stop):
 @pytest.mark.parametrize("name", ["llama3_json", "pythonic"])
 def test_calls_without_a_marker_begin_a_line(format_of, grammars, tokenizer, name):
     format = format_of(name, with_tokens=False)
-    written = format.write(as_json(CALLS["one"]), TOOLS)
+    written = format.write(as_json(CALLS["one"]), KNOWN)
     grammar = tools_grammar(TOOLS, "auto", single=False, format=format)
     for before in ("", " ", "\n\t ", "Now:\n"):
         for pieces in divisions(before + written):
@@ -311,7 +312,7 @@ def test_calls_without_a_marker_begin_a_line(format_of, grammars, tokenizer, nam
 @pytest.mark.parametrize("name", PARSERS)
 def test_no_text_of_a_client_that_resumes_breaks_a_reader(format_of, name):
     format, chooser = format_of(name), random.Random(5)
-    written = marked(format, format.write(as_json(CALLS["several"]), TOOLS))
+    written = marked(format, format.write(as_json(CALLS["several"]), KNOWN))
     pieces = [*written, "write", "other", *next(iter(format.openings(TOOLS))), *(m.shown for m in format._markers)]
     for _ in range(300):
         noise = chooser.choices(pieces, k=40)
@@ -327,9 +328,31 @@ def test_no_text_of_a_client_that_resumes_breaks_a_reader(format_of, name):
 @pytest.mark.parametrize("name", PARSERS)
 def test_json_that_spells_a_marker_stays_text(format_of, name):
     format = format_of(name, with_tokens=False)
-    spelled = json.dumps({"n": format.write(as_json(CALLS["one"]), TOOLS), "m": [*format.special, "write("]})
+    spelled = json.dumps({"n": format.write(as_json(CALLS["one"]), KNOWN), "m": [*format.special, "write("]})
     for pieces in divisions(spelled):
         assert read(format, pieces) == (spelled, [], True)
+
+
+def many_choices(count):
+    """A schema with ``count`` definitions, each of which is one of all of them, or text."""
+    choices = [{"$ref": f"#/$defs/{n}"} for n in range(count)]
+    definitions = {str(n): {"anyOf": [*choices, STRING]} for n in range(count)}
+    return closed(definitions=definitions, **{f"p{n}": {"$ref": f"#/$defs/{n}"} for n in range(count)})
+
+
+@pytest.mark.parametrize("parameters", [
+    many_choices(200),
+    {"properties": {"a": {"type": [{}, 5]}}, "required": [["a"], {}]},
+    {"properties": {"a": {"anyOf": 5, "enum": "x"}, "b": True}},
+    {"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    {"properties": {"a": {"$ref": "#/$defs/a/b"}, "b": {"$ref": 5}}, "$defs": []},
+    {"properties": []},
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+def test_a_strange_schema_neither_breaks_nor_delays_the_router(format_of, name, parameters):
+    format, tool = format_of(name), ToolDefinition("f", parameters=parameters)
+    text = marked(format, format.write([("f", '{"a": "x"}')], KnownTools([tool])))
+    assert read(format, list(text), [tool]) == ("", [("f", '{"a": "x"}')], True)
 
 
 def test_special_tokens_are_no_text(format_of, tokenizer):
@@ -350,7 +373,7 @@ def test_special_tokens_are_no_text(format_of, tokenizer):
 
 def test_llama_s_tag_begins_calls_anywhere(format_of, grammars, tokenizer):
     format = format_of("llama3_json")
-    text = "Look: <|python_tag|>" + format.write(as_json(CALLS["several"]), TOOLS)
+    text = "Look: <|python_tag|>" + format.write(as_json(CALLS["several"]), KNOWN)
     assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text)
     for pieces in divisions(marked(format, text)):
         assert read(format, pieces) == ("Look:", as_json(CALLS["several"]), True)
@@ -360,7 +383,7 @@ def test_pythonic_takes_python_s_words(format_of, grammars, tokenizer):
     format = format_of("pythonic")
     text = '[write(path="a", force=False), place-it(level=None)]'
     calls = as_json([("write", {"path": "a", "force": False}), ("place-it", {"level": None})])
-    assert text == format.write(calls, TOOLS)
+    assert text == format.write(calls, KNOWN)
     for said in (text, text.replace("False", "false").replace("None", "null")):
         assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), said)
         assert read(format, list(said))[1] == calls
