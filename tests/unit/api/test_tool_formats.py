@@ -139,12 +139,13 @@ def read(format, pieces, tools=TOOLS):
 
 
 def divisions(text):
-    """All ways to cut ``text`` once, into single characters, and a few random ones."""
+    """All ways to cut a short text once, 40 ways to cut a longer one, single characters, and a few random ones."""
     yield [text]
     yield list(text)
-    yield from ([text[:cut], text[cut:]] for cut in range(1, len(text)))
     chooser = random.Random(7)
-    for _ in range(20):
+    cuts = range(1, len(text)) if len(text) < 80 else chooser.sample(range(1, len(text)), 40)
+    yield from ([text[:cut], text[cut:]] for cut in cuts)
+    for _ in range(10):
         cuts = sorted(chooser.sample(range(1, len(text)), min(len(text) - 1, 9)))
         yield [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
@@ -323,6 +324,14 @@ def test_no_text_of_a_client_that_resumes_breaks_a_reader(format_of, name):
             reader.finish().encode()
 
 
+@pytest.mark.parametrize("name", PARSERS)
+def test_json_that_spells_a_marker_stays_text(format_of, name):
+    format = format_of(name, with_tokens=False)
+    spelled = json.dumps({"n": format.write(as_json(CALLS["one"]), TOOLS), "m": [*format.special, "write("]})
+    for pieces in divisions(spelled):
+        assert read(format, pieces) == (spelled, [], True)
+
+
 def test_special_tokens_are_no_text(format_of, tokenizer):
     format = format_of("mistral")
     ids = tokenizer.encode_continuation("It is [TOOL_CALLS")
@@ -383,6 +392,8 @@ def test_qwen3_coder_quotes_text_only_where_a_strict_tool_constrains_it(format_o
         ("place-it", {"note": "null", "code": '"5"'}, {"note": None, "code": "5"}),
         ("place-it", {"code": "5", "big": "1.50"}, {"code": 5, "big": 1.5}),
         ("exact", {"day": '"2026-02-03"'}, {"day": "2026-02-03"}),
+        ("write", {"path": "True", "force": "True"}, {"path": "True", "force": True}),
+        ("place-it", {"level": "None"}, {"level": None}),
     ):
         text = call(name, parameters)
         assert accepts(grammars, tokenizer, grammar, text)
