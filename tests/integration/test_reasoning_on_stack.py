@@ -104,6 +104,30 @@ def test_thinking_is_switched_off_in_the_prompt(running, fields):
     assert ask(running, reasoning_effort="high")[0] == REASONING
 
 
+def test_responses_and_messages_show_the_same_reasoning_and_switch_it_off(running):
+    def post(path, **body):
+        reply = call(f"{running.url}/v1/{path}", {"model": "mock", "temperature": 0, **body})
+        assert reply.status == 200, reply.body
+        return json.loads(reply.body)
+
+    def responses(**body):
+        answer = post("responses", input="Is it so?", **body)
+        texts = {item["type"]: item["content"][0]["text"] for item in answer["output"]}
+        tokens = answer["usage"]["output_tokens_details"]["reasoning_tokens"]
+        return texts.get("reasoning"), texts["message"], tokens
+
+    def messages(**body):
+        answer = post("messages", max_tokens=1000, messages=[{"role": "user", "content": "Is it so?"}], **body)
+        texts = {block["type"]: block[block["type"]] for block in answer["content"]}
+        return texts.get("thinking"), texts["text"], answer["usage"]["output_tokens_details"]["thinking_tokens"]
+
+    reasoning, text, _, usage = ask(running)
+    tokens = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert responses() == messages() == (reasoning, text, tokens)
+    off = (None, f"{REASONING}\n</think>\n\n{TEXT}", 0)
+    assert responses(reasoning={"effort": "none"}) == messages(thinking={"type": "disabled"}) == off
+
+
 @pytest.mark.parametrize("tools", [(), (Tool("now", parameters=SCHEMA),)], ids=["text", "call"])
 def test_a_lost_worker_changes_no_byte_of_reasoning_text_and_calls(template, tools):
     asked = [Message("user", "long")] if tools else ASK

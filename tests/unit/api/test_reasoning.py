@@ -235,6 +235,21 @@ def test_reasoning_is_sent_back_to_templates_that_show_it(tmp_path):
         job(tokenizer, request)
 
 
+def test_reasoning_is_a_block_of_the_content_for_templates_of_mistral(tmp_path):
+    blocks = (
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}{% if b.type == 'thinking' %}"
+        "[THINK]{{ b['thinking'] }}[/THINK]{% else %}{{ b.text }}{% endif %}{% endfor %}{% endif %}"
+    )
+    tokenizer, request = with_template(tmp_path, OPENS.replace("{{ m.content }}", blocks)), chat()
+    request.chat.messages.add(role="assistant", content="Yes.", reasoning="Hm.")
+    request.chat.messages.add(role="assistant", reasoning="So.")
+    request.chat.messages.add(role="assistant", content="No.")
+    ids = job(tokenizer, request).prompt_token_ids
+    for shown in ("[THINK]Hm.[/THINK]Yes.<|im_end|>", "[THINK]So.[/THINK]<|im_end|>", "\nNo.<|im_end|>"):
+        wanted = tokenizer.encode_continuation(shown)
+        assert any(list(ids[i : i + len(wanted)]) == wanted for i in range(len(ids))), shown
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL = ToolDefinition("now", parameters=SCHEMA)
 CALL = HERMES.write([("now", '{"a": 1}')])
