@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
@@ -18,13 +18,13 @@ from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_available, check_grammar, first_bytes
 from overfill.request.params import Grammar
 
-_ESCAPES = {chr(code): json.dumps(chr(code))[1:-1].replace("\\", "\\\\") for code in (*range(0x20), *b'"\\')}
-"""Regular expression of the escape of each character that JSON strings have as an escape only."""
+_ESCAPED = '"\\' + "".join(map(chr, range(0x20)))
+"""Characters that JSON strings have as escapes only."""
 
 _PLAIN = r'[^"\\\x00-\x1f]'
 _START, _IGNORED = "RULE-START", "IGNORED-BETWEEN-TERMINALS"
 
-# The terminals of llguidance's `common` that have characters of _ESCAPES; it imports the others itself.
+# The terminals of llguidance's `common` that have characters of _ESCAPED; it imports the others itself.
 COMMON = {
     "ESCAPED_STRING": r'"([^"\\]|\\.)*"',
     "WS_INLINE": r"[ \t]+",
@@ -176,7 +176,7 @@ class _Rewriter:
                     outer.append(active)
                 on, _, off = (match["flags"] or "").partition("-")
                 active = (active | frozenset(on)) - frozenset(off)
-            elif part[0] in "\\[." or part in _ESCAPES:
+            elif part[0] in "\\[." or part in _ESCAPED:
                 part = _characters(part, "".join(sorted(active)))
             if "x" in active:
                 raise self._cannot("the flag x of regular expressions")
@@ -211,7 +211,7 @@ def _text(string: str) -> str:
 
 def _literal(text: str) -> str:
     """A regular expression of what ``text`` becomes in a JSON string; with the flag i, its letters in either case."""
-    return "".join(f"(?-i:{_ESCAPES[c]})" if c in _ESCAPES else _quoted(c) for c in text)
+    return "".join(_escapes(c) if c in _ESCAPED else _quoted(c) for c in text)
 
 
 def _quoted(character: str) -> str:
@@ -223,13 +223,23 @@ def _quoted(character: str) -> str:
 def _characters(part: str, flags: str) -> str:
     """A regular expression of the characters, as in JSON strings, that ``part`` matches where ``flags`` are set."""
     first = first_bytes(f"/(?{flags}){part}/" if flags else f"/{part}/")
-    escapes = "|".join(escape for character, escape in _ESCAPES.items() if ord(character) in first)
-    if not escapes:
+    escaped = [character for character in _ESCAPED if ord(character) in first]
+    if not escaped:
         return part
-    choices = [f"(?-i:{escapes})"]
-    if any(chr(byte) not in _ESCAPES for byte in first):
-        choices.append(_PLAIN if part == "." else f"[{part}&&{_PLAIN}]")
-    return f"(?:{'|'.join(choices)})"
+    if len(escaped) == len(first):
+        return _escapes(escaped)
+    return f"(?:{_escapes(escaped)}|{_PLAIN if part == '.' else f'[{part}&&{_PLAIN}]'})"
+
+
+def _escapes(characters: Iterable[str]) -> str:
+    """A regular expression of the escapes of ``characters``, whatever flags are set."""
+    escapes = [json.dumps(character)[2:-1] for character in characters]  # without the backslash
+    letters = "".join(re.escape(escape) for escape in escapes if len(escape) == 1)
+    choices = [f"[{letters}]"] if letters else []
+    for digit in "01":
+        if last := "".join(escape[4] for escape in escapes if escape[3:4] == digit):
+            choices.append(f"u00{digit}[{last}]")
+    return rf"(?-i:\\(?:{'|'.join(choices)}))"
 
 
 def _class_end(regex: str, position: int) -> int:
