@@ -28,7 +28,7 @@ class ToolCallReader:
         self._stops = stops
         self._buffer = ""
         self._line_begins = True
-        self._space = ""  # white space at the end of the text so far
+        self._space: list[str] = []  # white space at the end of the text so far, in pieces
         self._openings = format.openings(tools)
         self._longest = max(map(len, self._openings))
         self._first = re.compile(f"[{re.escape(''.join({opening[0] for opening in self._openings}))}]")
@@ -62,7 +62,7 @@ class ToolCallReader:
         outside = self._text(buffer[:end], may_end)
         if not self._began or self.stop is not None:
             return outside, []
-        outside += (self._space + self._stops.finish()).rstrip()
+        outside += "".join([*self._space, self._stops.finish()]).rstrip()
         return outside, self._read(self._buffer)
 
     def finish(self, *, may_end: bool = True) -> str:
@@ -70,7 +70,7 @@ class ToolCallReader:
         if self._began:
             return ""
         text = self._text(self._buffer, may_end)
-        return text if self.stop is not None else text + self._space + self._stops.finish()
+        return text if self.stop is not None else "".join([text, *self._space, self._stops.finish()])
 
     def _read(self, text: str) -> list[ToolCallDelta]:
         self._calls.add(text)
@@ -94,7 +94,10 @@ class ToolCallReader:
     def _text(self, text: str, may_end: bool) -> str:
         """What may be shown of the text after more ``text``: white space only if no call can follow it."""
         text, self.stop = self._stops.push(without_markers(text), may_end=may_end)
-        text = self._space + text
         shown = text.rstrip() if self.stop is None else text
-        self._space = text[len(shown) :]
+        space = text[len(shown) :]
+        if shown or self.stop is not None:
+            shown, self._space = "".join([*self._space, shown]), []
+        if space:
+            self._space.append(space)
         return shown
