@@ -90,7 +90,7 @@ test-vllm: .venv-vllm/.installed  ## Run the tests with vLLM, in an environment 
 # made, pytest skips them.
 ALONE = $(shell for way in 'unshare --net' 'unshare --map-root-user --net'; do $$way true 2>/dev/null && echo "$$way" && exit; done)
 test-agents: setup .venv/.agents  ## Have agents do a task on a stack: Codex, Claude Code, opencode, Agents SDK
-	$(ALONE) env $(PYTEST) tests/agents
+	$(ALONE) env $(PYTEST) -n 2 --dist worksteal tests/agents
 
 test-images: setup .venv/.containers  ## Run the tests with containers and network namespaces; needs root
 	$(PYTEST) -m images tests/images

@@ -85,6 +85,7 @@ class ChatTemplate:
             raise InvalidPair(f"the chat template does not compile: {error}") from error
         self.source = source
         self.knows_tools = "tools" in self._known
+        self._takes_blocks = "'thinking'" in source and "reasoning_content" not in source  # Mistral's
         self._special_tokens = dict(special_tokens)
         self._reserved = {*_OWN_VARIABLES, *special_tokens, *environment.globals}
         odd = not self._takes("user", "assistant", "user")  # it does not show messages as they are; it gets them so
@@ -114,6 +115,8 @@ class ChatTemplate:
             if not content or not isinstance(content, str):
                 raise InvalidRequest("chat.continue_final_message", "needs a last message that has text")
             shown[-1]["content"] = content + _END_OF_TEXT
+        if self._takes_blocks:
+            shown = [_with_blocks(message) for message in shown]
         limit = math.inf if options.max_length is None else options.max_length
         pieces, length = [], 0
         try:
@@ -188,6 +191,15 @@ class ChatTemplate:
                 raise InvalidRequest(place, "is the server's to set, not a request's; leave it out")
         if variables.get("documents") and "documents" not in self._known:
             raise InvalidRequest("chat.documents", "the chat template does not show documents; put them into a message")
+
+
+def _with_blocks(message: dict[str, Any]) -> dict[str, Any]:
+    """``message`` with its reasoning as a block of its content."""
+    if not message.get("reasoning_content"):
+        return message
+    thinking = {"type": "thinking", "thinking": message["reasoning_content"]}
+    text = {"type": "text", "text": message["content"]}
+    return message | {"content": [thinking, text] if message["content"] else [thinking]}
 
 
 _OWN_VARIABLES = (

@@ -9,8 +9,6 @@ from overfill.request.json_schemas import compact
 from overfill.request.params import Grammar
 from overfill.request.thinking import ThinkingTokens
 
-_REGEX_PART = re.compile(r"\\?[/\n]|\\.")
-
 
 def after_thinking(grammar: Grammar, thinking: ThinkingTokens) -> Grammar:
     """Returns a grammar in Lark of any thinking, then of an answer in ``grammar``.
@@ -42,11 +40,11 @@ def _nested(grammar: Grammar) -> str:
         case "json_schema":
             return f"%json {json.dumps(compact(json.loads(grammar.text)))}"
         case "regex":
-            return f"/{_REGEX_PART.sub(_between_slashes, grammar.text)}/"
+            return regex_in_lark(grammar.text)
         case "lark":
             return f"%lark {{\n{grammar.text}\n}}"
 
 
-def _between_slashes(part: re.Match[str]) -> str:
-    """Returns a part of a regular expression as Lark has it: slashes and line breaks have a backslash before them."""
-    return {"/": r"\/", "\n": r"\n"}.get(part[0][-1], part[0])
+def regex_in_lark(regex: str) -> str:
+    """Returns ``regex`` between slashes. There, a slash has a backslash before it, and no line ends after one."""
+    return "/" + re.sub(r"(?s)(\\.)|/", lambda part: (part[1] or r"\/").replace("\n", "n"), regex) + "/"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
+from overfill.api.reasoning_grammar import regex_in_lark
 from overfill.errors import InvalidRequest
 from overfill.request.grammar import check_available, check_grammar, first_bytes
 from overfill.request.params import Grammar
@@ -39,11 +40,10 @@ COMMON = {
 
 _STRING = r'"(?:\\.|[^"\\\n])*"'
 _TOKEN = re.compile(
-    rf"""(?P<space>[ \t\r]+|\n(?=\s*\|)|(?:\#|//)[^\n]*|->\s*[_a-z][_a-z0-9-]*)
-    |(?P<line>\n)
+    rf"""(?P<space>\s++(?=\|)|[ \t\r]+|(?:\#|//)[^\n]*|->\s*[_a-z][_a-z0-9-]*|%llguidance\s*\{{\s*\}})
+    |(?P<line>\n\s*)
     |%import\s+common\s*(?:\.\s*(?P<imported>\w+)(?:\s*->\s*(?P<local>[\w-]+))?|\((?P<several>[^)]*)\))
     |(?P<ignore>%ignore\b)
-    |%llguidance\s*\{{\s*\}}
     |(?P<unsupported>%\w+|<[^<>\s]+>|@[\w-]+|::|=)
     |(?P<range>{_STRING}\s*\.\.\s*{_STRING})
     |(?P<string>{_STRING}i?)
@@ -89,7 +89,7 @@ def _terminals(grammar: Grammar, *, in_json: bool) -> str:
     check_grammar(grammar)
     source = grammar.text
     if grammar.kind == "regex":
-        source = "start: /" + re.sub(r"(?s)(\\.)|/", lambda match: match[1] or r"\/", source) + "/"
+        source = f"start: {regex_in_lark(source)}"
     return "\n".join(_Rewriter(grammar, in_json).lines(source))
 
 

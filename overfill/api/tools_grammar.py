@@ -158,7 +158,7 @@ def _text_then_calls(rules: CallRules, rest: str) -> list[str]:
     if rules.bare is not None:
         choices.append(f"bare {rules.after} {rest}")
         lines.append("bare: " + " | ".join(f"bare_{i} rest_{i}" for i in range(len(rules.functions))))
-        lines.append(r"LINES: /((.|\n)*\n)?/")
+        lines.append(r"LINES: /(.|\n)*\n|\s*/")
         for i, (head, _) in enumerate(rules.functions):
             lines.append(f"bare_{i}[lazy]: LINES {json.dumps(''.join([rules.bare, *rules.before, *head]))}")
     return ["start: " + " | ".join(choices), *lines]

@@ -24,7 +24,7 @@ DEFAULT_TEMPERATURE = 0.7
 def stream_answer(
     client: Client, prompt: Prompt, sampling: SamplingParams, options: Options, *, quiet: bool = False
 ) -> Answer:
-    """Streams the answer to stdout, unless ``quiet``, and returns it once it is complete.
+    """Streams the answer to stdout and its reasoning to stderr, unless ``quiet``; returns it once it is complete.
 
     If ``sampling.max_tokens`` is None, the limit is ``DEFAULT_MAX_TOKENS``, or the rest of the context if that is less.
 

@@ -34,7 +34,7 @@ def chat_command(
     """Chat with the model.
 
     /new starts a new conversation; ctrl-C stops an answer; ctrl-D, /exit or /quit ends; /help lists the commands.
-    Piped input has one turn or command per line; empty lines are skipped.
+    Piped input has one turn or command per line; empty lines are skipped. What the model thinks goes to stderr.
     """
     interactive = sys.stdin.isatty()
     with connection.client() as client:

@@ -42,7 +42,7 @@ def generate_command(
 ) -> int:
     """Answer one prompt; the answer streams to stdout.
 
-    PROMPT is sent as a user's chat turn. `-` reads it from stdin.
+    PROMPT is sent as a user's chat turn. `-` reads it from stdin. What the model thinks goes to stderr.
     """
     if raw and system is not None:
         raise click.UsageError("--system-prompt is part of the chat template, which --raw skips: drop one of them")

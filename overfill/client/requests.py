@@ -95,8 +95,8 @@ class AnswerIdentity:
         kv_dtype: Element type in which the workers compute, such as "bfloat16"; empty means that the router did not
             know it yet, and fits each.
         answer_start: The request's ``answer_start``; 0 means that it had none.
-        answer_format: Formats in which the router reads the answer's text, such as "qwen3" for its reasoning; empty
-            means none.
+        answer_format: Formats in which the router reads the answer's text: of tool calls and, if it reads one, of
+            reasoning, such as "hermes,qwen3".
     """
 
     full_digest: str = ""

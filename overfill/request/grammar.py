@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -270,10 +271,15 @@ def check_grammar(grammar: Grammar) -> None:
 
 def first_bytes(lark: str) -> frozenset[int]:
     """The bytes with which a text of the expression ``lark``, in UTF-8, may begin. Call it in a trial only."""
-    tokenizer = llguidance.LLTokenizer("byte")
-    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(f"start: {lark}"), log_level=0)
+    matcher = llguidance.LLMatcher(_bytes(), llguidance.LLMatcher.grammar_from_lark(f"start: {lark}"), log_level=0)
     mask: bytes = matcher.compute_bitmask()
     return frozenset(byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1)
+
+
+@cache
+def _bytes() -> Any:
+    """A tokenizer whose tokens are bytes."""
+    return llguidance.LLTokenizer("byte")
 
 
 def _limits() -> Any:

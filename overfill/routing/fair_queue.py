@@ -21,6 +21,9 @@ from overfill.routing.job import Job
 
 _MAX_KEYS = 1024  # number of finish tags from which on the queue drops past ones
 
+_MAX_SESSIONS = 1024
+"""Number of sessions of a key after which a new round begins, so that new ones cannot go first for ever."""
+
 
 class VirtualClock:
     """Virtual time of one priority, and the finish tag of each key's latest job, in tokens."""
@@ -44,6 +47,13 @@ class VirtualClock:
     def advance_virtual_time(self, tag: float) -> None:
         """Moves virtual time to the start tag of a job that leaves the queue for a worker."""
         self._virtual_time = max(self._virtual_time, tag)
+
+    def skip(self, tokens: float) -> None:
+        """Moves virtual time by ``tokens``."""
+        self._virtual_time += tokens
+
+    def __len__(self) -> int:
+        return len(self._finish_tags)
 
     def refund(self, key: str, tokens: int) -> None:
         """Refunds ``tokens`` that were charged to ``key`` and not used."""
@@ -69,6 +79,8 @@ class _KeyJobs:
 
     def add(self, job: Job, arrival: int) -> list[Job]:
         """Adds a job. Returns it and the jobs behind it."""
+        if len(self._clock) >= _MAX_SESSIONS:
+            self._clock.skip(1)
         turn = self._turns[job] = self._clock.start_tag(job.session, 1), arrival
         index = bisect_left(self._order, turn, key=lambda entry: entry[:2])
         self._order.insert(index, (*turn, job))
@@ -133,10 +145,10 @@ class FairQueue:
         """Number of waiting jobs of ``priority`` and ``key``, migrated ones excluded."""
         return self._num_of[priority, key]
 
-    def ahead(self, priority: int, key: str, session: str = "") -> int:
-        """Number of jobs that would go before a new one."""
-        jobs = self._of_key.get((priority, key))
-        if jobs is not None and (behind := jobs.first_behind(session)) is not None:
+    def ahead(self, priority: int, key: str, session: str | None = None) -> int:
+        """Number of jobs that would go before a new one; without ``session``, before one behind all jobs of its key."""
+        jobs = None if session is None else self._of_key.get((priority, key))
+        if session is not None and jobs is not None and (behind := jobs.first_behind(session)) is not None:
             return self._index(self._positions[behind][0])
         tag = self._clocks[priority].next_start_tag(key) if priority in self._clocks else 0.0
         return self._index((1, priority, 1, tag, self._count + 1))

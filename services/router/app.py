@@ -113,6 +113,8 @@ class Router:
         reasoning = find_reasoning(config.reasoning_parser, tokenizer)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
+        reads = "no reasoning" if reasoning is None else f"reasoning as {reasoning.name}"
+        logger.info("%s reads tool calls as %s and %s", self._id, tokenizer.tool_format.name, reads)
         self._address = self._join_address = self._http_address = ""
         self._group = None if config.share_port is None else PortGroup(config.share_port)
         self._stopping = asyncio.Event()
@@ -153,7 +155,7 @@ class Router:
                 pairs,
                 self.roster,
                 self._brownout,
-                "" if reasoning is None else reasoning.name,
+                answer_format=",".join([tokenizer.tool_format.name, *([reasoning.name] if reasoning else [])]),
             ),
             tokenizer,
             self._trials,

@@ -23,6 +23,8 @@ _ARCH = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.m
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "agents.md"
 MODEL, URL, PROMPT = "coder", "http://127.0.0.1:8000", "Repair sums.py, please."
 """What the page has in its files and commands."""
+PATCHING_MODEL = "gpt-5.5"
+"""A model to which Codex gives its tool with a grammar."""
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 BROKEN, REPAIRED = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
@@ -41,6 +43,7 @@ class Agent:
         installed: file without which the agent is not installed.
         path: of the API that the agent speaks.
         calls: returns the calls that read, edit and run, for the project's folder.
+        formats: of tool calls in which the mock engine plays its task.
         options: what the command also needs where nobody can be asked, and no namespaces can be made.
         environment: what it needs beside the variables of the section, for the same reason.
     """
@@ -50,6 +53,7 @@ class Agent:
     program: Path
     installed: Path
     path: str
+    formats: tuple[str, ...]
     calls: Callable[[Path], tuple[Call, ...]]
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -63,7 +67,8 @@ class Agent:
         answers, when = [], PROMPT
         for number, (name, arguments) in enumerate(self.calls(project), 1):
             text = f"Step {number} of {self.name}: I call {name} now, and look at what it says before I go on."
-            answers.append({"when": when, "text": text, "tool_calls": [{"name": name, "arguments": arguments}]})
+            call = {"name": name, "arguments": arguments}
+            answers.append({"when": when, "text": f"{text}\n", "tool_calls": [call]})
             when = text
         return [*answers, {"when": when, "text": self.final}]
 
@@ -90,18 +95,52 @@ _CODEX = MODULES / f"@openai/codex-linux-{_ARCH}/vendor/{platform.machine()}-unk
 _CLAUDE = MODULES / f"@anthropic-ai/claude-code-linux-{_ARCH}/claude"
 _OPENCODE = MODULES / f"opencode-linux-{_ARCH}/bin/opencode"
 
+_CODEX_ALONE = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox")
+_MCP_SERVER = Path(__file__).with_name("mcp_files.py")
+_PATCH = """\
+*** Begin Patch
+*** Update File: sums.py
+@@
+ def add(a, b):
+-    return a - b
++    return a + b
+*** End Patch
+"""
+
 AGENTS = (
     Agent(
         "codex", "Codex", _CODEX, _CODEX, "/v1/responses",
+        ("hermes", "qwen3_coder"),
         lambda project: (
             ("exec_command", {"cmd": "cat sums.py"}),
             ("exec_command", {"cmd": "sed -i 's/a - b/a + b/' sums.py"}),
             ("exec_command", {"cmd": _COMMAND}),
         ),
-        ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
+        _CODEX_ALONE,
+    ),
+    Agent(
+        "codex-patch", "Codex", _CODEX, _CODEX, "/v1/responses",
+        ("hermes",),
+        lambda project: (
+            ("exec_command", {"cmd": "cat sums.py"}),
+            ("apply_patch", {"input": _PATCH}),
+            ("exec_command", {"cmd": _COMMAND}),
+        ),
+        (*_CODEX_ALONE, "--config", f'model="{PATCHING_MODEL}"'),
+    ),
+    Agent(
+        "codex-mcp", "Codex", _CODEX, _CODEX, "/v1/responses",
+        ("hermes",),
+        lambda project: (
+            ("mcp__files__read_text", {"path": "sums.py"}),
+            ("exec_command", {"cmd": "sed -i 's/a - b/a + b/' sums.py"}),
+            ("exec_command", {"cmd": _COMMAND}),
+        ),
+        (*_CODEX_ALONE, "--config", f'mcp_servers.files={{command="{sys.executable}",args=["{_MCP_SERVER}"]}}'),
     ),
     Agent(
         "claude", "Claude Code", _CLAUDE, _CLAUDE, "/v1/messages",
+        ("hermes", "mistral"),
         lambda project: (
             ("Read", {"file_path": f"{project}/sums.py"}),
             ("Edit", {"file_path": f"{project}/sums.py", "old_string": "a - b", "new_string": "a + b"}),
@@ -111,6 +150,7 @@ AGENTS = (
     ),
     Agent(
         "opencode", "opencode", _OPENCODE, _OPENCODE, "/v1/chat/completions",
+        ("hermes", "llama3_json"),
         lambda project: (
             ("read", {"filePath": f"{project}/sums.py"}),
             ("edit", {"filePath": f"{project}/sums.py", "oldString": "a - b", "newString": "a + b"}),
@@ -119,6 +159,7 @@ AGENTS = (
     ),
     Agent(
         "agents-sdk", "Agents SDK", Path(sys.executable), HOME / "python/agents/__init__.py", "/v1/responses",
+        ("hermes", "pythonic"),
         lambda project: (
             ("read", {"path": "sums.py"}),
             ("edit", {"path": "sums.py", "old": "a - b", "new": "a + b"}),

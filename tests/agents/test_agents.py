@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from real_agents import AGENTS, BROKEN, MODEL, REPAIRED, Agent
+from real_agents import AGENTS, BROKEN, MODEL, PATCHING_MODEL, REPAIRED, Agent
 from recording_proxy import Exchange, RecordingProxy
 from up_stack import Stack, stack_of
 
@@ -21,14 +21,13 @@ KILLED_AFTER = 12
 
 
 @contextmanager
-def stack_for(agent: Agent, folder: Path) -> Iterator[Stack]:
-    """Runs a stack with two decode workers, whose mock engines play the agent's task."""
+def stack_for(agent: Agent, calls: str, folder: Path) -> Iterator[Stack]:
+    """Runs a stack with two decode workers, whose mock engines play the agent's task with ``calls`` of that format."""
     script = folder / "script.json"
     script.write_text(json.dumps(agent.script(folder / "project")), encoding="utf-8")
-    arguments = json.dumps({"script": str(script), "step": STEP})
-    with stack_of(
-        "--engine", "mock", "--served-model-name", MODEL, "--decode", "2", "--engine-args", arguments
-    ) as stack:
+    arguments = json.dumps({"script": str(script), "step": STEP, "tool_call_parser": calls})
+    named = ("--served-model-name", f"{MODEL},{PATCHING_MODEL}", "--tool-call-parser", calls)
+    with stack_of("--engine", "mock", "--engine-args", arguments, "--decode", "2", *named) as stack:
         yield stack
 
 
@@ -106,17 +105,21 @@ def _values(value: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, value
 
 
-@pytest.mark.parametrize("agent", AGENTS, ids=lambda agent: agent.name)
-def test_an_agent_finishes_its_task_and_does_not_notice_a_killed_worker(agent, tmp_path):
+@pytest.mark.parametrize(
+    ("agent", "calls"),
+    [(agent, calls) for agent in AGENTS for calls in agent.formats],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_an_agent_finishes_its_task_and_does_not_notice_a_killed_worker(agent, calls, tmp_path):
     killed: list[str] = []
-    before, after = (answer["text"].encode() for answer in agent.script(tmp_path)[:2])
+    before, after = (answer["text"].strip().encode() for answer in agent.script(tmp_path)[:2])
 
     def kill(exchange: Exchange) -> None:
         in_step_2 = before in exchange.body and after not in exchange.body
         if in_step_2 and not killed and exchange.answer.count(b"data:") >= KILLED_AFTER:
             killed.append(stack.kill_busy_worker())
 
-    with stack_for(agent, tmp_path) as stack:
+    with stack_for(agent, calls, tmp_path) as stack:
         with RecordingProxy(stack.url) as proxy:
             whole = run(agent, tmp_path, proxy)
         with RecordingProxy(stack.url) as proxy:

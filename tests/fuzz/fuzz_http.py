@@ -4,12 +4,13 @@ import json
 import socket
 
 LIMIT = 64 << 10  # bytes of a body
-PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/messages"]
 GOOD = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
     "/v1/completions": {"model": "tiny", "prompt": "Hi", "max_tokens": 4},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [70, 71]},
+    "/v1/messages": {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
 }
 WRONG = [{"a": {}}, [[[]]], "\u0000", -(1 << 70), 1.5e308, {"$ref": "#"}, [None], "x" * 5000]
 TYPED = {
@@ -17,6 +18,7 @@ TYPED = {
     "/v1/completions": ["prompt", "model", "temperature", "n", "seed", "logit_bias", "stop_token_ids"],
     "/tokenize": ["model", "messages"],
     "/detokenize": ["tokens"],
+    "/v1/messages": ["messages", "model", "temperature", "stop_sequences", "tools", "tool_choice", "thinking"],
 }
 
 
@@ -114,6 +116,9 @@ def wrong_method(rng, path):
     method = rng.choice(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
     return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
 
+
+UNKNOWN_FIELDS = {unknown_field, deep_field, huge, numbers}
+"""Kinds of requests with fields that do not exist, which the Messages API ignores."""
 
 KINDS = [
     wrong_type,

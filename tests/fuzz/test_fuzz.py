@@ -236,6 +236,8 @@ def http_case(number):
     rng = random.Random(f"{SEED}/http/{number}")
     if rng.random() < 0.8:
         kind, path = rng.choice(fuzz_http.KINDS), rng.choice(fuzz_http.PATHS)
+        if path == "/v1/messages" and kind in fuzz_http.UNKNOWN_FIELDS:
+            path = "/v1/completions"
         data = kind(rng, path)
         return kind.__name__, data, len(data) < 3000 and rng.random() < 0.03
     path = rng.choice([route.replace("{model:path}", "x") for route in (*ROUTES, *METRICS_ROUTES, "/nothing", "/v1")])

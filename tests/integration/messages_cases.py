@@ -261,7 +261,10 @@ TOOLS = [
         "[tools of chats](openai.md#structured-answers) do; `strict` means the same as there. "
         "Names have up to 128 letters, digits, `_` and `-`. `allowed_callers`, `eager_input_streaming` and "
         "`input_examples` are ignored", check=_tools),
-    Case("with `defer_loading`", "supported", "offered once the conversation refers to it", check=_deferred),
+    Case("with `defer_loading`", "supported",
+        "offered once the conversation refers to it; at once beside one of Anthropic's tools that search, which are "
+        "left out",
+        check=_deferred),
     Case("of another type", "left out",
         "such as `web_search_20250305`, `bash_20250124` and `computer_…`: the server has none of Anthropic's tools",
         {"tools": [SEARCH]}),

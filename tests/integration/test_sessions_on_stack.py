@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from http_calls import call
@@ -133,3 +134,28 @@ def test_prompts_with_other_attribution_lines_share_their_beginning(tiny_pair, d
             (first, _), (cached, prompt) = [ask_once(line, rest) for line in lines]
             assert first < 64
             assert (cached > 0.8 * prompt) is drop
+
+
+def test_a_session_with_one_request_does_not_wait_for_all_of_another(tiny_pair):
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+    with (
+        mock_stack(tiny_pair, workers={"max_num_seqs": 1, "step": 0.03}) as stack,
+        Client(stack.grpc) as client,
+        ThreadPoolExecutor(21) as threads,
+    ):
+        ended = []
+
+        def ask_in(session):
+            client.generate([5, 6, 7], sampling=sampling, session=session)
+            ended.append(session)
+
+        busy = [threads.submit(ask_in, "busy") for _ in range(20)]
+        dispatcher = stack.router.dispatcher
+        wait_until(lambda: dispatcher.num_jobs + len(ended) == 20, 10, "all requests of the busy session have arrived")
+        waiting = dispatcher.num_waiting
+        threads.submit(ask_in, "other").result()
+        behind = 20 - (len(ended) - 1)
+        for future in busy:
+            future.result()
+    assert waiting > 6
+    assert behind > waiting - 6, "it goes before most of those that waited when it came"

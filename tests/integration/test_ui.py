@@ -112,6 +112,17 @@ def test_a_new_chat_begins_without_the_answer_that_it_interrupted(browser, tiny_
         assert browser.execute_script("return document.querySelectorAll('.turn').length") == 2
 
 
+def test_reasoning_is_shown_apart_from_the_answer(browser):
+    script = [{"text": "<think>Hm,\nso.</think>Yes.<|im_end|>"}]
+    with mock_stack("mock", workers={"script": script}, reasoning_parser="qwen3") as stack:
+        browser.get(f"{stack.url}/ui")
+        until(browser, "document.getElementById('model').textContent", "the status arrived")
+        ask(browser, "Is it so?")
+        until(browser, "document.querySelector('.details') !== null", "the answer is complete")
+        shown = [browser.find_element("css selector", f".turn:last-child .{name}").text for name in ("thought", "text")]
+        assert shown == ["Hm,\nso.", "Yes."]
+
+
 def test_the_page_shows_a_killed_worker(browser, stack):
     browser.get(f"{stack[1]}/ui")
     state = "(w => w && w.querySelector('.state').textContent)(document.querySelector('[data-worker=decode-1]'))"

@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
 
+from overfill.api.families.llama3_json import Llama3Json
+from overfill.api.families.mistral import Mistral
+from overfill.api.families.pythonic import Pythonic
+from overfill.api.families.qwen3_coder import Qwen3Coder
 from overfill.api.tools import ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.request.params import Grammar
@@ -280,3 +284,6 @@ def grammars() -> Iterator[tuple[str, Grammar]]:
     for count in (1, 8, 32, 128):
         for mode in ("auto", "required"):
             yield f"{count} tools, {mode}", Grammar("lark", tools_grammar(tools(count), mode, single=False))  # type: ignore[arg-type]
+    for format in (Llama3Json(), Pythonic(), Mistral(), Qwen3Coder()):
+        text = tools_grammar(tools(128), "auto", single=False, format=format)
+        yield f"128 tools, {format.name}", Grammar("lark", text)

@@ -28,7 +28,7 @@ GUIDES = [page for page in (ROOT / "docs").rglob("*.md") if NOTEBOOK not in page
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES, *ROOT.glob("deploy/**/*.md")])
 # In "helm install overfill CHART", overfill is a release; in "from overfill import LLM", a package.
 COMMAND = re.compile(r"(?<![\w./:-])(?<!install )(?<!from )overfill [^|;&#]*")
-_OTHER = "curl|docker|helm|jupyter|kubectl|locust|prometheus|protoc|ruff|serve|systemctl"
+_OTHER = "claude|codex|curl|docker|helm|jupyter|kubectl|locust|opencode|prometheus|protoc|ruff|serve|systemctl"
 OTHER_PROGRAM = re.compile(rf"(?:^|[ /])({_OTHER}) ")
 # Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {

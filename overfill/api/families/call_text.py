@@ -109,8 +109,10 @@ class CallText:
     def text(self, end: str) -> Waits:
         """Takes the text before the next ``end``, and ``end``. Adds the text to the arguments, as in a JSON string."""
         while (place := self._rest.find(end)) < 0:
-            lengths = range(min(len(end) - 1, len(self._rest)), 0, -1)
-            safe = len(self._rest) - next((n for n in lengths if self._rest.endswith(end[:n])), 0)
+            safe = self._rest.find(end[0], max(0, len(self._rest) - len(end) + 1))
+            while safe >= 0 and not end.startswith(self._rest[safe:]):
+                safe = self._rest.find(end[0], safe + 1)
+            safe = len(self._rest) if safe < 0 else safe
             self.arguments(_escaped(self._rest[:safe]))
             self._rest = self._rest[safe:]
             yield

@@ -40,7 +40,10 @@ class Mistral(ToolFormat):
         )
 
     def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
-        return {self._markers[0].shown: False}
+        begin = self._markers[0]
+        if begin.is_token:
+            return {begin.shown: False}
+        return {f"{begin.text}{space}[{_HEAD}": False for space in (" ", "")}  # JSON has quotes in strings as escapes
 
     def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
         while True:
@@ -72,6 +75,12 @@ class MistralArgs(Mistral):
             marker=begin,
             separator=begin.lark,
         )
+
+    def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
+        begin, args = self._markers
+        if begin.is_token:
+            return {begin.shown: False}
+        return {f"{begin.text}{tool.name}{args.shown}{object}": False for tool in tools for object in ('{"', "{}")}
 
     def read(self, text: CallText, tools: Mapping[str, ToolDefinition]) -> Iterator[None]:
         begin, args = self._markers

@@ -15,6 +15,7 @@ _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprec
 _DEFINITIONS = ("$defs", "definitions")
 _ROOT = {"type", "properties", "required", "additionalProperties", *_DEFINITIONS, *_ANNOTATIONS}
 _TEXT = {"type", "enum", "const", "anyOf", "oneOf", "$ref", *_ANNOTATIONS}
+_PYTHON_WORDS = {"True": "boolean", "False": "boolean", "None": "null"}
 _MAX_REFERENCES = 8
 
 
@@ -36,15 +37,14 @@ class Parameter:
     """A parameter of a tool.
 
     Args:
-        json: Lark expression of its values as JSON.
-        types: JSON types of its values, as far as its schema names them.
+        json: Lark expression of its values as JSON, and of True, False and None where JSON has true, false and null.
+            Parameters of one type have the same.
         texts: its values, if they are texts and nothing else but null; else None.
     """
 
     name: str
     required: bool
     json: str
-    types: frozenset[str]
     texts: Texts | None
 
 
@@ -70,12 +70,13 @@ def named_parameters(tool: ToolDefinition, names: re.Pattern[str]) -> list[Param
     shared = {keyword: root[keyword] for keyword in _DEFINITIONS if keyword in root}
     parameters = []
     for name, schema in properties.items():
-        whole = {**shared, **schema} if any(_references(schema)) else schema
-        wanted = json.dumps(compact(whole, lenient=not tool.strict))
-        types = frozenset(_types(root, schema))
-        parameters.append(
-            Parameter(name, name in required, f"%json {wanted}", types, _texts(root, schema, strict=tool.strict))
-        )
+        whole = {keyword: value for keyword, value in schema.items() if keyword not in _ANNOTATIONS}
+        whole = {**shared, **whole} if any(_references(schema)) else whole
+        types = set(_types(root, schema))
+        words = [word for word, type in _PYTHON_WORDS.items() if type in types]
+        wanted = [*map(json.dumps, words), f"%json {json.dumps(compact(whole, lenient=not tool.strict))}"]
+        texts = _texts(root, schema, strict=tool.strict)
+        parameters.append(Parameter(name, name in required, f"({' | '.join(wanted)})", texts))
     return parameters
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.parameters import Parameter, named_parameters
+from overfill.api.families.parameters import named_parameters
 from overfill.api.families.tool_format import CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
@@ -31,6 +31,7 @@ class Pythonic(ToolFormat):
 
     def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         functions, lines = [], []
+        types: dict[str, str] = {}  # a rule for all parameters of one type, by its body
         for i, tool in enumerate(tools):
             if tool.input is not None:
                 functions.append(([f'{tool.name}({TEXT_PARAMETER}="'], expressions.input(tool.input, '"') + ' ")"'))
@@ -45,8 +46,10 @@ class Pythonic(ToolFormat):
                 lines.append(f"first_{i}_{k}: value_{i}_{k} next_{i}_{k + 1}{skip}")
                 skip = "" if parameter.required else f" | next_{i}_{k + 1}"
                 lines.append(f'next_{i}_{k}: ", " value_{i}_{k} next_{i}_{k + 1}{skip}')
-                lines.append(f"value_{i}_{k}: {json.dumps(parameter.name + '=')} {_value(parameter)}")
+                type = types.setdefault(parameter.json, f"type_{len(types)}")
+                lines.append(f"value_{i}_{k}: {json.dumps(parameter.name + '=')} {type}")
             lines += [f'first_{i}_{len(parameters)}: ""', f'next_{i}_{len(parameters)}: ""']
+        lines += [f"{type}: {body}" for body, type in types.items()]
         return CallRules(functions, lead='"["', separator='", "', closing='"]"', bare="[", lines=lines)
 
     def openings(self, tools: Sequence[ToolDefinition]) -> Mapping[str, bool]:
@@ -75,13 +78,6 @@ class Pythonic(ToolFormat):
         whole = {tool.name for tool in tools if named_parameters(tool, _KEYWORD) is None}
         written = [f"{name}({_keywords(arguments, name in whole)})" for name, arguments in calls]
         return f"[{', '.join(written)}]"
-
-
-def _value(parameter: Parameter) -> str:
-    """The Lark expression of a parameter's values."""
-    words = ["True", "False"] if "boolean" in parameter.types else []
-    words += ["None"] if "null" in parameter.types else []
-    return f"({' | '.join([*map(json.dumps, words), parameter.json])})"
 
 
 def _keywords(arguments: str, whole: bool) -> str:

@@ -44,6 +44,7 @@ class Qwen3Coder(ToolFormat):
     def rules(self, tools: Sequence[ToolDefinition], expressions: Expressions) -> CallRules:
         begin, end = self._markers
         functions, lines = [], [f"raw[lazy]: RAW {json.dumps(_PARAMETER_END)}", r"RAW: /(.|\n)*/"]
+        types: dict[str, str] = {}  # a rule for all parameters of one type, by its body
         for i, tool in enumerate(tools):
             if tool.input is not None:
                 tag = f"{_PARAMETER}{TEXT_PARAMETER}>\n"
@@ -57,9 +58,11 @@ class Qwen3Coder(ToolFormat):
             values = ['""']
             for k, parameter in enumerate(parameters):
                 tag = json.dumps(f"{_PARAMETER}{parameter.name}>\n")
-                lines.append(f"value_{i}_{k}: {tag} {_value(parameter)}")
+                type = types.setdefault(_value(parameter), f"type_{len(types)}")
+                lines.append(f"value_{i}_{k}: {tag} {type}")
                 values.append(f"value_{i}_{k}" + ("" if parameter.required else "?"))
             lines.append(f"parameters_{i}: {' '.join(values)}")
+        lines += [f"{type}: {body}" for body, type in types.items()]
         return CallRules(
             functions,
             marker=begin,

@@ -27,7 +27,7 @@ class ToolCallReader:
         self.stop: str | None = None
         self._stops = stops
         self._buffer = ""
-        self._line_begins = True
+        self._line_begins = self._blank = True  # blank: the answer has only white space so far
         self._space: list[str] = []  # white space at the end of the text so far, in pieces
         self._openings = format.openings(tools)
         self._longest = max(map(len, self._openings))
@@ -58,7 +58,8 @@ class ToolCallReader:
         end, self._began = self._find_call(buffer)
         self._buffer = buffer[end:]
         if end:
-            self._line_begins = buffer[end - 1] == "\n"
+            self._blank = self._blank and buffer[:end].isspace()
+            self._line_begins = self._blank or buffer[end - 1] == "\n"
         outside = self._text(buffer[:end], may_end)
         if not self._began or self.stop is not None:
             return outside, []
@@ -79,9 +80,11 @@ class ToolCallReader:
 
     def _find_call(self, text: str) -> tuple[int, bool]:
         """The place where a call begins or may begin, or the end of ``text``; and whether a call surely begins."""
+        blank = len(text) - len(text.lstrip()) if self._blank else -1
         for found in self._first.finditer(text):
             place = found.start()
             line_begins = text[place - 1] == "\n" if place else self._line_begins
+            line_begins = line_begins or place <= blank
             rest = text[place : place + self._longest]
             for opening, begins_line in self._openings.items():
                 if line_begins or not begins_line:

@@ -62,7 +62,8 @@ class CallRules:
         functions: for each tool the text with which its call begins, and what follows up to ``after``.
         marker: what shows that calls begin, or None.
         before: text of each call before its function.
-        bare: text in place of ``marker lead`` for calls without the marker, which begin a line; None forbids them.
+        bare: text in place of ``marker lead`` for calls without the marker, which begin a line, or the answer after
+            white space. None forbids them.
         lines: rules to which ``functions`` refer.
     """
 

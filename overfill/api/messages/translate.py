@@ -14,7 +14,7 @@ from overfill.api.messages.answers import MessageWriter
 from overfill.api.messages.errors import THREAD_UNSUPPORTED
 from overfill.api.messages.signatures import hidden_text
 from overfill.api.openai.errors import ApiError
-from overfill.api.openai.fields import invalid, json_text, schema_grammar, set_filters
+from overfill.api.openai.fields import function_tool, invalid, json_text, schema_grammar, set_filters
 from overfill.api.reasoning import thinking_variables
 from overfill.api.translation import Served, Translation
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
@@ -28,13 +28,16 @@ _MODES = {
     "none": _Choice.MODE_NONE,
 }
 
+_SEARCH = "tool_search_tool_"
+"""Beginning of the types of Anthropic's tools that search tools."""
+
 # Patterns of our field paths, and the names that Anthropic has for these fields.
 _FIELDS = (
     (re.compile(r"^sampling\.grammar.*"), "output_config.format"),
     (re.compile(r"^(sampling|chat)\."), ""),
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"^messages\[.*"), "messages"),  # joined turns have other numbers
-    (re.compile(r"^continue_final_message$"), "messages"),
+    (re.compile(r"^(chat|prompt|continue_final_message)$"), "messages"),
     (re.compile(r"\.parameters$"), ".input_schema"),
 )
 _TOOL = re.compile(r"(?<=^tools\[)\d+")
@@ -75,9 +78,10 @@ def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
     """``error`` with Anthropic's name of the field. ``tools`` are the places of the tools in the request."""
     if not isinstance(error, InvalidRequest):
         return error
-    if isinstance(error, PromptTooLong) and error.tokens:
-        # Claude Code knows this sentence, and shortens its conversation.
-        return PromptTooLong("", f"prompt is too long: {error.tokens} tokens > {error.limit} maximum")
+    if isinstance(error, PromptTooLong) and error.field == "prompt":
+        # Claude Code recognises this sentence.
+        told = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else error.reason
+        return PromptTooLong("", f"prompt is too long: {told}")
     name = error.field
     for pattern, replacement in _FIELDS:
         name = pattern.sub(replacement, name)
@@ -218,23 +222,20 @@ def _add_tools(
     request: schema.CountTokensRequest, offered: set[str], chat: inference_pb2.Chat
 ) -> tuple[list[int], list[str]]:
     """Add the tools of a request to ``chat``. Returns their places in the request, and the types of those left out."""
-    places, left_out = [], []
-    for index, tool in enumerate(request.tools or ()):
+    places, left_out, tools = [], [], request.tools or ()
+    # This server cannot search the deferred tools for the model, so it offers all of them.
+    unsearched = any((tool.type or "").startswith(_SEARCH) for tool in tools)
+    for index, tool in enumerate(tools):
         place = f"tools[{index}].input_schema"
         if tool.type not in (None, "custom"):
             left_out.append(tool.type)
             continue
-        if tool.defer_loading and tool.name not in offered:
+        if tool.defer_loading and not unsearched and tool.name not in offered:
             continue
         if tool.input_schema is None:
             raise invalid(place, "is missing; give the JSON schema of the tool's input")
         places.append(index)
-        chat.tools.add(
-            name=tool.name,
-            description=tool.description or "",
-            parameters=json_text(place, tool.input_schema),
-            strict=bool(tool.strict),
-        )
+        chat.tools.append(function_tool(tool.name, tool.description, place, tool.input_schema, strict=tool.strict))
     return places, left_out
 
 

@@ -46,6 +46,7 @@ class _Kind:
 
     Attributes:
         id: beginning of its id.
+        fields: fields that every such item has.
         delta, done: names of the events with a part of its text and with all of it.
         text: name of the text in the item, or in its content part, and in the event ``done``.
         part: fields of its content part beside the text; None if the text is in the item itself.
@@ -53,6 +54,7 @@ class _Kind:
     """
 
     id: str
+    fields: dict[str, Any]
     delta: str
     done: str
     text: str
@@ -61,33 +63,51 @@ class _Kind:
 
 
 _REASONING = _Kind(
-    "rs", "response.reasoning_text.delta", "response.reasoning_text.done", "text", {"type": "reasoning_text"}
+    "rs",
+    {"type": "reasoning", "summary": []},
+    "response.reasoning_text.delta",
+    "response.reasoning_text.done",
+    "text",
+    {"type": "reasoning_text"},
 )
 _MESSAGE = _Kind(
     "msg",
+    {"type": "message", "role": "assistant"},
     "response.output_text.delta",
     "response.output_text.done",
     "text",
     {"type": "output_text", "annotations": [], "logprobs": []},
     b',"logprobs":[]',
 )
-_CALL = _Kind("fc", "response.function_call_arguments.delta", "response.function_call_arguments.done", "arguments")
-_CUSTOM = _Kind("ctc", "response.custom_tool_call_input.delta", "response.custom_tool_call_input.done", "input")
+_CALL = _Kind(
+    "fc",
+    {"type": "function_call"},
+    "response.function_call_arguments.delta",
+    "response.function_call_arguments.done",
+    "arguments",
+)
+_CUSTOM = _Kind(
+    "ctc",
+    {"type": "custom_tool_call"},
+    "response.custom_tool_call_input.delta",
+    "response.custom_tool_call_input.done",
+    "input",
+)
 
 
 class _Item:
     """An output item whose text arrives.
 
     Args:
-        fields: the item, without its text and status.
+        fields: the item's id, and fields that its kind does not have.
         index: index of the item in the response.
     """
 
-    __slots__ = ("_delta", "_texts", "fields", "input", "kind", "place")
+    __slots__ = ("_delta", "_fields", "_texts", "input", "kind", "place")
 
     def __init__(self, kind: _Kind, fields: dict[str, Any], index: int) -> None:
         self.kind = kind
-        self.fields = fields
+        self._fields = kind.fields | fields
         self.input = InputText() if kind is _CUSTOM else None
         content = b"" if kind.part is None else b',"content_index":0'
         self.place = b'"item_id":%b,"output_index":%d%b' % (encode_text(fields["id"]), index, content)
@@ -107,7 +127,7 @@ class _Item:
 
     def item(self, status: str, *, encrypts: bool = False) -> bytes:
         """Returns the item with its text, as JSON, and with ``encrypted_content`` if ``encrypts``."""
-        kind, text, fields = self.kind, self.text, self.fields | {"status": status}
+        kind, text, fields = self.kind, self.text, self._fields | {"status": status}
         if kind.part is None:
             return encode(fields | {kind.text: text})
         if encrypts:
@@ -122,7 +142,6 @@ class ResponseWriter:
     def __init__(self, served: Served, asked: Asked) -> None:
         self._served = served
         self._asked = asked
-        self._created = int(time.time())
         self._accepted = _UNKNOWN
         self._sequence = 0
         self._done: list[bytes] = []  # complete items as JSON
@@ -132,7 +151,7 @@ class ResponseWriter:
             {
                 "id": served.id,
                 "object": "response",
-                "created_at": self._created,
+                "created_at": int(time.time()),
                 "model": served.model,
                 "background": False,
                 "max_tool_calls": None,
@@ -194,17 +213,14 @@ class ResponseWriter:
         cut = FINISH_REASONS[finished.reason] == "length"
         events = b""
         if self._item is None and not self._done and not cut:
-            events = self._open(_MESSAGE, {"type": "message", "role": "assistant"})  # clients expect one
+            events = self._open(_MESSAGE)  # clients expect one
         status = "incomplete" if cut else "completed"
         return status, events + self._close(status)
 
     def _text(self, kind: _Kind, text: str) -> bytes:
         item, events = self._item, b""
         if item is None or item.kind is not kind:
-            fields = (
-                {"type": "reasoning", "summary": []} if kind is _REASONING else {"type": "message", "role": "assistant"}
-            )
-            events = self._open(kind, fields)
+            events = self._open(kind)
             item = self._item
             assert item is not None
         self._sequence += 1
@@ -213,9 +229,7 @@ class ResponseWriter:
     def _open_call(self, id: str, name: str) -> bytes:
         callee = self._asked.callees.get(name) or Callee(name, "", custom=False)
         fields = {"call_id": id, "name": callee.name} | ({"namespace": callee.namespace} if callee.namespace else {})
-        if callee.custom:
-            return self._open(_CUSTOM, {"type": "custom_tool_call", **fields})
-        return self._open(_CALL, {"type": "function_call", **fields})
+        return self._open(_CUSTOM if callee.custom else _CALL, **fields)
 
     def _arguments(self, text: str) -> bytes:
         item = self._item
@@ -227,7 +241,7 @@ class ResponseWriter:
         self._sequence += 1
         return item.delta(text, self._sequence - 1)
 
-    def _open(self, kind: _Kind, fields: dict[str, Any]) -> bytes:
+    def _open(self, kind: _Kind, **fields: str) -> bytes:
         """Closes the open item and opens another."""
         events, index = self._close("completed"), len(self._done)
         self._item = item = _Item(kind, {"id": f"{kind.id}_{self._served.id}_{index}", **fields}, index)

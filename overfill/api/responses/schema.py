@@ -14,10 +14,12 @@ from overfill.api.openai.schema import Extensible, Generating, Ignored, Items, S
 from overfill.api.reasoning import Effort
 from overfill.api.tools import MAX_TOOLS
 
-MAX_METADATA = 16
+MAX_METADATA = 16  # pairs, of at most 64 and 512 characters, as at OpenAI
 _STATELESS = "nothing is stored; send all items of the conversation as 'input'"
 
 Name = Annotated[str, Field(max_length=128)]
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
 
 
 class _Open(BaseModel):
@@ -220,7 +222,7 @@ class ResponsesRequest(Generating):
     include: Annotated[Items[str], Field(max_length=16)] | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[dict[_Key, _Value], Field(max_length=MAX_METADATA)] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     reasoning: ReasoningOptions | None = None

@@ -56,7 +56,8 @@ class Script:
                     )
             return list(answer.tokens)
         calls = [(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in answer.tool_calls]
-        return self._tokenizer.encode_continuation(answer.text + self._tokenizer.tool_format.write(calls))
+        written = self._tokenizer.tool_format.write(calls) if calls else ""
+        return self._tokenizer.encode_continuation(answer.text + written)
 
 
 class Player:

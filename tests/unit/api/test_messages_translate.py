@@ -152,6 +152,11 @@ def test_sampling():
         ({"mcp_servers": [{"type": "url", "name": "x", "url": "https://x"}]}, [], ["mcp_servers"]),
         ({"tools": [READ, EDIT | {"defer_loading": True}]}, ["read"], []),
         (
+            {"tools": [{"type": "tool_search_tool_regex_20251119", "name": "s"}, EDIT | {"defer_loading": True}]},
+            ["edit"],
+            ["tool_search_tool_regex_20251119"],
+        ),
+        (
             {
                 "tools": [READ, EDIT | {"defer_loading": True}],
                 "messages": [
@@ -189,6 +194,14 @@ def test_tools_are_offered_left_out_or_deferred(fields, names, left_out):
     asked = translate(**fields)
     assert [tool.name for tool in asked.generate.chat.tools] == names
     assert asked.left_out == left_out
+
+
+def test_a_strict_tool_has_only_the_keys_that_it_names():
+    (tool,) = translate(tools=[EDIT | {"strict": True}]).generate.chat.tools
+    assert (tool.strict, json.loads(tool.parameters)) == (True, {"type": "object", "additionalProperties": False})
+    schema = {"type": "object", "properties": {}, "anyOf": [{"required": ["a"]}]}
+    with pytest.raises(ApiError, match=r"'tools\[0\].input_schema'.*'strict'"):
+        translate(tools=[EDIT | {"strict": True, "input_schema": schema}])
 
 
 @pytest.mark.parametrize(
@@ -352,6 +365,8 @@ def test_parts_of_results_count_as_items():
             "'messages' needs a last message that has text",
         ),
         ("sampling.grammar.json_schema", "has no type", "'output_config.format' has no type"),
+        ("chat", "becomes too long", "'messages' becomes too long"),
+        ("prompt", "is empty", "'messages' is empty"),
         ("sampling.top_k", "is more than the vocabulary", "'top_k' is more than the vocabulary"),
         ("", "the request has 9 bytes", "the request has 9 bytes"),
     ],
@@ -368,6 +383,8 @@ def test_other_errors_and_a_prompt_that_is_too_long():
     assert asked.own_field(overloaded) is overloaded
     told = asked.own_field(PromptTooLong("prompt", "has 9 tokens", 9, 8))
     assert (str(told), type(told)) == ("prompt is too long: 9 tokens > 8 maximum", PromptTooLong)
+    told = asked.own_field(PromptTooLong("prompt", "needs 9 tokens; the largest worker holds 8"))
+    assert str(told) == "prompt is too long: needs 9 tokens; the largest worker holds 8"
     told = asked.own_field(PromptTooLong("sampling.max_tokens", "9 tokens do not fit"))
     assert (str(told), type(told)) == ("'max_tokens' 9 tokens do not fit", PromptTooLong)
 

@@ -189,6 +189,22 @@ def test_a_chunk_has_one_entry_per_tool_call():
     ]
 
 
+@pytest.mark.parametrize(
+    ("reasoning", "text", "shown", "hidden"),
+    [
+        ("Hm", "", {"reasoning_content": "Hm"}, None),
+        ("", "x", {"content": "x"}, {"content": "x"}),
+        ("Hm", "x", {"reasoning_content": "Hm", "content": "x"}, {"content": "x"}),
+    ],
+)
+def test_chunks_have_reasoning_apart_from_text(reasoning, text, shown, hidden):
+    delta = AnswerDelta(0, [7], text=text, reasoning=reasoning)
+    assert choice().chunk(delta)["delta"] == shown
+    assert choice().only_text(delta) == (not reasoning)
+    chunk = choice(include_reasoning=False).chunk(delta)
+    assert (chunk and chunk["delta"]) == hidden
+
+
 def test_a_scored_prompt_without_an_answer_ends_by_its_length():
     """Also where the token that the router computes all the same would end an answer."""
     scored = choice(without_answer=True, finished=inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP))

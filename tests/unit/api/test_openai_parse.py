@@ -1,4 +1,4 @@
-"""Tests that a body with very many errors is answered as quickly as one with a single error."""
+"""Tests the requests of OpenAI's API: many errors are answered as quickly as one; reasoning is translated."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 from overfill.api.openai.errors import ApiError, from_error
 from overfill.api.openai.parse import parse
 from overfill.api.openai.schema import ChatRequest, CompletionRequest
+from overfill.api.openai.translate import chat
 from overfill.errors import InvalidRequest
 
 MANY = 50_000
@@ -60,3 +61,37 @@ def test_an_error_does_not_repeat_a_long_name(body):
 )
 def test_errors_have_the_names_of_the_api(field, param):
     assert from_error(InvalidRequest(field, "is wrong")).param == param
+
+
+ON, OFF = {"enable_thinking": True, "thinking": True}, {"enable_thinking": False, "thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}),
+        ({"reasoning_effort": "none"}, OFF | {"reasoning_effort": "none"}),
+        ({"reasoning_effort": "low"}, ON | {"reasoning_effort": "low"}),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"thinking": False, "x": 1}},
+            ON | {"thinking": False, "reasoning_effort": "high", "x": 1},
+        ),
+    ],
+)
+def test_the_effort_becomes_variables_of_the_template_unless_the_request_sets_them(fields, variables):
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], **fields}
+    (generate,) = chat(parse(ChatRequest, json.dumps(body).encode()), "id").prompts
+    assert json.loads(generate.chat.chat_template_kwargs or "{}") == variables
+
+
+def test_reasoning_is_read_by_either_name_from_assistants_only():
+    given = [
+        {"role": "user", "content": "Hi", "reasoning_content": "a client's own"},
+        {"role": "assistant", "content": "x", "reasoning_content": "Hm"},
+        {"role": "assistant", "content": "x", "reasoning": "So"},
+        {"role": "assistant", "content": "x", "reasoning_content": None},
+        {"role": "user", "content": "Hi"},
+    ]
+    body = {"model": "m", "messages": given}
+    (generate,) = chat(parse(ChatRequest, json.dumps(body).encode()), "id").prompts
+    assert [message.reasoning for message in generate.chat.messages] == ["", "Hm", "So", "", ""]

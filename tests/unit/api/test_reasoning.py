@@ -10,6 +10,7 @@ import pytest
 
 from overfill.api.answer_text import AnswerText
 from overfill.api.detokenizer import StreamDetokenizer
+from overfill.api.families.choose import make_format
 from overfill.api.families.hermes import Hermes
 from overfill.api.reasoning import Reasoning, find_reasoning, thinking_variables
 from overfill.api.reasoning_grammar import after_thinking
@@ -56,9 +57,11 @@ def tags(tokenizer, opened, begin="<think>", end="</think>"):
     return ThinkingTokens(tokenizer.added_id(begin), tokenizer.added_id(end), opened)
 
 
-def read(tokenizer, ids, cuts, thinking, stops=(), replayed=(), tools=False):
+def read(tokenizer, ids, cuts, thinking, stops=(), replayed=(), format=None):
     """Returns reasoning, text, calls and the state of an answer whose ``ids`` come in parts that end at ``cuts``."""
-    text = AnswerText(StreamDetokenizer(tokenizer), stops, replayed, (HERMES, ()) if tools else None, thinking=thinking)
+    shown = None if format is None else format.shown
+    tools = None if format is None else (format, ())
+    text = AnswerText(StreamDetokenizer(tokenizer, (), shown), stops, replayed, tools, thinking=thinking)
     parts = []
     for start, end in itertools.pairwise([0, *cuts, len(ids)]):
         if text.stop is None:
@@ -140,8 +143,17 @@ def test_calls_come_from_the_answer_and_not_from_the_reasoning(tokenizer):
     call, other = HERMES.write([("now", '{"a": 1}')]), HERMES.write([("other", "{}")])
     ids = tokenizer.encode_continuation(f"I may write {other} now.\n</think>\n\n{call}")
     for cuts in divisions(len(ids)):
-        reasoning, text, calls, _ = read(tokenizer, ids, cuts, tags(tokenizer, True), tools=True)
+        reasoning, text, calls, _ = read(tokenizer, ids, cuts, tags(tokenizer, True), format=HERMES)
         assert (reasoning, text, calls) == (f"I may write {other} now.", "", 'now{"a": 1}')
+
+
+def test_a_token_that_begins_calls_is_no_text_of_the_reasoning(tokenizer):
+    format = make_format("mistral", [tokenizer.added_id("[TOOL_CALLS]")])
+    written = f"[THINK]I may write [TOOL_CALLS].[/THINK]{format.write([('now', '{}')])}"
+    ids, thinking = tokenizer.encode_continuation(written), tags(tokenizer, False, "[THINK]", "[/THINK]")
+    for cuts in divisions(len(ids)):
+        reasoning, text, calls, _ = read(tokenizer, ids, cuts, thinking, format=format)
+        assert (reasoning, text, calls) == ("I may write .", "", "now{}")
 
 
 @pytest.mark.parametrize("name", ["opened", "opens itself", "nothing thought", "does not think", "tag in thought"])
@@ -221,6 +233,21 @@ def test_reasoning_is_sent_back_to_templates_that_show_it(tmp_path):
     request.chat.messages[0].reasoning = "Hm."
     with pytest.raises(InvalidRequest, match=r"chat.messages\[0\].reasoning: is set in a message of role 'user'"):
         job(tokenizer, request)
+
+
+def test_reasoning_is_a_block_of_the_content_for_templates_of_mistral(tmp_path):
+    blocks = (
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}{% if b.type == 'thinking' %}"
+        "[THINK]{{ b['thinking'] }}[/THINK]{% else %}{{ b.text }}{% endif %}{% endfor %}{% endif %}"
+    )
+    tokenizer, request = with_template(tmp_path, OPENS.replace("{{ m.content }}", blocks)), chat()
+    request.chat.messages.add(role="assistant", content="Yes.", reasoning="Hm.")
+    request.chat.messages.add(role="assistant", reasoning="So.")
+    request.chat.messages.add(role="assistant", content="No.")
+    ids = job(tokenizer, request).prompt_token_ids
+    for shown in ("[THINK]Hm.[/THINK]Yes.<|im_end|>", "[THINK]So.[/THINK]<|im_end|>", "\nNo.<|im_end|>"):
+        wanted = tokenizer.encode_continuation(shown)
+        assert any(list(ids[i : i + len(wanted)]) == wanted for i in range(len(ids))), shown
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

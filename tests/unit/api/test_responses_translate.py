@@ -245,6 +245,7 @@ BAD = [
     ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'minimal'"),
     ({"truncation": "middle"}, "truncation", "'disabled'"),
     ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16"),
+    ({"metadata": {"a": "x" * 513}}, "metadata.a", "at most 512"),
     ({"made_up": 1}, "made_up", "Unrecognized"),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import random
 import llguidance
 import pytest
 
+from overfill.api.reasoning_grammar import regex_in_lark
 from overfill.api.text_grammar import COMMON, text_before, text_in_json_string
 from overfill.errors import InvalidRequest
 from overfill.request.params import Grammar
@@ -76,6 +77,7 @@ CASES = [
     ("regex", CLASSES, ["\n\n$", "\\$", '"$b', "é$/", "\t$", "]\\$", "٣$"], ["", "ab", "$", '""$', "\\\\\\$", "\n$\n"]),
     ("regex", r"[^\n]*", [ODD.replace("\n", ""), ""], ["a\n", "\n"]),
     ("regex", r"(?i)k\n\"(?-i:q)N", ['k\n"qN', 'K\n"qn'], ["k\\N", 'k\n"QN', "k\n'qN"]),
+    ("regex", "a\\\n/", ["a\n/"], ["a/", "a\\n/"]),
     ("regex", r"^\d{4}-\d\d$", ["2026-11"], ["2026-1", "2026-111"]),
 ]
 
@@ -92,8 +94,7 @@ def accepts(lark: str, text: str) -> bool:
 
 
 def original(kind: str, source: str) -> str:
-    slash = source.replace("\\/", "/").replace("/", "\\/")
-    return source if kind == "lark" else f"start: /{slash}/"
+    return source if kind == "lark" else f"start: {regex_in_lark(source)}"
 
 
 def in_json(kind: str, source: str) -> str:

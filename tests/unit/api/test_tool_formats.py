@@ -140,12 +140,13 @@ def read(format, pieces, tools=TOOLS):
 
 
 def divisions(text):
-    """All ways to cut ``text`` once, into single characters, and a few random ones."""
+    """All ways to cut a short text once, 40 ways to cut a longer one, single characters, and a few random ones."""
     yield [text]
     yield list(text)
-    yield from ([text[:cut], text[cut:]] for cut in range(1, len(text)))
     chooser = random.Random(7)
-    for _ in range(20):
+    cuts = range(1, len(text)) if len(text) < 80 else chooser.sample(range(1, len(text)), 40)
+    yield from ([text[:cut], text[cut:]] for cut in cuts)
+    for _ in range(10):
         cuts = sorted(chooser.sample(range(1, len(text)), min(len(text) - 1, 9)))
         yield [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
@@ -253,6 +254,28 @@ def test_a_cut_leaves_the_beginning_of_the_call(format_of, name):
 
 
 @pytest.mark.parametrize("name", PARSERS)
+def test_another_router_goes_on_inside_any_call(format_of, tokenizer, name):
+    format, calls = format_of(name), [*CALLS["several"], *CALLS["nested"], *CALLS["unicode and quotes"]]
+    ids = tokenizer.encode_continuation(f"Look.\n{format.write(as_json(calls), TOOLS)}")
+
+    def answer(replayed):
+        return AnswerText(StreamDetokenizer(tokenizer, (), format.shown), ["STOP"], replayed, (format, TOOLS), "seed")
+
+    def shown(deltas):
+        made = [["", "", ""] for _ in calls]
+        for part in (part for delta in deltas for part in delta.tool_calls):
+            new = (part.id, part.name, part.arguments)
+            made[part.index] = [old + more for old, more in zip(made[part.index], new, strict=True)]
+        return "".join(delta.text for delta in deltas), made
+
+    whole = shown([answer(()).push(AnswerDelta(0, list(ids)))])
+    assert [(name, arguments) for _, name, arguments in whole[1]] == as_json(calls)
+    for cut in range(1, len(ids)):
+        before = answer(()).push(AnswerDelta(0, ids[:cut]))
+        assert shown([before, answer(ids[:cut]).push(AnswerDelta(cut, ids[cut:]))]) == whole
+
+
+@pytest.mark.parametrize("name", PARSERS)
 @pytest.mark.parametrize("stop", ["\n", "}", "write", "[", "<", "a.py"])
 def test_stop_strings_count_only_before_calls(format_of, name, stop):
     format = format_of(name)
@@ -274,10 +297,16 @@ def test_stop_strings_count_only_before_calls(format_of, name, stop):
 def test_calls_without_a_marker_begin_a_line(format_of, grammars, tokenizer, name):
     format = format_of(name, with_tokens=False)
     written = format.write(as_json(CALLS["one"]), TOOLS)
+    grammar = tools_grammar(TOOLS, "auto", single=False, format=format)
+    for before in ("", " ", "\n\t ", "Now:\n"):
+        for pieces in divisions(before + written):
+            assert read(format, pieces) == (before.strip(), as_json(CALLS["one"]), True)
+        assert accepts(grammars, tokenizer, grammar, before + written)
+        assert not accepts(grammars, tokenizer, grammar, f"{before}{written} more")
     for text in (f"So: {written}", written[:-1].replace("write", "rewrite"), '[1] and {"name": "Bob"}\n[wr', "{", "[x"):
         for pieces in divisions(text):
             assert read(format, pieces) == (text, [], True)
-        assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text)
+        assert accepts(grammars, tokenizer, grammar, text)
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -294,6 +323,14 @@ def test_no_text_of_a_client_that_resumes_breaks_a_reader(format_of, name):
                 said, _ = reader.push(piece)
                 said.encode()
             reader.finish().encode()
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_json_that_spells_a_marker_stays_text(format_of, name):
+    format = format_of(name, with_tokens=False)
+    spelled = json.dumps({"n": format.write(as_json(CALLS["one"]), TOOLS), "m": [*format.special, "write("]})
+    for pieces in divisions(spelled):
+        assert read(format, pieces) == (spelled, [], True)
 
 
 def test_special_tokens_are_no_text(format_of, tokenizer):
@@ -356,6 +393,8 @@ def test_qwen3_coder_quotes_text_only_where_a_strict_tool_constrains_it(format_o
         ("place-it", {"note": "null", "code": '"5"'}, {"note": None, "code": "5"}),
         ("place-it", {"code": "5", "big": "1.50"}, {"code": 5, "big": 1.5}),
         ("exact", {"day": '"2026-02-03"'}, {"day": "2026-02-03"}),
+        ("write", {"path": "True", "force": "True"}, {"path": "True", "force": True}),
+        ("place-it", {"level": "None"}, {"level": None}),
     ):
         text = call(name, parameters)
         assert accepts(grammars, tokenizer, grammar, text)

@@ -228,6 +228,34 @@ def test_a_template_that_knows_tools_gets_calls_as_objects_and_cut_calls_as_text
         assert "Look:\n" + HERMES.write([("weather", unreadable)]) in shown(unreadable)
 
 
+STRICT_TEMPLATES = {
+    "mistral": "{% if (m.tool_call_id or c.id) | length != 9 %}{{ raise_exception('id') }}{% endif %}[TOOL_CALLS] ",
+    "llama3_json": '{% if m.tool_calls | length > 1 %}{{ raise_exception("two calls") }}{% endif %}<|python_tag|>',
+}
+
+
+@pytest.mark.parametrize("name", STRICT_TEMPLATES)
+def test_calls_and_ids_are_shown_as_a_family_s_template_takes_them(tmp_path, byte_level_folder, name):
+    shutil.copytree(byte_level_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or ([m] if m.tool_call_id else []) %}"
+        f"{STRICT_TEMPLATES[name]}{{{{ c.id or m.tool_call_id }}}}{{% endfor %}}{{% endfor %}}{{{{ tools }}}}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.tool_format.name == name
+    calls = calls_of_an_assistant("{}", '{"city": "Rome"}')
+    results = [{"role": "tool", "content": "", "tool_call_id": f"c{n}"} for n in range(2)]
+    text = tokenizer.decode(encode_chat(chat(messages=[*calls, *results]), tokenizer))
+    if name == "mistral":
+        ids = [part[:9] for part in text.split("[TOOL_CALLS] ")[1:]]
+        assert ids[:2] == ids[2:]
+        assert ids[0] != ids[1]
+    else:
+        assert '{"name": "weather", "parameters": {}}; {"name": "weather", "parameters": {"city": "Rome"}}' in text
+
+
 def test_a_template_that_knows_tools_gets_them_in_openai_s_form():
     template = ChatTemplate("{% for t in tools %}{{ t.function.name }};{% endfor %}", {})
     assert template.knows_tools

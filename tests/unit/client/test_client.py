@@ -33,7 +33,7 @@ from overfill.errors import (
     ShuttingDown,
     Unavailable,
 )
-from overfill.v1 import admin_pb2, inference_pb2
+from overfill.v1 import admin_pb2, common_pb2, inference_pb2
 
 
 class SyncSdk:
@@ -270,6 +270,25 @@ def test_an_answer_goes_on_at_the_next_router_when_one_is_lost(sdk, router, anot
     assert answer.identity == AnswerIdentity.from_proto(identity)
     assert not first.sampling.HasField("seed")
     assert not first.HasField("resume_identity")
+
+
+def test_reasoning_goes_on_at_the_next_router_when_one_is_lost(sdk, router, another_router):
+    router.script = [say.accepted(), say.delta(0, [10], reasoning="H"), Unavailable("gave up")]
+    with pytest.raises(Unavailable) as caught:
+        sdk.run(router.address, "generate", "x")
+    assert (caught.value.produced.reasoning, caught.value.produced.text) == ("H", "")
+    router.script[-1] = ShuttingDown("leaving")
+    usage = common_pb2.Usage(prompt_tokens=3, completion_tokens=3, reasoning_tokens=2)
+    another_router.script = [
+        say.accepted(),
+        say.delta(1, [11, 12], "Yes", reasoning="m"),
+        say.finished(usage=usage, rest=inference_pb2.Delta(text=".")),
+    ]
+    deltas, stream = sdk.stream(f"{router.address},{another_router.address}")
+    assert [(delta.reasoning, delta.text) for delta in deltas] == [("H", ""), ("m", "Yes"), ("", ".")]
+    answer = stream.answer
+    assert (answer.reasoning, answer.text, answer.usage.reasoning_tokens) == ("Hm", "Yes.", 2)
+    assert answer.message == Message("assistant", "Yes.", reasoning="Hm")
 
 
 def test_an_answer_stays_in_its_tier_when_its_router_is_lost(sdk, router, another_router):

@@ -118,6 +118,15 @@ def test_special_tokens_of_a_text_are_tokens_and_calls_have_the_routers_format(t
     assert play(GREEDY, script=[{"tokens": [9, 8, 7]}]) == [9, 8, 7, tokenizer.end_of_answer]
 
 
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "pythonic", "mistral", "qwen3_coder"])
+def test_an_answer_without_calls_is_its_text_in_every_format(pair, grammars, name):
+    tokenizer = Tokenizer.load(pair.full_path, name)
+    script = Script(tokenizer, MockOptions.of({"script": [{"text": "I read."}]}))
+    player = script.player(GREEDY, PROMPT, grammars, tokenizer.eos_token_ids)
+    wanted = [*tokenizer.encode_continuation("I read."), tokenizer.end_of_answer]
+    assert [player.next(wanted[:count], 0).token_id for count in range(len(wanted))] == wanted
+
+
 @pytest.mark.parametrize("emitted", [0, 1, 4])
 def test_a_grammar_lets_the_script_through_or_replaces_it_and_another_worker_goes_on_alike(emitted, tokenizer, play):
     words = SamplingParams(temperature=0, max_tokens=40, grammar=Grammar("regex", "The full model[a-z ]*"))

@@ -151,7 +151,7 @@ def test_the_sessions_of_a_key_take_turns():
     queue.append(job_of("", name="none", key="k"))
     assert queue.ahead(0, "k", "new") == 3
     assert queue.ahead(0, "k", "other") == 4
-    assert queue.ahead(0, "k", "busy") == 102
+    assert queue.ahead(0, "k", "busy") == queue.ahead(0, "k") == 102
     assert [job.id for job in queue][:5] == ["busy-0", "other", "none", "busy-1", "busy-2"]
 
 
@@ -161,6 +161,23 @@ def test_many_sessions_gain_a_key_nothing_over_other_keys():
         queue.append(job_of("one", name=f"plain-{index}", key="plain"))
         queue.append(job_of(f"s{index}", name=f"split-{index}", key="split"))
     assert [job.key for job in queue] == ["plain", "split"] * 6
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_new_sessions_without_end_neither_grow_the_queue_nor_go_first_for_ever(cancelled):
+    queue = FairQueue()
+    for index in range(2):
+        queue.append(job_of("waits", name=f"waits-{index}", key="k"))
+    second = list(queue)[1]
+    for index in range(10_000):
+        queue.append(job_of(f"s{index}", name="new", key="k"))
+        if cancelled:
+            queue.discard(next(job for job in queue if job.session != "waits"))
+        else:
+            queue.take(next(iter(queue)))
+        if jobs := queue._of_key.get((0, "k")):
+            assert len(jobs._clock) < 2100
+    assert (second in queue) is cancelled
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -65,7 +65,8 @@ async function* events(response) {
 
 async function answer() {
   const shown = turn("Answer", "");
-  const text = shown.querySelector(".text");
+  const thought = node("div", "thought quiet"), text = shown.querySelector(".text");
+  text.before(thought);
   const chat = messages;
   let whole = "", reported = null, usage = null, finish = null;
   running = new AbortController();
@@ -84,6 +85,7 @@ async function answer() {
     if (!response.ok) throw new Error(await problemOf(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
+      thought.append(event.choices[0]?.delta?.reasoning_content ?? "");
       whole += event.choices[0]?.delta?.content ?? "";
       text.textContent = whole;
       $("log").scrollTop = $("log").scrollHeight;
