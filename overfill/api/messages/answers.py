@@ -76,20 +76,20 @@ class MessageWriter:
             return b""
         if self._open == "text" and not delta.tool_calls:
             return self._more(delta.text)
-        events = b""
+        events = []  # thousands, if the reader was slow
         if delta.reasoning:
-            events += self._opened("thinking")
+            events.append(self._opened("thinking"))
             if self._hide_thinking:
                 self._hidden.append(delta.reasoning)
             else:
-                events += self._more(delta.reasoning)
+                events.append(self._more(delta.reasoning))
         if delta.text:
-            events += self._opened("text") + self._more(delta.text)
+            events += [self._opened("text"), self._more(delta.text)]
         for part in delta.tool_calls:
             if part.name:
-                events += self._closed() + self._start(_tool_use(part))
-            events += self._more(part.arguments)
-        return events
+                events += [self._closed(), self._start(_tool_use(part))]
+            events.append(self._more(part.arguments))
+        return b"".join(events)
 
     def ping(self) -> bytes:
         """Returns the event that says nothing."""
