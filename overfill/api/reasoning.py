@@ -135,10 +135,10 @@ class ReasoningReader:
         self._detokenizer = detokenizer
         self._count = 0  # of all tokens read
         self._begun = False  # a token that is not white space has been read
-        self._space = ""  # before it
+        self._space: list[str] = []  # before it, in pieces
         self._answers = False  # the answer has text
         self._has_text = False
-        self._held = ""  # white space at the end of the text so far
+        self._held: list[str] = []  # white space at the end of the text so far, in pieces
 
     def push(self, ids: Sequence[int]) -> tuple[str, int]:
         """Returns new text of the thinking, and the number of tokens read. The answer has the rest of ``ids``."""
@@ -152,19 +152,19 @@ class ReasoningReader:
     def answer(self, text: str) -> str:
         """Returns what the client sees of ``text`` of the answer: after thinking, it begins without white space."""
         if not self._answers:
-            text = text.lstrip() if self.tokens else self._space + text
+            text = text.lstrip() if self.tokens else "".join([*self._space, text])
             self._answers = bool(text)
         return text
 
     def finish(self) -> str:
         """Returns the text that was held back, at the end of an answer that thinks to its end."""
-        return self._held + self._detokenizer.finish() if self._inside else ""
+        return "".join([*self._held, self._detokenizer.finish()]) if self._inside else ""
 
     def _read(self, ids: Sequence[int]) -> tuple[str, int]:
         read, is_space = 0, self._detokenizer.tokenizer.is_space
         if not self._begun:
             read = next((index for index, id in enumerate(ids) if not is_space(id)), len(ids))
-            self._space += self._detokenizer.push(ids[:read])
+            self._space.append(self._detokenizer.push(ids[:read]))
             if read == len(ids):
                 return "", read
             self._begun = True
@@ -183,12 +183,15 @@ class ReasoningReader:
     def _text(self, ids: Sequence[int]) -> str:
         """Returns what of the text of ``ids`` is known not to be white space at an end of the thinking."""
         # Texts that stand for special tokens are for readers of the answer.
-        text = self._held + self._detokenizer.push([id for id in ids if id not in self._detokenizer.shown])
+        text = self._detokenizer.push([id for id in ids if id not in self._detokenizer.shown])
         if self.over:
             text += self._detokenizer.finish()
         if not self._has_text:
             text = text.lstrip()
         shown = text.rstrip()
-        self._held = text[len(shown) :]
-        self._has_text = self._has_text or bool(shown)
+        space = text[len(shown) :]
+        if shown:
+            shown, self._held, self._has_text = "".join([*self._held, shown]), [], True
+        if space:
+            self._held.append(space)
         return shown

@@ -96,11 +96,15 @@ class CallText:
         if self._rest[0] in '{["':
             yield from self._nested()
             return
-        while (word := _WORD.match(self._rest)) and word.end() == len(self._rest):
+        word: list[str] = []  # in pieces: numbers may be long
+        while (part := _WORD.match(self._rest)) and part.end() == len(self._rest):
+            word.append(part[0])
+            self._rest = ""
             yield
-        assert word is not None  # the pattern matches everywhere
-        self._rest = self._rest[word.end() :]
-        self.arguments(_JSON_WORDS.get(word[0], word[0]))
+        assert part is not None  # the pattern matches everywhere
+        self._rest = self._rest[part.end() :]
+        text = "".join([*word, part[0]])
+        self.arguments(_JSON_WORDS.get(text, text))
 
     def text(self, end: str) -> Waits:
         """Takes the text before the next ``end``, and ``end``. Adds the text to the arguments, as in a JSON string."""

@@ -29,7 +29,7 @@ class ToolCallReader:
         self._stops = stops
         self._buffer = ""
         self._line_begins = self._blank = True  # blank: the answer has only white space so far
-        self._space = ""  # white space at the end of the text so far
+        self._space: list[str] = []  # white space at the end of the text so far, in pieces
         self._openings = format.openings(tools)
         self._longest = max(map(len, self._openings))
         self._first = re.compile(f"[{re.escape(''.join({opening[0] for opening in self._openings}))}]")
@@ -64,7 +64,7 @@ class ToolCallReader:
         outside = self._text(buffer[:end], may_end)
         if not self._began or self.stop is not None:
             return outside, []
-        outside += (self._space + self._stops.finish()).rstrip()
+        outside += "".join([*self._space, self._stops.finish()]).rstrip()
         return outside, self._read(self._buffer)
 
     def finish(self, *, may_end: bool = True) -> str:
@@ -72,7 +72,7 @@ class ToolCallReader:
         if self._began:
             return ""
         text = self._text(self._buffer, may_end)
-        return text if self.stop is not None else text + self._space + self._stops.finish()
+        return text if self.stop is not None else "".join([text, *self._space, self._stops.finish()])
 
     def _read(self, text: str) -> list[ToolCallDelta]:
         self._calls.add(text)
@@ -81,10 +81,11 @@ class ToolCallReader:
 
     def _find_call(self, text: str) -> tuple[int, bool]:
         """The place where a call begins or may begin, or the end of ``text``; and whether a call surely begins."""
+        blank = len(text) - len(text.lstrip()) if self._blank else -1
         for found in self._first.finditer(text):
             place = found.start()
             line_begins = text[place - 1] == "\n" if place else self._line_begins
-            line_begins = line_begins or (self._blank and text[:place].isspace())
+            line_begins = line_begins or place <= blank
             rest = text[place : place + self._longest]
             for opening, begins_line in self._openings.items():
                 if line_begins or not begins_line:
@@ -97,7 +98,10 @@ class ToolCallReader:
     def _text(self, text: str, may_end: bool) -> str:
         """What may be shown of the text after more ``text``: white space only if no call can follow it."""
         text, self.stop = self._stops.push(without_markers(text), may_end=may_end)
-        text = self._space + text
         shown = text.rstrip() if self.stop is None else text
-        self._space = text[len(shown) :]
+        space = text[len(shown) :]
+        if shown or self.stop is not None:
+            shown, self._space = "".join([*self._space, shown]), []
+        if space:
+            self._space.append(space)
         return shown

@@ -57,7 +57,7 @@ class MessageWriter:
         self._index = -1  # of the open block
         self._open = ""  # type of the open block
         self._head = b""  # of the events with more of it
-        self._hidden = ""  # the reasoning, if it is not shown
+        self._hidden: list[str] = []  # the reasoning, if it is not shown
 
     def begin(self, accepted: inference_pb2.Accepted, cached_tokens: int) -> bytes:
         """Returns the event with the empty message."""
@@ -76,20 +76,20 @@ class MessageWriter:
             return b""
         if self._open == "text" and not delta.tool_calls:
             return self._more(delta.text)
-        events = b""
+        events = []  # thousands, if the reader was slow
         if delta.reasoning:
-            events += self._opened("thinking")
+            events.append(self._opened("thinking"))
             if self._hide_thinking:
-                self._hidden += delta.reasoning
+                self._hidden.append(delta.reasoning)
             else:
-                events += self._more(delta.reasoning)
+                events.append(self._more(delta.reasoning))
         if delta.text:
-            events += self._opened("text") + self._more(delta.text)
+            events += [self._opened("text"), self._more(delta.text)]
         for part in delta.tool_calls:
             if part.name:
-                events += self._closed() + self._start(_tool_use(part))
-            events += self._more(part.arguments)
-        return events
+                events += [self._closed(), self._start(_tool_use(part))]
+            events.append(self._more(part.arguments))
+        return b"".join(events)
 
     def ping(self) -> bytes:
         """Returns the event that says nothing."""
@@ -166,7 +166,7 @@ class MessageWriter:
             return b""
         events = b""
         if self._open == "thinking":
-            signed = {"type": "signature_delta", "signature": signature(self._hidden)}
+            signed = {"type": "signature_delta", "signature": signature("".join(self._hidden))}
             events = _event("content_block_delta", index=self._index, delta=signed)
         self._open = ""
         return events + _event("content_block_stop", index=self._index)

@@ -175,17 +175,17 @@ class ResponseWriter:
 
     def delta(self, delta: AnswerDelta) -> bytes:
         """Adds a part. Returns its events."""
-        events = b""
+        events = []  # thousands, if the reader was slow
         if delta.reasoning:
-            events = self._text(_REASONING, delta.reasoning)
+            events.append(self._text(_REASONING, delta.reasoning))
         if delta.text:
-            events += self._text(_MESSAGE, delta.text)
+            events.append(self._text(_MESSAGE, delta.text))
         for part in delta.tool_calls:
             if part.name:
-                events += self._open_call(part.id, part.name)
+                events.append(self._open_call(part.id, part.name))
             if part.arguments:
-                events += self._arguments(part.arguments)
-        return events
+                events.append(self._arguments(part.arguments))
+        return b"".join(events)
 
     def end(self, finished: inference_pb2.Finished) -> bytes:
         """Returns the last events."""

@@ -50,7 +50,7 @@ class ToolSet:
         self.callees: dict[str, Callee] = {}
         self.places: list[str] = []
         self.shown: list[dict[str, Any]] = []
-        self.left_out: list[str] = []
+        self.left_out: dict[str, None] = {}  # a set in order
         self._target = target
         self._repeatable: dict[str, Any] = {}  # tools of items by the model's name
 
@@ -74,8 +74,7 @@ class ToolSet:
         if isinstance(tool, schema.OtherTool):
             if tool.type == "namespace":
                 raise invalid(f"{place}.type", "is 'namespace'; namespaces have no namespaces in them")
-            if tool.type not in self.left_out:
-                self.left_out.append(tool.type)
+            self.left_out[tool.type] = None
             return False
         name = self.flat(namespace, tool.name)
         if name in self.callees:

@@ -64,7 +64,7 @@ def responses(request: schema.ResponsesRequest, request_id: str) -> Translation:
         return ResponseWriter(served, asked)
 
     names = _FieldNames(conversation.places, tools.places)
-    return Translation(generate, bool(request.stream), writer, names.own_field, tools.left_out)
+    return Translation(generate, bool(request.stream), writer, names.own_field, list(tools.left_out))
 
 
 class _Conversation:

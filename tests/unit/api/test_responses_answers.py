@@ -289,3 +289,12 @@ def test_arguments_of_another_form_are_no_error(arguments):
     reader = InputText()
     assert reader.push(arguments) + reader.push("z" * 100) in ("", "a")
     assert reader.push('{"input": "b"}') == "", "it does not read the rest again and again"
+
+
+def test_a_delta_of_many_calls_does_not_copy_its_events_again_and_again():
+    """With time in the square of the calls, this test runs into its time limit."""
+    made = writer()
+    made.begin(ACCEPTED, 0)
+    many = [part(index, PARIS, "weather", f"call_{index}") for index in range(30_000)]
+    data = made.delta(delta(calls=many))
+    assert data.count(b"event: response.output_item.added") == 30_000

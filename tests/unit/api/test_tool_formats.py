@@ -24,6 +24,7 @@ from overfill.routing.answer import AnswerDelta
 
 PARSERS = ("hermes", "llama3_json", "pythonic", "mistral", "mistral_args", "qwen3_coder")
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+QWEN_MODE = "<tool_call>\n<function=write>\n<parameter=mode>\n"
 STRINGS = {"type": "array", "items": STRING}
 
 
@@ -465,3 +466,16 @@ def test_a_tag_that_is_a_shown_token_is_this_token_in_answers(tmp_path):
     delta = text.push(AnswerDelta(0, ids))
     assert [part.name for part in delta.tool_calls if part.name] == [name for name, _ in calls]
     assert (delta.text, text.called_tools) == ("So:", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "begun", "piece"),
+    [("hermes", "x", "    "), ("pythonic", "\n[write(mode=", "1234"), ("qwen3_coder", QWEN_MODE, "1234")],
+)
+def test_a_reader_of_endless_pieces_does_not_look_at_all_of_them_again(format_of, name, begun, piece):
+    """With time in the square of the pieces, this test runs into its time limit."""
+    reader = ToolCallReader(StopStrings([]), format_of(name), TOOLS)
+    shown = [reader.push(begun)[0]] + [reader.push(piece)[0] for _ in range(600_000)]
+    assert "".join(shown).strip() == begun.strip() * (name == "hermes")
+    if name == "hermes":
+        assert reader.finish() == piece * 600_000
