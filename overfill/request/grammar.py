@@ -69,6 +69,7 @@ _COSTLY = 0.05
 
 _MAX_COSTLY = 1024  # that wait to be compiled, of one client
 _FIELD = "sampling.grammar."
+_ODD_BACKSLASHES = re.compile(r"(?<!\\)(?:\\\\)*\\\Z")  # llguidance leaves out the last one
 _LIMIT_WORDS = re.compile("fuel|[Tt]oo many|too big|too large|exceeds limit|recursion limit|too deeply|; max is")
 
 
@@ -262,6 +263,8 @@ def check_grammar(grammar: Grammar) -> None:
     """
     if llguidance is None:
         return
+    if grammar.kind == "regex" and _ODD_BACKSLASHES.search(grammar.text):
+        raise InvalidRequest(f"{_FIELD}regex", "ends with a backslash that has nothing to escape; write two, or none")
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_compiled(grammar), limits=_limits())
     if failed:
         raise InvalidRequest(_FIELD + grammar.kind, _reason(messages[0]))

@@ -172,6 +172,7 @@ def test_common_terminals_are_llguidance_s(name):
         ("lark", "start: A\nA: /a*/ & ~/aa/", "'~'"),
         ("lark", "start: a\na[lazy]: /a*b/", r"'\[' after the name 'a'"),
         ("lark", 'start: a::0x0\na::_: "a" %if ne(_, 1) | a::incr(_)', "'::'"),
+        ("regex", "a\\\\\\", "ends with a backslash"),
     ],
 )
 def test_what_cannot_be_rewritten_is_refused_by_name(kind, source, reason):
