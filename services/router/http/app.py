@@ -307,7 +307,7 @@ class HttpApi:
             headers.append((b"request-id", id.encode()))
         if asked.left_out:
             headers.append((b"x-overfill-left-out", _listed(asked.left_out)))
-        with OneAnswer(answer, asked.writer(served), request, headers, span) as running:
+        with answer, OneAnswer(answer, asked.writer(served), request, headers, span) as running:
             if asked.stream:
                 await running.stream()
             else:

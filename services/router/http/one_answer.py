@@ -20,13 +20,13 @@ PING_INTERVAL = 10.0
 
 
 class OneAnswer:
-    """One answer on its way to its client. The context manager ends it.
+    """One answer on its way to its client. The context manager ends its span.
 
     Args:
-        answer: has been started.
+        answer: runs; callers end it.
         writer: writes it.
         headers: of the response, without the content type of a stream.
-        span: ends with the answer.
+        span: of the request.
     """
 
     def __init__(
@@ -41,17 +41,13 @@ class OneAnswer:
         self._wrote = False  # since the last look for a silence
 
     def __enter__(self) -> Self:
-        self._answer.__enter__()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._answer.__exit__(exc_type, exc, traceback)
-        finally:
-            self._span.end(self._failure or exc)
-            self._failure = None  # its traceback refers to this object
+        self._span.end(self._failure or exc)
+        self._failure = None  # its traceback refers to this object
 
     async def whole(self) -> bytes:
         """Waits for the whole answer and returns the response's body.

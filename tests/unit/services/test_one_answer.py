@@ -41,31 +41,25 @@ class Writer:
 
 
 class Answer:
-    """An answer that gives ``parts``: texts, seconds to wait, or an error."""
+    """An answer that gives ``parts``: texts, an event to wait for, or an error."""
 
-    def __init__(self, *parts: str | float | OverfillError, rest: str = "") -> None:
+    def __init__(self, *parts: str | asyncio.Event | OverfillError, rest: str = "") -> None:
         self._parts = list(parts)
         self.accepted = None
         self.cached_tokens = 7
         self.complete = False
         self.finished = None
         self.rest = AnswerDelta(0, [], text=rest) if rest else None
-        self.ended_with: list[type | None] = []
 
     async def next(self) -> AnswerDelta | None:
-        while self._parts and isinstance(self._parts[0], float):
-            await asyncio.sleep(float(self._parts.pop(0)))  # type: ignore[arg-type]
         part = self._parts.pop(0) if self._parts else None
+        if isinstance(part, asyncio.Event):
+            await part.wait()
+            part = self._parts.pop(0)
         if isinstance(part, OverfillError):
             raise part
         self.complete = not self._parts
         return None if part is None else AnswerDelta(0, [1], text=str(part))
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.ended_with.append(kind)
 
 
 class Response:
@@ -75,6 +69,7 @@ class Response:
         self.status: int | None = None
         self.parts: list[bytes] = []
         self.writes_wait = False
+        self.three = asyncio.Event()  # parts have been written
         self.answered = False
 
     def begin(self, status: int, headers: Any) -> None:
@@ -85,6 +80,8 @@ class Response:
         assert not self.answered
         self.parts.append(part)
         self.answered = last
+        if len(self.parts) == 3:
+            self.three.set()
 
 
 def _one(answer: Answer, response: Response) -> tuple[OneAnswer, list[BaseException | None]]:
@@ -94,8 +91,8 @@ def _one(answer: Answer, response: Response) -> tuple[OneAnswer, list[BaseExcept
     return made, spans
 
 
-async def _streamed(answer: Answer) -> tuple[list[bytes], list[BaseException | None]]:
-    response = Response()
+async def _streamed(answer: Answer, response: Response | None = None) -> tuple[list[bytes], list[BaseException | None]]:
+    response = response or Response()
     one, spans = _one(answer, response)
     with one:
         await one.stream()
@@ -116,10 +113,9 @@ async def test_an_answer_without_parts_has_a_beginning_and_an_end() -> None:
 
 async def test_a_silence_begins_the_stream_and_then_pings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_answer, "PING_INTERVAL", 0.01)
-    parts, _ = await _streamed(Answer(0.1, "a"))
-    assert parts[0] == b"begin(7) "
-    assert set(parts[1:-1]) == {b"ping "}
-    assert parts[-1] == b"a end"
+    response = Response()
+    parts, _ = await _streamed(Answer(response.three, "a"), response)
+    assert parts == [b"begin(7) ", b"ping ", b"ping ", b"a end"]
 
 
 async def test_an_error_before_the_first_event_is_raised_and_a_later_one_is_an_event() -> None:
