@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from overfill.api.openai.errors import ApiError
@@ -18,6 +19,11 @@ _TYPES = {
 
 THREAD_UNSUPPORTED = "thread_unsupported_request"
 """Code of an error after which Anthropic's clients send the whole conversation, without ``thread``."""
+
+
+def is_anthropic(path: str, headers: Container[bytes]) -> bool:
+    """True if the client expects the form of Anthropic's API: of errors, and of what all routes have."""
+    return path.startswith("/v1/messages") or b"anthropic-version" in headers
 
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:

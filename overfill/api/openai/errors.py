@@ -59,12 +59,16 @@ NOT_SERVED: Mapping[str, Sequence[str]] = {
         "/v1/uploads",
         "/v1/vector_stores",
     ),
-    "paths begin with /v1 once; give the client a base URL that ends in /v1": (
+    "below /v1/messages there is count_tokens only, and no path ends in a slash; this server stores nothing, so it has "
+    "no batches": ("/v1/messages/",),
+    "paths begin with /v1; give the client a base URL that ends in /v1": (
         "/chat/completions",
         "/completions",
+        "/messages",
         "/models",
-        "/v1/v1",
+        "/responses",
     ),
+    "the client adds /v1 itself; give it a base URL that does not end in /v1": ("/v1/v1",),
     "GET /health says whether the server can answer requests": ("/ping",),
     "GET /status has the load of the router and its workers": ("/load", "/server_info"),
     "there is no OpenAPI description; the page 'OpenAI API' of the reference lists every route and field": (

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from overfill.api.keys import ApiKey
 from overfill.api.messages import translate as messages
-from overfill.api.messages.errors import error_body
+from overfill.api.messages.errors import error_body, is_anthropic
 from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
 from overfill.api.model_list import describe_model, list_models
 from overfill.api.openai import schema, translate
@@ -189,7 +189,7 @@ class HttpApi:
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         body = error.body
-        if _is_anthropic(request):
+        if is_anthropic(request.path, request.headers):
             id = request.answer_id or _request_id(request, None, "req_")
             body = error_body(error, id)
             headers.append((b"request-id", id.encode()))
@@ -303,7 +303,7 @@ class HttpApi:
                 raise
         served = Served(id, self._model_name(answer.accepted.tier), self._pair_json(answer.accepted.tier))
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
-        if _is_anthropic(request):
+        if is_anthropic(request.path, request.headers):
             headers.append((b"request-id", id.encode()))
         if asked.left_out:
             headers.append((b"x-overfill-left-out", _listed(asked.left_out)))
@@ -388,11 +388,6 @@ class HttpApi:
     def _pair_json(self, tier: str) -> dict[str, Any]:
         pair = self._handler.tiers.pair(tier)
         return {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
-
-
-def _is_anthropic(request: Request) -> bool:
-    """True if the client expects the form of Anthropic's API: of errors, and of what all routes have."""
-    return request.path.startswith("/v1/messages") or b"anthropic-version" in request.headers
 
 
 def _listed(names: Sequence[str]) -> bytes:

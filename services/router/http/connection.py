@@ -322,13 +322,14 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._unfinished = 0
-        head, self._head = self._head, RequestHead()
         if self._receiving is not None:
+            self._head = RequestHead()
             return
         self._partial = False
-        parser, state = self._parser, self._state
+        parser, state, head = self._parser, self._state, self._head
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
         path = head.path(method, version)
+        self._head = RequestHead()
         request = Request(
             self, state, method, path, head.headers, modern=version == "1.1", keep_alive=parser.should_keep_alive()
         )
@@ -457,9 +458,11 @@ class Connection(asyncio.Protocol):
         """Writes ``error`` as the last response of the connection."""
         self._refused = error
         if not self._transport.is_closing():
-            body = encode(error.body)
+            content, headers = self._head.refusal(error)
+            body = encode(content)
             framing = b"content-length: %d\r\nconnection: close\r\n" % len(body)
-            self._transport.write(response_head(error.status, [(b"content-type", b"application/json")], framing) + body)
+            headers.append((b"content-type", b"application/json"))
+            self._transport.write(response_head(error.status, headers, framing) + body)
             self._linger()
 
     # Writing

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import secrets
+from typing import Any
 
 import httptools
 
+from overfill.api.messages.errors import error_body, is_anthropic
 from overfill.api.openai.errors import ApiError, wrong_method
 
 MAX_HEAD = 64 << 10
@@ -79,6 +82,13 @@ class RequestHead:
         if not _HOST.fullmatch(headers.get(b"host", b"")):
             raise ApiError(400, "the request has an invalid Host")
         return target.partition(b"?")[0]
+
+    def refusal(self, error: ApiError) -> tuple[dict[str, Any], list[tuple[bytes, bytes]]]:
+        """Returns the JSON of ``error`` and its headers, for the API that the part of the head so far asks for."""
+        if not is_anthropic(self._target.decode("latin-1"), self.headers):
+            return error.body, []
+        id = f"req_{secrets.token_hex(16)}"
+        return error_body(error, id), [(b"request-id", id.encode())]
 
     def _path_of_url(self, target: bytes) -> bytes:
         """Returns the path of an absolute URL, as clients send it to proxies. Its host becomes that of the request."""

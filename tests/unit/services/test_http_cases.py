@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -70,3 +71,24 @@ async def test_the_answer_does_not_depend_on_how_the_bytes_arrive(case: Case) ->
     for parts in ways:
         await ask(parts)
     assert not state.open
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /first HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "behind an answer"])
+@pytest.mark.parametrize(
+    ("path", "headers", "anthropic"),
+    [
+        ("/v1/messages", b"x-api-key: a\r\nx-api-key: b\r\n", True),
+        ("/v1/models", b"anthropic-version: 1\r\nx-api-key: a\r\nx-api-key: b\r\n", True),
+        ("/v1/messages", b"transfer-encoding: gzip\r\n", True),  # found at the end of the head
+        ("/v1/models", b"x-api-key: a\r\nx-api-key: b\r\n", False),
+    ],
+)
+async def test_a_refused_head_is_answered_in_the_form_of_its_api(path, headers, anthropic, before):
+    client = MemoryClient(new_state())
+    client.send(before + f"POST {path} HTTP/1.1\r\nHost: a\r\n".encode() + headers + b"\r\n")
+    await client.until(lambda: False)
+    head, _, body = client.received.rpartition(b"\r\n\r\n")
+    error = json.loads(body)
+    assert head.rpartition(b"HTTP/1.1 ")[2].startswith(b"400 ")
+    assert (error.get("type") == "error", b"\r\nrequest-id: " in head) == (anthropic, anthropic)
+    assert not anthropic or error["error"]["type"] == "invalid_request_error"
