@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Operate": {
         "status": ("overfill.cli", "Show the workers of a running stack."),
-        "top": ("overfill.cli", "Watch a running stack: pools, queue, parts of the time to first token."),
+        "top": ("overfill.cli", "Watch a running stack: pools, queue, parts of the time to first token, sessions."),
         "health": ("overfill.cli", "Ask one process of a stack whether it is ready."),
         "drain": ("overfill.cli", "Take WORKER out of a running stack without losing a request."),
         "config": ("overfill.cli", "Show where settings come from, and check a settings file."),

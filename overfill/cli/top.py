@@ -26,7 +26,7 @@ _ANSWER_SECONDS = 5.0
 )
 @connection_options
 def top_command(interval: float, once: bool, as_json: bool, connection: ClientConnection) -> int:
-    """Watch a running stack: pools, queue, parts of the time to first token. Ctrl-C ends it.
+    """Watch a running stack: pools, queue, parts of the time to first token, sessions. Ctrl-C ends it.
 
     Percentiles cover the answers completed in the last minute, of all routers that share the --address. Routers with
     other addresses count their own.
