@@ -78,3 +78,13 @@ def target_host(target: str) -> str:
 def reachable(host: str) -> str:
     """Returns the address at which processes on this machine reach a server that listens on ``host``."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]", "::1": "[::1]"}.get(host, host)
+
+
+def announced(bound: str, advertise: str) -> str:
+    """Returns the address to announce: ``bound`` (``host:port``) with the host, or host and port, of ``advertise``."""
+    if not advertise:
+        return bound
+    if re.fullmatch(r"(\[.*\]|[^:]+):\d+", advertise):
+        return advertise
+    host = f"[{advertise}]" if ":" in advertise and not advertise.startswith("[") else advertise
+    return f"{host}:{split_address(bound)[1]}"

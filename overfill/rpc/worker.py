@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from overfill.errors import Incompatible, InvalidRequest, OverfillError, Shuttin
 from overfill.process import startup
 from overfill.process.open_files import allow_connections
 from overfill.rpc import unfilled
-from overfill.rpc.addresses import instead_of_wildcard, split_address
+from overfill.rpc.addresses import announced, instead_of_wildcard, split_address
 from overfill.rpc.constants import MAX_CONNECTIONS, MAX_STARTUP
 from overfill.rpc.interceptors import Context
 from overfill.rpc.membership import Membership, PrefixKeys
@@ -286,16 +285,6 @@ def announce(hello: registry_pb2.Hello, address: str) -> None:
         hello.metrics_address = instead_of_wildcard(hello.metrics_address, split_address(address)[0])
     if common_pb2.STAGE_PREFILL in hello.stages:
         hello.data_addresses.add(address=address, num_kv_heads=hello.kv.num_kv_heads)
-
-
-def announced(bound: str, advertise: str) -> str:
-    """Returns the address to announce: ``bound`` (``host:port``) with the host, or host and port, of ``advertise``."""
-    if not advertise:
-        return bound
-    if re.fullmatch(r"(\[.*\]|[^:]+):\d+", advertise):
-        return advertise
-    host = f"[{advertise}]" if ":" in advertise and not advertise.startswith("[") else advertise
-    return f"{host}:{split_address(bound)[1]}"
 
 
 class _Admin(admin_pb2_grpc.AdminServicer):

@@ -12,9 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from overfill.rpc.addresses import reachable, target_host
+from overfill.rpc.addresses import announced, reachable, target_host
 from overfill.rpc.tls import TlsError
-from overfill.rpc.worker import announced
 from overfill.settings.config import ServiceConfig, WorkerConfig
 from overfill.settings.environment import GRPC_ENVIRONMENT, thread_pools
 from overfill.settings.reader import SETTINGS

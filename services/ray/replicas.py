@@ -24,11 +24,10 @@ from ray.util import get_node_ip_address
 from overfill.errors import Unavailable
 from overfill.pair.store import resolve_pair
 from overfill.process import startup
-from overfill.rpc.addresses import instead_of_wildcard, is_loopback, target_host
+from overfill.rpc.addresses import announced, instead_of_wildcard, is_loopback, target_host
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import ClientTls
-from overfill.rpc.worker import announced
 from overfill.settings.config import ServiceConfig, WorkerConfig
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.stack.ray import directory

@@ -9,9 +9,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overfill.process import startup
 from overfill.process.open_files import SPARE_FILES
+from overfill.rpc.addresses import announced
 from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.server import RpcServer
-from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, announced, fill_description
+from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, fill_description
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
 
 HANDLE = WorkerHandle(decode_pb2.WorkerLoad, lambda: 0, lambda error: None, capacity=1, healthy=lambda: True)
