@@ -200,7 +200,9 @@ class AccessPolicy:
                 "only processes of the stack may call this: send a certificate of the stack, or its secret"
             )
         if shown is None:
-            raise Unauthenticated("an API key is required: send 'authorization: Bearer KEY'")
+            raise Unauthenticated(
+                "an API key is required: send 'authorization: Bearer KEY', or over HTTP 'x-api-key: KEY'"
+            )
         key = self.keys(shown)
         if key is None:
             raise Unauthenticated("unknown API key: use one that `overfill keys create` has made")
