@@ -25,6 +25,7 @@ _MAX_MESSAGE = 2048  # characters
 _MAX_PARAM = 200
 
 NOT_SERVED: Mapping[str, Sequence[str]] = {
+    "POST /tokenize counts the tokens of messages": ("/v1/responses/input_tokens",),
     "this server stores no responses: it cannot show, delete or cancel one, or compact a conversation; send all "
     "items of the conversation to POST /v1/responses, and close the connection to cancel": ("/v1/responses/",),
     "this server does not have Ollama's or TGI's API; it speaks OpenAI's (POST /v1/chat/completions)": (
@@ -80,7 +81,7 @@ NOT_SERVED: Mapping[str, Sequence[str]] = {
 }
 """What the server says instead of a route that clients of OpenAI, vLLM and others ask for, and the routes.
 
-A route that ends in a slash stands for the paths below it only.
+A route that ends in a slash stands for the paths below it only. Of several that a path is below, the first counts.
 """
 
 # Patterns of our field paths, and the names that OpenAI has for these fields.
@@ -134,6 +135,7 @@ def unknown_url(method: str, path: str) -> ApiError:
     for hint, routes in NOT_SERVED.items():
         if any(path == route or path.startswith(f"{route.removesuffix('/')}/") for route in routes):
             message += f": {hint}"
+            break
     return ApiError(404, message, code="unknown_url")
 
 
