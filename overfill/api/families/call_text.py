@@ -78,6 +78,15 @@ class CallText:
         before, self._rest = self._rest[:place], self._rest[place + len(end) :]
         return before
 
+    def json_calls(self, head: str, arguments: str, end: str) -> Waits:
+        """Takes calls without end: ``head``, a name, ``arguments``, a JSON value and ``end``, with any text between."""
+        while True:
+            yield from self.until(head)
+            self.begin((yield from self.until(arguments)))
+            yield from self.value()
+            yield from self.until(end)
+            self.end()
+
     def first_of(self, *texts: str) -> WaitsFor:
         """Takes that one of ``texts`` with which the rest begins, and returns it; "" if none does."""
         while True:

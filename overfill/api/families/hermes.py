@@ -42,12 +42,7 @@ class Hermes(ToolFormat):
 
     def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         begin, end = self._markers
-        while True:
-            yield from text.until(begin.shown + _HEAD)
-            text.begin((yield from text.until(_ARGUMENTS)))
-            yield from text.value()
-            yield from text.until(_TAIL + end.shown)
-            text.end()
+        return text.json_calls(begin.shown + _HEAD, _ARGUMENTS, _TAIL + end.shown)
 
     def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         begin, end = self._markers

@@ -42,12 +42,7 @@ class Llama3Json(ToolFormat):
         return tags | {f"{_HEAD}{tool.name}{_ARGUMENTS}": True for tool in tools}
 
     def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
-        while True:
-            yield from text.until(_HEAD)
-            text.begin((yield from text.until(_ARGUMENTS)))
-            yield from text.value()
-            yield from text.until("}")
-            text.end()
+        return text.json_calls(_HEAD, _ARGUMENTS, "}")
 
     def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         return "; ".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}}}" for name, arguments in calls)

@@ -47,12 +47,7 @@ class Mistral(ToolFormat):
         return {f"{begin.text}{space}[{_HEAD}": False for space in (" ", "")}  # JSON has quotes in strings as escapes
 
     def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
-        while True:
-            yield from text.until(_HEAD)
-            text.begin((yield from text.until(_ARGUMENTS)))
-            yield from text.value()
-            yield from text.until("}")
-            text.end()
+        return text.json_calls(_HEAD, _ARGUMENTS, "}")
 
     def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         listed = ", ".join(f"{_HEAD}{name}{_ARGUMENTS}{arguments}}}" for name, arguments in calls)
@@ -85,11 +80,7 @@ class MistralArgs(Mistral):
 
     def read(self, text: CallText, tools: KnownTools) -> Iterator[None]:
         begin, args = self._markers
-        while True:
-            yield from text.until(begin.shown)
-            text.begin((yield from text.until(args.shown)))
-            yield from text.value()
-            text.end()
+        return text.json_calls(begin.shown, args.shown, "")
 
     def write(self, calls: Sequence[tuple[str, str]], tools: KnownTools = NO_TOOLS) -> str:
         begin, args = self._markers

@@ -90,6 +90,19 @@ def named_parameters(tool: ToolDefinition, names: re.Pattern[str]) -> list[Param
     return [Parameter(name, name in required, schema, root, tool.strict) for name, schema in properties.items()]
 
 
+def named_values(arguments: str, names: re.Pattern[str]) -> dict[str, Any] | None:
+    """The values in ``arguments``, JSON text that ``max_tokens`` may have cut; None if a call cannot list them.
+
+    Args:
+        names: names that the format can write.
+    """
+    try:
+        values = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and all(map(names.fullmatch, values)) else None
+
+
 class KnownTools:
     """Tools by name, whose parameters are read once: a chat may have thousands of calls of a tool with a large schema.
 

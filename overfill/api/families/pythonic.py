@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.parameters import KnownTools, named_parameters
+from overfill.api.families.parameters import KnownTools, named_parameters, named_values
 from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
@@ -83,11 +83,8 @@ class Pythonic(ToolFormat):
 
 def _keywords(arguments: str, whole: bool) -> str:
     """``arguments``, JSON text that ``max_tokens`` may have cut, in Python's syntax; as one object if ``whole``."""
-    try:
-        values = json.loads(arguments)
-    except (ValueError, RecursionError):
-        values = None
-    if whole or not isinstance(values, dict) or not all(map(_KEYWORD.fullmatch, values)):
+    values = named_values(arguments, _KEYWORD)
+    if whole or values is None:
         return f"**{arguments}"
     texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     return ", ".join(f"{name}={_WORDS.get(text, text)}" for name, text in texts.items())

@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from overfill.api.families.call_text import CallText
-from overfill.api.families.parameters import KnownTools, Parameter, Texts, named_parameters
+from overfill.api.families.parameters import KnownTools, Parameter, Texts, named_parameters, named_values
 from overfill.api.families.tool_format import NO_TOOLS, CallRules, Expressions, ToolFormat
 from overfill.api.tools import TEXT_PARAMETER, ToolDefinition
 
@@ -134,11 +134,8 @@ def _value(parameter: Parameter) -> str:
 
 def _parameters(arguments: str, parameters: Sequence[Parameter] | None) -> str:
     """``arguments``, JSON text that ``max_tokens`` may have cut, in tags; as one object if ``parameters`` is None."""
-    try:
-        values = json.loads(arguments)
-    except (ValueError, RecursionError):
-        values = None
-    if parameters is None or not isinstance(values, dict) or not all(map(_NAME.fullmatch, values)):
+    values = named_values(arguments, _NAME)
+    if parameters is None or values is None:
         return f"{arguments}\n"
     quoted = {parameter.name for parameter in parameters if parameter.name in values and _texts(parameter) is None}
     texts = {

@@ -315,7 +315,6 @@ class HttpApi:
 
     async def _start(self, asked: Translation, hold: QuotaHold, received: float) -> RunningAnswer:
         try:
-            hold.take(received)
             return self._handler.start(await self._handler.check(asked.generate, hold, received), hold)
         except OverfillError as error:
             if (named := asked.own_field(error)) is not error:
