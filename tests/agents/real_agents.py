@@ -44,7 +44,7 @@ class Agent:
         path: of the API that the agent speaks.
         calls: returns the calls that read, edit and run, for the project's folder.
         formats: of tool calls in which the mock engine plays its task.
-        options: what the command also needs where nobody can be asked, and no namespaces can be made.
+        options: options with which the command asks nobody and makes no namespaces.
         environment: what it needs beside the variables of the section, for the same reason.
     """
 

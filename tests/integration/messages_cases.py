@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-DOCS = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
-BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
+import marked_tables
 
 Fields = dict[str, Any]
 Ask = Callable[..., Fields]
@@ -291,16 +289,5 @@ def render() -> str:
     return "\n".join(lines).strip()
 
 
-def documented() -> str:
-    """Returns the tables that the docs contain."""
-    return DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def main() -> None:
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCS.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    marked_tables.write("messages.md", render())

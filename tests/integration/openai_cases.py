@@ -10,16 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+import marked_tables
 import pytest
 
 from overfill.api.openai.errors import NOT_SERVED
 from overfill.api.openai.schema import ChatRequest, CompletionRequest, RefusedField, Sampling, refusals
-
-DOCS = Path(__file__).parents[2] / "docs" / "reference" / "openai.md"
-BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 
 class NotAnswered(Exception):
@@ -648,16 +645,5 @@ def render() -> str:
     return "\n".join(lines)
 
 
-def documented() -> str:
-    """Returns the tables that the docs contain."""
-    return DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def main() -> None:
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCS.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    marked_tables.write("openai.md", render())

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import marked_tables
 import pytest
-from openai_cases import BEGIN, END, Ask, Case, NotAnswered
+from openai_cases import Ask, Case, NotAnswered
 
 from overfill.api.openai.schema import refusals
 from overfill.api.responses.schema import ResponsesRequest
-
-DOCS = Path(__file__).parents[2] / "docs" / "reference" / "responses.md"
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
 TOOL = {"type": "function", "name": "f", "parameters": SCHEMA}
@@ -55,7 +53,7 @@ def _differs(**fields: Any) -> Callable[[Ask], None]:
 
 
 def _same(**fields: Any) -> Callable[[Ask], None]:
-    """Returns a check that the field is accepted, whatever it does to the probabilities."""
+    """Returns a check that the field is accepted. What it does to the probabilities does not count."""
 
     def check(ask: Ask) -> None:
         assert ask(**fields)["status"] == "incomplete"
@@ -367,16 +365,5 @@ def render() -> str:
     return "\n".join(lines).strip()
 
 
-def documented() -> str:
-    """Returns the tables that the docs contain."""
-    return DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def main() -> None:
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCS.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    marked_tables.write("responses.md", render())

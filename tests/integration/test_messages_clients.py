@@ -2,14 +2,14 @@
 
 import json
 import socket
-import time
 from typing import Literal
 
 import anthropic
 import pydantic
 import pytest
-from http_calls import bearer, call
+from http_calls import bearer, call, num_held
 from mocks import mock_stack
+from stacks import wait_until
 
 from overfill.api import key_file as keys
 
@@ -424,17 +424,5 @@ def test_a_client_that_leaves_frees_both_stages(stack):
             if stream:
                 connection.recv(100)
             else:
-                wait(lambda: running(stack) > 0)
-        wait(lambda: running(stack) == 0)
-
-
-def running(stack):
-    """Number of requests that the router and the workers of both stages have."""
-    status = json.loads(call(f"{stack.url}/status").body)
-    return sum(place["running"] + place["waiting"] for place in (status, *status["workers"]))
-
-
-def wait(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
+                wait_until(lambda: num_held(stack.url) > 0, 20, "the request runs")
+        wait_until(lambda: num_held(stack.url) == 0, 20, "nothing is held for it")

@@ -3,6 +3,7 @@
 import json
 from typing import get_args, get_type_hints
 
+import marked_tables
 import messages_cases
 import pytest
 from anthropic.types import beta, message_count_tokens_params, message_create_params
@@ -96,4 +97,6 @@ def test_no_block_of_the_reference_is_missing():
 
 
 def test_the_documented_table_is_the_tested_one():
-    assert messages_cases.documented() == messages_cases.render(), "run python tests/integration/messages_cases.py"
+    assert marked_tables.documented("messages.md") == messages_cases.render(), (
+        "run python tests/integration/messages_cases.py"
+    )

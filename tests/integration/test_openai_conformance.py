@@ -2,6 +2,7 @@
 
 import json
 
+import marked_tables
 import openai_cases
 import pytest
 from http_calls import call
@@ -164,4 +165,6 @@ def test_answers_have_the_reference_s_fields(send):
 
 
 def test_the_documented_table_is_the_tested_one():
-    assert openai_cases.documented() == openai_cases.render(), "run python tests/integration/openai_cases.py"
+    assert marked_tables.documented("openai.md") == openai_cases.render(), (
+        "run python tests/integration/openai_cases.py"
+    )

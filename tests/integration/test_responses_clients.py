@@ -3,14 +3,14 @@
 import json
 import re
 import socket
-import time
 
 import openai
 import pytest
-from http_calls import call
+from http_calls import call, num_held
 from mocks import mock_stack
 from openai.types.responses import Response
 from pydantic import BaseModel
+from stacks import wait_until
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "name": "weather", "description": "Weather of a city.", "parameters": SCHEMA}
@@ -301,17 +301,5 @@ def test_a_client_that_vanishes_frees_both_stages(tiny_pair):
                 connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
                 if stream:
                     connection.recv(100)
-                wait(lambda: held(stack) > 0)
-            wait(lambda: held(stack) == 0)
-
-
-def held(stack):
-    """Returns the number of requests that the router and the workers of both stages have."""
-    status = json.loads(call(f"{stack.url}/status").body)
-    return sum(place["running"] + place["waiting"] for place in (status, *status["workers"]))
-
-
-def wait(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
+                wait_until(lambda: num_held(stack.url) > 0, 30, "the request runs")
+            wait_until(lambda: num_held(stack.url) == 0, 30, "nothing is held for it")

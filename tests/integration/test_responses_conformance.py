@@ -3,6 +3,7 @@
 import json
 from typing import get_args, get_type_hints
 
+import marked_tables
 import pytest
 import responses_cases
 from http_calls import call
@@ -97,4 +98,6 @@ def test_no_field_item_or_tool_of_the_reference_is_missing():
 
 
 def test_the_documented_table_is_the_tested_one():
-    assert responses_cases.documented() == responses_cases.render(), "run python tests/integration/responses_cases.py"
+    assert marked_tables.documented("responses.md") == responses_cases.render(), (
+        "run python tests/integration/responses_cases.py"
+    )

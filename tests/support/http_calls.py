@@ -33,3 +33,9 @@ def call(url: str, body: Any = None, headers: Mapping[str, str] | None = None, m
 def bearer(key: str) -> dict[str, str]:
     """The header that shows an API key."""
     return {"authorization": f"Bearer {key}"}
+
+
+def num_held(url: str) -> int:
+    """The number of requests that the router at ``url`` and the workers of both stages have."""
+    status = json.loads(call(f"{url}/status").body)
+    return sum(place["running"] + place["waiting"] for place in (status, *status["workers"]))
