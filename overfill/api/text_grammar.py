@@ -232,7 +232,7 @@ def _characters(part: str, flags: str) -> str:
 
 
 def _escapes(characters: Iterable[str]) -> str:
-    """A regular expression of the escapes of ``characters``, whatever flags are set."""
+    """A regular expression of the escapes of ``characters``. No flag changes what it matches."""
     escapes = [json.dumps(character)[2:-1] for character in characters]  # without the backslash
     letters = "".join(re.escape(escape) for escape in escapes if len(escape) == 1)
     choices = [f"[{letters}]"] if letters else []
