@@ -103,7 +103,8 @@ class EngineOptions:
         kv_memory: bytes of the KV cache.
         gpu_share: share of a GPU's memory that this process may use, where ``kv_memory`` is None.
         max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
-        threads: CPU threads of a step.
+        threads: CPU threads of a step, in each rank.
+        tensor_parallel_size: number of ranks, processes that hold a share of each layer; more than one needs vLLM.
         grammars: what a client's grammar may cost.
         engine_args: arguments of the engine itself, by name; only vLLM and the mock engine have some.
         device: where the engine computes; None for the mock engine, which needs no torch.
@@ -123,11 +124,13 @@ class EngineOptions:
     prefix_cache: bool = True
     kv_cache_dtype: KvCacheDtype = "auto"
     threads: int = 1
+    tensor_parallel_size: int = 1
     grammars: GrammarLimits = field(default_factory=GrammarLimits)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "kv_memory", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads"):
+        counts = ("block_size", "kv_memory", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads")
+        for name in (*counts, "tensor_parallel_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidRequest(name, f"must be at least 1, got {value}")
         if self.dtype not in (None, *get_args(DTypeName)):
