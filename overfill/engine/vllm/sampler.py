@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from overfill.engine.vllm.internals import REQUEST_ID, hub
+from overfill.engine.vllm.internals import REQUEST_ID, ROW_SPEC, hub
 from overfill.engine.work import Sampled, plain_greedy
 from overfill.model.processors import process, row_by_row
 from overfill.model.sampling import sample
@@ -34,8 +34,11 @@ class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
         ids = self._ids
         for row in batch_update.removed:
             ids.pop(row, None)
-        for row, params, _prompt, _output in batch_update.added:
-            ids[row] = (params.extra_args or {}).get(REQUEST_ID, "")
+        for row, params, prompt, output in batch_update.added:
+            args = params.extra_args or {}
+            ids[row] = args.get(REQUEST_ID, "")
+            if hub.hooks is not None:
+                hub.hooks.row_added(ids[row], args.get(ROW_SPEC), prompt, output)
         for source, target, direction in batch_update.moved:
             moved, replaced = ids.pop(source, None), ids.pop(target, None)
             if moved is not None:
