@@ -12,7 +12,7 @@ from typing import Any
 from overfill.api.messages import schema
 from overfill.api.messages.answers import MessageWriter
 from overfill.api.messages.errors import THREAD_UNSUPPORTED
-from overfill.api.messages.signatures import hidden_text
+from overfill.api.opaque_reasoning import decode_reasoning
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.fields import function_tool, invalid, json_text, schema_grammar, set_filters
 from overfill.api.reasoning import thinking_variables
@@ -188,7 +188,7 @@ class _Turns:
                     raise invalid(f"{place}.tool_use_id", f"is {id!r}; no 'tool_use' block before it has this id")
                 self.all.append(_Turn("tool", block.tool_use_id, [self._result(block, place)]))
             case schema.ThinkingBlock(), "assistant":
-                text = block.thinking or hidden_text(block.signature)
+                text = block.thinking or decode_reasoning(block.signature)
                 self._turn(role).reasoning += [text] if text else []
             case schema.RedactedThinkingBlock(), "assistant":
                 self._turn(role)
