@@ -68,7 +68,7 @@ class ApiRequest:
         """Whether the response has vLLM's ``prompt_logprobs``."""
         return self.prompts[0].sampling.HasField("prompt_logprobs") and not self.echoes_scores
 
-    def with_own_field(self, error: OverfillError) -> OverfillError:
+    def own_field(self, error: OverfillError) -> OverfillError:
         """``error`` with the name of this request's field, if it is about the grammar or the prompt's scores."""
         if not isinstance(error, InvalidRequest):
             return error
