@@ -1,4 +1,4 @@
-"""The HTTP endpoint: the routes of OpenAI's API and some of our own, with access control, errors and metrics."""
+"""The HTTP endpoint: routes of the three APIs and some of our own, with access control, errors and metrics."""
 
 from __future__ import annotations
 

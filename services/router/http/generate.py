@@ -1,4 +1,4 @@
-"""Runs one generating request of the OpenAI API, from its choices to the last byte of the response."""
+"""Runs one request for chat completions or completions, from its choices to the last byte of the response."""
 
 from __future__ import annotations
 
