@@ -1,4 +1,4 @@
-"""Run both halves of a pair in one process: the services' engines without sockets."""
+"""Runs both halves of a pair in one process: the services' engines without sockets."""
 
 from __future__ import annotations
 
