@@ -9,6 +9,7 @@ kinds talk by vLLM's metadata (``ranks.steps``). Nothing is loaded or sent by vL
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -34,7 +35,12 @@ from overfill.engine.vllm.store import VllmKvStore
 from overfill.errors import UnsupportedModel
 from overfill.kv.spec import KvSpec
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.model.processors import new_processor
+from overfill.model.processors import LogitProcessor, new_processor
+from overfill.request.grammar import Grammars
+from overfill.request.params import SamplingParams
+
+_IO_THREADS = 4
+"""Threads of a rank that copy KV between its cache and the network."""
 
 
 class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -77,9 +83,9 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._extra.get("ranks") is None:
             return
         device = next(iter(kv_caches.values())).device
-        executor = ThreadPoolExecutor(self._extra["io_threads"], "kv")
+        executor = ThreadPoolExecutor(_IO_THREADS, "kv")
         hello = RankHello(rank, os.getpid(), heads, spec.num_layers, block_size, spec.dtype)
-        make_processor = partial(_make_processor, self._extra["grammars"])
+        make_processor = partial(_make_processor, Grammars(*self._extra["grammars"]))
         agent = RankAgent(self._extra["ranks"], hello, hub.store, executor, make_processor)
         share = spec.token_layer_bytes // spec.num_kv_heads * (heads[1] - heads[0])
         self._rank = hub.hooks = RankHooks(rank, agent, device, spec.num_layers, share)
@@ -121,12 +127,6 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._kv_transfer_config.kv_connector_extra_config
 
 
-def clear_blocks(worker: Any, blocks: list[int]) -> None:
-    """Overwrites blocks with zeros. Called in every rank."""
-    for cache in hub.caches.values():
-        cache[blocks] = 0
-
-
 def _new_store(config: Any, spec: KvSpec, heads: tuple[int, int], block_size: int) -> VllmKvStore:
     """The store of this rank's caches, after checks that they hold KV as OverFill hands it over.
 
@@ -153,5 +153,7 @@ def _new_store(config: Any, spec: KvSpec, heads: tuple[int, int], block_size: in
     return VllmKvStore(caches, layouts, block_size, heads[0])
 
 
-def _make_processor(grammars: Any, params: Any, prompt: Any, eos_ids: Any) -> Any:
+def _make_processor(
+    grammars: Grammars, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]
+) -> LogitProcessor | None:
     return new_processor(params, prompt, grammars, eos_ids)

@@ -155,6 +155,7 @@ class VllmDecodeEngine(VllmEngine):
             sequence.prompt + (sequence.emitted or [_PLACEHOLDER]),
             max(1, sequence.stop.max_tokens - max(1, len(sequence.emitted))),
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
+            self._row(sequence),
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free

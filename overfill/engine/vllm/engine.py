@@ -11,8 +11,10 @@ import torch
 
 from overfill.engine.sequence import SequenceFailed
 from overfill.engine.vllm.internals import VllmCore, hub
+from overfill.engine.vllm.ranks.steps import RankStep, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.engine.work import Sampled
+from overfill.model.steps import SampledToken
 from overfill.telemetry.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,13 @@ class VllmEngine:
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
         if leaked := self._num_leaked():
             raise AssertionError(f"{leaked} blocks are in use, and no sequence has them")
+
+    def _row(self, sequence: Sampled) -> RowSpec | None:
+        """What ranks need to choose the sequence's tokens; None if there is only one."""
+        if self._vllm.num_ranks == 1:
+            return None
+        processor = "" if sequence.processor is None else sequence.processor.key
+        return RowSpec(sequence.sampling, sequence.sample_index, len(sequence.prompt), processor)
 
     def _live(self) -> list[str]:
         """Ids of the sequences that vLLM may know."""
@@ -115,6 +124,16 @@ class VllmEngine:
 
     def blocks_removed(self, hashes: Iterable[int]) -> None:
         pass
+
+    def row_added(self, id: str, spec: RowSpec | None, prompt: Sequence[int], output: Sequence[int]) -> None:
+        pass
+
+    def step_of_ranks(self) -> RankStep:
+        return RankStep(sampling=tuple(self._sampled()))
+
+    def sampled_by_ranks(self, tokens: Mapping[str, SampledToken], errors: Mapping[str, Exception]) -> None:
+        self._sampler.tokens |= tokens
+        self._sampler.errors |= errors
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
         sampled = self._sampled()

@@ -6,16 +6,16 @@ A rank knows a request by what vLLM sends to every rank: its tokens, and a ``Row
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.sequence import Processor
-from overfill.engine.vllm.ranks.steps import RankChunk, RankExtras, RankStep, RowSpec
+from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.kv.store import DeviceEvent
 
@@ -40,7 +40,9 @@ class RankRow:
         output: tokens since then. vLLM appends to it after each step.
     """
 
-    def __init__(self, spec: RowSpec, processor: Processor | None, prompt: Sequence[int], output: Sequence[int]) -> None:
+    def __init__(
+        self, spec: RowSpec, processor: Processor | None, prompt: Sequence[int], output: Sequence[int]
+    ) -> None:
         self.sampling = spec.sampling
         self.sample_index = spec.sample_index
         self.processor = processor
@@ -69,9 +71,7 @@ class RankHooks:
         token_layer_bytes: bytes of one token's keys and values in one layer of this rank.
     """
 
-    def __init__(
-        self, rank: int, agent: Agent, device: torch.device, num_layers: int, token_layer_bytes: int
-    ) -> None:
+    def __init__(self, rank: int, agent: Agent, device: torch.device, num_layers: int, token_layer_bytes: int) -> None:
         self._first = rank == 0
         self._agent = agent
         self._device = device
@@ -88,12 +88,12 @@ class RankHooks:
 
     # Called by the connector
 
-    def begin(self, step: RankStep, num_tokens: int) -> None:
+    def begin(self, step: RankStep) -> None:
         """A step begins. Notes its chunks and the blocks that they got."""
         self._step = step
         self._extras = RankExtras()
         self._chunks = [(bytes.fromhex(chunk.id), chunk.token_end) for chunk in step.chunks]
-        self._chunk_bytes = num_tokens * self._token_layer_bytes
+        self._chunk_bytes = step.num_tokens * self._token_layer_bytes
         self._unsent, self._num_written = [], 0
         if assigned := [(bytes.fromhex(c.id), c.first_block, c.blocks) for c in step.chunks if c.blocks]:
             self._agent.assign(assigned)
@@ -133,7 +133,9 @@ class RankHooks:
         if spec is None:
             return
         row = self._rows.get(id)
-        processor = row.processor if row is not None else self._agent.processor(spec.processor) if spec.processor else None
+        processor = None
+        if spec.processor:  # one that has been preempted goes on with the state of its processor
+            processor = self._agent.processor(spec.processor) if row is None else row.processor
         sampling = spec.sampling if self._first else replace(spec.sampling, logprobs=None)
         self._rows[id] = RankRow(replace(spec, sampling=sampling), processor, prompt, output)
 

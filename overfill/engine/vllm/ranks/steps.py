@@ -47,9 +47,15 @@ class RankChunk:
 
 @dataclass(frozen=True, slots=True)
 class RankStep(KVConnectorMetadata):  # type: ignore[misc]
-    """A step, as the ranks see it; ``sampling`` names the requests that get a token."""
+    """A step, as the ranks see it.
+
+    Attributes:
+        num_tokens: tokens of all chunks.
+        sampling: requests that get a token.
+    """
 
     chunks: Sequence[RankChunk] = ()
+    num_tokens: int = 0
     sampling: Sequence[str] = ()
 
 
