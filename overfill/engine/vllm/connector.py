@@ -88,7 +88,7 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         make_processor = partial(_make_processor, Grammars(*self._extra["grammars"]))
         agent = RankAgent(self._extra["ranks"], hello, hub.store, executor, make_processor)
         share = spec.token_layer_bytes // spec.num_kv_heads * (heads[1] - heads[0])
-        self._rank = hub.hooks = RankHooks(rank, agent, device, spec.num_layers, share)
+        self._rank = hub.runner = RankHooks(rank, agent, device, spec.num_layers, share)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -99,12 +99,12 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         pass
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        if hub.hooks is not None:
-            hub.hooks.layer_started(extract_layer_index(layer_name))
+        if hub.runner is not None:
+            hub.runner.layer_started(extract_layer_index(layer_name))
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        if hub.hooks is not None:
-            hub.hooks.layer_written(extract_layer_index(layer_name))
+        if hub.runner is not None:
+            hub.runner.layer_written(extract_layer_index(layer_name))
 
     def wait_for_save(self) -> None:
         pass
@@ -124,7 +124,8 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     @property
     def _extra(self) -> dict[str, Any]:
-        return self._kv_transfer_config.kv_connector_extra_config
+        extra: dict[str, Any] = self._kv_transfer_config.kv_connector_extra_config
+        return extra
 
 
 def _new_store(config: Any, spec: KvSpec, heads: tuple[int, int], block_size: int) -> VllmKvStore:

@@ -47,7 +47,7 @@ class VllmEngine:
         self.step_shape = (0, 0)
         self.tokens_looked_up = 0
         self.tokens_found = 0
-        hub.hooks = self
+        hub.hooks = hub.runner = self
 
     def close(self) -> None:
         """Frees vLLM's model and cache."""

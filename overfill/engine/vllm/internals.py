@@ -66,7 +66,29 @@ __all__ = [
 ]
 
 
-class Hooks(Protocol):
+class RunnerHooks(Protocol):
+    """What vLLM's model runner tells and asks in its process: the engine, or the hooks of one rank of several."""
+
+    def layer_started(self, layer: int) -> None: ...
+
+    def layer_written(self, layer: int) -> None:
+        """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
+        ...
+
+    def row_added(self, id: str, spec: Any, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """A request has got a row of logits. vLLM appends its tokens to ``output`` after each step.
+
+        Args:
+            spec: the request's ``ranks.steps.RowSpec``; None with one rank.
+        """
+        ...
+
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
+        """Changes each request's row of ``logits`` so that its greatest element is the token to take."""
+        ...
+
+
+class Hooks(RunnerHooks, Protocol):
     """What vLLM asks and tells an engine of OverFill's while it takes a step, on the engine's thread."""
 
     def tokens_to_load(self, request_id: str, held: int) -> int:
@@ -84,34 +106,16 @@ class Hooks(Protocol):
         """
         ...
 
-    def layer_started(self, layer: int) -> None: ...
-
-    def layer_written(self, layer: int) -> None:
-        """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
-        ...
-
-    def ending(self, request_id: str) -> bool:
-        """A request ends. Returns whether its blocks stay until ``VllmCore.sent``; else they are free afterwards."""
-        ...
-
-    def row_added(self, id: str, spec: Any, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """A request has got a row of logits. vLLM appends its tokens to ``output`` after each step.
-
-        Args:
-            spec: the request's ``ranks.steps.RowSpec``; None with one rank.
-        """
-        ...
-
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        """Changes each request's row of ``logits`` so that its greatest element is the token to take."""
-        ...
-
     def step_of_ranks(self) -> Any:
         """The planned step as the ranks are told, a ``ranks.steps.RankStep``. Not called with one rank."""
         ...
 
     def sampled_by_ranks(self, tokens: Mapping[str, Any], errors: Mapping[str, Exception]) -> None:
         """What the ranks say of the step's tokens, as in ``ranks.steps.RankExtras``. Not called with one rank."""
+        ...
+
+    def ending(self, request_id: str) -> bool:
+        """A request ends. Returns whether its blocks stay until ``VllmCore.sent``; else they are free afterwards."""
         ...
 
     def blocks_stored(self, hashes: Iterable[int]) -> None: ...
@@ -124,12 +128,14 @@ class Hub:
     """Connects the objects that vLLM creates by itself with the engine.
 
     Attributes:
-        hooks: the engine; None while vLLM loads and warms up.
+        hooks: the engine; None while vLLM loads and warms up, and in ranks.
+        runner: what the model runner of this process calls; None while vLLM loads and warms up.
         caches: each attention layer's cache in this process, by its name in vLLM.
         store: the same caches, for handoffs; None in a process without a model runner.
     """
 
     hooks: Hooks | None = None
+    runner: RunnerHooks | None = None
     caches: dict[str, torch.Tensor] = field(default_factory=dict)
     store: KvStore | None = None
 
@@ -323,7 +329,7 @@ class VllmCore:
         self._core.shutdown()
         ensure_kv_transfer_shutdown()
         self.on_close()
-        hub.hooks = hub.store = None
+        hub.hooks = hub.runner = hub.store = None
         hub.caches = {}
 
 

@@ -37,8 +37,8 @@ class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
         for row, params, prompt, output in batch_update.added:
             args = params.extra_args or {}
             ids[row] = args.get(REQUEST_ID, "")
-            if hub.hooks is not None:
-                hub.hooks.row_added(ids[row], args.get(ROW_SPEC), prompt, output)
+            if hub.runner is not None:
+                hub.runner.row_added(ids[row], args.get(ROW_SPEC), prompt, output)
         for source, target, direction in batch_update.moved:
             moved, replaced = ids.pop(source, None), ids.pop(target, None)
             if moved is not None:
@@ -47,8 +47,8 @@ class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
                 ids[source] = replaced
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if hub.hooks is not None:
-            hub.hooks.sample(logits, [self._ids.get(row) for row in range(len(logits))])
+        if hub.runner is not None:
+            hub.runner.sample(logits, [self._ids.get(row) for row in range(len(logits))])
         return logits
 
 

@@ -104,7 +104,7 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
             process.join(_EXIT)
 
     def _unname(self) -> None:
-        """Removes the names of files and memory that the ranks share, so that nothing of them outlives the processes."""
+        """Removes the names of files and memory that the ranks share, so that nothing outlives the processes."""
         (method, *_) = self.collective_rpc(init_method)
         file = Path(method.removeprefix("file://"))
         for path in [file, *_SHARED_MEMORY.glob(f"{file.name}-*")]:

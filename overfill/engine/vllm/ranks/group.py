@@ -116,11 +116,11 @@ class RankedHalf(ServedHalf):
         if not needs_processor(params, eos_ids):
             return None
         if params.grammar is not None:  # also tries the grammar, in a process of its own
-            processor: RankProcessor = await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
-            return processor
-        processor = new_handle(self.ranks)
-        await self.ranks.prepare(processor.key, params, prompt, eos_ids)
-        return processor
+            tried: RankProcessor = await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
+            return tried
+        made = new_handle(self.ranks)
+        await self.ranks.prepare(made.key, params, prompt, eos_ids)
+        return made
 
 
 class RankProcessor:

@@ -34,7 +34,7 @@ _LINGER = 2.0
 """Seconds for the worker to hear of a failed step before the rank ends. Other ranks may wait for this one for ever."""
 
 
-class RankWorker(Worker):  # type: ignore[misc, valid-type]
+class RankWorker(Worker):  # type: ignore[misc]
     """Each method that loads something tells the worker's process why it failed. A failed step ends the rank."""
 
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **options: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -64,7 +64,7 @@ class RankRow:
 
 
 class RankHooks:
-    """A rank's part of each step. Implements ``internals.Hooks`` as far as a rank is asked.
+    """A rank's part of each step. Implements ``internals.RunnerHooks``.
 
     Args:
         rank: the first rank alone reports log-probabilities.
@@ -140,7 +140,7 @@ class RankHooks:
         self._rows[id] = RankRow(replace(spec, sampling=sampling), processor, prompt, output)
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        rows = {id: self._rows[id] for id in self._step.sampling if id in self._rows}
+        rows: dict[str, Any] = {id: self._rows[id] for id in self._step.sampling if id in self._rows}
         try:
             self._sampler.sample(logits, request_ids, {id: (row, row.position) for id, row in rows.items()})
         except Exception as error:
