@@ -37,6 +37,7 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
+from overfill.kv.streams import TransferStreams, unknown_transfer
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
@@ -69,8 +70,7 @@ class Lease:
         # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
         self.sender = KvSender(self.spec, served.store, executor)
-        self.readers: set[asyncio.Task[object]] = set()
-        self.ended = False  # True once no new stream may read the blocks
+        self.streams = TransferStreams(self.sender)
         self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
@@ -114,14 +114,6 @@ class Lease:
         sender = self.sender
         ready, moved = (lambda: 0 if self.released else sender.ready_bytes), (lambda: sender.acknowledged_bytes)
         await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
-
-    async def join_readers(self) -> None:
-        """Cancels every stream that reads the blocks, and waits until all have ended."""
-        self.ended = True
-        while self.readers:
-            for task in self.readers:
-                task.cancel()
-            await asyncio.wait(self.readers)
 
     def finished_trace(self) -> kv_pb2.PrefillTrace:
         now = time.monotonic_ns()
@@ -244,26 +236,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
-        lease = self._leases.get(request.transfer_id.hex())
-        if lease is None or lease.ended or lease.spec.attempt != request.attempt:
-            raise TransferFailed("unknown transfer: it has ended or was never started here")
-        ranges = [KvRange.from_proto(box) for box in request.ranges]
-        try:
-            lease.sender.check_ranges(ranges)
-        except TransferFailed as error:
-            raise InvalidRequest("ranges", str(error)) from error
-        task = asyncio.current_task()
-        assert task is not None
-        slots = self._shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
-        lease.readers.add(task)
-        try:
-            async with aclosing(lease.sender.messages(ranges, slots)) as messages:
-                async for message in messages:
-                    yield message
-        finally:
-            lease.readers.discard(task)
-            if slots is not None:
-                slots.writes_finished()
+        if (lease := self._leases.get(request.transfer_id.hex())) is None:
+            raise unknown_transfer()
+        async with aclosing(lease.streams.serve(request, self._shm_server)) as messages:
+            async for message in messages:
+                yield message
 
     async def _parse(self, start: prefill_pb2.StartPrefill) -> PrefillSequence:
         """Returns the prompt that ``start`` asks for, as the engine takes it.
@@ -310,14 +287,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def _end(self, lease: Lease) -> None:
         """Ends the lease. The engine stops at once; the blocks return to the pool after the last reader has ended."""
-        lease.sequence.cancelled = lease.ended = True
+        lease.sequence.cancelled = True
         # A task of its own: the RPC's task may be cancelled again while the readers are being joined.
         task = asyncio.ensure_future(self._release(lease))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
     async def _release(self, lease: Lease) -> None:
-        await lease.join_readers()
+        await lease.streams.join()
         del self._leases[lease.sequence.id]
         self.engine.send(Release(lease.sequence.id))
 
