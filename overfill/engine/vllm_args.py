@@ -25,19 +25,17 @@ _SET_ELSEWHERE = {
 }
 """Arguments of vLLM that a setting of the worker sets."""
 _SET_HERE = (
-    "kv_transfer_config",
-    "kv_events_config",
-    "logits_processors",
-    "async_scheduling",
-    "skip_tokenizer_init",
-    "distributed_executor_backend",
-    "worker_cls",
-)
+    "kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init",
+    "distributed_executor_backend", "worker_cls",
+)  # fmt: skip
 _UNSUPPORTED = {
     "nnodes": 1,
     "node_rank": 0,
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
+    "data_parallel_rank": None,
+    "data_parallel_hybrid_lb": False,
+    "data_parallel_external_lb": False,
     "decode_context_parallel_size": 1,
     "prefill_context_parallel_size": 1,
     "speculative_config": None,
