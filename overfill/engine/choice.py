@@ -12,6 +12,8 @@ from overfill.settings.values import EngineChoice
 
 FIRST_GPU = ("cuda", "cuda:0")
 """Names of the CUDA device that vLLM takes; it has no setting for another one."""
+_VOCABULARY_UNIT = 64
+"""vLLM pads the vocabulary to a multiple of this many tokens before it divides it."""
 
 
 def choose_engine(
@@ -62,20 +64,23 @@ def choose_engine(
 def check_ranks(pair: Pair, half: Half, ranks: int) -> None:
     """Raises InvalidRequest unless vLLM can divide ``half`` among ``ranks``.
 
-    vLLM gives each rank as many query heads and rows of the MLP. A KV head may be in several ranks.
+    vLLM gives each rank as many query heads, rows of the MLP and tokens. A KV head may be in several ranks.
     """
     config, model = (pair.full_config, "full model") if half == "full" else (pair.decoder_config, "decoder")
 
+    vocabulary = -(-config.vocab_size // _VOCABULARY_UNIT) * _VOCABULARY_UNIT
+
     def divide(size: int) -> bool:
         heads, kv = config.num_heads, config.num_kv_heads
-        return heads % size == 0 and config.intermediate_size % size == 0 and (kv % size == 0 or size % kv == 0)
+        even = all(count % size == 0 for count in (heads, config.intermediate_size, vocabulary))
+        return even and (kv % size == 0 or size % kv == 0)
 
     if not divide(ranks):
         sizes = ", ".join(str(size) for size in range(1, config.num_heads + 1) if divide(size))
         raise InvalidRequest(
             "tensor_parallel_size",
             f"{ranks} ranks cannot share the {model}, which has {config.num_heads} query heads, {config.num_kv_heads} "
-            f"KV heads and an MLP {config.intermediate_size} wide: give one of {sizes}",
+            f"KV heads, an MLP {config.intermediate_size} wide and {config.vocab_size} tokens: give one of {sizes}",
         )
 
 

@@ -11,7 +11,6 @@ from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.engine.sequence import PrefillEvent
 from overfill.engine.stage import Stage
 from overfill.engine.turns import Turns
-from overfill.errors import InvalidRequest
 from overfill.model.manifest import EngineName, Half, Pair
 from overfill.settings.values import EngineChoice
 from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
@@ -34,7 +33,6 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         from overfill.engine.vllm.load import load_vllm
 
         return load_vllm(pair, half, options)
-    _check_ranks(choice, engine, options)
     (stage,) = _load(engine, pair, [(half, options)])
     return LoadedEngine(stage.served, stage.new_core)
 
@@ -60,8 +58,6 @@ def load_colocated(
     for name in ("device", "dtype", "kv_memory", "gpu_share", "max_model_len", "threads"):
         if getattr(full, name) != getattr(decoder, name):
             raise ValueError(f"{name} differs: {getattr(full, name)} and {getattr(decoder, name)}")
-    _check_ranks(engine, engine, full)
-    _check_ranks(engine, engine, decoder)
     return LoadedColocated(*_load(engine, pair, [("full", full), ("decoder", decoder)], memory_fraction))
 
 
@@ -101,18 +97,6 @@ class LoadedColocated:
     def with_empty_pools(self) -> LoadedColocated:
         """The same halves with new block pools and empty prefix caches, after an interrupt in the bookkeeping."""
         return LoadedColocated(self.full.with_empty_pool(), self.decoder.with_empty_pool())
-
-
-def _check_ranks(choice: EngineChoice, engine: EngineName, options: EngineOptions) -> None:
-    if options.tensor_parallel_size > 1:
-        what = f"the engine {engine}"
-        if choice == "auto":
-            what += f", which auto chooses on {options.compute_device},"
-        raise InvalidRequest(
-            "tensor_parallel_size",
-            f"{options.tensor_parallel_size} needs the engine vllm: {what} computes in one process; "
-            "give --engine vllm, or a tensor parallel size of 1",
-        )
 
 
 def _load(

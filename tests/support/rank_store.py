@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+import decode_conformance
 import numpy as np
+import prefill_conformance
 from numpy.typing import NDArray
 
 from overfill.engine.vllm.internals import hub
@@ -14,6 +15,7 @@ from overfill.engine.vllm.ranks.shares import head_share
 from overfill.kv.chunks import Chunk, digest, num_undamaged
 from overfill.kv.ranges import KvRange
 from overfill.kv.store import DeviceEvent, LayerTargets
+from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2
 
 
@@ -64,7 +66,7 @@ def read_share(
     heads = head_share(num_kv_heads, worker.rank, worker.parallel_config.tensor_parallel_size)
     found = []
     for kv_range in ranges:
-        own = replace(kv_range, head_start=heads[0], head_end=heads[1])
+        own = kv_range._replace(head_start=heads[0], head_end=heads[1])
         payload = bytearray(4 * own.num_vectors * head_dim)
         assert hub.store is not None
         hub.store.read(block_table, [Chunk(own, payload)], {})
@@ -82,8 +84,23 @@ def write_share(
     """Called in a rank."""
     start, end = head_share(num_kv_heads, worker.rank, worker.parallel_config.tensor_parallel_size)
     chunks = [
-        Chunk(replace(kv_range, head_start=start, head_end=end), kv[..., start:end, :].tobytes())
+        Chunk(kv_range._replace(head_start=start, head_end=end), kv[..., start:end, :].tobytes())
         for kv_range, kv in whole
     ]
     assert hub.store is not None
     assert hub.store.write(block_table, targets, chunks) == len(chunks)
+
+
+def break_processor(worker: Any, key: str, part: str) -> None:
+    """As ``break_sampling``. Called in a rank."""
+    decode_conformance.break_sampling(_agent().processor(key), part)
+
+
+def add_unwilling_processor(worker: Any, key: str, params: SamplingParams) -> None:
+    """Called in a rank."""
+    _agent()._processors[key] = prefill_conformance.Unwilling(params, [], None)
+
+
+def _agent() -> Any:
+    runner: Any = hub.runner
+    return runner._agent

@@ -34,7 +34,6 @@ from overfill.engine.vllm.internals import (
 )
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.ranks.group import RankGroup, RemoteBlocks
-from overfill.engine.vllm.ranks.shares import check_shares
 from overfill.engine.vllm.refusals import Refusals, reason_of
 from overfill.engine.vllm.sampler import OverfillSampler
 from overfill.engine.vllm_args import check_vllm_args
@@ -78,7 +77,6 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     extra = {"kv": spec, "by_layer": half == "full"}
     group = None
     if options.tensor_parallel_size > 1:
-        check_shares(config, half, options.tensor_parallel_size)
         group = RankGroup(options.tensor_parallel_size)
         arguments |= group.arguments
         grammar_args = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
