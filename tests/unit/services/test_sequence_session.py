@@ -76,6 +76,9 @@ class SessionHarness:
             start=decode_pb2.StartDecode(emitted_token_ids=[7]),
             commands=asyncio.Queue(),
             put=self.told.append,
+            put_token=lambda index, token: self.told.append(
+                decode_pb2.SequenceUpdate(tokens=decode_pb2.Tokens(first_index=index, ids=[token]))
+            ),
             time_left=lambda: None,
         )
         self.session = SequenceSession(served, sequence, self)
@@ -85,7 +88,7 @@ class SessionHarness:
 
     def take(self, events):
         for event in events:
-            self.session.inbox.put_nowait(event)
+            self.session.take(event)
 
     def send(self, message):
         self.sent.append(message)
