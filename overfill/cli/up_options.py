@@ -251,7 +251,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 _WORDS_OF_VLLM = {
     "--model": "a stack serves a pair, which is the argument: overfill up PAIR; `overfill pair import --full MODEL "
     "--decoder MODEL --out PAIR` makes one of a model",
-    "--port": "give --http PORT for the OpenAI endpoint, or --grpc PORT for gRPC",
+    "--port": "give --http PORT for the HTTP endpoint, or --grpc PORT for gRPC",
     "--tensor-parallel-size": "a worker computes on one GPU; give --prefill N and --decode N for more workers",
     "--gpu-memory-utilization": "workers of one GPU share its memory; give --kv-memory SIZE for the KV cache",
     "--quantization": "give --quantize int8 for the decoder; a checkpoint's own format needs no option",

@@ -1,4 +1,4 @@
-"""Make a pair from a full model and a decoder that somebody else made.
+"""Makes a pair from a full model and a decoder that somebody else made.
 
 Importing has two steps. ``plan_import`` reads configs, tokenizers and the tensors' headers, and refuses halves that do
 not fit. ``write_import`` writes the pair's folder, with links to the files, and reads all weights for their digests.

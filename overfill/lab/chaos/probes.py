@@ -267,13 +267,14 @@ def _watch_prefill_service(probe: Probe) -> _Scheduling:
 
 
 def watch_decode(probe: Probe) -> None:
-    import overfill.kv.receiver
+    import overfill.kv.puller
     from overfill.engine.sequence import Reserved, TokenSampled
-    from overfill.kv.receiver import PromptPull
+    from overfill.telemetry import logs
 
     session = importlib.import_module("services.decode.sequence_session").SequenceSession
-    receiver: Any = overfill.kv.receiver
-    handle, write_message, check = session._handle, PromptPull._write_message, receiver.check_head
+    puller: Any = overfill.kv.puller
+    transfer = puller._Transfer
+    handle, init, write_message, check = session._handle, transfer.__init__, transfer._write_message, puller.check_head
 
     async def handle_held(self: Any, item: Any) -> bool:
         request = self.start.request_id
@@ -286,8 +287,12 @@ def watch_decode(probe: Probe) -> None:
                 await probe.hold("decode", request, quiet=True)
         return bool(await handle(self, item))
 
-    def write_held(self: PromptPull, *arguments: Any) -> None:
-        probe.hold_thread("handoff", self._start.start.request_id)
+    def init_named(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.request = logs.request_id.get()
+
+    def write_held(self: Any, *arguments: Any) -> None:
+        probe.hold_thread("handoff", self.request)
         write_message(self, *arguments)
 
     def damage_and_check(spec: Any, chunk: Any) -> Any:
@@ -298,8 +303,8 @@ def watch_decode(probe: Probe) -> None:
         return check(spec, chunk)
 
     session._handle = handle_held
-    receiver.PromptPull._write_message = write_held
-    receiver.check_head = damage_and_check
+    transfer.__init__, transfer._write_message = init_named, write_held
+    puller.check_head = damage_and_check
 
 
 WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {

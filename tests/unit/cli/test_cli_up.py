@@ -340,7 +340,12 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
     body = json.loads(words[words.index("-d") + 1])
     assert (body["model"], body["max_tokens"]) == ("mine", 256)
-    assert "http://127.0.0.1:8000/ui" in said
+    urls = [line.split()[:2] for line in said.splitlines()[2:5]]
+    assert urls == [
+        ["OpenAI", "http://127.0.0.1:8000/v1"],
+        ["Anthropic", "http://127.0.0.1:8000"],
+        ["page", "http://127.0.0.1:8000/ui"],
+    ]
     assert "curl" not in welcome(described())
     elsewhere = welcome(described(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
     assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
