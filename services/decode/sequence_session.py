@@ -62,7 +62,7 @@ class PullEnded:
 Item = (
     DecodeEvent | FinishReason | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
 )
-"""What may happen to a sequence; Tokens is the full model's token, FinishReason the end behind a token that was told."""
+"""What may happen to a sequence. Tokens is the full model's token, and FinishReason the end after a token was told."""
 
 
 class Handoff(Protocol):
