@@ -27,9 +27,9 @@ CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
 
 MANAGED = {
-    "config", "pair", "host", "port", "http", "api_keys", "stack_secret", "served_model_name", "grace_period",
-    "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "routers",
-    "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
+    "config", "pair", "host", "port", "data_port", "http", "api_keys", "stack_secret", "served_model_name",
+    "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
+    "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 

@@ -15,7 +15,13 @@ FIRST_GPU = ("cuda", "cuda:0")
 
 
 def choose_engine(
-    choice: EngineChoice, pair: Pair, half: Half, on_first_gpu: Callable[[], bool], *, has_args: bool = False
+    choice: EngineChoice,
+    pair: Pair,
+    half: Half,
+    on_first_gpu: Callable[[], bool],
+    *,
+    has_args: bool = False,
+    ranks: int = 1,
 ) -> EngineName:
     """The engine for ``half``. ``auto`` is vLLM on the first GPU, where it is installed and can run the half.
 
@@ -24,25 +30,53 @@ def choose_engine(
     Args:
         on_first_gpu: returns True if the half runs on one of ``FIRST_GPU``; called only if the choice depends on it.
         has_args: there are arguments of vLLM itself.
+        ranks: the tensor_parallel_size.
 
     Raises:
         UnsupportedModel: the chosen engine cannot run the half; the message names the engines that can.
         MissingExtra: vLLM is chosen and not installed.
-        InvalidRequest: there are arguments of vLLM, and OverFill's engine is chosen.
+        InvalidRequest: there are arguments of vLLM, or several ranks, and another engine is chosen; or the half cannot
+            be divided among the ranks.
     """
     if choice == "auto":
         choice = "vllm" if "vllm" in pair.engines(half) and vllm_installed() and on_first_gpu() else "overfill"
+    model = "full model" if half == "full" else "decoder"
+    if choice != "vllm" and ranks > 1:
+        raise InvalidRequest(
+            "tensor_parallel_size",
+            f"{ranks} ranks need vllm, but the engine {choice} runs the {model}: choose vllm for it, or give 1",
+        )
     if choice == "mock":
         return "mock"
     pair.check_engine(half, choice)
     if choice == "vllm":
+        check_ranks(pair, half, ranks)
         require_vllm()
     elif has_args:
-        model = "full model" if half == "full" else "decoder"
         raise InvalidRequest(
             "engine_args", f"are for vllm, but the engine overfill runs the {model}: remove them, or choose vllm for it"
         )
     return choice
+
+
+def check_ranks(pair: Pair, half: Half, ranks: int) -> None:
+    """Raises InvalidRequest unless vLLM can divide ``half`` among ``ranks``.
+
+    vLLM gives each rank as many query heads and rows of the MLP. A KV head may be in several ranks.
+    """
+    config, model = (pair.full_config, "full model") if half == "full" else (pair.decoder_config, "decoder")
+
+    def divide(size: int) -> bool:
+        heads, kv = config.num_heads, config.num_kv_heads
+        return heads % size == 0 and config.intermediate_size % size == 0 and (kv % size == 0 or size % kv == 0)
+
+    if not divide(ranks):
+        sizes = ", ".join(str(size) for size in range(1, config.num_heads + 1) if divide(size))
+        raise InvalidRequest(
+            "tensor_parallel_size",
+            f"{ranks} ranks cannot share the {model}, which has {config.num_heads} query heads, {config.num_kv_heads} "
+            f"KV heads and an MLP {config.intermediate_size} wide: give one of {sizes}",
+        )
 
 
 def why_not_vllm(pair: Pair, *halves: Half, device: str = "cuda:0") -> str:

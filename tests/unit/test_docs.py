@@ -15,7 +15,7 @@ import click
 import pytest
 
 from overfill.cli.main import cli
-from overfill.settings.config import ColocatedConfig, RouterConfig
+from overfill.settings.config import SERVICES
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -65,7 +65,7 @@ def options(command: click.Command) -> set[str]:
 
 @functools.cache
 def all_options() -> frozenset[str]:
-    services = {name for config in (RouterConfig, ColocatedConfig) for name in config.model_fields}
+    services = {name for config in SERVICES for name in config.model_fields}
     return frozenset(options(cli) | {f"--{name.replace('_', '-')}" for name in services})
 
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from json_edits import edit
 
-from overfill.engine.choice import choose_engine
+from overfill.engine.choice import check_ranks, choose_engine
 from overfill.engine.load import EngineOptions, load_engine
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.manifest import Pair
@@ -68,6 +69,33 @@ def test_a_worker_refuses_vllm_where_it_is_not_installed(with_vllm, pair):
     options = EngineOptions(torch.device("cpu"))
     with pytest.raises(MissingExtra, match=r"the engine vllm needs the extra overfill\[vllm\].*install.*\[vllm\]"):
         load_engine("vllm", pair("overfill", "vllm"), "decoder", options)
+
+
+@pytest.mark.parametrize("choice", ["auto", "overfill", "mock"])
+def test_only_vllm_has_ranks(pair, choice):
+    options = EngineOptions(torch.device("cpu"), tensor_parallel_size=2)
+    with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 2 ranks need vllm, but the engine \w+ runs the"):
+        load_engine(choice, pair("overfill", "vllm"), "decoder", options)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "works"),
+    [(12, 4, 96, (1, 2, 4, 12)), (12, 4, 2334, (1, 2)), (9, 3, 1536, (1, 3)), (8, 2, 64, (1, 2, 4, 8))],
+)
+def test_ranks_share_query_heads_and_rows_evenly_and_kv_heads_may_repeat(pair, heads, kv_heads, width, works):
+    made = pair("vllm")
+    shape = replace(made.decoder_config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=width)
+    made = replace(made, decoder_config=shape)
+    for ranks in range(1, 14):
+        if ranks in works:
+            check_ranks(made, "decoder", ranks)
+            continue
+        with pytest.raises(InvalidRequest) as raised:
+            check_ranks(made, "decoder", ranks)
+        assert str(raised.value) == (
+            f"tensor_parallel_size: {ranks} ranks cannot share the decoder, which has {heads} query heads, {kv_heads} "
+            f"KV heads and an MLP {width} wide: give one of {', '.join(map(str, works))}"
+        )
 
 
 @pytest.mark.parametrize("choice", ["auto", "overfill"])
