@@ -120,6 +120,8 @@ class ServingRanks(Protocol):
     async def close(self, transfer_id: bytes) -> tuple[int, int]:
         """Ends a transfer's streams in every rank. On return no rank reads its blocks.
 
+        The transfer may have been closed before, or never opened.
+
         Returns:
             Monotonic nanoseconds at which ranks passed the first and the last message to the transport; 0 means never.
         """

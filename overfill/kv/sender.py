@@ -71,22 +71,17 @@ class KvSender:
 
     Where ranks hold the KV, each has a sender for streams, and the process with the lease has one for the books.
 
-    Args:
-        heads: half-open range of KV heads that the store holds and the sender sends; None means all.
-
     Attributes:
         ready_bytes: bytes of raw KV computed so far, in the layers that travel.
         first_sent_ns, last_sent_ns: monotonic time of the first and the latest message; None means none yet.
     """
 
-    def __init__(
-        self, spec: TransferSpec, store: KvStore, executor: Executor, heads: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, spec: TransferSpec, store: KvStore, executor: Executor) -> None:
         self.spec = spec
         self._store = store
         self._block_table: Sequence[int] = ()
         self._executor = executor
-        self._acknowledged = Coverage(spec.layers, spec.tokens, heads or (0, spec.kv.num_kv_heads))
+        self._acknowledged = Coverage(spec.layers, spec.tokens, (0, spec.kv.num_kv_heads))
         # Full-model layer -> the cache holds the positions below this.
         self._ready = dict.fromkeys(spec.layers, spec.tokens[0])
         self._event: dict[int, DeviceEvent | None] = {}

@@ -99,7 +99,7 @@ BROKEN = (
         "self._end(lease)", "pass",
         "tests/integration/test_phases.py::test_a_deadline_that_passes_frees_both_sides"),
     Broken("no block is freed while it is read", "readers are not waited for",
-        "await lease.join_readers()", "pass",
+        "await lease.streams.join()", "pass",
         "tests/unit/services/test_prefill_servicer.py::test_blocks_are_released_after_the_last_read"),
     Broken("no block is freed while it is written", "writers are not waited for",
         "await shielded(self._join_pull(...))", "pass",
