@@ -1,4 +1,4 @@
-"""The KV of an engine with several ranks as one ``KvStore``, for drivers that check it. Nothing of it is for serving."""
+"""The KV of an engine with several ranks as one ``KvStore``, and processors in ranks, for drivers of conformance."""
 
 from __future__ import annotations
 

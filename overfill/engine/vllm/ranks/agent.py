@@ -93,6 +93,9 @@ class RankAgent:
         executor: threads that copy KV.
         make_processor: called on a thread of the agent's own.
         on_orphaned: called in place of the end of the process.
+
+    Attributes:
+        hello: the same.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class RankAgent:
         make_processor: MakeProcessor,
         on_orphaned: Callable[[], object] = lambda: os._exit(1),
     ) -> None:
-        self._hello = hello
+        self.hello = hello
         self._store = store
         self._executor = executor
         self._make_processor = make_processor
@@ -128,6 +131,10 @@ class RankAgent:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="rank-agent", daemon=True)
         self._thread.start()
+
+    def join(self) -> None:
+        """Waits until the link is closed and the agent's thread has ended."""
+        self._thread.join()
 
     # The model's thread -----------------------------------------------------------------------------------------
 
@@ -282,7 +289,7 @@ class RankAgent:
         sender.begin(table, command.cached_tokens, None)
         for layer, (token_end, event) in early.ready.items():
             sender.mark_ready(layer, token_end, event)
-        self._transfers[id] = _Transfer(sender, TransferStreams(sender, self._hello.heads), table)
+        self._transfers[id] = _Transfer(sender, TransferStreams(sender, self.hello.heads), table)
 
     async def _close(self, transfer_id: bytes) -> tuple[int, int]:
         self._early.pop(transfer_id, None)
@@ -296,7 +303,7 @@ class RankAgent:
     async def _pull(self, number: int, command: Pull) -> None:
         if self._store is None or self._channels is None:
             raise InternalError("the rank has not been told how to pull")
-        puller = LocalPuller(self._store, self._executor, self._channels, heads=self._hello.heads)
+        puller = LocalPuller(self._store, self._executor, self._channels, heads=self.hello.heads)
         await puller.pull(
             command.peer,
             command.spec,

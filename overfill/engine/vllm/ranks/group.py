@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from overfill.engine.device import NotEnoughMemory
 from overfill.engine.protocol import ServedHalf
+from overfill.engine.sequence import Processor
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.executor import RankExecutor
 from overfill.engine.vllm.ranks.link import RankLinks
@@ -110,14 +111,13 @@ class RankedHalf(ServedHalf):
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""
-    ) -> RankProcessor | None:
+    ) -> Processor | None:
         """As ``ServedHalf.prepare_processor``. All ranks have the processor before this returns."""
         assert self.ranks is not None
         if not needs_processor(params, eos_ids):
             return None
         if params.grammar is not None:  # also tries the grammar, in a process of its own
-            tried: RankProcessor = await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
-            return tried
+            return await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
         made = new_handle(self.ranks)
         await self.ranks.prepare(made.key, params, prompt, eos_ids)
         return made

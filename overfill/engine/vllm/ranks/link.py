@@ -177,7 +177,7 @@ class RankLinks:
         return sent
 
     def cancel(self, sent: Sent) -> None:
-        """Cancels a command. Its future ends once nothing of the command runs any more, usually with RequestCancelled."""
+        """Cancels a command. Its future ends, usually with RequestCancelled, once nothing of it runs any more."""
         with self._changed:
             peer = self._ranks.get(sent.rank)
             if peer is not None and not peer.lost:

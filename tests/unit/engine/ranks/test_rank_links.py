@@ -1,15 +1,12 @@
-"""Tests of a worker's links to its ranks, with plain sockets and stopped processes in the place of ranks.
+"""Tests of a worker's links to its ranks, with plain sockets in the place of ranks.
 
 That a socket of another user is refused cannot be tested as one user.
 """
 
 import contextlib
 import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -63,8 +60,8 @@ class Rank:
     def next(self, kind):
         """The next message of that kind; pings are answered."""
         while True:
-            for number, body in self.messages:
-                self.messages.remove((number, body))
+            while self.messages:
+                number, body = self.messages.pop(0)
                 if isinstance(body, Ping):
                     self.answer(number, Done())
                 if isinstance(body, kind):
@@ -197,28 +194,13 @@ def test_a_rank_that_ends_during_the_start_fails_it(links, lost, rank):
     assert lost.happened.wait(20)
 
 
-_ANSWERS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_rank_links import Rank, Stop
-Rank({"link": sys.argv[2], "link_token": sys.argv[3]}).introduced().next(Stop)
-"""
-
-
-def test_a_frozen_rank_is_lost_while_nobody_waits_for_it(lost):
-    links = RankLinks(1, lost, silence=1.5)
-    program = [sys.executable, "-c", _ANSWERS, os.path.dirname(__file__), *links.config.values()]
-    with subprocess.Popen(program) as process:
-        try:
-            links.wait(60)
-            [sent] = links.call([0], Ping())
-            process.send_signal(signal.SIGSTOP)
-            with pytest.raises(Unavailable, match=r"has not answered for 1\.5 s"):
-                sent.future.result(60)
-            assert lost.happened.wait(20)
-            assert lost.threads == ["rank-links"]
-        finally:
-            process.kill()
+def test_a_silent_rank_is_lost_while_nobody_waits_for_it(lost):
+    links = RankLinks(1, lost, silence=1.0)
+    with Rank(links.config).introduced().sock:
+        assert lost.happened.wait(60)
+        assert lost.threads == ["rank-links"]
+        with pytest.raises(Unavailable, match=r"has not answered for 1 s"):
+            links.call([0], Stop())[0].future.result(20)
     links.close()
 
 
