@@ -175,6 +175,7 @@ class VllmCore:
     """
 
     def __init__(self, config: VllmConfig) -> None:
+        ensure_kv_transfer_shutdown()  # a failed start leaves its connector behind, and the next one would take it
         self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
         scheduler = self._core.scheduler
         assert isinstance(scheduler, Scheduler)
