@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from overfill.engine.sequence import (
-    DecodeEvent,
     DecodeSequence,
     FinishReason,
     Preempted,
@@ -21,6 +20,7 @@ from overfill.engine.sequence import (
     Release,
     Reserve,
     Reserved,
+    SequenceEvent,
     SequenceFailed,
     Start,
     TokenSampled,
@@ -59,7 +59,7 @@ class PullEnded:
     error: OverfillError | None
 
 
-Item = DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
+Item = SequenceEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
 """What may happen to a sequence; Tokens is the full model's token."""
 
 

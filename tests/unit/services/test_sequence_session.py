@@ -19,6 +19,7 @@ from overfill.engine.sequence import (
     Start,
     StopRule,
     Yielded,
+    by_sequence,
 )
 from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
@@ -84,7 +85,7 @@ class SessionHarness:
         return self.own
 
     def take(self, events):
-        for event in events:
+        for event in by_sequence(events):
             self.session.inbox.put_nowait(event)
 
     def send(self, message):
